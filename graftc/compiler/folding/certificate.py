@@ -17,6 +17,7 @@ import torch
 
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.route_evidence import RouteEvidence
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.markup import Html, bullets, folded, table, tag
 
@@ -123,7 +124,7 @@ class Certificate:
     Attributes:
         sites: evidence per site.
         outputs: largest absolute difference of each output, folded against unfolded, in the model's dtype; none where
-            the whole model was not run.
+            the whole model was not run. Where the model routes, both sides take the unfolded one's routes.
         budget: what `outputs` may differ by.
         structure: hash of the folded graph.
         base_structure: hash of the base's graph.
@@ -134,6 +135,8 @@ class Certificate:
         retention: how much of the updates of all sites rounding left, and packing again where that was asked for.
             Nothing is held against it.
         requantised: what packing folded weights again did to them.
+        routes: for each place where the model chooses among its own values, as routers of experts do, what the folded
+            model would have chosen otherwise, and whether rounding explains it.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -149,6 +152,7 @@ class Certificate:
     anchors: tuple[Anchor, ...] = ()
     retention: Retention = field(default_factory=Retention)
     requantised: tuple[PackingEvidence, ...] = ()
+    routes: tuple[RouteEvidence, ...] = ()
 
     @property
     def unchanged(self) -> tuple[str, ...]:
@@ -167,8 +171,9 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Every site's evidence holds, outputs keep to the budget, and the structure is the base's."""
-        within = all(value <= self.budget for value in self.outputs.values())
+        """Every site's evidence holds, outputs keep to the budget, rounding explains what routers choose otherwise, and
+        the structure is the base's."""
+        within = all(value <= self.budget for value in self.outputs.values()) and all(r.passed for r in self.routes)
         same = self.structure == self.base_structure
         return bool(self.sites or self.collapses) and within and same and all(site.passed for site in self.sites)
 
@@ -189,6 +194,7 @@ class Certificate:
             for name, value in self.outputs.items()
             if not value <= self.budget
         ]
+        found += [route.failure() for route in self.routes if not route.passed]
         if self.structure != self.base_structure:
             found.append("the folded graph is not the base's graph")
         return found or ([] if self.sites or self.collapses else ["nothing was folded"])
@@ -228,6 +234,7 @@ class Certificate:
             "collapses": [asdict(item) for item in self.collapses],
             "anchors": [item.to_json() for item in self.anchors],
             "requantised": [asdict(item) for item in self.requantised],
+            "routes": [item.to_json() for item in self.routes],
             "largest_difference": self.largest_difference if self.outputs else None,
         }
 

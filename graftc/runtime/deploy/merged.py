@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
 from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate, require_changed
 from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.folding.collapse import collapse_evidence
-from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.compiler.folding.requantise import BaseForm, Repacked, budget_of, requantised
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.graph.remove_folded import take_out
+from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_store import folded_store
 from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
@@ -46,6 +44,7 @@ class MergedRunner(Exporting):
         certificate: the evidence for the fold.
         folded: whose adaptations have gone into the weights.
         kept: whose have not, with the reason; only folding what folds leaves any.
+        changed: names of the tensors that folding has changed or added.
     """
 
     certificate: Certificate
@@ -59,7 +58,7 @@ class MergedRunner(Exporting):
         *,
         full: bool,
     ) -> None:
-        self._additions = made.additions
+        self._additions, self.changed = made.additions, tuple(made.tensors)
         self.folded, self.kept = fold.names, fold.reasons()
         super().__init__(compilation, folded_store(compilation, fold, made, packed, full=full))
 
@@ -304,44 +303,42 @@ def _certify(
 ) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
     base = compilation.program("eval", "base")
-    inputs = random_inputs(
-        compilation.program("train", "base"), compilation.store, config=getattr(compiled, "config", None)
-    )
-    unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)
-    names = base.outputs.names
-    differences = {
-        name: largest_difference(a, b)
-        for name, a, b in zip(names, unfolded, folded, strict=True)
-        if isinstance(a, Tensor) and a.is_floating_point()
-    }
+    found = compared(compiled, merged)
+    given = budget if budget is not None else compilation.spec.fold.budget.logits
+    packed = budget_of(compilation.store.packed[n] for n in repacked.packed)
+    budget = given
     if budget is None:
-        budget = compilation.spec.fold.budget.logits
+        budget = max(DEFAULT_BUDGET.get(compiled.dtype, 1e-4), packed) * max(1.0, found.largest)
+    worst = max(found.differences.values(), default=0.0)
+    # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
+    doubted = given is None and budget < worst < math.inf and compiled.dtype in NARROW
+    found.allow(given or 0.0, packed)
     notes: tuple[str, ...] = ()
-    if budget is None:
-        largest = max((largest_number(a) for a in unfolded if isinstance(a, Tensor)), default=1.0)
-        exact = DEFAULT_BUDGET.get(compiled.dtype, 1e-4)
-        budget = max(exact, budget_of(compilation.store.packed[n] for n in repacked.packed)) * max(1.0, largest)
-        worst = max(differences.values(), default=0.0)
-        if budget < worst < math.inf and compiled.dtype in NARROW:
-            # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
-            weights = {name: merged._store.get(name) for name in made.tensors}
-            weights = {name: weight for name, weight in weights.items() if weight.dtype in NARROW}
-            cast, run = as_cast(compilation, merged.folded), partial(merged.in_eval, inputs)
-            noise = rounding_noise(weights, cast, run, folded, enough=worst / 2)
-            told = f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}"
-            notes, budget = ((told,), 2 * noise) if 2 * noise > budget else ((), budget)
+    if doubted or not found.explained:
+        weights = {name: merged._store.get(name) for name in merged.changed}
+        weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+
+        def enough(noise: float) -> bool:
+            return (not doubted or 2 * noise >= worst) and found.explained
+
+        with found.repeating() as run:
+            noise = rounding_noise(weights, as_cast(compilation, merged.folded), run, found.after, enough)
+        if doubted and 2 * noise > budget:
+            notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
+            budget = 2 * noise
     if repacked.packed:
         count = f"{len(repacked.packed)} weights" if len(repacked.packed) > 1 else "1 weight"
         notes += (f"the fold is not exact: {count} that it changes were packed again",)
     elif compilation.store.packed:
         notes += ("the base's weights are packed; what was folded is in full precision",)
-    program = merged._programs[compilation.key("eval")]
+    program = merged._program_of(compilation.key("eval"))
     if merged.kept:
         program = take_out(program, merged.kept)
     return Certificate(
         sites=made.sites,
-        outputs=differences,
+        outputs=found.differences,
         budget=budget,
+        routes=found.routes,
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
         base_structure=structural_hash(base, compilation.store.canonical),
         additions=additions,

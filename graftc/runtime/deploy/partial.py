@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
-from torch import Tensor
 
-from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import Certificate, require_changed
 from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
-from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.folding.requantise import BaseForm
+from graftc.compiler.folding.route_evidence import worse
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
-from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
+from graftc.runtime.deploy.comparing import compared
+from graftc.runtime.deploy.merged import Merged, MergedRunner, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
+from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
 from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.arguments import as_path
@@ -139,7 +139,7 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
     made = runner.sibling(_rest(compilation, merged), values, base_of(merged))
-    certificate = _with_outputs(merged.certificate, runner, made._graftc)
+    certificate = _with_outputs(merged._graftc, runner, made._graftc)
     require_passed(certificate)
     return Partial(merged, made, certificate)
 
@@ -192,14 +192,19 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 
 @torch.no_grad()
-def _with_outputs(certificate: Certificate, before: CompiledRunner, after: CompiledRunner) -> Certificate:
+def _with_outputs(merged: MergedRunner, before: CompiledRunner, after: CompiledRunner) -> Certificate:
     """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
-    base = before.compilation.program("train", "base")
-    inputs = random_inputs(base, before.compilation.store, config=getattr(before, "config", None))
-    found = [model.in_eval(inputs) for model in (before, after)]
+    certificate = merged.certificate
+    found = compared(before, after)
+    found.allowed.update((route.choice, route.bound) for route in certificate.routes)
+    if merged.changed and not found.explained:
+        weights = {name: after.compilation.store.get(name) for name in merged.changed}
+        with found.repeating() as run:
+            cast = as_cast(before.compilation, merged.folded)
+            rounding_noise(weights, cast, run, found.after, lambda _: found.explained)
     outputs = dict(certificate.outputs)
-    for name, a, b in zip(base.outputs.names, *found, strict=True):
-        if isinstance(a, Tensor) and a.is_floating_point():
-            anew = largest_difference(a, b)
-            outputs[name] = anew if not anew <= outputs[name] else outputs[name]  # NaN stays
-    return replace(certificate, outputs=outputs)
+    for name, anew in found.differences.items():
+        outputs[name] = anew if not anew <= outputs[name] else outputs[name]  # NaN stays
+    folding = {route.choice: route for route in certificate.routes}
+    routes = (worse(route, folding[route.choice]) for route in found.routes)
+    return replace(certificate, outputs=outputs, routes=tuple(routes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -25,8 +24,7 @@ def rounding_noise(
     cast: Callable[[str], Tensor],
     run: Callable[[], Sequence[object]],
     outputs: Sequence[object],
-    *,
-    enough: float = math.inf,
+    enough: Callable[[float], bool] = lambda _: False,
 ) -> float:
     """The largest difference of outputs over a few runs in which weights are rounded otherwise.
 
@@ -35,11 +33,11 @@ def rounding_noise(
     Weights have their own values again afterwards, whatever happens.
 
     Args:
-        weights: in 16 bits, by name; written to, one after the other.
+        weights: floating point, by name; written to, one after the other.
         cast: gives one as it is folded from adapter tensors of its own type.
         run: gives the outputs of the model that has them.
         outputs: those with the weights as they are.
-        enough: no further run is tried once a difference is as large.
+        enough: told the largest difference so far; no further run is tried once it says so.
     """
     held = {name: weight.detach() for name, weight in weights.items()}
     kept = {name: weight.clone() for name, weight in held.items()}
@@ -54,7 +52,7 @@ def rounding_noise(
             weight.copy_(cast(name))
         worst = moved()
         for seed in range(TIMES):
-            if worst >= enough:
+            if enough(worst):
                 break
             generator = torch.Generator().manual_seed(seed)
             for name, own in kept.items():

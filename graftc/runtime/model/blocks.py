@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from graftc.compiler.capture.past import CACHE
 from graftc.passes.core.ir.codegen import Function, function_of
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.ir.program_key import Entry, ProgramKey
 from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tree
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
@@ -193,6 +193,16 @@ class Runner:
         """Lower a Program to code; `run` runs it under ``key``."""
         self._programs[key] = program
         self._lower(key)
+
+    def forget(self, entry: Entry) -> None:
+        """Let the Programs of one way into the model go, with their code."""
+        for key in [key for key in self._programs if key.entry == entry]:
+            for table in (self._programs, self._lowered, self._roots, self._outcomes):
+                table.pop(key, None)
+            for block in self.blocks.values():
+                functions = block._graftc.functions
+                for name in [name for name in functions if name.startswith(f"{self._label}{key}#")]:
+                    del functions[name]
 
     def _lower(self, key: ProgramKey) -> None:
         program = self._lowered[key] = reading_parts(self.lowered(key), self._store)

@@ -34,12 +34,13 @@ from graftc.passes.core.weights.containers import (
 from graftc.passes.core.weights.names import module_of
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
-from graftc.passes.graph.cut import FLAG, cut_at_hidden_state
+from graftc.passes.graph.cut import FLAG
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
+from graftc.runtime.model.entries import DERIVED, derived
 from graftc.runtime.model.generation import OF_GENERATING, Generating
 from graftc.runtime.model.packing import warn_of_packed
 from graftc.runtime.model.positioned import Positioned
@@ -373,12 +374,12 @@ class ModelRunner(Generating, Positioned):
         """Called when the module has been copied, on the copy's Runner."""
         vars(self).pop("_stand_in", None)  # it calls the original
 
-    def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    def in_eval(self, inputs: Mapping[str, Tensor], entry: Entry = "forward") -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
         with in_eval_mode(self.module), self.whole():
-            return self.run(self.ready(present), present)
+            return self.run(self.ready(present, entry), present)
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, calls run all adaptations."""
@@ -394,8 +395,6 @@ class ModelRunner(Generating, Positioned):
         return ProgramKey(entry, mode, signature)
 
     def _program_of(self, key: ProgramKey) -> Program:
-        if key.entry == "hidden":
-            from transformers.modeling_outputs import BaseModelOutput
-
-            return cut_at_hidden_state(self._program_of(key._replace(entry="forward")), BaseModelOutput)
+        if key.entry in DERIVED:
+            return derived(key.entry, self._program_of(key._replace(entry="forward")))
         return program_of(self._active, key)

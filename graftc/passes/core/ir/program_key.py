@@ -10,9 +10,10 @@ Modes = Mode | frozenset[str]
 """The mode of all modules, or the paths of those that are in eval mode while the others train, those among them whose
 dropouts alone were set to zero marked so (`graftc.passes.core.ir.eval_mode.silent`)."""
 
-Entry = Literal["forward", "embeds", "hidden", "losses", "scores"]
+Entry = Literal["forward", "embeds", "hidden", "losses", "routes", "scores"]
 """Which way into and out of the model: its ``forward``, with token embeddings in the place of token ids, as far as the
-last hidden state, or as far as the losses of single tokens, alone or with what metrics tell of each."""
+last hidden state, or as far as the losses of single tokens, alone or with what metrics tell of each; ``routes`` is
+``forward`` with its choices among experts open to `graftc::route`."""
 
 Stage = Literal["source", "base", "adapted"]
 """The source model's own graph, what is adapted (the same with room for virtual tokens), or the adapted graph."""
