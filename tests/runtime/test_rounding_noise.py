@@ -64,15 +64,16 @@ def test_the_usual_budget_costs_no_other_run(compiled: Any, monkeypatch: pytest.
 
 def test_entries_move_by_a_unit_in_the_last_place_at_most() -> None:
     weight, seen = torch.randn(64, 65).bfloat16(), []
-    before, cast = weight.clone(), torch.zeros(64, 65)
+    before, change = weight.clone(), torch.full((64, 65), 0.5, dtype=torch.float64)
 
     def run() -> list[torch.Tensor]:
         seen.append(weight.clone())
         return [weight.float()]
 
-    noise = rounding_noise({"w": weight}, lambda name: cast, run, [before.float()])
+    noise = rounding_noise({"w": weight}, lambda name: change, run, [before.float()])
     first, *others = seen
-    assert torch.equal(weight, before) and torch.equal(first.float(), cast) and not torch.equal(*others[:2])
+    assert torch.equal(weight, before) and not torch.equal(*others[:2])
+    assert torch.equal(first, (before + change).bfloat16())
     exponent = torch.floor(torch.log2(before.double().abs()))
     for other in others:
         moved = (other.double() - before.double()).abs() / (2.0**exponent * torch.finfo(torch.bfloat16).eps)
@@ -87,7 +88,8 @@ def test_no_more_roundings_than_needed() -> None:
         seen.append(weight.clone())
         return [weight.float()]
 
-    rounding_noise({"w": weight}, lambda name: weight.float(), run, [torch.ones(8, 8)], lambda worst: worst >= 1e-3)
+    same = torch.zeros(8, 8, dtype=torch.float64)
+    rounding_noise({"w": weight}, lambda name: same, run, [torch.ones(8, 8)], lambda worst: worst >= 1e-3)
     assert len(seen) == 2, "the cast changes nothing here, and the first rounding is enough"
 
 

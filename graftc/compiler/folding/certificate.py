@@ -17,7 +17,7 @@ import torch
 
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.folding.retention import Retention
-from graftc.compiler.folding.route_evidence import RouteEvidence
+from graftc.compiler.folding.route_evidence import RouteEvidence, routed
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.markup import Html, bullets, folded, table, tag
 
@@ -214,7 +214,7 @@ class Certificate:
             tag("b", state),
             Html() if self.passed else bullets(self.failures()),
             table(("output", "difference", "budget"), outputs, ("difference", "budget")),
-            bullets(notes),
+            bullets([*notes, *routed(self.routes)]),
             folded(where, table(headings, sites, headings[2:])),
         ]
         return Html("".join(parts))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +50,33 @@ class RouteEvidence:
     def failure(self) -> str:
         """Why it did not pass, for people."""
         return (
-            f"{self.module or 'the model'} chooses otherwise in {self.flips} of {self.choices} cases ({self.choice}), of "
-            f"scores up to {self.gap:.2e} apart, and rounding explains {self.bound:.2e}"
+            f"{self.module or 'the model'} chooses otherwise in {self.flips} of {self.choices} cases ({self.choice}), "
+            f"of scores up to {self.gap:.2e} apart, and rounding explains {self.bound:.2e}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
-        return {**vars(self), "passed": self.passed}
+        gap = self.gap if math.isfinite(self.gap) else None
+        return {**vars(self), "gap": gap, "passed": self.passed}
 
 
 def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
     """Of two comparisons of one choice the one that says more against it."""
     return max(one, other, key=lambda item: (not item.passed, item.gap, item.flips))
+
+
+def routed(routes: Sequence[RouteEvidence]) -> list[str]:
+    """What routers choose otherwise in the folded model, for people: nothing where they choose the same."""
+    other = [route for route in routes if route.flips]
+    if not other:
+        return []
+    flips, choices = (sum(getattr(route, name) for route in routes) for name in ("flips", "choices"))
+    worst = max(other, key=lambda route: route.gap / route.bound if route.bound else route.gap)
+    return [
+        f"{flips} of {choices} choices of routers are others, of scores at most {worst.gap:.1e} apart in "
+        f"{worst.module or worst.choice}, where rounding explains {worst.bound:.1e}; outputs were compared with the "
+        "same choices"
+    ]
 
 
 @dataclass(frozen=True)
@@ -115,8 +131,7 @@ def _sorted(numbers: Tensor) -> Tensor:
 
 
 def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The largest distance of a score that one side alone chose from one that the other alone did: of each row, from the
-    farthest of them."""
+    """The largest distance, in any row, of a score that one side alone chose from one that the other alone did."""
     mine, theirs = (torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, own, True) for own in (first, second))
     one, other = mine & ~theirs, theirs & ~mine
     inf = float("inf")

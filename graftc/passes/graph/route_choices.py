@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+import graftc.passes.core.ops.route  # noqa: F401 (registers the operator)
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program import Program, provenance
-import graftc.passes.core.ops.route  # noqa: F401 (registers the operator)
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ _GIVES_VALUES: Mapping[Any, bool] = MappingProxyType(
 
 
 def choices_of(program: Program) -> tuple[fx.Node, ...]:
-    """The base's own nodes that choose among floating-point values by their size, in graph order: routers of experts do,
+    """The base's own nodes that choose among floating-point values by their size, in graph order: routers of experts,
     and whatever else goes on with the numbers of the largest. One of which only the values are read is none."""
     found = (node for node in program.graph.nodes if node.target in _GIVES_VALUES and provenance(node) is None)
     return tuple(node for node in found if _scores(node).meta["val"].is_floating_point() and _numbers(node))

@@ -35,18 +35,27 @@ class CardCertificate(BaseModel):
         algebra: float
         rounding: float
 
+    class RouteRecord(BaseModel):
+        """What was chosen otherwise at one place."""
+
+        model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+        choices: int
+        flips: int
+
     passed: bool
     dtype: str
     sites: tuple[SiteRecord, ...]
     outputs: dict[str, float]
     budget: float | None
     additions: tuple[str, ...]
+    routes: tuple[RouteRecord, ...] = ()
 
     @classmethod
     def of(cls, certificate: Certificate) -> CardCertificate:
         """That of a live one."""
         data = certificate.to_json()
-        return cls.model_validate({**data, "sites": tuple(data["sites"]), "additions": tuple(data["additions"])})
+        return cls.model_validate({**data, **{name: tuple(data[name]) for name in ("sites", "additions", "routes")}})
 
 
 @dataclass(frozen=True)

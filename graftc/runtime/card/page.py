@@ -158,6 +158,9 @@ def _evidence(certificate: CardCertificate) -> Iterator[tuple[str, str]]:
     for name, value in list(certificate.outputs.items())[:10]:
         budget = "" if certificate.budget is None else f" (at most {certificate.budget:.1e})"
         yield f"largest difference of the output {code(name)}", f"{value:.1e}{budget}"
+    if flips := sum(route.flips for route in certificate.routes):
+        choices = sum(route.choices for route in certificate.routes)
+        yield "choices of routers that are others once folded", f"{flips:,} of {choices:,}"
     yield "element type", code(certificate.dtype) if certificate.dtype else "-"
     if certificate.additions:
         yield "biases that folding adds", ", ".join(code(name) for name in certificate.additions[:5])

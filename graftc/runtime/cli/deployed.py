@@ -23,6 +23,7 @@ def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str
 
 def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) -> None:
     """Say in a line what the certificate is worth, and what does not fold."""
+    from graftc.compiler.folding.route_evidence import routed
     from graftc.runtime.cli.output import console
 
     to = console()
@@ -43,6 +44,8 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
             to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
         for line in (*_requantised(certificate), *_retained(certificate)):
             to.print(line, soft_wrap=True, markup=False)
+        for line in routed(certificate.routes):
+            to.print(f"{'routes:':<22}{line}", soft_wrap=True, markup=False)
         for name, error in _averaged(certificate).items():
             to.print(f"{'averaged:':<22}{name}, {error:.1e} from the mean of all routes", soft_wrap=True, markup=False)
     for name, reason in kept.items():

@@ -82,7 +82,7 @@ class Comparison:
             yield again
 
     def allow(self, difference: float, share: float = 0.0) -> None:
-        """Take scores for near one another up to a difference, or up to a share of the largest score of their choice."""
+        """Take scores for near one another up to a difference, or up to a share of the largest of their choice."""
         for name, choice in self._imposed.items():
             self.allowed[name] = max(difference, share * largest_number(choice.scores))
 

@@ -24,7 +24,7 @@ from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.graph.remove_folded import take_out
 from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_store import folded_store
-from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
+from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
@@ -322,7 +322,7 @@ def _certify(
             return (not doubted or 2 * noise >= worst) and found.explained
 
         with found.repeating() as run:
-            noise = rounding_noise(weights, as_cast(compilation, merged.folded), run, found.after, enough)
+            noise = rounding_noise(weights, recasting(compilation, merged.folded), run, found.after, enough)
         if doubted and 2 * noise > budget:
             notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
             budget = 2 * noise

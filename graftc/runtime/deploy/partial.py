@@ -25,7 +25,7 @@ from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.merged import Merged, MergedRunner, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
-from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
+from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.arguments import as_path
@@ -200,8 +200,8 @@ def _with_outputs(merged: MergedRunner, before: CompiledRunner, after: CompiledR
     if merged.changed and not found.explained:
         weights = {name: after.compilation.store.get(name) for name in merged.changed}
         with found.repeating() as run:
-            cast = as_cast(before.compilation, merged.folded)
-            rounding_noise(weights, cast, run, found.after, lambda _: found.explained)
+            recast = recasting(before.compilation, merged.folded)
+            rounding_noise(weights, recast, run, found.after, lambda _: found.explained)
     outputs = dict(certificate.outputs)
     for name, anew in found.differences.items():
         outputs[name] = anew if not anew <= outputs[name] else outputs[name]  # NaN stays

@@ -13,7 +13,7 @@ from graftc.compiler.folding.steps import fold_steps
 from graftc.passes.core.weights.folds import LazyTensors
 from graftc.runtime.deploy.widening import NARROW
 
-__all__ = ["as_cast", "rounding_noise"]
+__all__ = ["as_cast", "recasting", "rounding_noise"]
 
 TIMES = 8
 """How many other roundings are tried at most. A router of experts decides otherwise in few of them."""
@@ -21,7 +21,7 @@ TIMES = 8
 
 def rounding_noise(
     weights: Mapping[str, Tensor],
-    cast: Callable[[str], Tensor],
+    recast: Callable[[str], Tensor],
     run: Callable[[], Sequence[object]],
     outputs: Sequence[object],
     enough: Callable[[float], bool] = lambda _: False,
@@ -30,11 +30,12 @@ def rounding_noise(
 
     In one, what they are folded from is rounded first, as the adapted graph does. In the others every entry is
     multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded to its type.
-    Weights have their own values again afterwards, whatever happens.
+    Whatever the weights are, they move by rounding alone: a wrong one stays wrong, and explains nothing. They have
+    their own values again afterwards, whatever happens.
 
     Args:
         weights: floating point, by name; written to, one after the other.
-        cast: gives one as it is folded from adapter tensors of its own type.
+        recast: gives the change of one that the first of these roundings makes.
         run: gives the outputs of the model that has them.
         outputs: those with the weights as they are.
         enough: told the largest difference so far; no further run is tried once it says so.
@@ -49,7 +50,7 @@ def rounding_noise(
 
     try:
         for name, weight in held.items():
-            weight.copy_(cast(name))
+            weight.copy_(kept[name].double().add_(recast(name)))
         worst = moved()
         for seed in range(TIMES):
             if enough(worst):
@@ -63,6 +64,19 @@ def rounding_noise(
         for name, weight in held.items():
             weight.copy_(kept[name])
     return worst
+
+
+def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
+    """Gives, in float64, how folded tensors change where they are folded from adapter tensors in the types that the
+    adapted graph computes with.
+
+    Args:
+        compilation: what is folded.
+        names: of which adaptations.
+    """
+    cast = as_cast(compilation, names)
+    exact = LazyTensors(compilation.store, fold_steps(compilation, names)).folded
+    return lambda name: cast(name).double().sub_(exact(name))
 
 
 def as_cast(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:

@@ -53,6 +53,17 @@ class _SiteEvidence(_Shown):
     retention: _Retention | None = None
 
 
+class _Route(_Shown):
+    """What was chosen otherwise at one place."""
+
+    choice: str
+    module: str
+    choices: int
+    flips: int
+    gap: float | None
+    bound: float
+
+
 class ShownCertificate(_Shown):
     """What is shown of a certificate."""
 
@@ -65,6 +76,7 @@ class ShownCertificate(_Shown):
     additions: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     retention: _Retention | None = None
+    routes: tuple[_Route, ...] = ()
     failures: tuple[str, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""``graftc::route``: choices among values, such as those of a router of experts, recorded in one run of a graph and imposed
+"""``graftc::route``: choices among values, such as a router's among experts, recorded in one run of a graph and imposed
 in another.
 
 Where two scores are a rounding apart, two ways of computing the same function may choose otherwise, and what follows is

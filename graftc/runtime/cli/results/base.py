@@ -303,6 +303,34 @@ class PackingEvidenceData(Result):
     """In how many of these packing changes a value."""
 
 
+class RouteEvidenceData(Result):
+    """What a folded model would have chosen otherwise at one place, of a router's experts for example."""
+
+    choice: str
+    """The node of the base's graph that chooses."""
+
+    module: str
+    """The module that it is in."""
+
+    choices: int = Field(ge=0)
+    """How many choices were compared: one for each token, for example."""
+
+    flips: int = Field(ge=0)
+    """How many of them were others."""
+
+    gap: float | None = Field(ge=0)
+    """How far apart the scores are that were taken for one another, at most; null where their numbers differ."""
+
+    noise: float = Field(ge=0)
+    """How far scores move by rounding."""
+
+    bound: float = Field(ge=0)
+    """What `gap` may be."""
+
+    passed: bool
+    """Whether rounding explains the choices that were others."""
+
+
 class CertificateData(Result):
     """The evidence for a fold."""
 
@@ -345,6 +373,10 @@ class CertificateData(Result):
 
     requantised: Items[PackingEvidenceData]
     """What packing folded weights again did to them; nothing where none was."""
+
+    routes: Items[RouteEvidenceData]
+    """What the folded model would have chosen otherwise, at each place where it chooses among its own values; outputs
+    are compared with the unfolded model's choices on both sides."""
 
     retention: RetentionData | None
     """What rounding left of the updates of all sites; null where all are zero. Nothing is held against it."""

@@ -93,7 +93,7 @@ function boundPlot(words, points, bound) {
  * @returns {HTMLElement[]}
  */
 function certificateParts(certificate) {
-  const { sites = [], outputs = {}, budget, bounds = {} } = certificate;
+  const { sites = [], outputs = {}, routes = [], budget, bounds = {} } = certificate;
   const named = (key) => sites.map((s) => ({ name: s.site, value: s[key] }));
   const parts = [el("p", { class: certificate.passed ? "passed" : "failed", text: certificate.passed ? "Passed: every site and the outputs keep to their bounds." : "Not passed." }),
     el("dl", { class: "facts" }, ...[["Budget of the outputs", "certificate.budget", budget], ...Object.entries(outputs).map(([name, v]) => [`Largest difference of ${shorten(name, 40)}`, `certificate.outputs.${name}`, v])]
@@ -106,6 +106,10 @@ function certificateParts(certificate) {
   if (sites.length) parts.push(el("details", {}, el("summary", { text: `The ${sites.length} sites in figures` }), tableOf("Certificate by site", ["Site", "Adaptations", "Change", "Algebra", "Rounding", "Retention"],
     sites.map((s, i) => [el("th", { scope: "row", text: shorten(s.site, 80), title: shorten(s.site, 300) }), el("td", { text: plain(s.adaptations) }),
       ...["change", "algebra", "rounding"].map((k) => figureCell(`certificate.sites.${i}.${k}`, s[k])), el("td", { text: plain(s.retention) })]))));
+  const other = routes.map((r, i) => ({ ...r, i })).filter((r) => r.flips);
+  if (other.length) parts.push(tableOf("Choices that the folded model makes otherwise", ["Router", "Choices", "Others", "Gap", "Explained by rounding"],
+    other.map((r) => [el("th", { scope: "row", text: shorten(r.module || r.choice, 80), title: shorten(r.choice, 300) }),
+      ...["choices", "flips", "gap", "bound"].map((k) => figureCell(`certificate.routes.${r.i}.${k}`, r[k]))])));
   return parts.filter(Boolean);
 }
 
