@@ -5,8 +5,10 @@ from __future__ import annotations
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.program_key import ProgramKey, Stage
+from graftc.passes.core.ir.program_key import Entry, ProgramKey, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
+from graftc.passes.graph.cut import cut_at_hidden_state
+from graftc.passes.graph.route_choices import route_choices
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -18,6 +20,23 @@ def program_of(compilation: Compilation, key: ProgramKey) -> Program:
     """
     found = compilation.programs.get(key)
     return _mixed(compilation, key) if found is None else found
+
+
+FROM_FORWARD: frozenset[Entry] = frozenset({"hidden", "routes"})
+"""Entries whose Programs follow from that of the forward pass."""
+
+
+def entered(entry: Entry, program: Program) -> Program:
+    """The Program of an entry in `FROM_FORWARD`, from that of the forward pass.
+
+    Raises:
+        GraftError: GC031 where the last hidden state is wanted and the model returns none.
+    """
+    if entry == "routes":
+        return route_choices(program)
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return cut_at_hidden_state(program, BaseModelOutput)
 
 
 def _mixed(compilation: Compilation, key: ProgramKey) -> Program:

@@ -16,6 +16,18 @@ CERTIFICATE: dict[str, Any] = {
     "collapses": [{"adaptation": "x", "site": "a", "routings": 4, "error": 0.1}],
     "anchors": [ANCHOR],
     "requantised": [],
+    "routes": [
+        {
+            "choice": "topk",
+            "module": "layers.0.mlp.gate",
+            "choices": 27,
+            "flips": 1,
+            "gap": 1e-3,
+            "noise": 2e-3,
+            "bound": 8e-3,
+            "passed": True,
+        }
+    ],
     **{"retention": RETENTION, "unchanged": ["b"]},
     "largest_difference": 1e-6,
 }

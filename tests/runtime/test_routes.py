@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding.route_evidence import Flips, RouteEvidence, moved, routed, score_noise
-from graftc.passes.core.ops.route import Choice, Routes, route
+from graftc.passes.core.ops.route import RouteChoice, Routes, route
 from graftc.passes.core.weights.folds import LazyTensors
 from graftc.passes.graph.route_choices import choices_of, route_choices
 from graftc.runtime.deploy import comparing
@@ -221,10 +221,10 @@ def test_what_stays_is_compared_with_the_same_routes(twins: Any) -> None:
     assert any(route.flips for route in certificate.routes)
 
 
-def choice(scores: list[list[float]], k: int) -> Choice:
+def choice(scores: list[list[float]], k: int) -> RouteChoice:
     """The largest ``k`` of each row."""
     values = torch.tensor(scores)
-    return Choice(values, values.topk(k).indices)
+    return RouteChoice(values, values.topk(k).indices)
 
 
 CASES: dict[str, tuple[list[list[float]], list[list[float]], int, tuple[int, float]]] = {
@@ -302,7 +302,7 @@ def test_ways_to_choose(case: str) -> None:
         (opened,) = runner.in_eval({"x": x}, "routes")
         assert torch.equal(opened, compiled(x)) and len(routes.seen) == count
         other = {
-            name: Choice(own.scores, own.chosen.flip(-1) if own.chosen.shape[-1] > 1 else (own.chosen + 1) % 5)
+            name: RouteChoice(own.scores, own.chosen.flip(-1) if own.chosen.shape[-1] > 1 else (own.chosen + 1) % 5)
             for name, own in routes.seen.items()
         }
         imposed = Routes(other)

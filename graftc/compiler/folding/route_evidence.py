@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference, largest_number
-from graftc.passes.core.ops.route import Choice
+from graftc.passes.core.ops.route import RouteChoice
 
 TIMES = 4.0
 """How many times the noise of a score two scores may be apart that rounding exchanges: as outputs may differ by twice
@@ -92,7 +92,7 @@ class Flips:
     gap: float
 
     @classmethod
-    def between(cls, before: Choice, after: Choice) -> Flips:
+    def between(cls, before: RouteChoice, after: RouteChoice) -> Flips:
         """Of one choice in two runs; of other shapes, everything is another choice."""
         rows = before.chosen.shape[:-1].numel()
         if before.scores.shape != after.scores.shape or before.chosen.shape != after.chosen.shape:
@@ -120,7 +120,7 @@ def score_noise(scores: Tensor, dtype: torch.dtype) -> float:
     return max(torch.finfo(each).eps for each in (scores.dtype, dtype)) * largest_number(scores)
 
 
-def moved(before: Mapping[str, Choice], after: Mapping[str, Choice]) -> dict[str, float]:
+def moved(before: Mapping[str, RouteChoice], after: Mapping[str, RouteChoice]) -> dict[str, float]:
     """By name, how far the scores of two runs are apart."""
     both = [name for name in before if name in after and before[name].scores.shape == after[name].scores.shape]
     return {name: largest_difference(before[name].scores, after[name].scores) for name in both}

@@ -17,12 +17,12 @@ from graftc.passes.core.ops.route import Routes
 from graftc.passes.graph.route_choices import choices_of
 from graftc.runtime.model.runner import ModelRunner
 
-__all__ = ["Comparison", "compared"]
+__all__ = ["OutputComparison", "compared"]
 
 Outputs = tuple[Any, ...]
 
 
-class Comparison:
+class OutputComparison:
     """The outputs of two models on the same inputs.
 
     Where a model chooses among its own values, as a router does among experts, the first model's choices are imposed on
@@ -121,10 +121,10 @@ class Comparison:
 
 
 @torch.no_grad()
-def compared(before: ModelRunner, after: ModelRunner) -> Comparison:
+def compared(before: ModelRunner, after: ModelRunner) -> OutputComparison:
     """Two models of the same interface on random inputs, in eval mode."""
     compilation = before._compilation
     inputs = random_inputs(
         compilation.program("train", "base"), compilation.store, config=getattr(before, "config", None)
     )
-    return Comparison(before, after, inputs)
+    return OutputComparison(before, after, inputs)

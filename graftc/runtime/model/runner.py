@@ -17,7 +17,7 @@ from graftc.compiler.capture.isolation import exclusive, is_traced
 from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
 from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.derived import program_of
+from graftc.compiler.derived import FROM_FORWARD, entered, program_of
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.program import Program
@@ -40,7 +40,6 @@ from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
-from graftc.runtime.model.entries import DERIVED, derived
 from graftc.runtime.model.generation import OF_GENERATING, Generating
 from graftc.runtime.model.packing import warn_of_packed
 from graftc.runtime.model.positioned import Positioned
@@ -395,6 +394,6 @@ class ModelRunner(Generating, Positioned):
         return ProgramKey(entry, mode, signature)
 
     def _program_of(self, key: ProgramKey) -> Program:
-        if key.entry in DERIVED:
-            return derived(key.entry, self._program_of(key._replace(entry="forward")))
+        if key.entry in FROM_FORWARD:
+            return entered(key.entry, self._program_of(key._replace(entry="forward")))
         return program_of(self._active, key)

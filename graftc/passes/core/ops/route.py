@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Choice:
+class RouteChoice:
     """What one choice of a graph saw and took in one run.
 
     Attributes:
@@ -38,8 +38,8 @@ class Routes:
         seen: by name, what the run would have chosen by its own scores; filled as it runs.
     """
 
-    imposed: Mapping[str, Choice] = field(default_factory=dict)
-    seen: dict[str, Choice] = field(default_factory=dict)
+    imposed: Mapping[str, RouteChoice] = field(default_factory=dict)
+    seen: dict[str, RouteChoice] = field(default_factory=dict)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -73,7 +73,7 @@ def route(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[T
     own = chosen.movedim(axis, -1) if whole else chosen.reshape(*rows.shape[:-1], 1)
     taken, routes = own, _CURRENT.get()
     if routes is not None:
-        routes.seen[name] = Choice(rows.clone(), own.clone())
+        routes.seen[name] = RouteChoice(rows.clone(), own.clone())
         imposed = routes.imposed.get(name)
         if imposed is not None and imposed.chosen.shape == own.shape:
             taken = imposed.chosen.to(own.device)
