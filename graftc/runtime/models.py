@@ -24,11 +24,17 @@ from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
+from graftc.runtime.model_folder import (
+    WEIGHTS,
+    ModelFolder,
+    bounded_building,
+    check_stored_types,
+    open_model_folder,
+)
 from graftc.runtime.quantised.load import FORMATS, load_quantised, quantization_of, require_read
 from graftc.runtime.reference import Built, is_callable, is_hub_id
-from graftc.runtime.tensors.folder import Refusal, TensorFolder
-from graftc.runtime.tensors.weights import weight_files
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.specs.regular_files import read_regular
 
 __all__ = [
     "from_checkpoint",
@@ -41,8 +47,6 @@ __all__ = [
 ]
 
 _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
-_WEIGHTS = ("*.safetensors", "*.bin")
-_REFUSAL = Refusal("GC032", "GC101", "download the model again")
 
 
 def local_folder(model: nn.Module) -> Path | None:
@@ -202,13 +206,13 @@ def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
 def _from_transformers(
     text: str, folder: Path, meta: bool, built: Built | None = None, wanted: torch.dtype | None = None
 ) -> Any:
+    looked_at = open_model_folder(folder, text, weights=not meta)
     config = _config(text, folder)
     cls = _architecture(text, config)
     options: dict[str, Any] = {}
     if built is not None:
         cls = _built_as(built.architecture, cls, config)
         _set(config, built.settings)
-        _check_layers(text, folder, config)
         if built.labels is not None and isinstance(getattr(config, "id2label", None), dict):
             config.id2label = dict(enumerate(built.labels))
             config.label2id = {label: number for number, label in enumerate(built.labels)}
@@ -219,8 +223,8 @@ def _from_transformers(
     try:
         if not meta:
             require_read(config, text)
-            return from_checkpoint(cls, folder, text, config=config, **options)
-        with torch.device("meta"):
+            return from_checkpoint(cls, folder, text, looked_at=looked_at, config=config, **options)
+        with torch.device("meta"), bounded_building(looked_at, text):
             made: nn.Module = cls._from_config(config, **_dtype(config))
         return made.to("meta").eval()
     except GraftError:
@@ -229,19 +233,35 @@ def _from_transformers(
         _fail(f"{cls.__name__} cannot be loaded from {text!r}: {_reason(error)}", cause=error)
 
 
-def from_checkpoint(cls: Any, folder: Path, where: str, **options: Any) -> nn.Module:
+def from_checkpoint(
+    cls: Any, folder: Path, where: str, *, looked_at: ModelFolder | None = None, **options: Any
+) -> nn.Module:
     """A model of a transformers class (an auto class too) with the weights of a folder, in eval mode.
 
     Tensors that the folder lacks are drawn from a fixed seed, and noted: `graftc.compiler.missing_weights` has what may
     become of them.
+
+    Args:
+        cls: the class.
+        folder: of transformers.
+        where: its name, for errors.
+        looked_at: the folder as `open_model_folder` gives it; that is done here by default.
+        options: for ``from_pretrained``.
+
+    Raises:
+        GraftError: GC032 and GC101 as `open_model_folder`, and where the files have other types than weights; GC161
+            and GC163 for quantised folders.
     """
-    with torch.random.fork_rng(devices=()):
+    own = looked_at or open_model_folder(folder, where)
+    with torch.random.fork_rng(devices=()), bounded_building(own, where):
         torch.manual_seed(0)
         quantization = quantization_of(options["config"]) if "config" in options else None
         if quantization is not None and quantization.get("quant_method") in FORMATS:
-            model, found = load_quantised(cls, folder, where, quantization, **options)
+            model, found = load_quantised(cls, own, where, quantization, **options)
         else:
             model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+            if own.stored is not None:
+                check_stored_types(model, own.stored, "GC032", where)
     mismatched = [key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]]
     mark_fresh(model, {*found["missing_keys"], *mismatched}, where)
     return arrived(model)
@@ -255,31 +275,14 @@ def _check_folder(folder: Path, meta: bool) -> None:
         inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"did you mean {str(folder / inner[0])!r}?" if inner else _FORMS
         _fail(f"{str(folder)!r} has no config.json", hint)
-    if not meta and not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+    if not meta and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         _fail(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
-
-
-def _check_layers(text: str, folder: Path, config: Any) -> None:
-    """Refuse a config of more layers than there are weights, before they are made, which may take minutes."""
-    held = TensorFolder(folder, _REFUSAL, strict=False).entries if weight_files(folder) is not None else {}
-    most = max(_layers_of(config.to_dict()), default=0)
-    if held and most > len(held):
-        message = f"the config of {text!r} has {most} layers, and its files have {len(held)} tensors"
-        _fail(message, "take a complete checkpoint")
-
-
-def _layers_of(settings: Mapping[Any, Any]) -> Iterator[int]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _layers_of(value)
-        elif isinstance(name, str) and name.endswith(("layers", "_layer")) and type(value) is int:
-            yield value
 
 
 def _base_of(adapter: Path) -> str | None:
     try:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = json.loads(read_regular(adapter)).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return f"give its base model: {base}" if base else None
 

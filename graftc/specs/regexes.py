@@ -21,6 +21,9 @@ __all__ = ["SECONDS", "RegexMatcher", "check_regex"]
 SECONDS = 1.0
 """Seconds of computing for all regular expressions of a spec together."""
 
+CHARACTERS = 10_000
+"""How long one may be: compiling takes a tenth of a second then, and cannot be stopped."""
+
 GROUPS = 50
 """How deep groups are nested."""
 
@@ -31,9 +34,12 @@ def check_regex(text: str) -> int:
     """The size of a regular expression: its characters, times what its counts, as in ``a{3}``, multiply to.
 
     Raises:
-        GraftError: GC002 where it is none, GC009 where it repeats or nests too much to be compiled.
+        GraftError: GC002 where it is none, GC009 where it is too long, repeats or nests too much to be compiled.
     """
     size = len(text)
+    if size > CHARACTERS:
+        hint = f"a regular expression has at most {CHARACTERS:,} characters; a list of names may be longer"
+        raise GraftError("GC009", f"{quoted(text)} has {size:,} characters, too many to be compiled", hint=hint)
     for match in _COUNTED.finditer(text):
         size *= max([1, *(int(n) if len(n) < 10 else PATTERNS for n in match.groups() if n)])
         if size > PATTERNS:
@@ -88,11 +94,13 @@ class RegexMatcher:
         """Those of ``paths`` that match as a whole, or ``anywhere``.
 
         Raises:
-            GraftError: GC002 and GC009 as :func:`check_regex`; GC008 where the time for matching is over.
+            GraftError: GC002 and GC009 as :func:`check_regex`; GC008 where the time for compiling and matching is over.
         """
         found: set[str] = set()
         started = time.process_time()
         try:
+            if self.seconds <= 0:
+                raise TimeoutError
             check_regex(text)
             pattern = _compiled(text)
             for path in dict.fromkeys(paths):

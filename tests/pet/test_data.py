@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,26 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "_LINE", 20)
     error = refused(put(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "abcdefghijklmnop"}'))
     assert line(error) == 2 and "more than 20 bytes" in error.message
+
+
+@pytest.mark.parametrize("columns", [1_001, 1_000_000])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_rows_have_so_many_fields(tmp_path: Path, columns: int, suffix: str) -> None:
+    file = tmp_path / f"train{suffix}"
+    names = [f"c{n}" for n in range(columns)]
+    if suffix == ".jsonl":
+        names = names[:100_000]  # a line is no longer
+        file.write_text(json.dumps(dict.fromkeys(names, "x")) + "\n")
+    else:
+        mark = {".csv": ",", ".tsv": "\t"}[suffix]
+        file.write_text(f"{mark.join(names)}\n{mark.join('x' * columns)}\n")
+    started = time.process_time()
+    with pytest.raises(GraftError) as caught:
+        load_rows(file, ["a"])
+    assert caught.value.code == "GC180" and time.process_time() - started < 2
+
+
+def test_a_thousand_columns_are_read(tmp_path: Path) -> None:
+    names = [f"c{n}" for n in range(1_000)]
+    (tmp_path / "train.csv").write_text(f"{','.join(names)}\n{','.join('x' * 1_000)}\n")
+    assert len(load_rows(tmp_path / "train.csv").rows[0]) == 1_000

@@ -199,6 +199,20 @@ DAMAGED = {
     "no blocks": ("fp8 blocks", _dropped("weight_scale_inv")),
     "another shape": ("compressed 4", _instead("weight_shape", lambda t: t.flip(0) + 1)),
     "fewer codes": ("hqq 4", _instead("W_q", lambda t: t[:-1])),
+    "codes that are turned": ("hqq 4", _instead("W_q", lambda t: t.T)),
+    "codes of the other axis": ("hqq 4", _instead("axis", lambda t: 1 - t)),
+    "scales that are turned": ("hqq 4", _instead("scale", lambda t: t.T)),
+    "zero points of another form": ("hqq 4", _instead("zero", lambda t: t.reshape(-1))),
+    "a weight of whole numbers beside its scale": ("fp8 blocks", _instead("weight", lambda t: t.view(torch.uint8))),
+    "a weight of signed numbers beside its scale": ("fp8 blocks", _instead("weight", lambda t: t.view(torch.int8))),
+    "a weight that is not quantised beside its scale": ("fp8 blocks", _instead("weight", lambda t: t.bfloat16())),
+    "the same in float32, with one scale": ("fp8 one scale", _instead("weight", lambda t: t.float())),
+    "words beside a scale": ("compressed int8", _instead("weight", lambda t: t.int())),
+    "numbers beside a scale": ("compressed int8", _instead("weight", lambda t: t.half())),
+    "a weight instead of words": (
+        "gptq 4",
+        lambda state, name: state.update({f"{name}.weight": torch.zeros(96, 64), f"{name}.qweight": None}),
+    ),
     "a group of nothing": ("hqq 4", _instead("group_size", lambda t: t * 0 - 3)),
     "another axis": ("hqq 4", _instead("axis", lambda t: t + 5)),
 }
@@ -211,6 +225,7 @@ def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     written(tmp_path, kind)
     state = load_file(tmp_path / "model.safetensors")
     damage(state, "model.layers.1.mlp.up_proj")
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(GraftError, match="GC163"):
         graftc.load_base(tmp_path)

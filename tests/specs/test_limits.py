@@ -399,3 +399,23 @@ def test_python_objects_are_held_to_the_limits_too() -> None:
     assert refused(lambda: Target(modules="\ud800")).code == "GC010"
     assert refused(lambda: Spec.model_validate_json('{"adapt": [{"method": "\\ud800"}]}')).code in ("GC001", "GC010")
     assert refused(lambda: Spec.model_validate_json("[" * 5_000)).code in ("GC001", "GC009")
+
+
+@pytest.mark.parametrize("unit", ["a", "(a|b)?", "[a-z]*", "a|", "\\w+\\.", "(?=a)"])
+def test_a_regular_expression_is_measured_before_it_is_compiled(unit: str) -> None:
+    started = time.process_time()
+    with pytest.raises(GraftError) as caught:
+        check_regex(unit * (1_000_000 // len(unit)))
+    assert caught.value.code == "GC009" and time.process_time() - started < 0.5
+    started = time.process_time()
+    check_regex(unit * (10_000 // len(unit)))
+    assert time.process_time() - started < 1
+
+
+def test_many_regular_expressions_have_one_time_to_be_compiled_and_matched() -> None:
+    matcher = RegexMatcher(0.2)
+    started = time.process_time()
+    with pytest.raises(GraftError) as caught:
+        for number in range(10_000):
+            matcher.matching(f"({number}|b)*" * 500, ["a"])
+    assert caught.value.code == "GC008" and time.process_time() - started < 1

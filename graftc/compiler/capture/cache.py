@@ -169,7 +169,7 @@ def _content(path: Path) -> bytes | None:
             return None
         if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
             return None
-        return file.read(_LARGEST_FILE + 1)
+        return file.read(min(found.st_size, _LARGEST_FILE) + 1)  # what may be read is what memory is taken for
 
 
 def _write(wanted: str | None, found: Capture) -> None:

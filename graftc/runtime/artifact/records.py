@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graftc.runtime.artifact.fields import TEXT_BYTES, File
 from graftc.runtime.artifact.manifest import damaged, first_error
+from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
 __all__ = ["KeptCertificate", "MergedRecord", "content", "read_model"]
@@ -55,8 +57,9 @@ def read_model(model: type[Read], path: Path, where: str, file: str) -> Read:
         GraftError: GC082 where it is none.
     """
     try:
-        read_json(content(path, TEXT_BYTES), TEXT_BYTES)
-        return model.model_validate_json(path.read_bytes())
+        raw = content(path, TEXT_BYTES)
+        read_json(raw, TEXT_BYTES)
+        return model.model_validate_json(raw)
     except ValidationError as error:
         raise damaged(where, file, first_error(error)) from error
     except (OSError, ValueError) as error:
@@ -67,10 +70,11 @@ def content(path: Path, most: int) -> bytes:
     """The bytes of a file, of which there may be only so many.
 
     Raises:
-        ValueError: there are more; OSError.
+        ValueError: there are more, or it is not a regular file, with the reason and without the path; OSError.
     """
-    with path.open("rb") as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return raw
+    try:
+        return read_regular(path, most)
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        raise ValueError(error.strerror) from error

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graftc.compiler.missing_weights import require_weights
 from graftc.runtime.demo.chat import topics_of
 from graftc.runtime.demo.data import Dataset, load_r8
 from graftc.runtime.demo.decoder import find_decoder
@@ -174,7 +175,9 @@ class _LLMDemo(Stages):
     def _model(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return from_checkpoint(AutoModelForCausalLM, self.folder, str(self.folder), dtype=torch.float32)
+        model = from_checkpoint(AutoModelForCausalLM, self.folder, str(self.folder), dtype=torch.float32)
+        require_weights(model)
+        return model
 
     def _scores(self, model: torch.nn.Module, generator: Any) -> tuple[TopicScores, list[str]]:
         """Of a model, and of what it generates; and the answers."""

@@ -14,7 +14,7 @@ from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.pet.pattern import LABEL
 from graftc.specs.strict_json import read_json
 
-__all__ = ["FILE_BYTES", "ROWS", "TEXT", "PetData", "TextRows", "load_pet_data", "load_rows"]
+__all__ = ["FIELDS", "FILE_BYTES", "ROWS", "TEXT", "PetData", "TextRows", "load_pet_data", "load_rows"]
 
 FILE_BYTES = 4 * 1024**3
 """Bytes of a file at most."""
@@ -24,6 +24,9 @@ ROWS = 10_000_000
 
 TEXT = 100_000
 """Characters of a field at most."""
+
+FIELDS = 1_000
+"""Fields of a row, and columns of a table, at most."""
 
 _LINE = 16 * TEXT
 """Bytes of a line of JSON at most."""
@@ -226,6 +229,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 _wrong(path, number, f"the line is not UTF-8 text: byte {error.start + 1} does not fit")
             except ValueError as error:
                 _wrong(path, number, f"the line is not JSON: {str(error)[:200]}", "write an object on each line")
+            if isinstance(row, dict) and len(row) > FIELDS:
+                _wrong(path, number, f"the row has {len(row):,} fields, more than {FIELDS:,}")
             if not isinstance(row, dict):
                 _wrong(path, number, f"the line is no object, but {shown(row)}", 'for example {"text": "..."}')
             yield number, row
@@ -268,11 +273,17 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _check_header(path: Path, line: int, header: list[str]) -> None:
+    if len(header) > FIELDS:
+        _wrong(
+            path, line, f"there are {len(header):,} columns, more than {FIELDS:,}", "leave out what no pattern shows"
+        )
+    seen: set[str] = set()
     for index, name in enumerate(header):
         if not name.strip():
             _wrong(path, line, f"column {index + 1} has no name", "the first line names the columns")
-        if name in header[:index]:
+        if name in seen:
             _wrong(path, line, f"two columns have the name {quoted(name)}", "rename one")
+        seen.add(name)
 
 
 def _text(value: Any) -> str | None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from graftc.passes.core.packing.modules import Packed, hold_packed
+from graftc.runtime.model_folder import ModelFolder, check_stored_types
 from graftc.runtime.quantised.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
 from graftc.runtime.quantised.placing import PackedPlace, places_of
-from graftc.runtime.quantised.tensors import FolderTensors, damaged
+from graftc.runtime.quantised.tensors import REFUSAL, FolderTensors, damaged
 from graftc.runtime.quantised.weights import Format, unread
+from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 FORMATS: Mapping[str, Format] = {
@@ -86,12 +87,12 @@ def _require_package(name: str, where: str) -> None:
         raise GraftError("GC161", message, hint=f"pip install {name}")
 
 
-def load_quantised(cls: Any, folder: Path, where: str, options: Mapping[str, Any], **kwargs: Any) -> Any:
+def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[str, Any], **kwargs: Any) -> Any:
     """A model with the weights of a quantised folder, and what transformers says of the loading.
 
     Args:
         cls: of transformers.
-        folder: has safetensors.
+        folder: that has been looked at.
         where: its name, for errors.
         options: what its config says under ``quantization_config``.
         kwargs: for ``from_pretrained``, its config among them.
@@ -99,7 +100,7 @@ def load_quantised(cls: Any, folder: Path, where: str, options: Mapping[str, Any
     Raises:
         GraftError: GC161 for a method or an option that is not read, GC163 for tensors that do not fit.
     """
-    tensors = FolderTensors(folder)
+    tensors = FolderTensors(folder.stored or TensorFolder(folder.path, REFUSAL))
     found = list(FORMATS[str(options["quant_method"])](tensors, options))
     if not found:
         damaged(f"the config of {where} says {options['quant_method']}, and none of its weights are quantised")
@@ -109,8 +110,14 @@ def load_quantised(cls: Any, folder: Path, where: str, options: Mapping[str, Any
         own.__dict__.pop("quantization_config", None)
     plan = _plan(lambda model: places_of(model, found), _put)
     model, info = cls.from_pretrained(
-        folder, config=config, quantization_config=plan, trust_remote_code=False, output_loading_info=True, **kwargs
+        folder.path,
+        config=config,
+        quantization_config=plan,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **kwargs,
     )
+    check_stored_types(model, tensors.stored, "GC163", where, tensors.read)
     for module in model.modules():
         for name in _OURS:
             module.__dict__.pop(name, None)

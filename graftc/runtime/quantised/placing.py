@@ -16,6 +16,7 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.packing.row_scaled import RowScaled
+from graftc.runtime.model_folder import converted_names
 from graftc.runtime.quantised.tensors import damaged
 from graftc.runtime.quantised.weights import StoredWeight, unread
 
@@ -51,17 +52,14 @@ def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
             cannot be joined without quantising again.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-    conversions = get_model_conversion_mapping(model, None, None)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
+    converters = [e for e in get_model_conversion_mapping(model, None, None) if isinstance(e, WeightConverter)]
+    weights, known = sorted(found, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
+    names = converted_names(model, [weight.name for weight in weights], known)
     by_target: dict[str, list[tuple[str | None, StoredWeight]]] = {}
-    for weight in sorted(found, key=lambda weight: dot_natural_key(weight.name)):
-        target, source = rename_source_key(weight.name, renamings, converters, model.base_model_prefix, known)
-        if target not in known and weight.name in known:
-            target, source = weight.name, None
+    for weight in weights:
+        target, source = names[weight.name]
         if target not in known:
             damaged(f"{type(model).__name__} has no place for {weight.name}")
         by_target.setdefault(target, []).append((source, weight))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -13,36 +12,37 @@ from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 
 _ANEW = "take the checkpoint anew from where it came"
+REFUSAL = Refusal("GC163", "GC101", _ANEW)
 
 
 class FolderTensors:
     """What the safetensors of a folder hold.
 
     Args:
-        folder: of a model of transformers.
+        stored: the tensors of a model of transformers.
 
-    Raises:
-        GraftError: GC163 where there are none, or one cannot be read, GC101 for names that lead out of the folder.
+    Attributes:
+        stored: the same.
+        read: names of those that have been read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._stored = TensorFolder(folder, Refusal("GC163", "GC101", hint=_ANEW), strict=False)
+    def __init__(self, stored: TensorFolder) -> None:
+        self.stored, self.read = stored, set[str]()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._stored
+        return name in self.stored
 
     def ending(self, suffix: str) -> Iterator[str]:
         """What names that end so have before it, in order."""
-        return (name.removesuffix(suffix) for name in sorted(self._stored) if name.endswith(suffix))
+        return (name.removesuffix(suffix) for name in sorted(self.stored) if name.endswith(suffix))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes of a tensor."""
-        return self._stored.entries[name].shape
+        return self.stored.entries[name].shape
 
     def kind(self, name: str) -> str:
         """The element type of a tensor as the file has it: ``F8_E4M3``."""
-        return self._stored.entries[name].dtype
+        return self.stored.entries[name].dtype
 
     def get(self, name: str, *dtypes: torch.dtype, shape: Sequence[int | None] | None = None) -> Tensor:
         """A tensor.
@@ -55,9 +55,10 @@ class FolderTensors:
         Raises:
             GraftError: GC163 where it is missing or another one.
         """
-        if name not in self._stored:
-            damaged(f"{self.folder} has no {name}")
-        found = self._stored[name]
+        if name not in self.stored:
+            damaged(f"{self.stored.path} has no {name}")
+        found = self.stored[name]
+        self.read.add(name)
         if dtypes and found.dtype not in dtypes:
             damaged(f"{name} is {_named(found.dtype)}, not {' or '.join(map(_named, dtypes))}")
         fits = shape is None or len(shape) == found.dim()

@@ -20,7 +20,7 @@ from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
 from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.foreign.config import CONFIG, read_config
+from graftc.specs.foreign.config import CONFIG, config_bytes, read_config
 
 __all__ = ["base_named_by", "peft_updates"]
 
@@ -51,7 +51,7 @@ class _Parts(Mapping[str, Tensor]):
 def base_named_by(path: Path) -> Path | None:
     """The folder that an adapter's config names as its base; None where it names none that is here."""
     try:
-        named = read_config((path / CONFIG).read_bytes(), CONFIG).base_model_name_or_path
+        named = read_config(config_bytes(path / CONFIG), CONFIG).base_model_name_or_path
         return Path(named) if named and (Path(named) / "config.json").is_file() else None
     except (OSError, ValueError, GraftError):  # what is wrong with it is said when it is read as an adapter
         return None

@@ -18,6 +18,7 @@ from graftc.runtime.tensor_files import FLOATING
 from graftc.runtime.tensors.folder import TensorFolder
 from graftc.runtime.tensors.headers import Shard, StoredTensor
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import read_regular
 
 __all__ = ["MergePlan", "make_plan", "stored_config"]
 
@@ -112,7 +113,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as error:
         raise GraftError("GC100", f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):

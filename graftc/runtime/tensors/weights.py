@@ -16,8 +16,9 @@ from graftc.runtime.tensors.headers import is_tensor_name
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["INDEX", "SINGLE", "UnsafeFileError", "WeightFiles", "leads_inside", "weight_files"]
+__all__ = ["INDEX", "SINGLE", "UnsafeFileError", "WeightFiles", "embedded_adapter", "leads_inside", "weight_files"]
 
+_ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_BYTES = 2**25
 _ENTRIES = 2**20
@@ -52,6 +53,8 @@ def weight_files(folder: Path) -> WeightFiles | None:
         UnsafeFileError: a name leads out of the folder, or to something that is not a regular file.
         ValueError: the index cannot be read, or files that it names are missing; OSError.
     """
+    if (adapter := embedded_adapter(folder)) is not None:
+        raise ValueError(f"it holds a model and {adapter}, which transformers would put on top of it")
     name = _named(folder)
     if name is None:
         name = next((name for name in (SINGLE, INDEX) if _is_there(folder / name)), None)
@@ -64,6 +67,11 @@ def weight_files(folder: Path) -> WeightFiles | None:
     names = tuple(sorted(set(index["weight_map"].values())))
     _check_files(folder, names)
     return WeightFiles(names, name, index)
+
+
+def embedded_adapter(folder: Path) -> str | None:
+    """The config of an adapter that transformers would put on top of a folder's model; None where there is none."""
+    return _ADAPTER if (folder / _ADAPTER).exists() and (folder / "config.json").exists() else None
 
 
 def _is_there(path: Path) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import cache_name
+from graftc.compiler.missing_weights import require_weights
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import is_peft
 from graftc.runtime.generate.names import DECODER, PAIR
@@ -125,8 +126,8 @@ def open_text_model(
         device: where the model goes; it stays where it is loaded by default.
 
     Raises:
-        GraftError: GC032 for a folder that holds no model, GC142 for a model that does not generate, GC146 where there
-            is no tokenizer; and as `graftc.load`.
+        GraftError: GC032 for a folder that holds no model, GC089 where it lacks tensors of the model, GC142 for a model
+            that does not generate, GC146 where there is no tokenizer; and as `graftc.load`.
     """
     kind, made, compiled = _loaded(folder, model)
     source = made if compiled is None else compiled.compilation.source
@@ -155,7 +156,9 @@ def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None
         from graftc.runtime.generate import load as load_graphs
 
         return "onnx", load_graphs(folder), None
-    return "model", load_folder(folder), None
+    loaded = load_folder(folder)
+    require_weights(loaded)
+    return "model", loaded, None
 
 
 def _neighbour(folder: Path) -> str | None:

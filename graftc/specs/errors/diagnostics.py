@@ -10,12 +10,14 @@ import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 from graftc.specs.errors.catalogue import CATALOGUE, Code
 from graftc.specs.errors.text import printable, quoted, some
 
 _LONGEST = 200
+_MOST_CANDIDATES = 20_000
 """Characters of a word that similar ones are looked for."""
 
 __all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "first_line", "nearest", "warn"]
@@ -207,11 +209,11 @@ def first_line(error: BaseException) -> str:
 
 def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """The at most ``n`` candidates that look most like ``word``, best first; empty if none comes close, and for a word
-    that is longer than names are."""
+    that is longer than names are. Of very many candidates the first ones are looked at."""
     if len(word) > _LONGEST:
         return []
     by_lower: dict[str, str] = {}
-    for candidate in candidates:
+    for candidate in islice(candidates, _MOST_CANDIDATES):
         by_lower.setdefault(candidate.lower(), candidate)
     close = difflib.get_close_matches(word.lower(), list(by_lower), n=n, cutoff=0.6)
     return [by_lower[c] for c in close]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -19,14 +20,16 @@ from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.peft import PeftFormat
 from graftc.specs.regexes import RegexMatcher
 from graftc.specs.registry import method_specs
+from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["CONFIG", "AdapterConfig", "beside", "formats", "matching", "read_config", "supported_types"]
+__all__ = ["CONFIG", "AdapterConfig", "beside", "config_bytes", "formats", "matching", "read_config", "supported_types"]
 
 CONFIG = "adapter_config.json"
 MOST = 16 * 2**20
 """Bytes that the file may have: AdaLoRA writes a flag for each rank of each layer."""
 
+_VALUES = 2**20
 _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
 """Fields of every type that say where an adapter comes from."""
 
@@ -130,6 +133,19 @@ def supported_types() -> list[str]:
     return sorted(formats())
 
 
+def config_bytes(path: Path) -> bytes:
+    """The bytes of a config's file.
+
+    Raises:
+        GraftError: GC111 where it cannot be read, or is larger than a config is.
+    """
+    try:
+        return read_regular(path, MOST)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise GraftError("GC111", f"it cannot be read: {reason}", place=Place(str(path))) from None
+
+
 def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
     """A config from the bytes of its file, or from plain data.
 
@@ -142,7 +158,7 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
             has no equivalent here.
     """
     try:
-        data = read_json(raw, MOST) if isinstance(raw, bytes) else dict(raw)
+        data = read_json(raw, MOST, values=_VALUES) if isinstance(raw, bytes) else dict(raw)
     except ValueError as error:
         raise GraftError("GC111", f"it is no JSON: {error}", place=Place(where)) from None
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):

@@ -24,7 +24,8 @@ from graftc.runtime.interop.peft.servers import SERVERS, require_served
 from graftc.runtime.models import local_config
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
-from graftc.specs.foreign.config import CONFIG, MOST, read_config
+from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, read_config
+from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
 __all__ = ["AdapterSource", "ConvertedFolder", "ProbedMap", "compared", "convert_folder", "is_adapter_folder"]
@@ -245,7 +246,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    raw = (folder / CONFIG).read_bytes()
+    raw = config_bytes(folder / CONFIG)
     read_config(raw, str(folder / CONFIG))  # refuses what is none
     found: dict[str, Any] = read_json(raw, MOST)
     return found
@@ -288,9 +289,9 @@ def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
 def _heads(base: Path, *, required: bool) -> AttentionSizes | None:
     file = base / "config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
         return AttentionSizes.of(found, str(file))
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:
         if required:

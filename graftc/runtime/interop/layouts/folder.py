@@ -23,7 +23,7 @@ from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
-from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
 from graftc.specs.methods.lora import LoRA
 
 __all__ = ["detected", "laid_out", "named", "raw_keys", "read_layout", "write_layout"]
@@ -175,7 +175,7 @@ def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
     if not (folder / CONFIG).is_file():
         raise GraftError("GC110", f"{folder} has no {CONFIG}", place=Place(str(folder)))
-    config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
     scale = _scale(config)
     keys = adapter_tensors(folder / WEIGHTS)
     words = [f".{word}.weight" for word in layout.factors]

@@ -22,7 +22,7 @@ from graftc.specs.arguments import as_path
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
-from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
 from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_rows, takes_bias
 
 __all__ = ["WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
@@ -157,7 +157,7 @@ def read_peft(
             explain.
     """
     folder = _folder(as_path(path), name)
-    config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
     file = adapter_tensors(folder / WEIGHTS)
     sizes = {key: stored.shape for key, stored in file.entries.items()}
     types = {key: stored.dtype for key, stored in file.entries.items()}

@@ -46,12 +46,11 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
     grouped = (count, size) if axis else (size, count)
     words = tensors.get(f"{name}.W_q")
     words = words.contiguous().view(torch.uint8) if words.dtype != torch.uint8 else words
-    if words.numel() * 8 != rows * width * bits:
-        damaged(f"{name}.W_q has {words.numel()} bytes for {rows} x {width} codes of {bits} bits")
-    codes = _unpacked(words.reshape(-1, grouped[1]), bits).reshape(rows, width)
-    scales, zeros = (tensors.get(f"{name}.{part}", *FLOATS).to(made_in) for part in ("scale", "zero"))
-    if scales.numel() != count or zeros.numel() != count:
-        damaged(f"{name} has {scales.numel()} scales and {zeros.numel()} zero points for {count} groups")
+    if grouped[0] * bits % 8 or words.shape != (grouped[0] * bits // 8, grouped[1]):
+        damaged(f"{name}.W_q is {list(words.shape)} bytes, for {grouped[0]} x {grouped[1]} codes of {bits} bits")
+    codes = _unpacked(words, bits).reshape(rows, width)
+    each = (count, 1) if axis else (1, count)
+    scales, zeros = (tensors.get(f"{name}.{part}", *FLOATS, shape=each).to(made_in) for part in ("scale", "zero"))
     packing = HalfQuadratic("hqq8" if bits == 8 else "hqq4", group, axis == 0, via=via_of(made_in))
     parts = (codes if bits == 8 else halves(codes), *(as_bytes(part.reshape(-1, 1)) for part in (scales, zeros)))
     return PackedType(packing, (rows, width), dtype), tuple(part.contiguous() for part in parts)
