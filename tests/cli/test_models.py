@@ -123,7 +123,7 @@ def test_architectures_that_name_no_class(
 
 def test_a_broken_config_and_broken_weights(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"not weights")
-    assert _refused("saved").message.startswith("BertForSequenceClassification cannot be loaded from 'saved': ")
+    assert _refused("saved").message.startswith("saved is damaged: model.safetensors: ")
     (saved / "config.json").write_text("{", encoding="utf-8")
     assert _refused("saved").message.startswith("the config.json of 'saved' cannot be read: ")
 
