@@ -232,10 +232,11 @@ def converted_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) 
     if not wanted:
         return {}
     conversions = get_model_conversion_mapping(model, None, None)
+    own = dict(known)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     found: dict[str, tuple[str, str | None]] = {}
     for name in wanted:
-        target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
         found[name] = (name, None) if target not in known and name in known else (target, source)
     return found

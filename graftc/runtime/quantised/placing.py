@@ -55,10 +55,10 @@ def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
     converters = [e for e in get_model_conversion_mapping(model, None, None) if isinstance(e, WeightConverter)]
-    weights, known = sorted(found, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
-    names = converted_names(model, [weight.name for weight in weights], known)
+    ordered, known = sorted(found, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
+    names = converted_names(model, [weight.name for weight in ordered], known)
     by_target: dict[str, list[tuple[str | None, StoredWeight]]] = {}
-    for weight in weights:
+    for weight in ordered:
         target, source = names[weight.name]
         if target not in known:
             damaged(f"{type(model).__name__} has no place for {weight.name}")
