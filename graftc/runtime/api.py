@@ -64,7 +64,7 @@ def compile(
     Raises:
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
-    loaded, seed = load_spec(spec), as_seed(seed)
+    loaded, seed = spec_for(spec, model, example_inputs, cache=cache), as_seed(seed)
     axes, flags = _request(model, example_inputs)
     with asked(progress):
         compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
@@ -171,10 +171,35 @@ def check(
     Raises:
         GraftError: as `compile`.
     """
+    loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
-    compilation = compile_model(load_spec(spec), model, axes, flags=flags, use_cache=cache)
+    compilation = compile_model(loaded, model, axes, flags=flags, use_cache=cache)
     check_fresh(compilation)
     return report(compilation)
+
+
+def spec_for(
+    spec: SpecLike, model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True
+) -> Spec:
+    """The spec that `compile` compiles against a model.
+
+    A config of PEFT leaves it to the kind of the model, the task and the version of transformers what is adapted; here
+    it says by name what `peft.get_peft_model` adapts in this model.
+
+    Args:
+        spec, model, example_inputs, cache: as for `compile`.
+
+    Raises:
+        GraftError: as `compile`.
+    """
+
+    def from_config(config: object, where: str) -> Spec:
+        from graftc.runtime.interop.peft.configs import spec_of
+
+        require_plain(model)
+        return spec_of(config, where, model, lambda: roles(model, example_inputs, cache=cache))
+
+    return load_spec(spec, from_config)
 
 
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> ModelStructure:

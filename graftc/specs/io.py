@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,10 +37,18 @@ _FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".json": "json",
 _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
 
 
-def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str]) -> Spec:
+FromConfig = Callable[[object, str], Spec]
+"""Makes a spec of a config of PEFT, which is read from the place that is named."""
+
+
+def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_config: FromConfig | None = None) -> Spec:
     """The spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``), a mapping, or a Spec as is.
 
     A config of PEFT, as an object, a mapping or a file, becomes the spec that says the same.
+
+    Args:
+        source: the spec.
+        from_config: makes the spec of a config of PEFT; by default it says what the config does for any model.
 
     Raises:
         GraftError: GC006 where there is no such file, GC001 where it cannot be read, GC002 to GC012 where it
@@ -50,11 +58,15 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str]) -> Spec:
     if isinstance(source, Spec):
         return source
     if is_foreign(source):
-        return Spec.model_validate(translated(source))
+        return (from_config or _for_any_model)(source, "the config")
     if isinstance(source, Mapping):
         return Spec.model_validate(dict(source))
     text, format = read_spec_file(source)
-    return parse_spec(text, format=format, file=str(source))
+    return parse_spec(text, format=format, file=str(source), from_config=from_config)
+
+
+def _for_any_model(config: object, where: str) -> Spec:
+    return Spec.model_validate(translated(config, where))
 
 
 def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec") -> tuple[str, Format]:
@@ -76,15 +88,17 @@ def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec
     return _read(path), _format_of(path)
 
 
-def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -> Spec:
-    """The spec in a text. ``file`` is named in errors.
+def parse_spec(
+    text: str, *, format: Format = "yaml", file: str | None = None, from_config: FromConfig | None = None
+) -> Spec:
+    """The spec in a text. ``file`` is named in errors; ``from_config`` is as for `load_spec`.
 
     Raises:
         GraftError: as :func:`load_spec`.
     """
     data, source = parse_document(text, format, file, "version: 1 and adapt: [...]")
     if is_foreign(data):
-        return Spec.model_validate(translated(data, source.file or "the config"))
+        return (from_config or _for_any_model)(data, source.file or "the config")
     spec = checked(Spec, data, source)
     spec._source = source
     return spec

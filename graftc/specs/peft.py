@@ -75,6 +75,8 @@ class PeftFormat:
         when: what a config of this type says if it is this method: field and value.
         fields: fields of the config that are fields of the spec: theirs, then ours.
         values: of such fields, what their values are here; others are refused.
+        starts: of fields of the config that say how training starts, what each value is here, as fields of the spec;
+            others are refused where the config stands for a spec.
         unnamed: by field of the config, what is written for values of ours that peft has no word for, and of which
             nothing remains in what has been trained.
         patterns: fields of the config with other values of a field of ours for some modules: theirs, then ours.
@@ -96,6 +98,7 @@ class PeftFormat:
     when: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    starts: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)
     unnamed: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
     lists: Mapping[str, PeftList] = field(default_factory=dict)
@@ -143,3 +146,9 @@ LORA_STARTS: Mapping[Any, Any] = MappingProxyType(
     | {"pissa": "pissa", "olora": "olora"}
 )
 """Initialisers of peft's LoRA. Of those that leave the base as it is, nothing remains in what has been trained."""
+
+AS_USUAL: Mapping[Any, Mapping[str, Any]] = MappingProxyType({True: {}})
+"""What a switch of peft's initial values has to say: that they are the method's own."""
+
+NO_DROPOUT: Mapping[Any, Mapping[str, Any]] = MappingProxyType({0: {}})
+"""What a kind of dropout has to say that there is none of here."""

@@ -356,7 +356,7 @@ def test_a_config_is_a_spec(tmp_path: Path) -> None:
         assert found.get_nb_trainable_parameters()[0] == count  # type: ignore[attr-defined]
 
 
-def test_a_config_that_leaves_modules_to_the_model_is_no_spec() -> None:
+def test_a_config_that_leaves_modules_to_the_model_is_no_spec_by_itself() -> None:
     for config in (peft.LoraConfig(), peft.LoraConfig(target_modules="all-linear"), peft.OFTConfig()):
         with pytest.raises(GraftError) as caught:
             graftc.load_spec(config)

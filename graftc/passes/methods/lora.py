@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.capabilities import RowWise
-from graftc.passes.core.method.lowrank import added, factors, normal, uniform, zeros
+from graftc.passes.core.method.lowrank import added, factors, normal, uniform, within, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.lora import LoRA
 
 aten = torch.ops.aten
@@ -24,11 +26,13 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
     """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
-    ``kaiming`` and ``gaussian`` start with ``B = 0``. ``pissa`` (Meng et al. 2024, arXiv:2404.02948) and ``olora``
-    (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part of ``W``; conventionally they subtract that part
-    from ``W``. Here frozen copies of the initial factors are subtracted in the branch instead: the initial function
-    equals the base's bit for bit, and ``W`` stays unchanged. ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one
-    iteration, starts from what quantising took from ``W``: ``s B A`` is the nearest matrix of that rank, and stays.
+    ``kaiming`` and ``gaussian`` start with ``B = 0``, ``orthogonal`` with ``B A = 0``
+    (https://datta0.github.io/posts/rethink-lora-init), ``random`` with another function than the base's. ``pissa``
+    (Meng et al. 2024, arXiv:2404.02948) and ``olora`` (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part
+    of ``W``; conventionally they subtract that part from ``W``. Here frozen copies of the initial factors are
+    subtracted in the branch instead: the initial function equals the base's bit for bit, and ``W`` stays unchanged.
+    ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from what quantising took from ``W``:
+    ``s B A`` is the nearest matrix of that rank, and stays.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
 
@@ -123,7 +127,13 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
     if spec.init not in _FROM_WEIGHT and spec.init != "loftq":
         if isinstance(site, EmbeddingSite):
             # As loralib does for tables: a row is looked up alone, so its fan-in is one.
+            if spec.init == "random":
+                return normal(1), normal(1)
             return (normal(1), zeros) if spec.freeze_a else (zeros, normal(1))
+        if spec.init == "orthogonal":
+            return _orthogonal(spec, site, build)
+        if spec.init == "random":
+            return uniform, within(1 / math.sqrt(spec.rank * math.prod(site.leading)))
         return normal(1 / spec.rank) if spec.init == "gaussian" else uniform, zeros
     if build.store.device().type == "meta":
         return zeros, zeros
@@ -135,6 +145,33 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
         return _FROM_WEIGHT[spec.init](build.read_weight(site), spec.rank, spec.scaling)
 
     return (lambda tensor, _: _copy(tensor, parts()[0])), (lambda tensor, _: _copy(tensor, parts()[1]))
+
+
+def _orthogonal(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
+    """Two random maps through the even and the odd rows of one random orthogonal matrix, so that ``B A = 0``.
+
+    Raises:
+        GraftError: GC020 for an odd rank.
+    """
+    if spec.rank % 2:
+        message = f"init: orthogonal shares the rank out to both factors, and {spec.rank} is odd"
+        raise GraftError("GC020", message, place=Place(path="rank"), hint=f"use rank {spec.rank + 1}, or another init")
+
+    @cache
+    def half(odd: bool) -> Tensor:
+        shape = (*site.leading, spec.rank, spec.rank)
+        drawn = torch.randn(shape, generator=build.generator(f"{build.adaptation}/{site.key}/orthogonal"))
+        return torch.linalg.qr(drawn)[0][..., int(odd) :: 2, :]
+
+    def down(tensor: Tensor, generator: torch.Generator) -> None:
+        drawn = torch.randn((*site.leading, site.in_features, spec.rank // 2), generator=generator)
+        _copy(tensor, (drawn @ half(False)).mT / 10)
+
+    def up(tensor: Tensor, generator: torch.Generator) -> None:
+        drawn = torch.randn((*site.leading, site.out_features, spec.rank // 2), generator=generator)
+        _copy(tensor, drawn @ half(True) / 10)
+
+    return down, up
 
 
 def _copy(tensor: Tensor, value: Tensor) -> None:

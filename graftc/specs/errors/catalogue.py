@@ -438,6 +438,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC116", _WARNING, "adapter tensors were rounded",
      "The checkpoint's tensors have a wider type than those of the compiled model.",
      "Leave out `dtype: base`, which keeps tensors in 16 bits; load the base in float64 where the file is in float64."),
+    ("GC117", _WARNING, "the task of a PEFT config trains a head",
+     "A config with `task_type: SEQ_CLS` or another task with a head trains that head in full beside the adaptation, "
+     "as PEFT does. The message names the modules; a spec says the same in `train`.",
+     "Leave `task_type` out of the config where the head is to stay as it is."),
 
     # Training loops.
     ("GC120", _WARNING, "packed texts attend to one another",

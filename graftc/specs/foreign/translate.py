@@ -12,26 +12,28 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.foreign.config import AdapterConfig, beside, matching, read_config
 from graftc.specs.foreign.fields import fields_of
+from graftc.specs.foreign.starts import starts_of
 from graftc.specs.patterns import as_items
 from graftc.specs.target import Target
 
-__all__ = ["translate"]
+__all__ = ["as_data", "translate"]
 
 _PLAIN = re.compile(r"[\w.-]+")
 
 
 def translate(source: object, where: str) -> dict[str, Any]:
     """See `graftc.specs.foreign.translated`."""
-    config = read_config(_as_data(source), where)
+    config = read_config(as_data(source), where)
+    starts = starts_of(config, where)
     sides = {own.field: own.otherwise for own in config.format[1].lists.values()}
-    entry = {**fields_of(config), **sides, **_target(config, where)}
+    entry = {**fields_of(config), **starts, **sides, **_target(config, where)}
     overrides = _overrides(config, where)
     adapt = [{**entry, **({"overrides": overrides} if overrides else {})}, *_rows(config)]
     train = [f"**.{name}" for name in config.modules_to_save or ()]
     return {"version": 1, "adapt": adapt, **({"train": train} if train else {})}
 
 
-def _as_data(source: object) -> dict[str, Any]:
+def as_data(source: object) -> dict[str, Any]:
     """The fields of a config; of several by name, that of the only one.
 
     Raises:

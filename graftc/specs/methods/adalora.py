@@ -9,7 +9,7 @@ from pydantic import Field
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
-from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, PeftFormat, PeftPart
+from graftc.specs.peft import AS_USUAL, LORA_FIXED, LORA_IGNORED, PeftFormat, PeftPart
 
 __all__ = ["AdaLoRA", "AdaLoRAOverride"]
 
@@ -73,6 +73,7 @@ class AdaLoRA(MethodSpec):
         },
         constant={"dropout_scope": "target"},
         fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False},
+        starts={"init_lora_weights": AS_USUAL},
         ignored=LORA_IGNORED | {"r", "rank_pattern", "alpha_pattern", "init_lora_weights"},
         training=frozenset({"dropout", "dropout_mask", "dropout_scope", "target_rank"}),
         written={"total_step": lambda spec: spec.total_steps or spec.warmup_steps + spec.final_steps + 1},

@@ -75,6 +75,7 @@ class DoRA(MethodSpec):
             "init_lora_weights": "init",
         },
         values={"init_lora_weights": {key: word for key, word in LORA_STARTS.items() if word not in _FROM_WEIGHT}},
+        starts={"init_lora_weights": {True: {"init": "kaiming"}, "gaussian": {"init": "gaussian"}}},
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         constant={"dropout_scope": "target"},
         fixed={**LORA_FIXED, "bias": "none"},

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.peft import PeftFormat, PeftList, PeftPart
+from graftc.specs.peft import AS_USUAL, PeftFormat, PeftList, PeftPart
 from graftc.specs.roles import parse_role
 from graftc.specs.target import Target
 
@@ -48,6 +48,7 @@ class IA3(MethodSpec):
         types=("IA3",),
         parts={"l": PeftPart("ia3_l", "scale")},
         lists={"feedforward_modules": PeftList("side", "output", "input", lambda spec, roles: spec.side_at(roles))},
+        starts={"init_ia3_weights": AS_USUAL},
         ignored=frozenset({"init_ia3_weights"}),
         turned=True,
     )

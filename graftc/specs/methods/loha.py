@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from graftc.specs.methods.product import ProductSpec
-from graftc.specs.peft import PeftFormat, PeftPart
+from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 
 __all__ = ["LoHa"]
 
@@ -36,6 +36,7 @@ class LoHa(ProductSpec):
         fields={"r": "rank", "alpha": "alpha"},
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         fixed={"use_effective_conv2d": False},
+        starts={"init_weights": AS_USUAL, "rank_dropout": NO_DROPOUT, "module_dropout": NO_DROPOUT},
         ignored=frozenset({"init_weights", "rank_dropout", "module_dropout"}),
     )
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.product import ProductSpec
-from graftc.specs.peft import PeftFormat, PeftPart
+from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 
 __all__ = ["LoKr"]
@@ -44,6 +44,7 @@ class LoKr(ProductSpec):
         },
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         fixed={"use_effective_conv2d": False},
+        starts={"init_weights": AS_USUAL, "rank_dropout": NO_DROPOUT, "module_dropout": NO_DROPOUT},
         ignored=frozenset({"init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale"}),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -13,6 +13,10 @@ from graftc.specs.limits import SIZE
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
 __all__ = ["LoRA", "LoRAOverride"]
+
+
+Initialiser: TypeAlias = Literal["kaiming", "gaussian", "random", "orthogonal", "pissa", "olora", "loftq"]
+"""See `LoRA.init`."""
 
 
 class LoRAOverride(Override):
@@ -27,7 +31,7 @@ class LoRAOverride(Override):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of dropping an input of the branch at these sites."""
 
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] | None = None
+    init: Initialiser | None = None
     """Initialiser at these sites."""
 
 
@@ -65,7 +69,14 @@ class LoRA(MethodSpec):
             **{"bias": "bias", "init_lora_weights": "init"},
         },
         values={"init_lora_weights": LORA_STARTS},
-        unnamed={"init_lora_weights": {"loftq": True}},
+        starts={
+            "init_lora_weights": {
+                True: {"init": "kaiming"},
+                False: {"init": "random"},
+                **{name: {"init": name} for name in ("gaussian", "orthogonal", "olora", "pissa")},
+            }
+        },
+        unnamed={"init_lora_weights": {"loftq": True, "random": False, "orthogonal": "orthogonal"}},
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         constant={"dropout_scope": "target"},
         fixed=LORA_FIXED,
@@ -97,9 +108,12 @@ class LoRA(MethodSpec):
     """`input`: the sites of the adaptation that read the same input share one mask, which saves memory. `target`: each
     site has its own mask, as in PEFT."""
 
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] = "kaiming"
+    init: Initialiser = "kaiming"
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with standard deviation 1/rank, B zero. In an
-    embedding table both make A zero and B standard normal. `pissa`: principal singular vectors of W. `olora`: its QR
+    embedding table both make A zero and B standard normal. `random`: A uniform in ±1/sqrt(in), B in ±1/sqrt(rank), both
+    standard normal in an embedding table: the model is another one from the start. `orthogonal`: A and B random, with
+    `B A` zero: the rows of B and the columns of A are in subspaces that are orthogonal to each other; the rank is even,
+    and embedding tables start as with `kaiming`. `pissa`: principal singular vectors of W. `olora`: its QR
     factors. These two subtract their initial product, so the model is initially unchanged. `loftq`: `s B A` is the part
     of that rank of what quantising took from W (`base: {quantize: ...}`), so that training starts nearer to the model
     as it was."""

@@ -118,6 +118,7 @@ class Prefix(PrefixSpec):
         joined=("prompt_embeddings", 1),
         fields={"num_virtual_tokens": "length"},
         constant={"positions": "shifted", "window": "masked"},
+        starts={"prefix_projection": {False: {}}, "init_weights": {None: {}}},
         ignored=frozenset({"encoder_hidden_size", "prefix_projection", "init_weights"}),
         written={"prefix_projection": lambda spec: False},
         training=frozenset({"init", "init_std", "init_tokens", "dropout"}),

@@ -81,6 +81,13 @@ class Prompt(VirtualTokenSpec):
         joined=("prompt_embeddings", 0),
         fields={"num_virtual_tokens": "length"},
         constant={"placement": "front"},
+        starts={
+            "prompt_tuning_init": {
+                "RANDOM": {"init": "normal"},
+                "SAMPLE_VOCAB": {"init": "vocabulary", "init_vocabulary": 2**31},
+            },
+            "encoder_reparameterization_type": {},
+        },
         ignored=frozenset(
             {
                 *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),

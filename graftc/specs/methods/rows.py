@@ -12,7 +12,7 @@ from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.patterns import parse_slice
-from graftc.specs.peft import PeftFormat, PeftPart
+from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.schema import RowNumber, needs_one_of
 from graftc.specs.spec_errors import reject
 
@@ -51,6 +51,7 @@ class RowSelection(MethodSpec):
         types=("TRAINABLE_TOKENS",),
         parts={"weight": PeftPart("trainable_tokens_delta", "rows", nested="token_adapter.trainable_tokens_delta")},
         fields={"token_indices": "rows"},
+        starts={"init_weights": AS_USUAL},
         ignored=frozenset({"init_weights"}),
         training=frozenset({"block", "selection"}),
     )

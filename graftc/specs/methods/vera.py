@@ -10,7 +10,7 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
-from graftc.specs.peft import PeftFormat, PeftPart
+from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 
 __all__ = ["VeRA"]
@@ -37,6 +37,7 @@ class VeRA(MethodSpec):
             "vera_dropout": "dropout",
         },
         fixed={"bias": "none"},
+        starts={"init_weights": AS_USUAL},
         ignored=frozenset({"init_weights"}),
         training=frozenset({"dropout"}),
         written={"projection_prng_key": lambda spec: spec.projection_seed or 0},

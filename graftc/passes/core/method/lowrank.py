@@ -72,8 +72,16 @@ def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
 
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
     """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
-    bound = 1 / math.sqrt(tensor.shape[-1])
-    tensor.uniform_(-bound, bound, generator=generator)
+    within(1 / math.sqrt(tensor.shape[-1]))(tensor, generator)
+
+
+def within(bound: float) -> Initialiser:
+    """Uniform between ``-bound`` and ``bound``."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.uniform_(-bound, bound, generator=generator)
+
+    return fill
 
 
 def normal(deviation: float) -> Initialiser:

@@ -1,0 +1,282 @@
+"""Configs of peft as specs for a given model: which modules, heads and rows peft itself would adapt there.
+
+A config may leave that to peft: targets by the kind of the model, ``all-linear``, heads by the task, layers that
+another version of transformers has joined. peft adapts a copy of the model without storage, and the spec names what it
+took.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.compiler.arrivals.arrived import arrived
+from graftc.compiler.roles.structure import Structure
+from graftc.runtime.interop.peft.entries import entry_of
+from graftc.runtime.interop.peft.targets import ALL_LINEAR, globs
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import SiteKind
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place, first_line, nearest, warn
+from graftc.specs.errors.text import quoted, some
+from graftc.specs.foreign import translated
+from graftc.specs.foreign.config import AdapterConfig, beside, matching, read_config
+from graftc.specs.foreign.fields import method_at, rows_of, table_rows
+from graftc.specs.foreign.starts import starts_of
+from graftc.specs.foreign.translate import as_data
+
+__all__ = ["spec_of"]
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class _Module:
+    """See `graftc.runtime.interop.peft.entries.AdaptedModule`."""
+
+    path: str
+    target: str
+    spec: MethodSpec
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """What peft adapts in a model.
+
+    Attributes:
+        config: as peft has completed it.
+        modules, parameters: names of those that it adapts.
+        heads: paths of modules that train in full.
+        by_task: those of them that the task adds to what the config names.
+        tables: paths of tables of which some rows train beside.
+    """
+
+    config: AdapterConfig
+    modules: Sequence[str]
+    parameters: Sequence[str]
+    heads: Sequence[str]
+    by_task: Sequence[str]
+    tables: Sequence[str]
+
+
+def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
+    """The spec that adapts in a model what `peft.get_peft_model` adapts there.
+
+    Without peft, which a config that is data does not need, the config has to name its modules.
+
+    Args:
+        source: a config, as an object or as data, or the only one of several by name.
+        where: the config's path, for errors.
+        model: is not changed.
+        structure: finds the model's roles.
+
+    Raises:
+        GraftError: GC073 for several configs, GC111 for one that cannot be read, GC112 for one that peft does not take
+            for this model, or that has no equivalent here.
+    """
+    data = as_data(source)
+    config = read_config(data, where)
+    starts = starts_of(config, where)
+    peft = _installed()
+    if peft is None:
+        return Spec.model_validate(translated(source, where))
+    if config.is_prompt:
+        adapted = _adapted(peft, source, data, model, where)
+        return _spec([{**translated(source, where)["adapt"][0], **_stack(config, model, structure)}], adapted, model)
+    try:
+        adapted = _adapted(peft, source, data, model, where)
+    except GraftError:
+        _check_names(config.target_modules, model, where)
+        raise
+    if isinstance(config.target_modules, list):
+        _check_names([name for name in config.target_modules if name in _named(adapted.config)], model, where)
+    modules = [_at(adapted.config, name, name) for name in adapted.modules]
+    for name in adapted.parameters:
+        path, _, parameter = name.rpartition(".")
+        modules.append(_at(adapted.config, path, path if parameter == "weight" else name, name))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    entry = {**entry_of(adapted.config, modules, _paths(model), shapes), **starts}
+    rows = [
+        {"method": beside()[0].tag(), "rows": rows_of(adapted.config, path)[0], "target": {"modules": path}}
+        for path in adapted.tables
+    ]
+    return _spec([entry, *rows], adapted, model)
+
+
+def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Module) -> Spec:
+    """The spec of its entries, which trains the heads that peft trains and says so."""
+    added = [path for path in adapted.heads if path in adapted.by_task]
+    if added:
+        message = f"task_type: {adapted.config.task_type} trains {some(added)} in full, as in PEFT"
+        warn("GC117", message, hint="leave task_type out to train the adaptation alone", stacklevel=4)
+    train = {"train": globs(adapted.heads, _paths(model))} if adapted.heads else {}
+    return Spec.model_validate({"version": 1, "adapt": list(adapt), **train})
+
+
+def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
+    """The target of virtual keys in a model with two stacks: peft has them in the decoder's own attention."""
+    if config.format[1].joined != ("prompt_embeddings", 1) or config.task_type != "SEQ_2_SEQ_LM":
+        return {}
+    cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
+    if not cross:
+        return {}
+    return {"target": {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}}
+
+
+def _installed() -> ModuleType | None:
+    try:
+        import peft
+    except ImportError:
+        return None
+    found: ModuleType = peft
+    return found
+
+
+def _refused(field: str, what: str, where: str, hint: str | None = None) -> GraftError:
+    return GraftError("GC112", what, place=Place(where, path=field), hint=hint)
+
+
+def _paths(model: nn.Module) -> list[str]:
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+
+
+_PLAIN = re.compile(r"[\w.-]*")
+
+
+def _without_patterns(theirs: Any, config: AdapterConfig, paths: Sequence[str], where: str) -> None:
+    """Put names in the place of peft's regular expressions, which it matches in any time; here they have a limit.
+
+    Raises:
+        GraftError: GC008 for an expression that takes too long, GC002 for one that is none, GC112 for one in a field of
+            names.
+    """
+    for field in ("modules_to_save", "layers_pattern"):
+        given = config.value(field)
+        for word in [given] if isinstance(given, str) else given or ():
+            if not _PLAIN.fullmatch(word):
+                raise _refused(field, f"{field} has the regular expression {quoted(word)}", where, "list plain names")
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
+        theirs.target_modules = sorted(config.matcher.matching(config.target_modules, paths)) or ["no module"]
+    if isinstance(config.exclude_modules, str):
+        theirs.exclude_modules = sorted(config.matcher.matching(config.exclude_modules, paths))
+    for field in config.format[1].patterns:
+        if config.value(field):
+            setattr(theirs, field, {})
+
+
+def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Sequence[str], where: str) -> None:
+    """Put ranks and scales for some modules back, those that peft has added behind them.
+
+    Raises:
+        GraftError: GC011 for one that is for no module.
+    """
+    for field in config.format[1].patterns:
+        given = config.value(field)
+        if not isinstance(given, Mapping):
+            continue
+        complete[field] = {**given, **(complete[field] or {})}
+        for key in given:
+            if not any(matching([key], name, config.matcher) for name in targets):
+                message = f"{field}: {quoted(key)} means none of the {len(targets)} adapted modules"
+                raise GraftError("GC011", message, place=Place(where, path=field), hint="remove it, or correct it")
+
+
+def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: nn.Module, where: str) -> _Adapted:
+    """What peft does to a copy of the model without storage.
+
+    Raises:
+        GraftError: GC112 with peft's own words where it does not take the config.
+    """
+    try:
+        theirs = copy.deepcopy(source) if isinstance(source, peft.PeftConfig) else peft.get_peft_config(dict(data))
+    except (TypeError, ValueError) as error:
+        raise _refused("", f"PEFT does not read it: {first_line(error)}", where) from None
+    if hasattr(theirs, "init_lora_weights"):
+        theirs.init_lora_weights = True  # decompositions need values
+    config = read_config(data, where)
+    _without_patterns(theirs, config, _paths(model), where)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        try:
+            made = peft.get_peft_model(_without_storage(arrived(model)), theirs, _ADAPTER, low_cpu_mem_usage=True)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+            message = f"PEFT does not adapt {type(model).__name__} by it: {first_line(error)}"
+            hint = "target_modules: name modules of the model, or all-linear"
+            raise _refused("", message, where, hint) from None
+    tuner, base = (None, made.base_model) if theirs.is_prompt_learning else (made.base_model, made.base_model.model)
+    modules, parameters = (
+        (tuner.targeted_module_names, tuner.targeted_parameter_names) if tuner is not None else ([], [])
+    )
+    complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
+    _with_patterns(complete, config, [*modules, *parameters], where)
+    heads, tables = _beside(peft, base)
+    named = data.get("modules_to_save") or ()
+    return _Adapted(
+        config=read_config(as_data(complete), where),
+        modules=modules,
+        parameters=parameters,
+        heads=heads,
+        by_task=[path for path in heads if not any(path.endswith(word) for word in named)],
+        tables=tables,
+    )
+
+
+def _without_storage(model: nn.Module) -> nn.Module:
+    """A copy of a model whose tensors have sizes only; ties stay."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+            elif tensor is not None:
+                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Paths of modules that train in full, and of tables of which rows do, by the wrappers around them."""
+    full: list[str] = []
+    tables: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, peft.utils.other.ModulesToSaveWrapper):
+            full.append(path)
+        elif isinstance(module, peft.utils.other.TrainableTokensWrapper) and module.token_adapter.tied_adapter is None:
+            tables.append(path)
+    return [path for path in full if not any(path.startswith(f"{other}.") for other in full)], tables
+
+
+def _at(config: AdapterConfig, path: str, target: str, name: str | None = None) -> _Module:
+    """A module, or a parameter of one, with the spec that holds there: by ``name``, as peft compares it."""
+    spec = method_at(config, name or path)
+    if "rows" in type(spec).model_fields:
+        spec = table_rows(rows_of(config, path)[0], path)
+    return _Module(path, target, spec)
+
+
+def _named(config: AdapterConfig) -> Sequence[str]:
+    """The names in `target_modules` that peft looked for; others stand for parameters by now."""
+    return config.target_modules if isinstance(config.target_modules, list) else ()
+
+
+def _check_names(named: Sequence[str] | str | None, model: nn.Module, where: str) -> None:
+    """Refuse a name of `target_modules` that means no module, which peft passes over.
+
+    Raises:
+        GraftError: GC011.
+    """
+    paths = [f".{path}" for path in _paths(model)]
+    for name in named if isinstance(named, list) else ():
+        if not any(path.endswith(f".{name}") for path in paths):
+            close = nearest(name, dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            hint = f"did you mean {some(close)}?" if close else "graftc.roles(model) lists the modules"
+            message = f"no module of {type(model).__name__} is called {quoted(name)}"
+            raise GraftError("GC011", message, place=Place(where, path="target_modules"), hint=hint)
