@@ -100,12 +100,11 @@ def cases() -> list[Any]:
         for name, fields in CASES.items():
             more = "patterns" in name and family in ("gpt2", "t5", "bert", "roberta", "gpt_neox", "vit")
             fields = {**fields, "rank_pattern": {r".*\.1\..*": 2}} if more else fields
-            quick = name == "default" or family == "llama" or (name == "all-linear" and family != "mixtral")
-            marks = [] if quick else [pytest.mark.full]
-            found.append(pytest.param(family, fields, id=f"{family}-{name}", marks=marks))
+            found.append(pytest.param(family, fields, id=f"{family}-{name}"))
     return found
 
 
+@pytest.mark.sample("llama-default", "llama-patterns", "gpt2-all-linear", "t5-all-linear", "vit-all-linear")
 @pytest.mark.parametrize(("family", "fields"), cases())
 def test_modules_ranks_scales_and_heads_are_those_of_peft(family: str, fields: dict[str, Any]) -> None:
     config = lora(family, **fields)
@@ -138,6 +137,7 @@ def tasked(task: str) -> nn.Module:
     return getattr(transformers, name)(config).eval()
 
 
+@pytest.mark.sample("SEQ_CLS-lora", "TOKEN_CLS-prompt", "score-lora")
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 @pytest.mark.parametrize("task", [*HEADS, "score"])
 def test_a_task_trains_its_head_and_says_so(task: str, kind: str) -> None:
@@ -187,6 +187,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.sample("False-llama", "orthogonal-bert", "True-bert")
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("start", [True, False, "gaussian", "Gaussian", "orthogonal"])
 def test_drawn_factors_have_the_distribution_of_pefts(start: bool | str, family: str) -> None:
@@ -208,6 +209,7 @@ def test_drawn_factors_have_the_distribution_of_pefts(start: bool | str, family:
             assert (spread[0] < 2) == (spread[1] < 2), "one is uniform, the other normal"
 
 
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", TARGETS)
 def test_orthogonal_factors_leave_the_model_as_it_is(family: str) -> None:
     targets = TARGETS[family][:2]
@@ -218,6 +220,7 @@ def test_orthogonal_factors_leave_the_model_as_it_is(family: str) -> None:
         assert max(float((b @ a).abs().max()) for a, b in pairs) < 1e-6
 
 
+@pytest.mark.sample("pissa-gpt2", "olora-llama")
 @pytest.mark.parametrize(
     ("start", "family"),
     # PEFT's olora decomposes a transposed weight as it is stored, and fails on GPT-2's.

@@ -42,7 +42,11 @@ def test_scaling(rank: int, alpha: float) -> None:
         ("alpha", 0, "alpha is 0, it must be greater than 0"),
         ("dropout", 1, "dropout is 1, it must be less than 1"),
         ("dropout", -0.1, "dropout is -0.1, it must be at least 0"),
-        ("init", "pisa", "init is 'pisa', it must be 'kaiming', 'gaussian', 'pissa', 'olora' or 'loftq'"),
+        (
+            "init",
+            "pisa",
+            "init is 'pisa', it must be 'kaiming', 'gaussian', 'random', 'orthogonal', 'pissa', 'olora' or 'loftq'",
+        ),
         ("bias", "some", "bias is 'some', it must be 'none', 'lora_only' or 'all'"),
         ("method", "dora", "method is 'dora', it must be 'lora'"),
     ],
