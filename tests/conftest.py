@@ -127,12 +127,24 @@ def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
         return  # names of something else
     if _is_contract(cases[0]):
         long = getattr(cases[0].cls, "variant", False) or cases[0].originalname in ONE_FAMILY
+        long = long or _is_deployment(cases[0])
         quick = frozenset() if long else quick & set(CONTRACT_FAMILIES[:1])
     else:
         quick = quick or frozenset(families[:1])
     for item, family in each.items():
         if isinstance(family, str) and family not in quick:
             item.add_marker(pytest.mark.slow)
+
+
+def _is_deployment(item: pytest.Function) -> bool:
+    """Whether it is one of the exports and compilations of `DeploymentContract`."""
+    from graftc.testing import DeploymentContract
+
+    return (
+        item.cls is not None
+        and issubclass(item.cls, DeploymentContract)
+        and item.originalname in vars(DeploymentContract)
+    )
 
 
 def _is_contract(item: pytest.Function) -> bool:
@@ -150,15 +162,13 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
     ``inductor = True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so those
     that say ``folded = True`` have it.
     """
-    from graftc.testing import DeploymentContract
-
     of, test = item.cls, item.originalname
     assert of is not None
     named = getattr(of, "contract_families", CONTRACT_FAMILIES)
     families = [family for family in named if family in of.families] or [of.families[0]]
     if getattr(of, "variant", False):
         return family == families[0] and test not in ONE_FAMILY
-    if not issubclass(of, DeploymentContract) or test not in vars(DeploymentContract):
+    if not _is_deployment(item):
         return family in (families[:1] if test in ONE_FAMILY else families)
     first = family == of.families[0]
     if test == "test_inductor":

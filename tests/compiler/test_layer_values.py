@@ -143,6 +143,7 @@ def test_what_stands_there_already_is_read() -> None:
     torch.testing.assert_close(stream_of(run(made), sublayers), before[into.node] + 2)
 
 
+@pytest.mark.slow
 def test_a_layer_that_runs_twice_is_one_place() -> None:
     """ALBERT's layer: the second run reads what the first one gives."""
     made = table(WIDE["albert"].model())

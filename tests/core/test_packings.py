@@ -40,6 +40,7 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     return found.to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("double", [False, True])

@@ -32,12 +32,14 @@ def check(model: nn.Module, spec: dict[str, Any], inputs: dict[str, Any]) -> Non
         assert largest_difference(flat(fresh(**inputs)), flat(merged(**inputs))) < 1e-6
 
 
+@pytest.mark.slow
 def test_torchvision() -> None:
     models = pytest.importorskip("torchvision.models")
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layer*.*.conv1"}}], "train": ["fc"]}
     check(models.resnet18(num_classes=5), spec, {"x": torch.randn(2, 3, 64, 64)})
 
 
+@pytest.mark.slow
 def test_timm() -> None:
     timm = pytest.importorskip("timm")
     spec = {"adapt": [{"method": "lora", "rank": 4, "target": {"role": ["attn.q", "attn.v"]}}], "train": ["head"]}
@@ -45,6 +47,7 @@ def test_timm() -> None:
     check(model, spec, {"x": torch.randn(2, 3, 32, 32)})
 
 
+@pytest.mark.slow
 def test_diffusers() -> None:
     unet = pytest.importorskip("diffusers").UNet2DConditionModel(
         sample_size=16,

@@ -123,6 +123,7 @@ def test_what_is_saved_has_the_graphs_that_generate(source: Any, tmp_path: Path)
         loaded.to(torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -27,6 +27,7 @@ def test_encoders() -> None:
         graftc.compile({"adapt": [LORA]}, tiny("bert")).generate(torch.ones(1, 3, dtype=torch.int64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cache",
     [
