@@ -31,7 +31,7 @@ from graftc.runtime.generate import load as load_graphs
 from graftc.runtime.models import load_model
 from graftc.runtime.pet.data import load_rows
 from graftc.runtime.pet.encoding import ClozeEncoder
-from graftc.runtime.text.answering import Settings
+from graftc.runtime.text.answering import Settings, answer, prompt_ids
 from graftc.runtime.text.conversation import Conversation
 from graftc.runtime.text.opening import open_text_model
 from graftc.specs import registry
@@ -384,6 +384,14 @@ def a_model_that_is_not_for_chat(patch: pytest.MonkeyPatch) -> None:
     Conversation(open_text_model(Path("model")), Settings())
 
 
+def sampling_at_a_temperature_of_zero(patch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained("model")
+    save_tokenizer(Path("model"))
+    Path("model/generation_config.json").write_text('{"do_sample": true, "temperature": 0.0}')
+    model = open_text_model(Path("model"))
+    answer(model, prompt_ids(model, "w1 w2"), Settings())
+
+
 def a_format_that_is_not_read(patch: pytest.MonkeyPatch) -> None:
     write_quantised(Path("model"), quantised_llama(), gptq(4), {"quant_method": "aqlm"})
     graftc.load_base("model")
@@ -488,6 +496,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC143": more_tokens_than_positions,
     "GC146": a_model_without_a_tokenizer,
     "GC147": a_model_that_is_not_for_chat,
+    "GC148": sampling_at_a_temperature_of_zero,
     "GC150": logits_while_training,
     "GC152": second_derivatives_of_a_chunked_loss,
     "GC160": a_base_with_nothing_to_quantise,

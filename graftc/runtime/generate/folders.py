@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.generate.exported import MANIFEST, graph_in
 from graftc.runtime.generate.graphs import OnnxGraph, Provider, providers_for, runtime
 from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.specs.arguments import as_path, kind_of
-from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["open_folder"]
 
@@ -18,21 +20,17 @@ __all__ = ["open_folder"]
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with library_errors("GC144", f"config.json in {folder} cannot be read"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise GraftError("GC144", f"config.json in {folder} cannot be read: {first_line(error)}") from error
 
 
 def _generation_config(folder: Path, config: Any) -> Any:
     from transformers import GenerationConfig
 
-    try:
+    with library_errors("GC144", f"generation_config.json in {folder} cannot be read"):
         if (folder / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
         return GenerationConfig.from_model_config(config)
-    except Exception as error:
-        raise GraftError("GC144", f"generation_config.json in {folder} cannot be read: {first_line(error)}") from error
 
 
 def _named(kind: type, config: Any) -> type:
@@ -58,6 +56,7 @@ def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int 
     folder = as_path(folder)
     if not folder.is_dir():
         raise GraftError("GC144", f"{folder} is no folder")
+    require_regular_files(folder, "GC144")
     seq2seq = any((folder / name).is_file() for name in PAIR)
     files = [folder / name for name in PAIR] if seq2seq else [folder / DECODER]
     if (folder / MANIFEST).is_file():

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from graftc.runtime.models import quiet_transformers
 from graftc.runtime.text.opening import TextModel
-from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.runtime.text.settings import generation_errors, require_settings
+from graftc.runtime.text.templates import require_bounded
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["Answer", "Message", "Settings", "answer", "prepare", "prompt_ids"]
 
@@ -108,7 +111,11 @@ def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:
             GC146 for tokens that the model does not have.
     """
     tokenizer = model.tokenizer
-    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else _rendered(tokenizer, prompt)
+    if isinstance(prompt, str):
+        with library_errors("GC146", "the tokenizer fails"):
+            ids = list(tokenizer(prompt)["input_ids"])
+    else:
+        ids = _rendered(tokenizer, prompt)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
@@ -124,13 +131,12 @@ def _rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         hint = "use a model that is tuned for chat, or graftc generate"
         raise GraftError("GC147", "the model's tokenizer has no chat template", hint=hint)
-    try:
+    roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+    with library_errors("GC147", f"the chat template does not take messages of {roles}"):
+        given = {**tokenizer.special_tokens_map, "add_generation_prompt": True}
+        require_bounded(tokenizer.get_chat_template(), messages, given)
         listed = [dict(message) for message in messages]
         return list(tokenizer.apply_chat_template(listed, add_generation_prompt=True, return_dict=True)["input_ids"])
-    except Exception as error:  # a template raises what it likes
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        message = f"the chat template does not take messages of {roles}: {first_line(error).rstrip('.')}"
-        raise GraftError("GC147", message) from error
 
 
 def _table(model: TextModel) -> int | None:
@@ -182,12 +188,15 @@ def answer(
     if room is not None and room < 1:
         message = f"the prompt has {length} tokens, and the model has {model.positions} positions"
         raise GraftError("GC031", message, hint="shorten it; /reset forgets a conversation")
+    require_settings(model.source.generation_config, settings.num_beams)
     options = {**settings.options(), **_ends(model)}
     options["max_new_tokens"] = min(settings.max_new_tokens, room or settings.max_new_tokens)
     name = model.cache_name
     if past is not None and name is not None:
         options[name] = past
     streamer = None
+    if getattr(model.source.generation_config, "stop_strings", None) is not None:
+        options["tokenizer"] = model.tokenizer
     beams = settings.num_beams or getattr(model.source.generation_config, "num_beams", None) or 1
     if beams == 1:
         streamer = options["streamer"] = _streamer_class()(model.tokenizer, say)
@@ -201,7 +210,7 @@ def answer(
         return torch.full((sequences.shape[0],), asked, dtype=torch.bool, device=sequences.device)
 
     begun = time.perf_counter()
-    with torch.no_grad(), quiet_transformers():
+    with torch.no_grad(), quiet_transformers(), generation_errors():
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[ask], **options)
     seconds = time.perf_counter() - begun
     new = made[0, 1 if model.has_encoder else length :].tolist()

@@ -17,10 +17,12 @@ from graftc.compiler.capture.past import cache_name
 from graftc.compiler.missing_weights import require_weights
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import is_peft
+from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.runtime.loading.checkpoint import is_checkpoint
 from graftc.runtime.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
 from graftc.specs.compose import Bank
+from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -223,12 +225,10 @@ def _read(place: str) -> Any:
         place = str(folder)
         if not _has_tokenizer(folder):  # transformers would make an empty one
             raise GraftError("GC146", f"there is no tokenizer in {place!r}", hint="give a folder with a tokenizer.json")
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        except Exception as error:
-            message = f"the tokenizer of {place!r} cannot be read: {first_line(error).rstrip('.')}"
-            raise GraftError("GC146", message, hint="name a folder or hub id: --tokenizer NAME") from error
+        require_regular_files(folder, "GC146")
+    hint = "name a folder or hub id: --tokenizer NAME"
+    with quiet_transformers(), library_errors("GC146", f"the tokenizer of {place!r} cannot be read", hint=hint):
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 @contextmanager

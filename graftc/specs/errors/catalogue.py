@@ -508,6 +508,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The model's tokenizer has no template for conversations, or the template does not take such messages.",
      "Use a model that is tuned for chat, or `graftc generate` without `--chat`. Leave out `--system` where the "
      "template knows no such role."),
+    ("GC148", _FAILED, "the settings of generation do not work",
+     "What a model's `generation_config.json` says cannot be used: a value is of another kind, asks for too much, or "
+     "transformers refuses it, as a temperature of 0.",
+     "Mend the file, or leave out of it what the message names."),
 
     # Memory of a training step.
     ("GC150", _SPEC, "an output that is not there while training",

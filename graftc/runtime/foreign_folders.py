@@ -1,0 +1,61 @@
+"""Folders that somebody else has made, before another library opens what is in them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
+from graftc.specs.regular_files import JSON_BYTES
+
+__all__ = ["require_regular_files"]
+
+_LARGE = 2**27
+_SIZES = {".json": JSON_BYTES, ".jinja": 2**20, ".txt": _LARGE, ".model": _LARGE, ".tiktoken": _LARGE}
+"""Bytes of files that are read whole, by what their names end in."""
+_LARGER = ("tokenizer.json", "vocab.json", "merges.json")
+_INNER = ("additional_chat_templates",)
+"""Folders in them that are read too."""
+
+
+def require_regular_files(folder: Path, code: str) -> None:
+    """Refuse a folder with files that would not end, such as pipes and devices, or that are too large to be read.
+
+    Args:
+        folder: of a model, a tokenizer or an adapter.
+        code: of the error.
+
+    Raises:
+        GraftError: of that code.
+    """
+    hint = "remove it from the folder"
+    try:
+        for path in _files(folder):
+            found = _state(path)
+            if found is None or stat.S_ISDIR(found.st_mode):
+                continue
+            if not stat.S_ISREG(found.st_mode):
+                raise GraftError(code, f"{quoted(path)} is not a regular file", hint=hint)
+            most = _LARGE if path.name in _LARGER else _SIZES.get(path.suffix)
+            if most is not None and found.st_size > most:
+                message = f"{quoted(path)} has {found.st_size:,} bytes, more than {most:,}"
+                raise GraftError(code, message, hint=hint)
+    except OSError as error:
+        raise GraftError(code, f"{quoted(folder)} cannot be read: {error.strerror or error}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for place in (folder, *(folder / name for name in _INNER)):
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                yield from (Path(entry.path) for entry in entries)
+
+
+def _state(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # a link that leads nowhere, which whoever wants it will say
+        return None

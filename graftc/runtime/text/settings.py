@@ -1,0 +1,91 @@
+"""Settings of generation that come with a model: what they may ask for, and whose fault it is where they do not work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import graftc
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
+
+__all__ = ["generation_errors", "require_settings"]
+
+_BEAMS = 1_000
+"""Beams and texts at most: each takes as much memory as a text does."""
+_STOPS, _STOP = 100, 1_000
+"""Texts that end an answer, and characters of one, at most."""
+_HINT = "mend generation_config.json in the model's folder"
+_OWN = Path(graftc.__file__).parent
+
+
+def require_settings(config: Any, beams: int | None) -> None:
+    """Refuse settings that are of another kind, or ask for more than generating is bounded to.
+
+    Args:
+        config: the model's ``generation_config``.
+        beams: how many the user asks for; None for as many as the model says.
+
+    Raises:
+        GraftError: GC148.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        value = beams if name == "num_beams" and beams is not None else getattr(config, name, None)
+        if value is not None and not (_is_whole(value) and 1 <= value <= _BEAMS):
+            raise _refused(name, value, f"a whole number from 1 to {_BEAMS:,}")
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        listed = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(_is_whole(each) and abs(each) < 2**31 for each in listed):
+            raise _refused(name, value, "the number of a token")
+    stops = getattr(config, "stop_strings", None)
+    listed = [stops] if isinstance(stops, str) else stops
+    if stops is not None and not (
+        isinstance(listed, list)
+        and 1 <= len(listed) <= _STOPS
+        and all(isinstance(each, str) and 1 <= len(each) <= _STOP for each in listed)
+    ):
+        raise _refused("stop_strings", stops, f"up to {_STOPS} texts of up to {_STOP:,} characters")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refused(name: str, value: object, wanted: str) -> GraftError:
+    return GraftError("GC148", f"{name} is {quoted(repr(value)[:200])}, and has to be {wanted}", hint=_HINT)
+
+
+@contextlib.contextmanager
+def generation_errors() -> Iterator[None]:
+    """Around ``generate``: what other libraries raise there, for a temperature of 0 for instance, is GC148. What
+    graftc's own code raises passes.
+
+    Raises:
+        GraftError: GC148.
+    """
+    own: list[BaseException] = []
+    try:
+        with library_errors("GC148", "the model cannot generate with its settings", hint=_HINT):
+            try:
+                yield
+            except Exception as error:
+                if _raised_here(error.__traceback__):
+                    own.append(error)
+                raise
+    except GraftError:
+        if own:
+            raise own[0] from own[0].__cause__
+        raise
+
+
+def _raised_here(trace: TracebackType | None) -> bool:
+    """Whether the innermost frame is graftc's."""
+    last = None
+    while trace is not None:
+        last, trace = trace, trace.tb_next
+    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(_OWN)

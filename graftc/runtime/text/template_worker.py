@@ -1,0 +1,93 @@
+"""A process of its own that tries chat templates, which are programs of others, in bounded time and memory.
+
+It is run as a script, by `graftc.runtime.text.templates`, and imports nothing of graftc. A line of JSON comes in: the
+template, what it is given, and how much text, time and memory it may take. A line goes out: null, or why not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+try:
+    import resource
+except ImportError:  # no such limits on this system: what waits for the answer has one of its own
+    resource = None  # type: ignore[assignment]
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}``, which marks what an assistant says, and renders as what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _raise(message: object) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """What transformers renders chat templates in."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _raise
+    made.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    return made
+
+
+def _limit(seconds: int, memory: int) -> None:
+    """So much more than now."""
+    if resource is None:
+        return
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
+    try:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (now + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _tried(asked: dict[str, Any]) -> str | None:
+    length = 0
+    try:
+        for piece in _environment().from_string(asked["template"]).generate(**asked["given"]):
+            length += len(piece)
+            if length > asked["characters"]:
+                return f"it makes more than {asked['characters']:,} characters"
+    except MemoryError:
+        return f"it takes more than {asked['memory'] // 2**20} MB of memory"
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:300]}"
+    return None
+
+
+def main() -> None:
+    for line in sys.stdin:
+        asked = json.loads(line)
+        _limit(asked["seconds"], asked["memory"])
+        print(json.dumps(_tried(asked)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

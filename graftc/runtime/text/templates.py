@@ -1,0 +1,106 @@
+"""Chat templates, which are programs of whoever made the tokenizer: tried in a process of their own before they run."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["require_bounded"]
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_SECONDS, _WAIT = 2, 20.0
+"""Processor seconds that rendering may take, and how long an answer is waited for, while the process starts too."""
+_MEMORY = 2**28
+_CHARACTERS = 2**20
+"""That a template may make of nothing; it may repeat the messages a few times beside."""
+_REPEATED = 8
+
+
+def require_bounded(template: str, messages: Sequence[Mapping[str, str]], given: Mapping[str, Any]) -> None:
+    """Refuse a chat template that fails, or takes much time, memory or text, on these messages.
+
+    Args:
+        template: as the tokenizer has it.
+        messages: what it is to render.
+        given: whatever else it is given; what is no plain data is given as text.
+
+    Raises:
+        GraftError: GC147.
+    """
+    listed = [dict(message) for message in messages]
+    size = len(json.dumps(listed))
+    asked = {
+        "template": template,
+        "given": {**given, "messages": listed},
+        "characters": _CHARACTERS + _REPEATED * size,
+        "seconds": _SECONDS,
+        "memory": _MEMORY,
+    }
+    reason = _worker.ask(json.dumps(asked, default=str))
+    if reason is not None:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise GraftError("GC147", f"the chat template does not take messages of {roles}: {reason.rstrip('.')}")
+
+
+class _Worker:
+    """The process, which starts when something is asked and again after it died."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()
+
+    def ask(self, line: str) -> str | None:
+        """Why a template cannot be used; None if it can."""
+        with self._lock:
+            process, answer = self._running(), ""
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                with selectors.DefaultSelector() as selector:
+                    selector.register(process.stdout, selectors.EVENT_READ)
+                    answer = process.stdout.readline() if selector.select(_WAIT) else ""
+            if not answer.endswith("\n"):
+                self.stop()
+                return f"it takes more than {_SECONDS} seconds"
+        found: str | None = json.loads(answer)
+        return found
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._owner != os.getpid():  # in a fork: the process is another's
+            self._process, self._owner = None, os.getpid()
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # an interrupt is for who waits
+            )
+        return self._process
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.communicate()
+
+
+_worker = _Worker()
+atexit.register(_worker.stop)
