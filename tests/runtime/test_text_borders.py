@@ -165,7 +165,7 @@ REFUSED: dict[str, dict[str, object]] = {
 def set_config(model: TextModel, patch: pytest.MonkeyPatch, values: dict[str, object]) -> None:
     from transformers import GenerationConfig
 
-    made = GenerationConfig(eos_token_id=0, pad_token_id=2)
+    made: Any = GenerationConfig(eos_token_id=0, pad_token_id=2)  # type: ignore[no-untyped-call]
     for name, value in values.items():
         setattr(made, name, value)
     patch.setattr(model.source, "generation_config", made)

@@ -1,4 +1,4 @@
-"""Settings of generation that come with a model: what they may ask for, and whose fault it is where they do not work."""
+"""Settings of generation that come with a model: what they may ask for, and who is to blame if they do not work."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ def require_settings(config: Any, beams: int | None) -> None:
             raise _refused(name, value, f"a whole number from 1 to {_BEAMS:,}")
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = getattr(config, name, None)
-        listed = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        if value is not None and not all(_is_whole(each) and abs(each) < 2**31 for each in listed):
+        tokens: list[Any] = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(_is_whole(each) and abs(each) < 2**31 for each in tokens):
             raise _refused(name, value, "the number of a token")
-    stops = getattr(config, "stop_strings", None)
-    listed = [stops] if isinstance(stops, str) else stops
-    if stops is not None and not (
-        isinstance(listed, list)
-        and 1 <= len(listed) <= _STOPS
-        and all(isinstance(each, str) and 1 <= len(each) <= _STOP for each in listed)
-    ):
+    stops: Any = getattr(config, "stop_strings", None)
+    if stops is not None and not _are_stops([stops] if isinstance(stops, str) else stops):
         raise _refused("stop_strings", stops, f"up to {_STOPS} texts of up to {_STOP:,} characters")
 
 
-def _is_whole(value: object) -> bool:
+def _are_stops(listed: Any) -> bool:
+    if not isinstance(listed, list) or not 1 <= len(listed) <= _STOPS:
+        return False
+    return all(isinstance(each, str) and 1 <= len(each) <= _STOP for each in listed)
+
+
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

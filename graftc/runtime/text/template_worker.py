@@ -17,10 +17,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # no such limits on this system: what waits for the answer has one of its own
-    resource = None  # type: ignore[assignment]
 
 
 class _Generation(jinja2.ext.Extension):
@@ -28,7 +26,7 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
@@ -54,8 +52,8 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 def _limit(seconds: int, memory: int) -> None:
     """So much more than now."""
-    if resource is None:
-        return
+    if sys.platform == "win32":
+        return  # who waits for the answer has a limit of his own
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
