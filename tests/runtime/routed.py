@@ -53,3 +53,13 @@ def _olmoe() -> nn.Module:
 
 
 _MAKERS = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe}
+
+
+@torch.no_grad()
+def near_twins(model: nn.Module) -> None:
+    """Give every three experts the same row of the router, but for the last bit of some of its entries."""
+    for name, weight in model.named_parameters():
+        if name.endswith("gate.weight"):
+            for row in range(len(weight)):
+                weight[row] = weight[row - row % 3]
+                weight[row, row % 3 :: 3] *= 1 + torch.finfo(weight.dtype).eps

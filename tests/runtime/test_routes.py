@@ -21,7 +21,7 @@ from graftc.runtime.deploy import merged as merging
 from graftc.runtime.deploy.folded_store import folded_store
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.runtime.routed import FAMILIES, ROLES, routed_model, spec
+from tests.runtime.routed import FAMILIES, ROLES, near_twins, routed_model, spec
 
 
 def adapted(family: str, dtype: torch.dtype = torch.bfloat16, twins: bool = False) -> Any:
@@ -32,16 +32,6 @@ def adapted(family: str, dtype: torch.dtype = torch.bfloat16, twins: bool = Fals
     compiled = graftc.compile(spec(ROLES[:3] if twins else ROLES), model).eval()
     perturb(compiled)
     return compiled
-
-
-@torch.no_grad()
-def near_twins(model: nn.Module) -> None:
-    """Give every three experts the same row of the router, but for the last bit of some of its entries."""
-    for name, weight in model.named_parameters():
-        if name.endswith("gate.weight"):
-            for row in range(len(weight)):
-                weight[row] = weight[row - row % 3]
-                weight[row, row % 3 :: 3] *= 1 + torch.finfo(weight.dtype).eps
 
 
 @pytest.fixture(scope="module")
