@@ -19,7 +19,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full gates fuzz test-gpu lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ test-fast: setup ## the quick tests only (two minutes)
 
 test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too
 	$(PYTEST) -m "not gate and not gpu" $(ARGS)
+
+# The threads are those of each setting; the rest is as for `make tests`.
+test-processors: setup ## what `make test` runs of the tests, as on other processors (up to four times as long)
+	$(filter-out OMP_NUM_THREADS=% MKL_NUM_THREADS=%,$(TEST_ENV)) $(BIN)/python -m tools.processors \
+	  -n 2 --dist worksteal -q -m "not full and not gate and not gpu" $(ARGS)
 
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)

@@ -1,0 +1,78 @@
+"""Run tests as on other processors: ``python -m tools.processors [ARGUMENTS OF PYTEST]``.
+
+PyTorch's kernels, oneDNN's and the number of threads decide how sums are grouped, and so the last bits of results. A
+test that goes by one grouping passes on one machine and fails on another.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
+"""PyTorch's names for what processors can do, each including those before."""
+
+SETTINGS: tuple[Mapping[str, str], ...] = (
+    {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "threads": "2"},
+    {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "threads": "1"},
+    {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "threads": "1"},
+    {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "DEFAULT", "threads": "2"},
+)
+"""Every capability, oneDNN held to the same or to nothing, with one thread and with two."""
+
+
+def environment(setting: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a setting."""
+    threads = {name: setting["threads"] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {**{name: value for name, value in setting.items() if name != "threads"}, **threads}
+
+
+def possible(capability: str) -> list[Mapping[str, str]]:
+    """The settings that a machine of this capability can run: a higher one would stop it at an instruction that it does
+    not know.
+
+    Args:
+        capability: one of `CAPABILITIES`, as `torch.backends.cpu.get_cpu_capability` gives it. What is not among them,
+            of another kind of processor, has only its default.
+    """
+    most = CAPABILITIES.index(capability) if capability in CAPABILITIES else 0
+    return [own for own in SETTINGS if CAPABILITIES.index(own["ATEN_CPU_CAPABILITY"].upper()) <= most]
+
+
+def own_capability() -> str:
+    """What this machine can do, whatever the environment says."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    plain = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def tested(setting: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Run pytest under a setting. Returns its exit status."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments], env={**os.environ, **environment(setting)}
+    ).returncode
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the tests under every setting that this machine can run; 1 where a test failed under any of them."""
+    can = own_capability()
+    settings, failed = possible(can), []
+    print(f"this processor can do {can}: {len(settings)} of {len(SETTINGS)} settings")
+    for setting in settings:
+        said = " ".join(f"{name}={value}" for name, value in setting.items())
+        print(f"\n== {said}", flush=True)
+        start = time.monotonic()
+        status = tested(setting, arguments)
+        print(f"== {said}: {'passed' if not status else f'failed ({status})'} in {time.monotonic() - start:.0f} s")
+        failed += [said] if status else []
+    print("\n".join(["", *(f"failed: {said}" for said in failed)]) if failed else "\nall settings passed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
