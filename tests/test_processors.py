@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 SENSITIVE = (
     "tests/methods/test_adamix_contract.py::TestExperts::test_sixteen_bits",
     "tests/runtime/test_routes.py::test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse",
-    "tests/runtime/test_rounding_noise.py",
 )
 """Tests in 16 bits, whose results are of the order of what rounding does."""
 
@@ -48,9 +48,7 @@ def test_under_another_capability(tmp_path: Path) -> None:
     assert done.returncode == 0 and " passed" in done.stdout, f"{setting}\n{done.stdout}\n{done.stderr}"
 
 
-def test_a_failure_under_one_setting_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_told_with_its_setting(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("tools.processors.own_capability", lambda: "AVX2")
     seen: list[str] = []
 

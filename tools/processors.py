@@ -46,9 +46,7 @@ def own_capability() -> str:
     """What this machine can do, whatever the environment says."""
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     plain = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.check_output([sys.executable, "-c", code], env=plain, text=True).strip()
 
 
 def tested(setting: Mapping[str, str], arguments: Sequence[str]) -> int:
