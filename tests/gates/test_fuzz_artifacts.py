@@ -61,7 +61,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         _WATCHED.append((event, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), writes))
 
 
-_FOLDER = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2}
+_FOLDER = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.chmod": 2}
 """Where an event has the descriptor of the folder that a path is in."""
 
 _EVENTS = frozenset(
