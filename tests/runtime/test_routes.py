@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -70,12 +71,18 @@ def test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse(twins: A
 
 
 @every_twins
-def test_the_models_keep_their_own_code(twins: Any) -> None:
-    merged = twins.merge()
-    for model in (twins, merged):
-        runner = model._graftc
-        assert not [key for key in runner._programs if key.entry == "routes"]
-        assert not [name for block in runner.blocks.values() for name in block._graftc.functions if "routes" in name]
+def test_a_merged_model_has_the_code_of_its_forward_pass_alone(twins: Any) -> None:
+    runner = twins.merge()._graftc
+    assert not [key for key in runner._programs if key.entry != "forward"]
+    assert not [name for block in runner.blocks.values() for name in block._graftc.functions if "routes" in name]
+
+
+@every_twins
+def test_merges_of_one_model_at_once(twins: Any) -> None:
+    expected = twins.merge().certificate
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: twins.merge().certificate, range(4)))
+    assert all(certificate == expected for certificate in found)
 
 
 @every_twins
@@ -89,7 +96,6 @@ def test_open_to_routes_the_graph_computes_the_same(twins: Any) -> None:
         again = Routes(routes.seen)
         with again.taken():
             imposed = runner.in_eval(inputs, "routes")
-    runner.forget("routes")
     assert len(routes.seen) == 2
     for one, *others in zip(plain, opened, imposed, strict=True):
         assert all(torch.equal(one, other) for other in others)

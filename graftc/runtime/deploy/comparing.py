@@ -104,7 +104,8 @@ class OutputComparison:
 
     @contextmanager
     def _routed(self, model: ModelRunner) -> Iterator[Callable[[Routes], Outputs]]:
-        """Gives what runs a model and records its choices; code for that is there meanwhile."""
+        """Gives what runs a model and records its choices. The second model, which nobody else has yet, is without the
+        code for that afterwards."""
         if not self._modules:
             yield lambda routes: model.in_eval(self._inputs)
             return
@@ -116,8 +117,9 @@ class OutputComparison:
         try:
             yield run
         finally:
-            with model.whole():
-                model.forget("routes")
+            if model is self._model:
+                with model.whole():
+                    model.forget("routes")
 
 
 @torch.no_grad()
