@@ -34,6 +34,7 @@ def test_no_setting_that_the_machine_cannot_run(capability: str, count: int) -> 
     assert len(possible(capability)) == count
 
 
+@pytest.mark.slow
 def test_under_another_capability(tmp_path: Path) -> None:
     """The one that this machine is farthest from having by itself."""
     setting = possible(own_capability())[0]

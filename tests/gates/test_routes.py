@@ -70,5 +70,6 @@ def test_no_route_refuses_a_merge(family: str) -> None:
     assert flipped >= count / 8, "routes hardly differ, so little is tested"
 
 
+@pytest.mark.slow
 def test_no_route_refuses_a_merge_sample() -> None:
     assert check(FAMILIES[0], range(2))[0] == 2

@@ -53,6 +53,7 @@ every_twins = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @every_twins
 def test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse(twins: Any) -> None:
     before = {name: tensor.clone() for name, tensor in twins.state_dict().items()}
@@ -70,6 +71,7 @@ def test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse(twins: A
     assert [item["flips"] for item in data] == [route.flips for route in certificate.routes]
 
 
+@pytest.mark.slow
 @every_twins
 def test_a_merged_model_has_the_code_of_its_forward_pass_alone(twins: Any) -> None:
     runner = twins.merge()._graftc
@@ -77,6 +79,7 @@ def test_a_merged_model_has_the_code_of_its_forward_pass_alone(twins: Any) -> No
     assert not [name for block in runner.blocks.values() for name in block._graftc.functions if "routes" in name]
 
 
+@pytest.mark.slow
 @every_twins
 def test_merges_of_one_model_at_once(twins: Any) -> None:
     expected = twins.merge().certificate
@@ -85,6 +88,7 @@ def test_merges_of_one_model_at_once(twins: Any) -> None:
     assert all(certificate == expected for certificate in found)
 
 
+@pytest.mark.slow
 @every_twins
 def test_open_to_routes_the_graph_computes_the_same(twins: Any) -> None:
     inputs = _inputs(twins)
@@ -177,6 +181,7 @@ WRONG_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "family", "dtype", "name"), WRONG_CASES)
 def test_a_wrong_model_is_refused(
     how: Any, family: str, dtype: torch.dtype, name: str, models: Any, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +197,7 @@ def test_a_wrong_model_is_refused(
     assert how is wrong_store or "algebra" in str(caught.value.details[0])
 
 
+@pytest.mark.slow
 @every_twins
 def test_a_flip_between_scores_far_apart_is_refused(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever outputs say: scores that are moved farther than rounding moves them are no near choice."""
@@ -206,6 +212,7 @@ def test_a_flip_between_scores_far_apart_is_refused(twins: Any, monkeypatch: pyt
     assert made.certificate.passed and any(route.flips for route in made.certificate.routes)
 
 
+@pytest.mark.slow
 @every_twins
 def test_what_stays_is_compared_with_the_same_routes(twins: Any) -> None:
     """A part that does not fold: the rest is compiled anew on a folded base."""
@@ -317,6 +324,7 @@ def test_the_operator_gives_its_own_choice_where_nothing_is_imposed() -> None:
     torch.library.opcheck(torch.ops.graftc.route.default, (scores, numbers, 1, "topk"), test_utils="test_schema")
 
 
+@pytest.mark.slow
 def test_opening_a_graph_leaves_it() -> None:
     compiled = adapted("mixtral")
     program = compiled.compilation.program("eval")
