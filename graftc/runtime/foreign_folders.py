@@ -11,10 +11,17 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.regular_files import JSON_BYTES
 
-__all__ = ["require_regular_files"]
+__all__ = ["TOKENIZER_BYTES", "require_regular_files"]
 
-_LARGE = 2**27
-_SIZES = {".json": JSON_BYTES, ".jinja": 2**20, ".txt": _LARGE, ".model": _LARGE, ".tiktoken": _LARGE}
+TOKENIZER_BYTES = 2**27
+"""Bytes that a file of a tokenizer may have."""
+_SIZES = {
+    ".json": JSON_BYTES,
+    ".jinja": 2**20,
+    ".txt": TOKENIZER_BYTES,
+    ".model": TOKENIZER_BYTES,
+    ".tiktoken": TOKENIZER_BYTES,
+}
 """Bytes of files that are read whole, by what their names end in."""
 _LARGER = ("tokenizer.json", "vocab.json", "merges.json")
 _INNER = ("additional_chat_templates",)
@@ -39,7 +46,7 @@ def require_regular_files(folder: Path, code: str) -> None:
                 continue
             if not stat.S_ISREG(found.st_mode):
                 raise GraftError(code, f"{quoted(path)} is not a regular file", hint=hint)
-            most = _LARGE if path.name in _LARGER else _SIZES.get(path.suffix)
+            most = TOKENIZER_BYTES if path.name in _LARGER else _SIZES.get(path.suffix)
             if most is not None and found.st_size > most:
                 message = f"{quoted(path)} has {found.st_size:,} bytes, more than {most:,}"
                 raise GraftError(code, message, hint=hint)

@@ -16,6 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted
 from graftc.specs.foreign import is_foreign, translated
 from graftc.specs.limits import check_limits
+from graftc.specs.regular_files import open_regular
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
 from graftc.specs.spec_errors import explain
 
@@ -155,7 +156,7 @@ def _read(path: Path) -> str:
         kind = path.stat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device, which may never end
             raise GraftError("GC006", f"{quoted(path)} is no regular file", hint="give a file that holds the spec")
-        with path.open("rb") as file:
+        with open_regular(path) as file:  # it may be another thing than a moment ago
             content = file.read(FILE + 1)
         if len(content) > FILE:
             raise beyond(f"the spec has more than {FILE:,} bytes", Place(str(path)))

@@ -191,6 +191,7 @@ class TestSettings:
             {"bad_words_ids": [[7], [8, 9]], "min_new_tokens": 2},
             {"temperature": 0.0},
             {"max_length": 10**12},
+            {"return_dict_in_generate": True, "output_scores": True},
         ],
     )
     def test_what_works_is_as_in_transformers(
@@ -201,6 +202,7 @@ class TestSettings:
         given: dict[str, Any] = {"max_new_tokens": 6, "tokenizer": opened.tokenizer, "use_cache": True}
         with torch.no_grad():
             wanted = opened.source.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+        wanted = wanted if isinstance(wanted, torch.Tensor) else wanted.sequences
         assert answer(opened, ids, Settings(max_new_tokens=6)).ids == tuple(wanted[0, ids.shape[1] :].tolist())
 
     def test_beams_of_the_user(self, opened: TextModel) -> None:

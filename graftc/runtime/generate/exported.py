@@ -12,6 +12,7 @@ from graftc.runtime.files import staged
 from graftc.runtime.generate.names import Slot, slots_of
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.specs.regular_files import read_regular
 
 __all__ = ["MANIFEST", "graph_in", "write_exported_model"]
 
@@ -27,9 +28,9 @@ def graph_in(folder: Path) -> Path:
         GraftError: GC144 for a manifest that names none, or a file that is not beside it.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_regular(folder / MANIFEST))
         form, parts = manifest["export_format"], {name: part["file"] for name, part in manifest["components"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise GraftError("GC144", f"{MANIFEST} in {folder} cannot be read: {first_line(error)}") from error
     file = parts.get("decode", parts.get("model"))
     if form != "onnx" or file is None:
@@ -68,7 +69,7 @@ def write_exported_model(source: str | Path, destination: str | Path, *, force: 
     ir = importlib.import_module("onnx_ir")
     try:
         program = ir.load(str(folder / _FILE))
-        config = json.loads((folder / _CONFIGS[0]).read_text(encoding="utf-8"))
+        config = json.loads(read_regular(folder / _CONFIGS[0]))
     except Exception as error:
         raise GraftError("GC144", f"the graph or the config in {folder} cannot be read: {first_line(error)}") from error
     graph = program.graph

@@ -17,9 +17,20 @@ from graftc.runtime.recipe_folder import begin_recipe, has_recipe, make_folder
 from graftc.runtime.tensor_files import save_tensors
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import read_regular
 
 _DIGEST = "sha256"
 _ANEW = "delete it, and what was made from it: the same call makes it anew"
+
+
+_LINES_BYTES = 2**30
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return read_regular(path, len(content)) == content
+    except OSError:
+        return False
 
 
 class KeptStages:
@@ -69,7 +80,7 @@ class KeptStages:
             lines = [json.dumps(line, ensure_ascii=False, allow_nan=False) for line in make()]
             write_text(path, "".join(f"{line}\n" for line in [*lines, json.dumps({_DIGEST: _text_digest(lines)})]))
         try:
-            *kept, last = path.read_text(encoding="utf-8").splitlines()
+            *kept, last = read_regular(path, _LINES_BYTES).decode("utf-8").splitlines()
             if json.loads(last) == {_DIGEST: _text_digest(kept)}:
                 return [json.loads(line) for line in kept]
         except (OSError, ValueError, RecursionError):
@@ -88,7 +99,7 @@ class KeptStages:
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if not path.exists():
             write_text(path, text)
-        elif not path.is_file() or path.read_bytes() != text.encode("utf-8", "surrogatepass"):
+        elif not _holds(path, text.encode("utf-8", "surrogatepass")):
             raise _damaged(path)
 
     def place(self, name: str) -> Path | None:

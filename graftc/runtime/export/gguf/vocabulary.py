@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.runtime.foreign_folders import TOKENIZER_BYTES, require_regular_files
+from graftc.specs.errors.border import library_errors
+from graftc.specs.regular_files import read_regular
 
 __all__ = ["add_vocabulary"]
 
@@ -34,11 +36,10 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path | None, size: int) -> st
     if folder is None or file is None or not file.is_file():
         writer.add_tokenizer_model("no_vocab")
         return "the base has no tokenizer.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+    require_regular_files(folder, "GC060")
+    with library_errors("GC060", f"the tokenizer of {folder} cannot be read"):
+        data = json.loads(read_regular(file, TOKENIZER_BYTES))
         return _added(writer, gguf, folder, data, size)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise GraftError("GC060", f"the tokenizer of {folder} cannot be read: {error}") from None
 
 
 def _added(writer: Any, gguf: Any, folder: Path, data: dict[str, Any], size: int) -> str | None:
