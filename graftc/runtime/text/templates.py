@@ -21,6 +21,7 @@ __all__ = ["require_bounded"]
 _WORKER = Path(__file__).with_name("template_worker.py")
 _SECONDS, _WAIT = 2, 20.0
 """Processor seconds that rendering may take, and how long an answer is waited for, while the process starts too."""
+_ENDING = 0.2
 _MEMORY = 2**28
 _CHARACTERS = 2**20
 """That a template may make of nothing; it may repeat the messages a few times beside."""
@@ -73,8 +74,8 @@ class _Worker:
                     selector.register(process.stdout, selectors.EVENT_READ)
                     answer = process.stdout.readline() if selector.select(_WAIT) else ""
             if not answer.endswith("\n"):
-                self.stop()
-                return f"it takes more than {_SECONDS} seconds"
+                failed = self.stop()
+                return "jinja2 cannot be imported" if failed else f"it takes more than {_SECONDS} seconds"
         found: str | None = json.loads(answer)
         return found
 
@@ -94,12 +95,19 @@ class _Worker:
             )
         return self._process
 
-    def stop(self) -> None:
-        """End the process, if there is one."""
+    def stop(self) -> bool:
+        """End the process, if there is one; whether it had failed by itself, without a limit."""
         process, self._process = self._process, None
-        if process is not None and self._owner == os.getpid():
-            process.kill()
-            process.communicate()
+        if process is None or self._owner != os.getpid():
+            return False
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # at which it ends, unless it is at work
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDING)
+        process.kill()
+        process.stdout.close()
+        return process.wait() > 0
 
 
 _worker = _Worker()
