@@ -183,6 +183,23 @@ def plant(staging: Path, changed: str) -> None:
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "merges.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
+def test_files_beside_the_weights_that_never_end_are_refused(place: Path, tmp_path: Path, name: str, kind: str) -> None:
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    (base / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(base / name)
+    elif kind == "device":
+        (base / name).symlink_to("/dev/zero")
+    else:
+        with (base / name).open("wb") as file:
+            file.truncate(2**36)
+    with pytest.raises(graftc.GraftError) as caught:
+        graftc.merge_checkpoint(place / "adapter", base, tmp_path / "merged")
+    assert caught.value.code == "GC100" and [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_other_work_for_the_same_place_throws_the_old_away(place: Path, tmp_path: Path) -> None:
     other = written_lora(tmp_path / "other", place / "base", lora_alpha=3)

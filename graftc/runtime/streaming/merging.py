@@ -21,6 +21,7 @@ from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed
 from graftc.runtime.companions import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
+from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.held_folder import HeldFolder
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
@@ -158,6 +159,7 @@ def _merge(
     path = Path(os.path.abspath(out))
     check_apart(path, source, base)
     check_destination(path, force=force, replaceable=is_merged)
+    require_regular_files(base, "GC100")
     resume = _identity(plan, watch)
     with staged(path, force=force, replaceable=is_merged, sources=[base], resume=resume, keep_modes=True) as folder:
         folder.mkdir(exist_ok=True)
