@@ -217,6 +217,8 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     "change",
     [
         lambda data: data.pop("weight_map"),
+        lambda data: data.pop("metadata"),
+        lambda data: data.update(metadata=[]),
         lambda data: data.update(weight_map=[]),
         lambda data: data.update(weight_map={}),
         lambda data: data["weight_map"].update(scalar=7),

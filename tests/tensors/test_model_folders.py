@@ -251,6 +251,7 @@ ADAPTERS: dict[str, Callable[[Path], object]] = {
         (folder / "adapter_config.json").unlink(),
         os.mkfifo(folder / "adapter_config.json"),
     ),
+    "targets that are null": lambda folder: _adapter_file(folder, _with(folder, target_modules=None)),
     "deep": lambda folder: _adapter_file(folder, b'{"peft_type":' * 100_000 + b"1" + b"}" * 100_000),
     "a long pattern": lambda folder: _adapter_file(folder, _with(folder, target_modules="a" * 1_000_000)),
     "a long pattern of choices": lambda folder: _adapter_file(folder, _with(folder, target_modules="(a|b)*" * 100_000)),

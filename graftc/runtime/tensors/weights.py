@@ -111,6 +111,8 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     table = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
         raise ValueError(f"{name} has no weight_map of names")
+    if not isinstance(data.get("metadata"), dict):
+        raise ValueError(f"{name} has no metadata, which transformers asks for")
     if long := next((tensor for tensor in table if not is_tensor_name(tensor)), None):
         raise ValueError(f"{name} has too long a name for a tensor: {long[:60]!r}...")
     if unsafe := sorted({file for file in table.values() if not _is_plain(file)}):

@@ -50,7 +50,13 @@ def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Map
 def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
     named = meant(adapter.config, modules)
     own = {m.path for m in adapter.modules if m.parameter == "weight" and set(m.keys.values()) - token_keys(adapter)}
-    if named is None or adapter.config.is_prompt:
+    if adapter.config.is_prompt:
+        return
+    if own and adapter.config.target_modules is None and not adapter.config.target_parameters:
+        message = "target_modules is null: peft then takes what it knows of the model's class, and leaves out the rest"
+        hint = f"name the modules that the file has tensors of: {some(sorted({p.rpartition('.')[2] for p in own}))}"
+        raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG), path="target_modules"), hint=hint)
+    if named is None:
         return
     more, fewer = sorted(own - named), sorted(named - own)
     if more or fewer:
