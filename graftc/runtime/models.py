@@ -33,6 +33,7 @@ from graftc.runtime.model_folder import (
 )
 from graftc.runtime.quantised.load import FORMATS, load_quantised, quantization_of, require_read
 from graftc.runtime.reference import Built, is_callable, is_hub_id
+from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 from graftc.specs.regular_files import read_regular
 
@@ -220,17 +221,13 @@ def _from_transformers(
         options = {"dtype": dtype} if isinstance(dtype, torch.dtype) and dtype.is_floating_point else {}
     if wanted is not None:
         options = {"dtype": wanted}
-    try:
+    with library_errors("GC032", f"{cls.__name__} cannot be loaded from {text!r}"):
         if not meta:
             require_read(config, text)
             return from_checkpoint(cls, folder, text, looked_at=looked_at, config=config, **options)
         with torch.device("meta"), bounded_building(looked_at, text):
             made: nn.Module = cls._from_config(config, **_dtype(config))
         return made.to("meta").eval()
-    except GraftError:
-        raise
-    except Exception as error:
-        _fail(f"{cls.__name__} cannot be loaded from {text!r}: {_reason(error)}", cause=error)
 
 
 def from_checkpoint(
@@ -290,10 +287,8 @@ def _base_of(adapter: Path) -> str | None:
 def _config(text: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with library_errors("GC032", f"the config.json of {text!r} cannot be read"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        _fail(f"the config.json of {text!r} cannot be read: {_reason(error)}", cause=error)
 
 
 def _architecture(text: str, config: Any) -> Any:

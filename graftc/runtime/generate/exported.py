@@ -70,6 +70,7 @@ def write_exported_model(source: str | Path, destination: str | Path, *, force: 
     try:
         program = ir.load(str(folder / _FILE))
         config = json.loads(read_regular(folder / _CONFIGS[0]))
+        names = config.get("architectures")
     except Exception as error:
         raise GraftError("GC144", f"the graph or the config in {folder} cannot be read: {first_line(error)}") from error
     graph = program.graph
@@ -83,10 +84,9 @@ def write_exported_model(source: str | Path, destination: str | Path, *, force: 
             values[name].name = _transformers_name(slot, side)
     # The runner rebuilds the outputs from the last tensors, in the order of the structure's leaves.
     graph.outputs[:] = [values["logits"], *(values[name] for name in present.values())]
-    architectures = config.get("architectures") or [None]
     calls = [name for name in values if name in ("input_ids", "attention_mask", "position_ids", "token_type_ids")]
     metadata = {
-        "architecture": architectures[0],
+        "architecture": names[0] if isinstance(names, list) and names else None,
         "export_config": {"export_format": "onnx", "dynamic": True},
         "export_dtype": dtype,
         "export_device": "cpu",
