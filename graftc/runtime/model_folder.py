@@ -23,7 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 
-__all__ = ["WEIGHTS", "ModelFolder", "bounded_building", "check_stored_types", "open_model_folder"]
+__all__ = ["WEIGHTS", "ModelFolder", "bounded_building", "check_stored_types", "open_model_folder", "plain_config"]
 
 WEIGHTS = ("*.safetensors", "*.bin")
 _REFUSAL = Refusal("GC032", "GC101", "download the model again")
@@ -69,7 +69,7 @@ def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> Mode
         GraftError: GC032 for a config that cannot be used, files that are damaged, or more layers than they have
             tensors for; GC101 for names that lead out of the folder.
     """
-    config = _config(folder, where)
+    config = plain_config(folder, where)
     quantised = bool(config.get("quantization_config"))
     if not weights:
         return ModelFolder(folder, None, 0, quantised)
@@ -92,12 +92,21 @@ def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> Mode
     return ModelFolder(folder, stored, stored.size, quantised)
 
 
-def _fail(message: str, hint: str, cause: BaseException | None = None) -> NoReturn:
-    raise GraftError("GC032", message, hint=hint) from cause
+def _fail(message: str, hint: str, cause: BaseException | None = None, code: str = "GC032") -> NoReturn:
+    raise GraftError(code, message, hint=hint) from cause
 
 
-def _config(folder: Path, where: str) -> dict[str, Any]:
-    """The config as plain data, as far as that is needed to tell what reading it takes."""
+def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any]:
+    """The config of a folder as plain data, as far as that is needed to tell what reading it takes.
+
+    Args:
+        folder: has a ``config.json``.
+        where: its name, for errors.
+        code: of the error.
+
+    Raises:
+        GraftError: of this code, for what is no config of a model, is too large, or has too many layers or labels.
+    """
     hint = "take the config.json from where the model came"
     try:
         raw = read_regular(folder / "config.json", JSON_BYTES)
@@ -105,18 +114,18 @@ def _config(folder: Path, where: str) -> dict[str, Any]:
             raise ValueError(f"it has more than {_VALUES:,} values")
         data = json.loads(raw)
     except RecursionError as error:
-        _fail(f"the config.json of {where!r} cannot be read: it is too deep", hint, error)
+        _fail(f"the config.json of {where!r} cannot be read: it is too deep", hint, error, code)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        _fail(f"the config.json of {where!r} cannot be read: {reason}", hint, error)
+        _fail(f"the config.json of {where!r} cannot be read: {reason}", hint, error, code)
     if not isinstance(data, dict):
-        _fail(f"the config.json of {where!r} cannot be read: it is not a table", hint)
+        _fail(f"the config.json of {where!r} cannot be read: it is not a table", hint, code=code)
     names = data.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        _fail(f"the config.json of {where!r} has architectures that are not names: {shown(names)}", hint)
-    for word in ("layer", "num_labels"):
+        _fail(f"the config.json of {where!r} has architectures that are not names: {shown(names)}", hint, code=code)
+    for word, what in (("layer", "layers"), ("num_labels", "labels")):
         if (most := max(_counted(data, word), default=0)) > _COUNT:
-            _fail(f"the config.json of {where!r} has a number of {most:,} for {word}, more than {_COUNT:,}", hint)
+            _fail(f"the config.json of {where!r} asks for {most:,} {what}, more than {_COUNT:,}", hint, code=code)
     return data
 
 

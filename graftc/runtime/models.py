@@ -6,14 +6,10 @@ that and never import or call what it names.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +20,7 @@ from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
+from graftc.runtime.model_callables import from_callable
 from graftc.runtime.model_folder import (
     WEIGHTS,
     ModelFolder,
@@ -38,6 +35,7 @@ from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 from graftc.specs.regular_files import read_regular
 
 __all__ = [
+    "config_of_folder",
     "from_checkpoint",
     "load_as_built",
     "load_folder",
@@ -118,7 +116,7 @@ def load_model_and_inputs(
     inputs: ExampleInputs | None = None
     folder = Path(text).expanduser()
     if is_callable(text):
-        model, inputs = _from_callable(text, meta)
+        model, inputs = from_callable(text, meta)
     elif folder.is_dir():
         model = load_folder(folder, meta=meta, built=built)
     elif folder.is_file():
@@ -284,6 +282,20 @@ def _base_of(adapter: Path) -> str | None:
     return f"give its base model: {base}" if base else None
 
 
+def config_of_folder(folder: Path, where: str) -> Any:
+    """The config of a folder as transformers reads it, looked at before.
+
+    Args:
+        folder: has a ``config.json``.
+        where: its name, for errors.
+
+    Raises:
+        GraftError: GC032 where it cannot be read or is no config of a model.
+    """
+    open_model_folder(folder, where, weights=False)
+    return _config(where, folder)
+
+
 def _config(text: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -370,77 +382,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-# --- callables --------------------------------------------------------------------------------------------------
-
-
-def _from_callable(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
-    path, _, name = text.partition(":")
-    make = _attribute(_module(path), path, name)
-    if not callable(make):
-        _fail(f"{text} is not callable but {type(make).__name__}", "name a function that returns the model")
-    try:
-        with torch.device("meta") if meta else nullcontext():
-            made = make()
-    except (Exception, SystemExit) as error:
-        if isinstance(error, GraftError):
-            raise
-        _fail(f"{text} failed: {_reason(error)}", cause=error, details=_where(error))
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        given = type(made).__name__
-        _fail(f"{text} returned {given}, not an nn.Module", "return the model itself, or (model, example_inputs)")
-    if isinstance(inputs, torch.Tensor):
-        inputs = (inputs,)
-    if inputs is not None and not isinstance(inputs, Mapping | tuple | list):
-        given = type(inputs).__name__
-        _fail(f"{text} returned example inputs that are a {given}", "return tensors by name, or in order")
-    return (model.to("meta") if meta else model), inputs
-
-
-def _module(path: str) -> Any:
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if path == missing or path.startswith(f"{missing}."):
-            _fail(
-                f"there is no module {missing!r}", _sibling(missing) or f"searched {here!r} and the installed packages"
-            )
-        _fail(f"{path} cannot be imported: {_reason(error)}", cause=error, details=_where(error))
-    except (Exception, SystemExit) as error:
-        _fail(f"{path} cannot be imported: {_reason(error)}", cause=error, details=_where(error))
-
-
-def _sibling(missing: str) -> str | None:
-    """The nearest module beside the one that is missing."""
-    import pkgutil
-
-    parent, _, last = missing.rpartition(".")
-    found = find_spec(parent) if parent else None
-    places = list(found.submodule_search_locations or ()) if found is not None else [os.getcwd()]
-    close = nearest(last, [info.name for info in pkgutil.iter_modules(places)], n=1)
-    return f"did you mean {'.'.join([parent, close[0]] if parent else close)!r}?" if close else None
-
-
-def _attribute(module: Any, path: str, name: str) -> Callable[[], Any]:
-    found = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            close = nearest(part, [n for n in dir(found) if callable(getattr(found, n, None))], n=1)
-            _fail(f"{path} has no {name!r}", f"did you mean '{path}:{close[0]}'?" if close else None)
-        found = getattr(found, part)
-    return found  # type: ignore[no-any-return]
-
-
-def _where(error: BaseException) -> tuple[str, ...]:
-    """The line of the user's code that failed."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[:1] != "<"]
-    return (f"at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}",) if frames else ()
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.generate.exported import MANIFEST, graph_in
 from graftc.runtime.generate.graphs import OnnxGraph, Provider, providers_for, runtime
 from graftc.runtime.generate.names import DECODER, PAIR
+from graftc.runtime.model_folder import plain_config
 from graftc.specs.arguments import as_path, kind_of
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
@@ -20,6 +21,7 @@ __all__ = ["open_folder"]
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
+    plain_config(folder, str(folder), "GC144")
     with library_errors("GC144", f"config.json in {folder} cannot be read"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 

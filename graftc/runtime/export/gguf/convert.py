@@ -17,6 +17,7 @@ from graftc.runtime.files import staged_or_dropped
 from graftc.runtime.interop.layouts.convert import ROUNDING, AdapterSource, ConvertedFolder, compared
 from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
+from graftc.runtime.models import config_of_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 __all__ = ["convert_to_gguf"]
@@ -37,15 +38,13 @@ def convert_to_gguf(
         force: replace a file that is there.
 
     Raises:
-        GraftError: GC067 where the file gives another update, GC069 without the base's config, GC060 and GC061 as
-            `export_adapter`.
+        GraftError: GC032 for a config that cannot be read, GC067 where the file gives another update, GC069 without
+            the base's config, GC060 and GC061 as `export_adapter`.
     """
-    from transformers import AutoConfig
-
     if model is None or not (model / "config.json").is_file():
         hint = "name the base that the adapter is for: --model MODEL"
         raise GraftError("GC069", "GGUF needs the config of the base", place=Place(str(model or "")), hint=hint)
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    config = config_of_folder(model, str(model))
     adapter, wanted = source.read()
     with staged_or_dropped(out, "adapter.gguf", force=force, sources=source.folders) as file:
         return replace(_written(adapter, config, file, wanted, source, dtype), out=out)
