@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 import graftc
 from graftc.compiler.capture.isolation import exclusive, isolated
@@ -58,6 +62,27 @@ class Halving(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         return found / 2 if isinstance(found, torch.Tensor) and found.is_floating_point() else found
+
+
+class Several(Net):
+    """A second input makes a second graph."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return super().forward(x if y is None else x + y)
+
+
+class Passing(TorchFunctionMode):
+    """Everything is as it is without."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Looking(TorchDispatchMode):
+    """The same of operators."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 class Failing(TorchDispatchMode):
@@ -188,3 +213,79 @@ def test_cycles_of_objects_are_looked_for_as_before_once_a_graph_is_made() -> No
         assert asked(0, 10, 10) == (0, 10, 10)
     finally:
         gc.set_threshold(*before)
+
+
+def counting(calls: list[Any]) -> AbstractContextManager[Any]:
+    """Hooks on every module of the process, as profilers have them."""
+
+    @contextmanager
+    def hooked() -> Iterator[None]:
+        hear = lambda module, *_: calls.append(module)  # noqa: E731
+        handles = [
+            torch.nn.modules.module.register_module_forward_pre_hook(hear),
+            torch.nn.modules.module.register_module_forward_hook(hear, always_call=True),
+            torch.nn.modules.module.register_module_full_backward_hook(hear),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return hooked()
+
+
+WATCHING: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "flops": lambda: FlopCounterMode(display=False),
+    "modules": ModuleTracker,
+    "global hooks": lambda: counting([]),
+    "function mode": Passing,
+    "dispatch mode": Looking,
+    "profiler": lambda: torch.profiler.profile(with_modules=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.sample("True-flops")
+@pytest.mark.parametrize("name", WATCHING)
+@pytest.mark.parametrize("cached", [True, False])
+def test_who_watches_a_call_finds_no_change(name: str, cached: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """A call that is captured while something watches: nothing is said of a change, and the graph is the usual one."""
+    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
+    source = Several().eval()
+    expected, compiled = (graftc.compile(SPEC, source, EXAMPLE, cache=cached).eval() for _ in range(2))
+    given = {"x": torch.ones(2, 6), "y": torch.ones(2, 6)}
+    wanted = expected(**given)
+    with warnings.catch_warnings(), WATCHING[name]():
+        warnings.simplefilter("error", graftc.GraftWarning)
+        found = compiled(**given)
+    torch.testing.assert_close(found, wanted)
+    keys = [key for key in compiled.compilation.programs if "y:f32[2]" in key.signature.inputs]
+    assert keys
+    for key in keys:
+        assert format_program(compiled.compilation.programs[key]) == format_program(expected.compilation.programs[key])
+
+
+def test_hooks_on_every_module_hear_of_other_threads_while_a_graph_is_made() -> None:
+    calls: list[Any] = []
+    plain, leave, entered = nn.Linear(2, 2), threading.Event(), threading.Event()
+
+    def other() -> None:
+        entered.wait(10)
+        plain(torch.ones(1, 2))
+        leave.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with counting(calls):
+        with exclusive():
+            plain(torch.ones(1, 2))
+            assert not calls
+            entered.set()
+            assert leave.wait(10)
+        assert len(calls) == 2
+        plain(torch.ones(1, 2))
+        assert len(calls) == 4
+    thread.join()
+    plain(torch.ones(1, 2))
+    assert len(calls) == 4

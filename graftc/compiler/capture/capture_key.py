@@ -27,6 +27,7 @@ import torch.nn.modules.module as torch_module
 from torch import nn
 
 from graftc.compiler.capture.fingerprint import config_digest
+from graftc.compiler.capture.isolation import unheard
 from graftc.compiler.capture.objects import (
     VALUES,
     closure_of,
@@ -174,7 +175,8 @@ class _Walk:
     def run(self) -> list[Any]:
         """See `holdings`."""
         for kind, hooks in vars(torch_module).items():
-            if kind.startswith("_global_") and kind.endswith("_hooks") and hooks and "state" not in kind:
+            ours = kind.startswith("_global_") and kind.endswith("_hooks") and "state" not in kind
+            if ours and not all(map(unheard, hooks.values())):
                 raise UnknownHoldingError(kind.strip("_"), "hooks on every module of the process")
         tensors = self._stored()
         modules = [self.module(path, module) for path, module in self._model.named_modules(remove_duplicate=False)]

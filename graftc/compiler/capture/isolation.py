@@ -12,8 +12,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -54,9 +56,10 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """`isolated`, by one thread of the process at a time; re-entrant."""
+    """`isolated`, by one thread of the process at a time; re-entrant. Hooks on every module of the process, which
+    counters of operators and profilers use, hear of the calls of other threads alone."""
     global _holder
-    with _lock, isolated():
+    with _lock, isolated(), _no_global_hooks():
         before, _holder = _holder, threading.get_ident()
         try:
             yield
@@ -105,6 +108,40 @@ def _no_function_modes() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+class _OfOthers:
+    """A hook on every module, for all threads but one."""
+
+    def __init__(self, hook: Any, thread: int) -> None:
+        self._hook, self._thread = hook, thread
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if threading.get_ident() == self._thread else self._hook(*args, **kwargs)
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """A backward hook changes what is recorded wherever there is one, so that nobody has any meanwhile."""
+    forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+    backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
+    before: list[dict[int, Any]] = [dict(table) for table in (*forward, *backward)]
+    for table in forward:
+        table.update({number: _OfOthers(hook, threading.get_ident()) for number, hook in table.items()})
+    for table in backward:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(forward, before[:2], strict=True):
+            table.update({number: hook for number, hook in hooks.items() if number in table})
+        for table, hooks in zip(backward, before[2:], strict=True):
+            table.update(hooks)
+
+
+def unheard(hook: Any) -> bool:
+    """Whether a hook on every module is silent while this thread makes a graph."""
+    return isinstance(hook, _OfOthers)
 
 
 @contextmanager
