@@ -54,7 +54,12 @@ def test_a_hook_changes_embeddings_as_in_the_source(family: str) -> None:
 def test_it_sees_adaptations_of_the_table() -> None:
     compiled = compiled_of("llama", "embed")
     seen: list[Tensor] = []
-    compiled.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def see(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        assert torch.equal(inputs[0], IDS)
+        seen.append(output)
+
+    compiled.get_input_embeddings().register_forward_hook(see)
     with torch.no_grad():
         compiled(input_ids=IDS)
         table = compiled.model.embed_tokens

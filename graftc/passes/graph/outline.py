@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import live
@@ -26,11 +27,14 @@ class BlockGraph:
         path: the layer's module path; its tensors are named relative to it.
         use: which call of the layer this is, 0 for the first.
         graph: inputs are what the layer reads from outside, outputs what others read from it.
+        inputs, outputs: names of these in the Program.
     """
 
     path: str
     use: int
     graph: fx.Graph
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ def _group(program: Program) -> list[Group]:
         path = layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
         path = path if path in layers else ""
         sources = set(node.all_input_nodes)
+        if path and path == current and (taken := _inserted_between(sources, run, waiting)):
+            run += taken
+            waiting = [other for other in waiting if other not in set(taken)]
         if path and (path != current or sources.intersection(waiting)):
             close()
             current = path
@@ -117,9 +124,24 @@ def _group(program: Program) -> list[Group]:
     return done
 
 
+def _inserted_between(sources: set[fx.Node], run: list[fx.Node], waiting: list[fx.Node]) -> list[fx.Node]:
+    """What stands in no layer, is made of what adaptations have inserted in the running one, and is read by that again,
+    as a mask over a prefix: it is a part of the layer, which is called as often as in the source."""
+    found: set[fx.Node] = set()
+    pending, inside, known = list(sources), set(run), set(waiting)
+    while pending:
+        node = pending.pop()
+        if node in known and node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    own = (source for node in found for source in node.all_input_nodes if source in inside)
+    return [node for node in waiting if node in found] if all(map(provenance, own)) else []
+
+
 def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
-    """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone comes right before its
-    first reader, not before all layers, where it would be a part of the layer on its own."""
+    """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone, or of what no layer of
+    theirs has computed, comes right before its first reader, not before all layers, where it would be a part of the
+    layer on its own: a layer is called as often as in the source."""
     ordered: list[fx.Node] = []
     settled: set[fx.Node] = set()
     waiting: set[fx.Node] = set()
@@ -135,13 +157,33 @@ def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
     for node in program.graph.nodes:
         if node.op == "get_attr" or node not in needed:
             continue
+        path = layer_path(node.meta.get("module", ""))
         if provenance(node) is not None and all(n.op == "get_attr" or n in settled for n in node.all_input_nodes):
             settled.add(node)
-            if layer_path(node.meta.get("module", "")) in layers:
+            if path in layers:
                 waiting.add(node)
                 continue
+        outside = all(n in waiting or _layer_of(n) != path for n in node.all_input_nodes)
+        if path in layers and outside and _may_wait(node):
+            waiting.add(node)
+            continue
         place(node)
     return ordered
+
+
+def _layer_of(node: fx.Node) -> str:
+    """The layer that computes a value."""
+    return layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
+
+
+def _may_wait(node: fx.Node) -> bool:
+    """Whether an adaptation's node is for its layer alone, and gives the same wherever it stands: it draws nothing and
+    writes nothing."""
+    schema = getattr(node.target, "_schema", None)
+    if provenance(node) is None or schema is None or schema.is_mutable or not node.users:
+        return False
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not drawn and all(_layer_of(user) == _layer_of(node) for user in node.users)
 
 
 def _block(
@@ -170,4 +212,5 @@ def _block(
         mapping[node] = graph.create_node("call_function", node.target, args, kwargs, name=f"v{index}")
     results = tuple(mapping[node] for node in outputs)
     graph.output(results[0] if len(results) == 1 else results)
-    return BlockGraph(path, use, graph), list(inputs), outputs
+    names = (tuple(node.name for node in values) for values in (inputs, outputs))
+    return BlockGraph(path, use, graph, *names), list(inputs), outputs

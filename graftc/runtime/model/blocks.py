@@ -6,7 +6,7 @@ Runner, which is no module, so that no name of a source model's child can come b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,19 +16,34 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
+from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.capture.past import CACHE
 from graftc.passes.core.ir.codegen import Function, function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, ProgramKey
-from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tree
+from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tree, of_fsdp
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.passes.graph.packed import reading_parts
 from graftc.passes.lowering.lower import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
-from graftc.runtime.model.embeddings import call_hooks
+from graftc.runtime.hooks.embeddings import call_hooks
+from graftc.runtime.hooks.layer_calls import (
+    Hearing,
+    LayerCall,
+    enter,
+    given,
+    hooks_everywhere,
+    inputs_of,
+    is_heard,
+    is_running,
+    pending_for,
+    running,
+)
+from graftc.runtime.hooks.layer_learning import Border
 
 
 @dataclass(frozen=True)
@@ -63,13 +78,27 @@ class LayerCode(Node):
         choices: how much of its activations each kind of call computes again.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         recompute: how.
+        borders: what its part of each Program reads and gives, by key.
+        calls: how the source's layer is called there, by key, once hooks have asked.
+        hearing: whether any layer of the model has hooks.
     """
 
     def __init__(self) -> None:
         self.functions: dict[str, Function] = {}
+        self.borders: dict[str, Border] = {}
+        self.calls: dict[str, LayerCall] = {}
+        self.hearing = Hearing()
         self.choices: Choices = {}
         self.checkpointing = False
         self.recompute = Recompute()
+
+    def enter(self, module: nn.Module, *inputs: Any) -> Any:
+        """See `Node`. A layer with hooks is called as the source's is."""
+        if self.hearing.hooked or self.hearing.everywhere:
+            key, *given = inputs
+            if is_heard(module) and is_running():
+                return enter(self, module, key, given)
+        return module(*inputs)
 
 
 class Block(Container):
@@ -77,25 +106,51 @@ class Block(Container):
 
     _graftc: LayerCode
 
-    register_forward_hook = nn.Module.register_forward_hook  # type: ignore[assignment]
-    register_forward_pre_hook = nn.Module.register_forward_pre_hook  # type: ignore[assignment]
-    register_full_backward_hook = nn.Module.register_full_backward_hook
-    register_full_backward_pre_hook = nn.Module.register_full_backward_pre_hook
-
     def __init__(self) -> None:
         super().__init__()
         self._graftc = LayerCode()
 
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """See `torch.nn.Module.register_forward_hook`. The hook gets and may change what it does in the source model,
+        in calls with a cache too. What the graph has not in the source's form raises GC043 when it is looked into."""
+        self._hear(hook)
+        return nn.Module.register_forward_hook(self, hook, **options)
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """See `register_forward_hook`."""
+        self._hear(hook)
+        return nn.Module.register_forward_pre_hook(self, hook, **options)
+
+    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """See `register_forward_hook`: gradients are those of the source's arguments and results."""
+        self._hear(hook)
+        return nn.Module.register_full_backward_hook(self, hook, prepend)
+
+    def register_full_backward_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """See `register_full_backward_hook`."""
+        self._hear(hook)
+        return nn.Module.register_full_backward_pre_hook(self, hook, prepend)
+
+    def _hear(self, hook: Any) -> None:
+        if not of_fsdp(hook):
+            self._graftc.hearing.hooked = True
+
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run a part of a Program: its key, and what it reads.
+        """Run a part of a Program: its key, and what it reads; or what `LayerCode.enter` has prepared.
 
         Raises:
-            GraftError: GC043 for a call as of the source's layer.
+            GraftError: GC043 for a call as of the source's layer that no graph makes.
         """
         code = self._graftc
-        key, *inputs = inputs or (None,)  # type: ignore[assignment]
-        if options or not isinstance(key, str):
+        key, *values = inputs or (None,)
+        if isinstance(key, str) and not options:
+            return self._run(key, values)
+        if (pending := pending_for(code)) is None:
             return super().forward()
+        return given(pending, self._run(pending.key, inputs_of(pending, inputs, options)))
+
+    def _run(self, key: str, inputs: Sequence[Any]) -> Any:
+        code = self._graftc
         function = code.functions[key]
         if code.checkpointing and self.training and torch.is_grad_enabled():
             return code.recompute(getattr(function, "function", function), self, *inputs)
@@ -147,6 +202,7 @@ class Runner:
     """
 
     module: Root
+    learn_layers: Callable[[ProgramKey], None]
     _kind = ""
     """Of the device that all code is for."""
 
@@ -159,6 +215,7 @@ class Runner:
         self._label = ""
         self._showing: frozenset[str] = frozenset()
         self._hooked: str | None = None
+        self.hearing = Hearing()
         self.choices: Choices = {}
 
     def adopt(self, module: Root) -> None:
@@ -212,7 +269,11 @@ class Runner:
             owner = self._store.container(block.path)
             if not isinstance(owner, Block):
                 owner = self._store.replace_container(block.path, Block)
-            owner._graftc.functions[f"{self._label}{key}#{block.use}"] = self.code(key, block.graph, owner, device)
+            name = f"{self._label}{key}#{block.use}"
+            owner._graftc.hearing = self.hearing
+            owner._graftc.borders[name] = Border.of(block)
+            owner._graftc.calls.pop(name, None)
+            owner._graftc.functions[name] = self.code(key, block.graph, owner, device)
         self.run_above(key, outlined.root)
         self._kind = device.type
 
@@ -255,7 +316,13 @@ class Runner:
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():
             found = partial(unit, Pass(found))
-        return found()
+        if not is_traced() and hooks_everywhere():
+            self.hearing.everywhere = True
+        if not (self.hearing.hooked or self.hearing.everywhere):
+            return found()
+        past = inputs.get(CACHE)
+        with running(partial(self.learn_layers, key), past.cache if past is not None else None):
+            return found()
 
     def inputs(self, key: ProgramKey, inputs: Mapping[str, Any]) -> list[Any]:
         """What the Program installed as ``key`` is given, in its order."""

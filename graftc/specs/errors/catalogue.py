@@ -330,6 +330,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The base has no tokenizer beside it, or one of a kind that cannot be written.",
      "No action is needed if only the weights are read. llama.cpp needs a tokenizer: save it into the base's folder as "
      "`tokenizer.json` and export again."),
+    ("GC076", _WARNING, "a counter in a module stays as it is",
+     "A buffer was registered on a module of a compiled model, as tools do that count operations module by module "
+     "(thop). The modules only hold tensors, and the computation is in the graphs of the whole model, so that such a "
+     "count comes out as zero or too small.",
+     "Count operators with `torch.utils.flop_counter.FlopCounterMode`, or count on the source model."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.grouped_heads import share_heads
+from graftc.passes.core.weights.containers import OWN
 
 Function = Callable[..., Any]
 _OF_A_BATCH: dict[Any, Function] = {
@@ -92,7 +93,8 @@ def _follows_input(target: Any) -> bool:
 
 def call(module: nn.Module, *inputs: Any) -> Any:
     """What generated code calls a layer by."""
-    return module(*inputs)
+    own = getattr(module, OWN, None)
+    return module(*inputs) if own is None else own.enter(module, *inputs)
 
 
 class _Reading(fx.graph.CodeGen):

@@ -177,6 +177,10 @@ class Node:
 
     constants: Mapping[str, Any] = MappingProxyType({})
 
+    def enter(self, module: nn.Module, *inputs: Any) -> Any:
+        """Call the container, or what others have put around it, from the code of a graph."""
+        return module(*inputs)
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -246,6 +250,16 @@ class Container(Tree):
             raise GraftError("GC130", message, hint=hint)
         nn.Module.register_parameter(self, name, param)
 
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """See `torch.nn.Module.register_buffer`. No graph reads or writes a buffer that is put here: what counts in one
+        what a module does (thop) is warned that it counts nothing (GC076)."""
+        nn.Module.register_buffer(self, name, tensor, persistent)
+        message = (
+            f"{name} of {type(self).__name__} stays as it is: the graphs of the whole model do what it would count"
+        )
+        hint = "count operators with torch.utils.flop_counter.FlopCounterMode, or count on the source model"
+        warn("GC076", message, hint=hint)
+
     def _no_hook(self, *hook: Any, **_: Any) -> Any:
         if any(str(getattr(each, "__module__", "")).partition(".")[0] == "deepspeed" for each in hook):
             raise deepspeed()
@@ -259,7 +273,7 @@ class Container(Tree):
         Raises:
             GraftError: GC043.
         """
-        return nn.Module.register_forward_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook(hook)
+        return nn.Module.register_forward_hook(self, hook, **options) if of_fsdp(hook) else self._no_hook(hook)
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
         """Refused but to FSDP2: see `forward`.
@@ -267,7 +281,7 @@ class Container(Tree):
         Raises:
             GraftError: GC043.
         """
-        return nn.Module.register_forward_pre_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook(hook)
+        return nn.Module.register_forward_pre_hook(self, hook, **options) if of_fsdp(hook) else self._no_hook(hook)
 
     register_full_backward_hook = _no_hook
     register_full_backward_pre_hook = _no_hook
@@ -286,7 +300,8 @@ def drops_nothing(module: nn.Module) -> bool:
     return is_silent(module) or (bool(own) and all(map(is_silent, own)))
 
 
-def _of_fsdp(hook: Any) -> bool:
+def of_fsdp(hook: Any) -> bool:
+    """Whether a hook is one of FSDP2's, which gathers tensors around a pass and looks at no values."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 

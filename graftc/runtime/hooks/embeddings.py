@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,8 +15,15 @@ from graftc.passes.core.weights.containers import Container, Node
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
-_LOOKED_UP = "looked up"
-"""What graphs call the module with, beside the embeddings."""
+
+class _LookedUp(threading.local):
+    """What graphs of this thread have looked up, the innermost call last."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+
+_looked_up = _LookedUp()
 
 
 class Hooks(Node):
@@ -25,6 +34,15 @@ class Hooks(Node):
     """
 
     changed: Callable[[], None] | None = None
+
+    def enter(self, module: nn.Module, *inputs: Any) -> Any:
+        """See `Node`: the module is called with the ids, as in the source model."""
+        value, ids = inputs
+        _looked_up.values.append(value)
+        try:
+            return module(ids)
+        finally:
+            _looked_up.values.pop()
 
 
 class Embeddings(Container):
@@ -38,7 +56,7 @@ class Embeddings(Container):
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """See `torch.nn.Module.register_forward_hook`. The output is what the graph looks up, adaptations of the table
-        included, ``[batch, sequence, hidden]``; the input is the graph's own.
+        included, ``[batch, sequence, hidden]``; the input is the ids, ``[batch, sequence]``.
 
         Raises:
             GraftError: GC043 where the graph has no one value that is the output.
@@ -53,9 +71,9 @@ class Embeddings(Container):
         Raises:
             GraftError: GC043 for a call as of the source's module.
         """
-        if options or len(inputs) != 2 or not isinstance(inputs[0], str) or inputs[0] != _LOOKED_UP:
+        if options or len(inputs) != 1 or not _looked_up.values:
             return super().forward(*inputs, **options)
-        return inputs[1]
+        return _looked_up.values[-1]
 
 
 def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], None]) -> str | None:
@@ -97,10 +115,13 @@ def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
     if not exits:  # embeddings were given
         return
     found = [node for node in root.nodes if node.name in exits]
-    if len(exits) > 1 or not found:
+    indices = {n.args[1].name for n in inside if n.target is torch.ops.aten.embedding.default}  # type: ignore[union-attr]
+    given = (n for n in root.nodes if n.op == "placeholder" and str(n.target).endswith("input_ids"))
+    ids = [node for node in root.nodes if node.name in indices] or list(given)
+    if len(exits) > 1 or not found or not ids:
         message = f"a hook on {path} would never be called: its output is no one value of the graph"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
     (node,) = found
     with root.inserting_after(node):
-        called = root.call_module(path, (_LOOKED_UP, node))
+        called = root.call_module(path, (node, ids[0]))
     node.replace_all_uses_with(called, delete_user_cb=lambda user: user is not called)

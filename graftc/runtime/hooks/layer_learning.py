@@ -1,0 +1,214 @@
+"""Finding out how the source's layers are called, and which values of a graph their arguments and results are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.capture.anchor import BOUNDS
+from graftc.compiler.capture.capture import as_captured
+from graftc.compiler.capture.example_inputs import samples_on
+from graftc.compiler.capture.interface import config_of, dtype_of
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.packing.modules import packed_weights
+from graftc.passes.core.weights.sharding import is_unit
+from graftc.passes.core.weights.store import Store
+from graftc.passes.graph.outline import BlockGraph, outline
+from graftc.runtime.hooks.layer_calls import LayerCall, Leaf, NotInGraph, apart, tree_of, unknown_call
+
+_SIZES = (3, 7, 5)
+_NEAR = 1e-2
+"""Of the largest element. Kernels may be others, and values that are not the same are further apart than that."""
+
+
+@dataclass(frozen=True)
+class Border:
+    """What a layer's part of a graph reads and gives, by the names of nodes.
+
+    Attributes:
+        path: of the layer.
+        use: which of its calls it is.
+        inputs, outputs: in the order of its code.
+    """
+
+    path: str
+    use: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, block: BlockGraph) -> Border:
+        """That of a part of an outlined graph."""
+        return cls(block.path, block.use, block.inputs, block.outputs)
+
+
+class LayerLearning:
+    """The part of a Runner that finds out how the source's layers are called."""
+
+    _active: Compilation
+    _label: str
+    _lowered: dict[ProgramKey, Program]
+    _store: Store
+    module: Any
+
+    def learn_layers(self, key: ProgramKey) -> None:
+        """Find out how the source's layers are called where a graph runs, and keep it at the layers; of a sharded
+        model, whose tensors no process has, nothing."""
+        if is_unit(self.module):
+            return
+        for (path, use), (call, border) in source_calls(self._active, key).items():
+            code: Any = self._store.container(path)._graftc
+            name = f"{self._label}{key}#{use}"
+            if name in getattr(code, "borders", ()):
+                code.calls[name] = in_graph(call, border, code.borders[name], self._lowered[key])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call of the source's layer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: Any
+
+
+def source_calls(compilation: Compilation, key: ProgramKey) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
+    """How the source's layers are called where a graph runs: leaves are numbered by the border of the base's graph.
+
+    The source model is run once on a sample, and is as before afterwards.
+
+    Args:
+        compilation: has the source and its graphs.
+        key: of the graph.
+    """
+    program = _base_of(compilation, key)
+    outlined = outline(program)
+    borders = {(block.path, block.use): Border.of(block) for block in outlined.blocks}
+    with exclusive(), torch.no_grad():
+        seen, samples = _observed(compilation, key, program, {path for path, _ in borders})
+        names = dict.fromkeys(name for b in borders.values() for name in (*b.inputs, *b.outputs))
+        values = _values(compilation, program, list(names), samples)
+    bound = max(_NEAR, BOUNDS.get(dtype_of(compilation.model), 0.0))
+    found: dict[tuple[str, int], tuple[LayerCall, Border]] = {}
+    for (path, use), border in borders.items():
+        calls = seen.get(path, ())
+        uses = sum(other == path for other, _ in borders)
+        one = calls[use] if len(calls) == uses else None
+        found[path, use] = _matched(one, border, values, bound), border
+    return found
+
+
+def _base_of(compilation: Compilation, key: ProgramKey) -> Program:
+    own = key._replace(entry="forward", mode="eval")
+    return compilation.programs.get(own._replace(stage="source")) or compilation.programs[own._replace(stage="base")]
+
+
+def _observed(
+    compilation: Compilation, key: ProgramKey, program: Program, paths: set[str]
+) -> tuple[Mapping[str, list[_Seen]], Mapping[str, Tensor]]:
+    model = compilation.model
+    device = compilation.store.device()
+    samples = samples_on(device, program, 0, _SIZES, config_of(model), front=False)
+    seen: dict[str, list[_Seen]] = {path: [] for path in paths}
+
+    def watch(path: str) -> None:
+        def saw(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
+            seen[path].append(_Seen(args, dict(kwargs), results))
+
+        model.get_submodule(path).register_forward_hook(saw, with_kwargs=True)
+
+    axes = compilation.signatures[key.signature].axes
+    with as_captured(model, axes, program.flags, "eval"):  # puts tables of hooks back
+        for path in paths:
+            watch(path)
+        try:
+            model(**{name: tensor.clone() for name, tensor in samples.items()})
+        except Exception:  # what is not seen is not there for hooks
+            seen.clear()
+    return seen, samples
+
+
+def _values(
+    compilation: Compilation, program: Program, names: Sequence[str], samples: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    packed: Mapping[str, Tensor] = packed_weights(compilation.model)
+
+    def tensor(name: str) -> Tensor:
+        return packed[name] if name in packed else compilation.store.get(name)
+
+    def given(node: fx.Node) -> Tensor:
+        return samples[str(node.target)]
+
+    wanted = [nodes[name] for name in names]
+    return dict(zip(names, computed(wanted, given, tensor, compilation.store.device()), strict=True))
+
+
+def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], bound: float) -> LayerCall:
+    if seen is None:
+        return unknown_call(border.path)
+
+    def leaves(names: Sequence[str]) -> Any:
+        def leaf(value: Any, name: str) -> Leaf:
+            if isinstance(value, Tensor):
+                distances = [apart(value, values[each]) for each in names]
+                nearest = min(range(len(names)), key=distances.__getitem__, default=None)
+                at = nearest if nearest is not None and distances[nearest] <= bound else None
+                return Leaf(name, at, None if at is not None else NotInGraph(name, border.path))
+            return Leaf(name, held=value, cache=_is_cache(value))
+
+        return leaf
+
+    args = tree_of(seen.args, leaves(border.inputs))
+    kwargs = tree_of(seen.kwargs, leaves(border.inputs))
+    return LayerCall(args, kwargs, tree_of(seen.results, leaves(border.outputs)))
+
+
+def _is_cache(value: Any) -> bool:
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
+
+
+def in_graph(call: LayerCall, base: Border, own: Border, program: Program) -> LayerCall:
+    """The same for a graph with adaptations.
+
+    Args:
+        call: by the border of the base's graph.
+        base: that border.
+        own: of the graph with adaptations.
+        program: that graph.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+
+    def places(before: Sequence[str], now: Sequence[str]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for at, name in enumerate(before):
+            node = nodes.get(name)
+            current = program.current(node).name if node is not None else name
+            if (there := next((n for n in (current, name) if n in now), None)) is not None:
+                found[at] = now.index(there)
+        gone = [at for at in range(len(before)) if at not in found]
+        new = [at for at in range(len(now)) if at not in found.values()]
+        return found | (dict(zip(gone, new, strict=True)) if len(gone) == len(new) else {})
+
+    inputs, outputs = places(base.inputs, own.inputs), places(base.outputs, own.outputs)
+
+    def moved(tree: Any, where: Mapping[int, int]) -> Any:
+        def leaf(one: Leaf, _: str) -> Leaf:
+            if one.at is None:
+                return one
+            at = where.get(one.at)
+            return Leaf(one.name, at, None if at is not None else NotInGraph(one.name, own.path))
+
+        return tree_of(tree, leaf)
+
+    return LayerCall(moved(call.args, inputs), moved(call.kwargs, inputs), moved(call.results, outputs))

@@ -1,0 +1,82 @@
+"""Tools that count operations: what sees operators counts them; what goes by the class of modules is warned of."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import graftc
+from tests.families import tiny
+
+LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
+
+pytestmark = pytest.mark.slow
+IDS = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=["llama", "bert", "gpt2"])
+def compiled(request: pytest.FixtureRequest) -> Any:
+    return graftc.compile({"adapt": [LORA]}, tiny(request.param)).eval()
+
+
+def counted_by_modules(model: nn.Module, kinds: dict[type, Any]) -> float:
+    """What thop's `profile` does: a buffer for each module, and a hook on those of a known class."""
+    handles, before = [], model.training
+
+    def begin(module: nn.Module) -> None:
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+        if type(module) in kinds:
+            handles.append(module.register_forward_hook(kinds[type(module)]))
+
+    model.eval()
+    model.apply(begin)
+    with torch.no_grad():
+        model(IDS)
+    total = sum(float(module.total_ops) for module in model.modules())
+    for handle in handles:
+        handle.remove()
+    for module in model.modules():
+        module._buffers.pop("total_ops", None)
+    model.train(before)
+    return total
+
+
+def linear(module: nn.Linear, inputs: tuple[Any, ...], output: Any) -> None:
+    module.total_ops += output.numel() * module.in_features
+
+
+@pytest.mark.sample("llama")
+def test_a_count_by_modules_is_warned_of(compiled: Any) -> None:
+    tensors = list(compiled.state_dict())
+    assert counted_by_modules(copy.deepcopy(compiled.compilation.model), {nn.Linear: linear}) > 0
+    with pytest.warns(graftc.GraftWarning, match="total_ops of .* FlopCounterMode|GC076"):
+        found = counted_by_modules(compiled, {nn.Linear: linear})
+    assert found == 0 and list(compiled.state_dict()) == tensors
+
+
+@pytest.mark.sample("llama")
+def test_operators_are_counted(compiled: Any) -> None:
+    with compiled.disabled(), FlopCounterMode(display=False) as ours:
+        compiled(IDS)
+    with FlopCounterMode(display=False) as theirs:
+        compiled.compilation.model(IDS)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", graftc.GraftWarning)
+        with FlopCounterMode(display=False) as adapted:
+            compiled(IDS)
+    assert adapted.get_total_flops() > theirs.get_total_flops()
+
+
+def test_a_compiled_model_may_have_a_buffer_of_its_user() -> None:
+    made = graftc.compile({"adapt": [LORA]}, tiny("bert"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", graftc.GraftWarning)
+        made.register_buffer("steps", torch.zeros(1))
+    assert made.get_buffer("steps").shape == (1,)
