@@ -52,6 +52,7 @@ _BUILD: dict[str, Callable[[Any], Any]] = {
     "whisper": _whisper,
 }
 FAMILIES = tuple(_BUILD)
+_BUILD["mistral"] = lambda hf: hf.MistralForCausalLM(hf.MistralConfig(**_WINDOWED))
 _REPEATING = frozenset({"gemma2", "gemma3", "t5", "bart", "whisper"})
 """Random weights of these, whose heads are tied, go round in circles: what they have said already is less likely."""
 

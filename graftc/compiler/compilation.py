@@ -26,6 +26,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdits
 from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
 
 
 @dataclass
@@ -165,6 +166,19 @@ class Compilation:
         device = device_of(self.model)
         name = cache_name(parameters(self.model)) or CACHE
         return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes}, name)
+
+    @cached_property
+    def keeps_cache(self) -> bool:
+        """Whether the source model keeps a cache of keys and values."""
+        try:
+            return bool(self.cache_layout.heads)
+        except GraftError:
+            return False
+
+    @property
+    def known_to_keep_cache(self) -> bool | None:
+        """The same, where the model has been asked for it."""
+        return vars(self).get("keeps_cache")
 
     @property
     def known_cache_layout(self) -> CacheLayout | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftc.compiler.cached import cannot_be_cached
 from graftc.compiler.capture.interface import config_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
-from graftc.compiler.capture.past import CACHES, USE_CACHE
+from graftc.compiler.capture.past import USE_CACHE
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.summary import summary
@@ -49,6 +49,7 @@ from graftc.specs.arguments import as_names, as_path
 from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
+from graftc.specs.methods.prefix import PrefixSpec
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.requantise import BaseForm
@@ -130,14 +131,23 @@ class CompiledRunner(
             return stand_in(self.beside(every), self._compilation.model)
         config = kwargs.get("generation_config")
         # Assisted generation counts its masks by the tokens of the text alone.
-        ruled_out = any(kwargs.get(name) is not None for name in (*CACHES, "assistant_model", LOOKUP))
+        ruled_out = any(kwargs.get(name) is not None for name in ("assistant_model", LOOKUP))
         ruled_out = ruled_out or getattr(config, LOOKUP, None) is not None
         ruled_out = ruled_out or False in (kwargs.get(USE_CACHE), getattr(config, USE_CACHE, None))
         if ruled_out or (initial := initial_cache(self)) is None:
             return self._stand_in
         made = stand_in(self.beside(initial.names), self._compilation.model)
-        vars(made)["_graftc_initial"] = initial
+        vars(made).update(_graftc_initial=initial, _graftc_whole=self)
         return made
+
+    @property
+    def begins(self) -> int:
+        """See `Generating`."""
+        if self._base_only:
+            return 0
+        specs = [resolved.spec for resolved in self._active.main.resolved]
+        shifted = [s.length for s in specs if isinstance(s, PrefixSpec) and s.positions == "shifted"]
+        return sum([*shifted, *(run.length for spec in specs for run in spec.virtual_tokens())])
 
     def _deployed(self) -> Exporting:
         """See `ModelRunner`. Adaptations are in their simplest form."""

@@ -281,6 +281,8 @@ def _without_state(model: nn.Module) -> Iterator[None]:
             for config in _configs(model):
                 if getattr(config, "use_cache", False):
                     config.use_cache = False
+                if getattr(config, "return_dict", True) is False:
+                    config.return_dict = True
         yield
 
 

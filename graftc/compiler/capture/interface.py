@@ -97,9 +97,10 @@ class Interface:
         self._ignored = _sizes_of_kernels(config) if self._conventional else frozenset()
         self._usual = {
             name: bool(getattr(config, name, False))
-            for name in [*(self._accepted or ()), "return_dict"]
-            if config is not None and (name.startswith("output_") or name == "return_dict")
+            for name in self._accepted or ()
+            if config is not None and name.startswith("output_")
         }
+        self._plain = getattr(config, "return_dict", None) is False
 
     def examples(self, given: ExampleInputs) -> Mapping[str, Any]:
         """Example inputs by name: they are given so, in order, or as the one tensor that there is.
@@ -132,8 +133,8 @@ class Interface:
     def read(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """Tensors and flags that make a difference, by name, and whether the outputs are wanted as a plain tuple.
 
-        Usual values count as absent, and so does None. ``return_dict=False`` needs no graph of its own: only the
-        container differs.
+        Usual values count as absent, and so does None. ``return_dict`` needs no graph of its own: only the container
+        differs. By default it is as the source model's config has it.
 
         A cache is a value named ``cache``, as it was given, and ``use_cache`` is a flag only where it is True.
 
@@ -165,13 +166,13 @@ class Interface:
                 self._refuse(name, value)
         if CACHE in present:
             present[USE_CACHE] = True
-        if self._conventional and present.get("return_dict") is False:
-            del present["return_dict"]
-            return present, True
-        return present, False
+        if not self._conventional:
+            return present, False
+        wanted = named.get("return_dict")
+        return present, self._plain if wanted is None else not wanted
 
     def _says_nothing(self, name: str, value: Any) -> bool:
-        if name in self._ignored:
+        if name in self._ignored or (self._conventional and name == "return_dict"):
             return True
         if self._conventional and name == USE_CACHE:
             if value and self.cache is None:

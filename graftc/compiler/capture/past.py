@@ -20,7 +20,10 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 CACHES = ("cache", "past_key_values")
 """Names that ``forward`` has for a cache: that of today, and that of code that is older."""
+_BEGINS = "_graftc_begins"
+"""Where a cache that went through a graph keeps the position of its text's first token."""
 CACHE, USE_CACHE = "cache", "use_cache"
+MASK, POSITIONS = "attention_mask", "position_ids"
 ENCODED = "encoder_outputs"
 """What an encoder gave, ``[batch, sequence, width]``, where a call does not run it."""
 ENCODER = "encoder_only"
@@ -91,7 +94,7 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLay
         for module, mode in modes:
             module.training = mode
     heads = {}
-    for held, tensor in _tensors(cache).items():
+    for held, tensor in tensors_of(cache).items():
         if tensor.dim() != 4:
             raise _no_cache(model, f"{held} has {tensor.dim()} axes")
         heads[held] = (tensor.dtype, int(tensor.shape[1]), int(tensor.shape[3]))
@@ -139,7 +142,8 @@ def _kinds(cache: Any) -> dict[str, Any]:
     return {"past": cache}
 
 
-def _tensors(cache: Any) -> dict[str, Tensor]:
+def tensors_of(cache: Any) -> dict[str, Tensor]:
+    """What a cache of transformers holds, ``[batch, heads, length, width]``, by name."""
     found: dict[str, Tensor] = {}
     for kind, own in _kinds(cache).items():
         for number, layer in enumerate(own.layers):
@@ -149,7 +153,7 @@ def _tensors(cache: Any) -> dict[str, Tensor]:
     return found
 
 
-def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device) -> Past:
+def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device, begins: int = 0) -> Past:
     """The past that a call is given.
 
     Args:
@@ -157,9 +161,11 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device)
         layout: what the model's own cache holds.
         rows: of the batch.
         device: of an empty past.
+        begins: the position of a text's first token.
 
     Raises:
-        GraftError: GC140 for a cache of another kind, of another model or another batch, or one that has dropped keys.
+        GraftError: GC140 for a cache of another kind, of another model or another batch, one that has dropped keys, and
+            one whose text begins elsewhere.
     """
     from transformers.cache_utils import Cache
 
@@ -174,9 +180,10 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device)
         wanted = "EncoderDecoderCache" if layout.pairs else "DynamicCache"
         raise GraftError("GC140", f"the cache is {kind_of(given)}; the model keeps a {wanted}", hint=f"use a {wanted}")
     for own in kinds.values():
-        _require_growing(own)
-    held = _tensors(given)
+        require_growing(own)
+    held = tensors_of(given)
     length = _length(held)
+    require_beginning(given, begins)
     tensors: dict[str, Tensor] = {}
     crossed = any(is_cross(name) for name in held)
     for name, (dtype, heads, width) in layout.heads.items():
@@ -185,20 +192,45 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device)
             if is_cross(name) and not crossed:
                 continue
             if length or is_cross(name):
-                raise _other(f"it has no {name}")
+                raise other_cache(f"it has no {name}")
             tensor = torch.empty((rows, heads, 0, width), dtype=dtype, device=device)
         own_length = tensor.shape[2] if is_cross(name) else length
         if tensor.dtype != dtype or tuple(tensor.shape) != (rows, heads, own_length, width):
             shown = f"{name} is {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
             wanted = f"{str(dtype).removeprefix('torch.')}{[rows, heads, own_length, width]}"
-            raise _other(f"{shown}, where the model and this batch have {wanted}")
+            raise other_cache(f"{shown}, where the model and this batch have {wanted}")
         tensors[name] = tensor
     if held:
-        raise _other(f"it has {next(iter(held))} too")
+        raise other_cache(f"it has {next(iter(held))} too")
     return Past(given, tensors, length)
 
 
-def _require_growing(cache: Any) -> None:
+def require_beginning(cache: Any, begins: int) -> None:
+    """Refuse a cache whose text stands at other positions than that of a call, and have it say where it stands.
+
+    Args:
+        cache: of transformers. Of one that no model of ours has filled nothing is known.
+        begins: the position of the text's first token.
+
+    Raises:
+        GraftError: GC140.
+    """
+    if hasattr(cache, "_graftc_front"):  # what is in front is a part of it meanwhile
+        return
+    known = getattr(cache, _BEGINS, begins)
+    if known != begins and cache.get_seq_length():
+        message = f"the text in the cache begins at position {known}, and that of the call at {begins}"
+        hint = "go on with the adaptations that the cache was made with, or begin with a new cache"
+        raise GraftError("GC140", message, hint=hint)
+    setattr(cache, _BEGINS, begins)
+
+
+def require_growing(cache: Any) -> None:
+    """Refuse a cache that does not hold all tokens of a text.
+
+    Raises:
+        GraftError: GC140.
+    """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     for layer in cache.layers:
@@ -215,11 +247,16 @@ def _length(held: Mapping[str, Tensor]) -> int:
     """Tokens of the text in a cache. Sizes stay what they are: of numbers, `torch.compile` makes a graph each."""
     lengths = [tensor.shape[2] for name, tensor in held.items() if not is_cross(name)]
     if any(length != lengths[0] for length in lengths):
-        raise _other(f"its layers have {min(lengths)} to {max(lengths)} tokens")
+        raise other_cache(f"its layers have {min(lengths)} to {max(lengths)} tokens")
     return lengths[0] if lengths else 0
 
 
-def _other(what: str) -> GraftError:
+def other_cache(what: str) -> GraftError:
+    """The error for a cache that is not of this model or this batch.
+
+    Args:
+        what: tells it.
+    """
     return GraftError(
         "GC140",
         f"the cache is not of this model, or not of this batch: {what}",
@@ -290,7 +327,7 @@ def taken_apart(outputs: Any) -> Any:
     """Outputs of a model with the tensors of its cache by name in the place of the cache."""
     for field in CACHES:
         if hasattr(outputs, "keys") and field in outputs.keys() and outputs[field] is not None:  # noqa: SIM118
-            outputs[field] = _tensors(outputs[field])
+            outputs[field] = tensors_of(outputs[field])
     return outputs
 
 

@@ -18,17 +18,27 @@ from torch import Tensor, nn
 from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.interface import Interface, is_transformers
 from graftc.compiler.capture.isolation import exclusive
-from graftc.compiler.capture.past import CACHE, ENCODER, cache_name, has_encoder, new_cache, read_cache
+from graftc.compiler.capture.past import (
+    CACHE,
+    ENCODER,
+    MASK,
+    POSITIONS,
+    cache_name,
+    has_encoder,
+    new_cache,
+    read_cache,
+)
 from graftc.compiler.capture.signature import SEQUENCE, TARGET
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.positions import PositionTable, require_positions
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.choosing import rows_for, with_choices
+from graftc.runtime.model.initial_cache import taken_away
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
 """Attributes of a source model that a compiled one has as well, as copies."""
-KEPT, MASK, POSITIONS, EMBEDS = "logits_to_keep", "attention_mask", "position_ids", "inputs_embeds"
+KEPT = "logits_to_keep"
 LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
 _PADDING = "_graftc_padding"
@@ -40,7 +50,7 @@ class Generating:
 
     _compilation: Compilation
     _active: Compilation
-    _run_part: Callable[..., Any]
+    run_part: Callable[..., Any]
     _interface: Interface
     call: Callable[..., Any]
     within: Callable[[Callable[[], Any]], Any]
@@ -69,7 +79,11 @@ class Generating:
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
             kwargs = {**kwargs, "assistant_model": assistant._graftc._generating({})}
-        return self._generating(kwargs).generate(*args, **kwargs)
+        running = self._generating(kwargs)
+        try:
+            return running.generate(*args, **kwargs)
+        finally:
+            running.let_go()
 
     def _generating(self, kwargs: Mapping[str, Any]) -> Any:
         """What runs the loop."""
@@ -135,12 +149,18 @@ class Generating:
         tokens = next((present[name] for name in names if name in present), None)
         if tokens is None:
             raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
-        past = present[CACHE] = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device)
+        past = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device, self.begins)
+        present[CACHE] = past
         name = f"decoder_{MASK}" if layout.pairs else MASK
         mask, length = present.get(name), past.length + tokens.shape[1]
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
             hint = f"it has one number for each token, those in the cache included: {[tokens.shape[0], length]}"
             raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
+
+    @property
+    def begins(self) -> int:
+        """The position of a text's first token: adaptations may stand in front of it."""
+        return 0
 
     def encode(self, kwargs: dict[str, Any]) -> Any:
         """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left
@@ -150,7 +170,7 @@ class Generating:
         usual = {name: value for name, value in kwargs.items() if name in taken or name.startswith("output_")}
         present, plain = self._encoder.read(usual)
         every = with_choices(self._active, {**present, ENCODER: True}, chosen)
-        return self.within(lambda: self._run_part(every, plain))
+        return self.within(lambda: self.run_part(every, plain))
 
     @property
     def most_tokens(self) -> int | None:
@@ -196,6 +216,8 @@ def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._graftc_runner
+        if self._graftc_initial is not None:
+            kwargs = self._graftc_initial.call(kwargs)
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches
@@ -222,7 +244,10 @@ class _StandIn:
     """What of generating goes to a Runner."""
 
     _graftc_runner: Any
+    _graftc_whole: Any = None
+    """The Runner that computes what stands in front in its graphs."""
     _graftc_initial: Any = None
+    _graftc_cache: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -268,9 +293,16 @@ class _StandIn:
         return False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """A cache whose layers keep all tokens, where the call gives none."""
+        """A cache whose layers keep all tokens, where the call gives none; in front of it is what stands for
+        adaptations, if anything does."""
         kind = generation_config.cache_implementation
         if kind not in _GROWING:
             message = f"a compiled model's graphs take no cache of the kind {kind!r}"
@@ -284,37 +316,18 @@ class _StandIn:
             given._is_user_defined = True
         elif generation_config.use_cache is not False and name is not None:
             model_kwargs[name] = new_cache(has_encoder(self))  # type: ignore[arg-type]
-            if self._graftc_initial is not None:
-                self._begin_with(self._graftc_initial, name, generation_config, model_kwargs, *args)
+        found = model_kwargs.get(name) if name is not None else None
+        if found is None:
+            vars(self).update(_graftc_initial=None, _graftc_runner=self._graftc_whole or self._graftc_runner)
+        elif self._graftc_initial is not None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            self._graftc_initial.put_in_front(found, rows)
+            vars(self)["_graftc_cache"] = found
 
-    def _begin_with(
-        self,
-        initial: Any,
-        name: str,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        mode: Any,
-        batch_size: int,
-        *rest: Any,
-    ) -> None:
-        """Let the cache begin with what stands for adaptations, and the text behind it."""
-        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs[name] = initial.cache(rows)
-        mask, positions = model_kwargs.get(MASK), model_kwargs.get(POSITIONS)
-        if mask is not None:
-            model_kwargs[MASK] = torch.cat([mask.new_ones(mask.shape[0], initial.length), mask], 1)
-        elif hasattr(generation_config, "_mask_length"):
-            generation_config._mask_length += initial.length
-        if (
-            positions is not None
-        ):  # the loop cuts them to the text, or into chunks that are counted from the cache's end
-            own = positions + initial.length if initial.shifted else positions
-            front = torch.arange(initial.length, dtype=positions.dtype, device=positions.device)
-            model_kwargs[POSITIONS] = torch.cat([front.expand(*positions.shape[:-1], -1), own], -1)
-        embeds = model_kwargs.get(EMBEDS)
-        if embeds is not None:  # the loop takes as many of the first away as there are tokens in the cache
-            before = embeds.new_zeros(embeds.shape[0], initial.length, embeds.shape[2])
-            model_kwargs[EMBEDS] = torch.cat([before, embeds], 1)
+    def let_go(self) -> None:
+        """Called when the loop has ended: whoever has the cache finds the text in it, and nothing else."""
+        if self._graftc_cache is not None:
+            taken_away(self._graftc_cache)
 
 
 class _Encoder(nn.Module):

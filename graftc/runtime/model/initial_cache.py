@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,17 @@ from torch import Tensor, fx
 
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.example_inputs import samples_on
-from graftc.compiler.capture.past import CacheLayout, fill_cache, new_cache
+from graftc.compiler.capture.past import (
+    MASK,
+    POSITIONS,
+    CacheLayout,
+    fill_cache,
+    new_cache,
+    other_cache,
+    require_beginning,
+    require_growing,
+    tensors_of,
+)
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.collapse import place_values
 from graftc.compiler.folding.differences import largest_difference, largest_number
@@ -50,6 +61,66 @@ class InitialCache:
     def cache(self, rows: int) -> Any:
         """A cache of that, for a batch."""
         return fill_cache(new_cache(False), {name: t.expand(rows, -1, -1, -1) for name, t in self.tensors.items()})
+
+    def put_in_front(self, cache: Any, rows: int) -> None:
+        """Let a cache begin with that; whoever asks how long it is hears of the text alone. `taken_away` undoes it.
+
+        Args:
+            cache: of a text, which may be empty.
+            rows: of the batch, where it is empty.
+
+        Raises:
+            GraftError: GC140 for a cache that does not keep all tokens, or is of another model.
+        """
+        require_growing(cache)
+        require_beginning(cache, self.length if self.shifted else 0)
+        held = {name: tensor for name, tensor in tensors_of(cache).items() if tensor.shape[2]}
+        fronts = {name: front.expand(rows, -1, -1, -1) for name, front in self.tensors.items()}
+        if held:
+            if held.keys() != fronts.keys():
+                raise other_cache(f"it has {len(held)} of {len(fronts)} keys and values")
+            for name, text in held.items():
+                front = self.tensors[name]
+                if text.dtype != front.dtype or (text.shape[1], text.shape[3]) != (front.shape[1], front.shape[3]):
+                    raise other_cache(f"{name} is {list(text.shape)}")
+                fronts[name] = torch.cat([front.expand(len(text), -1, -1, -1), text], 2)
+        fill_cache(cache, fronts)
+        kind: Any = type(cache)
+        cache.__class__ = _with_front(kind)
+        cache._graftc_front = self.length
+
+    def call(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the loop for a graph to which what stands in front is a part of the text."""
+        found = dict(kwargs)
+        mask, positions = found.get(MASK), found.get(POSITIONS)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            found[MASK] = torch.cat([mask.new_ones(mask.shape[0], self.length), mask], 1)
+        if positions is not None and self.shifted:
+            found[POSITIONS] = positions + self.length
+        return found
+
+
+def taken_away(cache: Any) -> None:
+    """Let a cache hold the text alone again: see `InitialCache.put_in_front`."""
+    length = vars(cache).pop("_graftc_front", 0)
+    if length:
+        cache.__class__ = type(cache).__mro__[2]
+        fill_cache(cache, {name: tensor[:, :, length:] for name, tensor in tensors_of(cache).items()})
+
+
+class _Fronted:
+    """A cache that begins with what stands for adaptations, which is no part of the text."""
+
+    _graftc_front: int
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens of the text it has."""
+        return super().get_seq_length(layer_idx) - self._graftc_front  # type: ignore[misc, no-any-return]
+
+
+@cache
+def _with_front(kind: Any) -> Any:
+    return type(kind.__name__, (_Fronted, kind), {"__module__": kind.__module__})
 
 
 def initial_cache(runner: CompiledRunner) -> InitialCache | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftc.compiler.cached import gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced
-from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
+from graftc.compiler.capture.past import CACHE, with_cache
 from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import FROM_FORWARD, entered, program_of
@@ -35,11 +35,13 @@ from graftc.passes.core.weights.names import module_of
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.cut import FLAG
+from graftc.runtime.hooks.embeddings import install_embeddings
+from graftc.runtime.hooks.layer_learning import LayerLearning
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
+from graftc.runtime.model.deferred import DefaultCache
 from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
-from graftc.runtime.model.embeddings import install_embeddings
 from graftc.runtime.model.generation import OF_GENERATING, Generating
 from graftc.runtime.model.packing import warn_of_packed
 from graftc.runtime.model.positioned import Positioned
@@ -157,7 +159,7 @@ class ModelRoot(Root):
         refuse_pickling(self)
 
 
-class ModelRunner(Generating, Positioned):
+class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
     """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
 
     Args:
@@ -255,14 +257,11 @@ class ModelRunner(Generating, Positioned):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
         chosen = {name: kwargs.pop(name) for name in self._active.controls if name in kwargs}
-        present, plain = self._interface.read({**self._interface.named(args, kwargs), **flags})
-        if USE_CACHE in present:
-            self.read_past(present)
-        if self._active.controls:
-            present = with_choices(self._active, present, chosen)
-        return self._run_part(present, plain, entry)
+        named = self._interface.named(args, kwargs)
+        present, plain = self._interface.read({**named, **flags})
+        return self.run_read(named, present, chosen, plain, entry)
 
-    def _run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
+    def run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
         """The outputs for tensors and flags by name."""
         past = present.get(CACHE)
         key = self.ready(present, entry)
@@ -371,7 +370,8 @@ class ModelRunner(Generating, Positioned):
 
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
-        vars(self).pop("_stand_in", None)  # it calls the original
+        for name in ("_stand_in", "_watched"):  # they are about the original
+            vars(self).pop(name, None)
 
     def in_eval(self, inputs: Mapping[str, Tensor], entry: Entry = "forward") -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
