@@ -1,0 +1,16 @@
+"""A sample of what `tests/gates/test_caches.py` does."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cache_machine import SETUPS, TOLERANCE, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.sample("shifted prefix")
+@pytest.mark.parametrize("setup", SETUPS)
+def test_steps_over_a_cache(setup: str) -> None:
+    machine = run(setup, 7, 30)
+    assert machine.done.total() >= 20 and machine.worst <= TOLERANCE
