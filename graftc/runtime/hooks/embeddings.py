@@ -115,7 +115,7 @@ def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
     if not exits:  # embeddings were given
         return
     found = [node for node in root.nodes if node.name in exits]
-    indices = {n.args[1].name for n in inside if n.target is torch.ops.aten.embedding.default}  # type: ignore[union-attr]
+    indices = {n.args[1].name for n in inside if n.target is torch.ops.aten.embedding.default}
     given = (n for n in root.nodes if n.op == "placeholder" and str(n.target).endswith("input_ids"))
     ids = [node for node in root.nodes if node.name in indices] or list(given)
     if len(exits) > 1 or not found or not ids:
