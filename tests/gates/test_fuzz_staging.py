@@ -26,7 +26,7 @@ from tests.gates.mutate import change, flip
 from tests.users import OTHER, as_root
 
 COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
-SAMPLE = 80
+SAMPLE = 100
 SECONDS = 2.0
 WORK = "ab" * 32
 NAMES = (f".it.graftc-{WORK[:12]}", ".it.graftc-0123456789ab", ".other.graftc-0123456789ab", ".it.graftc-nothex")
@@ -63,7 +63,7 @@ class Planted:
         self.shared.chmod(self.rng.choice((0o755, 0o1777, 0o777, 0o2775)))
         self.destination = self.rng.choice(("nothing", "nothing", "file", "own", "foreign", "inner", "link"))
         self._destination(self.shared / "it")
-        self.wild = self.rng.random() < 0.75
+        self.wild = self.rng.random() < 0.65
         self.staging = self.shared / (self.rng.choice(NAMES) if self.wild else NAMES[0])
         self._top()
         self.foreign = self._foreign()
@@ -106,7 +106,7 @@ class Planted:
         for name in ("old", "more"):
             if self.rng.random() < 0.15:
                 self._inner(staging / name, lambda path: self._folder_of_new(path))
-        self._file(staging / "commit.json", self._journal(staging), 0.6)
+        self._file(staging / "commit.json", self._journal(staging), 0.6 if self.wild else 0.25)
         self._file(staging / "resume.json", json.dumps({"work": WORK}), 0.5)
         line = json.dumps({"file": "data", "sha256": "0" * 64, "check": "0", "sites": []})
         self._file(staging / "journal.jsonl", line, 0.4)
@@ -194,7 +194,7 @@ class Planted:
 def outcome(planted: Planted) -> str:
     """Write beside what is there; what came of it."""
     shared, rng = planted.shared, planted.rng
-    act = rng.choice(("recover", "text", "folder", "resume", "resume"))
+    act = rng.choice(("recover", "text", "folder", "resume", "resume") + ("resume",) * 4 * (not planted.wild))
     if act == "recover":
         recover(shared)
         return act
