@@ -17,7 +17,7 @@ _SPEC = {
     "RankOverride": "graftc.specs.overrides",
     "SiteKind": "graftc.specs.claims",
     "Target": "graftc.specs.target",
-    "VirtualRun": "graftc.specs.virtual",
+    "VirtualRun": "graftc.specs.base",
 }
 """What a module of specs needs."""
 
@@ -99,13 +99,12 @@ if TYPE_CHECKING:
         ValueSite,
     )
     from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold, weight_fold
-    from graftc.specs.base import MethodSpec
+    from graftc.specs.base import MethodSpec, VirtualRun
     from graftc.specs.base_model import Items
     from graftc.specs.claims import Claims, FoldKind, SiteKind
     from graftc.specs.errors.diagnostics import GraftError
     from graftc.specs.overrides import Override, RankOverride
     from graftc.specs.target import Target
-    from graftc.specs.virtual import VirtualRun
 
 __all__ = [
     "AdaptedSite",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import GetJsonSchemaHandler, field_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -22,9 +23,26 @@ from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import AsTarget, Target
-from graftc.specs.virtual import VirtualRun
 
-__all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "check_name"]
+__all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "VirtualRun", "Where", "check_name"]
+
+Where: TypeAlias = Literal["front", "after_bos", "suffix"] | int
+"""Where virtual tokens are: before all tokens of a row, behind its first, behind its last real one; or behind the first
+token of this id, and behind the last real one in a row that has none."""
+
+
+@dataclass(frozen=True)
+class VirtualRun:
+    """Some virtual tokens, which stand among the tokens of a text without being some of them, together.
+
+    Attributes:
+        length: how many.
+        where: their place in each row.
+    """
+
+    length: int
+    where: Where
+
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 

@@ -14,7 +14,7 @@ from graftc.passes.core.build.position_ids import tokens_in_front
 from graftc.passes.core.ir.program import VirtualTokens
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SiteKey
-from graftc.specs.virtual import VirtualRun
+from graftc.specs.base import VirtualRun
 
 aten = torch.ops.aten
 _END = 2**63 - 1

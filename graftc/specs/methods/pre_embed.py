@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from graftc.specs.base import VirtualRun, Where
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.prompt import VirtualTokenSpec
-from graftc.specs.virtual import VirtualRun, Where
 
 __all__ = ["InfixSpec", "PreEmbed"]
 

@@ -7,14 +7,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftc.specs.base import Items, MethodSpec
+from graftc.specs.base import Items, MethodSpec, VirtualRun
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import Target
-from graftc.specs.virtual import VirtualRun
 
 __all__ = ["Prompt", "VirtualTokenSpec"]
 
