@@ -171,12 +171,14 @@ class Loaded:
         ends = model.generation_config.eos_token_id
         ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), 0]))
         pad = model.generation_config.pad_token_id
+        places = config.get_text_config().max_position_embeddings  # beyond which answers do not go
+        room = places - ids.shape[1] if isinstance(places, int) and places > 0 else 4
         torch.manual_seed(0)
         with torch.no_grad():
             made = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=4,
+                max_new_tokens=min(4, room),
                 eos_token_id=ends,
                 pad_token_id=2 if pad is None else pad,
                 tokenizer=tokenizer,
