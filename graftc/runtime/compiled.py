@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,10 @@ from graftc.passes.core.weights.sharding import computes_in, is_unit
 from graftc.runtime.deploy.combine import Combining
 from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.export.formats import FileType
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
+from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.generation import LOOKUP, stand_in
@@ -83,6 +85,7 @@ class CompiledRunner(
     @isolated()
     @during("saving")
     @written_once
+    @with_every_adaptation
     def save(
         self,
         path: str | Path,
@@ -155,7 +158,7 @@ class CompiledRunner(
 
         return deployed(self)
 
-    def _export_peft(self, path: Path, force: bool, server: str | None) -> Path:
+    def _export_peft(self, path: Path, force: bool, server: str | None = None, max_rank: int | None = None) -> Path:
         """See `Exporting`."""
         from graftc.runtime.artifact.write import require_values
         from graftc.runtime.deploy.deployed import deployed
@@ -166,11 +169,11 @@ class CompiledRunner(
         compilation = deployed(self).compilation
         if server is not None:
             made = prepared(compilation)
-            require_served(server_of(server), made.config, made.tensors)
+            require_served(server_of(server), made.config, made.tensors, max_rank=max_rank)
         export_peft(compilation, path, force=force)
         return path
 
-    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+    def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:
         """See `Exporting`."""
         from graftc.runtime.artifact.write import require_values
         from graftc.runtime.deploy.deployed import deployed
@@ -207,6 +210,7 @@ class CompiledRunner(
 
     @isolated()
     @in_every_process
+    @with_every_adaptation
     def merge(
         self,
         names: str | Sequence[str] | None = None,
@@ -227,6 +231,7 @@ class CompiledRunner(
 
     @isolated()
     @in_every_process
+    @with_every_adaptation
     def merge_partially(
         self,
         budget: float | None = None,
@@ -242,6 +247,7 @@ class CompiledRunner(
 
     @isolated()
     @in_every_process
+    @with_every_adaptation
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
         """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
 

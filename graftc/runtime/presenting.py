@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from graftc.compiler.capture.isolation import isolated
+from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.state import Stateful
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 class Presented(Stateful):
     """The part of `Compiled` that shows it."""
 
+    @with_every_adaptation
     def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:
         """The rewritten graph to look at, with figures, steps, and what folds: a notebook shows it as a page,
         ``view().save("view.html")`` writes it, or a picture of it.
@@ -36,6 +38,7 @@ class Presented(Stateful):
         return ModelView(lambda: contents(runner.snapshot, evidence_of(runner, certify, log)))
 
     @isolated()
+    @with_every_adaptation
     def card(
         self,
         *,

@@ -9,13 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import io
 import logging
 import re
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from graftc.compiler.capture.assignments import Attributes, noticed
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers, parameters
 from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
+from graftc.compiler.capture.quiet import quiet
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 _REPEAT = re.compile(r"@\d+")
 _NUMBER = re.compile(r"_\d+$")
-_TALKATIVE = {"fx.experimental.symbolic_shapes": logging.ERROR, "_subclasses.fake_tensor": logging.CRITICAL}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -165,7 +163,8 @@ def _export(
         if repeats is not None:
             repeats.restart()
         # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
-        with _silence(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        # torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line.
+        with quiet(["torch"], logging.CRITICAL), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             found = torch.export.export(
                 model, (), copy.deepcopy(dict(inputs)), strict=False, dynamic_shapes=copy.deepcopy(dynamic)
             )
@@ -187,22 +186,6 @@ def _may_vary(axis: Axis, dim: int) -> bool:
     """
     image = axis.dtype.is_floating_point and len(axis.axes) >= 4
     return axis.sizes[dim] > 1 and (isinstance(axis.axes[dim], str) or not image)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    for logger, least in zip(loggers, _TALKATIVE.values(), strict=True):
-        logger.setLevel(least)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager

@@ -102,6 +102,10 @@ class Interface:
         }
         self._plain = getattr(config, "return_dict", None) is False
 
+    def optional(self, name: str) -> bool:
+        """Whether ``forward`` can be called without an input."""
+        return name not in self.parameters or name in self._defaults
+
     def examples(self, given: ExampleInputs) -> Mapping[str, Any]:
         """Example inputs by name: they are given so, in order, or as the one tensor that there is.
 

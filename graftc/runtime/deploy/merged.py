@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, get_args
+from typing import TYPE_CHECKING, Any, Generic, get_args
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,7 @@ from graftc.runtime.deploy.folded_store import folded_store
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.export.formats import FileType
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
 from graftc.runtime.progress import during
@@ -85,7 +86,7 @@ class MergedRunner(Exporting):
         own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
         return {name: tensor.detach() for name, tensor in own}
 
-    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+    def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:
         """See `Exporting`."""
         from graftc.runtime.export.gguf.model import export_merged
 

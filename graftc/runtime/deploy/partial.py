@@ -27,6 +27,7 @@ from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
+from graftc.runtime.export.formats import options_for
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
@@ -76,16 +77,18 @@ class Partial(Generic[M]):
         format: Literal["onnx", "onnx-generate", "pt2"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
-        inputs: Sequence[str] = (),
+        inputs: str | Sequence[str] = (),
         force: bool = False,
     ) -> Path:
         """Export what `compiled` is, with the certificate in the metadata.
 
-        Args, Raises: as `ModelRunner.export`.
+        Args, Raises: as `Compiled.export`.
         """
-        if format == "onnx-generate":
-            return self.compiled._graftc._export_cached(as_path(path), self.certificate, force)
-        return self.compiled._graftc._export(path, format, example_inputs, inputs, self.certificate, force)
+        if format in ("peft", "gguf"):
+            hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
+            raise GraftError("GC060", f"what a partial merge leaves is no {format!r}", hint=hint)
+        options = options_for(format, {"example_inputs": example_inputs, "inputs": inputs})
+        return self.compiled._graftc.written(as_path(path), format, options, self.certificate, force=force)
 
 
 def merge_partially(

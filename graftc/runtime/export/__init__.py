@@ -11,7 +11,6 @@ from graftc.compiler.capture.fingerprint import identify
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.files import check_destination, staged
 from graftc.runtime.reference import Built
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
@@ -47,9 +46,6 @@ def export_model(
             exists, GC064 when it cannot be written, GC065 for an input that the graph does not read, GC091 for an
             unknown one.
     """
-    if format not in ("onnx", "pt2"):
-        hint = "graphs are onnx, onnx-generate or pt2; adapters and merged models may also be peft or gguf"
-        raise GraftError("GC060", f"format {format!r} is unknown", hint=hint)
     from graftc.runtime.export.inputs import companions_of
     from graftc.runtime.export.module import ExportModule
     from graftc.runtime.tensor_files import save_tensors

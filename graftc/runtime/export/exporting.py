@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.capture.past import require_no_cache
 from graftc.compiler.pipeline import signature_for
+from graftc.passes.core.ir.program_key import Signature
+from graftc.runtime.export.formats import FileType, options_for
 from graftc.runtime.model.choosing import with_choices
+from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.progress import during
@@ -33,15 +36,18 @@ class Exporting(ModelRunner):
         format: Literal["onnx", "onnx-generate", "pt2", "peft", "gguf"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
-        inputs: Sequence[str] = (),
-        dtype: Literal["f32", "f16", "bf16"] = "f32",
+        inputs: str | Sequence[str] = (),
+        dtype: FileType | None = None,
         server: Literal["vllm", "sglang"] | None = None,
+        max_rank: int | None = None,
         force: bool = False,
     ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
         its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
         ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
         ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
+
+        Every adaptation is in the file, those that are disabled as well. Graphs take no labels and give no loss.
 
         The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
         every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
@@ -50,64 +56,79 @@ class Exporting(ModelRunner):
         Args:
             path: the file to write, or the folder.
             format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
-            example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
-                was compiled with. Values of tensors do not matter.
-            inputs: names of adaptations that are in the graph.
-            dtype: of the matrices in a GGUF file.
+            example_inputs: of onnx and pt2, a call whose signature is exported, by name or in order; by default the one
+                that the model was compiled with. Values of tensors do not matter.
+            inputs: of onnx and pt2, names of adaptations that are in the graph.
+            dtype: of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
             server: what a folder for PEFT has to be fit for.
+            max_rank: the largest rank that the server was started with; by default the largest that it may have.
             force: replace what is there.
 
         Raises:
-            GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
-                fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written,
-                GC065 for an input of which the graph reads nothing, GC091 for one that there is not; GC115 for what
-                PEFT cannot express, before anything is written, GC066 for what is no LoRA in a GGUF adapter, and GC068
-                for what the server does not take.
+            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and when the exporter
+                or the check of its result fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064
+                when it cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that
+                the format does not take, GC091 for an input that there is not; GC115 for what PEFT cannot express,
+                before anything is written, GC066 for what is no LoRA in a GGUF adapter, and GC068 for what the server
+                does not take.
+        """
+        given = {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
+        options = options_for(format, {**given, "server": server, "max_rank": max_rank})
+        return self.written(as_path(path), format, options, getattr(self, "certificate", None), force=force)
+
+    @with_every_adaptation
+    def written(
+        self, path: Path, format: str, options: Mapping[str, Any], certificate: Certificate | None, *, force: bool
+    ) -> Path:
+        """Write an export. See `export`.
+
+        Args:
+            path: the file or folder.
+            format: of those in `graftc.runtime.export.formats`.
+            options: as `options_for` gives them.
+            certificate: what a graph says of a fold.
+            force: replace what is there.
         """
         if format == "peft":
-            return self._export_peft(as_path(path), force, server)
+            return self._export_peft(path, force, **options)
         if format == "gguf":
-            return self._export_gguf(as_path(path), dtype, force)
+            return self._export_gguf(path, options.get("dtype", "f32"), force)
+        simplest = self._deployed()
         if format == "onnx-generate":
-            return self._export_cached(as_path(path), getattr(self, "certificate", None), force)
-        return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
+            from graftc.runtime.export.cached import export_cached
 
-    def _export(
-        self,
-        path: str | Path,
-        format: Literal["onnx", "pt2"],
-        example_inputs: ExampleInputs | None,
-        inputs: Sequence[str],
-        certificate: Certificate | None,
-        force: bool,
-    ) -> Path:
+            return export_cached(simplest, path, certificate=certificate, force=force)
         from graftc.runtime.export import export_model
 
-        simplest = self._deployed()
-        if simplest is not self:
-            return simplest._export(path, format, example_inputs, inputs, certificate, force)
-        signature = self._compilation.main.signature
-        if example_inputs is not None:
+        kind = cast('Literal["onnx", "pt2"]', format)
+        signature = simplest._exported_signature(options.get("example_inputs"))
+        inputs = options.get("inputs", ())
+        return export_model(simplest, path, kind, signature, inputs=inputs, certificate=certificate, force=force)
+
+    def _exported_signature(self, example_inputs: ExampleInputs | None) -> Signature:
+        """The signature of a call, without labels; by default of the one that the model was compiled with."""
+        from graftc.runtime.export.labels import without_labels
+
+        compilation = self._compilation
+        chosen: dict[str, Any] = {}
+        if example_inputs is None:
+            main = compilation.program("train", "base")
+            present = {axis.name: axis.example(self.device) for axis in compilation.main.axes} | dict(main.flags)
+            if without_labels(self, present).keys() == present.keys():
+                return compilation.main.signature
+        else:
             examples = self._interface.examples(example_inputs)
-            chosen = {n: v for n, v in examples.items() if n in self._compilation.controls}
-            own = {n: v for n, v in examples.items() if n not in chosen}
-            read = self._interface.read(own)[0]
-            require_no_cache(read, 'use format "onnx-generate", which writes graphs with a cache')
-            present = with_choices(self._compilation, read, chosen)
-            signature = signature_for(self._compilation, present)
-        return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
+            chosen = {n: v for n, v in examples.items() if n in compilation.controls}
+            present = self._interface.read({n: v for n, v in examples.items() if n not in chosen})[0]
+            require_no_cache(present, 'use format "onnx-generate", which writes graphs with a cache')
+        present = without_labels(self, present)
+        return signature_for(compilation, with_choices(compilation, present, chosen))
 
-    def _export_cached(self, path: Path, certificate: Certificate | None, force: bool) -> Path:
-        from graftc.runtime.export.cached import export_cached
-
-        simplest = self._deployed()
-        return export_cached(simplest, path, certificate=certificate, force=force)
-
-    def _export_peft(self, path: Path, force: bool, server: str | None) -> Path:
+    def _export_peft(self, path: Path, force: bool, server: str | None = None, max_rank: int | None = None) -> Path:
         """Write the adapters as peft's checkpoint; only a compiled model has some."""
         raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
 
-    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+    def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:
         """Write a GGUF file: of a compiled model its LoRAs, of a merged one all of it."""
         raise NotImplementedError
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import logging
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 
 import torch
 
+from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import PAST
+from graftc.compiler.capture.quiet import quiet
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.module import ExportModule
@@ -23,6 +24,9 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
 """Largest difference from torch, relative to the largest output or 1, for a float32 export."""
+
+_LIBRARIES = ("torch", "transformers", "onnx_ir", "onnxscript")
+"""They log and warn of their own internals."""
 
 LARGE = 64 * 2**20
 """Weights of more bytes than this go into a file of their own."""
@@ -39,7 +43,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     """
     onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
     try:
-        with _quiet(), torch.no_grad():
+        with exclusive(), quiet(_LIBRARIES), _not_verbose(), torch.no_grad():
             exporters: Any = importlib.import_module("transformers.exporters")
             own = {"opset_version": OPSET} if module.packed else {}
             config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes(), **own)
@@ -91,19 +95,17 @@ def _package(name: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters print progress and warn of their own internals."""
-    import contextlib
-    import io
+def _not_verbose() -> Iterator[None]:
+    """Inside, torch's exporter prints no progress unless it is told to; transformers' has no option for it.
 
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    The standard output belongs to the whole process, where others may print or redirect it meanwhile.
+    """
+    before = torch.onnx.export
+    torch.onnx.export = functools.partial(before, verbose=False)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.disable(previous)
+        torch.onnx.export = before
 
 
 def _name_tensors(model: Any, module: ExportModule) -> None:

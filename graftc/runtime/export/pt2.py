@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.quiet import quiet
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
@@ -25,8 +26,7 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
         GraftError: GC060 when torch cannot export the program.
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with exclusive(), quiet(["torch"]), torch.no_grad():
             program = torch.export.export(
                 module.module, (), dict(module.inputs), strict=False, dynamic_shapes=module.dynamic_shapes()
             )
@@ -35,8 +35,7 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
 
     def write(path: Path) -> None:
         _reserve(path, module)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with exclusive(), quiet(["torch"]):
             torch.export.save(program, path, extra_files=dict(metadata))
 
     return write

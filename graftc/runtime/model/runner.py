@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast
 
@@ -377,12 +377,13 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
-        with in_eval_mode(self.module), self.whole():
-            return self.run(self.ready(present, entry), present)
+        runner = self.complete()
+        with in_eval_mode(self.module):
+            return cast("tuple[Any, ...]", runner.run(runner.ready(present, entry), present))
 
-    def whole(self) -> AbstractContextManager[None]:
-        """Inside, calls run all adaptations."""
-        return nullcontext()
+    def complete(self) -> Any:
+        """A Runner that leaves no adaptation out: this one, where it leaves out none."""
+        return self
 
     def within(self, run: Callable[[], Any]) -> Any:
         """Run something inside of a call of the module where that is sharded: its hooks gather the tensors. Other hooks

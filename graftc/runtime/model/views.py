@@ -48,6 +48,7 @@ class Viewed:
     device: Any
 
     _off: frozenset[str] = frozenset()
+    _base_only: bool
     _made_views = 0
 
     @cached_property
@@ -130,15 +131,15 @@ class Viewed:
         self._show(off.union(*self._left_out))
         self._off = off
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, nothing is left out."""
-        before = self._shown()
-        self._show(frozenset())
-        try:
-            yield
-        finally:
-            vars(self).update(before)
+    def complete(self) -> Any:
+        """See `ModelRunner`. A Runner of the same module, where this one leaves something out or runs the base."""
+        if not (self._showing or self._base_only):
+            return self
+        made = copy.copy(self)
+        vars(made).pop("_stand_in", None)
+        own = {"_off": frozenset(), "_left_out": [], "_base_only": False, "_as_reference": False}
+        vars(made).update({**self._views.get(frozenset(), {}), **own})
+        return made
 
     def compilations(self) -> list[Compilation]:
         """See `ModelRunner`: those of views too."""

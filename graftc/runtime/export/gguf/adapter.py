@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftc.runtime.export.formats import FileType
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of, stored
-from graftc.runtime.export.gguf.writing import Entry, FileType, name_of, package, write
+from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
 from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.runtime.export.formats import FileType
 from graftc.runtime.export.gguf.adapter import export_adapter
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
-from graftc.runtime.export.gguf.writing import FileType, name_of, package
+from graftc.runtime.export.gguf.writing import name_of, package
 from graftc.runtime.files import staged_or_dropped
 from graftc.runtime.interop.layouts.convert import ROUNDING, AdapterSource, ConvertedFolder, compared
 from graftc.runtime.interop.layouts.plain import PlainAdapter

@@ -6,17 +6,17 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graftc.runtime.export.formats import FileType
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["Entry", "FileType", "name_of", "package", "write"]
+__all__ = ["Entry", "name_of", "package", "write"]
 
-FileType = Literal["f32", "f16", "bf16"]
 _TYPES: Mapping[str, tuple[str, str]] = {
     "f32": ("F32", "ALL_F32"),
     "f16": ("F16", "MOSTLY_F16"),

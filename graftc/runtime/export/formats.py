@@ -1,0 +1,102 @@
+"""What each format of an export takes: an option that a format does not declare is refused, never ignored. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from graftc.specs.arguments import as_names, kind_of
+from graftc.specs.errors.diagnostics import GraftError, alternatives
+
+__all__ = ["FORMATS", "ExportFormat", "ExportOption", "FileType", "format_of", "misplaced", "options_for"]
+
+ExportOption = Literal["example_inputs", "inputs", "dtype", "server", "max_rank"]
+FileType = Literal["f32", "f16", "bf16"]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One format.
+
+    Attributes:
+        options: what it takes.
+        instead: what to do instead, for options that may well be expected of it.
+    """
+
+    options: tuple[ExportOption, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+
+FORMATS: Mapping[str, ExportFormat] = MappingProxyType(
+    {
+        "onnx": ExportFormat(("example_inputs", "inputs")),
+        "onnx-generate": ExportFormat(
+            instead={
+                "inputs": 'one graph without a cache takes adaptations as inputs: format "onnx"',
+                "example_inputs": "the graphs that generate have inputs of their own",
+            }
+        ),
+        "pt2": ExportFormat(("example_inputs", "inputs")),
+        "gguf": ExportFormat(
+            ("dtype",),
+            {"inputs": "the LoRAs of a compiled model that is not merged are a file of their own"},
+        ),
+        "peft": ExportFormat(("server", "max_rank"), {"inputs": "the folder has the adapters alone, and no graph"}),
+    }
+)
+"""Every format by its name."""
+
+
+def format_of(name: Any) -> ExportFormat:
+    """A format by its name.
+
+    Raises:
+        GraftError: GC060 for one that there is not.
+    """
+    found = FORMATS.get(name) if isinstance(name, str) else None
+    if found is None:
+        hint = "graphs are onnx, onnx-generate or pt2; adapters and merged models may also be peft or gguf"
+        raise GraftError("GC060", f"format {name!r} is unknown", hint=hint)
+    return found
+
+
+def misplaced(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Options that a format does not take though they are given, and the way out of each.
+
+    Args:
+        name: of the format.
+        given: options by name; what is None, empty or False is not given.
+    """
+    format = format_of(name)
+    for option, value in given.items():
+        empty = isinstance(value, str | list | tuple | dict) and not value
+        if option in format.options or value is None or value is False or empty:
+            continue
+        takers = [other for other, own in FORMATS.items() if option in own.options]
+        yield option, format.instead.get(option, f"leave it out: it is an option of {' and '.join(takers)}")
+
+
+def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an export, checked.
+
+    Raises:
+        GraftError: GC060 for an unknown format, GC073 for an option that it does not take, or a value that is none of
+            the option's.
+    """
+    for option, hint in misplaced(name, given):
+        raise GraftError("GC073", f"the format {name!r} takes no {option}", hint=hint)
+    found = {option: given[option] for option in format_of(name).options if given.get(option) is not None}
+    if "inputs" in found:
+        found["inputs"] = as_names(found["inputs"]) if found["inputs"] else ()
+    if "dtype" in found and found["dtype"] not in get_args(FileType):
+        hint = alternatives(str(found["dtype"]), get_args(FileType), "types")
+        raise GraftError("GC073", f"dtype={found['dtype']!r} is no type of a GGUF file", hint=hint)
+    rank = found.get("max_rank", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        shown = kind_of(rank) if not isinstance(rank, int) else repr(rank)
+        raise GraftError("GC073", f"max_rank is {shown}", hint="give a whole number from 1")
+    if "max_rank" in found and "server" not in found:
+        raise GraftError("GC073", "max_rank is a limit of a server", hint='name it: server="vllm"')
+    return found

@@ -1,0 +1,51 @@
+"""Exported graphs give no loss: what only a loss is made of is no input of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.interface import COUNT
+from graftc.passes.core.ir.program import Program, above
+
+if TYPE_CHECKING:
+    from graftc.runtime.model.runner import ModelRunner
+
+__all__ = ["without_labels"]
+
+_LOSS = "loss"
+_TARGETS = "future_values"
+_DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors and flags of a call that asks for no loss.
+
+    Labels are what transformers takes for labels of the class, and what nothing but the output ``loss`` reads in the
+    model's first graph; one that ``forward`` needs stays. A decoder that makes its tokens of the labels is given tokens
+    instead.
+    """
+    from transformers.utils.generic import find_labels
+
+    model = runner._compilation.model
+    known = {*find_labels(type(model)), _TARGETS, COUNT, *_of_the_loss(runner._compilation.program("train", "base"))}
+    dropped = {name for name in present if name in known and runner._interface.optional(name)}
+    found = {name: value for name, value in present.items() if name not in dropped}
+    labels = present.get("labels") if "labels" in dropped else None
+    decodes = _DECODED[0] in runner._interface.parameters and not found.keys() & {*_DECODED}
+    if decodes and isinstance(labels, Tensor):
+        found[_DECODED[0]] = torch.ones_like(labels, dtype=torch.int64)
+    return found
+
+
+def _of_the_loss(program: Program) -> set[str]:
+    """Inputs that nothing reads but the loss."""
+    names, (values, *_) = program.outputs.names, program.output_node.args
+    if _LOSS not in names or len(names) < 2 or not isinstance(values, tuple | list):
+        return set()
+    others = [v for name, v in zip(names, values, strict=True) if name != _LOSS and isinstance(v, torch.fx.Node)]
+    needed = {*others, *above(others)}
+    return {str(node.target) for node in program.placeholders() if node.users and node not in needed}
