@@ -31,7 +31,6 @@ from graftc.passes.core.weights.sharding import computes_in, is_unit
 from graftc.runtime.deploy.combine import Combining
 from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
-from graftc.runtime.export.formats import FileType
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.complete import with_every_adaptation
@@ -52,6 +51,7 @@ from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.specs.methods.prefix import PrefixSpec
+from graftc.specs.export_formats import FileType
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.requantise import BaseForm

@@ -6,14 +6,16 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from graftc.runtime.held_folder import foreign_folder
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 
 __all__ = [
+    "SEALED",
     "cannot_write",
     "check_apart",
     "check_destination",
@@ -23,6 +25,12 @@ __all__ = [
     "only_files",
     "overlap",
 ]
+
+
+SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
+"""Files that list all others of their folder, and what they say that it is."""
+
+_MOST = 64 * 2**20
 
 
 def only_files(path: Path) -> bool:
@@ -45,6 +53,7 @@ def check_destination(
         GraftError: GC063; GC064 for a path that nothing can have.
     """
     check_path(path)
+    _check_sealed(path)
     for taken in (path, *(path.with_name(name) for name in companions)):
         if not os.path.lexists(taken):
             continue
@@ -90,6 +99,24 @@ def _foreign(folder: Path) -> Path | None:
         return foreign_folder(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+def _check_sealed(path: Path) -> None:
+    """Refuse a destination in a folder of which graftc has listed every file: one more, and it is not safe to read."""
+    inner = Path(os.path.realpath(path.parent))
+    for folder in (inner, *inner.parents):
+        for name, kind in SEALED.items():
+            if _says(folder / name, kind):
+                what = "an artifact" if kind == "artifact" else "a merged model"
+                message = f"{path} is in {folder}, which is {what}: another file in it would make it unreadable"
+                raise GraftError("GC063", message, hint="write to a folder beside it")
+
+
+def _says(file: Path, kind: str) -> bool:
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST:
+            return False
+        return re.search(rf'"{kind}":\s*"graftc"'.encode(), file.read_bytes()) is not None
+    except OSError:  # nobody reads such an artifact either
+        return False
 
 
 def check_folder(path: Path, mark: str) -> None:

@@ -129,7 +129,7 @@ def nets() -> dict[tuple[str, str], Compiled]:
     return {order: net(order) for order in ORDERS}
 
 
-@pytest.mark.parametrize(("operation", "order", "state"), _cases())
+@pytest.mark.parametrize(("operation", "order", "state"), list(_cases()))
 def test_every_adaptation(
     nets: dict[tuple[str, str], Compiled], operation: str, order: tuple[str, str], state: str, tmp_path: Path
 ) -> None:
@@ -146,10 +146,8 @@ def test_every_adaptation(
 
 
 def llama(*roles: str) -> Compiled:
-    adapt = [
-        {"name": name, "method": "lora", "rank": 2, "target": {"role": role}}
-        for name, role in zip("ab", roles, strict=False)
-    ]
+    named = zip("ab", roles, strict=False)
+    adapt = [{"name": name, "method": "lora", "rank": 2, "target": {"role": role}} for name, role in named]
     compiled = graftc.compile({"adapt": adapt}, tiny("llama").eval()).eval()
     perturb(compiled, 0.2)
     return compiled

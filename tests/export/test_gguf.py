@@ -202,13 +202,23 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
         ("llama", {"method": "dora", "target": {"role": "attn.q"}}, False, "GC066", "no plain LoRA"),
         ("llama", {"method": "lora", "init": "pissa", "target": {"role": "attn.q"}}, False, "GC066", "no plain LoRA"),
         ("gpt2", {"method": "lora", "bias": "all", "target": {"role": "attn.o"}}, False, "GC066", "in full"),
-        ("gpt2", {"method": "lora", "target": {"modules": "lm_head"}}, False, "GC060", "tied"),
+        ("gpt2", {"method": "lora", "target": {"modules": "lm_head"}}, False, "GC060", "tied to the embedding table"),
+        *(
+            (family, {"method": "lora", "target": target}, False, "GC060", "tied to the head")
+            for family, target in (
+                ("gpt2", {"modules": "transformer.wte"}),
+                ("gpt2", {"role": ["attn.o", "embed"]}),
+                ("llama tied", {"modules": "model.embed_tokens"}),
+                ("qwen2 tied", {"role": "embed"}),
+            )
+        ),
     ],
 )
 def test_what_is_refused(
     family: str, adapt: dict[str, Any], merge: bool, code: str, words: str, tmp_path: Path
 ) -> None:
-    compiled = compiled_of(tiny(family), {"rank": 2, **adapt})
+    kind, _, tied = family.partition(" ")
+    compiled = compiled_of(model_of(kind, tie_word_embeddings=True) if tied else tiny(kind), {"rank": 2, **adapt})
     with pytest.raises(GraftError, match=words) as caught:
         (compiled.merge() if merge else compiled).export(tmp_path / "x.gguf", format="gguf")
     assert caught.value.code == code and caught.value.hint and not any(tmp_path.iterdir())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -24,6 +25,7 @@ from graftc.runtime.cli.options import (
     destination,
 )
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import ExportOption, misplaced
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.requantise import BaseForm
@@ -40,9 +42,13 @@ def export(
     out: Out = None,
     model: BaseOption = None,
     merge: Annotated[
-        bool,
-        typer.Option("--merge/--no-merge", help="Fold the adaptations into the weights, or leave them in the graph."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--merge/--no-merge",
+            help="Fold the adaptations into the weights, which is the default, or leave them in the graph.",
+            show_default=False,
+        ),
+    ] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,8 +63,14 @@ def export(
     allow_unchanged: AllowUnchanged = False,
     base: BaseFormOption = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="Type of the matrices in a GGUF file: f32, f16 or bf16.")
-    ] = "f32",
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Type of the matrices in a GGUF file: f32, which is the default, f16 or bf16.",
+            show_default=False,
+        ),
+    ] = None,
     server: Annotated[
         str | None,
         typer.Option(
@@ -86,19 +98,15 @@ def export(
     alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear."""
     from graftc.runtime.cli.output import print_json, steps, working
 
-    if format is ExportFormat.GGUF and inputs:
-        raise GraftError(
-            "GC090", "a GGUF file has no inputs", hint="--no-merge writes the LoRAs as a file of their own"
-        )
-    if format is ExportFormat.ONNX_GENERATE and inputs:
-        raise GraftError("GC090", "graphs that generate take no adaptations as inputs", hint="leave out --inputs")
-    to = destination(out, dry_run=dry_run)
     names = inputs or []
+    of_format = {"--inputs": names, "--dtype": dtype, "--for": server, "--max-rank": max_rank}
+    of_fold = {"--budget": budget, "--base": base, "--allow-unchanged": allow_unchanged}
+    _check_options(format, of_format, of_fold, merge)
+    to = destination(out, dry_run=dry_run)
     if format is ExportFormat.PEFT:
-        _to_peft(directory, to, model, names, budget, server, max_rank, force=force, json=json)
+        _to_peft(directory, to, model, server, max_rank, force=force, json=json)
         return
-    if server is not None or max_rank is not None:
-        raise GraftError("GC090", "--for and --max-rank are about PEFT's folders", hint="add --format peft")
+    merge = merge is not False
     companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
@@ -144,45 +152,68 @@ def export(
     print_files(to, files)
 
 
-def _write(
-    made: Compiled | Merged | Partial, to: Path, format: ExportFormat, names: Sequence[str], dtype: str, *, force: bool
-) -> None:
-    from graftc.runtime.deploy.partial import Partial
+_OPTIONS: Mapping[str, ExportOption] = MappingProxyType(
+    {"--inputs": "inputs", "--dtype": "dtype", "--for": "server", "--max-rank": "max_rank"}
+)
+"""Options of exports by the words for them here."""
 
-    if format is ExportFormat.GGUF and not isinstance(made, Partial):
-        made.export(to, format="gguf", dtype=cast("Literal['f32', 'f16', 'bf16']", dtype), force=force)
-        return
-    if format is ExportFormat.ONNX_GENERATE:
-        made.export(to, format="onnx-generate", force=force)
-        return
-    kind: Literal["onnx", "pt2"] = "onnx" if format is ExportFormat.ONNX else "pt2"
-    made.export(to, format=kind, inputs=names, force=force)
+
+def _check_options(
+    format: ExportFormat, of_format: Mapping[str, Any], of_fold: Mapping[str, Any], merge: bool | None
+) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        format: what is written.
+        of_format: options of exports by their words.
+        of_fold: the same of folding.
+        merge: whether it was asked for.
+
+    Raises:
+        GraftError: GC090.
+    """
+    words = {option: word for word, option in _OPTIONS.items()}
+    given = {_OPTIONS[word]: value for word, value in of_format.items()}
+    for option, hint in misplaced(format.value, given):
+        raise GraftError("GC090", f"{words[option]} is not for --format {format.value}", hint=hint)  # type: ignore[index]
+    folding = [word for word, value in {**of_fold, "--merge": merge is True}.items() if value not in (None, False)]
+    if folding and format is ExportFormat.PEFT:
+        message = f"{folding[0]} is not for --format peft"
+        raise GraftError("GC090", message, hint="leave it out: nothing is folded")
+    if folding and merge is False:
+        message = f"{folding[0]} is about folding, and with --no-merge nothing is folded"
+        raise GraftError("GC090", message, hint="leave one of them out")
+    if given["max_rank"] is not None and given["server"] is None:
+        raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it: --for vllm or --for sglang")
+
+
+def _write(
+    made: Compiled | Merged | Partial,
+    to: Path,
+    format: ExportFormat,
+    names: Sequence[str],
+    dtype: str | None,
+    *,
+    force: bool,
+) -> None:
+    given: dict[str, Any] = {"inputs": names, "dtype": dtype}
+    kind: Any = format.value
+    made.export(to, kind, force=force, **{option: value for option, value in given.items() if value})
 
 
 def _to_peft(
     directory: Path,
     to: Path | None,
     model: str | None,
-    names: Sequence[str],
-    budget: float | None,
     server: str | None,
     max_rank: int | None,
     *,
     force: bool,
     json: bool,
 ) -> None:
-    """Write the adapters as PEFT's checkpoint; nothing is folded.
-
-    Raises:
-        GraftError: GC090 for options that are about graphs.
-    """
+    """Write the adapters as PEFT's checkpoint; nothing is folded."""
     from graftc.runtime.cli.output import print_json, steps, working
 
-    if names or budget is not None:
-        option = "--inputs" if names else "--budget"
-        raise GraftError("GC090", f"{option} is not for --format peft", hint="leave it out: nothing is folded")
-    if max_rank is not None and server is None:
-        raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it: --for vllm or --for sglang")
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
         from graftc.runtime.interop.peft.exporting import export_peft, is_exported, prepared

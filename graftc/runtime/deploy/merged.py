@@ -27,12 +27,12 @@ from graftc.runtime.deploy.folded_store import folded_store
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
-from graftc.runtime.export.formats import FileType
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
 from graftc.runtime.progress import during
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import FileType
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled, CompiledRunner

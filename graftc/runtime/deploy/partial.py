@@ -27,12 +27,12 @@ from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
-from graftc.runtime.export.formats import options_for
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import options_for
 
 if TYPE_CHECKING:
     from graftc.compiler.capture.interface import ExampleInputs
@@ -88,7 +88,8 @@ class Partial(Generic[M]):
             hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
             raise GraftError("GC060", f"what a partial merge leaves is no {format!r}", hint=hint)
         options = options_for(format, {"example_inputs": example_inputs, "inputs": inputs})
-        return self.compiled._graftc.written(as_path(path), format, options, self.certificate, force=force)
+        runner = self.compiled._graftc
+        return runner.written(as_path(path), format, options, self.certificate, self.folded, force=force)
 
 
 def merge_partially(

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from graftc.compiler.capture.fingerprint import identify
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.program_key import Signature
+from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.files import check_destination, staged
 from graftc.runtime.reference import Built
 from graftc.specs.io import dump_spec
@@ -28,6 +30,7 @@ def export_model(
     *,
     inputs: Sequence[str] = (),
     certificate: Certificate | None = None,
+    folded: Sequence[str] = (),
     force: bool = False,
 ) -> Path:
     """Export a compiled or merged model.
@@ -38,7 +41,8 @@ def export_model(
         format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
         signature: the one to export.
         inputs: adaptations whose tensors are inputs of the graph, each with its values in a file beside ``path``.
-        certificate: what the file says of itself.
+        certificate: what the file says of a fold.
+        folded: whose adaptations have gone into the weights.
         force: replace what is there.
 
     Raises:
@@ -59,7 +63,7 @@ def export_model(
     companions = (f"{path.name}.data", *beside.values())
     check_destination(path, force=force, companions=companions)
     module = ExportModule(runner, signature, inputs, apart=format == "onnx")
-    write = prepare(module, metadata(runner, inputs, certificate))
+    write = prepare(module, metadata(runner, module.program, inputs, certificate, folded))
     with staged(path, force=force, companions=companions) as file:
         write(file)
         for name, tensors in module.adaptations.items():
@@ -67,11 +71,30 @@ def export_model(
     return path
 
 
-def metadata(runner: ModelRunner, inputs: Sequence[str] = (), certificate: Certificate | None = None) -> dict[str, str]:
+def metadata(
+    runner: ModelRunner,
+    program: Program,
+    inputs: Sequence[str] = (),
+    certificate: Certificate | None = None,
+    folded: Sequence[str] = (),
+) -> dict[str, str]:
     """What an exported file says of itself: spec, base fingerprint, names of classes in the order of logits,
-    adaptations that are inputs, certificate."""
+    certificate, adaptations that are inputs, and where each adaptation is that the file has: ``"folded"`` into the
+    weights, a ``"constant"`` of the graph, or an ``"input"``.
+
+    Args:
+        runner: what is exported.
+        program: its graph in the file.
+        inputs: adaptations that are inputs.
+        certificate: of the fold.
+        folded: whose adaptations have gone into the weights.
+    """
     compilation = runner._compilation
+    places = dict.fromkeys(folded, "folded") | {
+        name: "input" if name in inputs else "constant" for name in adaptations_in(program)
+    }
     found = {
+        "graftc.adaptations": json.dumps(places),
         "graftc.spec": dump_spec(compilation.spec),
         "graftc.fingerprint": identify(compilation.source, replaced=compilation.replaced).fingerprint,
     }
@@ -85,4 +108,15 @@ def metadata(runner: ModelRunner, inputs: Sequence[str] = (), certificate: Certi
     return found
 
 
-__all__ = ["export_model", "metadata"]
+def adaptations_in(program: Program) -> list[str]:
+    """Adaptations that a graph has something of: nodes, or tensors that it reads."""
+    found: dict[str, None] = {}
+    for node in program.graph.nodes:
+        made = provenance(node)
+        owner = owner_of(str(node.target)) if node.op == "get_attr" else (made or {}).get("adaptation")
+        if owner:
+            found[owner] = None
+    return list(found)
+
+
+__all__ = ["adaptations_in", "export_model", "metadata"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,12 @@ class CachedModule(ExportModule):
 
 
 def export_cached(
-    runner: ModelRunner, path: Path, *, certificate: Certificate | None = None, force: bool = False
+    runner: ModelRunner,
+    path: Path,
+    *,
+    certificate: Certificate | None = None,
+    folded: Sequence[str] = (),
+    force: bool = False,
 ) -> Path:
     """Write a folder of ONNX files that generate.
 
@@ -109,6 +114,7 @@ def export_cached(
         runner: a compiled model, with its adaptations in the graph, or a merged one.
         path: the folder; nothing is there until all files are complete and checked in ONNX Runtime.
         certificate: what the files say of the fold.
+        folded: whose adaptations have gone into the weights.
         force: replace such a folder.
 
     Raises:
@@ -123,11 +129,11 @@ def export_cached(
     origin = companions_of_model(runner._compilation.source)
     with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
-        about = metadata(runner, certificate=certificate)
         config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
         config.architectures = [type(runner._compilation.model).__name__]
         for file in _files(runner):
             module = CachedModule(runner, signature_for(runner._compilation, file.present), file)
+            about = metadata(runner, module.program, certificate=certificate, folded=folded)
             prepare_onnx(module, about)(folder / file.name)
             _describe(module, config, generation, folder, file.name)
         config.save_pretrained(folder)

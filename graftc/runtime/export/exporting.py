@@ -11,7 +11,6 @@ from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.capture.past import require_no_cache
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.program_key import Signature
-from graftc.runtime.export.formats import FileType, options_for
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.runner import ModelRunner
@@ -19,6 +18,7 @@ from graftc.runtime.model.sharded import written_once
 from graftc.runtime.progress import during
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import FileType, options_for
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
@@ -74,19 +74,28 @@ class Exporting(ModelRunner):
         """
         given = {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         options = options_for(format, {**given, "server": server, "max_rank": max_rank})
-        return self.written(as_path(path), format, options, getattr(self, "certificate", None), force=force)
+        folded, certificate = getattr(self, "folded", ()), getattr(self, "certificate", None)
+        return self.written(as_path(path), format, options, certificate, folded, force=force)
 
     @with_every_adaptation
     def written(
-        self, path: Path, format: str, options: Mapping[str, Any], certificate: Certificate | None, *, force: bool
+        self,
+        path: Path,
+        format: str,
+        options: Mapping[str, Any],
+        certificate: Certificate | None,
+        folded: Sequence[str],
+        *,
+        force: bool,
     ) -> Path:
         """Write an export. See `export`.
 
         Args:
             path: the file or folder.
-            format: of those in `graftc.runtime.export.formats`.
+            format: of those in `graftc.specs.export_formats`.
             options: as `options_for` gives them.
             certificate: what a graph says of a fold.
+            folded: whose adaptations have gone into the weights.
             force: replace what is there.
         """
         if format == "peft":
@@ -97,13 +106,13 @@ class Exporting(ModelRunner):
         if format == "onnx-generate":
             from graftc.runtime.export.cached import export_cached
 
-            return export_cached(simplest, path, certificate=certificate, force=force)
+            return export_cached(simplest, path, certificate=certificate, folded=folded, force=force)
         from graftc.runtime.export import export_model
 
         kind = cast('Literal["onnx", "pt2"]', format)
         signature = simplest._exported_signature(options.get("example_inputs"))
-        inputs = options.get("inputs", ())
-        return export_model(simplest, path, kind, signature, inputs=inputs, certificate=certificate, force=force)
+        said: dict[str, Any] = {"certificate": certificate, "folded": folded}
+        return export_model(simplest, path, kind, signature, inputs=options.get("inputs", ()), **said, force=force)
 
     def _exported_signature(self, example_inputs: ExampleInputs | None) -> Signature:
         """The signature of a call, without labels; by default of the one that the model was compiled with."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftc.runtime.export.formats import FileType
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of, stored
 from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
 from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import FileType
 from graftc.specs.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ def export_adapter(
     entries: list[Entry] = []
     for place, update in adapter.updates.items():
         name = name_of(names, f"{place}.weight")
-        if name == "output.weight" and getattr(config, "tie_word_embeddings", False):
-            hint = "merge it, or leave the head out"
-            raise GraftError(
-                "GC060", f"{place} is tied to the embedding table, and has no tensor of its own", hint=hint
-            )
+        _require_own(name, place, tied=bool(getattr(config, "tie_word_embeddings", False)))
         update = update.scaled(alpha / update.rank) if update.scale * update.rank != alpha else update
         # A table's rows are tokens, and llama.cpp looks up those of lora_a.
         down = update.down.T if update.table else update.down
@@ -72,6 +68,22 @@ def export_adapter(
     with staged(path, force=force) as file:
         write(file, family.arch, entries, fill, dtype)
     return path
+
+
+def _require_own(name: str, place: str, *, tied: bool) -> None:
+    """Refuse what adapts one use of a table that a file has once for both.
+
+    llama.cpp multiplies by the table where a model has no head of its own, and takes an update of the embedding for one
+    of the head: its sizes do not fit, which ends a server at its first request.
+
+    Raises:
+        GraftError: GC060.
+    """
+    uses = {"output.weight": ("the embedding table", "head"), "token_embd.weight": ("the head", "embedding")}
+    if tied and name in uses:
+        other, own = uses[name]
+        hint = f"leave the {own} out, or untie the head (untie: in the spec) and export the merged model"
+        raise GraftError("GC060", f"{place} is tied to {other}, and has no tensor of its own", hint=hint)
 
 
 def plain_of(compilation: Compilation) -> PlainAdapter:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.runtime.export.formats import FileType
 from graftc.runtime.export.gguf.adapter import export_adapter
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import name_of, package
@@ -20,6 +19,7 @@ from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
 from graftc.runtime.models import config_of_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.export_formats import FileType
 
 __all__ = ["convert_to_gguf"]
 

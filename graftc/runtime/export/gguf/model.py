@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftc.compiler.capture.interface import config_of
-from graftc.runtime.export.formats import FileType
 from graftc.runtime.export.gguf.families import Family, architecture, family_of, heads_of, rope_factors, stored
 from graftc.runtime.export.gguf.vocabulary import add_vocabulary
 from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
 from graftc.runtime.files import staged
 from graftc.runtime.models import local_folder
 from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.export_formats import FileType
 
 if TYPE_CHECKING:
     from graftc.runtime.deploy.merged import MergedRunner

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftc.runtime.export.formats import FileType
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import FileType
 
 __all__ = ["Entry", "name_of", "package", "write"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from graftc.specs.arguments import as_names, kind_of
-from graftc.specs.errors.diagnostics import GraftError, alternatives
+from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["FORMATS", "ExportFormat", "ExportOption", "FileType", "format_of", "misplaced", "options_for"]
 
@@ -90,9 +90,6 @@ def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {option: given[option] for option in format_of(name).options if given.get(option) is not None}
     if "inputs" in found:
         found["inputs"] = as_names(found["inputs"]) if found["inputs"] else ()
-    if "dtype" in found and found["dtype"] not in get_args(FileType):
-        hint = alternatives(str(found["dtype"]), get_args(FileType), "types")
-        raise GraftError("GC073", f"dtype={found['dtype']!r} is no type of a GGUF file", hint=hint)
     rank = found.get("max_rank", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         shown = kind_of(rank) if not isinstance(rank, int) else repr(rank)

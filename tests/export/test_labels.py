@@ -1,0 +1,132 @@
+"""Exported graphs give no loss: labels are no input of theirs, whatever a model was compiled or trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.testing import perturb, tiny
+
+IDS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+CALLS: dict[str, dict[str, Any]] = {
+    "llama": {"labels": IDS},
+    "bert": {"labels": torch.tensor([0, 1])},
+    "t5": {"labels": IDS},
+    "t5 with both": {"labels": IDS, "decoder_input_ids": IDS},
+}
+FULL = pytest.mark.full
+
+
+def compiled_with(kind: str, when: str) -> Any:
+    """A tiny model, compiled with labels or trained with them for a step."""
+    model = tiny(kind.partition(" ")[0]).eval()
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
+    given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **CALLS[kind]}
+    compiled: Any = graftc.compile(spec, model, given if when == "compiled" else None)
+    if when == "trained":
+        compiled.train()
+        compiled(**given).loss.backward()
+    perturb(compiled, 0.2)
+    return compiled.eval()
+
+
+def inputs_in(path: Path) -> dict[str, Tensor]:
+    """The inputs of a file, with which it runs."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        names = [value.name for value in onnxruntime.InferenceSession(str(path)).get_inputs()]
+    else:
+        names = [n for n in torch.export.load(path).graph_signature.user_inputs if isinstance(n, str)]
+    return {name: torch.ones_like(IDS) if "mask" in name else IDS for name in names}
+
+
+def outputs_in(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path))
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        names = [value.name for value in session.get_outputs()]
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+    with torch.no_grad():
+        made: dict[str, Tensor] = torch.export.load(path).module()(**inputs)
+        return made
+
+
+def check(compiled: Any, path: Path) -> None:
+    inputs = inputs_in(path)
+    assert inputs and not {"labels", "num_items_in_batch"} & inputs.keys()
+    found = outputs_in(path, inputs)
+    assert "loss" not in found
+    with torch.no_grad():
+        assert torch.allclose(found["logits"], compiled(**inputs).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=FULL)])
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=FULL)])
+@pytest.mark.parametrize("when", ["compiled", pytest.param("trained", marks=FULL)])
+@pytest.mark.parametrize("kind", ["bert", *(pytest.param(kind, marks=FULL) for kind in CALLS if kind != "bert")])
+def test_graphs(kind: str, when: str, format: Any, merged: bool, tmp_path: Path) -> None:
+    """The file computes the logits of a call without labels."""
+    compiled = compiled_with(kind, when)
+    model = compiled.merge() if merged else compiled
+    check(compiled, model.export(tmp_path / f"made.{format}", format))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("kind", CALLS)
+def test_examples_with_labels(kind: str, format: Any, tmp_path: Path) -> None:
+    """Labels in example inputs are dropped as well."""
+    compiled = compiled_with(kind, "not at all")
+    given = {"input_ids": IDS, **CALLS[kind]}
+    path = compiled.export(tmp_path / f"made.{format}", format, example_inputs=given)
+    assert "attention_mask" not in inputs_in(path)
+    check(compiled, path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", sorted(CALLS.keys() - {"bert"}))
+def test_graphs_that_generate(kind: str, tmp_path: Path) -> None:
+    from graftc.runtime.generate import load
+
+    compiled = compiled_with(kind, "compiled")
+    made = load(compiled.export(tmp_path / "made", "onnx-generate"))
+    options: Any = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(made.generate(input_ids=IDS, **options), compiled.generate(input_ids=IDS, **options))
+
+
+class Own(nn.Module):
+    """A model of nobody's, whose loss is of an input with a name of its own."""
+
+    def __init__(self, needed: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+        self.needed = needed
+
+    def forward(self, x: Tensor, wanted: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Tensor]:
+        y = self.fc(x)
+        if scale is not None:
+            y = y * scale
+        return {"logits": y} if wanted is None else {"loss": (y - wanted).square().mean(), "logits": y}
+
+
+class Needing(Own):
+    def forward(self, x: Tensor, wanted: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        return super().forward(x, wanted, scale)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(Own, {"x", "scale"}), (Needing, {"x", "wanted", "scale"})])
+def test_what_only_a_loss_reads(kind: type[Own], kept: set[str], tmp_path: Path) -> None:
+    """Found by what reads it; an input without which the model cannot be called stays."""
+    given = {"x": torch.randn(2, 6), "wanted": torch.randn(2, 5), "scale": torch.randn(5)}
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "*"}}]}
+    compiled = graftc.compile(spec, kind(True).eval(), given).eval()
+    path = compiled.export(tmp_path / "made.pt2", "pt2")
+    assert set(torch.export.load(path).graph_signature.user_inputs) == kept

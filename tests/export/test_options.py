@@ -1,0 +1,152 @@
+"""Options of exports: a format honours those that it declares and refuses all others, on the command line too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.export_formats import FORMATS, ExportOption, options_for
+
+GIVEN: dict[str, Any] = {
+    "example_inputs": {"x": torch.zeros(2, 6)},
+    "inputs": ["low"],
+    "dtype": "f16",
+    "server": "vllm",
+    "max_rank": 8,
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.fc(x)}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    spec = {"adapt": [{"name": "low", "method": "lora", "rank": 2, "target": {"modules": "*"}}]}
+    compiled = graftc.compile(spec, Net().eval(), {"x": torch.zeros(2, 6)}).eval()
+    return {"compiled": compiled, "merged": compiled.merge(allow_unchanged=True)}
+
+
+def _misplaced() -> Iterator[Any]:
+    for format, own in FORMATS.items():
+        for option in get_args(ExportOption):
+            if option not in own.options:
+                yield format, option
+
+
+def test_the_table_is_whole() -> None:
+    """Every option is one of some format, and has a value here."""
+    assert {option for own in FORMATS.values() for option in own.options} == set(get_args(ExportOption)) == set(GIVEN)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "merged"])
+@pytest.mark.parametrize(("format", "option"), list(_misplaced()))
+def test_what_a_format_does_not_take(
+    models: dict[str, Any], format: str, option: str, kind: str, tmp_path: Path
+) -> None:
+    """Refused by code before anything is written, with what takes it or what to do instead."""
+    with pytest.raises(GraftError) as caught:
+        models[kind].export(tmp_path / "made", format, **{option: GIVEN[option]})
+    assert caught.value.code == "GC073"
+    assert repr(format) in caught.value.message and option in caught.value.message and caught.value.hint
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", get_args(ExportOption))
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_given(format: str, option: str) -> None:
+    """Defaults are no options."""
+    assert options_for(format, {option: None}) == {}
+    assert options_for(format, {"inputs": ()}) == options_for(format, {"inputs": []})
+
+
+@pytest.mark.parametrize(
+    ("format", "given", "words"),
+    [
+        ("onnx", {"inputs": 5}, "the names are 5"),
+        ("onnx", {"inputs": [5]}, "the names are"),
+        ("peft", {"server": "vllm", "max_rank": 0}, "max_rank is 0"),
+        ("peft", {"server": "vllm", "max_rank": True}, "max_rank is True"),
+        ("peft", {"max_rank": 8}, "limit of a server"),
+    ],
+)
+def test_values_that_are_none(models: dict[str, Any], format: str, given: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=words) as caught:
+        models["compiled"].export(tmp_path / "made", format, **given)
+    assert caught.value.code == "GC073" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["onx", "", None, 3, "ONNX"])
+def test_unknown_formats(models: dict[str, Any], format: Any, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="unknown") as caught:
+        models["compiled"].export(tmp_path / "made", format)
+    assert caught.value.code == "GC060" and not any(tmp_path.iterdir())
+
+
+def test_one_name_is_a_list_of_one(models: dict[str, Any], tmp_path: Path) -> None:
+    path = models["compiled"].export(tmp_path / "made.pt2", "pt2", inputs="low")
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [path.name, "made.pt2.low.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf", "onnx-generate", "pt2"])
+def test_partial_merges(format: Any, tmp_path: Path) -> None:
+    """Of what is left of a partial merge only graphs are written, and their options are checked as well."""
+    from graftc.testing import perturb, tiny
+
+    adapt = [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}, {"method": "prefix", "length": 2}]
+    compiled = graftc.compile({"adapt": adapt}, tiny("llama").eval()).eval()
+    perturb(compiled)
+    partial = compiled.merge_partially()
+    given: Any = {"inputs": 3} if format == "pt2" else {"inputs": ["prefix"]} if format == "onnx-generate" else {}
+    with pytest.raises(GraftError) as caught:
+        partial.export(tmp_path / "made", format, **given)
+    assert caught.value.code == ("GC060" if format in ("peft", "gguf") else "GC073")
+    assert not any(tmp_path.iterdir())
+
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "inputs": ("--inputs", "low"),
+    "dtype": ("--dtype", "f16"),
+    "server": ("--for", "vllm"),
+    "max_rank": ("--max-rank", "8"),
+    "budget": ("--budget", "1"),
+    "base": ("--base", "full"),
+    "allow_unchanged": ("--allow-unchanged",),
+    "merge": ("--merge",),
+}
+FOLDING = ("budget", "base", "allow_unchanged")
+
+
+def _words() -> Iterator[Any]:
+    for format, option in _misplaced():
+        if option in WORDS:
+            yield format, [], option
+    for option in (*FOLDING, "merge"):
+        yield "peft", [], option
+    for option in FOLDING:
+        for format in ("onnx", "onnx-generate", "pt2", "gguf"):
+            yield format, ["--no-merge"], option
+
+
+@pytest.mark.parametrize(("format", "more", "option"), list(_words()))
+def test_on_the_command_line(
+    format: str, more: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is loaded: there is no such artifact."""
+    from tests.cli.support import run_here
+
+    words = ["export", str(tmp_path / "none"), "--format", format, "--out", str(tmp_path / "made"), "--json", *more]
+    error = run_here(capsys, *words, *WORDS[option]).data["error"]
+    assert error["code"] == "GC090" and WORDS[option][0] in error["message"] and error["hint"]
