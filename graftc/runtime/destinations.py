@@ -99,6 +99,8 @@ def _foreign(folder: Path) -> Path | None:
         return foreign_folder(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
 def _check_sealed(path: Path) -> None:
     """Refuse a destination in a folder of which graftc has listed every file: one more, and it is not safe to read."""
     inner = Path(os.path.realpath(path.parent))
