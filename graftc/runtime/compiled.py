@@ -33,7 +33,6 @@ from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
-from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.generation import LOOKUP, stand_in
@@ -43,6 +42,7 @@ from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.model.scoring import TokenScoring, answering
 from graftc.runtime.model.sharded import in_every_process, written_once
+from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.presenting import Presented
 from graftc.runtime.progress import during
 from graftc.runtime.training.selecting import Selecting
@@ -51,7 +51,7 @@ from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.specs.methods.prefix import PrefixSpec
-from graftc.specs.export_formats import FileType
+from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.requantise import BaseForm

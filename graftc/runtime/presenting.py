@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from graftc.compiler.capture.isolation import isolated
-from graftc.runtime.model.complete import with_every_adaptation
+from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.state import Stateful
 
 if TYPE_CHECKING:

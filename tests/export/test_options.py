@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import FORMATS, ExportOption, options_for
+from graftc.specs.options.exports import FORMATS, ExportOption, options_for
 
 GIVEN: dict[str, Any] = {
     "example_inputs": {"x": torch.zeros(2, 6)},

@@ -29,10 +29,10 @@ from graftc.compiler.capture.assignments import Attributes, noticed
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers, parameters
 from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
-from graftc.compiler.capture.quiet import quiet
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
+from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, map_nodes
 from graftc.passes.core.ir.program_key import Mode

@@ -25,7 +25,7 @@ from graftc.runtime.cli.options import (
     destination,
 )
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import ExportOption, misplaced
+from graftc.specs.options.exports import ExportOption, misplaced
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.requantise import BaseForm
@@ -173,7 +173,7 @@ def _check_options(
         GraftError: GC090.
     """
     words = {option: word for word, option in _OPTIONS.items()}
-    given = {_OPTIONS[word]: value for word, value in of_format.items()}
+    given: dict[str, Any] = {_OPTIONS[word]: value for word, value in of_format.items()}
     for option, hint in misplaced(format.value, given):
         raise GraftError("GC090", f"{words[option]} is not for --format {format.value}", hint=hint)  # type: ignore[index]
     folding = [word for word, value in {**of_fold, "--merge": merge is True}.items() if value not in (None, False)]

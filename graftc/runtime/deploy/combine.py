@@ -20,8 +20,8 @@ from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldStep
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, values_of
-from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.sharded import in_every_process
+from graftc.runtime.model.views import with_every_adaptation
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec

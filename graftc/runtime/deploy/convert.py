@@ -25,9 +25,9 @@ from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, stored_dtype, target_of, values_of
-from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.runner import ModelRunner
 from graftc.runtime.model.sharded import in_every_process
+from graftc.runtime.model.views import with_every_adaptation
 from graftc.specs.arguments import kind_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack

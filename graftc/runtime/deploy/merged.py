@@ -32,7 +32,7 @@ from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
 from graftc.runtime.progress import during
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import FileType
+from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled, CompiledRunner

@@ -32,7 +32,7 @@ from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import options_for
+from graftc.specs.options.exports import options_for
 
 if TYPE_CHECKING:
     from graftc.compiler.capture.interface import ExampleInputs
@@ -84,9 +84,10 @@ class Partial(Generic[M]):
 
         Args, Raises: as `Compiled.export`.
         """
-        if format in ("peft", "gguf"):
+        name: str = format
+        if name in ("peft", "gguf"):
             hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
-            raise GraftError("GC060", f"what a partial merge leaves is no {format!r}", hint=hint)
+            raise GraftError("GC060", f"what a partial merge leaves is no {name!r}", hint=hint)
         options = options_for(format, {"example_inputs": example_inputs, "inputs": inputs})
         runner = self.compiled._graftc
         return runner.written(as_path(path), format, options, self.certificate, self.folded, force=force)

@@ -12,13 +12,13 @@ from graftc.compiler.capture.past import require_no_cache
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.model.choosing import with_choices
-from graftc.runtime.model.complete import with_every_adaptation
 from graftc.runtime.model.runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
+from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.progress import during
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import FileType, options_for
+from graftc.specs.options.exports import FileType, options_for
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
@@ -92,7 +92,7 @@ class Exporting(ModelRunner):
 
         Args:
             path: the file or folder.
-            format: of those in `graftc.specs.export_formats`.
+            format: of those in `graftc.specs.options.exports`.
             options: as `options_for` gives them.
             certificate: what a graph says of a fold.
             folded: whose adaptations have gone into the weights.

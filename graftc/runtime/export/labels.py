@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,8 @@ def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str,
     from transformers.utils.generic import find_labels
 
     model = runner._compilation.model
-    known = {*find_labels(type(model)), _TARGETS, COUNT, *_of_the_loss(runner._compilation.program("train", "base"))}
+    labelled: Callable[[type], list[str]] = find_labels
+    known = {*labelled(type(model)), _TARGETS, COUNT, *_of_the_loss(runner._compilation.program("train", "base"))}
     dropped = {name for name in present if name in known and runner._interface.optional(name)}
     found = {name: value for name, value in present.items() if name not in dropped}
     labels = present.get("labels") if "labels" in dropped else None

@@ -15,8 +15,8 @@ import torch
 
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import PAST
-from graftc.compiler.capture.quiet import quiet
 from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx_packed import OPSET, lower_packed

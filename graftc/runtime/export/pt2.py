@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from graftc.compiler.capture.isolation import exclusive
-from graftc.compiler.capture.quiet import quiet
+from graftc.compiler.quiet import quiet
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
 

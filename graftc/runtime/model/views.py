@@ -7,10 +7,11 @@ tables; calls then run it, and cost nothing more.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -33,6 +34,22 @@ _SHOWN = (*_TABLES, "_active", "_label", "_showing", "_steering")
 
 View = Mapping[str, Any]
 """Their values."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_every_adaptation(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method of a Runner that has every adaptation, whatever `disable` and `disabled` leave out of calls meanwhile.
+
+    Whatever writes a file or makes another model is such a method. Calls in other threads go on as they were.
+    """
+
+    @functools.wraps(method)
+    def called(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self.complete(), *args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 class Viewed:

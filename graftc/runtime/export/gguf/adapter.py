@@ -13,8 +13,8 @@ from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
 from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import FileType
 from graftc.specs.methods.lora import LoRA
+from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
     from graftc.compiler.compilation import Compilation

@@ -19,7 +19,7 @@ from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
 from graftc.runtime.models import config_of_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.export_formats import FileType
+from graftc.specs.options.exports import FileType
 
 __all__ = ["convert_to_gguf"]
 

@@ -13,7 +13,7 @@ from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
 from graftc.runtime.files import staged
 from graftc.runtime.models import local_folder
 from graftc.specs.errors.diagnostics import GraftError, warn
-from graftc.specs.export_formats import FileType
+from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
     from graftc.runtime.deploy.merged import MergedRunner

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.export_formats import FileType
+from graftc.specs.options.exports import FileType
 
 __all__ = ["Entry", "name_of", "package", "write"]
 

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from graftc.specs.arguments import as_names, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["FORMATS", "ExportFormat", "ExportOption", "FileType", "format_of", "misplaced", "options_for"]
+__all__ = ["FORMATS", "ExportOption", "FileType", "FormatOptions", "format_of", "misplaced", "options_for"]
 
 ExportOption = Literal["example_inputs", "inputs", "dtype", "server", "max_rank"]
 FileType = Literal["f32", "f16", "bf16"]
 
 
 @dataclass(frozen=True)
-class ExportFormat:
+class FormatOptions:
     """One format.
 
     Attributes:
@@ -29,27 +29,27 @@ class ExportFormat:
     instead: Mapping[str, str] = field(default_factory=dict)
 
 
-FORMATS: Mapping[str, ExportFormat] = MappingProxyType(
+FORMATS: Mapping[str, FormatOptions] = MappingProxyType(
     {
-        "onnx": ExportFormat(("example_inputs", "inputs")),
-        "onnx-generate": ExportFormat(
+        "onnx": FormatOptions(("example_inputs", "inputs")),
+        "onnx-generate": FormatOptions(
             instead={
                 "inputs": 'one graph without a cache takes adaptations as inputs: format "onnx"',
                 "example_inputs": "the graphs that generate have inputs of their own",
             }
         ),
-        "pt2": ExportFormat(("example_inputs", "inputs")),
-        "gguf": ExportFormat(
+        "pt2": FormatOptions(("example_inputs", "inputs")),
+        "gguf": FormatOptions(
             ("dtype",),
             {"inputs": "the LoRAs of a compiled model that is not merged are a file of their own"},
         ),
-        "peft": ExportFormat(("server", "max_rank"), {"inputs": "the folder has the adapters alone, and no graph"}),
+        "peft": FormatOptions(("server", "max_rank"), {"inputs": "the folder has the adapters alone, and no graph"}),
     }
 )
 """Every format by its name."""
 
 
-def format_of(name: Any) -> ExportFormat:
+def format_of(name: Any) -> FormatOptions:
     """A format by its name.
 
     Raises:
@@ -87,7 +87,9 @@ def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     for option, hint in misplaced(name, given):
         raise GraftError("GC073", f"the format {name!r} takes no {option}", hint=hint)
-    found = {option: given[option] for option in format_of(name).options if given.get(option) is not None}
+    found: dict[str, Any] = {
+        option: given[option] for option in format_of(name).options if given.get(option) is not None
+    }
     if "inputs" in found:
         found["inputs"] = as_names(found["inputs"]) if found["inputs"] else ()
     rank = found.get("max_rank", 1)
