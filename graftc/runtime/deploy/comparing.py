@@ -118,8 +118,7 @@ class OutputComparison:
             yield run
         finally:
             if model is self._model:
-                with model.whole():
-                    model.forget("routes")
+                model.complete().forget("routes")
 
 
 @torch.no_grad()
