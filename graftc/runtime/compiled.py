@@ -163,14 +163,17 @@ class CompiledRunner(
         from graftc.runtime.artifact.write import require_values
         from graftc.runtime.deploy.deployed import deployed
         from graftc.runtime.interop.peft.exporting import export_peft, prepared
+        from graftc.runtime.interop.peft.plain import plain
         from graftc.runtime.interop.peft.servers import require_served, server_of
 
         require_values(self)
+        limits = None if server is None else server_of(server)
         compilation = deployed(self).compilation
-        if server is not None:
-            made = prepared(compilation)
-            require_served(server_of(server), made.config, made.tensors, max_rank=max_rank)
-        export_peft(compilation, path, force=force)
+        made = prepared(compilation)
+        if limits is not None:
+            made = plain(made, compilation)
+            require_served(limits, made.config, made.tensors, max_rank=max_rank)
+        export_peft(made, path, force=force)
         return path
 
     def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:

@@ -76,7 +76,7 @@ def export(
         typer.Option(
             "--for",
             metavar="SERVER",
-            help="Check a PEFT folder against the limits of a server: vllm or sglang.",
+            help="Write a PEFT folder as a server reads it right, within its limits: vllm, sglang or mistralrs.",
             show_default=False,
         ),
     ] = None,
@@ -184,7 +184,7 @@ def _check_options(
         message = f"{folding[0]} is about folding, and with --no-merge nothing is folded"
         raise GraftError("GC090", message, hint="leave one of them out")
     if given["max_rank"] is not None and given["server"] is None:
-        raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it: --for vllm or --for sglang")
+        raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it, as in --for vllm")
 
 
 def _write(
@@ -217,6 +217,7 @@ def _to_peft(
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
         from graftc.runtime.interop.peft.exporting import export_peft, is_exported, prepared
+        from graftc.runtime.interop.peft.plain import plain
         from graftc.runtime.interop.peft.servers import require_served, server_of
 
         limits = None if server is None else server_of(server)
@@ -231,9 +232,11 @@ def _to_peft(
         compilation = deployed(runner_of(load(directory, model))).compilation
         step("exporting")
         made = prepared(compilation)
+        if limits is not None:
+            made = plain(made, compilation)
         needed = None if limits is None else require_served(limits, made.config, made.tensors, max_rank=max_rank)
         if to is not None:
-            export_peft(compilation, to, force=force)
+            export_peft(made, to, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_files, print_tensors
     from graftc.runtime.cli.output import console
@@ -250,7 +253,7 @@ def _to_peft(
         print_json(ExportResult.model_validate(result))
         return
     print_tensors(str(made.config["peft_type"]), made.sites())
-    if limits is not None:
+    if limits is not None and limits.option is not None:
         console().print(f"{'the server needs:':<22}{limits.option} {needed}", markup=False)
     print_files(to, files)
 

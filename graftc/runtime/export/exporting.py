@@ -38,7 +38,7 @@ class Exporting(ModelRunner):
         *,
         inputs: str | Sequence[str] = (),
         dtype: FileType | None = None,
-        server: Literal["vllm", "sglang"] | None = None,
+        server: Literal["vllm", "sglang", "mistralrs"] | None = None,
         max_rank: int | None = None,
         force: bool = False,
     ) -> Path:
@@ -60,7 +60,8 @@ class Exporting(ModelRunner):
                 that the model was compiled with. Values of tensors do not matter.
             inputs: of onnx and pt2, names of adaptations that are in the graph.
             dtype: of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
-            server: what a folder for PEFT has to be fit for.
+            server: what a folder for PEFT has to be fit for. The update is written as plain LoRA then, scaled by
+                ``alpha / rank`` and for the base as it is: at twice the rank where factors started from the weights.
             max_rank: the largest rank that the server was started with; by default the largest that it may have.
             force: replace what is there.
 

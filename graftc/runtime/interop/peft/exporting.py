@@ -75,19 +75,17 @@ def prepared(compilation: Compilation) -> PeftExport:
     return PeftExport(config, pairs, _tensors(compilation, pairs))
 
 
-def export_peft(compilation: Compilation, path: Path, *, force: bool = False) -> PeftExport:
+def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExport:
     """Write a folder that peft loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
-        compilation: what is written.
+        made: what is written, as `prepared` gives it.
         path: the folder to make; it is complete when it appears.
         force: replace a folder that was written so.
 
     Raises:
-        GraftError: GC115 naming what peft cannot express, before anything is written; GC060 where the folder does not
-            read back; GC063 and GC064 as every file.
+        GraftError: GC060 where the folder does not read back; GC063 and GC064 as every file.
     """
-    made = prepared(compilation)
     with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
         _write_json(folder / CONFIG, dict(made.config))

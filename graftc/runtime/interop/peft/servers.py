@@ -14,7 +14,7 @@ __all__ = ["SERVERS", "Server", "require_served", "server_of"]
 
 _CONVERT = "graftc convert makes a LoRA of it"
 _MERGE = "merge it: graftc merge"
-_UNIFORM = "graftc convert --to {server} gives all maps one rank and one scale"
+_UNIFORM = "graftc convert --to {layout} gives all maps one rank and one scale"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -27,28 +27,34 @@ class Server:
         read: from which version of which files they were read.
         ranks: the values that its largest rank may have; empty where any will do.
         refused: fields of the config that have to be off, with the way out.
-        option: how it is told the largest rank.
+        option: how it is told the largest rank; None where it is not.
+        layout: of ``graftc convert``, which it reads.
+        saved: names of the heads that it takes beside an adapter (``modules_to_save``).
     """
 
     name: str
     read: str
     ranks: tuple[int, ...]
     refused: Mapping[str, str]
-    option: str
+    option: str | None
+    layout: str
+    saved: tuple[str, ...] = ()
 
     def rank_for(self, rank: int) -> int | None:
         """The smallest largest rank that holds adapters of a rank; None where none does."""
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
 
 
+_PATTERNS: Mapping[str, str] = MappingProxyType({"rank_pattern": _UNIFORM, "alpha_pattern": _UNIFORM})
+_PLAIN: Mapping[str, str] = MappingProxyType(
+    {"use_rslora": "export the artifact for the server (--for {server}), which writes the scale as alpha / rank"}
+)
 _COMMON: Mapping[str, str] = MappingProxyType(
     {
         "use_dora": _CONVERT,
         "modules_to_save": f"fold it into the base (graftc convert --into-base trained), or {_MERGE}",
         "trainable_token_indices": _MERGE,
-        "target_parameters": "graftc convert --to {server} lays out the experts as it reads them",
-        "rank_pattern": _UNIFORM,
-        "alpha_pattern": _UNIFORM,
+        "target_parameters": "graftc convert --to {layout} lays out the experts as it reads them",
         "layer_replication": _MERGE,
         "lora_bias": _MERGE,
         "bias": f"fold the biases into the base, or {_MERGE}",
@@ -59,15 +65,26 @@ SERVERS: Mapping[str, Server] = MappingProxyType(
     {
         "vllm": Server(
             "vllm",
-            "vLLM 0.27.1: config/lora.py, lora/peft_helper.py, lora/lora_model.py",
+            "vLLM 0.32",
             (1, 8, 16, 32, 64, 128, 256, 320, 512),
             _COMMON,
             "--max-lora-rank",
+            "vllm",
+            ("classifier", "score"),
         ),
-        "sglang": Server("sglang", "SGLang 0ceb81f: srt/lora/lora_config.py, lora.py", (), _COMMON, "--max-lora-rank"),
+        "sglang": Server(
+            "sglang", "SGLang 0ceb81f", (), {**_COMMON, **_PATTERNS, **_PLAIN}, "--max-lora-rank", "sglang"
+        ),
+        "mistralrs": Server("mistralrs", "mistral.rs 0.9.5", (), {**_COMMON, **_PATTERNS}, None, "vllm"),
     }
 )
-"""Every server by its name."""
+"""Every server by its name. What is not known to be read right is refused."""
+
+_OF_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Starts of factors that leave the base as it is; others are relative to a base that no server has."""
+
+_PREFIX = "base_model.model."
+"""Names that do not begin so are loaded, and do nothing."""
 
 
 def server_of(name: str) -> Server:
@@ -106,10 +123,13 @@ def require_served(
     """
     problems = list(_problems(server, config, list(keys)))
     rank = int(config.get("r") or 0)
+    rank = max([rank, *(value for value in (config.get("rank_pattern") or {}).values() if isinstance(value, int))])
     needed = server.rank_for(rank)
     limit = max_rank if max_rank is not None else max(server.ranks, default=rank)
     if max_rank is not None and server.ranks and max_rank not in server.ranks:
-        problems.append(f"{server.option} {max_rank} is none of {', '.join(map(str, server.ranks))}")
+        problems.append(
+            f"{server.option or 'the largest rank'} {max_rank} is none of {', '.join(map(str, server.ranks))}"
+        )
     elif needed is None or rank > limit:
         problems.append(f"r is {rank}, the largest rank is {limit}: graftc convert --rank {limit} lowers it")
     if problems:
@@ -124,12 +144,20 @@ def _problems(server: Server, config: Mapping[str, Any], keys: list[str]) -> Ite
     if kind != "LORA":
         yield f"peft_type is {shown(kind)}: {_CONVERT}"
         return
-    if config.get("task_type") in _HEADS:
+    saved = [str(name) for name in config.get("modules_to_save") or ()]
+    served = bool(saved) and all(name.rpartition(".")[2] in server.saved for name in saved)
+    if config.get("task_type") in _HEADS and not served:
         yield f"task_type is {shown(config['task_type'])}, whose head is not served with an adapter: {_MERGE}"
     for field, way in server.refused.items():
         value = config.get(field)
-        if value and value != "none":
-            yield f"{field} is {shown(value)}: {way.format(server=server.name)}"
-    whole = [key for key in keys if ".lora_" not in key]
-    if whole and not config.get("modules_to_save"):
+        if value and value != "none" and not (field == "modules_to_save" and served):
+            yield f"{field} is {shown(value)}: {way.format(server=server.name, layout=server.layout)}"
+    start = config.get("init_lora_weights")
+    if start not in _OF_THE_BASE:
+        yield f"init_lora_weights is {shown(start)}, which changes the base that the factors are for: {_CONVERT}"
+    lost = [key for key in keys if not key.startswith(_PREFIX)]
+    if lost:
+        yield f"{some(lost, 3)} do not begin with {_PREFIX!r}, and would do nothing: {_CONVERT}"
+    whole = [key for key in keys if ".lora_" not in key and key not in lost]
+    if whole and not saved:
         yield f"{some(whole, 3)} are tensors of the base: {_MERGE}"

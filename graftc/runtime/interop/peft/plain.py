@@ -1,0 +1,79 @@
+"""A folder for PEFT as plain LoRA, which every engine reads right: scaled by ``alpha / rank``, for an unchanged base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.interop.peft.exporting import PeftExport
+
+if TYPE_CHECKING:
+    from graftc.compiler.compilation import Compilation
+
+__all__ = ["plain"]
+
+
+def plain(made: PeftExport, compilation: Compilation) -> PeftExport:
+    """The same update, said in fewer words: without ``use_rslora``, which some engines ignore. Factors that started
+    from the weight have their starts beside them, at twice the rank, because engines add to the base that they have.
+
+    Args:
+        made: a folder; stays as it is.
+        compilation: what it is of.
+    """
+    config, tensors = dict(made.config), dict(made.tensors)
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        return made
+    if config.get("use_rslora"):
+        config |= {**_scaled(config), "use_rslora": False}
+    starts = _starts(made, compilation)
+    if starts:
+        tensors |= starts
+        config |= {**_doubled(config), "init_lora_weights": True}
+    return replace(made, config=config, tensors=tensors)
+
+
+def _scaled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranks and alphas such that ``alpha / rank`` is what ``alpha / sqrt(rank)`` was."""
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    usual = alpha * rank**0.5
+    own = {name: float(alphas.get(name, alpha)) * int(ranks.get(name, rank)) ** 0.5 for name in {**ranks, **alphas}}
+    return {
+        "lora_alpha": _whole(usual),
+        "alpha_pattern": {name: _whole(value) for name, value in own.items() if value != usual},
+    }
+
+
+def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {field: config[field] * 2 for field in ("r", "lora_alpha")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        found[field] = {name: value * 2 for name, value in (config.get(field) or {}).items()}
+    return found
+
+
+def _starts(made: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
+    """Factors with their starts behind them, the second ones negative; by the keys of the factors."""
+    starts = {
+        names[part]: names[f"{part}0"]
+        for sites in compilation.parts.values()
+        for names in sites.values()
+        for part in ("A", "B")
+        if f"{part}0" in names
+    }
+    found = {}
+    for pair in made.pairs:
+        if pair.tensor not in starts:
+            continue
+        own, start = (compilation.store.full(name).detach() for name in (pair.tensor, starts[pair.tensor]))
+        both = [own, start.to(own.dtype)] if pair.part == "A" else [own, -start.to(own.dtype)]
+        found[pair.key] = pair.write(torch.cat(both, -2 if pair.part == "A" else -1)).contiguous()
+    return found
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,46 @@
+"""Tables of pages about exports say what the tables in the code say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graftc.runtime.interop.peft.servers import SERVERS
+from graftc.specs.options.exports import FORMATS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def rows_of(page: str, first: str) -> dict[str, list[str]]:
+    """The rows of the table whose head begins so, by their first cell, the head as ``""``."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(first))
+    found: dict[str, list[str]] = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found[name] = cells
+    return found
+
+
+def test_servers() -> None:
+    rows, servers = rows_of("convert.md", "| | vLLM"), list(SERVERS.values())
+    assert rows[""] == [server.read for server in servers]
+    assert rows["`--for`"] == [f"`{server.name}`" for server in servers]
+    for row, server in zip(rows["largest rank"], servers, strict=True):
+        known = list(map(str, server.ranks))
+        assert row == (f"{', '.join(known[:-1])} or {known[-1]}" if known else "any")
+    for column, server in enumerate(servers):
+        for field in ("use_rslora", "rank_pattern", "use_dora", "bias", "trainable_token_indices", "target_parameters"):
+            cell = next(cells[column] for name, cells in rows.items() if f"`{field}`" in name)
+            assert cell == ("refused" if field in server.refused else "read")
+        saved = ", ".join(f"`{name}`" for name in server.saved) or "refused"
+        assert rows["`modules_to_save`"][column] == saved
+
+
+def test_options_of_formats() -> None:
+    found: dict[str, list[str]] = {}
+    for name, (cell,) in rows_of("exports.md", "| format | options |").items():
+        for format in name.replace("`", "").split(", "):
+            found[format] = [] if cell == "none" else cell.replace("`", "").split(", ")
+    assert {name: found[name] for name in FORMATS} == {name: list(own.options) for name, own in FORMATS.items()}
