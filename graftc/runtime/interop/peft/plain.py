@@ -1,4 +1,4 @@
-"""A folder for PEFT as plain LoRA, which every engine reads right: scaled by ``alpha / rank``, for an unchanged base."""
+"""A folder for PEFT as plain LoRA, which every engine reads right: ``alpha / rank`` scales it, the base stays."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Server:
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
 
 
-_PATTERNS: Mapping[str, str] = MappingProxyType({"rank_pattern": _UNIFORM, "alpha_pattern": _UNIFORM})
+_UNEVEN: Mapping[str, str] = MappingProxyType({"rank_pattern": _UNIFORM, "alpha_pattern": _UNIFORM})
 _PLAIN: Mapping[str, str] = MappingProxyType(
     {"use_rslora": "export the artifact for the server (--for {server}), which writes the scale as alpha / rank"}
 )
@@ -72,10 +72,8 @@ SERVERS: Mapping[str, Server] = MappingProxyType(
             "vllm",
             ("classifier", "score"),
         ),
-        "sglang": Server(
-            "sglang", "SGLang 0ceb81f", (), {**_COMMON, **_PATTERNS, **_PLAIN}, "--max-lora-rank", "sglang"
-        ),
-        "mistralrs": Server("mistralrs", "mistral.rs 0.9.5", (), {**_COMMON, **_PATTERNS}, None, "vllm"),
+        "sglang": Server("sglang", "SGLang 0ceb81f", (), {**_COMMON, **_UNEVEN, **_PLAIN}, "--max-lora-rank", "sglang"),
+        "mistralrs": Server("mistralrs", "mistral.rs 0.9.5", (), {**_COMMON, **_UNEVEN}, None, "vllm"),
     }
 )
 """Every server by its name. What is not known to be read right is refused."""
