@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,18 @@ def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
     model = merged.to_transformers()
     with quiet_transformers(), writing(weights):
         model.save_pretrained(folder)
+        _repeat_rotation(folder / "config.json")
     for file in companions_of_model(source):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
     return model
+
+
+def _repeat_rotation(file: Path) -> None:
+    """Write the base of the rotation where transformers 4 had it, too: there are engines that look nowhere else."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rotation = config.get("rope_parameters")
+    theta = rotation.get("rope_theta") if isinstance(rotation, dict) else None
+    if isinstance(theta, int | float) and "rope_theta" not in config:
+        text = json.dumps({**config, "rope_theta": theta}, indent=2, sort_keys=True) + "\n"
+        file.write_text(text, encoding="utf-8")
