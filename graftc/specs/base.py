@@ -131,7 +131,13 @@ class MethodSpec(SpecModel):
         reject(value, ((), GraftError("GC002", "a target needs role, modules or regex to say where")))
 
     def for_site(
-        self, module: str, roles: Collection[str] = (), layer: int | None = None, *, depth: int | None = None
+        self,
+        module: str,
+        roles: Collection[str] = (),
+        layer: int | None = None,
+        *,
+        depth: int | None = None,
+        parameter: str = "",
     ) -> Self:
         """The spec that holds for one site: with the values of the first override that matches it.
 
@@ -140,12 +146,13 @@ class MethodSpec(SpecModel):
             roles: every role it answers to, prefixed forms included.
             layer: its layer from 0, None outside of layers.
             depth: how many layers its stack has; needed for negative layers.
+            parameter: name of its parameter, where the module has several.
 
         Raises:
             GraftError: GC002 where the override's values do not fit the adaptation's others.
         """
         for override in self.override_list():
-            if override.matches(module, roles, layer, depth):
+            if override.matches(module, roles, layer, depth, parameter=parameter):
                 values: dict[str, Any] = {f: getattr(self, f) for f in self.model_fields_set} | override.changes()
                 return type(self).model_validate(values)
         return self

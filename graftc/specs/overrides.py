@@ -39,7 +39,7 @@ class Override(SpecModel):
     """A role or a list of them."""
 
     modules: Patterns | None = None
-    """Globs of module paths."""
+    """Globs of module paths, or of a parameter's path where a module has several, as experts do."""
 
     layers: Layers | None = None
     """Layers of each stack: an index, a slice `"0:6"` or a list of them."""
@@ -75,11 +75,21 @@ class Override(SpecModel):
         names = (f for f in type(self).model_fields if f not in Override.model_fields)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def matches(self, module: str, roles: Collection[str], layer: int | None, depth: int | None = None) -> bool:
+    def matches(
+        self,
+        module: str,
+        roles: Collection[str],
+        layer: int | None,
+        depth: int | None = None,
+        *,
+        parameter: str = "",
+    ) -> bool:
         """Whether a site is meant. Arguments as in :meth:`MethodSpec.for_site`."""
         if self.role is not None and not any(b in roles for r in as_items(self.role) for b in expand_braces(r)):
             return False
-        if self.modules is not None and not any(glob_to_regex(g).fullmatch(module) for g in as_items(self.modules)):
+        paths = (module, f"{module}.{parameter}") if parameter else (module,)
+        fits = (glob_to_regex(g).fullmatch(path) for g in as_items(self.modules) for path in paths)
+        if self.modules is not None and not any(fits):
             return False
         if self.layers is None:
             return True
@@ -108,6 +118,8 @@ class SiteLike(Protocol):
     def layer(self) -> int | None: ...
     @property
     def stack(self) -> str: ...
+    @property
+    def parameter(self) -> str: ...
 
 
 def check_used(overrides: Sequence[Override], sites: Sequence[SiteLike], depth: Mapping[str, int], where: str) -> None:
@@ -138,7 +150,7 @@ def _hits(override: Override, sites: Sequence[SiteLike], depth: Mapping[str, int
     return {
         number
         for number, site in enumerate(sites)
-        if override.matches(site.module, site.roles, site.layer, depth.get(site.stack))
+        if override.matches(site.module, site.roles, site.layer, depth.get(site.stack), parameter=site.parameter)
     }
 
 

@@ -216,6 +216,7 @@ def test_values_that_do_not_fit_together_are_found_where_they_meet() -> None:
 class Place:
     def __init__(self, module: str, role: str, layer: int | None) -> None:
         self.module, self.roles, self.layer, self.stack = module, {role}, layer, ""
+        self.parameter = ""
 
 
 SITES = [Place(f"m.{i}.{name}", f"attn.{name}", i) for i in range(4) for name in ("q", "v")]

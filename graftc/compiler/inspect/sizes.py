@@ -33,7 +33,8 @@ class StatedSizes:
         if found is None or not found.override_list():
             return found
         roles = {wider for role in record.roles for wider in widen(role)}
-        return found.for_site(record.key.module, roles, record.layer, depth=self._depths.get(record.stack))
+        depth = self._depths.get(record.stack)
+        return found.for_site(record.key.module, roles, record.layer, depth=depth, parameter=record.key.name)
 
     def at(self, record: SiteRecord) -> tuple[str, str] | None:
         """How large an adaptation is at a place: ``("rank", "8")``; None where nothing says it."""

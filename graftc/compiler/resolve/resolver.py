@@ -102,7 +102,8 @@ class Resolver:
             assert isinstance(index, int)
             entry = self.table.entries[index]
             depth = stack_depths.get(candidate.stack)
-            own = adaptation.for_site(candidate.module, candidate.roles, candidate.layer, depth=depth)
+            at = (candidate.module, candidate.roles, candidate.layer)
+            own = adaptation.for_site(*at, depth=depth, parameter=candidate.parameter)
             if not method.applies(own, entry[0]):
                 continue
             if isinstance(entry[0], BlockedSite):

@@ -178,12 +178,12 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         """Insert the branch.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)``, GC002 when ``target_rank`` exceeds the rank.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC002 when ``target_rank`` exceeds the rank.
         """
         if spec.final_rank > spec.rank:
             message = f"target_rank {spec.final_rank} exceeds rank {spec.rank} at {site.key}"
             raise GraftError("GC002", message, place=Place(path="target_rank"))
-        a, b = factors(build, site, spec.rank, normal(DEVIATION), normal(DEVIATION))
+        a, b = factors(build, site, spec.rank, normal(DEVIATION), normal(DEVIATION), excess_rank=spec.excess_rank)
         shape = (*site.leading, spec.rank)
         e = build.parameter("E", shape, zeros, dtype=site.dtype)
         for part, node in zip(TRIPLET, (a, e, b), strict=True):
@@ -208,8 +208,8 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         return {"B": -2}
 
     def fewest_rows(self, spec: AdaLoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
-        return spec.rank
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        return 1 if spec.excess_rank else spec.rank
 
     def figures(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See `Figured.figures`: ``rank``, how many triplets the budget leaves, which are all at first."""

@@ -46,7 +46,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         """Rescale the site's result, with the update added.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)``, GC017 where something stands at the site that has
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 where something stands at the site that has
                 no equivalent change of weights.
         """
         base = effective_weight(build, site)
@@ -85,8 +85,8 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         return {"B": -2, "m": -1}
 
     def fewest_rows(self, spec: DoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
-        return spec.rank if spec.direction else 1
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        return 1 if spec.excess_rank else spec.rank if spec.direction else 1
 
     def from_weight(self, spec: DoRA, weight: Tensor) -> Mapping[str, Tensor]:
         """See `RowWise.from_weight`."""
@@ -95,9 +95,9 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
 
 def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.Node]:
     if isinstance(site, EmbeddingSite):
-        return factors(build, site, spec.rank, zeros, normal(1))
+        return factors(build, site, spec.rank, zeros, normal(1), excess_rank=spec.excess_rank)
     down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform
-    return factors(build, site, spec.rank, down, zeros)
+    return factors(build, site, spec.rank, down, zeros, excess_rank=spec.excess_rank)
 
 
 def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.Node:

@@ -30,11 +30,11 @@ class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
         products = []
         for number, down, scale in (("1", uniform, spec.scaling), ("2", zeros, 1)):
-            a, b = factors(build, site, spec.rank, down, uniform, number)
+            a, b = factors(build, site, spec.rank, down, uniform, number, excess_rank=spec.excess_rank)
             b = b if scale == 1 else build.call(aten.mul.Tensor, b, scale, part="scale")
             products.append(build.call(aten.matmul.default, b, a, part=f"product {number}"))
         build.add(site, build.map(site, build.input(site), build.call(aten.mul.Tensor, *products, part="delta")))
@@ -53,5 +53,5 @@ class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
         return {"B1": -2, "B2": -2}
 
     def fewest_rows(self, spec: LoHa) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
-        return spec.rank
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        return 1 if spec.excess_rank else spec.rank

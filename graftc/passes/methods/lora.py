@@ -57,10 +57,11 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
         down, up = _starts(spec, site, build)
-        a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a)
+        excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no more directions
+        a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
         x = build.input(site)
         if spec.init in _FROM_WEIGHT:
             # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
@@ -96,8 +97,8 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         return {"B": -2, "B0": -2}
 
     def fewest_rows(self, spec: LoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
-        return spec.rank
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        return 1 if spec.excess_rank else spec.rank
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

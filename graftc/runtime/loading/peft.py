@@ -6,8 +6,9 @@ come from the config, and the tensors are taken over pair by pair; what does not
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,16 +25,17 @@ from graftc.compiler.pipeline import compile_model
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
-from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft
 from graftc.runtime.interop.peft.forms import filled
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of
-from graftc.runtime.interop.peft.targets import globs, is_saved, meant
+from graftc.runtime.interop.peft.targets import globs, is_saved
+from graftc.runtime.interop.peft.tied import once, trained_apart, trained_together
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, warn
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.foreign.config import CONFIG
-from graftc.specs.foreign.fields import fields_of, rows_of
+from graftc.specs.foreign.fields import fields_of
 
 __all__ = ["import_peft", "spec_for"]
 
@@ -55,7 +57,7 @@ def import_peft(
         axes, flags: what the model is captured with.
         structure: finds its roles.
     """
-    adapter = _once(read_peft(path, name, shapes=_shapes(model)), model)
+    adapter = once(read_peft(path, name, shapes=_shapes(model)), model, structure)
     _check_model(adapter, model)
     spec = spec_for(adapter, model, structure)
     try:
@@ -75,28 +77,6 @@ def import_peft(
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _once(adapter: PeftAdapter, model: nn.Module) -> PeftAdapter:
-    """The adapter with rows of a tied table once; peft saves them under each of its names."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    first: dict[int, PeftModule] = {}
-    kept, doubles = list[PeftModule](), list(adapter.doubles)
-    for module in sorted(adapter.modules, key=lambda m: not _selected(adapter, m)):
-        key = module.keys.get("weight")
-        held = tensors.get(module.name)
-        rows = key is not None and held is not None and table_form(module, "weight") == "rows"
-        other = first.setdefault(id(held), module) if rows else module
-        if key is None or other is module:
-            kept.append(module)
-        else:
-            doubles.append((other.keys["weight"], key))
-    return replace(adapter, modules=tuple(kept), doubles=tuple(doubles))
-
-
-def _selected(adapter: PeftAdapter, module: PeftModule) -> bool:
-    named = meant(adapter.config, [module.path])
-    return named is None or module.path in named
 
 
 def _paths(model: nn.Module) -> list[str]:
@@ -141,15 +121,19 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
     if adapter.config.is_prompt:
         adapt = [_virtual(adapter, model, structure)]
     else:
-        adapt = [_adaptation(adapter, own, paths, list(_shapes(model)))]
-    adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.path}} for m in rows]
+        adapt = [_adaptation(adapter, own, paths, _shapes(model))]
+    adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.target}} for m in rows]
     full = [path for path in paths if is_saved(adapter.config, path)]
     full = [path for path in full if any(name.startswith(f"{path}.") for name in adapter.trained)]
     if adapter.config.value("bias") == "all" and any(_biased(adapter, path) for path in full):
         message = "bias: all beside modules_to_save whose biases train as well has no equivalent here"
         raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG), path="bias"))
+    full = list(dict.fromkeys((*full, *trained_together(adapter, model))))
     train = [path for path in full if not any(path.startswith(f"{other}.") for other in full)]
-    return Spec.model_validate({"version": 1, "adapt": adapt, **({"train": globs(train, paths)} if train else {})})
+    apart = trained_apart(adapter, model)
+    more = {"train": globs(train, paths)} if train else {}
+    more |= {"untie": globs(apart, paths)} if apart else {}
+    return Spec.model_validate({"version": 1, "adapt": adapt, **more})
 
 
 def _biased(adapter: PeftAdapter, path: str) -> bool:
@@ -161,7 +145,7 @@ def _rows(module: PeftModule) -> Sequence[int]:
 
 
 def _adaptation(
-    adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str], parameters: Sequence[str]
+    adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """The entry of the spec: what most sites have, and overrides for the others."""
     if not modules:
@@ -170,25 +154,34 @@ def _adaptation(
     varying = sorted({*table.patterns.values(), *(own.field for own in table.lists.values())})
     at: dict[str, tuple[Any, ...]] = {}
     for module in modules:
-        values = tuple(getattr(module.spec, name) for name in varying)
-        if at.setdefault(module.path, values) != values:
-            message = f"the parameters of {module.path} have different values of {' and '.join(varying)}"
-            raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG)))
+        at[module.target] = tuple(getattr(module.spec, name) for name in varying)
     usual = Counter(at.values()).most_common(1)[0][0]
     found = {**fields_of(adapter.config), **dict(zip(varying, usual, strict=True))}
+    if "excess_rank" in type(modules[0].spec).model_fields:
+        found["excess_rank"] = any(_exceeds(module, shapes) for module in modules)
     if "rows" in found:
         found["rows"] = list(_rows(modules[0]))
     others = dict.fromkeys(values for values in at.values() if values != usual)
+    universe = {*at, *(module.path for module in modules)}
     overrides = [
         {
-            "modules": globs([path for path, own in at.items() if own == values], at),
+            "modules": globs([path for path, own in at.items() if own == values], universe),
             **{n: v for n, v, u in zip(varying, values, usual, strict=True) if v != u},
         }
         for values in others
     ]
-    wanted = [module.path if module.parameter == "weight" else module.name for module in modules]
-    target = {"modules": globs(wanted, [*paths, *parameters]), "expect": len(modules)}
+    wanted = [module.target for module in modules]
+    target = {"modules": globs(wanted, [*paths, *shapes]), "expect": len(modules)}
     return {**found, "target": target, **({"overrides": overrides} if overrides else {})}
+
+
+def _exceeds(module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the rank at a module is above that of any matrix of its size."""
+    shape = shapes.get(module.name, ())
+    if len(shape) < 2:
+        return False
+    matrix = shape[-2:] if module.named else (shape[0], math.prod(shape[1:]))
+    return int(getattr(module.spec, "rank", 0)) > min(matrix)
 
 
 def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
@@ -264,9 +257,7 @@ def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:
 
 
 def _value(adapter: PeftAdapter, pair: Pair, own: Tensor, theirs: Tensor, problems: list[str]) -> Tensor | None:
-    order = None
-    if pair.form == "rows":
-        order = rows_of(adapter.config, pair.tensor.partition(".graftc.")[0])[1]
+    order = next((m.shaped.order for m in adapter.modules if pair.key in m.keys.values()), None)
     try:
         value = pair.read(theirs, own, order)
     except ValueError:

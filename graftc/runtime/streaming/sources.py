@@ -176,7 +176,10 @@ def _update(
             f"{place.adaptation!r} would fold into {site}, which something else reads too",
             hint="folding would change both; leave the site out, or give the module a weight of its own with untie:",
         )
-    spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depths.get(place.stack))
+    depth = depths.get(place.stack)
+    spec = specs[place.adaptation].for_site(
+        place.module, place.roles, place.layer, depth=depth, parameter=place.name
+    )
     method = method_for(spec.method)
     if isinstance(method, RowWise):
         spec = method.standing_alone(spec, place.roles)

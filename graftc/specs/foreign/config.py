@@ -2,17 +2,16 @@
 
 A field is a hyper-parameter of the method, a pattern of modules, or one of two kinds of option: those that change
 nothing about what has been trained are passed over, and those that make another function of the tensors are refused
-unless they are off. Fields that name code are refused.
+unless they are off. What names code, such as the base's class, is passed over: nothing is imported.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
@@ -33,18 +32,6 @@ _VALUES = 2**20
 _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
 """Fields of every type that say where an adapter comes from."""
 
-_LIBRARY = re.compile(r"transformers(\.[A-Za-z_]\w*)*")
-
-
-class AutoMapping(BaseModel):
-    """What peft notes of the base's class where a config has no task. It is never imported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    base_model_class: str = Field(max_length=200, pattern=r"^[A-Za-z_]\w*$")
-    parent_library: str = Field(max_length=400)
-
-
 class AdapterConfig(BaseModel):
     """The fields that say which modules are adapted; those of a type are in `model_extra`, checked by its table."""
 
@@ -56,7 +43,7 @@ class AdapterConfig(BaseModel):
     revision: str | None = None
     inference_mode: bool | None = None
     peft_version: str | None = None
-    auto_mapping: AutoMapping | None = None
+    auto_mapping: dict[str, Any] | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -154,7 +141,7 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
         where: the file's path, for errors.
 
     Raises:
-        GraftError: GC111 for what is no config, has an unknown field or names code, GC112 for a type or an option that
+        GraftError: GC111 for what is no config or has an unknown field, GC112 for a type or an option that
             has no equivalent here.
     """
     try:
@@ -169,7 +156,6 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
     except ValidationError as error:
         details = [_explained(problem) for problem in error.errors(include_url=False, include_context=False)]
         raise GraftError("GC111", details[0], place=Place(where), details=details[1:]) from None
-    _refuse_code(config, where)
     _check_fields(config, where)
     return config
 
@@ -177,14 +163,6 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
 def _explained(problem: Mapping[str, Any]) -> str:
     path = ".".join(str(step) for step in problem["loc"])
     return f"{path} is {shown(problem.get('input'))}: {str(problem['msg'])[:1].lower()}{str(problem['msg'])[1:]}"
-
-
-def _refuse_code(config: AdapterConfig, where: str) -> None:
-    """Refuse what would have to be imported to be understood: classes of other libraries than transformers."""
-    mapping = config.auto_mapping
-    if mapping is not None and not _LIBRARY.fullmatch(mapping.parent_library):
-        message = f"auto_mapping names code: {quoted(mapping.parent_library)}"
-        raise GraftError("GC111", message, place=Place(where, path="auto_mapping"), hint="remove the field")
 
 
 def _check_fields(config: AdapterConfig, where: str) -> None:

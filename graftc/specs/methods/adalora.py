@@ -75,7 +75,7 @@ class AdaLoRA(MethodSpec):
         fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False},
         starts={"init_lora_weights": AS_USUAL},
         ignored=LORA_IGNORED | {"r", "rank_pattern", "alpha_pattern", "init_lora_weights"},
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "target_rank"}),
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "target_rank", "excess_rank"}),
         written={"total_step": lambda spec: spec.total_steps or spec.warmup_steps + spec.final_steps + 1},
         turned=True,
     )
@@ -85,6 +85,9 @@ class AdaLoRA(MethodSpec):
 
     rank: int = Field(default=12, ge=1, le=SIZE)
     """Initial rank of every site; at most min(in, out)."""
+
+    excess_rank: bool = False
+    """Accept a rank above min(in, out) of a site, which adds parameters but no freedom, as checkpoints of PEFT may."""
 
     target_rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Average final rank, at most `rank`; by default 8, or `rank` if that is smaller. If it equals `rank`, nothing is

@@ -121,12 +121,18 @@ class BottleneckSpec(MethodSpec):
         return self
 
     def for_site(
-        self, module: str, roles: Collection[str] = (), layer: int | None = None, *, depth: int | None = None
+        self,
+        module: str,
+        roles: Collection[str] = (),
+        layer: int | None = None,
+        *,
+        depth: int | None = None,
+        parameter: str = "",
     ) -> Self:
         """See `MethodSpec.for_site`. An override's width takes the place of the adaptation's, whichever way each is
         given."""
         for override in self.override_list():
-            if override.matches(module, roles, layer, depth):
+            if override.matches(module, roles, layer, depth, parameter=parameter):
                 changes = override.changes()
                 kept = self.model_fields_set - (set(WIDTHS) if changes.keys() & set(WIDTHS) else set())
                 return type(self).model_validate({f: getattr(self, f) for f in kept} | changes)

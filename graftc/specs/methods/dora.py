@@ -80,7 +80,7 @@ class DoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed={**LORA_FIXED, "bias": "none"},
         ignored=LORA_IGNORED,
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "dropout_on", "init", "norm_gradient"}),
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "dropout_on", "init", "norm_gradient", "excess_rank"}),
         turned=True,
     )
 
@@ -89,6 +89,9 @@ class DoRA(MethodSpec):
 
     rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site."""
+
+    excess_rank: bool = False
+    """Accept a rank above min(in, out) of a site, which adds parameters but no freedom, as checkpoints of PEFT may."""
 
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scaling."""

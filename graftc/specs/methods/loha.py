@@ -38,7 +38,11 @@ class LoHa(ProductSpec):
         fixed={"use_effective_conv2d": False},
         starts={"init_weights": AS_USUAL, "rank_dropout": NO_DROPOUT, "module_dropout": NO_DROPOUT},
         ignored=frozenset({"init_weights", "rank_dropout", "module_dropout"}),
+        training=frozenset({"excess_rank"}),
     )
 
     method: Literal["loha"] = "loha"
     """The method's tag."""
+
+    excess_rank: bool = False
+    """Accept a rank above min(in, out) of a site, which adds parameters but no freedom, as checkpoints of PEFT may."""

@@ -81,7 +81,7 @@ class LoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a"}),
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank"}),
         turned=True,
     )
 
@@ -90,6 +90,9 @@ class LoRA(MethodSpec):
 
     rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site."""
+
+    excess_rank: bool = False
+    """Accept a rank above min(in, out) of a site, which adds parameters but no freedom, as checkpoints of PEFT may."""
 
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scaling."""

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def check_rank(site: LinearSite, rank: int) -> None:
-    """Refuse a rank that a site has no use for.
+    """Refuse a rank that a site has no use for: one above ``min(in, out)``.
 
     Raises:
         GraftError: GC020 when it exceeds ``min(in, out)``.
@@ -39,14 +39,16 @@ def factors(
     number: str = "",
     *,
     freeze_down: bool = False,
+    excess_rank: bool = False,
 ) -> tuple[fx.Node, fx.Node]:
     """``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; experts lead. ``number`` follows their
     names where a site has several pairs. With ``freeze_down`` the first one does not train.
 
     Raises:
-        GraftError: GC020 when the rank exceeds ``min(in, out)``.
+        GraftError: GC020 when the rank exceeds ``min(in, out)``, unless ``excess_rank`` accepts that.
     """
-    check_rank(site, rank)
+    if not excess_rank:
+        check_rank(site, rank)
     a = build.parameter(
         f"A{number}", (*site.leading, rank, site.in_features), down, dtype=site.dtype, trainable=not freeze_down
     )

@@ -3,12 +3,13 @@ this base. Who imports and who merges file by file ask the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from graftc.runtime.interop.peft.folder import PeftAdapter
+from graftc.runtime.interop.peft.parameters import meant_parameters
 from graftc.runtime.interop.peft.targets import is_saved, meant
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
@@ -38,6 +39,7 @@ def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Map
         GraftError: GC113 with every module and tensor at once.
     """
     _check_targets(adapter, modules)
+    _check_parameters(adapter, parameters)
     lacking = [f"{name}: trained by the config, not in the file" for name in _trained(adapter, modules, parameters)]
     rows = adapter.config.trainable_token_indices
     if rows and not adapter.keys.tokens:
@@ -49,7 +51,7 @@ def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Map
 
 def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
     named = meant(adapter.config, modules)
-    own = {m.path for m in adapter.modules if m.parameter == "weight" and set(m.keys.values()) - token_keys(adapter)}
+    own = {m.path for m in adapter.modules if not m.named and set(m.keys.values()) - token_keys(adapter)}
     if adapter.config.is_prompt:
         return
     if own and adapter.config.target_modules is None and not adapter.config.target_parameters:
@@ -58,12 +60,22 @@ def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
         raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG), path="target_modules"), hint=hint)
     if named is None:
         return
+    _refuse_difference(adapter, "target_modules", "modules", own, named)
+
+
+def _check_parameters(adapter: PeftAdapter, parameters: Iterable[str]) -> None:
+    targets = adapter.config.target_parameters
+    own = {m.name for m in adapter.modules if m.named}
+    _refuse_difference(adapter, "target_parameters", "parameters", own, set(meant_parameters(targets, parameters)))
+
+
+def _refuse_difference(adapter: PeftAdapter, field: str, kind: str, own: set[str], named: set[str]) -> None:
     more, fewer = sorted(own - named), sorted(named - own)
     if more or fewer:
-        message = "target_modules and the file name different modules"
+        message = f"{field} and the file name different {kind}"
         details = [f"{path}: in the file, not selected by the config" for path in more]
         details += [f"{path}: selected by the config, not in the file" for path in fewer]
-        place = Place(str(adapter.folder / CONFIG), path="target_modules")
+        place = Place(str(adapter.folder / CONFIG), path=field)
         raise GraftError("GC113", message, place=place, details=details[:SHOWN])
 
 

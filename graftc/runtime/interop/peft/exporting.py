@@ -18,12 +18,13 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.select import match_modules
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
 from graftc.runtime.interop.peft.expressible import refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
-from graftc.runtime.interop.peft.pairs import Pair, as_data, pairs_of, split, table_of
+from graftc.runtime.interop.peft.pairs import Pair, as_data, pairs_of, split, table_of, table_path
 from graftc.runtime.interop.peft.targets import suffixes
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.base import MethodSpec
@@ -91,7 +92,7 @@ def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExp
         _write_json(folder / CONFIG, dict(made.config))
         _write_json(folder / SITES, {"format": "peft", "sites": made.sites()})
         save_tensors(made.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        _check(folder, made)
+        _check(folder, made, compilation)
     return made
 
 
@@ -100,9 +101,10 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _check(folder: Path, made: PeftExport) -> None:
+def _check(folder: Path, made: PeftExport, compilation: Compilation) -> None:
     """Read back what was written."""
-    adapter = read_peft(folder, shapes={})
+    own = compilation.source.named_parameters(remove_duplicate=False)
+    adapter = read_peft(folder, shapes={name: tuple(parameter.shape) for name, parameter in own})
     same = adapter.shapes.keys() == made.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in made.tensors.items()):
         raise GraftError("GC060", "the folder for PEFT does not read back as it was written")
@@ -136,6 +138,7 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
         **dict(table.fixed),
         **dict(table.when),
         **({"modules_to_save": saved} if saved else {}),
+        **({"ensure_weight_tying": True} if _trains_tied(compilation) and "ensure_weight_tying" in table.ignored else {}),
     }
     if table.drawn is not None:
         found[table.drawn] = True
@@ -176,9 +179,11 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     named = [f"{site.key.module}.{site.key.name}" for site, _ in main.places if _is_parameter(compilation, site)]
     found: dict[str, Any] = {}
     groups: dict[bool, list[str]] = {}
+    by_rows = any(part.form == "rows" for part in table.parts.values())
     for site, spec in plain:
         listed = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
-        groups.setdefault(listed, []).append(site.key.module)
+        path = table_path(compilation, site.key) if by_rows else site.key.module
+        groups.setdefault(listed, []).append(path)
     words = {listed: suffixes(dict.fromkeys(paths), universe) for listed, paths in groups.items()}
     found["target_modules"] = sorted({word for own in words.values() for word in own})
     for theirs in table.lists:
@@ -193,7 +198,8 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
             if getattr(spec, ours) != usual
         }
     if others:
-        rows = {site.key.module: list(_rows(spec)) for other in others for site, spec in other.places}
+        places = [place for other in others for place in other.places]
+        rows = {table_path(compilation, site.key): list(_rows(spec)) for site, spec in places}
         found["trainable_token_indices"] = rows
     if any(isinstance(s, LinearSite) and s.own.layout is Layout.COLUMNS and not s.leading for s, _ in plain):
         found |= {"fan_in_fan_out": True} if table.turned else {}
@@ -226,6 +232,13 @@ def _saved(compilation: Compilation) -> list[str]:
     matched = match_modules(compilation.spec.train, paths)
     outer = [path for path in matched if not any(path.startswith(f"{other}.") for other in matched)]
     return suffixes(outer, paths)
+
+
+def _trains_tied(compilation: Compilation) -> bool:
+    """Whether a tensor that several modules share trains in full: peft would give each of them its own."""
+    copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
+    trained = (name for names in compilation.parts.get(TRAIN, {}).values() for name in names.values())
+    return any(compilation.store.tied(copies[name]) for name in trained)
 
 
 def _virtual(compilation: Compilation, main: Resolved) -> dict[str, Any]:

@@ -24,6 +24,7 @@ _TASKS = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+NONE = PeftFormat(())
 _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which peft trains a head by itself."""
 
@@ -48,10 +49,12 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
             raise _error(
                 what, "compose", "combine its members into one adaptation (compiled.combine), or fix one of them"
             )
-    for field in ("tokens", "untie"):
-        if getattr(spec, field):
-            raise _error(f"{field} of the spec", field, "merge the model instead")
-    if spec.train and "rows" in {part.form for part in (table_of(main.spec) or PeftFormat(())).parts.values()}:
+    if spec.tokens:
+        raise _error("tokens of the spec", "tokens", "merge the model instead")
+    by_rows = [own.name for own in (main, *others) if "rows" in {p.form for p in (table_of(own.spec) or NONE).parts.values()}]
+    if spec.untie and by_rows:
+        raise _error(f"untie beside {by_rows[0]!r}: PEFT ties rows that train", "untie", "leave it out")
+    if spec.train and "rows" in {part.form for part in (table_of(main.spec) or NONE).parts.values()}:
         raise _error(f"train beside {main.spec.method}", "train", "add a LoRA, beside which PEFT trains both")
     for resolved in (main, *others):
         table = table_of(resolved.spec)

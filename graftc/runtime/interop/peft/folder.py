@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
+from graftc.runtime.interop.peft.parameters import adapted_parameters
 from graftc.runtime.interop.peft.targets import is_saved
 from graftc.runtime.tensor_files import FLOATING
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
@@ -37,11 +38,13 @@ class PeftModule:
 
     Attributes:
         path: the module's path in the base.
-        parameter: which of its parameters is adapted, ``"weight"`` unless the config names it in `target_parameters`.
+        parameter: which of its parameters is adapted: the one that `target_parameters` names, or else its weight.
         spec: the adaptation with the rank, the scaling and whatever else holds there.
         keys: keys of its tensors, by our part.
         shaped: how they are stored.
         depth: how many other adapters of the same module stand around this one in the file.
+        named: whether `target_parameters` names the parameter, rather than `target_modules` the module.
+        read_at: the module by which the base reads the tensor, where that is another one that shares it.
     """
 
     path: str
@@ -50,11 +53,18 @@ class PeftModule:
     keys: Mapping[str, str]
     shaped: Shaped = field(default_factory=Shaped)
     depth: int = 0
+    named: bool = False
+    read_at: str = ""
 
     @property
     def name(self) -> str:
         """Name of the base's tensor."""
         return f"{self.path}.{self.parameter}"
+
+    @property
+    def target(self) -> str:
+        """What a target calls it: the module, or the parameter of one that has several."""
+        return self.name if self.named and self.parameter != "weight" else self.read_at or self.path
 
 
 @dataclass(frozen=True)
@@ -207,20 +217,17 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
     spec_class, table = adapter.config.format
     if table.joined is not None:
         return []
-    targets = adapter.config.target_parameters or []
+    parameters = adapted_parameters(adapter, shapes)
     found: list[PeftModule] = []
-    groups: dict[str, list[int]] = {}
-    for path, depth in adapter.keys.modules:
-        groups.setdefault(path, []).append(depth)
     for (path, depth), keys in adapter.keys.modules.items():
-        parameter = _parameter(adapter, path, depth, sorted(groups[path], reverse=True), targets, shapes)
-        spec, experts = method_at(adapter.config, path if parameter is None else f"{path}.{parameter}"), None
-        if parameter is not None:
-            experts = _experts(adapter, keys, int(getattr(spec, "rank", 1)))
+        parameter, named = parameters[path, depth]
+        spec, experts = method_at(adapter.config, f"{path}.{parameter}" if named else path), None
+        if named:
+            experts = _experts(adapter, keys, int(getattr(spec, "rank", 1)), sure=bool(shapes))
         order = rows_of(adapter.config, path)[1] if "rows" in _forms(spec_class) else None
         inward = any(is_listed(adapter.config, name, path) for name in table.lists)
         shaped = Shaped(experts=experts, inward=inward, order=order)
-        found.append(PeftModule(path, parameter or "weight", spec, keys, shaped, depth))
+        found.append(PeftModule(path, parameter, spec, keys, shaped, depth, named))
     return found
 
 
@@ -229,40 +236,13 @@ def _forms(spec_class: type[MethodSpec]) -> set[str]:
     return set() if table is None else {part.form for part in table.parts.values()}
 
 
-def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int) -> int | None:
+def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: bool) -> int | None:
+    """How many matrices the factors are of. Without a base, which of a module's parameters has which rank is a guess."""
     rows = adapter.shapes[keys["A"]][0] if "A" in keys else rank
-    if rows % rank:
+    if rows % rank and sure:
         message = f"{keys['A']} has {rows} rows, which is no multiple of the rank {rank}"
         raise GraftError("GC113", message, place=adapter.place)
-    return rows // rank if rows != rank else None
-
-
-def _parameter(
-    adapter: PeftAdapter,
-    path: str,
-    depth: int,
-    depths: Sequence[int],
-    targets: Sequence[str],
-    shapes: Mapping[str, Sequence[int]],
-) -> str | None:
-    """The parameter of a module that a key is about; None for its weight. Of several, the outermost comes last."""
-    named = {t.rpartition(".")[2]: t for t in targets if path == t.rpartition(".")[0] or path.endswith(_tail(t))}
-    if not named:
-        return None
-    known = [n.rpartition(".")[2] for n in shapes if n.rpartition(".")[0] == path and n.rpartition(".")[2] in named]
-    names = known or list(named)
-    if len(names) == 1 and len(depths) == 1:
-        return names[0]
-    if len(names) != len(depths):
-        message = (
-            f"the file has {len(depths)} adapters at {path}, target_parameters names {len(names)} of its parameters"
-        )
-        raise GraftError("GC113", message, place=adapter.place)
-    return names[list(depths).index(depth)]
-
-
-def _tail(target: str) -> str:
-    return f".{target.rpartition('.')[0]}"
+    return rows // rank if rows > rank else None
 
 
 def _tables(adapter: PeftAdapter) -> list[PeftModule]:

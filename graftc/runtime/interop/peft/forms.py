@@ -27,12 +27,14 @@ class Shaped:
         kernel: the sizes of a convolution's kernel; empty elsewhere.
         inward: whether a vector belongs to the input of the map.
         order: where each row of ours is in the file; None where the order is the same.
+        turned: whether the file's matrices belong to the weight's transpose.
     """
 
     experts: int | None = None
     kernel: tuple[int, ...] = ()
     inward: bool = False
     order: tuple[int, ...] | None = None
+    turned: bool = False
 
 
 _Turn: TypeAlias = Callable[[Tensor, Shaped], Tensor]
@@ -45,14 +47,15 @@ def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
         ValueError: its sizes are not of that form.
     """
     try:
-        return _FORMS[form][0](tensor, shaped)
+        found = _FORMS[form][0](tensor, shaped)
+        return found.transpose(-1, -2) if shaped.turned else found
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"{list(tensor.shape)} is no tensor of the form {form!r}") from error
 
 
 def to_theirs(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
     """The way back from `to_ours`."""
-    return _FORMS[form][1](tensor, shaped)
+    return _FORMS[form][1](tensor.transpose(-1, -2) if shaped.turned else tensor, shaped)
 
 
 def _down(tensor: Tensor, shaped: Shaped) -> Tensor:

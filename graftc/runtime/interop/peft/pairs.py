@@ -6,7 +6,7 @@ written go by the same pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
 
-__all__ = ["Pair", "as_data", "pairs_of", "repeats", "split", "table_of"]
+__all__ = ["Pair", "as_data", "is_turned", "pairs_of", "repeats", "split", "table_of", "table_path"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Pair:
             if theirs.dim() != like.dim() or self.start + like.shape[self.axis] > theirs.shape[self.axis]:
                 raise ValueError(f"{list(theirs.shape)} is too small")
             return theirs.narrow(self.axis, self.start, like.shape[self.axis])
-        return to_ours(self.form, theirs, Shaped(self.shaped.experts, self.shaped.kernel, self.shaped.inward, order))
+        return to_ours(self.form, theirs, replace(self.shaped, order=order))
 
     def write(self, ours: Tensor) -> Tensor:
         """Peft's from ours; of a shared tensor its part."""
@@ -78,8 +78,12 @@ def table_of(spec: MethodSpec) -> PeftFormat | None:
     return table if isinstance(table, PeftFormat) else None
 
 
-def pairs_of(compilation: Compilation) -> list[Pair]:
+def pairs_of(compilation: Compilation, turned: Collection[str] = ()) -> list[Pair]:
     """The pairs of every tensor that a file of peft has to have for a compiled model, in the order of the spec.
+
+    Args:
+        compilation: the model.
+        turned: experts, by the base's names, whose factors a file has in the other layout (see `is_turned`).
 
     Raises:
         GraftError: GC115 for a method or a tensor that peft does not have.
@@ -92,9 +96,12 @@ def pairs_of(compilation: Compilation) -> list[Pair]:
     wrapped: dict[str, int] = {}
     found: list[Pair] = []
     for resolved in (main, *others):
-        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main)
+        found += _of(compilation, resolved, copies, wrapped, prefix, turned, nested=resolved is not main)
     for site, names in compilation.parts.get(TRAIN, {}).items():
-        found += [_plain(copies[name], name, site, part, wrapped, prefix) for part, name in names.items()]
+        for part, name in names.items():
+            found.append(_plain(copies[name], name, site, part, wrapped, prefix))
+            others = (_plain(tied, name, site, part, wrapped, prefix) for tied in compilation.store.tied(copies[name]))
+            found += [replace(other, again=True) for other in others]
     return found
 
 
@@ -127,6 +134,7 @@ def _of(
     copies: Mapping[str, str],
     wrapped: dict[str, int],
     prefix: str,
+    turned: Collection[str],
     *,
     nested: bool,
 ) -> Iterator[Pair]:
@@ -152,19 +160,40 @@ def _of(
         for part, name in names.items():
             own = table.parts.get(part)
             if own is not None and site is not None:
+                shaped = _shaped(compilation, site, spec, table, turned)
+                if shaped.turned:
+                    own = next(other for other in table.parts.values() if other.form == _OPPOSITE.get(own.form))
                 suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
                 suffix = own.nested if nested and own.nested is not None else suffix
-                at = tensor_key(key.module, suffix, depths[key], prefix=prefix)
-                pair = Pair(at, name, str(key), part, own.form, _shaped(site, spec, table), own.rank)
+                module = table_path(compilation, key) if own.form == "rows" else key.module
+                at = tensor_key(module, suffix, depths[key], prefix=prefix)
+                pair = Pair(at, name, str(key), part, own.form, shaped, own.rank)
                 yield pair
                 if own.form == "rows" and not nested:
-                    for tied in compilation.store.tied(f"{key.module}.{key.name}"):
-                        other = tensor_key(tied.rpartition(".")[0], suffix, prefix=prefix)
-                        yield replace(pair, key=other, again=True)
+                    others = (other for other in _names(compilation, key) if other != module)
+                    for other in others:
+                        yield replace(pair, key=tensor_key(other, suffix, prefix=prefix), again=True)
             elif name in copies:
                 yield _plain(copies[name], name, key, part, wrapped, prefix)
             elif part not in table.derived and not compilation.store.is_buffer(name):
                 raise GraftError("GC115", f"PEFT has no {part!r} of {resolved.spec.method} at {key}")
+
+
+def _names(compilation: Compilation, key: SiteKey) -> dict[str, None]:
+    """The paths of the modules that have the tensor of a place."""
+    name = f"{key.module}.{key.name}"
+    return dict.fromkeys(each.rpartition(".")[0] for each in (name, *compilation.store.tied(name)))
+
+
+def table_path(compilation: Compilation, key: SiteKey) -> str:
+    """The module that peft trains rows of: of those that share a table, the model's input embeddings, to which it ties
+    the others."""
+    source, names = compilation.source, _names(compilation, key)
+    if len(names) > 1 and hasattr(source, "get_input_embeddings"):
+        table = source.get_input_embeddings()
+        paths = (path for path, module in source.named_modules(remove_duplicate=False) if module is table)
+        return next((path for path in paths if path in names), key.module)
+    return key.module
 
 
 def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mapping[str, int], prefix: str) -> Pair:
@@ -172,12 +201,28 @@ def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mappi
     return Pair(tensor_key(module, last, wrapped.get(module, 0), prefix=prefix), name, str(site), part)
 
 
-def _shaped(site: Site, spec: MethodSpec, table: PeftFormat) -> Shaped:
+_OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
+
+
+def is_turned(compilation: Compilation, site: LinearSite) -> bool:
+    """Whether peft's first factor is at the output of experts instead of their input: it goes by an attribute of their
+    module (`is_transposed`), which not every class whose weights are ``[experts, in, out]`` has. Up to 0.18 it took all
+    weights for such."""
+    said = getattr(compilation.source.get_submodule(site.key.module), "is_transposed", False)
+    return bool(said) != (site.own.layout is Layout.COLUMNS)
+
+
+def _shaped(
+    compilation: Compilation, site: Site, spec: MethodSpec, table: PeftFormat, turned: Collection[str]
+) -> Shaped:
     inward = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
     if not isinstance(site, LinearSite):
         return Shaped(inward=inward)
     kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
-    return Shaped(site.leading[0] if site.leading else None, tuple(kernel), inward)
+    if not site.leading:
+        return Shaped(None, tuple(kernel), inward)
+    other = is_turned(compilation, site) != (f"{site.key.module}.{site.key.name}" in turned)
+    return Shaped(site.leading[0], tuple(kernel), inward, turned=other)
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:

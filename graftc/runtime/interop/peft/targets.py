@@ -20,6 +20,8 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
     """The modules that `target_modules` selects by their paths; None where it leaves that open."""
     targets = config.target_modules
+    if targets is None and config.target_parameters:
+        targets = []
     if targets is None or targets == ALL_LINEAR:
         return None
     matcher = config.matcher

@@ -1,0 +1,71 @@
+"""Which parameter of a module each adapter of a file is about, as peft finds them: a config may name parameters beside
+modules (`target_parameters`), and several of one module are nested in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from graftc.runtime.interop.peft.targets import meant
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import some
+
+if TYPE_CHECKING:
+    from graftc.runtime.interop.peft.folder import PeftAdapter
+
+__all__ = ["adapted_parameters", "meant_parameters"]
+
+
+def meant_parameters(targets: Sequence[str] | None, parameters: Iterable[str]) -> list[str]:
+    """The parameters that `target_parameters` selects: by the end of their paths, whole segments of it."""
+    return [name for name in parameters if any(_means(target, name) for target in targets or ())]
+
+
+def _means(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def adapted_parameters(
+    adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, int], tuple[str, bool]]:
+    """By module and depth in the file: the parameter's name, and whether the config names it.
+
+    Args:
+        adapter: the folder, whose modules are not known yet.
+        shapes: sizes of the base's parameters by name, in its order; empty where there is no base.
+
+    Raises:
+        GraftError: GC113 where the config names another number of a module's parameters than the file has.
+    """
+    config, found = adapter.config, dict[tuple[str, int], tuple[str, bool]]()
+    targets = config.target_parameters or []
+    owned: dict[str, list[str]] = {}
+    for name in shapes:
+        module, _, last = name.rpartition(".")
+        owned.setdefault(module, []).append(last)
+    depths: dict[str, list[int]] = {}
+    for path, depth in adapter.keys.modules:
+        depths.setdefault(path, []).append(depth)
+    as_modules = meant(config, list(depths)) if targets else None
+    for path, own in depths.items():
+        # Without a base, a bare name may be a parameter of any module; those that the config names as modules are not.
+        last = [target.rpartition(".")[2] for target in targets]
+        known = owned.get(path) or ([] if as_modules and path in as_modules else list(dict.fromkeys(last)))
+        names = [name for name in known if any(_means(target, f"{path}.{name}") for target in targets)]
+        if not names:
+            found |= {(path, depth): (_weight(owned.get(path, ()), shapes, path), False) for depth in own}
+            continue
+        if len(names) != len(own):
+            message = f"the file has {len(own)} adapters at {path}, target_parameters names {len(names)}: {some(names)}"
+            raise GraftError("GC113", message, place=adapter.place)
+        # Of several, the first stands innermost.
+        found |= {(path, depth): (name, True) for name, depth in zip(names, sorted(own, reverse=True), strict=True)}
+    return found
+
+
+def _weight(names: Sequence[str], shapes: Mapping[str, Sequence[int]], path: str) -> str:
+    """The weight of a module: the one of that name, or the only matrix of those that have another."""
+    if not names or "weight" in names:
+        return "weight"
+    matrices = [name for name in names if len(shapes[f"{path}.{name}"]) > 1]
+    return matrices[0] if len(matrices) == 1 else "weight"

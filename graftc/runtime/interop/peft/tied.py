@@ -1,0 +1,145 @@
+"""Tensors that several modules of a base share, in a peft folder for it.
+
+peft trains a module of its own for each name in `modules_to_save`, unless `ensure_weight_tying` says otherwise; rows of
+a table (`trainable_token_indices`) it ties to the model's input embeddings by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from graftc.compiler.roles.structure import Structure
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, table_form
+from graftc.specs.claims import SiteKind
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.foreign.config import CONFIG
+
+__all__ = ["once", "trained_apart", "trained_together"]
+
+
+def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> PeftAdapter:
+    """The adapter with everything once that the file has under several names of a tied tensor, and with rows of a table
+    at the name by which the model reads it.
+
+    Raises:
+        GraftError: GC112 for what a tied tensor cannot be given here.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = {name: names[id(tensor)] for name, tensor in tensors.items() if len(names[id(tensor)]) > 1}
+    if not tied:
+        return adapter
+    _refuse_shared_factors(adapter, tied)
+    return _trained_once(_rows_once(adapter, model, tied, structure), tied)
+
+
+def _refuse_shared_factors(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> None:
+    """With `ensure_weight_tying`, peft gives a table and the head that it is tied to one pair of factors."""
+    if not adapter.config.value("ensure_weight_tying", False):
+        return
+    adapted = [module.name for module in adapter.modules if {"A", "B"} & module.keys.keys()]
+    for name in adapted:
+        if others := [other for other in adapted if other != name and other in tied.get(name, ())]:
+            message = f"{name} and {others[0]} have one pair of factors, which has no equivalent here"
+            hint = "train the table in full (modules_to_save), or some of its rows (trainable_token_indices)"
+            raise GraftError("GC112", message, place=_field(adapter, "ensure_weight_tying"), hint=hint)
+
+
+def _rows_once(
+    adapter: PeftAdapter, model: nn.Module, tied: Mapping[str, list[str]], structure: Callable[[], Structure]
+) -> PeftAdapter:
+    groups: dict[str, list[PeftModule]] = {}
+    for module in adapter.modules:
+        if "weight" in module.keys and table_form(module, "weight") == "rows" and module.name in tied:
+            groups.setdefault(tied[module.name][0], []).append(module)
+    changed: dict[int, PeftModule | None] = {}
+    doubles = list(adapter.doubles)
+    source = _embeddings(model)
+    for first, group in groups.items():
+        beside = group[0].keys["weight"] in adapter.keys.tokens.values()
+        main = next((module for module in group if module.path == source), None)
+        if beside and (main is None or len(group) > 1):
+            others = ", ".join(tied[first])
+            message = f"rows of {group[0].name} train apart from tensors that it is tied to: {others}"
+            hint = f"PEFT ties the rows of {source}, if no others are named" if source else None
+            raise GraftError("GC112", message, place=_field(adapter, "trainable_token_indices"), hint=hint)
+        main = main or group[0]
+        for module in group:
+            changed[id(module)] = None
+            if module is not main:
+                doubles.append((main.keys["weight"], module.keys["weight"]))
+        paths = [name.rpartition(".")[0] for name in tied[first]]
+        changed[id(main)] = replace(main, read_at=_read(main.path, paths, structure))
+    modules = (changed.get(id(module), module) for module in adapter.modules)
+    return replace(adapter, modules=tuple(module for module in modules if module is not None), doubles=tuple(doubles))
+
+
+def _embeddings(model: nn.Module) -> str | None:
+    """The path of the model's input embeddings."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return next((path for path, module in model.named_modules() if module is table and table is not None), None)
+
+
+def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> str:
+    """The module by which a table is read: an encoder-decoder may hold it under a name that nothing calls."""
+    tables = {finding.module for finding in structure().findings if finding.kind is SiteKind.EMBEDDING}
+    return path if path in tables else next((other for other in paths if other in tables), path)
+
+
+def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAdapter:
+    """With `ensure_weight_tying`, the names of a trained tensor have the same values, of which the first is used."""
+    if not adapter.config.value("ensure_weight_tying", False):
+        return adapter
+    plain, doubles, first = dict(adapter.keys.plain), list(adapter.doubles), dict[str, str]()
+    for name, key in adapter.trained.items():
+        if name not in tied:
+            continue
+        if tied[name][0] in first:
+            doubles.append((first[tied[name][0]], key))
+            del plain[name]
+        first.setdefault(tied[name][0], key)
+    for name, key in adapter.copies.items():
+        if name in tied and tied[name][0] in first:
+            doubles.append((first[tied[name][0]], key))
+            del plain[name]
+    return replace(adapter, keys=replace(adapter.keys, plain=plain), doubles=tuple(doubles))
+
+
+def trained_together(adapter: PeftAdapter, model: nn.Module) -> list[str]:
+    """The modules that share a tensor which the adapter trains for all of them."""
+    if not adapter.config.value("ensure_weight_tying", False):
+        return []
+    return [path for _, paths in _shared(adapter, model) for path in paths]
+
+
+def trained_apart(adapter: PeftAdapter, model: nn.Module) -> list[str]:
+    """The modules that need a tensor of their own in the place of a shared one: each that trains in full by itself."""
+    if adapter.config.value("ensure_weight_tying", False):
+        return []
+    found: list[str] = []
+    for own, paths in _shared(adapter, model):
+        # The last name of a tensor keeps it.
+        found += own[1:] if len(own) == len(paths) else own
+    return found
+
+
+def _shared(adapter: PeftAdapter, model: nn.Module) -> list[tuple[list[str], list[str]]]:
+    """For each shared tensor that the adapter trains: the modules in whose place it does, and all that have it."""
+    tensors: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
+    found = []
+    for _, names in tensors.values():
+        own = [name.rpartition(".")[0] for name in names if name in adapter.trained]
+        if own and len(names) > 1:
+            found.append((own, [name.rpartition(".")[0] for name in names]))
+    return found
+
+
+def _field(adapter: PeftAdapter, field: str) -> Place:
+    return Place(str(adapter.folder / CONFIG), path=field)

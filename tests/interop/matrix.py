@@ -1,0 +1,581 @@
+"""Configurations that the installed peft makes: every family of methods with settings drawn at random, on decoders,
+encoders, encoder-decoders, mixtures of experts, tied models and a network of convolutions.
+
+A case is right if the import gives peft's outputs, gradients and merged outputs, and peft reads the export as the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.interop.peft.folder import read_peft
+from graftc.runtime.interop.peft.forms import to_theirs
+from graftc.runtime.interop.peft.pairs import pairs_of
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import tiny
+from graftc.testing.compare import inputs_for, largest_difference, outputs_of
+from graftc.testing.perturb import randomise
+
+TOLERANCE = 1e-5
+"""Of outputs, relative to the largest of them."""
+GRADIENTS = 1e-4
+"""Of each tensor's gradient, relative to the largest element of any."""
+
+Rng = random.Random
+
+
+class Convolutions(nn.Module):
+    """Images through plain, grouped and depthwise convolutions, then attention over the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 16, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 24, 1)
+        self.line = nn.Conv1d(24, 24, 3, padding=1)
+        self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+        self.norm = nn.LayerNorm(24)
+        self.fc = nn.Linear(24, 40)
+        self.head = nn.Linear(40, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, 5]`` of images ``[batch, 3, 8, 8]``."""
+        found = torch.tanh(self.grouped(torch.tanh(self.stem(images))))
+        found = torch.tanh(self.point(torch.tanh(self.depthwise(found)))).flatten(2)
+        found = torch.tanh(self.line(found)).transpose(1, 2)
+        found = self.norm(found + self.attention(found, found, found, need_weights=False)[0])
+        logits: Tensor = self.head(torch.tanh(self.fc(found)).mean(1))
+        return logits
+
+
+def _qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
+
+
+def _llama4() -> nn.Module:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "intermediate_size_mlp": 80}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "initializer_range": 0.1, "moe_layers": [0, 1]}
+    return Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **experts, pad_token_id=0))
+
+
+def _bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"vocab_size": 101, "d_model": 48, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "init_std": 0.1}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    words = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(BartConfig(**sizes, **layers, **words, max_position_embeddings=64))
+
+
+_OWN: Mapping[str, Callable[[], nn.Module]] = {
+    "qwen3_moe": _qwen3_moe,
+    "llama4": _llama4,
+    "bart": _bart,
+    "tied": lambda: tiny("llama", tie_word_embeddings=True),
+    "convs": Convolutions,
+}
+
+
+@cache
+def base(family: str) -> nn.Module:
+    """A tiny model, shared: nobody writes to it."""
+    if family not in _OWN:
+        return tiny(family)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = _OWN[family]()
+    return model.eval() if family == "tied" else randomise(model, seed=0).eval()
+
+
+def examples(family: str) -> Any:
+    """Inputs to capture a model with that says nothing of its own."""
+    return (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),) if family == "convs" else None
+
+
+LINEAR: Mapping[str, list[str]] = {
+    "bert": ["query", "key", "value", "output.dense", "intermediate.dense"],
+    "roberta": ["query", "key", "value", "intermediate.dense"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
+    "llama": ["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"],
+    "tied": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "llama4": ["q_proj", "v_proj", "o_proj"],
+    "t5": ["q", "k", "v", "wi", "wo"],
+    "bart": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "vit": ["q_proj", "v_proj", "fc1", "fc2"],
+    "convs": ["stem", "point", "line", "fc"],
+}
+NORMS: Mapping[str, list[str]] = {
+    **{"bert": ["LayerNorm"], "roberta": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"], "t5": ["layer_norm"]},
+    **{"gpt_neox": ["input_layernorm"], "llama": ["norm", "input_layernorm"], "vit": ["layernorm_before", "layernorm"]},
+    **{"mixtral": ["norm", "post_attention_layernorm"], "bart": ["final_layer_norm"], "convs": ["norm"]},
+    **{"tied": ["norm"], "qwen3_moe": ["q_norm", "input_layernorm"]},
+}
+TABLES: Mapping[str, str] = {
+    **{"bert": "word_embeddings", "roberta": "word_embeddings", "gpt2": "wte", "gpt_neox": "embed_in"},
+    **{"llama": "embed_tokens", "mixtral": "embed_tokens", "tied": "embed_tokens", "t5": "shared", "bart": "shared"},
+    **{"qwen3_moe": "embed_tokens"},
+}
+HEADS: Mapping[str, str] = {
+    **{"bert": "classifier", "roberta": "classifier", "vit": "classifier", "llama": "lm_head", "mixtral": "lm_head"},
+    **{"convs": "head", "gpt_neox": "embed_out"},
+}
+LAYERED: Mapping[str, str] = {
+    **{"bert": "layer", "roberta": "layer", "gpt2": "h", "gpt_neox": "layers", "llama": "layers", "vit": "layers"},
+    **{"tied": "layers", "mixtral": "layers", "qwen3_moe": "layers", "bart": "layers"},
+}
+ENCODERS, DECODERS = ("bert", "roberta", "vit"), ("gpt2", "gpt_neox", "llama", "tied", "mixtral", "qwen3_moe")
+PAIRS, EXPERTS = ("t5", "bart"), ("mixtral", "qwen3_moe")
+EVERY = tuple(LINEAR)
+TEXT = tuple(family for family in EVERY if family not in ("vit", "convs"))
+FIVE = ("bert", "gpt2", "gpt_neox", "llama", "vit")
+
+
+def some(family: str, rng: Rng, most: int = 3) -> list[str]:
+    return sorted(rng.sample(LINEAR[family], rng.randint(1, min(most, len(LINEAR[family])))))
+
+
+def _turned(family: str) -> dict[str, Any]:
+    return {"fan_in_fan_out": True} if family == "gpt2" else {}
+
+
+def lora(family: str, rng: Rng, **fields: Any) -> Any:
+    own = {"r": rng.randint(1, 9), "lora_alpha": rng.choice([1, 8, 16, 7]), "target_modules": some(family, rng)}
+    return peft.LoraConfig(**{**own, **_turned(family), **fields})
+
+
+def patterns(family: str, rng: Rng) -> Any:
+    modules = some(family, rng)
+    key = rf"{LAYERED[family]}\.1\..*{modules[0]}"
+    return lora(
+        family,
+        rng,
+        target_modules=modules,
+        rank_pattern={key: rng.randint(1, 4)},
+        alpha_pattern={modules[-1]: rng.randint(2, 30)},
+        use_rslora=rng.random() < 0.5,
+    )
+
+
+def _expert_names(family: str) -> dict[str, list[str]]:
+    up = ["w1", "w3"] if family == "mixtral" else ["gate_proj", "up_proj"]
+    return {"up": up, "down": ["w2"] if family == "mixtral" else ["down_proj"]}
+
+
+def experts(family: str, rng: Rng) -> Any:
+    """The names of experts' layers as they were before they were fused, which peft turns into parameters."""
+    names = _expert_names(family)
+    chosen = rng.choice([names["up"], names["down"], names["up"] + names["down"]])
+    more = rng.choice([[], ["q_proj"], ["q_proj", "v_proj"]])
+    return lora(family, rng, target_modules=chosen + more, use_rslora=rng.random() < 0.3)
+
+
+def parameters(family: str, rng: Rng) -> Any:
+    """Parameters by name, with or without the path before them, of experts and of the router."""
+    names = {
+        "llama4": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+    }.get(family, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    if rng.random() < 0.5:
+        names = [name.rpartition(".")[2] for name in names]
+    router = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight", "llama4": "router.weight"}[family]
+    chosen = rng.sample(names, rng.randint(1, 2)) + ([router] if rng.random() < 0.5 and family != "llama4" else [])
+    patterns = {"rank_pattern": {chosen[0]: rng.randint(1, 5)}} if rng.random() < 0.4 else {}
+    return lora(family, rng, target_parameters=chosen, target_modules=rng.choice([[], ["q_proj"]]), **patterns)
+
+
+def tied_target(family: str, rng: Rng) -> Any:
+    """The table as a target; the head of a tied model gets it turned."""
+    return lora(family, rng, target_modules=[TABLES[family], LINEAR[family][0]], ensure_weight_tying=True)
+
+
+def tied_saved(family: str, rng: Rng) -> Any:
+    saved = rng.choice([[TABLES[family], "lm_head"], [TABLES[family]]])
+    ensured = len(saved) == 1 or rng.random() < 0.5
+    return lora(family, rng, modules_to_save=saved, ensure_weight_tying=ensured)
+
+
+def tokens(family: str, rng: Rng) -> Any:
+    rows = rng.sample(range(101), rng.randint(1, 25))
+    given: Any = rows if family not in ("bert", "roberta") and rng.random() < 0.5 else {TABLES[family]: rows}
+    return lora(family, rng, trainable_token_indices=given, ensure_weight_tying=rng.random() < 0.3)
+
+
+def bias(family: str, rng: Rng) -> Any:
+    return lora(family, rng, bias=rng.choice(["all", "lora_only"]))
+
+
+def layers(family: str, rng: Rng) -> Any:
+    more = {"layers_pattern": LAYERED[family]} if rng.random() < 0.5 else {}
+    return lora(family, rng, layers_to_transform=rng.choice([0, 1, [0], [1]]), **more)
+
+
+def expression(family: str, rng: Rng) -> Any:
+    return lora(family, rng, target_modules=rf".*\.(?:{'|'.join(some(family, rng))})")
+
+
+def excluded(family: str, rng: Rng) -> Any:
+    modules = sorted(rng.sample(LINEAR[family], 2))
+    out = rng.choice([[modules[0]], rf".*{LAYERED[family]}\.0\..*"])
+    return lora(family, rng, target_modules=modules, exclude_modules=out)
+
+
+def starts(family: str, rng: Rng) -> Any:
+    word = rng.choice(["gaussian", "orthogonal", True, False])
+    return lora(family, rng, r=rng.choice([2, 4, 6]), init_lora_weights=word)
+
+
+def virtual(kind: str, **fields: Any) -> Callable[[str, Rng], Any]:
+    def make(family: str, rng: Rng) -> Any:
+        task = "SEQ_2_SEQ_LM" if family in PAIRS else "CAUSAL_LM"
+        given = {name: value(rng) if callable(value) else value for name, value in fields.items()}
+        return getattr(peft, kind)(task_type=task, num_virtual_tokens=rng.randint(1, 6), **given)
+
+    return make
+
+
+def convolutions(family: str, rng: Rng) -> Any:
+    """Of a convolution with groups, peft takes ranks that these divide."""
+    modules = rng.sample(["stem", "grouped", "depthwise", "point", "line"], 2)
+    rank = 16 if "depthwise" in modules else rng.choice([4, 8])
+    return lora(family, rng, target_modules=modules, r=rank)
+
+
+def ia3(family: str, rng: Rng) -> Any:
+    modules = [name for name in some(family, rng) if name != "line"] or ["fc"]
+    inner = rng.sample(modules, 1) if rng.random() < 0.7 else []
+    return peft.IA3Config(target_modules=modules, feedforward_modules=inner, **_turned(family))
+
+
+def adalora(family: str, rng: Rng) -> Any:
+    own = {"init_r": rng.randint(3, 8), "target_r": 2, "lora_alpha": rng.choice([4, 9]), "total_step": 20}
+    return peft.AdaLoraConfig(**own, target_modules=some(family, rng), **_turned(family))
+
+
+def vera(family: str, rng: Rng) -> Any:
+    own = {"r": rng.choice([3, 64]), "projection_prng_key": rng.randint(0, 99), "save_projection": rng.random() < 0.5}
+    modules = LINEAR[family][:1] if family == "convs" else some(family, rng)
+    return peft.VeraConfig(**own, target_modules=["fc"] if family == "convs" else modules, **_turned(family))
+
+
+def product(kind: str, **fields: Any) -> Callable[[str, Rng], Any]:
+    def make(family: str, rng: Rng) -> Any:
+        own = {"r": rng.randint(1, 6), "alpha": rng.choice([3, 8]), "target_modules": some(family, rng)}
+        if rng.random() < 0.4:
+            own["rank_pattern"] = {own["target_modules"][0]: rng.randint(1, 6)}
+        given = {name: value(rng) if callable(value) else value for name, value in fields.items()}
+        return getattr(peft, kind)(**own, **given)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of configuration.
+
+    Attributes:
+        method: the family of methods it belongs to.
+        make: draws a config of it for a family of models.
+        families: the models it is tried on.
+        share: how many cases it has, relative to others.
+        back: whether peft can say the same again; where it cannot, the import is one way.
+    """
+
+    method: str
+    make: Callable[[str, Rng], Any]
+    families: tuple[str, ...]
+    share: int = 1
+    back: bool = True
+
+
+def _lora(**fields: Any) -> Callable[[str, Rng], Any]:
+    return lambda family, rng: lora(
+        family, rng, **{name: value(family, rng) if callable(value) else value for name, value in fields.items()}
+    )
+
+
+KINDS: Mapping[str, Kind] = {
+    "lora": Kind("LoRA", lora, EVERY, 2),
+    "rslora": Kind("rsLoRA", _lora(use_rslora=True), FIVE + PAIRS),
+    "patterns": Kind("LoRA", patterns, tuple(LAYERED)),
+    "layers": Kind("LoRA", layers, ("bert", "gpt_neox", "llama", "tied", "mixtral")),
+    "expression": Kind("LoRA", expression, TEXT),
+    "excluded": Kind("LoRA", excluded, ("bert", "gpt2", "llama", "vit", "bart")),
+    "starts": Kind("LoRA", starts, FIVE),
+    "saved": Kind("LoRA", _lora(modules_to_save=lambda f, _: [HEADS[f]]), ("bert", "roberta", "vit", "llama", "convs")),
+    "saved-norms": Kind("LoRA", _lora(modules_to_save=lambda f, _: NORMS[f][:1]), ("llama", "bart", "mixtral")),
+    "all-linear": Kind("LoRA", _lora(target_modules="all-linear"), ("llama", "tied", "mixtral", "qwen3_moe", "bert", "gpt2", "t5", "vit")),
+    "tables": Kind("LoRA", _lora(target_modules=lambda f, _: [TABLES[f], LINEAR[f][0]]), ("bert", "llama", "gpt_neox", "roberta")),
+    "tied-target": Kind("tied", tied_target, ("tied", "gpt2")),
+    "tied-saved": Kind("tied", tied_saved, ("tied", "gpt2"), 2),
+    "tokens": Kind("trainable tokens", tokens, ("bert", "gpt2", "llama", "tied", "mixtral", "t5", "bart"), 2),
+    "rows": Kind(
+        "trainable tokens",
+        lambda f, r: peft.TrainableTokensConfig(token_indices=r.sample(range(101), 25), target_modules=[TABLES[f]]),
+        ("gpt2", "mixtral", "tied", "bert", "t5", "bart", "llama"),
+    ),
+    "experts": Kind("experts", experts, EXPERTS, 4),
+    "parameters": Kind("experts", parameters, ("mixtral", "qwen3_moe", "llama4"), 3),
+    "bias": Kind("bias", bias, ("bert", "roberta", "vit", "gpt2", "gpt_neox", "bart", "convs")),
+    "convolutions": Kind("LoRA", convolutions, ("convs",), 6),
+    "patches": Kind("LoRA", _lora(target_modules=["projection", "fc1"]), ("vit",)),
+    "attention": Kind("LoRA", _lora(target_modules=lambda _, r: r.choice([["attention"], ["attention", "fc"]])), ("convs",), 4),
+    "dora": Kind("DoRA", _lora(use_dora=True), FIVE + ("t5", "bart", "mixtral"), 2),
+    "dora-convs": Kind("DoRA", _lora(use_dora=True, target_modules=lambda _, r: r.sample(["stem", "point", "fc", "line"], 2)), ("convs",), 2),
+    "pissa": Kind("PiSSA", _lora(init_lora_weights="pissa", r=lambda _, r: r.randint(1, 6)), FIVE + ("t5", "mixtral")),
+    "olora": Kind("OLoRA", _lora(init_lora_weights="olora", r=lambda _, r: r.randint(1, 6)), FIVE + ("t5", "mixtral")),
+    "adalora": Kind("AdaLoRA", adalora, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "bart"), 2),
+    "ia3": Kind("IA3", ia3, EVERY, 1),
+    "ia3-convs": Kind("IA3", ia3, ("convs",), 3),
+    "loha": Kind("LoHa", product("LoHaConfig"), ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
+    "lokr": Kind(
+        "LoKr",
+        product("LoKrConfig", decompose_both=lambda r: r.random() < 0.5, decompose_factor=lambda r: r.choice([-1, 4])),
+        ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"),
+        2,
+    ),
+    "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
+    "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),
+    "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),
+    "p-tuning": Kind(
+        "p-tuning",
+        virtual("PromptEncoderConfig", encoder_hidden_size=16, encoder_reparameterization_type=lambda r: r.choice(["MLP", "LSTM"])),
+        (*DECODERS, *PAIRS),
+    ),
+    "prefix": Kind("prefix", virtual("PrefixTuningConfig"), DECODERS, 2),
+    "prefix-projected": Kind("prefix", virtual("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=12), DECODERS),
+    "prefix-pair": Kind("prefix", virtual("PrefixTuningConfig"), PAIRS, 2, back=False),
+    "wide": Kind("LoRA", _lora(r=64), ("llama", "bert")),
+}
+"""By name."""
+
+COUNT = 400
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration: of a kind, for a family of models, with a seed."""
+
+    kind: str
+    family: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.family}-{self.seed}"
+
+    def config(self) -> Any:
+        """peft's config."""
+        return KINDS[self.kind].make(self.family, random.Random(f"{self}"))
+
+
+def cases(count: int = COUNT) -> list[Case]:
+    """Cases of every kind and family, in turn, with further seeds until there are enough."""
+    found: dict[Case, None] = {}
+    for seed in range(count):
+        for name, kind in KINDS.items():
+            for family in kind.families:
+                for number in range(kind.share):
+                    found.setdefault(Case(name, family, seed * kind.share + number))
+        if len(found) >= count:
+            break
+    every = list(found)
+    random.Random(0).shuffle(every)
+    first = {(case.kind, case.family): case for case in reversed(every)}
+    kept = dict.fromkeys(first.values())
+    kept.update(dict.fromkeys(every))
+    return list(kept)[:count]
+
+
+@dataclass
+class Result:
+    """What came of a case.
+
+    Attributes:
+        case: which.
+        refused: code and field where the import says that it is not possible.
+        differences: the largest, by what was compared: outputs, gradients, merged, back.
+        failure: what is wrong; empty where nothing is.
+    """
+
+    case: Case
+    refused: tuple[str, str] | None = None
+    differences: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+
+
+def adapted(config: Any, family: str, seed: int = 0) -> Any:
+    """peft's model with every trained tensor perturbed, in eval mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(copy.deepcopy(base(family)), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+    return model.eval()
+
+
+def loaded(folder: Path, family: str) -> Any:
+    """What peft loads of a folder, in which it must find every tensor it trains and nothing else."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base(family)), folder, is_trainable=False)
+    said = [str(warning.message) for warning in caught if "peft" in str(warning.filename)]
+    if wrong := [text for text in said if "missing" in text.lower() or "unexpected" in text.lower()]:
+        raise AssertionError(wrong[0])
+    return model.eval()
+
+
+def given_to(ours: Compiled, seed: int) -> dict[str, Tensor]:
+    inputs = inputs_for(ours, (3, 9), seed)
+    return {name: torch.ones_like(value) if name.endswith("attention_mask") else value for name, value in inputs.items()}
+
+
+def outcome(model: nn.Module, inputs: Mapping[str, Tensor], like: Tensor | None = None) -> Tensor:
+    """The first output; peft's has that of virtual tokens in front."""
+    found = outputs_of(model, inputs)[0]
+    return found if like is None or found.dim() < 3 else found[:, -like.shape[1] :]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return largest_difference([found], [expected]) / max(1.0, float(expected.abs().max()))
+
+
+def gradients(model: nn.Module, inputs: Mapping[str, Tensor], size: torch.Size) -> None:
+    """Backward from weighted logits of real tokens."""
+    model.zero_grad()
+    found = model(**inputs)
+    logits = found if isinstance(found, Tensor) else next(iter(found.values()))
+    logits = logits[:, -size[1] :] if logits.dim() == 3 else logits
+    (logits * torch.randn(size, generator=torch.Generator().manual_seed(5))).sum().backward()
+
+
+def theirs_by_key(model: Any) -> dict[str, Tensor]:
+    """peft's gradients by the keys of its file."""
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        table = model.prompt_encoder["default"].embedding.weight
+        return {"prompt_embeddings": table.grad}
+    state = {name: value * 0 + float("nan") for name, value in model.state_dict().items() if value.is_floating_point()}
+    state |= {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return {key: value for key, value in found.items() if not value.isnan().any()}
+
+
+def ours_by_key(compiled: Compiled, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our gradients by the same keys: rows of tables in the order of the folder's config, virtual tokens where peft's
+    table, of these sizes, has them, added up where it has one for several."""
+    compilation = compiled.compilation
+    orders = {key: m.shaped.order for m in read_peft(folder).modules for key in m.keys.values()}
+    found: dict[str, Tensor] = {}
+    for pair in pairs_of(compilation):
+        grad = compilation.store.get(pair.tensor).grad
+        if grad is None:
+            continue
+        if pair.form == "rows":
+            found[pair.key] = to_theirs("rows", grad, replace(pair.shaped, order=orders[pair.key]))
+        elif pair.start is None:
+            found[pair.key] = pair.write(grad)
+        else:
+            table = found.setdefault(pair.key, torch.zeros_like(like[pair.key]))
+            table.narrow(pair.axis, pair.start, grad.shape[pair.axis]).add_(grad)
+    return found
+
+
+def compared(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest difference of any gradient, relative to the largest element of all."""
+    largest = max(float(value.abs().max()) for value in theirs.values())
+    both = ours.keys() & theirs.keys()
+    if not both or theirs.keys() - ours.keys():
+        raise AssertionError(f"no gradient of {sorted(theirs.keys() - ours.keys())[:3]}")
+    if any(ours[key].shape != theirs[key].shape for key in both):
+        raise AssertionError("gradients of other shapes")
+    return max(float((ours[key] - theirs[key]).abs().max()) for key in both) / max(largest, 1e-6)
+
+
+def run(case: Case, folder: Path) -> Result:
+    """Save with peft, import, and hold outputs, gradients, the merge and the way back against peft."""
+    result = Result(case)
+    theirs = adapted(case.config(), case.family, case.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(folder / "theirs")
+        try:
+            ours = graftc.import_peft(folder / "theirs", copy.deepcopy(base(case.family)), examples(case.family))
+        except GraftError as error:
+            result.refused = (error.code, error.place.path if error.place else "")
+            result.failure = "" if error.code == "GC112" else f"{error.code}: {error.message} {error.details[:2]}"
+            return result
+        try:
+            for name, difference in _differences(case, folder, theirs, ours):
+                result.differences[name] = difference
+                if not difference <= (GRADIENTS if name == "gradients" else TOLERANCE):
+                    result.failure = f"{name}: {difference:.2e}"
+                    break
+        except (AssertionError, GraftError) as error:
+            result.failure = f"after {list(result.differences)}: {error}"
+    return result
+
+
+def _differences(case: Case, folder: Path, theirs: Any, ours: Compiled) -> Iterator[tuple[str, float]]:
+    inputs = given_to(ours, case.seed)
+    own = outcome(ours, inputs)
+    unadapted = outcome(base(case.family), inputs)
+    if relative(own, unadapted) < 1e-4:
+        raise AssertionError("the adapter changes nothing")
+    expected = outcome(theirs, inputs, own)
+    yield "outputs", relative(own, expected)
+    config = theirs.active_peft_config
+    if config.is_prompt_learning:  # what networks made is a table once it is read
+        theirs = loaded(folder / "theirs", case.family)
+    gradients(ours, inputs, own.shape)
+    gradients(theirs, inputs, own.shape)
+    expected_gradients = theirs_by_key(theirs)
+    yield "gradients", compared(ours_by_key(ours, folder / "theirs", expected_gradients), expected_gradients)
+    if not config.is_prompt_learning:
+        try:
+            merged = ours.merge().module
+        except GraftError as error:
+            if error.code not in ("GC022", "GC050") or _merges(theirs, inputs, expected):
+                raise
+        else:
+            yield "merged", relative(outcome(merged, inputs), expected)
+    if KINDS[case.kind].back:
+        ours.export(folder / "ours", format="peft")
+        yield "back", relative(own, outcome(loaded(folder / "ours", case.family), inputs, own))
+
+
+
+def _merges(theirs: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
+    """Whether peft merges into what it gave before: it does not where a weight is tied, or a convolution has groups."""
+    try:
+        merged = copy.deepcopy(theirs).merge_and_unload()
+    except NotImplementedError:
+        return False
+    return relative(outcome(merged, inputs), expected) <= TOLERANCE
