@@ -13,6 +13,7 @@ from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, WeightFold
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.ia3 import IA3
 
 aten = torch.ops.aten
@@ -34,12 +35,15 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
         """Multiply what the site gives, or what it reads, by the vector.
 
         Raises:
-            GraftError: GC017 for the input of a convolution over more than a point.
+            GraftError: GC017 for the input of a table, which is indices, and for that of some rows of a convolution in
+                groups.
         """
         inward = _scales_input(spec, site.roles)
-        size = site.in_features if inward else site.out_features
+        size = site.use.entries if inward else site.out_features
         scale = build.parameter("l", (size,), _ones, dtype=site.dtype)
         if inward:
+            if site.use.grouped and not site.columns.whole:
+                raise GraftError("GC017", f"{site.key} is part of a convolution in groups, whose input is not its own")
             build.scale_input(site, scale)
         else:
             rows = build.per_row(site, scale)
@@ -51,10 +55,14 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if inward:
-                return weight * scale, bias
+                return _scaled_columns(weight, scale, site), bias
             return weight * scale[:, None], None if bias is None else bias * scale
 
         return WeightFold(apply)
+
+    def reads_channels(self, spec: IA3) -> bool:
+        """See `Method.reads_channels`."""
+        return spec.side != "output"
 
     def row_axes(self, spec: IA3) -> Mapping[str, int]:
         """See `RowWise.row_axes`."""
@@ -63,6 +71,17 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
     def standing_alone(self, spec: IA3, roles: Sequence[str]) -> IA3:
         """See `RowWise.standing_alone`."""
         return spec.model_copy(update={"side": "input" if _scales_input(spec, roles) else "output"})
+
+
+def _scaled_columns(weight: Tensor, scale: Tensor, site: LinearSite) -> Tensor:
+    """The weight's columns times what scales them: of a convolution, a channel scales all points of a patch, and each
+    group of rows reads channels of its own."""
+    if scale.shape[-1] == weight.shape[-1]:
+        return weight * scale
+    channels = site.own.shape[1]
+    groups, points = scale.shape[-1] // channels, weight.shape[-1] // channels
+    wide = scale.reshape(groups, channels, 1).expand(groups, channels, points).reshape(groups, 1, -1)
+    return (weight.reshape(groups, -1, weight.shape[-1]) * wide).reshape(weight.shape)
 
 
 def _ones(tensor: Tensor, generator: torch.Generator) -> None:

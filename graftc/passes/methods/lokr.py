@@ -14,6 +14,7 @@ from graftc.passes.core.method.lowrank import uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.passes.core.weights.weight_slice import Layout
 from graftc.specs.methods.lokr import LoKr
 
 aten = torch.ops.aten
@@ -22,22 +23,28 @@ aten = torch.ops.aten
 class LoKrMethod(Method[LoKr, LinearSite]):
     """``y = W x + b + (s C ⊗ D) x`` with ``s = alpha / rank``.
 
-    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. Every matrix that is not
+    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. In a convolution ``in``
+    counts channels, and ``D`` has the points of the kernel behind each of its own. Every matrix that is not
     initially zero is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is applied to
     ``C``, usually the smaller matrix.
     """
 
     def insert(self, spec: LoKr, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch."""
-        (c1, d1), (c2, d2) = split(site.out_features, spec.factor), split(site.in_features, spec.factor)
+        channels = site.own.shape[1] if site.own.layout is Layout.KERNEL else site.in_features
+        (c1, d1), (c2, d2) = split(site.out_features, spec.factor), split(channels, spec.factor)
         small = _factor(spec, site, build, "C", (c1, c2), zeros, full=not spec.decompose_both)
-        large = _factor(spec, site, build, "D", (d1, d2), uniform, full=False)
+        large = _factor(spec, site, build, "D", (d1, d2), uniform, full=False, points=site.in_features // channels)
         if spec.scaling != 1:
             small = build.call(aten.mul.Tensor, small, spec.scaling, part="scale")
         outer = build.call(aten.mul.Tensor, _spread(build, small, -1, -3), _spread(build, large, -2, -4), part="outer")
         shape = [*site.leading, site.out_features, site.in_features]
         delta = build.call(aten.view.default, outer, shape, part="delta")
         build.add(site, build.map(site, build.input(site), delta))
+
+    def reads_channels(self, spec: LoKr) -> bool:
+        """See `Method.reads_channels`."""
+        return True
 
     def fold(self, spec: LoKr, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s C ⊗ D``."""
@@ -79,9 +86,11 @@ def _factor(
     init: Initialiser,
     *,
     full: bool,
+    points: int = 1,
 ) -> fx.Node:
-    """One factor, full or as a product of rank ``rank``; ``init`` fills the full one or the first of the product."""
-    rows, columns = shape
+    """One factor, full or as a product of rank ``rank``; ``init`` fills the full one or the first of the product. With
+    several ``points`` each column is as many, which does not decide whether it is full."""
+    rows, columns = shape[0], shape[1] * points
     if full or 2 * spec.rank >= max(shape):
         return build.parameter(name, (*site.leading, rows, columns), init, dtype=site.dtype)
     up = build.parameter(f"{name}B", (*site.leading, rows, spec.rank), init, dtype=site.dtype)

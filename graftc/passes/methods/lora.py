@@ -15,7 +15,7 @@ from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, within, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
-from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.passes.core.weights.folds import Fold, Keep, weight_fold
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.lora import LoRA
 
@@ -57,9 +57,11 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
+            GraftError: GC002 for groups of a convolution that do not divide the rank, GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
         down, up = _starts(spec, site, build)
+        if _meets_groups(spec, site):
+            return self._insert_across(spec, site, build)
         excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no more directions
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
         x = build.input(site)
@@ -81,8 +83,32 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         if spec.bias == "lora_only" and site.own_bias is not None:
             build.overlay(site.own_bias)
 
+    def _insert_across(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
+        groups = site.use.entries // site.own.shape[1]
+        if spec.rank % groups or not site.columns.whole or spec.init not in ("kaiming", "gaussian"):
+            message = f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
+            if not spec.rank % groups:
+                message = f"{site.key} has {groups} groups, across which LoRA starts anew and adapts all rows"
+            hint = "choose another rank, or leave the site out with exclude"
+            raise GraftError("GC002", message, place=Place(path="across_groups"), hint=hint)
+        columns = site.in_features * groups
+        down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform
+        a = build.parameter("A", (spec.rank, columns), down, dtype=site.dtype, trainable=not spec.freeze_a)
+        b = build.parameter("B", (site.out_features, spec.rank // groups), zeros, dtype=site.dtype)
+        recompute = spec.dropout_mask == "recomputed"
+        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+        build.add(site, build.low_rank(site, x, a, b, spec.scaling))
+        if spec.bias == "lora_only" and site.own_bias is not None:
+            build.overlay(site.own_bias)
+
+    def reads_channels(self, spec: LoRA) -> bool:
+        """See `Method.reads_channels`."""
+        return spec.across_groups
+
     def fold(self, spec: LoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``."""
+        """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``; none across groups."""
+        if _meets_groups(spec, site):
+            return Keep("its update reads the channels of all groups, which the convolution does not")
 
         def change(weight: Tensor) -> Tensor:
             weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
@@ -99,6 +125,10 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
     def fewest_rows(self, spec: LoRA) -> int:
         """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
         return 1 if spec.excess_rank else spec.rank
+
+
+def _meets_groups(spec: LoRA, site: LinearSite) -> bool:
+    return spec.across_groups and site.use.grouped
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

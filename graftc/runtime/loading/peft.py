@@ -159,6 +159,8 @@ def _adaptation(
     found = {**fields_of(adapter.config), **dict(zip(varying, usual, strict=True))}
     if "excess_rank" in type(modules[0].spec).model_fields:
         found["excess_rank"] = any(_exceeds(module, shapes) for module in modules)
+    if "across_groups" in type(modules[0].spec).model_fields:
+        found["across_groups"] = any(_meets_groups(adapter, module, shapes) for module in modules)
     if "rows" in found:
         found["rows"] = list(_rows(modules[0]))
     others = dict.fromkeys(values for values in at.values() if values != usual)
@@ -182,6 +184,12 @@ def _exceeds(module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return False
     matrix = shape[-2:] if module.named else (shape[0], math.prod(shape[1:]))
     return int(getattr(module.spec, "rank", 0)) > min(matrix)
+
+
+def _meets_groups(adapter: PeftAdapter, module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a factor reads all channels of a convolution whose kernels have those of one group."""
+    own, shape = adapter.shapes.get(module.keys.get("A", ""), ()), shapes.get(module.name, ())
+    return len(own) == len(shape) > 2 and not module.named and own[1] > shape[1]
 
 
 def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:

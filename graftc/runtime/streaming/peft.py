@@ -14,7 +14,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.runtime.interop.peft.checks import check_contents, check_copies
-from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft, table_form
 from graftc.runtime.models import load_folder
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
@@ -134,6 +134,10 @@ def _update(
         raise GraftError("GC103", f"{what} is no change of a stored matrix")
     if found.name in tied:
         raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=_UNTIED)
+    groups = int(getattr(module, "groups", 1))
+    pair = {"down", "up"} <= {table_form(found, part) for part in found.keys}
+    if layout is Layout.KERNEL and (method.reads_channels(found.spec) or (groups > 1 and pair)):
+        raise GraftError("GC103", f"{found.spec.method} at {found.name} reads channels, which is no change of a matrix")
     spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)

@@ -14,7 +14,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.readers import linear_use
 from graftc.passes.core.sites.uses import Experts, Lookup, Use
 from graftc.passes.core.weights.names import adapter_name
-from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.runtime.artifact.manifest import ADAPTERS, PlaceRecord
 from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.streaming.names import FileNames
@@ -181,6 +181,8 @@ def _update(
         place.module, place.roles, place.layer, depth=depth, parameter=place.name
     )
     method = method_for(spec.method)
+    if use.weight.layout is Layout.KERNEL and method.reads_channels(spec):
+        raise GraftError("GC103", f"{place.adaptation!r} reads channels at {site}, which is no change of a matrix")
     if isinstance(method, RowWise):
         spec = method.standing_alone(spec, place.roles)
     own, bias = use.weight.at(place.rows), use.bias

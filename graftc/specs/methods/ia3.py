@@ -61,8 +61,8 @@ class IA3(MethodSpec):
 
     side: Side = "auto"
     """`output`: scale the map's output, including its bias, by a vector of size `[out]`. `input`: scale its input by a
-    vector of size `[in]`; not possible for convolutions with a kernel larger than one point. `auto`: `input` for sites
-    with the role `ffn.down`, `output` for all others."""
+    vector of size `[in]`, which has a number for each channel of a convolution. `auto`: `input` for sites with the role
+    `ffn.down`, `output` for all others."""
 
     overrides: Items[IA3Override] = ()
     """Other sides for some sites; the first override that matches a site applies."""

@@ -81,7 +81,7 @@ class LoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank"}),
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}),
         turned=True,
     )
 
@@ -99,6 +99,11 @@ class LoRA(MethodSpec):
 
     rslora: bool = False
     """Scale by `alpha / sqrt(rank)`, which keeps the magnitude of updates similar across ranks."""
+
+    across_groups: bool = False
+    """In a convolution with groups, which must divide the rank, A reads the channels of all groups, and the rows of
+    each group have a share of the ranks, as in PEFT. Such an update does not fold. By default each row's update reads
+    what the row reads, and folds."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an input of the branch during training."""

@@ -11,7 +11,7 @@ from graftc.passes.core.build.seams import Change
 from graftc.passes.core.build.tensors import Tensors
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.core.sites.uses import Dense
+from graftc.passes.core.sites.uses import Convolution, Dense
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -62,6 +62,8 @@ class LinearMaps(Part):
             return self._product(hidden, b, "up")
         if not site.use.grouped:
             return site.use.low_rank(self.call, x, a, b, scale)
+        if isinstance(site.use, Convolution) and a.meta["val"].shape[-1] != site.in_features:
+            return self._own_columns(site, site.use.across(self.call, x, a, self._every_row(site, b), scale))
         return self._own_columns(site, site.use.low_rank(self.call, x, a, self._every_row(site, b), scale))
 
     def _every_row(self, site: LinearSite, own: fx.Node) -> fx.Node:
@@ -178,18 +180,19 @@ class LinearMaps(Part):
         use.output = after if use.output is before else use.output
 
     def scale_input(self, site: LinearSite, scale: fx.Node) -> None:
-        """Multiply what the site reads by ``scale: [in]``, with all that is inserted on the site so far.
+        """Multiply what the site reads by ``scale: [entries]``, with all that is inserted on the site so far: ``[in]``,
+        or a number for each channel of a convolution.
 
         Raises:
-            GraftError: GC017 where a column of the weight is no entry of the input: convolutions and tables.
+            GraftError: GC017 where no axis of the input counts columns of the weight: tables.
         """
-        x, axis = self.input(site), site.use.input_axis
+        x, axis = self.input(site), site.use.scaled_axis
         if axis is None:
-            message = f"{site.key} is a map of patches or of indices: it has no input axis that could be scaled"
+            message = f"{site.key} is a map of indices: it has no input axis that could be scaled"
             raise GraftError("GC017", message, hint="scale its output, or leave it out with exclude")
         trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
         if trailing:
-            scale = self.call(aten.view.default, scale, [site.in_features, *[1] * trailing], part="scale")
+            scale = self.call(aten.view.default, scale, [site.use.entries, *[1] * trailing], part="scale")
         else:
             scale = self._along(scale, x)
         self.set_input(site, self.call(aten.mul.Tensor, x, scale, part="scale"))

@@ -45,6 +45,11 @@ class Method(ABC, Generic[S, P]):
     """Whether all that it makes stands in for base tensors wherever they are read, under tied names too and below
     everything that is inserted at sites, so that it always folds: copies that train, sums with differences."""
 
+    def reads_channels(self, spec: S) -> bool:
+        """Whether a convolution is more to it than a map of patches: its channels and the points of its kernel count
+        apart, or its groups meet."""
+        return False
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for base in cls.__dict__.get("__orig_bases__", ()):

@@ -65,6 +65,16 @@ class Use(ABC):
         return self.axis
 
     @property
+    def scaled_axis(self) -> int | None:
+        """Which axis of the input can be scaled so that the weight's columns are; None where none can."""
+        return self.input_axis
+
+    @property
+    def entries(self) -> int:
+        """How many entries that axis has: a column of the weight each, or a channel, which is several in a patch."""
+        return self.in_features
+
+    @property
     def input(self) -> fx.Node:
         """What the map reads now."""
         source = self.node.args[self.input_index]
@@ -170,6 +180,16 @@ class Convolution(Use):
         return 1 if self.groups == 1 and math.prod(self._kernel[1:]) == 1 else None
 
     @property
+    def scaled_axis(self) -> int | None:
+        """See `Use.scaled_axis`."""
+        return 1
+
+    @property
+    def entries(self) -> int:
+        """See `Use.entries`."""
+        return self._kernel[0] * self.groups
+
+    @property
     def groups(self) -> int:
         """Groups of channels that do not meet."""
         return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
@@ -196,6 +216,18 @@ class Convolution(Use):
             return super().low_rank(call, x, a, b, scale)
         product = call(aten.matmul.default, _scaled(call, b, scale), a, part="product")
         return self.map(call, x, product, "up")
+
+    def across(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """``a: [rank, all channels and their points]`` applied without groups, then ``b: [rows, rank / groups]``, of
+        which the rows of each group read their share of the ranks. As ``[..., rows]``."""
+        target: Any = self.node.target
+        points = self._kernel[1:]
+        down = call(aten.view.default, a, [int(a.meta["val"].shape[0]), self.entries, *points], part="down")
+        hidden = _scaled(call, call(target, x, down, None, *self.node.args[3:6], 1, part="down"), scale)
+        up = call(aten.view.default, b, [*b.meta["val"].shape, *(1 for _ in points)], part="up")
+        ones, zeros = [1] * len(points), [0] * len(points)
+        plain = target.overloadpacket.default
+        return self.columns_last(call, call(plain, hidden, up, None, ones, zeros, ones, self.groups, part="up"))
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
         """See `Use.widen`. Where the hidden values are not contiguous, torch multiplies a factor that wants a gradient

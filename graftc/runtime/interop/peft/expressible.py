@@ -61,6 +61,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         assert table is not None
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
         _check_sites(resolved, index)
+        _check_groups(resolved, table, index)
         _check_options(resolved, table, f"adapt[{index}]")
     _check_virtual(compilation, main)
 
@@ -77,6 +78,16 @@ def _check_sites(resolved: Resolved, index: int) -> None:
     used = [str(site.key) for site, _ in resolved.places if isinstance(site, LinearSite) and site.key.use]
     if used:
         raise _error(f"one use of a weight alone: {some(used, 3)}", f"adapt[{index}].target", "merge it")
+
+
+def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
+    """In a convolution with groups, peft's first factor reads the channels of all of them."""
+    if not any(part.form == "down" and part.key.startswith("lora") for part in table.parts.values()):
+        return
+    for site, spec in resolved.places:
+        if isinstance(site, LinearSite) and site.use.grouped and not getattr(spec, "across_groups", False):
+            what = f"factors within the groups of {site.key}"
+            raise _error(what, f"adapt[{index}].across_groups", "set across_groups, or merge it")
 
 
 def _check_options(resolved: Resolved, table: PeftFormat, where: str) -> None:
