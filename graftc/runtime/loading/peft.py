@@ -27,7 +27,7 @@ from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft
 from graftc.runtime.interop.peft.forms import filled
-from graftc.runtime.interop.peft.pairs import Pair, pairs_of
+from graftc.runtime.interop.peft.pairs import Pair, is_projection, pairs_of
 from graftc.runtime.interop.peft.targets import globs, is_saved
 from graftc.runtime.interop.peft.tied import once, trained_apart, trained_together
 from graftc.specs.claims import SiteKind
@@ -95,6 +95,11 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     absent = [m.path for m in adapter.modules if m.path not in known]
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     absent += [name for name in adapter.trained if name not in tensors]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = [m for m in adapter.modules if m.around and m.path in known]
+    if strange := [m.path for m in inside if not is_projection(m.path, modules)]:
+        message = f"the file adapts {strange[0]} inside of another adapted module"
+        raise GraftError("GC113", message, place=adapter.place, details=strange[1:SHOWN])
     if absent:
         count = f"{len(absent)} modules or tensors" if len(absent) > 1 else "a module or tensor"
         message = f"the adapter is for {count} that {type(model).__name__} does not have: {some(absent, 3)}"

@@ -51,7 +51,7 @@ def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Map
 
 def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
     named = meant(adapter.config, modules)
-    own = {m.path for m in adapter.modules if not m.named and set(m.keys.values()) - token_keys(adapter)}
+    own = {m.path for m in adapter.modules if not (m.named or m.around) and set(m.keys.values()) - token_keys(adapter)}
     if adapter.config.is_prompt:
         return
     if own and adapter.config.target_modules is None and not adapter.config.target_parameters:

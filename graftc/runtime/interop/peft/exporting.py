@@ -19,10 +19,10 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.train import TRAIN
-from graftc.passes.core.sites.sites import AttentionSite, LinearSite
+from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
-from graftc.runtime.interop.peft.expressible import refuse_inexpressible, task_of
+from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
 from graftc.runtime.interop.peft.pairs import Pair, as_data, pairs_of, split, table_of, table_path
 from graftc.runtime.interop.peft.targets import suffixes
@@ -142,15 +142,15 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
     }
     if table.drawn is not None:
         found[table.drawn] = True
-    found |= _fields(main, table)
+    found |= _fields(own_places(compilation, main), main, table)
     if table.joined is not None:
         return found | _virtual(compilation, main)
     return found | _modules(compilation, main, others, table)
 
 
-def _fields(main: Resolved, table: PeftFormat) -> dict[str, Any]:
+def _fields(places: Sequence[tuple[Site, MethodSpec]], main: Resolved, table: PeftFormat) -> dict[str, Any]:
     """Fields of the config that are fields of the spec; where sites differ, what most of them have."""
-    specs = [spec for _, spec in main.places]
+    specs = [spec for _, spec in places]
     found: dict[str, Any] = {}
     for theirs, ours in table.fields.items():
         value = Counter(repr(getattr(spec, ours)) for spec in specs).most_common(1)[0][0]
@@ -175,26 +175,27 @@ def _as_json(value: Any) -> Any:
 def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
     """Which modules are adapted, and what differs among them."""
     universe = [path for path, _ in compilation.source.named_modules(remove_duplicate=False) if path]
-    plain = [(site, spec) for site, spec in main.places if not _is_parameter(compilation, site)]
-    named = [f"{site.key.module}.{site.key.name}" for site, _ in main.places if _is_parameter(compilation, site)]
+    own = own_places(compilation, main)
+    plain = [(site, spec) for site, spec in own if not _is_parameter(compilation, site)]
+    named = [f"{site.key.module}.{site.key.name}" for site, _ in own if _is_parameter(compilation, site)]
     found: dict[str, Any] = {}
     groups: dict[bool, list[str]] = {}
     by_rows = any(part.form == "rows" for part in table.parts.values())
     for site, spec in plain:
-        listed = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
+        listed = any(each.value(spec, site.roles) == each.listed for each in table.lists.values())
         path = table_path(compilation, site.key) if by_rows else site.key.module
         groups.setdefault(listed, []).append(path)
     words = {listed: suffixes(dict.fromkeys(paths), universe) for listed, paths in groups.items()}
-    found["target_modules"] = sorted({word for own in words.values() for word in own})
+    found["target_modules"] = sorted({word for each in words.values() for word in each})
     for theirs in table.lists:
         found[theirs] = sorted(words.get(True, ()))
     if named:
         found["target_parameters"] = sorted(suffixes(named, _parameters(compilation)))
     for theirs, ours in table.patterns.items():
-        usual = Counter(getattr(spec, ours) for _, spec in main.places).most_common(1)[0][0]
+        usual = Counter(getattr(spec, ours) for _, spec in own).most_common(1)[0][0]
         found[theirs] = {
             _pattern_key(compilation, site): _as_json(getattr(spec, ours))
-            for site, spec in main.places
+            for site, spec in own
             if getattr(spec, ours) != usual
         }
     if others:

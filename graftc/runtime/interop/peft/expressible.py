@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
-from graftc.passes.core.sites.sites import AttentionSite, LinearSite
-from graftc.runtime.interop.peft.pairs import repeats, table_of
+from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
+from graftc.runtime.interop.peft.folder import ADDED
+from graftc.runtime.interop.peft.pairs import is_projection, repeats, table_of
+from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown, some
+from graftc.specs.methods.lora import LoRA
 from graftc.specs.peft import PeftFormat
 
-__all__ = ["refuse_inexpressible", "task_of"]
+__all__ = ["own_places", "refuse_inexpressible", "task_of"]
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -62,6 +67,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
         _check_sites(resolved, index)
         _check_groups(resolved, table, index)
+        _check_attentions(compilation, resolved, index)
         _check_options(resolved, table, f"adapt[{index}]")
     _check_virtual(compilation, main)
 
@@ -78,6 +84,32 @@ def _check_sites(resolved: Resolved, index: int) -> None:
     used = [str(site.key) for site, _ in resolved.places if isinstance(site, LinearSite) and site.key.use]
     if used:
         raise _error(f"one use of a weight alone: {some(used, 3)}", f"adapt[{index}].target", "merge it")
+
+
+def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site, MethodSpec]]:
+    """The places that peft's config is about: without output projections that it adapts with their attention."""
+    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    return [(site, spec) for site, spec in resolved.places if not is_projection(site.key.module, modules)]
+
+
+def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) -> None:
+    """peft adapts both projections of a `nn.MultiheadAttention`, with one rank, and adds the second's update twice."""
+    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    inner = {site.key.module.rpartition(".")[0]: spec for site, spec in resolved.places if is_projection(site.key.module, modules)}
+    outer = {
+        site.key.module: spec
+        for site, spec in resolved.places
+        if isinstance(modules.get(site.key.module), nn.MultiheadAttention)
+    }
+    for path in dict.fromkeys((*inner, *outer)):
+        first, second = (own.get(path) for own in (outer, inner))
+        if first is None or second is None:
+            raise _error(f"one of the projections of {path} alone", f"adapt[{index}].target", "adapt both")
+        sizes = [(getattr(spec, "rank", None), getattr(spec, "scaling", None)) for spec in (first, second)]
+        if not isinstance(first, LoRA) or sizes[1] != (sizes[0][0], ADDED * first.scaling):
+            what = f"{path} with these ranks and scalings: PEFT adds its output projection's update {ADDED} times"
+            hint = f"give {path}.out_proj the same rank and {ADDED} times the alpha"
+            raise _error(what, f"adapt[{index}].overrides", hint)
 
 
 def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:

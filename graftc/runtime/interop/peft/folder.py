@@ -26,9 +26,12 @@ from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
 from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_rows, takes_bias
 
-__all__ = ["WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
+__all__ = ["ADDED", "WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
 
 WEIGHTS = "adapter_model.safetensors"
+ADDED = 2
+"""How many times peft adds the update of the output projection to a `nn.MultiheadAttention` that it adapts: when it
+merges the attention for a call, and when that merges the projection."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -44,6 +47,7 @@ class PeftModule:
         shaped: how they are stored.
         depth: how many other adapters of the same module stand around this one in the file.
         named: whether `target_parameters` names the parameter, rather than `target_modules` the module.
+        around: the adapted module that this one is part of, with which peft adapts it: `nn.MultiheadAttention`.
         read_at: the module by which the base reads the tensor, where that is another one that shares it.
     """
 
@@ -55,6 +59,7 @@ class PeftModule:
     depth: int = 0
     named: bool = False
     read_at: str = ""
+    around: str = ""
 
     @property
     def name(self) -> str:
@@ -221,13 +226,16 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
     found: list[PeftModule] = []
     for (path, depth), keys in adapter.keys.modules.items():
         parameter, named = parameters[path, depth]
-        spec, experts = method_at(adapter.config, f"{path}.{parameter}" if named else path), None
+        around = adapter.keys.inside.get(path, "")
+        spec, experts = method_at(adapter.config, around or (f"{path}.{parameter}" if named else path)), None
+        if around:
+            spec = spec.model_copy(update={"alpha": ADDED * getattr(spec, "alpha", 1)})
         if named:
             experts = _experts(adapter, keys, int(getattr(spec, "rank", 1)), sure=bool(shapes))
         order = rows_of(adapter.config, path)[1] if "rows" in _forms(spec_class) else None
         inward = any(is_listed(adapter.config, name, path) for name in table.lists)
         shaped = Shaped(experts=experts, inward=inward, order=order)
-        found.append(PeftModule(path, parameter, spec, keys, shaped, depth, named))
+        found.append(PeftModule(path, parameter, spec, keys, shaped, depth, named, around=around))
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from graftc.specs.foreign.config import AdapterConfig, beside
 from graftc.specs.peft import PeftFormat
@@ -21,6 +22,7 @@ class Keys:
 
     Attributes:
         modules: the key of each part, by module and how many other adapters stand around it there.
+        inside: those modules whose keys lead through another adapted module, by that module.
         tokens: keys of trained rows of embedding tables, by module, where they stand beside another method.
         shared: keys of tensors of the adaptation as a whole, by part.
         joined: the key of the one tensor of virtual tokens.
@@ -31,6 +33,7 @@ class Keys:
     """
 
     modules: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
+    inside: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     joined: str | None = None
@@ -65,7 +68,9 @@ def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
         elif (own := _behind(path, tokens)) is not None and tokens not in parts:
             found.tokens[own] = key
         elif joined is None and (hit := next((s for s in parts if _behind(path, s) is not None), None)) is not None:
-            module, depth = _unwrapped(path.removesuffix(f".{hit}"))
+            module, depth, around = _unwrapped(path.removesuffix(f".{hit}"))
+            if around:
+                found.inside[module] = around
             found.modules.setdefault((module, depth), {})[parts[hit]] = key
         else:
             _sort_plain(found, path, key)
@@ -76,13 +81,16 @@ def _behind(path: str, suffix: str) -> str | None:
     return path.removesuffix(f".{suffix}") if path.endswith(f".{suffix}") else None
 
 
-def _unwrapped(path: str) -> tuple[str, int]:
+def _unwrapped(path: str) -> tuple[str, int, str]:
+    """The module, how many adapters stand around the tensor there, and the adapted module that it lies in, if any."""
     segments = path.split(".")
     depth = 0
     while segments and segments[-1] == _BASE:
         segments.pop()
         depth += 1
-    return ".".join(segments), depth
+    outer = segments[: len(segments) - segments[::-1].index(_BASE) - 1] if _BASE in segments else []
+    plain, around = ([segment for segment in own if segment != _BASE] for own in (segments, outer))
+    return ".".join(plain), depth, ".".join(around)
 
 
 def _sort_plain(found: Keys, path: str, key: str) -> None:
@@ -99,6 +107,15 @@ def _sort_plain(found: Keys, path: str, key: str) -> None:
             found.plain[name] = key
 
 
-def tensor_key(module: str, suffix: str, depth: int = 0, *, prefix: str = MODEL) -> str:
-    """The key of a tensor: behind a module's path, inside of so many other adapters there."""
-    return ".".join(word for word in (f"{prefix}{module}", *(_BASE for _ in range(depth)), suffix) if word)
+def tensor_key(
+    module: str, suffix: str, depth: int = 0, *, prefix: str = MODEL, wrapped: Mapping[str, int] = MappingProxyType({})
+) -> str:
+    """The key of a tensor: behind a module's path, inside of so many other adapters there. Modules that the path leads
+    through may be wrapped too, so many times each."""
+    segments = module.split(".")
+    words: list[str] = []
+    for end, segment in enumerate(segments, 1):
+        words += [segment] if segment else []
+        if end < len(segments):
+            words += [_BASE] * wrapped.get(".".join(segments[:end]), 0)
+    return prefix + ".".join([*words, *[_BASE] * depth, *([suffix] if suffix else [])])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
@@ -23,7 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
 
-__all__ = ["Pair", "as_data", "is_turned", "pairs_of", "repeats", "split", "table_of", "table_path"]
+__all__ = ["Pair", "as_data", "is_projection", "is_turned", "pairs_of", "repeats", "split", "table_of", "table_path"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _of(
                 suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
                 suffix = own.nested if nested and own.nested is not None else suffix
                 module = table_path(compilation, key) if own.form == "rows" else key.module
-                at = tensor_key(module, suffix, depths[key], prefix=prefix)
+                at = tensor_key(module, suffix, depths[key], prefix=prefix, wrapped=wrapped)
                 pair = Pair(at, name, str(key), part, own.form, shaped, own.rank)
                 yield pair
                 if own.form == "rows" and not nested:
@@ -198,7 +198,14 @@ def table_path(compilation: Compilation, key: SiteKey) -> str:
 
 def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mapping[str, int], prefix: str) -> Pair:
     module, _, last = base.rpartition(".")
-    return Pair(tensor_key(module, last, wrapped.get(module, 0), prefix=prefix), name, str(site), part)
+    key = tensor_key(module, last, wrapped.get(module, 0), prefix=prefix, wrapped=wrapped)
+    return Pair(key, name, str(site), part)
+
+
+def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is the output projection of an attention which peft adapts as a whole."""
+    around, _, last = path.rpartition(".")
+    return last == "out_proj" and isinstance(modules.get(around), nn.MultiheadAttention)
 
 
 _OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
