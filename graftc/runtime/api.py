@@ -146,7 +146,7 @@ def import_peft(
         cache: keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read or names code, GC112 for a
+        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read, GC112 for a
             type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
             another base; and as `compile`. The model is as it was then.
     """

@@ -30,6 +30,7 @@ class PeftPart:
         table: the key at an embedding table; None is `key`.
         rank: which axis of our tensor counts a rank up to which zeros fill it; None where it is whole.
         nested: the key where the method stands beside another one.
+        axes: how many axes the tensor may have in a file; of others, peft makes another product. None: any number.
     """
 
     key: str
@@ -37,6 +38,7 @@ class PeftPart:
     table: str | None = None
     rank: int | None = None
     nested: str | None = None
+    axes: tuple[int, ...] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -87,6 +89,7 @@ class PeftFormat:
         training: fields of the spec that are about training or initial values, so that a file need not have them.
         written: fields of the config that are written and not read, from the spec.
         turned: whether the config says that weights are stored as ``[in, out]``.
+        parameters: whether the config may name parameters of modules; without dropout of what they read.
     """
 
     types: tuple[str, ...]
@@ -108,6 +111,7 @@ class PeftFormat:
     training: frozenset[str] = frozenset()
     written: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     turned: bool = False
+    parameters: bool = False
 
     @property
     def known(self) -> frozenset[str]:

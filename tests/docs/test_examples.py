@@ -271,8 +271,8 @@ def pickled_weights(patch: pytest.MonkeyPatch) -> None:
     graftc.import_peft("adapter", tiny("bert"))
 
 
-def a_config_that_names_code(patch: pytest.MonkeyPatch) -> None:
-    adapter(auto_mapping={"base_model_class": "Model", "parent_library": "my_package.models"})
+def a_config_with_an_unknown_field(patch: pytest.MonkeyPatch) -> None:
+    adapter(rank_patern={"query": 4})
     graftc.import_peft("adapter", tiny("bert"))
 
 
@@ -481,7 +481,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC093": rows_that_no_target_means,
     "GC104": nothing_to_merge,
     "GC110": pickled_weights,
-    "GC111": a_config_that_names_code,
+    "GC111": a_config_with_an_unknown_field,
     "GC112": a_type_that_is_not_here,
     "GC113": a_config_of_other_modules,
     "GC114": an_adapter_of_a_larger_model,

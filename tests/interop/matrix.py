@@ -327,8 +327,14 @@ KINDS: Mapping[str, Kind] = {
     "starts": Kind("LoRA", starts, FIVE),
     "saved": Kind("LoRA", _lora(modules_to_save=lambda f, _: [HEADS[f]]), ("bert", "roberta", "vit", "llama", "convs")),
     "saved-norms": Kind("LoRA", _lora(modules_to_save=lambda f, _: NORMS[f][:1]), ("llama", "bart", "mixtral")),
-    "all-linear": Kind("LoRA", _lora(target_modules="all-linear"), ("llama", "tied", "mixtral", "qwen3_moe", "bert", "gpt2", "t5", "vit")),
-    "tables": Kind("LoRA", _lora(target_modules=lambda f, _: [TABLES[f], LINEAR[f][0]]), ("bert", "llama", "gpt_neox", "roberta")),
+    "all-linear": Kind(
+        "LoRA",
+        _lora(target_modules="all-linear"),
+        ("llama", "tied", "mixtral", "qwen3_moe", "bert", "gpt2", "t5", "vit"),
+    ),
+    "tables": Kind(
+        "LoRA", _lora(target_modules=lambda f, _: [TABLES[f], LINEAR[f][0]]), ("bert", "llama", "gpt_neox", "roberta")
+    ),
     "tied-target": Kind("tied", tied_target, ("tied", "gpt2")),
     "tied-saved": Kind("tied", tied_saved, ("tied", "gpt2"), 2),
     "tokens": Kind("trainable tokens", tokens, ("bert", "gpt2", "llama", "tied", "mixtral", "t5", "bart"), 2),
@@ -342,11 +348,22 @@ KINDS: Mapping[str, Kind] = {
     "bias": Kind("bias", bias, ("bert", "roberta", "vit", "gpt2", "gpt_neox", "bart", "convs")),
     "convolutions": Kind("LoRA", convolutions, ("convs",), 6),
     "patches": Kind("LoRA", _lora(target_modules=["projection", "fc1"]), ("vit",)),
-    "attention": Kind("LoRA", _lora(target_modules=lambda _, r: r.choice([["attention"], ["attention", "fc"]])), ("convs",), 4),
+    "attention": Kind(
+        "LoRA", _lora(target_modules=lambda _, r: r.choice([["attention"], ["attention", "fc"]])), ("convs",), 4
+    ),
     "dora": Kind("DoRA", _lora(use_dora=True), FIVE + ("t5", "bart", "mixtral"), 2),
-    "dora-convs": Kind("DoRA", _lora(use_dora=True, target_modules=lambda _, r: r.sample(["stem", "point", "fc", "line"], 2)), ("convs",), 2),
+    "dora-convs": Kind(
+        "DoRA",
+        _lora(use_dora=True, target_modules=lambda _, r: r.sample(["stem", "point", "fc", "line"], 2)),
+        ("convs",),
+        2,
+    ),
     "pissa": Kind("PiSSA", _lora(init_lora_weights="pissa", r=lambda _, r: r.randint(1, 6)), FIVE + ("t5", "mixtral")),
-    "olora": Kind("OLoRA", _lora(init_lora_weights="olora", r=lambda _, r: r.randint(1, 6)), FIVE + ("t5", "mixtral")),
+    "olora": Kind(
+        "OLoRA",
+        _lora(init_lora_weights="olora", r=lambda _, r: r.randint(1, 6)),
+        ("bert", "gpt_neox", "llama", "vit", "t5", "mixtral", "bart"),
+    ),
     "adalora": Kind("AdaLoRA", adalora, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "bart"), 2),
     "ia3": Kind("IA3", ia3, EVERY, 1),
     "ia3-convs": Kind("IA3", ia3, ("convs",), 3),
@@ -362,11 +379,17 @@ KINDS: Mapping[str, Kind] = {
     "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),
     "p-tuning": Kind(
         "p-tuning",
-        virtual("PromptEncoderConfig", encoder_hidden_size=16, encoder_reparameterization_type=lambda r: r.choice(["MLP", "LSTM"])),
+        virtual(
+            "PromptEncoderConfig",
+            encoder_hidden_size=16,
+            encoder_reparameterization_type=lambda r: r.choice(["MLP", "LSTM"]),
+        ),
         (*DECODERS, *PAIRS),
     ),
     "prefix": Kind("prefix", virtual("PrefixTuningConfig"), DECODERS, 2),
-    "prefix-projected": Kind("prefix", virtual("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=12), DECODERS),
+    "prefix-projected": Kind(
+        "prefix", virtual("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=12), DECODERS
+    ),
     "prefix-pair": Kind("prefix", virtual("PrefixTuningConfig"), PAIRS, 2, back=False),
     "wide": Kind("LoRA", _lora(r=64), ("llama", "bert")),
 }
@@ -452,7 +475,9 @@ def loaded(folder: Path, family: str) -> Any:
 
 def given_to(ours: Compiled, seed: int) -> dict[str, Tensor]:
     inputs = inputs_for(ours, (3, 9), seed)
-    return {name: torch.ones_like(value) if name.endswith("attention_mask") else value for name, value in inputs.items()}
+    return {
+        name: torch.ones_like(value) if name.endswith("attention_mask") else value for name, value in inputs.items()
+    }
 
 
 def outcome(model: nn.Module, inputs: Mapping[str, Tensor], like: Tensor | None = None) -> Tensor:
@@ -571,7 +596,6 @@ def _differences(case: Case, folder: Path, theirs: Any, ours: Compiled) -> Itera
     if KINDS[case.kind].back:
         ours.export(folder / "ours", format="peft")
         yield "back", relative(own, outcome(loaded(folder / "ours", case.family), inputs, own))
-
 
 
 def _factor(key: str) -> int:

@@ -268,7 +268,6 @@ def test_another_base(llama: Path) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown field": ({"ranks": 3}, "GC111", "ranks"),
-    "code": ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "GC111", "names code"),
     "megatron": ({"megatron_core": "evil.core"}, "GC112", "megatron_core"),
     "type": ({"peft_type": "OFT"}, "GC112", "OFT"),
     "bias of B": ({"lora_bias": True}, "GC112", "lora_bias"),
@@ -288,6 +287,40 @@ def test_configs_that_are_refused(name: str, copied: Path) -> None:
     fields, code, said = CONFIGS[name]
     error = refused(changed(copied, **fields))
     assert error.code == code and said in str(error)
+
+
+MAPPINGS: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {},
+    {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"},
+    {"base_model_class": "X", "parent_library": "os"},
+    {"base_model_class": "__import__('os')", "parent_library": "my_package.models", "other": 1},
+)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_class_that_a_config_names_is_passed_over(
+    mapping: dict[str, Any] | None, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing needs the class, so nothing is imported."""
+    asked: list[str] = []
+    monkeypatch.setattr("importlib.import_module", lambda name, *_: asked.append(name))
+    read_peft(changed(copied, auto_mapping=mapping))
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "name", ["rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "megatron_core", "bias"]
+)
+def test_a_field_that_is_null_is_not_set(name: str, copied: Path) -> None:
+    config = read_peft(changed(copied, **{name: None}))
+    assert config.config.format[0].tag() == "lora" and len(config.modules) == 4
+
+
+@pytest.mark.parametrize("value", ["yes", 2, [True]])
+def test_a_value_that_decides_on_the_method_is_named(value: Any, copied: Path) -> None:
+    error = refused(changed(copied, use_dora=value))
+    assert error.code == "GC112" and error.place is not None and error.place.path == "use_dora"
 
 
 def test_missing_files_and_pickles(copied: Path, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
     def _insert_across(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
         groups = site.use.entries // site.own.shape[1]
         if spec.rank % groups or not site.columns.whole or spec.init not in ("kaiming", "gaussian"):
-            message = f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
+            message = (
+                f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
+            )
             if not spec.rank % groups:
                 message = f"{site.key} has {groups} groups, across which LoRA starts anew and adapts all rows"
             hint = "choose another rank, or leave the site out with exclude"

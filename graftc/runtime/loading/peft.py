@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +24,9 @@ from graftc.compiler.pipeline import compile_model
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
-from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
-from graftc.runtime.interop.peft.pairs import Pair, is_projection, pairs_of
+from graftc.runtime.interop.peft.pairs import Pair, is_adapted, is_projection, pairs_of
 from graftc.runtime.interop.peft.targets import globs, is_saved
 from graftc.runtime.interop.peft.tied import once, trained_apart, trained_together
 from graftc.specs.claims import SiteKind
@@ -63,16 +62,35 @@ def import_peft(
     try:
         compilation = compile_model(spec, model, axes, flags=flags, use_cache=cache)
     except GraftError as error:
-        if error.place is None or not error.place.path.startswith(("adapt[", "train")):
-            raise
-        hint = "give the base that the adapter was trained on" if error.code != "GC020" else error.hint
-        message = f"the adapter cannot be put into {type(model).__name__}: {error.message}"
-        raise GraftError("GC114", message, place=adapter.place, hint=hint, details=[error]) from None
+        raise _not_possible(adapter, model, error) from None
     check_fresh(compilation)
     _fill(adapter, compilation)
     compiled = make_compiled(compilation)
     compiled.eval()
     return compiled
+
+
+def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> GraftError:
+    """The error where the model cannot be compiled with the adapter: it is of another base only where that has modules
+    in these places that peft does not adapt."""
+    where = error.place.path if error.place is not None else ""
+    if not where.startswith(("adapt[", "train", "untie")):
+        return error
+    message = f"the adapter cannot be put into {type(model).__name__}: {error.message}"
+    modules = dict(model.named_modules(remove_duplicate=False))
+    own = [module for module in adapter.modules if not module.named and table_form(module, "weight") != "same"]
+    if strange := [module.path for module in own if not is_adapted(modules[module.path])]:
+        what = f"the adapter is for another base than {type(model).__name__}: {strange[0]} is no layer that PEFT adapts"
+        return GraftError("GC114", what, place=adapter.place, details=[*strange[1:SHOWN], error])
+    table = adapter.config.format[1]
+    words = {ours: theirs for theirs, ours in table.fields.items()} | {"across_groups": "target_modules"}
+    field = (
+        "modules_to_save" if not where.startswith("adapt[") else words.get(where.rpartition(".")[2], "target_modules")
+    )
+    if where.startswith("adapt[") and not where.startswith("adapt[0]"):
+        field = "trainable_token_indices"
+    place = Place(str(adapter.folder / CONFIG), path=field)
+    return GraftError("GC112", message, place=place, hint=error.hint, details=[error])
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -424,7 +424,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Give the folder that PEFT's `save_pretrained` wrote. Pickled weights of your own can be loaded in PEFT and saved "
      "again, which writes safetensors."),
     ("GC111", _FAILED, "the PEFT config cannot be read",
-     "`adapter_config.json` is no valid JSON, has a field that is unknown or of the wrong type, or names code.",
+     "`adapter_config.json` is not valid JSON, or has a field that is unknown or of the wrong type.",
      "Restore the file from its origin. A config is data: nothing that it names is imported or run."),
     ("GC112", _SPEC, "the PEFT adapter is not supported",
      "It is of a type, or uses an option, that has no equivalent here.",

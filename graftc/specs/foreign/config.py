@@ -32,6 +32,7 @@ _VALUES = 2**20
 _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
 """Fields of every type that say where an adapter comes from."""
 
+
 class AdapterConfig(BaseModel):
     """The fields that say which modules are adapted; those of a type are in `model_extra`, checked by its table."""
 
@@ -51,7 +52,7 @@ class AdapterConfig(BaseModel):
     layers_pattern: list[str] | str | None = None
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: bool | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
@@ -83,8 +84,11 @@ class AdapterConfig(BaseModel):
         """
         kinds = formats().get(self.peft_type, ())
         for spec_class, table in kinds:
-            if all(self.own.get(name, False) == value for name, value in table.when.items()):
+            if all((self.own.get(name) or False) == value for name, value in table.when.items()):
                 return spec_class, table
+        for name in (name for _, table in kinds for name in table.when if name in self.own):
+            what = f"{name}: {shown(self.own[name])} has no equivalent here"
+            raise GraftError("GC112", what, place=Place(CONFIG, path=name), hint="PEFT writes true, false or null")
         what = f"PEFT's type {quoted(self.peft_type)} is not supported"
         raise GraftError("GC112", what, hint=f"the types that work are {', '.join(supported_types())}")
 
@@ -174,7 +178,8 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
         hint = f"did you mean {quoted(close[0])}?" if close else "remove it if it is not about the adapter's function"
         message = f"fields are unknown to {config.peft_type}: {some(unknown)}"
         raise GraftError("GC111", message, place=Place(where, path=unknown[0]), hint=hint)
-    if empty := [name for name in _NUMBERS if name in config.own and config.own[name] is None]:
+    numbers = (name for name in _NUMBERS if name in table.fields and name in config.own)
+    if empty := [name for name in numbers if config.own[name] is None]:
         message = f"{empty[0]} is null, which PEFT cannot compute with"
         raise GraftError("GC111", message, place=Place(where, path=empty[0]))
     refused = [
@@ -188,13 +193,13 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
         raise GraftError("GC112", wrong, place=Place(where, path=refused[0][0]), details=others, hint=hint)
 
 
-_NUMBERS = ("r", "lora_alpha", "alpha", "init_r")
-"""Fields of which PEFT makes ranks and scales."""
+_NUMBERS = ("r", "lora_alpha", "alpha", "init_r", "num_virtual_tokens")
+"""Fields of which PEFT makes sizes and scales."""
 
 
 def _same(given: Any, value: Any) -> bool:
-    """Whether an option is at its value; what is off may be written as nothing at all."""
-    return given == value or (not value and not given)
+    """Whether an option is at its value. Null is an option that is not set, and what is off may be any nothing."""
+    return given is None or given == value or (not value and not given)
 
 
 def matching(pattern_keys: Sequence[str], module: str, matcher: RegexMatcher) -> str | None:

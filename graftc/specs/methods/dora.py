@@ -80,7 +80,9 @@ class DoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed={**LORA_FIXED, "bias": "none"},
         ignored=LORA_IGNORED,
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "dropout_on", "init", "norm_gradient", "excess_rank"}),
+        training=frozenset(
+            {"dropout", "dropout_mask", "dropout_scope", "dropout_on", "init", "norm_gradient", "excess_rank"}
+        ),
         turned=True,
     )
 

@@ -37,7 +37,7 @@ class LoKr(ProductSpec):
         types=("LOKR",),
         parts={
             **{"C": PeftPart("lokr_w1"), "CB": PeftPart("lokr_w1_a"), "CA": PeftPart("lokr_w1_b")},
-            **{"D": PeftPart("lokr_w2", "down"), "DB": PeftPart("lokr_w2_a"), "DA": PeftPart("lokr_w2_b")},
+            **{"D": PeftPart("lokr_w2", "down", axes=(2, 4)), "DB": PeftPart("lokr_w2_a"), "DA": PeftPart("lokr_w2_b")},
         },
         fields={
             **{"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both", "decompose_factor": "factor"},

@@ -83,6 +83,7 @@ class LoRA(MethodSpec):
         ignored=LORA_IGNORED,
         training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}),
         turned=True,
+        parameters=True,
     )
 
     method: Literal["lora"] = "lora"

@@ -24,7 +24,7 @@ from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
-from graftc.runtime.interop.peft.pairs import Pair, as_data, pairs_of, split, table_of, table_path
+from graftc.runtime.interop.peft.pairs import Pair, as_data, is_adapted, pairs_of, split, table_of, table_path
 from graftc.runtime.interop.peft.targets import suffixes
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.base import MethodSpec
@@ -138,7 +138,11 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
         **dict(table.fixed),
         **dict(table.when),
         **({"modules_to_save": saved} if saved else {}),
-        **({"ensure_weight_tying": True} if _trains_tied(compilation) and "ensure_weight_tying" in table.ignored else {}),
+        **(
+            {"ensure_weight_tying": True}
+            if _trains_tied(compilation) and "ensure_weight_tying" in table.ignored
+            else {}
+        ),
     }
     if table.drawn is not None:
         found[table.drawn] = True
@@ -208,8 +212,11 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
 
 
 def _is_parameter(compilation: Compilation, site: Any) -> bool:
-    """Whether peft has to name the parameter: a module that holds matrices of several experts."""
-    return isinstance(site, LinearSite) and bool(site.leading)
+    """Whether peft has to name the parameter: of a module that holds matrices of several experts, or of a class that it
+    does not adapt."""
+    if not isinstance(site, LinearSite):
+        return False
+    return bool(site.leading) or not is_adapted(compilation.source.get_submodule(site.key.module))
 
 
 def _pattern_key(compilation: Compilation, site: Any) -> str:

@@ -11,7 +11,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.runtime.interop.peft.folder import ADDED
-from graftc.runtime.interop.peft.pairs import is_projection, repeats, table_of
+from graftc.runtime.interop.peft.pairs import is_adapted, is_projection, repeats, table_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -56,7 +56,9 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
             )
     if spec.tokens:
         raise _error("tokens of the spec", "tokens", "merge the model instead")
-    by_rows = [own.name for own in (main, *others) if "rows" in {p.form for p in (table_of(own.spec) or NONE).parts.values()}]
+    by_rows = [
+        own.name for own in (main, *others) if "rows" in {p.form for p in (table_of(own.spec) or NONE).parts.values()}
+    ]
     if spec.untie and by_rows:
         raise _error(f"untie beside {by_rows[0]!r}: PEFT ties rows that train", "untie", "leave it out")
     if spec.train and "rows" in {part.form for part in (table_of(main.spec) or NONE).parts.values()}:
@@ -66,6 +68,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         assert table is not None
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
         _check_sites(resolved, index)
+        _check_parameters(compilation, resolved, table, index)
         _check_groups(resolved, table, index)
         _check_attentions(compilation, resolved, index)
         _check_options(resolved, table, f"adapt[{index}]")
@@ -95,7 +98,11 @@ def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site,
 def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) -> None:
     """peft adapts both projections of a `nn.MultiheadAttention`, with one rank, and adds the second's update twice."""
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
-    inner = {site.key.module.rpartition(".")[0]: spec for site, spec in resolved.places if is_projection(site.key.module, modules)}
+    inner = {
+        site.key.module.rpartition(".")[0]: spec
+        for site, spec in resolved.places
+        if is_projection(site.key.module, modules)
+    }
     outer = {
         site.key.module: spec
         for site, spec in resolved.places
@@ -110,6 +117,18 @@ def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) 
             what = f"{path} with these ranks and scalings: PEFT adds its output projection's update {ADDED} times"
             hint = f"give {path}.out_proj the same rank and {ADDED} times the alpha"
             raise _error(what, f"adapt[{index}].overrides", hint)
+
+
+def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftFormat, index: int) -> None:
+    """peft names parameters for LoRA only, and drops nothing of what experts read."""
+    for site, spec in resolved.places:
+        if not isinstance(site, LinearSite):
+            continue
+        if site.leading or not is_adapted(compilation.source.get_submodule(site.key.module)):
+            if not table.parameters:
+                raise _error(f"{spec.method} at the parameter {site.key}", f"adapt[{index}].target", "use lora there")
+            if getattr(spec, "dropout", 0):
+                raise _error(f"dropout at the parameter {site.key}", f"adapt[{index}].dropout", "leave it out")
 
 
 def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:

@@ -167,8 +167,8 @@ def read_peft(
             one module are adapted (`target_parameters`), to tell which is which.
 
     Raises:
-        GraftError: GC110 where there is none, or pickled weights only; GC111 for a config that cannot be read or names
-            code; GC112 for a type or an option without an equivalent; GC113 for tensors that the config does not
+        GraftError: GC110 where there is none, or pickled weights only; GC111 for a config that cannot be read;
+            GC112 for a type or an option without an equivalent; GC113 for tensors that the config does not
             explain.
     """
     folder = _folder(as_path(path), name)
@@ -226,6 +226,7 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
     found: list[PeftModule] = []
     for (path, depth), keys in adapter.keys.modules.items():
         parameter, named = parameters[path, depth]
+        _check_axes(adapter, path, keys)
         around = adapter.keys.inside.get(path, "")
         spec, experts = method_at(adapter.config, around or (f"{path}.{parameter}" if named else path)), None
         if around:
@@ -237,6 +238,16 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
         shaped = Shaped(experts=experts, inward=inward, order=order)
         found.append(PeftModule(path, parameter, spec, keys, shaped, depth, named, around=around))
     return found
+
+
+def _check_axes(adapter: PeftAdapter, path: str, keys: Mapping[str, str]) -> None:
+    spec_class, table = adapter.config.format
+    for part, key in keys.items():
+        axes, shape = table.parts[part].axes, adapter.shapes[key]
+        if axes is not None and len(shape) not in axes:
+            message = f"of {key}, which is {list(shape)}, PEFT makes another product than {spec_class.tag()} does"
+            place = Place(str(adapter.folder / CONFIG), path="target_modules")
+            raise GraftError("GC112", message, place=place, hint=f"merge it in PEFT, or leave {path} out there")
 
 
 def _forms(spec_class: type[MethodSpec]) -> set[str]:

@@ -23,7 +23,18 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
 
-__all__ = ["Pair", "as_data", "is_projection", "is_turned", "pairs_of", "repeats", "split", "table_of", "table_path"]
+__all__ = [
+    "Pair",
+    "as_data",
+    "is_adapted",
+    "is_projection",
+    "is_turned",
+    "pairs_of",
+    "repeats",
+    "split",
+    "table_of",
+    "table_path",
+]
 
 
 @dataclass(frozen=True)
@@ -200,6 +211,13 @@ def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mappi
     module, _, last = base.rpartition(".")
     key = tensor_key(module, last, wrapped.get(module, 0), prefix=prefix, wrapped=wrapped)
     return Pair(key, name, str(site), part)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether peft adapts a module by its name: of others, it has to be told the parameter."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D))
 
 
 def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
