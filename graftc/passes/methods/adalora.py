@@ -178,7 +178,8 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         """Insert the branch.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC002 when ``target_rank`` exceeds the rank.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC002 when ``target_rank``
+                exceeds the rank.
         """
         if spec.final_rank > spec.rank:
             message = f"target_rank {spec.final_rank} exceeds rank {spec.rank} at {site.key}"

@@ -46,8 +46,8 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         """Rescale the site's result, with the update added.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 where something stands at the site that has
-                no equivalent change of weights.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 where something
+                stands at the site that has no equivalent change of weights.
         """
         base = effective_weight(build, site)
         pair = _factors(spec, site, build) if spec.direction else ()

@@ -57,7 +57,8 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC002 for groups of a convolution that do not divide the rank, GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
+            GraftError: GC002 for groups of a convolution that do not divide the rank, GC020 when the rank exceeds
+                ``min(in, out)`` without ``excess_rank``.
         """
         down, up = _starts(spec, site, build)
         if _meets_groups(spec, site):

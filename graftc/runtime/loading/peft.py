@@ -84,11 +84,9 @@ def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> 
         return GraftError("GC114", what, place=adapter.place, details=[*strange[1:SHOWN], error])
     table = adapter.config.format[1]
     words = {ours: theirs for theirs, ours in table.fields.items()} | {"across_groups": "target_modules"}
-    field = (
-        "modules_to_save" if not where.startswith("adapt[") else words.get(where.rpartition(".")[2], "target_modules")
-    )
-    if where.startswith("adapt[") and not where.startswith("adapt[0]"):
-        field = "trainable_token_indices"
+    field = words.get(where.rpartition(".")[2], "target_modules")
+    if not where.startswith("adapt[0]"):
+        field = "trainable_token_indices" if where.startswith("adapt[") else "modules_to_save"
     place = Place(str(adapter.folder / CONFIG), path=field)
     return GraftError("GC112", message, place=place, hint=error.hint, details=[error])
 

@@ -138,12 +138,9 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
         **dict(table.fixed),
         **dict(table.when),
         **({"modules_to_save": saved} if saved else {}),
-        **(
-            {"ensure_weight_tying": True}
-            if _trains_tied(compilation) and "ensure_weight_tying" in table.ignored
-            else {}
-        ),
     }
+    if "ensure_weight_tying" in table.ignored and _trains_tied(compilation):
+        found["ensure_weight_tying"] = True
     if table.drawn is not None:
         found[table.drawn] = True
     found |= _fields(own_places(compilation, main), main, table)

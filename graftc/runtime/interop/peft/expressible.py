@@ -56,9 +56,8 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
             )
     if spec.tokens:
         raise _error("tokens of the spec", "tokens", "merge the model instead")
-    by_rows = [
-        own.name for own in (main, *others) if "rows" in {p.form for p in (table_of(own.spec) or NONE).parts.values()}
-    ]
+    tables = {own.name: table_of(own.spec) or NONE for own in (main, *others)}
+    by_rows = [name for name, table in tables.items() if "rows" in {part.form for part in table.parts.values()}]
     if spec.untie and by_rows:
         raise _error(f"untie beside {by_rows[0]!r}: PEFT ties rows that train", "untie", "leave it out")
     if spec.train and "rows" in {part.form for part in (table_of(main.spec) or NONE).parts.values()}:
@@ -98,16 +97,9 @@ def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site,
 def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) -> None:
     """peft adapts both projections of a `nn.MultiheadAttention`, with one rank, and adds the second's update twice."""
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
-    inner = {
-        site.key.module.rpartition(".")[0]: spec
-        for site, spec in resolved.places
-        if is_projection(site.key.module, modules)
-    }
-    outer = {
-        site.key.module: spec
-        for site, spec in resolved.places
-        if isinstance(modules.get(site.key.module), nn.MultiheadAttention)
-    }
+    places = [(site.key.module, spec) for site, spec in resolved.places]
+    inner = {path.rpartition(".")[0]: spec for path, spec in places if is_projection(path, modules)}
+    outer = {path: spec for path, spec in places if isinstance(modules.get(path), nn.MultiheadAttention)}
     for path in dict.fromkeys((*inner, *outer)):
         first, second = (own.get(path) for own in (outer, inner))
         if first is None or second is None:

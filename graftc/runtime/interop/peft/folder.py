@@ -256,7 +256,7 @@ def _forms(spec_class: type[MethodSpec]) -> set[str]:
 
 
 def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: bool) -> int | None:
-    """How many matrices the factors are of. Without a base, which of a module's parameters has which rank is a guess."""
+    """How many matrices the factors are of; without a base, which parameter has which rank is a guess."""
     rows = adapter.shapes[keys["A"]][0] if "A" in keys else rank
     if rows % rank and sure:
         message = f"{keys['A']} has {rows} rows, which is no multiple of the rank {rank}"

@@ -56,11 +56,9 @@ def adapted_parameters(
             found |= {(path, depth): (_weight(owned.get(path, ()), shapes, path), False) for depth in own}
             continue
         if not shapes:  # which of the names a module has is a guess; the longest say most of where they belong
-            telling = sorted(targets, key=lambda target: -target.count("."))
-            order = [
-                target.rpartition(".")[2] for target in telling if _means(target, f"{path}.{target.rpartition('.')[2]}")
-            ]
-            names = list(dict.fromkeys([*order, *names]))[: len(own)]
+            telling = [target.rpartition(".") for target in sorted(targets, key=lambda target: -target.count("."))]
+            fitting = [name for around, _, name in telling if not around or f".{path}".endswith(f".{around}")]
+            names = list(dict.fromkeys([*fitting, *names]))[: len(own)]
         if len(names) != len(own):
             message = f"the file has {len(own)} adapters at {path}, target_parameters names {len(names)}: {some(names)}"
             raise GraftError("GC113", message, place=adapter.place)
