@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, overload
@@ -128,34 +128,46 @@ def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: s
 
 
 def import_peft(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     model: Source,
     example_inputs: ExampleInputs | None = None,
     *,
     name: str | None = None,
     cache: bool = True,
 ) -> Compiled[Source]:
-    """A compiled model from a checkpoint of PEFT, in eval mode.
+    """A compiled model from a checkpoint of PEFT, or from several, in eval mode.
 
     Args:
         path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
-            ``adapter_model.safetensors``.
+            ``adapter_model.safetensors``; or several: a list, whose adaptations are called as the folders are, or a
+            mapping of names to folders. The adaptations of all are in effect; ``compiled.disable(name)`` switches one
+            off.
         model: its base, which is never changed.
         example_inputs: as for `compile`.
-        name: of an adapter in a sub-folder, as PEFT writes all but the one called ``default``.
+        name: of an adapter in a sub-folder of one folder, as PEFT writes all but the one called ``default``.
         cache: keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read, GC112 for a
+        GraftError: GC005 for two folders of one name, GC073 for ``name`` beside several, GC110 where there is no adapter, GC111 for a config that cannot be read, GC112 for a
             type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
             another base; and as `compile`. The model is as it was then.
     """
     from graftc.runtime.loading.peft import import_peft as import_from
 
     axes, flags = _request(model, example_inputs)
-    made = import_from(
-        as_path(path), model, axes, flags, name=name, cache=cache, structure=lambda: roles(model, example_inputs)
-    )
+
+    def structure() -> Structure:
+        return roles(model, example_inputs)
+
+    if isinstance(path, list | tuple | Mapping):
+        from graftc.runtime.loading.peft_several import import_several, names_of
+
+        if name is not None:
+            hint = "name the adapter's own folder"
+            raise GraftError("GC073", "name is of an adapter in one folder, and there are several", hint=hint)
+        several = import_several(names_of(path), model, axes, flags, cache=cache, structure=structure)
+        return cast("Compiled[Source]", several)
+    made = import_from(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
     return cast("Compiled[Source]", made)
 
 

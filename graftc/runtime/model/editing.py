@@ -27,6 +27,9 @@ from graftc.specs.changes import adding, leaving, renaming
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from graftc.compiler.roles.structure import Structure
     from graftc.runtime.compiled import Compiled
 
 
@@ -69,6 +72,37 @@ class Editing(Viewed):
         self._take(made, {})
         added = ((fqn, t) for fqn, t in self._store.adapters() if owner_of(fqn) == name)
         return {fqn: t for fqn, t in added if isinstance(t, nn.Parameter) and t.requires_grad}
+
+    def load_adapter(self, folder: str | Path, name: str | None = None) -> dict[str, nn.Parameter]:
+        """Add the adaptation of a folder that PEFT wrote, on top of those that there are. It has an effect from the
+        next call on; ``disable(name)`` switches it off.
+
+        Args:
+            folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            name: what the adaptation is called here; by default as the folder is.
+
+        Returns:
+            What trains of it, by name, as `add`.
+
+        Raises:
+            GraftError: as `graftc.import_peft` and `add`; GC112 where the adapter also trains modules of the base in
+                full, or rows of a table beside its method: import such with the others. Nothing has changed then.
+        """
+        from graftc.compiler.roles.structure import find_structure
+        from graftc.runtime.loading.peft_several import entry_of, names_of
+
+        self._require_whole()
+        own, path = next(iter(names_of([folder] if name is None else {name: folder}).items()))
+        known = [str(a.name) for a in self._compilation.spec.adapt]
+        if own in known:
+            raise GraftError("GC005", f"the name {own!r} is taken by another adaptation", hint="give another name")
+        base = self._compilation
+        capture, flags = base.main.captures[0], base.program("train", "base").flags
+
+        def structure() -> Structure:
+            return find_structure(capture.program.graph, capture.constants)
+
+        return self.add(*entry_of(path, own, base.source, base.main.axes, flags, structure))
 
     @exclusive()
     def remove(self, name: str) -> None:

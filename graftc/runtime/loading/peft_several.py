@@ -1,0 +1,139 @@
+"""Several peft folders in one model, and one more in a model that has been compiled.
+
+Each folder is imported alone, with all that an import checks, and its tensors then belong to an adaptation of its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.train import TRAIN
+from graftc.compiler.roles.structure import Structure
+from graftc.passes.core.weights.names import owner_of, renamed
+from graftc.runtime.loading.peft import import_peft
+from graftc.specs.arguments import as_path
+from graftc.specs.base import check_name
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted
+from graftc.specs.foreign.config import CONFIG
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+__all__ = ["entry_of", "import_several", "names_of"]
+
+
+def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Folders by the names that their adaptations get: given, or else those of the folders.
+
+    Raises:
+        GraftError: GC005 for two folders of one name, GC002 for a name that cannot be one, GC073 for no folder.
+    """
+    if not folders:
+        raise GraftError("GC073", "there is no folder to import", hint="give one or several")
+    found: dict[str, Path] = {}
+    given = isinstance(folders, Mapping)
+    pairs = folders.items() if isinstance(folders, Mapping) else [(None, folder) for folder in folders]
+    for name, folder in pairs:
+        path = as_path(folder)
+        own = str(name) if name is not None else _plain(path.resolve().name)
+        if (wrong := check_name(own)) is not None:
+            raise wrong
+        if own in found:
+            hint = "give the folders by name: {'one': ..., 'other': ...}"
+            raise GraftError("GC005", f"{found[own]} and {path} would both be {quoted(own)}", hint=hint)
+        if own == TRAIN:
+            raise GraftError("GC005", f"the name {quoted(own)} is taken", hint=None if given else "give another name")
+        found[own] = path
+    return found
+
+
+def _plain(text: str) -> str:
+    word = re.sub(r"\W", "_", text, flags=re.ASCII).strip("_")
+    return f"_{word}" if not word or word[0].isdigit() else word
+
+
+def import_several(
+    folders: Mapping[str, Path],
+    model: nn.Module,
+    axes: Sequence[Axis] | None,
+    flags: Flags,
+    *,
+    cache: bool,
+    structure: Callable[[], Structure],
+) -> Compiled:
+    """See `graftc.import_peft`, for several folders."""
+    alone: Compiled | None = None
+    adapt: list[dict[str, Any]] = []
+    values: dict[str, Tensor] = {}
+    base: dict[str, Any] = {}
+    for name, folder in folders.items():
+        made = import_peft(folder, model, axes, flags, name=None, cache=cache, structure=structure)
+        entries, tensors = _renamed(made, name)
+        spec = made.compilation.spec
+        more = {field: getattr(spec, field) for field in ("train", "untie") if getattr(spec, field)}
+        if more and base:
+            raise _trains_base(folder, "another one does so too")
+        base, alone = (more, made) if more or alone is None else (base, alone)
+        adapt += entries
+        values |= tensors
+    assert alone is not None
+    compiled = alone.sibling(Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
+    compiled.eval()
+    return compiled
+
+
+def entry_of(
+    folder: Path,
+    name: str,
+    model: nn.Module,
+    axes: Sequence[Axis] | None,
+    flags: Flags,
+    structure: Callable[[], Structure],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a folder adds to a model that has been compiled: an entry of a spec, and its tensors by their names there.
+
+    Raises:
+        GraftError: as `graftc.import_peft`; GC112 for a folder that trains modules of the base in full, or rows of a
+            table beside its method.
+    """
+    made = import_peft(folder, model, axes, flags, name=None, cache=True, structure=structure)
+    spec = made.compilation.spec
+    if spec.train or spec.untie:
+        raise _trains_base(folder, "the model is compiled already")
+    entries, values = _renamed(made, name)
+    if len(entries) > 1:
+        hint = "import it with the others: graftc.import_peft([folder, folder], model)"
+        place = Place(str(folder / CONFIG), path="trainable_token_indices")
+        raise GraftError("GC112", "the adapter trains rows of a table beside its method", place=place, hint=hint)
+    return entries[0], values
+
+
+def _trains_base(folder: Path, why: str) -> GraftError:
+    what = f"the adapter trains modules of the base in full, and {why}"
+    hint = "import it first, with the others: graftc.import_peft([folder, folder], model)"
+    return GraftError("GC112", what, place=Place(str(folder / CONFIG), path="modules_to_save"), hint=hint)
+
+
+def _renamed(made: Compiled, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The entries of a spec and their tensors, under a name; rows of tables beside it have the name and a number."""
+    adapt = made.compilation.spec.adapt
+    names = {str(own.name): name if not number else f"{name}_{number}" for number, own in enumerate(adapt)}
+    entries = [
+        {**own.model_dump(mode="json", exclude_unset=True), "method": own.method, "name": names[str(own.name)]}
+        for own in adapt
+    ]
+    values = {}
+    for fqn, tensor in adapter_values(made.compilation.store):
+        owner = owner_of(fqn)
+        values[renamed(fqn, names[owner]) if owner in names else fqn] = tensor
+    return entries, values

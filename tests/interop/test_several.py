@@ -1,0 +1,101 @@
+"""Several PEFT folders in one model, and one more in a model that has been compiled: the sum of what each adds."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from tests.interop.checkpoints import base, saved
+
+peft = pytest.importorskip("peft")
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two LoRAs of other ranks and targets, an IA3, and a LoRA that trains the head as well."""
+    top = tmp_path_factory.mktemp("folders")
+    configs = {
+        "first": peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"]),
+        "second": peft.LoraConfig(r=2, lora_alpha=9, target_modules=["q_proj", "down_proj"], use_rslora=True),
+        "third": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "head": peft.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]),
+    }
+    for number, (name, config) in enumerate(configs.items()):
+        saved(config, "llama", top / name, seed=number)
+    return {name: top / name for name in configs}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def theirs(*folders: Path) -> torch.Tensor:
+    """PEFT's logits with all of the adapters active."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base("llama")), folders[0], adapter_name="0")
+        for number, folder in enumerate(folders[1:], 1):
+            model.load_adapter(folder, adapter_name=str(number))
+        model.base_model.set_adapter([str(number) for number in range(len(folders))])
+    return logits(model.eval())
+
+
+@pytest.mark.parametrize("chosen", [("first", "second"), ("second", "first"), ("first", "head")])
+def test_two_folders_add_up_as_in_peft(chosen: tuple[str, str], folders: dict[str, Path]) -> None:
+    own = [folders[name] for name in chosen]
+    found = graftc.import_peft(own, base("llama"))
+    assert [adaptation.name for adaptation in found.spec.adapt] == list(chosen)
+    assert torch.allclose(logits(found), theirs(*own), atol=1e-5)
+    with found.disabled(chosen[0]):
+        if "head" not in chosen:
+            assert torch.allclose(logits(found), theirs(own[1]), atol=1e-5)
+
+
+def test_names_may_be_given(folders: dict[str, Path]) -> None:
+    found = graftc.import_peft({"a": folders["first"], "b": folders["third"]}, base("llama"))
+    assert [adaptation.name for adaptation in found.spec.adapt] == ["a", "b"]
+    with found.disabled("a"):
+        assert torch.allclose(logits(found), theirs(folders["third"]), atol=1e-5)
+
+
+def test_one_more_into_a_compiled_model(folders: dict[str, Path]) -> None:
+    found = graftc.import_peft(folders["first"], base("llama"))
+    before = dict(found.named_parameters())
+    trained = found.load_adapter(folders["second"], "more")
+    assert trained and all(".more." in name for name in trained)
+    assert all(dict(found.named_parameters())[name] is tensor for name, tensor in before.items())
+    assert torch.allclose(logits(found), theirs(folders["first"], folders["second"]), atol=1e-5)
+    found.remove("more")
+    assert torch.allclose(logits(found), theirs(folders["first"]), atol=1e-5)
+    found.load_adapter(folders["second"])
+    assert [str(own.name) for own in found.spec.adapt][-1] == "second"
+
+
+def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
+    found = graftc.import_peft(folders["first"], base("llama"))
+    before = logits(found)
+    refusals: list[tuple[str, Any]] = [
+        ("GC005", lambda: found.load_adapter(folders["second"], "lora")),
+        ("GC112", lambda: found.load_adapter(folders["head"])),
+        ("GC002", lambda: found.load_adapter(folders["second"], "no name")),
+        ("GC110", lambda: found.load_adapter(folders["second"] / "nothing")),
+        ("GC005", lambda: graftc.import_peft([folders["first"], folders["first"]], base("llama"))),
+        ("GC073", lambda: graftc.import_peft([], base("llama"))),
+        ("GC073", lambda: graftc.import_peft([folders["first"]], base("llama"), name="default")),
+        ("GC112", lambda: graftc.import_peft({"a": folders["head"], "b": folders["head"]}, base("llama"))),
+    ]
+    for code, call in refusals:
+        with pytest.raises(GraftError) as caught:
+            call()
+        assert caught.value.code == code, caught.value
+    assert torch.equal(logits(found), before)
