@@ -148,9 +148,10 @@ def import_peft(
         cache: keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC005 for two folders of one name, GC073 for ``name`` beside several, GC110 where there is no adapter, GC111 for a config that cannot be read, GC112 for a
-            type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
-            another base; and as `compile`. The model is as it was then.
+        GraftError: GC005 for two folders of one name, GC073 for ``name`` beside several, GC110 where there is no
+            adapter, GC111 for a config that cannot be read, GC112 for a type or an option that has no equivalent, GC113
+            for tensors that the config does not explain, GC114 for another base; and as `compile`. The model is as it
+            was then.
     """
     from graftc.runtime.loading.peft import import_peft as import_from
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.full
 def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact")
-    assert (found["peft_type"], found["method"], found["certificate"]["passed"]) == ("LORA", "lora", True)
+    assert (found["peft_types"], found["methods"], found["certificate"]["passed"]) == (["LORA"], ["lora"], True)
     assert {own["key"] for own in found["tensors"]} == set(load_file("adapter/adapter_model.safetensors"))
     made = run_valid(capsys, "export", "artifact", "--format", "peft", "--out", "back")
     assert made["tensors"] == found["tensors"] and made["merged"] is False
@@ -65,6 +66,16 @@ def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> N
 
 
 @pytest.mark.slow
+def test_two_folders_are_one_artifact(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    shutil.copytree("adapter", "other")
+    found = run_valid(capsys, "import-peft", "adapter", "other", "--model", "base", "--out", "artifact")
+    assert found["adapters"] == ["adapter", "other"] and found["methods"] == ["lora", "lora"]
+    assert {own["tensor"].split(".graftc.")[1] for own in found["tensors"]} == {
+        *("adapter.A", "adapter.B", "other.A", "other.B")
+    }
+    error = run_valid(capsys, "import-peft", "adapter", "adapter", "--model", "base", "--dry-run", status=2)["error"]
+    assert error["code"] == "GC005"
+
 def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, "import-peft", "adapter", "--model", "base", "--dry-run")
     assert outcome.status == 0

@@ -313,7 +313,8 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "import-peft": (
         ImportPeftResult,
         {
-            **{"adapter": "a", "peft_type": "LORA", "method": "lora", "model": "m", "out": None, "dry_run": True},
+            **{"adapters": ["a"], "peft_types": ["LORA"], "methods": ["lora"]},
+            **{"model": "m", "out": None, "dry_run": True},
             **{"tensors": TENSORS, "files": [], "certificate": None, "warnings": []},
         },
     ),

@@ -1,4 +1,4 @@
-"""``graftc import-peft``: read a checkpoint of PEFT and write an artifact."""
+"""``graftc import-peft``: read checkpoints of PEFT and write an artifact."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ __all__ = ["import_peft"]
 
 
 def import_peft(
-    directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="A folder that PEFT's save_pretrained wrote.", show_default=False),
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="Folders that PEFT's save_pretrained wrote; of several, each adaptation is called as its folder is.",
+            show_default=False,
+        ),
     ],
     model: ModelOption,
     out: Out = None,
@@ -33,7 +37,7 @@ def import_peft(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Read a PEFT checkpoint and write an artifact; every tensor must have a place in the model."""
+    """Read PEFT checkpoints and write an artifact; every tensor must have a place in the model."""
     from graftc.runtime.cli.output import print_json, steps, working
 
     to = destination(out, dry_run=dry_run)
@@ -43,40 +47,46 @@ def import_peft(
         from graftc.runtime.interop.peft.folder import read_peft
 
         if to is not None:
-            check_apart(to, directory, model)
+            for directory in directories:
+                check_apart(to, directory, model)
             check_destination(to, force=force, replaceable=is_artifact)
-        config = read_peft(directory, name).config
+        single = len(directories) == 1
+        configs = [read_peft(directory, name if single else None).config for directory in directories]
         step("loading the model")
         from graftc.runtime.api import import_peft as import_from
         from graftc.runtime.artifact.write import save
         from graftc.runtime.deploy.merged import certificate_of
         from graftc.runtime.interop.peft.pairs import as_data, pairs_of
+        from graftc.runtime.loading.peft_several import each_alone, names_of
         from graftc.runtime.models import load_model_and_inputs
 
         loaded, inputs = load_model_and_inputs(model)
         step("compiling")
-        compiled = import_from(directory, loaded, inputs, name=name)
+        compiled = import_from(directories[0] if single else directories, loaded, inputs, name=name)
         step("certifying")
         certificate, kept = certificate_of(compiled) if certify else (None, {})
         if to is not None:
             step("writing")
             save(compiled, to, force=force, base=model, certificate=certificate, kept=kept)
-        tensors = as_data(pairs_of(compiled.compilation))
+        alone = [compiled] if single else each_alone(compiled, names_of(directories))
+        tensors = as_data(list(dict.fromkeys(pair for own in alone for pair in pairs_of(own.compilation))))
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files, print_tensors
 
     files = files_in(to)
-    method = str(config.format[0].tag())
+    methods = [str(config.format[0].tag()) for config in configs]
+    types = [config.peft_type for config in configs]
     if json:
         from graftc.runtime.cli.results import ImportPeftResult
 
         result = {
-            **{"adapter": str(directory), "peft_type": config.peft_type, "method": method, "model": model},
+            **{"adapters": [str(directory) for directory in directories], "peft_types": types, "methods": methods},
+            "model": model,
             **{"out": None if to is None else str(to), "dry_run": dry_run, "tensors": tensors, "files": files},
             **{"certificate": certificate.to_json() if certificate else None, "warnings": warnings},
         }
         print_json(ImportPeftResult.model_validate(result))
         return
-    print_tensors(f"{config.peft_type} as {method}", tensors)
+    print_tensors(", ".join(f"{kind} as {own}" for kind, own in zip(types, methods, strict=True)), tensors)
     print_certificate(certificate, kept)
     print_files(to, files)

@@ -23,10 +23,12 @@ from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lor
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation
 from graftc.specs.arguments import kind_of
+from graftc.specs.claims import SiteKind
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
+from graftc.specs.target import Target
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
@@ -76,7 +78,8 @@ class Combining:
         density: float = 0.5,
         seed: int = 0,
     ) -> Combined:
-        """Adaptations of the same places combined into one LoRA, with the error of doing so; this model stays as it is.
+        """Adaptations combined into one LoRA, with the error of doing so; this model stays as it is. At a place that only
+        some of them adapt, the others' updates count as zero.
 
         Args:
             names: the adaptations.
@@ -105,12 +108,12 @@ class Combining:
             )
         made: dict[SiteKey, Factors] = {}
         errors: dict[str, float] = {}
-        sites = [site for site, _ in chosen[0].places if isinstance(site, LinearSite)]
+        sites = _sites(chosen)
         for site in sites:
             made[site.key], errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
         values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) not in names}
         values |= values_of(name, made, sites)
-        new = lora_of(name, chosen[0].spec.target, made, sites)
+        new = lora_of(name, _target(chosen, sites), made, sites)
         spec = _spec(compilation.spec, chosen[0], names, new)
         result = self.sibling(spec, values)
         result.train(self.training)
@@ -118,7 +121,7 @@ class Combining:
 
 
 def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
-    """The adaptations, which have to be at the same places."""
+    """The adaptations."""
     known = {r.name: r for r in compilation.main.resolved}
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
@@ -129,13 +132,39 @@ def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
     if len(set(names)) < max(2, len(names)):
         raise GraftError("GC002", "combining takes two or more adaptations, each once")
     _check_compositions(compilation.spec, names)
+    return chosen
+
+
+def _sites(chosen: Sequence[Resolved]) -> list[LinearSite]:
+    """Every place that one of the adaptations is at, once."""
+    found: dict[SiteKey, LinearSite] = {}
+    for item in chosen:
+        found |= {s.key: s for s, _ in item.places if isinstance(s, LinearSite) and s.key not in found}
+    return list(found.values())
+
+
+def _target(chosen: Sequence[Resolved], sites: Sequence[LinearSite]) -> Target:
+    """The target of all places: the adaptations' own where they are at the same ones, or else their modules.
+
+    Raises:
+        GraftError: GC029 for some rows of a fused weight, which no list of modules names.
+    """
     places = [{site.key for site, _ in item.places} for item in chosen]
     for item, keys in zip(chosen, places, strict=True):
-        if keys != places[0]:
-            other = min(map(str, keys ^ places[0]))
-            message = f"{item.name!r} and {chosen[0].name!r} are not at the same places: {other}"
-            raise GraftError("GC029", message, hint="combine adaptations of the same target")
-    return chosen
+        if keys != places[0] and (parts := [site.key for site in sites if site.key.part or site.key.use]):
+            message = (
+                f"{item.name!r} and {chosen[0].name!r} are not at the same places, and {parts[0]} is part of a weight"
+            )
+            raise GraftError("GC029", message, hint="combine adaptations of the same target, or of whole modules")
+    if all(keys == places[0] for keys in places):
+        return chosen[0].spec.target
+    several = {SiteKind.EXPERTS}
+    names = [f"{s.key.module}.{s.key.name}" if s.kind in several else s.key.module for s in sites]
+    return Target(modules=tuple(names), expect=len(sites))
+
+
+def _is_at(item: Resolved, site: LinearSite) -> bool:
+    return any(other.key == site.key for other, _ in item.places)
 
 
 def _at(
@@ -149,8 +178,10 @@ def _at(
     seed: int,
 ) -> tuple[Factors, float]:
     """The factors, scaled by 1, and the error at one site, in float64."""
+    present = [number for number, item in enumerate(chosen) if _is_at(item, site)]
     if kind in ("concatenation", "linear"):
-        return _of_factors(compilation, chosen, weights, site, kind)
+        own, factors = [chosen[number] for number in present], [weights[number] for number in present]
+        return _of_factors(compilation, own, factors, site, kind)
     updates = [_update(compilation, item, site) for item in chosen]
     scaled = torch.stack([weight * update for weight, update in zip(weights, updates, strict=True)])
     if kind == "ties":
@@ -160,12 +191,16 @@ def _at(
     else:
         wanted = scaled.sum(0)
     limit = min(wanted.shape[-2:])
-    made = Decomposition(wanted).factors(min(rank or max(_rank(item, site, limit) for item in chosen), limit))
+    largest = max(_rank(chosen[number], site, limit) for number in present)
+    made = Decomposition(wanted).factors(min(rank or largest, limit))
     return made, distance(made.update, wanted)
 
 
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
-    """What an adaptation alone adds to the site's weight, by its own fold."""
+    """What an adaptation alone adds to the site's weight, by its own fold; zero where it is not."""
+    if not _is_at(item, site):
+        own = site.own.operand(compilation.store.full(site.own.tensor).double())
+        return torch.zeros_like(own)
     step = _step(compilation, item, site)
     store, bias = compilation.store, step.bias
     own = step.weight.operand(store.full(step.weight.tensor).double())

@@ -6,7 +6,7 @@ Each folder is imported alone, with all that an import checks, and its tensors t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from graftc.specs.foreign.config import CONFIG
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
 
-__all__ = ["entry_of", "import_several", "names_of"]
+__all__ = ["each_alone", "entry_of", "import_several", "names_of"]
 
 
 def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
@@ -90,6 +90,13 @@ def import_several(
     compiled = alone.sibling(Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
     compiled.eval()
     return compiled
+
+
+def each_alone(compiled: Compiled, names: Collection[str]) -> list[Compiled]:
+    """Compiled models of one of the folders each, by the names that their adaptations got."""
+    found = [str(own.name) for own in compiled.compilation.spec.adapt]
+    groups = [[name, *(f"{name}_{number}" for number in range(1, len(found)))] for name in names]
+    return [compiled.alone(tuple(name for name in group if name in found)) for group in groups]
 
 
 def entry_of(

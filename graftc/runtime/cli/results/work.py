@@ -147,16 +147,16 @@ class PeftTensorData(Result):
 
 
 class ImportPeftResult(Result):
-    """`graftc import-peft DIR --model MODEL --out DIR2 --json`."""
+    """`graftc import-peft DIR... --model MODEL --out DIR2 --json`."""
 
-    adapter: str
-    """The checkpoint's folder."""
+    adapters: Items[str]
+    """The checkpoints' folders."""
 
-    peft_type: str
-    """PEFT's name of the method."""
+    peft_types: Items[str]
+    """PEFT's name of the method of each."""
 
-    method: str
-    """The method that says the same here."""
+    methods: Items[str]
+    """The method that says the same here, of each."""
 
     model: str
     """The base, as given."""
@@ -168,7 +168,7 @@ class ImportPeftResult(Result):
     """Whether nothing was written."""
 
     tensors: Items[PeftTensorData]
-    """Every tensor of the checkpoint that was taken over, and what it is here."""
+    """Every tensor of the checkpoints that was taken over, and what it is here."""
 
     files: Items[FileData]
     """The artifact's files."""
