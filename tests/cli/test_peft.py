@@ -76,6 +76,7 @@ def test_two_folders_are_one_artifact(capsys: pytest.CaptureFixture[str], here: 
     error = run_valid(capsys, "import-peft", "adapter", "adapter", "--model", "base", "--dry-run", status=2)["error"]
     assert error["code"] == "GC005"
 
+
 def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, "import-peft", "adapter", "--model", "base", "--dry-run")
     assert outcome.status == 0

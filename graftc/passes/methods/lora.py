@@ -86,7 +86,7 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
 
     def _insert_across(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
         groups = site.use.entries // site.own.shape[1]
-        if spec.rank % groups or not site.columns.whole or spec.init not in ("kaiming", "gaussian"):
+        if spec.rank % groups or not site.columns.whole or spec.init not in ("kaiming", "gaussian", "random"):
             message = (
                 f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
             )
@@ -97,7 +97,8 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         columns = site.in_features * groups
         down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform
         a = build.parameter("A", (spec.rank, columns), down, dtype=site.dtype, trainable=not spec.freeze_a)
-        b = build.parameter("B", (site.out_features, spec.rank // groups), zeros, dtype=site.dtype)
+        up = within(1 / math.sqrt(spec.rank // groups)) if spec.init == "random" else zeros
+        b = build.parameter("B", (site.out_features, spec.rank // groups), up, dtype=site.dtype)
         recompute = spec.dropout_mask == "recomputed"
         x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         build.add(site, build.low_rank(site, x, a, b, spec.scaling))

@@ -78,8 +78,8 @@ class Combining:
         density: float = 0.5,
         seed: int = 0,
     ) -> Combined:
-        """Adaptations combined into one LoRA, with the error of doing so; this model stays as it is. At a place that only
-        some of them adapt, the others' updates count as zero.
+        """Adaptations combined into one LoRA, with the error of doing so; this model stays as it is. At a place that
+        only some of them adapt, the others' updates count as zero.
 
         Args:
             names: the adaptations.

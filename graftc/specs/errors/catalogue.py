@@ -154,8 +154,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC029", _SPEC, "adaptations cannot be combined",
      "They adapt different rows of fused weights, or this kind of combination needs factors or ranks that they do not "
      "have.",
-     "Combine adaptations of the same target or of whole modules. `svd`, `ties` and `dare` take every method that folds "
-     "into weights."),
+     "Combine adaptations of the same target or of whole modules. `svd`, `ties` and `dare` take every method that "
+     "folds into weights."),
     ("GC030", _FAILED, "the model cannot be captured",
      "`torch.export` could not turn the model into a graph, or its inputs cannot be inferred from its interface.",
      "Give `example_inputs` if the message asks for them. Remove Python control flow that depends on the values of "
