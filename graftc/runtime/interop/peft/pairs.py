@@ -6,7 +6,7 @@ written go by the same pairs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -89,12 +89,8 @@ def table_of(spec: MethodSpec) -> PeftFormat | None:
     return table if isinstance(table, PeftFormat) else None
 
 
-def pairs_of(compilation: Compilation, turned: Collection[str] = ()) -> list[Pair]:
+def pairs_of(compilation: Compilation) -> list[Pair]:
     """The pairs of every tensor that a file of peft has to have for a compiled model, in the order of the spec.
-
-    Args:
-        compilation: the model.
-        turned: experts, by the base's names, whose factors a file has in the other layout (see `is_turned`).
 
     Raises:
         GraftError: GC115 for a method or a tensor that peft does not have.
@@ -107,7 +103,7 @@ def pairs_of(compilation: Compilation, turned: Collection[str] = ()) -> list[Pai
     wrapped: dict[str, int] = {}
     found: list[Pair] = []
     for resolved in (main, *others):
-        found += _of(compilation, resolved, copies, wrapped, prefix, turned, nested=resolved is not main)
+        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main)
     for site, names in compilation.parts.get(TRAIN, {}).items():
         for part, name in names.items():
             found.append(_plain(copies[name], name, site, part, wrapped, prefix))
@@ -145,7 +141,6 @@ def _of(
     copies: Mapping[str, str],
     wrapped: dict[str, int],
     prefix: str,
-    turned: Collection[str],
     *,
     nested: bool,
 ) -> Iterator[Pair]:
@@ -171,7 +166,7 @@ def _of(
         for part, name in names.items():
             own = table.parts.get(part)
             if own is not None and site is not None:
-                shaped = _shaped(compilation, site, spec, table, turned)
+                shaped = _shaped(compilation, site, spec, table)
                 if shaped.turned:
                     own = next(other for other in table.parts.values() if other.form == _OPPOSITE.get(own.form))
                 suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
@@ -229,25 +224,21 @@ def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
 _OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
 
 
-def is_turned(compilation: Compilation, site: LinearSite) -> bool:
+def _is_turned(compilation: Compilation, site: LinearSite) -> bool:
     """Whether peft's first factor is at the output of experts instead of their input: it goes by an attribute of their
-    module (`is_transposed`), which not every class whose weights are ``[experts, in, out]`` has. Up to 0.18 it took all
-    weights for such."""
+    module (`is_transposed`), which not every class whose weights are ``[experts, in, out]`` has."""
     said = getattr(compilation.source.get_submodule(site.key.module), "is_transposed", False)
     return bool(said) != (site.own.layout is Layout.COLUMNS)
 
 
-def _shaped(
-    compilation: Compilation, site: Site, spec: MethodSpec, table: PeftFormat, turned: Collection[str]
-) -> Shaped:
+def _shaped(compilation: Compilation, site: Site, spec: MethodSpec, table: PeftFormat) -> Shaped:
     inward = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
     if not isinstance(site, LinearSite):
         return Shaped(inward=inward)
     kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
     if not site.leading:
         return Shaped(None, tuple(kernel), inward)
-    other = is_turned(compilation, site) != (f"{site.key.module}.{site.key.name}" in turned)
-    return Shaped(site.leading[0], tuple(kernel), inward, turned=other)
+    return Shaped(site.leading[0], tuple(kernel), inward, turned=_is_turned(compilation, site))
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
