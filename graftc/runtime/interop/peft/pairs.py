@@ -28,7 +28,6 @@ __all__ = [
     "as_data",
     "is_adapted",
     "is_projection",
-    "is_turned",
     "pairs_of",
     "repeats",
     "split",
