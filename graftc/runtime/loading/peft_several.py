@@ -87,7 +87,7 @@ def import_several(
         adapt += entries
         values |= tensors
     assert alone is not None
-    compiled = alone.sibling(Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
+    compiled: Compiled = alone.sibling(Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
     compiled.eval()
     return compiled
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -106,8 +107,8 @@ def pairs_of(compilation: Compilation) -> list[Pair]:
     for site, names in compilation.parts.get(TRAIN, {}).items():
         for part, name in names.items():
             found.append(_plain(copies[name], name, site, part, wrapped, prefix))
-            others = (_plain(tied, name, site, part, wrapped, prefix) for tied in compilation.store.tied(copies[name]))
-            found += [replace(other, again=True) for other in others]
+            for tied in compilation.store.tied(copies[name]):
+                found.append(replace(_plain(tied, name, site, part, wrapped, prefix), again=True))
     return found
 
 
@@ -194,8 +195,9 @@ def table_path(compilation: Compilation, key: SiteKey) -> str:
     """The module that peft trains rows of: of those that share a table, the model's input embeddings, to which it ties
     the others."""
     source, names = compilation.source, _names(compilation, key)
-    if len(names) > 1 and hasattr(source, "get_input_embeddings"):
-        table = source.get_input_embeddings()
+    ask: Any = getattr(source, "get_input_embeddings", None)
+    if len(names) > 1 and ask is not None:
+        table = ask()
         paths = (path for path, module in source.named_modules(remove_duplicate=False) if module is table)
         return next((path for path in paths if path in names), key.module)
     return key.module

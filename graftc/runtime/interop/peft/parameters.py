@@ -49,8 +49,8 @@ def adapted_parameters(
     as_modules = meant(config, list(depths)) if targets else None
     for path, own in depths.items():
         # Without a base, a bare name may be a parameter of any module; those that the config names as modules are not.
-        last = [target.rpartition(".")[2] for target in targets]
-        known = owned.get(path) or ([] if as_modules and path in as_modules else list(dict.fromkeys(last)))
+        words = [target.rpartition(".")[2] for target in targets]
+        known = owned.get(path) or ([] if as_modules and path in as_modules else list(dict.fromkeys(words)))
         names = [name for name in known if any(_means(target, f"{path}.{name}") for target in targets)]
         if not names:
             found |= {(path, depth): (_weight(owned.get(path, ()), shapes, path), False) for depth in own}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -81,7 +82,8 @@ def _rows_once(
 
 def _embeddings(model: nn.Module) -> str | None:
     """The path of the model's input embeddings."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    ask: Any = getattr(model, "get_input_embeddings", None)
+    table = ask() if ask is not None else None
     return next((path for path, module in model.named_modules() if module is table and table is not None), None)
 
 
