@@ -14,7 +14,6 @@ from graftc.passes.core.weights.folds import Keep
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.lora import LoRAMethod
 from graftc.runtime.deploy.merged import fold
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from tests.families import tiny
 
@@ -176,9 +175,16 @@ def test_identity_is_with_the_same_weights_frozen(trains: bool) -> None:
         assert same_bits(outputs_of(compiled, inputs), outputs_of(model.requires_grad_(False), inputs))
 
 
-def test_no_input_axis() -> None:
-    """Entries of a patch are no entries of what a convolution reads."""
-    with pytest.raises(GraftError) as error:
-        imaged({"method": "ia3", "side": "input", "target": {"modules": "depthwise"}})
-    assert error.value.code == "GC017"
-    assert "no input axis" in error.value.message
+@pytest.mark.parametrize("modules", ["depthwise", "pointwise"])
+def test_a_channel_scales_all_points_of_a_patch(modules: str) -> None:
+    """The input of a convolution, with groups and without: what the source gives of channels that were scaled."""
+    compiled, inputs, model = imaged({"method": "ia3", "side": "input", "target": {"modules": modules}})
+    perturb(compiled, 0.3)
+    (scale,) = (tensor.detach() for name, tensor in compiled.adapter_state_dict().items() if name.endswith(".l"))
+    module: Any = model.get_submodule(modules)
+    assert scale.shape == (module.in_channels,)
+    hook = module.register_forward_pre_hook(lambda _, given: (given[0] * scale[:, None, None],))
+    expected = outputs_of(model, inputs)
+    hook.remove()
+    assert largest_difference(outputs_of(compiled, inputs), expected) < 1e-12
+    assert largest_difference(outputs_of(compiled.merge().module, inputs), expected) < 1e-12
