@@ -73,7 +73,13 @@ def prepared(compilation: Compilation) -> PeftExport:
     pairs = pairs_of(compilation)
     config = _config(compilation, main, others)
     read_config(config, CONFIG)
-    return PeftExport(config, pairs, _tensors(compilation, pairs))
+    tensors = _tensors(compilation, pairs)
+    axes = {part: own.axes for part, own in (table_of(main.spec) or PeftFormat(())).parts.items()}
+    for pair in pairs:
+        allowed = axes.get(pair.part)
+        if allowed is not None and tensors[pair.key].dim() not in allowed:
+            raise GraftError("GC115", f"PEFT makes another product of {pair.part} at {pair.site}", hint="merge it")
+    return PeftExport(config, pairs, tensors)
 
 
 def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExport:
@@ -92,7 +98,7 @@ def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExp
         _write_json(folder / CONFIG, dict(made.config))
         _write_json(folder / SITES, {"format": "peft", "sites": made.sites()})
         save_tensors(made.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        _check(folder, made, compilation)
+        _check(folder, made)
     return made
 
 
@@ -101,10 +107,9 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _check(folder: Path, made: PeftExport, compilation: Compilation) -> None:
+def _check(folder: Path, made: PeftExport) -> None:
     """Read back what was written."""
-    own = compilation.source.named_parameters(remove_duplicate=False)
-    adapter = read_peft(folder, shapes={name: tuple(parameter.shape) for name, parameter in own})
+    adapter = read_peft(folder)
     same = adapter.shapes.keys() == made.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in made.tensors.items()):
         raise GraftError("GC060", "the folder for PEFT does not read back as it was written")
