@@ -30,6 +30,8 @@ from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of
 from graftc.runtime.models import load_folder, load_hub
 from graftc.runtime.reference import is_hub_id
+from graftc.runtime.seeds import starting_seed
+from graftc.runtime.swapped import check_spec_and_model
 from graftc.specs.arguments import as_path, as_seed
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -43,7 +45,7 @@ def compile(
     model: Source,
     example_inputs: ExampleInputs | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     cache: bool = True,
     progress: bool | None = None,
 ) -> Compiled[Source]:
@@ -56,7 +58,10 @@ def compile(
         example_inputs: the inputs by name or in order, for models whose inputs cannot be told from their interface.
             Values of tensors do not matter, only dtypes, ranks and fixed sizes; the first axis is the batch. Flags
             (``output_hidden_states=True``) may be among them.
-        seed: initial values of adapter tensors depend on it and their names only.
+        seed: initial values of adapter tensors depend on it and their names only; it is kept with an artifact. By
+            default `torch.initial_seed()`, which `torch.manual_seed` and transformers' `set_seed` decide; nothing is
+            drawn from the global generator. In a process group it is that of rank 0 on all ranks, so that each of them
+            has to call this, or to give a seed.
         cache: keep captured graphs in the user's cache folder.
         progress: whether one line on the standard error says what is done once it takes over two seconds; by default
             on a terminal, or what the environment variable ``GRAFTC_PROGRESS`` says, ``on`` or ``off``.
@@ -64,10 +69,12 @@ def compile(
     Raises:
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
-    loaded, seed = spec_for(spec, model, example_inputs, cache=cache), as_seed(seed)
+    check_spec_and_model("graftc.compile", spec, model)
+    chosen = starting_seed() if seed is None else as_seed(seed)
+    loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
     with asked(progress):
-        compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
+        compilation = compile_model(loaded, model, axes, flags=flags, seed=chosen, use_cache=cache)
     check_fresh(compilation)
     return cast("Compiled[Source]", make_compiled(compilation))
 
@@ -184,6 +191,7 @@ def check(
     Raises:
         GraftError: as `compile`.
     """
+    check_spec_and_model("graftc.check", spec, model)
     loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
     compilation = compile_model(loaded, model, axes, flags=flags, use_cache=cache)

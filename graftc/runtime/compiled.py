@@ -31,6 +31,7 @@ from graftc.passes.core.weights.sharding import computes_in, is_unit
 from graftc.runtime.deploy.combine import Combining
 from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.interop.wrapping import refuse_wrapping
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.ecosystem import Ecosystem
@@ -363,6 +364,7 @@ class Compiled(ModelRoot, Generic[M]):
     export = Published(CompiledRunner.export)
     disabled = Published(CompiledRunner.disabled)
     reference = Published(CompiledRunner.reference)
+    trainer = Published(CompiledRunner.trainer)
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
     load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
     full_state_dict = Published(CompiledRunner.full_state_dict)
@@ -496,6 +498,9 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
     # Trainers look for "QuestionAnswering" and the like in the name of a class.
     name = f"Compiled{type(model).__name__}"
     return type(name, (Compiled,), {"forward": forward, "__module__": __name__})
+
+
+refuse_wrapping()
 
 
 @exclusive()

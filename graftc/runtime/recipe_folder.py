@@ -14,7 +14,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["RECIPE", "begin_recipe", "has_recipe", "make_folder"]
+__all__ = ["RECIPE", "begin_recipe", "has_recipe", "make_folder", "recorded_seed"]
 
 RECIPE = "recipe.json"
 
@@ -53,6 +53,18 @@ def begin_recipe(folder: Path, identity: Mapping[str, Any]) -> None:
         return
     make_folder(folder)
     write_text(folder / RECIPE, json.dumps(identity, indent=2))
+
+
+def recorded_seed(folder: Path) -> int | None:
+    """The seed that the recipe of a folder was begun with; None where there is no recipe.
+
+    Raises:
+        GraftError: GC058 where the file does not say it.
+    """
+    if not os.path.lexists(folder / RECIPE):
+        return None
+    seed = _read(folder / RECIPE).get("seed")
+    return seed if isinstance(seed, int) else None
 
 
 def make_folder(folder: Path) -> Path:

@@ -11,16 +11,17 @@ from typing import Any
 from torch import nn
 
 from graftc.compiler.capture.interface import ExampleInputs
-from graftc.runtime.api import SpecLike, compile
+from graftc.runtime.api import SpecLike, compile, spec_for
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.files import alone_in
 from graftc.runtime.loading.load import load
-from graftc.runtime.recipe_folder import begin_recipe, make_folder
+from graftc.runtime.recipe_folder import begin_recipe, make_folder, recorded_seed
+from graftc.runtime.seeds import starting_seed
+from graftc.runtime.swapped import check_spec_and_model
 from graftc.runtime.training.selecting import Loss
-from graftc.specs.arguments import as_path, kind_of
+from graftc.specs.arguments import as_path, as_seed, kind_of
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.io import load_spec
 
 RESULT = "result"
 
@@ -55,7 +56,7 @@ def tune(
     loss: Loss | None = None,
     folder: str | Path | None = None,
     example_inputs: ExampleInputs | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Compiled:
     """Every training that a spec takes, in one call: ``train`` runs once for each, on the model that is to train.
 
@@ -73,7 +74,8 @@ def tune(
         loss: for these.
         folder: where to keep what trainings start from, and the result; it is made where there is none.
         example_inputs: as for `graftc.compile`.
-        seed: of initial values and of the random numbers of trainings.
+        seed: of initial values and of the random numbers of trainings; by default that which the folder was begun with,
+            and ``torch.initial_seed()`` where there is none, as for `graftc.compile`.
 
     Returns:
         The trained model, in eval mode.
@@ -83,12 +85,18 @@ def tune(
             or other files, GC063 where another run is at work there, GC064 where it cannot be written, GC073 for
             arguments of another kind, and as `graftc.compile`.
     """
-    loaded = load_spec(spec)
+    check_spec_and_model("graftc.tune", spec, model)
+    loaded = spec_for(spec, model, example_inputs)
     if not callable(train):
         raise GraftError("GC073", f"train is {kind_of(train)}", hint="give a function of a model and a Stage")
-    kept = _Kept(as_path(folder), loaded, seed) if folder is not None else None
+    place = as_path(folder) if folder is not None else None
+    if seed is None:
+        begun = recorded_seed(place) if place is not None else None
+        seed = starting_seed() if begun is None else begun
+    chosen = as_seed(seed)
+    kept = _Kept(place, loaded, chosen) if place is not None else None
     with alone_in(kept.folder if kept is not None else None):
-        return _trained(loaded, model, train, kept, examples, loss, example_inputs, seed)
+        return _trained(loaded, model, train, kept, examples, loss, example_inputs, chosen)
 
 
 def _trained(

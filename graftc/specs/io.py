@@ -14,7 +14,7 @@ from graftc.specs.base_model import SpecModel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted
-from graftc.specs.foreign import is_foreign, translated
+from graftc.specs.foreign import check_config, is_foreign, translated
 from graftc.specs.limits import check_limits
 from graftc.specs.regular_files import open_regular
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
@@ -23,6 +23,7 @@ from graftc.specs.spec_errors import explain
 __all__ = [
     "checked",
     "dump_spec",
+    "early_spec",
     "load_spec",
     "parse_document",
     "parse_spec",
@@ -64,6 +65,23 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
         return Spec.model_validate(dict(source))
     text, format = read_spec_file(source)
     return parse_spec(text, format=format, file=str(source), from_config=from_config)
+
+
+def early_spec(source: PathLike[str]) -> Spec | PathLike[str]:
+    """The spec in a file; the path again where a config of PEFT is in it, which becomes a spec with a model.
+
+    Raises:
+        GraftError: as `load_spec`.
+    """
+    configs: list[object] = []
+
+    def note(config: object, where: str) -> Spec:
+        configs.append(config)
+        check_config(config, where)
+        return Spec.model_construct()
+
+    loaded = load_spec(source, note)
+    return source if configs else loaded
 
 
 def _for_any_model(config: object, where: str) -> Spec:

@@ -16,7 +16,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.perturb import perturb
 from tests.families import tiny
-from tests.interop.trl_runs import LORA, both, dpo, kto, logged, reward, scoring, sft
+from tests.interop.trl_runs import LORA, both, dpo, grpo, kto, logged, reward, rloo, scoring, sft
 
 pytest.importorskip("trl")
 STEPS = 4
@@ -200,3 +200,44 @@ def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(t, expected[n]) for n, t in loaded.adapter_state_dict().items())
     assert len(logged(resumed, "loss")) == STEPS and "trl" in whole.model.model_tags
     assert (tmp_path / f"checkpoint-{STEPS}" / "README.md").is_file() or (tmp_path / "README.md").is_file()
+
+
+def alone(trainer: Any, **changes: Any) -> Any:
+    """A trainer that is made by the compiled model, which finds the reference; peft's model is its own."""
+
+    def made(model: Any, folder: Path) -> Any:
+        if not isinstance(model, Compiled):
+            return trainer(model, folder, max_steps=2, **changes)
+        return trainer(model, folder, max_steps=2, make=model.trainer, **changes)
+
+    return made
+
+
+REFERRING: dict[str, Any] = {
+    "dpo": alone(dpo),
+    "dpo precomputed": alone(dpo, precompute_ref_log_probs=True),
+    "kto": alone(kto),
+    "grpo": alone(grpo, beta=0.1, learning_rate=1e-2),
+    "rloo": alone(rloo, beta=0.1, learning_rate=1e-2),
+}
+
+
+@pytest.mark.sample("grpo", "dpo")
+@pytest.mark.parametrize("run", REFERRING)
+def test_a_reference_is_found_for_a_base_in_memory(run: str, tmp_path: Path) -> None:
+    """The same losses and factors as in peft, whose model is its own reference; no second model is loaded."""
+    runs = both(REFERRING[run], tmp_path)
+    key = "kl" if run in ("grpo", "rloo") else "loss"
+    found, expected = logged(runs.ours, key), logged(runs.theirs, key)
+    assert len(found) == 2 and found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert runs.tensors() < 1e-4
+    assert runs.ours.args.model_init_kwargs == runs.theirs.args.model_init_kwargs
+
+
+@pytest.mark.parametrize("trainer", [sft, dpo])
+def test_a_config_of_peft_beside_a_compiled_model(trainer: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = compiled_of()
+    with pytest.raises(GraftError, match=r"graftc\.compile") as caught:
+        trainer(model, tmp_path, peft_config=peft.LoraConfig(task_type="CAUSAL_LM"))
+    assert caught.value.code == "GC072"

@@ -135,35 +135,50 @@ def both(trainer: Callable[[Any, Path], Any], folder: Path, base: Any = None) ->
     return Both(models, *found)
 
 
-def sft(model: Any, folder: Path, **changes: Any) -> Any:
+def sft(model: Any, folder: Path, peft_config: Any = None, **changes: Any) -> Any:
     """Supervised fine-tuning on completions alone."""
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(str(folder), **{**SETTINGS, "completion_only_loss": True, "max_length": 24, **changes})
-    return SFTTrainer(model=model, args=arguments, train_dataset=completions(), processing_class=tokenizer())
+    more = {"peft_config": peft_config} if peft_config is not None else {}
+    return SFTTrainer(model=model, args=arguments, train_dataset=completions(), processing_class=tokenizer(), **more)
 
 
-def dpo(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> Any:
+def made(kind: Any, model: Any, make: Any, **arguments: Any) -> Any:
+    """A trainer; ``make`` is the method of a compiled model that makes one for it."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    given["processing_class"] = tokenizer()
+    return kind(model=model, **given) if make is None else make(kind, **given)
+
+
+def dpo(
+    model: Any, folder: Path, ref_model: Any = None, make: Any = None, peft_config: Any = None, **changes: Any
+) -> Any:
     """Preference optimisation; peft's model is its own reference."""
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
-    return DPOTrainer(
-        model=model, ref_model=ref_model, args=arguments, train_dataset=preferences(), processing_class=tokenizer()
+    return made(
+        DPOTrainer,
+        model,
+        make,
+        args=arguments,
+        train_dataset=preferences(),
+        ref_model=ref_model,
+        peft_config=peft_config,
     )
 
 
-def kto(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> Any:
+def kto(
+    model: Any, folder: Path, ref_model: Any = None, make: Any = None, peft_config: Any = None, **changes: Any
+) -> Any:
     """Kahneman-Tversky optimisation, on the same preferences."""
     from trl import KTOConfig, KTOTrainer, unpair_preference_dataset
 
     arguments = KTOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
-    return KTOTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=arguments,
-        train_dataset=unpair_preference_dataset(preferences()),
-        processing_class=tokenizer(),
+    rows = unpair_preference_dataset(preferences())
+    return made(
+        KTOTrainer, model, make, args=arguments, train_dataset=rows, ref_model=ref_model, peft_config=peft_config
     )
 
 
@@ -185,16 +200,25 @@ def reward(model: Any, folder: Path, **changes: Any) -> Any:
     return RewardTrainer(model=model, args=arguments, train_dataset=preferences(), processing_class=tokenizer())
 
 
-def grpo(model: Any, folder: Path, **changes: Any) -> Any:
-    """Group relative policy optimisation: answers are generated, and those with more even words are better."""
+def _rewarded(name: str, model: Any, folder: Path, make: Any, **changes: Any) -> Any:
+    """Answers are generated, and those with more even words are better."""
+    import trl
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
     def even(completions: list[str], **rest: Any) -> list[float]:
         return [float(sum(int(word[1:]) % 2 == 0 for word in re.findall(r"w\d+", text))) for text in completions]
 
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in completions()])
-    arguments = GRPOConfig(str(folder), **{**SETTINGS, "num_generations": 4, "max_completion_length": 8, **changes})
-    return GRPOTrainer(
-        model=model, reward_funcs=even, args=arguments, train_dataset=prompts, processing_class=tokenizer()
-    )
+    settings = {**SETTINGS, "num_generations": 4, "max_completion_length": 8, **changes}
+    arguments = getattr(trl, f"{name}Config")(str(folder), **settings)
+    return made(getattr(trl, f"{name}Trainer"), model, make, args=arguments, reward_funcs=even, train_dataset=prompts)
+
+
+def grpo(model: Any, folder: Path, make: Any = None, **changes: Any) -> Any:
+    """Group relative policy optimisation."""
+    return _rewarded("GRPO", model, folder, make, **changes)
+
+
+def rloo(model: Any, folder: Path, make: Any = None, **changes: Any) -> Any:
+    """REINFORCE, leaving one out."""
+    return _rewarded("RLOO", model, folder, make, **changes)

@@ -54,19 +54,21 @@ def check(
     asked = Asked(batch, seq, memory_budget, methods, options)
     wanted = memory or memory_budget is not None or methods is not None
     from graftc.runtime.cli.output import print_json, steps, working
-    from graftc.specs.io import load_spec
+    from graftc.specs.io import early_spec
 
     with working(json) as warnings, steps(json) as step:
         # Before torch is there: a misspelt field should not take seconds to be found.
-        loaded_spec = load_spec(spec)
+        early = early_spec(spec)
 
         from graftc.runtime.api import check as check_spec
+        from graftc.runtime.api import spec_for
         from graftc.runtime.models import load_model_and_inputs
 
         started = time.perf_counter()
         step("loading the model")
         loaded, inputs = load_model_and_inputs(model, meta=meta)
         seconds = time.perf_counter() - started
+        loaded_spec = spec_for(early, loaded, inputs)
         step("compiling")
         report = check_spec(loaded_spec, loaded, inputs)
         planned = plan_memory(loaded_spec, loaded, inputs, asked, step) if wanted else None

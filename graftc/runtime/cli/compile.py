@@ -16,7 +16,7 @@ def compile(
     spec: SpecArgument,
     model: ModelOption,
     out: Out = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     certify: Certify = True,
     full: Annotated[
         bool, typer.Option("--full", help="Identify the base by all its values instead of a sample of each tensor.")
@@ -27,12 +27,12 @@ def compile(
 ) -> None:
     """Compile a spec against a model and write an artifact: adapters, graphs, sites, and a reference to the base."""
     from graftc.runtime.cli.output import print_json, steps, working
-    from graftc.specs.io import load_spec
+    from graftc.specs.io import early_spec
 
     to = destination(out, dry_run=dry_run)
     with working(json) as warnings, steps(json) as step:
         # Before torch is there: a misspelt field should not take seconds to be found.
-        loaded_spec = load_spec(spec)
+        loaded_spec = early_spec(spec)
         if to is not None:
             from graftc.runtime.artifact.places import is_artifact
             from graftc.runtime.files import check_apart, check_destination

@@ -143,7 +143,14 @@ Out: TypeAlias = Annotated[
     typer.Option("--out", "-o", metavar="PATH", help="Where to write; not needed with --dry-run.", show_default=False),
 ]
 Seed: TypeAlias = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, help="Seed of the adapters' initial values.")
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        show_default=False,
+        help="Seed of the adapters' initial values; torch's own by default. The artifact keeps it.",
+    ),
 ]
 SpecArgument: TypeAlias = Annotated[
     Path,

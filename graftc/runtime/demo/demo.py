@@ -159,7 +159,7 @@ class _Demo(Stages):
         self.show_spec(SPEC, _FILES["spec"])
         example = next(training_batches(self.training, 2, SEED))
         del example["labels"]
-        compiled = graftc.compile(parse_spec(SPEC), model, example)
+        compiled = graftc.compile(parse_spec(SPEC), model, example, seed=0)
         diff = compiled.diff()
         (self.out / _FILES["graph diff"]).write_text(diff, encoding="utf-8")
         self.console.print("the graph before (-) and after (+):")

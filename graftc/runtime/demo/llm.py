@@ -205,7 +205,7 @@ class _LLMDemo(Stages):
 
         torch.manual_seed(SEED)
         self.show_spec(SPEC, _FILES["spec"])
-        compiled = graftc.compile(parse_spec(SPEC), model, self.training.collate(range(2), labels=False))
+        compiled = graftc.compile(parse_spec(SPEC), model, self.training.collate(range(2), labels=False), seed=0)
         (self.out / _FILES["graph diff"]).write_text(compiled.diff(), encoding="utf-8")
         self.show_report(compiled.report.to_json())
         return compiled

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from graftc.runtime.model.runner import ModelRunner
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import CompiledRunner
+
+T = TypeVar("T")
 
 SAME = frozenset({*COPIED, "config", "device", "dtype", "main_input_name"})
 """Attributes of a compiled model that its reference has as well."""
@@ -84,6 +87,21 @@ class ReferenceModel(nn.Module):
         return f"of {type(self._runner.module).__name__}"
 
 
+class _Loaded:
+    """Stands for the class that TRL loads a reference by.
+
+    Args:
+        reference: what it gives for every path.
+    """
+
+    def __init__(self, reference: ReferenceModel) -> None:
+        self._reference = reference
+
+    def from_pretrained(self, path: str, **settings: Any) -> ReferenceModel:
+        """The reference."""
+        return self._reference
+
+
 class Referring(ModelRunner):
     """The part of `Compiled` that runs the base beside it."""
 
@@ -98,6 +116,31 @@ class Referring(ModelRunner):
         It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
         """
         return ReferenceModel(cast("CompiledRunner", self))
+
+    def trainer(self, kind: Callable[..., T], *, args: Any = None, **arguments: Any) -> T:
+        """A trainer of TRL over this model, with `reference` where it would load the base a second time, of which a
+        base in memory has no file: ``compiled.trainer(GRPOTrainer, args=GRPOConfig(beta=0.04), reward_funcs=...)``.
+
+        Args:
+            kind: the trainer's class: ``DPOTrainer``, ``KTOTrainer``, ``GRPOTrainer``, ``RLOOTrainer`` and their like.
+                One that has no reference is made as it would be anyhow.
+            args: its config. It is as before afterwards.
+            arguments: its other arguments, by name.
+
+        Raises:
+            GraftError: GC072 for a ``peft_config``.
+        """
+        if "ref_model" in inspect.signature(kind).parameters:
+            arguments.setdefault("ref_model", self.reference())
+            return kind(model=self.module, args=args, **arguments)
+        if not hasattr(args, "model_init_kwargs"):
+            return kind(model=self.module, args=args, **arguments)
+        given = args.model_init_kwargs
+        args.model_init_kwargs = {**(given or {}), "architecture": _Loaded(self.reference())}
+        try:
+            return kind(model=self.module, args=args, **arguments)
+        finally:
+            args.model_init_kwargs = given
 
     @contextmanager
     def base_only(self, *, reference: bool = False) -> Iterator[None]:

@@ -155,7 +155,7 @@ class Classifier:
         Raises:
             GraftError: as `graftc.compile`.
         """
-        compile(self._spec(), self._base, self._inputs(self._task.unlabelled.texts[:2]))
+        compile(self._spec(), self._base, self._inputs(self._task.unlabelled.texts[:2]), seed=self._task.seed)
 
     def trained(self, soft: Tensor) -> Compiled:
         """The classifier, in eval mode: trained on soft labels, or what a finished run has kept.

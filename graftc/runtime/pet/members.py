@@ -34,7 +34,7 @@ def untrained_answers(task: Task) -> Answers:
         patterns = range(len(task.spec.patterns))
         cloze = task.encoder.options(patterns)
         spec = Spec.model_validate({"adapt": [], "base": task.spec.spec.base, "cloze": cloze})
-        compiled = compile(spec, task.model).eval()
+        compiled = compile(spec, task.model, seed=task.seed).eval()
         asking = Asking(task.encoder, patterns, patterns, (), compiled.device)
         return {name: asking.answers(compiled, rows.texts) for name, rows in task.asked.items()}
 
@@ -96,7 +96,7 @@ class _Group:
     def tried(self) -> None:
         """Compile it."""
         example = self.task.encoder.encode(self.task.unlabelled.texts[:2], self.members[0].pattern)
-        compile(self._spec(), self.task.model, example)
+        compile(self._spec(), self.task.model, example, seed=self.task.seed)
 
     def answers(self, sets: Sequence[Examples]) -> Answers:
         """Train, and answer all rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from graftc.compiler import progress
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.source_model import require_plain
-from graftc.runtime.api import SpecLike
+from graftc.runtime.api import SpecLike, spec_for
 from graftc.runtime.models import load_model_and_inputs
 from graftc.runtime.planner.memory_plan import MemoryPlan
 from graftc.runtime.planner.optimisers import Make
@@ -18,7 +19,7 @@ from graftc.runtime.planner.sizes import bytes_of, shown
 from graftc.runtime.planner.workbench import TOKENS, Workbench
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, nearest
-from graftc.specs.io import load_spec
+from graftc.specs.io import early_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Types of a base by name."""
@@ -107,10 +108,11 @@ def workbench(
     **options: Any,
 ) -> Workbench:
     """What plans steps; arguments are those of `plan`."""
-    loaded = load_spec(spec)
+    early = early_spec(Path(spec)) if isinstance(spec, str | Path) else spec
     if isinstance(model, str):
         made, given = load_model_and_inputs(model, meta=True)
         model, example_inputs = made, given if example_inputs is None else example_inputs
+    loaded = spec_for(early, model, example_inputs)
     require_plain(model)
     return Workbench(
         checkpointed(loaded, checkpoint),

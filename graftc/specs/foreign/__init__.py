@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["is_foreign", "translated"]
+__all__ = ["check_config", "is_foreign", "translated"]
 
 
 def is_foreign(source: object) -> bool:
@@ -18,6 +18,19 @@ def _kind(config: object) -> Any:
     if isinstance(config, Mapping):
         return config.get("peft_type")
     return None if isinstance(config, type) else getattr(config, "peft_type", None)
+
+
+def check_config(source: object, where: str) -> None:
+    """Refuse what is no config of peft, and what has no equivalent here whatever the model.
+
+    Raises:
+        GraftError: as `translated`.
+    """
+    from graftc.specs.foreign.config import read_config
+    from graftc.specs.foreign.starts import starts_of
+    from graftc.specs.foreign.translate import as_data
+
+    starts_of(read_config(as_data(source), where), where)
 
 
 def translated(source: object, where: str = "the config") -> dict[str, Any]:
