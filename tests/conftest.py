@@ -244,8 +244,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before the fixtures of a module or class: adapters start from the seed that was set last."""
     torch.manual_seed(0)
 
 

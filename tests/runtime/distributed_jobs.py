@@ -68,7 +68,7 @@ def base(name: str) -> nn.Module:
 def made(name: str) -> Any:
     """A compiled model."""
     trained = ["model.norm", "model.layers.1.mlp.down_proj"] if name == "overlay" else []
-    return graftc.compile({"adapt": [SPECS[name]], "train": trained}, base(name))
+    return graftc.compile({"adapt": [SPECS[name]], "train": trained}, base(name), seed=0)
 
 
 def sharded(compiled: Any, processes: int, **options: Any) -> Any:
@@ -258,7 +258,7 @@ def sixteen_bits(rank: int, processes: int, folder: Path) -> None:
     ids = [(own, every) for own, every in zip(batches(rank, processes), batches(0, 1), strict=True)]
     found = []
     for policy in (None, MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, torch.float32)):
-        compiled = graftc.compile(spec, base("lora").to(torch.bfloat16)).train()
+        compiled = graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0).train()
         if policy is not None:
             compiled = sharded(compiled, processes, mp_policy=policy).train()
         by = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
@@ -267,7 +267,7 @@ def sixteen_bits(rank: int, processes: int, folder: Path) -> None:
         tensors = compiled.adapter_state_dict()
         assert {t.dtype for t in tensors.values()} == {torch.float32}
         found.append(tensors)
-    start = graftc.compile(spec, base("lora").to(torch.bfloat16)).adapter_state_dict()
+    start = graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0).adapter_state_dict()
     for tensors in found[1:]:
         for name, tensor in tensors.items():
             moved = (found[0][name] - start[name]).norm()
@@ -286,9 +286,9 @@ def parallel_bases(rank: int, processes: int, folder: Path) -> None:
     for config in (DistributedConfig(tp_size=processes, tp_plan="auto"), DistributedConfig(fsdp_size=processes)):
         model = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config)
         with coded("GC130"):
-            graftc.compile({"adapt": [SPECS["lora"]]}, model)
+            graftc.compile({"adapt": [SPECS["lora"]]}, model, seed=0)
     with coded("GC130"):
-        graftc.compile({"adapt": [SPECS["lora"]]}, DistributedDataParallel(base("lora")))
+        graftc.compile({"adapt": [SPECS["lora"]]}, DistributedDataParallel(base("lora")), seed=0)
     mesh = init_device_mesh("cpu", (processes,))
     with coded("GC130"):
         parallelize_module(made("lora"), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
@@ -350,7 +350,7 @@ def policies(rank: int, processes: int, folder: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     with coded("GC130", "computes in bfloat16"):
         loss_of(sharded(made("lora"), processes, mp_policy=policy), next(batches(rank, processes)))
-    narrow = graftc.compile({"adapt": [SPECS["lora"]]}, tiny("llama", dtype=torch.bfloat16))
+    narrow = graftc.compile({"adapt": [SPECS["lora"]]}, tiny("llama", dtype=torch.bfloat16), seed=0)
     sharded(narrow, processes, mp_policy=policy)
     by = optimiser("lora", narrow.train())
     losses = [step(narrow, narrow, by, ids) for ids in [next(batches(rank, processes))] * 20]
@@ -456,7 +456,7 @@ def documented(rank: int, processes: int, folder: Path, title: str) -> None:
     (block,) = (block for block in blocks("distributed.md", "python") if block.title == title)
     scope: dict[str, Any] = {"__name__": title}
     exec(compile(block.text, str(block), "exec"), scope)
-    model, initial = tiny("llama"), graftc.compile(scope["SPEC"], tiny("llama")).adapter_state_dict()
+    model, initial = tiny("llama"), graftc.compile(scope["SPEC"], tiny("llama"), seed=0).adapter_state_dict()
     scope["train"](model, list(batches(rank, processes)))
     torch.distributed.barrier()
     trained = graftc.load("adapter", tiny("llama")).adapter_state_dict()
@@ -468,7 +468,7 @@ def quantised(rank: int, processes: int, folder: Path) -> None:
     """Codes and scales are sharded, training over shards equals one process, and what is written and merged is that of
     the whole model to the bit."""
     spec = {"adapt": [SPECS["lora"]], "base": {"quantize": "nf4", "double": True}}
-    whole, compiled = (graftc.compile(spec, base("lora")) for _ in range(2))
+    whole, compiled = (graftc.compile(spec, base("lora"), seed=0) for _ in range(2))
     sharded(compiled, processes)
     parts = {name: p for name, p in compiled.named_parameters() if p.dtype == torch.uint8}
     names = {part for name, own in compiled.compilation.store.packed.items() for part in own.names(name)}
@@ -499,9 +499,11 @@ def quantised(rank: int, processes: int, folder: Path) -> None:
 def quantised_in_16_bits(rank: int, processes: int, folder: Path) -> None:
     """A policy that casts parameters to bfloat16 leaves codes and scales as they are."""
     spec = {"adapt": [SPECS["lora"]], "base": {"quantize": "int4", "group": 16}}
-    whole = graftc.compile(spec, base("lora").to(torch.bfloat16)).eval()
+    whole = graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0).eval()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    compiled = sharded(graftc.compile(spec, base("lora").to(torch.bfloat16)), processes, mp_policy=policy).eval()
+    compiled = sharded(
+        graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0), processes, mp_policy=policy
+    ).eval()
     ids = next(batches(0, 1))
     seen: set[torch.dtype] = set()
 

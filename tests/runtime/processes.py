@@ -42,6 +42,7 @@ def together(job: str, processes: int, folder: Path, *arguments: str, seconds: f
 
 
 def _rank(job: str, rank: int, processes: int, folder: Path, seconds: float, arguments: list[str], meet: str) -> None:
+    import torch
     import torch.distributed as dist
 
     status = 1
@@ -50,6 +51,7 @@ def _rank(job: str, rank: int, processes: int, folder: Path, seconds: float, arg
     try:
         limit = timedelta(seconds=seconds)
         dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=processes, timeout=limit)
+        torch.manual_seed(0)
         module, _, name = job.partition(":")
         getattr(importlib.import_module(module), name)(rank, processes, folder, *arguments)
         dist.destroy_process_group()
