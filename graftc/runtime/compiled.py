@@ -364,7 +364,6 @@ class Compiled(ModelRoot, Generic[M]):
     export = Published(CompiledRunner.export)
     disabled = Published(CompiledRunner.disabled)
     reference = Published(CompiledRunner.reference)
-    trainer = Published(CompiledRunner.trainer)
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
     load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
     full_state_dict = Published(CompiledRunner.full_state_dict)
