@@ -60,3 +60,10 @@ def test_other_modules_hold_a_compiled_model_and_peft_other_models(model: Any) -
     held = torch.nn.ModuleDict({"model": model})
     assert held["model"] is model
     assert peft.get_peft_model(copy.deepcopy(tiny("llama")), peft.LoraConfig(target_modules=["q_proj"])) is not None
+
+
+def test_graphs_are_kept_all_the_same() -> None:
+    """A hook on every module of the process keeps a capture out of the cache; this one knows no model's forward."""
+    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}
+    first, second = (graftc.compile(spec, tiny("bert")) for _ in range(2))
+    assert not first.report.notes and second.report.cached

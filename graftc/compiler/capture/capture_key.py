@@ -153,6 +153,11 @@ def held_by_modules(model: nn.Module) -> dict[str, list[Any]]:
     return found
 
 
+def _is_own(hook: Any) -> bool:
+    """Whether a hook on every module is graftc's, which looks at compiled models alone."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "graftc"
+
+
 class _Walk:
     """One walk. What was met is numbered in the order of meeting, so that equal models give equal data."""
 
@@ -176,7 +181,7 @@ class _Walk:
         """See `holdings`."""
         for kind, hooks in vars(torch_module).items():
             ours = kind.startswith("_global_") and kind.endswith("_hooks") and "state" not in kind
-            if ours and not all(map(unheard, hooks.values())):
+            if ours and not all(unheard(hook) or _is_own(hook) for hook in hooks.values()):
                 raise UnknownHoldingError(kind.strip("_"), "hooks on every module of the process")
         tensors = self._stored()
         modules = [self.module(path, module) for path, module in self._model.named_modules(remove_duplicate=False)]
