@@ -67,7 +67,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
     return parse_spec(text, format=format, file=str(source), from_config=from_config)
 
 
-def early_spec(source: PathLike[str]) -> Spec | PathLike[str]:
+def early_spec(source: Path) -> Spec | Path:
     """The spec in a file; the path again where a config of PEFT is in it, which becomes a spec with a model.
 
     Raises:
@@ -78,7 +78,7 @@ def early_spec(source: PathLike[str]) -> Spec | PathLike[str]:
     def note(config: object, where: str) -> Spec:
         configs.append(config)
         check_config(config, where)
-        return Spec.model_construct()
+        return Spec.model_construct(adapt=())
 
     loaded = load_spec(source, note)
     return source if configs else loaded

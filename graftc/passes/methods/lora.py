@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -196,7 +196,8 @@ def _orthogonal(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialis
     def half(odd: bool) -> Tensor:
         shape = (*site.leading, spec.rank, spec.rank)
         drawn = torch.randn(shape, generator=build.generator(f"{build.adaptation}/{site.key}/orthogonal"))
-        return torch.linalg.qr(drawn)[0][..., int(odd) :: 2, :]
+        q, _ = torch.linalg.qr(drawn)
+        return cast("Tensor", q[..., int(odd) :: 2, :])
 
     def down(tensor: Tensor, generator: torch.Generator) -> None:
         drawn = torch.randn((*site.leading, site.in_features, spec.rank // 2), generator=generator)
