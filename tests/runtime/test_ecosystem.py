@@ -178,9 +178,7 @@ def test_a_base_with_layers_of_peft_is_refused_when_it_is_compiled(model: Any) -
 def test_a_config_of_peft_that_says_nothing_here_is_no_spec(model: Any, tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
-    (tmp_path / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "layer_replication": [[0, 1]]}', encoding="utf-8"
-    )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_bias": true}', encoding="utf-8")
     assert code_of(lambda: graftc.compile({"one": config, "other": config}, model)) == "GC073"
     for spec in (peft.OFTConfig(target_modules=["c_attn"]), tmp_path / "adapter_config.json"):
         assert code_of(lambda spec=spec: graftc.compile(spec, model)) == "GC112"  # type: ignore[misc]
