@@ -22,4 +22,4 @@ def test_every_step_is_as_without_a_cache(capsys: pytest.CaptureFixture[str]) ->
         print(f"\n{each * len(machines)} steps, {done.total()} of them with effect: {dict(done)}")
         print(f"largest difference {worst:.1e} of the largest logit, tolerance {TOLERANCE:.0e}")
     assert each * len(machines) >= STEPS
-    assert len(done) == 14 and min(done.values()) >= 40
+    assert len(done) == 13 and min(done.values()) >= 40
