@@ -184,8 +184,9 @@ def test_logits_processors_see_the_text_and_its_mask(compiled: Any, name: str) -
     plain = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
     expected = compiled.generate(**given, **plain, use_cache=False)
     assert torch.equal(found.sequences, expected.sequences)
+    largest = float(torch.stack(expected.logits).abs().max())
     for ours, theirs in ((found.logits, expected.logits), (found.scores, expected.scores)):
-        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4 * largest)
 
 
 @pytest.mark.sample("llama shifted")
