@@ -20,9 +20,9 @@ from graftc.compiler.cached import (
     require_tokens_alone,
 )
 from graftc.compiler.capture.anchor import Anchor, anchor
+from graftc.compiler.capture.as_captured import draws, random_structure
 from graftc.compiler.capture.cache import captured, forget, keep
-from graftc.compiler.capture.capture import Capture, capture, random_structure
-from graftc.compiler.capture.draws import draws
+from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.interface import Flags, dtype_of
 from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.signature import Axis, inputs_of_program

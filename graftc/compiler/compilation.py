@@ -44,6 +44,7 @@ class Resolution:
         captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
             token embeddings where there are virtual tokens.
         anchors: how the source model's graphs compare with the model itself.
+        seen: inputs of a call, where nobody showed any before.
     """
 
     signature: Signature
@@ -55,6 +56,12 @@ class Resolution:
     axes: tuple[Axis, ...]
     captures: tuple[Capture, ...]
     anchors: tuple[Anchor, ...]
+    seen: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def shown(self) -> dict[str, Tensor]:
+        """Inputs that the caller gave as examples, by name."""
+        return {axis.name: axis.shown for axis in self.axes if axis.shown is not None}
 
     @property
     def capture_seconds(self) -> float:
@@ -65,6 +72,13 @@ class Resolution:
     def cached(self) -> bool:
         """Whether what was captured came from files."""
         return all(found.cached for found in self.captures)
+
+    def add_constants(self, store: Store) -> None:
+        """Add what the graphs mention beyond the model's own tensors, where a Store does not have it yet."""
+        for found in self.captures:
+            for name, tensor in found.constants.items():
+                if name not in store:
+                    store.add_constant(name, tensor.to(store.device(name.rpartition(".")[0])))
 
 
 @dataclass
@@ -83,7 +97,7 @@ class Compilation:
         source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
         held: digests of what it held when it was compiled, by name; None where that cannot be written down.
         values: adapter tensors that are there already, by name: those of an artifact.
-        known: captures that are there already, by their key.
+        known: captures that are there already, by their key; None of one whose file has gone since.
     """
 
     spec: Spec
@@ -98,7 +112,7 @@ class Compilation:
     source: nn.Module = field(kw_only=True)
     held: dict[str, str] | None = field(default=None, repr=False)
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    known: Mapping[str, Callable[[], Capture]] = field(default_factory=dict)
+    known: Mapping[str, Callable[[], Capture | None]] = field(default_factory=dict)
     _by_inputs: dict[tuple[str, ...], list[Signature]] = field(default_factory=dict, repr=False)
 
     @property

@@ -21,6 +21,8 @@ from graftc.compiler.capture.defaults import default_signatures
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE
+from graftc.compiler.capture.ranges import fixed_sizes
+from graftc.compiler.capture.refusals import by_values
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
@@ -70,6 +72,8 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
             if error.code != "GC030":
                 raise
             failure = failure or error
+            if by_values(error.__cause__):
+                break
         else:
             if fits(compilation.program("train", "adapted", signature).inputs, inputs):
                 return signature
@@ -181,13 +185,13 @@ def recompile(
         seed=compilation.seed,
         use_cache=compilation.use_cache,
         values=values,
-        known={**_captures(compilation), **compilation.known},
+        known={**compilation.known, **_captures(compilation)},
     )
     made.values = {}
     return made
 
 
-def _captures(compilation: Compilation) -> dict[str, Callable[[], Capture]]:
+def _captures(compilation: Compilation) -> dict[str, Callable[[], Capture | None]]:
     """What a Compilation was made of, so that nothing is captured twice."""
     captures = (capture for found in compilation.signatures.values() for capture in found.captures)
     return {capture.key: partial(_again, capture) for capture in captures if capture.key is not None}
@@ -207,7 +211,7 @@ def compile_model(
     seed: int = 0,
     use_cache: bool = True,
     values: Mapping[str, Tensor] = MappingProxyType({}),
-    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
+    known: Mapping[str, Callable[[], Capture | None]] = MappingProxyType({}),
 ) -> Compilation:
     """Compile a spec against a model. The model is never changed.
 
@@ -249,6 +253,7 @@ def compile_model(
     del given
     try:
         first_capture(model, axes, lambda attempt: add_signature(compilation, attempt, flags))
+        compilation.notes += fixed_sizes(axes or (), compilation.main.axes)
     except GraftError as error:
         if spec.cloze is None:
             raise
@@ -264,8 +269,8 @@ def quantised_base(
     *,
     flags: Flags = (),
     use_cache: bool = True,
-    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
-) -> tuple[nn.Module, dict[str, Callable[[], Capture]]]:
+    known: Mapping[str, Callable[[], Capture | None]] = MappingProxyType({}),
+) -> tuple[nn.Module, dict[str, Callable[[], Capture | None]]]:
     """A model with the weights of its linear maps and experts packed, and the capture that it has in common with the
     model as it was, by its key: graphs read weights, however they are stored.
 
@@ -305,7 +310,7 @@ def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[
         try:
             return run(attempt)
         except GraftError as error:
-            if error.code != "GC030":
+            if error.code != "GC030" or by_values(error.__cause__):
                 raise
             failure = failure or error
     assert failure is not None

@@ -15,9 +15,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
 from graftc.compiler.capture.assignments import noticed
-from graftc.compiler.capture.capture import as_captured, output_spec
-from graftc.compiler.capture.draws import draws, same_draws
+from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.interface import device_of, dtype_of
 from graftc.compiler.capture.past import PAST

@@ -108,9 +108,9 @@ def captured(
     mode: Mode = "train",
     canonical: Mapping[str, str],
     use_cache: bool = True,
-    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
+    known: Mapping[str, Callable[[], Capture | None]] = MappingProxyType({}),
 ) -> Capture:
-    """A capture that is known under its key, one from the cache, or a new one that goes there.
+    """A capture that is known under its key, unless it has gone since; one from the cache; or a new one, kept there.
 
     See `graftc.compiler.capture.capture.capture`.
     """
@@ -119,8 +119,9 @@ def captured(
         wanted, aside = _key(model, axes, flags, mode), ""
     except UnknownHoldingError as unknown:
         wanted, aside = None, str(unknown)
-    if wanted is not None and wanted in known:
-        return replace(known[wanted](), key=wanted)
+    held = known[wanted]() if wanted is not None and wanted in known else None
+    if held is not None:
+        return replace(held, key=wanted)
     entry = _read(wanted, device_of(model)) if use_cache else None
     if entry is not None:
         return entry

@@ -6,9 +6,7 @@ and in the exports only); any `nn.Module` goes through ``torch.export`` all the 
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import inspect
 import logging
 import re
 import time
@@ -25,13 +23,13 @@ from torch._ops import HigherOrderOperator
 from graftc.compiler import progress
 from graftc.compiler.capture.alike import Repeats, traced_once
 from graftc.compiler.capture.alike_graph import inlined
-from graftc.compiler.capture.assignments import Attributes, noticed
+from graftc.compiler.capture.as_captured import as_captured, renamed, traced_names
+from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.defaults import default_axes
-from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers, parameters
-from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
+from graftc.compiler.capture.interface import Flags, device_of, is_transformers
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
-from graftc.compiler.capture.refusals import not_captured, require_products
-from graftc.compiler.capture.signature import Axis, tie_sizes
+from graftc.compiler.capture.refusals import by_values, not_captured, require_products
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, map_nodes
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
 _REPEAT = re.compile(r"@\d+")
 _NUMBER = re.compile(r"_\d+$")
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass
@@ -125,7 +122,7 @@ def _captured(
             result = _program(exported, sizes.specs(), canonical, repeats)
             require_products(result.program.graph)
         except Exception as error:
-            if repeats is not None and repeats.calls:
+            if repeats is not None and repeats.calls and not by_values(error):
                 return None
             raise not_captured(model, axes, flags, inputs, error) from error
     result.alike = repeats.reused if repeats is not None else 0
@@ -136,38 +133,23 @@ def _captured(
     return result
 
 
-@contextmanager
-def as_captured(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Iterator[list[str]]:
-    """Inside, a model is as it is captured: in a mode, called by the names of its inputs alone, without a cache and
-    without what is drawn in Python. Afterwards it is as before. Gives notes on what was switched off.
-
-    Args:
-        model: any module.
-        axes, flags: its inputs, and what else it is called with.
-        mode: train or eval.
-    """
-    with _as_before(model), torch.no_grad():
-        model.train(mode == "train")
-        notes = _without_random_structure(model)
-        with _without_state(model), _flat_forward(model, axes, flags):
-            yield notes
-
-
 def _export(
     model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor], repeats: Repeats | None
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
     """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
     auto = torch.export.Dim.AUTO
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
+    traced = traced_names(inputs)
     while True:
         if repeats is not None:
             repeats.restart()
+        given = {traced[name]: value.clone() for name, value in inputs.items()}
+        shapes = {traced[name]: dict(dims) for name, dims in dynamic.items()}
         # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
+        unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
         # torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line.
-        with quiet(["torch"], logging.CRITICAL), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            found = torch.export.export(
-                model, (), copy.deepcopy(dict(inputs)), strict=False, dynamic_shapes=copy.deepcopy(dynamic)
-            )
+        with quiet(["torch"], logging.CRITICAL), renamed(model, traced), unremembered:
+            found = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)
         names = set(found.graph_signature.user_inputs)
         sizes = InputSizes(axes, [n for n in found.graph.find_nodes(op="placeholder") if n.name in names])
         undecided = sizes.undecided()
@@ -189,87 +171,6 @@ def _may_vary(axis: Axis, dim: int) -> bool:
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, whatever a forward pass or this module changes on the model: attributes (training flags,
-    values that layers remember), hooks (transformers installs some to record outputs), the config (losses write to it).
-    """
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    containers = [Attributes(module) for module in modules]
-    tables = [{name: dict(vars(module)[name]) for name in _TABLES} for module in modules]
-    configs = _configs(model)
-    settings = [dict(vars(config)) for config in configs]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # Eager attention of torch.nn takes another path in eval mode, which zeroes padded rows.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, held, kept, contents in zip(modules, attributes, tables, containers, strict=True):
-            contents.restore()
-            _restore(vars(module), held)
-            for name in _TABLES:
-                _restore(vars(module)[name], kept[name])
-        for config, before in zip(configs, settings, strict=True):
-            _restore(vars(config), before)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The configs of a model and of the models in it; parts of a model may hold a copy of their own."""
-    found = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
-    return list(found.values())
-
-
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-        now.clear()
-        now.update(before)
-
-
-def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
-    """What decides in Python, while training, which layers run or which inputs are masked: its owner and name, the
-    value that switches it off, and a note."""
-    for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
-        for name, value in list(vars(owner).items()):
-            if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
-                yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
-            elif name == "apply_spec_augment" and value is True:
-                note = f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"
-                yield owner, name, False, note
-
-
-def random_structure(model: nn.Module) -> list[str]:
-    """Notes on what is drawn in Python while training, and is captured as switched off."""
-    return list(dict.fromkeys(note for *_, note in _random_structure(model)))
-
-
-def _without_random_structure(model: nn.Module) -> list[str]:
-    """Switch off what is drawn in Python; gives notes on it."""
-    notes = random_structure(model)
-    for owner, name, off, _ in list(_random_structure(model)):
-        setattr(owner, name, off)
-    return notes
-
-
-@contextmanager
-def _without_state(model: nn.Module) -> Iterator[None]:
-    """Nothing is remembered between calls: no cache, and nothing that transformers' models keep of one."""
-    with ExitStack() as stack:
-        if is_transformers(model):
-            from transformers.exporters import exporter_dynamo
-
-            exporter: Any = exporter_dynamo
-            stack.enter_context(exporter.reset_model_state(model))
-            for config in _configs(model):
-                if getattr(config, "use_cache", False):
-                    config.use_cache = False
-                if getattr(config, "return_dict", True) is False:
-                    config.return_dict = True
-        yield
-
-
-@contextmanager
 def _patches(model: nn.Module) -> Iterator[None]:
     """What the tracer needs to be other than it is."""
     with ExitStack() as stack:
@@ -281,40 +182,6 @@ def _patches(model: nn.Module) -> Iterator[None]:
             exporter.register_cache_pytrees_for_model(model)
             stack.enter_context(apply_patches("dynamo"))
         yield
-
-
-@contextmanager
-def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
-    """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
-    settings, original = dict(flags), model.forward
-    alone = bool(settings.pop(ENCODER, False))
-    called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
-    owned = "forward" in vars(model)
-    before = vars(model).get("forward")
-    names = parameters(called)
-    positional = [n for n, p in declared(called).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
-
-    def forward(**inputs: torch.Tensor) -> Any:
-        tie_sizes(axes, inputs)
-        given: dict[str, Any] = assembled({**inputs, **settings}, names, has_encoder(model))
-        first = [given.pop(name) for name in positional if name in given]
-        # The tracer knows a module's path by how it was reached while tracing.
-        run: Any = model.get_encoder() if alone else original  # type: ignore[operator]
-        return taken_apart(run(*first, **given))
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(axis.name, kind, default=None) for axis in axes]
-    )
-    forward.__module__ = getattr(original, "__module__", __name__)
-    vars(model)["forward"] = forward
-    try:
-        yield
-    finally:
-        if owned:
-            vars(model)["forward"] = before
-        else:
-            del vars(model)["forward"]
 
 
 def _program(
@@ -331,6 +198,7 @@ def _program(
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
+    specs = iter(inputs)
     for node in module.graph.nodes:
         _require_plain(module, node)
         if node.op == "get_attr":
@@ -344,10 +212,11 @@ def _program(
             copied = graph.output(tuple(mapping[n] if isinstance(n, fx.Node) else n for n in leaves))
         elif node.op == "get_attr":
             attributes[target] = copied = graph.create_node("get_attr", target, name=name)
+        elif node.op == "placeholder":
+            copied = graph.create_node("placeholder", (own := next(specs).name), name=own)
         else:
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
-            name = _NUMBER.sub("", node.name) if node.op == "call_function" else node.name
-            copied = graph.create_node(node.op, node.target, tuple(args), kwargs, name)
+            copied = graph.create_node(node.op, node.target, tuple(args), kwargs, _NUMBER.sub("", node.name))
         mapping[node] = copied
         path = target.rpartition(".")[0] if node.op == "get_attr" else _module_path(node)
         copied.meta = {"val": node.meta.get("val"), "module": path}

@@ -89,6 +89,17 @@ class InputSizes:
         return next((name for name in names if isinstance(name, str)), None)
 
 
+def fixed_sizes(asked: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
+    """What to tell people of sizes that a model does not run with others of, so that they are as they were shown."""
+    names = {axis.name: axis.axes for axis in captured}
+    return [
+        f"size {own} of axis {dim} of {axis.name} is fixed: the model cannot be captured with any other"
+        for axis in asked
+        for dim, (name, own) in enumerate(zip(axis.axes, names.get(axis.name, ()), strict=False))
+        if isinstance(name, str) and isinstance(own, int)
+    ]
+
+
 def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
     """What to tell people of axes that should vary and do not."""
     named = {

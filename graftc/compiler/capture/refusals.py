@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis, described
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.ir.verify import mixed_product
 from graftc.specs.errors.diagnostics import GraftError, first_line
+
+_OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
 
 
 class MixedProductError(TypeError):
@@ -38,11 +45,35 @@ def not_captured(
         with_what = f": it was run with {shown}" if shown else ""
         message = f"{name} does not run with {called}: {first_line(own)}"
         return GraftError("GC030", message, hint=f"the model itself raises this{with_what}")
+    place = _place(error)
     return GraftError(
         "GC030",
-        f"{name} cannot be captured with {called}: {first_line(error)}",
+        f"{name} cannot be captured with {called}: {first_line(error)}" + (f", at {place}" if place else ""),
         hint="torch.export must be able to trace the model; value-dependent Python control flow cannot be",
     )
+
+
+def by_values(error: BaseException | None) -> bool:
+    """Whether a trace failed since the model asks for values, which other sizes and traces do not change."""
+    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+    while error is not None:
+        if isinstance(error, kinds):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _place(error: BaseException) -> str:
+    """Where in the model's code a trace failed: the innermost line that belongs to neither torch nor graftc."""
+    found = ""
+    each: BaseException | None = error
+    while each is not None and not found:
+        for frame, line in traceback.walk_tb(each.__traceback__):
+            file = frame.f_code.co_filename
+            if not file.startswith(("<", *_OURS)):
+                found = f"{file}:{line} in {frame.f_code.co_name}"
+        each = each.__cause__ or each.__context__
+    return found
 
 
 def _own_error(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:

@@ -7,7 +7,7 @@ made here: the caller's tensors only say dtype, rank and fixed sizes.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,11 +39,16 @@ def size_of(name: str, sizes: Mapping[str, int], default: int = _OTHER) -> int:
 
 @dataclass(frozen=True)
 class Axis:
-    """One input's name, element type and axes; a string axis is a size shared by that name."""
+    """One input's name, element type and axes; a string axis is a size shared by that name.
+
+    Attributes:
+        shown: what the caller gave for it; None where nobody did.
+    """
 
     name: str
     dtype: torch.dtype
     axes: tuple[int | str, ...]
+    shown: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -144,7 +149,7 @@ def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Fl
     present, _ = Interface(model).read(inputs)
     require_no_cache(present, "leave it out: a call with a cache is captured when it comes")
     tensors, flags = split(present)
-    return axes_of(model, tensors), flags
+    return [replace(axis, shown=tensors[axis.name]) for axis in axes_of(model, tensors)], flags
 
 
 def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis] | None = None) -> list[Axis]:
@@ -204,14 +209,21 @@ def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = Non
 
     Args:
         axes: what to start from.
-        inputs: tensors whose sizes axes get that lose their name; by default those of the examples.
+        inputs: tensors whose sizes axes get that lose their name; by default what the caller has shown, or the
+            examples.
     """
     seen: list[list[Axis]] = []
     for kept in (None, (BATCH,), ()):
-        found = [_fixed(axis, kept, inputs[axis.name].shape if inputs else axis.sizes) for axis in axes]
+        found = [_fixed(axis, kept, _sizes_of(axis, inputs)) for axis in axes]
         if found not in seen:
             seen.append(found)
             yield found
+
+
+def _sizes_of(axis: Axis, inputs: Mapping[str, Tensor] | None) -> Sequence[int]:
+    if inputs:
+        return inputs[axis.name].shape
+    return axis.sizes if axis.shown is None else axis.shown.shape
 
 
 def _fixed(axis: Axis, kept: Container[str] | None, sizes: Sequence[int]) -> Axis:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import CollapseEvidence
 from graftc.compiler.folding.evaluating import evaluate
+from graftc.compiler.folding.samples import samples
 from graftc.compiler.folding.virtual_keys import are_constant, slot_parameters, slot_values
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.build.base_activations import computed
@@ -202,9 +202,8 @@ class _Routes:
     def _sampled(self, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
         """The values of nodes of the routed Program for the sample inputs."""
         compilation = self.compilation
-        base, config = compilation.program("train", "base"), getattr(compilation.source, "config", None)
-        samples = random_inputs(base, compilation.store, config=config)
-        values = computed(list(nodes), lambda node: samples[str(node.target)], compilation.store.get, self.device)
+        inputs = samples(compilation)
+        values = computed(list(nodes), lambda node: inputs[str(node.target)], compilation.store.get, self.device)
         return dict(zip(nodes, values, strict=True))
 
     @staticmethod

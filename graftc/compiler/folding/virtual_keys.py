@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.samples import samples
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.build.tensors import tensor_name
@@ -53,15 +53,15 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
     adapted graph read at virtual tokens, rotated where the model rotates."""
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
-    samples = random_inputs(compilation.program("train", "base"), store)
+    inputs = samples(compilation)
     nodes = {node.name: node for node in compilation.program("eval").graph.nodes}
     found = list(_columns(compilation))
     operands: list[fx.Node] = []
     for site, _, _ in found:
         assert site.operands is not None
         operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
-    device = next(iter(samples.values())).device
-    values = iter(computed(operands, lambda node: samples[str(node.target)], store.get, device))
+    device = next(iter(inputs.values())).device
+    values = iter(computed(operands, lambda node: inputs[str(node.target)], store.get, device))
     made: dict[str, Tensor] = {}
     for site, *each in found:
         for part, columns in zip(("keys", "values"), each, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import fx, nn
 
 from graftc.compiler.capture.capture import Capture
@@ -25,6 +26,8 @@ from graftc.passes.graph.sequences import Lengthened
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
+_VIEWS = tuple(getattr(torch.ops.aten, name).default for name in ("view", "reshape", "_unsafe_view"))
+_VIEWS += (torch.ops.aten.unflatten.int,)
 _HINT = "use a method that adds no virtual tokens, for example prefix"
 
 
@@ -158,14 +161,23 @@ def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
 def _tables(program: Program, structure: Structure) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Tables of positions with the numbers that are looked up in them."""
     for positions in position_readers(program.graph, structure.findings):
-        table, numbers = positions.reader.args[0], positions.reader.args[positions.index]
-        if positions.index == 1 and isinstance(table, fx.Node) and isinstance(numbers, fx.Node):
-            yield table, numbers
+        if positions.table is not None:
+            yield positions.table, positions.numbers
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:
-    """What the last sublayer of each stack gives."""
-    return {sublayer.stack: sublayer.output for sublayer in structure.sublayers if sublayer.roles}
+    """What the last sublayer of each stack gives, with an axis for the tokens."""
+    return {sublayer.stack: _by_token(sublayer.output) for sublayer in structure.sublayers if sublayer.roles}
+
+
+def _by_token(value: fx.Node) -> fx.Node:
+    """A value, or, where a layer has put rows and tokens into one axis, what is made of it with an axis for each."""
+    while len(value.users) == 1 and value.meta["val"].dim() < 3:
+        (user,) = value.users
+        if user.target not in _VIEWS or user.meta["val"].dim() <= value.meta["val"].dim():
+            break
+        value = user
+    return value
 
 
 def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Node]) -> list[Axis]:

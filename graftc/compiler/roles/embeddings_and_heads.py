@@ -90,6 +90,12 @@ def _table_role(node: fx.Node, table: fx.Node) -> tuple[str, str]:
     return "", "a table looked up by constants that count no positions (segments?)"
 
 
+def counts_tokens(index: fx.Node) -> bool:
+    """Whether whole numbers come from counting, or from an input that has positions."""
+    origin = _origin(index)
+    return origin.counted or any("position" in name for name in origin.inputs)
+
+
 def _origin(index: object) -> _Origin:
     """Follow values, not choices of place: what a gather picks from counts, where it picks does not."""
     origin = _Origin()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.compiler.roles.embeddings_and_heads import counts_tokens
 from graftc.compiler.roles.findings import Finding
-from graftc.passes.core.ir.program import marks_above
+from graftc.passes.core.ir.program import above, marks_above
+from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import Positions
 from graftc.specs.roles import parse_role
 
 aten = torch.ops.aten
 _ROTATING = (aten.cos.default, aten.sin.default)
+_LOOK_UPS = {aten.index.Tensor: 1, aten.index_select.default: 2, aten.gather.default: 2}
+"""Which argument of a look-up in a table the numbers of rows are."""
+_COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Positions]:
@@ -27,7 +33,38 @@ def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Posit
         if node.target in _ROTATING:
             for reader in _casts(node):
                 found[reader] = Positions(reader, 0)
+    for positions in _look_ups(graph):
+        found.setdefault(positions.reader, positions)
     return [found[node] for node in sorted(found)]
+
+
+def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
+    """Look-ups of one row for each token in a table of values that no input has a part in, such as the sines and
+    cosines of every position. Numbers of two axes that count tokens are distances, which stay as they are."""
+    data: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = {source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)}
+        if node.op == "placeholder" or (sources & data and node.target is not aten.sym_size.int):
+            data.add(node)
+        index = _LOOK_UPS.get(node.target)
+        if index is None or not isinstance(node.args[0], fx.Node) or node.args[0] in data:
+            continue
+        given: Any = node.args[index]
+        if isinstance(given, list | tuple):
+            given = given[0] if len(given) == 1 else None
+        by_axis = index < 2 or isinstance(node.args[1], int)
+        if not by_axis or not isinstance(given, fx.Node) or not node.args[0].meta["val"].is_floating_point():
+            continue
+        if _of_tokens(given) and counts_tokens(given):
+            yield Positions(node, index)
+
+
+def _of_tokens(numbers: fx.Node) -> bool:
+    """Whether numbers differ along one axis at most: distances of tokens differ along two."""
+    counting = [node for node in above([numbers]) if node.target in _COUNTING]
+    lengths = {expression(n.meta["val"].shape[a]) for n in counting for a in range(n.meta["val"].dim())} - {1}
+    shape = [expression(size) for size in numbers.meta["val"].shape]
+    return not lengths or sum(size in lengths for size in shape) <= 1
 
 
 class PositionsAbove:

@@ -24,6 +24,7 @@ from graftc.passes.graph.sequences import FILLS, Lengthened, Sequenced
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
+_HINT = "use a method that adds no virtual tokens, for example prefix"
 
 
 def lengthen(
@@ -97,7 +98,8 @@ class _Composer:
 
     def _sequence(self, stream: Lengthened, inputs: Mapping[str, fx.Node]) -> Sequenced:
         value = self._of_tokens(stream.value)
-        beside = [s for s in self.body.inputs if s.name in inputs and _goes_along(s.shape, self.tokens, stream.ids)]
+        taken = {spec.name for spec in self.body.inputs}  # there, a size that does not vary is that of the longer one
+        beside = [s for s in self.tokens.inputs if s.name in taken and _goes_along(s.shape, self.tokens, stream.ids)]
         along = {s.name: inputs[s.name] for s in beside}
         for spec in beside:
             if len(spec.shape) != 2 or spec.name.removeprefix("decoder_") not in FILLS:
@@ -170,7 +172,7 @@ class _Composer:
                 raise GraftError(
                     "GC019",
                     f"the output {name} is made from {early[0].name}, which is inside of the layers",
-                    hint="use a method that adds no virtual tokens, for example prefix",
+                    hint=_HINT,
                 )
         return result
 
@@ -183,7 +185,11 @@ class _Composer:
             elif _is_size(source):
                 self.first[source] = self._size_of_input(source)
             else:
-                self._copy(source, self.first)
+                try:
+                    self._copy(source, self.first)
+                except (RuntimeError, ValueError) as error:
+                    message = f"what comes behind the layers does not take what these give for real tokens: {error}"
+                    raise GraftError("GC019", message, hint=_HINT) from error
         return self.first[node]
 
     def _size_of_input(self, node: fx.Node) -> fx.Node:

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.ir.program import above
+from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.lowrank import normal, uniform, zeros
 from graftc.passes.core.method.method import Method
@@ -22,6 +24,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.prefix import Prefix, PrefixSpec
 
 aten = torch.ops.aten
+_COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default)
+_BY_ELEMENT = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 
 
 S = TypeVar("S", bound=PrefixSpec)
@@ -142,20 +146,47 @@ def _same_lengths(spec: PrefixSpec, reason: str) -> None:
 
 
 def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
-    """Where the streams that the sites attend within have their positions: what the first layer of each reads."""
+    """Where the streams that the sites attend within have their positions: what the first layer of each reads.
+
+    Raises:
+        GraftError: GC017 where a stream has positions that no call reads as numbers.
+    """
     first: dict[str, AttentionSite] = {}
     for site in sites:
         if not site.crosses and (site.stack not in first or (site.layer or 0) < (first[site.stack].layer or 0)):
             first[site.stack] = site
+    for site in first.values():
+        if not site.positions and (found := _positional(site)) is not None:
+            message = f"queries of {site.key} depend on positions by {found.name}, which cannot be shifted"
+            raise GraftError("GC017", message, place=Place(path="positions"), hint="use positions: unshifted")
     return list(dict.fromkeys(positions for site in first.values() for positions in site.positions))
 
 
+def _positional(site: AttentionSite) -> fx.Node | None:
+    """What gives each token something by its place, on the way to the queries and keys of an attention: a count of
+    tokens, or values that are stored for each place. None where there is nothing: masks and distances, which scores
+    depend on, go along with a prefix by themselves."""
+    own = _operands(site)
+    length = None if site.read is None else expression(site.read.meta["val"].shape[1])
+    data: set[fx.Node] = set()
+    for node in above([own.query, own.keys]):
+        sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+        if node.target in _COUNTING:
+            return node
+        if node.op == "placeholder" or any(source in data for source in sources):
+            stored = [source for source in sources if source not in data and source.meta["val"].dim() > 1]
+            for source in stored if node.target in _BY_ELEMENT else ():
+                if expression(source.meta["val"].shape[-2]) == length != 1:
+                    return source
+            data.add(node)
+    return None
+
+
 def _check_table(spec: PrefixSpec, positions: Positions) -> None:
-    table = positions.reader.args[0]
-    if positions.index != 1 or not isinstance(table, fx.Node):
-        return
-    rows = int(table.meta["val"].shape[0])
-    if spec.length >= rows:
+    rows = positions.rows
+    if rows is not None and spec.length >= rows:
+        table = positions.table
+        assert table is not None
         message = f"a prefix of {spec.length} leaves no position of the {rows} that {table.target} has for a text"
         raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
 

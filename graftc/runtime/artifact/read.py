@@ -181,7 +181,8 @@ class Artifact:
         return [Axis(i.name, DTYPES[i.dtype], i.axes) for i in self.manifest.signatures[signature].inputs]
 
     def captures(self, device: torch.device) -> dict[str, Any]:
-        """The base's graphs by their key, each read when asked for."""
+        """The base's graphs by their key, each read when asked for; None where its file is not there any more, or is
+        another one now, which is no fault of what was loaded."""
         constants = self._checked(CONSTANTS, self.manifest.constants) if self.manifest.constants else {}
         found: dict[str, Any] = {}
         for entry in self.manifest.signatures:
@@ -200,12 +201,20 @@ class Artifact:
         signature: SignatureRecord,
         constants: Mapping[str, Tensor],
         device: torch.device,
-    ) -> Capture:
+    ) -> Capture | None:
+        if not self._as_opened(file):
+            return None
         program = self._read(file, captured.graph, signature, device)
         # What comes after capturing writes its own history.
         program.history = [entry for entry in program.history if entry.step == "canonicalise"]
         own = {name: constants[name].to(device) for name in captured.constants}
         return Capture(program, own, 0.0, cached=True, notes=captured.notes)
+
+    def _as_opened(self, file: str) -> bool:
+        try:
+            return file_digest(self.path / file) == self.manifest.files[file].sha256
+        except OSError:
+            return False
 
     def _checked(self, file: str, table: Mapping[str, AdapterTensor]) -> dict[str, Tensor]:
         where, opened = str(self.path), TensorFolder(self.path / file, Refusal("GC082", hint="copy it again"))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.route_evidence import TIMES, Flips, RouteEvidence, moved, score_noise
+from graftc.compiler.folding.samples import samples
 from graftc.passes.core.ops.route import Routes
 from graftc.passes.graph.route_choices import choices_of
 from graftc.runtime.model.runner import ModelRunner
+from graftc.specs.errors.diagnostics import GraftError, first_line
 
 __all__ = ["OutputComparison", "compared"]
 
@@ -123,9 +124,16 @@ class OutputComparison:
 
 @torch.no_grad()
 def compared(before: ModelRunner, after: ModelRunner) -> OutputComparison:
-    """Two models of the same interface on random inputs, in eval mode."""
-    compilation = before._compilation
-    inputs = random_inputs(
-        compilation.program("train", "base"), compilation.store, config=getattr(before, "config", None)
-    )
-    return OutputComparison(before, after, inputs)
+    """Two models of the same interface on random inputs, or, where these make no sense, on those of callers, in eval
+    mode.
+
+    Raises:
+        GraftError: GC051 where the models do not run on random inputs, and nobody gave others.
+    """
+    inputs = samples(before._compilation)
+    try:
+        return OutputComparison(before, after, inputs)
+    except (RuntimeError, ValueError, LookupError) as error:
+        message = f"the model does not run on random inputs, so that nothing can be certified: {first_line(error)}"
+        hint = "call it once, or compile it, with inputs that it runs on: a certificate then runs these"
+        raise GraftError("GC051", message, hint=hint) from error

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
+from graftc.compiler.folding.samples import samples
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
@@ -378,7 +378,7 @@ def _outputs(before: Converting, after: Converting) -> tuple[dict[str, float], f
     """Differences of two models' outputs on random inputs, and the largest number among them."""
     compilation = before._compilation
     program = compilation.program("train", "base")
-    inputs = random_inputs(program, compilation.store, config=getattr(before, "config", None))
+    inputs = samples(compilation)
     differences: dict[str, float] = {}
     largest = 0.0
     for name, a, b in zip(program.outputs.names, before.in_eval(inputs), after.in_eval(inputs), strict=True):

@@ -12,14 +12,14 @@ from torch import Tensor, fx
 
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.derived import program_of
 from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate, require_changed
 from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.compiler.folding.requantise import BaseForm, Repacked, budget_of, requantised
+from graftc.passes.core.build.effective_weight import NO_BIAS
 from graftc.passes.core.ir.printer import structural_hash
-from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.graph.remove_folded import take_out
 from graftc.runtime.deploy.comparing import compared
@@ -68,7 +68,7 @@ class MergedRunner(Exporting):
             return super()._program_of(key)
         if key.mode != "eval":
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
-        return _folded_program(program_of(self._compilation, key), self.folded, self._additions)
+        return _folded_program(super()._program_of(key), self.folded, self._additions)
 
     def _start_in_modes(self, module: Root) -> None:
         """See `ModelRunner`. In eval mode, whatever mode the source is in."""
@@ -166,14 +166,27 @@ def _folded_program(program: Program, names: Collection[str], additions: tuple[s
 
 
 def _add_biases(program: Program, additions: Collection[str]) -> None:
+    """Let maps read the biases that folding has made, and adaptations above that look at a map's bias."""
     graph, wanted = program.graph, set(additions)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default) if wanted else ():
-        name = added_bias(node)
-        if name in wanted and len(node.args) == 2:
+    for node in list(graph.nodes) if wanted else ():
+        name = added_bias(node) if node.op == "call_function" else ""
+        if name not in wanted:
+            continue
+        inserted = provenance(node)
+        looks = inserted is not None and inserted["part"] == NO_BIAS
+        maps = inserted is None and node.target is torch.ops.aten.linear.default and len(node.args) == 2
+        if not (looks or maps):
+            continue
+        with graph.inserting_before(node):
+            bias = graph.get_attr(name)
+        value = node.meta["val"]
+        bias.meta = {"val": value.new_empty(value.shape[-1]), "module": node.meta["module"]}
+        if looks:
             with graph.inserting_before(node):
-                bias = graph.get_attr(name)
-            module = node.meta["module"]
-            bias.meta = {"val": node.meta["val"].new_empty(node.meta["val"].shape[-1]), "module": module}
+                cast = graph.call_function(torch.ops.aten.to.dtype, (bias, value.dtype))
+            cast.meta = dict(node.meta)
+            node.replace_all_uses_with(cast)
+        else:
             node.args = (*node.args, bias)
 
 

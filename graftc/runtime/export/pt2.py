@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from graftc.compiler.capture.as_captured import keeps_name
 from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.quiet import quiet
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
@@ -32,6 +34,7 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
             )
     except Exception as error:
         raise GraftError("GC060", f"torch.export failed: {first_line(error)}") from error
+    _require_names(module, program)
 
     def write(path: Path) -> None:
         _reserve(path, module)
@@ -39,6 +42,28 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
             torch.export.save(program, path, extra_files=dict(metadata))
 
     return write
+
+
+def _require_names(module: ExportModule, program: torch.export.ExportedProgram) -> None:
+    """See that the names of the model's inputs mean in the file what they mean in the model: torch writes them in lower
+    case there, in code where some names are taken.
+
+    Raises:
+        GraftError: GC060 where a call by these names fails or gives something else.
+    """
+    changed = [axis.name for axis in module.axes if not keeps_name(axis.name)]
+    if not changed:
+        return
+    try:
+        with torch.no_grad():
+            found, expected = program.module()(**module.inputs), module.module(**module.inputs)
+        differs = any(largest_difference(found[name], expected[name]) > 0 for name in module.outputs)
+    except Exception:  # code that torch generates, in which a name may stand for anything
+        differs = True
+    if differs:
+        message = f"a .pt2 cannot have inputs called {', '.join(axis.name for axis in module.axes)}"
+        hint = f"export it as ONNX, or give the argument {changed[0]} of forward another name"
+        raise GraftError("GC060", message, hint=hint)
 
 
 def _reserve(path: Path, module: ExportModule) -> None:

@@ -18,6 +18,7 @@ from graftc.compiler.capture.past import CACHE, with_cache
 from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import FROM_FORWARD, entered, program_of
+from graftc.compiler.folding.samples import remember
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.program import Program
@@ -280,6 +281,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
             return
         refuse_deepspeed()
         self._looked_at.add(key.signature)
+        remember(self._active, key.signature, present)
         resolved = self._active.main.resolved if key.stage == "adapted" else ()
         virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
         warn_of_packed(present, virtual, partial(gates_over_rows, self._programs[key]))
@@ -397,4 +399,5 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
     def _program_of(self, key: ProgramKey) -> Program:
         if key.entry in FROM_FORWARD:
             return entered(key.entry, self._program_of(key._replace(entry="forward")))
+        self._active.signatures[key.signature].add_constants(self._store)
         return program_of(self._active, key)

@@ -49,8 +49,7 @@ class Attentions(Part):
         self._write(Change("positions"), lambda: self._shift(positions, length))
 
     def _shift(self, positions: Positions, length: int) -> None:
-        numbers = positions.reader.args[positions.index]
-        assert isinstance(numbers, fx.Node)
+        numbers = positions.numbers
         self._leave_room(positions, numbers, length)
         later = self._later(numbers, length)
         later.meta[_TAKEN] = numbers.meta.get(_TAKEN, 0) + length
@@ -70,8 +69,8 @@ class Attentions(Part):
 
     def _leave_room(self, positions: Positions, numbers: fx.Node, length: int) -> None:
         """Narrow the axis that counts the positions. Where a call gives their numbers, only it can know."""
-        table = positions.reader.args[0]
-        if positions.index != 1 or not isinstance(table, fx.Node) or table.op != "get_attr":
+        rows, table = positions.rows, positions.table
+        if rows is None or table is None:
             return
         try:
             (found,) = read_tokens(self.program, self.store, _ANY, [numbers])
@@ -79,7 +78,7 @@ class Attentions(Part):
             return
         if found.is_meta:
             return
-        rows, taken = int(table.meta["val"].shape[0]), numbers.meta.get(_TAKEN, 0) + length
+        taken = numbers.meta.get(_TAKEN, 0) + length
         most = rows - 1 - taken - int(found.max()) + len(_ANY)
         why = f"{self.adaptation!r} takes {length} of the {rows} positions of {table.target}"
         for spec, node in zip(self.program.inputs, self.program.placeholders(), strict=True):

@@ -17,12 +17,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.program import map_nodes
 from graftc.passes.core.sites.sites import Applied, LinearSite
 from graftc.passes.core.weights.folds import Keep, WeightFold
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
+
+NO_BIAS = "no bias"
+"""Part of a node of zeros, which is what a site adds before the first adaptation that gives it a bias."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,16 @@ def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
         return EffectiveWeight(weight, offset, not build.is_overlaid(site.own.tensor), lambda: build.read_weight(site))
     wide = torch.promote_types(weight.meta["val"].dtype, torch.float32)
     bias = build.bias(site)
-    tensors = [build.attribute(name) for applied in site.applied for name in applied.parts.values()]
-    biased = bias is not None
-    sources = [weight, *([bias] if bias is not None else []), *tensors]
-    function = _chain(build, site, site.applied, biased)
-    found = trace(build, function, [_widened(build, node, wide) for node in sources], "weight so far")
-    if len(found) > 1:
-        offset = found[1]
+    made = _widened(build, weight, wide), None if bias is None else _widened(build, bias, wide)
+    for item in site.applied:
+        made = _after(build, site, item, *made, wide)
+    if made[1] is not None:
+        offset = made[1]
+    names = [name for item in site.applied for name in item.parts.values()]
+    function = _chain(build, site, site.applied, bias is not None)
 
     def value() -> Tensor:
-        held = [build.store.get(str(n.target)).detach() for n in tensors]
+        held = [build.store.get(name).detach() for name in names]
         own = [build.read_weight(site)]
         if site.own_bias is not None:
             own.append(site.own_bias.take(build.store.get(site.own_bias.tensor).detach()))
@@ -74,7 +78,27 @@ def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
             result: Tensor = function(*cast)[0]
         return result
 
-    return EffectiveWeight(found[0], offset, False, value)
+    return EffectiveWeight(made[0], offset, False, value)
+
+
+def _after(
+    build: Builder, site: LinearSite, item: Applied, weight: fx.Node, bias: fx.Node | None, wide: torch.dtype
+) -> tuple[fx.Node, fx.Node | None]:
+    """Weight and bias after one adaptation. Edits say so, and thereby what these are without it, once it has gone into
+    the base's tensors."""
+    tensors = [_widened(build, build.attribute(name), wide) for name in item.parts.values()]
+    sources = [weight, *([bias] if bias is not None else []), *tensors]
+    made, *biases = trace(build, _chain(build, site, [item], bias is not None), sources, "weight so far")
+    changes = [(weight, made)]
+    if biases:
+        size = list(biases[0].meta["val"].shape)
+        before = bias or build.call(aten.new_zeros.default, weight, size, part=NO_BIAS)
+        changes.append((before, biases[0]))
+    for before, after in changes:
+        if after is not before:
+            where = f"{site.key} of {build.adaptation}"
+            build.program.edits.add(Edit(item.adaptation, where, before, after, narrow=True))
+    return made, biases[0] if biases else None
 
 
 def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node], part: str) -> list[fx.Node]:

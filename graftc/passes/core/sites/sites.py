@@ -182,11 +182,33 @@ class Positions:
 
     Attributes:
         reader: the call.
-        index: which of its arguments they are.
+        index: which of its arguments they are; of a look-up in a table, that is the first.
     """
 
     reader: fx.Node
     index: int
+
+    @property
+    def numbers(self) -> fx.Node:
+        """The positions."""
+        found = self.reader.args[self.index]
+        numbers = found[0] if isinstance(found, list | tuple) else found
+        assert isinstance(numbers, fx.Node)
+        return numbers
+
+    @property
+    def table(self) -> fx.Node | None:
+        """The table that they are looked up in; None of what computes with them."""
+        table = self.reader.args[0] if self.index else None
+        return table if isinstance(table, fx.Node) else None
+
+    @property
+    def rows(self) -> int | None:
+        """How many positions a stored table has."""
+        if self.table is None or self.table.op != "get_attr":
+            return None
+        axis = self.reader.args[1] if self.index > 1 else 0
+        return int(self.table.meta["val"].shape[axis])
 
 
 @dataclass(frozen=True)

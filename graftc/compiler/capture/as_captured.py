@@ -1,0 +1,255 @@
+"""A model as it is captured: what is switched off, put in its place and put back around a trace or a run, and random
+numbers that do not depend on what was drawn before them, so that a model and its graph draw the same."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graftc.compiler.capture.assignments import Attributes
+from graftc.compiler.capture.interface import Flags, declared, is_transformers, parameters
+from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
+from graftc.compiler.capture.signature import Axis, tie_sizes
+from graftc.passes.core.ir.program import is_random
+from graftc.passes.core.ir.program_key import Mode
+
+aten = torch.ops.aten
+_SEED = 20
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+@contextmanager
+def as_captured(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Iterator[list[str]]:
+    """Inside, a model is as it is captured: in a mode, called by the names of its inputs alone, without a cache and
+    without what is drawn in Python. Afterwards it is as before. Gives notes on what was switched off.
+
+    Args:
+        model: any module.
+        axes, flags: its inputs, and what else it is called with.
+        mode: train or eval.
+    """
+    with _as_before(model), torch.no_grad():
+        model.train(mode == "train")
+        notes = _without_random_structure(model)
+        with _without_state(model), _flat_forward(model, axes, flags):
+            yield notes
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, whatever a forward pass or this module changes on the model: attributes (training flags,
+    values that layers remember), hooks (transformers installs some to record outputs), the config (losses write to it).
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    containers = [Attributes(module) for module in modules]
+    tables = [{name: dict(vars(module)[name]) for name in _TABLES} for module in modules]
+    configs = _configs(model)
+    settings = [dict(vars(config)) for config in configs]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # Eager attention of torch.nn takes another path in eval mode, which zeroes padded rows.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, held, kept, contents in zip(modules, attributes, tables, containers, strict=True):
+            contents.restore()
+            _restore(vars(module), held)
+            for name in _TABLES:
+                _restore(vars(module)[name], kept[name])
+        for config, before in zip(configs, settings, strict=True):
+            _restore(vars(config), before)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and of the models in it; parts of a model may hold a copy of their own."""
+    found = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
+    return list(found.values())
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+        now.clear()
+        now.update(before)
+
+
+def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
+    """What decides in Python, while training, which layers run or which inputs are masked: its owner and name, the
+    value that switches it off, and a note."""
+    for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
+        for name, value in list(vars(owner).items()):
+            if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
+                yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
+            elif name == "apply_spec_augment" and value is True:
+                note = f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"
+                yield owner, name, False, note
+
+
+def random_structure(model: nn.Module) -> list[str]:
+    """Notes on what is drawn in Python while training, and is captured as switched off."""
+    return list(dict.fromkeys(note for *_, note in _random_structure(model)))
+
+
+def _without_random_structure(model: nn.Module) -> list[str]:
+    """Switch off what is drawn in Python; gives notes on it."""
+    notes = random_structure(model)
+    for owner, name, off, _ in list(_random_structure(model)):
+        setattr(owner, name, off)
+    return notes
+
+
+@contextmanager
+def _without_state(model: nn.Module) -> Iterator[None]:
+    """Nothing is remembered between calls: no cache, and nothing that transformers' models keep of one."""
+    with ExitStack() as stack:
+        if is_transformers(model):
+            from transformers.exporters import exporter_dynamo
+
+            exporter: Any = exporter_dynamo
+            stack.enter_context(exporter.reset_model_state(model))
+            for config in _configs(model):
+                if getattr(config, "use_cache", False):
+                    config.use_cache = False
+                if getattr(config, "return_dict", True) is False:
+                    config.return_dict = True
+        yield
+
+
+@contextmanager
+def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
+    """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
+    settings, original = dict(flags), model.forward
+    alone = bool(settings.pop(ENCODER, False))
+    called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
+    owned = "forward" in vars(model)
+    before = vars(model).get("forward")
+    names = parameters(called)
+    positional = [n for n, p in declared(called).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        tie_sizes(axes, inputs)
+        given: dict[str, Any] = assembled({**inputs, **settings}, names, has_encoder(model))
+        first = [given.pop(name) for name in positional if name in given]
+        # The tracer knows a module's path by how it was reached while tracing.
+        run: Any = model.get_encoder() if alone else original  # type: ignore[operator]
+        return taken_apart(run(*first, **given))
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(axis.name, kind, default=None) for axis in axes]
+    )
+    forward.__module__ = getattr(original, "__module__", __name__)
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        if owned:
+            vars(model)["forward"] = before
+        else:
+            del vars(model)["forward"]
+
+
+def keeps_name(name: str) -> bool:
+    """Whether the tracer's name for an input of a name is that: it writes names in lower case, and numbers those that
+    mean something in the code that it generates."""
+    return name == name.lower() and fx.Graph()._graph_namespace.create_name(name, None) == name
+
+
+def traced_names(inputs: Iterable[str]) -> dict[str, str]:
+    """Names of inputs for the tracer, by their own: the same where it keeps them all, otherwise numbers."""
+    names = list(inputs)
+    if all(keeps_name(name) for name in names):
+        return {name: name for name in names}
+    return {name: f"input_{index}" for index, name in enumerate(names)}
+
+
+@contextmanager
+def renamed(model: nn.Module, traced: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the forward of a model, which is as it is captured, takes its inputs by the names that a tracer has."""
+    own = {given: name for name, given in traced.items()}
+    called = vars(model)["forward"]
+    if all(given == name for given, name in own.items()):
+        yield
+        return
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        return called(**{own[given]: value for given, value in inputs.items()})
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(given, kind) for given in own])  # type: ignore[attr-defined]
+    forward.__module__ = called.__module__
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(model)["forward"] = called
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; attention does where it drops something."""
+    target = node.target
+    if target is aten.scaled_dot_product_attention.default:
+        dropped = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(dropped != 0)
+    return is_random(node)
+
+
+class _EachFromTheSeed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every draw starts from the same seed, so what it gives does not depend on how many there were before it. A graph
+    has only those that its outputs depend on."""
+
+    def __init__(self, seed: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed = seed
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._seed()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Inside, random numbers depend on their kind and shape only; afterwards the random states are as before.
+
+    Args:
+        device: where they are drawn, beside the CPU.
+        wanted: whether anything that counts is drawn.
+    """
+    own = [] if device.type == "cpu" else [device]
+    module = torch.get_device_module(device)
+    before = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpys = numpy.random.get_state() if numpy is not None else None
+
+    def seed() -> None:
+        torch.default_generator.manual_seed(_SEED)
+        if own:
+            module.manual_seed(_SEED)
+
+    with torch.random.fork_rng(devices=own, device_type=device.type if own else "cuda"):
+        seed()
+        random.seed(_SEED)
+        if numpy is not None:
+            numpy.random.seed(_SEED)
+        try:
+            if wanted:
+                with _EachFromTheSeed(seed):
+                    yield
+            else:
+                yield
+        finally:
+            random.setstate(before)
+            if numpy is not None:
+                numpy.random.set_state(numpys)

@@ -1,0 +1,38 @@
+"""What certificates run a model on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from graftc.compiler.capture.example_inputs import random_inputs
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Signature
+
+_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
+"""Ends of names of inputs that any values of their kind make sense for, whatever the others are."""
+
+
+def beyond_text(program: Program) -> bool:
+    """Whether inputs beside token ids and what goes along with them are taken, such as images: ids say where these
+    stand, so that random ids make no sense beside them."""
+    names = program.signature
+    return any(name.endswith("input_ids") for name in names) and not all(name.endswith(_TEXT) for name in names)
+
+
+def remember(compilation: Compilation, signature: Signature, present: Mapping[str, object]) -> None:
+    """Keep the inputs of the first call where random ones make no sense, and nobody has shown any."""
+    main, base = compilation.main, compilation.program("train", "base")
+    if main.signature == signature and not (main.shown or main.seen) and beyond_text(base):
+        main.seen.update((name, value.detach()) for name, value in present.items() if isinstance(value, Tensor))
+
+
+def samples(compilation: Compilation) -> dict[str, Tensor]:
+    """Inputs of the first signature: random ones, or what callers gave where random ones make no sense."""
+    base, store, main = compilation.program("train", "base"), compilation.store, compilation.main
+    if beyond_text(base) and (shown := {**main.seen, **main.shown}).keys() >= set(base.signature):
+        device = store.device()
+        return {spec.name: shown[spec.name].to(device, spec.dtype) for spec in base.inputs}
+    return random_inputs(base, store, config=getattr(compilation.source, "config", None))

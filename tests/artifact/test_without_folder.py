@@ -1,0 +1,85 @@
+"""A loaded model needs nothing of its artifact's folder any more."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.testing import perturb, tiny
+
+IDS = torch.tensor([[5, 9, 4, 11], [8, 3, 6, 2]])
+LORA = {"name": "a", "method": "lora", "rank": 2, "target": {"role": "attn.q"}}
+IA3 = {"name": "b", "method": "ia3"}
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def emptied(folder: Path) -> None:
+    for file in folder.rglob("*.json"):
+        file.write_text("{}")
+
+
+def another(folder: Path) -> None:
+    """What is written there is of another model, of the same names."""
+    compiled = graftc.compile({"adapt": [{**LORA, "target": {"role": "attn.k"}}]}, tiny("llama", layers=1))
+    shutil.rmtree(folder)
+    compiled.save(folder)
+
+
+def with_labels(model: Any, work: Path) -> Tensor:
+    found: Tensor = model(input_ids=IDS, labels=IDS).logits
+    return found
+
+
+def disabled(model: Any, work: Path) -> Tensor:
+    model.disable("a")
+    model.enable("a")
+    return logits(model)
+
+
+def added(model: Any, work: Path) -> Tensor:
+    model.add(IA3)
+    return logits(model)
+
+
+def merged(model: Any, work: Path) -> Tensor:
+    return logits(model.merge())
+
+
+def saved(model: Any, work: Path) -> Tensor:
+    model.save(work / "again")
+    return logits(graftc.load(work / "again", model=model.compilation.source))
+
+
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return tiny("llama")
+
+
+@pytest.mark.parametrize("use", [disabled, added, with_labels, merged, saved])
+@pytest.mark.parametrize("change", [gone, emptied, another])
+def test_what_is_done_afterwards(
+    base: nn.Module, change: Callable[[Path], None], use: Callable[[Any, Path], Tensor], tmp_path: Path
+) -> None:
+    compiled = graftc.compile({"adapt": [LORA]}, base).eval()
+    perturb(compiled)
+    compiled(input_ids=IDS, labels=IDS)  # a second graph in the artifact
+    compiled.save(tmp_path / "artifact")
+    loaded = graftc.load(tmp_path / "artifact", model=base).eval()
+    change(tmp_path / "artifact")
+    with torch.no_grad():
+        torch.testing.assert_close(use(loaded, tmp_path), logits(compiled), atol=1e-5, rtol=1e-5)
