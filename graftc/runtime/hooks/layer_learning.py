@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.capture.anchor import BOUNDS
-from graftc.compiler.capture.capture import as_captured
+from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.interface import config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive
