@@ -10,7 +10,7 @@ from tests.cache_machine import SETUPS, TOLERANCE, run
 
 pytestmark = pytest.mark.gate
 
-STEPS, RUNS = 2000, 3
+STEPS, RUNS = 2500, 3
 
 
 def test_every_step_is_as_without_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,5 +21,5 @@ def test_every_step_is_as_without_a_cache(capsys: pytest.CaptureFixture[str]) ->
     with capsys.disabled():
         print(f"\n{each * len(machines)} steps, {done.total()} of them with effect: {dict(done)}")
         print(f"largest difference {worst:.1e} of the largest logit, tolerance {TOLERANCE:.0e}")
-    assert each * len(machines) >= STEPS
+    assert done.total() >= 2000
     assert len(done) == 13 and min(done.values()) >= 40
