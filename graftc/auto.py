@@ -5,6 +5,6 @@ In the process that compiled the model this is not needed.
 
 from __future__ import annotations
 
-from graftc.runtime.interop import auto_classes
+from graftc.runtime.loading import auto_classes
 
 __all__ = ["auto_classes"]

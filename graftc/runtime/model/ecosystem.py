@@ -15,6 +15,7 @@ from torch import nn
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.weights.containers import deepspeed
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.above import above
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.head import head_at
 from graftc.specs.errors.diagnostics import GraftError
@@ -114,9 +115,7 @@ class Ecosystem(Runner):
             GraftError: GC032 for a model without a config of transformers, GC064 where it cannot be written, GC072 for
                 options that ask for another form, as ``state_dict`` or ``push_to_hub``.
         """
-        from graftc.runtime.interop.auto_classes import save_pretrained
-
-        save_pretrained(self, save_directory, options)
+        above("save_pretrained")(self, save_directory, options)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Where the table of token embeddings is; it holds tensors and computes nothing. None where there is none."""

@@ -20,6 +20,7 @@ from graftc.compiler.steering import Steerings, steerings
 from graftc.passes.core.ir.eval_mode import dropouts
 from graftc.passes.core.weights.names import owner_of, parsed, renamed
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.above import above
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.views import Tables, Viewed, put_over, tables_of
 from graftc.specs.base import MethodSpec
@@ -89,10 +90,9 @@ class Editing(Viewed):
                 full, or rows of a table beside its method: import such with the others. Nothing has changed then.
         """
         from graftc.compiler.roles.structure import find_structure
-        from graftc.runtime.loading.peft_several import entry_of, names_of
 
         self._require_whole()
-        own, path = next(iter(names_of([folder] if name is None else {name: folder}).items()))
+        own, path = next(iter(above("names_of")([folder] if name is None else {name: folder}).items()))
         known = [str(a.name) for a in self._compilation.spec.adapt]
         if own in known:
             raise GraftError("GC005", f"the name {own!r} is taken by another adaptation", hint="give another name")
@@ -102,7 +102,7 @@ class Editing(Viewed):
         def structure() -> Structure:
             return find_structure(capture.program.graph, capture.constants)
 
-        return self.add(*entry_of(path, own, base.source, base.main.axes, flags, structure))
+        return self.add(*above("entry_of")(path, own, base.source, base.main.axes, flags, structure))
 
     @exclusive()
     def remove(self, name: str) -> None:
