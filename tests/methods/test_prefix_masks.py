@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import graftc
 from graftc.runtime.compiled import Compiled
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -137,6 +138,91 @@ def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> Non
         }
     )
     torch.testing.assert_close(two(**inputs), one(**inputs), rtol=1e-10, atol=1e-10)
+
+
+class Masked(nn.Module):
+    """A causal attention of four heads that is written out, with its mask in one of the ways that models have.
+
+    Args:
+        way: how keys are hidden.
+        fixed: whether the model takes nine tokens only.
+    """
+
+    def __init__(self, way: str, fixed: bool) -> None:
+        super().__init__()
+        self.way, self.fixed = way, fixed
+        self.table, self.mix = nn.Embedding(50, 32), nn.Linear(9, 9)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.register_buffer("triangle", torch.ones(64, 64, dtype=torch.bool).tril())
+
+    def scores(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """Scores ``[batch, heads, queries, keys]`` with what hides keys from them."""
+        rows, keys = scores.shape[2:]
+        places, low = torch.arange(keys), torch.finfo(scores.dtype).min
+        seen = (places <= torch.arange(keys - rows, keys)[:, None]) & tokens.bool()[:, None, None, :]
+        kept = seen.to(scores.dtype)
+        if self.way == "distances":
+            return (scores + places * 0.3).masked_fill(~seen, low)
+        if self.way == "true is seen":
+            return torch.where(seen, scores, torch.tensor(low))
+        if self.way == "true is hidden":
+            return torch.where(~seen, torch.tensor(low), scores)
+        if self.way == "bool of a bias":
+            return scores.masked_fill(torch.where(seen, 0.0, low).to(torch.bool), low)
+        if self.way == "buffer":
+            own = self.triangle[keys - rows : keys, :keys] & tokens.bool()[:, None, None, :]
+            return torch.where(own, scores, torch.full([], low))
+        if self.way == "bias":
+            return scores + torch.zeros(1, 1, rows, keys).masked_fill(~seen, low)
+        if self.way == "bias of -10,000":
+            return scores + (1 - kept) * -1e4
+        return scores * kept - 1e4 * (1 - kept) if self.way == "product" else scores.masked_fill(~seen, low)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, front: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``[batch, tokens, 32]``; ``front`` are keys and values before those of the text."""
+        x = self.table(input_ids)
+        if self.fixed:
+            x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        q, k, v = (m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        if front is not None:
+            k, v = torch.cat([front[0], k], 2), torch.cat([front[1], v], 2)
+            attention_mask = torch.cat([attention_mask.new_ones(len(x), LENGTH), attention_mask], 1)
+        scores = self.scores(q @ k.transpose(-1, -2) / math.sqrt(8), attention_mask)
+        made: Tensor = x + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return made
+
+
+WAYS = ("filled", "true is seen", "true is hidden", "bool of a bias", "buffer", "bias", "bias of -10,000")
+
+
+@pytest.mark.slow
+@pytest.mark.sample(
+    "filled-fixed", "true is seen-fixed", "bool of a bias-varying", "distances-varying", "distances-fixed"
+)
+@pytest.mark.parametrize("fixed", [False, True], ids=["varying", "fixed"])
+@pytest.mark.parametrize("way", [*WAYS, "product", "distances"])
+def test_what_true_says_in_a_mask(way: str, fixed: bool) -> None:
+    """A prefix is as keys and values in front, whichever bool hides a key; GC017 where a bias cannot be known there."""
+    torch.manual_seed(0)
+    model = Masked(way, fixed).eval()
+    ids = torch.randint(0, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    spec = {"adapt": [{"method": "prefix", "length": LENGTH, "target": {"role": "attn"}}]}
+    if fixed and way in ("distances", "product"):
+        with pytest.raises(GraftError) as caught:
+            graftc.compile(spec, model, given)
+        assert caught.value.code == "GC017"
+        return
+    compiled = graftc.compile(spec, model, given).eval()
+    perturb(compiled)
+    held = [t for _, t in sorted(compiled.adapter_state_dict().items())]
+    keys, values = (t.view(1, LENGTH, 4, 8).transpose(1, 2).expand(3, -1, -1, -1) for t in held)
+    with torch.no_grad():
+        expected = model(ids, mask, (keys, values))
+        torch.testing.assert_close(compiled(**given), expected, atol=1e-5, rtol=1e-5)
+        assert largest_difference([model(**given)], [expected]) > 1e-2
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class InputSizes:
     def undecided(self) -> dict[str, set[int]]:
         """Axes that vary in the graph although it holds for their captured size only: to be captured fixed."""
         found: dict[str, set[int]] = {}
-        bound = _bound(self.environment, self.places) if self.places else set()
+        bound = _held(self.environment, self.places)[0] if self.places else set()
         for expr, places in self.places.items():
             name = self._name(expr)
             repeated = len(places) > 1 and name is None
@@ -63,6 +63,7 @@ class InputSizes:
     def specs(self) -> tuple[InputSpec, ...]:
         """The inputs, with the sizes that each axis may have. A named axis that has one size only loses its name."""
         found = []
+        limits = _held(self.environment, self.places)[1] if self.places else {}
         for axis, value in zip(self.axes, self.values, strict=True):
             shape: list[int | str] = []
             ranges: list[tuple[int, int | None]] = []
@@ -70,7 +71,8 @@ class InputSizes:
                 symbol = _expression(size)
                 shape.append((self._name(symbol) if symbol is not None else None) or captured)
                 fixed = (captured, captured)
-                ranges.append(_range(self.environment, symbol, captured) if symbol is not None else fixed)
+                own = _range(self.environment, symbol, captured) if symbol is not None else fixed
+                ranges.append(_up_to(own, limits.get(symbol)))
             found.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
         if found:
             found[0] = replace(found[0], apart=tuple(self._apart()))
@@ -138,26 +140,47 @@ def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | Non
     return low, most
 
 
-def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[Any]:
-    """Symbols that a guard holds to their captured sizes.
+def _held(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[set[Any], dict[Any, int]]:
+    """Symbols that a guard holds to their captured sizes, and the largest sizes of those that a guard only limits.
 
     Unnamed axes: by any guard but a plain range. Named ones: by what remains of a guard, once those have their numbers,
     where it does not hold for other sizes: divisibility, a product that must be another or may not be too large. Most
-    inequalities only tell sizes from 0 and 1.
+    inequalities only tell sizes from 0 and 1. A table of so many positions, whose last ones are taken, is a limit.
     """
     captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
     named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
     guards = [guard for guard in _guards(environment) if not (_are_two(guard) and set(guard.args) <= named)]
     bound = {symbol for guard in guards for symbol in guard.free_symbols & (captured.keys() - named)}
+    limits: dict[Any, int] = {}
     numbers = {symbol: sympy.Integer(captured[symbol]) for symbol in bound}
     for guard in guards:
         rest = guard.xreplace(numbers)
         if not isinstance(rest, sympy.core.relational.Relational):
             continue
         symbols = rest.free_symbols & captured.keys()
-        if not all(_holds(rest, sizes) for sizes in _tried(environment, rest)):
+        if all(_holds(rest, sizes) for sizes in _tried(environment, rest)):
+            continue
+        (symbol,) = symbols if len(rest.free_symbols) == len(symbols) == 1 else (None,)
+        most = None if symbol is None else _limit(environment, rest, captured[symbol])
+        if symbol is None or most is None:
             bound |= symbols
-    return bound
+        else:
+            limits[symbol] = min(most, limits.get(symbol, most))
+    return bound, limits
+
+
+def _limit(environment: Any, guard: Any, captured: int) -> int | None:
+    """The size up to which a guard of one symbol holds, and beyond which it does not; None where there is none."""
+    (symbol,) = guard.free_symbols
+    sizes = [size for size in range(_LEAST, max(_SIZES) + 1) if _is_size(environment, symbol, size)]
+    holds = [_holds(guard, (size,)) for size in sizes]
+    count = sum(holds)
+    return sizes[count - 1] if 0 < count < len(sizes) and all(holds[:count]) and captured <= sizes[count - 1] else None
+
+
+def _up_to(own: tuple[int, int | None], most: int | None) -> tuple[int, int | None]:
+    low, high = own
+    return own if most is None else (low, most if high is None else min(high, most))
 
 
 def _guards(environment: Any) -> list[Any]:

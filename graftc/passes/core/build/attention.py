@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import read_tokens
-from graftc.passes.core.build.masks import Masks, same_size, surplus
+from graftc.passes.core.build.masks import Masks, most_of, same_size, surplus
 from graftc.passes.core.build.nodes import Nodes, Part
 from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
 from graftc.passes.core.build.seams import Change, Window
@@ -32,7 +32,7 @@ class Attentions(Part):
 
     def __init__(self, nodes: Nodes, masks: Masks) -> None:
         super().__init__(nodes)
-        self._longer = masks.longer
+        self._masks = masks
         self._widened: dict[tuple[fx.Node, int, Window, bool], fx.Node] = {}
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
@@ -158,7 +158,8 @@ class Attentions(Part):
         """A mask with columns for ``length`` keys in front.
 
         A bias is what it would be for tokens there. Nothing can be told of a mask of pairs that is an input, or that is
-        made from activations: zeros stand in front of a bias, and a mask of bools lets everything through.
+        made from activations: zeros stand in front of a bias, and a mask of bools lets everything through. Where sizes
+        are fixed, zeros stand in front of a bias that hides and does nothing else.
 
         Args:
             site: the attention.
@@ -166,6 +167,9 @@ class Attentions(Part):
             length: how many keys.
             window: see `attend`.
             sees: the bool that lets a key be seen.
+
+        Raises:
+            GraftError: GC017 for a bias of fixed size that depends on places.
         """
         key = (mask, length, window, sees)
         if key not in self._widened:
@@ -176,12 +180,16 @@ class Attentions(Part):
         own = mask.meta["val"].dtype == torch.bool
         if own and window == "visible":
             return self._in_front(mask, length, sees)
-        wide = self._longer(mask, self._keys(site), length)
+        wide = self._masks.longer(mask, self._keys(site), length)
         if wide is None:
             if window == "masked" and not _is_input(mask):
                 message = f"what the window of {site.key} would hide of a prefix cannot be told from this graph"
                 hint = "use window: visible, or inputs whose sequence may vary"
                 raise GraftError("GC017", message, place=Place(path="window"), hint=hint)
+            if not own and not self._masks.hides_only(mask):
+                message = f"the bias of {site.key} for keys in front of the text cannot be told from this graph"
+                hint = "use inputs whose sequence may vary, or leave it out with exclude"
+                raise GraftError("GC017", message, hint=hint)
             return self._in_front(mask, length, sees and own)
         return wide if own or window == "masked" else self._unhidden(site, wide)
 
@@ -199,7 +207,7 @@ class Attentions(Part):
     def _unhidden(self, site: AttentionSite, wide: fx.Node) -> fx.Node:
         """A bias in which nothing hides what stands in front of the text: zero where it is about the least number."""
         value = wide.meta["val"]
-        count = surplus(value.shape[-1], self._keys(site))
+        count = surplus(value.shape[-1], self._keys(site), most_of(self.program))
         assert count is not None
         front = self.call(aten.slice.Tensor, wide, -1, 0, count, part="mask")
         rest = self.call(aten.slice.Tensor, wide, -1, count, 2**63 - 1, part="mask")
@@ -253,14 +261,14 @@ class Attentions(Part):
         assert site.operands is not None
         if not isinstance(value, Tensor) or value.dim() == 0 or source is site.operands.query:
             return source
-        if source.op == "get_attr" or not same_size(value.shape[-1], spot.count):
+        if source.op == "get_attr" or not same_size(value.shape[-1], spot.count, most_of(self.program)):
             return source
         if value.dtype == torch.bool and reader.target in _MASKING:
             sees = reader.args[0] is source and reader.args[1] in spot.inside
             return self._wider(site, source, spot.length, spot.window, sees)
         if value.is_floating_point() and reader.target in (aten.add.Tensor, aten.baddbmm.default):
             return self._wider(site, source, spot.length, spot.window)
-        wide = self._longer(source, self._keys(site), spot.length)
+        wide = self._masks.longer(source, self._keys(site), spot.length)
         if wide is None:
             raise ValueError(f"{source.name} cannot be made longer")
         return wide

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.build.nodes import Nodes, Part
 from graftc.passes.core.ir.past_inputs import past_length
-from graftc.passes.core.ir.program import is_random, map_nodes, nodes_in
+from graftc.passes.core.ir.program import Program, is_random, limited, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
 
 aten = torch.ops.aten
@@ -24,6 +26,11 @@ _LIKE = {
 """Calls that take no more than element type and device from their first argument."""
 
 _NUMBERS = (13, 101)
+_LEAST, _LONGEST = 2, 2**24
+_END = 2**63 - 1
+_ROWS = 2
+_HIDDEN = -1e3
+"""What is added to scores to hide a key is no greater than this."""
 
 
 class Masks(Part):
@@ -64,11 +71,25 @@ class Masks(Part):
                 if node not in held and (again := self._longer(node, symbol, length, held)) is not None:
                     held[node] = again
                     made.append(node)
-            return self._cut(mask, held[mask], length) if mask in held else None
+            return self._cut(mask, held[mask], symbol, length) if mask in held else None
         except (RuntimeError, IndexError, ValueError):  # sizes that do not fit: some were numbers when captured
             for node in reversed(made):
                 del held[node]
             return None
+
+    def hides_only(self, bias: fx.Node) -> bool:
+        """Whether a bias of one size is known to be zero where it hides nothing.
+
+        One that depends on activations, token ids or a mask of pairs counts as one, since what it is for other keys is
+        not up to their places alone. So does that of a model of images, where nothing is in front.
+        """
+        if _cone(bias, None) is None or all(len(spec.shape) > 3 for spec in self.program.inputs):
+            return True
+        try:
+            (found,) = computed([bias], _sample, self.store.get, self.store.device())
+        except (RuntimeError, IndexError):
+            return False
+        return not found.is_meta and bool(((found == 0) | (found <= _HIDDEN)).all())
 
     def _growing(self, size: Any) -> Any:
         """The symbol that is greater in a text with more tokens in front; None where there is none."""
@@ -113,37 +134,84 @@ class Masks(Part):
         again.meta["module"] = node.meta.get("module", "")
         return again
 
-    def _cut(self, mask: fx.Node, again: fx.Node, length: int) -> fx.Node | None:
+    def _cut(self, mask: fx.Node, again: fx.Node, symbol: Any, length: int) -> fx.Node | None:
         before, after = mask.meta["val"].shape, again.meta["val"].shape
-        if not same_size(after[-1], before[-1] + length):
+        self._leave_room(after[-1], before[-1] + length, symbol, length)
+        most = most_of(self.program)
+        if not same_size(after[-1], before[-1] + length, most):
             return None
         for axis, (old, new) in enumerate(zip(before[:-1], after[:-1], strict=True)):
-            if same_size(new, old):
+            if same_size(new, old, most):
                 continue
-            if not same_size(new, old + length):
+            if not same_size(new, old + length, most):
                 return None
-            again = self._like(mask, self.call(aten.slice.Tensor, again, axis, length, 2**63 - 1, part="mask"))
+            again = self._like(mask, self.call(aten.slice.Tensor, again, axis, length, _END, part="mask"))
         return again
 
+    def _leave_room(self, found: Any, wanted: Any, symbol: Any, length: int) -> None:
+        """Narrow the axis that counts the tokens to where a mask is as long as the keys: some are cut from a table."""
+        rest = expression(found) - expression(wanted)
+        if isinstance(rest, int) or rest.free_symbols != {symbol} or rest.subs(symbol, _LEAST) != 0:
+            return
+        low, high = _LEAST, 2 * _LEAST
+        while high < _LONGEST and rest.subs(symbol, high) == 0:
+            low, high = high, 2 * high
+        if high >= _LONGEST:
+            return
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if rest.subs(symbol, middle) == 0 else (low, middle)
+        program = self.program
+        names = {name for name, size, _ in _named_sizes(program) if size == symbol}
+        why = f"{self.adaptation!r} takes {length} of the {low + length} positions that attention has biases for"
+        for name in names:
+            program.limits.setdefault(name, why)
+        program.inputs = limited(program.inputs, dict.fromkeys(names, low))
 
-def same_size(first: Any, second: Any) -> bool:
+
+def _named_sizes(program: Program) -> Iterator[tuple[str, Any, int | None]]:
+    """Axes of the inputs that have a name, with their sizes and the greatest of these."""
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        ranges = spec.ranges or [(0, None)] * len(spec.shape)
+        for name, size, (_, high) in zip(spec.shape, node.meta["val"].shape, ranges, strict=True):
+            if isinstance(name, str):
+                yield name, expression(size), high
+
+
+def most_of(program: Program) -> dict[Any, int]:
+    """The greatest sizes that a graph holds for, by symbol."""
+    return {size: high for _, size, high in _named_sizes(program) if high is not None}
+
+
+def same_size(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> bool:
     """Whether two sizes are one: by their expressions, or by the numbers that these give."""
-    return surplus(first, second) == 0
+    return surplus(first, second, most) == 0
 
 
-def surplus(first: Any, second: Any) -> int | None:
-    """How much greater a size is than another; None where that is no number."""
+def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> int | None:
+    """How much greater a size is than another, where no symbol is greater than in ``most``; None where that is no
+    number."""
     difference = expression(first) - expression(second)
     if isinstance(difference, int) or difference.is_number:
         return int(difference)
-    found = {_at(difference, start) for start in _NUMBERS}
+    found = {_at(difference, start, most) for start in _NUMBERS}
     return found.pop() if len(found) == 1 else None
 
 
-def _at(size: Any, start: int) -> int:
-    """An expression with numbers from ``start`` for its symbols, no two the same."""
+def _at(size: Any, start: int, most: Mapping[Any, int]) -> int:
+    """An expression with numbers from ``start`` for its symbols, no two the same if they may be as great."""
     symbols = sorted(size.free_symbols, key=str)
-    return int(size.subs({symbol: start + 3 * i for i, symbol in enumerate(symbols)}))
+    numbers = {symbol: start + 3 * i for i, symbol in enumerate(symbols)}
+    return int(size.subs({symbol: min(number, most.get(symbol, number)) for symbol, number in numbers.items()}))
+
+
+def _sample(node: fx.Node) -> Tensor:
+    """A value of an input of which a bias may depend: masks that hide nothing, positions, sizes."""
+    value = node.meta["val"]
+    sizes = [surplus(size, 0) or _ROWS for size in value.shape]  # None for those that vary
+    if _is_positions(node):
+        return torch.arange(sizes[-1], dtype=value.dtype).expand(sizes)
+    return torch.ones(sizes, dtype=value.dtype)
 
 
 def _is_positions(node: fx.Node) -> bool:
