@@ -1,4 +1,7 @@
-"""What torch prints while it makes a graph: nobody sees it, and nobody else's words are lost.
+"""What libraries say of what nobody asked for: nobody sees it, and nobody else's words are lost.
+
+Torch has much to say while it makes a graph (`quiet`), and the libraries that transformers imports because they are
+installed while it imports them (`quiet_quantisers`).
 
 Standard streams, loggers and filters of warnings belong to the whole process. Here one thread's own words are dropped
 and those of the others get through.
@@ -9,12 +12,17 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-__all__ = ["quiet"]
+__all__ = ["quiet", "quiet_quantisers", "tell"]
+
+_IMPORTING = "transformers.quantizers"
+"""Imports the library of every quantiser that is installed, and every model of transformers imports it."""
+_held: list[logging.LogRecord] = []
 
 
 class _WithoutOne:
@@ -65,17 +73,27 @@ class _Unheard(logging.Filter):
         return not own or record.levelno >= self._least
 
 
-@contextmanager
-def _unlogged(libraries: Sequence[str], least: int) -> Iterator[None]:
-    """Inside, no handler is told of what this thread logs there below a level.
+class _Unasked(logging.Filter):
+    """Holds back what other libraries than transformers log below errors while it imports its quantisers."""
 
-    Handlers have the filter: a filter of a logger does not see what those below it log.
-    """
-    known = [name for name in list(logging.root.manager.loggerDict) if name.partition(".")[0] in libraries]
-    loggers = [logging.root, *(logging.getLogger(name) for name in known)]
-    handlers = [handler for logger in loggers for handler in logger.handlers]
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`. The stack is this thread's, as the import is."""
+        if record.levelno >= logging.ERROR or record.name.partition(".")[0] == "transformers":
+            return True
+        frames = (frame for frame, _ in traceback.walk_stack(None))
+        if not any(f.f_code.co_name == "<module>" and f.f_globals.get("__name__") == _IMPORTING for f in frames):
+            return True
+        if all(record is not other for other in _held):  # each handler asks
+            _held.append(record)
+        return False
+
+
+@contextmanager
+def _filtered(ours: logging.Filter) -> Iterator[None]:
+    """Inside, the handlers there are have a filter: one of a logger does not see what those below it log."""
+    loggers = [x for x in list(logging.root.manager.loggerDict.values()) if isinstance(x, logging.Logger)]
+    handlers = [handler for logger in [logging.root, *loggers] for handler in logger.handlers]
     handlers += [logging.lastResort] if logging.lastResort is not None else []
-    ours = _Unheard(libraries, least)
     for handler in handlers:
         handler.addFilter(ours)
     try:
@@ -83,6 +101,25 @@ def _unlogged(libraries: Sequence[str], least: int) -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(ours)
+
+
+@contextmanager
+def quiet_quantisers() -> Iterator[None]:
+    """Inside, nothing is heard of the libraries of quantisers that transformers imports only because they are
+    installed, errors apart, and of what torch says of them. `tell` repeats it where one of them is used after all."""
+    with _filtered(_Unasked()):
+        yield
+
+
+def tell(library: str) -> None:
+    """Log what `quiet_quantisers` held back of a library that is used after all; once.
+
+    Args:
+        library: the first part of the loggers' names.
+    """
+    for record in [r for r in _held if r.name.partition(".")[0] == library]:
+        _held.remove(record)
+        logging.getLogger(record.name).handle(record)
 
 
 @contextmanager
@@ -94,6 +131,6 @@ def quiet(libraries: Sequence[str], least: int = logging.ERROR) -> Iterator[None
         libraries: the first parts of the loggers' names.
         least: the level from which they are heard.
     """
-    with warnings.catch_warnings(), _without_errors(), _unlogged(libraries, least):
+    with warnings.catch_warnings(), _without_errors(), _filtered(_Unheard(libraries, least)):
         warnings.simplefilter("ignore")
         yield

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.quiet import quiet_quantisers
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
 __all__ = ["from_callable"]
@@ -30,6 +31,11 @@ def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInpu
     Raises:
         GraftError: GC032 where there is no such callable, it fails, or it returns something else.
     """
+    with quiet_quantisers():
+        return _made(text, meta)
+
+
+def _made(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)
     if not callable(make):

@@ -20,6 +20,7 @@ from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
+from graftc.compiler.quiet import quiet_quantisers
 from graftc.runtime.model_callables import from_callable
 from graftc.runtime.model_folder import (
     WEIGHTS,
@@ -369,7 +370,8 @@ def _cached(text: str) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bars and does not warn of a head that has no weights yet."""
+    """Inside, transformers shows no progress bars and does not warn of a head that has no weights yet, and libraries of
+    quantisers that it imports unasked are not heard."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -377,7 +379,8 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_quantisers():
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftc.compiler.quiet import quiet_quantisers
 from graftc.testing.perturb import randomise
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LABELS = 48, 80, 101, 3
@@ -133,7 +134,7 @@ def tiny(
     build = FAMILIES[family]
     if layers is not None:
         changes[_LAYERS.get(family, "num_hidden_layers")] = layers
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), quiet_quantisers():
         torch.manual_seed(seed)
         model = build(**changes)
     return randomise(model, seed=seed).to(dtype).eval()

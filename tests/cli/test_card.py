@@ -173,6 +173,17 @@ def test_the_task_is_that_of_the_class(family: str, task: str | None) -> None:
     assert task_of("Own") is None
 
 
+@pytest.mark.slow
+def test_the_tasks_are_those_of_transformers() -> None:
+    from transformers.modelcard import TASK_MAPPING
+
+    theirs = {task: set(names.values()) for task, names in TASK_MAPPING.items() if task != "text2text-generation"}
+    classes = set().union(*theirs.values())
+    for name in classes:
+        tasks = [task for task, names in theirs.items() if name in names]
+        assert task_of(name) == (tasks[0] if len(tasks) == 1 else None)
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "a|b`c``d",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from graftc.compiler.resolve.train import TRAIN
@@ -20,6 +20,23 @@ LIBRARY = "graftc"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,8}(-[A-Za-z0-9]{1,8}){0,4}", re.ASCII)
 _TAG = re.compile(r"[\w][\w .:/+-]{0,95}", re.ASCII)
+_TASKS = {
+    "audio-classification": ["AUDIO_CLASSIFICATION"],
+    "automatic-speech-recognition": ["CTC", "SPEECH_SEQ_2_SEQ"],
+    "fill-mask": ["MASKED_LM"],
+    "image-classification": ["IMAGE_CLASSIFICATION"],
+    "image-segmentation": ["IMAGE_SEGMENTATION"],
+    "image-text-to-text": ["IMAGE_TEXT_TO_TEXT"],
+    "object-detection": ["OBJECT_DETECTION"],
+    "question-answering": ["QUESTION_ANSWERING"],
+    "table-question-answering": ["TABLE_QUESTION_ANSWERING"],
+    "text-classification": ["SEQUENCE_CLASSIFICATION"],
+    "text-generation": ["CAUSAL_LM"],
+    "token-classification": ["TOKEN_CLASSIFICATION"],
+    "zero-shot-image-classification": ["ZERO_SHOT_IMAGE_CLASSIFICATION"],
+}
+"""The hub's tasks, and which of transformers' mappings of auto classes are theirs. `transformers.modelcard` has the
+same, and imports PEFT and the libraries of quantisers with it."""
 
 
 def card_metadata(
@@ -65,12 +82,14 @@ def card_metadata(
 
 
 def task_of(model: str) -> str | None:
-    """The hub's task of a class of transformers, by its own table; None where there is none, or more than one."""
-    from transformers.modelcard import TASK_MAPPING
+    """The hub's task of a class of transformers; None where there is none, or more than one."""
+    from transformers.models.auto import modeling_auto
 
-    table: dict[str, Any] = TASK_MAPPING
-    # The hub has given up the task that is called text2text-generation.
-    tasks = [task for task, names in table.items() if task != "text2text-generation" and model in names.values()]
+    def names(kind: str) -> Collection[str]:
+        mapping: Mapping[str, str] = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
+        return mapping.values()
+
+    tasks = [task for task, kinds in _TASKS.items() if any(model in names(kind) for kind in kinds)]
     return tasks[0] if len(tasks) == 1 else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compiler.quiet import tell
 from graftc.passes.core.packing.modules import Packed, hold_packed
 from graftc.runtime.model_folder import ModelFolder, check_stored_types
 from graftc.runtime.quantised.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
@@ -85,6 +86,7 @@ def _require_package(name: str, where: str) -> None:
     if find_spec(name) is None:
         message = f"the weights of {where} are quantised by {name}, which is not installed"
         raise GraftError("GC161", message, hint=f"pip install {name}")
+    tell(name)
 
 
 def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[str, Any], **kwargs: Any) -> Any:
