@@ -20,6 +20,7 @@ from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression
+from graftc.passes.graph.items import sizes_for_items
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -30,6 +31,7 @@ Rule = Callable[[fx.Node], "fx.Node | None"]
 
 def canonicalise(program: Program) -> Program:
     """Canonicalise in place and return the Program."""
+    sizes_for_items(program)
     graph, types = program.graph, Inference(program)
     for node in list(graph.nodes):
         _functional(node, types)

@@ -1,0 +1,93 @@
+"""Numbers that a graph takes out of a tensor which it made of sizes: the sizes themselves are computed with instead.
+
+Of a size in a tensor, taken out again (``torch.tensor(x.shape[1]).item()``), the tracer knows nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.program import Program, nodes_in
+from graftc.passes.core.ir.shapes import expression
+
+aten = torch.ops.aten
+_SAME = (
+    aten.detach.default,
+    aten.detach_.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+)
+_COMPUTED: dict[Any, Callable[[Any, Any], Any]] = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.rsub.Scalar: operator.sub,
+}
+
+
+def sizes_for_items(program: Program) -> None:
+    """Compute with sizes in place of numbers that are taken out of tensors made of them; in place.
+
+    Types that depended on those numbers are worked out anew.
+    """
+    found = False
+    types = Inference(program)
+    for node in program.graph.find_nodes(op="call_function", target=aten.item.default):
+        number = _number(node, node.args[0], types)
+        if number is not None:
+            node.replace_all_uses_with(number)
+            program.graph.erase_node(node)
+            found = True
+    for node in program.graph.nodes if found else ():
+        if node.op == "call_function" and _is_unknown(node.meta.get("val")):
+            node.meta["val"] = types.call(node.target, node.args, node.kwargs)
+
+
+def _number(item: fx.Node, source: Any, types: Inference) -> Any:
+    """What a scalar tensor of whole numbers holds, as a size or a number; None where that is not known."""
+    if not isinstance(source, fx.Node):
+        return source if type(source) is int else None
+    value = source.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return source
+    if not isinstance(value, torch.Tensor) or value.dim() > 0 or value.dtype != torch.int64:
+        return None
+    if any(map(_writes, source.users)):
+        return None
+    if source.target is aten.scalar_tensor.default or source.target in _SAME:
+        return _number(item, source.args[0], types)
+    compute = _COMPUTED.get(source.target)
+    if compute is None or len(source.args) != 2 or source.kwargs:
+        return None
+    first, second = (_number(item, argument, types) for argument in source.args)
+    if first is None or second is None:
+        return None
+    arguments = (second, first) if source.target is aten.rsub.Scalar else (first, second)
+    if not list(nodes_in(arguments)):
+        return compute(*arguments)
+    with item.graph.inserting_before(item):
+        made = item.graph.call_function(compute, arguments)
+    made.meta = {**item.meta, "val": types.call(compute, arguments, {})}
+    return made
+
+
+def _writes(node: fx.Node) -> bool:
+    target = node.target
+    mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return mutable and target not in _SAME
+
+
+def _is_unknown(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else [v])]
+    return any(isinstance(s, torch.SymInt) and free_unbacked_symbols(expression(s)) for s in sizes)
