@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 
 import graftc
 from graftc.testing.perturb import perturb
@@ -121,6 +125,30 @@ def test_what_is_saved_has_the_graphs_that_generate(source: Any, tmp_path: Path)
     assert len(loaded.compilation.signatures) == 2
     with fails("GC033", ""):
         loaded.to(torch.bfloat16)
+
+
+def letters(model: Any) -> Any:
+    """A tokenizer whose tokens are single characters, from ``!`` on."""
+    tokenizer = Tokenizer(BPE({chr(33 + token): token for token in range(model.config.vocab_size)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_config", [True, False])
+def test_generation_stops_at_strings(compiled: Any, plain: Any, in_config: bool) -> None:
+    """The loop hands the tokenizer on to the model, which has no use for it."""
+    ids = prompt(plain)["input_ids"]
+    whole = plain.generate(input_ids=ids, **SOME)
+    stops = [chr(33 + int(whole[0, ids.shape[1] + 3]))]
+    fixed: dict[str, Any] = {"max_new_tokens": 16, "tokenizer": letters(plain)}
+    if in_config:
+        fixed["generation_config"] = GenerationConfig(stop_strings=stops, max_new_tokens=16)
+    else:
+        fixed["stop_strings"] = stops
+    expected = plain.generate(input_ids=ids, **fixed)
+    assert expected.shape[1] < whole.shape[1]
+    assert torch.equal(compiled.generate(input_ids=ids, **fixed), expected)
 
 
 @pytest.mark.slow

@@ -211,11 +211,16 @@ def stand_in(runner: Generating, source: nn.Module) -> Any:
     return made
 
 
+_OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
+"""Arguments of ``generate`` that transformers' loop hands on to the model, where ``**kwargs`` swallows them."""
+
+
 def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
     """A ``forward`` that calls a Runner, with the parameters that the source's has, and those of banks."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._graftc_runner
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_LOOP}
         if self._graftc_initial is not None:
             kwargs = self._graftc_initial.call(kwargs)
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
