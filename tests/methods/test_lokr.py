@@ -130,9 +130,9 @@ def test_update(family: str, both: bool) -> None:
 
 @pytest.mark.slow
 def test_convolution() -> None:
-    """Patches of an image: what is split is the number of entries of a patch."""
+    """Patches of an image: channels are split, as in LyCORIS and PEFT, and here three of them stay together."""
     compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
-    assert parts(compiled) == {"C": (6, 12), "DB": (8, 2), "DA": (2, 16)}
+    assert parts(compiled) == {"C": (6, 1), "DB": (8, 2), "DA": (2, 3 * 8 * 8)}
     perturb(compiled, 0.5)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
