@@ -35,7 +35,7 @@ def compiled(base: Any, change: dict[str, Any] | None = None, /, **spec: Any) ->
     config: Any = base.config
     roles = [*ROLES[:4], "experts"] if hasattr(config, "num_local_experts") else ROLES
     whole = {"adapt": [{**LORA, **(change or {}), "target": {"role": roles}}], **spec}
-    model = graftc.compile(whole, copy.deepcopy(base)).train()
+    model = graftc.compile(whole, copy.deepcopy(base), seed=0).train()
     perturb(model)
     return model
 

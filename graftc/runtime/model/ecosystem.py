@@ -36,7 +36,6 @@ ELSEWHERE = {
     "delete_adapter": "compiled.remove(name) removes an adaptation",
     "disable_adapters": "compiled.disable(name) leaves an adaptation out until compiled.enable(name)",
     "enable_adapters": "compiled.enable(name) undoes compiled.disable(name)",
-    "load_adapter": "compiled.load_adapter_state_dict(tensors), or graftc.load(path)",
     "set_adapter": "compiled.activate(name) chooses from a bank, compiled.train_only(name) what trains",
     "resize_token_embeddings": "tokens: {add: ...} in the spec gives the table new rows that train",
     "set_input_embeddings": "change the source model before it is compiled",
