@@ -265,6 +265,7 @@ def test_fuzz_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _checked(tmp_path / "place", range(SAMPLE, COUNT), monkeypatch)
 
 
+@pytest.mark.full
 @as_root
 def test_fuzz_staging_as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same by somebody who is not root, in folders of root and of another."""
