@@ -6,8 +6,6 @@ come from the config, and the tensors are taken over pair by pair; what does not
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +22,7 @@ from graftc.compiler.pipeline import compile_model
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
+from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
 from graftc.runtime.interop.peft.pairs import Pair, is_adapted, is_projection, pairs_of
@@ -171,40 +170,12 @@ def _adaptation(
     """The entry of the spec: what most sites have, and overrides for the others."""
     if not modules:
         raise GraftError("GC113", "the file adapts no module", place=adapter.place)
-    _, table = adapter.config.format
-    varying = sorted({*table.patterns.values(), *(own.field for own in table.lists.values())})
-    at: dict[str, tuple[Any, ...]] = {}
-    for module in modules:
-        at[module.target] = tuple(getattr(module.spec, name) for name in varying)
-    usual = Counter(at.values()).most_common(1)[0][0]
-    found = {**fields_of(adapter.config), **dict(zip(varying, usual, strict=True))}
-    if "excess_rank" in type(modules[0].spec).model_fields:
-        found["excess_rank"] = any(_exceeds(module, shapes) for module in modules)
+    found = entry_of(adapter.config, modules, paths, shapes)
     if "across_groups" in type(modules[0].spec).model_fields:
         found["across_groups"] = any(_meets_groups(adapter, module, shapes) for module in modules)
     if "rows" in found:
         found["rows"] = list(_rows(modules[0]))
-    others = dict.fromkeys(values for values in at.values() if values != usual)
-    universe = {*at, *(module.path for module in modules)}
-    overrides = [
-        {
-            "modules": globs([path for path, own in at.items() if own == values], universe),
-            **{n: v for n, v, u in zip(varying, values, usual, strict=True) if v != u},
-        }
-        for values in others
-    ]
-    wanted = [module.target for module in modules]
-    target = {"modules": globs(wanted, [*paths, *shapes]), "expect": len(modules)}
-    return {**found, "target": target, **({"overrides": overrides} if overrides else {})}
-
-
-def _exceeds(module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the rank at a module is above that of any matrix of its size."""
-    shape = shapes.get(module.name, ())
-    if len(shape) < 2:
-        return False
-    matrix = shape[-2:] if module.named else (shape[0], math.prod(shape[1:]))
-    return int(getattr(module.spec, "rank", 0)) > min(matrix)
+    return found
 
 
 def _meets_groups(adapter: PeftAdapter, module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -47,6 +47,14 @@ class _Module:
     target: str
     spec: MethodSpec
 
+    @property
+    def name(self) -> str:
+        return self.target if self.named else f"{self.path}.weight"
+
+    @property
+    def named(self) -> bool:
+        return self.target != self.path
+
 
 @dataclass(frozen=True)
 class _Adapted:

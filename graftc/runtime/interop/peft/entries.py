@@ -28,6 +28,14 @@ class AdaptedModule(Protocol):
         weight."""
 
     @property
+    def name(self) -> str:
+        """Of the parameter that is adapted."""
+
+    @property
+    def named(self) -> bool:
+        """Whether the config names that parameter, and not its module."""
+
+    @property
     def spec(self) -> MethodSpec:
         """The adaptation with what holds there."""
 
@@ -67,9 +75,8 @@ def entry_of(
 
 def _exceeds(module: AdaptedModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the rank at a module is above that of any matrix of its size."""
-    named = module.target != module.path
-    shape = shapes.get(module.target if named else f"{module.path}.weight", ())
+    shape = shapes.get(module.name, ())
     if len(shape) < 2:
         return False
-    matrix = shape[-2:] if named else (shape[0], math.prod(shape[1:]))
+    matrix = shape[-2:] if module.named else (shape[0], math.prod(shape[1:]))
     return int(getattr(module.spec, "rank", 0)) > min(matrix)
