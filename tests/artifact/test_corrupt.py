@@ -40,8 +40,8 @@ def artifact(intact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_used(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """No model is loaded, no spec read and no graph made from an artifact that is refused."""
-    if request.node.get_closest_marker("slow") is not None:
+    """No model is loaded, no spec read and no graph made from a refused artifact, unless a test says otherwise."""
+    if "may_be_used" in request.fixturenames:
         return
     request.getfixturevalue("intact")
 
@@ -55,6 +55,11 @@ def _nothing_is_used(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
         "loading.load.find_base",
     ):
         monkeypatch.setattr(f"graftc.runtime.{name}", used)
+
+
+@pytest.fixture
+def may_be_used() -> None:
+    """The command of this test opens what it can before it answers."""
 
 
 def code_of(path: Path) -> str:
@@ -255,6 +260,7 @@ def test_commands_refuse_it(command: str, artifact: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("may_be_used")
 def test_verify_says_no(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A damaged artifact is an answer; no artifact, or one of a newer format, leaves nothing to answer."""
     (artifact / "spec.yaml").write_text("version: 1\n")
@@ -309,6 +315,7 @@ def _other_graph(artifact: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("may_be_used")
 @pytest.mark.parametrize(
     ("spoil", "check"),
     [
