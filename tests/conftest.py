@@ -26,9 +26,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _OWN_CACHE = None if "GRAFTC_CACHE" in os.environ else tempfile.mkdtemp(prefix="graftc-test-captures-")
 if _OWN_CACHE is not None:
     os.environ["GRAFTC_CACHE"] = _OWN_CACHE
-# Two processes that compile the same kernel into one folder read each other's half-written files.
+# Two processes that compile the same kernel into one folder read each other's half-written files, and kernels are made
+# for what the processor can do.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"], f"inductor-{_WORKER}")
+_KERNELS = f"inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}-{_WORKER}"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"], _KERNELS)
 # Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
 os.environ.pop("COLUMNS", None)
 
