@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 import graftc
+from graftc.runtime.model.deferred import deferred_cache
 from graftc.testing.perturb import perturb
 from tests.families import tiny
 from tests.language_models import language_model, prompt
@@ -190,6 +193,22 @@ def test_every_use_makes_it_what_a_call_with_a_cache_returns(compiled: Any, use:
     assert type(found) is DynamicCache
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+
+
+def test_threads_that_look_into_it_at_once() -> None:
+    """Both find it filled, whoever was first."""
+    both = Barrier(2, timeout=20)
+
+    def make() -> DynamicCache:
+        both.wait()
+        cache = DynamicCache()
+        cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+        return cache
+
+    deferred = deferred_cache(False, make)
+    with ThreadPoolExecutor(2) as pool:
+        lengths = list(pool.map(lambda _: deferred.get_seq_length(), range(2)))
+    assert lengths == [3, 3] and type(deferred) is DynamicCache and "_graftc_make" not in vars(deferred)
 
 
 def test_it_is_of_the_call_that_returned_it(compiled: Any) -> None:

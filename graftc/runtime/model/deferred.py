@@ -102,10 +102,12 @@ class _Deferred:
         kind = type(self).__mro__[2]
         if name not in _attributes(kind):
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        made = vars(self)["_graftc_make"]()
-        vars(self).pop("_graftc_make")
-        vars(self).update({**vars(made), **vars(self)})
-        self.__class__ = kind
+        make = vars(self).get("_graftc_make")
+        if make is not None:  # else another thread has made it
+            made = make()
+            vars(self).update({**vars(made), **vars(self)})
+            self.__class__ = kind
+            vars(self).pop("_graftc_make", None)
         return getattr(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
