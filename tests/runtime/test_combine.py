@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,3 +231,51 @@ def test_other_targets_count_as_zero(kind: Kind, weights: tuple[float, float]) -
     if kind == "concatenation" and weights == (1.0, 1.0):
         inputs = inputs_for(compiled, (3, 9))
         assert largest_difference(outputs_of(combined.compiled, inputs), outputs_of(compiled, inputs)) < 1e-5
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "faq-peft.md"
+
+
+@pytest.fixture(scope="module")
+def two_and_peft() -> tuple[Any, Any]:
+    """Two LoRAs of rank 4 on a tiny Llama, and the same two in peft."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("llama")
+    adapt = [
+        {"name": n, "method": "lora", "target": {"modules": "**.q_proj"}, "rank": 4, "alpha": 4.0}
+        for n in ("one", "two")
+    ]
+    compiled = graftc.compile({"adapt": adapt}, model)
+    perturb(compiled)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])
+    judge: Any = get_peft_model(copy.deepcopy(model), config, adapter_name="one")
+    judge.add_adapter("two", config)
+    for name, tensor in compiled.adapter_state_dict().items():
+        path, _, rest = name.partition(".graftc.")
+        adaptation, part = rest.split(".")
+        getattr(judge.base_model.model.get_submodule(path), f"lora_{part}")[adaptation].weight.data.copy_(tensor)
+    return compiled, judge
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ties_svd", "ties"])
+@pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.3)])
+def test_distances_from_both_kinds_of_ties_are_those_on_the_page(
+    weights: tuple[float, float], kind: str, two_and_peft: tuple[Any, Any]
+) -> None:
+    heads, rows = re.findall(r"^\| (weights|[\d.]+ and [\d.]+) \| (.*?) \| (.*?) \|$", PAGE.read_text(), re.M), {}
+    for row, *cells in heads[1:]:
+        rows[row] = dict(zip(heads[0][1:], map(float, cells), strict=True))
+    stated = rows[f"{weights[0]} and {weights[1]}"][f"PEFT's `{kind}`"]
+    compiled, judge = two_and_peft
+    combined = compiled.combine(["one", "two"], weights, kind="ties", density=0.5, rank=8).compiled
+    name = f"{kind} {weights[0] == weights[1]}"
+    options: Any = {"svd_rank": 8} if kind == "ties_svd" else {}
+    judge.add_weighted_adapter(["one", "two"], list(weights), name, combination_type=kind, density=0.5, **options)
+    squares = [0.0, 0.0]
+    for site, mine in updates(combined, "combined").items():
+        theirs = judge.base_model.model.get_submodule(site.removesuffix(".weight")).get_delta_weight(name).double()
+        squares = [squares[0] + float((theirs - mine).square().sum()), squares[1] + float(mine.square().sum())]
+    distance = (squares[0] / squares[1]) ** 0.5
+    assert distance == pytest.approx(stated, rel=0.1, abs=1e-5)

@@ -162,24 +162,42 @@ def test_weights_of_eight_bits_beside_scales_need_the_config_that_says_so(saved:
 # --- one source of weights ----------------------------------------------------------------------------------------
 
 
-def _both(saved: Path, to: Path) -> Path:
+def _shards_gone(folder: Path) -> None:
+    for file in folder.glob("model-*.safetensors"):
+        file.unlink()
+
+
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "shards": lambda folder: None,
+    "an index alone": _shards_gone,
+    "an index of nothing": lambda folder: (folder / INDEX).write_text('{"metadata": {}, "weight_map": {}}'),
+    "a damaged index": lambda folder: (folder / INDEX).write_text("{"),
+}
+"""What is beside a single file, which comes first."""
+
+
+def _both(saved: Path, to: Path, beside: str) -> Path:
     """A folder with shards and their index, and another model in a single file."""
     folder = copied(saved, "shards", to, lambda folder, config: None)
     state = load_file(saved / "single" / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    BESIDE[beside](folder)
     return folder
 
 
-def test_a_single_file_comes_before_an_index(saved: Path, tmp_path: Path) -> None:
-    folder = _both(saved, tmp_path / "model")
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_single_file_comes_before_an_index(saved: Path, tmp_path: Path, beside: str) -> None:
+    folder = _both(saved, tmp_path / "model", beside)
     theirs = tiny("llama").from_pretrained(folder).state_dict()
     assert all(torch.equal(t, theirs[name]) for name, t in load_model(str(folder)).state_dict().items())
     with TensorFolder(folder) as stored:
         assert stored.index is None and all(torch.equal(tensor, theirs[name]) for name, tensor in stored.items())
 
 
-def test_a_streamed_merge_reads_what_the_loader_reads(saved: Path, tmp_path: Path) -> None:
-    folder = _both(saved, tmp_path / "model")
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_streamed_merge_reads_what_the_loader_reads(saved: Path, tmp_path: Path, beside: str) -> None:
+    folder = _both(saved, tmp_path / "model", beside)
     written_lora(tmp_path / "adapter", saved / "single")
     graftc.merge_checkpoint(tmp_path / "adapter", folder, tmp_path / "out")
     shutil.copytree(folder, tmp_path / "alone", ignore=shutil.ignore_patterns("model-*", INDEX))

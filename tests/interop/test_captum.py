@@ -1,0 +1,69 @@
+"""captum's attributions to the table of token embeddings are those of the source model and of the merged one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.testing.perturb import perturb
+from tests.families import tiny
+
+captum = pytest.importorskip("captum.attr")
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+FAMILIES = ("llama", "gpt2", "bert")
+
+
+@pytest.fixture(scope="module")
+def compiled_of() -> Callable[[str], Any]:
+    """A compiled model of each family, made at first use."""
+    kept: dict[str, Any] = {}
+
+    def get(family: str) -> Any:
+        if family not in kept:
+            spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}
+            kept[family] = graftc.compile(spec, tiny(family)).eval()
+            perturb(kept[family], 0.1)
+        return kept[family]
+
+    return get
+
+
+def attributions(model: Any, method: str) -> Tensor:
+    """What captum says of each entry of the embeddings, ``[1, 4, width]``, for the last of the logits."""
+
+    def score(ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids).logits
+        return logits.flatten(1)[:, -1]
+
+    layer = model.get_input_embeddings()
+    attribution = getattr(captum, method)(score, layer)
+    options = {"baselines": torch.zeros_like(IDS), "n_steps": 3} if method == "LayerIntegratedGradients" else {}
+    found: Tensor = attribution.attribute(IDS, **options)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.sample("llama-LayerIntegratedGradients", "llama-LayerGradientXActivation", "bert-LayerActivation")
+@pytest.mark.parametrize("method", ["LayerIntegratedGradients", "LayerGradientXActivation", "LayerActivation"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_attributed_as_in_the_source(
+    family: str, method: str, compiled_of: Callable[[str], Any]
+) -> None:
+    compiled = compiled_of(family)
+    source = compiled.compilation.model.eval()
+    merged = copy.deepcopy(source)
+    merged.load_state_dict(compiled.merge().state_dict(), strict=False)  # a tied head is there once
+    adapted = attributions(compiled, method)
+    torch.testing.assert_close(adapted, attributions(merged, method), atol=1e-6, rtol=1e-4)
+    with compiled.disabled():
+        plain = attributions(compiled, method)
+    torch.testing.assert_close(plain, attributions(source, method), atol=1e-6, rtol=1e-4)
+    if method != "LayerActivation":
+        assert float((adapted - plain).detach().norm() / plain.detach().norm()) > 1e-3
