@@ -86,7 +86,7 @@ def last_step(path: Path) -> int | None:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - LINE_BYTES))
-            lines = file.read(LINE_BYTES).split(b"\n")
+            lines = file.read(min(size, LINE_BYTES)).split(b"\n")
     except OSError:
         return None
     for line in reversed(lines):
@@ -117,11 +117,12 @@ def _state_entries(path: Path) -> list[Any] | None:
     with path.open("rb") as file:
         if _step_of(_parsed(file.readline(LINE_BYTES))) is not None:
             return None
-        if file.seek(0, os.SEEK_END) > STATE_BYTES:
+        size = file.seek(0, os.SEEK_END)
+        if size > STATE_BYTES:
             return None
         file.seek(0)
         try:  # transformers writes NaN and Infinity as Python does, and they are gaps
-            data = json.loads(file.read(STATE_BYTES), parse_constant=lambda _: None, parse_int=_whole)
+            data = json.loads(file.read(size), parse_constant=lambda _: None, parse_int=_whole)
         except (ValueError, RecursionError):
             return None
     found = data.get("log_history") if isinstance(data, dict) else None
