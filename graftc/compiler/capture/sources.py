@@ -6,12 +6,10 @@ place of another is in the wrong one.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -110,43 +108,18 @@ def names_of(code: CodeType) -> tuple[str, ...]:
 
 @cache
 def own_digest() -> str:
-    """A digest of every file of graftc that takes part in making and reading captures: a change makes old ones
-    unreachable. The files are those that the two modules import, and so on."""
-    package = Path(__file__).parents[2]
+    """A digest of graftc's own code that takes part in making and reading captures: a change makes old ones
+    unreachable."""
     digest = hashlib.sha256()
-    for path in own_files(package):
+    for path in own_files(Path(__file__).parents[2]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
+_OWN = ("compiler", "compiler/capture", "passes/core/*", "passes/graph", "specs", "specs/errors")
+"""Folders with every file that this one's neighbours `capture` and `cache` import, and so on."""
+
+
 def own_files(package: Path) -> list[Path]:
-    """Files under ``package`` that ``compiler/capture/capture.py`` and ``compiler/capture/cache.py`` need, sorted."""
-    capture = package / "compiler" / "capture"
-    waiting = [capture / "capture.py", capture / "cache.py"]
-    found: set[Path] = set()
-    while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting += [other for name in _imports(path) if (other := _file(package, name)) is not None]
-    return sorted(found)
-
-
-def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def _file(package: Path, name: str) -> Path | None:
-    root, *parts = name.split(".")
-    if root != package.name or not parts:
-        return None
-    path = package.joinpath(*parts)
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
+    """Files under ``package`` of which `own_digest` is made, sorted."""
+    return sorted(path for folder in _OWN for path in package.glob(f"{folder}/*.py"))
