@@ -237,18 +237,18 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clo
             message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
             raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
         clock.look("verify", lambda: verify(program, store, "canonicalise"))
-        held = _anchored(compilation, found, program)
-        differing = held.differing or (("it was not held against all kinds of inputs",) if held.plain else ())
-        if differing and (held.differing or found.cached):
-            where = f"{held.mode} mode with {held.inputs}"
+        anchor = _anchored(compilation, found, program)
+        differing = anchor.differing or (("it was not held against all kinds of inputs",) if anchor.plain else ())
+        if differing and (anchor.differing or found.cached):
+            where = f"{anchor.mode} mode with {anchor.inputs}"
             message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
     except Exception:
         for name in added:
             store.drop_constant(name)
         raise
-    program.inputs = from_two(program.inputs, held.from_two)
-    return replace(found, anchor=held)
+    program.inputs = from_two(program.inputs, anchor.from_two)
+    return replace(found, anchor=anchor)
 
 
 def _anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:

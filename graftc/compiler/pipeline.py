@@ -45,12 +45,12 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
     Raises:
         GraftError: GC031 for a signature that cannot be captured, or that does not read a place that is adapted.
     """
-    found = compilation.find(inputs)
-    if found is not None:
-        return found
+    signature = compilation.find(inputs)
+    if signature is not None:
+        return signature
     with exclusive():
-        found = compilation.find(inputs)  # another thread may have made it meanwhile
-        return found if found is not None else _new_signature(compilation, inputs)
+        signature = compilation.find(inputs)  # another thread may have made it meanwhile
+        return signature if signature is not None else _new_signature(compilation, inputs)
 
 
 def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:

@@ -31,8 +31,9 @@ from graftc.runtime.model.runner import Source, runner_of
 from graftc.runtime.models import load_folder, load_hub
 from graftc.runtime.reference import is_hub_id
 from graftc.runtime.seeds import starting_seed
-from graftc.runtime.swapped import check_spec_and_model
+from graftc.runtime.swapped import check_folder_and_model, check_spec_and_model
 from graftc.specs.arguments import as_path, as_seed
+from graftc.specs.calls import public
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
@@ -40,6 +41,7 @@ from graftc.specs.io import load_spec
 SpecLike = Spec | Mapping[str, Any] | str | Path
 
 
+@public("graftc.compile")
 def compile(
     spec: SpecLike,
     model: Source,
@@ -83,6 +85,7 @@ def compile(
 def load(path: str | Path, model: Source, *, cache: bool = True) -> Compiled[Source]: ...
 @overload
 def load(path: str | Path, model: str | None = None, *, cache: bool = True) -> Compiled: ...
+@public("graftc.load")
 def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
     """A compiled model from an artifact, or from a checkpoint that a trainer wrote of one.
 
@@ -103,11 +106,13 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     """
     from graftc.runtime.loading.load import load as load_from
 
+    check_folder_and_model("graftc.load", path, model, by_name=True)
     if model is not None and not isinstance(model, str):
         require_plain(model)
     return load_from(as_path(path), model, cache=cache)
 
 
+@public("graftc.load_base")
 def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> nn.Module:
     """A model of transformers, in eval mode, from a folder or the hub, quantised or not. No code of it is run.
 
@@ -128,12 +133,13 @@ def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: s
     given: object = dtype
     if not (given is None or (isinstance(given, torch.dtype) and given.is_floating_point)):
         raise GraftError("GC073", f"dtype is {dtype!r}", hint="give an element type of torch: torch.bfloat16")
-    folder = Path(name).expanduser()
+    folder = as_path(name).expanduser()
     if folder.exists() or not is_hub_id(str(name)):
         return load_folder(folder, dtype=dtype)
     return load_hub(str(name), revision=revision, dtype=dtype)
 
 
+@public("graftc.import_peft")
 def import_peft(
     path: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     model: Source,
@@ -162,6 +168,7 @@ def import_peft(
     """
     from graftc.runtime.loading.peft import import_peft as import_from
 
+    check_folder_and_model("graftc.import_peft", path, model)
     axes, flags = _request(model, example_inputs)
 
     def structure() -> Structure:
@@ -175,10 +182,11 @@ def import_peft(
             raise GraftError("GC073", "name is of an adapter in one folder, and there are several", hint=hint)
         several = import_several(names_of(path), model, axes, flags, cache=cache, structure=structure)
         return cast("Compiled[Source]", several)
-    made = import_from(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
-    return cast("Compiled[Source]", made)
+    compiled = import_from(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
+    return cast("Compiled[Source]", compiled)
 
 
+@public("graftc.check")
 def check(
     spec: SpecLike,
     model: nn.Module,
@@ -223,6 +231,7 @@ def spec_for(
     return load_spec(spec, from_config)
 
 
+@public("graftc.roles")
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> ModelStructure:
     """The roles found in a model, with the evidence for each; `select` takes the result as well as the model.
 
@@ -240,18 +249,19 @@ def captured_roles(
     axes, flags = _request(model, example_inputs)
     model = arrived(model)
     store = Store.mirror(model)
-    found = first_capture(
+    capture = first_capture(
         model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)
     )
-    for name in found.constants:
+    for name in capture.constants:
         if name not in store:
-            store.add_constant(name, found.constants[name])
-    structure = find_structure(found.program.graph, found.constants)
+            store.add_constant(name, capture.constants[name])
+    structure = find_structure(capture.program.graph, capture.constants)
     parts = {f.name: getattr(structure, f.name) for f in fields(structure)}
-    made = ModelStructure(**parts, places=selectable(model, found.program, store, structure))
-    return made, base_snapshot(model, found.program, store)
+    made = ModelStructure(**parts, places=selectable(model, capture.program, store, structure))
+    return made, base_snapshot(model, capture.program, store)
 
 
+@public("graftc.select")
 def select(
     model: nn.Module | Structure,
     example_inputs: ExampleInputs | None = None,

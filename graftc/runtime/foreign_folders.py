@@ -41,14 +41,14 @@ def require_regular_files(folder: Path, code: str) -> None:
     hint = "remove it from the folder"
     try:
         for path in _files(folder):
-            found = _state(path)
-            if found is None or stat.S_ISDIR(found.st_mode):
+            state = _state(path)
+            if state is None or stat.S_ISDIR(state.st_mode):
                 continue
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(state.st_mode):
                 raise GraftError(code, f"{quoted(path)} is not a regular file", hint=hint)
             most = TOKENIZER_BYTES if path.name in _LARGER else _SIZES.get(path.suffix)
-            if most is not None and found.st_size > most:
-                message = f"{quoted(path)} has {found.st_size:,} bytes, more than {most:,}"
+            if most is not None and state.st_size > most:
+                message = f"{quoted(path)} has {state.st_size:,} bytes, more than {most:,}"
                 raise GraftError(code, message, hint=hint)
     except OSError as error:
         raise GraftError(code, f"{quoted(folder)} cannot be read: {error.strerror or error}") from error

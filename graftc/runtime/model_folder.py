@@ -151,19 +151,19 @@ def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
     known = folder.stored
     modules = _MODULES_UNKNOWN if known is None else _MODULES + _MODULES_PER_TENSOR * len(known)
     most = None if not folder.bytes else _BYTES + (_TIMES_PACKED if folder.quantised else _TIMES) * folder.bytes
-    thread, held = threading.get_ident(), [0, 0]
+    thread, counts = threading.get_ident(), [0, 0]
 
     def count(*_: object) -> None:
         if threading.get_ident() == thread:
-            held[0] += 1
-            if held[0] > modules:
+            counts[0] += 1
+            if counts[0] > modules:
                 has = "" if known is None else f", and its files have {len(known)} tensors"
                 _fail(f"the config of {where!r} makes a model of more than {modules:,} modules{has}", _LARGER)
 
     def measure(_: nn.Module, name: str, tensor: Tensor | None) -> None:
         if threading.get_ident() == thread and tensor is not None and most is not None:
-            held[1] += tensor.numel() * tensor.element_size()
-            if held[1] > most:
+            counts[1] += tensor.numel() * tensor.element_size()
+            if counts[1] > most:
                 _fail(
                     f"the config of {where!r} makes a model of more than {most:,} bytes, a {name} of "
                     f"{list(tensor.shape)} among them, and its files have {folder.bytes:,}",

@@ -21,6 +21,7 @@ from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
 from graftc.compiler.quiet import quiet_quantisers
+from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.model_callables import from_callable
 from graftc.runtime.model_folder import (
     WEIGHTS,
@@ -121,7 +122,8 @@ def load_model_and_inputs(
     elif folder.is_dir():
         model = load_folder(folder, meta=meta, built=built)
     elif folder.is_file():
-        _fail(f"{text!r} is a file, not a transformers folder", f"did you mean {str(folder.parent)!r}?")
+        hint = reader_of(folder) or f"did you mean {str(folder.parent)!r}?"
+        _fail(f"{text!r} is a file, not a transformers folder", hint)
     elif not is_hub_id(text):
         _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
     else:
@@ -269,8 +271,8 @@ def _check_folder(folder: Path, meta: bool) -> None:
         if adapter.is_file():
             _fail(f"{str(folder)!r} holds a PEFT adapter, not a model", _base_of(adapter))
         inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        hint = f"did you mean {str(folder / inner[0])!r}?" if inner else _FORMS
-        _fail(f"{str(folder)!r} has no config.json", hint)
+        hint = f"did you mean {str(folder / inner[0])!r}?" if inner else reader_of(folder) or _FORMS
+        _fail(f"{str(folder)!r} {missing(folder, 'config.json')}", hint)
     if not meta and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         _fail(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
 

@@ -16,10 +16,11 @@ from graftc.runtime.compiled import Compiled
 from graftc.runtime.files import alone_in
 from graftc.runtime.loading.load import load
 from graftc.runtime.recipe_folder import begin_recipe, make_folder, recorded_seed
-from graftc.runtime.seeds import starting_seed
+from graftc.runtime.seeds import seed_everything, starting_seed
 from graftc.runtime.swapped import check_spec_and_model
 from graftc.runtime.training.selecting import Loss
 from graftc.specs.arguments import as_path, as_seed, kind_of
+from graftc.specs.calls import public
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -47,6 +48,7 @@ Train = Callable[[Compiled, Stage], object]
 """Trains a model in place."""
 
 
+@public("graftc.tune")
 def tune(
     spec: SpecLike,
     model: nn.Module,
@@ -142,9 +144,7 @@ def _trained(
 
 
 def _seed(seed: int, number: int) -> None:
-    from transformers import set_seed
-
-    set_seed((seed * 1_000_003 + number) % 2**32)
+    seed_everything((seed * 1_000_003 + number) % 2**32)
 
 
 class _Kept:

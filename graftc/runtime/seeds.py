@@ -1,13 +1,15 @@
-"""Which seed adapters start from where none is given."""
+"""Which seed adapters start from where none is given, and seeding the random numbers of a training."""
 
 from __future__ import annotations
 
+import random
 from typing import cast
 
+import numpy
 import torch
 from torch import distributed
 
-__all__ = ["starting_seed"]
+__all__ = ["seed_everything", "starting_seed"]
 
 
 def starting_seed() -> int:
@@ -19,6 +21,14 @@ def starting_seed() -> int:
     own = torch.initial_seed()
     if not (distributed.is_available() and distributed.is_initialized()):
         return own
-    held: list[int | None] = [own]
-    distributed.broadcast_object_list(held, src=0)
-    return cast("int", held[0])
+    shared: list[int | None] = [own]
+    distributed.broadcast_object_list(shared, src=0)
+    return cast("int", shared[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random numbers of Python, NumPy and torch, on every device, as transformers' `set_seed` does. That one
+    imports what it finds installed, PEFT and bitsandbytes for instance."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

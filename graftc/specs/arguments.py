@@ -68,11 +68,11 @@ def as_names(names: Any) -> tuple[str, ...]:
     Raises:
         GraftError: GC073 for anything else, and for none.
     """
-    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list | tuple | set) else ()
-    if not found or not all(isinstance(name, str) for name in found):
+    chosen = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list | tuple | set) else ()
+    if not chosen or not all(isinstance(name, str) for name in chosen):
         shown = repr(names) if isinstance(names, int | float) else kind_of(names)
         raise GraftError("GC073", f"the names are {shown}", hint='give a name, or a list of them: ["a", "b"]')
-    return found
+    return chosen
 
 
 def as_mapping(values: Any, what: str, kind: type) -> Mapping[str, Any]:

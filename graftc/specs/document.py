@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from graftc.specs.bare_entries import MISSING, bare_entries
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
 from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, composition_kinds
 from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
@@ -172,6 +173,14 @@ class Spec(SpecModel):
     """Constraints on folding."""
 
     _source: Source = PrivateAttr(default_factory=Source)
+    MISSING: ClassVar[Mapping[str, str]] = MISSING
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_whole_spec(cls, data: Any) -> Any:
+        if (error := bare_entries(data)) is not None:
+            reject(data, (("adapt",) if "adapt" in data else (), error))
+        return data
 
     @field_validator("version", mode="before")
     @classmethod

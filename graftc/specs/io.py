@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from graftc.specs.bare_entries import bare_entries
 from graftc.specs.base_model import SpecModel
+from graftc.specs.calls import public
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted
@@ -43,6 +45,7 @@ FromConfig = Callable[[object, str], Spec]
 """Makes a spec of a config of PEFT, which is read from the place that is named."""
 
 
+@public("graftc.load_spec")
 def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_config: FromConfig | None = None) -> Spec:
     """The spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``), a mapping, or a Spec as is.
 
@@ -101,8 +104,9 @@ def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec
     if isinstance(source, str) and "\n" in source:
         raise GraftError("GC006", "the spec is text where a path was expected", hint=f"use {parser}(text)")
     if not isinstance(source, str | PathLike):
-        given = type(source).__name__
-        raise GraftError("GC006", f"a spec is a {kind}, a mapping or a path, not {given}")
+        if (error := bare_entries(source)) is not None:
+            raise error
+        raise GraftError("GC006", f"a spec is a {kind}, a mapping or a path, not {type(source).__name__}")
     path = Path(source)
     return _read(path), _format_of(path)
 
@@ -115,7 +119,7 @@ def parse_spec(
     Raises:
         GraftError: as :func:`load_spec`.
     """
-    data, source = parse_document(text, format, file, "version: 1 and adapt: [...]")
+    data, source = parse_document(text, format, file, "version: 1 and adapt: [...]", bare_entries)
     if is_foreign(data):
         return (from_config or _for_any_model)(data, source.file or "the config")
     spec = checked(Spec, data, source)
@@ -123,7 +127,13 @@ def parse_spec(
     return spec
 
 
-def parse_document(text: str, format: Format, file: str | None, start: str) -> tuple[dict[str, Any], Source]:
+def parse_document(
+    text: str,
+    format: Format,
+    file: str | None,
+    start: str,
+    refused: Callable[[object], GraftError | None] = lambda data: None,
+) -> tuple[dict[str, Any], Source]:
     """The mapping in a text, and where its values stand.
 
     Args:
@@ -131,12 +141,15 @@ def parse_document(text: str, format: Format, file: str | None, start: str) -> t
         format: which of them.
         file: named in errors.
         start: how such a document starts, for the hint.
+        refused: gives the error of content that is nearly such a document.
 
     Raises:
-        GraftError: GC001 where it cannot be read, GC009 beyond the limits.
+        GraftError: what ``refused`` gives; GC001 where it cannot be read, GC009 beyond the limits.
     """
     data, source = _READERS[format](text.removeprefix("\ufeff"), file)
     if not isinstance(data, dict):
+        if (error := refused(data)) is not None:
+            raise source.locate(error)
         what = "is empty" if data is None else f"is a {'list' if isinstance(data, list) else 'plain value'}"
         place = Place(file, 1, 1) if data is not None else Place(file)
         message = f"a spec is a mapping, but this {what}"
@@ -162,11 +175,11 @@ def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
 
 
 def _format_of(path: Path) -> Format:
-    found = _FORMATS.get(path.suffix.lower())
-    if found is None:
+    format = _FORMATS.get(path.suffix.lower())
+    if format is None:
         hint = f"name it {path.stem}.yaml, .json or .toml"
         raise GraftError("GC001", f"the format of {quoted(path.name)} is not known", place=Place(str(path)), hint=hint)
-    return found
+    return format
 
 
 def _read(path: Path) -> str:

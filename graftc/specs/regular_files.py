@@ -73,13 +73,13 @@ def read_regular(
     Raises:
         OSError: as `open_regular`.
     """
-    found = bytearray()
+    content = bytearray()
     with open_regular(path, most, folder=folder, follow=follow) as file:
-        while piece := file.read(min(_PIECE, most + 1 - len(found))):
-            found += piece
-            if len(found) > most:  # it grew
-                raise _too_large(path, len(found), most)
-    return bytes(found)
+        while piece := file.read(min(_PIECE, most + 1 - len(content))):
+            content += piece
+            if len(content) > most:  # it grew
+                raise _too_large(path, len(content), most)
+    return bytes(content)
 
 
 def _require(found: os.stat_result, path: str | os.PathLike[str], most: int | None, *, follow: bool = True) -> None:

@@ -121,7 +121,8 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
     if kind == "json_invalid":
         return GraftError("GC001", f"not valid JSON: {context['error']}", place=place)
     if kind == "missing":
-        return GraftError("GC002", f"{name} is missing", place=place)
+        hints: Mapping[str, str] = getattr(root, "MISSING", {})
+        return GraftError("GC002", f"{name} is missing", place=place, hint=hints.get(str(path[-1])))
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         limit = context[key]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.runtime.seeds import seed_everything
 from tests.families import tiny
 from tests.runtime.processes import together
 
@@ -128,3 +132,29 @@ def test_all_ranks_start_from_the_seed_of_the_first(tmp_path: Path) -> None:
     together("tests.runtime.test_seeds:start_apart", 2, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["seed"] == two["seed"] and same(one["values"], two["values"])
+
+
+IMPORTS = """
+import sys
+import torch, transformers
+before = set(sys.modules)
+from graftc.runtime.seeds import seed_everything
+seed_everything(5)
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not new & {"peft", "bitsandbytes", "accelerate", "trl"}, new
+"""
+
+
+def test_seeding_imports_no_other_library() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1])
+def test_seeding_is_that_of_transformers(seed: int) -> None:
+    from transformers import set_seed
+
+    drawn = []
+    for choose in (seed_everything, set_seed):
+        choose(seed)
+        drawn.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]

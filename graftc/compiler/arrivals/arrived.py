@@ -49,7 +49,7 @@ def arrived(model: nn.Module) -> nn.Module:
     ]
     if rounded:
         message = f"the library that quantised {rounded[0]} rounds the inputs of linear maps too"
-        warn("GC164", f"{message}; here they stay as they are", stacklevel=3)
+        warn("GC164", f"{message}; here they stay as they are")
     dtype = _element_type(model, {id(module) for module, _ in found.values()})
     instead: dict[int, Any] = {id(module): convert(path, module, dtype) for path, (module, convert) in found.items()}
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:

@@ -135,8 +135,8 @@ class Certificate:
         retention: how much of the updates of all sites rounding left, and packing again where that was asked for.
             Nothing is held against it.
         requantised: what packing folded weights again did to them.
-        routes: for each place where the model chooses among its own values, as routers of experts do, what the folded
-            model would have chosen otherwise, and whether rounding explains it.
+        routes: for each place where the model chooses among its own values, as routers do, how often the folded model
+            would have chosen differently, and whether rounding explains it.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -171,15 +171,15 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Every site's evidence holds, outputs keep to the budget, rounding explains what routers choose otherwise, and
-        the structure is the base's."""
+        """Every site's evidence holds, outputs keep to the budget, rounding explains where routers chose differently,
+        and the structure is the base's."""
         within = all(value <= self.budget for value in self.outputs.values()) and all(r.passed for r in self.routes)
         same = self.structure == self.base_structure
         return bool(self.sites or self.collapses) and within and same and all(site.passed for site in self.sites)
 
     def failures(self) -> list[str]:
         """Why it did not pass, for people."""
-        found = [
+        reasons = [
             f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), "
             f"rounding {s.rounding:.3f} ulp (at most {ROUNDING_BOUND})"
             if s.finite
@@ -187,17 +187,17 @@ class Certificate:
             for s in self.sites
             if not s.passed
         ]
-        found += [
+        reasons += [
             f"output {name} differs by {value:.3e}, the budget is {self.budget:.3e}"
             if math.isfinite(value)
             else f"output {name} is not finite, or only one of the two is"
             for name, value in self.outputs.items()
             if not value <= self.budget
         ]
-        found += [route.failure() for route in self.routes if not route.passed]
+        reasons += [route.failure() for route in self.routes if not route.passed]
         if self.structure != self.base_structure:
-            found.append("the folded graph is not the base's graph")
-        return found or ([] if self.sites or self.collapses else ["nothing was folded"])
+            reasons.append("the folded graph is not the base's graph")
+        return reasons or ([] if self.sites or self.collapses else ["nothing was folded"])
 
     def _repr_html_(self) -> str:
         """For notebooks: whether it passed and why not, the outputs, and the evidence of each site, folded."""
@@ -267,4 +267,4 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
         raise GraftError("GC104", message, hint=hint)
     if retention.norm < HALF and not retention.unchanged:
         message = f"{to} leaves {retention.norm:.1%} of the update"
-        warn("GC105", message, hint=wider, stacklevel=4)
+        warn("GC105", message, hint=wider)

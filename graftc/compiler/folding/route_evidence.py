@@ -1,4 +1,4 @@
-"""Choices that a folded model makes otherwise: how many, and how near those were that it takes for one another."""
+"""Where the routers of a folded model choose differently: how often, and how close the scores were."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from graftc.compiler.folding.differences import largest_difference, largest_numb
 from graftc.passes.core.ops.route import RouteChoice
 
 TIMES = 4.0
-"""How many times the noise of a score two scores may be apart that rounding exchanges: as outputs may differ by twice
-what other roundings do, each of the two may move by as much."""
+"""How far apart two scores may be for rounding to swap them, in multiples of a score's noise: outputs may differ by
+twice what a different rounding changes, and each of the two scores may move by that much."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class RouteEvidence:
         choice: the node that chooses, as the base's graph names it.
         module: the module that it is in.
         choices: how many were compared: one for each row of scores, such as a token.
-        flips: in how many of them the folded model would have chosen otherwise.
-        gap: of those the largest distance, unfolded or folded, of a chosen score from one that the other side chose in
-            its place.
-        noise: how far scores move where folded weights are rounded otherwise, as far as that had to be tried: at least
+        flips: in how many of them the folded model would have chosen differently.
+        gap: among those, the largest difference between a chosen score and the one that the other model chose instead,
+            in either model.
+        noise: how far scores move when folded weights are rounded differently, as far as that had to be tried: at least
             a unit in the last place of the largest score, in the model's type.
-        bound: what the gap may be.
+        bound: the largest gap that rounding explains.
     """
 
     choice: str
@@ -44,14 +44,14 @@ class RouteEvidence:
 
     @property
     def passed(self) -> bool:
-        """Whether rounding explains what was chosen otherwise."""
+        """Whether rounding explains the different choices."""
         return not self.flips or self.gap <= self.bound
 
     def failure(self) -> str:
         """Why it did not pass, for people."""
         return (
-            f"{self.module or 'the model'} chooses otherwise in {self.flips} of {self.choices} cases ({self.choice}), "
-            f"of scores up to {self.gap:.2e} apart, and rounding explains {self.bound:.2e}"
+            f"{self.module or 'the model'} chose differently in {self.flips} of {self.choices} cases ({self.choice}), "
+            f"between scores up to {self.gap:.2e} apart; rounding explains at most {self.bound:.2e}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -61,27 +61,27 @@ class RouteEvidence:
 
 
 def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
-    """Of two comparisons of one choice the one that says more against it."""
+    """The worse of two comparisons of the same choice."""
     return max(one, other, key=lambda item: (not item.passed, item.gap, item.flips))
 
 
 def routed(routes: Sequence[RouteEvidence]) -> list[str]:
-    """What routers choose otherwise in the folded model, for people: nothing where they choose the same."""
+    """How often the folded model's routers chose differently, for people: empty where they never did."""
     other = [route for route in routes if route.flips]
     if not other:
         return []
     flips, choices = (sum(getattr(route, name) for route in routes) for name in ("flips", "choices"))
     worst = max(other, key=lambda route: route.gap / route.bound if route.bound else route.gap)
     return [
-        f"{flips} of {choices} choices of routers are others, of scores at most {worst.gap:.1e} apart in "
-        f"{worst.module or worst.choice}, where rounding explains {worst.bound:.1e}; outputs were compared with the "
-        "same choices"
+        f"the routers chose differently in {flips} of {choices} cases, between scores at most {worst.gap:.1e} apart in "
+        f"{worst.module or worst.choice}, where rounding explains up to {worst.bound:.1e}; outputs were compared with "
+        "the same choices imposed on both models"
     ]
 
 
 @dataclass(frozen=True)
 class Flips:
-    """What two runs chose otherwise from the same scores but for rounding.
+    """How often two runs chose differently from scores that are the same up to rounding.
 
     Attributes:
         choices, flips, gap: as for `RouteEvidence`.
@@ -93,7 +93,7 @@ class Flips:
 
     @classmethod
     def between(cls, before: RouteChoice, after: RouteChoice) -> Flips:
-        """Of one choice in two runs; of other shapes, everything is another choice."""
+        """One choice in two runs; where shapes differ, every row counts as a different choice."""
         rows = before.chosen.shape[:-1].numel()
         if before.scores.shape != after.scores.shape or before.chosen.shape != after.chosen.shape:
             return cls(rows, rows, float("inf"))
@@ -111,7 +111,7 @@ class Flips:
 
 
 def score_noise(scores: Tensor, dtype: torch.dtype) -> float:
-    """How far scores are at least from what they would be without rounding: a unit in the last place of the largest.
+    """The least rounding error of scores: a unit in the last place of the largest.
 
     Args:
         scores: what is chosen among.
@@ -121,7 +121,7 @@ def score_noise(scores: Tensor, dtype: torch.dtype) -> float:
 
 
 def moved(before: Mapping[str, RouteChoice], after: Mapping[str, RouteChoice]) -> dict[str, float]:
-    """By name, how far the scores of two runs are apart."""
+    """The largest difference between the scores of two runs, by name."""
     both = [name for name in before if name in after and before[name].scores.shape == after[name].scores.shape]
     return {name: largest_difference(before[name].scores, after[name].scores) for name in both}
 
@@ -131,7 +131,7 @@ def _sorted(numbers: Tensor) -> Tensor:
 
 
 def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The largest distance, in any row, of a score that one side alone chose from one that the other alone did."""
+    """The largest difference, in any row, between a score that only one side chose and one that only the other did."""
     mine, theirs = (torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, own, True) for own in (first, second))
     one, other = mine & ~theirs, theirs & ~mine
     inf = float("inf")
@@ -141,5 +141,5 @@ def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _ordered_gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The largest distance of two scores that have the same place in two orders of all of them."""
+    """The largest difference between two scores that hold the same place in two orderings."""
     return (scores.gather(-1, first) - scores.gather(-1, second)).abs().max()

@@ -221,11 +221,11 @@ class Reselection(Controller[SpIEL]):
             message = f"{self.spec.name!r} has seen no gradients of weights, so none of its entries is replaced"
             hint = "call the model itself while training, not what torch.compile has made of it"
             if self._first("no gradients"):
-                warn("GC025", message, hint=hint, stacklevel=5)
+                warn("GC025", message, hint=hint)
         elif optimiser is None:
             message = f"{self.spec.name!r} has replaced entries, and the optimiser does not know of it"
             if self._first("optimiser"):
-                warn("GC046", message, hint="train with graftc.optim.AgedAdamW(compiled, ...)", stacklevel=5)
+                warn("GC046", message, hint="train with graftc.optim.AgedAdamW(compiled, ...)")
 
         def move(entries: Entries, dropped: Tensor) -> None:
             at = seen[entries.number]

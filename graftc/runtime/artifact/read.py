@@ -244,11 +244,10 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     folder = Path(os.path.abspath(path))
     recover(folder.parent)
     if not (folder / MANIFEST).is_file():
-        what = "is no folder" if not folder.is_dir() else f"has no {MANIFEST}"
-        hint = "graftc compile SPEC --model MODEL --out DIR writes artifacts"
-        if (folder / "model.safetensors").is_file():
-            hint = "a trainer's checkpoint of a compiled model becomes one: graftc.load(path).save(other)"
-        raise GraftError("GC080", f"{path} {what}", hint=hint)
+        from graftc.runtime.folder_kinds import missing, reader_of
+
+        hint = reader_of(Path(path)) or "graftc compile SPEC --model MODEL --out DIR writes artifacts"
+        raise GraftError("GC080", f"{path} {missing(folder, MANIFEST)}", hint=hint)
     present = set(files_of(folder, str(path)))
     try:
         raw = content(folder / MANIFEST, MANIFEST_BYTES)

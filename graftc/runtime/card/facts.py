@@ -36,7 +36,7 @@ class CardCertificate(BaseModel):
         rounding: float
 
     class RouteRecord(BaseModel):
-        """What was chosen otherwise at one place."""
+        """How often the models chose differently at one place."""
 
         model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 

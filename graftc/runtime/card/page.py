@@ -160,7 +160,7 @@ def _evidence(certificate: CardCertificate) -> Iterator[tuple[str, str]]:
         yield f"largest difference of the output {code(name)}", f"{value:.1e}{budget}"
     if flips := sum(route.flips for route in certificate.routes):
         choices = sum(route.choices for route in certificate.routes)
-        yield "choices of routers that are others once folded", f"{flips:,} of {choices:,}"
+        yield "choices that routers make differently once folded", f"{flips:,} of {choices:,}"
     yield "element type", code(certificate.dtype) if certificate.dtype else "-"
     if certificate.additions:
         yield "biases that folding adds", ", ".join(code(name) for name in certificate.additions[:5])

@@ -231,12 +231,12 @@ def _to_peft(
 
         compilation = deployed(runner_of(load(directory, model))).compilation
         step("exporting")
-        made = prepared(compilation)
+        adapter = prepared(compilation)
         if limits is not None:
-            made = plain(made, compilation)
-        needed = None if limits is None else require_served(limits, made.config, made.tensors, max_rank=max_rank)
+            adapter = plain(adapter, compilation)
+        needed = None if limits is None else require_served(limits, adapter.config, adapter.tensors, max_rank=max_rank)
         if to is not None:
-            export_peft(made, to, force=force)
+            export_peft(adapter, to, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_files, print_tensors
     from graftc.runtime.cli.output import console
@@ -248,11 +248,11 @@ def _to_peft(
         result = {
             **{"artifact": str(directory), "format": "peft", "out": None if to is None else str(to)},
             **{"dry_run": to is None, "merged": False, "files": files, "certificate": None},
-            **{"tensors": made.sites(), "max_rank": needed, "warnings": warnings},
+            **{"tensors": adapter.sites(), "max_rank": needed, "warnings": warnings},
         }
         print_json(ExportResult.model_validate(result))
         return
-    print_tensors(str(made.config["peft_type"]), made.sites())
+    print_tensors(str(adapter.config["peft_type"]), adapter.sites())
     if limits is not None and limits.option is not None:
         console().print(f"{'the server needs:':<22}{limits.option} {needed}", markup=False)
     print_files(to, files)

@@ -27,7 +27,7 @@ class OutputComparison:
     """The outputs of two models on the same inputs.
 
     Where a model chooses among its own values, as a router does among experts, the first model's choices are imposed on
-    the second, so that outputs differ by what the numbers differ, and not by what another expert gives.
+    the second, so that a difference in outputs is one of numbers and not of another expert.
 
     Attributes:
         before, after: flat outputs of either.
@@ -62,7 +62,7 @@ class OutputComparison:
 
     @cached_property
     def flips(self) -> dict[str, Flips]:
-        """What the second model would have chosen otherwise, by the names of choices."""
+        """How often the second model would have chosen differently, by the names of choices."""
         seen = self._own.seen
         both = [name for name in self._modules if name in self._imposed and name in seen]
         return {name: Flips.between(self._imposed[name], seen[name]) for name in both}
@@ -70,7 +70,7 @@ class OutputComparison:
     @contextmanager
     def repeating(self) -> Iterator[Callable[[], Outputs]]:
         """Gives what runs the second model again, with the same routes: its weights may have changed a little. `noise`
-        has how far scores move."""
+        says how far scores move."""
         with self._routed(self._model) as run:
 
             def again() -> Outputs:
@@ -83,25 +83,25 @@ class OutputComparison:
             yield again
 
     def allow(self, difference: float, share: float = 0.0) -> None:
-        """Take scores for near one another up to a difference, or up to a share of the largest of their choice."""
+        """Count scores as close up to a difference, or up to a share of the largest score of their choice."""
         for name, choice in self._imposed.items():
             self.allowed[name] = max(difference, share * largest_number(choice.scores))
 
     @property
     def explained(self) -> bool:
-        """Whether rounding explains whatever was chosen otherwise, as far as `noise` is known."""
+        """Whether rounding explains every different choice, as far as `noise` is known."""
         return all(item.passed for item in self.routes)
 
     @property
     def routes(self) -> tuple[RouteEvidence, ...]:
         """The evidence for each choice, in the order of the graph."""
-        found: list[RouteEvidence] = []
+        evidence: list[RouteEvidence] = []
         for name, item in self.flips.items():
             scores = self._imposed[name].scores
             noise = max(self.noise.get(name, 0.0), score_noise(scores, self._model.dtype))
             bound = max(TIMES * noise, self.allowed.get(name, 0.0))
-            found.append(RouteEvidence(name, self._modules[name], item.choices, item.flips, item.gap, noise, bound))
-        return tuple(found)
+            evidence.append(RouteEvidence(name, self._modules[name], item.choices, item.flips, item.gap, noise, bound))
+        return tuple(evidence)
 
     @contextmanager
     def _routed(self, model: ModelRunner) -> Iterator[Callable[[Routes], Outputs]]:

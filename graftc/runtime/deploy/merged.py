@@ -283,18 +283,18 @@ def fold(
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
     require_weights(runner)
-    found = fold_plan(compilation, only)
-    if every and found.kept:
-        raise next(iter(found.kept.values()))
+    plan = fold_plan(compilation, only)
+    if every and plan.kept:
+        raise next(iter(plan.kept.values()))
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
     with torch.no_grad():
-        unfolded = take_out(compilation.program("eval"), found.kept) if found.kept else None
-        made = fold_tensors(compilation, found.lazy, unfolded, advance=advance)
+        unfolded = take_out(compilation.program("eval"), plan.kept) if plan.kept else None
+        folded = fold_tensors(compilation, plan.lazy, unfolded, advance=advance)
         repacked = Repacked()
         if base == "requantized":
-            made, repacked = requantised(compilation.store, found.lazy, made)
-        merged = Merged(MergedRunner(compilation, found, made, repacked.packed, full=base == "full"))
-        merged._graftc.certificate = _certify(runner, merged._graftc, made, repacked, budget)
+            folded, repacked = requantised(compilation.store, plan.lazy, folded)
+        merged = Merged(MergedRunner(compilation, plan, folded, repacked.packed, full=base == "full"))
+        merged._graftc.certificate = _certify(runner, merged._graftc, folded, repacked, budget)
     return merged
 
 
@@ -313,30 +313,30 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
 
 
 def _certify(
-    compiled: CompiledRunner, merged: MergedRunner, made: Folded, repacked: Repacked, budget: float | None
+    compiled: CompiledRunner, merged: MergedRunner, folded: Folded, repacked: Repacked, budget: float | None
 ) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
     base = compilation.program("eval", "base")
-    found = compared(compiled, merged)
-    given = budget if budget is not None else compilation.spec.fold.budget.logits
+    comparison = compared(compiled, merged)
+    chosen = budget if budget is not None else compilation.spec.fold.budget.logits
     packed = budget_of(compilation.store.packed[n] for n in repacked.packed)
-    budget = given
+    budget = chosen
     if budget is None:
-        budget = max(DEFAULT_BUDGET.get(compiled.dtype, 1e-4), packed) * max(1.0, found.largest)
-    worst = max(found.differences.values(), default=0.0)
+        budget = max(DEFAULT_BUDGET.get(compiled.dtype, 1e-4), packed) * max(1.0, comparison.largest)
+    worst = max(comparison.differences.values(), default=0.0)
     # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
-    doubted = given is None and budget < worst < math.inf and compiled.dtype in NARROW
-    found.allow(given or 0.0, packed)
+    doubted = chosen is None and budget < worst < math.inf and compiled.dtype in NARROW
+    comparison.allow(chosen or 0.0, packed)
     notes: tuple[str, ...] = ()
-    if doubted or not found.explained:
+    if doubted or not comparison.explained:
         weights = {name: merged._store.get(name) for name in merged.changed}
         weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
 
         def enough(noise: float) -> bool:
-            return (not doubted or 2 * noise >= worst) and found.explained
+            return (not doubted or 2 * noise >= worst) and comparison.explained
 
-        with found.repeating() as run:
-            noise = rounding_noise(weights, recasting(compilation, merged.folded), run, found.after, enough)
+        with comparison.repeating() as run:
+            noise = rounding_noise(weights, recasting(compilation, merged.folded), run, comparison.after, enough)
         if doubted and 2 * noise > budget:
             notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
             budget = 2 * noise
@@ -349,10 +349,10 @@ def _certify(
     if merged.kept:
         program = take_out(program, merged.kept)
     return Certificate(
-        sites=made.sites,
-        outputs=found.differences,
+        sites=folded.sites,
+        outputs=comparison.differences,
         budget=budget,
-        routes=found.routes,
+        routes=comparison.routes,
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
         base_structure=structural_hash(base, compilation.store.canonical),
         additions=additions,
@@ -360,7 +360,7 @@ def _certify(
         dtype=str(compiled.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
         anchors=compilation.main.anchors,
-        retention=made.retention,
+        retention=folded.retention,
         notes=notes,
         requantised=repacked.evidence,
     )

@@ -1,4 +1,4 @@
-"""How far outputs move when folded weights are rounded otherwise: what 16 bits leave of a comparison of outputs."""
+"""How far outputs move when folded weights are rounded differently: the noise of a comparison in 16 bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.runtime.deploy.widening import NARROW
 __all__ = ["as_cast", "recasting", "rounding_noise"]
 
 TIMES = 8
-"""How many other roundings are tried at most. A router of experts decides otherwise in few of them."""
+"""How many other roundings are tried at most. A router chooses differently in few of them."""
 
 
 def rounding_noise(
@@ -26,7 +26,7 @@ def rounding_noise(
     outputs: Sequence[object],
     enough: Callable[[float], bool] = lambda _: False,
 ) -> float:
-    """The largest difference of outputs over a few runs in which weights are rounded otherwise.
+    """The largest difference of outputs over a few runs in which weights are rounded differently.
 
     In one, what they are folded from is rounded first, as the adapted graph does. In the others every entry is
     multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded to its type.

@@ -93,19 +93,19 @@ def metadata(
     places = dict.fromkeys(folded, "folded") | {
         name: "input" if name in inputs else "constant" for name in adaptations_in(program)
     }
-    found = {
+    entries = {
         "graftc.adaptations": json.dumps(places),
         "graftc.spec": dump_spec(compilation.spec),
         "graftc.fingerprint": identify(compilation.source, replaced=compilation.replaced).fingerprint,
     }
     labels = Built.of(compilation.model).labels or ()
     if any(not label.startswith("LABEL_") for label in labels):  # which is what transformers calls those without a name
-        found["graftc.labels"] = json.dumps(labels)
+        entries["graftc.labels"] = json.dumps(labels)
     if inputs:
-        found["graftc.inputs"] = json.dumps(list(inputs))
+        entries["graftc.inputs"] = json.dumps(list(inputs))
     if certificate is not None:
-        found["graftc.certificate"] = json.dumps(certificate.to_json(), sort_keys=True)
-    return found
+        entries["graftc.certificate"] = json.dumps(certificate.to_json(), sort_keys=True)
+    return entries
 
 
 def adaptations_in(program: Program) -> list[str]:

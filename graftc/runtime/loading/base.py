@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from graftc.runtime.folder_kinds import reader_of
 from graftc.runtime.models import load_folder, load_hub
 from graftc.runtime.reference import Reference
 from graftc.specs.errors.diagnostics import GraftError
@@ -36,4 +37,7 @@ def find_base(reference: Reference, artifact: Path) -> nn.Module:
     for place in (stated, artifact / relative if relative is not None else None):
         if place is not None and (place / "config.json").is_file():
             return load_folder(Path(os.path.normpath(place)), built=reference.built)
+    if stated is not None and (reader := reader_of(stated)) is not None:
+        hint = f"{reader}; give what it gives: graftc.load(path, model=...)"
+        raise GraftError("GC086", f"the base of {artifact}, at {text}, is not read by itself", hint=hint)
     raise GraftError("GC086", f"the base of {artifact} is not at {text}", hint=hint)

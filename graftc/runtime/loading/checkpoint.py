@@ -20,6 +20,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
+from graftc.runtime.folder_kinds import reader_of
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.models import load_as_built
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
@@ -99,7 +100,10 @@ def _read(file: Path) -> dict[str, Tensor]:
     opened = TensorFolder(file, Refusal("GC082", hint="copy it again from where it came"))
     if RECORD not in opened:
         message = f"{file} holds weights, and not what a compiled model's state dict has"
-        hint = "transformers loads it; a compiled model is written by compiled.save(path) or a trainer"
+        hint = (
+            reader_of(file.parent if file.name == WEIGHTS else file)
+            or "a compiled model is written by compiled.save(path) or a trainer"
+        )
         raise GraftError("GC080", message, hint=hint)
     return dict(opened)
 
@@ -107,10 +111,10 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
-    found = identify(model, replaced=record.base.replaced)
-    if record.base.fingerprint != found.fingerprint:
-        same = record.base.weights in (None, weights_of(found))
+    identity = identify(model, replaced=record.base.replaced)
+    if record.base.fingerprint != identity.fingerprint:
+        same = record.base.weights in (None, weights_of(identity))
         message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}: "
         mine = Identity("", {}, settings=record.base.settings)
-        message += mine.other_config(found) if same else "its weights are others"
+        message += mine.other_config(identity) if same else "its weights are others"
         raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")

@@ -68,11 +68,11 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
     manifest = artifact.manifest
     model = packed_as(model, expected.packings)
-    found = identify(model, full=expected.full, replaced=artifact.replaced)
-    if found.tensors.keys() == expected.tensors.keys():
+    identity = identify(model, full=expected.full, replaced=artifact.replaced)
+    if identity.tensors.keys() == expected.tensors.keys():
         trained = (record.base for record in manifest.trained if record.rows is None)
         require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
-    differences = expected.differences(found)
+    differences = expected.differences(identity)
     if differences:
         name = type(model).__name__
         message = f"{artifact.path} adapts another model than this {name}: {differences[0]}"

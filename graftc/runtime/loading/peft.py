@@ -170,12 +170,12 @@ def _adaptation(
     """The entry of the spec: what most sites have, and overrides for the others."""
     if not modules:
         raise GraftError("GC113", "the file adapts no module", place=adapter.place)
-    found = entry_of(adapter.config, modules, paths, shapes)
+    entry = entry_of(adapter.config, modules, paths, shapes)
     if "across_groups" in type(modules[0].spec).model_fields:
-        found["across_groups"] = any(_meets_groups(adapter, module, shapes) for module in modules)
-    if "rows" in found:
-        found["rows"] = list(_rows(modules[0]))
-    return found
+        entry["across_groups"] = any(_meets_groups(adapter, module, shapes) for module in modules)
+    if "rows" in entry:
+        entry["rows"] = list(_rows(modules[0]))
+    return entry
 
 
 def _meets_groups(adapter: PeftAdapter, module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -190,19 +190,19 @@ def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
     peft's prefix is in the decoder's own attention where there are two stacks, and its prompt in front of the encoder's
     text: of a table with rows for both stacks it reads the first half.
     """
-    found = fields_of(adapter.config)
+    entry = fields_of(adapter.config)
     key = adapter.keys.joined
     if key is None:
         raise GraftError("GC113", "the file has no virtual tokens", place=adapter.place)
-    shape, length = adapter.shapes[key], found.get("length")
+    shape, length = adapter.shapes[key], entry.get("length")
     if len(shape) != 2 or not isinstance(length, int) or shape[0] not in (length, 2 * length):
         message = f"{key} is {list(shape)}, which is no table of {length} virtual tokens"
         raise GraftError("GC113", message, place=adapter.place)
     _, table = adapter.config.format
     if table.joined == (key, 1) and adapter.config.task_type == "SEQ_2_SEQ_LM":
         cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
-        found["target"] = {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}
-    return found
+        entry["target"] = {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}
+    return entry
 
 
 def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
@@ -214,15 +214,15 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     pairs = [pair for pair in pairs_of(compilation) if not pair.again]
     store = compilation.store
     wanted = {pair.key: pair for pair in pairs}
-    given = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)
-    given -= {key for _, key in (*adapter.keys.again, *adapter.doubles)}
-    lacking = [key for key, pair in wanted.items() if key not in given and not _drawn(adapter, pair)]
+    present = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)
+    present -= {key for _, key in (*adapter.keys.again, *adapter.doubles)}
+    lacking = [key for key, pair in wanted.items() if key not in present and not _drawn(adapter, pair)]
     problems = [f"{key}: not in the file" for key in lacking]
-    problems += [f"{key}: nothing in the model takes it" for key in sorted(given - wanted.keys())]
+    problems += [f"{key}: nothing in the model takes it" for key in sorted(present - wanted.keys())]
     values: list[tuple[str, Tensor]] = []
     rounded: list[str] = []
     for pair in pairs:
-        if pair.key not in given:
+        if pair.key not in present:
             continue
         own, theirs = store.get(pair.tensor), adapter.tensor(pair.key)
         value = _value(adapter, pair, own, theirs, problems)

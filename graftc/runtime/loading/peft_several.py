@@ -40,21 +40,21 @@ def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[s
     """
     if not folders:
         raise GraftError("GC073", "there is no folder to import", hint="give one or several")
-    found: dict[str, Path] = {}
-    given = isinstance(folders, Mapping)
+    paths: dict[str, Path] = {}
+    named = isinstance(folders, Mapping)
     pairs = folders.items() if isinstance(folders, Mapping) else [(None, folder) for folder in folders]
     for name, folder in pairs:
         path = as_path(folder)
         own = str(name) if name is not None else _plain(path.resolve().name)
         if (wrong := check_name(own)) is not None:
             raise wrong
-        if own in found:
+        if own in paths:
             hint = "give the folders by name: {'one': ..., 'other': ...}"
-            raise GraftError("GC005", f"{found[own]} and {path} would both be {quoted(own)}", hint=hint)
+            raise GraftError("GC005", f"{paths[own]} and {path} would both be {quoted(own)}", hint=hint)
         if own == TRAIN:
-            raise GraftError("GC005", f"the name {quoted(own)} is taken", hint=None if given else "give another name")
-        found[own] = path
-    return found
+            raise GraftError("GC005", f"the name {quoted(own)} is taken", hint=None if named else "give another name")
+        paths[own] = path
+    return paths
 
 
 def _plain(text: str) -> str:

@@ -36,6 +36,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import past_name
 from graftc.passes.core.sites.sites import AttentionSite
+from graftc.runtime.model.windows import has_windows
 from graftc.specs.methods.prefix import PrefixSpec
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _of_prefix(runner: CompiledRunner, resolved: Resolved) -> InitialCache | Non
     places = {site.key: own.length for site, own in resolved.places}  # type: ignore[attr-defined]
     if places.keys() != sites.keys() or len(set(places.values())) != 1:
         return None
-    if spec.window == "visible" and _has_windows(runner.config):
+    if spec.window == "visible" and has_windows(runner.config):
         return None
     tables = {key: values for key, values in place_values(compilation, resolved)}
     numbered = ((number, site, tables[site.key]) for number, site in enumerate(_in_order(compilation)))
@@ -203,13 +204,6 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
 def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
     """Attentions as a cache counts them: by layer."""
     yield from sorted(compilation.main.attentions, key=lambda site: (site.layer is None, site.layer or 0))
-
-
-def _has_windows(config: Any) -> bool:
-    """Whether a layer's cache would drop what a sliding window has passed."""
-    from transformers.cache_utils import DynamicCache
-
-    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
 
 
 @torch.no_grad()

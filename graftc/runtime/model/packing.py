@@ -33,10 +33,10 @@ def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Ca
         return
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 2):  # one of pairs may tell texts apart
         message = f"{POSITIONS} begin anew in a row that has an {MASK} too: tokens attend to the texts before theirs"
-        warn("GC120", message, hint=f"leave {MASK} out of packed batches", stacklevel=6)
+        warn("GC120", message, hint=f"leave {MASK} out of packed batches")
     if virtual:
         message = f"of the texts packed into a row, only the first one has the virtual tokens of {virtual[0]!r}"
-        warn("GC121", message, hint="do not pack texts, or use prefix, which every text of a row sees", stacklevel=6)
+        warn("GC121", message, hint="do not pack texts, or use prefix, which every text of a row sees")
     if names := gated():
         message = f"the gates of {names[0]!r} are means over all texts that are packed into a row"
-        warn("GC122", message, hint="do not pack texts where gates are", stacklevel=6)
+        warn("GC122", message, hint="do not pack texts where gates are")

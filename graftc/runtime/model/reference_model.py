@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from graftc.passes.core.ir.program_key import Modes, Signature
 from graftc.runtime.model.ecosystem import COPIED
 from graftc.runtime.model.runner import ModelRunner
+from graftc.specs.arguments import kind_of
+from graftc.specs.calls import public
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import CompiledRunner
@@ -117,6 +120,7 @@ class Referring(ModelRunner):
         """
         return ReferenceModel(cast("CompiledRunner", self))
 
+    @public("compiled.trainer")
     def trainer(self, kind: Callable[..., T], *, args: Any = None, **arguments: Any) -> T:
         """A trainer of TRL over this model, with `reference` where it would load the base a second time, of which a
         base in memory has no file: ``compiled.trainer(GRPOTrainer, args=GRPOConfig(beta=0.04), reward_funcs=...)``.
@@ -128,19 +132,27 @@ class Referring(ModelRunner):
             arguments: its other arguments, by name.
 
         Raises:
-            GraftError: GC072 for a ``peft_config``.
+            GraftError: GC072 for a ``peft_config``; GC073 for what is no class of a trainer, and for a ``model``, which
+                is this one.
         """
+        if not callable(kind):
+            raise GraftError(
+                "GC073", f"kind is {kind_of(kind)}", hint="give the class: compiled.trainer(DPOTrainer, args=...)"
+            )
+        if "model" in arguments:
+            hint = f"leave model out: compiled.trainer({getattr(kind, '__name__', 'kind')}, args=...)"
+            raise GraftError("GC073", "a trainer of a compiled model trains that model", hint=hint)
         if "ref_model" in inspect.signature(kind).parameters:
             arguments.setdefault("ref_model", self.reference())
             return kind(model=self.module, args=args, **arguments)
         if not hasattr(args, "model_init_kwargs"):
             return kind(model=self.module, args=args, **arguments)
-        given = args.model_init_kwargs
-        args.model_init_kwargs = {**(given or {}), "architecture": _Loaded(self.reference())}
+        before = args.model_init_kwargs
+        args.model_init_kwargs = {**(before or {}), "architecture": _Loaded(self.reference())}
         try:
             return kind(model=self.module, args=args, **arguments)
         finally:
-            args.model_init_kwargs = given
+            args.model_init_kwargs = before
 
     @contextmanager
     def base_only(self, *, reference: bool = False) -> Iterator[None]:

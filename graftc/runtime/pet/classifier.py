@@ -59,30 +59,32 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        made = auto.from_config(config)
+        classifier = auto.from_config(config)
     except ValueError as error:
         message = f"transformers has no classifier of sequences for {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}") from error
     finally:
         torch.random.set_rng_state(state)
-    made.config._name_or_path = ""  # it is nowhere yet
-    prefix = made.base_model_prefix
+    classifier.config._name_or_path = ""  # it is nowhere yet
+    prefix = classifier.base_model_prefix
     # Encoder-decoders have no part of that name, and their tensors have the names that it gives them.
-    source, part = getattr(model, prefix, model), getattr(made, prefix, None)
+    source, part = getattr(model, prefix, model), getattr(classifier, prefix, None)
     own = part.state_dict() if part is not None else {}
     known = source.state_dict()
     shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
     if part is None or not shared:
-        message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
+        message = f"{type(classifier).__name__} has nothing in common with {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
     _require_alike(source, part, own.keys() - shared.keys(), model)
     first = next(model.parameters())
-    made = made.to(device=first.device, dtype=first.dtype).eval()
+    classifier = classifier.to(device=first.device, dtype=first.dtype).eval()
     part.load_state_dict(_apart(shared), strict=False, assign=True)
-    made.tie_weights()
+    classifier.tie_weights()
     taken = {f"{prefix}.{name}" for name in shared}
-    mark_fresh(made, (name for name, _ in made.named_parameters() if name not in taken), type(model).__name__)
-    return made
+    mark_fresh(
+        classifier, (name for name, _ in classifier.named_parameters() if name not in taken), type(model).__name__
+    )
+    return classifier
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,12 +113,12 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
     """
     mine, places = dict(source.named_modules(remove_duplicate=False)), {name.rpartition(".")[0] for name in lost}
     for path, module in part.named_modules(remove_duplicate=False):
-        held = mine.get(path)
-        if held is None or held is model:
+        own = mine.get(path)
+        if own is None or own is model:
             continue
-        if type(held) is not type(module):
-            what = f"is a {_class_of(held)}, and in a new classifier a {_class_of(module)}"
-        elif "forward" in vars(held) or held._forward_hooks or held._forward_pre_hooks:
+        if type(own) is not type(module):
+            what = f"is a {_class_of(own)}, and in a new classifier a {_class_of(module)}"
+        elif "forward" in vars(own) or own._forward_hooks or own._forward_pre_hooks:
             what = "has a forward or hooks of its own, which a new classifier has not"
         elif path in places:
             what = "is stored in another form than in a new classifier"

@@ -29,7 +29,9 @@ from graftc.runtime.pet.result import Accuracies, GenerationResult, MemberResult
 from graftc.runtime.pet.sets import Line, new_sets, set_of
 from graftc.runtime.pet.stages import KeptStages
 from graftc.runtime.pet.task import Examples, Task
+from graftc.runtime.swapped import check_spec_and_model
 from graftc.specs.arguments import as_path, as_seed, kind_of
+from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.pet.document import PetSpec
@@ -40,6 +42,7 @@ _PROBE = "A text of 1,234 Words, some of them un-usual: Übergröße, naïve, �
 """By whose tokens a tokenizer is known."""
 
 
+@public("graftc.pet")
 def pet(
     spec: PetSpec | Mapping[str, Any] | str | Path,
     model: nn.Module,
@@ -73,6 +76,7 @@ def pet(
             the model has not, GC180 for labels that the document has not, GC181 where a loss is not finite, GC182 where
             there is nothing to learn from; and as `graftc.compile`.
     """
+    check_spec_and_model("graftc.pet", spec, model, "spec, model, tokenizer, data")
     loaded, seed = load_pet_spec(spec), as_seed(seed)
     rows = data if isinstance(data, PetData) else load_pet_data(as_path(data), loaded.labels, loaded.slots)
     _require_kinds(model, tokenizer)

@@ -17,6 +17,8 @@ from graftc.runtime.planner.memory_plan import MemoryPlan
 from graftc.runtime.planner.optimisers import Make
 from graftc.runtime.planner.sizes import bytes_of, shown
 from graftc.runtime.planner.workbench import TOKENS, Workbench
+from graftc.runtime.swapped import check_spec_and_model
+from graftc.specs.calls import public
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.io import early_spec
@@ -30,6 +32,7 @@ _MOST = 2**40
 _SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
 
+@public("graftc.plan")
 def plan(
     spec: SpecLike,
     model: nn.Module | str,
@@ -75,6 +78,7 @@ def plan(
             what cannot be sharded, GC143 for sequences that the model does not take, GC154 for a budget that is no
             number of bytes, GC155 where not even the smallest step fits.
     """
+    check_spec_and_model("graftc.plan", spec, model)
     room = None if budget is None else bytes_of(budget)
     rows, tokens = _count("batch", batch), None if sequence is None else _count("sequence", sequence)
     if rows * (tokens or 1) > _MOST:

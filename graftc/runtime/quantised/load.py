@@ -51,15 +51,15 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
     Raises:
         GraftError: GC161 for what is no such thing.
     """
-    found = getattr(config, "quantization_config", None)
-    if found is None and hasattr(config, "get_text_config"):
-        found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    if found is None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None and hasattr(config, "get_text_config"):
+        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if settings is None:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
-        return {**found, "quant_method": "bitsandbytes"}
-    return found
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return {**settings, "quant_method": "bitsandbytes"}
+    return settings
 
 
 def require_read(config: Any, where: str) -> None:

@@ -27,11 +27,13 @@ from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.plan import MergePlan, make_plan, stored_config
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, create_file, fold_shard, untouched
+from graftc.runtime.swapped import check_adapter_and_base
 from graftc.runtime.tensors.folder import TensorFolder
 from graftc.runtime.tensors.headers import Shard
 from graftc.runtime.tensors.mapped import DTYPES
 from graftc.runtime.tensors.weights import leads_inside
 from graftc.specs.arguments import as_path
+from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["StreamedMerge", "merge_checkpoint"]
@@ -63,6 +65,7 @@ class StreamedMerge:
     dtype: str
 
 
+@public("graftc.merge_checkpoint")
 def merge_checkpoint(
     adapter: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
@@ -96,6 +99,7 @@ def merge_checkpoint(
             does not fit, GC103 where the model itself is needed, GC104 where nothing would change. Nothing is written
             then.
     """
+    check_adapter_and_base("graftc.merge_checkpoint", adapter, model)
     source = as_path(adapter)
     wide = _as_written(dtype)
     base, made = read_updates(source, None if model is None else as_path(model))

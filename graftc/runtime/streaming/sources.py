@@ -113,21 +113,21 @@ def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) 
 def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> list[str]:
     """In which ways a checkpoint has other tensors than the base of an artifact, for people."""
     base, replaced = artifact.manifest.base, artifact.replaced
-    found = []
+    differences = []
     for name, record in base.tensors.items():
         own = names.find(name)
         if own is None:
             if record.parameter:
-                found.append(f"it has no {name}")
+                differences.append(f"it has no {name}")
             continue
         stored = checkpoint.entries[own]
         shape = f"{record.dtype}[{', '.join(map(str, record.shape))}]"
         if (stored.dtype.lower(), stored.shape) != (record.dtype, record.shape):
-            found.append(f"{own} is {str(stored).lower()}, not {shape}")
+            differences.append(f"{own} is {str(stored).lower()}, not {shape}")
         elif name not in replaced and tensor_digest(checkpoint[own], full=base.full) != record.sha256:
-            found.append(f"{own} has other values")
+            differences.append(f"{own} has other values")
     checkpoint.release()
-    return found
+    return differences
 
 
 class _Uses:

@@ -46,15 +46,15 @@ def verify_checkpoint(
     base, made = read_updates(as_path(adapter), None if model is None else as_path(model))
     checkpoint = TensorFolder(base)
     plan = make_plan(checkpoint, made(checkpoint))
-    found = verify(folder) if (folder / RECORD).is_file() else Verification()
+    verification = verify(folder) if (folder / RECORD).is_file() else Verification()
     state: dict[str, TensorFolder] = {}
 
     def names() -> tuple[bool, str]:
         merged = state["merged"] = TensorFolder(folder)
         return _same_names(checkpoint, merged, plan)
 
-    if not found.add("tensors", names):
-        return found
+    if not verification.add("tensors", names):
+        return verification
     sites: list[SiteEvidence] = []
     others: list[tuple[str, bool]] = []
     tensors, written, done = BaseTensors(plan), state["merged"], 0
@@ -65,9 +65,9 @@ def verify_checkpoint(
         done += shard.size
         checkpoint.release()
         written.release()
-    found.add("folded", lambda: _folded(sites))
-    found.add("untouched", lambda: _untouched(others))
-    return found
+    verification.add("folded", lambda: _folded(sites))
+    verification.add("untouched", lambda: _untouched(others))
+    return verification
 
 
 def _looked_at(

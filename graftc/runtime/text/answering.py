@@ -211,11 +211,13 @@ def answer(
 
     begun = time.perf_counter()
     with torch.no_grad(), quiet_transformers(), generation_errors():
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[ask], **options)
+        generated = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[ask], **options
+        )
     seconds = time.perf_counter() - begun
-    if not isinstance(made, Tensor):  # the settings ask for more than tokens
-        made = made.sequences
-    new = made[0, 1 if model.has_encoder else length :].tolist()
+    if not isinstance(generated, Tensor):  # the settings ask for more than tokens
+        generated = generated.sequences
+    new = generated[0, 1 if model.has_encoder else length :].tolist()
     text = model.tokenizer.decode(new, skip_special_tokens=True)
     if streamer is None:
         say(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from graftc.specs.arguments import as_path
+from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.strict_json import read_json
@@ -39,6 +40,7 @@ class Curve(TypedDict):
     """One for each step."""
 
 
+@public("graftc.read_log")
 def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list[Curve]:
     """The curves of a training log, in the order in which their names first come.
 

@@ -201,7 +201,7 @@ class Steered(Repeated):
         new = [name for name in names if f"{name}: {text}" not in self._warned]
         self._warned.update(f"{name}: {text}" for name in new)
         if new:
-            warn("GC025", text.format(names=", ".join(map(repr, new))), hint=hint, stacklevel=3)
+            warn("GC025", text.format(names=", ".join(map(repr, new))), hint=hint)
 
     def deploy_rank(self, name: str, rank: int) -> None:
         """Choose the rank that an adaptation has in eval mode, in exports and where it folds.

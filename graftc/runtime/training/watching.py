@@ -261,7 +261,7 @@ def _warn(found: dict[str, str], of: int) -> None:
     few = 3
     details = [f"{', '.join(names[:few])}{_more(names, few)}: {text}" for text, names in reasons.items()]
     message = f"{len(found)} of {of} tensors that should train do not"
-    warn("GC059", message, hint=_hint(reasons), details=details, stacklevel=4)
+    warn("GC059", message, hint=_hint(reasons), details=details)
 
 
 def _more(names: list[str], few: int) -> str:

@@ -54,7 +54,7 @@ class _SiteEvidence(_Shown):
 
 
 class _Route(_Shown):
-    """What was chosen otherwise at one place."""
+    """How often the models chose differently at one place."""
 
     choice: str
     module: str

@@ -7,7 +7,6 @@ where one can be guessed, the corrected line. :data:`CATALOGUE` holds all codes.
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ from typing import Any, Self
 
 from graftc.specs.errors.catalogue import CATALOGUE, Code
 from graftc.specs.errors.text import printable, quoted, some
+from graftc.specs.errors.user_line import issue
 
 _LONGEST = 200
 _MOST_CANDIDATES = 20_000
@@ -189,16 +189,10 @@ def _rebuild(
 
 
 def warn(
-    code: str,
-    message: str,
-    *,
-    place: Place | None = None,
-    hint: str | None = None,
-    details: Sequence[str] = (),
-    stacklevel: int = 2,
+    code: str, message: str, *, place: Place | None = None, hint: str | None = None, details: Sequence[str] = ()
 ) -> None:
-    """Issue a :class:`GraftWarning`; ``stacklevel`` counts from the caller as in :func:`warnings.warn`."""
-    warnings.warn(GraftWarning(code, message, place=place, hint=hint, details=details), stacklevel=stacklevel + 1)
+    """Issue a :class:`GraftWarning` at the line of the user's code that led here."""
+    issue(GraftWarning(code, message, place=place, hint=hint, details=details))
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """``graftc::route``: choices among values, such as a router's among experts, recorded in one run of a graph and imposed
 in another.
 
-Where two scores are a rounding apart, two ways of computing the same function may choose otherwise, and what follows is
-then of other experts. Runs with the same choices can be compared number by number.
+Where two scores differ by no more than rounding, two ways of computing the same function may choose differently, and
+everything downstream then comes from other experts. Runs with the same choices can be compared number by number.
 """
 
 from __future__ import annotations

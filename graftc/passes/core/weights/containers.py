@@ -320,7 +320,7 @@ def deepspeed() -> GraftError:
 def constant(module: nn.Module, name: str) -> None:
     """Warn that an attribute has been set which graphs have taken the value of."""
     message = f"{name} of {type(module).__name__} is a constant of the graphs: setting it changes nothing"
-    warn("GC048", message, hint="set it on the source model and compile that", stacklevel=4)
+    warn("GC048", message, hint="set it on the source model and compile that")
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

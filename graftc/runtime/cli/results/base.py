@@ -304,7 +304,7 @@ class PackingEvidenceData(Result):
 
 
 class RouteEvidenceData(Result):
-    """What a folded model would have chosen otherwise at one place, of a router's experts for example."""
+    """How often a folded model would have chosen differently at one place, such as a router."""
 
     choice: str
     """The node of the base's graph that chooses."""
@@ -316,10 +316,10 @@ class RouteEvidenceData(Result):
     """How many choices were compared: one for each token, for example."""
 
     flips: int = Field(ge=0)
-    """How many of them were others."""
+    """How many of them differed."""
 
     gap: float | None = Field(ge=0)
-    """How far apart the scores are that were taken for one another, at most; null where their numbers differ."""
+    """The largest difference between scores that were swapped; null where their numbers differ."""
 
     noise: float = Field(ge=0)
     """How far scores move by rounding."""
@@ -375,8 +375,8 @@ class CertificateData(Result):
     """What packing folded weights again did to them; nothing where none was."""
 
     routes: Items[RouteEvidenceData]
-    """What the folded model would have chosen otherwise, at each place where it chooses among its own values; outputs
-    are compared with the unfolded model's choices on both sides."""
+    """How often the folded model would have chosen differently, at each place where it chooses among its own values.
+    Outputs are compared with the unfolded model's choices imposed on both."""
 
     retention: RetentionData | None
     """What rounding left of the updates of all sites; null where all are zero. Nothing is held against it."""

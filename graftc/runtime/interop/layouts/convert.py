@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.files import staged_or_dropped
+from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.interop.layouts.base import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
@@ -255,8 +256,9 @@ def _config(folder: Path) -> dict[str, Any]:
 def _require_readable(folders: Sequence[Path]) -> None:
     for folder in folders:
         if not is_adapter_folder(folder):
-            missing = some([name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()])
-            raise GraftError("GC110", f"{folder} has no {missing}", place=Place(str(folder)))
+            lacking = some([name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()])
+            hint = None if (folder / CONFIG).is_file() else reader_of(folder)
+            raise GraftError("GC110", f"{folder} {missing(folder, lacking)}", place=Place(str(folder)), hint=hint)
 
 
 def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> None:

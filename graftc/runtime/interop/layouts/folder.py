@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.interop.layouts.fusing import apart, together
 from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout_of
 from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
@@ -174,7 +175,8 @@ def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
     if not (folder / CONFIG).is_file():
-        raise GraftError("GC110", f"{folder} has no {CONFIG}", place=Place(str(folder)))
+        place = Place(str(folder))
+        raise GraftError("GC110", f"{folder} {missing(folder, CONFIG)}", place=place, hint=reader_of(folder))
     config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
     scale = _scale(config)
     keys = adapter_tensors(folder / WEIGHTS)

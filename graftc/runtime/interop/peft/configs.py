@@ -125,7 +125,7 @@ def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Modul
     added = [path for path in adapted.heads if path in adapted.by_task]
     if added:
         message = f"task_type: {adapted.config.task_type} trains {some(added)} in full, as in PEFT"
-        warn("GC117", message, hint="leave task_type out to train the adaptation alone", stacklevel=4)
+        warn("GC117", message, hint="leave task_type out to train the adaptation alone")
     train = {"train": globs(adapted.heads, _paths(model))} if adapted.heads else {}
     return Spec.model_validate({"version": 1, "adapt": list(adapt), **train})
 

@@ -12,6 +12,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.runtime.interop.peft.folder import ADDED
 from graftc.runtime.interop.peft.pairs import is_adapted, is_projection, repeats, table_of
+from graftc.runtime.model.windows import may_have_windows
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -70,7 +71,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         _check_parameters(compilation, resolved, table, index)
         _check_groups(resolved, table, index)
         _check_attentions(compilation, resolved, index)
-        _check_options(resolved, table, f"adapt[{index}]")
+        _check_options(resolved, table, f"adapt[{index}]", _without_effect(compilation, resolved))
     _check_virtual(compilation, main)
 
 
@@ -133,12 +134,20 @@ def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
             raise _error(what, f"adapt[{index}].across_groups", "set across_groups, or merge it")
 
 
-def _check_options(resolved: Resolved, table: PeftFormat, where: str) -> None:
+def _without_effect(compilation: Compilation, resolved: Resolved) -> frozenset[str]:
+    """Fields that change nothing in this model, whatever they are."""
+    if getattr(resolved.spec, "window", "masked") == "masked" or may_have_windows(compilation.source):
+        return frozenset()
+    return frozenset({"window"})
+
+
+def _check_options(resolved: Resolved, table: PeftFormat, where: str, ignored: frozenset[str]) -> None:
+    """Hold the fields of a spec against those of peft's config, but for those that have no effect."""
     specs = [spec for _, spec in resolved.places]
     said = {*table.fields.values(), *table.patterns.values(), *(own.field for own in table.lists.values())}
     varies = {*table.patterns.values(), *(own.field for own in table.lists.values()), *table.training}
     for field in type(resolved.spec).model_fields:
-        if field in ("name", "method", "target", "overrides"):
+        if field in ("name", "method", "target", "overrides", *ignored):
             continue
         values = list(dict.fromkeys(_hashable(getattr(spec, field)) for spec in specs))
         if field in said and field not in varies and len(values) > 1:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
 from graftc.runtime.interop.peft.parameters import adapted_parameters
@@ -197,10 +198,11 @@ def _folder(path: Path, name: str | None) -> Path:
         return folder
     place = Place(str(folder))
     if not folder.is_dir():
-        raise GraftError("GC110", f"{folder} is no folder", place=place)
+        hint = reader_of(folder)
+        raise GraftError("GC110", f"{folder} {missing(folder, CONFIG)}", place=place, hint=hint)
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
     if not (folder / CONFIG).is_file():
-        hint = f"name one of its adapters: {some(inside)}" if inside else None
+        hint = f"name one of its adapters: {some(inside)}" if inside else reader_of(folder)
         raise GraftError("GC110", f"{folder} has no {CONFIG}", place=place, hint=hint)
     pickled = next((word for word in _PICKLES if (folder / word).exists()), None)
     if pickled is not None:

@@ -52,7 +52,7 @@ def parts_by_key(table: PeftFormat) -> dict[str, str]:
 def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
     """Sort the keys of a checkpoint by what they are."""
     _, table = config.format
-    found = Keys()
+    sorted_keys = Keys()
     parts, tokens = parts_by_key(table), beside()[2]
     shared = {f"{ROOT}{theirs}": ours for ours, theirs in table.shared.items()}
     joined = table.joined[0] if table.joined is not None else None
@@ -60,21 +60,21 @@ def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
     for key in keys:
         path = key.removeprefix(prefix)
         if key == joined:
-            object.__setattr__(found, "joined", key)
+            object.__setattr__(sorted_keys, "joined", key)
         elif key in shared:
-            found.shared[shared[key]] = key
+            sorted_keys.shared[shared[key]] = key
         elif not key.startswith(prefix):
-            found.unknown.append(key)
+            sorted_keys.unknown.append(key)
         elif (own := _behind(path, tokens)) is not None and tokens not in parts:
-            found.tokens[own] = key
+            sorted_keys.tokens[own] = key
         elif joined is None and (hit := next((s for s in parts if _behind(path, s) is not None), None)) is not None:
             module, depth, around = _unwrapped(path.removesuffix(f".{hit}"))
             if around:
-                found.inside[module] = around
-            found.modules.setdefault((module, depth), {})[parts[hit]] = key
+                sorted_keys.inside[module] = around
+            sorted_keys.modules.setdefault((module, depth), {})[parts[hit]] = key
         else:
-            _sort_plain(found, path, key)
-    return found
+            _sort_plain(sorted_keys, path, key)
+    return sorted_keys
 
 
 def _behind(path: str, suffix: str) -> str | None:

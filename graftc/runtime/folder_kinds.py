@@ -1,0 +1,120 @@
+"""What a folder or file holds that was given to a function which reads something else, and which call reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graftc.runtime.artifact.checkpoint_record import RECORD
+from graftc.runtime.artifact.manifest import MANIFEST, MANIFEST_BYTES
+from graftc.runtime.quantised.load import FORMATS
+from graftc.runtime.tensors.headers import read_shard
+from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG
+from graftc.specs.regular_files import JSON_BYTES, read_regular
+from graftc.specs.strict_json import read_json
+
+__all__ = ["is_adapter", "missing", "reader_of"]
+
+_MODEL_CONFIG, _MODEL_FILE, _GGUF = "config.json", "model.safetensors", ".gguf"
+
+
+def missing(path: Path, file: str) -> str:
+    """Why a folder cannot be read that has to have a file, as what follows its name in a message."""
+    if path.is_dir():
+        return f"has no {file}"
+    return "is a file, not a directory" if path.exists() else "does not exist"
+
+
+def reader_of(path: Path, unless: str = "") -> str | None:
+    """The hint that says what is at a path and which call reads it; None where that cannot be told.
+
+    Only names of files and small ones that describe the others are looked at.
+
+    Args:
+        path: a folder or a file.
+        unless: the function that was called, such as ``graftc.load``; it is not recommended again.
+    """
+    what, call = _told(path)
+    return None if not call or (unless and call.startswith(f"{unless}(")) else f"it is {what}: {call} reads it"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an artifact or an adapter of PEFT."""
+    return (path / ADAPTER_CONFIG).is_file() or _is_artifact(path)
+
+
+def _told(path: Path) -> tuple[str, str]:
+    """What is at a path, and the call that reads it; empty where that cannot be told."""
+    name = repr(str(path))
+    if path.is_file():
+        return _told_of_file(path, name)
+    if _is_artifact(path):
+        return "an artifact of graftc", f"graftc.load({name})"
+    if (path / ADAPTER_CONFIG).is_file():
+        return "a PEFT adapter", f"graftc.import_peft({name}, model)"
+    if _has_record(path / _MODEL_FILE):
+        return "a trainer's checkpoint of a compiled model", f"graftc.load({name})"
+    if (path / _MODEL_CONFIG).is_file():
+        return _told_of_model(path, name)
+    if ggufs := _names(path, f"*{_GGUF}"):
+        return "a folder of GGUF files", _gguf_call(name, ggufs[0])
+    if inner := _names(path, f"*/{ADAPTER_CONFIG}"):
+        return "a folder of PEFT adapters", f"graftc.import_peft({name}, model, name={Path(inner[0]).parent.name!r})"
+    if inner := [file for file in _names(path, f"*/{MANIFEST}") if _is_artifact((path / file).parent)]:
+        return "a folder of artifacts", f"graftc.load({str((path / inner[0]).parent)!r})"
+    return "", ""
+
+
+def _told_of_file(path: Path, name: str) -> tuple[str, str]:
+    folder = repr(str(path.parent))
+    if path.suffix == _GGUF:
+        return "a GGUF file", _gguf_call(folder, path.name)
+    if path.name in (MANIFEST, ADAPTER_CONFIG, "adapter_model.safetensors", _MODEL_CONFIG, _MODEL_FILE):
+        what, call = _told(path.parent)
+        return (f"a file of {what}", call) if call else ("", "")
+    if path.suffix in (".yaml", ".yml", ".toml", ".json"):
+        return "a file such as specs are", f"graftc.compile({name}, model)"
+    return "", ""
+
+
+def _told_of_model(path: Path, name: str) -> tuple[str, str]:
+    config = _json(path / _MODEL_CONFIG, JSON_BYTES)
+    quantisation = config.get("quantization_config")
+    if isinstance(quantisation, Mapping):
+        kind = str(quantisation.get("quant_method", "quantised"))[:40]
+        if kind not in FORMATS:
+            return f"a {kind} model of transformers", f"AutoModel.from_pretrained({name})"
+        return f"a {kind} model of transformers", f"graftc.load_base({name})"
+    return "a model of transformers, merged or never adapted", f"graftc.load_base({name})"
+
+
+def _gguf_call(folder: str, file: str) -> str:
+    return f"AutoModelForCausalLM.from_pretrained({folder}, gguf_file={file!r}) of transformers"
+
+
+def _is_artifact(path: Path) -> bool:
+    return _json(path / MANIFEST, MANIFEST_BYTES).get("artifact") == "graftc"
+
+
+def _has_record(file: Path) -> bool:
+    try:
+        return file.is_file() and RECORD in read_shard(file).tensors
+    except (OSError, ValueError):
+        return False
+
+
+def _json(file: Path, most: int) -> Mapping[str, Any]:
+    """A small file's mapping; empty where it is none."""
+    try:
+        data = read_json(read_regular(file, most), most)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    try:
+        return sorted(str(path.relative_to(folder)) for path in folder.glob(pattern))
+    except OSError:
+        return []

@@ -1,0 +1,31 @@
+"""Whether a model of transformers has layers that see only the last tokens of a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["has_windows", "may_have_windows"]
+
+
+def has_windows(config: Any) -> bool:
+    """Whether a layer's cache would drop what a sliding window has passed."""
+    from transformers.cache_utils import DynamicCache
+
+    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
+
+
+def may_have_windows(model: nn.Module) -> bool:
+    """Whether some layer of a model hides the first token from the last one, by its cache or by a stored mask (GPT-Neo
+    has one); true where the model has no config of transformers, which could tell."""
+    from transformers import PreTrainedConfig
+
+    config = getattr(model, "config", None)
+    return not isinstance(config, PreTrainedConfig) or has_windows(config) or any(map(_hides_first, model.buffers()))
+
+
+def _hides_first(mask: torch.Tensor) -> bool:
+    square = mask.dtype == torch.bool and mask.dim() > 1 and mask.shape[-1] == mask.shape[-2] > 0
+    return square and (mask.is_meta or not bool(mask[..., -1, 0].all()))

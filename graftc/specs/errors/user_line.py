@@ -1,0 +1,56 @@
+"""Warnings are issued at the user's own line, however deep below it the package notices something."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import FrameType
+
+__all__ = ["issue"]
+
+_PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"
+
+
+def issue(warning: Warning) -> None:
+    """Issue a warning at the innermost frame outside of this package, Python's library and installed packages: a step
+    of a model is called by torch, and that by a trainer. Where there is no such frame, at the innermost one outside of
+    this package."""
+    frame = _user_frame(sys._getframe(1))
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        warning, type(warning), frame.f_code.co_filename, frame.f_lineno, module=module, registry=registry
+    )
+
+
+def _user_frame(start: FrameType) -> FrameType:
+    outside: FrameType | None = None
+    outermost, frame = start, start.f_back
+    while frame is not None:
+        if not _is_ours(frame):
+            outside = outside or frame
+            if not frame.f_code.co_filename.startswith(_installed()):
+                return frame
+        outermost, frame = frame, frame.f_back
+    return outside or outermost
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether a frame is of this package, or of code without a file that it or a library has made: methods of data
+    classes, and graphs, which are in no module."""
+    name = str(frame.f_globals.get("__name__") or "")
+    file = frame.f_code.co_filename
+    made = file.startswith("<") and (not name or file.startswith(("<frozen", "<eval_with_key>")))
+    return made or name.partition(".")[0] == "graftc" or file.startswith(_PACKAGE)
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    """The folders of Python's library and of installed packages."""
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    return tuple({f"{paths[kind]}{os.sep}" for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
