@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from graftc.runtime.artifact.checkpoint_record import RECORD
-from graftc.runtime.artifact.manifest import MANIFEST, MANIFEST_BYTES
+from graftc.runtime.artifact.fields import MANIFEST_BYTES
+from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.quantised.load import FORMATS
 from graftc.runtime.tensors.headers import read_shard
 from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG

@@ -38,6 +38,8 @@ def find_base(reference: Reference, artifact: Path) -> nn.Module:
         if place is not None and (place / "config.json").is_file():
             return load_folder(Path(os.path.normpath(place)), built=reference.built)
     if stated is not None and (reader := reader_of(stated)) is not None:
-        hint = f"{reader}; give what it gives: graftc.load(path, model=...)"
-        raise GraftError("GC086", f"the base of {artifact}, at {text}, is not read by itself", hint=hint)
+        hint = f"{reader}; pass what it returns: graftc.load(path, model=...)"
+        raise GraftError(
+            "GC086", f"the base of {artifact}, at {text}, cannot be loaded from its folder alone", hint=hint
+        )
     raise GraftError("GC086", f"the base of {artifact} is not at {text}", hint=hint)
