@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import graftc
 from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
 
-MODEL = nn.Linear(3, 3)
-SPEC = {"adapt": [{"method": "lora", "target": {"modules": "**"}}]}
+MODEL = nn.Sequential(nn.Linear(3, 3))
+SPEC = {"adapt": [{"method": "lora", "target": {"modules": "0"}}]}
 NAMES = [name for name in graftc.__all__ if inspect.isfunction(getattr(graftc, name))]
 
 
@@ -98,7 +98,7 @@ class Trainer:
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    return graftc.compile({"adapt": [{"method": "bitfit"}]}, tiny("bert"))
+    return graftc.compile(SPEC, MODEL, (torch.ones(4, 3),))
 
 
 TRAINERS: dict[str, tuple[Callable[[Any], Any], str, str]] = {

@@ -68,10 +68,11 @@ CALLS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_that_read_something_else_name_the_one_that_does(name: str, folder: Path) -> None:
+def test_calls_that_read_something_else_name_the_one_that_does(name: str, tmp_path: Path) -> None:
     call, code = CALLS[name]
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
     with pytest.raises(GraftError) as caught:
-        call(folder)
+        call(tmp_path)
     assert caught.value.code == code
-    reader = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file='base.gguf') of transformers"
+    reader = f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, gguf_file='base.gguf') of transformers"
     assert reader in caught.value.hint

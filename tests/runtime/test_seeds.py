@@ -145,6 +145,7 @@ assert not new & {"peft", "bitsandbytes", "accelerate", "trl"}, new
 """
 
 
+@pytest.mark.slow
 def test_seeding_imports_no_other_library() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)
 
