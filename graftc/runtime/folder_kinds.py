@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.artifact.checkpoint_record import RECORD
-from graftc.runtime.artifact.fields import MANIFEST_BYTES
-from graftc.runtime.artifact.manifest import MANIFEST
-from graftc.runtime.quantised.load import FORMATS
+from graftc.runtime.file_names import MANIFEST, MANIFEST_BYTES, STATE_RECORD
 from graftc.runtime.tensors.headers import read_shard
 from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG
 from graftc.specs.regular_files import JSON_BYTES, read_regular
@@ -80,6 +77,8 @@ def _told_of_file(path: Path, name: str) -> tuple[str, str]:
 
 
 def _told_of_model(path: Path, name: str) -> tuple[str, str]:
+    from graftc.runtime.quantised.load import FORMATS  # much for what is looked up on the way to an error
+
     config = _json(path / _MODEL_CONFIG, JSON_BYTES)
     quantisation = config.get("quantization_config")
     if isinstance(quantisation, Mapping):
@@ -100,7 +99,7 @@ def _is_artifact(path: Path) -> bool:
 
 def _has_record(file: Path) -> bool:
     try:
-        return file.is_file() and RECORD in read_shard(file).tensors
+        return file.is_file() and STATE_RECORD in read_shard(file).tensors
     except (OSError, ValueError):
         return False
 

@@ -16,14 +16,14 @@ from graftc.compiler.capture.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
+from graftc.runtime import file_names
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input
 from graftc.runtime.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
-RECORD = "_extra_state"
-"""Name of the record in a state dict: that of a module's extra state, which torch gives it."""
+RECORD = file_names.STATE_RECORD
 MOST = 16 * 2**20
 """Bytes of the largest record that is read."""
 

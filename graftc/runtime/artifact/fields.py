@@ -9,9 +9,10 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from graftc.runtime import file_names
 from graftc.runtime.reference import MOST_LABELS
 
-MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = 2**26, 2**26, 2**24
+MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = file_names.MANIFEST_BYTES, 2**26, 2**24
 """What a manifest, a graph, and another text may have."""
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, ValidationError, model_validator
 
+from graftc.runtime import file_names
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
     ClassName,
@@ -39,7 +40,8 @@ from graftc.specs.strict_json import read_json
 __all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]
 
 SCHEMA_VERSION = 1
-MANIFEST, SPEC, ADAPTERS, CONSTANTS = "manifest.json", "spec.yaml", "adapters.safetensors", "constants.safetensors"
+MANIFEST = file_names.MANIFEST
+SPEC, ADAPTERS, CONSTANTS = "spec.yaml", "adapters.safetensors", "constants.safetensors"
 CERTIFICATE = "certificates/fold.json"
 
 _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)

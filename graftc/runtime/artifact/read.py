@@ -38,6 +38,7 @@ from graftc.runtime.artifact.manifest import (
 from graftc.runtime.artifact.records import content
 from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.files import recover
+from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -244,8 +245,6 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     folder = Path(os.path.abspath(path))
     recover(folder.parent)
     if not (folder / MANIFEST).is_file():
-        from graftc.runtime.folder_kinds import missing, reader_of
-
         hint = reader_of(Path(path)) or "graftc compile SPEC --model MODEL --out DIR writes artifacts"
         raise GraftError("GC080", f"{path} {missing(folder, MANIFEST)}", hint=hint)
     present = set(files_of(folder, str(path)))

@@ -1,0 +1,10 @@
+"""Names by which it is told what a folder or a file of tensors holds."""
+
+from __future__ import annotations
+
+__all__ = ["MANIFEST", "MANIFEST_BYTES", "STATE_RECORD"]
+
+MANIFEST, MANIFEST_BYTES = "manifest.json", 2**26
+"""The file that says what an artifact holds, and the bytes that it may have."""
+STATE_RECORD = "_extra_state"
+"""The record in a compiled model's state dict: that of a module's extra state, to which torch gives this name."""
