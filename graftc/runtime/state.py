@@ -18,6 +18,7 @@ from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.sharded import Meeting
 from graftc.specs.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import counted
 
 
 class Stateful(Runner):
@@ -58,7 +59,7 @@ class Stateful(Runner):
         if odd:
             kind = str(tensors[odd[0]].dtype).removeprefix("torch.")
             message = f"{odd[0]} has values that {str(own[odd[0]].dtype).removeprefix('torch.')} cannot hold: {kind}"
-            raise GraftError("GC053", message, details=[f"{len(odd)} tensors"])
+            raise GraftError("GC053", message, details=[counted(len(odd), "tensor")])
         other = sorted(n for n in self._store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
         if other:
             message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
@@ -160,7 +161,7 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     if other:
         message = f"the state dict is of another base: {', '.join(other[:5])}"
         hint = "compile its own base; load_adapter_state_dict() takes adapter tensors for this one"
-        raise GraftError("GC087", message, hint=hint, details=[f"{len(other)} tensors differ"])
+        raise GraftError("GC087", message, hint=hint, details=[f"{counted(len(other), 'tensor')} of another base"])
     settled = {name: state[prefix + name] for name in store.settled if prefix + name in state}
     wrong = sorted(name for name, given in settled.items() if not _same(store.get(name), given))
     if wrong:

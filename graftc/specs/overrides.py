@@ -11,10 +11,10 @@ from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import counted
 from graftc.specs.limits import SIZE
 from graftc.specs.patterns import (
     as_items,
-    count_sites,
     expand_braces,
     glob_to_regex,
     layer_indices,
@@ -165,5 +165,5 @@ def _check_parts(override: Override, sites: Sequence[SiteLike], depth: Mapping[s
                 shown = f"'{branch}'" if branch == item else f"'{branch}' of '{item}'"
                 modules = [site.module for site in sites] if field == "modules" else []
                 hint, fix = suggest(branch, item, modules) if modules else (None, None)
-                message = f"the override matches none of the {count_sites(len(sites))} selected: {field} {shown}"
+                message = f"the override matches none of the {counted(len(sites))} selected: {field} {shown}"
                 raise GraftError("GC011", message, place=Place(path=spot), hint=hint, fix=fix)

@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
-from graftc.specs.errors.text import quoted
+from graftc.specs.errors.text import counted, quoted
 
 __all__ = [
     "BRANCHES",
     "NESTED",
     "PATTERNS",
     "as_items",
-    "count_sites",
     "expand_braces",
     "glob_to_regex",
     "layer_entries",
@@ -225,16 +224,11 @@ def suggest(
         count = sum(1 for m in modules if glob_to_regex(better).fullmatch(m))
         if count:
             fix = (glob, better) if glob == written else None
-            return f"{quoted(better)} matches {count_sites(count, things)}", fix
+            return f"{quoted(better)} matches {counted(count, things)}", fix
     close = nearest(glob, _like(glob, modules))
     if not close:
         return None, None
     return f"did you mean {' or '.join(quoted(c) for c in close)}?", smallest_fix(written, glob, close[0])
-
-
-def count_sites(count: int, thing: str = "site") -> str:
-    """``1 site``, ``2 sites``."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _like(glob: str, modules: Sequence[str]) -> list[str]:
@@ -266,7 +260,7 @@ def match_modules(globs: Sequence[str], modules: Sequence[str], where: str = "tr
             hits = {module for module in modules if fits(module)}
             if not hits:
                 shown = quoted(branch) if branch == glob else f"{quoted(branch)} of {quoted(glob)}"
-                message = f"{where} {shown} matches none of the {count_sites(len(modules), 'module')}"
+                message = f"{where} {shown} matches none of the {counted(len(modules), 'module')}"
                 hint, fix = suggest(branch, glob, modules, "module")
                 raise GraftError("GC011", message, place=Place(path=f"{where}[{index}]"), hint=hint, fix=fix)
             out |= hits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,9 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     data = run(capsys, "verify", "trained")
     names = ["files", "tensors", "graph files", "base", "places", "graphs", "certificate"]
     assert [(c["name"], c["passed"]) for c in data["checks"]] == [(name, True) for name in names]
+    assert not [c["detail"] for c in data["checks"] if re.search(r"\b1 \w+s\b", c["detail"])], (
+        "one of something is not several"
+    )
     shutil.rmtree("base")
     assert run(capsys, "verify", "trained", "--files-only")["passed"] is True
 

@@ -13,10 +13,9 @@ from typing import Any
 from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.errors.text import quoted, some
+from graftc.specs.errors.text import counted, quoted, some
 from graftc.specs.patterns import (
     as_items,
-    count_sites,
     expand_braces,
     glob_to_regex,
     layer_indices,
@@ -55,7 +54,7 @@ class _Pattern:
 
     @property
     def counted(self) -> str:
-        return f"{self.field} {self.shown} matches {count_sites(len(self.hits))}"
+        return f"{self.field} {self.shown} matches {counted(len(self.hits))}"
 
 
 @dataclass
@@ -188,7 +187,7 @@ class Matching:
             return chosen
         stacks = {c.stack for c in chosen if c.layer is not None}
         if not stacks:
-            message = f"the target selects {count_sites(len(chosen))}, none of them in a layer that layers could name"
+            message = f"the target selects {counted(len(chosen))}, none of them in a layer that layers could name"
             if chosen or self.found is None:
                 self.refuse(_error("GC011", message, f"{self.where}.layers"))
             return []
@@ -216,7 +215,7 @@ class Matching:
                 hits = {c.key for c in chosen if any(map(fits, c.paths))}
                 if not hits and (chosen or self.found is None):
                     p = _Pattern("exclude", path, text, branch, frozenset())
-                    message = f"exclude {p.shown} matches none of the {count_sites(len(chosen))} selected"
+                    message = f"exclude {p.shown} matches none of the {counted(len(chosen))} selected"
                     hint, fix = suggest(branch, text, [c.module for c in chosen])
                     self.refuse(_error("GC011", message, path, hint=hint, fix=fix))
                 out |= hits
@@ -239,8 +238,8 @@ class Matching:
         gaps = [gap for p in patterns if p.field == "role" and (gap := self.gap(p, patterns, len(final)))]
         if expect is not None:
             keys = {c.key for c in final}
-            counts = [f"{p.field} {p.shown}: {count_sites(len(p.hits & keys))}" for p in patterns]
-            message = f"the target selects {count_sites(len(final))}, expected {expect}"
+            counts = [f"{p.field} {p.shown}: {counted(len(p.hits & keys))}" for p in patterns]
+            message = f"the target selects {counted(len(final))}, expected {expect}"
             details = [*counts, *(g.message for g in gaps)]
             self.refuse(_error("GC013", message, f"{self.where}.expect", details=details))
         elif self.found is not None:
@@ -323,21 +322,21 @@ class Matching:
             return self.outside(what, others, path)
         if self.kinds is None or any(self.takes(c) for c in others):
             # Only rows of fused weights match, and a target by modules alone means whole modules.
-            message = f"{what} matches {count_sites(len(others))}, all of them rows of a fused weight"
+            message = f"{what} matches {counted(len(others))}, all of them rows of a fused weight"
             return _error("GC011", message, path, "name the role as well, for example role: attn.q")
         kinds = Counter(str(c.kind) for c in others)
         found = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         *most, last = sorted(str(k) for k in self.kinds)
         wanted = f"{', '.join(most)} and {last}" if most else last
-        message = f"{what} matches {count_sites(len(others))} ({found}), but {self.method} takes {wanted} sites"
+        message = f"{what} matches {counted(len(others))} ({found}), but {self.method} takes {wanted} sites"
         return _error("GC016", message, path, hint, fix)
 
     def outside(self, what: str, others: list[Candidate], path: str) -> GraftError:
-        message = f"{what} matches {count_sites(len(others))}, none of them among the {len(self.pool)} selected so far"
+        message = f"{what} matches {counted(len(others))}, none of them among the {len(self.pool)} selected so far"
         return _error("GC011", message, path, "each step narrows what those before it selected")
 
     def no_match(self, p: _Pattern, patterns: list[_Pattern]) -> GraftError:
-        message = f"{p.field} {p.shown} matches none of the {count_sites(len(self.pool))}"
+        message = f"{p.field} {p.shown} matches none of the {counted(len(self.pool))}"
         if self.kinds is not None:
             message += f" that {self.method} can take"
         modules = [c.module for c in self.pool]
@@ -346,7 +345,7 @@ class Matching:
         else:
             loose = bool(self.matcher.matching(p.branch, modules, Place(path=p.path), anywhere=True))
             hint, fix = ("it must match the whole path: begin it with .*" if loose else None), None
-        counts = [f"{q.field} {q.shown}: {count_sites(len(q.hits))}" for q in patterns if q.field == p.field]
+        counts = [f"{q.field} {q.shown}: {counted(len(q.hits))}" for q in patterns if q.field == p.field]
         return _error("GC011", message, p.path, hint=hint, fix=fix, details=counts)
 
 

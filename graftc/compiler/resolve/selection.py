@@ -15,8 +15,8 @@ from graftc.specs.arguments import kind_of
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
-from graftc.specs.errors.text import one_line
-from graftc.specs.patterns import as_items, count_sites, write_items
+from graftc.specs.errors.text import counted, one_line
+from graftc.specs.patterns import as_items, write_items
 from graftc.specs.target import AsTarget, Target
 
 __all__ = ["Selection"]
@@ -247,7 +247,7 @@ class Selection(AsTarget):
         count = _count(count)
         if len(self) == count:
             return self
-        message = f"the selection has {count_sites(len(self))}, expected {count}"
+        message = f"the selection has {counted(len(self))}, expected {count}"
         details: list[str | GraftError] = [error.message for error in self._notes]
         if self._written is not None and count:
             found = self._meant(self._written.model_copy(update={"expect": count})).faults
@@ -289,7 +289,7 @@ class Selection(AsTarget):
 
     @property
     def _title(self) -> str:
-        whose = f"{count_sites(len(self))} of {self._places.model}"
+        whose = f"{counted(len(self))} of {self._places.model}"
         return f"{whose}, {self.parameters:,} parameters: {one_line(self._expression, 400)}"
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -13,9 +13,9 @@ from graftc.compiler.resolve.select import meant, select
 from graftc.compiler.resolve.selectable import Selectable
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.errors.text import one_line, some
+from graftc.specs.errors.text import counted, one_line, some
 from graftc.specs.limits import TEXT
-from graftc.specs.patterns import count_sites, layer_entries, write_items
+from graftc.specs.patterns import layer_entries, write_items
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.target import Target
 
@@ -86,7 +86,7 @@ def exact_target(places: Selectable, keys: Keys, written: Target | None, method:
         if all(_miss(places, target, sites, keys) is None for sites in wider):
             return target
     if found is None:
-        message = f"no target selects exactly these {count_sites(len(keys))}"
+        message = f"no target selects exactly these {counted(len(keys))}"
         hint = "split the selection, by role for example, and write an adaptation for each part"
         raise GraftError("GC093", message, hint=hint, details=misses)
     return found

@@ -9,6 +9,7 @@ import typer
 
 from graftc.runtime.cli.options import BaseOption, DryRun, Force, Json, Out, destination
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from graftc.runtime.deploy.convert import Converted
@@ -219,7 +220,7 @@ def _show(result: dict[str, Any]) -> None:
 
     to = console()
     lines = {
-        "converted:": f"{result['from_form']} to {result['to_form']}, {len(result['sites'])} sites, "
+        "converted:": f"{result['from_form']} to {result['to_form']}, {counted(len(result['sites']))}, "
         f"rank {result['rank']} at most",
         "largest error:": f"{result['largest_error']:.1e} of a site's update",
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftc.runtime.cli.options import Json, Meta, ModelArgument
+from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from graftc.compiler.roles.structure import Structure
@@ -62,8 +63,8 @@ def _print(name: str, structure: Structure) -> None:
     from graftc.runtime.cli.output import console, print_table
 
     to = console()
-    kinds = len(structure.by_role())
-    to.print(f"{name}: {len(structure.findings)} sites of {kinds} roles, {len(structure.unresolved)} unresolved")
+    kinds = counted(len(structure.by_role()), "role")
+    to.print(f"{name}: {counted(len(structure.findings))} of {kinds}, {len(structure.unresolved)} unresolved")
     to.print()
     print_table(to, ("role", "place", "rows", "layers", "evidence"), structure.rows(), whole=("place",))
     if structure.unresolved:

@@ -27,6 +27,7 @@ from rich.text import Text
 from graftc.runtime.demo.data import Batched, training_batches
 from graftc.runtime.demo.training import Scores, TrainingRun, predict, train
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
@@ -164,7 +165,7 @@ class Stages:
         """Print the evidence for the fold in one line."""
         worst = max(site.algebra for site in certificate.sites)
         self.console.print(
-            f"certified: {len(certificate.sites)} sites, unfolded and folded at most {worst:.1e} apart in float64; "
+            f"certified: {counted(len(certificate.sites))}, unfolded and folded at most {worst:.1e} apart in float64; "
             f"outputs at most {certificate.largest_difference:.1e} (budget {certificate.budget:.1e}); "
             f"the folded graph is the base's graph"
         )

@@ -23,6 +23,7 @@ from graftc.runtime.artifact.records import KeptCertificate, MergedRecord, conte
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
@@ -97,10 +98,10 @@ def verify(
         if isinstance(opened, GraftError):
             raise opened
         state["artifact"] = opened
-        return True, f"{len(opened.manifest.files)} files are as they were written"
+        return True, f"{counted(len(opened.manifest.files), 'file')}, as written"
 
     found.add("files", files)
-    found.add("tensors", lambda: (True, f"{len(state['artifact'].tensors())} tensors are as listed"))
+    found.add("tensors", lambda: (True, f"{counted(len(state['artifact'].tensors()), 'tensor')}, as listed"))
     found.add("graph files", lambda: _graph_files(state["artifact"]))
     if files_only:
         return found
@@ -109,15 +110,15 @@ def verify(
     def base() -> tuple[bool, str]:
         artifact: Artifact = state["artifact"]
         state["base"] = base_of(artifact, model)
-        count, how = len(artifact.manifest.base.tensors), "all" if artifact.manifest.base.full else "sampled"
-        return True, f"{type(state['base']).__name__}, {count} tensors, {how} values compared"
+        count, how = counted(len(artifact.manifest.base.tensors), "tensor"), artifact.manifest.base.full
+        return True, f"{type(state['base']).__name__}, {count}, {'all' if how else 'sampled'} values compared"
 
     found.add("base", base)
     step("capturing")
 
     def places() -> tuple[bool, str]:
         state["compiled"] = load_artifact(state["artifact"], state["base"], cache=False, recapture=True)
-        return True, f"the spec adapts the same {len(state['artifact'].manifest.sites)} places"
+        return True, f"the spec adapts the same {counted(len(state['artifact'].manifest.sites), 'place')}"
 
     found.add("places", places)
     found.add("graphs", lambda: _graphs(state["artifact"], state["compiled"]))
@@ -150,7 +151,7 @@ def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
             if structural_hash(program, lambda name: canonical.get(name, name)) != graph.structure:
                 return False, f"{graph.file} holds another graph than listed"
             count += 1
-    return (True, f"{count} graphs are as listed") if count else (None, "the artifact has no graphs")
+    return (True, f"{counted(count, 'graph')}, as listed") if count else (None, "the artifact has no graphs")
 
 
 def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
@@ -165,7 +166,7 @@ def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
             if not same and artifact.manifest.versions.model_dump() != versions():
                 return None, "other versions of the libraries give other graphs for the same places"
             return False, f"the {other} graph of signature {number} is another when it is captured anew"
-    return True, f"{len(made)} signatures captured and rewritten anew give the same graphs"
+    return True, f"the same, captured and rewritten anew for {counted(len(made), 'signature')}"
 
 
 def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -> str | None:
@@ -202,7 +203,7 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
         return False, "; ".join(found.failures()[:3])
     worst = max((site.algebra for site in found.sites), default=0.0)
     return True, (
-        f"{len(found.sites)} sites fold to within {worst:.1e} in float64, outputs to within "
+        f"{counted(len(found.sites))} within {worst:.1e} in float64, outputs within "
         f"{found.largest_difference:.1e} (budget {found.budget:.1e})"
     )
 
@@ -230,12 +231,12 @@ def _verify_merged(folder: Path, where: str) -> Verification:
     def files() -> tuple[bool, str]:
         listed = {name: (entry.bytes, entry.sha256) for name, entry in record().files.items()}
         check_files(folder, set(files_of(folder, where)) - {RECORD}, listed, where)
-        return True, f"{len(listed)} files are as they were written"
+        return True, f"{counted(len(listed), 'file')}, as written"
 
     def certificate() -> tuple[bool, str]:
         kept = record().certificate
         outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept.outputs.items())
-        found = f"outputs differ by at most {outputs}" if outputs else f"{len(kept.sites)} sites were probed"
+        found = f"outputs differ by at most {outputs}" if outputs else f"{counted(len(kept.sites))} probed"
         return kept.passed, f"kept from merging: {found}"
 
     found.add("files", files)

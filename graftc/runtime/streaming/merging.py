@@ -35,6 +35,7 @@ from graftc.runtime.tensors.weights import leads_inside
 from graftc.specs.arguments import as_path
 from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import counted
 
 __all__ = ["StreamedMerge", "merge_checkpoint"]
 
@@ -225,7 +226,7 @@ def _merged(
     with TensorFolder(path) as written:
         compared = dict(untouched(plan, shard, written, base, report.changed))
     if wrong := [name for name, same in compared.items() if not same]:
-        message = f"{len(wrong)} tensors that nothing folds into are not the base's any more: {wrong[0]}"
+        message = f"{counted(len(wrong), 'tensor')} changed into which nothing folds: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])
     digest = file_digest(path)
     shutil.copymode(shard.path, path)

@@ -17,6 +17,7 @@ from graftc.runtime.tensor_files import FLOATING
 from graftc.runtime.tensors.folder import TensorFolder
 from graftc.runtime.tensors.headers import Shard
 from graftc.specs.arguments import as_path
+from graftc.specs.errors.text import counted
 
 __all__ = ["verify_checkpoint"]
 
@@ -94,7 +95,7 @@ def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tu
         there = theirs[name]
         if there.shape != tensor.shape or (there.dtype != tensor.dtype and there.dtype not in FLOATING):
             return False, f"{name} is {there}, and {tensor} in the base"
-    return True, f"{len(ours)} tensors have the names and sizes of the base's"
+    return True, f"{counted(len(ours), 'tensor')} with the names and sizes of the base's"
 
 
 def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
@@ -104,12 +105,12 @@ def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
             f"{site.site}: off by {site.rounding:.3g} units in the last place, {site.retention.error:.1e} of the update"
             for site in failed[:3]
         )
-        what = "are not the base with the adapter, rounded to nearest"
-        return False, f"{len(failed)} of {len(sites)} sites {what}: {shown}"
+        what = "other than the base with the adapter, rounded to nearest"
+        return False, f"{len(failed)} of {counted(len(sites))} {what}: {shown}"
     kept = Retention.total(site.retention for site in sites)
     worst = max((site.algebra for site in sites), default=0.0)
     return True, (
-        f"{len(sites)} sites within {worst:.1e} in float64, every entry rounded to nearest; "
+        f"{counted(len(sites))} within {worst:.1e} in float64, every entry rounded to nearest; "
         f"{100 * kept.norm:.1f} % of the update is there"
     )
 
@@ -117,5 +118,5 @@ def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
 def _untouched(others: list[tuple[str, bool]]) -> tuple[bool, str]:
     wrong = [name for name, same in others if not same]
     if wrong:
-        return False, f"{len(wrong)} tensors are not the base's: {', '.join(wrong[:3])}"
-    return True, f"{len(others)} tensors are the base's, bit for bit"
+        return False, f"{counted(len(wrong), 'tensor')} other than the base's: {', '.join(wrong[:3])}"
+    return True, f"{counted(len(others), 'tensor')} equal to the base's, bit for bit"

@@ -239,8 +239,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "a bank that rows choose from, and `--no-merge` exports the model unfolded."),
     ("GC051", _NO, "the certificate is over budget",
      "The folded and unfolded computations differ by more than the budget allows. Nothing was written.",
-     "Look at the sites that the message names. If the base is in 16 bits, a larger `fold.budget.logits`, or merging "
-     "in float32 (`--dtype float32`), may be needed."),
+     "Look at the sites that the message names. Where it names an output alone, each site is exact, and rounding has "
+     "added up over the layers: `fold.budget.logits`, or `--budget`, allows more of it, and on a base in 16 bits "
+     "merging in float32 (`--dtype float32`) leaves less."),
     ("GC052", _NO, "the weights do not fit the class",
      "Folding had to add a tensor, such as a bias, that the original class does not have.",
      "Export to ONNX or `.pt2`, which hold the added tensor, or leave the adaptation unfolded."),

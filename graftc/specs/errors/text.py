@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-__all__ = ["abridged", "encodable", "one_line", "printable", "quoted", "shortened", "shown", "some"]
+__all__ = ["abridged", "counted", "encodable", "one_line", "printable", "quoted", "shortened", "shown", "some"]
 
 _MOST = 100
 """Characters of a value that a message shows."""
@@ -55,6 +55,11 @@ def abridged(text: str, most: int = _MOST) -> str:
 def one_line(text: str, most: int = _MOST) -> str:
     """The text on one line and printable, `abridged`."""
     return "".join(_BREAKS.get(char, char) for char in printable(abridged(text, most)))
+
+
+def counted(number: int, noun: str = "site") -> str:
+    """A number with its noun, which has an s where it is not one: ``1 site``, ``1,200 sites``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:
