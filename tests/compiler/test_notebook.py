@@ -227,3 +227,35 @@ def test_a_certificate_says_why_it_did_not_pass() -> None:
     failed = Certificate(certificate.sites, {"logits": 3.0}, 0.1, "a", "b")
     found = page(failed)
     assert "not passed" in found.text and all(reason in found.text for reason in failed.failures())
+
+
+@pytest.mark.parametrize(
+    ("sites", "algebra", "structure", "words"),
+    [
+        (
+            1,
+            1e-15,
+            "g",
+            "certificate passed: 1 site within 1.0e-15 in float64, outputs within 1.0e-04 (budget 1.0e-03)",
+        ),
+        (2, 1e-15, "g", "certificate passed: 2 sites within 1.0e-15 in float64"),
+        (1200, 1e-15, "g", "certificate passed: 1,200 sites"),
+        (2, 1e-3, "g", "certificate NOT PASSED: 2 sites within 1.0e-03 in float64"),
+        (2, 1e-15, "other", "certificate NOT PASSED: 2 sites"),
+    ],
+)
+def test_a_printed_certificate_is_short(sites: int, algebra: float, structure: str, words: str) -> None:
+    evidence = [SiteEvidence(f"layer.{n}", ("lora",), 0.1, algebra, 0.5, Retention()) for n in range(sites)]
+    made = Certificate(tuple(evidence), {"logits": 1e-4}, 1e-3, structure=structure, base_structure="g")
+    first, *others = str(made).split("\n")
+    assert first.startswith(words)
+    assert first.endswith("not the base's graph" if structure == "other" else ", the base's graph")
+    assert others == [f"  {failure}" for failure in made.failures()]
+
+
+def test_a_printed_certificate_without_outputs() -> None:
+    evidence = (SiteEvidence("layer", ("lora",), 0.1, 1e-15, 0.5, Retention()),)
+    words = (
+        "certificate passed: 1 site within 1.0e-15 in float64, every entry rounded to nearest; no outputs were compared"
+    )
+    assert str(Certificate(evidence, {}, 0.0, structure="g", base_structure="g")) == words

@@ -20,6 +20,7 @@ from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.route_evidence import RouteEvidence, routed
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.markup import Html, bullets, folded, table, tag
+from graftc.specs.errors.text import counted
 
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
@@ -177,6 +178,23 @@ class Certificate:
         same = self.structure == self.base_structure
         return bool(self.sites or self.collapses) and within and same and all(site.passed for site in self.sites)
 
+    @property
+    def summary(self) -> str:
+        """Whether it passed, and by how much, in a line."""
+        algebra = max((site.algebra for site in self.sites), default=0.0)
+        graph = "the" if self.structure == self.base_structure else "not the"
+        outputs = (
+            f"outputs within {self.largest_difference:.1e} (budget {self.budget:.1e}), {graph} base's graph"
+            if self.outputs
+            else "every entry rounded to nearest; no outputs were compared"
+        )
+        state = "passed" if self.passed else "NOT PASSED"
+        return f"{state}: {counted(len(self.sites))} within {algebra:.1e} in float64, {outputs}"
+
+    def __str__(self) -> str:
+        """The summary, and why it did not pass; ``repr`` and `to_json` have everything."""
+        return "\n".join(("certificate " + self.summary, *(f"  {line}" for line in self.failures())))
+
     def failures(self) -> list[str]:
         """Why it did not pass, for people."""
         reasons = [
@@ -208,7 +226,7 @@ class Certificate:
             for s in self.sites
         ]
         headings = ("site", "adaptations", "change", "algebra", "rounding")
-        where = f"{len(self.sites)} {'site' if len(self.sites) == 1 else 'sites'}"
+        where = counted(len(self.sites))
         notes = [*self.notes, *(f"added: {name}" for name in self.additions)]
         parts = [
             tag("b", state),

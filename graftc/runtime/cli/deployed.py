@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftc.specs.errors.text import counted
+
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
 
@@ -28,18 +30,7 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
 
     to = console()
     if certificate is not None:
-        algebra = max((site.algebra for site in certificate.sites), default=0.0)
-        outputs = (
-            f"outputs within {certificate.largest_difference:.1e} (budget {certificate.budget:.1e}), the base's graph"
-            if certificate.outputs
-            else "every entry rounded to nearest; no outputs were compared"
-        )
-        to.print(
-            f"{'certificate:':<22}{'passed' if certificate.passed else 'NOT PASSED'}: {len(certificate.sites)} sites "
-            f"within {algebra:.1e} in float64, {outputs}",
-            soft_wrap=True,
-            markup=False,
-        )
+        to.print(f"{'certificate:':<22}{certificate.summary}", soft_wrap=True, markup=False)
         for failure in certificate.failures():
             to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
         for line in (*_requantised(certificate), *_retained(certificate)):
@@ -115,7 +106,7 @@ def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], most: int = 
     from graftc.runtime.cli.output import console
 
     to = console()
-    to.print(f"{title}: {len(tensors)} tensors", soft_wrap=True, markup=False)
+    to.print(f"{title}: {counted(len(tensors), 'tensor')}", soft_wrap=True, markup=False)
     for own in tensors[:most]:
         to.print(f"  {own['key']} = {own['tensor']}", soft_wrap=True, markup=False)
     if len(tensors) > most:
