@@ -24,7 +24,17 @@ from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import AsTarget, Target
 
-__all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "VirtualRun", "Where", "check_name"]
+__all__ = [
+    "OWNERS",
+    "RESERVED_NAMES",
+    "Items",
+    "MethodSpec",
+    "Override",
+    "SpecModel",
+    "VirtualRun",
+    "Where",
+    "check_name",
+]
 
 Where: TypeAlias = Literal["front", "after_bos", "suffix"] | int
 """Where virtual tokens are: before all tokens of a row, behind its first, behind its last real one; or behind the first
@@ -198,7 +208,7 @@ def check_name(name: str) -> GraftError | None:
         better = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_")
         fix = (name, better) if re.fullmatch(_NAME, better) and not keyword.iskeyword(better) else None
         return GraftError("GC002", message, hint=f"for example '{better}'" if fix else None, fix=fix)
-    if keyword.iskeyword(name) or name in RESERVED_NAMES or name.startswith("__"):
+    if keyword.iskeyword(name) or name in RESERVED_NAMES or name in OWNERS.values() or name.startswith("__"):
         hint = f"for example '{name}_1'"
         return GraftError("GC002", f"name '{name}' is reserved", hint=hint, fix=(name, f"{name}_1"))
     return None
@@ -225,3 +235,6 @@ _MODULE_ATTRIBUTES = """
 
 RESERVED_NAMES: frozenset[str] = frozenset(_MODULE_ATTRIBUTES.split())
 """Attributes of ``torch.nn.Module``, ``smart_apply`` of transformers included, which a child module would hide."""
+
+OWNERS: dict[str, str] = {"train": "trained", "tokens": "tokens"}
+"""Fields of a spec that own tensors without being adaptations, and the names under which they do."""

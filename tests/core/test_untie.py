@@ -120,11 +120,13 @@ def test_a_class_that_asks_whether_it_is_tied() -> None:
 @pytest.mark.parametrize(
     ("untie", "code", "words"),
     [
-        (["transformer.h.0"], "GC027", "nothing in transformer.h.0 is tied"),
-        (["lm_head", "lm_haed"], "GC011", "lm_haed"),
+        (["lm_head", "transformer.h.0"], "GC027", "nothing in transformer.h.0 is tied"),
+        (["lm_head", "lm_haed"], "GC011", "untie 'lm_haed' matches none"),
+        (["lm_head", "lm_{head,haed}"], "GC011", "untie 'lm_haed' of 'lm_{head,haed}' matches none"),
     ],
 )
 def test_what_cannot_be_untied(untie: list[str], code: str, words: str) -> None:
     with pytest.raises(GraftError, match=words) as caught:
         adapted("gpt2", untie=untie)
     assert caught.value.code == code
+    assert caught.value.place is not None and caught.value.place.path == "untie[1]"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from graftc.specs.base import RESERVED_NAMES, Items, MethodSpec, check_name
+from graftc.specs.base import OWNERS, RESERVED_NAMES, Items, MethodSpec, check_name
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.lora import LoRA, LoRAOverride
@@ -103,7 +103,8 @@ def test_usable_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "better"),
-    [("my-lora", "my_lora"), ("a b", "a_b"), ("train", "train_1"), ("class", "class_1"), ("_modules", "_modules_1")],
+    [("my-lora", "my_lora"), ("a b", "a_b"), ("train", "train_1"), ("class", "class_1"), ("_modules", "_modules_1")]
+    + [(owner, f"{owner}_1") for owner in OWNERS.values()],
 )
 def test_unusable_names_get_a_proposal(name: str, better: str) -> None:
     error = failure(LoRA, name=name, target={"role": "attn.q"})

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from graftc.specs import LoRA, Spec, Target, load_spec
+from graftc.specs.base import OWNERS
+from graftc.specs.changes import renaming
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 
@@ -147,3 +149,17 @@ def test_the_json_schema_holds_every_method_with_descriptions() -> None:
             assert field.get("description"), f"{part.get('title')}.{name} has no description"
         if "$ref" in part:
             assert part["$ref"].rpartition("/")[2] in schema["$defs"]
+
+
+@pytest.mark.parametrize("owner", OWNERS.values())
+def test_what_fields_of_a_spec_own_is_told_from_adaptations(owner: str) -> None:
+    """`train:` and `tokens:` own tensors under a name each, which nothing else may have."""
+    two = adaptations("a", "b")
+    for made in (
+        lambda: load_spec(adaptations("a", owner)),
+        lambda: load_spec({**two, "compose": {"fuse": ["a", "b"], "name": owner}}),
+        lambda: renaming(load_spec(two), "a", owner),
+    ):
+        with pytest.raises(GraftError) as caught:
+            made()
+        assert (caught.value.code, caught.value.message) == ("GC002", f"name '{owner}' is reserved")

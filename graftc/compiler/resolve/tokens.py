@@ -13,10 +13,11 @@ from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.sites.uses import Lookup
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.base import OWNERS
 from graftc.specs.document import Tokens
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-TOKENS = "tokens"
+TOKENS = OWNERS["tokens"]
 """Name under which a spec's ``tokens`` owns its rows."""
 
 

@@ -10,11 +10,12 @@ from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.roles.findings import place
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.sites.sites import ParameterSite, SiteKey
+from graftc.specs.base import OWNERS
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-TRAIN = "trained"
+TRAIN = OWNERS["train"]
 """Name under which the list owns its copies."""
 
 

@@ -58,9 +58,11 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
     """
     result = sharing_copy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
+    paths = [name for name in modules if name]
+    match_modules(patterns, paths, "untie")  # for the place of a pattern that matches nothing
     for index, pattern in enumerate(patterns):
         tied = False
-        for path in match_modules([pattern], [name for name in modules if name]):
+        for path in match_modules([pattern], paths):
             tied |= _untie(result, modules[path], path)
         if not tied:
             raise GraftError(

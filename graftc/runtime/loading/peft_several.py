@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.inspect.snapshot import adapter_values
-from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.weights.names import owner_of, renamed
 from graftc.runtime.loading.peft import import_peft
@@ -41,7 +40,6 @@ def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[s
     if not folders:
         raise GraftError("GC073", "there is no folder to import", hint="give one or several")
     paths: dict[str, Path] = {}
-    named = isinstance(folders, Mapping)
     pairs = folders.items() if isinstance(folders, Mapping) else [(None, folder) for folder in folders]
     for name, folder in pairs:
         path = as_path(folder)
@@ -51,8 +49,6 @@ def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[s
         if own in paths:
             hint = "give the folders by name: {'one': ..., 'other': ...}"
             raise GraftError("GC005", f"{paths[own]} and {path} would both be {quoted(own)}", hint=hint)
-        if own == TRAIN:
-            raise GraftError("GC005", f"the name {quoted(own)} is taken", hint=None if named else "give another name")
         paths[own] = path
     return paths
 
