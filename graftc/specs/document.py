@@ -234,6 +234,7 @@ class Spec(SpecModel):
         """What is wrong with compositions, each with its path."""
         adaptations = dict.fromkeys(str(a.name) for a in self.adapt)
         stackable = adaptations | dict.fromkeys(str(c.name) for c in compose if not isinstance(c, Stack))
+        kinds = {str(c.name): c.kind for c in compose}
         taken = set(adaptations)
         inputs: set[str] = set()
         member_of: dict[tuple[bool, str], str] = {}
@@ -246,7 +247,9 @@ class Spec(SpecModel):
             for position, member in enumerate(own.members):
                 path = (index, own.kind, position)
                 if member not in known:
-                    yield path, unknown_name("adaptation", member, known)
+                    kind = kinds.get(member)
+                    error = _no_part(kind, member, stack) if kind else unknown_name("adaptation", member, known)
+                    yield path, error
                 other = member_of.setdefault((stack, member), name)
                 if other != name:
                     message = f"{quoted(member)} is in the composition '{other}' already"
@@ -305,6 +308,12 @@ def named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
     if adaptation.name is not None:
         return adaptation
     return adaptation.model_copy(update={"name": _free(adaptation.method, taken)})
+
+
+def _no_part(kind: str, member: str, stack: bool) -> GraftError:
+    """A composition among the parts of one that takes none of its kind."""
+    what = "a stack takes adaptations, and compositions that are no stacks" if stack else "its parts are adaptations"
+    return GraftError("GC036", f"{quoted(member)} is a composition itself: {kind}", hint=what)
 
 
 def _composed(composition: CompositionSpec, taken: set[str]) -> CompositionSpec:

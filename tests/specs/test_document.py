@@ -163,3 +163,16 @@ def test_what_fields_of_a_spec_own_is_told_from_adaptations(owner: str) -> None:
         with pytest.raises(GraftError) as caught:
             made()
         assert (caught.value.code, caught.value.message) == ("GC002", f"name '{owner}' is reserved")
+
+
+@pytest.mark.parametrize(
+    ("compose", "words"),
+    [
+        ([{"stack": ["a", "b"], "name": "x"}, {"stack": ["c", "x"]}], "'x' is a composition itself: stack"),
+        ([{"stack": ["a", "x"], "name": "x"}, {"stack": ["b", "c"]}], "'x' is a composition itself: stack"),
+        ([{"fuse": ["a", "b"], "name": "x"}, {"fuse": ["c", "x"]}], "'x' is a composition itself: fuse"),
+    ],
+)
+def test_a_composition_where_none_can_be_is_told_as_one(compose: list[dict[str, Any]], words: str) -> None:
+    error = failure({**adaptations("a", "b", "c"), "compose": compose})
+    assert error.code == "GC036" and words in error.message and error.hint
