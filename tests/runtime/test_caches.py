@@ -214,3 +214,20 @@ def test_a_text_that_begins_elsewhere_is_refused() -> None:
     for call in (compiled.generate, compiled):
         with fails("GC140", "begins at position 0, and that of the call at 4"):
             call(plain.sequences, past_key_values=plain.past_key_values)
+
+
+@pytest.mark.parametrize("kept", [2, 3])
+def test_a_call_whose_graph_is_for_one_length_fills_a_cache(kept: int) -> None:
+    """How many logits a call keeps is decided in Python, which fixes the length of its text."""
+    model = language_model("llama").eval()
+    compiled = graftc.compile({"adapt": [ADAPTED["lora"]]}, model).eval()  # which starts as the model does
+    text = prompt(model, 2)["input_ids"]
+    with torch.no_grad():
+        for length in (7, 5):
+            found = []
+            for each in (compiled, model):
+                first = each(input_ids=text[:, :length], use_cache=True, logits_to_keep=kept)
+                assert first.past_key_values.get_seq_length() == length
+                then = each(input_ids=text[:, length:], past_key_values=first.past_key_values)
+                found.append((first.logits, then.logits))
+            assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*found, strict=True))

@@ -243,12 +243,14 @@ class _Runs:
 
     def steps(self, bound: float) -> tuple[float, list[str]]:
         """`against` for three calls that follow one another, as in generating: a text without a past, where the graph
-        takes one, and two single tokens behind it, each with the cache that the model returned."""
+        takes one, and two single tokens behind it, each with the cache that the model returned. A graph for a past of
+        one length has the first alone."""
         tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
         crosses = any(map(is_cross, self._program.signature))
         held = {} if crosses else {PAST: 0}
         worst, given = 0.0, self.sample(0, held=held)
-        for _ in range(_STEPS):
+        grows = any(PAST in spec.shape for spec in self._program.inputs)
+        for _ in range(_STEPS if grows else 1):
             try:
                 run = self.model(given)
             except _NoRunError:  # there is nothing to hold a graph against
