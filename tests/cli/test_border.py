@@ -218,3 +218,14 @@ def test_an_interrupt_at_work(capsys: pytest.CaptureFixture[str], monkeypatch: p
             patch.setattr(name, interrupted)
             outcome = run_here(capsys, "methods")
             assert outcome.status == 130 and "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_interrupt_while_a_failure_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    def interrupted(*_: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graftc.runtime.cli.failures.show_failure", interrupted)
+    assert run_here(capsys, "methods", "nope", *options).status == 130

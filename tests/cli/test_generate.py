@@ -199,6 +199,11 @@ def test_prompts_that_are_none(
     for given, told in (("gone.txt", "no such file"), ("latin.txt", "no UTF-8"), ("empty.txt", "no prompt")):
         outcome = run_here(capsys, "generate", str(places.base), "--file", str(tmp_path / given))
         assert outcome.status == 2 and outcome.err.startswith("GC090: ") and told in outcome.err
+    for given in ("/dev/zero", "-"):
+        with open("/dev/zero", encoding="utf-8") as endless:
+            monkeypatch.setattr("sys.stdin", endless)
+            outcome = run_here(capsys, "generate", str(places.base), "--file", given)
+        assert outcome.status == 2 and "has more than 16,777,216 characters" in outcome.err
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("sys.stdin", terminal)

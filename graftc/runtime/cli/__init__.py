@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit:  # what Typer makes of a pipe that nobody reads
         status = exit.code if isinstance(exit.code, int) else 1
     except Exception as error:
-        with redirect_stdout(out):
-            status = INTERRUPTED if interrupted() else show_failure(error, out, as_json=as_json)
+        try:
+            with redirect_stdout(out):
+                status = INTERRUPTED if interrupted() else show_failure(error, out, as_json=as_json)
+        except KeyboardInterrupt:  # while the failure was told
+            status = INTERRUPTED
     return finish(out, status)

@@ -26,6 +26,7 @@ from graftc.runtime.cli.text.speaking import (
     TopP,
 )
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import JSON_BYTES
 
 __all__ = ["generate"]
 
@@ -123,14 +124,18 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
     if file is None or str(file) == "-":
         if file is None and sys.stdin.isatty():
             raise GraftError("GC090", "missing option '--prompt'", hint="--prompt TEXT, or --file FILE")
-        text = stdin_text().read()
+        where, text = "the standard input", stdin_text().read(JSON_BYTES + 1)
     else:
+        where = repr(str(file))
         try:
-            text = file.read_text(encoding="utf-8")
+            with file.open(encoding="utf-8") as opened:  # a pipe as well, such as the shell's <(...)
+                text = opened.read(JSON_BYTES + 1)
         except (OSError, UnicodeDecodeError) as error:
             strerror = getattr(error, "strerror", None)
             reason = strerror.lower() if strerror else "it is no UTF-8"
-            raise GraftError("GC090", f"{str(file)!r} cannot be read: {reason}") from error
+            raise GraftError("GC090", f"{where} cannot be read: {reason}") from error
+    if len(text) > JSON_BYTES:
+        raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="give a file with a prompt")
     found = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
     if not any(each.strip() for each in found):
         raise GraftError("GC090", "there is no prompt in what was read", hint="--prompt TEXT, or --file FILE")
