@@ -191,6 +191,14 @@ def test_names_that_lead_out(tmp_path: Path, name: str) -> None:
     assert refused(tmp_path).code == ("GC113" if "\ud800" in name else "GC101")
 
 
+def circle(path: Path, length: int) -> None:
+    """In the place of a file a link that leads to itself, by way of others."""
+    path.unlink()
+    names = [path.name, *(f"link{number}" for number in range(1, length))]
+    for name, target in zip(names, [*names[1:], names[0]], strict=True):
+        (path.parent / name).symlink_to(target)
+
+
 @pytest.mark.parametrize("file", ["a.safetensors", INDEX, SINGLE])
 def test_links_that_lead_out(tmp_path: Path, file: str) -> None:
     sharded(tmp_path / "model", single=True)
@@ -199,6 +207,16 @@ def test_links_that_lead_out(tmp_path: Path, file: str) -> None:
     (tmp_path / "model" / file).rename(tmp_path / file)
     (tmp_path / "model" / file).symlink_to(tmp_path / file)
     assert refused(tmp_path / "model").code == "GC101"
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("file", ["a.safetensors", INDEX, SINGLE])
+def test_links_in_a_circle_are_missing_files(tmp_path: Path, file: str, length: int) -> None:
+    sharded(tmp_path, single=file == SINGLE)
+    if file == SINGLE:
+        (tmp_path / INDEX).unlink()
+    circle(tmp_path / file, length)
+    assert refused(tmp_path).code == "GC113"
 
 
 def test_the_cache_of_the_hub(tmp_path: Path) -> None:

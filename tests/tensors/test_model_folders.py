@@ -230,6 +230,19 @@ def test_no_loader_follows_an_index_out_of_its_folder(saved: Path, tmp_path: Pat
     assert merge.code == "GC101" and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"), [("single", "model.safetensors"), ("shards", INDEX), ("gpt2", "config.json")]
+)
+def test_links_in_a_circle_are_missing_files(saved: Path, tmp_path: Path, folder: str, name: str) -> None:
+    made = copied(saved, folder, tmp_path / "model", lambda folder, config: None)
+    (made / name).unlink()
+    (made / name).symlink_to(name)
+    assert refused(made).code == "GC032"
+    written_lora(tmp_path / "adapter", saved / "single")
+    merge = refused(made, lambda made: graftc.merge_checkpoint(tmp_path / "adapter", made, tmp_path / "out"))
+    assert merge.code in ("GC032", "GC100") and not (tmp_path / "out").exists()
+
+
 def test_an_adapter_inside_a_model_is_refused(saved: Path, tmp_path: Path) -> None:
     """Transformers would put it on top of the model, and a merge of files would not."""
     folder = copied(saved, "single", tmp_path / "model", lambda folder, config: None)

@@ -7,6 +7,7 @@ lead to regular files of the folder itself, or to blobs of the hub's cache.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def _is_plain(name: str, endings: tuple[str, ...] = (".safetensors",)) -> bool:
 
 def leads_inside(path: Path) -> bool:
     """Whether a link leads to a file of the same folder, or, in the cache of the hub, to one of its blobs."""
-    target, folder = path.resolve(), path.parent.resolve()
+    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))  # which take a circle of links
     cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     return target.parent == folder or cached
 
