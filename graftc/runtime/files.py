@@ -29,6 +29,7 @@ from graftc.runtime.destinations import (
 from graftc.runtime.held_folder import HeldFolder
 from graftc.runtime.placing import NEW, commit
 from graftc.runtime.staging import discard_others, recover, recover_in, staging_folder
+from graftc.specs.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = [
@@ -70,7 +71,7 @@ def staged(
         GraftError: GC063 when something is there and may not be replaced, or another process is at the same work;
             GC064 when writing fails. The destination is as it was before then.
     """
-    path = Path(os.path.abspath(path))
+    path = absolute_path(path)
     check_destination(path, force=force, companions=companions, replaceable=replaceable)
     for source in sources:
         if source is not None and holds(path, Path(source)):

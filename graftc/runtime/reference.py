@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from graftc.specs.arguments import absolute_path
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -105,7 +107,7 @@ class Reference:
         if is_callable(text):
             return cls("callable", text)
         folder = Path(text).expanduser()
-        found = cls("folder", os.path.abspath(folder))
+        found = cls("folder", str(absolute_path(folder)))
         if not folder.is_dir():
             found = cls("hub", text, getattr(config, "_commit_hash", None))
         return found if found.flaw() is None else cls()

@@ -10,7 +10,7 @@ from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["as_budget", "as_mapping", "as_names", "as_path", "as_seed", "kind_of"]
+__all__ = ["absolute_path", "as_budget", "as_mapping", "as_names", "as_path", "as_seed", "kind_of"]
 
 
 def kind_of(value: Any) -> str:
@@ -33,6 +33,19 @@ def as_path(path: Any) -> Path:
         return Path(found)
     shown = repr(path) if isinstance(path, str) else kind_of(path)
     raise GraftError("GC073", f"the path is {shown}", hint="give a text or a pathlib.Path")
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """An absolute path without ``..``.
+
+    Each ``..`` leads to the folder above the one before it, as it does when a file is opened: where that one is a link,
+    above what the link leads to. Links with no ``..`` behind them stay.
+    """
+    parts = Path(path).absolute().parts
+    if ".." not in parts or "\0" in os.fspath(path):  # no file can have such a path
+        return Path(*parts)
+    behind = len(parts) - parts[::-1].index("..")
+    return Path(os.path.realpath(Path(*parts[:behind])), *parts[behind:])
 
 
 def as_seed(seed: Any) -> int:

@@ -92,3 +92,37 @@ def test_what_stays_allowed(made: tuple[Any, Any, Path], tmp_path: Path) -> None
         other.mkdir()
         (other / MANIFEST).write_text(text)
         assert write_text(other / "inside", "a").read_text() == "a"
+
+
+QUICK = ["merged", "artifact", "peft", "text"]
+
+
+@pytest.mark.parametrize(
+    "where", ["link/../new", "link/../folder/new", "link/inner/../../new", "link/../folder/../new"]
+)
+@pytest.mark.parametrize("write", QUICK)
+def test_a_step_up_leads_above_what_a_link_leads_to(
+    made: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, where: str
+) -> None:
+    """As it does for whatever opens the path: what was written is there, and nowhere else."""
+    compiled, merged, _ = made
+    (tmp_path / "other" / "target" / "inner").mkdir(parents=True)
+    (tmp_path / "other" / "folder").mkdir()
+    (tmp_path / "link").symlink_to("other/target")
+    for path in (tmp_path / where, Path(where)):
+        monkeypatch.chdir(tmp_path)
+        WRITES[write](compiled, merged, path)
+        assert os.path.exists(tmp_path / where)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "other"]
+        if write in ("merged", "artifact"):
+            assert verify(path, None, files_only=True).passed
+        (shutil.rmtree if path.is_dir() else os.unlink)(path)
+
+
+@pytest.mark.parametrize("path", ["a\0b/../c", "gone/../artifact", "../" * 40 + "gone", "a" * 300 + "/../c"])
+def test_steps_up_from_nothing_are_coded_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for read in (open_artifact, lambda path: verify(path, None, files_only=True)):
+        with pytest.raises(GraftError) as caught:
+            read(path)
+        assert caught.value.code == "GC080"

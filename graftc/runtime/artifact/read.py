@@ -40,6 +40,7 @@ from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.files import recover
 from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
+from graftc.specs.arguments import absolute_path
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
@@ -242,7 +243,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         GraftError: GC080 where there is none, GC081 for a newer format, GC082 for changed content, GC083 for a missing
             file, GC085 for links, unlisted files and names that lead elsewhere.
     """
-    folder = Path(os.path.abspath(path))
+    folder = absolute_path(path)
     recover(folder.parent)
     if not (folder / MANIFEST).is_file():
         hint = reader_of(Path(path)) or "graftc compile SPEC --model MODEL --out DIR writes artifacts"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +31,7 @@ from graftc.runtime.model.runner import runner_of
 from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
 from graftc.runtime.tensor_files import save_tensors
+from graftc.specs.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec
@@ -69,7 +69,7 @@ def save(
     runner: CompiledRunner = runner_of(compiled)
     require_values(runner)
     require_storable(runner)
-    path = Path(os.path.abspath(path))
+    path = absolute_path(path)
     with staged(path, force=force, replaceable=is_ours, sources=[local_folder(compiled.compilation.source)]) as folder:
         folder.mkdir()
         if bundle is not None:

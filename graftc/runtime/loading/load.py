@@ -25,6 +25,7 @@ from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.models import load_as_built
+from graftc.specs.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
     """A compiled model from an artifact, its base and its adapter tensors, or from a trainer's checkpoint. See
     `graftc.load`."""
-    with progress.working("loading", os.path.basename(os.path.abspath(path))):
+    with progress.working("loading", absolute_path(path).name):
         if (file := checkpoint_file(path)) is not None:
             return load_checkpoint(file, model, cache=cache)
         artifact = open_artifact(path)

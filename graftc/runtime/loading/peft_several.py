@@ -5,6 +5,7 @@ Each folder is imported alone, with all that an import checks, and its tensors t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[s
     pairs = folders.items() if isinstance(folders, Mapping) else [(None, folder) for folder in folders]
     for name, folder in pairs:
         path = as_path(folder)
-        own = str(name) if name is not None else _plain(path.resolve().name)
+        own = str(name) if name is not None else _plain(Path(os.path.realpath(path)).name)
         if (wrong := check_name(own)) is not None:
             raise wrong
         if own in paths:

@@ -22,6 +22,7 @@ from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_a
 from graftc.runtime.artifact.records import KeptCertificate, MergedRecord, content, read_model
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
+from graftc.specs.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
@@ -86,7 +87,7 @@ def verify(
     Raises:
         GraftError: GC080 where there is neither, GC081 for a newer format.
     """
-    folder = Path(os.path.abspath(path))
+    folder = absolute_path(path)
     if (folder / RECORD).is_file() and not (folder / MANIFEST).is_file():
         return _verify_merged(folder, str(path))
     found = Verification()

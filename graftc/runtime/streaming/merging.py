@@ -32,7 +32,7 @@ from graftc.runtime.tensors.folder import TensorFolder
 from graftc.runtime.tensors.headers import Shard
 from graftc.runtime.tensors.mapped import DTYPES
 from graftc.runtime.tensors.weights import leads_inside
-from graftc.specs.arguments import as_path
+from graftc.specs.arguments import absolute_path, as_path
 from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
@@ -161,7 +161,7 @@ def _merge(
             finished += shard.size
         watch.require_unchanged()
         return _result(plan, None, done, 0, allow_unchanged=allow_unchanged)
-    path = Path(os.path.abspath(out))
+    path = absolute_path(out)
     check_apart(path, source, base)
     check_destination(path, force=force, replaceable=is_merged)
     require_regular_files(base, "GC100")
