@@ -54,8 +54,10 @@ class HeldFolder:
             follow: whether ``path`` itself may be a link.
 
         Raises:
-            OSError: it is no folder, or a link.
+            OSError: it is no folder, or a link, or its path has a NUL byte.
         """
+        if "\0" in os.fspath(path):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), os.fspath(path))
         if sys.platform == "win32":
             if not path.is_dir() or (path.is_symlink() and not follow):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
