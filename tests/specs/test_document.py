@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -155,13 +156,14 @@ def test_the_json_schema_holds_every_method_with_descriptions() -> None:
 def test_what_fields_of_a_spec_own_is_told_from_adaptations(owner: str) -> None:
     """`train:` and `tokens:` own tensors under a name each, which nothing else may have."""
     two = adaptations("a", "b")
-    for made in (
+    makers: list[Callable[[], object]] = [
         lambda: load_spec(adaptations("a", owner)),
         lambda: load_spec({**two, "compose": {"fuse": ["a", "b"], "name": owner}}),
         lambda: renaming(load_spec(two), "a", owner),
-    ):
+    ]
+    for make in makers:
         with pytest.raises(GraftError) as caught:
-            made()
+            make()
         assert (caught.value.code, caught.value.message) == ("GC002", f"name '{owner}' is reserved")
 
 
