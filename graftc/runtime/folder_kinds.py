@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ _MODEL_CONFIG, _MODEL_FILE, _GGUF = "config.json", "model.safetensors", ".gguf"
 
 def missing(path: Path, file: str) -> str:
     """Why a folder cannot be read that has to have a file, as what follows its name in a message."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"has no {file}"
-    return "is a file, not a directory" if path.exists() else "does not exist"
+    return "is a file, not a directory" if os.path.exists(path) else "does not exist"
 
 
 def reader_of(path: Path, unless: str = "") -> str | None:
@@ -39,21 +40,21 @@ def reader_of(path: Path, unless: str = "") -> str | None:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds an artifact or an adapter of PEFT."""
-    return (path / ADAPTER_CONFIG).is_file() or _is_artifact(path)
+    return os.path.isfile(path / ADAPTER_CONFIG) or _is_artifact(path)
 
 
 def _told(path: Path) -> tuple[str, str]:
     """What is at a path, and the call that reads it; empty where that cannot be told."""
     name = repr(str(path))
-    if path.is_file():
+    if os.path.isfile(path):
         return _told_of_file(path, name)
     if _is_artifact(path):
         return "an artifact of graftc", f"graftc.load({name})"
-    if (path / ADAPTER_CONFIG).is_file():
+    if os.path.isfile(path / ADAPTER_CONFIG):
         return "a PEFT adapter", f"graftc.import_peft({name}, model)"
     if _has_record(path / _MODEL_FILE):
         return "a trainer's checkpoint of a compiled model", f"graftc.load({name})"
-    if (path / _MODEL_CONFIG).is_file():
+    if os.path.isfile(path / _MODEL_CONFIG):
         return _told_of_model(path, name)
     if ggufs := _names(path, f"*{_GGUF}"):
         return "a folder of GGUF files", _gguf_call(name, ggufs[0])
@@ -99,7 +100,7 @@ def _is_artifact(path: Path) -> bool:
 
 def _has_record(file: Path) -> bool:
     try:
-        return file.is_file() and STATE_RECORD in read_shard(file).tensors
+        return os.path.isfile(file) and STATE_RECORD in read_shard(file).tensors
     except (OSError, ValueError):
         return False
 

@@ -119,10 +119,13 @@ def test_a_step_up_leads_above_what_a_link_leads_to(
         (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
 
-@pytest.mark.parametrize("path", ["a\0b/c", "a\0b/../c", "gone/../artifact", "../" * 40 + "gone", "a" * 300 + "/../c"])
+@pytest.mark.parametrize(
+    "path",
+    ["a\0b/c", "a\0b/../c", "gone/../artifact", "../" * 40 + "gone", "a" * 300 + "/../c", "a" * 300, "a/" * 5000],
+)
 def test_paths_to_nothing_are_coded_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
-    for read in (open_artifact, lambda path: verify(path, None, files_only=True)):
+    for read in (graftc.load, open_artifact, lambda path: verify(path, None, files_only=True)):
         with pytest.raises(GraftError) as caught:
             read(path)
         assert caught.value.code == "GC080"

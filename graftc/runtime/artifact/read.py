@@ -245,7 +245,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """
     folder = absolute_path(path)
     recover(folder.parent)
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         hint = reader_of(Path(path)) or "graftc compile SPEC --model MODEL --out DIR writes artifacts"
         raise GraftError("GC080", f"{path} {missing(folder, MANIFEST)}", hint=hint)
     present = set(files_of(folder, str(path)))

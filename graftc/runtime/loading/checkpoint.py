@@ -37,9 +37,9 @@ WEIGHTS = "model.safetensors"
 def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
     """The file of tensors in a checkpoint; None for an artifact, or where there is none."""
     place = Path(path)
-    if place.is_dir() and not (place / MANIFEST).exists():
+    if os.path.isdir(place) and not os.path.exists(place / MANIFEST):
         place = place / WEIGHTS
-    return place if place.is_file() and place.suffix == Path(WEIGHTS).suffix else None
+    return place if os.path.isfile(place) and place.suffix == Path(WEIGHTS).suffix else None
 
 
 def is_checkpoint(path: Path) -> bool:

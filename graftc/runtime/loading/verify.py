@@ -88,7 +88,7 @@ def verify(
         GraftError: GC080 where there is neither, GC081 for a newer format.
     """
     folder = absolute_path(path)
-    if (folder / RECORD).is_file() and not (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / RECORD) and not os.path.isfile(folder / MANIFEST):
         return _verify_merged(folder, str(path))
     found = Verification()
     state: dict[str, Any] = {}
