@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,19 @@ LORA = {"name": "a", "method": "lora", "rank": 2, "target": {"role": "attn.q"}}
 IA3 = {"name": "b", "method": "ia3"}
 
 
-def gone(folder: Path) -> None:
+def gone(folder: Path, other: Path) -> None:
     shutil.rmtree(folder)
 
 
-def emptied(folder: Path) -> None:
+def emptied(folder: Path, other: Path) -> None:
     for file in folder.rglob("*.json"):
         file.write_text("{}")
 
 
-def another(folder: Path) -> None:
+def another(folder: Path, other: Path) -> None:
     """What is written there is of another model, of the same names."""
-    compiled = graftc.compile({"adapt": [{**LORA, "target": {"role": "attn.k"}}]}, tiny("llama", layers=1))
     shutil.rmtree(folder)
-    compiled.save(folder)
+    shutil.copytree(other, folder)
 
 
 def with_labels(model: Any, work: Path) -> Tensor:
@@ -65,21 +65,37 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@dataclass(frozen=True)
+class Saved:
+    """An artifact, its base and its logits, and an artifact of another model."""
+
+    base: nn.Module
+    artifact: Path
+    expected: Tensor
+    other: Path
+
+
 @pytest.fixture(scope="module")
-def base() -> nn.Module:
-    return tiny("llama")
-
-
-@pytest.mark.parametrize("use", [disabled, added, with_labels, merged, saved])
-@pytest.mark.parametrize("change", [gone, emptied, another])
-def test_what_is_done_afterwards(
-    base: nn.Module, change: Callable[[Path], None], use: Callable[[Any, Path], Tensor], tmp_path: Path
-) -> None:
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    base, folder = tiny("llama"), tmp_path_factory.mktemp("saved")
     compiled = graftc.compile({"adapt": [LORA]}, base).eval()
     perturb(compiled)
     compiled(input_ids=IDS, labels=IDS)  # a second graph in the artifact
-    compiled.save(tmp_path / "artifact")
-    loaded = graftc.load(tmp_path / "artifact", model=base).eval()
-    change(tmp_path / "artifact")
+    compiled.save(folder / "artifact")
+    other = graftc.compile({"adapt": [{**LORA, "target": {"role": "attn.k"}}]}, tiny("llama", layers=1))
+    other.save(folder / "other")
     with torch.no_grad():
-        torch.testing.assert_close(use(loaded, tmp_path), logits(compiled), atol=1e-5, rtol=1e-5)
+        return Saved(base, folder / "artifact", logits(compiled), folder / "other")
+
+
+@pytest.mark.sample("gone-added", "gone-disabled", "gone-merged", "emptied-with_labels", "another-saved")
+@pytest.mark.parametrize("use", [disabled, added, with_labels, merged, saved])
+@pytest.mark.parametrize("change", [gone, emptied, another])
+def test_what_is_done_afterwards(
+    artifact: Saved, change: Callable[[Path, Path], None], use: Callable[[Any, Path], Tensor], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(artifact.artifact, tmp_path / "artifact"))
+    loaded = graftc.load(folder, model=artifact.base).eval()
+    change(folder, artifact.other)
+    with torch.no_grad():
+        torch.testing.assert_close(use(loaded, tmp_path), artifact.expected, atol=1e-5, rtol=1e-5)

@@ -200,6 +200,7 @@ def partial() -> tuple[Any, Tensor]:
     return compiled, logits(compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [s if s == "b" else pytest.param(s, marks=pytest.mark.full) for s in STATES])
 def test_partial_merges(partial: tuple[Any, Tensor], state: str, tmp_path: Path) -> None:
     """Of the model, and of the rest of it, whose adaptations may be disabled too."""

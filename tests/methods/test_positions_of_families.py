@@ -119,7 +119,7 @@ SHIFTED = ("GPTJ", "CodeGen", "OPT", "Llama", "CTRL", "Falcon", "BioGpt", "GPTNe
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in (*SHIFTED[:3], "Mpt") else pytest.mark.full) for name in SHIFTED]
+    "family", [pytest.param(name, marks=() if name in ("GPTJ", "Mpt") else pytest.mark.full) for name in SHIFTED]
 )
 def test_a_shifted_prefix(family: str) -> None:
     """Equal to a cache in front; without the shift it is not, unless the model knows distances alone."""
@@ -172,6 +172,7 @@ def test_positions_that_cannot_be_shifted(way: str) -> None:
     graftc.compile({"adapt": [{**entry, "positions": "unshifted"}]}, Placed(way), given)
 
 
+@pytest.mark.slow
 def test_a_prefix_takes_places_of_biases() -> None:
     """MPT has biases for as many keys as its longest text: a text may be shorter by the prefix, and no longer."""
     model = model_of("Mpt")

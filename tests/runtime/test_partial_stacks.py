@@ -47,7 +47,11 @@ def stacked(family: str, names: tuple[str, ...], dtype: torch.dtype = torch.floa
     return compiled
 
 
-@pytest.mark.parametrize(("family", "names", "count"), STACKS)
+@pytest.mark.slow
+@pytest.mark.sample("gpt2-lora+ia3-2", "gpt2-vera+dora-1", "llama-bitfit+ia3-2", "mixtral-lora-1")
+@pytest.mark.parametrize(
+    ("family", "names", "count"), STACKS, ids=lambda value: "+".join(value) if isinstance(value, tuple) else None
+)
 def test_those_below_fold(family: str, names: tuple[str, ...], count: int) -> None:
     compiled = stacked(family, names)
     chosen = [f"a{index}" for index in range(count)]
@@ -67,11 +71,13 @@ def test_those_below_fold(family: str, names: tuple[str, ...], count: int) -> No
     assert largest_difference(base, expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_in_sixteen_bits() -> None:
     partial = stacked("llama", ("lora",), torch.bfloat16).merge_partially(only=["a0"])
     assert partial.certificate.passed
 
 
+@pytest.mark.slow
 def test_the_rest_is_saved(tmp_path: Path) -> None:
     compiled = stacked("llama", ("lora", "ia3"))
     partial = compiled.merge_partially(only=["a0", "a1"])

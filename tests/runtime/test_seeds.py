@@ -41,6 +41,8 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("torch-prefix", "transformers-lora")
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("way", ["torch", "transformers"])
 def test_the_seed_that_was_set_decides(way: str, name: str, model: nn.Module) -> None:
@@ -58,6 +60,7 @@ def test_the_seed_that_was_set_decides(way: str, name: str, model: nn.Module) ->
     assert same(started(name, model, seed=7)[0], found[0][0])
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn(model: nn.Module) -> None:
     torch.manual_seed(11)
     torch.rand(5)
@@ -128,6 +131,7 @@ def start_apart(rank: int, processes: int, folder: Path) -> None:
     assert started("lora", tiny("bert"), seed=20 + rank)[1] == 20 + rank
 
 
+@pytest.mark.slow
 def test_all_ranks_start_from_the_seed_of_the_first(tmp_path: Path) -> None:
     together("tests.runtime.test_seeds:start_apart", 2, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
