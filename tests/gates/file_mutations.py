@@ -78,6 +78,12 @@ def mutated(data: Any, rng: random.Random) -> Any:
     return data
 
 
+def mutated_quantisation(config: Any, rng: random.Random) -> Any:
+    """A config whose part on quantisation is changed."""
+    config["quantization_config"] = mutated(config["quantization_config"], rng)
+    return config
+
+
 class Raw:
     """Text that stands in JSON as it is."""
 

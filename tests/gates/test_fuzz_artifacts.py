@@ -47,7 +47,7 @@ _SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     """Note every file that is opened or changed, and every program that is started."""
-    if _WATCHED is None or event not in _EVENTS:
+    if _WATCHED is None or event not in _EVENTS | _PROGRAMS:
         return
     if isinstance(arguments[0], str | bytes | os.PathLike):
         opened = event == "open"
@@ -66,16 +66,17 @@ _FOLDER = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.chm
 
 _EVENTS = frozenset(
     ("open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-) | {"os.system", "os.posix_spawn", "os.exec", "subprocess.Popen"}
+)
+_PROGRAMS = frozenset(("os.system", "os.posix_spawn", "os.exec", "subprocess.Popen"))
 
 
 sys.addaudithook(_audit)
 
 
 @contextmanager
-def watched(folder: Path) -> Iterator[None]:
+def watched(folder: Path, *programs: str) -> Iterator[None]:
     """Inside, no file is read but below a folder, and those of Python and the system; nothing is changed outside of the
-    folder, and no program is started."""
+    folder, and no program is started but those that are named."""
     global _WATCHED
     _WATCHED = []
     try:
@@ -88,6 +89,7 @@ def watched(folder: Path) -> Iterator[None]:
         (event, path)
         for event, path, writes in found
         if not path.startswith(writable if writes else reads) and "__pycache__" not in path
+        if not (event in _PROGRAMS and path in programs)
     ]
     assert not outside, outside[:5]
 

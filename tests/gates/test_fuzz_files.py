@@ -28,16 +28,15 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.missing_weights import require_weights
-from graftc.passes.core.packing.modules import packed_weights
-from graftc.passes.core.packing.packed_tensor import dense
 from graftc.runtime.models import load_model, quiet_transformers
 from graftc.runtime.pet.data import load_rows
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.runtime.tensors.weights import INDEX
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
-from tests.gates.file_mutations import data_file, json_file, mutated, tensor_file
+from tests.gates.file_mutations import data_file, json_file, mutated_quantisation, tensor_file
 from tests.gates.test_fuzz_artifacts import watched
+from tests.quantised.readers import require_values
 from tests.quantised.writers import FORMATS, llama, write
 from tests.streaming.support import peft_adapter
 
@@ -246,11 +245,8 @@ class Quantised(Kind):
 
     def make(self, path: Path) -> None:
         path.mkdir()
-        self.dense: dict[str, dict[str, Tensor]] = {}
-        self.stored: dict[str, dict[str, Tensor]] = {}
         for name, (dtype, writer, options) in FORMATS.items():
-            self.dense[name] = write(path / name, llama(dtype), writer, options)
-            self.stored[name] = load_file(path / name / "model.safetensors")
+            write(path / name, llama(dtype), writer, options)
 
     def change(self, path: Path, rng: random.Random) -> None:
         folder = path / rng.choice(self.formats)
@@ -258,7 +254,7 @@ class Quantised(Kind):
         if rng.random() < 0.7:
             tensor_file(folder / "model.safetensors", rng)
         else:
-            json_file(folder / "config.json", rng, _quantisation)
+            json_file(folder / "config.json", rng, mutated_quantisation)
 
     def read(self, path: Path) -> Any:
         which = path / "which"
@@ -269,23 +265,7 @@ class Quantised(Kind):
 
     def check(self, path: Path, found: Any) -> None:
         name, model = found
-        values = {key: dense(weight) for key, weight in packed_weights(model).items()}
-        if json.loads((path / name / "config.json").read_text())["quantization_config"] != FORMATS[name][2]:
-            return  # the same codes mean something else
-        mine, theirs = load_file(path / name / "model.safetensors"), self.stored[name]
-        for key, wanted in self.dense[name].items():
-            module = key.removesuffix("weight")
-            here, there = ({n: t for n, t in held.items() if n.startswith(module)} for held in (mine, theirs))
-            if key not in values:  # somebody has put a plain weight there, and nothing beside it
-                assert here.keys() - {f"{module}bias"} == {key} and here[key].is_floating_point(), key
-            elif same_tensors(here, there):
-                assert torch.equal(values[key], wanted.to(values[key].dtype)), key
-
-
-def _quantisation(config: Any, rng: random.Random) -> Any:
-    """A config whose part on quantisation is changed."""
-    config["quantization_config"] = mutated(config["quantization_config"], rng)
-    return config
+        require_values(path / name, model)
 
 
 class Adapters(Kind):

@@ -1,7 +1,9 @@
-"""A thousand changed folders of models, tokenizers and generation settings through what opens and runs them.
+"""A thousand changed folders of models, tokenizers, generation settings and quantised checkpoints, through what opens
+and runs them.
 
-What loads gives what transformers gives from the same folder; all else has a code; both in time and memory, and nothing
-is written. ``make fuzz`` runs ``FUZZ`` of them, 1,000 at most; the ordinary tests a sample.
+What loads gives what transformers gives from the same folder, or what the format of a quantised one means where its
+library is not there; all else has a code; both in time and memory, and nothing is written, to the hooks of the
+interpreter. ``make fuzz`` runs ``FUZZ`` of them, 1,000 at most; the ordinary tests a sample.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +29,11 @@ from graftc.runtime.text.answering import Settings, answer, prompt_ids
 from graftc.runtime.text.opening import TextModel, open_text_model, tokenizer_of
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.speakers import save_model, save_tokenizer
+from tests.gates.file_mutations import json_file, mutated_quantisation, tensor_file
 from tests.gates.mutate import change, flip
+from tests.gates.test_fuzz_artifacts import watched
+from tests.quantised.readers import require_values
+from tests.quantised.writers import FORMATS, llama, write
 from tests.users import snapshot
 
 COUNT = min(1000, int(os.environ.get("GRAFTC_FUZZ", "1000")))
@@ -34,6 +41,17 @@ SAMPLE = 24
 SECONDS, MEMORY = 2.0, 300 * 2**20
 MESSAGES = [{"role": "user", "content": "w1 w2 é"}]
 TEXTS = ("w1 w2", "w3 user: é", "")
+KINDS = ("tokenizer", "settings", "config", "quantised")
+QUANTISED = (
+    *("fp8 blocks", "gptq 4 by activations", "hqq 4", "compressed 4 asymmetric", "awq", "fp8 one scale", "nf4"),
+    *("gptq 8 symmetric", "mxfp8", "compressed int8", "hqq 4 across", "int8", "compressed fp8", "nf4 twice"),
+)
+"""Formats, in the order in which they are changed: a sample has the first of them."""
+BITS_AND_BYTES: dict[str, dict[str, object]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4 twice": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 SETTINGS: dict[str, tuple[object, ...]] = {
     "do_sample": (True, False, 1, "yes"),
@@ -100,17 +118,20 @@ class Loaded:
     """A folder of a model with its tokenizer, and what is done with each changed copy of it."""
 
     def __init__(self, place: Path) -> None:
-        self.intact, self.changed = save_model(place / "intact"), place / "changed"
+        self.place, self.intact, self.changed = place, save_model(place / "intact"), place / "changed"
+        self.quantised: dict[str, Path] = {}
         save_tokenizer(self.intact)
         self.victim = place / "victim"
         self.victim.mkdir()
         (self.victim / "precious").write_text("precious")
-        for kind in ("tokenizer", "settings", "config"):  # imports what is imported late
+        for kind in KINDS:  # imports what is imported late
             assert self.run(kind, None) == "equal"
 
     def run(self, kind: str, number: int | None) -> str:
-        shutil.rmtree(self.changed, ignore_errors=True)
-        shutil.copytree(self.intact, self.changed)
+        intact = self.intact
+        if kind == "quantised":
+            intact = self._folder_of(QUANTISED[(number or 0) // len(KINDS) % len(QUANTISED)])
+        self._copy(intact)
         what = "nothing" if number is None else self._change(kind, random.Random(number))
         before = snapshot_names(self.changed), snapshot(self.victim)
         try:
@@ -120,9 +141,27 @@ class Loaded:
         finally:
             assert (snapshot_names(self.changed), snapshot(self.victim)) == before
 
+    def _copy(self, folder: Path) -> None:
+        shutil.rmtree(self.changed, ignore_errors=True)
+        shutil.copytree(folder, self.changed)
+
+    def _folder_of(self, name: str) -> Path:
+        """A quantised checkpoint, which loads as it is."""
+        if name not in self.quantised:
+            folder = self.quantised[name] = self.place / name
+            if name in BITS_AND_BYTES:
+                quantised_by_transformers(folder, BITS_AND_BYTES[name])
+            else:
+                dtype, writer, options = FORMATS[name]
+                write(folder, llama(dtype), writer, options)
+            save_tokenizer(folder)
+            self._copy(folder)
+            assert self._compared("quantised", intact=True) == "equal", name
+        return self.quantised[name]
+
     def _compared(self, kind: str, intact: bool) -> str:
         found: Any = None
-        with bounded() as took:
+        with bounded() as took, watched(self.place, sys.executable):
             try:
                 found = self._tokenized() if kind == "tokenizer" else self._generated()
             except GraftError as error:
@@ -133,8 +172,20 @@ class Loaded:
         if found is None:
             return code
         with quiet_transformers():
-            assert found == (self._tokens_there() if kind == "tokenizer" else self._generated_there())
+            if kind == "quantised":
+                self._require_quantised(*found)
+            else:
+                assert found == (self._tokens_there() if kind == "tokenizer" else self._generated_there())
         return "equal"
+
+    def _require_quantised(self, said: list[int], logits: list[Any]) -> None:
+        reference = require_values(self.changed, self.source)
+        tokens, expected = self._said_there(reference)
+        mine, theirs = torch.tensor(logits), torch.tensor(expected)
+        scale = float(theirs.nan_to_num().abs().max())
+        # Sums of 16 bits in another order; a weight that were another one is found above.
+        torch.testing.assert_close(mine, theirs, atol=1e-2 * scale, rtol=1e-2, equal_nan=True)
+        assert said == tokens
 
     def _tokenized(self) -> Any:
         tokenizer = tokenizer_of(str(self.changed), [])
@@ -157,16 +208,20 @@ class Loaded:
         said = answer(model, ids, Settings(max_new_tokens=4, seed=0))
         with torch.no_grad():
             logits = model.model(ids).logits
-        self.ends = model.source.generation_config.eos_token_id
+        self.source = model.source
         return list(said.ids), logits.tolist()
 
     def _generated_there(self) -> Any:
         import transformers
-        from transformers import AutoTokenizer
 
         config = transformers.AutoConfig.from_pretrained(self.changed)
         model = getattr(transformers, config.architectures[0]).from_pretrained(self.changed, config=config).eval()
-        tokenizer = AutoTokenizer.from_pretrained(self.changed)
+        return self._said_there(model)
+
+    def _said_there(self, model: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        config, tokenizer = model.config, AutoTokenizer.from_pretrained(self.changed)
         ids = torch.tensor([tokenizer("w1 w2 w3")["input_ids"]])
         ends = model.generation_config.eos_token_id
         ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), 0]))
@@ -197,6 +252,8 @@ class Loaded:
                 data = change(data, rng)
             path.write_text(json.dumps(data))
             return json.dumps(data)[:300]
+        if kind == "quantised":
+            return self._change_quantised(rng)
         names = ("config.json",) if kind == "config" else TOKENIZER
         path = self.changed / rng.choice([name for name in names if (self.changed / name).is_file()])
         how = rng.choice(("value",) * 8 + ("bytes", "bytes", "pipe", "nothing", "deep", "sparse", "link"))
@@ -207,15 +264,46 @@ class Loaded:
         elif how == "deep":
             path.write_text('{"a":' * 100_000)
         else:
-            path.unlink()
-            if how == "pipe":
-                os.mkfifo(path)
-            elif how == "link":
-                path.symlink_to("/dev/zero")
-            elif how == "sparse":
-                with path.open("wb") as file:
-                    file.truncate(2**36)
+            put(path, how)
         return f"{how} of {path.name}"
+
+    def _change_quantised(self, rng: random.Random) -> str:
+        how = rng.choice(("tensors",) * 8 + ("options",) * 8 + ("pipe", "nothing", "sparse", "link"))
+        path = self.changed / rng.choice(("config.json", "model.safetensors"))
+        if how == "tensors":
+            tensor_file(self.changed / "model.safetensors", rng)
+        elif how == "options":
+            json_file(self.changed / "config.json", rng, mutated_quantisation)
+        else:
+            put(path, how)
+        return f"{how} of {path.name}"
+
+
+def put(path: Path, how: str) -> None:
+    """Something else in the place of a file."""
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "link":
+        path.symlink_to("/dev/zero")
+    elif how == "sparse":
+        with path.open("wb") as file:
+            file.truncate(2**36)
+
+
+def quantised_by_transformers(folder: Path, options: dict[str, object]) -> None:
+    """A tiny Llama that transformers quantised with bitsandbytes and saved."""
+    import transformers
+
+    dense = folder.with_name(f"{folder.name} dense")
+    with quiet_transformers():
+        llama(torch.float32, inner=128).save_pretrained(dense)
+        config = transformers.BitsAndBytesConfig(**options)
+        model: Any = transformers.LlamaForCausalLM.from_pretrained(
+            dense, quantization_config=config, dtype=torch.float32, device_map="cpu"
+        )
+        model.save_pretrained(folder)
+    shutil.rmtree(dense)
 
 
 def snapshot_names(folder: Path) -> list[tuple[str, int, int]]:
@@ -250,7 +338,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 def _all(loaded: Loaded, numbers: range) -> None:
     failed = []
     for number in numbers:
-        kind = ("tokenizer", "settings", "config")[number % 3]
+        kind = KINDS[number % len(KINDS)]
         try:
             loaded.run(kind, number)
         except AssertionError as error:
