@@ -85,6 +85,19 @@ def _hqq(parts: Parts, options: Mapping[str, Any]) -> Tensor:
     return ((codes.to(made_in) - zero) * scale).reshape(parts["shape"].tolist())
 
 
+def _bitsandbytes(parts: Parts, options: Mapping[str, Any]) -> Tensor:
+    import bitsandbytes.functional as library
+
+    found: Tensor
+    if "SCB" in parts:
+        found = library.int8_vectorwise_dequant(parts["weight"], parts["SCB"])
+    else:
+        state = {name: tensor for name, tensor in parts.items() if name.startswith("weight.")}
+        kept = library.QuantState.from_dict(state, device=torch.device("cpu"))
+        found = library.dequantize_4bit(parts["weight"], kept)
+    return found
+
+
 READERS: Mapping[str, tuple[str, Callable[[Parts, Mapping[str, Any]], Tensor]]] = {
     "gptq": ("qweight", _gptq),
     "awq": ("qweight", _awq),
@@ -92,6 +105,7 @@ READERS: Mapping[str, tuple[str, Callable[[Parts, Mapping[str, Any]], Tensor]]] 
     "mxfp8": ("weight", _fp8),
     "compressed-tensors": ("weight", _compressed),
     "hqq": ("W_q", _hqq),
+    "bitsandbytes": ("weight", _bitsandbytes),
 }
 """By ``quant_method``: the part that has a weight's codes, and what the parts mean together."""
 
@@ -111,22 +125,19 @@ def require_values(folder: Path, model: Any) -> Any:
     transformers loads them where it does. The model with the same weights and no code of graftc's."""
     mine = {name: dense(weight) for name, weight in packed_weights(model).items()}
     method, stored = method_of(folder), load_file(folder / "model.safetensors")
+    options = json.loads((folder / "config.json").read_text())["quantization_config"]
+    part, reader = READERS[method]
     expected: dict[str, Tensor] = {}
-    if method in READERS:
-        options = json.loads((folder / "config.json").read_text())["quantization_config"]
-        part, reader = READERS[method]
-        for name in mine:
-            module = name.removesuffix("weight")
-            parts = {n.removeprefix(module): t for n, t in stored.items() if n.startswith(module)}
-            expected[name] = reader(parts, options)
-        left = {f"{n.removesuffix(part)}weight": t for n, t in stored.items() if n.endswith(f".{part}")}
-        left = {n: t for n, t in left.items() if not t.is_floating_point() or t.itemsize == 1}
-        assert left.keys() <= mine.keys(), left.keys() - mine.keys()
+    for name in mine:
+        module = name.removesuffix("weight")
+        expected[name] = reader({n.removeprefix(module): t for n, t in stored.items() if n.startswith(module)}, options)
+    left = {f"{n.removesuffix(part)}weight": t for n, t in stored.items() if n.endswith(f".{part}")}
+    left = {n: t for n, t in left.items() if not t.is_floating_point() or t.itemsize == 1}
+    assert left.keys() <= mine.keys(), left.keys() - mine.keys()
     theirs = by_transformers(folder) if method in BY_TRANSFORMERS else None
     if theirs is not None:
         found = weights_of_bitsandbytes(theirs) if method == "bitsandbytes" else theirs.state_dict()
         expected |= {name: found[name] for name in mine}
-    assert expected.keys() == mine.keys()
     for name, weight in mine.items():
         equal(weight, expected[name], name)
     reference = plain(folder, stored, mine)

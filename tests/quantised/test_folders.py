@@ -231,6 +231,32 @@ def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
         graftc.load_base(tmp_path)
 
 
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "a method": ("gptq 4", {"quant_method": list(range(9_000))}),
+    "bits": ("gptq 4", {"bits": 10**400}),
+    "a group": ("gptq 4", {"group_size": ["x" * 20_000]}),
+    "a layout": ("gptq 4", {"checkpoint_format": "x" * 50_000}),
+    "a packing": ("awq", {"version": "x" * 50_000}),
+    "a block": ("fp8 blocks", {"weight_block_size": list(range(9_000))}),
+    "numbers": ("fp8 blocks", {"fmt": {"x" * 50_000: 1}}),
+    "a format": ("compressed 4", {"format": "x" * 50_000}),
+    "sparse": ("compressed 4", {"sparsity_config": {"format": "x" * 50_000}}),
+    "widths": ("compressed 4", {"config_groups": {"a": {"weights": {"num_bits": "x" * 50_000}}}}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_option_is_shown_in_part(name: str, tmp_path: Path) -> None:
+    kind, options = LONG[name]
+    written(tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= options
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraftError, match="GC161") as caught:
+        graftc.load_base(tmp_path)
+    assert len(str(caught.value)) < 1_000
+
+
 def test_a_weight_without_a_place_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "gptq 4")
     state = load_file(tmp_path / "model.safetensors")

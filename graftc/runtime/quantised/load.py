@@ -22,6 +22,7 @@ from graftc.runtime.quantised.tensors import REFUSAL, FolderTensors, damaged
 from graftc.runtime.quantised.weights import Format, unread
 from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.errors.text import shown
 
 FORMATS: Mapping[str, Format] = {
     "awq": awq.weights,
@@ -77,7 +78,7 @@ def require_read(config: Any, where: str) -> None:
     elif method not in FORMATS:
         known = ", ".join(sorted([*FORMATS, *BY_TRANSFORMERS]))
         hint = "take the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}; or one "
-        unread(f"the weights of {where} are quantised by {method!r}, which is not read", f"{hint}of {known}")
+        unread(f"the weights of {where} are quantised by {shown(method)}, which is not read", f"{hint}of {known}")
 
 
 def _require_package(name: str, where: str) -> None:

@@ -15,6 +15,7 @@ from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType, as_bytes, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
 
 Options: TypeAlias = Mapping[str, Any]
 """What a config says under ``quantization_config``."""
@@ -49,7 +50,7 @@ def whole_number(options: Options, name: str, default: int | None = None) -> int
     """A number of a config. GC161 where it is none."""
     found = options.get(name, default)
     if type(found) is not int:
-        unread(f"the quantization_config has {name}: {found!r}, which is no whole number")
+        unread(f"the quantization_config has {name}: {shown(found)}, which is no whole number")
     return found
 
 

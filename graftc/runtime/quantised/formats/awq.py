@@ -13,6 +13,7 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, affine, unread, whole_number
 from graftc.runtime.quantised.words import fields
+from graftc.specs.errors.text import shown
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word each of eight outputs is."""
@@ -28,7 +29,7 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """
     layout = str(options.get("version") or options.get("format") or "gemm").lower()
     if layout != "gemm":
-        unread(f"the AWQ packing {layout!r} is made for a kernel", "take a checkpoint of version gemm")
+        unread(f"the AWQ packing {shown(layout)} is made for a kernel", "take a checkpoint of version gemm")
     if whole_number(options, "bits", options.get("w_bit", _BITS)) != _BITS:
         unread(f"AWQ has {_BITS} bits")
     group = whole_number(options, "group_size", options.get("q_group_size", 128))

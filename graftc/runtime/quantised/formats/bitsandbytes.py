@@ -15,6 +15,7 @@ from graftc.passes.core.packing.blockwise import SCALES, Blockwise
 from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight
+from graftc.specs.errors.text import shown
 
 _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
@@ -32,9 +33,8 @@ def _read_4bit(tensors: FolderTensors, name: str, kind: str, shape: tuple[int, .
     said = _state(tensors, f"{name}.quant_state.bitsandbytes__{kind}")
     block, dtype_was, nested = said.get("blocksize"), _TYPES.get(str(said.get("dtype"))), said.get("nested_blocksize")
     if said.get("shape") != list(shape) or type(block) is not int or block < 1 or dtype_was is None:
-        damaged(
-            f"{name} is stored as {said.get('shape')} of {said.get('dtype')} in blocks of {block}, not {list(shape)}"
-        )
+        stored, kind_was = shown(said.get("shape")), shown(said.get("dtype"))
+        damaged(f"{name} is stored as {stored} of {kind_was} in blocks of {shown(block)}, not {list(shape)}")
     state = SimpleNamespace(
         quant_type=kind,
         shape=shape,
@@ -48,7 +48,7 @@ def _read_4bit(tensors: FolderTensors, name: str, kind: str, shape: tuple[int, .
     if nested is not None:
         offset = said.get("nested_offset")
         if not isinstance(offset, float) or nested != SCALES:
-            damaged(f"the scales of {name} have the offset {offset!r}, in blocks of {nested!r}")
+            damaged(f"the scales of {name} have the offset {shown(offset)}, in blocks of {shown(nested)}")
         state.offset = torch.tensor(offset)
         state.state2 = SimpleNamespace(
             absmax=tensors.get(f"{name}.nested_absmax", torch.float32),

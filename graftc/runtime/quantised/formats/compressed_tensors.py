@@ -14,6 +14,7 @@ from graftc.runtime.quantised.formats.fp8 import floating
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, affine, order_of, unread
 from graftc.runtime.quantised.words import fields, words_for
+from graftc.specs.errors.text import shown
 
 _LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 _MIDDLE = 128
@@ -30,15 +31,15 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
         unread("the quantization_config has no config_groups")
     for layout in (options.get("format"), *(group.get("format") for group in groups.values())):
         if layout is not None and layout not in _LAYOUTS:
-            unread(f"the compressed-tensors format {layout!r} is not read", f"there are {', '.join(_LAYOUTS)}")
+            unread(f"the compressed-tensors format {shown(layout)} is not read", f"there are {', '.join(_LAYOUTS)}")
     sparse = options.get("sparsity_config") or {}
     if sparse and sparse.get("format", "dense") != "dense":
-        unread(f"the weights are sparse too: {sparse.get('format')}")
+        unread(f"the weights are sparse too: {shown(sparse.get('format'))}")
     if (options.get("transform_config") or {}).get("config_groups"):
         unread("activations are transformed before the quantised weights, which is not read")
     widths = {bits for group in groups.values() if (bits := (group.get("weights") or {}).get("num_bits")) is not None}
     if not all(type(bits) is int and 1 <= bits <= 8 for bits in widths):
-        unread(f"weights of {sorted(map(str, widths))} bits are not read", "there are 1 to 8")
+        unread(f"weights of {shown(sorted(map(str, widths)))} bits are not read", "there are 1 to 8")
     blocks = [found for group in groups.values() if (found := _block(group.get("weights") or {})) is not None]
     for name in tensors.ending(".weight_packed"):
         yield StoredWeight(f"{name}.weight", partial(_read_words, tensors, name, sorted(widths)))
@@ -64,7 +65,7 @@ def _read_words(
     rows, width = shape
     stated = tensors.get(f"{name}.weight_shape")
     if stated.tolist() != [rows, width]:
-        damaged(f"{name}.weight_shape is {stated.tolist()}, not {[rows, width]}")
+        damaged(f"{name}.weight_shape is {shown(stated.tolist())}, not {[rows, width]}")
     words = tensors.get(f"{name}.weight_packed", torch.int32, shape=(rows, None))
     bits = next((bits for bits in widths if words.shape[1] == words_for(width, bits)), None)
     if bits is None:

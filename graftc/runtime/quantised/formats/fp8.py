@@ -14,6 +14,7 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.packing import PackedType, as_bytes, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, unread
+from graftc.specs.errors.text import shown
 
 _SUFFIXES = (".weight_scale_inv", ".weight_scale")
 
@@ -26,9 +27,9 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """
     block = options.get("weight_block_size")
     if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block))):
-        unread(f"the quantization_config has weight_block_size: {block!r}, which is no pair of sizes")
+        unread(f"the quantization_config has weight_block_size: {shown(block)}, which is no pair of sizes")
     if options.get("fmt", "e4m3") != "e4m3":
-        unread(f"FP8 of format {options.get('fmt')!r} is not read", "there is e4m3")
+        unread(f"FP8 of format {shown(options.get('fmt'))} is not read", "there is e4m3")
     sizes = None if block is None else (block[0], block[1])
     for name in tensors.ending(".weight"):
         if tensors.kind(f"{name}.weight") == "F8_E4M3":

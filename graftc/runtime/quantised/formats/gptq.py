@@ -11,6 +11,7 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, affine, order_of, unread, whole_number
 from graftc.runtime.quantised.words import fields, words_for
+from graftc.specs.errors.text import shown
 
 _BITS = (2, 3, 4, 8)
 _LESS_ONE = "gptq"
@@ -26,9 +27,9 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     bits = whole_number(options, "bits")
     layout = options.get("checkpoint_format") or options.get("format") or _LESS_ONE
     if bits not in _BITS:
-        unread(f"GPTQ of {bits} bits is not read", "there are 2, 3, 4 and 8 bits")
+        unread(f"GPTQ of {shown(bits)} bits is not read", "there are 2, 3, 4 and 8 bits")
     if layout not in (_LESS_ONE, "gptq_v2"):
-        unread(f"the GPTQ layout {layout!r} is made for a kernel", "take a checkpoint of checkpoint_format gptq")
+        unread(f"the GPTQ layout {shown(layout)} is made for a kernel", "take a checkpoint of checkpoint_format gptq")
     group, before = whole_number(options, "group_size", 128), 1 if layout == _LESS_ONE else 0
     for name in tensors.ending(".qweight"):
         yield StoredWeight(f"{name}.weight", partial(_read, tensors, name, bits, group, before))

@@ -14,6 +14,7 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.packing import PackedType, as_bytes, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, unread
+from graftc.specs.errors.text import shown
 
 _PACKINGS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "1bit_u8": 1}
 _TYPES = {str(dtype): dtype for dtype in FLOATS}
@@ -29,13 +30,13 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
     rows, width = shape
     stated = tensors.get(f"{name}.shape")
     if stated.tolist() != [rows, width]:
-        damaged(f"{name}.shape is {stated.tolist()}, not {[rows, width]}")
+        damaged(f"{name}.shape is {shown(stated.tolist())}, not {[rows, width]}")
     for part in ("scale", "zero"):
         if f"{name}.quant_{part}" in tensors and _number(tensors, f"{name}.quant_{part}"):
             unread(f"the {part}s of {name} are quantised too, which is not read")
     layout, made_in = _text(tensors, f"{name}.packing"), _TYPES.get(_text(tensors, f"{name}.compute_dtype"))
     if layout not in _PACKINGS or made_in is None:
-        unread(f"the HQQ packing {layout!r} of {name} is not read", f"there are {', '.join(_PACKINGS)}")
+        unread(f"the HQQ packing {shown(layout)} of {name} is not read", f"there are {', '.join(_PACKINGS)}")
     bits = _PACKINGS[layout]
     group = _number(tensors, f"{name}.group_size") if f"{name}.group_size" in tensors else 0
     axis = _number(tensors, f"{name}.axis")
