@@ -47,27 +47,32 @@ _SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     """Note every file that is opened or changed, and every program that is started."""
-    if _WATCHED is None or event not in _EVENTS | _PROGRAMS:
+    if _WATCHED is None or event not in _PLACES:
         return
-    if isinstance(arguments[0], str | bytes | os.PathLike):
-        opened = event == "open"
-        writes = not opened or bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        path = os.fsdecode(arguments[0])
+    opened = event == "open"
+    writes = not opened or bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    for where, beside in _PLACES[event]:
+        if not isinstance(arguments[where], str | bytes | os.PathLike):
+            continue
+        path = os.fsdecode(arguments[where])
         if not os.path.isabs(path):
             if opened:  # which folder it is in is not told; the system's own log has it
-                return
-            folder = arguments[_FOLDER.get(event, 0)]
+                continue
+            folder = arguments[beside] if beside is not None else None
             path = os.path.join(f"/proc/self/fd/{folder}" if type(folder) is int and folder >= 0 else ".", path)
         _WATCHED.append((event, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), writes))
 
 
-_FOLDER = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.chmod": 2}
-"""Where an event has the descriptor of the folder that a path is in."""
-
-_EVENTS = frozenset(
-    ("open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-)
 _PROGRAMS = frozenset(("os.system", "os.posix_spawn", "os.exec", "subprocess.Popen"))
+_PLACES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    **dict.fromkeys(("open", "os.truncate", *_PROGRAMS), ((0, None),)),
+    **dict.fromkeys(("os.remove", "os.rmdir"), ((0, 1),)),
+    **dict.fromkeys(("os.mkdir", "os.chmod"), ((0, 2),)),
+    **dict.fromkeys(("os.chown", "os.utime"), ((0, 3),)),
+    **dict.fromkeys(("os.rename", "os.link"), ((0, 2), (1, 3))),
+    "os.symlink": ((1, 2),),
+}
+"""Where an event has paths, and each the descriptor of the folder that it is in."""
 
 
 sys.addaudithook(_audit)

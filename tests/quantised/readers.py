@@ -137,7 +137,7 @@ def require_values(folder: Path, model: Any) -> Any:
     theirs = by_transformers(folder) if method in BY_TRANSFORMERS else None
     if theirs is not None:
         found = weights_of_bitsandbytes(theirs) if method == "bitsandbytes" else theirs.state_dict()
-        expected |= {name: found[name] for name in mine}
+        expected |= {name: found[name] for name in mine.keys() & found.keys()}
     for name, weight in mine.items():
         equal(weight, expected[name], name)
     reference = plain(folder, stored, mine)
@@ -175,6 +175,8 @@ def weights_of_bitsandbytes(model: Any) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, bnb.nn.Linear4bit):
+            if getattr(weight, "quant_state", None) is None:  # transformers left codes there that it cannot run
+                continue
             found[f"{path}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             found[f"{path}.weight"] = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
