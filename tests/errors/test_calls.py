@@ -15,7 +15,7 @@ from graftc.specs.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 
 MODEL = nn.Sequential(nn.Linear(3, 3))
-SPEC = {"adapt": [{"method": "lora", "target": {"modules": "0"}}]}
+SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "0"}}]}
 NAMES = [name for name in graftc.__all__ if inspect.isfunction(getattr(graftc, name))]
 
 
