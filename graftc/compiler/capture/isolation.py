@@ -18,17 +18,16 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import _pop_mode, _push_mode
-from torch.utils._python_dispatch import _disable_current_modes
+
+from graftc.passes.core.modes import no_modes
 
 _lock = threading.RLock()
-_holder: int | None = None
-"""The thread that makes a graph."""
 
 
 def _renew() -> None:
     """A child process has only the thread that forked: nobody there would ever release the locks."""
-    global _lock, _holder
-    _lock, _holder = threading.RLock(), None
+    global _lock
+    _lock = threading.RLock()
     _default_dtype.renew()
 
 
@@ -46,7 +45,7 @@ def isolated() -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_no_function_modes())
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(no_modes())
         stack.enter_context(_no_autocast())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -58,13 +57,8 @@ def isolated() -> Iterator[None]:
 def exclusive() -> Iterator[None]:
     """`isolated`, by one thread of the process at a time; re-entrant. Hooks on every module of the process, which
     counters of operators and profilers use, hear of the calls of other threads alone."""
-    global _holder
     with _lock, isolated(), _no_global_hooks():
-        before, _holder = _holder, threading.get_ident()
-        try:
-            yield
-        finally:
-            _holder = before
+        yield
 
 
 @contextmanager
@@ -89,13 +83,10 @@ _SELDOM = (100_000, 50, 100)
 def is_traced() -> bool:
     """Whether a compiler is tracing what this thread does.
 
-    ``torch.compiler.is_compiling()`` is also true where another thread of the process is in torch.export, and for a
-    while the stack of proxy modes, which is the process's own, says the same.
+    ``torch.compiler.is_compiling()`` is also true where another thread of the process is in torch.export.
     """
     if torch.compiler.is_dynamo_compiling():
         return True
-    if _holder not in (None, threading.get_ident()):
-        return False
     return torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 

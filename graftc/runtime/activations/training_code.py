@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed, tensor_at
+from graftc.passes.core.modes import no_modes
 from graftc.passes.core.ops.unpack import unpacked
 from graftc.passes.core.packing.gradients import is_open
 from graftc.passes.core.weights.containers import OWN
@@ -160,7 +160,7 @@ class TrainingCode:
     def choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
         """Choose how this graph runs, and how the layers that it calls do, which share its budget."""
         mode, calls = FakeTensorMode(), list[Call]()
-        with _disable_current_modes():
+        with no_modes():
             call, _ = self._call(module, fake(list(inputs), mode), kind, mode, calls)
         kept = chosen([*calls, call], self._budget)
         if self._budget is not None and kept > 1.001 * self._budget:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from graftc.passes.core.modes import no_modes
 from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 
 PACKINGS: dict[str, type[Packing]] = {}
@@ -198,7 +198,7 @@ def swapped(sizes: Sequence[int]) -> tuple[int, ...]:
 @contextmanager
 def real_values() -> Iterator[None]:
     """What is made inside has values, and can be kept for other calls, also where a graph is traced."""
-    with _disable_current_modes(), torch.inference_mode(False):
+    with no_modes(), torch.inference_mode(False):
         yield
 
 

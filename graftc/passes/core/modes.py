@@ -1,0 +1,67 @@
+"""Modes of torch that intercept operators, which a thread leaves out for a while.
+
+torch has a stack of them for each thread, and one for the whole process, of what traces before autograd. Whoever leaves
+out modes, which printing a tensor does too, takes those of another thread that is in the middle of a trace, which then
+ends in "pop empty mode stack". A thread that works without modes has a stack of its own instead, empty at first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import _ops
+from torch.utils._python_dispatch import _disable_current_modes
+
+_operators: Any = _ops
+
+
+class _Stacks:
+    """In the place of the stack of the process, which it is for all threads but those that have their own."""
+
+    def __init__(self, shared: Any) -> None:
+        self.shared, self.own = shared, threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.here, name)
+
+    @property
+    def here(self) -> Any:
+        """The stack of this thread."""
+        return getattr(self.own, "stack", self.shared)
+
+    @property
+    def _schema_check_mode(self) -> Any:
+        return self.here._schema_check_mode
+
+    @_schema_check_mode.setter
+    def _schema_check_mode(self, mode: Any) -> None:
+        self.here._schema_check_mode = mode
+
+    @contextmanager
+    def separate(self) -> Iterator[None]:
+        """Inside, this thread has a new stack."""
+        before = self.here
+        self.own.stack = _operators._ModeStackStateForPreDispatch()
+        try:
+            yield
+        finally:
+            self.own.stack = before
+
+
+_stacks = _Stacks(_operators._mode_stack_state_for_pre_dispatch)
+_operators._mode_stack_state_for_pre_dispatch = _stacks
+
+
+@contextmanager
+def no_modes() -> Iterator[None]:
+    """Inside, no mode intercepts operators of this thread, and what other threads trace goes on undisturbed."""
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
+        with _disable_current_modes(), _stacks.separate():  # this thread itself is in the middle of a trace
+            yield
+    else:
+        with _stacks.separate(), _disable_current_modes():
+            yield
