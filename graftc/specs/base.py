@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -163,9 +163,14 @@ class MethodSpec(SpecModel):
         """
         for override in self.override_list():
             if override.matches(module, roles, layer, depth, parameter=parameter):
-                values: dict[str, Any] = {f: getattr(self, f) for f in self.model_fields_set} | override.changes()
-                return type(self).model_validate(values)
+                changes = override.changes()
+                kept = {f: getattr(self, f) for f in self.model_fields_set - set(self.displaced_by(changes))}
+                return type(self).model_validate(kept | changes)
         return self
+
+    def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
+        """Fields that an override's values take the place of, beside those of the same names."""
+        return ()
 
     def override_list(self) -> Sequence[Override]:
         """The overrides in order; empty for a method that has none."""

@@ -303,8 +303,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
                 tensors, flags = split(present)
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before exporting it")
-            found: ProgramKey = self._captured(present, entry)
-            return found
+            return cast("ProgramKey", self._captured(present, entry))
         return key
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
@@ -351,12 +350,8 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
 
     def shared(self) -> list[Any]:
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
-        found: list[Any] = [
-            self._interface,
-            *self._programs.values(),
-            *self._lowered.values(),
-            vars(self).get("_stand_in"),
-        ]
+        graphs = (*self._programs.values(), *self._lowered.values())
+        found: list[Any] = [self._interface, *graphs, vars(self).get("_stand_in")]
         for compilation in self.compilations():
             if compilation.store is not self._store:
                 found.append(compilation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -120,23 +120,9 @@ class BottleneckSpec(MethodSpec):
             reject(self, (("init_std",), GraftError("GC002", message, hint="use init: bert or init: houlsby")))
         return self
 
-    def for_site(
-        self,
-        module: str,
-        roles: Collection[str] = (),
-        layer: int | None = None,
-        *,
-        depth: int | None = None,
-        parameter: str = "",
-    ) -> Self:
-        """See `MethodSpec.for_site`. An override's width takes the place of the adaptation's, whichever way each is
-        given."""
-        for override in self.override_list():
-            if override.matches(module, roles, layer, depth, parameter=parameter):
-                changes = override.changes()
-                kept = self.model_fields_set - (set(WIDTHS) if changes.keys() & set(WIDTHS) else set())
-                return type(self).model_validate({f: getattr(self, f) for f in kept} | changes)
-        return self
+    def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
+        """An override's width takes the place of the adaptation's, whichever way each is given."""
+        return WIDTHS if changes.keys() & set(WIDTHS) else ()
 
     def width(self, read: int) -> int:
         """The width of the bottleneck where ``read`` entries are read; 0 where `reduction` leaves none."""
