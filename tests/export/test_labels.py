@@ -130,3 +130,59 @@ def test_what_only_a_loss_reads(kind: type[Own], kept: set[str], tmp_path: Path)
     compiled = graftc.compile(spec, kind(True).eval(), given).eval()
     path = compiled.export(tmp_path / "made.pt2", "pt2")
     assert set(torch.export.load(path).graph_signature.user_inputs) == kept
+
+
+class Optional(nn.Module):
+    """A model that takes tokens of a decoder and needs none, where nothing but the loss reads labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fc = nn.Embedding(90, 6), nn.Linear(6, 5)
+
+    def forward(
+        self, input_ids: Tensor, decoder_input_ids: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        y = self.fc(self.words(input_ids))
+        if decoder_input_ids is not None:
+            y = y + self.fc(self.words(decoder_input_ids))
+        return {"logits": y} if labels is None else {"loss": y.mean(-1).sub(labels).square().mean(), "logits": y}
+
+
+@pytest.mark.parametrize("when", ["compiled", "exported"])
+def test_a_decoder_that_there_is_not(when: str, tmp_path: Path) -> None:
+    """Its tokens are no input of the file: the model runs without them."""
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
+    given = {"input_ids": IDS, "labels": IDS}
+    examples = given if when == "compiled" else {"input_ids": IDS}
+    compiled = graftc.compile(spec, Optional().eval(), examples).eval()
+    path = compiled.export(tmp_path / "made.pt2", "pt2", None if when == "compiled" else given)
+    assert list(torch.export.load(path).graph_signature.user_inputs) == ["input_ids"]
+
+
+class Steps(nn.Module):
+    """A model that runs once for every token, so that a graph holds for one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        state = torch.zeros_like(x[:, 0])
+        for step in x.unbind(1):
+            state = self.fc(state + step).tanh()
+        return {"logits": state} if labels is None else {"loss": (state - labels).square().mean(), "logits": state}
+
+
+@pytest.mark.parametrize("length", [4, 11])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_graphs_of_one_length(merged: bool, labelled: bool, length: int, tmp_path: Path) -> None:
+    """The file takes the length that the model was compiled with, not one that nobody gave."""
+    given = {"x": torch.randn(2, length, 6)}
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
+    compiled = graftc.compile(spec, Steps().eval(), given | ({"labels": torch.randn(2, 6)} if labelled else {})).eval()
+    perturb(compiled, 0.2)
+    model = compiled.merge() if merged else compiled
+    program = torch.export.load(model.export(tmp_path / "made.pt2", "pt2")).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(**given)["logits"], compiled(**given)["logits"], atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.capture.past import require_no_cache
+from graftc.compiler.capture.signature import fits
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.model.choosing import with_choices
@@ -116,15 +117,19 @@ class Exporting(ModelRunner):
         return export_model(simplest, path, kind, signature, inputs=options.get("inputs", ()), **said, force=force)
 
     def _exported_signature(self, example_inputs: ExampleInputs | None) -> Signature:
-        """The signature of a call, without labels; by default of the one that the model was compiled with."""
+        """The signature of a call, without labels; by default of the one that the model was compiled with, at the sizes
+        that were shown then, where a graph holds for one size only."""
         from graftc.runtime.export.labels import without_labels
 
         compilation = self._compilation
         chosen: dict[str, Any] = {}
         if example_inputs is None:
             main = compilation.program("train", "base")
-            present = {axis.name: axis.example(self.device) for axis in compilation.main.axes} | dict(main.flags)
-            if without_labels(self, present).keys() == present.keys():
+            shown = compilation.main.shown
+            present = {a.name: shown.get(a.name, a.example(self.device)) for a in compilation.main.axes}
+            present |= dict(main.flags)
+            labelled = without_labels(self, present).keys() != present.keys()
+            if not labelled and (not shown or fits(main.inputs, present)):
                 return compilation.main.signature
         else:
             examples = self._interface.examples(example_inputs)

@@ -26,17 +26,20 @@ def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str,
 
     Labels are what transformers takes for labels of the class, and what nothing but the output ``loss`` reads in the
     model's first graph; one that ``forward`` needs stays. A decoder that makes its tokens of the labels is given tokens
-    instead.
+    instead; a model that takes them and runs without any gets none.
     """
     from transformers.utils.generic import find_labels
 
-    model = runner._compilation.model
+    model, first = runner._compilation.model, runner._compilation.program("train", "base")
     labelled: Callable[[type], list[str]] = find_labels
-    known = {*labelled(type(model)), _TARGETS, COUNT, *_of_the_loss(runner._compilation.program("train", "base"))}
+    of_the_loss = _of_the_loss(first)
+    known = {*labelled(type(model)), _TARGETS, COUNT, *of_the_loss}
     dropped = {name for name in present if name in known and runner._interface.optional(name)}
     found = {name: value for name, value in present.items() if name not in dropped}
     labels = present.get("labels") if "labels" in dropped else None
+    tokens = {"labels", *_DECODED} - of_the_loss
     decodes = _DECODED[0] in runner._interface.parameters and not found.keys() & {*_DECODED}
+    decodes = decodes and not tokens.isdisjoint(first.signature)
     if decodes and isinstance(labels, Tensor):
         found[_DECODED[0]] = torch.ones_like(labels, dtype=torch.int64)
     return found
