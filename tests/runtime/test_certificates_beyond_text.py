@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, randomise
+from tests.runtime.beyond_text import BEYOND_TEXT
 
 SPECS: dict[str, dict[str, Any]] = {
     "all queries": {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]},
@@ -65,3 +67,51 @@ def test_merged_and_saved(spec: str, kosmos: nn.Module, tmp_path: Path) -> None:
         assert caught.value.code == "GC051" and "call it once" in str(caught.value)
         loaded(**batch(2, 11))
         torch.testing.assert_close(loaded.merge()(**given).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", sorted(BEYOND_TEXT))
+def test_models(kind: str, tmp_path: Path) -> None:
+    """Adapted, loaded, merged, saved and exported, each as the source with folded weights, at two sizes."""
+    torch.manual_seed(0)
+    source, calls = BEYOND_TEXT[kind]()
+    model = randomise(source).eval()
+    # weights that are tied fold only together
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
+    spec = {"adapt": [{"method": "lora", "rank": 2, "alpha": 4, "target": {"modules": names}}]}
+    compiled = graftc.compile(spec, model, calls[0]).eval()
+    assert not any(differing(compiled, model, call, 1e-6) for call in calls)
+    perturb(compiled, 0.1)
+    folded = with_update(model, compiled)
+    assert all(differing(model, folded, call, 1e-2) for call in calls)
+    compiled.save(tmp_path / "artifact")
+    merged = compiled.merge()
+    merged.save(tmp_path / "merged")
+    plain = type(model).from_pretrained(tmp_path / "merged").eval()  # type: ignore[attr-defined]
+    loaded = graftc.load(tmp_path / "artifact", model=model).eval()
+    for made in (compiled, merged, plain, loaded):
+        assert not any(differing(made, folded, call, 1e-5) for call in calls)
+    program = torch.export.load(merged.export(tmp_path / "merged.pt2", "pt2")).module()
+    given = {name: value for name, value in calls[0].items() if isinstance(value, Tensor) and name != "labels"}
+    with torch.no_grad():
+        expected, found = folded(**given), program(**given)
+    name = "logits" if "logits" in found else "logits_per_image"
+    torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+
+
+def with_update(model: nn.Module, compiled: nn.Module) -> nn.Module:
+    """The source with the factors of every LoRA multiplied and added to its weights."""
+    made, factors = copy.deepcopy(model), dict(compiled.named_parameters())
+    for path in {name.partition(".graftc.")[0] for name in factors if ".graftc." in name}:
+        own = {name.rpartition(".")[2]: t for name, t in factors.items() if name.startswith(f"{path}.graftc.")}
+        with torch.no_grad():
+            made.get_parameter(f"{path}.weight").add_(2 * own["B"] @ own["A"])
+    return made
+
+
+def differing(one: nn.Module, other: nn.Module, call: dict[str, Any], share: float) -> list[str]:
+    """Outputs that are further apart than a share of the largest number."""
+    with torch.no_grad():
+        found, expected = one(**call), other(**call)
+    tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
+    return [n for n, v in tensors.items() if (found[n] - v).abs().max() > share * max(1.0, float(v.abs().max()))]
