@@ -126,7 +126,8 @@ class Exporting(ModelRunner):
         if example_inputs is None:
             main = compilation.program("train", "base")
             shown = compilation.main.shown
-            present = {a.name: shown.get(a.name, a.example(self.device)) for a in compilation.main.axes}
+            made = ((a, shown.get(a.name, a.example(self.device))) for a in compilation.main.axes)
+            present: dict[str, Any] = {a.name: value.to(self.device, a.dtype) for a, value in made}
             present |= dict(main.flags)
             labelled = without_labels(self, present).keys() != present.keys()
             if not labelled and (not shown or fits(main.inputs, present)):
