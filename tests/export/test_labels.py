@@ -148,6 +148,7 @@ class Optional(nn.Module):
         return {"logits": y} if labels is None else {"loss": y.mean(-1).sub(labels).square().mean(), "logits": y}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["compiled", "exported"])
 def test_a_decoder_that_there_is_not(when: str, tmp_path: Path) -> None:
     """Its tokens are no input of the file: the model runs without them."""
@@ -173,6 +174,8 @@ class Steps(nn.Module):
         return {"logits": state} if labels is None else {"loss": (state - labels).square().mean(), "logits": state}
 
 
+@pytest.mark.slow
+@pytest.mark.sample("False-True-11", "True-False-11")
 @pytest.mark.parametrize("length", [4, 11])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("merged", [False, True])
