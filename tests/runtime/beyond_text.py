@@ -88,7 +88,13 @@ def _siglip() -> tuple[nn.Module, Calls]:
 
 
 def _mamba2() -> tuple[nn.Module, Calls]:
-    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "head_dim": 16}
+    sizes: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "state_size": 16,
+        "head_dim": 16,
+    }
     config = transformers.Mamba2Config(**sizes, num_heads=8, n_groups=1, chunk_size=16, pad_token_id=0, use_cache=False)
     return transformers.Mamba2ForCausalLM(config), (texts(2, 12), texts(3, 17))
 
