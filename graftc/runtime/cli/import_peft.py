@@ -51,12 +51,13 @@ def import_peft(
                 check_apart(to, directory, model)
             check_destination(to, force=force, replaceable=is_artifact)
         single = len(directories) == 1
-        configs = [read_peft(directory, name if single else None).config for directory in directories]
+        adapters = [read_peft(directory, name if single else None) for directory in directories]
         step("loading the model")
         from graftc.runtime.api import import_peft as import_from
         from graftc.runtime.artifact.write import save
         from graftc.runtime.deploy.merged import certificate_of
-        from graftc.runtime.interop.peft.pairs import as_data, pairs_of
+        from graftc.runtime.interop.peft.expert_layouts import pairs_in
+        from graftc.runtime.interop.peft.pairs import as_data
         from graftc.runtime.loading.peft_several import each_alone, names_of
         from graftc.runtime.models import load_model_and_inputs
 
@@ -69,13 +70,14 @@ def import_peft(
             step("writing")
             save(compiled, to, force=force, base=model, certificate=certificate, kept=kept)
         alone = [compiled] if single else each_alone(compiled, names_of(directories))
-        tensors = as_data(list(dict.fromkeys(pair for own in alone for pair in pairs_of(own.compilation))))
+        pairs = (pairs_in(given, own.compilation) for given, own in zip(adapters, alone, strict=True))
+        tensors = as_data(list(dict.fromkeys(pair for found in pairs for pair in found)))
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files, print_tensors
 
     files = files_in(to)
-    methods = [str(config.format[0].tag()) for config in configs]
-    types = [config.peft_type for config in configs]
+    methods = [str(given.config.format[0].tag()) for given in adapters]
+    types = [given.config.peft_type for given in adapters]
     if json:
         from graftc.runtime.cli.results import ImportPeftResult
 

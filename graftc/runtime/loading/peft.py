@@ -23,9 +23,10 @@ from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
 from graftc.runtime.interop.peft.entries import entry_of
+from graftc.runtime.interop.peft.expert_layouts import pairs_in
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
-from graftc.runtime.interop.peft.pairs import Pair, is_adapted, is_projection, pairs_of
+from graftc.runtime.interop.peft.pairs import Pair, is_adapted, is_projection
 from graftc.runtime.interop.peft.targets import globs, is_saved
 from graftc.runtime.interop.peft.tied import once, trained_apart, trained_together
 from graftc.specs.claims import SiteKind
@@ -211,7 +212,7 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     Raises:
         GraftError: GC113 and GC114 with everything that does not fit.
     """
-    pairs = [pair for pair in pairs_of(compilation) if not pair.again]
+    pairs = [pair for pair in pairs_in(adapter, compilation) if not pair.again]
     store = compilation.store
     wanted = {pair.key: pair for pair in pairs}
     present = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)

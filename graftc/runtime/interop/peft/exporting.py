@@ -22,6 +22,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
+from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
 from graftc.runtime.interop.peft.pairs import Pair, as_data, is_adapted, pairs_of, split, table_of, table_path
@@ -72,6 +73,8 @@ def prepared(compilation: Compilation) -> PeftExport:
     refuse_inexpressible(compilation, main, others)
     pairs = pairs_of(compilation)
     config = _config(compilation, main, others)
+    if pairs != pairs_of(compilation, older=True):
+        config["peft_version"] = SINCE  # experts whose weights are square say nothing of their layout
     read_config(config, CONFIG)
     tensors = _tensors(compilation, pairs)
     axes = {part: own.axes for part, own in (table_of(main.spec) or PeftFormat(())).parts.items()}

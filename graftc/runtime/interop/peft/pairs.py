@@ -89,8 +89,12 @@ def table_of(spec: MethodSpec) -> PeftFormat | None:
     return table if isinstance(table, PeftFormat) else None
 
 
-def pairs_of(compilation: Compilation) -> list[Pair]:
+def pairs_of(compilation: Compilation, *, older: bool = False) -> list[Pair]:
     """The pairs of every tensor that a file of peft has to have for a compiled model, in the order of the spec.
+
+    Args:
+        compilation: the model.
+        older: the factors of experts are as PEFT wrote them up to 0.18.
 
     Raises:
         GraftError: GC115 for a method or a tensor that peft does not have.
@@ -103,7 +107,7 @@ def pairs_of(compilation: Compilation) -> list[Pair]:
     wrapped: dict[str, int] = {}
     found: list[Pair] = []
     for resolved in (main, *others):
-        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main)
+        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main, older=older)
     for site, names in compilation.parts.get(TRAIN, {}).items():
         for part, name in names.items():
             found.append(_plain(copies[name], name, site, part, wrapped, prefix))
@@ -143,6 +147,7 @@ def _of(
     prefix: str,
     *,
     nested: bool,
+    older: bool,
 ) -> Iterator[Pair]:
     table = table_of(resolved.spec)
     assert table is not None
@@ -166,7 +171,7 @@ def _of(
         for part, name in names.items():
             own = table.parts.get(part)
             if own is not None and site is not None:
-                shaped = _shaped(compilation, site, spec, table)
+                shaped = _shaped(compilation, site, spec, table, older)
                 if shaped.turned:
                     own = next(other for other in table.parts.values() if other.form == _OPPOSITE.get(own.form))
                 suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
@@ -225,21 +230,22 @@ def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
 _OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
 
 
-def _is_turned(compilation: Compilation, site: LinearSite) -> bool:
+def _is_turned(compilation: Compilation, site: LinearSite, older: bool) -> bool:
     """Whether peft's first factor is at the output of experts instead of their input: it goes by an attribute of their
-    module (`is_transposed`), which not every class whose weights are ``[experts, in, out]`` has."""
-    said = getattr(compilation.source.get_submodule(site.key.module), "is_transposed", False)
+    module (`is_transposed`), which not every class whose weights are ``[experts, in, out]`` has, and which older
+    releases take for granted."""
+    said = older or getattr(compilation.source.get_submodule(site.key.module), "is_transposed", False)
     return bool(said) != (site.own.layout is Layout.COLUMNS)
 
 
-def _shaped(compilation: Compilation, site: Site, spec: MethodSpec, table: PeftFormat) -> Shaped:
+def _shaped(compilation: Compilation, site: Site, spec: MethodSpec, table: PeftFormat, older: bool) -> Shaped:
     inward = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
     if not isinstance(site, LinearSite):
         return Shaped(inward=inward)
     kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
     if not site.leading:
         return Shaped(None, tuple(kernel), inward)
-    return Shaped(site.leading[0], tuple(kernel), inward, turned=_is_turned(compilation, site))
+    return Shaped(site.leading[0], tuple(kernel), inward, turned=_is_turned(compilation, site, older))
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:

@@ -1,0 +1,55 @@
+"""Which way round a file has the factors of experts, which depends on the release of PEFT that wrote it.
+
+Up to 0.18, the first factor reads the middle axis of a weight ``[experts, a, b]``, whatever that is; from 0.19 on, it
+reads the experts' inputs, which are the last axis unless their module says `is_transposed`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from graftc.compiler.compilation import Compilation
+from graftc.runtime.interop.peft.folder import PeftAdapter
+from graftc.runtime.interop.peft.pairs import Pair, pairs_of
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.foreign.config import CONFIG
+
+__all__ = ["SINCE", "pairs_in"]
+
+SINCE = "0.19.0"
+"""The first release with the layout that `pairs_of` writes."""
+
+_RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?")
+
+
+def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
+    """`pairs_of` in the layout that a folder has: the one that its sizes are of, or else that of its `peft_version`.
+
+    Raises:
+        GraftError: GC113 where nothing tells the layouts apart.
+    """
+    found, older = pairs_of(compilation), pairs_of(compilation, older=True)
+    if found == older or not _fits(adapter, compilation, older):
+        return found
+    if not _fits(adapter, compilation, found):
+        return older
+    release = _RELEASE.fullmatch(adapter.config.peft_version or "")
+    if release is not None:
+        return found if (int(release[1]), int(release[2])) >= (0, 19) else older
+    first = next(pair.site for pair, other in zip(found, older, strict=True) if pair != other)
+    message = (
+        f"the factors of {first} are those of PEFT up to 0.18, or of PEFT from 0.19 on, which have the two the other "
+        "way round: the weights are square, so that both fit, and peft_version does not say which release wrote them"
+    )
+    hint = 'set "peft_version" in the config to the release that wrote it, such as "0.18.1" or "0.19.0"'
+    raise GraftError("GC113", message, place=Place(str(adapter.folder / CONFIG), path="peft_version"), hint=hint)
+
+
+def _fits(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> bool:
+    """Whether all factors of experts in the file have the sizes that they have in a layout."""
+    own = [pair for pair in pairs if pair.shaped.experts is not None and pair.key in adapter.shapes]
+    like = {pair: torch.empty(compilation.store.get(pair.tensor).shape, device="meta") for pair in own}
+    return all(tuple(pair.write(tensor).shape) == adapter.shapes[pair.key] for pair, tensor in like.items())
