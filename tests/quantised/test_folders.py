@@ -219,6 +219,21 @@ DAMAGED = {
 
 
 @quiet
+@pytest.mark.parametrize(("name", "part"), [("compressed fp8", "weight_scale"), ("fp8 one scale", "weight_scale_inv")])
+@pytest.mark.parametrize("of", ["rows", "columns"])
+def test_scales_of_rows_and_of_columns_of_a_square_weight(name: str, part: str, of: str, tmp_path: Path) -> None:
+    written(tmp_path, name)
+    state, module = load_file(tmp_path / "model.safetensors"), "model.layers.1.self_attn.q_proj"
+    codes = state[f"{module}.weight"]
+    scales = torch.rand((64, 1) if of == "rows" else (1, 64), generator=torch.Generator().manual_seed(0)) + 0.5
+    scales = scales.to(state[f"{module}.{part}"].dtype)
+    state[f"{module}.{part}"] = scales
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    found = dense_value(packed_weights(graftc.load_base(tmp_path))[f"{module}.weight"])
+    assert codes.shape == (64, 64) and torch.equal(found, (codes.to(scales.dtype) * scales).to(found.dtype))
+
+
+@quiet
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     kind, damage = DAMAGED[name]

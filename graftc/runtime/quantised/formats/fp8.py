@@ -63,7 +63,7 @@ def floating(
 
     Args:
         codes: ``[rows, in]``.
-        scales: one, ``[rows, 1]``, or of each block; whole numbers and e8m0 are exponents.
+        scales: one, ``[rows]`` or ``[rows, 1]``, or of each block; whole numbers and e8m0 are exponents.
         block: its sizes, of which the scales have to be; without, blocks are as many as scales and alike.
         name: of the scales, for errors.
         made_in: the element type that values are made in.
@@ -80,7 +80,7 @@ def floating(
     elif scales.numel() == 1:
         sizes = 0, 0
         scales = scales.reshape(1, 1)
-    elif scales.dim() <= 2 and scales.numel() == rows:
+    elif scales.shape in ((rows,), (rows, 1)):
         sizes = 1, 0
         scales = scales.reshape(rows, 1)
     elif scales.dim() != 2:
