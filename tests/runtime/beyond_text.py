@@ -48,6 +48,17 @@ def _with_images(model: nn.Module, tokens: int) -> tuple[nn.Module, Calls]:
     return model, (first, other)
 
 
+def _llava() -> tuple[nn.Module, Calls]:
+    vision = {**_IMAGES, "model_type": "clip_vision_model", "num_hidden_layers": 3, "projection_dim": 64}
+    config = transformers.LlavaConfig(
+        text_config={**_DECODER, "model_type": "llama"},
+        vision_config=vision,
+        image_token_index=IMAGE,
+        image_seq_length=16,
+    )
+    return _with_images(transformers.LlavaForConditionalGeneration(config), 16)
+
+
 def _paligemma() -> tuple[nn.Module, Calls]:
     config = transformers.PaliGemmaConfig(
         text_config={**_DECODER, "model_type": "gemma"},
@@ -101,6 +112,7 @@ def _mamba2() -> tuple[nn.Module, Calls]:
 
 BEYOND_TEXT: dict[str, Callable[[], tuple[nn.Module, Calls]]] = {
     "blip2": _blip2,
+    "llava": _llava,
     "mamba2": _mamba2,
     "paligemma": _paligemma,
     "siglip": _siglip,

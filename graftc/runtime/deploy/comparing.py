@@ -37,7 +37,7 @@ class OutputComparison:
     """
 
     def __init__(self, before: ModelRunner, after: ModelRunner, inputs: Mapping[str, Tensor]) -> None:
-        base = before._compilation.program("eval", "base")
+        base = before._compilation.program("eval", "base", before.signature_in_eval(inputs))
         self._model, self._inputs = after, inputs
         self._modules = {node.name: str(node.meta.get("module", "")) for node in choices_of(base)}
         first, self._own = Routes(), Routes()

@@ -126,11 +126,8 @@ class ModelRoot(Root):
         runner = self._graftc
         moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
         if moved.dtype != runner.dtype:
-            raise GraftError(
-                "GC033",
-                f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}",
-                hint=f"load the base model in {moved.dtype} and compile that",
-            )
+            message = f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}"
+            raise GraftError("GC033", message, hint=f"load the base model in {moved.dtype} and compile that")
         require_types(self, fn)
         before = runner.device
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -183,10 +180,8 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
         if (config := config_of(model)) is not None:
             self.config = copy.deepcopy(config)
-        held = {
-            name: getattr(model, name) for name in OF_GENERATING if hasattr(model, name) and name not in model._modules
-        }
-        vars(self).update(copy.deepcopy(held))
+        own = (name for name in OF_GENERATING if hasattr(model, name) and name not in model._modules)
+        vars(self).update(copy.deepcopy({name: getattr(model, name) for name in own}))
 
     def adopt(self, module: Root) -> None:
         """See `Runner.adopt`."""
@@ -372,11 +367,18 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
 
     def in_eval(self, inputs: Mapping[str, Tensor], entry: Entry = "forward") -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
-        present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
-        present = with_choices(self._compilation, present, {})
-        runner = self.complete()
+        present, runner = self._as_at_first(inputs), self.complete()
         with in_eval_mode(self.module):
             return cast("tuple[Any, ...]", runner.run(runner.ready(present, entry), present))
+
+    def signature_in_eval(self, inputs: Mapping[str, Tensor]) -> Signature:
+        """The signature whose graph `in_eval` runs: other sizes than those of the first may have one of their own."""
+        return signature_for(self._compilation, self._as_at_first(inputs))
+
+    def _as_at_first(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A call with the flags of the first signature and its usual choices."""
+        main = self._compilation.program("train", "base")
+        return with_choices(self._compilation, {**inputs, **dict(main.flags)}, {})
 
     def complete(self) -> Any:
         """A Runner that leaves no adaptation out: this one, where it leaves out none."""
