@@ -24,7 +24,7 @@ AIMS = Aims(over_peer=0.9, saved_of_peer=0.9)
 
 
 def batch(base: Base) -> dict[str, Tensor]:
-    """The texts. PEFT lets the last virtual token predict the first word, which is no target here."""
+    """The texts. PEFT lets the last virtual token predict the first word, which is not a target here."""
     labels = base.labels.clone()
     labels[:, 0] = -100
     return {"input_ids": base.labels, "attention_mask": torch.ones_like(base.labels), "labels": labels}

@@ -34,7 +34,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"],
 # Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
 os.environ.pop("COLUMNS", None)
 
-# Other work on the machine is no reason to fail.
+# Other work on the machine is not a reason to fail.
 hypothesis.settings.register_profile("graftc", deadline=None)
 hypothesis.settings.load_profile("graftc")
 

@@ -20,7 +20,7 @@ NAMES = frozenset({"__name__", "__qualname__"})
 LOOKING = frozenset({"get", "pop", "setdefault", "startswith", "endswith", "index", "count", "find", "match", "search"})
 LOOKING_AT = frozenset({"startswith", "endswith", "casefold", "lower", "find", "count", "index"})
 LIBRARIES = frozenset({"transformers", "tf"})
-"""Modules whose attributes are the model classes themselves: loading a class by its name is no table."""
+"""Modules whose attributes are the model classes themselves: loading a class by its name is not a table."""
 
 
 def is_kind(node: ast.AST, tainted: frozenset[str] = frozenset()) -> bool:

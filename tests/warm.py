@@ -24,7 +24,7 @@ TIME = 300
 """Seconds that one may take."""
 
 spent = 0.0
-"""Processor seconds of all that ran here: they are no children of this process, which therefore does not count them."""
+"""Processor seconds of all that ran here, not as children of this process, which therefore does not count them."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([PRELOADED])

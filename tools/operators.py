@@ -62,7 +62,7 @@ def objection(name: str) -> str | None:
     if any(word in packet for word in UNSAFE):
         return "it reads or writes files, or changes what memory a tensor is"
     if any(a.is_out for a in schema.arguments):
-        return "it writes to an argument that is no input"
+        return "it writes to an argument that is not an input"
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if written and (not packet.endswith("_") or written != [schema.arguments[0].name]):
         return f"it writes to {', '.join(written)}"

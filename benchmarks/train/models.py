@@ -21,7 +21,7 @@ class Shape:
         intermediate: of the feed-forward parts.
         layers: how many.
         heads: of attention, each with keys and values of its own.
-        vocabulary: entries of the table and of the head; small, since the head is no part of any method.
+        vocabulary: entries of the table and of the head; small, since the head is not part of any method.
         batch: sequences in a batch.
         length: of each sequence.
         rank: of the adapters.
@@ -131,4 +131,4 @@ def place_of(name: str) -> tuple[str, str]:
             # peft: lora_A.default.weight; graftc: <adaptation>.A
             letter = rest.rpartition(".")[2] if mark == ".graftc." else rest.partition(".")[0]
             return module.removeprefix("base_model.model."), letter if letter in ("A", "B") else "vector"
-    raise ValueError(f"{name!r} is no adapter's tensor")
+    raise ValueError(f"{name!r} is not an adapter's tensor")

@@ -223,8 +223,8 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clo
     """A capture with its anchor.
 
     Raises:
-        GraftError: GC030 where it writes to what it may not, GC040 where it is no graph of the Store's tensors, GC041
-            where it is not the model.
+        GraftError: GC030 where it writes to what it may not, GC040 where it is not a graph of the Store's tensors,
+            GC041 where it is not the model.
     """
     store, program = compilation.store, record_baseline(found.program)
     clock.entries = list(program.history)
@@ -262,7 +262,7 @@ _NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and
 
 
 def _note(compilation: Compilation, found: Capture) -> None:
-    """Say what a graph has not of the model, each once."""
+    """Say what of the model a graph does not have, each once."""
     assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]
     written = [f"forward assigns to {name}" for name in assigned]
     drawn = random_structure(compilation.model)

@@ -68,7 +68,7 @@ def require_every_place(
 
 def _missing(program: Program, place: str, owner: str) -> GraftError:
     error = not_read(program, place, owner)
-    hint = "encoder_outputs come from compiled.get_encoder()(...), whose adaptations the decoder's graph has not"
+    hint = "encoder_outputs come from compiled.get_encoder()(...), whose adaptations the decoder's graph does not have"
     return GraftError(error.code, error.message, hint=hint) if ENCODED in program.signature else error
 
 

@@ -16,7 +16,7 @@ def program_of(compilation: Compilation, key: ProgramKey) -> Program:
     """The Program of a key: one that the Compilation has, or one that follows from it.
 
     Raises:
-        GraftError: GC043 for modules in modes of their own where the eval graph is no derived one.
+        GraftError: GC043 for modules in modes of their own where the eval graph is not a derived one.
     """
     found = compilation.programs.get(key)
     return _mixed(compilation, key) if found is None else found

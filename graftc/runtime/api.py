@@ -32,9 +32,9 @@ from graftc.runtime.models import load_folder, load_hub
 from graftc.runtime.reference import is_hub_id
 from graftc.runtime.seeds import starting_seed
 from graftc.runtime.swapped import check_folder_and_model, check_spec_and_model
-from graftc.specs.arguments import as_path, as_seed
-from graftc.specs.calls import public
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_path, as_seed
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 
@@ -127,7 +127,7 @@ def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: s
         revision: commit of a hub's repository; its newest by default.
 
     Raises:
-        GraftError: GC032 where there is no such model, GC073 for an element type that is none, GC161 for a format that
+        GraftError: GC032 where there is no such model, GC073 for what is not an element type, GC161 for a format that
             is not read, GC163 for codes, scales and zero points that do not fit.
     """
     given: object = dtype

@@ -47,9 +47,9 @@ from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.presenting import Presented
 from graftc.runtime.progress import during
 from graftc.runtime.training.selecting import Selecting
-from graftc.specs.arguments import as_names, as_path
 from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_names, as_path
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.specs.methods.prefix import PrefixSpec
 from graftc.specs.options.exports import FileType
@@ -412,12 +412,12 @@ class Compiled(ModelRoot, Generic[M]):
                 ``"requantized"``: those that change are packed again as they were, others keep their codes; the
                 certificate has the measured error (`Certificate.requantised`), and ``budget`` is by default half of the
                 largest output, 5 % with `int8`. There is no default: the fold is exact only in full precision.
-            allow_unchanged: a merge that changes no tensor of the base is no error.
+            allow_unchanged: a merge that changes no tensor of the base is not an error.
 
         Raises:
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
-                changes, GC073 for a budget that is no number and a dtype that is not wider; of ``names``, GC091 for an
-                unknown one and GC036 for a part of a composition; GC165 for a quantised base where ``base`` is
+                changes, GC073 for a budget that is not a number and a dtype that is not wider; of ``names``, GC091 for
+                an unknown one and GC036 for a part of a composition; GC165 for a quantised base where ``base`` is
                 missing, GC166 where weights cannot be packed again.
         """
         options: Any = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}

@@ -90,7 +90,7 @@ def check_path(path: Path) -> None:
 
 
 _HALF = re.compile("[\ud800-\udbff]|[\udc00-\udc7f]|[\udd00-\udfff]")
-"""Halves of characters other than those by which Python writes bytes that are no text, which a path may have."""
+"""Halves of characters other than those by which Python writes bytes that are not text, which a path may have."""
 _LONGEST_NAME = 255
 
 
@@ -136,7 +136,7 @@ def check_folder(path: Path, mark: str) -> None:
         if not os.path.isdir(path):
             _check_makeable(path)
             return
-        # What a killed write of the mark has left is no thing of somebody else.
+        # What a killed write of the mark left does not belong to somebody else.
         others = [name for name in os.listdir(path) if not name.startswith(f".{mark}.graftc-")]
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -151,7 +151,7 @@ def _check_makeable(path: Path) -> None:
     except FileNotFoundError:
         pass
     else:
-        what = "is a link to what is not there" if os.path.islink(path) else "exists, and is no folder"
+        what = "is a link to what is not there" if os.path.islink(path) else "exists, and is not a folder"
         raise GraftError("GC063", f"{path} {what}", hint="choose another path or remove it")
     path = path.absolute()
     above = path.parent
@@ -171,7 +171,7 @@ def check_apart(path: Path, *sources: str | Path | None) -> None:
 
     Args:
         path: the destination.
-        sources: files and folders that are read; what is none of those here, such as a hub id, is passed over.
+        sources: files and folders that are read; what is neither, such as a hub id, is passed over.
 
     Raises:
         GraftError: GC063; GC064 for a path that nothing can have.

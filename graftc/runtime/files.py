@@ -29,7 +29,7 @@ from graftc.runtime.destinations import (
 from graftc.runtime.held_folder import HeldFolder
 from graftc.runtime.placing import NEW, commit
 from graftc.runtime.staging import discard_others, recover, recover_in, staging_folder
-from graftc.specs.arguments import absolute_path
+from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = [

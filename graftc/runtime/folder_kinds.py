@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.file_names import MANIFEST, MANIFEST_BYTES, STATE_RECORD
+from graftc.runtime.tensors.file_names import MANIFEST, MANIFEST_BYTES, STATE_RECORD
 from graftc.runtime.tensors.headers import read_shard
 from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG
 from graftc.specs.regular_files import JSON_BYTES, read_regular

@@ -1,6 +1,6 @@
-"""Open folders: what is done in one is done there, whatever has come to be at its path meanwhile.
+"""Open folders: what is done in one is done there, whatever is at its path by then.
 
-Where folders are shared, somebody else may put a link or a folder of his own in the place of ours between a look at it
+Where folders are shared, somebody else may put a link or a folder of their own in place of ours between a look at it
 and its use. So a folder is opened once, without following a link, looked at through its descriptor, and everything in
 it is named relative to that. Systems without such descriptors (Windows) name things by their paths.
 """
@@ -54,7 +54,7 @@ class HeldFolder:
             follow: whether ``path`` itself may be a link.
 
         Raises:
-            OSError: it is no folder, or a link, or its path has a NUL byte.
+            OSError: it is not a folder, or a link, or its path has a NUL byte.
         """
         if "\0" in os.fspath(path):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), os.fspath(path))
@@ -66,10 +66,10 @@ class HeldFolder:
         return cls(path, os.open(path, flags | os.O_DIRECTORY))
 
     def inner(self, name: str) -> HeldFolder:
-        """Open a folder in this one, which is no link.
+        """Open a folder in this one, which is not a link.
 
         Raises:
-            OSError: it is no folder, or a link.
+            OSError: it is not a folder, or a link.
         """
         if self._descriptor is None:
             return HeldFolder.open(self.path / name)
@@ -109,11 +109,11 @@ class HeldFolder:
         return True
 
     def is_file(self, name: str) -> bool:
-        """Whether this is a regular file; a link is none."""
+        """Whether this is a regular file and not a link."""
         return self.exists(name) and stat.S_ISREG(self.stat(name).st_mode)
 
     def is_folder(self, name: str) -> bool:
-        """Whether this is a folder; a link is none."""
+        """Whether this is a folder and not a link."""
         return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
 
     def names(self) -> list[str]:
@@ -203,7 +203,7 @@ class HeldFolder:
         os.replace(self._name(name), other._name(new), **places)
 
     def rename_new(self, name: str, other: HeldFolder, new: str) -> None:
-        """The same, unless something has come to be there.
+        """The same, unless something is there already.
 
         Raises:
             OSError: something has.
@@ -323,7 +323,7 @@ class HeldFolder:
 
 
 def is_own(found: os.stat_result, folder: Path) -> bool:
-    """Whether something belongs to this user: to whom new things belong, which a network's file system may change.
+    """Whether something belongs to this user, or to the owner that the file system gives what this user creates.
 
     Args:
         found: what it is.

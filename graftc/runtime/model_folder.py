@@ -105,7 +105,7 @@ def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any
         code: of the error.
 
     Raises:
-        GraftError: of this code, for what is no config of a model, is too large, or has too many layers or labels.
+        GraftError: of this code, for what is not a config of a model, is too large, or has too many layers or labels.
     """
     hint = "take the config.json from where the model came"
     try:

@@ -177,7 +177,7 @@ def load_hub(
             folder = _snapshot(name, meta, revision)
         except Exception as error:
             hint = _neighbour(Path(name)) or _cached(name) or _FORMS
-            _fail(f"{name!r} is no folder here, and the hub gives no such model: {_reason(error)}", hint, cause=error)
+            _fail(f"{name!r} is not a folder here, and the hub has no such model: {_reason(error)}", hint, cause=error)
         model = _from_transformers(name, folder, meta, built, dtype)
     model.config._name_or_path, model.config._commit_hash = name, folder.name
     made: nn.Module = model
@@ -293,7 +293,7 @@ def config_of_folder(folder: Path, where: str) -> Any:
         where: its name, for errors.
 
     Raises:
-        GraftError: GC032 where it cannot be read or is no config of a model.
+        GraftError: GC032 where it cannot be read or is not a config of a model.
     """
     open_model_folder(folder, where, weights=False)
     return _config(where, folder)

@@ -44,9 +44,9 @@ class _Journal:
         """Read one.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a journal.
         """
-        try:  # names may be no Unicode text, which strict JSON has not
+        try:  # names may be no Unicode text, which strict JSON does not allow
             data: Any = json.loads(raw)
         except RecursionError:
             raise ValueError("not a journal") from None
@@ -93,7 +93,7 @@ def commit(
         OSError: something fails, or something is in the way. All is as it was then.
     """
     if not staging.is_at_its_path():
-        raise FileNotFoundError(errno.ENOENT, "something else has come to be at its place", str(staging.path))
+        raise FileNotFoundError(errno.ENOENT, "something else is in its place now", str(staging.path))
     with staging.inner(NEW) as new:
         names = new.names()
         if name not in names:
@@ -119,7 +119,7 @@ def finish(staging: HeldFolder, parent: HeldFolder) -> None:
     """Put in place what the journal lists; nothing without one. Done again after a kill, it goes on where it was.
 
     Raises:
-        OSError: something is in the way; ValueError: the journal is none of this folder's.
+        OSError: something is in the way; ValueError: the journal does not belong to this folder.
     """
     try:
         journal = _Journal.from_json(staging.read(JOURNAL, _JOURNAL_BYTES))

@@ -28,7 +28,7 @@ class Presented(Stateful):
             log: a training log, for curves: a file of `graftc.TrainingLog`, or the Trainer's ``trainer_state.json``.
 
         Raises:
-            GraftError: GC123 for a log that is none, when the view is first looked at.
+            GraftError: GC123 for a file that is not a log, when the view is first looked at.
         """
         from graftc.runtime.view.contents import contents
         from graftc.runtime.view.evidence import evidence_of

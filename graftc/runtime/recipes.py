@@ -19,9 +19,9 @@ from graftc.runtime.recipe_folder import begin_recipe, make_folder, recorded_see
 from graftc.runtime.seeds import seed_everything, starting_seed
 from graftc.runtime.swapped import check_spec_and_model
 from graftc.runtime.training.selecting import Loss
-from graftc.specs.arguments import as_path, as_seed, kind_of
-from graftc.specs.calls import public
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_path, as_seed, kind_of
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 
 RESULT = "result"

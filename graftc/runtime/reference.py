@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from graftc.specs.arguments import absolute_path
+from graftc.specs.errors.arguments import absolute_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,7 +124,7 @@ class Reference:
         return found if found.flaw() is None else self
 
     def flaw(self) -> str | None:
-        """Why this is no reference that graftc makes; None where it is one."""
+        """Why this is not a reference that graftc makes; None where it is one."""
         text, relative = self.text, self.relative
         if self.kind is None:
             return None if text is relative is self.revision is None else "a reference to nothing"

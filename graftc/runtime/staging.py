@@ -30,7 +30,7 @@ _ATTEMPTS = 100
 
 @contextlib.contextmanager
 def staging_folder(parent: HeldFolder, name: str, resume: str | None = None) -> Iterator[HeldFolder]:
-    """A locked staging folder; at the end it is gone with all that is left in it.
+    """A locked staging folder; at the end it is removed with everything left in it.
 
     Args:
         parent: where it is.
@@ -65,7 +65,7 @@ def _new(parent: HeldFolder, name: str) -> HeldFolder:
         if staging.is_at_its_path() and is_own(staging.stat(), parent.path) and not staging.names():
             return staging
         staging.close()
-    raise PermissionError(errno.EPERM, "somebody takes away what is made there", str(parent.path))
+    raise PermissionError(errno.EPERM, "another process removes what is created there", str(parent.path))
 
 
 def _resumed(parent: HeldFolder, name: str, resume: str) -> HeldFolder:
@@ -103,7 +103,7 @@ def _locked(parent: HeldFolder, name: str) -> HeldFolder:
     """A folder, open and locked.
 
     Raises:
-        BlockingIOError: another process holds it; OSError: it has gone, is no folder, or a link.
+        BlockingIOError: another process holds it; OSError: it has gone, is not a folder, or a link.
     """
     staging = parent.inner(name)
     try:
@@ -126,8 +126,8 @@ def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or throw away what killed runs of this user left in ``folder``. What cannot be mended stays as it is, and
-    so does what belongs to others or others may write to.
+    """Finish or throw away what killed runs of this user left in ``folder``. What cannot be repaired stays as it is,
+    and so does what belongs to others or others may write to.
     """
     if sys.platform == "win32":
         return

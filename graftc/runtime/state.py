@@ -16,7 +16,7 @@ from graftc.passes.core.weights.store import plain
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.sharded import Meeting
-from graftc.specs.arguments import as_mapping, kind_of
+from graftc.specs.errors.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
@@ -47,7 +47,7 @@ class Stateful(Runner):
 
         Raises:
             GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
-                here, GC073 for what is no mapping of tensors; nothing is copied then.
+                here, GC073 for what is not a mapping of tensors; nothing is copied then.
         """
         as_mapping(tensors, "adapter tensors", Tensor)
         own = dict(adapter_tensors(self._store))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from graftc.runtime.folder_kinds import is_adapter, reader_of
-from graftc.specs.arguments import as_path
 from graftc.specs.base_model import SpecModel
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.foreign import is_foreign

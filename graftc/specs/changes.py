@@ -26,7 +26,7 @@ def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
     """A spec with one more adaptation at its end.
 
     Raises:
-        GraftError: GC002 to GC012 for what is none, GC005 for a name that is taken.
+        GraftError: GC002 to GC012 for what is not an entry, GC005 for a name that is taken.
     """
     (own,) = Spec.model_validate({"adapt": [adaptation]}).adapt
     own_name = adaptation.name if isinstance(adaptation, MethodSpec) else dict(adaptation).get("name")
@@ -42,7 +42,7 @@ def renaming(spec: Spec, old: str, new: str) -> Spec:
     """A spec in which an adaptation has another name.
 
     Raises:
-        GraftError: GC002 for what is no name, GC005 for one that is taken.
+        GraftError: GC002 for what is not a name, GC005 for one that is taken.
     """
     if (error := check_name(new)) is not None:
         raise error

@@ -268,7 +268,7 @@ class Spec(SpecModel):
         return {**{str(a.name): a.method for a in self.adapt}, **composed}
 
     def composition_of(self, name: str) -> CompositionSpec | None:
-        """The composition that an adaptation is part of; a stack is none, being their usual order."""
+        """The composition that an adaptation is part of; a stack is not one, being their usual order."""
         return next((c for c in self.compose if name in c.members and not isinstance(c, Stack)), None)
 
     def _repr_html_(self) -> str:
@@ -312,7 +312,7 @@ def named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
 
 def _no_part(kind: str, member: str, stack: bool) -> GraftError:
     """A composition among the parts of one that takes none of its kind."""
-    what = "a stack takes adaptations, and compositions that are no stacks" if stack else "its parts are adaptations"
+    what = "a stack takes adaptations, and compositions that are not stacks" if stack else "its parts are adaptations"
     return GraftError("GC036", f"{quoted(member)} is a composition itself: {kind}", hint=what)
 
 

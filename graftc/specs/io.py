@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from graftc.specs.bare_entries import bare_entries
 from graftc.specs.base_model import SpecModel
-from graftc.specs.calls import public
 from graftc.specs.document import Spec
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted
 from graftc.specs.foreign import check_config, is_foreign, translated
@@ -186,7 +186,7 @@ def _read(path: Path) -> str:
     try:
         kind = path.stat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device, which may never end
-            raise GraftError("GC006", f"{quoted(path)} is no regular file", hint="give a file that holds the spec")
+            raise GraftError("GC006", f"{quoted(path)} is not a regular file", hint="give a file that holds the spec")
         with open_regular(path) as file:  # it may be another thing than a moment ago
             content = file.read(FILE + 1)
         if len(content) > FILE:

@@ -172,7 +172,7 @@ def parse_slice(entry: int | str, thing: str) -> int | slice:
     match = _SLICE.fullmatch(entry)
     if match is None:
         hint = f'write a {thing} such as 3 or -1, a slice such as "0:6", or a list of them'
-        raise GraftError("GC002", f"{quoted(entry)} is no {thing} and no slice of {thing}s", hint=hint)
+        raise GraftError("GC002", f"{quoted(entry)} is neither a {thing} nor a slice of {thing}s", hint=hint)
     start, stop, step = (None if part is None else int(part) for part in match.groups())
     if step == 0:
         raise GraftError("GC002", f"the slice {quoted(entry)} has step 0", hint="a step is at least 1")

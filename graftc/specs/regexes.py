@@ -34,7 +34,7 @@ def check_regex(text: str) -> int:
     """The size of a regular expression: its characters, times what its counts, as in ``a{3}``, multiply to.
 
     Raises:
-        GraftError: GC002 where it is none, GC009 where it is too long, repeats or nests too much to be compiled.
+        GraftError: GC002 where it is not one, GC009 where it is too long, repeats or nests too much to be compiled.
     """
     size = len(text)
     if size > CHARACTERS:
@@ -52,7 +52,7 @@ def check_regex(text: str) -> int:
         _compiled(text)
     except (re.error, ValueError, OverflowError) as error:
         hint = "a regular expression of Python that matches whole paths, such as '.*\\.(query|value)'"
-        raise GraftError("GC002", f"{quoted(text)} is no regular expression: {error}", hint=hint) from None
+        raise GraftError("GC002", f"{quoted(text)} is not a regular expression: {error}", hint=hint) from None
     return size
 
 

@@ -105,7 +105,7 @@ def _entry(spec_class: type[MethodSpec], method_module: str, where: str) -> Spec
         raise GraftError("GC071", f"the tag {tag!r} of {name} is not usable", hint=hint)
     if not isinstance(getattr(spec_class, "claims", None), Claims):
         raise GraftError("GC071", f"{name} has no claims", hint="set the class variable claims = Claims(...)")
-    # A subclass of a preset with code of its own is no preset.
+    # A subclass of a preset with code of its own is not a preset.
     return SpecEntry(tag, spec_class, where, method_module, vars(spec_class).get("mechanism"))
 
 

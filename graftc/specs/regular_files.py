@@ -22,10 +22,10 @@ _PIECE = 2**20
 
 
 def require_regular(path: str | os.PathLike[str], most: int | None = None) -> None:
-    """Refuse what is no regular file, or larger than it may be, without opening it; links are followed.
+    """Refuse what is not a regular file, or larger than it may be, without opening it; links are followed.
 
     Raises:
-        OSError: EINVAL for what is no regular file, EFBIG for one that is too large.
+        OSError: EINVAL for what is not a regular file, EFBIG for one that is too large.
     """
     _require(os.stat(path), path, most)
 
@@ -42,7 +42,7 @@ def open_regular(
         follow: whether the last part of the path may be a link.
 
     Raises:
-        OSError: EINVAL for what is no regular file, EFBIG for one that is too large, ELOOP for a link; any other as
+        OSError: EINVAL for what is not a regular file, EFBIG for one that is too large, ELOOP for a link; any other as
             the system gives it. A path that no file can have, with a NUL byte for instance, is EINVAL too.
     """
     try:

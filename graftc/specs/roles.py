@@ -91,7 +91,7 @@ def parse_role(text: str, place: Place | None = None) -> Role:
     """Split ``decoder.cross.attn.k`` into prefixes and name.
 
     Raises:
-        GraftError: GC012 with the nearest roles, where the text is no role.
+        GraftError: GC012 with the nearest roles, where the text is not a role.
     """
     parts = text.split(".")
     prefixes: list[str] = []
@@ -129,7 +129,7 @@ def widen(role: str) -> frozenset[str]:
     ``decoder.cross.attn.k`` answers to ``attn.k``, ``cross.attn.k``, ``decoder.attn.k`` and itself.
 
     Raises:
-        GraftError: GC012 where the text is no role.
+        GraftError: GC012 where the text is not a role.
     """
     parsed = parse_role(role)
     stems = [c for n in range(len(parsed.prefixes) + 1) for c in combinations(parsed.prefixes, n)]

@@ -214,7 +214,7 @@ def read_toml(text: str, file: str | None = None) -> tuple[Any, Source]:
         return tomllib.loads(text), source
     except RecursionError:
         raise _too_deep(source) from None
-    except ValueError as error:  # an integer of too many digits is one that is no TOMLDecodeError
+    except ValueError as error:  # an integer of too many digits is one that is not a TOMLDecodeError
         found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
         reason, line, column = found.groups() if found else (str(error), str(max(len(source.lines), 1)), "1")
         _unreadable(source, f"not valid TOML: {reason}", int(line) - 1, int(column) - 1)
@@ -389,7 +389,7 @@ class _Build:
             if kind == "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            self.fail(node, f"{quoted(text)} is no {kind}")
+            self.fail(node, f"{quoted(text)} is not {'an' if kind == 'int' else 'a'} {kind}")
         self.fail(node, f"the tag {printable(shortened(node.tag))} is not supported")
 
     def tag(self, node: Any, kind: str) -> None:

@@ -95,7 +95,7 @@ def _child(value: object, step: str | int) -> object:
 
 
 def _real_path(data: object, item: ErrorDetails) -> tuple[str | int, ...]:
-    """The error's location without the names of union branches, which are no place in the document."""
+    """The error's location without the names of union branches, which are not places in the document."""
     path: list[str | int] = []
     here = data
     loc = item["loc"]

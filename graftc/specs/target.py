@@ -193,5 +193,5 @@ class AsTarget(ABC):
 
 
 def written_fields(target: Any) -> Any:
-    """The fields that a target gives, by name, before it is validated; what is no target as it is."""
+    """The fields that a target gives, by name, before it is validated; what is not a target as it is."""
     return {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target

@@ -166,8 +166,8 @@ def _first(tensors: dict[str, torch.Tensor], value: Callable[[torch.Tensor], tor
         (lambda t: _first(t, lambda x: x + 1), "has other values"),
         (lambda t: _first(t, lambda x: x.t().contiguous()), "another type or size"),
         (lambda t: _first(t, lambda x: x.to(torch.bfloat16)), "another type or size"),
-        (lambda t: {**t, "more": torch.ones(2)}, "others than listed: more"),
-        (lambda t: dict(sorted(t.items())[1:]), "others than listed"),
+        (lambda t: {**t, "more": torch.ones(2)}, "not those listed: more"),
+        (lambda t: dict(sorted(t.items())[1:]), "not those listed"),
     ],
     ids=["swapped", "values", "shape", "dtype", "one more", "one less"],
 )

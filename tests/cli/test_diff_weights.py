@@ -46,7 +46,7 @@ def base_weight(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1.0, 0.05])
 def test_ranks_above_the_noise(dtype: torch.dtype, size: float) -> None:
-    """Rounding fills the spectrum, and does not count. The share explained is what is no rounding."""
+    """Rounding fills the spectrum, and does not count. The share explained is what is not rounding."""
     base = base_weight(dtype)
     update = drawn(ROWS, RANK) @ drawn(RANK, COLUMNS) * 0.05 * size / RANK**0.5
     other = round_once(base.double() + update, dtype)

@@ -196,7 +196,7 @@ def test_prompts_that_are_none(
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for given, told in (("gone.txt", "no such file"), ("latin.txt", "no UTF-8"), ("empty.txt", "no prompt")):
+    for given, told in (("gone.txt", "no such file"), ("latin.txt", "not UTF-8"), ("empty.txt", "no prompt")):
         outcome = run_here(capsys, "generate", str(places.base), "--file", str(tmp_path / given))
         assert outcome.status == 2 and outcome.err.startswith("GC090: ") and told in outcome.err
     for given in ("/dev/zero", "-"):

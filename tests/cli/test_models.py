@@ -84,7 +84,7 @@ def test_a_callable(meta: bool) -> None:
         ("./saved_models", "there is no folder './saved_models'", "MODEL is"),
         ("own_models.py", "'own_models.py' is a file", "did you mean '.'?"),
         (".", "'.' has no config.json", "MODEL is"),
-        ("nobody/nothing", "'nobody/nothing' is no folder here, and the hub gives no such model", "MODEL is"),
+        ("nobody/nothing", "'nobody/nothing' is not a folder here, and the hub has no such model", "MODEL is"),
     ],
 )
 def test_what_gives_no_model(text: str, message: str, hint: str) -> None:

@@ -14,7 +14,7 @@ def _found(base: torch.Tensor, update: torch.Tensor, dtype: torch.dtype) -> Rete
 
 
 def test_by_hand() -> None:
-    # Around 1 bfloat16 has steps of 2^-7: half a step and more is rounded up, less is lost, 0 is no update.
+    # Around 1 bfloat16 has steps of 2^-7: half a step and more is rounded up, less is lost, 0 is not an update.
     base = torch.ones(4, dtype=torch.bfloat16)
     step = 2.0**-7
     found = _found(base, torch.tensor([0.25, 0.75, 2.0, 0.0], dtype=torch.float64) * step, torch.bfloat16)

@@ -138,7 +138,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "size that is not one": _size("1 +"),
     "size that is a number": _size(3),  # type: ignore[arg-type]
     "output class of os": _output_class("os:PathLike"),
-    "output class that is no output": _output_class("transformers.trainer:Trainer"),
+    "output class that is not an output": _output_class("transformers.trainer:Trainer"),
     "output class in a path": _output_class("transformers.utils:ModelOutput.from_dict"),
     "output class that is not there": _output_class("transformers.nonsense:Nothing"),
     "argument from ahead": _argument({"node": 10_000}),
@@ -174,7 +174,7 @@ def test_hostile_file(name: str, harmless: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("data", [[], None, "program", {}])
 def test_no_program(data: Any) -> None:
-    """What is no mapping at all is refused alike."""
+    """What is not a mapping at all is refused alike."""
     with pytest.raises(SerialisationError):
         program_from_json(data, CPU)
 

@@ -126,7 +126,7 @@ def test_under_autocast() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 7, 30, 60])
 def test_largest_exactly(count: int) -> None:
-    """As many as asked for, with ties the first, nothing that is no number."""
+    """As many as asked for, with ties the first, nothing that is not a number."""
     draw = torch.Generator().manual_seed(count)
     groups = [torch.randint(0, 4, (size,), generator=draw).float() for size in (20, 1, 39)]
     groups[0][3] = float("nan")
@@ -140,7 +140,7 @@ def test_largest_exactly(count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 9, 40, 100])
 def test_largest_gradients_are_those_of_the_whole_weight(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight is looked at a few entries at a time; ties and what is no number included."""
+    """A weight is looked at a few entries at a time; ties and what is not a number included."""
     monkeypatch.setattr(reselection, "BLOCK", 7)
     values = torch.randint(-9, 9, (100,), generator=torch.Generator().manual_seed(count)).bfloat16()
     values[[5, 60]] = float("nan")

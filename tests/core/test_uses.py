@@ -225,7 +225,7 @@ BLOCKED: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("case", BLOCKED)
 def test_more_than_rows_of_a_tensor(case: str) -> None:
-    """A weight that is computed from its tensor, or from parts that are no rows, is refused by name."""
+    """A weight that is computed from its tensor, or from parts that are not rows, is refused by name."""
     model = BLOCKED[case]().eval()
     spec = {"adapt": [{"method": "lora", "target": {"modules": "part**"}, "rank": 2}]}
     with pytest.raises(GraftError) as caught:

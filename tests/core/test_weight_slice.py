@@ -48,7 +48,7 @@ def rows_of(own: WeightSlice) -> list[int]:
 
 
 def dense(own: WeightSlice, stored: Tensor) -> Tensor:
-    """All of a weight as ``[..., rows, in]``, written out; a tensor that is no matrix as it is."""
+    """All of a weight as ``[..., rows, in]``, written out; a tensor that is not a matrix as it is."""
     if own.layout is Layout.COLUMNS:
         return torch.stack([stored[..., row] for row in range(stored.shape[-1])], -2)
     if own.layout is Layout.KERNEL:

@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "half the digits": (lambda t: weight_fold(lambda w: w.float()), "torch.float32, it must be torch.float64"),
     "no pair": (lambda t: WeightFold(lambda w, b: w), "gives no pair of a weight and a bias"),
     "no tensor": (lambda t: weight_fold(lambda w: None), "gives NoneType for a weight"),
-    "no fold": (lambda t: t["l"], "gives Tensor, which is no fold"),
+    "no fold": (lambda t: t["l"], "gives Tensor, which is not a fold"),
     "no such tensor": (lambda t: TensorFold({"scale": lambda w: w}), "changes 'scale'; the site has: weight, bias"),
     "tensor of another shape": (lambda t: TensorFold({"weight": lambda w: w[:1]}), r"gives 'weight' of \[1, "),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graftc
-from graftc.specs.calls import public
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 
 MODEL = nn.Sequential(nn.Linear(3, 3))

@@ -1,4 +1,4 @@
-"""Exported graphs give no loss: labels are no input of theirs, whatever a model was compiled or trained with."""
+"""Exported graphs give no loss: labels are not among their inputs, whatever a model was compiled or trained with."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Optional(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["compiled", "exported"])
 def test_a_decoder_that_there_is_not(when: str, tmp_path: Path) -> None:
-    """Its tokens are no input of the file: the model runs without them."""
+    """Its tokens are not input of the file: the model runs without them."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
     given = {"input_ids": IDS, "labels": IDS}
     examples = given if when == "compiled" else {"input_ids": IDS}

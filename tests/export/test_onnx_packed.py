@@ -68,7 +68,7 @@ class Layers(nn.Sequential):
     ids=lambda given: given.text if isinstance(given, Packing) else str(given),
 )
 def test_layouts(width: int, packing: Any, operators: dict[str, int], tmp_path: Path) -> None:
-    """Rows that are no whole groups, odd widths, groups that no operator has, transposed weights, weights that are not
+    """Rows that are not whole groups, odd widths, groups that no operator has, transposed weights, weights that are not
     multiplied by alone, and what ONNX has no form for: values that are rounded on the way, and groups of any inputs."""
     torch.manual_seed(0)
     model = Layers(width).eval()

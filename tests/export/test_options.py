@@ -67,7 +67,7 @@ def test_what_a_format_does_not_take(
 @pytest.mark.parametrize("option", get_args(ExportOption))
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_not_given(format: str, option: str) -> None:
-    """Defaults are no options."""
+    """Defaults are not options."""
     assert options_for(format, {option: None}) == {}
     assert options_for(format, {"inputs": ()}) == options_for(format, {"inputs": []})
 

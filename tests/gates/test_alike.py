@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         ),
         3,
     ),
-    # One layer that is called several times is no several layers.
+    # One layer that is called several times is not several layers.
     "albert": (
         _of("AlbertModel", "AlbertConfig", **_WIDTHS, embedding_size=48, num_hidden_layers=6, vocab_size=101),
         0,

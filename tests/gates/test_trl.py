@@ -27,7 +27,7 @@ def test_fifty_steps_on_completions_are_those_of_peft(way: str, tmp_path: Path) 
     losses, tensors = runs.losses(), runs.tensors()
     print(f"{way}: losses differ by {losses:.1e}, tensors by {tensors:.1e}")
     assert losses < 1e-5 and tensors < 1e-4
-    assert len(runs.pair.ours.compilation.signatures) <= 2, "lengths of texts are no constants of a graph"
+    assert len(runs.pair.ours.compilation.signatures) <= 2, "lengths of texts are not constants of a graph"
 
 
 @pytest.mark.parametrize("trainer", [dpo, kto])

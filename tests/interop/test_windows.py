@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import graftc
-from graftc.runtime.model.windows import may_have_windows
+from graftc.compiler.roles.windows import may_have_windows
 from graftc.specs.errors.diagnostics import GraftError
 
 SIZES = {

@@ -141,7 +141,7 @@ def test_the_weight_is_never_adapted_in_a_graph() -> None:
 
 
 def test_rows_of_zeros_train_and_fold() -> None:
-    """A row without a norm is no division by zero; without a bias its magnitude gets a gradient when B has moved."""
+    """A row without a norm is not a division by zero; without a bias its magnitude gets a gradient when B has moved."""
     line = Line(bias=False)
     with torch.no_grad():
         line.map.weight[2] = 0

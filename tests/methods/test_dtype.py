@@ -80,7 +80,7 @@ def test_both_types_compute_the_same() -> None:
 
 @pytest.mark.slow
 def test_steps_that_16_bits_lose_are_kept() -> None:
-    """A thousandth of a value is no step in bfloat16."""
+    """A thousandth of a value is not a step in bfloat16."""
     model = tiny("gpt2").to(BF16)
     for dtype, moves in (("float32", True), ("base", False)):
         compiled = graftc.compile({"adapt": [{**LORA, "dtype": dtype}]}, model)

@@ -271,7 +271,7 @@ def test_shared_dropout_stays_with_the_others() -> None:
 
 @pytest.mark.full
 def test_a_convolution_scales_its_output_only() -> None:
-    """Channels of the output have a vector; entries of a patch are no entries of the input."""
+    """Channels of the output have a vector; entries of a patch are not entries of the input."""
     entry = {"method": "ia3", "target": {"modules": "**.patch_embeddings.projection"}}
     model = tiny("vit")
     compiled = adapted(model, entry)

@@ -92,7 +92,7 @@ def test_two_owners() -> None:
 
 @pytest.mark.slow
 def test_other_sites_are_refused() -> None:
-    """A linear map is no normalisation."""
+    """A linear map is not a normalisation."""
     with pytest.raises(GraftError) as error:
         graftc.compile({"adapt": [{"method": "norms", "target": {"role": "attn.q"}}]}, tiny("llama"))
     assert error.value.code == "GC016"

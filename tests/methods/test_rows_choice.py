@@ -196,7 +196,7 @@ def test_without_values_counts_hold() -> None:
         ({}, "adapt[0]", "needs one of density, rows and n_of_m"),
         ({"rows": [1], "density": 0.5}, "adapt[0].rows", "density and rows each say which rows train"),
         ({"rows": []}, "adapt[0].rows", "an empty list names no row"),
-        ({"rows": [0, "a"]}, "adapt[0].rows[1]", "'a' is no row and no slice of rows"),
+        ({"rows": [0, "a"]}, "adapt[0].rows[1]", "'a' is neither a row nor a slice of rows"),
         ({"rows": ["0:4:0"]}, "adapt[0].rows[0]", "has step 0"),
         ({"rows": [True]}, "adapt[0].rows[0]", "a whole number or a string, not true"),
         ({"n_of_m": [4, 2]}, "adapt[0].n_of_m", "4 rows of every 2 are more than there are"),
@@ -221,10 +221,13 @@ def test_what_a_spec_cannot_say(fields: dict[str, Any], path: str, text: str) ->
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"rows": [0, 48]}, "48 is no row of bert.encoder.layer.0.attention.self.query.weight, which has rows 0 to 47"),
-        ({"rows": [0, -49]}, "-49 is no row of"),
-        ({"rows": [0, "48:"]}, "'48:' is no row of"),
-        ({"rows": [0, "9:3"]}, "'9:3' is no row of"),
+        (
+            {"rows": [0, 48]},
+            "48 is not a row of bert.encoder.layer.0.attention.self.query.weight, which has rows 0 to 47",
+        ),
+        ({"rows": [0, -49]}, "-49 is not a row of"),
+        ({"rows": [0, "48:"]}, "'48:' is not a row of"),
+        ({"rows": [0, "9:3"]}, "'9:3' is not a row of"),
         ({"rows": [0, 101], "target": {"role": "embed"}}, "which has rows 0 to 100"),
     ],
     ids=str,

@@ -302,7 +302,7 @@ def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
 
 @pytest.mark.slow
 def test_nothing_grows_into_what_is_not_finite() -> None:
-    """Sums that are infinite or no numbers are no candidates, and products of infinite accumulators stay in bounds."""
+    """Sums that are infinite or no numbers are not candidates, and products of infinite accumulators stay in bounds."""
     compiled = adapted(drop_fraction=1.0)
     controller = controller_of(compiled)
     controller.optimiser = optimiser_for(compiled)

@@ -170,7 +170,7 @@ def padded(where: str, pad: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.mark.full
 @pytest.mark.parametrize("where", ["in front", "behind", "inside"])
 def test_positions_that_are_counted_by_tokens(where: str) -> None:
-    """RoBERTa counts what is no padding, which token embeddings do not show: real words in front are a longer text
+    """RoBERTa counts what is not padding, which token embeddings do not show: real words in front are a longer text
     still, and PreLayer is a prefix."""
     config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
     torch.manual_seed(5)

@@ -137,9 +137,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("Test.txt", "the format of", "name it test.jsonl"),
         ("train", "the format of", "name it train.jsonl"),
         ("train.jsonl.gz", "the format of", "name it train.jsonl"),
-        ("trian.jsonl", "is no part of the data", "did you mean 'train.jsonl'?"),
-        ("unlabeled_.csv", "is no part of the data", "did you mean 'unlabeled.csv'?"),
-        ("labelled.csv", "is no part of the data", "did you mean 'train.csv'?"),
+        ("trian.jsonl", "is not part of the data", "did you mean 'train.jsonl'?"),
+        ("unlabeled_.csv", "is not part of the data", "did you mean 'unlabeled.csv'?"),
+        ("labelled.csv", "is not part of the data", "did you mean 'train.csv'?"),
     ],
 )
 def test_no_part_is_passed_over(name: str, said: str, hint: str, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_no_part_is_passed_over(name: str, said: str, hint: str, tmp_path: Path)
     ("name", "content", "number", "said"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": ', 2, "the line is not JSON"),
-        ("a.jsonl", '{"text": "a"}\n\n["a"]', 3, "the line is no object"),
+        ("a.jsonl", '{"text": "a"}\n\n["a"]', 3, "the line is not an object"),
         ("a.jsonl", '{"text": "a", "text": "b"}', 1, "a key stands twice"),
         ("a.jsonl", '{"text": "\\ud800"}', 1, "half a character"),
         ("a.jsonl", '{"text": "a"}\n{"text": "\\ude00\\ud83d"}', 2, "half a character"),
@@ -163,7 +163,7 @@ def test_no_part_is_passed_over(name: str, said: str, hint: str, tmp_path: Path)
         ("a.jsonl", '{"text": NaN}', 1, "not JSON"),
         ("a.jsonl", "[" * 100_000, 1, "too deep"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', 2, "not UTF-8"),
-        ("a.jsonl", '{"text": null}', 1, "'text' is null, which is no text"),
+        ("a.jsonl", '{"text": null}', 1, "'text' is null, which is not text"),
         ("a.jsonl", '{"txt": "a"}', 1, "no field 'text', which a pattern shows"),
         ("a.csv", "text,b\na,b\nc\n", 3, "the row has 1 cell, and the header 2"),
         ("a.csv", "text,b\na,b,c\n", 2, "the row has 3 cells, and the header 2"),
@@ -219,7 +219,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "train.jsonl" in refused(tmp_path / "trian.jsonl").hint
     assert refused(tmp_path / "data.txt").hint == "name it data.jsonl, .csv or .tsv"
     (tmp_path / "b.csv").mkdir()
-    assert "no regular file" in refused(tmp_path / "b.csv").message
+    assert "not a regular file" in refused(tmp_path / "b.csv").message
     (tmp_path / "c.csv").symlink_to("gone.csv")
     assert refused(tmp_path / "c.csv").message.endswith("is a link to 'gone.csv', which is not there")
     assert refused("a\0.csv").message.startswith("there is no file")

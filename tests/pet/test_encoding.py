@@ -290,7 +290,7 @@ def test_rows_without_a_field() -> None:
         assert (error.code, error.hint) == ("GC180", "did you mean 'txt'?")
         assert error.message == "row 2 has no field 'text', which the pattern 'p' shows"
     rows[1] = {"text": None}
-    assert refused(lambda: made.check(rows)).message == "row 2 has null for 'text', which is no text"
+    assert refused(lambda: made.check(rows)).message == "row 2 has null for 'text', which is not text"
     nothing = encoder("gpt2", "{text}{blank}", words=Verbalizer({"a": "yes", "b": "."}))
     assert refused(lambda: nothing.encode([{"text": " "}], 0)).code == "GC180"
 

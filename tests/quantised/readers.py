@@ -149,7 +149,7 @@ def require_values(folder: Path, model: Any) -> Any:
 
 
 def equal(mine: Tensor, wanted: Tensor, name: str) -> None:
-    """Require two tensors to have the same values, those that are no numbers too."""
+    """Require two tensors to have the same values, those that are not numbers too."""
     wanted = wanted.to(mine.dtype)
     assert mine.shape == wanted.shape, f"{name}: {list(mine.shape)}, not {list(wanted.shape)}"
     same = (mine == wanted) | (mine.isnan() & wanted.isnan())

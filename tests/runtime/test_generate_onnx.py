@@ -227,7 +227,7 @@ class TestFolders:
     """Folders that are wrong, or hostile: a coded error, and nothing in them is run or read from elsewhere."""
 
     def test_what_is_missing(self, tmp_path: Path) -> None:
-        for path, words in ((tmp_path / "none", "is no folder"), (tmp_path, "has no model.onnx")):
+        for path, words in ((tmp_path / "none", "is not a folder"), (tmp_path, "has no model.onnx")):
             with fails("GC144", words):
                 load(path)
         (toy.write(tmp_path / "t") / "encoder_model.onnx").touch()

@@ -47,7 +47,7 @@ def test_a_plain_model(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_decision_is_needed() -> None:
-    """Neither is done by itself; what is no choice is an error."""
+    """Neither is done by itself; what is not a choice is an error."""
     compiled = adapted("bert", "lora", "nf4")
     for merge in (compiled.merge, compiled.merge_partially):
         with pytest.raises(GraftError, match="GC165"):
@@ -231,7 +231,7 @@ def test_saving_certifies(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_packed_tensor_has_its_values_strides() -> None:
-    """What is made of views is decided by strides: those of transposed codes are no contiguous ones."""
+    """What is made of views is decided by strides: those of transposed codes are not contiguous ones."""
     store = adapted("gpt2", "lora", "nf4")._graftc._store
     for name, own in store.packed.items():
         assert store.get(name).stride() == store.full(name).stride() == own.strides

@@ -85,7 +85,7 @@ def test_a_transformer_encoder_folds_and_its_eval_graph_is_derived() -> None:
 
 
 class ByPosition(nn.Module):
-    """Inputs without names for the caller, and a number that is no tensor."""
+    """Inputs without names for the caller, and a number that is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def test_what_is_untied_stays_untied() -> None:
 
 @pytest.mark.slow
 def test_where_nothing_folds() -> None:
-    """That is no failed certificate, and says what stays and why."""
+    """That is not a failed certificate, and says what stays and why."""
     with pytest.raises(GraftError, match="pfeiffer") as error:
         compiled_for(BOTTLENECK).merge_partially()
     assert error.value.code == "GC050" and error.value.hint

@@ -51,7 +51,7 @@ def weight_sizes(compiled: Any) -> set[int]:
 
 
 def kept(compiled: Any, run: Callable[..., Any]) -> list[Tensor]:
-    """What autograd saves in the forward pass, as far as it is no parameter."""
+    """What autograd saves in the forward pass, as far as it is not a parameter."""
     saved: list[Tensor] = []
     own = {p.untyped_storage().data_ptr() for p in (*compiled.parameters(), *compiled.buffers())}
 

@@ -1,4 +1,4 @@
-"""The budget of outputs in 16 bits: what other roundings of folded weights change is no sign of a wrong fold."""
+"""The budget of outputs in 16 bits: what other roundings of folded weights change is not a sign of a wrong fold."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_a_wrong_model_is_refused(
 @pytest.mark.slow
 @every_twins
 def test_a_flip_between_scores_far_apart_is_refused(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever outputs say: scores that are moved farther than rounding moves them are no near choice."""
+    """Whatever outputs say: scores that are moved farther than rounding moves them are not a near choice."""
     certificate = twins.merge().certificate
     gap = max(route.gap for route in certificate.routes)
     monkeypatch.setattr(comparing, "score_noise", lambda scores, dtype: gap / 1000)

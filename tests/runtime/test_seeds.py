@@ -52,7 +52,7 @@ def test_the_seed_that_was_set_decides(way: str, name: str, model: nn.Module) ->
     found = []
     for seed in (7, 8, 7):
         choose(seed)
-        torch.rand(3)  # what was drawn since is no matter
+        torch.rand(3)  # what was drawn since does not matter
         found.append(started(name, model))
     assert [seed for _, seed in found] == [7, 8, 7]
     assert same(found[0][0], found[2][0]) and not same(found[0][0], found[1][0])

@@ -151,7 +151,7 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
             tensors = [own[n] if who == "ours" else both.tensors[n] for n in names]
             found[f"{who} {size}"] = [tensor.detach().clone() for tensor in tensors]
             if who == "ours":
-                assert len(model.compilation.signatures) == 2, "the number of items is no constant of a graph"
+                assert len(model.compilation.signatures) == 2, "the number of items is not a constant of a graph"
     for other in ("ours 2", "theirs 8", "theirs 2"):
         for one, two in zip(found["ours 8"], found[other], strict=True):
             assert float((one - two.reshape(one.shape)).norm() / one.norm()) < 1e-5, other

@@ -109,7 +109,7 @@ def test_texts_are_drawn_by_length(tmp_path: Path) -> None:
     run = trainer(tmp_path, rest={"data_collator": padded}, train_sampling_strategy="group_by_length")
     run.train_dataset = rows
     losses(run)
-    assert len(run.model.compilation.signatures) <= 2, "lengths are no constants of a graph"
+    assert len(run.model.compilation.signatures) <= 2, "lengths are not constants of a graph"
 
 
 @pytest.mark.full

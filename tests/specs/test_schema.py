@@ -114,7 +114,7 @@ def override(**fields: Any) -> dict[str, Any]:
 WRONG: dict[str, Any] = {
     "no mapping": [],
     "nothing": {},
-    "adapt is no list": {"adapt": {"method": "lora", "target": Q}},
+    "adapt is not a list": {"adapt": {"method": "lora", "target": Q}},
     "adapt is null": {"adapt": None},
     "unknown field of the document": {"adapt": [], "trian": []},
     "unknown field of an adaptation": lora(rnk=8),
@@ -122,10 +122,10 @@ WRONG: dict[str, Any] = {
     "unknown field of an override": override(layers=0, rnk=4),
     "unknown field of tokens": {"adapt": [], "tokens": {"add": ["<a>"], "last": 3}},
     "unknown field of a budget": {"adapt": [], "fold": {"budget": {"logit": 1}}},
-    "adaptation is no mapping": {"adapt": ["lora"]},
+    "adaptation is not a mapping": {"adapt": ["lora"]},
     "no method": {"adapt": [{"target": Q}]},
     "unknown method": {"adapt": [{"method": "lorra", "target": Q}]},
-    "method is no text": {"adapt": [{"method": 3, "target": Q}]},
+    "method is not text": {"adapt": [{"method": 3, "target": Q}]},
     "no target": {"adapt": [{"method": "lora"}]},
     "target is a text": {"adapt": [{"method": "lora", "target": "attn.q"}]},
     "target says nothing": target(),
@@ -161,7 +161,7 @@ WRONG: dict[str, Any] = {
     "slice of step 0": target(**Q, layers="0:6:0"),
     "slice with a negative step": target(**Q, layers="::-1"),
     "expect 0": target(**Q, expect=0),
-    "override is no list": lora(overrides={"layers": 0, "rank": 4}),
+    "override is not a list": lora(overrides={"layers": 0, "rank": 4}),
     "override holds nowhere": override(rank=4),
     "override changes nothing": override(layers=0),
     "override changes to null": override(layers=0, rank=None),
@@ -353,10 +353,10 @@ def changed(draw: st.DrawFn) -> Any:
     return data
 
 
-# What a schema cannot say: uniqueness of names, reserved ones, the insides of patterns, that 1.0 is no integer, and
+# What a schema cannot say: uniqueness of names, reserved ones, the insides of patterns, that 1.0 is not an integer, and
 # which values go together.
 _BEYOND = re.compile(
-    r"the name '.*' is taken|name '.*' is reserved|a brace|is no regular expression|has more than|"
+    r"the name '.*' is taken|name '.*' is reserved|a brace|is not a regular expression|has more than|"
     r"(must be a whole number|expected a layer or a slice of layers).*, not -?\d+\.0$|role '.*' is unknown|"
     r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
     r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"

@@ -46,8 +46,8 @@ def test_a_target_is_frozen() -> None:
         ({"modules": "a.{b"}, "GC002", "modules", "'a.{b' opens a brace that it never closes"),
         ({"modules": ["a", "b}"]}, "GC002", "modules[1]", "'b}' closes a brace that it never opened"),
         ({"exclude": {"a": 1}}, "GC002", "exclude", "expected a pattern of module paths, not {'a': 1}"),
-        ({"layers": "1-3"}, "GC002", "layers", "'1-3' is no layer and no slice of layers"),
-        ({"layers": [0, "a"]}, "GC002", "layers[1]", "'a' is no layer and no slice of layers"),
+        ({"layers": "1-3"}, "GC002", "layers", "'1-3' is neither a layer nor a slice of layers"),
+        ({"layers": [0, "a"]}, "GC002", "layers[1]", "'a' is neither a layer nor a slice of layers"),
         ({"layers": True}, "GC002", "layers", "expected a layer or a slice of layers, not true"),
         ({"layers": 1.5}, "GC002", "layers", "expected a layer or a slice of layers, not 1.5"),
         ({"expect": 0}, "GC002", "expect", "expect is 0, it must be at least 1"),
@@ -63,7 +63,7 @@ def test_what_a_target_refuses(fields: dict[str, Any], code: str, path: str, mes
 
 def test_a_regular_expression_is_compiled_when_read() -> None:
     error = failure(regex=["a", "("])
-    assert error.code == "GC002" and error.message.startswith("'(' is no regular expression: ")
+    assert error.code == "GC002" and error.message.startswith("'(' is not a regular expression: ")
     assert error.place is not None and error.place.path == "regex[1]"
 
 

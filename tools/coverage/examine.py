@@ -57,7 +57,7 @@ def examine(entry: Entry, detail: bool = True, progress: Callable[[Record], obje
 
     Returns:
         Plain values. `built`, `captured`, `attention`, `roles`, `folds` say how far it came, each with the reason
-        beside it where it came no further; what begins with an underscore is no part of the committed record.
+        beside it where it came no further; what begins with an underscore is not part of the committed record.
     """
     started = time.process_time()
 
@@ -197,7 +197,7 @@ def _summary(lacking: list[str]) -> str:
 
 
 def _attention(graph: fx.Graph, structure: Structure | None) -> str:
-    """How attention shows: as a role, or only as a softmax that is no router's; empty where there is none."""
+    """How attention shows: as a role, or only as a softmax that is not a router's; empty where there is none."""
     if structure is not None and structure.having("attn"):
         return "role"
     if any(_named(node, "scaled_dot_product") for node in graph.nodes):

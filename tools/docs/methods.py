@@ -133,7 +133,7 @@ def example(entry: SpecEntry) -> str:
     and its first numbers at their defaults.
 
     Raises:
-        GraftError: the example is no valid spec.
+        GraftError: the example is not a valid spec.
     """
     lines = ["version: 1", "adapt:", f"  - method: {entry.tag}"]
     fields = entry.spec_class.model_fields

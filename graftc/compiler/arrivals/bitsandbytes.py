@@ -21,7 +21,7 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
     """What makes a plain linear map of one of the library's.
 
     Raises:
-        GraftError: GC162 for modules that are no linear maps.
+        GraftError: GC162 for modules that are not linear maps.
     """
     names = {cls.__name__ for cls in type(module).__mro__}
     if "Linear4bit" in names:

@@ -40,7 +40,7 @@ def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
     if found:
         made = sharing_copy(made)
         for name, own in found.items():
-            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing has not
+            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing does not have
                 _pack(made, name, own)
         same_fresh(model, made)
     return made

@@ -37,7 +37,7 @@ BOUNDS: Mapping[torch.dtype, float] = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-"""Largest difference by the model's dtype, relative to the largest element of an output, where kernels are others;
+"""Largest difference by the model's dtype, relative to the largest element of an output, where kernels differ;
 where they are the same there is none."""
 
 _SHORT = 5

@@ -34,7 +34,7 @@ class Attributes:
         self._tables = {name: dict(self._now[name]) for name in _TABLES}
 
     def changed(self) -> list[str]:
-        """Names of those that are others, hold something else, or are tensors that were written to."""
+        """Names of those that were replaced, hold something else, or are tensors that were written to."""
         now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
         names = [name for name in {**self._values, **now} if not self._same(name, now)]
         names += [name for name, version in self._versions.items() if _version(self._values[name]) != version]

@@ -264,7 +264,7 @@ def _module_path(node: fx.Node) -> str:
 def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
     """Give the tensors of an exported program numbers for names; returns the names by number.
 
-    Only some do for attributes of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is none.
+    Only some do for attributes of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is a keyword.
     """
     numbers: dict[str, str] = {}
 

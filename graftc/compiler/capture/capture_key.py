@@ -319,7 +319,7 @@ class _Walk:
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.is_sparse:
             return self._opaque(tensor, where, f"a tensor without readable values ({type(tensor).__name__})", strict)
         if size > LARGEST_TENSOR:
-            return self._opaque(tensor, where, f"a tensor of {size} bytes that is no buffer", strict)
+            return self._opaque(tensor, where, f"a tensor of {size} bytes that is not a buffer", strict)
         digest = hashlib.sha256(raw_bytes(tensor)).hexdigest()
         return ["tensor", str(tensor.dtype), list(tensor.shape), tensor.requires_grad, digest]
 

@@ -75,7 +75,7 @@ def samples_on(
 
 
 def _sizes(program: Program, sizes: Sequence[int], held: Mapping[str, int]) -> dict[str, int]:
-    """The size of every named axis that is no sum of others."""
+    """The size of every named axis that is not a sum of others."""
     axes: dict[str, int] = {}
     for spec in program.inputs:
         for dim, name in enumerate(spec.shape):

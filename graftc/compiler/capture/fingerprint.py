@@ -86,7 +86,7 @@ class Identity:
         }
 
     def differences(self, other: Identity) -> list[str]:
-        """In which ways ``other`` is another base, for people; empty where it is the same."""
+        """In which ways ``other`` differs from this base, for people; empty where it is the same."""
         found = [] if self.config == other.config else [self.other_config(other)]
         found += [f"it has no {name}" for name in self.tensors if name not in other.tensors]
         found += [f"it has a {name}, which was not there" for name in other.tensors if name not in self.tensors]
@@ -106,7 +106,7 @@ class Identity:
         pairs = [(name, self.settings.get(name), other.settings.get(name)) for name in names]
         shown = [f"{name} {theirs!r}, not {mine!r}" for name, mine, theirs in pairs if mine != theirs]
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-        return f"its config has {', '.join(shown[:3])}{more}" if shown else "its config is another"
+        return f"its config has {', '.join(shown[:3])}{more}" if shown else "its config differs"
 
 
 def _type(tensor: TensorIdentity) -> str:

@@ -1,6 +1,6 @@
 """What a model's ``forward`` takes: tensors and flags by name, and which values say nothing new.
 
-A flag is any keyword whose value is no tensor: it becomes a constant of the captured graph. A flag at the value that
+A flag is any keyword whose value is not a tensor: it becomes a constant of the captured graph. A flag at the value that
 the model would use anyway needs no graph of its own.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.past import CACHE, CACHES, ENCODED, USE_CACHE, cache_name
 from graftc.passes.core.packing.modules import packed_types
-from graftc.specs.arguments import as_mapping, kind_of
+from graftc.specs.errors.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
 Flag = bool | int | float | str | None
@@ -202,8 +202,8 @@ def _encoded(value: Any) -> Any:
 
 
 def _sizes_of_kernels(config: Any) -> frozenset[str]:
-    """Keywords that only kernels of flash attention read, where attention is another: the longest text of a packed
-    batch is a number that differs from batch to batch, and each would have a graph of its own."""
+    """Keywords that only kernels of flash attention read, where attention is of another kind: the longest text of a
+    packed batch is a number that differs from batch to batch, and each would have a graph of its own."""
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
     kind = str(getattr(config, "_attn_implementation", None))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_name, past_place
-from graftc.specs.arguments import kind_of
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 CACHES = ("cache", "past_key_values")

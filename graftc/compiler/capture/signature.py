@@ -161,7 +161,7 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
         like: axes already captured; inputs of the same name are the same, others take batch and sequence from them.
 
     Raises:
-        GraftError: GC031 for a value that is no tensor.
+        GraftError: GC031 for a value that is not a tensor.
     """
     known = parameters(model)
     position = {name: index for index, name in enumerate(known)}

@@ -16,17 +16,17 @@ _PLAIN = "it has the adaptation in its weights"
 
 
 def require_plain(model: Any) -> None:
-    """Refuse what is no model, a model that holds adaptations of graftc or peft, and one that is spread over processes.
+    """Refuse what is not a model, and one that holds adaptations of graftc or peft or is spread over processes.
 
     Raises:
-        GraftError: GC073 for what is no module, or holds a compiled or merged one; GC032 for layers of peft; GC130 for
-            a model that is sharded or replicated over processes.
+        GraftError: GC073 for what is not a module, or holds a compiled or merged one; GC032 for layers of peft; GC130
+            for a model that is sharded or replicated over processes.
     """
     if not isinstance(model, nn.Module):
         raise _no_module(model)
     _require_undivided(model)
     for path, module in model.named_modules():
-        where = f"{type(model).__name__} holds {{}} at {path!r}" if path else "{} is no base"
+        where = f"{type(model).__name__} holds {{}} at {path!r}" if path else "{} is not a base"
         if isinstance(module, Tree):
             what = f"a {type(module).__name__}"
             hint = (

@@ -116,7 +116,7 @@ def own_digest() -> str:
     return digest.hexdigest()
 
 
-_OWN = ("compiler", "compiler/capture", "passes/core/*", "passes/graph", "specs", "specs/errors")
+_OWN = ("compiler", "compiler/capture", "passes/core", "passes/core/*", "passes/graph", "specs", "specs/errors")
 """Folders with every file that this one's neighbours `capture` and `cache` import, and so on."""
 
 

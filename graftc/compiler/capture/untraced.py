@@ -28,7 +28,7 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def unkept(model: nn.Module) -> list[str]:
-    """What graphs of a model have not of it, for people, each once."""
+    """What of a model its graphs do not have, for people, each once."""
     found: dict[str, None] = {}
     classes: set[type] = set()
     for path, module in model.named_modules():
@@ -42,7 +42,7 @@ def unkept(model: nn.Module) -> list[str]:
 
 
 def _of_code(cls: type, own: Any) -> Iterator[str]:
-    """What the forward of a class, or one that was put in its place, has that a graph has not."""
+    """What the forward of a class, or one that was put in its place, has that a graph cannot have."""
     pending = [function for function in (_function(own), _function(getattr(cls, "forward", None))) if function]
     seen: set[int] = set()
     while pending:

@@ -320,7 +320,7 @@ class _Probe:
 
 
 class _StandIn:
-    """A tensor that is no linear map's: what stands in for it in the adapted graph, in float64, against the folded."""
+    """A tensor that is not a linear map's: what stands for it in the adapted graph, in float64, against the folded."""
 
     def __init__(self, group: _Group, name: str, node: fx.Node, seed: int) -> None:
         self.group, self.name = group, name

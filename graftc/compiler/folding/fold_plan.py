@@ -44,7 +44,7 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
         only: these have to fold, and all others stay; by default all that fold do.
 
     Raises:
-        GraftError: of ``only``, GC091 for a name that is none, GC050 and GC022 for what does not fold.
+        GraftError: of ``only``, GC091 for an unknown name, GC050 and GC022 for what does not fold.
     """
     units = {unit.name: unit for unit in compilation.units}
     resolved = {name: unit.members[0] for name, unit in units.items()}

@@ -48,7 +48,7 @@ class Retention:
         """The same where ``rounded - exact`` is known, in float64; it is changed, and so is ``spare``, room of the same
         type and sizes.
 
-        Where rounding gives back the base's value, ``error`` is ``-u`` to the bit, so that no change is none here.
+        Where rounding gives back the base's value, ``error`` is ``-u`` to the bit, so that no change counts as lost.
         """
         back = torch.empty_like(error) if spare is None else spare
         back = back.copy_(base).sub_(exact).add_(0.0).reshape(-1)  # -u, without a -0.0

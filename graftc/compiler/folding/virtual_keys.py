@@ -36,7 +36,7 @@ def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
 
 
 def _may_differ(resolved: Resolved) -> bool:
-    """Whether an adaptation may make another map for each row: one that is in a map and is no change of its weight."""
+    """Whether an adaptation may make another map for each row: one in a map that is not a change of its weight."""
     stays = resolved.spec.claims.folds is FoldKind.NONE
     return stays and any(isinstance(site, LinearSite) for site, _ in resolved.sites)
 

@@ -56,7 +56,7 @@ class Costs:
         return sum(map(self.flops, nodes))
 
     def value_bytes(self, node: fx.Node) -> float:
-        """Bytes of the value that a call makes, in a row of `TOKENS`; 0 for views, and for what is no call."""
+        """Bytes of the value that a call makes, in a row of `TOKENS`; 0 for views, and for what is not a call."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
             return 0.0

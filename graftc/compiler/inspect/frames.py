@@ -275,7 +275,7 @@ class _Making:
             edge.born = max(nodes[edge.source].born, nodes[edge.target].born)
 
     def add_before(self, before: Program) -> None:
-        """Mark what the graph before has, and add what the others have not."""
+        """Mark what the graph before has, and add what the others lack."""
         nodes, never = self.frames.nodes, len(self.frames.rows)
         last = {node.name: number for number, node in enumerate(self.program.graph.nodes)}
         earlier = {node.name[1:]: number for number, node in enumerate(nodes) if node.gone != STAYS}

@@ -65,7 +65,7 @@ class Index:
         return [o for o in self.origins if tensor in o.tensors or _tensor_of(o.site) in names]
 
     def base_tensor(self, site: str) -> str:
-        """The base tensor that a place is; empty where it is none."""
+        """The base tensor that a place is; empty where it is not one."""
         name = self.canonical(_tensor_of(site))
         return name if name in self.snapshot.base else ""
 

@@ -30,7 +30,7 @@ TEXT = 2000
 """Characters of names and of attributes that are written at most."""
 
 _BASE_TENSOR = "#eeeeee"
-# What a namespace is split at, and its look-alike that is none.
+# What a namespace is split at, and a look-alike that is not one.
 _SEPARATORS = str.maketrans({"/": "\N{DIVISION SLASH}", ";": "\N{FULLWIDTH SEMICOLON}", "\n": " ", "\t": " "})
 
 

@@ -22,7 +22,7 @@ class TreeTensor:
         name: within its module, or within the adaptation.
         record: its type.
         tied: the name that owns it; None where this one does.
-        rows: the rows of the base tensor that it stands in for, as text; empty for all, and for what is no copy.
+        rows: the rows of the base tensor that it stands in for, as text; empty for all, and for what is not a copy.
     """
 
     name: str

@@ -114,7 +114,7 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
     """A copy of a language model that classifies by filling blanks; it shares all storage. The model is not changed.
 
     Raises:
-        GraftError: GC170 for a model that is no language model of transformers, or has not the tokens.
+        GraftError: GC170 for a model that is not a language model of transformers, or lacks the tokens.
     """
     config = config_of(model)
     if config is None or not is_transformers(model) or _head(model) is None:

@@ -11,8 +11,8 @@ from graftc.compiler.resolve.select import Meant, meant
 from graftc.compiler.resolve.selectable import Selectable, SelectedPlace
 from graftc.compiler.resolve.targets import exact_target, kinds_of
 from graftc.compiler.roles.findings import format_layers
-from graftc.specs.arguments import kind_of
 from graftc.specs.claims import SiteKind
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
 from graftc.specs.errors.text import counted, one_line
@@ -41,7 +41,7 @@ class Selection(AsTarget):
     A role may name any kind of site. A path alone means weights as a whole, as in a target: rows of fused weights are
     selected by role.
 
-    A pattern that matches nothing is no error while a selection is built; printing says what came closest, and
+    A pattern that matches nothing is not an error while a selection is built; printing says what came closest, and
     `to_target` raises it.
     """
 
@@ -83,7 +83,7 @@ class Selection(AsTarget):
         """The places with any of these roles; braces are allowed: ``attn.{q,v}``.
 
         Raises:
-            GraftError: GC012 for a role that does not exist, GC002 for what is no role.
+            GraftError: GC012 for a role that does not exist, GC002 for what is not a role.
         """
         return self._narrowed("role", roles)
 
@@ -91,7 +91,7 @@ class Selection(AsTarget):
         """The places whose module path any of these globs matches: ``*``, ``**`` and ``{a,b}`` as in a target.
 
         Raises:
-            GraftError: GC002 or GC009 for what is no glob.
+            GraftError: GC002 or GC009 for what is not a glob.
         """
         return self._narrowed("modules", globs)
 
@@ -99,7 +99,7 @@ class Selection(AsTarget):
         """The places whose whole module path any of these regular expressions matches.
 
         Raises:
-            GraftError: GC002 or GC009 for what is no regular expression, GC008 for one that takes too long.
+            GraftError: GC002 or GC009 for what is not a regular expression, GC008 for one that takes too long.
         """
         return self._narrowed("regex", patterns)
 
@@ -107,7 +107,7 @@ class Selection(AsTarget):
         """The places in these layers of each stack: indices and slices such as ``"0:6"``, negative ones from the end.
 
         Raises:
-            GraftError: GC002 for what is no layer and no slice.
+            GraftError: GC002 for what is neither a layer nor a slice.
         """
         return self._narrowed("layers", layers)
 
@@ -115,7 +115,7 @@ class Selection(AsTarget):
         """The places whose module path none of these globs matches.
 
         Raises:
-            GraftError: GC002 or GC009 for what is no glob.
+            GraftError: GC002 or GC009 for what is not a glob.
         """
         return self._narrowed("exclude", globs)
 
@@ -242,7 +242,7 @@ class Selection(AsTarget):
 
         Raises:
             GraftError: GC013 where it has another number, with the count of each pattern and what came closest; GC073
-                for what is no number.
+                for what is not a number.
         """
         count = _count(count)
         if len(self) == count:

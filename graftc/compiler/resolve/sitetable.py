@@ -298,7 +298,7 @@ class SiteTable:
             reason = (
                 "is not needed for any output of the model, so it would never learn"
                 if unused
-                else "has a weight that is no linear map's, or is read as more than rows of the stored tensor"
+                else "has a weight that is not a linear map's, or is read as more than rows of the stored tensor"
             )
             key = SiteKey(path, "weight")
             self._add([BlockedSite(key, (), layer, stack, kind=SiteKind.LINEAR, reason=reason, unused=unused)])

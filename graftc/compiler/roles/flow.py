@@ -30,7 +30,7 @@ class Attention:
         node: the call, or the product.
         query, key, value: its operands; those of the product of scores, where it is written out.
         name: for people.
-        written_out: whether it is no single call.
+        written_out: whether it is not a single call.
     """
 
     node: fx.Node
@@ -116,7 +116,7 @@ class Flow:
         for node in self.order:
             if op_name(node) in SOFTMAX:
                 self._score_nodes(node)
-        # A channel's convolution with itself, with a skip, is no branch of a stream: the channel passes on.
+        # A channel's convolution with itself, with a skip, is not a branch of a stream: the channel passes on.
         self._weighty = sum(1 << self.at[node] for node in (*self.linears, *self.attentions, *self.convolutions))
         self.working = self._weighty | sum(1 << self.at[node] for node in self.depthwise)
         for node in self.order:

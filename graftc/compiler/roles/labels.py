@@ -226,7 +226,7 @@ class Labels:
             return f"is a gate on the output of {self.flow.attentions[gated[0]].name}"
         if not any(self.flow.is_above(node, r) for r in self.flow.residuals):
             return "lies in no residual branch and does not feed the output projection"
-        return "its place in the residual branch is none of the known ones"
+        return "its place in the residual branch is not one of the known ones"
 
     def _gates(self, node: fx.Node, attention: fx.Node) -> bool:
         """Whether an output projection reads this map beside an attention."""

@@ -41,7 +41,7 @@ def read_mixers(labels: Labels, residual: Residual) -> None:
         weighed = _met(labels, node, soft)
         fed = next((n for n in mixers if flow.is_above(node, n)), None)
         if weighed is not None:
-            labels.fail(node, f"{weighed.name} weighs by a softmax, but is no attention of a known form")
+            labels.fail(node, f"{weighed.name} weighs by a softmax, but is not an attention of a known form")
             continue
         if met is node:
             evidence = "mixes positions, with no attention on its way"
@@ -74,7 +74,7 @@ def _weighted(labels: Labels, residual: Residual, at: int) -> bool:
 
 
 def mixing(labels: Labels) -> int:
-    """Nodes that mix positions and are no part of an attention, as a bit set."""
+    """Nodes that mix positions and are not part of an attention, as a bit set."""
     if labels.mixing is None:
         found = (i for i, node in enumerate(labels.flow.order) if _mixes(labels, node))
         labels.mixing = sum(1 << i for i in found)

@@ -28,7 +28,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 GATE = ("gate", "gate_bias")
-"""The tensors of an adaptation's gate, which are no tensors of its method."""
+"""The tensors of an adaptation's gate, which are not tensors of its method."""
 
 
 GATE_READING = Reading(

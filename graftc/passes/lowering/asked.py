@@ -39,5 +39,5 @@ def warn_of_whole(spec: Spec, program: Program, outcomes: list[LoweringOutcome])
     scalars = [leaf for leaf in program.output_node.all_input_nodes if not leaf.meta["val"].dim()]
     if spec.memory.loss != "chunked" or not scalars or any(outcome.done for outcome in own):
         return
-    reasons = [f"{outcome.place}: {outcome.reason}" for outcome in own] or ["it is no cross-entropy"]
+    reasons = [f"{outcome.place}: {outcome.reason}" for outcome in own] or ["it is not a cross-entropy"]
     warn("GC151", f"the loss is computed as a whole: {'; '.join(reasons)}", hint="leave out memory: {loss: chunked}")

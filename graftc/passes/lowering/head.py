@@ -145,7 +145,7 @@ def read_head(head: LossHead) -> None:
     if found.weight is not None:
         raise NoMatchError("classes have weights")
     if found.labels.meta["val"].is_floating_point() or found.labels.meta["val"].dim() != 1:
-        raise NoMatchError("labels are no numbers of tokens, one for each row")
+        raise NoMatchError("labels are not numbers of tokens, one for each row")
     if node.target is aten.log_softmax.int:
         head.chain.add(node)
         node = _args(node)[0]
@@ -172,7 +172,7 @@ def read_head(head: LossHead) -> None:
 def _step(
     node: fx.Node, moves: tuple[fx.Node, ...], factor: float
 ) -> tuple[fx.Node, tuple[fx.Node, ...], float] | None:
-    """The same one operator earlier; None at one that is no cast, move of rows or factor."""
+    """The same one operator earlier; None at one that is not a cast, move of rows or factor."""
     source = _args(node)[0] if _args(node) else None
     if not isinstance(source, fx.Node):
         return None
@@ -253,7 +253,7 @@ def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node,
         head.place = head.place or str(node.meta.get("module", ""))
         owner = provenance(node)
         who = f"{owner['adaptation']!r} adapts the head by" if owner else "between the head and the loss there is"
-        raise NoMatchError(f"{who} {node.target}, which is no linear map")
+        raise NoMatchError(f"{who} {node.target}, which is not a linear map")
 
 
 def _within(

@@ -89,7 +89,7 @@ class Matcher:
         self._settled = Memory(program.graph).settled
 
     def map(self, node: fx.Node) -> Map | None:
-        """The map that a product is; None where it is no product with one matrix."""
+        """The map that a product is; None where it is not a product with one matrix."""
         found = _product(node)
         if found is None or not self._settled(node, *node.all_input_nodes):
             return None

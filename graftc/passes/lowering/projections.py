@@ -122,7 +122,7 @@ def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> LoweringOutcome 
     reason = _PRODUCTS[target_name(product.target)]
     if not reason:
         kind = target_name(edit.after.target)
-        reason = _KINDS.get(kind, f"{kind} is no sum with a product of two matrices, or parts of it are read elsewhere")
+        reason = _KINDS.get(kind, f"{kind} is not a sum with a product of two matrices, or has parts read elsewhere")
     return LoweringOutcome(STEP, edit.site, False, reason)
 
 

@@ -52,7 +52,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
             build.add_at(site, wiring.adds_to, delta, wiring.reads)
             return
         if not isinstance(site.use, Dense):
-            message = f"{site.key} is no product with a matrix that stands behind its input"
+            message = f"{site.key} is not a product with a matrix that stands behind its input"
             raise GraftError("GC017", message, hint="leave it out with exclude")
         read = build.input(site) if wiring.reads == "input" else build.output(site)
         inward = wiring.adds_to == "input"

@@ -70,7 +70,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
         """Every entry has a difference at first; later, see `SparseTensors`.
 
         Raises:
-            GraftError: GC020 where the budget is none of the target's entries, or more than all.
+            GraftError: GC020 where the budget is zero entries of the target, or more than all.
         """
         if spec.stage > 1:
             return super().prepare(spec, sites, build)

@@ -321,7 +321,7 @@ def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns:
     Returns:
         Indices into the stored tensor, ``int64``, ascending.
     """
-    rows, columns = rows.nan_to_num(0.0), columns.nan_to_num(0.0)  # infinite times zero is no score
+    rows, columns = rows.nan_to_num(0.0), columns.nan_to_num(0.0)  # infinite times zero is not a score
     width, device = columns.numel(), columns.device
     others = None
     if not region.whole:  # by row and column, of which one has a single value

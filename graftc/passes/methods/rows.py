@@ -86,7 +86,7 @@ def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
         place: whose, for errors.
 
     Raises:
-        GraftError: GC020 for a number that is none of a row, and for a slice that takes none.
+        GraftError: GC020 for a number that is not that of a row, and for a slice that takes none.
     """
     found: set[int] = set()
     for index, entry in enumerate(entries):
@@ -97,7 +97,7 @@ def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
             named = range(parsed % count, parsed % count + 1) if -count <= parsed < count else range(0)
         if not named:
             last = f"rows 0 to {count - 1}" if count > 1 else "row 0 only"
-            message = f"{entry!r} is no row of {place}, which has {last}"
+            message = f"{entry!r} is not a row of {place}, which has {last}"
             hint = "correct it, or leave the place out of the target"
             raise GraftError("GC020", message, place=Place(path=f"rows[{index}]"), hint=hint)
         found.update(named)

@@ -70,8 +70,8 @@ class SparseTensors(Method[S, Stored]):
         """Select the entries, or find out which are.
 
         Raises:
-            GraftError: GC020 where the budget is none of the target's entries, or more than all; GC053 for given
-                indices that are no entries of their tensor.
+            GraftError: GC020 where the budget is zero entries of the target, or more than all; GC053 for given
+                indices that are not entries of their tensor.
         """
         if isinstance(self, Scored) and self.scoring(spec) is not None:
             build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
@@ -166,7 +166,7 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
     """How many of ``total`` entries train.
 
     Raises:
-        GraftError: GC020 where that is none, or more than all.
+        GraftError: GC020 where that is zero, or more than all.
     """
     count = spec.budget(total)
     if 0 < count <= total:

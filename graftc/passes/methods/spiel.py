@@ -60,7 +60,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         """As many entries of each tensor as its size says, rounded down, at random.
 
         Raises:
-            GraftError: GC020 where that is none, or more than there are.
+            GraftError: GC020 where that is zero, or more than there are.
         """
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))

@@ -16,10 +16,10 @@ from graftc.compiler.capture.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
-from graftc.runtime import file_names
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input
 from graftc.runtime.reference import Built, Kind, Reference
+from graftc.runtime.tensors import file_names
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -159,7 +159,7 @@ def from_tensor(tensor: Tensor, where: str) -> StateRecord:
     """Read a record back. ``where`` is named in errors.
 
     Raises:
-        GraftError: GC081 for a newer format, GC082 for what is no record.
+        GraftError: GC081 for a newer format, GC082 for what is not a record.
     """
     try:
         if tensor.numel() > MOST:

@@ -9,8 +9,8 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from graftc.runtime import file_names
 from graftc.runtime.reference import MOST_LABELS
+from graftc.runtime.tensors import file_names
 
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = file_names.MANIFEST_BYTES, 2**26, 2**24
 """What a manifest, a graph, and another text may have."""

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, ValidationError, model_validator
 
-from graftc.runtime import file_names
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
     ClassName,
@@ -34,6 +33,7 @@ from graftc.runtime.artifact.fields import (
     Size,
 )
 from graftc.runtime.reference import Built, Kind, Reference
+from graftc.runtime.tensors import file_names
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 
@@ -168,7 +168,7 @@ class PlaceRecord(Record):
     """Which rows of a fused tensor, by the last word of their role; empty for all."""
 
     use: Count
-    """Which use, for what is no tensor."""
+    """Which use, for what is not a tensor."""
 
     kind: str
     """Kind of site."""
@@ -358,7 +358,7 @@ class Manifest(Record):
                 raise ValueError(f"tensors of {place.module} that are not listed")
         for trained in self.trained:
             if trained.tensor not in self.adapters or base.aliases.get(trained.base, trained.base) not in owners:
-                raise ValueError(f"{trained.tensor} is no copy of {trained.base}")
+                raise ValueError(f"{trained.tensor} is not a copy of {trained.base}")
         return self
 
     def named_files(self) -> Iterator[str]:
@@ -384,8 +384,8 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     """The manifest in a text.
 
     Raises:
-        GraftError: GC080 where it is none, GC081 where a newer release wrote it, GC082 where it is damaged, GC085 where
-            it names what it must not.
+        GraftError: GC080 where it is not an artifact, GC081 where a newer release wrote it, GC082 where it is damaged,
+            GC085 where it names what it must not.
     """
     data = unsealed(text, where, "artifact", SCHEMA_VERSION)
     _check_names(data, where)
@@ -426,9 +426,9 @@ def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIF
         data = read_json(text, MANIFEST_BYTES)
         canonical = canonical_json(data).encode()
     except (ValueError, RecursionError) as error:
-        raise damaged(where, file, f"is no plain JSON: {error}") from error
+        raise damaged(where, file, f"is not plain JSON: {error}") from error
     if not isinstance(data, dict) or data.get(kind) != "graftc":
-        raise GraftError("GC080", f"{where} is no {kind} of graftc", hint="graftc compile writes artifacts")
+        raise GraftError("GC080", f"{where} does not say that graftc wrote it", hint="graftc compile writes artifacts")
     found = data.get("schema_version")
     if isinstance(found, int) and found > version:
         message = f"{where} is of format {found}, and this release reads up to {version}"

@@ -40,8 +40,8 @@ from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.files import recover
 from graftc.runtime.folder_kinds import missing, reader_of
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
-from graftc.specs.arguments import absolute_path
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.specs.strict_json import read_json
@@ -221,12 +221,12 @@ class Artifact:
     def _checked(self, file: str, table: Mapping[str, AdapterTensor]) -> dict[str, Tensor]:
         where, opened = str(self.path), TensorFolder(self.path / file, Refusal("GC082", hint="copy it again"))
         if other := sorted(opened.entries.keys() ^ table.keys()):
-            raise _foreign(where, file, f"its tensors are others than listed: {', '.join(other[:3])}")
+            raise _foreign(where, file, f"its tensors are not those listed: {', '.join(other[:3])}")
         found = dict(opened)
         for name, tensor in found.items():
             listed, record = table[name], TensorRecord.of(tensor)
             if (record.dtype, record.shape) != (listed.dtype, listed.shape):
-                raise _foreign(where, file, f"{name} is another type or size than listed")
+                raise _foreign(where, file, f"{name} has another type or size than listed")
             if tensor_digest(tensor) != listed.sha256:
                 raise _foreign(where, file, f"{name} has other values than listed")
         return found

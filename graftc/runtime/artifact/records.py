@@ -54,7 +54,7 @@ def read_model(model: type[Read], path: Path, where: str, file: str) -> Read:
     """A file as a model.
 
     Raises:
-        GraftError: GC082 where it is none.
+        GraftError: GC082 where it is not a record.
     """
     try:
         raw = content(path, TEXT_BYTES)

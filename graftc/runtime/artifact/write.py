@@ -31,7 +31,7 @@ from graftc.runtime.model.runner import runner_of
 from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
 from graftc.runtime.tensor_files import save_tensors
-from graftc.specs.arguments import absolute_path
+from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec

@@ -106,7 +106,7 @@ def artifact_facts(artifact: Artifact) -> CardFacts:
     """What an artifact says; its base is not needed.
 
     Raises:
-        GraftError: GC082 for a certificate that is none, GC091 where the artifact has no graphs.
+        GraftError: GC082 for a file that is not a certificate, GC091 where the artifact has no graphs.
     """
     manifest = artifact.manifest
     certificate: CardCertificate | None = None

@@ -15,7 +15,7 @@ __all__ = ["PlainConsole"]
 
 
 class PlainConsole(Console):
-    """A console that takes text as it is: brackets are no markup, and what would steer the terminal is written out.
+    """A console that takes text as it is: brackets are not markup, and what would steer the terminal is written out.
 
     Colours of its own are in the styles of segments, not in their text, and stay.
     """

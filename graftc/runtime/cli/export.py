@@ -268,7 +268,7 @@ def _folded(
     """What folds in the weights; of the rest nothing but what the inputs name.
 
     Raises:
-        GraftError: GC050 for what does not fold and is no input; as `Compiled.merge`.
+        GraftError: GC050 for what does not fold and is not an input; as `Compiled.merge`.
     """
     form = cast("BaseForm | None", base)
     if not inputs:

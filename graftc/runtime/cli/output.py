@@ -39,7 +39,7 @@ _PIPED_WIDTH = 120
 
 
 def console(file: TextIO | None = None) -> Console:
-    """A console on the standard output (or ``file``): colours on a terminal only, 120 columns where it is none."""
+    """A console on the standard output (or ``file``): colours on a terminal only, 120 columns elsewhere."""
     from graftc.runtime.cli.console import PlainConsole
 
     stream = sys.stdout if file is None else file

@@ -68,7 +68,7 @@ def _unraisable(found: Any) -> None:
 
 
 def sane_sizes() -> None:
-    """Forget sizes of the terminal that are no numbers, or none that anything fits in: libraries fail on them."""
+    """Forget sizes of the terminal that are not numbers, or none that anything fits in: libraries fail on them."""
     for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit() and _LEAST <= int(value[:9]) < 100_000):

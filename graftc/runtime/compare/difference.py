@@ -50,7 +50,7 @@ class Difference:
         entries: share of the elements that differ.
         rows, columns: how many of them differ anywhere; None of a vector.
         rank: of a matrix, how many directions of the difference are above what rounding makes; None where that is more
-            than are looked for, and of what is no matrix.
+            than are looked for, and of what is not a matrix.
         explained: share of the difference's squared norm in those directions, or in the scaling; None without either.
         cause: what could have made it.
     """

@@ -164,7 +164,7 @@ _MAKERS: Mapping[Cause, str] = {
     Cause.COLUMN_SCALING: "a vector on inputs, as IA3's on feed-forwards",
     Cause.ROWS: "training some rows, as of tokens",
     Cause.ENTRIES: "training some entries",
-    Cause.VECTOR: "training a bias, a norm or another tensor that is no matrix",
+    Cause.VECTOR: "training a bias, a norm or another tensor that is not a matrix",
     Cause.FULL: "full fine-tuning, or an update of high rank, as DoRA's",
     Cause.ROUNDING: "no more than rounding",
 }

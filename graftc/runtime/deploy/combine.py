@@ -22,10 +22,10 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, values_of
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation
-from graftc.specs.arguments import kind_of
 from graftc.specs.claims import SiteKind
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
 from graftc.specs.target import Target
@@ -215,7 +215,7 @@ def _step(compilation: Compilation, item: Resolved, site: LinearSite) -> FoldSte
     own = site_steps(compilation, Unit(None, (item,), 0))
     steps = [s for s in own if s.site == str(site.key)]
     if len(steps) != 1:
-        raise GraftError("GC029", f"{item.name!r} is no change of the weight alone at {site.key}")
+        raise GraftError("GC029", f"{item.name!r} is not a change of the weight alone at {site.key}")
     return steps[0]
 
 
@@ -274,7 +274,7 @@ def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
 
 
 def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
-    """Of a bank, all adaptations may become one; what another composition makes of its members is no LoRA."""
+    """Of a bank, all adaptations may become one; what another composition makes of its members is not a LoRA."""
     for composition in spec.compose:
         inside = [name for name in composition.members if name in names]
         if not inside or isinstance(composition, Stack):

@@ -28,10 +28,10 @@ from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lor
 from graftc.runtime.model.runner import ModelRunner
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation
-from graftc.specs.arguments import kind_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
 
@@ -91,7 +91,7 @@ class Converted:
 
     @property
     def largest_difference(self) -> float:
-        """The worst output's; NaN where one is no number."""
+        """The worst output's; NaN where one is not a number."""
         found = list(self.outputs.values())
         return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
 
@@ -144,8 +144,8 @@ class Converting(ModelRunner):
                 for the ``train:`` list.
 
         Raises:
-            GraftError: GC002 for a rank or error out of bounds, GC066 for what is no change of linear maps alone, GC067
-                where the error bound cannot be met, GC091 for names that are none, GC050 and GC022 for what does not
+            GraftError: GC002 for a rank or error out of bounds, GC066 for what is not a change of linear maps alone,
+                GC067 where the error bound cannot be met, GC091 for unknown names, GC050 and GC022 for what does not
                 fold.
         """
         if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):

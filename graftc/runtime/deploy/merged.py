@@ -30,7 +30,7 @@ from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
 from graftc.runtime.progress import during
-from graftc.specs.arguments import as_budget, as_path
+from graftc.specs.errors.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import FileType
 
@@ -44,7 +44,7 @@ class MergedRunner(Exporting):
     Attributes:
         certificate: the evidence for the fold.
         folded: whose adaptations have gone into the weights.
-        kept: whose have not, with the reason; only folding what folds leaves any.
+        kept: those that have not been folded, with the reason; only folding what folds leaves any.
         changed: names of the tensors that folding has changed or added.
     """
 
@@ -154,7 +154,7 @@ class Merged(ModelRoot, Generic[M]):
 
     @property
     def kept(self) -> dict[str, str]:
-        """Whose have not, with the reason; only folding what folds leaves any."""
+        """The adaptations left unfolded, with the reason; only folding what folds leaves any."""
         return self._graftc.kept
 
 
@@ -277,7 +277,7 @@ def fold(
 
     Raises:
         GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold;
-            GC091 for a name in ``only`` that is none; GC073 for a budget that is no number.
+            GC091 for an unknown name in ``only``; GC073 for a budget that is not a number.
     """
     budget = as_budget(budget)
     runner: CompiledRunner = runner_of(compiled)

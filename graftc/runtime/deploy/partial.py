@@ -28,9 +28,9 @@ from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
 from graftc.runtime.model.runner import M, runner_of
-from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import options_for
 
@@ -60,7 +60,7 @@ class Partial(Generic[M]):
 
     @property
     def kept(self) -> Mapping[str, str]:
-        """Whose have not, with the reason."""
+        """The adaptations left unfolded, with the reason."""
         return self.merged.kept
 
     def save(self, path: Path, *, force: bool = False) -> Manifest:
@@ -87,7 +87,7 @@ class Partial(Generic[M]):
         name: str = format
         if name in ("peft", "gguf"):
             hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
-            raise GraftError("GC060", f"what a partial merge leaves is no {name!r}", hint=hint)
+            raise GraftError("GC060", f"what a partial merge leaves cannot be {name!r}", hint=hint)
         options = options_for(format, {"example_inputs": example_inputs, "inputs": inputs})
         runner = self.compiled._graftc
         return runner.written(as_path(path), format, options, self.certificate, self.folded, force=force)

@@ -15,8 +15,8 @@ from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.packing.modules import hold_values
 from graftc.runtime.model.runner import runner_of
-from graftc.specs.arguments import kind_of
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.base import BaseOptions
 
@@ -36,8 +36,8 @@ def widened(
     ``dtype`` is None or the model's own, this is the model itself.
 
     Raises:
-        GraftError: GC073 for what is no dtype, for one that is not wider than the model's, and where weights are to be
-            packed again, as values of their own type.
+        GraftError: GC073 for what is not a dtype, for one that is not wider than the model's, and where weights are to
+            be packed again, as values of their own type.
     """
     runner: CompiledRunner = runner_of(compiled)
     if dtype is None or dtype == runner.dtype:

@@ -44,7 +44,7 @@ class CachedFile:
         name: of the file.
         present: the call that its graph is of.
         inputs, outputs: names in the file by those in the graph; outputs that are not named are left out.
-        empty: inputs of the graph that the file has not: they have no tokens.
+        empty: inputs of the graph that the file lacks: they have no tokens.
     """
 
     name: str
@@ -85,7 +85,7 @@ class CachedModule(ExportModule):
         return _AXES.get(name, name)
 
     def taken(self, axis: Axis) -> bool:
-        """See `ExportModule`: what nothing in the graph reads is no input, and neither is what has no tokens."""
+        """See `ExportModule`: what nothing in the graph reads is not an input, and neither is what has no tokens."""
         node = next(n for n in self.program.placeholders() if str(n.target) == axis.name)
         read = bool(node.users) and not all(user.op == "output" for user in node.users)
         return not self._file.empty(axis.name) and read

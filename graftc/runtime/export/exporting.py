@@ -17,7 +17,7 @@ from graftc.runtime.model.runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.progress import during
-from graftc.specs.arguments import as_path
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import FileType, options_for
 
@@ -50,9 +50,9 @@ class Exporting(ModelRunner):
 
         Every adaptation is in the file, those that are disabled as well. Graphs take no labels and give no loss.
 
-        The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
-        every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
-        tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
+        The tensors of ``inputs`` are not constants of the graph, but inputs by their full names, so that one file
+        serves every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of
+        names to tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
 
         Args:
             path: the file to write, or the folder.
@@ -71,8 +71,8 @@ class Exporting(ModelRunner):
                 or the check of its result fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064
                 when it cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that
                 the format does not take, GC091 for an input that there is not; GC115 for what PEFT cannot express,
-                before anything is written, GC066 for what is no LoRA in a GGUF adapter, and GC068 for what the server
-                does not take.
+                before anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the
+                server does not take.
         """
         given = {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         options = options_for(format, {**given, "server": server, "max_rank": max_rank})

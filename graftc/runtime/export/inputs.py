@@ -27,7 +27,7 @@ def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None:
-    """Refuse what is no adaptation or composition.
+    """Refuse what is not an adaptation or composition.
 
     Raises:
         GraftError: GC091 with the nearest names.

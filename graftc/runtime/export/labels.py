@@ -1,4 +1,4 @@
-"""Exported graphs give no loss: what only a loss is made of is no input of theirs."""
+"""Exported graphs give no loss: what only a loss is computed from is not an input."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class _Lowering:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         held = tensor.detach().cpu().contiguous()
-        if held.dtype == torch.bfloat16:  # which numpy has not
+        if held.dtype == torch.bfloat16:  # which numpy does not have
             array = held.view(torch.uint16).numpy().view(importlib.import_module("ml_dtypes").bfloat16)
         else:
             array = held.numpy()

@@ -22,7 +22,7 @@ def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Pr
     Args:
         program: stays as it is.
         store: says which weights are packed, and holds their values.
-        inputs: names of tensors that are no constants.
+        inputs: names of tensors that are not constants.
     """
     made, found = program.copy(), dict[str, Tensor]()
 
@@ -65,4 +65,4 @@ def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Pr
 
 
 def _none(node: fx.Node) -> Tensor:
-    raise AssertionError(f"{node.name} is no constant")
+    raise AssertionError(f"{node.name} is not a constant")

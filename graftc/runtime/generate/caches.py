@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.generate.names import Slot
-from graftc.specs.arguments import kind_of
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _parts(cache: Any, *, seq2seq: bool) -> dict[str, Any]:
     """The caches of each kind of attention.
 
     Raises:
-        GraftError: GC140 for what is none, or of the other kind.
+        GraftError: GC140 for what is not a cache, or is of the other kind.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 

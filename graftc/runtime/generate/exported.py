@@ -10,7 +10,7 @@ from typing import Any
 
 from graftc.runtime.files import staged
 from graftc.runtime.generate.names import Slot, slots_of
-from graftc.specs.arguments import as_path
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, first_line
 from graftc.specs.regular_files import read_regular
 

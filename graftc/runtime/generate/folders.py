@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.generate.exported import MANIFEST, graph_in
 from graftc.runtime.generate.graphs import OnnxGraph, Provider, providers_for, runtime
 from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.runtime.model_folder import plain_config
-from graftc.specs.arguments import as_path, kind_of
+from graftc.runtime.tensors.foreign_folders import require_regular_files
+from graftc.specs.errors.arguments import as_path, kind_of
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -57,7 +57,7 @@ def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int 
 
     folder = as_path(folder)
     if not folder.is_dir():
-        raise GraftError("GC144", f"{folder} is no folder")
+        raise GraftError("GC144", f"{folder} is not a folder")
     require_regular_files(folder, "GC144")
     seq2seq = any((folder / name).is_file() for name in PAIR)
     files = [folder / name for name in PAIR] if seq2seq else [folder / DECODER]

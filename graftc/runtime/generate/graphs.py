@@ -48,7 +48,7 @@ _OURS = frozenset(
 
 
 class _Input(NamedTuple):
-    """What a graph says of an input: its type and its sizes, of which those that vary are no numbers."""
+    """What a graph says of an input: its type and its sizes, of which those that vary are not numbers."""
 
     dtype: torch.dtype
     number: int
@@ -112,7 +112,7 @@ class OnnxGraph:
     def __init__(self, path: Path, providers: Sequence[Any], options: Any) -> None:
         self.path = path
         if not path.is_file():
-            raise GraftError("GC144", f"{path} is no file")
+            raise GraftError("GC144", f"{path} is not a file")
         try:
             self.session = runtime().InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:

@@ -119,7 +119,7 @@ def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
     given = (n for n in root.nodes if n.op == "placeholder" and str(n.target).endswith("input_ids"))
     ids = [node for node in root.nodes if node.name in indices] or list(given)
     if len(exits) > 1 or not found or not ids:
-        message = f"a hook on {path} would never be called: its output is no one value of the graph"
+        message = f"a hook on {path} would never be called: its output is not one value of the graph"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
     (node,) = found
     with root.inserting_after(node):

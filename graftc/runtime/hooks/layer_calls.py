@@ -26,8 +26,8 @@ _HINT = "put the hook on the compiled model or on the source model"
 
 
 class NotInGraph:
-    """What a hook gets in the place of a value of the source's that the graph has not, or has in another form. It may
-    be passed on; whoever looks into it is refused.
+    """What a hook gets in place of a value of the source's that the graph does not have, or has in another form. It
+    may be passed on; whoever looks into it is refused.
 
     Raises:
         GraftError: GC043 for any use.
@@ -37,10 +37,10 @@ class NotInGraph:
         vars(self).update(_name=name, _path=path)
 
     def __repr__(self) -> str:
-        return f"<{self._name} of {self._path}, which the graph has not>"
+        return f"<{self._name} of {self._path}, which the graph does not have>"
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        message = f"a hook on {self._path} looks into {self._name}, a value that the graph has not in this form"
+        message = f"a hook on {self._path} looks into {self._name}, a value that the graph does not have in this form"
         raise GraftError("GC043", message, hint=_HINT)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +58,7 @@ class Leaf:
 
     Attributes:
         name: for messages.
-        at: which value of the graph it is; None where it is none.
+        at: which value of the graph it is; None where it is not in the graph.
         held: what it is otherwise.
         cache: whether it is the cache of the call.
     """
@@ -222,7 +222,7 @@ def inputs_of(pending: Pending, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """What a layer's code reads, with what hooks have changed in its arguments.
 
     Raises:
-        GraftError: GC043 where they have changed what the graph has not.
+        GraftError: GC043 where they have changed what the graph does not have.
     """
     inputs = list(pending.inputs)
     before = iter(pending.given)
@@ -274,7 +274,7 @@ def _described(value: Any) -> str:
 
 
 def _unchangeable(pending: Pending, name: str) -> GraftError:
-    message = f"a hook on {pending.path} changes {name}, a value that the graph has not in this form"
+    message = f"a hook on {pending.path} changes {name}, a value that the graph does not have in this form"
     return GraftError("GC043", message, hint=_HINT)
 
 
@@ -321,8 +321,8 @@ def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> 
 
 
 def apart(one: Tensor, other: Any) -> float:
-    """How far a value of a graph is from one of the source's, over the largest element: infinite where it is none of
-    the same kind. Padding may see nothing, which is no number in both."""
+    """How far a value of a graph is from one of the source's, over the largest element: infinite where it is not of
+    the same kind. Padding may see nothing, which is not a number in both."""
     if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")
     if torch.equal(one, other):

@@ -20,7 +20,7 @@ from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.artifact.write import require_values, save
 from graftc.runtime.files import check_destination
 from graftc.runtime.loading.load import load
-from graftc.specs.arguments import as_path
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ def find_base(reference: Reference, artifact: Path) -> nn.Module:
         raise GraftError("GC086", f"{artifact} does not say where its base is: it was compiled from Python", hint=hint)
     flaw = reference.flaw()
     if flaw is not None:
-        raise GraftError("GC086", f"{artifact} names {flaw}, which is no place of a base", hint=hint)
+        raise GraftError("GC086", f"{artifact} names {flaw}, which is not a place of a base", hint=hint)
     if kind == "callable":
         message = f"{artifact} was compiled from {text}, and no code is run because an artifact names it"
         raise GraftError("GC086", message, hint=f"say so yourself: --model {text}")

@@ -25,7 +25,7 @@ from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.models import load_as_built
-from graftc.specs.arguments import absolute_path
+from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
     """The graphs that the artifact's own captures give now are those that it holds.
 
     Raises:
-        GraftError: GC088 naming the first that is another.
+        GraftError: GC088 naming the first that differs.
     """
     for signature, found in zip(artifact.manifest.signatures, compilation.signatures.values(), strict=True):
         if [c.key for c in found.captures] != [c.key for c in signature.captures] or not found.captures[0].key:
@@ -185,7 +185,7 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
 
 
 def different_graph(kept: SignatureRecord, compilation: Compilation, signature: keys.Signature) -> str | None:
-    """The first graph of a signature that is another than a Compilation's; None where all are the same."""
+    """The first graph of a signature that differs from a Compilation's; None where all are the same."""
     programs, canonical = compilation.graphs(signature), compilation.store.canonical
     for kind, graph in kept.graphs.items():
         if kind not in programs or structural_hash(programs[kind], canonical) != graph.structure:

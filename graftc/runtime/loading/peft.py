@@ -80,7 +80,7 @@ def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> 
     modules = dict(model.named_modules(remove_duplicate=False))
     own = [module for module in adapter.modules if not module.named and table_form(module, "weight") != "same"]
     if strange := [module.path for module in own if not is_adapted(modules[module.path])]:
-        what = f"the adapter is for another base than {type(model).__name__}: {strange[0]} is no layer that PEFT adapts"
+        what = f"the adapter is for another base than {type(model).__name__}: {strange[0]} is not a layer PEFT adapts"
         return GraftError("GC114", what, place=adapter.place, details=[*strange[1:SHOWN], error])
     table = adapter.config.format[1]
     words = {ours: theirs for theirs, ours in table.fields.items()} | {"across_groups": "target_modules"}
@@ -197,7 +197,7 @@ def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
         raise GraftError("GC113", "the file has no virtual tokens", place=adapter.place)
     shape, length = adapter.shapes[key], entry.get("length")
     if len(shape) != 2 or not isinstance(length, int) or shape[0] not in (length, 2 * length):
-        message = f"{key} is {list(shape)}, which is no table of {length} virtual tokens"
+        message = f"{key} is {list(shape)}, which is not a table of {length} virtual tokens"
         raise GraftError("GC113", message, place=adapter.place)
     _, table = adapter.config.format
     if table.joined == (key, 1) and adapter.config.task_type == "SEQ_2_SEQ_LM":

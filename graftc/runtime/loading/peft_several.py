@@ -19,9 +19,9 @@ from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.weights.names import owner_of, renamed
 from graftc.runtime.loading.peft import import_peft
-from graftc.specs.arguments import as_path
 from graftc.specs.base import check_name
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import quoted
 from graftc.specs.foreign.config import CONFIG

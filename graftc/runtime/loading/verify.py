@@ -22,7 +22,7 @@ from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_a
 from graftc.runtime.artifact.records import KeptCertificate, MergedRecord, content, read_model
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
-from graftc.specs.arguments import absolute_path
+from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
@@ -166,7 +166,7 @@ def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
             same = [c.key for c in found.captures] == [c.key for c in signature.captures] and found.captures[0].key
             if not same and artifact.manifest.versions.model_dump() != versions():
                 return None, "other versions of the libraries give other graphs for the same places"
-            return False, f"the {other} graph of signature {number} is another when it is captured anew"
+            return False, f"the {other} graph of signature {number} differs when it is captured anew"
     return True, f"the same, captured and rewritten anew for {counted(len(made), 'signature')}"
 
 
@@ -215,7 +215,7 @@ def _disagreement(kept: KeptCertificate, found: Certificate) -> str | None:
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
         held = list(kept.additions) if key == "additions" else getattr(kept, key)
         if held != now[key]:
-            return f"the kept certificate's {key} is another: {held}, not {now[key]}"
+            return f"the kept certificate has another {key}: {held}, not {now[key]}"
     if [s.site for s in kept.sites] != [s.site for s in found.sites]:
         return "the kept certificate is of other sites"
     return None

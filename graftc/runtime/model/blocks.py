@@ -1,7 +1,7 @@
 """Modules that run graphs over the Store's tree: a Block for every repeated layer, and a Root above them.
 
 A Root has children, tensors and what every `nn.Module` has, and next to nothing else of its own: what it does is in its
-Runner, which is no module, so that no name of a source model's child can come between.
+Runner, which is not a module, so that no name of a source model's child can come between.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Block(Container):
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """See `torch.nn.Module.register_forward_hook`. The hook gets and may change what it does in the source model,
-        in calls with a cache too. What the graph has not in the source's form raises GC043 when it is looked into."""
+        in calls with a cache too. What the graph does not have in that form raises GC043 when it is looked into."""
         self._hear(hook)
         return nn.Module.register_forward_hook(self, hook, **options)
 
@@ -158,7 +158,7 @@ class Block(Container):
 
 
 class Root(Tree):
-    """The root of a Store's tree. A name that is no child's and no attribute of a module is looked up in its Runner.
+    """The root of a Store's tree. A name that is neither a child's nor an attribute is looked up in its Runner.
 
     Args:
         runner: what it runs.

@@ -95,7 +95,7 @@ class Checkpointed(Runner):
         return self.is_activation_checkpointing
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """See `Runner.install`. Another signature may have layers that the first one has not."""
+        """See `Runner.install`. Another signature may have layers that the first one lacks."""
         super().install(key, program)
         self._tell_blocks()
 

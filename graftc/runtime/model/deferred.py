@@ -248,7 +248,7 @@ class DefaultCache:
         return known
 
     def _written(self) -> tuple[Any, ...]:
-        """What is another where adaptations, or their tensors, are not what they were."""
+        """What has changed where adaptations, or their tensors, are not what they were."""
         key = id(self._compilation), self._kind
         held = vars(self).get("_watched")
         if held is None or held[0] != key:

@@ -65,7 +65,7 @@ class Editing(Viewed):
         given = dict(values or {})
         other = sorted(fqn for fqn in given if owner_of(fqn) != name)
         if other:
-            raise GraftError("GC053", f"{other[0]} is no tensor of {name!r}", hint="give the tensors of what is added")
+            raise GraftError("GC053", f"{other[0]} is not a tensor of {name!r}", hint="give tensors of what is added")
         made = recompile(self._compilation, spec, {**dict(adapter_values(self._store)), **given})
         unknown = sorted(given.keys() - {fqn for fqn, _ in made.store.adapters()})
         if unknown:
@@ -167,7 +167,7 @@ class Editing(Viewed):
 
     def _take(self, made: Compilation, names: Mapping[str, str]) -> None:
         """Make a Compilation the model's own: tensors that it has under other names move there, new ones come in, and
-        those that it has not go."""
+        those that it lacks go."""
         store, whole, before = self._store, self._everything(), self._shown()
         fresh = made.store
         wanted = dict(fresh.adapters())

@@ -32,7 +32,7 @@ class Head(nn.Module):
         """``[vocabulary, hidden]``, as it is stored.
 
         Raises:
-            GraftError: GC072 where the head is adapted otherwise than by training it, or some of its rows.
+            GraftError: GC072 where the head is adapted in other ways than by training it, or some of its rows.
         """
         found = self._tensor("weight")
         assert found is not None

@@ -33,10 +33,10 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.collapse import place_values
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.roles.windows import has_windows
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import past_name
 from graftc.passes.core.sites.sites import AttentionSite
-from graftc.runtime.model.windows import has_windows
 from graftc.specs.methods.prefix import PrefixSpec
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def taken_away(cache: Any) -> None:
 
 
 class _Fronted:
-    """A cache that begins with what stands for adaptations, which is no part of the text."""
+    """A cache that begins with what stands for adaptations, which is not part of the text."""
 
     _graftc_front: int
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from graftc.passes.core.ir.program_key import Modes, Signature
 from graftc.runtime.model.ecosystem import COPIED
 from graftc.runtime.model.runner import ModelRunner
-from graftc.specs.arguments import kind_of
-from graftc.specs.calls import public
+from graftc.specs.errors.arguments import kind_of
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ class Referring(ModelRunner):
             arguments: its other arguments, by name.
 
         Raises:
-            GraftError: GC072 for a ``peft_config``; GC073 for what is no class of a trainer, and for a ``model``, which
-                is this one.
+            GraftError: GC072 for a ``peft_config``; GC073 for what is not a class of a trainer, and for a ``model``,
+                which is this one.
         """
         if not callable(kind):
             raise GraftError(

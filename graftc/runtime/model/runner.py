@@ -46,7 +46,7 @@ from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.generation import OF_GENERATING, Generating
 from graftc.runtime.model.packing import warn_of_packed
 from graftc.runtime.model.positioned import Positioned
-from graftc.specs.arguments import kind_of
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
 P = ParamSpec("P")

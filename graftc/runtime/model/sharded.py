@@ -22,7 +22,7 @@ from torch import nn
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.weights.sharding import is_sharded, sharded_modules
 from graftc.passes.core.weights.store import Store
-from graftc.specs.arguments import as_path
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from graftc.compiler.steering import Steerings
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.weights.store import Store
-from graftc.specs.arguments import as_names
 from graftc.specs.changes import leaving
+from graftc.specs.errors.arguments import as_names
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 _TABLES = ("_roots", "_programs", "_lowered", "_outcomes", "_outputs", "_tables")

@@ -11,7 +11,7 @@ from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.compiled import Compiled, CompiledRunner
 from graftc.runtime.model.runner import runner_of
-from graftc.specs.arguments import as_mapping, kind_of
+from graftc.specs.errors.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 TABLE_LR = 1e-6
@@ -60,7 +60,7 @@ def param_groups(
             ``compiled.add``; by default all.
 
     Raises:
-        GraftError: GC073 for numbers out of their bounds, GC091 for a name that is no adaptation.
+        GraftError: GC073 for numbers out of their bounds, GC091 for a name that is not an adaptation.
     """
     runner = runner_of(compiled)
     given = {"lr": lr, "weight_decay": weight_decay, "lr_ratio": lr_ratio, "embedding_lr": embedding_lr}

@@ -61,7 +61,7 @@ class BlankTokenizer:
         self._backend.add_tokens([AddedToken(BLANK, lstrip=left, rstrip=right, normalized=False, special=False)])
         self._placeholder = self._backend.token_to_id(BLANK)
         self.special_ids = _special_ids(tokenizer)
-        """Every token that is no part of a text."""
+        """Every token that is not part of a text."""
         self.specials = {str(token.content) for token in _added(tokenizer).values() if token.special}
         """How special tokens are written."""
 

@@ -41,7 +41,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         model: a language model of transformers; the classifier shares its tensors.
         labels: names of the classes, in the order of logits.
         padding: the token that fills batches, where the model's config has none.
-        seed: of what the language model has not: the head, and in some a pooler.
+        seed: of what the language model lacks: the head, and in some a pooler.
 
     Raises:
         GraftError: GC182 where transformers has no such classifier, or the model's own layers are not of its form.
@@ -105,7 +105,7 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
     Args:
         source: the language model's encoder.
         part: the classifier's.
-        lost: tensors of the classifier's encoder that the model has not in this form.
+        lost: tensors of the classifier's encoder that the model does not have in this form.
         model: for messages.
 
     Raises:
@@ -119,7 +119,7 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
         if type(own) is not type(module):
             what = f"is a {_class_of(own)}, and in a new classifier a {_class_of(module)}"
         elif "forward" in vars(own) or own._forward_hooks or own._forward_pre_hooks:
-            what = "has a forward or hooks of its own, which a new classifier has not"
+            what = "has a forward or hooks of its own, which a new classifier would not have"
         elif path in places:
             what = "is stored in another form than in a new classifier"
         else:

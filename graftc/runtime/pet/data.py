@@ -162,7 +162,7 @@ def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoRe
 
 def _missing(path: Path) -> NoReturn:
     if path.exists():
-        raise GraftError("GC180", f"{quoted(path)} is no regular file", hint="give a file, or its folder as the data")
+        raise GraftError("GC180", f"{quoted(path)} is not a regular file", hint="give a file, or the data's folder")
     if path.is_symlink():
         message = f"{quoted(path)} is a link to {quoted(path.readlink())}, which is not there"
         raise GraftError("GC180", message, hint="mend the link, or put the file itself there")
@@ -196,14 +196,14 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _check_name(folder: Path, name: str, files: Mapping[str, Path]) -> None:
-    """Refuse a file that was meant to be a part and is none: training would go on without it."""
+    """Refuse a file that was meant to be a part and is not one: training would go on without it."""
     stem, suffix = Path(name).stem.lower(), Path(name).suffix.lower()
     known = {own for stems in _SPLITS.values() for own in stems}
     if suffix in _FORMATS:
         if stem not in known and (close := nearest(stem, _MEANT, n=1)):
             better = f"{_MEANT[close[0]]}{suffix}"
             hint = f"did you mean {quoted(better)}? Rename it, or put it into another folder"
-            raise GraftError("GC180", f"{quoted(folder / name)} is no part of the data", hint=hint)
+            raise GraftError("GC180", f"{quoted(folder / name)} is not part of the data", hint=hint)
         return
     first = name.partition(".")[0].lower()
     packed = first in known and not any(first in _SPLITS[split] for split in files)
@@ -232,7 +232,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if isinstance(row, dict) and len(row) > FIELDS:
                 _wrong(path, number, f"the row has {len(row):,} fields, more than {FIELDS:,}")
             if not isinstance(row, dict):
-                _wrong(path, number, f"the line is no object, but {shown(row)}", 'for example {"text": "..."}')
+                _wrong(path, number, f"the line is not an object, but {shown(row)}", 'for example {"text": "..."}')
             yield number, row
 
 
@@ -287,7 +287,7 @@ def _check_header(path: Path, line: int, header: list[str]) -> None:
 
 
 def _text(value: Any) -> str | None:
-    """A field as text; None for what is none."""
+    """A field as text; None for what is not text."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -323,5 +323,5 @@ def _fields(path: Path, line: int, row: Mapping[str, Any], slots: Collection[str
         if text is not None:
             made[name] = text
         elif slots:
-            _wrong(path, line, f"{quoted(name)} is {shown(row[name])}, which is no text", "write a text in quotes")
+            _wrong(path, line, f"{quoted(name)} is {shown(row[name])}, which is not text", "write a text in quotes")
     return made

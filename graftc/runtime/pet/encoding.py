@@ -204,7 +204,7 @@ class ClozeEncoder:
         return {**batch, "input_ids": changed, "token_targets": ids.masked_fill(~chosen, IGNORED)}
 
     def _plain_ids(self) -> Tensor:
-        """The tokens that are no special ones."""
+        """The tokens that are not special ones."""
         known = set(self._blanks.tokenizer.get_vocab().values()) - self._blanks.special_ids
         return torch.tensor(sorted(known), dtype=torch.int64)
 
@@ -258,7 +258,7 @@ def _values(pattern: PatternSpec, row: Mapping[str, str], number: int) -> list[s
             made.append(value.replace(BLANK, " "))
             continue
         if part.text in row:
-            message = f"row {number + 1} has {shown(value)} for {quoted(part.text)}, which is no text"
+            message = f"row {number + 1} has {shown(value)} for {quoted(part.text)}, which is not text"
             raise GraftError("GC180", message)
         names = [str(name) for name in row]
         close = nearest(part.text, names, n=1)

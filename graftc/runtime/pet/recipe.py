@@ -30,8 +30,8 @@ from graftc.runtime.pet.sets import Line, new_sets, set_of
 from graftc.runtime.pet.stages import KeptStages
 from graftc.runtime.pet.task import Examples, Task
 from graftc.runtime.swapped import check_spec_and_model
-from graftc.specs.arguments import as_path, as_seed, kind_of
-from graftc.specs.calls import public
+from graftc.specs.errors.arguments import as_path, as_seed, kind_of
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.pet.document import PetSpec
@@ -73,7 +73,7 @@ def pet(
     Raises:
         GraftError: GC058 for a folder that holds another recipe, GC063 for one in which another run is at work, GC073
             for arguments of another kind, GC082 where a stage on the disk was changed, GC179 for an auxiliary loss that
-            the model has not, GC180 for labels that the document has not, GC181 where a loss is not finite, GC182 where
+            the model lacks, GC180 for labels that the document lacks, GC181 where a loss is not finite, GC182 where
             there is nothing to learn from; and as `graftc.compile`.
     """
     check_spec_and_model("graftc.pet", spec, model, "spec, model, tokenizer, data")
@@ -183,7 +183,7 @@ def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
     names = given.names or labels
     other = next((name for name in names if name not in labels), None)
     if other is not None or any(not 0 <= number < len(names) for number in given.labels):
-        what = "a number that is no label's" if other is None else quoted(other)
+        what = "a number that is not a label's" if other is None else quoted(other)
         message = f"the rows have the label {what}, and the document does not"
         raise GraftError("GC180", message, hint=f"its labels are {', '.join(labels)}")
     order = [list(labels).index(name) for name in names]

@@ -44,7 +44,7 @@ class KeptStages:
         begun: whether the folder holds the recipe already.
 
     Raises:
-        GraftError: GC058 where the folder holds another recipe; it names what is another.
+        GraftError: GC058 where the folder holds another recipe; it names what differs.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class KeptStages:
         self.begun = folder is not None and has_recipe(folder, identity)
 
     def begin(self) -> None:
-        """Make the folder, where there is to be one and is none yet.
+        """Make the folder, where there is to be one and there is none yet.
 
         Raises:
             GraftError: GC064 where it cannot be made.

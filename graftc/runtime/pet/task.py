@@ -87,7 +87,7 @@ class Task:
 
     @property
     def asked(self) -> dict[str, Examples]:
-        """The rows that members answer, by name; those that are none are left out."""
+        """The rows that members answer, by name; missing ones are left out."""
         every = {"labelled": self.labelled, "unlabelled": self.unlabelled, "test": self.test}
         return {name: rows for name, rows in every.items() if len(rows)}
 

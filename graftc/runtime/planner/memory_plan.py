@@ -27,7 +27,7 @@ class MemoryPlan:
         originals: those of them that trained copies stand in for (``train``, ``full``, biases) and that stay beside
             these.
         trainable: parameters that do.
-        buffers: tensors that are no parameters, such as indices of sparse deltas.
+        buffers: tensors that are not parameters, such as indices of sparse deltas.
         inputs: the batch.
         gradients: of everything that trains.
         optimizer_state: what the optimiser keeps from one step to the next.

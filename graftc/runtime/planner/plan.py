@@ -18,8 +18,8 @@ from graftc.runtime.planner.optimisers import Make
 from graftc.runtime.planner.sizes import bytes_of, shown
 from graftc.runtime.planner.workbench import TOKENS, Workbench
 from graftc.runtime.swapped import check_spec_and_model
-from graftc.specs.calls import public
 from graftc.specs.document import Spec
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.io import early_spec
 

@@ -15,7 +15,7 @@ def bytes_of(given: Any) -> int:
     """A number of bytes: ``24GB``, ``24 GiB``, ``512MB``, or a number.
 
     Raises:
-        GraftError: GC154 for what is none, or 0.
+        GraftError: GC154 for what is not a size, or 0.
     """
     found = 0
     if isinstance(given, str):
@@ -31,7 +31,7 @@ def bytes_of(given: Any) -> int:
         near = (
             f"did you mean '{digits[0]}GB'?" if digits and float(digits[0]) > 0 else "for example '24GB' or '22.5GiB'"
         )
-        raise GraftError("GC154", f"{given!r} is no number of bytes", hint=near)
+        raise GraftError("GC154", f"{given!r} is not a number of bytes", hint=near)
     return found
 
 

@@ -103,7 +103,7 @@ def rows(
         changed = _changed(spec, quantize, chunked)
         try:
             with warnings.catch_warnings():
-                if chunked:  # where a loss is none over a vocabulary, there is no such row
+                if chunked:  # where a loss is not over a vocabulary, there is no such row
                     warnings.simplefilter("error", GraftWarning)
                 bench = workbench(changed, model, example_inputs, checkpoint=checkpoint, **options)
                 plan = bench.plan(batch, sequence)

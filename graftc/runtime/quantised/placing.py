@@ -71,7 +71,7 @@ def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
             module = _as_linear(model, path, module)
         parameter = module._parameters.get(name)
         if parameter is None:
-            damaged(f"{target} of {type(model).__name__} is no parameter")
+            damaged(f"{target} of {type(model).__name__} is not a parameter")
         shape, dtype = tuple(parameter.shape), parameter.dtype
         if weights[0][0] is None:
             read = _single(weights[0][1], shape, dtype)

@@ -47,10 +47,10 @@ def unread(message: str, hint: str | None = None) -> NoReturn:
 
 
 def whole_number(options: Options, name: str, default: int | None = None) -> int:
-    """A number of a config. GC161 where it is none."""
+    """A number of a config. GC161 where it is not a number."""
     found = options.get(name, default)
     if type(found) is not int:
-        unread(f"the quantization_config has {name}: {shown(found)}, which is no whole number")
+        unread(f"the quantization_config has {name}: {shown(found)}, which is not a whole number")
     return found
 
 

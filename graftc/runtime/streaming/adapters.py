@@ -48,7 +48,7 @@ def _base_of(artifact: Artifact) -> Path:
     place = artifact.manifest.base.place
     hint = "name its folder: --model FOLDER"
     if place.kind not in ("folder", "inside") or place.text is None:
-        raise GraftError("GC086", f"the base of {artifact.path} is no folder", hint=hint)
+        raise GraftError("GC086", f"the base of {artifact.path} is not a folder", hint=hint)
     stated = Path(place.text) if place.kind == "folder" else None
     for found in (stated, None if place.relative is None else artifact.path / place.relative):
         if found is not None and (found / "config.json").is_file():

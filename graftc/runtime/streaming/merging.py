@@ -21,7 +21,6 @@ from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed
 from graftc.runtime.companions import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
-from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.held_folder import HeldFolder
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
@@ -29,11 +28,12 @@ from graftc.runtime.streaming.plan import MergePlan, make_plan, stored_config
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, create_file, fold_shard, untouched
 from graftc.runtime.swapped import check_adapter_and_base
 from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.foreign_folders import require_regular_files
 from graftc.runtime.tensors.headers import Shard
 from graftc.runtime.tensors.mapped import DTYPES
 from graftc.runtime.tensors.weights import leads_inside
-from graftc.specs.arguments import absolute_path, as_path
-from graftc.specs.calls import public
+from graftc.specs.errors.arguments import absolute_path, as_path
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
@@ -129,7 +129,7 @@ class _Watch:
         return found
 
     def require_unchanged(self) -> None:
-        """Raise GC100 with every file that is another than at the start."""
+        """Raise GC100 with every file that has changed since the start."""
         now = self._states()
         if wrong := [str(path) for path, state in self.before.items() if now[path] != state]:
             hint = "merge again once nobody writes to the base"

@@ -62,7 +62,7 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
 
     Raises:
         GraftError: GC022 for a tied weight, GC102 for modules that the base does not have, all at once, GC103 for what
-            is no change of a stored matrix, GC110 to GC113 for a folder that is not as peft writes it.
+            is not a change of a stored matrix, GC110 to GC113 for a folder that is not as peft writes it.
     """
     adapter = read_peft(path)
     model = load_folder(checkpoint.path, meta=True)
@@ -92,7 +92,7 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
 
 def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:
     """Refuse a base whose files, or their index, lack tensors of its class that the adapter does not bring. Where the
-    files have others that the class has not, it calls them differently, and none may be lacking."""
+    files have others that the class lacks, it calls them differently, and none may be lacking."""
     lacking = [name for name, _ in model.named_parameters() if names.find(name) is None and name not in adapter.trained]
     own = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     if lacking and not checkpoint.entries.keys() - {names.find(name) for name in own}:
@@ -131,13 +131,13 @@ def _update(
     layout, method = _layout(module), method_for(found.spec.method)
     if found.parameter != "weight" or found.depth or method.stands_in or layout is None:
         what = f"{found.spec.method} at {found.name}, a {type(module).__name__},"
-        raise GraftError("GC103", f"{what} is no change of a stored matrix")
+        raise GraftError("GC103", f"{what} is not a change of a stored matrix")
     if found.name in tied:
         raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=_UNTIED)
     groups = int(getattr(module, "groups", 1))
     pair = {"down", "up"} <= {table_form(found, part) for part in found.keys}
     if layout is Layout.KERNEL and (method.reads_channels(found.spec) or (groups > 1 and pair)):
-        raise GraftError("GC103", f"{found.spec.method} at {found.name} reads channels, which is no change of a matrix")
+        raise GraftError("GC103", f"{found.spec.method} at {found.name} reads channels: not a change of a matrix")
     spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)

@@ -228,7 +228,7 @@ class PlaceFold(Held):
             return fold.apply(weight, bias)
         if isinstance(fold, Keep):
             raise GraftError("GC050", f"{update.adaptation!r} cannot fold at {update.site}: {fold.reason}")
-        raise GraftError("GC103", f"{update.adaptation!r} is no change of the rows of {update.site}")
+        raise GraftError("GC103", f"{update.adaptation!r} is not a change of the rows of {update.site}")
 
     def _cut(self, update: SiteUpdate, start: int, count: int) -> dict[str, Tensor]:
         """The tensors that a block of rows folds with, floating ones in float64."""

@@ -107,7 +107,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     """The config of a model's folder; empty where there is none.
 
     Raises:
-        GraftError: GC100 where it is no table.
+        GraftError: GC100 where it is not a table.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -117,7 +117,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise GraftError("GC100", f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
-        raise GraftError("GC100", f"{path} is no table")
+        raise GraftError("GC100", f"{path} is not a table")
     return data
 
 

@@ -106,7 +106,7 @@ def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) 
         message = f"{artifact.path} adapts another model than {checkpoint.path}: {wrong[0]}"
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         hint = "name the base, in the type in which it was adapted: --model MODEL; merge in memory where its class"
-        hint += " names tensors otherwise than its files"
+        hint += " names tensors differently from its files"
         raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
 
 
@@ -180,7 +180,7 @@ def _update(
     spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depth, parameter=place.name)
     method = method_for(spec.method)
     if use.weight.layout is Layout.KERNEL and method.reads_channels(spec):
-        raise GraftError("GC103", f"{place.adaptation!r} reads channels at {site}, which is no change of a matrix")
+        raise GraftError("GC103", f"{place.adaptation!r} reads channels at {site}, which is not a change of a matrix")
     if isinstance(method, RowWise):
         spec = method.standing_alone(spec, place.roles)
     own, bias = use.weight.at(place.rows), use.bias

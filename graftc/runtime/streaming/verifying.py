@@ -16,7 +16,7 @@ from graftc.runtime.streaming.work import BaseTensors, RowTarget, fold_shard, un
 from graftc.runtime.tensor_files import FLOATING
 from graftc.runtime.tensors.folder import TensorFolder
 from graftc.runtime.tensors.headers import Shard
-from graftc.specs.arguments import as_path
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.text import counted
 
 __all__ = ["verify_checkpoint"]
@@ -32,7 +32,7 @@ def verify_checkpoint(
     """Hold a merged folder, whoever wrote it, against the base and the adapter that it was made of.
 
     Every site is folded again, probed against the unfolded map, and each stored entry has to be its exact value rounded
-    to nearest. Every other tensor has to be the base's, bit for bit. Files may be split otherwise than the base's.
+    to nearest. Every other tensor has to be the base's, bit for bit. Files may be split differently from the base's.
 
     Args:
         path: the merged folder.

@@ -140,7 +140,7 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
         advance: told how much has been done.
 
     Raises:
-        GraftError: where a fold is none.
+        GraftError: where something is not a fold.
     """
     sites: list[SiteEvidence] = []
     changed: list[WeightSlice] = []

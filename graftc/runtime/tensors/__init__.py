@@ -1,1 +1,2 @@
-"""Files of tensors that anybody may have written: which ones a folder's weights are, their headers, their tensors."""
+"""Files of tensors that anybody may have written: which ones may be read and are a folder's weights, their headers, and
+their tensors."""

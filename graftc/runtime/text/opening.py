@@ -17,10 +17,10 @@ from graftc.compiler.capture.past import cache_name
 from graftc.compiler.missing_weights import require_weights
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import is_peft
-from graftc.runtime.foreign_folders import require_regular_files
 from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.runtime.loading.checkpoint import is_checkpoint
 from graftc.runtime.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
+from graftc.runtime.tensors.foreign_folders import require_regular_files
 from graftc.specs.compose import Bank
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
@@ -153,7 +153,7 @@ def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None
         compiled = import_peft(folder, base, inputs)
         return "peft", compiled, compiled
     if model is not None:
-        raise GraftError("GC090", f"{str(folder)!r} is no adapter, and takes no --model", hint="leave out --model")
+        raise GraftError("GC090", f"{str(folder)!r} is not an adapter, and takes no --model", hint="leave out --model")
     if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in (DECODER, PAIR[1])):
         from graftc.runtime.generate import load as load_graphs
 

@@ -34,7 +34,7 @@ def require_bounded(template: str, messages: Sequence[Mapping[str, str]], given:
     Args:
         template: as the tokenizer has it.
         messages: what it is to render.
-        given: whatever else it is given; what is no plain data is given as text.
+        given: whatever else it is given; what is not plain data is given as text.
 
     Raises:
         GraftError: GC147.

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from graftc.specs.arguments import as_path
-from graftc.specs.calls import public
+from graftc.specs.errors.arguments import as_path
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.strict_json import read_json
@@ -62,7 +62,7 @@ def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list
     file = as_path(path)
     read = _Reader(points)
     if file.exists() and not file.is_file():  # a pipe may never end
-        raise _no_log(file, "is no regular file")
+        raise _no_log(file, "is not a regular file")
     try:
         entries = _state_entries(file)
         if entries is None:

@@ -20,7 +20,7 @@ from graftc.runtime.model.runner import runner_of
 from graftc.runtime.training.curves import last_step
 from graftc.runtime.training.observing import Observer
 from graftc.runtime.training.steering import Steered
-from graftc.specs.arguments import as_path, kind_of
+from graftc.specs.errors.arguments import as_path, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import encodable
 
@@ -65,7 +65,7 @@ class TrainingLog:
     ) -> None:
         runner: Any = runner_of(compiled)
         if not isinstance(runner, Steered):
-            raise GraftError("GC073", "what was given is no model that trains", hint="give what graftc.compile returns")
+            raise GraftError("GC073", "this is not a model that trains", hint="give the result of graftc.compile")
         if not _is_count(every) or every < 1:
             shown = repr(every) if _is_count(every) else kind_of(every)
             raise GraftError("GC073", f"every is {shown}", hint="give a number of optimiser steps from 1")
@@ -93,7 +93,7 @@ class TrainingLog:
             Whether a line was written.
 
         Raises:
-            GraftError: GC064 where the file cannot be written, GC073 for what is no number.
+            GraftError: GC064 where the file cannot be written, GC073 for what is not a number.
         """
         number = self._number + 1 if number is None else number
         if not _is_count(number) or number < 0:
@@ -145,7 +145,7 @@ class TrainingLog:
         self._runner._observer = self._observer if self._due(number) else None
 
     def _changes(self) -> Figures | None:
-        """Figures that are others than in the lines before; None in a process that does not write."""
+        """Figures that differ from those of the lines before; None in a process that does not write."""
         self._first = False
         if not self._writes and not any(sharded_modules(self._runner._compilation.store.root)):
             return None

@@ -20,7 +20,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
 from graftc.runtime.training.repeated import Repeated
-from graftc.specs.arguments import kind_of
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name, warn
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Steered(Repeated):
             total_steps: in all, those before a resume included.
 
         Raises:
-            GraftError: GC026 where a schedule does not fit into that many, GC073 for what is no number of steps.
+            GraftError: GC026 where a schedule does not fit into that many, GC073 for what is not a number of steps.
         """
         given: Any = total_steps
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
@@ -182,7 +182,7 @@ class Steered(Repeated):
         return steering_callback(self)
 
     def warn_of_unsteered(self) -> None:
-        """Warn (GC025) of adaptations that were trained and never steered: their method is another without."""
+        """Warn (GC025) of adaptations trained and never steered: their method works differently without it."""
         trained = self._trained
         hint = "call compiled.after_step() after each optimiser step, or give the Trainer compiled.callback()"
         idle = [name for name, c in self._steering.controllers.items() if name in trained and c.steps == 0]

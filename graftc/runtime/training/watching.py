@@ -14,8 +14,8 @@ from graftc.compiler.inspect.trained import TrainedTensor, trained_tensors
 from graftc.passes.core.weights.sharding import local
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.runner import runner_of
-from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 SAMPLE = 256

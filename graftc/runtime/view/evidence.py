@@ -93,7 +93,7 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
         log: by default a log that lies beside it (`LOGS`).
 
     Raises:
-        GraftError: GC082 where its certificate is none, GC123 for a log that is none.
+        GraftError: GC082 where its certificate cannot be read, GC123 for a file that is not a log.
     """
     from graftc.runtime.artifact.records import read_model
 
@@ -161,7 +161,7 @@ def evidence_of(compiled: CompiledRunner, certify: bool = False, log: str | Path
         log: the log.
 
     Raises:
-        GraftError: GC123 for a log that is none.
+        GraftError: GC123 for a file that is not a log.
     """
     from graftc.compiler.folding.fold_plan import fold_plan
     from graftc.runtime.deploy.merged import certificate_of
@@ -188,7 +188,7 @@ def _figures(compiled: CompiledRunner) -> dict[tuple[str, str], Mapping[str, flo
 
 
 def _finite(value: Any) -> Any:
-    """The same with text in the place of numbers that JSON has not."""
+    """The same with text in the place of numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -292,7 +292,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Export the unfolded model (`--no-merge`), or leave the adaptation out of the inputs."),
     ("GC066", _NO, "an adaptation cannot be a LoRA",
      "It changes something else than the weights of linear maps: biases, norms, keys and values, or it is part of a "
-     "composition that is no sum.",
+     "composition that is not a sum.",
      "Leave it out of the conversion, fold it into a base that is saved beside (`--into-base NAME`), or merge the "
      "whole model."),
     ("GC067", _NO, "a conversion does not hold",
@@ -489,7 +489,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "A call has a cache, and the model keeps none of keys and values; or the cache is of another model, of another "
      "batch, of a kind that does not grow with the text, or it has dropped the tokens behind a sliding window.",
      "Give the cache that this model returned for the same batch, an empty `DynamicCache()`, or `use_cache=True` alone "
-     "for a new one. Models whose state is no keys and values run without: `use_cache=False`."),
+     "for a new one. Models whose state is not keys and values run without: `use_cache=False`."),
     ("GC141", _SPEC, "an adaptation that a cache cannot hold",
      "With a cache, a call computes the new tokens only. What an adaptation does with a token depends on tokens that "
      "are not in that call, as a gate over a whole row does.",
@@ -528,7 +528,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Put `memory: {loss: whole}` into the spec, or call the model in eval mode, where all outputs are there."),
     ("GC151", _WARNING, "the loss is computed as a whole",
      "The spec says `memory: {loss: chunked}`, and the graph has no head over a vocabulary with a cross-entropy behind "
-     "it, something else reads the logits, or the head is adapted in a way that is no sum of linear maps.",
+     "it, something else reads the logits, or the head is adapted in a way that is not a sum of linear maps.",
      "Training is right, and keeps the logits. Leave the head out of the adaptation that the message names, or use "
      "`memory: {loss: auto}`, which does not warn."),
     ("GC152", _SPEC, "a loss in chunks has no second derivative",
@@ -581,9 +581,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "was lost; or deploy the adapters beside the packed base: `save`, and `export` of the compiled model "
      "(`--no-merge`)."),
     ("GC166", _NO, "packed weights have no place there",
-     "A merged model whose weights were packed again is no plain model of transformers, so that it has no folder and "
-     "no `to_transformers`; some packings are read and not written; and a base in full precision has nothing to pack "
-     "again.",
+     "A merged model whose weights were packed again is not a plain model of transformers, so that it has no folder "
+     "and no `to_transformers`; some packings are read and not written; and a base in full precision has nothing to "
+     "pack again.",
      "`merge(base=\"full\")`, or export what is packed to ONNX or `.pt2`."),
     ("GC167", _SPEC, "the weights before quantising are not known",
      "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
@@ -592,8 +592,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
 
     # Classifying by filling blanks.
     ("GC170", _SPEC, "a cloze that the model cannot fill",
-     "`cloze` makes a language model of transformers classify by what it puts into blanks. The model is none, or it "
-     "has not the tokens that the spec names.",
+     "`cloze` makes a language model of transformers classify by what it puts into blanks. The model is not one, or "
+     "lacks the tokens that the spec names.",
      "Give a masked, causal or sequence-to-sequence language model, with its head, and ids of its own tokenizer."),
 
     # Patterns and verbalizers.

@@ -214,7 +214,7 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def alternatives(word: str, known: Iterable[str], what: str) -> str:
-    """The hint for a word that is none of a few: the nearest of them, or ``what`` they are and all of them."""
+    """The hint for a word that is not among a few: the nearest of them, or ``what`` they are and all of them."""
     names = list(known)
     close = nearest(word, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"the {what} are {', '.join(names)}"

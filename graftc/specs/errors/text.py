@@ -33,7 +33,7 @@ def _form(code: int) -> str:
 
 
 def encodable(data: Any) -> Any:
-    """Plain data in which lone surrogates, as those of names of files that are no UTF-8, are written out."""
+    """Plain data in which lone surrogates, as those of names of files that are not UTF-8, are written out."""
     if isinstance(data, str):
         return data if data.isascii() else data.encode("utf-8", "backslashreplace").decode()
     if isinstance(data, Mapping):

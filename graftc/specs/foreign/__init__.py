@@ -21,7 +21,7 @@ def _kind(config: object) -> Any:
 
 
 def check_config(source: object, where: str) -> None:
-    """Refuse what is no config of peft, and what has no equivalent here whatever the model.
+    """Refuse what is not a config of peft, and what has no equivalent here whatever the model.
 
     Raises:
         GraftError: as `translated`.

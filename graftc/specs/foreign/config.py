@@ -145,13 +145,13 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
         where: the file's path, for errors.
 
     Raises:
-        GraftError: GC111 for what is no config or has an unknown field, GC112 for a type or an option that
+        GraftError: GC111 for what is not a config or has an unknown field, GC112 for a type or an option that
             has no equivalent here.
     """
     try:
         data = read_json(raw, MOST, values=_VALUES) if isinstance(raw, bytes) else dict(raw)
     except ValueError as error:
-        raise GraftError("GC111", f"it is no JSON: {error}", place=Place(where)) from None
+        raise GraftError("GC111", f"it is not JSON: {error}", place=Place(where)) from None
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         hint = "a config of PEFT is a mapping with peft_type"
         raise GraftError("GC111", "it has no peft_type", place=Place(where), hint=hint)

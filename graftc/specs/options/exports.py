@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from graftc.specs.arguments import as_names, kind_of
+from graftc.specs.errors.arguments import as_names, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["FORMATS", "ExportOption", "FileType", "FormatOptions", "format_of", "misplaced", "options_for"]

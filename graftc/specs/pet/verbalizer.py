@@ -32,7 +32,7 @@ class Verbalizer(Mapping[str, tuple[str, ...]]):
         words: a word, or a list of words, for each label. Two labels may share some of their words, and not all.
 
     Raises:
-        GraftError: GC002 for what is no text, GC176 for labels that it cannot tell apart, or that have no word.
+        GraftError: GC002 for what is not text, GC176 for labels that it cannot tell apart, or that have no word.
     """
 
     __slots__ = ("_words",)

@@ -149,7 +149,7 @@ class Attentions(Part):
         tag = provenance(node)
         if node.target is _SDPA or tag is None or tag["part"] == "attend":
             return node
-        message = f"{site.key} has been replaced by something that is no attention"
+        message = f"{site.key} has been replaced by something that is not an attention"
         raise GraftError("GC017", message, hint="put the prefix before what adds to the heads")
 
     # --- masks -----------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Rows(Chosen):
             GraftError: GC037 where no axis counts rows, and for what convolutions, tables and experts read.
         """
         if kind == "input" and isinstance(site, LinearSite) and not isinstance(site.use, Dense):
-            message = f"{site.key} is no product with a matrix that stands behind its input"
+            message = f"{site.key} is not a product with a matrix that stands behind its input"
             raise GraftError("GC037", message, hint="leave it out with exclude, or choose for the whole call")
         return self._rows(nodes).first(node, str(site.key))
 

@@ -159,7 +159,7 @@ def _apply(
 
 
 def _check_known(build: Builder, site: LinearSite) -> None:
-    """Rows that something other than an adaptation has replaced, new tokens, are no part of any fold."""
+    """Rows that something other than an adaptation has replaced, new tokens, are not part of any fold."""
     names = {item.adaptation for item in site.applied}
     tensor, node = str(site.key.whole), site.use.node
     while (edit := build.program.edits.replacement(node)) is not None:

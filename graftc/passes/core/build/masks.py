@@ -41,7 +41,7 @@ class Masks(Part):
         self._replayed: dict[tuple[Any, int], dict[fx.Node, fx.Node]] = {}
 
     def longer(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:
-        """``mask`` as the model would make it, had the text ``length`` more tokens in front that are no padding; rows
+        """``mask`` as the model would make it, had the text ``length`` more tokens in front that are not padding; rows
         of those are cut off again, so that only columns come in.
 
         All that it is made of is worked out again: sizes are greater, masks of tokens that are inputs have ones in
@@ -56,7 +56,7 @@ class Masks(Part):
 
         Returns:
             ``[..., rows, size + length]``; None where something else goes in (activations, token ids, an input that is
-            a mask of pairs already), where sizes are fixed, or where the result is no mask of that shape.
+            a mask of pairs already), where sizes are fixed, or where the result is not a mask of that shape.
         """
         symbol = self._growing(expression(size))
         if symbol is None:
@@ -223,7 +223,7 @@ def _axes(node: fx.Node, symbol: Any) -> list[int]:
 
 
 def _growth(size: Any, symbol: Any) -> int | None:
-    """How much greater a size is where a symbol is greater by 1; None where that is no number."""
+    """How much greater a size is where a symbol is greater by 1; None where that is not a number."""
     if isinstance(size, int) or symbol not in size.free_symbols:
         return 0
     return surplus(size.subs(symbol, symbol + 1), size)

@@ -1,4 +1,4 @@
-"""Positions that a model counts by its tokens, as RoBERTa numbers what is no padding, for longer inputs."""
+"""Positions that a model counts by its tokens, as RoBERTa numbers what is not padding, for longer inputs."""
 
 from __future__ import annotations
 

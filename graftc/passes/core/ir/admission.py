@@ -70,7 +70,7 @@ def _sizes(program: Program) -> str | None:
     for node in read:
         value = node.meta["val"]
         if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
-            return f"{node.target} is no tensor of fixed sizes"
+            return f"{node.target} is not a tensor of fixed sizes"
     most = ELEMENTS + 4 * max((node.meta["val"].numel() for node in read), default=0)
     for node in program.graph.nodes:
         value = node.meta["val"]

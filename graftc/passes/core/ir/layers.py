@@ -17,7 +17,7 @@ def layer_path(module: str) -> str:
 
 
 def repeated_layers(program: Program) -> set[str]:
-    """Layer paths that have a sibling: a numbered path alone is no repeated layer."""
+    """Layer paths that have a sibling: a numbered path alone is not a repeated layer."""
     siblings: dict[str, set[str]] = defaultdict(set)
     for node in program.graph.nodes:
         path = layer_path(node.meta.get("module", ""))

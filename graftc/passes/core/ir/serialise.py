@@ -132,7 +132,7 @@ def program_from_json(data: Mapping[str, Any], device: torch.device) -> Program:
     except SerialisationError:
         raise
     except _DAMAGE as error:
-        raise SerialisationError(f"this is no program: {type(error).__name__}: {error}") from error
+        raise SerialisationError(f"this is not a program: {type(error).__name__}: {error}") from error
 
 
 def _program(data: Mapping[str, Any], device: torch.device) -> Program:
@@ -344,7 +344,7 @@ def _decode_value(value: Any, context: FakeContext, device: torch.device) -> Any
     if value.keys() == {"size"}:
         return context.size(_typed(value["size"], str))
     if value.keys() != {"dtype", "shape"}:
-        raise SerialisationError("a type that is none")
+        raise SerialisationError("an unknown type")
     shape = tuple(_typed(size, str) for size in _typed(value["shape"], list))
     return context.tensor(DTYPES[value["dtype"]], shape, device)
 

@@ -14,7 +14,7 @@ from graftc.passes.core.ir.printer import target_name
 
 
 class HistoryError(ValueError):
-    """Data that is no history."""
+    """Data that is not a history."""
 
 
 def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def history_from_json(data: Mapping[str, Any], names: Sequence[str]) -> list[His
         names: of the nodes of the graph, in order.
 
     Raises:
-        HistoryError: where it is none.
+        HistoryError: where it is not a history.
     """
 
     def typed(value: Any, wanted: type[Any]) -> Any:

@@ -42,11 +42,11 @@ def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Map
         return TensorFold({part: check.tensor(part, change) for part, change in fold.changes.items()})
     if isinstance(fold, Keep | StandIn):
         return fold
-    raise check.wrong(f"gives {type(fold).__name__}, which is no fold")
+    raise check.wrong(f"gives {type(fold).__name__}, which is not a fold")
 
 
 def wrong_fold(method: str, site: Site, reason: str) -> GraftError:
-    """The error for a fold that is none of a site's."""
+    """The error for a fold that does not fit a site."""
     message = f"the fold of {method!r} at {site.key} {reason}"
     return GraftError("GC071", message, hint="correct the method's fold; nothing has been folded")
 

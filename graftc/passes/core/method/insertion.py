@@ -20,7 +20,7 @@ def prepare(spec: MethodSpec, sites: Sequence[Site], build: Builder) -> Any:
     where something happens between them.
 
     Raises:
-        GraftError: GC071 naming the method for every exception that is no coded error.
+        GraftError: GC071 naming the method for every exception that is not a coded error.
     """
     method = method_for(spec.method)
     if method.controller is not None and method.controller.wanted(spec):

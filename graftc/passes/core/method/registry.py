@@ -30,7 +30,7 @@ def method_for(tag: str) -> Method[Any, Any]:
 
     Raises:
         GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when the
-            mechanism that a preset names is no method with code of its own.
+            mechanism that a preset names is not a method with code of its own.
     """
     entries = method_specs()
     if tag not in entries:
@@ -40,8 +40,8 @@ def method_for(tag: str) -> Method[Any, Any]:
         return _checked(entry, entry)
     mechanism = entries.get(entry.mechanism)
     if mechanism is None or mechanism.mechanism is not None:
-        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is no method with code of its own"
-        raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is no preset")
+        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is not a method with code of its own"
+        raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is not a preset")
     return _checked(entry, mechanism)
 
 

@@ -1,6 +1,6 @@
 """Products with what dropout leaves of an input, which is made a few rows at a time where that is faster.
 
-What is dropped is multiplied by zero: where an input has infinite entries, products have entries that are no numbers.
+What is dropped is multiplied by zero: where an input has infinite entries, products have entries that are not numbers.
 """
 
 from __future__ import annotations

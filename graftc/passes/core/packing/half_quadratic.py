@@ -1,4 +1,4 @@
-"""Whole numbers with zero points that are no whole numbers: HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large
+"""Whole numbers with fractional zero points: HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large
 Machine Learning Models", 2023)."""
 
 from __future__ import annotations

@@ -142,10 +142,10 @@ def packing_of(text: str) -> Packing:
     for item in given:
         name, _, value = item.partition("=")
         if name not in known or name in fields or not value.isdecimal() or len(value) > 9:
-            raise ValueError(f"{text!r} is no packing")
+            raise ValueError(f"{text!r} is not a packing")
         fields[name] = type(known[name])(int(value))
     if fields.get("via", 0) >= len(VIA):
-        raise ValueError(f"{text!r} is no packing")
+        raise ValueError(f"{text!r} is not a packing")
     return cls(kind, **fields)
 
 

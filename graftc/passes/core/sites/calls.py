@@ -49,7 +49,7 @@ class ProductOperands:
         return self.weight < self.data
 
     def given(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The value and the matrix of a call; None where one of them is no node."""
+        """The value and the matrix of a call; None where one of them is not a node."""
         if len(node.args) <= max(self.data, self.weight):
             return None
         data, weight = node.args[self.data], node.args[self.weight]

@@ -11,7 +11,7 @@ from graftc.passes.core.weights.weight_slice import Layout
 
 
 def linear_use(node: fx.Node) -> Use | None:
-    """What ``node`` computes from a stored weight, or None where it is no linear map or its weight is more than a
+    """What ``node`` computes from a stored weight, or None where it is not a linear map or its weight is more than a
     view of a stored tensor."""
     if node.op != "call_function" or getattr(node.target, "_overloadname", "default") not in ("default", "padding"):
         return None

@@ -61,7 +61,7 @@ class Use(ABC):
 
     @property
     def input_axis(self) -> int | None:
-        """Which axis of the input counts the weight's columns; None where these are no entries of it."""
+        """Which axis of the input counts the weight's columns; None where these are not entries of it."""
         return self.axis
 
     @property

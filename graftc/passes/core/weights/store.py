@@ -232,7 +232,7 @@ class Store:
         return PackedTensor(own, [self.get(name) for name in own.names(fqn)], gathered)
 
     def is_buffer(self, fqn: str) -> bool:
-        """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""
+        """Whether the tensor called ``fqn`` is not a parameter; `KeyError` where there is none."""
         return fqn not in self.packed and not isinstance(self.get(fqn), nn.Parameter)
 
     def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:

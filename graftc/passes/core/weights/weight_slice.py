@@ -66,7 +66,7 @@ class WeightSlice:
             return
         edges = [edge for run in self.rows for edge in run]
         if not all(a <= b for a, b in zip([0, *edges], [*edges, self.total], strict=True)):
-            raise ValueError(f"{self.rows} are no ascending runs of the {self.total} rows of {self.tensor}")
+            raise ValueError(f"{self.rows} are not ascending runs of the {self.total} rows of {self.tensor}")
         found = runs.joined(self.rows)
         object.__setattr__(self, "rows", None if found == ((0, self.total),) else found)
 
@@ -136,7 +136,7 @@ class WeightSlice:
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries, of a tensor that is no matrix wherever its first axis counts them: what two readers that
+        """The same entries, of a tensor that is not a matrix wherever its first axis counts them: what two readers that
         see a tensor in two ways compare."""
         return replace(self, layout=Layout.PLAIN) if self.whole or self.axis == 0 else self
 
@@ -299,7 +299,7 @@ class WeightSlice:
 
     @property
     def row_axis(self) -> int:
-        """Which axis of the operand counts the rows: the first one of what is no matrix."""
+        """Which axis of the operand counts the rows: the first one of what is not a matrix."""
         return 0 if self.layout is Layout.PLAIN else -2
 
     # --- entries by number ---------------------------------------------------------------------------------

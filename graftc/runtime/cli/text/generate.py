@@ -78,7 +78,7 @@ def generate(
 
     given = settings(max_new_tokens, sample, temperature, top_k, top_p, num_beams, seed, no_cache)
     if system is not None and not chat:
-        raise GraftError("GC090", "--system begins a chat, and the prompts are none", hint="add --chat")
+        raise GraftError("GC090", "--system begins a chat, and the prompts are not chats", hint="add --chat")
     prompts = _prompts(prompt, file, lines)
     write, stop = writer(sys.stdout), Stop()
     with working(json) as warnings, ExitStack() as stack:
@@ -132,7 +132,7 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
                 text = opened.read(JSON_BYTES + 1)
         except (OSError, UnicodeDecodeError) as error:
             strerror = getattr(error, "strerror", None)
-            reason = strerror.lower() if strerror else "it is no UTF-8"
+            reason = strerror.lower() if strerror else "it is not UTF-8"
             raise GraftError("GC090", f"{where} cannot be read: {reason}") from error
     if len(text) > JSON_BYTES:
         raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="give a file with a prompt")

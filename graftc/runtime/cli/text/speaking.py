@@ -203,7 +203,7 @@ def report(answers: list[Answer]) -> None:
 
 
 def stdin_text() -> TextIO:
-    """The standard input; what is no UTF-8 in it is replaced."""
+    """The standard input; what is not UTF-8 in it is replaced."""
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")

@@ -90,7 +90,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
     """The LoRAs of a compiled model as plain updates of whole modules; those of one module side by side.
 
     Raises:
-        GraftError: GC066 for what is no plain LoRA.
+        GraftError: GC066 for what is not plain LoRA.
     """
     updates: dict[str, Update] = {}
     if compilation.tensor_edits.copies():
@@ -102,7 +102,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
         for site, spec in resolved.places:
             parts = compilation.parts[resolved.name].get(site.key, {})
             if not isinstance(spec, LoRA) or "A0" in parts:
-                raise _no_lora(resolved.name, f"is no plain LoRA at {site.key}")
+                raise _no_lora(resolved.name, f"is not plain LoRA at {site.key}")
             if site.key.name != "weight" or site.own.leading or len(site.own.shape) != 2:  # type: ignore[attr-defined]
                 raise GraftError("GC060", f"{site.key} has no place in a GGUF adapter", hint="merge it into the model")
             update = _whole(compilation, site, parts, spec)

@@ -248,7 +248,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _config(folder: Path) -> dict[str, Any]:
     raw = config_bytes(folder / CONFIG)
-    read_config(raw, str(folder / CONFIG))  # refuses what is none
+    read_config(raw, str(folder / CONFIG))  # refuses what is not a config
     found: dict[str, Any] = read_json(raw, MOST)
     return found
 

@@ -78,7 +78,7 @@ def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | Non
         heads: the base's; needed where the layout orders rotated rows.
 
     Raises:
-        GraftError: GC069 for what is no plain LoRA or does not fit the layout; GC110 to GC113 as `read_peft`.
+        GraftError: GC069 for what is not plain LoRA or does not fit the layout; GC110 to GC113 as `read_peft`.
     """
     found = _torchtune(folder, layout) if layout.factors != ("lora_A", "lora_B") else _peft(folder, layout)
     about, entries = found
@@ -183,7 +183,9 @@ def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], lis
     words = [f".{word}.weight" for word in layout.factors]
     unknown = [key for key in keys if not key.endswith(tuple(words))]
     if unknown:
-        raise GraftError("GC069", f"it is no {layout.name} LoRA: {some(unknown)}", place=Place(str(folder / WEIGHTS)))
+        raise GraftError(
+            "GC069", f"it is not a LoRA of {layout.name}: {some(unknown)}", place=Place(str(folder / WEIGHTS))
+        )
     entries = []
     for key in (key for key in keys if key.endswith(words[0])):
         path = key.removesuffix(words[0])

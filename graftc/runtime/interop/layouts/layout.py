@@ -102,7 +102,7 @@ def layout_of(name: str) -> AdapterLayout:
     """A layout by its name.
 
     Raises:
-        GraftError: GC069 for a name that is none.
+        GraftError: GC069 for an unknown layout.
     """
     found = LAYOUTS.get(name)
     if found is None:

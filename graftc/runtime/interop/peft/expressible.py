@@ -9,10 +9,10 @@ from torch import nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.roles.windows import may_have_windows
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.runtime.interop.peft.folder import ADDED
 from graftc.runtime.interop.peft.pairs import is_adapted, is_projection, repeats, table_of
-from graftc.runtime.model.windows import may_have_windows
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.errors.diagnostics import GraftError, Place

@@ -20,8 +20,8 @@ from graftc.runtime.interop.peft.parameters import adapted_parameters
 from graftc.runtime.interop.peft.targets import is_saved
 from graftc.runtime.tensor_files import FLOATING
 from graftc.runtime.tensors.folder import Refusal, TensorFolder
-from graftc.specs.arguments import as_path
 from graftc.specs.base import MethodSpec
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
@@ -261,7 +261,7 @@ def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: 
     """How many matrices the factors are of; without a base, which parameter has which rank is a guess."""
     rows = adapter.shapes[keys["A"]][0] if "A" in keys else rank
     if rows % rank and sure:
-        message = f"{keys['A']} has {rows} rows, which is no multiple of the rank {rank}"
+        message = f"{keys['A']} has {rows} rows, which is not a multiple of the rank {rank}"
         raise GraftError("GC113", message, place=adapter.place)
     return rows // rank if rows > rank else None
 

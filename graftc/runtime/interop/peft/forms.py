@@ -50,7 +50,7 @@ def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
         found = _FORMS[form][0](tensor, shaped)
         return found.transpose(-1, -2) if shaped.turned else found
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f"{list(tensor.shape)} is no tensor of the form {form!r}") from error
+        raise ValueError(f"{list(tensor.shape)} is not a tensor of the form {form!r}") from error
 
 
 def to_theirs(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:

@@ -89,7 +89,7 @@ def server_of(name: str) -> Server:
     """A server by its name.
 
     Raises:
-        GraftError: GC068 for a name that is none.
+        GraftError: GC068 for an unknown server.
     """
     found = SERVERS.get(name)
     if found is None:

@@ -23,11 +23,11 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """The quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other numbers than e4m3, or blocks that are none.
+        GraftError: GC161 for other numbers than e4m3, or what are not blocks.
     """
     block = options.get("weight_block_size")
     if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block))):
-        unread(f"the quantization_config has weight_block_size: {shown(block)}, which is no pair of sizes")
+        unread(f"the quantization_config has weight_block_size: {shown(block)}, which is not a pair of sizes")
     if options.get("fmt", "e4m3") != "e4m3":
         unread(f"FP8 of format {shown(options.get('fmt'))} is not read", "there is e4m3")
     sizes = None if block is None else (block[0], block[1])

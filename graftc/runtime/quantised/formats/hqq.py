@@ -65,12 +65,12 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
 def _number(tensors: FolderTensors, name: str) -> int:
     found = tensors.get(name)
     if found.numel() != 1 or found.is_floating_point():
-        damaged(f"{name} is no whole number")
+        damaged(f"{name} is not a whole number")
     return int(found)
 
 
 def _text(tensors: FolderTensors, name: str) -> str:
     found = tensors.get(name, torch.uint8)
     if found.dim() != 1 or found.numel() > 64:
-        damaged(f"{name} is no word")
+        damaged(f"{name} is not a word")
     return bytes(found.tolist()).decode("latin-1")

@@ -22,7 +22,7 @@ def as_path(path: Any) -> Path:
     """A path.
 
     Raises:
-        GraftError: GC073 for what is no text and no path, or empty.
+        GraftError: GC073 for what is neither text nor a path, or empty.
     """
     if (
         isinstance(path, str | os.PathLike)
@@ -52,7 +52,7 @@ def as_seed(seed: Any) -> int:
     """A seed.
 
     Raises:
-        GraftError: GC073 for what is no whole number of 64 bits.
+        GraftError: GC073 for what is not a whole number of 64 bits.
     """
     if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64:
         return seed
