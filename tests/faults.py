@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Literal
 
+from tests.forks import fork
+
 Fault = Literal["kill", "enospc"]
 _FILES = ("open", "os.", "shutil.", "tempfile.")
 _NEEDING_SPACE = ("os.mkdir", "os.rename", "os.link", "os.symlink")
@@ -52,7 +54,7 @@ def run_with_fault(work: Callable[[], object], fault: Fault, passing: int | None
     """
     from graftc.specs.errors.diagnostics import GraftError
 
-    child = os.fork()
+    child = fork()
     if child == 0:
         status = CRASHED
         hook = Faulty(fault, passing)
@@ -76,7 +78,7 @@ def run_with_fault(work: Callable[[], object], fault: Fault, passing: int | None
 def requests_of(work: Callable[[], object], fault: Fault) -> int:
     """How many requests to the file system ``work`` makes that the fault can meet, counted in a fork."""
     read, write = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         hook = Faulty(fault, None)
         try:

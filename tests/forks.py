@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from tests.cli.support import ROOT
 
 
@@ -26,7 +28,8 @@ class Worker:
     """
 
     def __init__(self, module: str, folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **one, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True},
@@ -48,10 +51,19 @@ class Worker:
         return int(status), float(took)
 
 
+def fork() -> int:
+    """`os.fork`; the child computes with one thread. Those that libraries keep ready stay with the parent, and the
+    child would wait for them for ever."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+    return child
+
+
 def run(job: Callable[[], object], seconds: float | None) -> tuple[int, float]:
     """The status of a fork that does a job and is killed after some seconds, and how long it ran."""
     started = time.perf_counter()
-    child = os.fork()
+    child = fork()
     if child == 0:
         status = 1
         try:

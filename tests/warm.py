@@ -52,7 +52,8 @@ def run(
         out, err: where its standard output and its standard error go: files or terminals.
         environment: what is set beside this process's variables.
     """
-    values = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    values = {**os.environ, "HF_HUB_OFFLINE": "1", **one, **environment}
     global spent
     _start()
     with tempfile.TemporaryDirectory() as folder:

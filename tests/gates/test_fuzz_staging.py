@@ -24,6 +24,7 @@ import pytest
 from graftc.runtime.files import recover, staged, write_text
 from graftc.runtime.streaming.journal import Journal
 from graftc.specs.errors.diagnostics import GraftError
+from tests.forks import fork
 from tests.gates.mutate import change, flip
 from tests.users import OTHER, as_root
 
@@ -287,7 +288,7 @@ def test_fuzz_staging_as_a_user(public: Path) -> None:
         planted = Planted(public / "place", number)
         planted.shared.chmod(0o1777)
         victim, foreign = state(planted.victim), planted._foreign()
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:

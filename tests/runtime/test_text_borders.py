@@ -18,6 +18,7 @@ from graftc.runtime.text.opening import TextModel, open_text_model, tokenizer_of
 from graftc.runtime.text.templates import require_bounded
 from graftc.specs import GraftError
 from tests.cli.speakers import TEMPLATE, save_model, save_tokenizer
+from tests.forks import fork
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]
 SECONDS = 4.0
@@ -120,7 +121,7 @@ class TestTemplates:
         with pytest.raises(GraftError):
             require_bounded(BOMBS["loops"], MESSAGES, {})
         require_bounded(TEMPLATE, MESSAGES, {})
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:

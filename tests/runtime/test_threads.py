@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture.isolation import exclusive
 from graftc.testing import tiny
+from tests.forks import fork
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.down"]}}]}
 
@@ -165,7 +166,7 @@ def test_a_forked_child_is_not_locked_out(net: nn.Module) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(10)
-    child = os.fork()
+    child = fork()
     if child == 0:  # whatever happens here, the child must not go on as a second test run
         try:
             with exclusive():

@@ -20,7 +20,7 @@ from graftc.runtime.files import recover
 from graftc.runtime.loading.verify import verify
 from graftc.runtime.streaming import merging
 from tests.artifact.support import tree_bytes
-from tests.forks import Worker
+from tests.forks import Worker, fork
 from tests.streaming.support import PROJECTIONS, sharded_base, written_lora
 from tests.users import as_root, give, snapshot
 
@@ -91,7 +91,7 @@ def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path
     graftc.merge_checkpoint(adapter, base, tmp_path / "whole")
 
     def killed() -> Path:
-        child = os.fork()
+        child = fork()
         if child == 0:
             with pytest.MonkeyPatch.context() as patch:
                 stopped_after(patch, 2)
@@ -137,7 +137,7 @@ def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path
 def test_a_planted_folder_is_not_believed(place: Path, tmp_path: Path, whose: str, changed: str) -> None:
     """Files with the digests that their journal has, made by somebody else, come to nothing."""
     base, adapter, out = place / "base", place / "adapter", tmp_path / "merged"
-    child = os.fork()
+    child = fork()
     if child == 0:
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(patch, 2)
@@ -203,7 +203,7 @@ def test_files_beside_the_weights_that_never_end_are_refused(place: Path, tmp_pa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_other_work_for_the_same_place_throws_the_old_away(place: Path, tmp_path: Path) -> None:
     other = written_lora(tmp_path / "other", place / "base", lora_alpha=3)
-    child = os.fork()
+    child = fork()
     if child == 0:
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(patch, 1)

@@ -1,8 +1,8 @@
 """Write artifacts that are kept in the repository, each with inputs and the outputs that it gives for them.
 
-``python -m tests.artifact.stored.write`` writes those of `STORED` that are not there yet. It is only for adding new
-ones: those that are there were written by earlier versions, have to load for as long as their format is supported, and
-are never replaced.
+``python -m tests.artifact.stored.write`` writes those of `STORED`, and bases, that are not there yet. It is only for
+adding new ones: those that are there were written by earlier versions, have to load for as long as their format is
+supported, and are never replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import graftc
@@ -22,6 +22,8 @@ from graftc.testing import outputs_of, perturb, tiny
 from graftc.testing.compare import inputs_for
 
 HERE = Path(__file__).parent
+BASES = HERE / "bases"
+"""Weights of the bases, by family: what is drawn from a seed is other numbers on another processor."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Stored:
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def base(self) -> nn.Module:
-        """The base, the same at every call."""
-        return tiny(self.family, layers=1)
+        """The base, the same at every call and on every machine."""
+        model = tiny(self.family, layers=1)
+        load_model(model, BASES / f"{self.family}.safetensors")
+        return model
 
 
 def _one(method: str, **fields: Any) -> dict[str, Any]:
@@ -105,6 +109,10 @@ def write(name: str) -> None:
 
 def main() -> None:
     """Add what is missing."""
+    BASES.mkdir(exist_ok=True)
+    for family in {stored.family for stored in STORED.values()}:
+        if not (file := BASES / f"{family}.safetensors").exists():
+            save_model(tiny(family, layers=1), str(file))
     for name in STORED:
         folder = HERE / name
         if folder.exists():
