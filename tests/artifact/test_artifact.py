@@ -215,7 +215,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"seed": 1}, "has other values"),
-        ({"num_labels": 5}, "its config is another"),
+        ({"num_labels": 5}, "its config differs"),
         ({"hidden_act": "relu"}, "its config has hidden_act 'relu', not 'gelu'"),
     ],
 )

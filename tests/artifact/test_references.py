@@ -97,7 +97,7 @@ def test_a_hub_id_is_no_folder_here(name: str, artifact: Path, intact: Path) -> 
     """A folder of that name in the working folder is not what a hub id means."""
     shutil.copytree(intact.parent / "base", artifact.parent / name)
     edit_manifest(artifact, base=lambda b: {**b, "kind": "hub", "reference": name, "relative": None})
-    with pytest.raises(GraftError, match="the hub gives no such model") as caught:
+    with pytest.raises(GraftError, match="the hub has no such model") as caught:
         graftc.load(artifact)
     assert caught.value.code == "GC032"
     assert type(graftc.load(artifact, name).compilation.source).__name__ == "BertForSequenceClassification"

@@ -199,8 +199,8 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     [
         ("bert", {"method": "lora", "target": {"role": "attn.q"}}, True, "GC060", "models of type 'bert'"),
         ("mixtral", {"method": "lora", "target": {"role": "attn.q"}}, True, "GC060", "models of type 'mixtral'"),
-        ("llama", {"method": "dora", "target": {"role": "attn.q"}}, False, "GC066", "no plain LoRA"),
-        ("llama", {"method": "lora", "init": "pissa", "target": {"role": "attn.q"}}, False, "GC066", "no plain LoRA"),
+        ("llama", {"method": "dora", "target": {"role": "attn.q"}}, False, "GC066", "not plain LoRA"),
+        ("llama", {"method": "lora", "init": "pissa", "target": {"role": "attn.q"}}, False, "GC066", "not plain LoRA"),
         ("gpt2", {"method": "lora", "bias": "all", "target": {"role": "attn.o"}}, False, "GC066", "in full"),
         ("gpt2", {"method": "lora", "target": {"modules": "lm_head"}}, False, "GC060", "tied to the embedding table"),
         *(

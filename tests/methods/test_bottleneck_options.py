@@ -291,7 +291,7 @@ PATCHES = {"modules": "**.patch_embeddings.projection"}
     [
         ("mixtral", INNER, "GC017", "more than one map"),
         ("mixtral", {**INNER, "adds_to": "branch", "reads": "inner"}, "GC017", "no inner activation"),
-        ("vit", {**LLM, "target": PATCHES}, "GC017", "no product with a matrix"),
+        ("vit", {**LLM, "target": PATCHES}, "GC017", "not a product with a matrix"),
         (
             "bert",
             {**PLACED, "target": {"role": "ffn.down"}, "reads": "output", "adds_to": "input"},
