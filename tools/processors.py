@@ -28,7 +28,9 @@ SETTINGS: tuple[Mapping[str, str], ...] = (
 def environment(setting: Mapping[str, str]) -> dict[str, str]:
     """The variables of a setting."""
     threads = {name: setting["threads"] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return {**{name: value for name, value in setting.items() if name != "threads"}, **threads}
+    # Threads that wait for work would keep the processors from the other tests.
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return {**{name: value for name, value in setting.items() if name != "threads"}, **threads, **waiting}
 
 
 def possible(capability: str) -> list[Mapping[str, str]]:
