@@ -28,6 +28,7 @@ SHARE = 0.9
 FULL = pytest.mark.full
 SAMPLE = [
     *(Case(kind, "convs", 0) for kind in ("attention", "convolutions", "ia3-convs")),
+    Case("ia3-convs", "convs", 4),  # scales the channels of a convolution over several points
     Case("lokr", "convs", 1),
     Case("tied-saved", "tied", 0),
     *(
