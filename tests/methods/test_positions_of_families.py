@@ -25,6 +25,7 @@ OPT = {**WIDE, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embedding
 XGLM = {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64, **TOKENS}
 NEO = {"hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}
 IDS = {**USUAL, "pad_token_id": 1, "bos_token_id": 0}
+EXPERTS = {**USUAL, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("ForCausalLM", OPT),
     "OPT, small tokens": ("ForCausalLM", {**OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
@@ -43,8 +44,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Roberta": ("ForMaskedLM", IDS),
     "Esm": ("ForMaskedLM", {**IDS, "mask_token_id": 3, "position_embedding_type": "absolute"}),
     "MPNet": ("ForMaskedLM", IDS),
+    "Mixtral": ("ForCausalLM", {**USUAL, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "Qwen3Moe": ("ForCausalLM", {**EXPERTS, "moe_intermediate_size": 32, "head_dim": 16}),
+    "Olmoe": ("ForCausalLM", EXPERTS),
 }
-FIRST = ("OPT", "Mpt", "Roberta")
+FIRST = ("OPT", "Mpt", "Roberta", "Mixtral")
 
 
 def model_of(family: str) -> nn.Module:
@@ -115,11 +119,13 @@ def behind_a_cache(model: nn.Module, compiled: Any, ids: Tensor) -> Tensor:
 
 
 DISTANCES = ("Bloom", "Falcon, distances", "Mpt")
-SHIFTED = ("GPTJ", "CodeGen", "OPT", "Llama", "CTRL", "Falcon", "BioGpt", "GPTNeo", "GPTBigCode", *DISTANCES)
+ROTATED = ("Llama", "Falcon", "Mixtral", "Qwen3Moe", "Olmoe")
+SHIFTED = ("GPTJ", "CodeGen", "OPT", "CTRL", "BioGpt", "GPTNeo", "GPTBigCode", *ROTATED, *DISTANCES)
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in ("GPTJ", "Mpt") else pytest.mark.full) for name in SHIFTED]
+    "family",
+    [pytest.param(name, marks=() if name in ("GPTJ", "Mpt", "Mixtral") else pytest.mark.full) for name in SHIFTED],
 )
 def test_a_shifted_prefix(family: str) -> None:
     """Equal to a cache in front; without the shift it is not, unless the model knows distances alone."""

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.compiler.roles.embeddings_and_heads import counts_tokens
 from graftc.compiler.roles.findings import Finding
-from graftc.passes.core.ir.program import above, marks_above
+from graftc.passes.core.ir.program import above, gives_tensors, marks_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import Positions
 from graftc.specs.roles import parse_role
@@ -43,7 +43,7 @@ def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
     cosines of every position. Numbers of two axes that count tokens are distances, which stay as they are."""
     data: set[fx.Node] = set()
     for node in graph.nodes:
-        sources = {source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)}
+        sources = set(filter(gives_tensors, node.all_input_nodes))
         if node.op == "placeholder" or (sources & data and node.target is not aten.sym_size.int):
             data.add(node)
         index = _LOOK_UPS.get(node.target)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.ir.program import above
+from graftc.passes.core.ir.program import above, gives_tensors
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.lowrank import normal, uniform, zeros
@@ -170,11 +170,12 @@ def _positional(site: AttentionSite) -> fx.Node | None:
     length = None if site.read is None else expression(site.read.meta["val"].shape[1])
     data: set[fx.Node] = set()
     for node in above([own.query, own.keys]):
-        sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+        sources = list(filter(gives_tensors, node.all_input_nodes))
         if node.target in _COUNTING:
             return node
         if node.op == "placeholder" or any(source in data for source in sources):
-            stored = [source for source in sources if source not in data and source.meta["val"].dim() > 1]
+            fixed = [source for source in sources if source not in data and isinstance(source.meta["val"], Tensor)]
+            stored = [source for source in fixed if source.meta["val"].dim() > 1]
             for source in stored if node.target in _BY_ELEMENT else ():
                 if expression(source.meta["val"].shape[-2]) == length != 1:
                     return source

@@ -235,6 +235,12 @@ def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
     return node
 
 
+def gives_tensors(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, or several at once as a split does; sizes are numbers."""
+    value = node.meta.get("val")
+    return any(isinstance(each, torch.Tensor) for each in (value if isinstance(value, list | tuple) else (value,)))
+
+
 def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.Node]:
     """Some nodes and everything that they are made from, in graph order, not beyond those of ``stop``."""
     found = set(nodes)
