@@ -21,6 +21,7 @@ __all__ = [
     "layer_indices",
     "match_modules",
     "measure_braces",
+    "modules_by_glob",
     "parse_layer",
     "parse_slice",
     "smallest_fix",
@@ -243,7 +244,13 @@ def _like(glob: str, modules: Sequence[str]) -> list[str]:
 
 
 def match_modules(globs: Sequence[str], modules: Sequence[str], where: str = "train") -> list[str]:
-    """The module paths that a list of globs means, in the order of ``modules``.
+    """The module paths that a list of globs means, in the order of ``modules``. See `modules_by_glob`."""
+    matched = {module for hits in modules_by_glob(globs, modules, where) for module in hits}
+    return [module for module in modules if module in matched]
+
+
+def modules_by_glob(globs: Sequence[str], modules: Sequence[str], where: str) -> list[list[str]]:
+    """The module paths that each of a list of globs means, in the order of ``modules``.
 
     Args:
         globs: patterns, as for ``Spec.train``.
@@ -253,8 +260,9 @@ def match_modules(globs: Sequence[str], modules: Sequence[str], where: str = "tr
     Raises:
         GraftError: GC011 where a glob or a brace branch matches no module.
     """
-    out: set[str] = set()
+    matched: list[list[str]] = []
     for index, glob in enumerate(globs):
+        own: set[str] = set()
         for branch in expand_braces(glob):
             fits = glob_to_regex(branch).fullmatch
             hits = {module for module in modules if fits(module)}
@@ -263,8 +271,9 @@ def match_modules(globs: Sequence[str], modules: Sequence[str], where: str = "tr
                 message = f"{where} {shown} matches none of the {counted(len(modules), 'module')}"
                 hint, fix = suggest(branch, glob, modules, "module")
                 raise GraftError("GC011", message, place=Place(path=f"{where}[{index}]"), hint=hint, fix=fix)
-            out |= hits
-    return [module for module in modules if module in out]
+            own |= hits
+        matched.append([module for module in modules if module in own])
+    return matched
 
 
 def write_items(value: object) -> str:

@@ -14,8 +14,8 @@ from torch import nn
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.resolve.select import match_modules
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.patterns import modules_by_glob
 
 
 def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType({})) -> Any:
@@ -59,10 +59,9 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
     result = sharing_copy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
     paths = [name for name in modules if name]
-    match_modules(patterns, paths, "untie")  # for the place of a pattern that matches nothing
-    for index, pattern in enumerate(patterns):
+    for index, (pattern, matched) in enumerate(zip(patterns, modules_by_glob(patterns, paths, "untie"), strict=True)):
         tied = False
-        for path in match_modules([pattern], paths):
+        for path in matched:
             tied |= _untie(result, modules[path], path)
         if not tied:
             raise GraftError(

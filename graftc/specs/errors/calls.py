@@ -9,6 +9,7 @@ from inspect import Parameter
 from typing import Any, TypeVar, cast
 
 from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.text import counted
 
 __all__ = ["public"]
 
@@ -55,7 +56,7 @@ def _misfit(name: str, parameters: list[Parameter], args: Sequence[Any], kwargs:
         hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join((*ordered, *by_name))}"
         return GraftError("GC073", f"{name} has no argument {unknown[0]!r}", hint=hint)
     if len(args) > len(ordered):
-        most = f"takes {len(ordered)} argument{'s' * (len(ordered) != 1)} by position, not {len(args)}"
+        most = f"takes {counted(len(ordered), 'argument')} by position, not {len(args)}"
         hint = f"give {', '.join(by_name)} by name" if by_name else usage
         return GraftError("GC073", f"{name} {most}", hint=hint)
     if twice := [word for word in placed if word in kwargs]:
