@@ -237,18 +237,19 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clo
             message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
             raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
         clock.look("verify", lambda: verify(program, store, "canonicalise"))
-        anchor = _anchored(compilation, found, program)
-        differing = anchor.differing or (("it was not held against all kinds of inputs",) if anchor.plain else ())
-        if differing and (anchor.differing or found.cached):
-            where = f"{anchor.mode} mode with {anchor.inputs}"
+        comparison = _anchored(compilation, found, program)
+        untried = ("it was not held against all kinds of inputs",) if comparison.plain else ()
+        differing = comparison.differing or untried
+        if differing and (comparison.differing or found.cached):
+            where = f"{comparison.mode} mode with {comparison.inputs}"
             message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
     except Exception:
         for name in added:
             store.drop_constant(name)
         raise
-    program.inputs = from_two(program.inputs, anchor.from_two)
-    return replace(found, anchor=anchor)
+    program.inputs = from_two(program.inputs, comparison.from_two)
+    return replace(found, anchor=comparison)
 
 
 def _anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:

@@ -1,4 +1,4 @@
-"""What libraries say of what nobody asked for: nobody sees it, and nobody else's words are lost.
+"""Silence for what libraries print, warn of and log unasked, without losing what anything else says.
 
 Torch has much to say while it makes a graph (`quiet`), and the libraries that transformers imports because they are
 installed while it imports them (`quiet_quantisers`).
@@ -22,7 +22,7 @@ __all__ = ["quiet", "quiet_quantisers", "tell"]
 
 _IMPORTING = "transformers.quantizers"
 """Imports the library of every quantiser that is installed, and every model of transformers imports it."""
-_held: list[logging.LogRecord] = []
+_withheld: list[logging.LogRecord] = []
 
 
 class _WithoutOne:
@@ -77,14 +77,14 @@ class _Unasked(logging.Filter):
     """Holds back what other libraries than transformers log below errors while it imports its quantisers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """See `logging.Filter`. The stack is this thread's, as the import is."""
+        """See `logging.Filter`. The thread that logs is the one that imports, so its own stack is looked at."""
         if record.levelno >= logging.ERROR or record.name.partition(".")[0] == "transformers":
             return True
         frames = (frame for frame, _ in traceback.walk_stack(None))
         if not any(f.f_code.co_name == "<module>" and f.f_globals.get("__name__") == _IMPORTING for f in frames):
             return True
-        if all(record is not other for other in _held):  # each handler asks
-            _held.append(record)
+        if all(record is not other for other in _withheld):  # each handler asks
+            _withheld.append(record)
         return False
 
 
@@ -117,8 +117,8 @@ def tell(library: str) -> None:
     Args:
         library: the first part of the loggers' names.
     """
-    for record in [r for r in _held if r.name.partition(".")[0] == library]:
-        _held.remove(record)
+    for record in [r for r in _withheld if r.name.partition(".")[0] == library]:
+        _withheld.remove(record)
         logging.getLogger(record.name).handle(record)
 
 

@@ -282,8 +282,8 @@ def select(
         cache: keep the captured graph in the user's cache folder.
 
     Raises:
-        GraftError: GC030 when the model cannot be captured; GC004 for a method that is unknown; GC073 for what is no
-            model.
+        GraftError: GC030 when the model cannot be captured; GC004 for a method that is unknown; GC073 for what is not
+            a model.
     """
     if isinstance(model, Compiled):
         return Selection(_places_of(model), method=method)

@@ -106,7 +106,7 @@ def _has_record(file: Path) -> bool:
 
 
 def _json(file: Path, most: int) -> Mapping[str, Any]:
-    """A small file's mapping; empty where it is none."""
+    """A small file's mapping; empty where it does not hold one."""
     try:
         data = read_json(read_regular(file, most), most)
     except (OSError, ValueError, RecursionError):

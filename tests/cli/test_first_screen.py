@@ -70,7 +70,7 @@ class TestWhatIsHeard:
 
     @pytest.fixture(autouse=True)
     def _nothing_held(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(quiet, "_held", [])
+        monkeypatch.setattr(quiet, "_withheld", [])
         yield
 
     @pytest.mark.parametrize("name", ["torchao", "torchao.kernel", "torch.utils._pytree", "bitsandbytes.cextension"])

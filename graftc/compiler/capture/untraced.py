@@ -28,21 +28,21 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def unkept(model: nn.Module) -> list[str]:
-    """What of a model its graphs do not have, for people, each once."""
-    found: dict[str, None] = {}
+    """Notes for people on what the graphs of a model leave out, each once."""
+    notes: dict[str, None] = {}
     classes: set[type] = set()
     for path, module in model.named_modules():
         if any(vars(module)[table] for table in _BACKWARD_HOOKS):
-            found[f"a hook on the backward pass of {path or 'the model'}"] = None
+            notes[f"a hook on the backward pass of {path or 'the model'}"] = None
         own = vars(module).get("forward")
         if type(module) not in classes or own is not None:
             classes.add(type(module))
-            found |= dict.fromkeys(_of_code(type(module), own))
-    return list(found)
+            notes |= dict.fromkeys(_of_code(type(module), own))
+    return list(notes)
 
 
 def _of_code(cls: type, own: Any) -> Iterator[str]:
-    """What the forward of a class, or one that was put in its place, has that a graph cannot have."""
+    """Notes on what a graph cannot keep of the forward of a class, or of one that replaces it on an instance."""
     pending = [function for function in (_function(own), _function(getattr(cls, "forward", None))) if function]
     seen: set[int] = set()
     while pending:

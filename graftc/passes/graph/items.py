@@ -40,15 +40,15 @@ def sizes_for_items(program: Program) -> None:
 
     Types that depended on those numbers are worked out anew.
     """
-    found = False
+    replaced = False
     types = Inference(program)
     for node in program.graph.find_nodes(op="call_function", target=aten.item.default):
         number = _number(node, node.args[0], types)
         if number is not None:
             node.replace_all_uses_with(number)
             program.graph.erase_node(node)
-            found = True
-    for node in program.graph.nodes if found else ():
+            replaced = True
+    for node in program.graph.nodes if replaced else ():
         if node.op == "call_function" and _is_unknown(node.meta.get("val")):
             node.meta["val"] = types.call(node.target, node.args, node.kwargs)
 

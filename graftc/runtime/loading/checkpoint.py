@@ -116,5 +116,5 @@ def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:
         same = record.base.weights in (None, weights_of(identity))
         message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}: "
         mine = Identity("", {}, settings=record.base.settings)
-        message += mine.other_config(identity) if same else "its weights are others"
+        message += mine.other_config(identity) if same else "its weights differ"
         raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")

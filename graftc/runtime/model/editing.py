@@ -137,8 +137,8 @@ class Editing(Viewed):
             new: its new one.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC005 for a name that is taken, GC002 for what is no
-                name, GC072 where the model's tensors are sharded. Nothing has changed then.
+            GraftError: GC091 where there is no such adaptation, GC005 for a name that is taken, GC002 for what is not
+                a name, GC072 where the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
         spec = self._compilation.spec

@@ -75,8 +75,8 @@ def plan(
     Raises:
         GraftError: as `graftc.compile`; GC073 for arguments of another kind, and where nothing trains,
             GC091 for an unknown optimizer, GC130 for
-            what cannot be sharded, GC143 for sequences that the model does not take, GC154 for a budget that is no
-            number of bytes, GC155 where not even the smallest step fits.
+            what cannot be sharded, GC143 for sequences that the model does not take, GC154 for a budget that is not
+            a number of bytes, GC155 where not even the smallest step fits.
     """
     check_spec_and_model("graftc.plan", spec, model)
     room = None if budget is None else bytes_of(budget)

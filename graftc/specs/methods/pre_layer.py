@@ -17,7 +17,7 @@ class PreLayer(InfixSpec):
 
     There are `length` in front of the text and `infix` within it. The outputs of a layer for them are discarded: each
     layer reads one trained vector for every virtual token. Nothing reads the last layer's outputs for them, so there
-    are not vectors for those. Without infix tokens it is deployed as keys and values of every attention (`prefix`),
+    are no vectors for those. Without infix tokens it is deployed as keys and values of every attention (`prefix`),
     which the layers compute from these vectors.
     """
 

@@ -30,7 +30,7 @@ _LEAST, _LONGEST = 2, 2**24
 _END = 2**63 - 1
 _ROWS = 2
 _HIDDEN = -1e3
-"""What is added to scores to hide a key is no greater than this."""
+"""An addend to scores hides a key where it is at most this."""
 
 
 class Masks(Part):
@@ -86,10 +86,10 @@ class Masks(Part):
         if _cone(bias, None) is None or all(len(spec.shape) > 3 for spec in self.program.inputs):
             return True
         try:
-            (found,) = computed([bias], _sample, self.store.get, self.store.device())
+            (values,) = computed([bias], _sample, self.store.get, self.store.device())
         except (RuntimeError, IndexError):
             return False
-        return not found.is_meta and bool(((found == 0) | (found <= _HIDDEN)).all())
+        return not values.is_meta and bool(((values == 0) | (values <= _HIDDEN)).all())
 
     def _growing(self, size: Any) -> Any:
         """The symbol that is greater in a text with more tokens in front; None where there is none."""
@@ -189,13 +189,13 @@ def same_size(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyTyp
 
 
 def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> int | None:
-    """How much greater a size is than another, where no symbol is greater than in ``most``; None where that is no
+    """How much greater a size is than another, where no symbol is greater than in ``most``; None where that is not a
     number."""
     difference = expression(first) - expression(second)
     if isinstance(difference, int) or difference.is_number:
         return int(difference)
-    found = {_at(difference, start, most) for start in _NUMBERS}
-    return found.pop() if len(found) == 1 else None
+    values = {_at(difference, start, most) for start in _NUMBERS}
+    return values.pop() if len(values) == 1 else None
 
 
 def _at(size: Any, start: int, most: Mapping[Any, int]) -> int:

@@ -11,8 +11,8 @@ from graftc.passes.core.weights.weight_slice import Layout
 
 
 def linear_use(node: fx.Node) -> Use | None:
-    """What ``node`` computes from a stored weight, or None where it is not a linear map or its weight is more than a
-    view of a stored tensor."""
+    """How ``node`` uses a stored weight; None where it is not a linear map, or where more than views of a stored tensor
+    compute its weight."""
     if node.op != "call_function" or getattr(node.target, "_overloadname", "default") not in ("default", "padding"):
         return None
     name = op_name(node)

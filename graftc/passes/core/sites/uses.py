@@ -61,7 +61,7 @@ class Use(ABC):
 
     @property
     def input_axis(self) -> int | None:
-        """Which axis of the input counts the weight's columns; None where these are not entries of it."""
+        """The axis of the input that counts the weight's columns; None where those are not entries of the input."""
         return self.axis
 
     @property

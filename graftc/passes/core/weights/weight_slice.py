@@ -136,8 +136,8 @@ class WeightSlice:
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries, of a tensor that is not a matrix wherever its first axis counts them: what two readers that
-        see a tensor in two ways compare."""
+        """The same entries in the plain layout, wherever the first axis counts the rows: readers that see a tensor in
+        different layouts compare these."""
         return replace(self, layout=Layout.PLAIN) if self.whole or self.axis == 0 else self
 
     def at(self, rows: Runs | None) -> WeightSlice:
@@ -299,7 +299,7 @@ class WeightSlice:
 
     @property
     def row_axis(self) -> int:
-        """Which axis of the operand counts the rows: the first one of what is not a matrix."""
+        """The axis of the operand that counts the rows: the first one in the plain layout, else the last but one."""
         return 0 if self.layout is Layout.PLAIN else -2
 
     # --- entries by number ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """The quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other numbers than e4m3, or what are not blocks.
+        GraftError: GC161 for other numbers than e4m3, or sizes of blocks that are not a pair.
     """
     block = options.get("weight_block_size")
     if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block))):
