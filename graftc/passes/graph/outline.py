@@ -16,7 +16,7 @@ from torch import fx
 
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
-from graftc.passes.core.ir.program import Program, map_nodes, provenance
+from graftc.passes.core.ir.program import Program, is_random, map_nodes, mutates, provenance
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ Group = tuple[str, list[fx.Node]]
 
 
 def _group(program: Program) -> list[Group]:
-    """Runs of nodes by layer. What stands between and does not need the running layer goes before it."""
+    """Runs of nodes by layer. What stands between and does not need the running layer goes before it, unless it draws
+    random numbers, which are drawn in the Program's order, or writes."""
     layers = repeated_layers(program)
     done: list[Group] = []
     run: list[fx.Node] = []
@@ -112,7 +113,7 @@ def _group(program: Program) -> list[Group]:
             current = path
         if path:
             run.append(node)
-        elif run and sources.intersection([*run, *waiting]):
+        elif run and (is_random(node) or mutates(node) or sources.intersection([*run, *waiting])):
             waiting.append(node)
         else:
             at = len(done)
@@ -179,11 +180,10 @@ def _layer_of(node: fx.Node) -> str:
 def _may_wait(node: fx.Node) -> bool:
     """Whether an adaptation's node is for its layer alone, and gives the same wherever it stands: it draws nothing and
     writes nothing."""
-    schema = getattr(node.target, "_schema", None)
-    if provenance(node) is None or schema is None or schema.is_mutable or not node.users:
+    if provenance(node) is None or not node.users or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return not drawn and all(_layer_of(user) == _layer_of(node) for user in node.users)
+    moves = not is_random(node) and not mutates(node)
+    return moves and all(_layer_of(user) == _layer_of(node) for user in node.users)
 
 
 def _block(
