@@ -165,11 +165,14 @@ def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
 def _positional(site: AttentionSite) -> fx.Node | None:
     """What gives each token something by its place, on the way to the queries and keys of an attention: a count of
     tokens, or values that are stored for each place. None where there is nothing: masks and distances, which scores
-    depend on, go along with a prefix by themselves."""
+    depend on, go along with a prefix by themselves; and where there is no text, a stored value for each of a fixed
+    number of places, such as the patches of an image, stays at its place."""
     own = _operands(site)
     length = None if site.read is None else expression(site.read.meta["val"].shape[1])
     data: set[fx.Node] = set()
-    for node in above([own.query, own.keys]):
+    nodes = above([own.query, own.keys])
+    text = any(node.op == "placeholder" and not node.meta["val"].is_floating_point() for node in nodes)
+    for node in nodes:
         sources = list(filter(gives_tensors, node.all_input_nodes))
         if node.target in _COUNTING:
             return node
@@ -177,10 +180,19 @@ def _positional(site: AttentionSite) -> fx.Node | None:
             fixed = [source for source in sources if source not in data and isinstance(source.meta["val"], Tensor)]
             stored = [source for source in fixed if source.meta["val"].dim() > 1]
             for source in stored if node.target in _BY_ELEMENT else ():
-                if expression(source.meta["val"].shape[-2]) == length != 1:
+                if expression(source.meta["val"].shape[-2]) == length != 1 and (text or not _is_whole(source)):
                     return source
             data.add(node)
     return None
+
+
+def _is_whole(value: fx.Node) -> bool:
+    """Whether a value holds as many places as the stored tensor that it is made of, so that nothing was cut off."""
+    places = value.meta["val"].shape[-2]
+    while value.op == "call_function" and len(value.all_input_nodes) == 1:
+        (value,) = value.all_input_nodes
+    stored = value.meta["val"]
+    return value.op == "get_attr" and stored.dim() > 1 and stored.shape[-2] == places
 
 
 def _check_table(spec: PrefixSpec, positions: Positions) -> None:

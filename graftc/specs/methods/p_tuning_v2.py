@@ -31,8 +31,8 @@ class PTuningV2(PrefixSpec):
     """Number of positions in the prefix; the authors use 4 to 128, depending on the task."""
 
     positions: Literal["unshifted", "shifted"] = "shifted"
-    """`shifted`: the text begins after the prefix, and learned positions must suffice for both. `unshifted`: the text
-    keeps its positions."""
+    """`shifted`: the text begins after the prefix, and learned positions must suffice for both; the patches of an image
+    stay at their places. `unshifted`: the text keeps its positions."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Probability of dropping an entry of the prefix during training."""

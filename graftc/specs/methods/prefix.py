@@ -55,7 +55,8 @@ class PrefixSpec(MethodSpec):
 
     positions: Literal["unshifted", "shifted"] = "unshifted"
     """`unshifted`: the text keeps its positions. `shifted`: it begins after the prefix, as it does when a cache holds
-    the prefix (the authors' code, PEFT); learned positions must suffice for both."""
+    the prefix (the authors' code, PEFT); learned positions must suffice for both. Where there is no text, a fixed
+    number of places, such as the patches of an image, stay as they are."""
 
     window: Literal["visible", "masked"] = "visible"
     """`visible`: a sliding window leaves the prefix visible. `masked`: it hides the prefix as it would hide tokens at
