@@ -84,7 +84,7 @@ def compile_all(here: Path, name: str, families: Sequence[str]) -> list[bool]:
     for family in families:
         entry = {"target": {"role": "experts"}} if family == "mixtral" else {}
         spec = {"adapt": [SPEC["adapt"][0], {**SPEC["adapt"][1], **entry}]}
-        compiled = graftc.compile(spec, load_model(str(here / family / "base")))
+        compiled = graftc.compile(spec, load_model(str(here / family / "base")), seed=0)
         compiled.save(here / family / name)
         cached.append(compiled.report.cached)
     return cached

@@ -79,7 +79,8 @@ CASES = (
     Case("train_tied", "GC022", _adapt("role: attn.o") + "train: [lm_head]\n", GPT2),
     Case("not_yaml", "GC001", "version: 1\nadapt:\n  - method: lora\n   target: {role: attn.q\n"),
     Case("unquoted_glob", "GC001", "adapt:\n  - {method: lora, target: {modules: **.query}}\n"),
-    Case("not_a_mapping", "GC001", "- method: lora\n"),
+    Case("a_list_by_itself", "GC002", "- method: lora\n"),
+    Case("not_a_mapping", "GC001", "lora\n"),
     Case("cannot_be_captured", "GC030", _adapt("modules: head"), f"{OWN}:Wilful"),
 )
 
