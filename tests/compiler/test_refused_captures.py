@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,17 @@ class Looping(Layered):
         return x
 
 
-@pytest.mark.parametrize("model", [Branching, Sized, Looping])
+class AsAnArray(Layered):
+    def decided(self, x: Tensor) -> Tensor:
+        return x + float(x.detach().numpy().shape[0])  # here: an array of numpy
+
+
+class ThroughNumpy(Layered):
+    def decided(self, x: Tensor) -> Tensor:
+        return x * float(numpy.asarray(x.detach()).ndim)  # here: an array of numpy, made by that
+
+
+@pytest.mark.parametrize("model", [Branching, Sized, Looping, AsAnArray, ThroughNumpy])
 def test_one_trace_and_the_place(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     made, called = torch.export.export, []
 

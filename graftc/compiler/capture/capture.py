@@ -28,7 +28,7 @@ from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of, is_transformers
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
-from graftc.compiler.capture.refusals import by_values, not_captured, require_products
+from graftc.compiler.capture.refusals import UntraceableError, in_any_trace, not_captured, require_products
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.history import Recorder
@@ -112,19 +112,22 @@ def _captured(
     """One attempt; None where layers that seemed to be alike are not, or where anything else is in the way of that."""
     device = device_of(model)
     inputs = {axis.name: axis.example(device) for axis in axes}
+    repeats: Repeats | None = None
     with ExitStack() as stack:
         notes = stack.enter_context(as_captured(model, axes, flags, mode))
         stack.enter_context(_patches(model))
-        repeats = stack.enter_context(traced_once(model)) if alike else None
-        assigned = stack.enter_context(noticed(model))
         try:
-            exported, sizes = _export(model, axes, inputs, repeats)
-            result = _program(exported, sizes.specs(), canonical, repeats)
+            with ExitStack() as tracing:
+                repeats = tracing.enter_context(traced_once(model)) if alike else None
+                assigned = tracing.enter_context(noticed(model))
+                exported, sizes = _export(model, axes, inputs, repeats)
+                result = _program(exported, sizes.specs(), canonical, repeats)
             require_products(result.program.graph)
         except Exception as error:
-            if repeats is not None and repeats.calls and not by_values(error):
+            final = in_any_trace(model, inputs, error)
+            if repeats is not None and repeats.calls and not final:
                 return None
-            raise not_captured(model, axes, flags, inputs, error) from error
+            raise not_captured(model, axes, flags, inputs, error) from (UntraceableError(error) if final else error)
     result.alike = repeats.reused if repeats is not None else 0
     if assigned and result.alike:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis, described
+from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.ir.verify import mixed_product
 from graftc.specs.errors.diagnostics import GraftError, first_line
@@ -53,9 +55,42 @@ def not_captured(
     )
 
 
+class UntraceableError(Exception):
+    """What the tracer raised, where other sizes and traces change nothing."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(*error.args)
+        self.__cause__ = error
+
+
+def in_any_trace(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception) -> bool:
+    """Whether a trace failed for a reason that holds whatever the sizes, and however layers are traced: the model asks
+    for values, or it runs, and fails at the same line on tensors without values of exactly these sizes.
+
+    Args:
+        model, inputs: as for `not_captured`.
+        error: what the tracer raised.
+    """
+    if by_values(error):
+        return True
+    place = _place(error)
+    if not place or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), *inputs.values())):
+        return False
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    try:
+        with quiet(["torch"], logging.CRITICAL), torch.random.fork_rng([]), mode:
+            tensors = dict([*model.named_parameters(), *model.named_buffers()])
+            fake: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+            torch.func.functional_call(model, fake, (), {name: mode.from_tensor(t) for name, t in inputs.items()})
+    except Exception as again:
+        same = type(again) is type(error) and _place(again) == place
+        return same and _own_error(model, inputs) is None
+    return False
+
+
 def by_values(error: BaseException | None) -> bool:
-    """Whether a trace failed since the model asks for values, which other sizes and traces do not change."""
-    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+    """Whether a trace failed for a reason that other sizes and traces do not change, as far as the error says."""
+    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException, UntraceableError)
     while error is not None:
         if isinstance(error, kinds):
             return True
