@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import graftc
 from graftc.passes.graph.outline import outline
@@ -47,3 +48,61 @@ def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> 
         with torch.no_grad():
             outputs.append([leaf for leaf in flat(own(**inputs)) if leaf.is_floating_point()])
     assert largest_difference(*outputs) <= 1e-5
+
+
+def test_what_writes_and_what_reads_it_keep_their_order() -> None:
+    """T5 makes its decoder's tokens of labels by writes to one tensor, behind its encoder."""
+    model = tiny("t5").eval()
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
+    compiled = graftc.compile(spec, model).eval()
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, 4:] = -100
+    with torch.no_grad():
+        for train in (False, True):
+            torch.manual_seed(0)
+            expected = model.train(train)(input_ids=ids, labels=labels).loss
+            torch.manual_seed(0)
+            torch.testing.assert_close(compiled.train(train)(input_ids=ids, labels=labels).loss, expected)
+
+
+class Gathering(nn.Module):
+    """Layers whose results are written into one tensor, of which the mean is taken behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gathered = x.new_zeros(3, *x.shape)
+        for number, layer in enumerate(self.layers):
+            x = layer(x).relu()
+            gathered[number] = x
+        result: Tensor = self.head(gathered.mean(0))
+        return result
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, between writes to what it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.layers[0](x)
+            x[:, 0] = 0
+        result: Tensor = self.layers[1](x)
+        return result
+
+
+@pytest.mark.parametrize(("made", "target"), [(Gathering, "head"), (Twice, "layers.*")])
+def test_writes_between_layers(made: type[nn.Module], target: str) -> None:
+    torch.manual_seed(0)
+    model, x = made().eval(), torch.randn(2, 8)
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": target}}]}
+    compiled = graftc.compile(spec, model, {"x": x})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(x), model(x))

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import live
+from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
-from graftc.passes.core.ir.program import Program, is_random, map_nodes, mutates, provenance
+from graftc.passes.core.ir.program import Program, is_random, map_nodes, provenance
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ Group = tuple[str, list[fx.Node]]
 
 
 def _group(program: Program) -> list[Group]:
-    """Runs of nodes by layer. What stands between and does not need the running layer goes before it, unless it draws
-    random numbers, which are drawn in the Program's order, or writes."""
-    layers = repeated_layers(program)
+    """Runs of nodes by layer. What stands between and does not need the running layer goes before it, unless it has to
+    keep its place: see `_Order`."""
+    layers, order = repeated_layers(program), _Order(program)
     done: list[Group] = []
     run: list[fx.Node] = []
     waiting: list[fx.Node] = []
@@ -101,19 +102,20 @@ def _group(program: Program) -> list[Group]:
             done.append(("", waiting))
         run, waiting = [], []
 
-    for node in _ordered(program, layers):
+    for node in _ordered(program, layers, order):
         path = layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
         path = path if path in layers else ""
         sources = set(node.all_input_nodes)
-        if path and path == current and (taken := _inserted_between(sources, run, waiting)):
+        if waiting and path and path == current and (taken := _inserted_between(sources, run, waiting, order)):
             run += taken
-            waiting = [other for other in waiting if other not in set(taken)]
-        if path and (path != current or sources.intersection(waiting)):
+            gone = set(taken)
+            waiting = [other for other in waiting if other not in gone]
+        if path and (path != current or sources.intersection(waiting) or order.bound(node, waiting)):
             close()
             current = path
         if path:
             run.append(node)
-        elif run and (is_random(node) or mutates(node) or sources.intersection([*run, *waiting])):
+        elif run and (order.is_bound(node) or sources.intersection([*run, *waiting])):
             waiting.append(node)
         else:
             at = len(done)
@@ -125,7 +127,27 @@ def _group(program: Program) -> list[Group]:
     return done
 
 
-def _inserted_between(sources: set[fx.Node], run: list[fx.Node], waiting: list[fx.Node]) -> list[fx.Node]:
+class _Order:
+    """Which nodes of a Program keep their order among each other: those that draw random numbers, and those that write
+    to memory or read what is written to."""
+
+    def __init__(self, program: Program) -> None:
+        self._memory = Memory(program.graph)
+
+    def is_bound(self, node: fx.Node) -> bool:
+        """Whether a node is one of these."""
+        if is_random(node):
+            return True
+        return bool(self._memory.writes) and not self._memory.settled(node, *node.all_input_nodes)
+
+    def bound(self, node: fx.Node, waiting: list[fx.Node]) -> bool:
+        """Whether a node must not go in front of those that wait."""
+        return bool(waiting) and self.is_bound(node) and any(map(self.is_bound, waiting))
+
+
+def _inserted_between(
+    sources: set[fx.Node], run: list[fx.Node], waiting: list[fx.Node], order: _Order
+) -> list[fx.Node]:
     """What stands in no layer, is made of what adaptations have inserted in the running one, and is read by that again,
     as a mask over a prefix: it is a part of the layer, which is called as often as in the source."""
     found: set[fx.Node] = set()
@@ -136,10 +158,11 @@ def _inserted_between(sources: set[fx.Node], run: list[fx.Node], waiting: list[f
             found.add(node)
             pending += node.all_input_nodes
     own = (source for node in found for source in node.all_input_nodes if source in inside)
-    return [node for node in waiting if node in found] if all(map(provenance, own)) else []
+    moves = all(map(provenance, own)) and not any(map(order.is_bound, found))
+    return [node for node in waiting if node in found] if moves else []
 
 
-def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
+def _ordered(program: Program, layers: Collection[str], order: _Order) -> list[fx.Node]:
     """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone, or of what no layer of
     theirs has computed, comes right before its first reader, not before all layers, where it would be a part of the
     layer on its own: a layer is called as often as in the source."""
@@ -164,8 +187,8 @@ def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
             if path in layers:
                 waiting.add(node)
                 continue
-        outside = all(n in waiting or _layer_of(n) != path for n in node.all_input_nodes)
-        if path in layers and outside and _may_wait(node):
+        moves = path in layers and _may_wait(node, order)
+        if moves and all(n in waiting or _layer_of(n) != path for n in node.all_input_nodes):
             waiting.add(node)
             continue
         place(node)
@@ -177,13 +200,12 @@ def _layer_of(node: fx.Node) -> str:
     return layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
 
 
-def _may_wait(node: fx.Node) -> bool:
+def _may_wait(node: fx.Node, order: _Order) -> bool:
     """Whether an adaptation's node is for its layer alone, and gives the same wherever it stands: it draws nothing and
     writes nothing."""
     if provenance(node) is None or not node.users or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    moves = not is_random(node) and not mutates(node)
-    return moves and all(_layer_of(user) == _layer_of(node) for user in node.users)
+    return not order.is_bound(node) and all(_layer_of(user) == _layer_of(node) for user in node.users)
 
 
 def _block(
