@@ -84,6 +84,7 @@ class PeftFormat:
         patterns: fields of the config with other values of a field of ours for some modules: theirs, then ours.
         lists: lists of modules in the config, by field.
         constant: fields of the spec that a checkpoint always has.
+        absent: what a config means that leaves a field out, where that is not our default: by field of the spec.
         fixed: fields of the config that have only this value here; others are refused.
         ignored: fields of the config that change nothing about what has been trained.
         training: fields of the spec that are about training or initial values, so that a file need not have them.
@@ -106,6 +107,7 @@ class PeftFormat:
     patterns: Mapping[str, str] = field(default_factory=dict)
     lists: Mapping[str, PeftList] = field(default_factory=dict)
     constant: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     training: frozenset[str] = frozenset()

@@ -116,3 +116,13 @@ def test_another_process_imports_one_module(saved: tuple[Any, Path]) -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == type(saved[0]).__name__
     assert json.loads((saved[1] / "saved" / "config.json").read_text(encoding="utf-8"))["model_type"] == "graftc"
+
+
+def test_the_folder_of_the_base_is_refused(saved: tuple[Any, Path]) -> None:
+    """Its config would be lost, and with it the base."""
+    compiled, folder = saved
+    before = (folder / "base" / "config.json").read_bytes()
+    with pytest.raises(GraftError) as caught:
+        compiled.save_pretrained(folder / "base")
+    assert caught.value.code == "GC063"
+    assert (folder / "base" / "config.json").read_bytes() == before and not (folder / "base" / "graftc").exists()

@@ -367,3 +367,90 @@ def test_values_and_random_numbers_stay() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(type(module).__module__.startswith("peft") for module in model.modules())
+
+
+def tied_llama() -> nn.Module:
+    import transformers
+
+    config = copy.deepcopy(base("llama").config)
+    config.tie_word_embeddings = True
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_tied_modules_train_as_in_peft(saved: list[str], together: bool) -> None:
+    """Each by itself, unless the config asks for one tensor."""
+    fields = {"ensure_weight_tying": True} if together else {}
+    config, model = lora("llama", target_modules=["q_proj"], modules_to_save=saved, **fields), tied_llama()
+    expected, found = theirs(config, model), ours(config, model)
+    ids, trained = torch.randint(3, 90, (2, 6)), []
+    for each in (expected, found):
+        each.eval()
+        parameters = {id(p): p for n, p in each.named_parameters() if p.requires_grad and "lora" not in n}
+        each(input_ids=ids).logits.square().mean().backward()
+        trained.append(sorted(float(p.grad.norm()) for p in parameters.values() if p.grad is not None))
+    assert trained[0] == pytest.approx(trained[1], rel=1e-4)
+
+
+def test_one_pair_of_factors_for_tied_modules_is_refused() -> None:
+    config = lora("llama", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(GraftError, match="one pair of factors") as caught:
+        ours(config, tied_llama())
+    assert caught.value.code == "GC112"
+
+
+class Attending(nn.Module):
+    """An attention of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Its results."""
+        found: torch.Tensor = self.out(self.attention(x, x, x, need_weights=False)[0])
+        return found
+
+
+def test_an_attention_of_torch_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model, x = Attending().eval(), torch.randn(2, 5, 16)
+    config = peft.LoraConfig(r=2, target_modules=["attention"])
+    expected = theirs(config, model)
+    found = ours(config, model, example_inputs={"x": x})
+    scales = {path: scale for path, (_, scale) in resolved(found).items()}
+    assert scales == {"attention.in_proj_weight": 4.0, "attention.out_proj.weight": 8.0}
+    assert sum(p.numel() for p in expected.parameters() if p.requires_grad) == found.report.trainable_parameters
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q_proj|w1|w2|w3)", r".*\.1\..*q_proj", r".*experts\.(w1|w3|w2)"])
+def test_patterns_where_peft_goes_by_older_names(pattern: str) -> None:
+    """Of experts that transformers 4 had as modules; peft then looks for the last segments in all layers."""
+    config = lora("mixtral", target_modules=pattern, r=2)
+    assert resolved(ours(config, base("mixtral"))) == adapted(theirs(config, base("mixtral")))
+
+
+class Named(nn.Module):
+    """A module whose path is the end of another one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.block = nn.Linear(8, 8), nn.Sequential()
+        self.block.add_module("fc", nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both in turn."""
+        found: torch.Tensor = self.block(self.fc(x))
+        return found
+
+
+def test_a_pattern_that_matches_the_end_of_another_path() -> None:
+    config = peft.LoraConfig(r=2, target_modules=r"fc")
+    found = ours(config, Named(), example_inputs={"x": torch.randn(2, 8)})
+    assert resolved(found) == adapted(theirs(config, Named())) and len(resolved(found)) == 1
+
+
+def test_an_alpha_that_is_not_said_is_pefts() -> None:
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    assert graftc.load_spec(config).adapt[0].alpha == peft.LoraConfig().lora_alpha == 8

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
+from tests.interop.checkpoints import base
 
 peft = pytest.importorskip("peft")
 
@@ -113,3 +114,29 @@ def test_an_export_tells(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(input_ids=IDS).logits
     torch.testing.assert_close(again(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["c_attn.weight", "attn.c_proj.weight"])
+def test_a_stored_matrix_that_a_config_names_itself(name: str, tmp_path: Path) -> None:
+    """PEFT takes any two axes for ``[out, in]``, also those of ``Conv1D``, whose weights are ``[in, out]``."""
+    model = base("gpt2")
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[], target_parameters=[name])
+    ).eval()
+    torch.manual_seed(0)
+    for key, tensor in theirs.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(tensor, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    compiled = graftc.import_peft(tmp_path / "theirs", copy.deepcopy(model)).eval()
+    ids = torch.randint(3, 90, (2, 6))
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+        torch.testing.assert_close(compiled(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        compiled.export(tmp_path / "ours", format="peft")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+        torch.testing.assert_close(again(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(GraftError) as caught:
+        graftc.merge_checkpoint(tmp_path / "theirs", tmp_path / "base", tmp_path / "merged")
+    assert caught.value.code == "GC103" and not (tmp_path / "merged").exists()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import graftc
+from graftc.runtime.loading.peft_several import each_alone
 from graftc.specs.errors.diagnostics import GraftError
 from tests.interop.checkpoints import base, saved
 
@@ -107,3 +108,11 @@ def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
             call()
         assert caught.value.code == code, caught.value
     assert torch.equal(logits(found), before)
+
+
+def test_a_folder_whose_name_ends_like_rows(folders: dict[str, Path]) -> None:
+    """``run`` and ``run_1`` are two adapters, not one with rows beside."""
+    named = {"run": folders["first"], "run_1": folders["second"]}
+    compiled = graftc.import_peft(named, copy.deepcopy(base("llama")))
+    alone = each_alone(compiled, list(named))
+    assert [[own.name for own in one.compilation.spec.adapt] for one in alone] == [["run"], ["run_1"]]

@@ -19,8 +19,10 @@ import graftc
 from graftc.runtime.models import load_model, quiet_transformers
 from graftc.runtime.streaming.peft import peft_updates
 from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.foreign_folders import require_regular_files
 from graftc.runtime.text.opening import open_text_model
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import JSON_BYTES
 from tests.families import tiny
 from tests.streaming.support import sharded_base, tensors, written_lora
 
@@ -312,3 +314,14 @@ def test_adapters_that_are_refused(saved: Path, tmp_path: Path, name: str) -> No
     else:
         error = refused(folder, lambda folder: peft_updates(folder, TensorFolder(saved / "single")))
         assert error.code in ("GC008", "GC009", "GC111", "GC112", "GC113", "GC114")
+
+
+def test_files_that_nobody_reads_may_be_large(tmp_path: Path) -> None:
+    for name in ("trainer_state.json", "data.json"):
+        (tmp_path / name).write_bytes(b" " * (JSON_BYTES + 1))
+    require_regular_files(tmp_path, "GC144")
+    (tmp_path / "model.safetensors.index.json").write_bytes(b" " * (JSON_BYTES + 1))
+    require_regular_files(tmp_path, "GC144")
+    (tmp_path / "tokenizer_config.json").write_bytes(b" " * (JSON_BYTES + 1))
+    with pytest.raises(GraftError, match="tokenizer_config"):
+        require_regular_files(tmp_path, "GC144")

@@ -7,6 +7,7 @@ from collections import defaultdict
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
 from graftc.compiler.roles.findings import format_layers
 from graftc.specs.base import MethodSpec
+from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 
 
@@ -34,7 +35,8 @@ class StatedSizes:
             return found
         roles = {wider for role in record.roles for wider in widen(role)}
         depth = self._depths.get(record.stack)
-        return found.for_site(record.key.module, roles, record.layer, depth=depth, parameter=record.key.name)
+        parameter = record.key.name if record.kind == str(SiteKind.EXPERTS) else ""
+        return found.for_site(record.key.module, roles, record.layer, depth=depth, parameter=parameter)
 
     def at(self, record: SiteRecord) -> tuple[str, str] | None:
         """How large an adaptation is at a place: ``("rank", "8")``; None where nothing says it."""

@@ -18,8 +18,10 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.artifact.write import require_values, save
+from graftc.runtime.destinations import overlap
 from graftc.runtime.files import check_destination
 from graftc.runtime.loading.load import load
+from graftc.runtime.models import local_folder
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -70,8 +72,8 @@ def save_pretrained(compiled: Any, folder: str | os.PathLike[str], options: Mapp
         options: of transformers' method.
 
     Raises:
-        GraftError: as `Compiled.save`; GC032 for a model without a config of transformers, GC072 for options that ask
-            for another form.
+        GraftError: as `Compiled.save`; GC032 for a model without a config of transformers, GC063 for the base's own
+            folder, whose config would be lost, GC072 for options that ask for another form.
     """
     for name, value in options.items():
         if value not in _AS_ALWAYS.get(name, (None, False)):
@@ -86,6 +88,9 @@ def save_pretrained(compiled: Any, folder: str | os.PathLike[str], options: Mapp
         raise GraftError("GC032", f"{type(source).__name__} has no config of transformers", hint=hint)
     require_values(compiled)
     place = as_path(folder)
+    base = local_folder(compiled._compilation.source)
+    if base is not None and os.path.realpath(base) == os.path.realpath(place):
+        raise overlap(place, base)
     check_destination(place / FOLDER, force=True, replaceable=is_ours)
     place.mkdir(parents=True, exist_ok=True)
     save(compiled, place / FOLDER, force=True, base=None, certificate=None, kept={}, full=False)

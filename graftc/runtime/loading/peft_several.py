@@ -92,8 +92,10 @@ def import_several(
 def each_alone(compiled: Compiled, names: Collection[str]) -> list[Compiled]:
     """Compiled models of one of the folders each, by the names that their adaptations got."""
     found = [str(own.name) for own in compiled.compilation.spec.adapt]
-    groups = [[name, *(f"{name}_{number}" for number in range(1, len(found)))] for name in names]
-    return [compiled.alone(tuple(name for name in group if name in found)) for group in groups]
+    groups = ([name, *(f"{name}_{number}" for number in range(1, len(found)))] for name in names)
+    # A name with a number is that of rows beside, unless it is a folder's own.
+    own = [[name for name in group if name in found and (name == group[0] or name not in names)] for group in groups]
+    return [compiled.alone(tuple(group)) for group in own]
 
 
 def entry_of(

@@ -129,7 +129,9 @@ def _update(
     shared: Mapping[str, Tensor],
 ) -> SiteUpdate:
     layout, method = _layout(module), method_for(found.spec.method)
-    if found.parameter != "weight" or found.depth or method.stands_in or layout is None:
+    # Of a parameter that the config names itself, peft's first factor is at the last axis.
+    turned = found.named and layout is Layout.COLUMNS
+    if found.parameter != "weight" or found.depth or method.stands_in or layout is None or turned:
         what = f"{found.spec.method} at {found.name}, a {type(module).__name__},"
         raise GraftError("GC103", f"{what} is not a change of a stored matrix")
     if found.name in tied:

@@ -177,7 +177,7 @@ def _update(
             hint="folding would change both; leave the site out, or give the module a weight of its own with untie:",
         )
     depth = depths.get(place.stack)
-    spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depth, parameter=place.name)
+    spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depth)
     method = method_for(spec.method)
     if use.weight.layout is Layout.KERNEL and method.reads_channels(spec):
         raise GraftError("GC103", f"{place.adaptation!r} reads channels at {site}, which is not a change of a matrix")

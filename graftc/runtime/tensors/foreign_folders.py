@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ _SIZES = {
 }
 """Bytes of files that are read whole, by what their names end in."""
 _LARGER = ("tokenizer.json", "vocab.json", "merges.json")
+_INDEX_BYTES = 2**25
+_READ = re.compile(r".*(config|token|vocab|index|merges|template|normalizer|emoji).*\.json|(?!.*\.json).*", re.DOTALL)
+"""Names of files that a library may read; other JSON, such as a trainer's log or data, is nobody's here."""
 _INNER = ("additional_chat_templates",)
 """Folders in them that are read too."""
 
@@ -46,12 +50,21 @@ def require_regular_files(folder: Path, code: str) -> None:
                 continue
             if not stat.S_ISREG(state.st_mode):
                 raise GraftError(code, f"{quoted(path)} is not a regular file", hint=hint)
-            most = TOKENIZER_BYTES if path.name in _LARGER else _SIZES.get(path.suffix)
+            most = _most(path)
             if most is not None and state.st_size > most:
                 message = f"{quoted(path)} has {state.st_size:,} bytes, more than {most:,}"
                 raise GraftError(code, message, hint=hint)
     except OSError as error:
         raise GraftError(code, f"{quoted(folder)} cannot be read: {error.strerror or error}") from error
+
+
+def _most(path: Path) -> int | None:
+    """How many bytes a file may have; None for one that is not read whole."""
+    if not _READ.fullmatch(path.name):
+        return None
+    if path.name in _LARGER:
+        return TOKENIZER_BYTES
+    return _INDEX_BYTES if path.name.endswith(".index.json") else _SIZES.get(path.suffix)
 
 
 def _files(folder: Path) -> Iterator[Path]:

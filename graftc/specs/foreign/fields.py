@@ -20,7 +20,7 @@ def fields_of(config: AdapterConfig) -> dict[str, Any]:
         GraftError: GC112 for a value that has no equivalent.
     """
     spec_class, table = config.format
-    found: dict[str, Any] = {"method": spec_class.tag(), **table.constant}
+    found: dict[str, Any] = {"method": spec_class.tag(), **table.constant, **table.absent}
     for theirs, ours in table.fields.items():
         value = config.value(theirs)
         if value is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -46,6 +48,8 @@ def as_data(source: object) -> dict[str, Any]:
             raise GraftError("GC073", f"there are configs of {len(configs)} adapters: {some(list(source))}", hint=hint)
         source = configs[0]
     fields = source if isinstance(source, Mapping) else vars(source)
+    if is_dataclass(source):  # peft notes more on the object than what it says
+        fields = {field.name: fields[field.name] for field in dataclass_fields(source) if field.name in fields}
     return {str(name): _plain(value) for name, value in fields.items() if not str(name).startswith("_")}
 
 

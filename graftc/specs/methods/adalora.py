@@ -72,6 +72,7 @@ class AdaLoRA(MethodSpec):
             **{"tfinal": "final_steps", "deltaT": "interval", "total_step": "total_steps"},
         },
         constant={"dropout_scope": "target"},
+        absent={"alpha": 8.0},
         fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False},
         starts={"init_lora_weights": AS_USUAL},
         ignored=LORA_IGNORED | {"r", "rank_pattern", "alpha_pattern", "init_lora_weights"},

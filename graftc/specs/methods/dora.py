@@ -78,6 +78,7 @@ class DoRA(MethodSpec):
         starts={"init_lora_weights": {True: {"init": "kaiming"}, "gaussian": {"init": "gaussian"}}},
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         constant={"dropout_scope": "target"},
+        absent={"alpha": 8.0},
         fixed={**LORA_FIXED, "bias": "none"},
         ignored=LORA_IGNORED,
         training=frozenset(

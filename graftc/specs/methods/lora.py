@@ -79,6 +79,7 @@ class LoRA(MethodSpec):
         unnamed={"init_lora_weights": {"loftq": True, "random": False, "orthogonal": "orthogonal"}},
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         constant={"dropout_scope": "target"},
+        absent={"alpha": 8.0},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
         training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}),

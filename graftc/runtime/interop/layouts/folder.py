@@ -19,6 +19,7 @@ from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout
 from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.runtime.interop.peft import read_peft
+from graftc.runtime.interop.peft.expert_layouts import SINCE, release_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.runtime.tensor_files import save_tensors
@@ -121,6 +122,9 @@ def _require_plain(adapter: PeftAdapter) -> None:
         elif spec.init in ("pissa", "olora"):
             reasons.append(f"{module.name} is relative to factors of the base ({spec.init})")
     reasons += [f"{name} is trained in full" for name in adapter.trained]
+    release = release_of(adapter.config)
+    if release is not None and release < SINCE and any(module.named for module in adapter.modules):
+        reasons.append(f"PEFT {adapter.config.peft_version} wrote the factors of experts the other way round")
     # PEFT saves an adapted embedding or head beside its adapter; what nothing adapts may have rows of its own.
     adapted = {module.path for module in adapter.modules}
     reasons += [f"{name} was saved whole" for name in adapter.copies if name.rpartition(".")[0] not in adapted]

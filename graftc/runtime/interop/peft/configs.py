@@ -22,7 +22,9 @@ from torch import nn
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.interop.peft.entries import entry_of
+from graftc.runtime.interop.peft.folder import ADDED
 from graftc.runtime.interop.peft.targets import ALL_LINEAR, globs
+from graftc.runtime.interop.peft.tied import apart_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
@@ -107,7 +109,7 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
         raise
     if isinstance(config.target_modules, list):
         _check_names([name for name in config.target_modules if name in _named(adapted.config)], model, where)
-    modules = [_at(adapted.config, name, name) for name in adapted.modules]
+    modules = [own for name in adapted.modules for own in _inside(_at(adapted.config, name, name), model)]
     for name in adapted.parameters:
         path, _, parameter = name.rpartition(".")
         modules.append(_at(adapted.config, path, path if parameter == "weight" else name, name))
@@ -126,8 +128,13 @@ def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Modul
     if added:
         message = f"task_type: {adapted.config.task_type} trains {some(added)} in full, as in PEFT"
         warn("GC117", message, hint="leave task_type out to train the adaptation alone")
-    train = {"train": globs(adapted.heads, _paths(model))} if adapted.heads else {}
-    return Spec.model_validate({"version": 1, "adapt": list(adapt), **train})
+    paths = _paths(model)
+    more = {"train": globs(adapted.heads, paths)} if adapted.heads else {}
+    if not adapted.config.value("ensure_weight_tying", False):
+        heads = tuple(f"{path}." for path in adapted.heads)
+        trained = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(heads)}
+        more |= {"untie": globs(apart, paths)} if (apart := apart_of(trained, model)) else {}
+    return Spec.model_validate({"version": 1, "adapt": list(adapt), **more})
 
 
 def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def _paths(model: nn.Module) -> list[str]:
 _PLAIN = re.compile(r"[\w.-]*")
 
 
-def _without_patterns(theirs: Any, config: AdapterConfig, paths: Sequence[str], where: str) -> None:
+def _without_patterns(theirs: Any, config: AdapterConfig, model: nn.Module, where: str) -> None:
     """Put names in the place of peft's regular expressions, which it matches in any time; here they have a limit.
 
     Raises:
@@ -172,13 +179,48 @@ def _without_patterns(theirs: Any, config: AdapterConfig, paths: Sequence[str], 
         for word in [given] if isinstance(given, str) else given or ():
             if not _PLAIN.fullmatch(word):
                 raise _refused(field, f"{field} has the regular expression {quoted(word)}", where, "list plain names")
-    if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
-        theirs.target_modules = sorted(config.matcher.matching(config.target_modules, paths)) or ["no module"]
+    paths = _paths(model)
+    if _is_pattern(config):
+        theirs.target_modules = sorted(_matched(config, model)) or ["no module"]
     if isinstance(config.exclude_modules, str):
         theirs.exclude_modules = sorted(config.matcher.matching(config.exclude_modules, paths))
     for field in config.format[1].patterns:
         if config.value(field):
             setattr(theirs, field, {})
+
+
+def _is_pattern(config: AdapterConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR
+
+
+def _matched(config: AdapterConfig, model: nn.Module) -> set[str]:
+    """What a regular expression selects: paths of modules; where peft goes by names that experts had in transformers 4,
+    the last segments of modules, parameters and such names, which it then looks for in every layer."""
+    paths, pattern = _paths(model), str(config.target_modules)
+    old = _older_names(model)
+    if not old:
+        return set(config.matcher.matching(pattern, paths))
+    parameters = [name.rpartition(".") for name, _ in model.named_parameters()]
+    keys = [*paths, *("".join(name) for name in parameters)]
+    keys += [f"{around}.{name}" for name, new in old.items() for around, _, own in parameters if own == new]
+    without = config.exclude_modules or []
+    out = (
+        set(config.matcher.matching(without, keys))
+        if isinstance(without, str)
+        else {key for key in keys if any(f".{key}".endswith(f".{word}") for word in without)}
+    )
+    return {key.rpartition(".")[2] for key in config.matcher.matching(pattern, keys) if key not in out}
+
+
+def _older_names(model: nn.Module) -> Mapping[str, str]:
+    """For models that peft converts configs for: names of projections in transformers 4, and what has these now."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+    tables = (getattr(conversion, name, {}) for name in ("_MOE_FUSED_TARGETS", "_MOE_TARGET_MODULE_MAPPING"))
+    fused, names = (table.get(kind) or {} for table in tables)
+    return names if fused else {}
 
 
 def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Sequence[str], where: str) -> None:
@@ -211,7 +253,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     if hasattr(theirs, "init_lora_weights"):
         theirs.init_lora_weights = True  # decompositions need values
     config = read_config(data, where)
-    _without_patterns(theirs, config, _paths(model), where)
+    _without_patterns(theirs, config, model, where)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -224,6 +266,13 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     modules, parameters = (
         (tuner.targeted_module_names, tuner.targeted_parameter_names) if tuner is not None else ([], [])
     )
+    if getattr(theirs, "target_modules_to_tie", None):
+        message = "PEFT gives the embeddings and the head that is tied to them one pair of factors"
+        hint = "train them in full (modules_to_save), or some of their rows (trainable_token_indices)"
+        raise _refused("ensure_weight_tying", f"{message}, which has no equivalent here", where, hint)
+    if _is_pattern(config) and not _older_names(model):
+        matched = _matched(config, model)  # peft takes a name for the end of longer ones too
+        modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     _with_patterns(complete, config, [*modules, *parameters], where)
     heads, tables = _beside(peft, base)
@@ -268,6 +317,15 @@ def _at(config: AdapterConfig, path: str, target: str, name: str | None = None) 
     if "rows" in type(spec).model_fields:
         spec = table_rows(rows_of(config, path)[0], path)
     return _Module(path, target, spec)
+
+
+def _inside(own: _Module, model: nn.Module) -> list[_Module]:
+    """A module and what peft adapts inside of it: the output projection of an attention of torch, whose update it adds
+    twice."""
+    if not isinstance(model.get_submodule(own.path), nn.MultiheadAttention):
+        return [own]
+    path, alpha = f"{own.path}.out_proj", getattr(own.spec, "alpha", 1)
+    return [own, _Module(path, path, own.spec.model_copy(update={"alpha": ADDED * alpha}))]
 
 
 def _named(config: AdapterConfig) -> Sequence[str]:

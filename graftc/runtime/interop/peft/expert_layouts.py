@@ -15,11 +15,11 @@ from graftc.compiler.compilation import Compilation
 from graftc.runtime.interop.peft.folder import PeftAdapter
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.foreign.config import CONFIG
+from graftc.specs.foreign.config import CONFIG, AdapterConfig
 
-__all__ = ["SINCE", "pairs_in"]
+__all__ = ["SINCE", "pairs_in", "release_of"]
 
-SINCE = "0.19.0"
+SINCE = (0, 19)
 """The first release with the layout that `pairs_of` writes."""
 
 _RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?")
@@ -31,14 +31,14 @@ def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
     Raises:
         GraftError: GC113 where nothing tells the layouts apart.
     """
-    found, older = pairs_of(compilation), pairs_of(compilation, older=True)
+    named = {f"{module.path}.{module.parameter}" for module in adapter.modules if module.named}
+    found, older = pairs_of(compilation, named=named), pairs_of(compilation, older=True, named=named)
     if found == older or not _fits(adapter, compilation, older):
         return found
     if not _fits(adapter, compilation, found):
         return older
-    release = _RELEASE.fullmatch(adapter.config.peft_version or "")
-    if release is not None:
-        return found if (int(release[1]), int(release[2])) >= (0, 19) else older
+    if (release := release_of(adapter.config)) is not None:
+        return found if release >= SINCE else older
     first = next(pair.site for pair, other in zip(found, older, strict=True) if pair != other)
     message = (
         f"the factors of {first} are those of PEFT up to 0.18, or of PEFT from 0.19 on, which have the two the other "
@@ -46,6 +46,12 @@ def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
     )
     hint = 'set "peft_version" in the config to the release that wrote it, such as "0.18.1" or "0.19.0"'
     raise GraftError("GC113", message, place=Place(str(adapter.folder / CONFIG), path="peft_version"), hint=hint)
+
+
+def release_of(config: AdapterConfig) -> tuple[int, int] | None:
+    """The release of PEFT that wrote a config; None where it does not say."""
+    found = _RELEASE.fullmatch(config.peft_version or "")
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _fits(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> bool:

@@ -74,7 +74,8 @@ def prepared(compilation: Compilation) -> PeftExport:
     pairs = pairs_of(compilation)
     config = _config(compilation, main, others)
     if pairs != pairs_of(compilation, older=True):
-        config["peft_version"] = SINCE  # experts whose weights are square say nothing of their layout
+        # Experts whose weights are square say nothing of their layout.
+        config["peft_version"] = f"{SINCE[0]}.{SINCE[1]}.0"
     read_config(config, CONFIG)
     tensors = _tensors(compilation, pairs)
     axes = {part: own.axes for part, own in (table_of(main.spec) or PeftFormat(())).parts.items()}

@@ -6,7 +6,7 @@ written go by the same pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,12 +89,13 @@ def table_of(spec: MethodSpec) -> PeftFormat | None:
     return table if isinstance(table, PeftFormat) else None
 
 
-def pairs_of(compilation: Compilation, *, older: bool = False) -> list[Pair]:
+def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection[str] = frozenset()) -> list[Pair]:
     """The pairs of every tensor that a file of peft has to have for a compiled model, in the order of the spec.
 
     Args:
         compilation: the model.
         older: the factors of experts are as PEFT wrote them up to 0.18.
+        named: parameters that a config names itself (`target_parameters`), of modules that peft would adapt as such.
 
     Raises:
         GraftError: GC115 for a method or a tensor that peft does not have.
@@ -106,8 +107,9 @@ def pairs_of(compilation: Compilation, *, older: bool = False) -> list[Pair]:
     copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
     wrapped: dict[str, int] = {}
     found: list[Pair] = []
+    turned = _Turned(compilation, older, named)
     for resolved in (main, *others):
-        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main, older=older)
+        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main, turned=turned)
     for site, names in compilation.parts.get(TRAIN, {}).items():
         for part, name in names.items():
             found.append(_plain(copies[name], name, site, part, wrapped, prefix))
@@ -147,7 +149,7 @@ def _of(
     prefix: str,
     *,
     nested: bool,
-    older: bool,
+    turned: _Turned,
 ) -> Iterator[Pair]:
     table = table_of(resolved.spec)
     assert table is not None
@@ -171,7 +173,7 @@ def _of(
         for part, name in names.items():
             own = table.parts.get(part)
             if own is not None and site is not None:
-                shaped = _shaped(compilation, site, spec, table, older)
+                shaped = _shaped(site, spec, table, turned)
                 if shaped.turned:
                     own = next(other for other in table.parts.values() if other.form == _OPPOSITE.get(own.form))
                 suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
@@ -230,22 +232,32 @@ def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
 _OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
 
 
-def _is_turned(compilation: Compilation, site: LinearSite, older: bool) -> bool:
-    """Whether peft's first factor is at the output of experts instead of their input: it goes by an attribute of their
-    module (`is_transposed`), which not every class whose weights are ``[experts, in, out]`` has, and which older
-    releases take for granted."""
-    said = older or getattr(compilation.source.get_submodule(site.key.module), "is_transposed", False)
-    return bool(said) != (site.own.layout is Layout.COLUMNS)
+@dataclass(frozen=True)
+class _Turned:
+    """At which places peft's first factor is at the output instead of the input; the arguments are those of
+    `pairs_of`."""
+
+    compilation: Compilation
+    older: bool
+    named: Collection[str]
+
+    def at(self, site: LinearSite) -> bool:
+        """Of experts, peft goes by an attribute of their module (`is_transposed`), which not every class whose weights
+        are ``[experts, in, out]`` has, and which older releases take for granted. Any other parameter that is adapted
+        by its name it takes for ``[out, in]``."""
+        module, columns = self.compilation.source.get_submodule(site.key.module), site.own.layout is Layout.COLUMNS
+        if site.leading:
+            return bool(self.older or getattr(module, "is_transposed", False)) != columns
+        return columns and (f"{site.key.module}.{site.key.name}" in self.named or not is_adapted(module))
 
 
-def _shaped(compilation: Compilation, site: Site, spec: MethodSpec, table: PeftFormat, older: bool) -> Shaped:
+def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) -> Shaped:
     inward = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
     if not isinstance(site, LinearSite):
         return Shaped(inward=inward)
     kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
-    if not site.leading:
-        return Shaped(None, tuple(kernel), inward)
-    return Shaped(site.leading[0], tuple(kernel), inward, turned=_is_turned(compilation, site, older))
+    experts = site.leading[0] if site.leading else None
+    return Shaped(experts, tuple(kernel), inward, turned=turned.at(site))
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:

@@ -6,7 +6,7 @@ a table (`trainable_token_indices`) it ties to the model's input embeddings by i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.foreign.config import CONFIG
 
-__all__ = ["once", "trained_apart", "trained_together"]
+__all__ = ["apart_of", "once", "trained_apart", "trained_together"]
 
 
 def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> PeftAdapter:
@@ -116,28 +116,31 @@ def trained_together(adapter: PeftAdapter, model: nn.Module) -> list[str]:
     """The modules that share a tensor which the adapter trains for all of them."""
     if not adapter.config.value("ensure_weight_tying", False):
         return []
-    return [path for _, paths in _shared(adapter, model) for path in paths]
+    return [path for _, paths in _shared(adapter.trained, model) for path in paths]
 
 
 def trained_apart(adapter: PeftAdapter, model: nn.Module) -> list[str]:
     """The modules that need a tensor of their own in the place of a shared one: each that trains in full by itself."""
-    if adapter.config.value("ensure_weight_tying", False):
-        return []
+    return [] if adapter.config.value("ensure_weight_tying", False) else apart_of(adapter.trained, model)
+
+
+def apart_of(trained: Collection[str], model: nn.Module) -> list[str]:
+    """The modules that need a tensor of their own where some tensors, by name, train each by itself."""
     found: list[str] = []
-    for own, paths in _shared(adapter, model):
+    for own, paths in _shared(trained, model):
         # The last name of a tensor keeps it.
         found += own[1:] if len(own) == len(paths) else own
     return found
 
 
-def _shared(adapter: PeftAdapter, model: nn.Module) -> list[tuple[list[str], list[str]]]:
-    """For each shared tensor that the adapter trains: the modules in whose place it does, and all that have it."""
+def _shared(trained: Collection[str], model: nn.Module) -> list[tuple[list[str], list[str]]]:
+    """For each shared tensor that trains: the modules in whose place it does, and all that have it."""
     tensors: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
     found = []
     for _, names in tensors.values():
-        own = [name.rpartition(".")[0] for name in names if name in adapter.trained]
+        own = [name.rpartition(".")[0] for name in names if name in trained]
         if own and len(names) > 1:
             found.append((own, [name.rpartition(".")[0] for name in names]))
     return found
