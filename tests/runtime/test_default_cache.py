@@ -281,3 +281,35 @@ def test_a_merged_model(compiled: Any) -> None:
     plain = merged.to_transformers()
     for theirs, ours in zip(*(steps(model, False, plain=False) for model in (plain, merged)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["mode", "hook"])
+def test_a_call_in_another_state_is_refused(source: Any, change: str) -> None:
+    """What makes the cache later has to be what made the outputs."""
+    made = graftc.compile({"adapt": [LORA]}, source).eval()
+    ids = prompt(source, 2)["input_ids"]
+    table = made.get_input_embeddings()
+    handle = table.register_forward_hook(lambda module, args, output: output * 2) if change == "hook" else None
+    with torch.no_grad():
+        later = made(input_ids=ids).past_key_values
+    if handle is None:
+        made.train()
+    else:
+        handle.remove()
+    with fails("GC140", "first used"):
+        later.get_seq_length()
+
+
+def test_choosing_entries_after_a_call() -> None:
+    spec = {"adapt": [{"method": "child_tuning", "variant": "D", "target": {"role": "attn.q"}}]}
+    model = tiny("llama")
+    made = graftc.compile(spec, model).eval()
+    ids = prompt(model, 2)["input_ids"]
+    with torch.no_grad():
+        made(input_ids=ids)
+    made.select([{"input_ids": ids, "labels": ids}])
+
+
+def test_on_tensors_without_storage() -> None:
+    made = graftc.compile({"adapt": [LORA]}, tiny("llama").to("meta")).eval()
+    assert made(input_ids=torch.ones(2, 5, dtype=torch.int64, device="meta")).logits.is_meta

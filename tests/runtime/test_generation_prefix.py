@@ -146,3 +146,18 @@ class TestInFront:
         perturb(copied, 0.5)
         assert not torch.equal(copied.generate(**given, **SOME), expected)
         assert torch.equal(prefixed.generate(**given, **SOME), expected)
+
+
+def test_a_compiled_assistant(base: Any, prefixed: Any) -> None:
+    """Its prefix stands in front of its own cache, in every round."""
+    given = prompt(base, 1)
+    merged = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, base).eval()
+    found = merged.generate(**given, **SOME, assistant_model=prefixed)
+    assert torch.equal(found, merged.generate(**given, **SOME))
+
+
+def test_calls_beside_the_loop(base: Any, prefixed: Any) -> None:
+    """Guidance calls the model with a cache of its own, which has no prefix in front yet."""
+    given = prompt(base, 1)
+    guided = prefixed.generate(**given, **SOME, guidance_scale=1.5)
+    assert torch.equal(guided, prefixed.generate(**given, **SOME, guidance_scale=1.5, use_cache=False))

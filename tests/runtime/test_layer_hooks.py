@@ -265,3 +265,36 @@ def test_layers_of_other_models() -> None:
     compiled.bert.encoder.layer[1].register_forward_hook(lambda module, args, output: seen.append((args, output)))
     compiled(ids, labels=torch.zeros(3, dtype=torch.long)).loss.backward()
     assert seen[0][0][0].shape == (3, 7, 48)
+
+
+def test_a_decoder_that_makes_its_tokens_itself() -> None:
+    """BART makes its decoder's tokens of those of the encoder: a call that a cache could not go on from."""
+    import transformers
+
+    config = transformers.BartConfig(
+        **{"vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64},
+        **{f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in _SIZES.items()},
+    )
+    torch.manual_seed(0)
+    source = transformers.BartForConditionalGeneration(config).eval()
+    compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, source).eval()
+    ids, outputs = torch.randint(5, 90, (2, 7)), []
+    for model in (source, compiled):
+        layer = model.model.encoder.layers[1]
+        handle = layer.register_forward_hook(lambda module, args, output: output * 2)
+        with torch.no_grad():
+            outputs.append(model(input_ids=ids).logits)
+        handle.remove()
+    torch.testing.assert_close(*outputs)
+
+
+_SIZES = {"attention_heads": 4, "ffn_dim": 48}
+
+
+def test_activations_once_a_layer_had_a_hook() -> None:
+    model = tiny("llama")
+    compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, model)
+    ids = torch.randint(3, 90, (2, 7))
+    expected = compiled.activations(input_ids=ids, labels=ids)
+    compiled.model.layers[0].register_forward_hook(lambda module, args, output: None).remove()
+    assert compiled.activations(input_ids=ids, labels=ids).kept == expected.kept

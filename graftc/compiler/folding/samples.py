@@ -26,7 +26,7 @@ def remember(compilation: Compilation, signature: Signature, present: Mapping[st
     """Keep the inputs of the first call where random ones make no sense, and nobody has shown any."""
     main, base = compilation.main, compilation.program("train", "base")
     if main.signature == signature and not (main.shown or main.seen) and beyond_text(base):
-        main.seen.update((name, value.detach()) for name, value in present.items() if isinstance(value, Tensor))
+        main.seen.update((name, value.detach().clone()) for name, value in present.items() if isinstance(value, Tensor))
 
 
 def samples(compilation: Compilation) -> dict[str, Tensor]:

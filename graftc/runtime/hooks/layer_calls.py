@@ -325,6 +325,7 @@ def apart(one: Tensor, other: Any) -> float:
     the same kind. Padding may see nothing, which is not a number in both."""
     if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")
+    other = other.to(one.device)
     if torch.equal(one, other):
         return 0.0
     if not one.is_floating_point() or not torch.equal(one.isfinite(), other.isfinite()):

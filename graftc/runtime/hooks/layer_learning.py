@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.example_inputs import samples_on
-from graftc.compiler.capture.interface import config_of, dtype_of
+from graftc.compiler.capture.interface import config_of, device_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.base_activations import computed
@@ -115,8 +116,8 @@ def _observed(
     compilation: Compilation, key: ProgramKey, program: Program, paths: set[str]
 ) -> tuple[Mapping[str, list[_Seen]], Mapping[str, Tensor]]:
     model = compilation.model
-    device = compilation.store.device()
-    samples = samples_on(device, program, 0, _SIZES, config_of(model), front=False)
+    # The compiled model may have been moved, and its source not.
+    samples = samples_on(device_of(model), program, 0, _SIZES, config_of(model), front=False)
     seen: dict[str, list[_Seen]] = {path: [] for path in paths}
 
     def watch(path: str) -> None:
@@ -145,11 +146,13 @@ def _values(
     def tensor(name: str) -> Tensor:
         return packed[name] if name in packed else compilation.store.get(name)
 
+    device = compilation.store.device()
+
     def given(node: fx.Node) -> Tensor:
-        return samples[str(node.target)]
+        return samples[str(node.target)].to(device)
 
     wanted = [nodes[name] for name in names]
-    return dict(zip(names, computed(wanted, given, tensor, compilation.store.device()), strict=True))
+    return dict(zip(names, computed(wanted, given, tensor, device), strict=True))
 
 
 def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], bound: float) -> LayerCall:
@@ -163,13 +166,19 @@ def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], boun
                 nearest = min(range(len(names)), key=distances.__getitem__, default=None)
                 at = nearest if nearest is not None and distances[nearest] <= bound else None
                 return Leaf(name, at, None if at is not None else NotInGraph(name, border.path))
-            return Leaf(name, held=value, cache=_is_cache(value))
+            if isinstance(value, _PLAIN) or _is_cache(value):
+                return Leaf(name, held=value, cache=_is_cache(value))
+            return Leaf(name, None, NotInGraph(name, border.path))
 
         return leaf
 
     args = tree_of(seen.args, leaves(border.inputs))
     kwargs = tree_of(seen.kwargs, leaves(border.inputs))
     return LayerCall(args, kwargs, tree_of(seen.results, leaves(border.outputs)))
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
+"""What is the same in every call; anything else, such as an output class, would be that of the samples."""
 
 
 def _is_cache(value: Any) -> bool:

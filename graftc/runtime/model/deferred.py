@@ -71,7 +71,7 @@ class CallState:
         def now() -> tuple[Any, ...]:
             return (*(tensor._version for tensor in watched), *tensors())
 
-        on = torch.is_autocast_enabled(device)
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None
         return cls(held, now(), now, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, device)
 
@@ -80,17 +80,18 @@ class CallState:
         """Inside, torch is in the state of that call.
 
         Raises:
-            GraftError: GC140 where inputs or adapter tensors have been written to since.
+            GraftError: GC140 where inputs or adapter tensors have been written to since, or hooks have changed.
         """
         if self.now() != self.versions:
             message = "the cache of a call is made when it is first used, and what the call read has been written to"
+            message += ", or its hooks have changed"
             raise GraftError("GC140", message, hint=_HINT)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device, self.autocast))
-            else:
+            elif torch.amp.is_autocast_available(self.device):
                 stack.enter_context(torch.autocast(self.device, enabled=False))
             yield
 
@@ -163,7 +164,9 @@ class DefaultCache:
     _compilation: Compilation
     _interface: Interface
     _store: Store
+    _hooked: str | None
     read_past: Callable[[dict[str, Any]], None]
+    tokens_of: Callable[[Mapping[str, Any]], Tensor | None]
     run_part: Callable[..., Any]
     hearing: Hearing
 
@@ -180,7 +183,7 @@ class DefaultCache:
             entry: of the graph.
         """
         usual = entry == "forward" and self.may_return_cache(named, present)
-        if usual and self.layers_are_heard() and self.can_return_cache():
+        if usual and self.layers_are_heard() and self.can_return_cache() and self.tokens_of(present) is not None:
             present[USE_CACHE], usual = True, False
         if usual:
             return self.with_cache_to_come(present, chosen, plain)
@@ -234,6 +237,9 @@ class DefaultCache:
             def make() -> Any:
                 if is_unit(self.module):
                     raise GraftError("GC140", "of a sharded model all processes make a cache together", hint=_HINT)
+                if again.training:
+                    message = "the cache of a call is made when it is first used, and the model is in train mode by now"
+                    raise GraftError("GC140", message, hint=_HINT)
                 with call.again():
                     return again.run_chosen({**inputs, USE_CACHE: True}, choice, False)[field]
 
@@ -248,9 +254,12 @@ class DefaultCache:
         return known
 
     def _written(self) -> tuple[Any, ...]:
-        """What has changed where adaptations, or their tensors, are not what they were."""
+        """What has changed where adaptations, their tensors, or hooks of the table of embeddings are not what they
+        were."""
         key = id(self._compilation), self._kind
-        held = vars(self).get("_watched")
+        held = vars(self).get("_adapter_tensors")
         if held is None or held[0] != key:
-            held = vars(self)["_watched"] = key, [tensor for _, tensor in self._store.adapters()]
-        return (*key, sum(tensor._version for tensor in held[1] if not tensor.is_inference()))
+            held = vars(self)["_adapter_tensors"] = key, [tensor for _, tensor in self._store.adapters()]
+        table = self.module.get_submodule(self._hooked) if self._hooked is not None else None
+        hooks = () if table is None else (*table._forward_pre_hooks, *table._forward_hooks)
+        return (*key, hooks, sum(tensor._version for tensor in held[1] if not tensor.is_inference()))

@@ -33,7 +33,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.positions import PositionTable, require_positions
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.choosing import rows_for, with_choices
-from graftc.runtime.model.initial_cache import taken_away
+from graftc.runtime.model.initial_cache import is_fronted, taken_away
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
@@ -76,14 +76,16 @@ class Generating:
                 grow; GC141 for an adaptation that a cache cannot hold; GC142 for a model that does not generate.
         """
         self.require_generating()
-        assistant = kwargs.get("assistant_model")
+        assistant, others = kwargs.get("assistant_model"), []
         if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
-            kwargs = {**kwargs, "assistant_model": assistant._graftc._generating({})}
+            others = [assistant._graftc._generating({})]
+            kwargs = {**kwargs, "assistant_model": others[0]}
         running = self._generating(kwargs)
         try:
             return running.generate(*args, **kwargs)
         finally:
-            running.let_go()
+            for each in (running, *others):
+                each.let_go()
 
     def _generating(self, kwargs: Mapping[str, Any]) -> Any:
         """What runs the loop."""
@@ -145,10 +147,10 @@ class Generating:
         if layout is None:
             with exclusive():
                 layout = self._active.cache_layout
-        names = ("decoder_input_ids", "decoder_inputs_embeds") if layout.pairs else ("input_ids", "inputs_embeds")
-        tokens = next((present[name] for name in names if name in present), None)
+        tokens = self.tokens_of(present)
         if tokens is None:
-            raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
+            name = "decoder_input_ids" if layout.pairs else "input_ids"
+            raise GraftError("GC140", f"a call with a cache needs {name}", hint=f"give {name}")
         past = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device, self.begins)
         present[CACHE] = past
         name = f"decoder_{MASK}" if layout.pairs else MASK
@@ -156,6 +158,12 @@ class Generating:
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
             hint = f"it has one number for each token, those in the cache included: {[tokens.shape[0], length]}"
             raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
+
+    def tokens_of(self, present: Mapping[str, Any]) -> Tensor | None:
+        """The tokens of a call that a cache goes on with: the decoder's, where there is an encoder; None without."""
+        pairs = self._active.cache_layout.pairs
+        names = ("decoder_input_ids", "decoder_inputs_embeds") if pairs else ("input_ids", "inputs_embeds")
+        return next((present[name] for name in names if name in present), None)
 
     @property
     def begins(self) -> int:
@@ -222,7 +230,10 @@ def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
         runner = self._graftc_runner
         kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_LOOP}
         if self._graftc_initial is not None:
-            kwargs = self._graftc_initial.call(kwargs)
+            if any(map(is_fronted, kwargs.values())):
+                kwargs = self._graftc_initial.call(kwargs)
+            else:  # a call beside the loop, as guidance makes them: what stands in front is in no cache
+                runner = self._graftc_whole or runner
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches

@@ -73,6 +73,8 @@ class InitialCache:
         Raises:
             GraftError: GC140 for a cache that does not keep all tokens, or is of another model.
         """
+        if is_fronted(cache):
+            return
         require_growing(cache)
         require_beginning(cache, self.length if self.shifted else 0)
         held = {name: tensor for name, tensor in tensors_of(cache).items() if tensor.shape[2]}
@@ -99,6 +101,11 @@ class InitialCache:
         if positions is not None and self.shifted:
             found[POSITIONS] = positions + self.length
         return found
+
+
+def is_fronted(value: object) -> bool:
+    """Whether a value is a cache that begins with what stands for adaptations."""
+    return "_graftc_front" in getattr(value, "__dict__", ())
 
 
 def taken_away(cache: Any) -> None:

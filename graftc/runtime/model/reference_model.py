@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
@@ -148,6 +148,8 @@ class Referring(ModelRunner):
         if not hasattr(args, "model_init_kwargs"):
             return kind(model=self.module, args=args, **arguments)
         before = args.model_init_kwargs
+        if "reward_funcs" in arguments:  # which TRL would load with the same settings
+            arguments["reward_funcs"] = _loaded_rewards(arguments["reward_funcs"], before or {})
         args.model_init_kwargs = {**(before or {}), "architecture": _Loaded(self.reference())}
         try:
             return kind(model=self.module, args=args, **arguments)
@@ -171,3 +173,14 @@ class Referring(ModelRunner):
     def _mode(self, signature: Signature) -> Modes:
         """See `ModelRunner`."""
         return "eval" if self._as_reference else super()._mode(signature)
+
+
+def _loaded_rewards(given: Any, settings: Mapping[str, Any]) -> Any:
+    """Reward models that are given by name, loaded as TRL loads them."""
+    if isinstance(given, list):
+        return [_loaded_rewards(each, settings) for each in given]
+    if not isinstance(given, str):
+        return given
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(given, num_labels=1, **settings)

@@ -362,7 +362,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
 
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
-        for name in ("_stand_in", "_watched"):  # they are about the original
+        for name in ("_stand_in", "_adapter_tensors"):  # they are about the original
             vars(self).pop(name, None)
 
     def in_eval(self, inputs: Mapping[str, Tensor], entry: Entry = "forward") -> tuple[Any, ...]:

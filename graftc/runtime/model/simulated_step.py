@@ -52,6 +52,7 @@ class Simulation:
         faked = {id(tensor): _faked(tensor, self.mode) for tensor in tensors}
         self.module = copy.deepcopy(runner.module, faked).train()
         self.runner: ModelRunner = runner_of(self.module)
+        self.runner.hearing.hooked = self.runner.hearing.everywhere = False  # its own hooks look at nothing in a layer
         if self.runner.device != runner.device:
             self.runner.relower()
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]

@@ -133,7 +133,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         raise GraftError("GC147", "the model's tokenizer has no chat template", hint=hint)
     roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
     with library_errors("GC147", f"the chat template does not take messages of {roles}"):
-        given = {**tokenizer.special_tokens_map, "add_generation_prompt": True}
+        given = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": True}
         require_bounded(tokenizer.get_chat_template(), messages, given)
         listed = [dict(message) for message in messages]
         return list(tokenizer.apply_chat_template(listed, add_generation_prompt=True, return_dict=True)["input_ids"])
