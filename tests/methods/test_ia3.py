@@ -270,16 +270,15 @@ def test_shared_dropout_stays_with_the_others() -> None:
 
 
 @pytest.mark.full
-def test_a_convolution_scales_its_output_only() -> None:
-    """Channels of the output have a vector; entries of a patch are not entries of the input."""
-    entry = {"method": "ia3", "target": {"modules": "**.patch_embeddings.projection"}}
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_convolution_over_patches(side: str) -> None:
+    """Channels of the output have a vector, or those of the input, each for all points of a patch."""
+    entry = {"method": "ia3", "side": side, "target": {"modules": "**.patch_embeddings.projection"}}
     model = tiny("vit")
     compiled = adapted(model, entry)
     perturb(compiled, 0.3)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
-    with pytest.raises(GraftError, match=r"GC017.*patches"):
-        adapted(model, {**entry, "side": "input"})
 
 
 @pytest.mark.full
@@ -314,3 +313,17 @@ def test_published_counts(name: str, count: Any) -> None:
     cls, config, values, formula, published = COUNTS[name]
     report = count([{"method": "ia3"}], (cls, config, values))
     assert report.trainable_parameters == report.deployed_parameters == formula == published
+
+
+@pytest.mark.parametrize("channels", [9, 18])
+def test_groups_as_many_as_points(channels: int) -> None:
+    """Nine groups of a kernel of three by three: a row of the weight is as long as the vector, and is not its like."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 18, 3, groups=9), nn.Flatten(), nn.Linear(72, 3)).eval()
+    x = torch.randn(2, channels, 4, 4)
+    compiled = graftc.compile(
+        {"adapt": [{"method": "ia3", "side": "input", "target": {"modules": "0"}}]}, model, {"input": x}
+    ).eval()
+    perturb(compiled, 0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.merge()(x), compiled(x))

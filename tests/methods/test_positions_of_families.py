@@ -190,3 +190,43 @@ def test_a_prefix_takes_places_of_biases() -> None:
         with pytest.raises(GraftError) as caught:
             compiled(input_ids=torch.cat([ids, ids[:, :1]], 1))
     assert caught.value.code == "GC020" and "5 of the 64 positions" in str(caught.value)
+
+
+class Indexed(nn.Module):
+    """Rotations from a table that is cut to the text, or made in the call, and looked up by positions."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.table = way, nn.Embedding(50, 32)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.register_buffer("angles", torch.outer(torch.arange(64.0), torch.arange(8.0) / 8))
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        x = self.table(input_ids) if inputs_embeds is None else inputs_embeds
+        length = x.shape[1]
+        positions = torch.arange(length, device=x.device)[None]
+        if self.way == "cut":
+            angles = self.angles[:length][positions]
+        else:
+            angles = torch.outer(torch.arange(64, device=x.device).to(x.dtype), self.angles[1])[positions]
+        q, k, v = (m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        q, k = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k))
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        made: Tensor = x + self.o(found.transpose(1, 2).flatten(2))
+        return made
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
+@pytest.mark.parametrize("way", ["cut", "made"])
+def test_a_table_that_positions_are_looked_up_in(way: str) -> None:
+    """One that is cut to the text bounds nothing, and one that is made of positions moves once."""
+    torch.manual_seed(0)
+    model, ids = Indexed(way).eval(), torch.randint(0, 50, (2, 9))
+    compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, model, {"input_ids": ids}).eval()
+    (prompt,) = compiled.adapter_state_dict().values()
+    with torch.no_grad():
+        whole = torch.cat([prompt.expand(2, -1, -1), model.table(ids)], 1)
+        torch.testing.assert_close(compiled(input_ids=ids), model(inputs_embeds=whole)[:, 3:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.build.position_ids import counted_inputs
 from graftc.passes.core.ir.program import Program, above
 from graftc.passes.core.ir.shapes import expression
-from graftc.passes.core.sites.sites import ValueSite
+from graftc.passes.core.sites.sites import Positions, ValueSite
 from graftc.passes.graph.lengthen import lengthen
 from graftc.passes.graph.sequences import Lengthened
 from graftc.specs.document import Spec
@@ -155,14 +155,12 @@ def _counted(tokens: Program, structure: Structure, body: Program, own: Structur
 
 def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
     """Numbers of positions, by the table that they are looked up in."""
-    return {str(table.target): numbers for table, numbers in _tables(program, structure)}
+    return {str(found.table.target): found.numbers for found in _look_ups(program, structure) if found.table}
 
 
-def _tables(program: Program, structure: Structure) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Tables of positions with the numbers that are looked up in them."""
-    for positions in position_readers(program.graph, structure.findings):
-        if positions.table is not None:
-            yield positions.table, positions.numbers
+def _look_ups(program: Program, structure: Structure) -> list[Positions]:
+    """Where numbers of positions are looked up in tables."""
+    return [found for found in position_readers(program.graph, structure.findings) if found.table is not None]
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:
@@ -208,9 +206,9 @@ def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None
     bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
     node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
     size = expression(node.meta["val"].shape[1])
-    for table, numbers in _tables(body, structure):
-        if expression(numbers.meta["val"].shape[-1]) == size:
-            bounds.append(int(table.meta["val"].shape[0]))
+    for positions in _look_ups(body, structure):
+        if expression(positions.numbers.meta["val"].shape[-1]) == size:
+            bounds.append(positions.size)
     return min((bound for bound in bounds if bound is not None), default=None)
 
 

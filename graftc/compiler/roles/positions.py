@@ -34,7 +34,9 @@ def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Posit
             for reader in _casts(node):
                 found[reader] = Positions(reader, 0)
     for positions in _look_ups(graph):
-        found.setdefault(positions.reader, positions)
+        table = positions.table  # one that is made of positions itself moves with them
+        if table is not None and not any(node in found for node in above([table])):
+            found.setdefault(positions.reader, positions)
     return [found[node] for node in sorted(found)]
 
 
@@ -55,6 +57,8 @@ def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
         by_axis = index < 2 or isinstance(node.args[1], int)
         if not by_axis or not isinstance(given, fx.Node) or not node.args[0].meta["val"].is_floating_point():
             continue
+        if not isinstance(node.args[0].meta["val"].shape[node.args[1] if index > 1 else 0], int):
+            continue  # a table that is as long as the text has no rows for more positions
         if _of_tokens(given) and counts_tokens(given):
             yield Positions(node, index)
 

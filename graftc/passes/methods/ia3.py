@@ -13,6 +13,7 @@ from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, WeightFold
+from graftc.passes.core.weights.weight_slice import Layout
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.ia3 import IA3
 
@@ -76,7 +77,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
 def _scaled_columns(weight: Tensor, scale: Tensor, site: LinearSite) -> Tensor:
     """The weight's columns times what scales them: of a convolution, a channel scales all points of a patch, and each
     group of rows reads channels of its own."""
-    if scale.shape[-1] == weight.shape[-1]:
+    if site.own.layout is not Layout.KERNEL:
         return weight * scale
     channels = site.own.shape[1]
     groups, points = scale.shape[-1] // channels, weight.shape[-1] // channels

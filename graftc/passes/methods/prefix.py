@@ -24,7 +24,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.prefix import Prefix, PrefixSpec
 
 aten = torch.ops.aten
-_COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default)
+_SUMS = aten.cumsum.default
+_COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step, _SUMS)
 _BY_ELEMENT = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 
 
@@ -174,7 +175,7 @@ def _positional(site: AttentionSite) -> fx.Node | None:
     text = any(node.op == "placeholder" and not node.meta["val"].is_floating_point() for node in nodes)
     for node in nodes:
         sources = list(filter(gives_tensors, node.all_input_nodes))
-        if node.target in _COUNTING:
+        if node.target in _COUNTING and not (node.target is _SUMS and node.meta["val"].is_floating_point()):
             return node
         if node.op == "placeholder" or any(source in data for source in sources):
             fixed = [source for source in sources if source not in data and isinstance(source.meta["val"], Tensor)]

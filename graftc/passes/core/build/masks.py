@@ -86,7 +86,8 @@ class Masks(Part):
         if _cone(bias, None) is None or all(len(spec.shape) > 3 for spec in self.program.inputs):
             return True
         try:
-            (values,) = computed([bias], _sample, self.store.get, self.store.device())
+            device = self.store.device()
+            (values,) = computed([bias], lambda node: _sample(node).to(device), self.store.get, device)
         except (RuntimeError, IndexError):
             return False
         return not values.is_meta and bool(((values == 0) | (values <= _HIDDEN)).all())

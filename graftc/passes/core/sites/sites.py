@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -205,9 +206,14 @@ class Positions:
     @property
     def rows(self) -> int | None:
         """How many positions a stored table has."""
-        if self.table is None or self.table.op != "get_attr":
+        return None if self.table is None or self.table.op != "get_attr" else self.size
+
+    @property
+    def size(self) -> int | None:
+        """How many positions the table has, stored or not; None without one."""
+        if self.table is None:
             return None
-        axis = self.reader.args[1] if self.index > 1 else 0
+        axis: Any = self.reader.args[1] if self.index > 1 else 0
         return int(self.table.meta["val"].shape[axis])
 
 
