@@ -390,7 +390,7 @@ def test_stages_that_were_changed_are_refused(base: nn.Module, tmp_path: Path) -
         whole = (run / name).read_bytes()
         for wrong in (whole[:-4] + b"\x00\x00\x80\x3f", whole[:40], b"", b"\x80\x04."):
             (run / name).write_bytes(wrong)
-            with pytest.raises(GraftError, match="is damaged: it is not what the run has written"):
+            with pytest.raises(GraftError, match=r"is damaged|cannot be read"):
                 pet(QUICK, base, tokenizer(), data(), folder=run)
         (run / name).write_bytes(whole)
     (run / "recipe.json").unlink()

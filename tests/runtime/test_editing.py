@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def adapted(*entries: Any, family: str = "bert", **spec: Any) -> Any:
     """A tiny model, perturbed, in eval mode."""
-    compiled = graftc.compile({"adapt": list(entries), **spec}, tiny(family))
+    compiled = graftc.compile({"adapt": list(entries), **spec}, tiny(family), seed=0)
     perturb(compiled, 0.1)
     return compiled.eval()
 
@@ -190,7 +190,7 @@ ADALORA = {"name": "budget", "method": "adalora", "target": ROLES, "rank": 4, "t
 @pytest.mark.full
 def test_the_others_train_on() -> None:
     """Adding, renaming and removing between steps changes nothing of what an optimiser knows, nor of a controller: the
-    tensors end with the same bits as where nothing was done."""
+    tensors end as where nothing was done, but for the rounding of products that one more adaptation takes part in."""
     found = []
     for disturbed in (False, True):
         compiled = adapted(LOW, ADALORA).train()
@@ -211,7 +211,9 @@ def test_the_others_train_on() -> None:
         steps(compiled, optimizer, range(8, 12))
         found.append((compiled.adapter_state_dict(), compiled.rank_pattern("budget")))
     (plain, ranks), (other, others) = found
-    assert plain.keys() == other.keys() and all(torch.equal(plain[name], t) for name, t in other.items())
+    assert plain.keys() == other.keys()
+    for name, tensor in other.items():
+        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=1e-6)
     assert all(torch.equal(ranks[site], live) for site, live in others.items())
     assert sum(int(live.sum()) for live in ranks.values()) == 2 * len(ranks)
 
