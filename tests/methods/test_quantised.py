@@ -75,9 +75,11 @@ def test_equals_the_dense_twin(name: str, family: str, kind: str) -> None:
         raise unittest.SkipTest(f"not on this family: {error.message}") from None
     output, tensors = trained(spec, model, family)
     wanted, others = trained(spec_of(name, family), dense_twin(model, quantize=kind), family)
-    assert torch.equal(output, wanted)
     assert tensors.keys() == others.keys()
-    assert all(torch.equal(tensors[key], others[key]) for key in others)
+    # DoRA's norms are products whose rounding depends on the processor.
+    bound = 2e-6 if name == "dora" else 0.0
+    for one, other in ((output, wanted), *((tensors[key], others[key]) for key in others)):
+        torch.testing.assert_close(one, other, rtol=0, atol=bound)
 
 
 @pytest.mark.full
