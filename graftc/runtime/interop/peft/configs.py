@@ -7,6 +7,7 @@ took.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -197,7 +198,7 @@ def _matched(config: AdapterConfig, model: nn.Module) -> set[str]:
     """What a regular expression selects: paths of modules; where peft goes by names that experts had in transformers 4,
     the last segments of modules, parameters and such names, which it then looks for in every layer."""
     paths, pattern = _paths(model), str(config.target_modules)
-    old = _older_names(model)
+    old = _older_names(config, model)
     if not old:
         return set(config.matcher.matching(pattern, paths))
     parameters = [name.rpartition(".") for name, _ in model.named_parameters()]
@@ -212,15 +213,26 @@ def _matched(config: AdapterConfig, model: nn.Module) -> set[str]:
     return {key.rpartition(".")[2] for key in config.matcher.matching(pattern, keys) if key not in out}
 
 
-def _older_names(model: nn.Module) -> Mapping[str, str]:
-    """For models that peft converts configs for: names of projections in transformers 4, and what has these now."""
+def _older_names(config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
+    """For models that peft converts configs for: names of projections in transformers 4, and what has these now. Which
+    of its tables it takes for a model, peft is asked."""
     from peft.utils import transformers_weight_conversion as conversion
 
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    kind = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
-    tables = (getattr(conversion, name, {}) for name in ("_MOE_FUSED_TARGETS", "_MOE_TARGET_MODULE_MAPPING"))
-    fused, names = (table.get(kind) or {} for table in tables)
-    return names if fused else {}
+    convert: Any = getattr(conversion, "convert_peft_config_for_transformers", None)
+    tables: Mapping[str, Mapping[str, str]] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
+    for table in tables.values() if convert is not None and config.peft_type == "LORA" else ():
+        tried = _installed_lora(sorted(table))
+        with contextlib.suppress(ValueError):  # it has some of these names alone
+            convert(tried, model=model, conversions=None)
+            if table.keys().isdisjoint(tried.target_modules):
+                return table
+    return {}
+
+
+def _installed_lora(names: Sequence[str]) -> Any:
+    import peft
+
+    return peft.LoraConfig(target_modules=list(names))
 
 
 def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Sequence[str], where: str) -> None:
@@ -270,7 +282,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
         message = "PEFT gives the embeddings and the head that is tied to them one pair of factors"
         hint = "train them in full (modules_to_save), or some of their rows (trainable_token_indices)"
         raise _refused("ensure_weight_tying", f"{message}, which has no equivalent here", where, hint)
-    if _is_pattern(config) and not _older_names(model):
+    if _is_pattern(config) and not _older_names(config, model):
         matched = _matched(config, model)  # peft takes a name for the end of longer ones too
         modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
