@@ -168,8 +168,21 @@ def _paths(model: nn.Module) -> list[str]:
 _PLAIN = re.compile(r"[\w.-]*")
 
 
-def _without_patterns(theirs: Any, config: AdapterConfig, model: nn.Module, where: str) -> None:
+def _without_patterns(
+    peft: ModuleType, theirs: Any, config: AdapterConfig, model: nn.Module, where: str
+) -> set[str] | None:
     """Put names in the place of peft's regular expressions, which it matches in any time; here they have a limit.
+
+    Args:
+        peft: the library.
+        theirs: its config, which is changed.
+        config: the same, read.
+        model: the base.
+        where: the config's path, for errors.
+
+    Returns:
+        The paths that the expression of `target_modules` matches; None where it is not one, or where peft goes by last
+        segments of paths.
 
     Raises:
         GraftError: GC008 for an expression that takes too long, GC002 for one that is none, GC112 for one in a field of
@@ -180,27 +193,31 @@ def _without_patterns(theirs: Any, config: AdapterConfig, model: nn.Module, wher
         for word in [given] if isinstance(given, str) else given or ():
             if not _PLAIN.fullmatch(word):
                 raise _refused(field, f"{field} has the regular expression {quoted(word)}", where, "list plain names")
-    paths = _paths(model)
-    if _is_pattern(config):
-        theirs.target_modules = sorted(_matched(config, model)) or ["no module"]
+    paths, matched = _paths(model), None
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
+        if old := _older_names(peft, config, model):
+            selected = _last_segments(config, model, old)
+        else:
+            selected = matched = set(config.matcher.matching(config.target_modules, paths))
+        theirs.target_modules = sorted(selected) or ["no module"]
     if isinstance(config.exclude_modules, str):
         theirs.exclude_modules = sorted(config.matcher.matching(config.exclude_modules, paths))
     for field in config.format[1].patterns:
         if config.value(field):
             setattr(theirs, field, {})
+    return matched
 
 
-def _is_pattern(config: AdapterConfig) -> bool:
-    return isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR
+def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, str]) -> set[str]:
+    """What peft makes of a regular expression where it converts the names of experts: the last segments of the matching
+    modules, parameters and older names, which it then looks for in every layer.
 
-
-def _matched(config: AdapterConfig, model: nn.Module) -> set[str]:
-    """What a regular expression selects: paths of modules; where peft goes by names that experts had in transformers 4,
-    the last segments of modules, parameters and such names, which it then looks for in every layer."""
+    Args:
+        config: its `target_modules` is the expression.
+        model: the base.
+        old: see `_older_names`.
+    """
     paths, pattern = _paths(model), str(config.target_modules)
-    old = _older_names(config, model)
-    if not old:
-        return set(config.matcher.matching(pattern, paths))
     parameters = [name.rpartition(".") for name, _ in model.named_parameters()]
     keys = [*paths, *("".join(name) for name in parameters)]
     keys += [f"{around}.{name}" for name, new in old.items() for around, _, own in parameters if own == new]
@@ -213,26 +230,21 @@ def _matched(config: AdapterConfig, model: nn.Module) -> set[str]:
     return {key.rpartition(".")[2] for key in config.matcher.matching(pattern, keys) if key not in out}
 
 
-def _older_names(config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
-    """For models that peft converts configs for: names of projections in transformers 4, and what has these now. Which
-    of its tables it takes for a model, peft is asked."""
+def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
+    """The names that a model's projections had in transformers 4, each with the name of what holds it now; empty where
+    peft does not convert configs for the model. peft has a table for each kind of model: the right one is the one whose
+    names it converts."""
     from peft.utils import transformers_weight_conversion as conversion
 
     convert: Any = getattr(conversion, "convert_peft_config_for_transformers", None)
     tables: Mapping[str, Mapping[str, str]] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
     for table in tables.values() if convert is not None and config.peft_type == "LORA" else ():
-        tried = _installed_lora(sorted(table))
-        with contextlib.suppress(ValueError):  # it has some of these names alone
-            convert(tried, model=model, conversions=None)
-            if table.keys().isdisjoint(tried.target_modules):
+        probe = peft.LoraConfig(target_modules=sorted(table))
+        with contextlib.suppress(ValueError):  # raised where the model has only some of these names
+            convert(probe, model=model, conversions=None)
+            if table.keys().isdisjoint(probe.target_modules):
                 return table
     return {}
-
-
-def _installed_lora(names: Sequence[str]) -> Any:
-    import peft
-
-    return peft.LoraConfig(target_modules=list(names))
 
 
 def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Sequence[str], where: str) -> None:
@@ -265,7 +277,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     if hasattr(theirs, "init_lora_weights"):
         theirs.init_lora_weights = True  # decompositions need values
     config = read_config(data, where)
-    _without_patterns(theirs, config, model, where)
+    matched = _without_patterns(peft, theirs, config, model, where)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -282,8 +294,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
         message = "PEFT gives the embeddings and the head that is tied to them one pair of factors"
         hint = "train them in full (modules_to_save), or some of their rows (trainable_token_indices)"
         raise _refused("ensure_weight_tying", f"{message}, which has no equivalent here", where, hint)
-    if _is_pattern(config) and not _older_names(config, model):
-        matched = _matched(config, model)  # peft takes a name for the end of longer ones too
+    if matched is not None:  # peft takes a listed name for the end of longer ones too
         modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     _with_patterns(complete, config, [*modules, *parameters], where)

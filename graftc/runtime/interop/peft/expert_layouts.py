@@ -50,8 +50,8 @@ def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
 
 def release_of(config: AdapterConfig) -> tuple[int, int] | None:
     """The release of PEFT that wrote a config; None where it does not say."""
-    found = _RELEASE.fullmatch(config.peft_version or "")
-    return None if found is None else (int(found[1]), int(found[2]))
+    release = _RELEASE.fullmatch(config.peft_version or "")
+    return None if release is None else (int(release[1]), int(release[2]))
 
 
 def _fits(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> bool:
