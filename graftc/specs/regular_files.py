@@ -13,10 +13,13 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["JSON_BYTES", "open_regular", "read_regular", "require_regular"]
+__all__ = ["INDEX_BYTES", "JSON_BYTES", "open_regular", "read_regular", "require_regular"]
 
 JSON_BYTES = 2**24
 """Bytes that a config, a record or a note may have."""
+
+INDEX_BYTES = 2**25
+"""Bytes that an index of shards may have."""
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
 _PIECE = 2**20
 

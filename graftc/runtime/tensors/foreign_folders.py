@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
-from graftc.specs.regular_files import JSON_BYTES
+from graftc.specs.regular_files import INDEX_BYTES, JSON_BYTES
 
 __all__ = ["TOKENIZER_BYTES", "require_regular_files"]
 
@@ -25,9 +25,9 @@ _SIZES = {
 }
 """Bytes of files that are read whole, by what their names end in."""
 _LARGER = ("tokenizer.json", "vocab.json", "merges.json")
-_INDEX_BYTES = 2**25
-_READ = re.compile(r".*(config|token|vocab|index|merges|template|normalizer|emoji).*\.json|(?!.*\.json).*", re.DOTALL)
-"""Names of files that a library may read; other JSON, such as a trainer's log or data, is nobody's here."""
+_READ = re.compile("config|token|vocab|index|merges|template|normalizer|emoji")
+"""What the name of a JSON file that a library may read has in it; nothing here opens any other, such as a trainer's log
+or data."""
 _INNER = ("additional_chat_templates",)
 """Folders in them that are read too."""
 
@@ -60,11 +60,11 @@ def require_regular_files(folder: Path, code: str) -> None:
 
 def _most(path: Path) -> int | None:
     """How many bytes a file may have; None for one that is not read whole."""
-    if not _READ.fullmatch(path.name):
+    if path.suffix == ".json" and not _READ.search(path.name):
         return None
     if path.name in _LARGER:
         return TOKENIZER_BYTES
-    return _INDEX_BYTES if path.name.endswith(".index.json") else _SIZES.get(path.suffix)
+    return INDEX_BYTES if path.name.endswith(".index.json") else _SIZES.get(path.suffix)
 
 
 def _files(folder: Path) -> Iterator[Path]:

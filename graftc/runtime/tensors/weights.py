@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from graftc.runtime.tensors.headers import is_tensor_name
-from graftc.specs.regular_files import JSON_BYTES, read_regular
+from graftc.specs.regular_files import INDEX_BYTES, JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
 __all__ = ["INDEX", "SINGLE", "UnsafeFileError", "WeightFiles", "embedded_adapter", "leads_inside", "weight_files"]
 
 _ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_INDEX_BYTES = 2**25
 _ENTRIES = 2**20
 """Tensors of an index at most."""
 _FILE_NAME = 255
@@ -106,7 +105,7 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     if path.is_symlink() and not leads_inside(path):
         raise UnsafeFileError(f"{path} is a link that leads out of the folder")
     try:
-        data: Any = read_json(read_regular(path, _INDEX_BYTES), _INDEX_BYTES, values=_ENTRIES)
+        data: Any = read_json(read_regular(path, INDEX_BYTES), INDEX_BYTES, values=_ENTRIES)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is not plain JSON: {error}") from error
     table = data.get("weight_map") if isinstance(data, dict) else None
