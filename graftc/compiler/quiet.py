@@ -77,7 +77,7 @@ class _Unasked(logging.Filter):
     """Holds back what other libraries than transformers log below errors while it imports its quantisers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """See `logging.Filter`. The thread that logs is the one that imports, so its own stack is looked at."""
+        """See `logging.Filter`. Looks at the stack of the thread that logs, which is the one that imports."""
         if record.levelno >= logging.ERROR or record.name.partition(".")[0] == "transformers":
             return True
         frames = (frame for frame, _ in traceback.walk_stack(None))

@@ -56,7 +56,7 @@ def not_captured(
 
 
 class UntraceableError(Exception):
-    """What the tracer raised, where other sizes and traces change nothing."""
+    """A failed trace that neither other sizes nor another way of tracing would change."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(*error.args)

@@ -110,12 +110,12 @@ def _group(program: Program) -> list[Group]:
             run += taken
             gone = set(taken)
             waiting = [other for other in waiting if other not in gone]
-        if path and (path != current or sources.intersection(waiting) or order.bound(node, waiting)):
+        if path and (path != current or sources.intersection(waiting) or order.must_follow(node, waiting)):
             close()
             current = path
         if path:
             run.append(node)
-        elif run and (order.is_bound(node) or sources.intersection([*run, *waiting])):
+        elif run and (order.keeps_place(node) or sources.intersection([*run, *waiting])):
             waiting.append(node)
         else:
             at = len(done)
@@ -128,21 +128,21 @@ def _group(program: Program) -> list[Group]:
 
 
 class _Order:
-    """Which nodes of a Program keep their order among each other: those that draw random numbers, and those that write
-    to memory or read what is written to."""
+    """The nodes of a Program that must run in its order: those that draw random numbers, those that write to memory,
+    and those that read memory which is written to."""
 
     def __init__(self, program: Program) -> None:
         self._memory = Memory(program.graph)
 
-    def is_bound(self, node: fx.Node) -> bool:
-        """Whether a node is one of these."""
+    def keeps_place(self, node: fx.Node) -> bool:
+        """Whether a node is one of them."""
         if is_random(node):
             return True
         return bool(self._memory.writes) and not self._memory.settled(node, *node.all_input_nodes)
 
-    def bound(self, node: fx.Node, waiting: list[fx.Node]) -> bool:
-        """Whether a node must not go in front of those that wait."""
-        return bool(waiting) and self.is_bound(node) and any(map(self.is_bound, waiting))
+    def must_follow(self, node: fx.Node, waiting: list[fx.Node]) -> bool:
+        """Whether a node must not run before the nodes that wait."""
+        return bool(waiting) and self.keeps_place(node) and any(map(self.keeps_place, waiting))
 
 
 def _inserted_between(
@@ -158,7 +158,7 @@ def _inserted_between(
             found.add(node)
             pending += node.all_input_nodes
     own = (source for node in found for source in node.all_input_nodes if source in inside)
-    moves = all(map(provenance, own)) and not any(map(order.is_bound, found))
+    moves = all(map(provenance, own)) and not any(map(order.keeps_place, found))
     return [node for node in waiting if node in found] if moves else []
 
 
@@ -202,10 +202,10 @@ def _layer_of(node: fx.Node) -> str:
 
 def _may_wait(node: fx.Node, order: _Order) -> bool:
     """Whether an adaptation's node is for its layer alone, and gives the same wherever it stands: it draws nothing and
-    writes nothing."""
+    writes nothing, and reads nothing that is written to."""
     if provenance(node) is None or not node.users or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return not order.is_bound(node) and all(_layer_of(user) == _layer_of(node) for user in node.users)
+    return not order.keeps_place(node) and all(_layer_of(user) == _layer_of(node) for user in node.users)
 
 
 def _block(

@@ -164,10 +164,10 @@ def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
 
 
 def _positional(site: AttentionSite) -> fx.Node | None:
-    """What gives each token something by its place, on the way to the queries and keys of an attention: a count of
-    tokens, or values that are stored for each place. None where there is nothing: masks and distances, which scores
-    depend on, go along with a prefix by themselves; and where there is no text, a stored value for each of a fixed
-    number of places, such as the patches of an image, stays at its place."""
+    """What makes the queries and keys of an attention depend on the positions of tokens: a count of tokens, or stored
+    values, one for each position. None where nothing does. Masks and distances do not count, since they follow a prefix
+    by themselves; nor do values stored for the fixed places of an input without text, such as the patches of an image.
+    """
     own = _operands(site)
     length = None if site.read is None else expression(site.read.meta["val"].shape[1])
     data: set[fx.Node] = set()

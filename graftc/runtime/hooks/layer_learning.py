@@ -178,7 +178,8 @@ def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], boun
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
-"""What is the same in every call; anything else, such as an output class, would be that of the samples."""
+"""Types of values that are taken to be the same in every call. Anything else, such as an output class with tensors in
+it, would hold the values of the samples."""
 
 
 def _is_cache(value: Any) -> bool:

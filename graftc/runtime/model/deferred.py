@@ -254,12 +254,12 @@ class DefaultCache:
         return known
 
     def _written(self) -> tuple[Any, ...]:
-        """What has changed where adaptations, their tensors, or hooks of the table of embeddings are not what they
-        were."""
+        """A value that differs once the adaptations, their tensors, or the hooks on the table of embeddings have
+        changed."""
         key = id(self._compilation), self._kind
-        held = vars(self).get("_adapter_tensors")
-        if held is None or held[0] != key:
-            held = vars(self)["_adapter_tensors"] = key, [tensor for _, tensor in self._store.adapters()]
+        known = vars(self).get("_adapter_tensors")
+        if known is None or known[0] != key:
+            known = vars(self)["_adapter_tensors"] = key, [tensor for _, tensor in self._store.adapters()]
         table = self.module.get_submodule(self._hooked) if self._hooked is not None else None
         hooks = () if table is None else (*table._forward_pre_hooks, *table._forward_hooks)
-        return (*key, hooks, sum(tensor._version for tensor in held[1] if not tensor.is_inference()))
+        return (*key, hooks, sum(tensor._version for tensor in known[1] if not tensor.is_inference()))

@@ -136,8 +136,8 @@ class WeightSlice:
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries in the plain layout, wherever the first axis counts the rows: readers that see a tensor in
-        different layouts compare these."""
+        """The same entries in the plain layout where the first axis counts the rows, so that readers of one tensor in
+        different layouts can be compared."""
         return replace(self, layout=Layout.PLAIN) if self.whole or self.axis == 0 else self
 
     def at(self, rows: Runs | None) -> WeightSlice:
