@@ -21,10 +21,10 @@ from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.inspect.snapshot import Snapshot, base_snapshot
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model, first_capture
-from graftc.compiler.progress import asked
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure
+from graftc.passes.core.progress import asked
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from graftc.compiler import progress
+from graftc.passes.core import progress
 from graftc.runtime.model.runner import runner_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.compiler import progress
+from graftc.passes.core import progress
 from graftc.runtime.cli.output import steps
 from tests.families import tiny
 

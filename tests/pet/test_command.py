@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from transformers import AutoTokenizer
 
-from graftc.compiler import progress
+from graftc.passes.core import progress
 from graftc.runtime.cli.results import published_schema
 from graftc.runtime.files import check_folder
 from graftc.runtime.recipe_folder import RECIPE

@@ -20,7 +20,6 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
-from graftc.compiler import progress
 from graftc.compiler.capture.alike import Repeats, traced_once
 from graftc.compiler.capture.alike_graph import inlined
 from graftc.compiler.capture.as_captured import as_captured, renamed, traced_names
@@ -31,6 +30,7 @@ from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import UntraceableError, in_any_trace, not_captured, require_products
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
+from graftc.passes.core import progress
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, map_nodes
 from graftc.passes.core.ir.program_key import Mode

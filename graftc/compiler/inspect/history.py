@@ -10,7 +10,6 @@ from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.history import HistoryEntry
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.lowering.asked import loss_step
 from graftc.passes.lowering.lower import lower
 
 CAPTURE = "capture"
@@ -72,7 +71,7 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
         seconds = entry.seconds if entry.seconds > 0 else None
         rows.append(HistoryRow(entry.step, entry.added, entry.removed, nodes, inserted, verified, seconds))
     if lowered and mode == "train":
-        run = lower(program, snapshot.spec.optimise.off, loss_step(snapshot.spec))[0]
+        run = lower(program, snapshot.spec)[0]
         for entry in run.history[len(program.history) :]:
             nodes += entry.added - entry.removed
             rows.append(HistoryRow(entry.step, entry.added, entry.removed, nodes, inserted, False, None))

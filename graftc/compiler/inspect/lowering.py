@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.lowering.asked import loss_step
-from graftc.passes.lowering.lower import LoweringOutcome, lower
+from graftc.passes.lowering.lower import lower
+from graftc.passes.lowering.outcome import LoweringOutcome
 
 
 @dataclass(frozen=True)
@@ -46,5 +46,4 @@ COLUMNS = ("step", "sites", "outcome", "first")
 
 def lowering(snapshot: Snapshot) -> Lowered:
     """What the steps that the spec leaves on find in the training graph of the first signature."""
-    spec = snapshot.spec
-    return Lowered(tuple(lower(snapshot.program("train"), spec.optimise.off, loss_step(spec))[1]))
+    return Lowered(tuple(lower(snapshot.program("train"), snapshot.spec)[1]))

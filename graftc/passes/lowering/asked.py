@@ -1,36 +1,12 @@
-"""The step of lowering that `memory: {loss: ...}` of a spec asks for."""
+"""What `memory: {loss: ...}` of a spec asks for, held against what became of it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
-
 from graftc.passes.core.ir.program import Program
-from graftc.passes.lowering.chunk_losses import STEP, chunk_losses
-from graftc.passes.lowering.head import LossHead
-from graftc.passes.lowering.kept import small_logits
-from graftc.passes.lowering.lower import Lowering, LoweringOutcome
+from graftc.passes.lowering.chunk_losses import STEP
+from graftc.passes.lowering.outcome import LoweringOutcome
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import warn
-
-
-def loss_step(spec: Spec, objectives: Collection[str] = ()) -> Mapping[str, Lowering]:
-    """The step by its name; nothing where losses are to be computed as a whole.
-
-    Args:
-        spec: of the model.
-        objectives: names of adaptations that compare the outputs of several passes, which they read.
-    """
-    how = spec.memory.loss
-    if how == "whole":
-        return {}
-
-    def wanted(program: Program, head: LossHead) -> str:
-        if objectives:
-            return f"{next(iter(objectives))!r} compares the outputs of several passes"
-        return small_logits(program, head, checkpointed=spec.checkpoint == "layers") if how == "auto" else ""
-
-    return {STEP: partial(chunk_losses, wanted=wanted)}
 
 
 def warn_of_whole(spec: Spec, program: Program, outcomes: list[LoweringOutcome]) -> None:

@@ -1,42 +1,76 @@
-"""The steps of lowering a training Program, in order, each of which can be turned off by its name."""
+"""The passes that rewrite a copy of a training Program before it becomes code, in order."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
-from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.program import Program
+from graftc.passes.core.pipeline import Log, Pass, Pipeline
+from graftc.passes.core.weights.store import Store
+from graftc.passes.lowering.chunk_losses import STEP, chunk_losses
+from graftc.passes.lowering.head import LossHead
+from graftc.passes.lowering.kept import small_logits
 from graftc.passes.lowering.outcome import LoweringOutcome
 from graftc.passes.lowering.projections import fuse_projections
-from graftc.specs.options.optimise import LoweringName
-
-__all__ = ["STEPS", "Lowering", "LoweringOutcome", "lower"]
-
-Lowering = Callable[[Program], list[LoweringOutcome]]
-"""Rewrites a Program in place."""
-
-STEPS: Mapping[LoweringName, Lowering] = {"projections": fuse_projections}
-"""By name, in order."""
+from graftc.specs.document import Spec
 
 
-def lower(
-    program: Program, off: Collection[str] = (), first: Mapping[str, Lowering] = MappingProxyType({})
-) -> tuple[Program, list[LoweringOutcome]]:
-    """A copy of a training Program as it is run, and what each step did to it.
+@dataclass
+class LoweringContext:
+    """What the passes know, and what they say of their work.
+
+    Attributes:
+        spec: of the model.
+        objectives: names of adaptations that compare the outputs of several passes, which they read.
+        outcomes: what became of each place.
+        store: none: what is lowered was verified before.
+    """
+
+    spec: Spec
+    objectives: Collection[str] = ()
+    outcomes: list[LoweringOutcome] = field(default_factory=list)
+    store: Store | None = None
+
+
+def _loss(program: Program, context: LoweringContext) -> None:
+    spec = context.spec
+
+    def wanted(program: Program, head: LossHead) -> str:
+        if context.objectives:
+            return f"{next(iter(context.objectives))!r} compares the outputs of several passes"
+        automatic = spec.memory.loss == "auto"
+        return small_logits(program, head, checkpointed=spec.checkpoint == "layers") if automatic else ""
+
+    context.outcomes += chunk_losses(program, wanted=wanted)
+
+
+def _projections(program: Program, context: LoweringContext) -> None:
+    context.outcomes += fuse_projections(program)
+
+
+def _name(step: str) -> str:
+    return f"lower({step})"
+
+
+LOWER: Pipeline[LoweringContext] = Pipeline(
+    "lower",
+    [
+        Pass(_name(STEP), _loss, wanted=lambda program, context: context.spec.memory.loss != "whole"),
+        Pass(_name("projections"), _projections),
+    ],
+)
+"""From an adapted training Program to what is run of it."""
+
+
+def lower(program: Program, spec: Spec, objectives: Collection[str] = ()) -> tuple[Program, list[LoweringOutcome]]:
+    """A copy of a training Program as it is run, and what each pass did to it.
 
     Args:
         program: stays as it is.
-        off: names of steps to leave out.
-        first: steps by name that the spec asks for, which come before the others.
+        spec: of the model; says which passes are left out.
+        objectives: names of adaptations that compare the outputs of several passes.
     """
-    lowered, outcomes = program.copy(), []
-    recorder = Recorder(lowered.graph)
-    for name, step in (*first.items(), *STEPS.items()):
-        if name in off:
-            continue
-        started = time.perf_counter()
-        outcomes += step(lowered)
-        lowered.history.append(recorder.entry(f"lower({name})", lowered.graph, time.perf_counter() - started))
-    return lowered, outcomes
+    context, lowered = LoweringContext(spec, objectives), program.copy()
+    wanted = LOWER.without([_name(step) for step in spec.optimise.off])
+    return wanted.run(lowered, context, Log(lowered.history)), context.outcomes

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from graftc.compiler.progress import listening
+from graftc.passes.core.progress import listening
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.specs.errors.text import printable
 

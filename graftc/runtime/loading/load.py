@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from graftc.compiler import progress
 from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
@@ -17,6 +16,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import add_signature, compile_model
+from graftc.passes.core import progress
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.runtime.artifact.manifest import MANIFEST, SignatureRecord, damaged

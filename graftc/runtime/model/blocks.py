@@ -28,7 +28,7 @@ from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_mo
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.passes.graph.packed import reading_parts
-from graftc.passes.lowering.lower import LoweringOutcome
+from graftc.passes.lowering.outcome import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
 from graftc.runtime.hooks.embeddings import call_hooks
 from graftc.runtime.hooks.layer_calls import (

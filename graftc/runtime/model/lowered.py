@@ -11,7 +11,7 @@ from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.codegen import Function
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.passes.lowering.asked import loss_step, warn_of_whole
+from graftc.passes.lowering.asked import warn_of_whole
 from graftc.passes.lowering.lower import lower
 from graftc.runtime.activations.summary import Activations
 from graftc.runtime.activations.training_code import training_code
@@ -30,7 +30,7 @@ class Lowering(ModelRunner):
         if not _trains(key):
             return program
         spec = self._active.spec
-        lowered, self._outcomes[key] = lower(program, spec.optimise.off, loss_step(spec, self._steering.outputs))
+        lowered, self._outcomes[key] = lower(program, spec, self._steering.outputs)
         if key not in self._lowered:  # the first time
             warn_of_whole(spec, program, self._outcomes[key])
         return lowered

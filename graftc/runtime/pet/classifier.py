@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler import progress
 from graftc.compiler.missing_weights import mark_fresh
+from graftc.passes.core import progress
 from graftc.runtime.api import compile
 from graftc.runtime.artifact.write import save
 from graftc.runtime.compiled import Compiled

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler import progress
 from graftc.compiler.inspect.trained import trained_tensors
+from graftc.passes.core import progress
 from graftc.runtime.api import compile
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import runner_of

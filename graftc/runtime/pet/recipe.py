@@ -16,9 +16,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler import progress
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import identify
+from graftc.passes.core import progress
 from graftc.runtime.files import alone_in
 from graftc.runtime.pet.asking import encoder_of
 from graftc.runtime.pet.classifier import Classifier

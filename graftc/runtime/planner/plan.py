@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftc.compiler import progress
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.source_model import require_plain
+from graftc.passes.core import progress
 from graftc.runtime.api import SpecLike, spec_for
 from graftc.runtime.models import load_model_and_inputs
 from graftc.runtime.planner.memory_plan import MemoryPlan

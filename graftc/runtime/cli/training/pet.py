@@ -135,7 +135,7 @@ def _resumable() -> Iterator[None]:
 def _told(as_json: bool, first: str) -> Iterator[None]:
     """Inside, a line on the standard error says what training is at, each time that it comes to something else: where
     there is no terminal, which shows it as it goes."""
-    from graftc.compiler.progress import listening
+    from graftc.passes.core.progress import listening
 
     if as_json or sys.stderr.isatty():
         yield

@@ -1,0 +1,139 @@
+"""The Program that is adapted: captured, verified and held against the source model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from graftc.compiler.capture.anchor import Anchor, anchor
+from graftc.compiler.capture.as_captured import random_structure
+from graftc.compiler.capture.cache import captured, forget, keep
+from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.untraced import unkept
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core import progress
+from graftc.passes.core.ir.effects import flaw
+from graftc.passes.core.ir.program import Program, from_two
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.ir.verify import record_baseline
+from graftc.passes.core.pipeline import Log, Pass, Pipeline
+from graftc.passes.graph.gather_early import gather_early
+from graftc.specs.errors.diagnostics import GraftError, first_line, warn
+
+
+def _gather(program: Program, compilation: Compilation) -> Program:
+    return record_baseline(gather_early(program))
+
+
+GATHER: Pipeline[Compilation] = Pipeline("gather", [Pass("gather early", _gather, verified=True)])
+"""For a cloze: choose the places of a text that are read before the head computes all of them."""
+
+
+def take(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mode, log: Log) -> Capture:
+    """The source model's graph, verified and held against the model.
+
+    Raises:
+        GraftError: GC041 where they differ.
+    """
+    found = captured(
+        compilation.model,
+        axes,
+        flags,
+        mode=mode,
+        canonical=compilation.store.aliases,
+        use_cache=compilation.use_cache,
+        known=compilation.known,
+    )
+    if found.cached or found.alike:
+        try:
+            found = _checked(compilation, found, axes, log)
+        except Exception as error:  # such a graph is no better than one for which every layer has to be traced
+            kept = found.cached
+            found = _captured_anew(compilation, found, axes, flags, mode, log)
+            if kept:
+                found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
+    else:
+        found = _checked(compilation, found, axes, log)
+    _note(compilation, found)
+    if compilation.spec.cloze is not None:
+        GATHER.run(found.program, compilation, log)
+    for name in sorted(found.program.updates):
+        compilation.store.own(name, compilation.values.get(name))
+    return found
+
+
+def _captured_anew(
+    compilation: Compilation, stale: Capture, axes: Sequence[Axis], flags: Flags, mode: Mode, log: Log
+) -> Capture:
+    """A capture in the place of a kept one that is not the model's graph; the cache has it from then on."""
+    model = compilation.model
+    if compilation.use_cache:
+        forget(model, axes, flags, mode)
+    fresh = capture(model, axes, flags=flags, mode=mode, canonical=compilation.store.aliases, alike=False)
+    fresh = _checked(compilation, replace(fresh, key=stale.key), axes, log)
+    if compilation.use_cache:
+        keep(model, axes, fresh)
+    return fresh
+
+
+def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], log: Log) -> Capture:
+    """A capture with its anchor.
+
+    Raises:
+        GraftError: GC030 where it writes to what it may not, GC040 where it is not a graph of the Store's tensors,
+            GC041 where it is not the model.
+    """
+    store, program = compilation.store, record_baseline(found.program)
+    log.entries = list(program.history)
+    added = [name for name in found.constants if name not in store]
+    for name in added:
+        store.add_constant(name, found.constants[name])
+    try:
+        write = flaw(program.graph, program.mode, store.is_buffer)
+        if write is not None:
+            message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
+            raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
+        log.verified(program, store, "canonicalise")
+        comparison = anchored(compilation, found, program)
+        untried = ("it was not held against all kinds of inputs",) if comparison.plain else ()
+        differing = comparison.differing or untried
+        if differing and (comparison.differing or found.cached):
+            where = f"{comparison.mode} mode with {comparison.inputs}"
+            message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
+            raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
+    except Exception:
+        for name in added:
+            store.drop_constant(name)
+        raise
+    program.inputs = from_two(program.inputs, comparison.from_two)
+    return replace(found, anchor=comparison)
+
+
+def anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:
+    """A graph, captured or derived from one that was, held against the source model."""
+    progress.step(f"anchor({program.mode})")
+    axes = [Axis(spec.name, spec.dtype, spec.shape) for spec in program.inputs]
+    return anchor(compilation.model, program, found.constants, axes, compilation.store.aliases)
+
+
+_NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and buffers has no place in a graph"
+
+
+def _note(compilation: Compilation, found: Capture) -> None:
+    """Say what of the model a graph does not have, each once."""
+    assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]
+    written = [f"forward assigns to {name}" for name in assigned]
+    drawn = random_structure(compilation.model)
+    lost = unkept(compilation.model)
+    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written, *lost]) if note not in compilation.notes]
+    compilation.notes += new
+    for note in new:
+        if note in written:
+            hint = "what it read there is a constant of the graph; keep what changes in buffers, or return it"
+            warn("GC042", f"{type(compilation.model).__name__}'s {note}, which its graph does not", hint=hint)
+        elif note in lost:
+            warn("GC049", note, hint="its graph has the gradients and the state that capturing it shows")
+        elif note in drawn:
+            warn("GC047", note, hint="set it to what is wanted before compiling, so that nobody misses it")

@@ -1,0 +1,130 @@
+"""What adapts a Program at its places: controls, added tokens, tensors that train in place, and every adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from graftc.compiler.adapt.context import Adapting
+from graftc.compiler.capture.interface import dtype_of
+from graftc.compiler.resolve.compose import Unit, add_controls, insert_unit, placed, units
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.resolve.tokens import TOKENS, token_sites
+from graftc.compiler.resolve.train import TRAIN, insert_train
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.seams import Seams
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.method.folding import fold_at
+from graftc.passes.core.method.insertion import insert_at, prepare
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.pipeline import Pass, PassGroup
+from graftc.passes.core.sites.sites import Applied, LinearSite
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.graph.added_tokens import insert_tokens
+from graftc.passes.methods.sparse_products import recompute_weights
+from graftc.specs.errors.diagnostics import GraftError
+
+
+def _controls(program: Program, context: Adapting) -> None:
+    add_controls(program, context.compilation.spec, context.controls, dtype_of(context.compilation.model))
+
+
+def _tokens(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
+    compilation = context.compilation
+    spec = compilation.spec
+    if spec.tokens is None:
+        return ()
+    build = context.builder(program, TOKENS, TOKENS)
+    try:
+        tables = token_sites(compilation.model, compilation.store, context.resolver.table, spec.tokens)
+    except GraftError as error:
+        raise spec.locate(error) from error
+
+    def insert(program: Program, context: Adapting, sites: list[LinearSite], rows: WeightSlice) -> None:
+        insert_tokens(build, sites, rows)
+        context.collect(build)
+
+    return [Pass("insert(tokens)", partial(insert, sites=sites, rows=rows)) for rows, sites in tables]
+
+
+def _train(program: Program, context: Adapting) -> None:
+    build = context.builder(program, TRAIN, TRAIN)
+    insert_train(build, context.trained)
+    context.collect(build)
+
+
+def _adaptations(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
+    every = units(context.compilation.spec, context.resolved)
+    return [Pass(f"insert({unit.name})", partial(_insert, unit=unit)) for unit in every]
+
+
+def _insert(program: Program, context: Adapting, unit: Unit) -> None:
+    compilation = context.compilation
+
+    def new(name: str, method: str, seams: Seams | None = None) -> Builder:
+        return context.builder(program, name, method, seams)
+
+    if unit.composition is not None:
+        for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():
+            compilation.parts.setdefault(owner, {}).update(parts)
+        return
+    (item,) = unit.members
+    if not item.sites:
+        return
+    build = new(item.name, item.spec.method)
+    try:
+        _adapt(build, item)
+    except GraftError as error:
+        raise placed(compilation.spec, unit, error) from error
+    context.collect(build)
+
+
+def _adapt(build: Builder, item: Resolved) -> None:
+    method = method_for(item.spec.method)
+    shared = prepare(item.spec, [site for site, _ in item.sites], build)
+    for site, spec in item.sites:
+        insert_at(spec, site, shared, build)
+        if isinstance(site, LinearSite):
+            parts = {**build.parts.get(None, {}), **build.parts.get(site.key, {})}
+            site.applied.append(Applied(item.name, partial(fold_at, method, spec, site), parts))
+
+
+def _recompute(program: Program, context: Adapting) -> None:
+    recompute_weights(context.builder(program, "", ""))
+
+
+def _has_sparse_weights(program: Program, context: Adapting) -> bool:
+    return bool(program.graph.find_nodes(op="call_function", target=torch.ops.graftc.sparse_weight.default))
+
+
+CONTROLS = Pass(
+    "insert controls",
+    _controls,
+    frozenset({"places"}),
+    frozenset({"controls"}),
+    wanted=lambda program, context: bool(context.controls),
+)
+"""Add the inputs by which a call chooses among adaptations."""
+
+ADDED_TOKENS = PassGroup("insert tokens", _tokens, frozenset({"sites", "room"}), frozenset({"tokens"}), each=0)
+"""Put the rows of added tokens under those of the tables."""
+
+TRAIN_IN_PLACE = Pass(
+    "insert(train)",
+    _train,
+    frozenset({"trained"}),
+    frozenset({"trained in place"}),
+    wanted=lambda program, context: bool(context.trained),
+    verified=True,
+)
+"""Let tensors of the base train."""
+
+ADAPTATIONS = PassGroup(
+    "insert", _adaptations, frozenset({"places", "controls", "tokens", "trained in place"}), frozenset({"adapted"})
+)
+"""Insert every adaptation, and every composition of them, at its places."""
+
+RECOMPUTE = Pass("recompute", _recompute, frozenset({"adapted"}), wanted=_has_sparse_weights, verified=True)
+"""Make sums of a weight and a sparse delta where they are read, and again in the backward pass."""

@@ -1,0 +1,109 @@
+"""Where a Program is adapted: its roles and its sites, as they are captured, and again with room for virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graftc.compiler.adapt.context import Adapting
+from graftc.compiler.cached import is_encoder, is_part, require_every_place, require_no_virtual_tokens
+from graftc.compiler.resolve.compose import check_units, placed, units
+from graftc.compiler.resolve.embeds import lengthened, planned, require_token_embeddings
+from graftc.compiler.resolve.resolver import Resolver
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.resolve.token_embeddings import token_embeddings
+from graftc.compiler.resolve.train import train_sites, train_sites_again
+from graftc.compiler.roles.structure import find_structure
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.verify import record_baseline
+from graftc.passes.core.pipeline import Pass, PassGroup
+from graftc.specs.errors.diagnostics import GraftError
+
+
+def _copy(program: Program, context: Adapting) -> Program:
+    return program.copy()
+
+
+def _roles(program: Program, context: Adapting) -> None:
+    constants = {name: tensor for found in context.captures for name, tensor in found.constants.items()}
+    context.structure = find_structure(program.graph, constants, encoder=is_encoder(context.capture.program))
+
+
+def _sites(program: Program, context: Adapting) -> None:
+    compilation = context.compilation
+    modules = dict(compilation.model.named_modules(remove_duplicate=False))
+    vectors = token_embeddings(compilation.model, program)
+    context.resolver = Resolver(SiteTable(program, compilation.store, context.structure, modules, vectors))
+
+
+def _resolve(program: Program, context: Adapting) -> None:
+    _sites(program, context)
+    compilation, resolver, places = context.compilation, context.resolver, context.places
+    require_token_embeddings(compilation.spec, compilation.model, resolver.table)
+    if places is None:
+        context.resolved = resolver.resolve(compilation.spec)
+    else:
+        edits = compilation.tensor_edits if is_part(context.capture.program) and compilation.signatures else None
+        context.resolved = resolver.again(places.resolved, every=_has_every(context), edits=edits)
+    context.plan = planned(units(compilation.spec, context.resolved), resolver.table.token_embeddings)
+    require_no_virtual_tokens(context.capture.program, context.plan)
+
+
+def _has_every(context: Adapting) -> bool:
+    """Whether all places have to be here. What train mode alone reads is adapted there alone; another signature has to
+    read every place, or be one of those that generating goes through, which read them together."""
+    return not isinstance(context.places, Adapting) and not is_part(context.capture.program)
+
+
+def _lengthen(program: Program, context: Adapting) -> Program:
+    compilation, plan = context.compilation, context.plan
+    try:
+        base, body = lengthened(compilation.model, context.resolver.table, plan, context.take)
+    except GraftError as error:
+        raise placed(compilation.spec, next(iter(plan.values()))[0][0], error) from error
+    context.captures.append(body)
+    context.base = record_baseline(base)
+    return base.copy()
+
+
+def _resolve_again(program: Program, context: Adapting) -> None:
+    _sites(program, context)
+    context.resolved = context.resolver.again(context.resolved)
+
+
+def _resolve_train(program: Program, context: Adapting) -> None:
+    compilation, table, places = context.compilation, context.resolver.table, context.places
+    if places is None:
+        context.trained = train_sites(table, compilation.spec)
+        check_units(compilation.spec, units(compilation.spec, context.resolved))
+        return
+    context.trained = train_sites_again(table, places.trained, every=_has_every(context))
+    require_every_place(compilation, program, context.resolved, context.trained)
+
+
+COPY = Pass("copy", _copy, ensures=frozenset({"copy"}))
+"""Leave the base as it is."""
+
+ROLES = Pass("roles", _roles, frozenset({"copy"}), frozenset({"roles"}), rewrites=False)
+"""Find attentions, feed-forward parts and layers by what the graph computes."""
+
+RESOLVE = Pass("resolve", _resolve, frozenset({"roles"}), frozenset({"sites", "places"}), rewrites=False)
+"""Find the sites that the spec's targets name, or those of the first signature."""
+
+_LENGTHENING = (
+    Pass("lengthen", _lengthen),
+    ROLES,
+    Pass("resolve", _resolve_again, rewrites=False),
+)
+
+
+def _lengthening(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
+    return _LENGTHENING if context.plan else ()
+
+
+LENGTHEN = PassGroup("lengthen", _lengthening, frozenset({"places"}), frozenset({"room"}))
+"""Make room for virtual tokens, and find the places again in the longer graph."""
+
+RESOLVE_TRAIN = Pass(
+    "resolve train", _resolve_train, frozenset({"sites", "room"}), frozenset({"trained"}), rewrites=False
+)
+"""Find the tensors that train in place."""
