@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.fingerprint import replaced_tensors
+from graftc.compiler.capture.identity.fingerprint import replaced_tensors
 from graftc.compiler.capture.interface import device_of, parameters
 from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of

@@ -16,8 +16,8 @@ from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.cache import captured, key
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.capture_key import held_by
 from graftc.compiler.capture.defaults import default_signatures
+from graftc.compiler.capture.identity.capture_key import held_by
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.arrivals.arrived import arrived
-from graftc.compiler.capture.fingerprint import settings_of
+from graftc.compiler.capture.identity.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
 from graftc.compiler.quiet import quiet_quantisers

@@ -61,7 +61,7 @@ class Built:
     @classmethod
     def of(cls, model: nn.Module) -> Built:
         """How a model was made."""
-        from graftc.compiler.capture.fingerprint import settings_of
+        from graftc.compiler.capture.identity.fingerprint import settings_of
         from graftc.compiler.capture.interface import dtype_of
 
         labels = getattr(getattr(model, "config", None), "id2label", None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.fingerprint import Identity, identify
+from graftc.compiler.capture.identity.fingerprint import Identity, identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local

@@ -27,10 +27,10 @@ from torch.nn import functional
 
 import graftc
 from graftc.compiler.capture import cache
-from graftc.compiler.capture.capture_key import UnknownHoldingError, holdings
 from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.identity.capture_key import UnknownHoldingError, holdings
+from graftc.compiler.capture.identity.sources import own_files
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.capture.sources import own_files
 from graftc.testing import tiny
 from graftc.testing.families import FAMILIES
 

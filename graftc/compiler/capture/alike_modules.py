@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.capture.capture_key import held_by_modules
+from graftc.compiler.capture.identity.capture_key import held_by_modules
 
 FEWEST = 4
 """Layers that are alike, from which on it pays: the first and the last one are traced."""

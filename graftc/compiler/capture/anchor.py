@@ -19,10 +19,10 @@ from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
+from graftc.compiler.capture.identity.sources import home_of_module
 from graftc.compiler.capture.interface import device_of, dtype_of
 from graftc.compiler.capture.past import PAST
 from graftc.compiler.capture.signature import Axis, described, is_sum
-from graftc.compiler.capture.sources import home_of_module
 from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes

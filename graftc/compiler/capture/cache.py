@@ -31,10 +31,10 @@ from torch import nn
 
 import graftc
 from graftc.compiler.capture.capture import Capture, capture
-from graftc.compiler.capture.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
+from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
+from graftc.compiler.capture.identity.sources import own_digest
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.capture.sources import own_digest
 from graftc.passes.core import progress
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftc.compiler.capture.sources import home_of, names_of
+from graftc.compiler.capture.identity.sources import home_of, names_of
 
 _STATES = {
     "is_grad_enabled": "whether gradients are enabled",

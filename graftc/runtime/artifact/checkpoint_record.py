@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from graftc.compiler.capture.fingerprint import Identity
+from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES

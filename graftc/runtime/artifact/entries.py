@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.fingerprint import Identity, tensor_digest
+from graftc.compiler.capture.identity.fingerprint import Identity, tensor_digest
 from graftc.compiler.inspect.snapshot import TensorRecord, as_plain
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
+from graftc.compiler.capture.identity.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
 from graftc.passes.core.ir.effects import updated

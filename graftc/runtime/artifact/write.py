@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.runtime.artifact import entries

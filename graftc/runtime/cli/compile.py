@@ -41,7 +41,7 @@ def compile(
             check_destination(to, force=force, replaceable=is_artifact)
         step("loading the model")
 
-        from graftc.compiler.capture.fingerprint import identify
+        from graftc.compiler.capture.identity.fingerprint import identify
         from graftc.runtime.api import compile as compile_spec
         from graftc.runtime.artifact.write import save
         from graftc.runtime.deploy.merged import certificate_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, get_args
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate, require_changed
 from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.fingerprint import tensor_digest
+from graftc.compiler.capture.identity.fingerprint import tensor_digest
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.folding.rounding import round_pieces
@@ -32,7 +32,8 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
 
     Attributes:
         digests: SHA-256 of the bytes of each tensor that was given so far, in row-major order, by name; empty where
-            they were not asked for. `graftc.compiler.capture.fingerprint.tensor_digest` gives the same of a tensor.
+            they were not asked for. `graftc.compiler.capture.identity.fingerprint.tensor_digest` gives the same of a
+            tensor.
     """
 
     digests: dict[str, str]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.inspect.snapshot import adapter_values

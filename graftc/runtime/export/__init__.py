@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.weights.names import owner_of

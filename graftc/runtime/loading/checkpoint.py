@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from graftc.compiler.arrivals.recorded import packed_as
-from graftc.compiler.capture.fingerprint import Identity, identify
+from graftc.compiler.capture.identity.fingerprint import Identity, identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import compile_model
 from graftc.passes.core.weights.store import Store

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.arrivals.recorded import packed_as
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records

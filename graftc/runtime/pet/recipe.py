@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.arrivals.arrived import arrived
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.passes.core import progress
 from graftc.runtime.files import alone_in
 from graftc.runtime.pet.asking import encoder_of

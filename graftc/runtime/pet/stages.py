@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.compiler.capture.fingerprint import tensor_digest
+from graftc.compiler.capture.identity.fingerprint import tensor_digest
 from graftc.runtime.files import recover, staged, write_text
 from graftc.runtime.recipe_folder import begin_recipe, has_recipe, make_folder
 from graftc.runtime.tensor_files import save_tensors

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from graftc.compiler.capture.fingerprint import tensor_digest
+from graftc.compiler.capture.identity.fingerprint import tensor_digest
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.method.capabilities import RowWise

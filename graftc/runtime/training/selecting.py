@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN

@@ -26,9 +26,8 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import nn
 
-from graftc.compiler.capture.fingerprint import config_digest
-from graftc.compiler.capture.isolation import unheard
-from graftc.compiler.capture.objects import (
+from graftc.compiler.capture.identity.fingerprint import config_digest
+from graftc.compiler.capture.identity.objects import (
     VALUES,
     closure_of,
     defined,
@@ -38,7 +37,8 @@ from graftc.compiler.capture.objects import (
     parts_of,
     slots_of,
 )
-from graftc.compiler.capture.sources import digest_of, home_of, home_of_module, names_of
+from graftc.compiler.capture.identity.sources import digest_of, home_of, home_of_module, names_of
+from graftc.compiler.capture.isolation import unheard
 from graftc.passes.core.ir.shapes import raw_bytes
 
 LARGEST_TENSOR = 65536

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.capture.sources import home_of, home_of_module
+from graftc.compiler.capture.identity.sources import home_of, home_of_module
 
 VALUES: tuple[Any, ...] = (int, float, complex, str, bytes)
 _COLLECTIONS = (dict, collections.OrderedDict, collections.defaultdict, list, tuple, set, frozenset, collections.deque)
