@@ -78,6 +78,7 @@ def measure_model(name: str) -> dict[str, float]:
     """A compile that captures, one from the cache, and a capture with every layer traced, in this process."""
     import graftc
     from graftc.compiler.capture.capture import capture
+    from graftc.compiler.capture.request import CaptureRequest
 
     model = bert() if name == "BERT base" else llama(**MODELS[name])
     asked = spec(roles=["attn.q", "attn.v"] if name == "BERT base" else ALL_MAPS)
@@ -85,10 +86,10 @@ def measure_model(name: str) -> dict[str, float]:
     second, warm = timed(lambda: graftc.check(asked, model))
     assert warm.cached and not cold.cached
     found = {"first": first, "second": second, "sites": sum(entry.sites for entry in cold.adaptations)}
-    found["capture"], made = timed(lambda: capture(model))
+    found["capture"], made = timed(lambda: capture(CaptureRequest.of(model)))
     assert made.alike or not name.startswith("Llama")
     if name in ONE_BY_ONE:
-        found["capture_one_by_one"], _ = timed(lambda: capture(model, alike=False))
+        found["capture_one_by_one"], _ = timed(lambda: capture(CaptureRequest.of(model), alike=False))
     return found
 
 

@@ -11,10 +11,9 @@ from graftc.compiler.adapt.insert import ADAPTATIONS, ADDED_TOKENS, CONTROLS, RE
 from graftc.compiler.adapt.places import COPY, LENGTHEN, RESOLVE, RESOLVE_TRAIN, ROLES
 from graftc.compiler.cached import require_every_edit, require_tokens_alone
 from graftc.compiler.capture.as_captured import draws
-from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import seldom_collected
-from graftc.compiler.capture.signature import Axis, inputs_of_program
+from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.capture.signature import inputs_of_program
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.passes.core import progress
 from graftc.passes.core.ir.eval_mode import moded, to_eval
@@ -49,25 +48,26 @@ Graphs = dict[tuple[Entry, Mode, Stage], Program]
 
 
 def adapt_signature(
-    compilation: Compilation, axes: Sequence[Axis], flags: Flags, controls: Sequence[str] = ()
+    compilation: Compilation, request: CaptureRequest, controls: Sequence[str] = ()
 ) -> tuple[Graphs, Resolution]:
     """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones.
 
     Args:
         compilation: what it belongs to.
-        axes, flags: the inputs and flags of the source model.
+        request: the calls of the source model that it is for, in train mode.
         controls: inputs beside these, which choose among adaptations.
     """
     with progress.working("compiling", type(compilation.source).__name__), seldom_collected():
-        return _adapt_signature(compilation, axes, flags, controls)
+        return _adapt_signature(compilation, request, controls)
 
 
 def _adapt_signature(
-    compilation: Compilation, axes: Sequence[Axis], flags: Flags, controls: Sequence[str]
+    compilation: Compilation, request: CaptureRequest, controls: Sequence[str]
 ) -> tuple[Graphs, Resolution]:
     log = Log()
-    found = take(compilation, axes, flags, "train", log)
-    train = _adapting(compilation, found, compilation.main if compilation.signatures else None, controls)
+    found = take(compilation, request, log)
+    main = compilation.main if compilation.signatures else None
+    train = Adapting(compilation, request, found, main, controls)
     program = _adapted(train, log)
     program.history = list(log.entries)
     captures, source_eval = list(train.captures), to_eval(found.program)
@@ -76,8 +76,9 @@ def _adapt_signature(
     evaluating = Evaluating(compilation.store, program, True, eval_base)
     if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
         # Eval mode is more than train mode without dropout: what it computes has to be looked at.
-        direct = take(compilation, axes, flags, "eval", Log())
-        own = _adapting(compilation, direct, train, controls)
+        in_eval = request.in_mode("eval")
+        direct = take(compilation, in_eval, Log())
+        own = Adapting(compilation, in_eval, direct, train, controls)
         evaluating = Evaluating(compilation.store, _adapted(own, Log()), False, own.base)
         captures += own.captures
         source_eval, eval_base, derived = direct.program, own.base, []
@@ -105,22 +106,10 @@ def _adapt_signature(
         train.trained,
         train.attentions,
         frozenset(moded(program)),
-        tuple(axes),
+        request.axes,
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
     )
-
-
-def _adapting(
-    compilation: Compilation, found: Capture, places: Resolution | Adapting | None, controls: Sequence[str]
-) -> Adapting:
-    """What the passes begin with."""
-    mode = found.program.mode
-
-    def again(axes: Sequence[Axis], flags: Flags) -> Capture:
-        return take(compilation, axes, flags, mode, Log())
-
-    return Adapting(compilation, found, places, controls, again)
 
 
 def _adapted(context: Adapting, log: Log) -> Program:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftc.compiler.adapting import adapt_signature
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.cached import require_rows_of_one
-from graftc.compiler.capture.cache import captured, key
+from graftc.compiler.capture.cache import Known, captured, key
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.defaults import default_signatures
 from graftc.compiler.capture.identity.capture_key import held_by
@@ -23,6 +23,7 @@ from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE
 from graftc.compiler.capture.ranges import fixed_sizes
 from graftc.compiler.capture.refusals import by_values
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
@@ -155,7 +156,8 @@ def add_signature(
         GraftError: GC031 where the new graph does not read a place that is adapted.
     """
     always = [name for name, composition in compilation.controls.items() if isinstance(composition, Parallel)]
-    graphs, found = adapt_signature(compilation, axes, flags, list(dict.fromkeys([*always, *chosen])))
+    request = CaptureRequest(compilation.model, tuple(axes), flags, aliases=compilation.store.aliases)
+    graphs, found = adapt_signature(compilation, request, list(dict.fromkeys([*always, *chosen])))
     if found.signature not in compilation.signatures:
         compilation.include(graphs, found)
     return found.signature
@@ -211,7 +213,7 @@ def compile_model(
     seed: int = 0,
     use_cache: bool = True,
     values: Mapping[str, Tensor] = MappingProxyType({}),
-    known: Mapping[str, Callable[[], Capture | None]] = MappingProxyType({}),
+    known: Known = MappingProxyType({}),
 ) -> Compilation:
     """Compile a spec against a model. The model is never changed.
 
@@ -269,7 +271,7 @@ def quantised_base(
     *,
     flags: Flags = (),
     use_cache: bool = True,
-    known: Mapping[str, Callable[[], Capture | None]] = MappingProxyType({}),
+    known: Known = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, Callable[[], Capture | None]]]:
     """A model with the weights of its linear maps and experts packed, and the capture that it has in common with the
     model as it was, by its key: graphs read weights, however they are stored.
@@ -283,13 +285,14 @@ def quantised_base(
         GraftError: as `graftc.compiler.resolve.quantise.quantised`; GC030 where the model cannot be captured.
     """
     aliases = Store.mirror(model).aliases
-    attempt, found = first_capture(
-        model,
-        axes,
-        lambda tried: (tried, captured(model, tried, flags, canonical=aliases, use_cache=use_cache, known=known)),
-    )
+
+    def attempt(tried: Sequence[Axis]) -> tuple[CaptureRequest, Capture]:
+        request = CaptureRequest(model, tuple(tried), flags, aliases=aliases)
+        return request, captured(request, use_cache=use_cache, known=known)
+
+    request, found = first_capture(model, axes, attempt)
     made = same_fresh(model, quantised(model, options, linear_maps(found)))
-    name = key(made, attempt, flags, "train")
+    name = key(replace(request, model=made))
     return made, {} if name is None else {name: partial(_again, found)}
 
 

@@ -12,8 +12,10 @@ from torch import nn
 
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, request
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
@@ -249,9 +251,11 @@ def captured_roles(
     axes, flags = _request(model, example_inputs)
     model = arrived(model)
     store = Store.mirror(model)
-    capture = first_capture(
-        model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)
-    )
+
+    def attempt(tried: Sequence[Axis]) -> Capture:
+        return captured(CaptureRequest(model, tuple(tried), flags, aliases=store.aliases), use_cache=cache)
+
+    capture = first_capture(model, axes, attempt)
     for name in capture.constants:
         if name not in store:
             store.add_constant(name, capture.constants[name])

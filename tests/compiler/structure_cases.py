@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.structure import Structure, captured_sizes, find_structure
@@ -63,7 +64,7 @@ def example(axis: Axis, generator: torch.Generator) -> Tensor:
 
 
 def captured(model: nn.Module, axes: list[Axis] | None = None) -> Captured:
-    found = capture(model, axes, mode="eval")
+    found = capture(CaptureRequest.of(model, axes, mode="eval"))
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     tensors = {name: t.detach() for name, t in tensors.items()} | found.constants
     program = found.program

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.passes.core.ir.printer import format_program
 
@@ -18,9 +19,10 @@ def taken_over(model: nn.Module, axes: Sequence[Axis] | None = None, **settings:
     Args:
         model: any module.
         axes: its inputs.
-        settings: of `capture`.
+        settings: of the request.
     """
-    every, found = capture(model, axes, alike=False, **settings), capture(model, axes, **settings)
+    request = CaptureRequest.of(model, axes, **settings)
+    every, found = capture(request, alike=False), capture(request)
     assert format_program(found.program) == format_program(every.program)
     assert [n.name for n in found.program.graph.nodes] == [n.name for n in every.program.graph.nodes]
     assert found.program.inputs == every.program.inputs

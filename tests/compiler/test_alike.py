@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from tests.compiler.taken_over import taken_over
 
@@ -202,7 +203,7 @@ def test_a_graph_that_the_model_disagrees_with_is_captured_layer_by_layer() -> N
     model = Stack(Secret)
     special.add(id(model.layers[2]))
     axes = [Axis("x", torch.float32, ("batch", WIDTH))]
-    assert capture(model, axes).alike == DEPTH - 2
+    assert capture(CaptureRequest.of(model, axes)).alike == DEPTH - 2
     x = torch.randn(3, WIDTH)
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"modules": "**.inner"}}]}, model, {"x": x})
     with torch.no_grad():

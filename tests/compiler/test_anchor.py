@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.compare import flat, same_bits
@@ -320,12 +321,12 @@ def test_nothing_is_left_behind() -> None:
 def test_update_of_a_buffer_that_the_graph_lacks_is_seen() -> None:
     """A graph that gives the outputs and does not count the batch is not the model."""
     model = Tracking()
-    found = capture(model, [graftc.compiler.capture.signature.Axis("x", torch.float32, ("batch", 8))])
+    request = CaptureRequest(model, (graftc.compiler.capture.signature.Axis("x", torch.float32, ("batch", 8)),))
+    found = capture(request)
     (node,) = found.program.graph.find_nodes(op="call_function", target=aten.add_.Tensor)
-    axes = [graftc.compiler.capture.signature.Axis("x", torch.float32, ("batch", 8))]
-    assert anchor(model, found.program, found.constants, axes, {}).exact
+    assert anchor(request, found.program, found.constants).exact
     found.program.graph.erase_node(node)
-    held = anchor(model, found.program, found.constants, axes, {})
+    held = anchor(request, found.program, found.constants)
     assert not held.passed and held.differing[0].startswith("the update of norm.num_batches_tracked")
 
 

@@ -30,6 +30,7 @@ from graftc.compiler.capture import cache
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.identity.capture_key import UnknownHoldingError, holdings
 from graftc.compiler.capture.identity.sources import own_files
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.testing import tiny
 from graftc.testing.families import FAMILIES
@@ -90,7 +91,7 @@ class Child(Net):
 
 
 def key(model: nn.Module) -> str | None:
-    return cache.key(model, AXES)
+    return cache.key(CaptureRequest.of(model, AXES))
 
 
 def closure(factor: float) -> Callable[[Tensor], Tensor]:
@@ -272,7 +273,7 @@ def test_code_that_transformers_picks_from_a_registry(monkeypatch: pytest.Monkey
     from transformers.models.llama import modeling_llama
 
     model = tiny("llama")
-    before = cache.key(model, default_axes(model))
+    before = cache.key(CaptureRequest.of(model))
 
     def other(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -280,11 +281,11 @@ def test_code_that_transformers_picks_from_a_registry(monkeypatch: pytest.Monkey
     for target, name in ((modeling_llama, "apply_rotary_pos_emb"), (modeling_llama.LlamaAttention, "forward")):
         with monkeypatch.context() as context:
             context.setattr(target, name, other)
-            assert cache.key(model, default_axes(model)) not in (None, before)
+            assert cache.key(CaptureRequest.of(model)) not in (None, before)
     with monkeypatch.context() as context:
         context.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
-        assert cache.key(model, default_axes(model)) not in (None, before)
-    assert cache.key(model, default_axes(model)) == before
+        assert cache.key(CaptureRequest.of(model)) not in (None, before)
+    assert cache.key(CaptureRequest.of(model)) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -292,13 +293,17 @@ def test_models_of_every_family_have_a_key(family: str) -> None:
     """The same for equal models, for copies, and for one that has run."""
     model = tiny(family)
     axes = default_axes(model)
-    found = cache.key(model, axes)
+    found = cache.key(CaptureRequest.of(model, axes))
     assert found is not None
-    assert cache.key(tiny(family, seed=1), axes) == found == cache.key(copy.deepcopy(model), axes)
+    assert (
+        cache.key(CaptureRequest.of(tiny(family, seed=1), axes))
+        == found
+        == cache.key(CaptureRequest.of(copy.deepcopy(model), axes))
+    )
     if family != "vit":
         ids = torch.ones(1, 4, dtype=torch.long)
         model(input_ids=ids, output_hidden_states=True, **({"decoder_input_ids": ids} if family == "t5" else {}))
-        assert cache.key(model, axes) == found
+        assert cache.key(CaptureRequest.of(model, axes)) == found
 
 
 def test_a_key_does_not_depend_on_other_models_or_on_where_logs_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,23 +312,23 @@ def test_a_key_does_not_depend_on_other_models_or_on_where_logs_go(monkeypatch: 
     from transformers.utils import logging, output_capturing
 
     model = tiny("gpt2")
-    before = cache.key(model, default_axes(model))
+    before = cache.key(CaptureRequest.of(model))
     monkeypatch.setattr(logging, "_default_handler", StreamHandler(io.StringIO()))
     known = output_capturing._CAN_RECORD_REGISTRY
     more = type(known)(known)
     more[nn.Identity()] = {"hidden_states": nn.Linear}
     monkeypatch.setattr(output_capturing, "_CAN_RECORD_REGISTRY", more)
-    assert cache.key(model, default_axes(model)) == before is not None
+    assert cache.key(CaptureRequest.of(model)) == before is not None
 
 
 def test_a_key_is_cheap() -> None:
     """50 ms of a quiet processor for models of usual depth; here twelve layers."""
     model = tiny("bert", num_hidden_layers=12)
     axes = default_axes(model)
-    cache.key(model, axes)
+    cache.key(CaptureRequest.of(model, axes))
     started = time.process_time()
     for _ in range(3):
-        cache.key(model, axes)
+        cache.key(CaptureRequest.of(model, axes))
     assert (time.process_time() - started) / 3 < 0.3  # machines are shared
 
 
@@ -356,7 +361,7 @@ def test_a_changed_model_never_gets_the_graph_of_a_plain_one(
     compiled = graftc.compile(spec, model).eval()
     assert torch.allclose(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
     named = any("not kept in the capture cache" in note for note in compiled.report.notes)
-    assert named == (cache.key(model, default_axes(model)) is None)
+    assert named == (cache.key(CaptureRequest.of(model)) is None)
 
 
 def test_the_digest_of_our_own_code_covers_what_is_imported() -> None:
@@ -393,9 +398,9 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, Path]:
     """A model whose capture is in the cache, and its file."""
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path / "captures"))
     model = Net()
-    cache.captured(model, AXES, canonical={})
+    cache.captured(CaptureRequest.of(model, AXES))
     (path,) = (tmp_path / "captures").iterdir()
-    assert cache.lookup(model, AXES) is not None
+    assert cache.lookup(CaptureRequest.of(model, AXES)) is not None
     return model, path
 
 
@@ -471,17 +476,17 @@ EDITS: dict[str, Callable[[bytes], bytes]] = {
 def test_a_changed_file_is_a_miss_and_goes(name: str, kept: tuple[Net, Path]) -> None:
     model, path = kept
     path.write_bytes(EDITS[name](path.read_bytes()))
-    assert cache.lookup(model, AXES) is None
+    assert cache.lookup(CaptureRequest.of(model, AXES)) is None
     assert not path.exists()
-    found = cache.captured(model, AXES, canonical={})
+    found = cache.captured(CaptureRequest.of(model, AXES))
     assert not found.cached and path.exists()
 
 
 def test_an_intact_file_under_another_name_is_a_miss(kept: tuple[Net, Path]) -> None:
     _, path = kept
     other = Net(scale=2)
-    path.rename(path.with_name(f"{cache.key(other, AXES)}.json"))
-    assert cache.lookup(other, AXES) is None
+    path.rename(path.with_name(f"{cache.key(CaptureRequest.of(other, AXES))}.json"))
+    assert cache.lookup(CaptureRequest.of(other, AXES)) is None
 
 
 def _link(path: Path) -> None:
@@ -513,8 +518,8 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 def test_what_somebody_else_may_have_written_is_not_read(name: str, kept: tuple[Net, Path]) -> None:
     model, path = kept
     FOREIGN[name](path)
-    assert cache.lookup(model, AXES) is None
-    assert not cache.captured(model, AXES, canonical={}).cached
+    assert cache.lookup(CaptureRequest.of(model, AXES)) is None
+    assert not cache.captured(CaptureRequest.of(model, AXES)).cached
     assert not list(path.parent.glob("*.tmp"))
 
 
@@ -550,7 +555,7 @@ def test_nothing_is_left_behind(name: str, kept: tuple[Net, Path], monkeypatch: 
     with monkeypatch.context() as context:
         FAILURES[name](context)
         try:
-            assert not cache.captured(Net(other=1), AXES, canonical={}).cached
+            assert not cache.captured(CaptureRequest.of(Net(other=1), AXES)).cached
         except KeyboardInterrupt:
             assert name == "interrupted"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -562,5 +567,5 @@ def test_files_of_writers_that_were_killed_are_swept(kept: tuple[Net, Path]) -> 
     for file in (old, new):
         file.write_text("")
     os.utime(old, (time.time() - 7200,) * 2)
-    cache.captured(Net(other=1), AXES, canonical={})
+    cache.captured(CaptureRequest.of(Net(other=1), AXES))
     assert not old.exists() and new.exists()

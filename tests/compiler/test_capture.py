@@ -15,6 +15,7 @@ import graftc
 from graftc.compiler.capture import cache
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.printer import format_program, structural_hash
@@ -28,8 +29,8 @@ from tests import families
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_derived_eval_is_a_direct_eval_capture(family: str) -> None:
     model = getattr(families, family)()
-    derived = to_eval(capture(model).program)
-    direct = capture(model, mode="eval").program
+    derived = to_eval(capture(CaptureRequest.of(model)).program)
+    direct = capture(CaptureRequest.of(model, mode="eval")).program
     assert structural_hash(derived) == structural_hash(direct)
     assert format_program(derived) == format_program(direct)
 
@@ -51,8 +52,8 @@ class Counting(nn.Module):
 def test_batch_norm_and_dropout_in_both_modes() -> None:
     axes = [Axis("x", torch.float32, ("batch", 6))]
     model = Counting()
-    derived = to_eval(capture(model, axes).program)
-    assert structural_hash(derived) == structural_hash(capture(model, axes, mode="eval").program)
+    derived = to_eval(capture(CaptureRequest.of(model, axes)).program)
+    assert structural_hash(derived) == structural_hash(capture(CaptureRequest.of(model, axes, mode="eval")).program)
     spec = {"adapt": [{"method": "lora", "target": {"modules": "linear"}, "rank": 2}]}
     adapted = graftc.compile(spec, model, {"x": torch.zeros(2, 6)})
     x = torch.randn(16, 6)
@@ -66,10 +67,10 @@ def test_the_cache_gives_back_the_same_graph(tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.llama()
     axes = default_axes(model)
-    assert cache.lookup(model, axes) is None
-    first = capture(model, axes)
-    cache.keep(model, axes, first)
-    again = cache.lookup(model, axes)
+    assert cache.lookup(CaptureRequest.of(model, axes)) is None
+    first = capture(CaptureRequest.of(model, axes))
+    cache.keep(CaptureRequest.of(model, axes), first)
+    again = cache.lookup(CaptureRequest.of(model, axes))
     assert again is not None and again.cached
     assert format_program(again.program) == format_program(first.program)
     assert structural_hash(again.program) == structural_hash(first.program)
@@ -82,13 +83,13 @@ def test_the_cache_gives_back_the_same_graph(tmp_path: Path, monkeypatch: Any) -
 )
 def test_the_key_tells_models_apart(change: dict[str, Any]) -> None:
     model, other = families.bert(), families.bert(**change)
-    assert cache.key(model, default_axes(model)) != cache.key(other, default_axes(other))
+    assert cache.key(CaptureRequest.of(model)) != cache.key(CaptureRequest.of(other))
 
 
 def test_a_module_changed_by_hand_has_another_key() -> None:
     model, other = families.bert(), families.bert()
     other.bert.encoder.layer[0].output.dropout.p = 0.7
-    assert cache.key(model, default_axes(model)) != cache.key(other, default_axes(other))
+    assert cache.key(CaptureRequest.of(model)) != cache.key(CaptureRequest.of(other))
 
 
 @pytest.mark.full
@@ -96,13 +97,13 @@ def test_a_broken_cache_entry_is_captured_again(tmp_path: Path, monkeypatch: Any
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.bert()
     axes = default_axes(model)
-    cache.keep(model, axes, capture(model, axes))
+    cache.keep(CaptureRequest.of(model, axes), capture(CaptureRequest.of(model, axes)))
     (entry,) = tmp_path.glob("*.json")
     entry.write_text(entry.read_text()[:-100])
-    assert cache.lookup(model, axes) is None
+    assert cache.lookup(CaptureRequest.of(model, axes)) is None
     data = {"program": {"schema": 2, "types": [], "nodes": [{"op": "call_function"}]}, "constants": {}}
     entry.write_text(json.dumps(data))
-    assert cache.lookup(model, axes) is None
+    assert cache.lookup(CaptureRequest.of(model, axes)) is None
 
 
 @pytest.mark.full
@@ -110,8 +111,8 @@ def test_the_cache_can_be_switched_off(monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", "off")
     model = families.bert()
     assert cache.folder() is None
-    cache.keep(model, default_axes(model), capture(model))
-    assert cache.lookup(model, default_axes(model)) is None
+    cache.keep(CaptureRequest.of(model), capture(CaptureRequest.of(model)))
+    assert cache.lookup(CaptureRequest.of(model)) is None
 
 
 class Skipping(nn.Module):
@@ -144,11 +145,11 @@ def test_stochastic_depth_is_gone_in_eval_mode() -> None:
         image_size=16, patch_size=4, embed_dim=8, depths=[2], num_heads=[2], window_size=2, drop_path_rate=0.5
     )
     model = SwinForImageClassification(config).eval()
-    program = capture(model).program
+    program = capture(CaptureRequest.of(model)).program
     assert "aten.rand(" in format_program(program)
     derived = to_eval(program)
     assert "aten.rand(" not in format_program(derived)
-    assert structural_hash(derived) == structural_hash(capture(model, mode="eval").program)
+    assert structural_hash(derived) == structural_hash(capture(CaptureRequest.of(model, mode="eval")).program)
 
 
 def test_what_is_joined_and_cut_again_is_its_parts() -> None:
@@ -163,7 +164,7 @@ def test_what_is_joined_and_cut_again_is_its_parts() -> None:
             a, b = torch.cat((self.first.bias, self.second.bias)).chunk(2)
             return F.linear(x, self.first.weight, a) * F.linear(x, self.second.weight, b)
 
-    found = capture(Joined(), [Axis("x", torch.float32, ("batch", 6))]).program
+    found = capture(CaptureRequest.of(Joined(), [Axis("x", torch.float32, ("batch", 6))])).program
     uses = [
         linear_use(node) for node in found.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes, default_signatures
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.pipeline import first_capture
 
 TINY: dict[str, Any] = {
@@ -119,7 +120,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int | str, ...]
 def test_default_inputs_are_captured(name: str) -> None:
     make, expected = MODELS[name]
     model = make().eval()
-    found = first_capture(model, None, lambda axes: capture(model, axes)).program
+    found = first_capture(model, None, lambda axes: capture(CaptureRequest.of(model, axes))).program
     assert {spec.name: spec.shape for spec in found.inputs} == expected
 
 

@@ -10,6 +10,7 @@ import torch
 
 import graftc
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.testing import families
 from tests.counting import calls
 
@@ -45,6 +46,6 @@ def test_a_compile_from_the_cache_is_linear(work: Callable[[int], Callable[[], o
 
 @pytest.mark.full
 def test_a_capture_hardly_grows_with_layers_that_are_alike() -> None:
-    few, more = (calls(lambda n=n: capture(model(n))) for n in (5, 8))
+    few, more = (calls(lambda n=n: capture(CaptureRequest.of(model(n)))) for n in (5, 8))
     assert more - few < few / 4
-    assert calls(lambda: capture(model(8), alike=False)) > 2 * more
+    assert calls(lambda: capture(CaptureRequest.of(model(8)), alike=False)) > 2 * more

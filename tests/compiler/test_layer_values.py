@@ -13,6 +13,7 @@ import graftc
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.example_inputs import random_inputs
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.build.builder import Builder
@@ -28,7 +29,7 @@ from tests.wide import FAMILIES as WIDE
 def table(model: nn.Module) -> SiteTable:
     """The sites of a model's usual signature."""
     store = Store.mirror(model)
-    found = captured(model, default_axes(model), canonical=store.aliases)
+    found = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
     return SiteTable(
         found.program, store, find_structure(found.program.graph, found.constants), dict(model.named_modules())
     )

@@ -19,6 +19,7 @@ import graftc
 import graftc.runtime.api
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.resolve.resolver import Resolver
 from graftc.compiler.resolve.select import select
 from graftc.compiler.resolve.selectable import Selectable, SelectedPlace
@@ -52,7 +53,7 @@ def table(name: str) -> SiteTable:
     """The sites of a model's usual signature, made without selections."""
     model = tiny(name)
     store = Store.mirror(model)
-    found = captured(model, default_axes(model), canonical=store.aliases)
+    found = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
     structure = find_structure(found.program.graph, found.constants)
     return SiteTable(found.program, store, structure, dict(model.named_modules(remove_duplicate=False)))
 

@@ -11,6 +11,7 @@ import graftc
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.sites.sites import (
@@ -31,7 +32,7 @@ from tests.wide import FAMILIES
 def table(model: torch.nn.Module) -> SiteTable:
     """The sites of a model's usual signature."""
     store = Store.mirror(model)
-    found = captured(model, default_axes(model), canonical=store.aliases)
+    found = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
     structure = find_structure(found.program.graph, found.constants)
     return SiteTable(found.program, store, structure, dict(model.named_modules()))
 
@@ -103,7 +104,7 @@ def test_same_places_in_eval_mode(family: str) -> None:
     """Every place of the train graph is found in the eval graph, by the same keys."""
     model = tiny(family)
     train, store = table(model), Store.mirror(model)
-    found = capture(model, mode="eval", canonical=store.aliases)
+    found = capture(CaptureRequest.of(model, mode="eval", aliases=store.aliases))
     structure = find_structure(found.program.graph, found.constants)
     other = SiteTable(found.program, store, structure, dict(model.named_modules()))
     for sites in train.entries:

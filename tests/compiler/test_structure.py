@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.roles.findings import format_layers, format_runs
 from graftc.compiler.roles.structure import Finding, find_structure
@@ -267,7 +268,7 @@ def test_roles_do_not_come_from_names() -> None:
 def test_slices_of_one_parameter_are_rows_of_it() -> None:
     target = Axis("y", torch.float32, ("batch", "target_sequence", D))
     model = Packed()
-    graph = capture(model, [*VALUES, target], mode="train").program.graph
+    graph = capture(CaptureRequest.of(model, [*VALUES, target], mode="train")).program.graph
     by_role = find_structure(graph).by_role()
     assert {r: shown(f[0]) for r, f in by_role.items() if "attn." in r} == {
         "encoder.attn.q": ("encoder.layers.0.self_attn.in_proj_weight", "0:48"),
@@ -307,7 +308,7 @@ def test_index_notation_and_writes_in_place() -> None:
 
 @pytest.mark.slow
 def test_unknown_forms_are_unresolved_and_never_guessed() -> None:
-    structure = find_structure(capture(Odd(), VALUES).program.graph)
+    structure = find_structure(capture(CaptureRequest.of(Odd(), VALUES)).program.graph)
     assert structure.findings == ()
     reasons = {u.module: u.reason for u in structure.unresolved}
     assert set(reasons) == {name for name, _ in Odd().named_children()}
@@ -348,7 +349,7 @@ def test_json_and_table_of_a_fused_model() -> None:
 
 @pytest.mark.full
 def test_the_graph_is_left_as_it_was() -> None:
-    graph = capture(MODELS["gpt2"]()).program.graph
+    graph = capture(CaptureRequest.of(MODELS["gpt2"]())).program.graph
     before_text, keys = str(graph), [sorted(n.meta) for n in graph.nodes]
     assert find_structure(graph).to_json() == find_structure(graph).to_json()
     assert str(graph) == before_text and [sorted(n.meta) for n in graph.nodes] == keys
@@ -360,7 +361,7 @@ def test_a_real_size_on_meta_is_quick() -> None:
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=8)
         )
-    graph = capture(model).program.graph
+    graph = capture(CaptureRequest.of(model)).program.graph
     started = time.perf_counter()
     structure = find_structure(graph)
     assert time.perf_counter() - started < 2.0

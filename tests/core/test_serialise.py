@@ -12,6 +12,7 @@ import torch
 
 import graftc
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core.ir.codegen import function_of
 from graftc.passes.core.ir.printer import format_program, structural_hash
 from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
@@ -56,7 +57,7 @@ def test_flags_and_ranges_come_back() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50))
-    program = capture(model, flags=(("logits_to_keep", 2), ("output_hidden_states", True))).program
+    program = capture(CaptureRequest.of(model, flags=(("logits_to_keep", 2), ("output_hidden_states", True)))).program
     again = program_from_json(json.loads(json.dumps(program_to_json(program))), CPU)
     assert again.flags == program.flags == (("logits_to_keep", 2), ("output_hidden_states", True))
     assert again.inputs == program.inputs

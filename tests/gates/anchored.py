@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler import adapting
+from graftc.compiler.adapt import base
 from graftc.compiler.capture import cache
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.example_inputs import samples_on
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
@@ -99,7 +100,7 @@ def _captured(
     """The tracer gives it."""
     fresh = replace(found, program=mutant, cached=False, anchor=None)
     with monkeypatch.context() as patch:
-        patch.setattr(adapting, "captured", lambda *args, **options: fresh)
+        patch.setattr(base, "captured", lambda *args, **options: fresh)
         try:
             graftc.compile(SPEC, model, cache=False)
         except GraftError as error:
@@ -111,7 +112,7 @@ def _cached(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """The cache holds it, with everything in order but the graph."""
-    cache.keep(model, axes, replace(found, program=mutant))
+    cache.keep(CaptureRequest.of(model, axes), replace(found, program=mutant))
     compiled = graftc.compile(SPEC, model).eval()
     return not compiled.compilation.main.cached and _right(compiled, model)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.printer import structural_hash
@@ -57,8 +58,8 @@ def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
     """Switching a train graph to eval gives what capturing in eval mode gives."""
     model = tiny(family, **DROPOUT[family])
     aliases = Store.mirror(model).aliases
-    direct = capture(model, mode="eval", canonical=aliases).program
-    train = capture(model, mode="train", canonical=aliases).program
+    direct = capture(CaptureRequest.of(model, mode="eval", aliases=aliases)).program
+    train = capture(CaptureRequest.of(model, mode="train", aliases=aliases)).program
     assert structural_hash(to_eval(train)) == structural_hash(direct)
     assert structural_hash(train) != structural_hash(direct)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler import adapting
+from graftc.compiler.adapt import places
 from graftc.runtime.model import views
 from graftc.specs.claims import FoldKind
 from graftc.specs.errors.diagnostics import GraftError
@@ -96,7 +96,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
                 compiled(**inputs)
                 compiled(**labelled)
         monkeypatch.setattr(views, "recompile", never)
-        monkeypatch.setattr(adapting, "find_structure", never)
+        monkeypatch.setattr(places, "find_structure", never)
 
 
 @pytest.mark.slow

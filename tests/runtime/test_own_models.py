@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, randomise
@@ -60,7 +61,7 @@ def test_attention_of_torch_nn(enabled: bool) -> None:
                 torch.testing.assert_close(adapted(*inputs), model(*inputs), atol=1e-6, rtol=0)
         assert torch.backends.mha.get_fastpath_enabled() is enabled
         with pytest.raises(graftc.GraftError):
-            capture(model, [Axis("nothing", torch.float32, ("batch", 2))])
+            capture(CaptureRequest.of(model, [Axis("nothing", torch.float32, ("batch", 2))]))
         assert torch.backends.mha.get_fastpath_enabled() is enabled
     finally:
         torch.backends.mha.set_fastpath_enabled(True)

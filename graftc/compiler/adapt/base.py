@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.as_captured import random_structure
 from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture, capture
-from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core import progress
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.program import Program, from_two
-from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.pipeline import Log, Pass, Pipeline
 from graftc.passes.graph.gather_early import gather_early
@@ -31,31 +29,23 @@ GATHER: Pipeline[Compilation] = Pipeline("gather", [Pass("gather early", _gather
 """For a cloze: choose the places of a text that are read before the head computes all of them."""
 
 
-def take(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mode, log: Log) -> Capture:
+def take(compilation: Compilation, request: CaptureRequest, log: Log) -> Capture:
     """The source model's graph, verified and held against the model.
 
     Raises:
         GraftError: GC041 where they differ.
     """
-    found = captured(
-        compilation.model,
-        axes,
-        flags,
-        mode=mode,
-        canonical=compilation.store.aliases,
-        use_cache=compilation.use_cache,
-        known=compilation.known,
-    )
+    found = captured(request, use_cache=compilation.use_cache, known=compilation.known)
     if found.cached or found.alike:
         try:
-            found = _checked(compilation, found, axes, log)
+            found = _checked(compilation, found, log)
         except Exception as error:  # such a graph is no better than one for which every layer has to be traced
             kept = found.cached
-            found = _captured_anew(compilation, found, axes, flags, mode, log)
+            found = _captured_anew(compilation, found, request, log)
             if kept:
                 found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     else:
-        found = _checked(compilation, found, axes, log)
+        found = _checked(compilation, found, log)
     _note(compilation, found)
     if compilation.spec.cloze is not None:
         GATHER.run(found.program, compilation, log)
@@ -64,21 +54,17 @@ def take(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mod
     return found
 
 
-def _captured_anew(
-    compilation: Compilation, stale: Capture, axes: Sequence[Axis], flags: Flags, mode: Mode, log: Log
-) -> Capture:
+def _captured_anew(compilation: Compilation, stale: Capture, request: CaptureRequest, log: Log) -> Capture:
     """A capture in the place of a kept one that is not the model's graph; the cache has it from then on."""
-    model = compilation.model
     if compilation.use_cache:
-        forget(model, axes, flags, mode)
-    fresh = capture(model, axes, flags=flags, mode=mode, canonical=compilation.store.aliases, alike=False)
-    fresh = _checked(compilation, replace(fresh, key=stale.key), axes, log)
+        forget(request)
+    fresh = _checked(compilation, replace(capture(request, alike=False), key=stale.key), log)
     if compilation.use_cache:
-        keep(model, axes, fresh)
+        keep(request, fresh)
     return fresh
 
 
-def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], log: Log) -> Capture:
+def _checked(compilation: Compilation, found: Capture, log: Log) -> Capture:
     """A capture with its anchor.
 
     Raises:
@@ -114,8 +100,10 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], log
 def anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:
     """A graph, captured or derived from one that was, held against the source model."""
     progress.step(f"anchor({program.mode})")
-    axes = [Axis(spec.name, spec.dtype, spec.shape) for spec in program.inputs]
-    return anchor(compilation.model, program, found.constants, axes, compilation.store.aliases)
+    axes = tuple(Axis(spec.name, spec.dtype, spec.shape) for spec in program.inputs)
+    assert program.mode in ("train", "eval")
+    request = CaptureRequest(compilation.model, axes, program.flags, program.mode, compilation.store.aliases)
+    return anchor(request, program, found.constants)
 
 
 _NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and buffers has no place in a graph"

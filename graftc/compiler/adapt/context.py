@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.interface import Flags
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.resolve.embeds import Plan
 from graftc.compiler.resolve.resolver import Resolved, Resolver
@@ -18,9 +17,6 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite
 from graftc.passes.core.weights.store import Store
 
-Take = Callable[[Sequence[Axis], Flags], Capture]
-"""Captures the source model for other inputs, in the mode of the Program that is adapted."""
-
 
 @dataclass
 class Adapting:
@@ -28,11 +24,11 @@ class Adapting:
 
     Attributes:
         compilation: what it belongs to.
+        request: what was asked of the capture.
         capture: what was captured.
         places: whose places are adapted: those of the first signature, or of the same signature in train mode; None
             where the spec's targets say.
         controls: inputs beside the source model's, by which a call chooses among adaptations.
-        take: captures the model for other inputs.
         base: the Program that is adapted, which stays as it is.
         captures: what it was made of.
         resolver, structure: its sites and its roles, once they are known.
@@ -41,10 +37,10 @@ class Adapting:
     """
 
     compilation: Compilation
+    request: CaptureRequest
     capture: Capture
     places: Resolution | Adapting | None
     controls: Sequence[str]
-    take: Take
     base: Program = field(init=False)
     captures: list[Capture] = field(init=False)
     resolver: Resolver = field(init=False)

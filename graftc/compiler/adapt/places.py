@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftc.compiler.adapt.base import take
 from graftc.compiler.adapt.context import Adapting
 from graftc.compiler.cached import is_encoder, is_part, require_every_place, require_no_virtual_tokens
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.compose import check_units, placed, units
 from graftc.compiler.resolve.embeds import lengthened, planned, require_token_embeddings
 from graftc.compiler.resolve.resolver import Resolver
@@ -15,7 +19,7 @@ from graftc.compiler.resolve.train import train_sites, train_sites_again
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import record_baseline
-from graftc.passes.core.pipeline import Pass, PassGroup
+from graftc.passes.core.pipeline import Log, Pass, PassGroup
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -56,8 +60,12 @@ def _has_every(context: Adapting) -> bool:
 
 def _lengthen(program: Program, context: Adapting) -> Program:
     compilation, plan = context.compilation, context.plan
+
+    def again(axes: Sequence[Axis], flags: Flags) -> Capture:
+        return take(compilation, context.request.with_inputs(axes, flags), Log())
+
     try:
-        base, body = lengthened(compilation.model, context.resolver.table, plan, context.take)
+        base, body = lengthened(compilation.model, context.resolver.table, plan, again)
     except GraftError as error:
         raise placed(compilation.spec, next(iter(plan.values()))[0][0], error) from error
     context.captures.append(body)

@@ -29,8 +29,8 @@ def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
 
     Args:
         model: is not changed.
-        packings: as `graftc.compiler.capture.identity.fingerprint.Identity.packings` has them; one that is none, or that
-            does not fit, is passed over.
+        packings: as `graftc.compiler.capture.identity.fingerprint.Identity.packings` has them; one that is none, or
+            that does not fit, is passed over.
 
     Raises:
         GraftError: GC162 as `arrived`.

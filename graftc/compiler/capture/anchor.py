@@ -20,8 +20,9 @@ from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.identity.sources import home_of_module
-from graftc.compiler.capture.interface import device_of, dtype_of
+from graftc.compiler.capture.interface import dtype_of
 from graftc.compiler.capture.past import PAST
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, described, is_sum
 from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
@@ -99,34 +100,27 @@ class Anchor:
         }
 
 
-def anchor(
-    model: nn.Module,
-    program: Program,
-    constants: Mapping[str, Tensor],
-    axes: Sequence[Axis],
-    aliases: Mapping[str, str],
-) -> Anchor:
+def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> Anchor:
     """Run the source model and its graph on the same inputs.
 
     Args:
-        model: the source model; it is as before afterwards, and so are torch's, Python's and numpy's random states.
-        program: the graph, verified. Its mode and flags are those that the model is called in and with.
+        request: the source model, and the calls that the graph is for. The model is as before afterwards, and so are
+            torch's, Python's and numpy's random states.
+        program: the graph, verified.
         constants: tensors that it mentions beside the model's own.
-        axes: the inputs that it was asked for.
-        aliases: tied tensor names to the name that owns the tensor.
     """
-    started = time.perf_counter()
-    mode, bound = program.mode, BOUNDS.get(dtype_of(model), BOUNDS[torch.float32])
-    inputs = described(axes, program.flags)
+    started, model = time.perf_counter(), request.model
+    mode, bound = request.mode, BOUNDS.get(dtype_of(model), BOUNDS[torch.float32])
+    inputs = described(request.axes, request.flags)
 
     def made(difference: float | None, **more: Any) -> Anchor:
         return Anchor(inputs, mode, difference, bound, seconds=time.perf_counter() - started, **more)
 
     if any(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()]):
         return made(None, skipped="the model is on the meta device")
-    if other := _other_interface(program, axes):
+    if other := _other_interface(program, request.axes):
         return made(float("inf"), differing=(other,))
-    run = _Runs(model, program, constants, axes, aliases)
+    run = _Runs(request, program, constants)
     try:
         ours, plain = run.first()
     except _NoRunError as error:
@@ -176,16 +170,10 @@ class _Run:
 class _Runs:
     """The model and its graph, and what both run on."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        program: Program,
-        constants: Mapping[str, Tensor],
-        axes: Sequence[Axis],
-        aliases: Mapping[str, str],
-    ) -> None:
-        self._model, self._program, self._axes = model, program, axes
-        self._device = device_of(model)
+    def __init__(self, request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> None:
+        self._request, self._program = request, program
+        model, aliases = request.model, request.aliases
+        self._model, self._device = model, request.device
         self._draws = any(draws(node) for node in program.graph.nodes)
         self.assigned: dict[str, None] = {}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -208,7 +196,7 @@ class _Runs:
                 failure = failure or error
                 self._length //= 2  # a table of positions may have no more rows
         try:
-            return self.model({axis.name: axis.example(self._device) for axis in self._axes}), True
+            return self.model(self._request.examples()), True
         except _NoRunError as error:
             raise (failure or error) from None
 
@@ -278,9 +266,9 @@ class _Runs:
         Raises:
             _NoRunError: it raises something.
         """
-        model, program = self._model, self._program
+        model = self._model
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        with same_draws(self._device, self._draws), as_captured(model, self._axes, program.flags, program.mode):
+        with same_draws(self._device, self._draws), as_captured(self._request):
             kept = _with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
             try:
                 with noticed(model) as assigned:

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graftc.compiler.capture.assignments import Attributes
 from graftc.compiler.capture.interface import Flags, declared, is_transformers, parameters
 from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, tie_sizes
 from graftc.passes.core.ir.program import is_random
-from graftc.passes.core.ir.program_key import Mode
 
 aten = torch.ops.aten
 _SEED = 20
@@ -27,19 +27,18 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pr
 
 
 @contextmanager
-def as_captured(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Iterator[list[str]]:
+def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
     """Inside, a model is as it is captured: in a mode, called by the names of its inputs alone, without a cache and
     without what is drawn in Python. Afterwards it is as before. Gives notes on what was switched off.
 
     Args:
-        model: any module.
-        axes, flags: its inputs, and what else it is called with.
-        mode: train or eval.
+        request: the model, what it is called with, and the mode.
     """
+    model = request.model
     with _as_before(model), torch.no_grad():
-        model.train(mode == "train")
+        model.train(request.mode == "train")
         notes = _without_random_structure(model)
-        with _without_state(model), _flat_forward(model, axes, flags):
+        with _without_state(model), _flat_forward(model, request.axes, request.flags):
             yield notes
 
 

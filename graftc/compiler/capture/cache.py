@@ -19,7 +19,7 @@ import platform
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +27,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
 import graftc
 from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
 from graftc.compiler.capture.identity.sources import own_digest
-from graftc.compiler.capture.interface import Flags, device_of
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core import progress
-from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 
@@ -55,20 +52,20 @@ def folder() -> Path | None:
     return Path(home) / "graftc" / "captures"
 
 
-def key(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> str | None:
+def key(request: CaptureRequest) -> str | None:
     """The key of a capture; None for a model that holds something which cannot be written down."""
     try:
-        return _key(model, axes, flags, mode)
+        return _key(request)
     except UnknownHoldingError:
         return None
 
 
-def _key(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> str:
+def _key(request: CaptureRequest) -> str:
     content = {
-        "model": holdings(model),
-        "axes": [(a.name, str(a.dtype), list(a.axes)) for a in axes],
-        "flags": [list(flag) for flag in flags],
-        "mode": mode,
+        "model": holdings(request.model),
+        "axes": [(a.name, str(a.dtype), list(a.axes)) for a in request.axes],
+        "flags": [list(flag) for flag in request.flags],
+        "mode": request.mode,
         "versions": _versions(),
         "code": own_digest(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -82,50 +79,45 @@ def _versions() -> list[str]:
     return [platform.python_version(), torch.__version__, transformers.__version__, graftc.__version__]
 
 
-def lookup(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> Capture | None:
+def lookup(request: CaptureRequest) -> Capture | None:
     """The kept capture, with fake values on the model's device, or None."""
-    return _read(key(model, axes, flags, mode), device_of(model))
+    return _read(key(request), request.device)
 
 
-def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
+def keep(request: CaptureRequest, found: Capture) -> None:
     """Keep a capture; written beside and renamed. What cannot be kept is passed over silently."""
-    _write(key(model, axes, found.program.flags, found.program.mode), found)
+    _write(key(request), found)
 
 
-def forget(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> None:
+def forget(request: CaptureRequest) -> None:
     """Remove a kept capture that turned out to be wrong."""
-    path = _path(key(model, axes, flags, mode))
+    path = _path(key(request))
     if path is not None:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
-def captured(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    flags: Flags = (),
-    *,
-    mode: Mode = "train",
-    canonical: Mapping[str, str],
-    use_cache: bool = True,
-    known: Mapping[str, Callable[[], Capture | None]] = MappingProxyType({}),
-) -> Capture:
+Known = Mapping[str, Callable[[], Capture | None]]
+"""Captures that are there already, by their key; a function gives None where its file has gone since."""
+
+
+def captured(request: CaptureRequest, *, use_cache: bool = True, known: Known = MappingProxyType({})) -> Capture:
     """A capture that is known under its key, unless it has gone since; one from the cache; or a new one, kept there.
 
     See `graftc.compiler.capture.capture.capture`.
     """
-    progress.step(f"capture({mode})")
+    progress.step(f"capture({request.mode})")
     try:
-        wanted, aside = _key(model, axes, flags, mode), ""
+        wanted, aside = _key(request), ""
     except UnknownHoldingError as unknown:
         wanted, aside = None, str(unknown)
     held = known[wanted]() if wanted is not None and wanted in known else None
     if held is not None:
         return replace(held, key=wanted)
-    entry = _read(wanted, device_of(model)) if use_cache else None
+    entry = _read(wanted, request.device) if use_cache else None
     if entry is not None:
         return entry
-    found = replace(capture(model, axes, flags=flags, mode=mode, canonical=canonical), key=wanted)
+    found = replace(capture(request), key=wanted)
     if use_cache:
         _write(wanted, found)
         if aside and folder() is not None:

@@ -24,16 +24,15 @@ from graftc.compiler.capture.alike import Repeats, traced_once
 from graftc.compiler.capture.alike_graph import inlined
 from graftc.compiler.capture.as_captured import as_captured, renamed, traced_names
 from graftc.compiler.capture.assignments import noticed
-from graftc.compiler.capture.defaults import default_axes
-from graftc.compiler.capture.interface import Flags, device_of, is_transformers
+from graftc.compiler.capture.interface import is_transformers
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import UntraceableError, in_any_trace, not_captured, require_products
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, map_nodes
-from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.graph.canonicalise import canonicalise
@@ -73,65 +72,49 @@ class Capture:
     alike: int = 0
 
 
-def capture(
-    model: nn.Module,
-    axes: Sequence[Axis] | None = None,
-    *,
-    flags: Flags = (),
-    mode: Mode = "train",
-    canonical: Mapping[str, str] | None = None,
-    alike: bool = True,
-) -> Capture:
-    """Capture ``model`` for one signature.
+def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
+    """Capture a model for one signature.
 
     Args:
-        model: any module; its training flags, config and parameters are as before afterwards.
-        axes: the inputs; for a transformers model the default is its main input and attention mask.
-        flags: other keyword arguments; they become constants of the graph.
-        mode: capture in train mode (the default) or in eval mode.
-        canonical: tied tensor names to the name that owns the tensor.
+        request: the model, and what it is called with.
         alike: trace one of the layers that are alike, see `graftc.compiler.capture.alike`; all of them otherwise.
 
     Raises:
         GraftError: GC030 when torch.export cannot capture the model.
     """
-    chosen = list(axes) if axes is not None else default_axes(model)
     started = time.perf_counter()
-    found = _captured(model, chosen, flags, mode, canonical or {}, alike=True) if alike else None
+    found = _captured(request, alike=True) if alike else None
     if found is None:
-        progress.step(f"capture({mode}), every layer")
-        found = _captured(model, chosen, flags, mode, canonical or {}, alike=False)
+        progress.step(f"capture({request.mode}), every layer")
+        found = _captured(request, alike=False)
     assert found is not None
     found.seconds = time.perf_counter() - started
     return found
 
 
-def _captured(
-    model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode, canonical: Mapping[str, str], *, alike: bool
-) -> Capture | None:
+def _captured(request: CaptureRequest, *, alike: bool) -> Capture | None:
     """One attempt; None where layers that seemed to be alike are not, or where anything else is in the way of that."""
-    device = device_of(model)
-    inputs = {axis.name: axis.example(device) for axis in axes}
+    model, axes, inputs = request.model, request.axes, request.examples()
     repeats: Repeats | None = None
     with ExitStack() as stack:
-        notes = stack.enter_context(as_captured(model, axes, flags, mode))
+        notes = stack.enter_context(as_captured(request))
         stack.enter_context(_patches(model))
         try:
             with ExitStack() as tracing:
                 repeats = tracing.enter_context(traced_once(model)) if alike else None
                 assigned = tracing.enter_context(noticed(model))
                 exported, sizes = _export(model, axes, inputs, repeats)
-                result = _program(exported, sizes.specs(), canonical, repeats)
+                result = _program(exported, sizes.specs(), request.aliases, repeats)
             require_products(result.program.graph)
         except Exception as error:
-            final = in_any_trace(model, inputs, error)
+            final = in_any_trace(request, inputs, error)
             if repeats is not None and repeats.calls and not final:
                 return None
-            raise not_captured(model, axes, flags, inputs, error) from (UntraceableError(error) if final else error)
+            raise not_captured(request, inputs, error) from (UntraceableError(error) if final else error)
     result.alike = repeats.reused if repeats is not None else 0
     if assigned and result.alike:
         return None
-    result.program.mode, result.program.flags = mode, flags
+    result.program.mode, result.program.flags = request.mode, request.flags
     result.notes, result.assigned = (*notes, *fixed_notes(axes, result.program.inputs)), tuple(assigned)
     return result
 

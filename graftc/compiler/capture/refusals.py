@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from graftc.compiler.capture.interface import Flags
-from graftc.compiler.capture.signature import Axis, described
+from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.ir.verify import mixed_product
@@ -27,23 +27,20 @@ class MixedProductError(TypeError):
     """A product of different element types, which kernels refuse and the tracer takes."""
 
 
-def not_captured(
-    model: nn.Module, axes: Sequence[Axis], flags: Flags, inputs: Mapping[str, Tensor], error: Exception
-) -> GraftError:
+def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> GraftError:
     """The error for a capture that failed, to be called where the model is as it is captured.
 
     Args:
-        model: the model; it runs once on the inputs, unless they are on the meta device.
-        axes, flags: what it was captured with.
+        request: what was asked for; the model runs once on the inputs, unless they are on the meta device.
         inputs: the examples that it was captured with.
         error: what the tracer raised.
     """
-    name, called = type(model).__name__, described(axes, flags) or "no inputs"
-    own = _own_error(model, inputs)
+    name, called = type(request.model).__name__, str(request)
+    own = _own_error(request.model, inputs)
     if isinstance(own, GraftError):  # a forward of ours says what is missing
         return own
     if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
-        shown = ", ".join(_shown(axis) for axis in axes)
+        shown = ", ".join(_shown(axis) for axis in request.axes)
         with_what = f": it was run with {shown}" if shown else ""
         message = f"{name} does not run with {called}: {first_line(own)}"
         return GraftError("GC030", message, hint=f"the model itself raises this{with_what}")
@@ -63,17 +60,17 @@ class UntraceableError(Exception):
         self.__cause__ = error
 
 
-def in_any_trace(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception) -> bool:
+def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> bool:
     """Whether a trace failed for a reason that holds whatever the sizes, and however layers are traced: the model asks
     for values, or it runs, and fails at the same line on tensors without values of exactly these sizes.
 
     Args:
-        model, inputs: as for `not_captured`.
+        request, inputs: as for `not_captured`.
         error: what the tracer raised.
     """
     if by_values(error):
         return True
-    place = _place(error)
+    model, place = request.model, _place(error)
     if not place or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), *inputs.values())):
         return False
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)

@@ -15,6 +15,7 @@ from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.interface import config_of, device_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.program import Program
@@ -127,7 +128,7 @@ def _observed(
         model.get_submodule(path).register_forward_hook(saw, with_kwargs=True)
 
     axes = compilation.signatures[key.signature].axes
-    with as_captured(model, axes, program.flags, "eval"):  # puts tables of hooks back
+    with as_captured(CaptureRequest(model, axes, program.flags, "eval")):  # puts tables of hooks back
         for path in paths:
             watch(path)
         try:

@@ -111,13 +111,22 @@ def own_digest() -> str:
     """A digest of graftc's own code that takes part in making and reading captures: a change makes old ones
     unreachable."""
     digest = hashlib.sha256()
-    for path in own_files(Path(__file__).parents[2]):
+    for path in own_files(Path(__file__).parents[3]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-_OWN = ("compiler", "compiler/capture", "passes/core", "passes/core/*", "passes/graph", "specs", "specs/errors")
-"""Folders with every file that this one's neighbours `capture` and `cache` import, and so on."""
+_OWN = (
+    "compiler",
+    "compiler/capture",
+    "compiler/capture/identity",
+    "passes/core",
+    "passes/core/*",
+    "passes/graph",
+    "specs",
+    "specs/errors",
+)
+"""Folders with every file that `capture` and `cache` import, and so on."""
 
 
 def own_files(package: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""What tells one model, and the code that it runs, from another."""

@@ -1,0 +1,76 @@
+"""What is asked of a capture: a model, what it is called with, and in which mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.interface import Flags, device_of
+from graftc.compiler.capture.signature import Axis, described, less_dynamic
+from graftc.passes.core.ir.program_key import Mode
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """A model, and the calls of it that one graph is to hold for.
+
+    Attributes:
+        model: any module; capturing leaves its training flags, config and tensors as they are.
+        axes: the inputs.
+        flags: other keyword arguments; they become constants of the graph.
+        mode: train or eval.
+        aliases: tied tensor names to the name that owns the tensor.
+    """
+
+    model: nn.Module
+    axes: tuple[Axis, ...]
+    flags: Flags = ()
+    mode: Mode = "train"
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        axes: Sequence[Axis] | None = None,
+        flags: Flags = (),
+        mode: Mode = "train",
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> CaptureRequest:
+        """A request; without axes, for the model's main input and its mask.
+
+        Raises:
+            GraftError: GC030 for a model whose inputs cannot be told from its interface.
+        """
+        return cls(model, tuple(default_axes(model) if axes is None else axes), flags, mode, aliases)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    def examples(self) -> dict[str, Tensor]:
+        """The tensors that the model is captured with, by name: ones, of the sizes that the axes say."""
+        return {axis.name: axis.example(self.device) for axis in self.axes}
+
+    def in_mode(self, mode: Mode) -> CaptureRequest:
+        """The same in another mode."""
+        return replace(self, mode=mode)
+
+    def with_inputs(self, axes: Sequence[Axis], flags: Flags) -> CaptureRequest:
+        """The same for other inputs."""
+        return replace(self, axes=tuple(axes), flags=flags)
+
+    def less_dynamic(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[CaptureRequest]:
+        """The same inputs with ever fewer sizes that vary: see `graftc.compiler.capture.signature.less_dynamic`."""
+        for axes in less_dynamic(self.axes, tensors):
+            yield replace(self, axes=tuple(axes))
+
+    def __str__(self) -> str:
+        """The inputs and flags, for messages."""
+        return described(self.axes, self.flags) or "no inputs"
