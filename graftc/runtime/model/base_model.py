@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.passes.core.weights.containers import Container, Node, Pass
+from graftc.passes.core.weights.containers import Container, Node, UnitCall
 from graftc.passes.core.weights.store import Store
 
 
@@ -38,7 +38,7 @@ class BaseModel(Container):
             GraftError: GC031 for inputs that cannot be captured; GC043 where the model returns no hidden states.
         """
         call = self._graftc.call
-        if call is None or (inputs and isinstance(inputs[0], Pass)):
+        if call is None or (inputs and isinstance(inputs[0], UnitCall)):
             return super().forward(*inputs, **options)
         return call(inputs, options)
 

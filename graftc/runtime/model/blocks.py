@@ -23,7 +23,7 @@ from graftc.compiler.capture.past import CACHE
 from graftc.passes.core.ir.codegen import Function, function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, ProgramKey
-from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tree, of_fsdp
+from graftc.passes.core.weights.containers import OWN, Container, Node, Tree, UnitCall, of_fsdp
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
@@ -315,7 +315,7 @@ class Runner:
         program_inputs = self.inputs(key, inputs)
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():
-            found = partial(unit, Pass(found))
+            found = partial(unit, UnitCall(found))
         if not is_traced() and hooks_everywhere():
             self.hearing.everywhere = True
         if not (self.hearing.hooked or self.hearing.everywhere):

@@ -26,7 +26,7 @@ from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signatur
 from graftc.passes.core.weights.containers import (
     OWN,
     Container,
-    Pass,
+    UnitCall,
     constant,
     drops_nothing,
     plain_attributes,
@@ -234,7 +234,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
         Raises:
             GraftError: GC031 for inputs that cannot be captured, GC143 for more tokens than there are positions.
         """
-        if args and isinstance(args[0], Pass):
+        if args and isinstance(args[0], UnitCall):
             self._entered = True
             try:
                 return args[0].run()
@@ -387,7 +387,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
     def within(self, run: Callable[[], Any]) -> Any:
         """Run something inside of a call of the module where that is sharded: its hooks gather the tensors. Other hooks
         are not told of calls that nobody made."""
-        return self.module(Pass(run)) if is_unit(self.module) and not self._entered else run()
+        return self.module(UnitCall(run)) if is_unit(self.module) and not self._entered else run()
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""

@@ -183,8 +183,8 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A pass through graphs, around which a module is entered that FSDP2 has made a unit: its hooks gather tensors."""
+class UnitCall:
+    """A run of graphs, around which a module is entered that FSDP2 has made a unit: its hooks gather tensors."""
 
     run: Callable[[], Any]
 
@@ -228,12 +228,12 @@ class Container(Tree):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Refused: what a module computes is a part of the graphs of the whole model. One that FSDP2 has made a unit is
-        entered around them, for its hooks: a `Pass` is run.
+        entered around them, for its hooks: a `UnitCall` is run.
 
         Raises:
             GraftError: GC043.
         """
-        if len(inputs) == 1 and isinstance(inputs[0], Pass):
+        if len(inputs) == 1 and isinstance(inputs[0], UnitCall):
             return inputs[0].run()
         name = type(self).__name__
         raise GraftError("GC043", f"{name} computes nothing by itself", hint="call the compiled model")
