@@ -1,74 +1,62 @@
-"""Record what every contract class compiles to: graphs, their text, initial tensors and folded tensors, as digests.
+"""Record what every contract class compiles to, and banks, other calls and quantised bases, as digests: graphs,
+histories, tensors, outputs, gradients, folds and certificates.
 
 ``python -m tests.frozen.freeze`` writes ``frozen.json`` anew, which `tests/frozen/test_frozen.py` compares with. Do so
-where graphs or tensors are meant to change, and look at the difference before committing it. A run that was stopped
-goes on with ``--resume``, and ``--only REGEX`` records some entries and keeps the others. All takes six minutes.
+where something is meant to change, and look at the difference before committing it. ``--to FILE`` writes another file,
+with which the tests compare where ``GRAFTC_FROZEN=FILE``. A run that was stopped goes on with ``--resume``, and ``--only
+REGEX`` records some entries and keeps the others. All takes twelve minutes of one processor.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
 
-from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.fold_plan import fold_plan
-from graftc.passes.core.ir.printer import Printer, format_program, structural_hash
-from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.program_key import Mode, Stage
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import MethodContract
+from graftc.testing.contract import Contract
+from tests.frozen.contracts import FromSpec, others
+from tests.frozen.digests import tensors_digest
+from tests.frozen.records import Record, one_thread, record
 
 HERE = Path(__file__).parent
 FILE = HERE / "frozen.json"
 METHODS = HERE.parent / "methods"
 AGAIN = "python -m tests.frozen.freeze"
 
-GRAPHS: tuple[tuple[str, Mode, Stage], ...] = (
-    ("base.train", "train", "base"),
-    ("base.eval", "eval", "base"),
-    ("train", "train", "adapted"),
-    ("eval", "eval", "adapted"),
-)
-"""The graphs whose structure is recorded; of the adapted ones the text is recorded too."""
-
-NUMBERS = frozenset({"initial", "folded"})
-"""Fields with digests of values: another processor may round in another way."""
-
 UNORDERED = frozenset({"test_wide.TestLoRAByRole.gemma3"})
 """Entries whose model goes through a set of strings: the order of what it computes there is another in each process.
 Of their text, lines are taken without numbers and sorted."""
 
-Record = dict[str, str]
-
 
 class Entry(NamedTuple):
-    """A contract class on one family.
+    """A contract on one family.
 
     Attributes:
-        module: the test file's stem.
-        contract: the class.
+        name: what it is recorded as.
+        contract: says what is compiled.
         family: one of its families.
     """
 
-    module: str
-    contract: type[MethodContract]
+    name: str
+    contract: Contract
     family: str
 
-    def __str__(self) -> str:
-        return f"{self.module}.{self.contract.__qualname__}.{self.family}"
+    def record(self) -> Record:
+        """What it is now."""
+        options = vars(self.contract) if isinstance(self.contract, FromSpec) else {}
+        own = {name: options[name] for name in ("slots", "generates", "merging") if name in options}
+        return record(self.contract, self.family, ordered=self.name not in UNORDERED, **own)
 
 
 def contracts() -> list[tuple[str, type[MethodContract]]]:
@@ -86,62 +74,13 @@ def contracts() -> list[tuple[str, type[MethodContract]]]:
 
 def entries() -> dict[str, Entry]:
     """All that is recorded, by name."""
-    every = (Entry(stem, contract, family) for stem, contract in contracts() for family in contract.families)
-    return {str(entry): entry for entry in every}
-
-
-def record(entry: Entry) -> Record:
-    """Compile and perturb an entry's model, and tell what came of it.
-
-    Returns:
-        ``graph.*``: structural hashes, of the base's graphs too. ``text.*``: digests of the adapted graphs' text.
-        ``initial``: of the adapter tensors as compiling makes them. ``folded``: of the perturbed model's folded
-        tensors, in the base's dtype, or the code of the error that says why it does not fold.
-    """
-    torch.manual_seed(0)
-    contract = entry.contract()
-    compiled = contract.compiled(entry.family, contract.model(entry.family))
-    compilation = compiled.compilation
-    found: Record = {}
-    for name, mode, stage in GRAPHS:
-        program = compilation.program(mode, stage)
-        found[f"graph.{name}"] = structural_hash(program, compilation.store.canonical)
-        if stage == "adapted":
-            found[f"text.{name}"] = _short(_text(program, ordered=str(entry) not in UNORDERED))
-    found["initial"] = tensors_digest(compiled.adapter_state_dict().items())
-    contract.perturb(entry.family, compiled)
-    found["folded"] = _folded(compilation)
-    return found
-
-
-@torch.no_grad()
-def _folded(compilation: Compilation) -> str:
-    try:
-        fold = fold_plan(compilation)
-        for error in fold.kept.values():
-            raise error
-        lazy = fold.lazy
-        return tensors_digest((name, lazy.folded(name)) for name in (*lazy.names, *lazy.additions()))
-    except GraftError as error:
-        return error.code
-
-
-def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of names, types, shapes and bytes; the order of the tensors makes no difference."""
-    whole = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        own = tensor.detach().contiguous()
-        whole.update(f"{name}:{own.dtype}:{list(own.shape)}\n".encode())
-        whole.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()[:16]
-
-
-def _text(program: Program, *, ordered: bool) -> str:
-    return format_program(program) if ordered else "\n".join(sorted(Printer(program, numbered=False).lines()))
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    of_methods = [
+        (f"{stem}.{contract.__qualname__}", contract(), family)
+        for stem, contract in contracts()
+        for family in contract.families
+    ]
+    every: list[tuple[str, Contract, str]] = [*of_methods, *others()]
+    return {f"{name}.{family}": Entry(f"{name}.{family}", contract, family) for name, contract, family in every}
 
 
 def made_with() -> Record:
@@ -150,6 +89,7 @@ def made_with() -> Record:
     return {"cpu": cpu, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+@one_thread()
 def _rounding() -> str:
     """A digest of products, sums and decompositions: two processors of one name and one instruction set may add up in
     other orders."""
@@ -164,7 +104,7 @@ def _rounding() -> str:
             torch.linalg.svd(a)[1],
         ]
         found += [a[:, :2] @ b[:2], a[:, :8] @ b[:8], torch.linalg.qr(a)[1]]
-    return tensors_digest((str(number), tensor) for number, tensor in enumerate(found))[:8]
+    return tensors_digest((str(number), tensor) for number, tensor in enumerate(found)).split()[-1][:8]
 
 
 class Frozen(NamedTuple):
@@ -196,28 +136,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=AGAIN, description=__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="record these entries and keep the others")
     parser.add_argument("--resume", action="store_true", help="keep what is in the file and record what is missing")
-    parser.add_argument("--file", type=Path, default=FILE, help="where to write; by default %(default)s")
+    parser.add_argument("--to", type=Path, default=FILE, metavar="FILE", help="where to write; by default %(default)s")
     chosen = parser.parse_args(arguments)
     every = entries()
     wanted = {name: entry for name, entry in every.items() if re.search(chosen.only, name)}
     kept: dict[str, Record] = {}
-    if (chosen.only or chosen.resume) and chosen.file.is_file():
-        made, kept = read(chosen.file)
+    if (chosen.only or chosen.resume) and chosen.to.is_file():
+        made, kept = read(chosen.to)
         if made != made_with():
-            sys.exit(f"{chosen.file} was made with {made}, here is {made_with()}: record everything")
+            sys.exit(f"{chosen.to} was made with {made}, here is {made_with()}: record everything")
         kept = {name: found for name, found in kept.items() if name in every}
     if chosen.resume:
         wanted = {name: entry for name, entry in wanted.items() if name not in kept}
     started = written = time.monotonic()
     for number, (name, entry) in enumerate(wanted.items(), 1):
-        kept[name] = record(entry)
+        kept[name] = entry.record()
         now = time.monotonic()
         print(f"[{number}/{len(wanted)}] {now - started:.0f} s  {name}", flush=True)
         if now - written > 20:
-            chosen.file.write_text(to_json(made_with(), kept), encoding="utf-8")
+            chosen.to.write_text(to_json(made_with(), kept), encoding="utf-8")
             written = now
-    chosen.file.write_text(to_json(made_with(), kept), encoding="utf-8")
-    print(f"{chosen.file}: {len(kept)} entries")
+    chosen.to.write_text(to_json(made_with(), kept), encoding="utf-8")
+    print(f"{chosen.to}: {len(kept)} entries")
 
 
 if __name__ == "__main__":
