@@ -1,4 +1,4 @@
-"""Everything that a method is written with: the one module that plugins import, beside `graftc.testing`.
+"""Everything that a method or a pass is written with: the one module that plugins import, beside `graftc.testing`.
 
 Names are looked up when they are asked for, so a module of specs that imports from here loads no torch.
 """
@@ -21,7 +21,8 @@ _SPEC = {
 }
 """What a module of specs needs."""
 
-_METHOD = {
+_CODE = {
+    "AddedPass": "graftc.passes.core.added_passes",
     "AttentionSite": "graftc.passes.core.sites.sites",
     "BaseGradients": "graftc.passes.core.method.base_gradients",
     "Builder": "graftc.passes.core.build.builder",
@@ -37,6 +38,9 @@ _METHOD = {
     "OutputObjective": "graftc.passes.core.method.steering",
     "ParameterSite": "graftc.passes.core.sites.sites",
     "AdaptedSite": "graftc.passes.core.method.steering",
+    "Pass": "graftc.passes.core.pipeline",
+    "PassContext": "graftc.passes.core.pass_context",
+    "Program": "graftc.passes.core.ir.program",
     "Ranked": "graftc.passes.core.method.capabilities",
     "Reading": "graftc.passes.core.method.capabilities",
     "Reselecting": "graftc.passes.core.method.capabilities",
@@ -64,12 +68,14 @@ _METHOD = {
     "weight_fold": "graftc.passes.core.weights.folds",
     "zeros": "graftc.passes.core.method.lowrank",
 }
-"""What the code of a method needs."""
+"""What the code of a method or of a pass needs."""
 
 if TYPE_CHECKING:
+    from graftc.passes.core.added_passes import AddedPass
     from graftc.passes.core.build.builder import Builder
     from graftc.passes.core.build.effective_weight import effective_weight
     from graftc.passes.core.build.routing import pick, route
+    from graftc.passes.core.ir.program import Program
     from graftc.passes.core.method.base_gradients import BaseGradients
     from graftc.passes.core.method.capabilities import (
         Collapsing,
@@ -88,6 +94,8 @@ if TYPE_CHECKING:
     from graftc.passes.core.method.method import Method
     from graftc.passes.core.method.scoring import Scoring
     from graftc.passes.core.method.steering import AdaptedSite, Controller, OutputObjective, TensorObjective
+    from graftc.passes.core.pass_context import PassContext
+    from graftc.passes.core.pipeline import Pass
     from graftc.passes.core.sites.sites import (
         AttentionSite,
         LinearSite,
@@ -108,6 +116,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptedSite",
+    "AddedPass",
     "AttentionSite",
     "BaseGradients",
     "Builder",
@@ -128,6 +137,9 @@ __all__ = [
     "OutputObjective",
     "Override",
     "ParameterSite",
+    "Pass",
+    "PassContext",
+    "Program",
     "RankOverride",
     "Ranked",
     "Reading",
@@ -164,7 +176,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
-    module = _SPEC.get(name) or _METHOD.get(name)
+    module = _SPEC.get(name) or _CODE.get(name)
     if module is None:
         raise AttributeError(f"module 'graftc.extend' has no attribute {name!r}")
     return getattr(importlib.import_module(module), name)

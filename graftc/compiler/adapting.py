@@ -16,6 +16,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import inputs_of_program
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.passes.core import progress
+from graftc.passes.core.added_passes import extended
 from graftc.passes.core.ir.eval_mode import moded, to_eval
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program import Program, from_two
@@ -40,7 +41,7 @@ ADAPT: Pipeline[Adapting] = Pipeline(
 )
 """From a base that was captured and held against the model to an adapted Program."""
 
-EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], given={"adapted"})
+EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
 """From an adapted Program to that of eval mode."""
 
 Graphs = dict[tuple[Entry, Mode, Stage], Program]
@@ -73,16 +74,16 @@ def _adapt_signature(
     captures, source_eval = list(train.captures), to_eval(found.program)
     eval_base = record_baseline(source_eval if train.base is found.program else to_eval(train.base))
     derived = [anchored(compilation, c, source_eval if c is found else to_eval(c.program)) for c in train.captures]
-    evaluating = Evaluating(compilation.store, program, True, eval_base)
+    evaluating = Evaluating(train, program, True, eval_base)
     if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
         # Eval mode is more than train mode without dropout: what it computes has to be looked at.
         in_eval = request.in_mode("eval")
         direct = take(compilation, in_eval, Log())
         own = Adapting(compilation, in_eval, direct, train, controls)
-        evaluating = Evaluating(compilation.store, _adapted(own, Log()), False, own.base)
+        evaluating = Evaluating(own, _adapted(own, Log()), False, own.base)
         captures += own.captures
         source_eval, eval_base, derived = direct.program, own.base, []
-    adapted_eval = EVAL.run(program, evaluating, log)
+    adapted_eval = extended(EVAL).run(program, evaluating, log)
     special = {name for held in [*derived, *(c.anchor for c in captures if c.anchor)] for name in held.from_two}
     graphs: Graphs = {
         ("forward", "train", "base"): train.base,
@@ -109,6 +110,7 @@ def _adapt_signature(
         request.axes,
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
+        (*train.findings.records(ADAPT.name), *evaluating.findings.records(EVAL.name)),
     )
 
 
@@ -118,7 +120,7 @@ def _adapted(context: Adapting, log: Log) -> Program:
     Raises:
         GraftError: from the passes; GC031 and GC141 where a part of a call cannot be adapted by itself.
     """
-    program = ADAPT.run(context.base, context, log)
+    program = extended(ADAPT).run(context.base, context, log)
     require_tokens_alone(program)
     require_every_edit(context.compilation, program, context.base)
     return program

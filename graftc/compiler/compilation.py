@@ -21,6 +21,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Mode, ProgramKey, Signature, Stage
+from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdits
@@ -44,6 +45,7 @@ class Resolution:
         captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
             token embeddings where there are virtual tokens.
         anchors: how the source model's graphs compare with the model itself.
+        passes: passes of plugins that the graphs went through, with what they found.
         seen: inputs of a call, where nobody showed any before.
     """
 
@@ -56,6 +58,7 @@ class Resolution:
     axes: tuple[Axis, ...]
     captures: tuple[Capture, ...]
     anchors: tuple[Anchor, ...]
+    passes: tuple[PassRecord, ...]
     seen: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property

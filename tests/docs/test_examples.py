@@ -41,6 +41,7 @@ from graftc.specs.pet.pattern import PatternSpec
 from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.testing import perturb, tiny
 from tests.cli.speakers import save_tokenizer
+from tests.installed_passes import installing
 from tests.pet.small_tokenizers import tokenizer
 from tests.quantised.writers import FORMATS, gptq
 from tests.quantised.writers import llama as quantised_llama
@@ -170,6 +171,14 @@ def plug_in(patch: pytest.MonkeyPatch, package: str) -> None:
     patch.setattr(registry, "entry_points", lambda group: [EntryPoint("mine", package, group)])
     registry.reload_methods()
     registry.method_specs()
+
+
+def a_pass_without_its_place(patch: pytest.MonkeyPatch) -> None:
+    Path("site").mkdir()
+    made = 'AddedPass(Pass("macs", print, rewrites=False), after="insrt")'
+    with installing(Path("site")) as install:
+        install("graftc-macs", f"from graftc.extend import AddedPass, Pass\nCOUNT = {made}\n", macs="COUNT")
+        compiled()
 
 
 def saved() -> Path:
@@ -469,6 +478,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC072": a_method_of_peft,
     "GC073": a_name_for_a_model,
     "GC074": pickling,
+    "GC077": a_pass_without_its_place,
     "GC080": no_artifact,
     "GC081": a_newer_format,
     "GC082": a_file_cut_short,

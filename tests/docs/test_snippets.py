@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import graftc
+from graftc.compiler.adapting import ADAPT, EVAL
+from graftc.passes.lowering.lower import LOWER
 from graftc.runtime.cli import main
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
@@ -25,6 +27,8 @@ from tests.docs.blocks import DOCS, ROOT, Block, blocks, pages
 from tools.docs.cli import commands
 
 PLUGIN = ROOT / "examples" / "plugin"
+GUIDES = {"writing-a-method.md": PLUGIN, "writing-a-pass.md": ROOT / "examples" / "plugin_pass"}
+"""Pages about plugins, each with the package that it shows."""
 EXAMPLES = "errors.md"
 PET = "pet.md"
 """The page of what is wrong: its specs have to fail."""
@@ -77,9 +81,19 @@ def test_python_parses(block: Block) -> None:
     ast.parse(textwrap.dedent(block.text))
 
 
-@pytest.mark.parametrize("block", [b for b in ALL if b.page == "writing-a-method.md" and b.title], ids=str)
-def test_what_is_shown_of_the_plugin_is_in_it(block: Block) -> None:
-    assert block.text in (PLUGIN / block.title).read_text(encoding="utf-8")
+@pytest.mark.parametrize("block", [b for b in ALL if b.page in GUIDES and b.title], ids=str)
+def test_what_is_shown_of_a_plugin_is_in_it(block: Block) -> None:
+    assert block.text in (GUIDES[block.page] / block.title).read_text(encoding="utf-8")
+
+
+def test_the_pipelines_are_listed_whole() -> None:
+    text = (DOCS / "writing-a-pass.md").read_text(encoding="utf-8")
+    rows = re.findall(r'^\| `"(\w+)"`[^|]* \| [^|]* \| [^|]* \| ([^|]*) \|$', text, re.MULTILINE)
+    listed = {name: re.findall(r"`([^`]+)`", passes) for name, passes in rows}
+    assert listed == {each.name: [own.name for own in each] for each in (ADAPT, EVAL, LOWER)}
+    facts = re.findall(r'^\| `"(\w+)"` \| [^|]* \| [^|]* \|$', text, re.MULTILINE)
+    assert facts == ["sites", "places", "adapted"]
+    assert set(facts) <= {fact for each in ADAPT for fact in each.ensures}
 
 
 def test_the_contract_is_listed_whole() -> None:

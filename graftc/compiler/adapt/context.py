@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graftc.compiler.capture.capture import Capture
@@ -10,16 +10,19 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.resolve.embeds import Plan
 from graftc.compiler.resolve.resolver import Resolved, Resolver
+from graftc.compiler.resolve.sitetable import BlockedSite
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.sites.sites import AttentionSite, ParameterSite
+from graftc.passes.core.pass_context import Findings, PassHost
+from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site
 from graftc.passes.core.weights.store import Store
+from graftc.specs.document import Spec
 
 
 @dataclass
-class Adapting:
+class Adapting(PassHost):
     """One Program that is being adapted.
 
     Attributes:
@@ -34,6 +37,7 @@ class Adapting:
         resolver, structure: its sites and its roles, once they are known.
         resolved, trained: the adaptations with their sites, and tensors that train in place, once they are known.
         plan: the virtual tokens, by the ids in front of which they stand.
+        findings: what passes of plugins leave.
     """
 
     compilation: Compilation
@@ -48,6 +52,7 @@ class Adapting:
     resolved: list[Resolved] = field(default_factory=list)
     trained: list[ParameterSite] = field(default_factory=list)
     plan: Plan = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
         self.base, self.captures = self.capture.program, [self.capture]
@@ -56,6 +61,26 @@ class Adapting:
     def store(self) -> Store:
         """Every tensor."""
         return self.compilation.store
+
+    @property
+    def asked(self) -> Spec:
+        """See `PassHost`."""
+        return self.compilation.spec
+
+    @property
+    def every_site(self) -> Sequence[Site]:
+        """See `PassHost`."""
+        every = (site for sites in self.resolver.table.entries for site in sites)
+        return [site for site in every if not isinstance(site, BlockedSite)]
+
+    @property
+    def adapted_sites(self) -> Mapping[str, Sequence[Site]]:
+        """See `PassHost`."""
+        return {found.name: [site for site, _ in found.sites] for found in self.resolved}
+
+    def inserting(self, program: Program, owner: str) -> Builder:
+        """See `PassHost`."""
+        return self.builder(program, owner, owner)
 
     @property
     def attentions(self) -> tuple[AttentionSite, ...]:

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from graftc.compiler.adapt.context import Adapting
+from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.pipeline import Pass
+from graftc.passes.core.pass_context import Findings, PassHost
+from graftc.passes.core.pipeline import COPIED, Pass
 from graftc.passes.core.weights.store import Store
+from graftc.specs.document import Spec
 
 
 @dataclass
-class Evaluating:
+class Evaluating(PassHost):
     """An adapted Program of which that of eval mode is made.
 
     Attributes:
-        store: every tensor.
+        adapting: what the adapted Program came from.
         adapted: the adapted Program in train mode, or one captured in eval mode.
         derived: whether what the base does in train mode alone has to be taken out of it too.
         base: the base in eval mode, which the result is held against.
+        findings: what passes of plugins leave.
     """
 
-    store: Store
+    adapting: Adapting
     adapted: Program
     derived: bool
     base: Program
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def store(self) -> Store:
+        """Every tensor."""
+        return self.adapting.store
+
+    @property
+    def asked(self) -> Spec:
+        """See `PassHost`."""
+        return self.adapting.asked
+
+    def inserting(self, program: Program, owner: str) -> Builder:
+        """See `PassHost`."""
+        return self.adapting.builder(program, owner, owner)
 
 
 def _evaluate(program: Program, context: Evaluating) -> Program:
@@ -33,5 +53,5 @@ def _evaluate(program: Program, context: Evaluating) -> Program:
     return result
 
 
-EVALUATE: Pass[Evaluating] = Pass("mode(eval)", _evaluate, frozenset({"adapted"}), frozenset({"evaluated"}))
+EVALUATE: Pass[Evaluating] = Pass("mode(eval)", _evaluate, {"adapted"}, {"evaluated", COPIED})
 """Take out what happens in train mode alone, dropout above all."""

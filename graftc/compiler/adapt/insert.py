@@ -102,29 +102,27 @@ def _has_sparse_weights(program: Program, context: Adapting) -> bool:
 CONTROLS = Pass(
     "insert controls",
     _controls,
-    frozenset({"places"}),
-    frozenset({"controls"}),
+    {"places"},
+    {"controls"},
     wanted=lambda program, context: bool(context.controls),
 )
 """Add the inputs by which a call chooses among adaptations."""
 
-ADDED_TOKENS = PassGroup("insert tokens", _tokens, frozenset({"sites", "room"}), frozenset({"tokens"}), each=0)
+ADDED_TOKENS = PassGroup("insert tokens", _tokens, {"sites", "room"}, {"tokens"}, each=0)
 """Put the rows of added tokens under those of the tables."""
 
 TRAIN_IN_PLACE = Pass(
     "insert(train)",
     _train,
-    frozenset({"trained"}),
-    frozenset({"trained in place"}),
+    {"trained"},
+    {"trained in place"},
     wanted=lambda program, context: bool(context.trained),
     verified=True,
 )
 """Let tensors of the base train."""
 
-ADAPTATIONS = PassGroup(
-    "insert", _adaptations, frozenset({"places", "controls", "tokens", "trained in place"}), frozenset({"adapted"})
-)
+ADAPTATIONS = PassGroup("insert", _adaptations, {"places", "controls", "tokens", "trained in place"}, {"adapted"})
 """Insert every adaptation, and every composition of them, at its places."""
 
-RECOMPUTE = Pass("recompute", _recompute, frozenset({"adapted"}), wanted=_has_sparse_weights, verified=True)
+RECOMPUTE = Pass("recompute", _recompute, {"adapted"}, wanted=_has_sparse_weights, verified=True)
 """Make sums of a weight and a sparse delta where they are read, and again in the backward pass."""

@@ -19,7 +19,8 @@ from graftc.compiler.resolve.train import train_sites, train_sites_again
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import record_baseline
-from graftc.passes.core.pipeline import Log, Pass, PassGroup
+from graftc.passes.core.pass_context import PLACES, SITES
+from graftc.passes.core.pipeline import COPIED, Log, Pass, PassGroup
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -88,13 +89,13 @@ def _resolve_train(program: Program, context: Adapting) -> None:
     require_every_place(compilation, program, context.resolved, context.trained)
 
 
-COPY = Pass("copy", _copy, ensures=frozenset({"copy"}))
+COPY = Pass("copy", _copy, ensures={COPIED})
 """Leave the base as it is."""
 
-ROLES = Pass("roles", _roles, frozenset({"copy"}), frozenset({"roles"}), rewrites=False)
+ROLES = Pass("roles", _roles, {COPIED}, {"roles"}, rewrites=False)
 """Find attentions, feed-forward parts and layers by what the graph computes."""
 
-RESOLVE = Pass("resolve", _resolve, frozenset({"roles"}), frozenset({"sites", "places"}), rewrites=False)
+RESOLVE = Pass("resolve", _resolve, {"roles"}, {SITES, PLACES}, rewrites=False)
 """Find the sites that the spec's targets name, or those of the first signature."""
 
 _LENGTHENING = (
@@ -108,10 +109,8 @@ def _lengthening(program: Program, context: Adapting) -> Sequence[Pass[Adapting]
     return _LENGTHENING if context.plan else ()
 
 
-LENGTHEN = PassGroup("lengthen", _lengthening, frozenset({"places"}), frozenset({"room"}))
+LENGTHEN = PassGroup("lengthen", _lengthening, {PLACES}, {"room"})
 """Make room for virtual tokens, and find the places again in the longer graph."""
 
-RESOLVE_TRAIN = Pass(
-    "resolve train", _resolve_train, frozenset({"sites", "room"}), frozenset({"trained"}), rewrites=False
-)
+RESOLVE_TRAIN = Pass("resolve train", _resolve_train, {SITES, "room"}, {"trained"}, rewrites=False)
 """Find the tensors that train in place."""

@@ -1,8 +1,9 @@
 """The capture cache: canonicalised, weightless graphs in the user's cache folder, as JSON.
 
 The key covers everything that a capture depends on: what the modules hold and the code that they reach (`holdings`),
-the signature (inputs and flags), and the versions of Python, torch, transformers and graftc with graftc's own code. A
-model that holds something which cannot be written down has no key and is not kept; the report says what that is.
+the signature (inputs and flags), the versions of Python, torch, transformers and graftc with graftc's own code, and the
+passes that plugins add. A model that holds something which cannot be written down has no key and is not kept; the
+report says what that is.
 
 Files are not trusted: one counts when it is a file of this user's that nobody else may write to, its first line is a
 digest of the rest, and it names the key that is looked for. Any other is captured anew. A digest tells damage and not
@@ -34,6 +35,7 @@ from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, Unknown
 from graftc.compiler.capture.identity.sources import own_digest
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core import progress
+from graftc.passes.core.added_passes import registered
 from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 
@@ -69,6 +71,7 @@ def _key(request: CaptureRequest) -> str:
         "versions": _versions(),
         "code": own_digest(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **({"passes": passes} if (passes := registered()) else {}),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -37,7 +37,8 @@ class FoldPlan:
 
 def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> FoldPlan:
     """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
-    into the weights would apply it first. What stands in for base tensors is on top of nothing.
+    into the weights would apply it first. What stands in for base tensors is on top of nothing. Nothing folds in a
+    graph that a plugin's pass has rewritten.
 
     Args:
         compilation: what to fold.
@@ -51,6 +52,7 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
     for name in only or ():
         if name not in (TOKENS, TRAIN, *resolved):
             raise unknown_name("adaptation", name, (TOKENS, TRAIN, *resolved))
+    rewritten = _rewritten(compilation)
     names: list[str] = []
     kept: dict[str, GraftError] = {}
     for name in [TOKENS, TRAIN, *resolved]:
@@ -60,6 +62,8 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
                 if _present(compilation, name):
                     kept[name] = GraftError("GC050", f"{name!r} is not among what was to be folded")
                 continue
+            if rewritten is not None and _present(compilation, name):
+                raise rewritten
             if below is not None:
                 chosen = only is None or below[0] in only
                 reason = "which does not fold" if chosen else "which is to stay, and would then apply after it"
@@ -80,6 +84,17 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
             elif unit.name in names and member.name not in names:
                 names.append(member.name)
     return FoldPlan(lazy, tuple(names), kept)
+
+
+def _rewritten(compilation: Compilation) -> GraftError | None:
+    """Why nothing folds where a plugin's pass has rewritten a graph: folding takes adaptations out of a graph, and what
+    is left has to be the base's."""
+    edits = [compilation.program(mode).edits for mode in ("train", "eval")]
+    for own in compilation.main.passes:
+        if own.rewrites and any(edit.adaptation == own.name for each in edits for edit in each):
+            message = f"{own} has rewritten the graph, which no weights can say"
+            return GraftError("GC050", message, hint=f"compile where {own.distribution} is not installed")
+    return None
 
 
 def _present(compilation: Compilation, name: str) -> bool:

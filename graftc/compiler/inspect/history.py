@@ -57,13 +57,14 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
     before = list(takewhile(lambda entry: entry.step != _VERIFY, program.history))
     captured = len(snapshot.program("train", base=True).graph.nodes) + sum(e.removed - e.added for e in before)
     entries = [HistoryEntry(CAPTURE, captured, 0, 0.0), *program.history]
+    inserting = {own.name for own in snapshot.passes if own.rewrites}
     rows: list[HistoryRow] = []
     nodes = inserted = 0
     for index, entry in enumerate(entries):
         if entry.step == _VERIFY:
             continue
         nodes += entry.added - entry.removed
-        inserted += entry.added if entry.step.startswith(_INSERT) else 0
+        inserted += entry.added if entry.step.startswith(_INSERT) or entry.step in inserting else 0
         if all(later.step == _VERIFY for later in entries[index + 1 :]):
             # A mode drops inserted nodes as well: how many, the graph itself says.
             inserted = sum(provenance(node) is not None for node in program.graph.nodes)

@@ -22,7 +22,8 @@ class Origin:
     """Why an adaptation is at a place.
 
     Attributes:
-        adaptation, method: whose; the ``train`` list is ``trained``, new tokens are ``tokens``.
+        adaptation, method: whose; the ``train`` list is ``trained``, new tokens are ``tokens``, and a plugin's pass has
+            its own name.
         step: the pass that inserted it.
         site: the place; empty for what all places of the adaptation share.
         module: path of its module.
@@ -146,7 +147,9 @@ def _ends(path: str) -> Iterator[int]:
 
 
 def _step(snapshot: Snapshot, adaptation: str) -> str:
-    """The step that inserted it: that of its composition, where it is part of one."""
+    """The step that inserted it: that of its composition, where it is part of one; of a plugin's pass, the pass."""
+    if any(own.name == adaptation for own in snapshot.passes):
+        return adaptation
     composition = snapshot.spec.composition_of(adaptation)
     name = adaptation if composition is None else composition.name
     return f"insert({'train' if name == TRAIN else name})"
@@ -172,8 +175,12 @@ def _selectors(adaptation: MethodSpec, record: SiteRecord) -> Iterator[tuple[str
 
 
 def _spec_place(snapshot: Snapshot, owner: str, below: str) -> Place:
-    """Where the spec names an adaptation's places; ``below`` is the part that selected one."""
+    """Where the spec names an adaptation's places; ``below`` is the part that selected one. Of a plugin's pass, the
+    package that brings it."""
     spec = snapshot.spec
+    for own in snapshot.passes:
+        if own.name == owner:
+            return Place(path=str(own))
     if owner in (TRAIN, TOKENS):
         path = "train" if owner == TRAIN else "tokens"
     else:

@@ -15,6 +15,7 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.costs import Costs
+from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows, passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
@@ -22,6 +23,7 @@ from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.method.capabilities import Resized
 from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.markup import Html, bullets, folded, table
@@ -80,6 +82,7 @@ class Report:
         notes: what capturing had to change, and what could not be looked at.
         anchors: how the base's graphs compare with the source model itself.
         steps: how long each step took, in the order in which they began.
+        passes: passes of plugins that the graphs went through, with the figures that they report.
     """
 
     adaptations: tuple[AdaptationReport, ...]
@@ -95,6 +98,7 @@ class Report:
     notes: tuple[str, ...] = ()
     anchors: tuple[Anchor, ...] = ()
     steps: tuple[StepReport, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
 
     def _repr_html_(self) -> str:
         """For notebooks: what trains, a table of the adaptations, and folded notes and steps."""
@@ -115,7 +119,9 @@ class Report:
         ]
         seconds = self.capture_seconds + self.rewrite_seconds
         steps = table(("step", "seconds"), [(s.name, f"{s.seconds:.2f}") for s in self.steps], ("seconds",))
+        found = [row.cells() for row in figure_rows(self.passes)]
         parts = [bullets(facts), table(headings, rows, headings[2:]), bullets(self.notes)]
+        parts += [table(COLUMNS, found, COLUMNS[-1:])] if found else []
         return Html("".join(parts) + folded(f"compiled in {seconds:.1f} s", steps))
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class Report:
             "notes": list(self.notes),
             "steps": [asdict(s) for s in self.steps],
             "anchors": [{**a.to_json(), "seconds": a.seconds} for a in self.anchors],
+            "passes": passes_json(self.passes),
         }
 
 
@@ -164,6 +171,7 @@ def report(compilation: Compilation) -> Report:
         (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in main.anchors if a.skipped)),
         main.anchors,
         _steps(main, adapted),
+        main.passes,
     )
 
 

@@ -17,6 +17,7 @@ from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
+from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
@@ -124,6 +125,7 @@ class Snapshot:
         base: the base's tensors, in the source model's order; tied ones under the name that owns them.
         aliases: tied names to the name that owns the tensor.
         adapters: what graftc added.
+        passes: passes of plugins that the graphs went through.
         read: gives the Program of the first signature for a mode, adapted or the base's own.
     """
 
@@ -134,6 +136,7 @@ class Snapshot:
     base: Mapping[str, TensorRecord]
     aliases: Mapping[str, str]
     adapters: Mapping[str, TensorRecord]
+    passes: tuple[PassRecord, ...]
     read: Callable[[Mode, bool], Program]
 
     def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
@@ -152,6 +155,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
+        compilation.main.passes,
         lambda mode, base: compilation.program(mode, "base" if base else "adapted"),
     )
 
@@ -171,7 +175,7 @@ def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
 
     base = {name: TensorRecord.of(tensor) for name, tensor in store.base() if name not in store.constants}
     spec = Spec(adapt=())
-    return Snapshot(type(model).__name__, spec, (), (), base, dict(store.aliases), {}, read)
+    return Snapshot(type(model).__name__, spec, (), (), base, dict(store.aliases), {}, (), read)
 
 
 def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows, passes_json
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_layers
 from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.weights.names import owner_of
 from graftc.specs.errors.markup import Html, bullets, table, tag
 
@@ -53,6 +55,7 @@ class Summary:
         trained_in_full: elements of the ``train`` list.
         percent: ``100 t / (base + t)``.
         nodes, inserted: of the eval graph, without reads of tensors: all of them, and those that were inserted.
+        passes: passes of plugins that the graphs went through, with the figures that they report.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Summary:
     percent: float
     nodes: int
     inserted: int
+    passes: tuple[PassRecord, ...] = ()
 
     def _repr_html_(self) -> str:
         """For notebooks: the model, what trains, and a table of the adaptations."""
@@ -84,12 +88,14 @@ class Summary:
             for a in self.adaptations
         ]
         made = table(headings, rows, ("places", "trainable", "frozen"))
-        return Html(tag("b", f"Compiled {self.model}") + bullets(facts) + made)
+        found = [row.cells() for row in figure_rows(self.passes)]
+        figures = table(COLUMNS, found, COLUMNS[-1:]) if found else ""
+        return Html(tag("b", f"Compiled {self.model}") + bullets(facts) + made + figures)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         adaptations = [{**asdict(a), "roles": list(a.roles)} for a in self.adaptations]
-        return {**asdict(self), "adaptations": adaptations}
+        return {**asdict(self), "adaptations": adaptations, "passes": passes_json(self.passes)}
 
 
 def summary(snapshot: Snapshot) -> Summary:
@@ -113,6 +119,7 @@ def summary(snapshot: Snapshot) -> Summary:
         100 * trainable / (base + trainable) if trainable else 0.0,
         len(nodes),
         sum(provenance(n) is not None for n in nodes),
+        snapshot.passes,
     )
 
 

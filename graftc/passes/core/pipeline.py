@@ -4,39 +4,68 @@ a pass says what it needs, what it leaves behind, and what it does."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from graftc.passes.core import progress
 from graftc.passes.core.ir.history import Changes, HistoryEntry, Recorder
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import verify
+from graftc.passes.core.runnable import require_runnable
 from graftc.passes.core.weights.store import Store
-from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.specs.errors.diagnostics import GraftError, Place, first_line, nearest
 
-OURS = "graftc"
-"""The distribution of our own passes."""
+COPIED = "copy"
+"""The fact that what passes get may be changed: passes of plugins come behind the pass that ensures it."""
 
 VERIFY = "verify"
 """The step of a history that stands behind what was verified."""
 
 
-class PassContext(Protocol):
-    """What every context of passes has: the tensors that Programs name, where anything is verified."""
+class HoldsStore(Protocol):
+    """What the context of every pipeline has."""
 
     @property
     def store(self) -> Store | None:
-        """They."""
+        """The tensors that Programs name; None where Programs are no longer held against them."""
 
 
-C = TypeVar("C", bound=PassContext)
+C = TypeVar("C", bound=HoldsStore)
+G = TypeVar("G")
 Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True)
-class Pass(Generic[C]):
+class Plugin:
+    """A package that brings a pass.
+
+    Attributes:
+        distribution, version: the installed package; its module and nothing where it has no metadata.
+        entry_point: what registers it, as ``macs = "graftc_macs:COUNT"``.
+    """
+
+    distribution: str
+    version: str
+    entry_point: str
+
+    @property
+    def place(self) -> Place:
+        """Where errors say that the fault is."""
+        return Place(path=f"entry point {self.entry_point}")
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do who did not write it."""
+        return f"repair or uninstall {self.distribution}"
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".rstrip()
+
+
+@dataclass(frozen=True)
+class Pass(Generic[G]):
     """One step over a Program.
 
     Attributes:
@@ -47,24 +76,28 @@ class Pass(Generic[C]):
         ensures: facts that hold after it.
         rewrites: whether it may change the graph. A plugin's that only looks is held to that.
         wanted: whether there is anything to do; by default there always is.
-        verified: whether the verifier runs behind it. Passes in a group are verified by the group.
-        origin: the distribution that brings it.
+        verified: whether the verifier runs behind it. Passes in a group are verified by the group, and those of
+            plugins wherever they rewrite.
+        origin: the plugin that brings it; None for our own. It is filled in where a plugin is found.
     """
 
     name: str
-    apply: Callable[[Program, C], Program | None]
-    requires: frozenset[str] = frozenset()
-    ensures: frozenset[str] = frozenset()
+    apply: Callable[[Program, G], Program | None]
+    requires: Set[str] = frozenset()
+    ensures: Set[str] = frozenset()
     rewrites: bool = True
-    wanted: Callable[[Program, C], bool] | None = None
+    wanted: Callable[[Program, G], bool] | None = None
     verified: bool = False
-    origin: str = OURS
+    origin: Plugin | None = None
+
+    def __post_init__(self) -> None:
+        _freeze(self)
 
     def __str__(self) -> str:
         """What it is, on one line."""
         marks = ["looks" if not self.rewrites else "rewrites", *(["verified"] if self.verified else [])]
         marks += ["where wanted"] if self.wanted is not None else []
-        marks += [] if self.origin == OURS else [f"from {self.origin}"]
+        marks += [f"from {self.origin}"] if self.origin is not None else []
         return _line(self.name, marks, self.requires, self.ensures)
 
 
@@ -82,14 +115,23 @@ class PassGroup(Generic[C]):
 
     name: str
     passes: Callable[[Program, C], Sequence[Pass[C]]]
-    requires: frozenset[str] = frozenset()
-    ensures: frozenset[str] = frozenset()
+    requires: Set[str] = frozenset()
+    ensures: Set[str] = frozenset()
     each: int = 8
-    origin: str = OURS
+
+    def __post_init__(self) -> None:
+        _freeze(self)
 
     def __str__(self) -> str:
         """What it is, on one line."""
         return _line(self.name, ["a group", "verified"], self.requires, self.ensures)
+
+
+def _freeze(each: Pass[Any] | PassGroup[Any]) -> None:
+    """Facts as frozen sets, however they are given: as a set, or as one name."""
+    for name in ("requires", "ensures"):
+        facts = getattr(each, name)
+        object.__setattr__(each, name, frozenset({facts} if isinstance(facts, str) else facts))
 
 
 def _line(name: str, marks: Sequence[str], requires: Collection[str], ensures: Collection[str]) -> str:
@@ -147,42 +189,34 @@ class Pipeline(Generic[C]):
         given: facts that hold before the first.
 
     Raises:
-        GraftError: GC071 where two passes have one name, or a pass requires what none before it ensures.
+        GraftError: GC077 where two passes have one name, or a pass requires what none before it ensures.
     """
 
     def __init__(
         self, name: str, passes: Sequence[Pass[C] | PassGroup[C]], given: Collection[str] = frozenset()
     ) -> None:
         self.name, self.passes, self.given = name, tuple(passes), frozenset(given)
-        known, facts = set[str](), set(self.given)
+        known, facts = dict[str, Pass[C] | PassGroup[C]](), set(self.given)
         for each in self.passes:
             if each.name in known:
-                raise GraftError("GC071", f"the pipeline {name!r} has two passes named {each.name!r}")
+                raise two_of_one_name(name, known[each.name], each)
             missing = sorted(each.requires - facts)
             if missing:
-                later = [other.name for other in self.passes if missing[0] in other.ensures]
-                hint = f"it has to come after {later[0]!r}" if later else f"the facts are: {', '.join(sorted(facts))}"
-                message = (
-                    f"in the pipeline {name!r}, {each.name!r} requires {missing[0]!r}, which nothing before ensures"
-                )
-                raise GraftError("GC071", message, hint=hint)
-            known.add(each.name)
+                raise self._lacking(each, missing[0], facts)
+            known[each.name] = each
             facts |= each.ensures
 
-    def placed(self, added: Pass[C], *, before: str | None = None, after: str | None = None) -> Pipeline[C]:
-        """This pipeline with one more pass, in front of a named one or behind it.
-
-        Raises:
-            GraftError: GC071 where there is no such pass, or where the order cannot be.
-        """
-        anchor = before if before is not None else after
-        names = [each.name for each in self.passes]
-        if anchor not in names:
-            close = nearest(str(anchor), names)
-            hint = f"did you mean {close[0]!r}?" if close else f"its passes are: {', '.join(names)}"
-            raise GraftError("GC071", f"the pipeline {self.name!r} has no pass {anchor!r}", hint=hint)
-        at = names.index(anchor) + (before is None)
-        return Pipeline(self.name, [*self.passes[:at], added, *self.passes[at:]], self.given)
+    def _lacking(self, each: Pass[C] | PassGroup[C], fact: str, facts: Collection[str]) -> GraftError:
+        every = self.given.union(*(other.ensures for other in self.passes))
+        later = [other.name for other in self.passes if fact in other.ensures]
+        message = f"in the pipeline {self.name!r}, {_named(each)} requires {fact!r}, which no pass before it ensures"
+        if later:
+            hint = f"place it behind {later[0]!r}"
+        elif close := nearest(fact, sorted(every)):
+            hint = f"did you mean {close[0]!r}?"
+        else:
+            hint = f"the facts at its place are: {', '.join(sorted(facts))}"
+        return GraftError("GC077", message, place=_place(each), hint=hint)
 
     def without(self, names: Collection[str]) -> Pipeline[C]:
         """This pipeline without some of its passes."""
@@ -200,8 +234,8 @@ class Pipeline(Generic[C]):
             What the last one leaves.
 
         Raises:
-            GraftError: from a pass; GC040 where one leaves a graph that is not sound; GC071 where a plugin's changes a
-                graph that it says it only looks at, or fails in a way of its own.
+            GraftError: from a pass; GC040 where one of ours leaves a graph that is not sound; GC077 where a plugin's
+                does, changes a graph that it says it only looks at, or fails in a way of its own.
         """
         log = Log() if log is None else log
         for each in self.passes:
@@ -213,6 +247,8 @@ class Pipeline(Generic[C]):
         return program
 
     def _one(self, each: Pass[C], program: Program, context: C, log: Log) -> Program:
+        if each.origin is not None:
+            return _foreign(each, each.origin, program, context, log)
         if each.wanted is not None and not each.wanted(program, context):
             return program
         after = _applied(each, program, context, log)
@@ -243,32 +279,60 @@ class Pipeline(Generic[C]):
 
 
 def _applied(each: Pass[C], program: Program, context: C, log: Log) -> Program:
-    if each.origin != OURS:
-        return _foreign(each, program, context, log)
     if each.rewrites:
         return log.rewritten(each.name, program, lambda: each.apply(program, context))
     log.looked(each.name, lambda: each.apply(program, context))
     return program
 
 
-def _foreign(each: Pass[C], program: Program, context: C, log: Log) -> Program:
+def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: Log) -> Program:
     """Apply a plugin's pass, and hold it to what it says.
 
     Raises:
-        GraftError: GC071.
+        GraftError: GC077, or what the pass itself raises.
     """
+
+    def failed(message: str, hint: str, details: Sequence[str | GraftError] = ()) -> GraftError:
+        return GraftError("GC077", f"{_named(each)} {message}", place=origin.place, hint=hint, details=details)
+
     try:
+        if each.wanted is not None and not each.wanted(program, context):
+            return program
         after = log.rewritten(each.name, program, lambda: each.apply(program, context))
     except GraftError:
         raise
     except Exception as error:  # a plugin may fail in any way, and the message must name it
-        message = f"the pass {each.name!r} of {each.origin} fails: {first_line(error)}"
-        raise GraftError("GC071", message, hint=f"repair or uninstall {each.origin}") from error
-    changes = log.entries[-1].changes
-    if not each.rewrites and (after is not program or changes != Changes()):
-        message = f"the pass {each.name!r} of {each.origin} says that it only looks, and it changed the graph"
-        raise GraftError("GC071", message, hint="its author has to set rewrites=True")
+        raise failed(f"fails: {type(error).__name__}: {first_line(error)}", origin.remedy) from error
+    if not each.rewrites:
+        if after is not program or log.entries[-1].changes != Changes():
+            raise failed("says that it only looks, and it changed the graph", "its author has to set rewrites=True")
+        return program
+    try:
+        if context.store is None:
+            require_runnable(after, each.name)
+        else:
+            log.verified(after, context.store, each.name)
+    except GraftError as error:
+        hint = f"its author has to make every change with the Builder; {origin.remedy} until then"
+        raise failed(f"leaves a graph that does not hold: {error.message}", hint, error.details) from error
     return after
+
+
+def two_of_one_name(pipeline: str, one: Pass[C] | PassGroup[C], other: Pass[C] | PassGroup[C]) -> GraftError:
+    """The error for two passes of one name in a pipeline."""
+    message = f"the pipeline {pipeline!r} has two passes of one name: {_named(one)} and {_named(other)}"
+    added = other if _place(other) is not None else one
+    return GraftError("GC077", message, place=_place(added), hint=f"rename one, for example '{other.name}-2'")
+
+
+def _named(each: Pass[C] | PassGroup[C]) -> str:
+    """A pass in messages: with the package that brings it."""
+    origin = each.origin if isinstance(each, Pass) else None
+    return f"the pass {each.name!r}" + (f" of {origin}" if origin is not None else "")
+
+
+def _place(each: Pass[C] | PassGroup[C]) -> Place | None:
+    return each.origin.place if isinstance(each, Pass) and each.origin is not None else None
 
 
 def _between(names: Sequence[str]) -> str:

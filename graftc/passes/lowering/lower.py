@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from graftc.passes.core.added_passes import extended
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.pipeline import Log, Pass, Pipeline
-from graftc.passes.core.weights.store import Store
+from graftc.passes.core.pass_context import Findings, PassHost
+from graftc.passes.core.pipeline import COPIED, Log, Pass, Pipeline
 from graftc.passes.lowering.chunk_losses import STEP, chunk_losses
 from graftc.passes.lowering.head import LossHead
 from graftc.passes.lowering.kept import small_logits
@@ -17,20 +19,27 @@ from graftc.specs.document import Spec
 
 
 @dataclass
-class LoweringContext:
-    """What the passes know, and what they say of their work.
+class LoweringContext(PassHost):
+    """What the passes know, and what they say of their work. What is lowered was verified before.
 
     Attributes:
         spec: of the model.
         objectives: names of adaptations that compare the outputs of several passes, which they read.
         outcomes: what became of each place.
-        store: none: what is lowered was verified before.
+        findings: what passes of plugins leave.
     """
+
+    keeps_figures: ClassVar[bool] = False
 
     spec: Spec
     objectives: Collection[str] = ()
     outcomes: list[LoweringOutcome] = field(default_factory=list)
-    store: Store | None = None
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def asked(self) -> Spec:
+        """See `PassHost`."""
+        return self.spec
 
 
 def _loss(program: Program, context: LoweringContext) -> None:
@@ -59,6 +68,7 @@ LOWER: Pipeline[LoweringContext] = Pipeline(
         Pass(_name(STEP), _loss, wanted=lambda program, context: context.spec.memory.loss != "whole"),
         Pass(_name("projections"), _projections),
     ],
+    given={COPIED, "adapted"},
 )
 """From an adapted training Program to what is run of it."""
 
@@ -72,5 +82,5 @@ def lower(program: Program, spec: Spec, objectives: Collection[str] = ()) -> tup
         objectives: names of adaptations that compare the outputs of several passes.
     """
     context, lowered = LoweringContext(spec, objectives), program.copy()
-    wanted = LOWER.without([_name(step) for step in spec.optimise.off])
+    wanted = extended(LOWER).without([_name(step) for step in spec.optimise.off])
     return wanted.run(lowered, context, Log(lowered.history)), context.outcomes

@@ -32,6 +32,7 @@ from graftc.runtime.artifact.fields import (
     Shape,
     Size,
 )
+from graftc.runtime.artifact.recorded_passes import RecordedPass
 from graftc.runtime.reference import Built, Kind, Reference
 from graftc.runtime.tensors import file_names
 from graftc.specs.errors.diagnostics import GraftError
@@ -325,6 +326,9 @@ class Manifest(Record):
 
     kept: tuple[Kept, ...]
     """Adaptations that do not fold."""
+
+    passes: tuple[RecordedPass, ...] = ()
+    """Passes of plugins that the graphs went through; left out where there are none."""
 
     files: dict[str, File]
     """Every other file of the folder."""

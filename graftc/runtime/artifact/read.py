@@ -20,6 +20,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.serialise import program_from_json
 from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.pass_context import PassFigure, PassRecord
 from graftc.passes.core.sites.sites import SiteKey
 from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
 from graftc.runtime.artifact.manifest import (
@@ -104,7 +105,19 @@ class Artifact:
                 for name, t in manifest.adapters.items()
                 if name not in self.updated
             },
+            self.passes,
             cache(lambda mode, base: self.program(mode, base=base)),
+        )
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        """Passes of plugins that its graphs went through."""
+        return tuple(
+            PassRecord(
+                *(own.pipeline, own.name, own.distribution, own.version, own.rewrites),
+                tuple(PassFigure(f.name, f.site, f.layer, f.stack, f.value) for f in own.figures),
+            )
+            for own in self.manifest.passes
         )
 
     def sites(self) -> Iterator[SiteRecord]:

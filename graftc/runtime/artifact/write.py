@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.inspect.pass_figures import passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
@@ -139,6 +140,7 @@ def _write(
         "constants": entries.tensors(constants),
         "certificate": CERTIFICATE if certificate is not None else None,
         "kept": [{"name": name, "reason": reason} for name, reason in kept.items()],
+        **({"passes": passes_json(passes)} if (passes := compilation.main.passes) else {}),
         "files": dict(listed(folder)),
     }
     text = sealed(data)

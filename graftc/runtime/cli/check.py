@@ -95,7 +95,7 @@ def totals(report: Report) -> dict[str, Any]:
 
 def print_report(spec: str, name: str, report: Report, load_seconds: float) -> None:
     """Print what a spec adds to a model."""
-    from graftc.runtime.cli.output import console, number, print_table
+    from graftc.runtime.cli.output import console, number, print_figures, print_table
 
     columns = ("adaptation", "method", "sites", "trainable", "frozen", "bytes", "FLOPs per token")
     rows: list[tuple[str, ...]] = [
@@ -115,6 +115,7 @@ def print_report(spec: str, name: str, report: Report, load_seconds: float) -> N
     to.print()
     print_table(to, columns, rows, right=columns[2:])
     to.print()
+    print_figures(report.passes)
     facts = [
         ("trainable parameters", f"{number(report.trainable_parameters)} ({report.percent:.3f} % of base plus added)"),
         ("trained in full", number(report.trained_in_full)) if report.trained_in_full else None,

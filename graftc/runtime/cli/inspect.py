@@ -219,7 +219,7 @@ def _summary_view(directory: str, found: Summary) -> _View:
 
 
 def _print_summary(to: Console, directory: str, found: Summary) -> None:
-    from graftc.runtime.cli.output import number, print_table
+    from graftc.runtime.cli.output import number, print_figures, print_table
 
     to.print(f"{directory}: {found.model}, adapted", soft_wrap=True, markup=False)
     to.print()
@@ -236,6 +236,7 @@ def _print_summary(to: Console, directory: str, found: Summary) -> None:
     ]
     print_table(to, columns, rows, right=columns[4:])
     to.print()
+    print_figures(found.passes)
     facts = [
         ("trainable parameters", f"{number(found.trainable_parameters)} ({found.percent:.3f} % of base plus added)"),
         *([("trained in full", number(found.trained_in_full))] if found.trained_in_full else []),

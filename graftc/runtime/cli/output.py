@@ -18,6 +18,7 @@ from graftc.specs.errors.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from graftc.passes.core.pass_context import PassRecord
     from graftc.runtime.cli.results.base import Result
 
 __all__ = [
@@ -110,6 +111,16 @@ def print_table(
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
     to.print(table)
+
+
+def print_figures(passes: Iterable[PassRecord]) -> None:
+    """Print what passes of plugins report, and an empty line; nothing where they report nothing."""
+    from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows
+
+    rows = [row.cells() for row in figure_rows(passes)]
+    if rows:
+        print_table(console(), COLUMNS, rows, right=COLUMNS[-1:])
+        console().print()
 
 
 def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) -> None:

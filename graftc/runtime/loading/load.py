@@ -19,6 +19,7 @@ from graftc.compiler.pipeline import add_signature, compile_model
 from graftc.passes.core import progress
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
+from graftc.passes.core.pass_context import PassRecord
 from graftc.runtime.artifact.manifest import MANIFEST, SignatureRecord, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
@@ -122,11 +123,35 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         add_signature(compilation, artifact.axes(number), flags[number], choices)
     if len(compilation.signatures) != len(flags):
         raise damaged(str(artifact.path), MANIFEST, "has one signature twice")
+    check_passes(artifact, compilation)
     check_places(artifact, compilation)
     _take_values(artifact, compilation)
     compilation.values = {}
     check_graphs(artifact, compilation)
     return make_compiled(compilation)
+
+
+def check_passes(artifact: Artifact, compilation: Compilation) -> None:
+    """Hold the passes of plugins that rewrite graphs here against those that have rewritten an artifact's. Of another
+    version of a package only the places have to be the same, as of other versions of torch.
+
+    Raises:
+        GraftError: GC077 with what is missing or new.
+    """
+
+    def rewriting(passes: Iterable[PassRecord]) -> dict[tuple[str, str, str], PassRecord]:
+        return {(own.pipeline, own.name, own.distribution): own for own in passes if own.rewrites}
+
+    before, now = rewriting(artifact.passes), rewriting(compilation.main.passes)
+    for key in before.keys() ^ now.keys():
+        own = before.get(key) or now[key]
+        if key in before:
+            message = f"{artifact.path} has graphs that {own} has rewritten, which is not installed"
+            hint = f"pip install {own.distribution}=={own.version}"
+        else:
+            message = f"{own} rewrites graphs here, and {artifact.path} was written without it"
+            hint = f"uninstall {own.distribution}, or compile the spec again"
+        raise GraftError("GC077", message, hint=hint)
 
 
 def check_places(artifact: Artifact, compilation: Compilation) -> None:

@@ -338,6 +338,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "(thop). The modules only hold tensors, and the computation is in the graphs of the whole model, so that such a "
      "count comes out as zero or too small.",
      "Count operators with `torch.utils.flop_counter.FlopCounterMode`, or count on the source model."),
+    ("GC077", _FAILED, "a plugin's pass cannot run",
+     "An entry point of `graftc.passes` cannot be imported or is not an `AddedPass`; the pass cannot be placed where "
+     "it asks to be; it does something else than it says; it fails; or it leaves a graph that does not hold. An "
+     "artifact whose graphs a pass has rewritten needs the same pass where it is loaded; others must meet none.",
+     "Repair, install or uninstall the package that the message names."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",

@@ -183,6 +183,47 @@ class CompileStepData(Result):
     """How long all its runs took."""
 
 
+class PassFigureData(Result):
+    """A figure that a pass of a plugin reports."""
+
+    name: str
+    """What it is."""
+
+    site: str
+    """The place that it is of; empty where it is of the whole model."""
+
+    layer: int | None = Field(ge=0)
+    """Index of the place's layer; null outside of the layers."""
+
+    stack: str
+    """Path of the list of layers; empty outside of them."""
+
+    value: float
+    """The number."""
+
+
+class PassData(Result):
+    """A pass of a plugin that the graphs went through."""
+
+    pipeline: str
+    """The pipeline that it was added to: `adapt` or `eval`."""
+
+    name: str
+    """Its name, as in the history of a graph."""
+
+    distribution: str
+    """The package that brings it."""
+
+    version: str
+    """The package's version."""
+
+    rewrites: bool
+    """Whether it may change graphs."""
+
+    figures: Items[PassFigureData]
+    """What it reports of the graphs of the first signature."""
+
+
 class ReportData(Result):
     """What a spec adds to a model."""
 
@@ -224,6 +265,9 @@ class ReportData(Result):
 
     steps: Items[CompileStepData]
     """How long each step of compiling took, in the order in which they began."""
+
+    passes: Items[PassData]
+    """Passes of plugins that the graphs went through, with the figures that they report."""
 
 
 class RetentionData(Result):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from graftc.runtime.cli.results.base import DiagnosticData, Result
+from graftc.runtime.cli.results.base import DiagnosticData, PassData, Result
 from graftc.runtime.cli.results.facts import ExplanationData, Mode, TreeData
 from graftc.specs.base_model import Items
 
@@ -83,6 +83,9 @@ class SummaryData(Result):
 
     inserted: int = Field(ge=0)
     """How many of them were inserted."""
+
+    passes: Items[PassData]
+    """Passes of plugins that the graphs went through, with the figures that they report."""
 
 
 class GraphNodeData(Result):

@@ -1,0 +1,58 @@
+"""Figures that passes of plugins report, as rows: those that are the same in several layers are one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graftc.compiler.roles.findings import format_layers
+from graftc.passes.core.pass_context import PassFigure, PassRecord
+
+COLUMNS = ("pass", "figure", "site", "layers", "value")
+"""Names of the columns of a table of `figure_rows`."""
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A figure with one value, at one site of one or several layers.
+
+    Attributes:
+        step: the pass.
+        name: of the figure.
+        site: the place, with ``*`` for the layer; empty where it is of the whole model.
+        layers: in which layers; empty outside of them.
+        value: at each of them.
+    """
+
+    step: str
+    name: str
+    site: str
+    layers: str
+    value: float
+
+    def cells(self) -> tuple[str, ...]:
+        """One line of a table, in the order of `COLUMNS`."""
+        number = f"{self.value:,.0f}" if self.value.is_integer() else f"{self.value:,.6g}"
+        return self.step, self.name, self.site or "whole model", self.layers, number
+
+
+def figure_rows(records: Iterable[PassRecord]) -> list[FigureRow]:
+    """All figures, in the order in which they were reported first."""
+    layers: dict[tuple[str, str, str, float], list[int]] = {}
+    for record in records:
+        for figure in record.figures:
+            found = layers.setdefault((record.name, figure.name, _without_layer(figure), figure.value), [])
+            found += [figure.layer] if figure.layer is not None else []
+    return [FigureRow(*key[:3], format_layers(found), key[3]) for key, found in layers.items()]
+
+
+def _without_layer(figure: PassFigure) -> str:
+    own = f"{figure.stack}.{figure.layer}."
+    within = figure.layer is not None and figure.site.startswith(own)
+    return f"{figure.stack}.*.{figure.site.removeprefix(own)}" if within else figure.site
+
+
+def passes_json(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
+    """Plain values."""
+    return [{**asdict(record), "figures": [asdict(figure) for figure in record.figures]} for record in records]

@@ -1,0 +1,203 @@
+"""Passes that plugins add to our pipelines, found in the entry-point group ``graftc.passes``.
+
+An entry point names an `AddedPass`, as ``macs = "graftc_macs:COUNT"``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, TypeVar, get_args
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.pass_context import PassContext, PassHost
+from graftc.passes.core.pipeline import COPIED, VERIFY, Pass, PassGroup, Pipeline, Plugin, two_of_one_name
+from graftc.specs.errors.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+
+GROUP = "graftc.passes"
+"""The entry-point group."""
+
+PipelineName = Literal["adapt", "eval", "lower"]
+"""The pipelines that take passes."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_RESERVED = frozenset({VERIFY, "capture", "canonicalise", "anchor", "trained", "tokens", "graftc"})
+"""Names that histories and tensors have for something else."""
+
+
+@dataclass(frozen=True)
+class AddedPass:
+    """A pass of a plugin and its place.
+
+    Attributes:
+        what: the pass: its name has lower-case letters, digits, ``_`` and ``-``. Its origin is filled in.
+        pipeline: ``"adapt"``: from a captured base to an adapted Program, in train mode. ``"eval"``: from that to eval
+            mode. ``"lower"``: what is run of it in training.
+        before, after: name of the pass in front of which, or behind which, it runs; one of them. Passes behind the same
+            one run in the order of the names of their entry points.
+    """
+
+    what: Pass[PassContext]
+    pipeline: PipelineName = "adapt"
+    before: str | None = None
+    after: str | None = None
+
+    @property
+    def anchor(self) -> str:
+        """The pass that it is placed by."""
+        return self.before if self.before is not None else str(self.after)
+
+    @property
+    def origin(self) -> Plugin:
+        """The plugin that brings it."""
+        assert self.what.origin is not None
+        return self.what.origin
+
+    def __str__(self) -> str:
+        side = "before" if self.before is not None else "after"
+        return f"{self.what.name!r} of {self.origin} {side} {self.anchor!r}"
+
+
+@cache
+def added_passes() -> tuple[AddedPass, ...]:
+    """All of them, by the names of their entry points. Looked up once; `reload_passes` looks again.
+
+    Raises:
+        GraftError: GC077 where an entry point names something else, naming its package.
+    """
+    return tuple(_loaded(point) for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)))
+
+
+def reload_passes() -> None:
+    """Forget what was found, so that a package installed since is seen."""
+    added_passes.cache_clear()
+    extended.cache_clear()
+
+
+def registered() -> tuple[str, ...]:
+    """What captures are kept under beside everything else: pipeline, pass, distribution and version."""
+    return tuple(f"{added.pipeline}: {added.what.name} of {added.origin}" for added in added_passes())
+
+
+def _loaded(point: EntryPoint) -> AddedPass:
+    distribution, version = (point.dist.name, point.dist.version) if point.dist is not None else (point.module, "")
+    origin = Plugin(distribution, version, f'{point.name} = "{point.value}"')
+    try:
+        found = point.load()
+    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+        message = f"{origin} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        raise GraftError("GC077", message, place=origin.place, hint=origin.remedy) from error
+    fault: tuple[str, str] | None
+    if isinstance(found, AddedPass) and isinstance(found.what, Pass):
+        fault = _fault(found)
+    else:
+        fault = f"{kind_of(found)} as a pass", "name an AddedPass(Pass(...), after=...)"
+    if fault is not None:
+        raise GraftError("GC077", f"{origin} registers {fault[0]}", place=origin.place, hint=fault[1])
+    added: AddedPass = replace(found, what=replace(found.what, origin=origin))
+    return added
+
+
+def _fault(found: AddedPass) -> tuple[str, str] | None:
+    """What is wrong with a pass, and what its author can do."""
+    own = found.what
+    if not _NAME.fullmatch(str(own.name)):
+        return f"a pass named {own.name!r}", "a name has lower-case letters, digits, '_' and '-', a letter first"
+    if own.name in _RESERVED:
+        return f"a pass named {own.name!r}, which means something else in histories", "choose another name"
+    names = get_args(PipelineName)
+    if found.pipeline not in names:
+        close = nearest(str(found.pipeline), names)
+        hint = f"did you mean {close[0]!r}?" if close else f"the pipelines are: {', '.join(names)}"
+        return f"{own.name!r} for the pipeline {found.pipeline!r}, which does not exist", hint
+    if (found.before is None) == (found.after is None):
+        return f"{own.name!r} without one place", "give either before= or after="
+    return None
+
+
+C = TypeVar("C", bound=PassHost)
+
+
+@cache
+def extended(pipeline: Pipeline[C]) -> Pipeline[C]:
+    """A pipeline with the passes that plugins add to it.
+
+    Raises:
+        GraftError: GC077 for one that cannot be placed: there is no pass of the name that it is placed by, passes are
+            placed by each other in a circle, two have one name, or what one requires is not there.
+    """
+    waiting = [added for added in added_passes() if added.pipeline == pipeline.name]
+    _require_own_facts(pipeline, waiting)
+    order: list[Pass[Any] | PassGroup[Any]] = list(pipeline.passes)
+    follows: dict[str, str] = {}
+    while waiting:
+        names = {each.name: number for number, each in enumerate(order)}
+        added = next((each for each in waiting if each.anchor in names), None)
+        if added is None:
+            raise _unplaced(pipeline, waiting, list(names))
+        if added.what.name in names:
+            raise two_of_one_name(pipeline.name, order[names[added.what.name]], added.what)
+        waiting.remove(added)
+        at = names[added.anchor]
+        if added.after is not None:
+            follows[added.what.name] = added.anchor
+            at += 1
+            while at < len(order) and added.anchor in _chain(order[at].name, follows):
+                at += 1
+        order.insert(at, _hosted(added.what))
+    return Pipeline(pipeline.name, order, pipeline.given)
+
+
+def _chain(name: str, follows: Mapping[str, str]) -> Iterator[str]:
+    """What a pass was placed behind, and what that was placed behind, and so on."""
+    while name in follows:
+        name = follows[name]
+        yield name
+
+
+def _require_own_facts(pipeline: Pipeline[Any], waiting: Sequence[AddedPass]) -> None:
+    """Passes of plugins ensure facts of their own.
+
+    Raises:
+        GraftError: GC077.
+    """
+    ours = pipeline.given.union(*(each.ensures for each in pipeline))
+    for added in waiting:
+        if taken := sorted(added.what.ensures & ours):
+            message = f"the pass {added.what.name!r} of {added.origin} ensures {taken[0]!r}, a fact of graftc's own"
+            raise GraftError("GC077", message, place=added.origin.place, hint="choose another name for the fact")
+
+
+def _unplaced(pipeline: Pipeline[Any], waiting: Sequence[AddedPass], names: Sequence[str]) -> GraftError:
+    """Why none of these can be placed: they stand in a circle, or one is placed by a pass that does not exist."""
+    by_name = {added.what.name: added for added in waiting}
+    circle: list[AddedPass] = []
+    added = waiting[0]
+    while added not in circle and added.anchor in by_name:
+        circle.append(added)
+        added = by_name[added.anchor]
+    if added in circle:
+        told = ", ".join(map(str, circle[circle.index(added) :]))
+        message = f"passes of the pipeline {pipeline.name!r} are placed by each other in a circle: {told}"
+        return GraftError("GC077", message, place=added.origin.place, hint=f"place one by: {', '.join(names)}")
+    close = nearest(added.anchor, names)
+    hint = f"did you mean {close[0]!r}?" if close else f"its passes are: {', '.join(names)}"
+    message = f"the pass {added} cannot be placed: the pipeline {pipeline.name!r} has no pass {added.anchor!r}"
+    return GraftError("GC077", message, place=added.origin.place, hint=hint)
+
+
+def _hosted(own: Pass[PassContext]) -> Pass[PassHost]:
+    """A pass of a plugin as one of a pipeline of ours."""
+
+    def apply(program: Program, host: PassHost) -> Program | None:
+        return PassContext(own, host, program).run()
+
+    def wanted(program: Program, host: PassHost) -> bool:
+        return own.wanted is None or own.wanted(program, PassContext(own, host, program))
+
+    given = own.requires | {COPIED}
+    return Pass(own.name, apply, given, own.ensures, own.rewrites, wanted, origin=own.origin)

@@ -1,0 +1,254 @@
+"""What a plugin's pass is given, and what it leaves: facts for other passes, and figures for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.pipeline import Pass
+from graftc.passes.core.sites.sites import Site
+from graftc.passes.core.weights.store import Store
+from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError, nearest
+
+if TYPE_CHECKING:
+    from graftc.passes.core.build.builder import Builder
+
+SITES, PLACES = "sites", "places"
+"""The facts behind `PassContext.sites` and `PassContext.adapted`."""
+
+
+@dataclass(frozen=True)
+class PassFigure:
+    """A number that a plugin's pass found.
+
+    Attributes:
+        name: of the number.
+        site: the place that it is of; empty where it is of the whole model.
+        layer, stack: index of the site's layer and path of the list of layers; None and empty outside of them.
+        value: the number.
+    """
+
+    name: str
+    site: str
+    layer: int | None
+    stack: str
+    value: float
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A plugin's pass that a Program has gone through.
+
+    Attributes:
+        pipeline, name: where it ran, and its name.
+        distribution, version: the package that brings it.
+        rewrites: whether it may change the graph.
+        figures: what it found, in its order.
+    """
+
+    pipeline: str
+    name: str
+    distribution: str
+    version: str
+    rewrites: bool
+    figures: tuple[PassFigure, ...] = ()
+
+    def __str__(self) -> str:
+        return f"the pass {self.name!r} of {self.distribution} {self.version}".rstrip()
+
+
+@dataclass
+class Findings:
+    """What plugins' passes leave behind while a pipeline runs.
+
+    Attributes:
+        facts: by name.
+        figures: of every pass that ran, in their order, by name and site.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    figures: dict[Pass[Any], dict[tuple[str, str], PassFigure]] = field(default_factory=dict)
+
+    def records(self, pipeline: str) -> tuple[PassRecord, ...]:
+        """The passes that ran."""
+        ran = ((own, own.origin, tuple(found.values())) for own, found in self.figures.items())
+        return tuple(
+            PassRecord(pipeline, own.name, origin.distribution, origin.version, own.rewrites, figures)
+            for own, origin, figures in ran
+            if origin is not None
+        )
+
+
+class PassHost:
+    """Base of the contexts of pipelines that take passes of plugins: what these may ask for.
+
+    Attributes:
+        findings: what they leave.
+        keeps_figures: whether anything reads the figures that they report.
+    """
+
+    findings: Findings
+    keeps_figures: ClassVar[bool] = True
+
+    @property
+    def store(self) -> Store | None:
+        """See `HoldsStore`."""
+        return None
+
+    @property
+    def asked(self) -> Spec:
+        """What the user asked for."""
+        raise NotImplementedError
+
+    @property
+    def every_site(self) -> Sequence[Site]:
+        """Every site, where sites are known."""
+        return ()
+
+    @property
+    def adapted_sites(self) -> Mapping[str, Sequence[Site]]:
+        """The sites of each adaptation, where they are known."""
+        return {}
+
+    def inserting(self, program: Program, owner: str) -> Builder | None:
+        """What inserts nodes in the name of ``owner``; None where graphs are no longer held against the base."""
+        return None
+
+
+class PassContext:
+    """What a plugin's pass is given beside the Program. A pass gets what it says it requires, and has to leave what it
+    says it ensures.
+
+    Args:
+        own: the pass, with its origin.
+        host: the context of our own passes.
+        program: what the pass is applied to.
+    """
+
+    def __init__(self, own: Pass[PassContext], host: PassHost, program: Program) -> None:
+        assert own.origin is not None
+        self._own, self._origin, self._host, self._program = own, own.origin, host, program
+        self._left: set[str] = set()
+
+    @property
+    def spec(self) -> Spec:
+        """The document that is compiled."""
+        return self._host.asked
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site of the Program, adapted or not; a stored tensor that is used several times has one for each use.
+
+        Raises:
+            GraftError: GC077 where the pass does not require ``"sites"``.
+        """
+        self._required(SITES)
+        return tuple(self._host.every_site)
+
+    @property
+    def adapted(self) -> Mapping[str, tuple[Site, ...]]:
+        """The sites of each adaptation, by its name, in the order of the spec.
+
+        Raises:
+            GraftError: GC077 where the pass does not require ``"places"``.
+        """
+        self._required(PLACES)
+        return {name: tuple(sites) for name, sites in self._host.adapted_sites.items()}
+
+    def __getitem__(self, fact: str) -> Any:
+        """What another plugin's pass has left under the name of a fact.
+
+        Raises:
+            GraftError: GC077 where the pass does not require the fact, or where no pass leaves a value for it.
+        """
+        self._required(fact)
+        if fact not in self._host.findings.facts:
+            raise self._error(f"asks for the value of {fact!r}, which has none", f"{fact!r} is a fact of graftc's own")
+        return self._host.findings.facts[fact]
+
+    def __setitem__(self, fact: str, value: Any) -> None:
+        """Leave a value under the name of a fact that the pass ensures.
+
+        Raises:
+            GraftError: GC077 where it does not ensure it.
+        """
+        if fact not in self._own.ensures:
+            raise self._error(f"leaves {fact!r}, and does not say that it ensures it", f"add ensures={{{fact!r}}}")
+        self._host.findings.facts[fact] = value
+        self._left.add(fact)
+
+    def figure(self, name: str, value: float, site: Site | None = None) -> None:
+        """Report a number. `compiled.report`, ``graftc check``, ``compile`` and ``inspect`` show those of the graphs of
+        the first signature.
+
+        Args:
+            name: such as ``"multiply_adds"``.
+            value: a finite number.
+            site: the place that it is of; by default it is of the whole model. A later number of the same name and
+                place takes the place of an earlier one.
+
+        Raises:
+            GraftError: GC077 for what is not a finite number, and in the pipeline ``lower``.
+        """
+        if not self._host.keeps_figures:
+            raise self._error(f"reports {name!r} where nothing reads it", "add it to the pipeline 'adapt' or 'eval'")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = nan
+        if not isfinite(number):
+            raise self._error(f"reports {value!r} as {name!r}, which is not a finite number", "report an int or float")
+        key = str(site.key) if site is not None else ""
+        layer, stack = (site.layer, site.stack) if site is not None else (None, "")
+        held = self._host.findings.figures.setdefault(self._own, {})
+        held[name, key] = PassFigure(str(name), key, layer, stack, number)
+
+    def builder(self) -> Builder:
+        """What inserts nodes and tensors, in the name of the pass: ``with build.on(site): ...``.
+
+        Raises:
+            GraftError: GC077 for a pass that only looks, in the pipeline ``lower``, or where an adaptation has the name
+                of the pass.
+        """
+        if not self._own.rewrites:
+            raise self._error("asks for a Builder and says that it only looks", "set rewrites=True")
+        if self._own.name in self.spec.owners:
+            raise self._error("has the name of an adaptation", "give the adaptation another name")
+        made = self._host.inserting(self._program, self._own.name)
+        if made is None:
+            raise self._error("asks for a Builder where none is", "graphs that are lowered are changed with torch.fx")
+        return made
+
+    def run(self) -> Program | None:
+        """Apply the pass, and hold it to what it ensures.
+
+        Raises:
+            GraftError: GC077.
+        """
+        self._host.findings.figures[self._own] = {}
+        after: Any = self._own.apply(self._program, self)
+        if after is not None and not isinstance(after, Program):
+            raise self._error(f"gives {kind_of(after)}", "return None, or another Program")
+        missing = sorted(self._own.ensures - self._left)
+        if missing:
+            raise self._error(
+                f"says that it ensures {missing[0]!r}, and leaves nothing under that name",
+                f"set context[{missing[0]!r}]",
+            )
+        changed: Program | None = after
+        return changed
+
+    def _required(self, fact: str) -> None:
+        if fact not in self._own.requires:
+            close = nearest(fact, sorted(self._own.requires))
+            hint = f"did you mean {close[0]!r}?" if close else f"add {fact!r} to what it requires"
+            raise self._error(f"asks for {fact!r}, and does not say that it requires it", hint)
+
+    def _error(self, message: str, hint: str) -> GraftError:
+        message = f"the pass {self._own.name!r} of {self._origin} {message}"
+        return GraftError("GC077", message, place=self._origin.place, hint=hint)

@@ -1,0 +1,385 @@
+"""Passes of plugins: found, placed, held to what they say, shown like our own, and kept in keys and artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.compiler.adapting import ADAPT, EVAL
+from graftc.compiler.capture.cache import key
+from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.inspect.explain import explain
+from graftc.compiler.inspect.history import history
+from graftc.compiler.inspect.pass_figures import figure_rows
+from graftc.passes.core.added_passes import extended
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.lowering.lower import LOWER
+from graftc.runtime.artifact import open_artifact
+from graftc.runtime.compiled import Compiled
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.compare import flat, inputs_for
+from graftc.testing.families import HIDDEN
+from tests.docs.blocks import blocks
+from tests.families import tiny
+from tests.installed_passes import Install, installing
+
+LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
+
+HEAD = """
+import torch
+from graftc.extend import AddedPass, LinearSite, Pass
+
+def nothing(program, context):
+    pass
+
+"""
+
+SCALE = f"""{HEAD}
+def scale(program, context):
+    build = context.builder()
+    for site in context.adapted.get("lora", ()):
+        with build.on(site):
+            build.set_output(site, build.call(torch.ops.aten.mul.Tensor, build.output(site), FACTOR, part="scale"))
+
+SCALE = AddedPass(Pass("scale", scale, {{"places", "adapted"}}), after="insert")
+"""
+"""Multiplies the outputs of what LoRA adapts."""
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Iterator[Install]:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    with installing(folder) as found:
+        yield found
+
+
+def compiled() -> Compiled:
+    return graftc.compile({"adapt": [LORA]}, tiny("bert"))
+
+
+def refused(*parts: str) -> GraftError:
+    with pytest.raises(GraftError) as caught:
+        compiled()
+    error = caught.value
+    assert error.code == "GC077" and error.place is not None and error.place.path.startswith("entry point "), error
+    assert all(part in error.message for part in parts), error.message
+    return error
+
+
+def names(pipeline: Any) -> list[str]:
+    return [each.name for each in extended(pipeline)]
+
+
+class TestPlacing:
+    def test_nothing_is_added_where_nothing_is_installed(self) -> None:
+        assert [str(extended(each)) for each in (ADAPT, EVAL, LOWER)] == [str(each) for each in (ADAPT, EVAL, LOWER)]
+
+    def test_passes_go_where_they_ask_to_be(self, install: Install) -> None:
+        source = HEAD + "".join(
+            f"{name.upper()} = AddedPass(Pass({name!r}, nothing, rewrites=False), {place})\n"
+            for name, place in [
+                ("a", "after='insert'"),
+                ("b", "after='a'"),
+                ("c", "after='insert'"),
+                ("d", "before='recompute'"),
+                ("e", "after='mode(eval)', pipeline='eval'"),
+                ("f", "before='lower(projections)', pipeline='lower'"),
+            ]
+        )
+        install("some-passes", source, **{name: name.upper() for name in "dcbafe"})
+        behind = names(ADAPT)[names(ADAPT).index("insert") :]
+        assert behind == ["insert", "a", "b", "c", "d", "recompute"]
+        assert names(EVAL) == ["mode(eval)", "e"]
+        assert names(LOWER) == ["lower(loss)", "f", "lower(projections)"]
+        assert "  a (looks; where wanted; from some-passes 1.0; requires copy)" in str(extended(ADAPT)).splitlines()
+
+    @pytest.mark.parametrize(
+        ("made", "message", "hint"),
+        [
+            ("Pass('a', nothing), after='insrt'", "'adapt' has no pass 'insrt'", "'insert'"),
+            ("Pass('a', nothing), after='a'", "are placed by each other in a circle: 'a' of broken 1.0", "copy, roles"),
+            ("Pass('insert', nothing), after='roles'", "two passes of one name: the pass 'insert' and", "'insert-2'"),
+            ("Pass('a', nothing), before='copy'", "requires 'copy', which no pass before it ensures", "behind 'copy'"),
+            ("Pass('a', nothing, {'place'}), after='insert'", "requires 'place', which no", "did you mean 'places'?"),
+            ("Pass('a', nothing, {'adapted'}), after='roles'", "requires 'adapted', which no", "behind 'insert'"),
+            ("Pass('a', nothing, ensures={'roles'}), after='insert'", "a fact of graftc's own", "another name"),
+            ("Pass('a', nothing), pipeline='adpt', after='insert'", "the pipeline 'adpt'", "did you mean 'adapt'?"),
+            ("Pass('a', nothing), after='insert', before='insert'", "without one place", "before= or after="),
+            ("Pass('a', nothing)", "without one place", "before= or after="),
+            ("Pass('A pass', nothing), after='insert'", "named 'A pass'", "lower-case"),
+            ("Pass('verify', nothing), after='insert'", "means something else in histories", "another name"),
+            ("nothing, after='insert'", "as a pass", "AddedPass(Pass(...), after=...)"),
+        ],
+    )  # fmt: skip
+    def test_one_that_cannot_be_placed(self, made: str, message: str, hint: str, install: Install) -> None:
+        install("broken", f"{HEAD}MADE = AddedPass({made})", mine="MADE")
+        error = refused(message)
+        assert hint in error.hint, error.hint
+        assert str(error.place) == 'entry point mine = "broken:MADE"'
+
+    def test_a_circle_of_two(self, install: Install) -> None:
+        for one, other in ("ab", "ba"):
+            install(f"pass-{one}", f"{HEAD}MADE = AddedPass(Pass({one!r}, nothing), after={other!r})", mine="MADE")
+        refused("in a circle: 'a' of pass-a 1.0 after 'b', 'b' of pass-b 1.0 after 'a'")
+
+    def test_two_of_one_name(self, install: Install) -> None:
+        for package in ("one", "two"):
+            install(package, f"{HEAD}MADE = AddedPass(Pass('same', nothing), after='insert')", mine="MADE")
+        refused("two passes of one name: the pass 'same' of one 1.0 and the pass 'same' of two 1.0")
+
+    def test_one_that_cannot_be_imported(self, install: Install) -> None:
+        install("broken", "import a_module_that_is_not_there", mine="MADE")
+        error = refused("broken 1.0 cannot be imported", "a_module_that_is_not_there")
+        assert "uninstall broken" in error.hint
+
+
+class TestHeldToWhatTheySay:
+    @pytest.mark.parametrize(
+        ("body", "says", "message"),
+        [
+            ("1 / 0", "", "fails: ZeroDivisionError"),
+            ("return 3", "", "gives"),
+            ("context.sites", "", "asks for 'sites', and does not say that it requires it"),
+            ("context.adapted", "{'sites'}", "asks for 'places'"),
+            ("context['depth']", "", "asks for 'depth'"),
+            ("context['sites']", "{'sites'}", "asks for the value of 'sites', which has none"),
+            ("pass", "ensures={'depth'}", "says that it ensures 'depth', and leaves nothing"),
+            ("context['depth'] = 3", "", "leaves 'depth', and does not say"),
+            ("context.figure('depth', float('nan'))", "", "nan as 'depth', which is not a finite number"),
+            ("context.figure('depth', 'deep')", "", "'deep' as 'depth', which is not a finite number"),
+            ("context.builder()", "rewrites=False", "asks for a Builder and says that it only looks"),
+            ("program.graph.output_node().meta['val'] = 0; list(program.graph.nodes)[-2].target = abs", "",
+             "leaves a graph that does not hold: after mine at"),
+            ("call = list(program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default))[0]; "
+             "call.replace_all_uses_with(call.args[0])", "rewrites=False", "only looks, and it changed the graph"),
+            ("call = list(program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default))[0]; "
+             "call.replace_all_uses_with(call.args[0])", "", "a node of the base was changed"),
+        ],
+    )  # fmt: skip
+    def test_it(self, body: str, says: str, message: str, install: Install) -> None:
+        source = f"{HEAD}def mine(program, context):\n    {body}\n"
+        install("mine", f"{source}MINE = AddedPass(Pass('mine', mine, {says}), after='insert')", mine="MINE")
+        refused("the pass 'mine' of mine 1.0", message)
+
+    def test_its_own_errors_keep_their_codes(self, install: Install) -> None:
+        source = (
+            f"{HEAD}from graftc.extend import GraftError\ndef mine(p, c):\n    raise GraftError('GC020', 'too small')\n"
+        )
+        install("mine", f"{source}MINE = AddedPass(Pass('mine', mine), after='insert')", mine="MINE")
+        with pytest.raises(GraftError, match="too small") as caught:
+            compiled()
+        assert caught.value.code == "GC020"
+
+    def test_facts_go_from_one_to_another(self, install: Install) -> None:
+        source = f"""{HEAD}
+def measure(program, context):
+    context["widths"] = [site.out_features for site in context.adapted["lora"]]
+
+def show(program, context):
+    context.figure("widest", max(context["widths"]))
+
+MEASURE = AddedPass(Pass("measure", measure, {{"places"}}, {{"widths"}}, rewrites=False), after="insert")
+SHOW = AddedPass(Pass("show", show, "widths", rewrites=False), after="measure")
+"""
+        install("widths", source, measure="MEASURE", show="SHOW")
+        found = {record.name: record.figures for record in compiled().report.passes}
+        assert [f.value for f in found["show"]] == [HIDDEN] and not found["measure"]
+
+    def test_one_that_is_not_wanted_does_not_run(self, install: Install) -> None:
+        wanted = "lambda program, context: 'houlsby' in context.spec.owners"
+        made = f"Pass('mine', lambda program, context: 1 / 0, wanted={wanted})"
+        install("mine", f"{HEAD}MINE = AddedPass({made}, after='insert')", mine="MINE")
+        found = compiled()
+        assert not found.report.passes and "mine" not in [row.step for row in history(found.snapshot)]
+
+
+class TestFigures:
+    SOURCE = f"""{HEAD}
+def count(program, context):
+    for site in context.sites:
+        if isinstance(site, LinearSite):
+            context.figure("rows", site.out_features, site)
+    context.figure("nodes", len(program.graph.nodes))
+
+COUNT = AddedPass(Pass("count", count, {{"sites"}}, rewrites=False), after="insert")
+
+def after(program, context):
+    context.figure("nodes", len(program.graph.nodes))
+
+AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="mode(eval)")
+"""
+
+    def test_reports_have_them(self, install: Install) -> None:
+        install("counting", self.SOURCE, "0.3", count="COUNT", after="AFTER")
+        found = compiled()
+        count, after = found.report.passes
+        assert (count.pipeline, count.name, count.distribution, count.version) == ("adapt", "count", "counting", "0.3")
+        assert (after.pipeline, after.name) == ("eval", "after") and not count.rewrites
+        program = found.compilation.program
+        assert count.figures[-1].value == len(program("train").graph.nodes)
+        assert [f.value for f in after.figures] == [len(program("eval").graph.nodes)]
+        rows = {(row.name, row.site): (row.layers, row.value) for row in figure_rows(found.report.passes)}
+        width, layers = HIDDEN, 2
+        assert rows["rows", "bert.encoder.layer.*.attention.self.query.weight"] == (f"0-{layers - 1}", width)
+        assert rows["rows", "bert.pooler.dense.weight"] == ("", width)
+        data = found.report.to_json()["passes"][0]
+        assert data["figures"][-1] == {
+            "name": "nodes",
+            "site": "",
+            "layer": None,
+            "stack": "",
+            "value": count.figures[-1].value,
+        }
+        assert "bert.encoder.layer.*.attention.self.query.weight" in found.report._repr_html_()
+
+    def test_graphs_are_as_without(self, install: Install) -> None:
+        without = compiled()
+        install("counting", self.SOURCE, count="COUNT", after="AFTER")
+        found = compiled()
+        for mode in ("train", "eval"):
+            assert found.print_graph(mode) == without.print_graph(mode)
+        steps = [row.step for row in history(found.snapshot)]
+        assert [step for step in steps if step not in ("count", "after")] == [
+            row.step for row in history(without.snapshot)
+        ]
+        assert steps.index("count") == steps.index("insert(lora)") + 1 and steps[-1] == "after"
+        assert {"count", "after"} <= {step.name for step in found.report.steps}
+
+    def test_artifacts_keep_them(self, install: Install, tmp_path: Path) -> None:
+        compiled().save(tmp_path / "without", certify=False)
+        assert '"passes"' not in (tmp_path / "without" / "manifest.json").read_text(encoding="utf-8")
+        install("counting", self.SOURCE, count="COUNT", after="AFTER")
+        found = compiled()
+        found.save(tmp_path / "artifact", certify=False)
+        artifact = open_artifact(tmp_path / "artifact")
+        assert artifact.passes == artifact.snapshot.passes == found.report.passes
+        assert graftc.load(tmp_path / "without", tiny("bert")).report.passes == found.report.passes
+
+    def test_captures_have_keys_of_their_own(self, install: Install) -> None:
+        model = tiny("bert")
+        request = CaptureRequest(model, compiled().compilation.main.axes)
+        before = key(request)
+        install("counting", self.SOURCE, count="COUNT")
+        assert key(request) not in (before, None)
+
+
+class TestRewriting:
+    def test_graphs_of_both_modes_have_what_it_inserts(self, install: Install) -> None:
+        plain = compiled().eval()
+        inputs = inputs_for(plain)
+        install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
+        found = compiled().eval()
+        assert torch.equal(flat(found(**inputs))[0], flat(plain(**inputs))[0])
+        rows = {row.step: row for row in history(found.snapshot, "train")}
+        sites = len(found.compilation.main.resolved[0].sites)
+        assert rows["scale"].added == sites and rows["scale"].verified
+        assert rows["scale"].inserted == rows["insert(lora)"].inserted + sites
+        text = [line for line in found.print_graph("eval").splitlines() if "# + scale" in line]
+        assert len(text) == sites and all("aten.mul" in line for line in text)
+        (record,) = found.report.passes
+        assert record.rewrites and not record.figures
+
+    def test_what_it_inserts_is_explained(self, install: Install) -> None:
+        install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
+        found = compiled()
+        made_by = ((node, provenance(node)) for node in found.program("eval").graph.nodes)
+        node = next(node for node, origin in made_by if origin is not None and origin["adaptation"] == "scale")
+        explanation = explain(found.snapshot, node.name, "eval")
+        assert explanation.nodes[0].step == "scale" and "the pass 'scale' of scaling 1.0" in explanation.text()
+
+    def test_it_changes_what_is_computed(self, install: Install) -> None:
+        plain = compiled().eval()
+        inputs = inputs_for(plain)
+        install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
+        found = compiled().eval()
+        assert not torch.allclose(flat(found(**inputs))[0], flat(plain(**inputs))[0])
+        with found.disabled():
+            assert torch.equal(flat(found(**inputs))[0], flat(tiny("bert").eval()(**inputs))[0])
+
+    def test_an_artifact_needs_the_same_pass(self, install: Install, tmp_path: Path) -> None:
+        compiled().save(tmp_path / "plain", certify=False)
+        with installing(_folder(tmp_path / "one")) as one:
+            one("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
+            scaled = compiled()
+            scaled.save(tmp_path / "scaled", certify=False)
+            loaded = graftc.load(tmp_path / "scaled", tiny("bert"))
+            assert loaded.print_graph("eval") == scaled.print_graph("eval")
+            with pytest.raises(GraftError, match=r"'scale' of scaling 1\.0 rewrites graphs here") as caught:
+                graftc.load(tmp_path / "plain", tiny("bert"))
+            assert caught.value.code == "GC077" and "uninstall scaling" in caught.value.hint
+        with pytest.raises(
+            GraftError, match=r"'scale' of scaling 1\.0 has rewritten, which is not installed"
+        ) as caught:
+            graftc.load(tmp_path / "scaled", tiny("bert"))
+        assert caught.value.code == "GC077" and caught.value.hint == "pip install scaling==1.0"
+        assert graftc.load(tmp_path / "plain", tiny("bert"))
+
+    def test_the_example_of_the_guide(self, install: Install) -> None:
+        (block,) = (b.text for b in blocks("writing-a-pass.md") if "def scale" in b.text)
+        install("scaling", f"{HEAD}from graftc.extend import PassContext, Program\n{block}", scale="SCALE")
+        found = compiled()
+        added = next(row.added for row in history(found.snapshot) if row.step == "scale")
+        assert added == len(found.compilation.main.resolved[0].sites)
+
+    def test_nothing_folds(self, install: Install) -> None:
+        install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
+        found = compiled()
+        with pytest.raises(GraftError, match=r"the pass 'scale' of scaling 1\.0 has rewritten the graph") as caught:
+            found.merge()
+        assert caught.value.code == "GC050" and "not installed" in caught.value.hint
+
+    def test_it_lowers(self, install: Install) -> None:
+        source = f"""{HEAD}
+def tanh(program, context):
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default):
+        with program.graph.inserting_after(node):
+            own = program.graph.call_function(torch.ops.aten.mul.Tensor, (node, FACTOR))
+        own.meta = dict(node.meta)
+        node.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
+
+TANH = AddedPass(Pass("double", tanh), pipeline="lower", after="lower(projections)")
+"""
+        plain = compiled().train()
+        inputs = inputs_for(plain)
+        install("doubling", source.replace("FACTOR", "2.0"), double="TANH")
+        found = compiled().train()
+        assert found.print_graph("train") == plain.print_graph("train")
+        torch.manual_seed(0)
+        one = flat(found(**inputs))[0]
+        torch.manual_seed(0)
+        assert not torch.equal(one, flat(plain(**inputs))[0])
+        assert history(found.snapshot, "train", lowered=True)[-1].step == "double"
+
+    def test_one_that_breaks_a_lowered_graph(self, install: Install) -> None:
+        source = f"""{HEAD}
+def broken(program, context):
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default):
+        node.meta["val"] = node.meta["val"].double()
+
+BROKEN = AddedPass(Pass("broken", broken), pipeline="lower", after="lower(projections)")
+"""
+        install("breaking", source, broken="BROKEN")
+        with pytest.raises(GraftError, match="leaves a graph that does not hold: after broken") as caught:
+            found = compiled().train()
+            found(**inputs_for(found))
+        assert caught.value.code == "GC077"
+
+    def test_every_signature_goes_through_it(self, install: Install) -> None:
+        install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
+        model = tiny("llama")
+        found = graftc.compile({"adapt": [LORA]}, model).eval()
+        inputs = inputs_for(found)
+        found(**inputs, use_cache=True)
+        signatures = found.compilation.signatures
+        assert len(signatures) > 1 and all(s.passes[0].name == "scale" for s in signatures.values())
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
