@@ -31,6 +31,8 @@ CERTIFICATE: dict[str, Any] = {
     **{"retention": RETENTION, "unchanged": ["b"]},
     "largest_difference": 1e-6,
 }
+PASS = {"pipeline": "adapt", "name": "macs", "distribution": "graftc-macs", "version": "0.1", "rewrites": False}
+FIGURE = {"name": "multiply_adds", "site": "a.weight", "layer": 0, "stack": "a", "value": 4.0}
 REPORT: dict[str, Any] = {
     **{"adaptations": [], "base_parameters": 9, "trainable_parameters": 1, "trained_in_full": 0, "percent": 10.0},
     **{"deployed_parameters": 1, "flops_per_token": 2, "capture_seconds": 0.1, "rewrite_seconds": 0.1},
@@ -39,6 +41,7 @@ REPORT: dict[str, Any] = {
         "notes": [],
         "anchors": [{**ANCHOR, "seconds": 0.1}],
         "steps": [{"name": "capture", "seconds": 0.1}],
+        "passes": [{**PASS, "figures": [FIGURE]}],
     },
 }
 AGREEMENT = {"passed": True, "same_predictions": 1.0, "largest_difference": 1e-6, "tolerance": 1e-4}
