@@ -35,9 +35,9 @@ from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, Unknown
 from graftc.compiler.capture.identity.sources import own_digest
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core import progress
-from graftc.passes.core.added_passes import registered
 from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
+from graftc.passes.core.plugins import registered
 
 _LARGEST_FILE = 256 * 2**20
 _STALE_SECONDS = 3600

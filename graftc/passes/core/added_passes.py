@@ -1,7 +1,4 @@
-"""Passes that plugins add to our pipelines, found in the entry-point group ``graftc.passes``.
-
-An entry point names an `AddedPass`, as ``macs = "graftc_macs:COUNT"``.
-"""
+"""Passes that plugins add to our pipelines."""
 
 from __future__ import annotations
 
@@ -9,17 +6,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Literal, TypeVar, get_args
 
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import PassContext, PassHost
-from graftc.passes.core.pipeline import COPIED, VERIFY, Pass, PassGroup, Pipeline, Plugin, two_of_one_name
+from graftc.passes.core.pipeline import COPIED, VERIFY, Pass, PassGroup, Pipeline, two_of_one_name
+from graftc.passes.core.plugins import Plugin, plugins
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
-
-GROUP = "graftc.passes"
-"""The entry-point group."""
 
 PipelineName = Literal["adapt", "eval", "lower"]
 """The pipelines that take passes."""
@@ -69,23 +64,17 @@ def added_passes() -> tuple[AddedPass, ...]:
     Raises:
         GraftError: GC077 where an entry point names something else, naming its package.
     """
-    return tuple(_loaded(point) for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)))
+    return tuple(_loaded(point, plugin) for point, plugin in plugins().items())
 
 
 def reload_passes() -> None:
     """Forget what was found, so that a package installed since is seen."""
+    plugins.cache_clear()
     added_passes.cache_clear()
     extended.cache_clear()
 
 
-def registered() -> tuple[str, ...]:
-    """What captures are kept under beside everything else: pipeline, pass, distribution and version."""
-    return tuple(f"{added.pipeline}: {added.what.name} of {added.origin}" for added in added_passes())
-
-
-def _loaded(point: EntryPoint) -> AddedPass:
-    distribution, version = (point.dist.name, point.dist.version) if point.dist is not None else (point.module, "")
-    origin = Plugin(distribution, version, f'{point.name} = "{point.value}"')
+def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
     try:
         found = point.load()
     except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin

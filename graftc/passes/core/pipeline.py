@@ -13,6 +13,7 @@ from graftc.passes.core import progress
 from graftc.passes.core.ir.history import Changes, HistoryEntry, Recorder
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import verify
+from graftc.passes.core.plugins import Plugin
 from graftc.passes.core.runnable import require_runnable
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError, Place, first_line, nearest
@@ -35,33 +36,6 @@ class HoldsStore(Protocol):
 C = TypeVar("C", bound=HoldsStore)
 G = TypeVar("G")
 Anything = TypeVar("Anything")
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A package that brings a pass.
-
-    Attributes:
-        distribution, version: the installed package; its module and nothing where it has no metadata.
-        entry_point: what registers it, as ``macs = "graftc_macs:COUNT"``.
-    """
-
-    distribution: str
-    version: str
-    entry_point: str
-
-    @property
-    def place(self) -> Place:
-        """Where errors say that the fault is."""
-        return Place(path=f"entry point {self.entry_point}")
-
-    @property
-    def remedy(self) -> str:
-        """What a user can do who did not write it."""
-        return f"repair or uninstall {self.distribution}"
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version}".rstrip()
 
 
 @dataclass(frozen=True)
