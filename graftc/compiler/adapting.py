@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graftc.compiler.adapt.base import anchored, take
-from graftc.compiler.adapt.context import Adapting
+from graftc.compiler.adapt.context import Adapting, Work
 from graftc.compiler.adapt.evaluate import EVALUATE, Evaluating
 from graftc.compiler.adapt.insert import ADAPTATIONS, ADDED_TOKENS, CONTROLS, RECOMPUTE, TRAIN_IN_PLACE
 from graftc.compiler.adapt.places import COPY, LENGTHEN, RESOLVE, RESOLVE_TRAIN, ROLES
@@ -14,7 +14,7 @@ from graftc.compiler.capture.as_captured import draws
 from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import inputs_of_program
-from graftc.compiler.compilation import Compilation, Resolution
+from graftc.compiler.compilation import Compilation, Graphs, Resolution
 from graftc.passes.core import progress
 from graftc.passes.core.added_passes import extended
 from graftc.passes.core.ir.eval_mode import moded, to_eval
@@ -44,31 +44,24 @@ ADAPT: Pipeline[Adapting] = Pipeline(
 EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
 """From an adapted Program to that of eval mode."""
 
-Graphs = dict[tuple[Entry, Mode, Stage], Program]
-"""The Programs of one signature."""
 
-
-def adapt_signature(
-    compilation: Compilation, request: CaptureRequest, controls: Sequence[str] = ()
-) -> tuple[Graphs, Resolution]:
+def adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str] = ()) -> tuple[Graphs, Resolution]:
     """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones.
 
     Args:
-        compilation: what it belongs to.
+        work: the Compilation that it belongs to, and where new tensors get their values.
         request: the calls of the source model that it is for, in train mode.
         controls: inputs beside these, which choose among adaptations.
     """
-    with progress.working("compiling", type(compilation.source).__name__), seldom_collected():
-        return _adapt_signature(compilation, request, controls)
+    with progress.working("compiling", type(work.compilation.source).__name__), seldom_collected():
+        return _adapt_signature(work, request, controls)
 
 
-def _adapt_signature(
-    compilation: Compilation, request: CaptureRequest, controls: Sequence[str]
-) -> tuple[Graphs, Resolution]:
-    log = Log()
-    found = take(compilation, request, log)
+def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]) -> tuple[Graphs, Resolution]:
+    log, compilation = Log(), work.compilation
+    found = take(work, request, log)
     main = compilation.main if compilation.signatures else None
-    train = Adapting(compilation, request, found, main, controls)
+    train = Adapting(work, request, found, main, controls)
     program = _adapted(train, log)
     program.history = list(log.entries)
     captures, source_eval = list(train.captures), to_eval(found.program)
@@ -78,14 +71,14 @@ def _adapt_signature(
     if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
         # Eval mode is more than train mode without dropout: what it computes has to be looked at.
         in_eval = request.in_mode("eval")
-        direct = take(compilation, in_eval, Log())
-        own = Adapting(compilation, in_eval, direct, train, controls)
+        direct = take(work, in_eval, Log())
+        own = Adapting(work, in_eval, direct, train, controls)
         evaluating = Evaluating(own, _adapted(own, Log()), False, own.base)
         captures += own.captures
         source_eval, eval_base, derived = direct.program, own.base, []
     adapted_eval = extended(EVAL).run(program, evaluating, log)
     special = {name for held in [*derived, *(c.anchor for c in captures if c.anchor)] for name in held.from_two}
-    graphs: Graphs = {
+    graphs: dict[tuple[Entry, Mode, Stage], Program] = {
         ("forward", "train", "base"): train.base,
         ("forward", "eval", "base"): eval_base,
         ("forward", "train", "adapted"): program,
@@ -111,6 +104,8 @@ def _adapt_signature(
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
         (*train.findings.records(ADAPT.name), *evaluating.findings.records(EVAL.name)),
+        work.parts,
+        tuple(work.notes),
     )
 
 

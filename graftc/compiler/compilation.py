@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,9 +16,10 @@ from graftc.compiler.capture.identity.fingerprint import replaced_tensors
 from graftc.compiler.capture.interface import device_of, parameters
 from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
-from graftc.compiler.resolve.compose import Unit, controls, narrow_names, units
+from graftc.compiler.resolve.compose import Parts, Unit, controls, narrow_names, units
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.structure import Structure
+from graftc.compiler.source_watch import SourceWatch
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Mode, ProgramKey, Signature, Stage
 from graftc.passes.core.pass_context import PassRecord
@@ -29,8 +30,11 @@ from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
+Graphs = Mapping[tuple[Entry, Mode, Stage], Program]
+"""The Programs of one signature."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class Resolution:
     """What a spec resolved to in the graphs of one signature, and how these were made.
 
@@ -46,20 +50,22 @@ class Resolution:
             token embeddings where there are virtual tokens.
         anchors: how the source model's graphs compare with the model itself.
         passes: passes of plugins that the graphs went through, with what they found.
-        seen: inputs of a call, where nobody showed any before.
+        parts: Store names of the tensors that were inserted, by adaptation, site and part.
+        notes: what capturing had to change and no other signature says, for people.
     """
 
     signature: Signature
     structure: Structure
-    resolved: list[Resolved]
-    trained: list[ParameterSite]
+    resolved: Sequence[Resolved]
+    trained: Sequence[ParameterSite]
     attentions: tuple[AttentionSite, ...]
     moded: frozenset[str]
     axes: tuple[Axis, ...]
     captures: tuple[Capture, ...]
     anchors: tuple[Anchor, ...]
     passes: tuple[PassRecord, ...]
-    seen: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    parts: Mapping[str, Parts]
+    notes: tuple[str, ...]
 
     @property
     def shown(self) -> dict[str, Tensor]:
@@ -84,39 +90,89 @@ class Resolution:
                     store.add_constant(name, tensor.to(store.device(name.rpartition(".")[0])))
 
 
-@dataclass
+class SignatureTable:
+    """The graphs of every signature: what there is more of when a call of a new kind is compiled. It only grows.
+
+    Attributes:
+        programs: every graph.
+        found: what was found in the graphs of each signature, the first one first.
+        parts: the tensors of all of them.
+        notes: what capturing any had to change, for people.
+        first_call: inputs of the first call of the first signature, where random ones make no sense and nobody has
+            shown any; None before.
+    """
+
+    def __init__(self) -> None:
+        self.programs: dict[ProgramKey, Program] = {}
+        self.found: dict[Signature, Resolution] = {}
+        self.parts: dict[str, dict[SiteKey | None, dict[str, str]]] = {}
+        self.notes: tuple[str, ...] = ()
+        self.first_call: Mapping[str, Tensor] | None = None
+        self._by_inputs: dict[tuple[str, ...], list[Signature]] = {}
+
+    def add(self, graphs: Graphs, found: Resolution) -> None:
+        """Take in the graphs of a new signature. Threads that look signatures up meanwhile find it when it is whole."""
+        signature = found.signature
+        self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
+        self.found[signature] = found
+        for owner, sites in found.parts.items():
+            self.parts.setdefault(owner, {}).update(sites)
+        self.notes += tuple(note for note in found.notes if note not in self.notes)
+        self._by_inputs.setdefault(signature.inputs, []).append(signature)
+
+    def find(self, inputs: Mapping[str, Any]) -> Signature | None:
+        """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""
+        for signature in self._by_inputs.get(inputs_of(inputs), ()):
+            if fits(self.programs[ProgramKey("forward", "train", signature)].inputs, inputs):
+                return signature
+        return None
+
+
+@dataclass(frozen=True, eq=False)
 class Compilation:
-    """All Programs of one spec and model over one Store.
+    """All Programs of one spec and model over one Store. It is frozen: what a new kind of call adds is in its table.
 
     Attributes:
         spec: what was asked for.
         model: the source model; read when a new signature has to be captured, never changed.
         store: every tensor.
-        seed: what initial values were drawn from.
-        programs: every graph.
-        signatures: what was found in the graphs of each signature, the first one first.
-        parts: adaptation, then site, to Store names by part.
-        notes: what capturing had to change, for people.
         source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
-        held: digests of what it held when it was compiled, by name; None where that cannot be written down.
-        values: adapter tensors that are there already, by name: those of an artifact.
+        watch: whether `source` is what it was.
+        seed: what initial values were drawn from.
+        use_cache: whether captures are looked up and kept in the user's cache folder.
         known: captures that are there already, by their key; None of one whose file has gone since.
+        table: the graphs of every signature.
     """
 
     spec: Spec
     model: nn.Module
     store: Store
+    source: nn.Module
+    watch: SourceWatch = field(repr=False)
     seed: int = 0
-    programs: dict[ProgramKey, Program] = field(default_factory=dict)
-    signatures: dict[Signature, Resolution] = field(default_factory=dict)
-    parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     use_cache: bool = True
-    source: nn.Module = field(kw_only=True)
-    held: dict[str, str] | None = field(default=None, repr=False)
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-    known: Mapping[str, Callable[[], Capture | None]] = field(default_factory=dict)
-    _by_inputs: dict[tuple[str, ...], list[Signature]] = field(default_factory=dict, repr=False)
+    known: Mapping[str, Callable[[], Capture | None]] = field(default_factory=dict, repr=False)
+    table: SignatureTable = field(default_factory=SignatureTable, repr=False)
+
+    @property
+    def programs(self) -> Mapping[ProgramKey, Program]:
+        """Every graph."""
+        return self.table.programs
+
+    @property
+    def signatures(self) -> Mapping[Signature, Resolution]:
+        """What was found in the graphs of each signature, the first one first."""
+        return self.table.found
+
+    @property
+    def parts(self) -> Mapping[str, Parts]:
+        """The tensors of every adaptation, by site and part."""
+        return self.table.parts
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What capturing had to change, for people."""
+        return self.table.notes
 
     @property
     def main(self) -> Resolution:
@@ -138,26 +194,9 @@ class Compilation:
         """A Program that every signature has; by default one of the first signature."""
         return self.programs[self.key(mode, stage, signature)]
 
-    def include(self, graphs: Mapping[tuple[Entry, Mode, Stage], Program], found: Resolution) -> None:
-        """Take in the graphs of a new signature."""
-        signature = found.signature
-        self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
-        self.signatures[signature] = found
-        self._by_inputs.setdefault(signature.inputs, []).append(signature)
-
-    def forget(self, signature: Signature) -> None:
-        """Let the graphs of a signature go."""
-        del self.signatures[signature]
-        self._by_inputs[signature.inputs].remove(signature)
-        for key in [key for key in self.programs if key.signature == signature]:
-            del self.programs[key]
-
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
         """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""
-        for signature in self._by_inputs.get(inputs_of(inputs), ()):
-            if fits(self.programs[ProgramKey("forward", "train", signature)].inputs, inputs):
-                return signature
-        return None
+        return self.table.find(inputs)
 
     def graphs(self, signature: Signature) -> dict[str, Program]:
         """The graphs of a signature by the names that they have in files: ``train`` and ``eval``, the base's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.adapt.context import Work
 from graftc.compiler.adapting import adapt_signature
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.cache import Known, captured, key
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.defaults import default_signatures
-from graftc.compiler.capture.identity.capture_key import held_by
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE
@@ -26,17 +26,19 @@ from graftc.compiler.capture.refusals import by_values
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
-from graftc.compiler.compilation import Compilation
+from graftc.compiler.compilation import Compilation, Graphs, Resolution
 from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.resolve.cloze import filling, not_filling
 from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
+from graftc.compiler.source_watch import SourceWatch
+from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.weights.store import Store
 from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.base import BaseOptions
 
 
@@ -55,7 +57,7 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
 
 
 def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:
-    _look_for_changes(compilation)
+    compilation.watch.look()
     tensors, flags = split(inputs)
     if CACHE in inputs:
         require_rows_of_one(compilation)
@@ -66,9 +68,8 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
     axes = axes_of(compilation.model, tensors, known)
     failure: GraftError | None = None
     for attempt in less_dynamic(axes, tensors):
-        known_before = set(compilation.signatures)
         try:
-            signature = add_signature(compilation, attempt, flags, chosen)
+            graphs, found = _made(compilation, attempt, flags, chosen)
         except GraftError as error:
             if error.code != "GC030":
                 raise
@@ -76,27 +77,9 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
             if by_values(error.__cause__):
                 break
         else:
-            if fits(compilation.program("train", "adapted", signature).inputs, inputs):
-                return signature
-            if signature not in known_before:
-                compilation.forget(signature)
+            if fits(graphs["forward", "train", "adapted"].inputs, inputs):
+                return _included(compilation, graphs, found)
     raise _not_captured(compilation, axes, flags, failure)
-
-
-def _look_for_changes(compilation: Compilation) -> None:
-    """Warn, once, where the source model is not what it was: graphs that are made now are of what it is now."""
-    if compilation.held is None:
-        return
-    before, now = compilation.held, held_by(compilation.source)
-    changed = [name for name in {**before, **(now or {})} if now is None or now.get(name) != before.get(name)]
-    if not changed:
-        return
-    where = changed[0].removeprefix("the module").strip()
-    message = f"{type(compilation.source).__name__} has changed since it was compiled"
-    message += f" ({where})" if where and now is not None else ""
-    message += ": graphs that are made from now on show it, earlier ones do not"
-    warn("GC048", message, hint="compile it again")
-    compilation.held = None
 
 
 def _check_room(compilation: Compilation, tensors: Mapping[str, Tensor]) -> None:
@@ -140,7 +123,11 @@ def _named(dtype: torch.dtype) -> str:
 
 @exclusive()
 def add_signature(
-    compilation: Compilation, axes: Sequence[Axis], flags: Flags = (), chosen: Sequence[str] = ()
+    compilation: Compilation,
+    axes: Sequence[Axis],
+    flags: Flags = (),
+    chosen: Sequence[str] = (),
+    initial: Initial | None = None,
 ) -> Signature:
     """Capture one more signature and adapt the same places there.
 
@@ -148,6 +135,7 @@ def add_signature(
         compilation: takes in its Programs.
         axes, flags: what the source model is called with.
         chosen: which of the Compilation's `controls` there are beside; those that every call has need not be named.
+        initial: where new tensors get their values; by default they are drawn from the Compilation's seed.
 
     Returns:
         The signature, which may be one that was there already.
@@ -155,11 +143,27 @@ def add_signature(
     Raises:
         GraftError: GC031 where the new graph does not read a place that is adapted.
     """
+    return _included(compilation, *_made(compilation, axes, flags, chosen, initial))
+
+
+def _made(
+    compilation: Compilation,
+    axes: Sequence[Axis],
+    flags: Flags,
+    chosen: Sequence[str],
+    initial: Initial | None = None,
+) -> tuple[Graphs, Resolution]:
+    """The graphs of a signature, which the Compilation does not have yet."""
     always = [name for name, composition in compilation.controls.items() if isinstance(composition, Parallel)]
     request = CaptureRequest(compilation.model, tuple(axes), flags, aliases=compilation.store.aliases)
-    graphs, found = adapt_signature(compilation, request, list(dict.fromkeys([*always, *chosen])))
+    work = Work(compilation, Initial(compilation.seed, narrow=compilation.narrow) if initial is None else initial)
+    return adapt_signature(work, request, list(dict.fromkeys([*always, *chosen])))
+
+
+def _included(compilation: Compilation, graphs: Graphs, found: Resolution) -> Signature:
+    """The signature of graphs, which the Compilation has from now on."""
     if found.signature not in compilation.signatures:
-        compilation.include(graphs, found)
+        compilation.table.add(graphs, found)
     return found.signature
 
 
@@ -179,18 +183,14 @@ def recompile(
         model: another base; by default the one that ``compilation`` was given.
         axes: inputs of other element types, where the base is of another one.
     """
-    made = compile_model(
+    known = {**compilation.known, **_captures(compilation)}
+    return compile_model(
         spec,
         compilation.source if model is None else model,
         compilation.main.axes if axes is None else axes,
         flags=compilation.program("train", "base").flags,
-        seed=compilation.seed,
-        use_cache=compilation.use_cache,
-        values=values,
-        known={**compilation.known, **_captures(compilation)},
+        start=StartingPoint(compilation.seed, compilation.use_cache, values, known),
     )
-    made.values = {}
-    return made
 
 
 def _captures(compilation: Compilation) -> dict[str, Callable[[], Capture | None]]:
@@ -203,6 +203,23 @@ def _again(capture: Capture) -> Capture:
     return replace(capture, program=capture.program.copy())
 
 
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a compilation starts from beside a spec and a model.
+
+    Attributes:
+        seed: initial values are drawn from it.
+        use_cache: look up and keep the captured graph in the user's cache folder.
+        values: adapter tensors to start from instead of initial values, by name.
+        known: captures to use instead of capturing, by their key.
+    """
+
+    seed: int = 0
+    use_cache: bool = True
+    values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    known: Known = field(default_factory=dict, repr=False)
+
+
 @exclusive()
 def compile_model(
     spec: Spec,
@@ -210,10 +227,7 @@ def compile_model(
     axes: Sequence[Axis] | None = None,
     *,
     flags: Flags = (),
-    seed: int = 0,
-    use_cache: bool = True,
-    values: Mapping[str, Tensor] = MappingProxyType({}),
-    known: Known = MappingProxyType({}),
+    start: StartingPoint = StartingPoint(),
 ) -> Compilation:
     """Compile a spec against a model. The model is never changed.
 
@@ -222,21 +236,19 @@ def compile_model(
         model: any module that torch.export captures.
         axes: its inputs; the model's usual ones by default.
         flags: other keyword arguments of its calls.
-        seed: initial values are drawn from it.
-        use_cache: look up and keep the captured graph in the user's cache folder.
-        values: adapter tensors to start from instead of initial values, by name.
-        known: captures to use instead of capturing, by their key.
+        start: its seed, and what is there already.
 
     Raises:
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
     require_plain(model)
     given: dict[str, nn.Parameter] = {}
+    known = start.known
     try:
         model = source = arrived(model)
         if spec.base.quantize is not None:
             given = dict(model.named_parameters(remove_duplicate=False))
-            found = quantised_base(model, spec.base, axes, flags=flags, use_cache=use_cache, known=known)
+            found = quantised_base(model, spec.base, axes, flags=flags, use_cache=start.use_cache, known=known)
             model = source = found[0]  # so that nothing holds the weights as they were
             known = {**known, **found[1]}
         if spec.untie:
@@ -247,20 +259,23 @@ def compile_model(
             model = filling(model, spec.cloze)
     except GraftError as error:
         raise spec.locate(error) from error
-    compilation = Compilation(
-        spec, model, Store.mirror(model), seed, use_cache=use_cache, source=source, values=values, known=known
-    )
-    compilation.held = held_by(source)
-    compilation.store.originals = {n: p.detach() for n, p in given.items() if n in compilation.store.packed}
-    del given
+    store = Store.mirror(model)
+    originals = {name: tensor.detach() for name, tensor in given.items() if name in store.packed}
+    compilation = Compilation(spec, model, store, source, SourceWatch(source), start.seed, start.use_cache, known)
+    initial = Initial(start.seed, start.values, originals, compilation.narrow)
+    del given, originals
+
+    def attempt(tried: Sequence[Axis]) -> Signature:
+        graphs, made = _made(compilation, tried, flags, (), initial)
+        notes = (*made.notes, *fixed_sizes(axes or (), tried))
+        return _included(compilation, graphs, replace(made, notes=notes))
+
     try:
-        first_capture(model, axes, lambda attempt: add_signature(compilation, attempt, flags))
-        compilation.notes += fixed_sizes(axes or (), compilation.main.axes)
+        first_capture(model, axes, attempt)
     except GraftError as error:
         if spec.cloze is None:
             raise
         raise spec.locate(not_filling(error, model, spec.cloze)) from error
-    compilation.store.originals = {}
     return compilation
 
 

@@ -22,7 +22,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.inspect.snapshot import Snapshot, base_snapshot
 from graftc.compiler.missing_weights import check_fresh
-from graftc.compiler.pipeline import compile_model, first_capture
+from graftc.compiler.pipeline import StartingPoint, compile_model, first_capture
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure
@@ -78,7 +78,7 @@ def compile(
     loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
     with asked(progress):
-        compilation = compile_model(loaded, model, axes, flags=flags, seed=chosen, use_cache=cache)
+        compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(chosen, cache))
     check_fresh(compilation)
     return cast("Compiled[Source]", make_compiled(compilation))
 
@@ -204,7 +204,7 @@ def check(
     check_spec_and_model("graftc.check", spec, model)
     loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
-    compilation = compile_model(loaded, model, axes, flags=flags, use_cache=cache)
+    compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(use_cache=cache))
     check_fresh(compilation)
     return report(compilation)
 

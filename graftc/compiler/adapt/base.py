@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from graftc.compiler.adapt.context import Work
 from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.as_captured import random_structure
 from graftc.compiler.capture.cache import captured, forget, keep
@@ -29,12 +30,13 @@ GATHER: Pipeline[Compilation] = Pipeline("gather", [Pass("gather early", _gather
 """For a cloze: choose the places of a text that are read before the head computes all of them."""
 
 
-def take(compilation: Compilation, request: CaptureRequest, log: Log) -> Capture:
+def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
     """The source model's graph, verified and held against the model.
 
     Raises:
         GraftError: GC041 where they differ.
     """
+    compilation = work.compilation
     found = captured(request, use_cache=compilation.use_cache, known=compilation.known)
     if found.cached or found.alike:
         try:
@@ -46,11 +48,11 @@ def take(compilation: Compilation, request: CaptureRequest, log: Log) -> Capture
                 found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     else:
         found = _checked(compilation, found, log)
-    _note(compilation, found)
+    _note(work, found)
     if compilation.spec.cloze is not None:
         GATHER.run(found.program, compilation, log)
     for name in sorted(found.program.updates):
-        compilation.store.own(name, compilation.values.get(name))
+        compilation.store.own(name, work.initial.values.get(name))
     return found
 
 
@@ -109,14 +111,16 @@ def anchored(compilation: Compilation, found: Capture, program: Program) -> Anch
 _NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and buffers has no place in a graph"
 
 
-def _note(compilation: Compilation, found: Capture) -> None:
+def _note(work: Work, found: Capture) -> None:
     """Say what of the model a graph does not have, each once."""
+    compilation = work.compilation
+    known = {*compilation.notes, *work.notes}
     assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]
     written = [f"forward assigns to {name}" for name in assigned]
     drawn = random_structure(compilation.model)
     lost = unkept(compilation.model)
-    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written, *lost]) if note not in compilation.notes]
-    compilation.notes += new
+    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written, *lost]) if note not in known]
+    work.notes += new
     for note in new:
         if note in written:
             hint = "what it read there is a constant of the graph; keep what changes in buffers, or return it"

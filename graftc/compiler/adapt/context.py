@@ -13,12 +13,34 @@ from graftc.compiler.resolve.resolver import Resolved, Resolver
 from graftc.compiler.resolve.sitetable import BlockedSite
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import Findings, PassHost
-from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site
+from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site, SiteKey
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
+
+
+@dataclass
+class Work:
+    """One more signature of a Compilation while it is being made.
+
+    Attributes:
+        compilation: what it belongs to, as it is before.
+        initial: where new tensors get their values.
+        parts: the tensors that are inserted, by adaptation, site and part.
+        notes: what capturing had to change, for people, as far as the Compilation does not say it.
+    """
+
+    compilation: Compilation
+    initial: Initial
+    parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def enter(self, owner: str, parts: Mapping[SiteKey | None, dict[str, str]]) -> None:
+        """Take in the tensors of an adaptation, by site and part."""
+        self.parts.setdefault(owner, {}).update(parts)
 
 
 @dataclass
@@ -26,7 +48,7 @@ class Adapting(PassHost):
     """One Program that is being adapted.
 
     Attributes:
-        compilation: what it belongs to.
+        work: what it belongs to.
         request: what was asked of the capture.
         capture: what was captured.
         places: whose places are adapted: those of the first signature, or of the same signature in train mode; None
@@ -40,7 +62,7 @@ class Adapting(PassHost):
         findings: what passes of plugins leave.
     """
 
-    compilation: Compilation
+    work: Work
     request: CaptureRequest
     capture: Capture
     places: Resolution | Adapting | None
@@ -56,6 +78,11 @@ class Adapting(PassHost):
 
     def __post_init__(self) -> None:
         self.base, self.captures = self.capture.program, [self.capture]
+
+    @property
+    def compilation(self) -> Compilation:
+        """As it is before."""
+        return self.work.compilation
 
     @property
     def store(self) -> Store:
@@ -90,10 +117,4 @@ class Adapting(PassHost):
 
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
         """What inserts an adaptation's nodes."""
-        compilation = self.compilation
-        given = program, compilation.store, adaptation, method, compilation.seed, compilation.values
-        return Builder(*given, seams=seams, narrow=compilation.narrow)
-
-    def collect(self, build: Builder) -> None:
-        """Take in the tensors that a builder made, by adaptation and site."""
-        self.compilation.parts.setdefault(build.adaptation, {}).update(build.parts)
+        return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)

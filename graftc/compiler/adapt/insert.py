@@ -44,7 +44,7 @@ def _tokens(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
 
     def insert(program: Program, context: Adapting, sites: list[LinearSite], rows: WeightSlice) -> None:
         insert_tokens(build, sites, rows)
-        context.collect(build)
+        context.work.enter(build.adaptation, build.parts)
 
     return [Pass("insert(tokens)", partial(insert, sites=sites, rows=rows)) for rows, sites in tables]
 
@@ -52,7 +52,7 @@ def _tokens(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
 def _train(program: Program, context: Adapting) -> None:
     build = context.builder(program, TRAIN, TRAIN)
     insert_train(build, context.trained)
-    context.collect(build)
+    context.work.enter(build.adaptation, build.parts)
 
 
 def _adaptations(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
@@ -68,7 +68,7 @@ def _insert(program: Program, context: Adapting, unit: Unit) -> None:
 
     if unit.composition is not None:
         for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():
-            compilation.parts.setdefault(owner, {}).update(parts)
+            context.work.enter(owner, parts)
         return
     (item,) = unit.members
     if not item.sites:
@@ -78,7 +78,7 @@ def _insert(program: Program, context: Adapting, unit: Unit) -> None:
         _adapt(build, item)
     except GraftError as error:
         raise placed(compilation.spec, unit, error) from error
-    context.collect(build)
+    context.work.enter(build.adaptation, build.parts)
 
 
 def _adapt(build: Builder, item: Resolved) -> None:

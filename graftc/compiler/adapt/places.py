@@ -63,7 +63,7 @@ def _lengthen(program: Program, context: Adapting) -> Program:
     compilation, plan = context.compilation, context.plan
 
     def again(axes: Sequence[Axis], flags: Flags) -> Capture:
-        return take(compilation, context.request.with_inputs(axes, flags), Log())
+        return take(context.work, context.request.with_inputs(axes, flags), Log())
 
     try:
         base, body = lengthened(compilation.model, context.resolver.table, plan, again)

@@ -258,7 +258,8 @@ class _Runs:
         length = self._length
         rows = 4 if length > 8 else 3
         config = getattr(self._model, "config", None)
-        return samples_on(self._device, self._program, seed, (rows, length, length - 2), config, ones=ones, held=held)
+        held = {**dict.fromkeys(ones, 1), **(held or {})}
+        return samples_on(self._device, self._program, seed, (rows, length, length - 2), config, held=held)
 
     def model(self, inputs: Mapping[str, Tensor]) -> _Run:
         """What the model gives.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,11 @@ def samples_on(
     config: Any,
     *,
     front: bool = True,
-    ones: Collection[str] = (),
     held: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """`random_inputs`, on a device; named sizes in ``ones`` are 1, and those in ``held`` what they are there."""
+    """`random_inputs`, on a device."""
     generator = torch.Generator().manual_seed(seed)
-    axes = _sizes(program, sizes, {**dict.fromkeys(ones, 1), **dict(held or {})})
+    axes = _sizes(program, sizes, held or {})
     inputs: dict[str, Tensor] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         shape = [size_of(size, axes) if isinstance(size, str) else size for size in spec.shape]

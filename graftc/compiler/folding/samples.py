@@ -24,15 +24,19 @@ def beyond_text(program: Program) -> bool:
 
 def remember(compilation: Compilation, signature: Signature, present: Mapping[str, object]) -> None:
     """Keep the inputs of the first call where random ones make no sense, and nobody has shown any."""
-    main, base = compilation.main, compilation.program("train", "base")
-    if main.signature == signature and not (main.shown or main.seen) and beyond_text(base):
-        main.seen.update((name, value.detach().clone()) for name, value in present.items() if isinstance(value, Tensor))
+    main, table = compilation.main, compilation.table
+    if main.signature != signature or main.shown or table.first_call is not None:
+        return
+    if beyond_text(compilation.program("train", "base")):
+        tensors = {name: value for name, value in present.items() if isinstance(value, Tensor)}
+        table.first_call = {name: value.detach().clone() for name, value in tensors.items()}
 
 
 def samples(compilation: Compilation) -> dict[str, Tensor]:
     """Inputs of the first signature: random ones, or what callers gave where random ones make no sense."""
     base, store, main = compilation.program("train", "base"), compilation.store, compilation.main
-    if beyond_text(base) and (shown := {**main.seen, **main.shown}).keys() >= set(base.signature):
+    shown = {**(compilation.table.first_call or {}), **main.shown}
+    if beyond_text(base) and shown.keys() >= set(base.signature):
         device = store.device()
         return {spec.name: shown[spec.name].to(device, spec.dtype) for spec in base.inputs}
     return random_inputs(base, store, config=getattr(compilation.source, "config", None))

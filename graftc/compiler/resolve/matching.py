@@ -27,7 +27,7 @@ from graftc.specs.regexes import RegexMatcher
 from graftc.specs.roles import ROLES, parse_role
 from graftc.specs.target import Target
 
-__all__ = ["Matching", "Meant", "Missing"]
+__all__ = ["ForMethod", "Matching", "Meant", "Missing"]
 
 _LAYERED = ("attn", "ffn", "layer")
 _DETAILS = 8
@@ -72,10 +72,24 @@ class Meant:
     gaps: list[GraftError] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class ForMethod:
+    """The method that a target is matched for.
+
+    Attributes:
+        kinds, method, missing: as for `graftc.compiler.resolve.select.select`.
+    """
+
+    kinds: Collection[SiteKind] | None
+    method: str
+    missing: Missing
+
+
 class Matching:
     """One target on the candidates of one model: arguments as for `graftc.compiler.resolve.select.select`.
 
     Args:
+        method: that of the adaptation.
         found: takes what is wrong with the target; where there is none, the first such error is raised.
         within: keys of the only candidates to choose from; by default all.
     """
@@ -85,17 +99,15 @@ class Matching:
         target: Target,
         candidates: Sequence[Candidate],
         where: str,
-        kinds: Collection[SiteKind] | None,
-        method: str,
-        missing: Missing,
+        method: ForMethod,
         matcher: RegexMatcher,
         found: Meant | None = None,
         within: Collection[Hashable] | None = None,
     ) -> None:
         self.found, self.within = found, None if within is None else frozenset(within)
-        self.target, self.all, self.where, self.method = target, list(candidates), where, method
-        self.missing, self.matcher = missing, matcher
-        self.kinds = None if kinds is None else frozenset(kinds)
+        self.target, self.all, self.where, self.method = target, list(candidates), where, method.method
+        self.missing, self.matcher = method.missing, matcher
+        self.kinds = None if method.kinds is None else frozenset(method.kinds)
         whole = {c.module for c in self.all if not c.part and c.kind is not SiteKind.PARAMETER}
         by_module = target.role is None and within is None
         self.pool = [c for c in self.all if self.takes(c) and not (by_module and c.part and c.module in whole)]

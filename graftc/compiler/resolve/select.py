@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from graftc.compiler.resolve.candidates import Candidate, depths
-from graftc.compiler.resolve.matching import Matching, Meant, Missing
+from graftc.compiler.resolve.matching import ForMethod, Matching, Meant, Missing
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.overrides import check_used
@@ -48,7 +48,7 @@ def select(
             role; GC016 where the method does not take what matches. Places hold paths; ``Spec.locate`` adds line and
             column.
     """
-    return Matching(target, candidates, where, kinds, method, missing, matcher or RegexMatcher()).run()
+    return Matching(target, candidates, where, ForMethod(kinds, method, missing), matcher or RegexMatcher()).run()
 
 
 def meant(
@@ -71,7 +71,8 @@ def meant(
         GraftError: GC008 where a regular expression takes too long.
     """
     found = Meant()
-    resolving = Matching(target, candidates, where, kinds, method, missing, RegexMatcher(), found, within)
+    asked = ForMethod(kinds, method, missing)
+    resolving = Matching(target, candidates, where, asked, RegexMatcher(), found, within)
     found.chosen = resolving.run()
     return found
 

@@ -21,7 +21,8 @@ def read_attentions(labels: Labels) -> None:
     attentions = [a for a in labels.flow.attentions.values() if not _pools_stream(labels, a)]
     for attention in attentions:
         name = attention.name
-        labels.add("attn", SiteKind.ATTENTION, attention.node, None, f"is {name}", attention=attention.node)
+        prefix = labels.prefix(attention.node, attention.node)
+        labels.add("attn", SiteKind.ATTENTION, attention.node, None, f"is {name}", prefix=prefix)
         for letter, operand in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
             _projection(labels, attention, letter, operand)
     for attention in attentions:

@@ -138,7 +138,8 @@ class Labels:
             made = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
             self.fail(linear.node, f"is {role}, but its weight is computed from {made}, whose rows cannot be told")
             parameter, rows = None, None
-        self.add(role, kind, linear.node, parameter, evidence, rows=rows, attention=attention, bare=bare)
+        prefix = "" if bare else self.prefix(linear.node, attention)
+        self.add(role, kind, linear.node, parameter, evidence, rows=rows, prefix=prefix)
 
     def short(self, node: fx.Node) -> str:
         """Last part of the owning module's path."""
@@ -173,13 +174,12 @@ class Labels:
         evidence: str,
         *,
         rows: Runs | None = None,
-        attention: fx.Node | None = None,
-        bare: bool = False,
+        prefix: str | None = None,
     ) -> None:
-        """Record a finding."""
+        """Record a finding, whose role has a prefix; by default that of its node."""
         module = self.module(node)
         layer, stack = place(module)
-        full = role if bare else self.prefix(node, attention) + role
+        full = (self.prefix(node, None) if prefix is None else prefix) + role
         self.findings.append(Finding(full, kind, node, module, parameter, rows, layer, stack, 0, evidence))
 
     def fail(self, node: fx.Node, reason: str) -> None:

@@ -33,8 +33,10 @@ class LoKrMethod(Method[LoKr, LinearSite]):
         """Insert the branch."""
         channels = site.own.shape[1] if site.own.layout is Layout.KERNEL else site.in_features
         (c1, d1), (c2, d2) = split(site.out_features, spec.factor), split(channels, spec.factor)
-        small = _factor(spec, site, build, "C", (c1, c2), zeros, full=not spec.decompose_both)
-        large = _factor(spec, site, build, "D", (d1, d2), uniform, full=False, points=site.in_features // channels)
+        points = site.in_features // channels
+        full = not spec.decompose_both or _is_full(spec, c1, c2)
+        small = _factor(spec, site, build, "C", (c1, c2), zeros, full=full)
+        large = _factor(spec, site, build, "D", (d1, d2 * points), uniform, full=_is_full(spec, d1, d2))
         if spec.scaling != 1:
             small = build.call(aten.mul.Tensor, small, spec.scaling, part="scale")
         outer = build.call(aten.mul.Tensor, _spread(build, small, -1, -3), _spread(build, large, -2, -4), part="outer")
@@ -77,6 +79,11 @@ def _spread(build: Builder, node: fx.Node, *axes: int) -> fx.Node:
     return node
 
 
+def _is_full(spec: LoKr, rows: int, columns: int) -> bool:
+    """Whether a factor is one matrix: a product of rank ``rank`` would hardly be smaller."""
+    return 2 * spec.rank >= max(rows, columns)
+
+
 def _factor(
     spec: LoKr,
     site: LinearSite,
@@ -86,12 +93,10 @@ def _factor(
     init: Initialiser,
     *,
     full: bool,
-    points: int = 1,
 ) -> fx.Node:
-    """One factor, full or as a product of rank ``rank``; ``init`` fills the full one or the first of the product. With
-    several ``points`` each column is as many, which does not decide whether it is full."""
-    rows, columns = shape[0], shape[1] * points
-    if full or 2 * spec.rank >= max(shape):
+    """One factor, full or as a product of rank ``rank``; ``init`` fills the full one or the first of the product."""
+    rows, columns = shape
+    if full:
         return build.parameter(name, (*site.leading, rows, columns), init, dtype=site.dtype)
     up = build.parameter(f"{name}B", (*site.leading, rows, spec.rank), init, dtype=site.dtype)
     down = build.parameter(f"{name}A", (*site.leading, spec.rank, columns), uniform, dtype=site.dtype)

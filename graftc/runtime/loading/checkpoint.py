@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.identity.fingerprint import Identity, identify
 from graftc.compiler.capture.interface import device_of
-from graftc.compiler.pipeline import compile_model
+from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
@@ -75,11 +75,10 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
             base,
             record.axes,
             flags=record.flags,
-            seed=record.seed,
-            use_cache=cache,
-            values={name: tensor for name, tensor in state.items() if Store.is_adapter(name)},
+            start=StartingPoint(
+                record.seed, cache, {name: tensor for name, tensor in state.items() if Store.is_adapter(name)}
+            ),
         )
-        compilation.values = {}
         compiled = make_compiled(compilation)
         compiled.load_state_dict(state)
     except RuntimeError as error:

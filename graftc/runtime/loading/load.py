@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.identity.fingerprint import identify
@@ -15,8 +15,9 @@ from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
-from graftc.compiler.pipeline import add_signature, compile_model
+from graftc.compiler.pipeline import StartingPoint, add_signature, compile_model
 from graftc.passes.core import progress
+from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.pass_context import PassRecord
@@ -110,23 +111,20 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         model,
         artifact.axes(first),
         flags=flags[first],
-        seed=artifact.manifest.seed,
-        use_cache=cache,
-        values=values,
-        known=known,
+        start=StartingPoint(artifact.manifest.seed, cache, values, known),
     )
+    initial = Initial(compilation.seed, values, narrow=compilation.narrow)
     for number in others:
         choices = artifact.manifest.signatures[number].choices
         unknown = [name for name in choices if name not in compilation.controls]
         if unknown:
             raise damaged(str(artifact.path), MANIFEST, f"nothing is chosen by {unknown[0]}")
-        add_signature(compilation, artifact.axes(number), flags[number], choices)
+        add_signature(compilation, artifact.axes(number), flags[number], choices, initial)
     if len(compilation.signatures) != len(flags):
         raise damaged(str(artifact.path), MANIFEST, "has one signature twice")
     check_passes(artifact, compilation)
     check_places(artifact, compilation)
-    _take_values(artifact, compilation)
-    compilation.values = {}
+    _take_values(artifact, compilation, values)
     check_graphs(artifact, compilation)
     return make_compiled(compilation)
 
@@ -181,17 +179,17 @@ def _written_with(artifact: Artifact) -> str:
     return f"graftc {versions.graftc}, torch {versions.torch}, transformers {versions.transformers}"
 
 
-def _take_values(artifact: Artifact, compilation: Compilation) -> None:
+def _take_values(artifact: Artifact, compilation: Compilation, values: Mapping[str, Tensor]) -> None:
     """Constants that methods keep beside parameters, and a check that nothing is left over or missing."""
     own = dict(adapter_tensors(compilation.store))
-    other = sorted(own.keys() ^ compilation.values.keys())
+    other = sorted(own.keys() ^ values.keys())
     if other:
         what = "has no" if other[0] in own else "has a tensor without a place,"
         raise GraftError("GC084", f"{artifact.path} {what} {other[0]}", details=other[1:5])
     with torch.no_grad():
         for name, tensor in own.items():
             if not isinstance(tensor, nn.Parameter):
-                tensor.copy_(compilation.values[name])
+                tensor.copy_(values[name])
 
 
 def check_graphs(artifact: Artifact, compilation: Compilation) -> None:

@@ -18,7 +18,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.missing_weights import check_fresh
-from graftc.compiler.pipeline import compile_model
+from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
@@ -60,7 +60,7 @@ def import_peft(
     _check_model(adapter, model)
     spec = spec_for(adapter, model, structure)
     try:
-        compilation = compile_model(spec, model, axes, flags=flags, use_cache=cache)
+        compilation = compile_model(spec, model, axes, flags=flags, start=StartingPoint(use_cache=cache))
     except GraftError as error:
         raise _not_possible(adapter, model, error) from None
     check_fresh(compilation)

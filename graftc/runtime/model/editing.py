@@ -22,7 +22,7 @@ from graftc.passes.core.weights.names import owner_of, parsed, renamed
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.above import above
 from graftc.runtime.model.blocks import Runner
-from graftc.runtime.model.views import Tables, Viewed, put_over, tables_of
+from graftc.runtime.model.views import Tables, Viewed, over, tables_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.changes import adding, leaving, renaming
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
@@ -180,7 +180,7 @@ class Editing(Viewed):
                     tables.put(fqn, held[fqn][1], persistent=_persists(fresh, fqn))
                 elif fqn not in held:
                     tables.put(fqn, self._here(tensor), persistent=_persists(fresh, fqn))
-            put_over(made, compilation)
+            made = over(made, compilation)
             self._compilation = made
             steering = _joined(whole, steerings(made), names)
             self._install(made, steering, frozenset())

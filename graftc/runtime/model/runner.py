@@ -351,7 +351,8 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
             if compilation.store is not self._store:
                 found.append(compilation)
                 continue
-            found += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
+            found += [compilation.model, compilation.source, compilation.spec, compilation.known]
+            found.append(compilation.table.first_call)
             found += [*compilation.programs.values(), *compilation.signatures.values()]
             found += (site for r in compilation.main.resolved for site, _ in r.sites)
         return found

@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -221,8 +222,7 @@ class Viewed:
             for fqn, tensor in made.store.adapters():
                 if fqn not in self._store:  # constants, of what is now directly on a weight of the base
                     tables.put(fqn, self._here(tensor), persistent=False)
-            put_over(made, self._compilation)
-            beside._install(made, kept, off)
+            beside._install(over(made, self._compilation), kept, off)
             return beside._shown()
         except BaseException:
             tables.undo()
@@ -254,9 +254,9 @@ def tables_of(steering: Steerings) -> tuple[Mapping[str, Any], ...]:
     return steering.controllers, steering.objectives, steering.outputs
 
 
-def put_over(made: Compilation, known: Compilation) -> None:
-    """Let a Compilation that was made of the same source run over the tensors of another one."""
-    made.store, made.model, made.held = known.store, known.model, known.held
+def over(made: Compilation, known: Compilation) -> Compilation:
+    """A Compilation that was made of the same source, over the tensors of another one."""
+    return replace(made, store=known.store, model=known.model, watch=known.watch)
 
 
 class Tables:

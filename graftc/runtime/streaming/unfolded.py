@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.folding.certify import Adapted
 from graftc.compiler.folding.evaluating import evaluate
-from graftc.compiler.pipeline import compile_model
+from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite
@@ -138,7 +138,7 @@ class BlockMaps:
 def _compiled(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool, lookup: bool) -> BlockMap:
     model = _OneMap(rows, columns, bias=bias, lookup=lookup)
     axis = Axis("x", torch.int64, ("count",)) if lookup else Axis("x", torch.float64, ("count", columns))
-    compilation = compile_model(Spec(adapt=tuple(specs)), model, [axis], use_cache=False)
+    compilation = compile_model(Spec(adapt=tuple(specs)), model, [axis], start=StartingPoint(use_cache=False))
     resolved = compilation.main.resolved
     eval_base = compilation.program("eval", "base")
     site = resolved[0].places[0][0]

@@ -76,7 +76,7 @@ class _Coded(Exception):  # noqa: N818
         super().__init__(code, message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, self._arguments()
+        return _rebuild, (type(self), self.code, self.message, self._others())
 
     def within(self, path: str) -> Self:
         """The same, with its place at ``path``; where it names a place already, at that place below ``path``.
@@ -86,15 +86,7 @@ class _Coded(Exception):  # noqa: N818
         """
         inner = self.place.path if self.place is not None else ""
         joined = path + (f".{inner}" if inner and not inner.startswith("[") else inner)
-        return type(self)(
-            self.code,
-            self.message,
-            place=Place(path=joined),
-            hint=self.hint,
-            details=self.details,
-            fix=self.fix,
-            corrected=self.corrected,
-        )
+        return type(self)(self.code, self.message, **{**self._others(), "place": Place(path=joined)})
 
     @property
     def exit_code(self) -> int:
@@ -141,17 +133,9 @@ class _Coded(Exception):  # noqa: N818
             "exit_code": self.exit_code,
         }
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return (
-            type(self),
-            self.code,
-            self.message,
-            self.place,
-            self.hint,
-            self.details,
-            self.fix,
-            self.corrected,
-        )
+    def _others(self) -> dict[str, Any]:
+        """What it was made with beside its code and its message."""
+        return {name: getattr(self, name) for name in ("place", "hint", "details", "fix", "corrected")}
 
 
 class GraftError(_Coded):
@@ -176,16 +160,9 @@ class GraftWarning(_Coded, UserWarning):
 
 
 def _rebuild(
-    kind: type[GraftError] | type[GraftWarning],
-    code: str,
-    message: str,
-    place: Place | None,
-    hint: str | None,
-    details: tuple[str | GraftError, ...],
-    fix: tuple[str, str] | None,
-    corrected: str | None,
+    kind: type[GraftError] | type[GraftWarning], code: str, message: str, others: dict[str, Any]
 ) -> GraftError | GraftWarning:
-    return kind(code, message, place=place, hint=hint, details=details, fix=fix, corrected=corrected)
+    return kind(code, message, **others)
 
 
 def warn(

@@ -7,13 +7,13 @@ work; what compositions intercept of it are its `Seams`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from torch import Tensor, fx
+from torch import fx
 
 from graftc.passes.core.build.attention import Attentions
+from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.linear_maps import LinearMaps
 from graftc.passes.core.build.masks import Masks
 from graftc.passes.core.build.nodes import Nodes
@@ -66,12 +66,9 @@ class Builder:
         store: new tensors go here; one that exists already is used again, so that Programs share tensors.
         adaptation: the adaptation's name.
         method: its method's tag.
-        seed: initial values depend on it and on a tensor's name, never on the order of creation.
-        values: tensors that are there already, by name: they take the place of initial values.
+        initial: where new tensors get their values.
         seams: how the adaptation is composed with others; by default it is not.
         within: the builder of what composes it.
-        narrow: names of adaptations whose tensors are kept in the element type that they are computed with; those of
-            the others are at least float32, and the graph casts them.
 
     Attributes:
         part_of: its parts, by the names of their classes.
@@ -83,17 +80,17 @@ class Builder:
         store: Store,
         adaptation: str,
         method: str,
-        seed: int = 0,
-        values: Mapping[str, Tensor] = MappingProxyType({}),
+        initial: Initial | None = None,
         *,
         seams: Seams | None = None,
         within: Builder | None = None,
-        narrow: Collection[str] = (),
     ) -> None:
         inside: Nodes | None = within.nodes if within is not None else None
-        nodes = Nodes(program, store, adaptation, method, seed, values, seams, inside, narrow)
+        self.initial = Initial() if initial is None else initial
+        nodes = Nodes(program, store, adaptation, method, self.initial, seams, inside)
         self.nodes: Nodes = nodes
-        self.program, self.store, self.method, self.seed, self.values = program, store, method, seed, values
+        self.program, self.store, self.method = program, store, method
+        self.seed, self.values = self.initial.seed, self.initial.values
         tensors, operations, branches, masks = Tensors(nodes), Operations(nodes), Branches(nodes), Masks(nodes)
         parts = (
             nodes,
@@ -108,8 +105,7 @@ class Builder:
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
         """A builder of an adaptation that this one composes. One of its own name has its tensors among this one's."""
-        given = self.program, self.store, adaptation, method, self.seed, self.values
-        made = Builder(*given, seams=seams, within=self, narrow=self.nodes.narrow)
+        made = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
         if adaptation == self.adaptation:
             made.nodes.parts = self.parts
         return made

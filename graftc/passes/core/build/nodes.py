@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.seams import Change, Reading, Seams
 from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.effects import memory_of
@@ -31,12 +31,9 @@ class Nodes:
         store: new tensors go here; one that exists already is used again, so that Programs share tensors.
         adaptation: the adaptation's name.
         method: its method's tag.
-        seed: initial values depend on it and on a tensor's name, never on the order of creation.
-        values: tensors that are there already, by name: they take the place of initial values.
+        initial: where new tensors get their values.
         seams: how the adaptation is composed with others; by default it is not.
         within: what composes it. Nodes at a site are then that one's own, which go on reading what was there before.
-        narrow: names of adaptations whose tensors are kept in the element type that they are computed with. Those of
-            the others are at least float32: steps that are small beside a value are lost in 16 bits.
     """
 
     def __init__(
@@ -45,20 +42,16 @@ class Nodes:
         store: Store,
         adaptation: str,
         method: str,
-        seed: int = 0,
-        values: Mapping[str, Tensor] = MappingProxyType({}),
+        initial: Initial,
         seams: Seams | None = None,
         within: Nodes | None = None,
-        narrow: Collection[str] = (),
     ) -> None:
         self.program = program
         self.store = store
         self.adaptation = adaptation
         self.method = method
-        self.seed = seed
-        self.values = values
+        self.initial = initial
         self.seams = seams if seams is not None else Seams()
-        self.narrow = narrow
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self._types = Inference(program)
         self._within = within
@@ -146,7 +139,7 @@ class Nodes:
 
     def kept_in(self, dtype: torch.dtype) -> torch.dtype:
         """The element type in which a tensor of the adaptation is kept that the graph computes with in ``dtype``."""
-        if self.adaptation in self.narrow or not dtype.is_floating_point:
+        if self.adaptation in self.initial.narrow or not dtype.is_floating_point:
             return dtype
         return torch.promote_types(dtype, torch.float32)
 
@@ -189,7 +182,7 @@ class Part:
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
-        self.program, self.store, self.seed, self.values = nodes.program, nodes.store, nodes.seed, nodes.values
+        self.program, self.store, self.initial = nodes.program, nodes.store, nodes.initial
         self.call, self.attribute = nodes.call, nodes.attribute
         self._attributes, self._emit, self._redirect = nodes.attributes, nodes.emit, nodes.redirect
         self._size, self._device = nodes.size, nodes.device

@@ -147,7 +147,7 @@ class Tensors(Part):
 
     def _initial(self, name: str, shape: tuple[int, ...], init: Initialiser, dtype: torch.dtype) -> Tensor:
         device = self._device()
-        if name in self.values:
+        if name in self.initial.values:
             return self._given(name, shape, dtype, device)
         if device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=device)
@@ -157,10 +157,10 @@ class Tensors(Part):
 
     def _first(self, name: str, own: Tensor) -> Tensor:
         """The value that is given for a tensor, of the type of its own first one; that one where none is given."""
-        return self._given(name, tuple(own.shape), own.dtype, own.device) if name in self.values else own
+        return self._given(name, tuple(own.shape), own.dtype, own.device) if name in self.initial.values else own
 
     def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        value = self.values[name]
+        value = self.initial.values[name]
         if tuple(value.shape) != shape or not _is_exact(value.dtype, dtype):
             found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
             raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
@@ -186,7 +186,7 @@ class Tensors(Part):
         Raises:
             GraftError: GC167 where it is not known.
         """
-        held = self.store.originals.get(site.own.tensor)
+        held = self.initial.originals.get(site.own.tensor)
         if held is None:
             message = f"what quantising took from the weight of {site.key} is not known"
             hint = "let the spec quantise the base: base: {quantize: nf4}, or choose another init"
@@ -198,7 +198,7 @@ class Tensors(Part):
 
     def generator(self, name: str) -> torch.Generator:
         """What random values called ``name`` are drawn from."""
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        digest = hashlib.sha256(f"{self.initial.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def every(self, tensor: str) -> WeightSlice:
@@ -272,7 +272,7 @@ class Tensors(Part):
 
     def known(self, name: str) -> Tensor | None:
         """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
-        return self.store.get(name) if name in self.store else self.values.get(name)
+        return self.store.get(name) if name in self.store else self.initial.values.get(name)
 
     def stand_in(self, own: WeightSlice, make: Callable[[fx.Node], fx.Node], *, within: bool = False) -> None:
         """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is

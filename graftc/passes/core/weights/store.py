@@ -60,7 +60,6 @@ class Store:
         settled: names of kept buffers that graphs were made by, so that other values do not fit.
         updated: names of base tensors that graphs write to, each to the name of what it is in the source model.
         packed: types of packed weights by name. The tree holds the parts of each, and graphs read the weight.
-        originals: packed weights as they were before, while a spec that quantises them is compiled.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -70,7 +69,6 @@ class Store:
         self.settled: set[str] = set()
         self.updated: dict[str, str] = {}
         self.packed: dict[str, PackedType] = {}
-        self.originals: dict[str, torch.Tensor] = {}
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:

@@ -1,0 +1,35 @@
+"""Whether a source model is still what it was when it was compiled."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graftc.compiler.capture.identity.capture_key import held_by
+from graftc.specs.errors.diagnostics import warn
+
+
+class SourceWatch:
+    """Looks for changes of a source model, and says so once.
+
+    Args:
+        source: the model as it is now.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        self._source = source
+        self._before = held_by(source)
+
+    def look(self) -> None:
+        """Warn where the model is not what it was: graphs that are made from now on are of what it is now."""
+        if self._before is None:
+            return
+        before, now = self._before, held_by(self._source)
+        changed = [name for name in {**before, **(now or {})} if now is None or now.get(name) != before.get(name)]
+        if not changed:
+            return
+        where = changed[0].removeprefix("the module").strip()
+        message = f"{type(self._source).__name__} has changed since it was compiled"
+        message += f" ({where})" if where and now is not None else ""
+        message += ": graphs that are made from now on show it, earlier ones do not"
+        warn("GC048", message, hint="compile it again")
+        self._before = None

@@ -1,0 +1,106 @@
+"""No function takes more than seven parameters, but for what users call, and the operators whose schemas say so.
+
+What goes together is one value. The list of those that still take more only gets shorter.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import graftc
+import graftc.extend
+import graftc.testing
+from graftc.runtime import optim
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.deploy.merged import Merged
+from graftc.runtime.model.runner import Published
+from tools.docs.cli import commands
+
+PACKAGE = Path(graftc.__file__).parent
+MOST = 7
+
+LEFT = """
+    runtime/artifact/write.py _write
+    runtime/artifact/write.py save
+    runtime/cli/convert.py _artifact
+    runtime/cli/convert.py _folder
+    runtime/cli/merge.py _merge_files
+    runtime/cli/text/speaking.py opened
+    runtime/cli/text/speaking.py settings
+    runtime/demo/training.py train
+    runtime/deploy/combine.py _at
+    runtime/export/__init__.py export_model
+    runtime/generate/models.py OnnxSeq2SeqLM.forward
+    runtime/interop/layouts/convert.py convert_folder
+    runtime/planner/table.py rows
+    runtime/planner/workbench.py Workbench.__init__
+    runtime/recipes.py _trained
+"""
+"""Those that take more: take one off when it takes fewer, and add none."""
+
+
+def functions(tree: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of a module with its qualified name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield owner + node.name, node
+            yield from functions(node, f"{owner}{node.name}.")
+        else:
+            yield from functions(node, f"{owner}{node.name}." if isinstance(node, ast.ClassDef) else owner)
+
+
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of the parameters that callers give."""
+    given = node.args
+    every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    return [one.arg for one in every if one.arg not in ("self", "cls")]
+
+
+def is_operator(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function implements an operator, whose schema has a parameter for each argument."""
+    marks = [ast.unparse(mark) for mark in node.decorator_list]
+    return any(mark.startswith("torch.library.") or mark.endswith(".register_fake") for mark in marks)
+
+
+def public() -> set[CodeType]:
+    """The code of everything that users call: functions and classes of the public modules, methods of a compiled and of
+    a merged model, and commands."""
+    modules: list[ModuleType] = [graftc, graftc.extend, graftc.testing, optim]
+    values: list[Any] = [getattr(module, name) for module in modules for name in module.__all__]
+    values += [value for cls in values if inspect.isclass(cls) for value in vars(cls).values()]
+    for cls in (Compiled, Merged):
+        values += [v.__wrapped__ if isinstance(v, Published) else v for v in vars(cls).values()]
+    values += [command.callback for command in commands().values()]
+    found = (inspect.unwrap(value) for value in values if callable(value) and not inspect.isclass(value))
+    return {value.__code__ for value in found if inspect.isfunction(value)}
+
+
+def test_no_function_takes_more_than_seven_parameters() -> None:
+    known = {(Path(code.co_filename), code.co_name, code.co_firstlineno) for code in public()}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name, node in functions(ast.parse(path.read_text(encoding="utf-8"))):
+            first = min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
+            if len(parameters(node)) <= MOST or is_operator(node) or (path, node.name, first) in known:
+                continue
+            found.append(f"{path.relative_to(PACKAGE).as_posix()} {name}")
+    assert sorted(found) == [line.strip() for line in LEFT.strip().splitlines()]
+
+
+def test_what_is_counted() -> None:
+    method = "class A:\n    def f(self, a, /, b, *c, d=0, **e):\n        def g(): ...\n"
+    text = f"{method}@torch.library.custom_op('x')\ndef h(a): ...\n"
+    named = dict(functions(ast.parse(text)))
+    assert [(name, parameters(node)) for name, node in named.items()] == [
+        ("A.f", ["a", "b", "d", "c", "e"]),
+        ("A.f.g", []),
+        ("h", ["a"]),
+    ]
+    assert is_operator(named["h"]) and not is_operator(named["A.f"])
+    names = {code.co_name for code in public()}
+    assert {"compile", "tune", "plan", "param_groups", "export", "inspect", "factors"} <= names
