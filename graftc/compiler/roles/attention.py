@@ -210,9 +210,15 @@ def _columns(labels: Labels, operand: fx.Node) -> Tensor | None:
     index = labels.columns.index(operand)
     if index is None or index.dim() != 4 or index.shape != labels.columns.shape(operand):
         return None
-    own = index
-    if labels.columns.cached:  # the tokens of the call stand behind those of its past
-        own = index[:, :, (index >= 0).any(dim=3).any(dim=1).any(dim=0)]
+    return labels.columns.once(_behind_a_past if labels.columns.cached else _of_heads, index)
+
+
+def _behind_a_past(index: Tensor) -> Tensor | None:
+    """The tokens of the call stand behind those of its past."""
+    return _of_heads(index[:, :, (index >= 0).any(dim=3).any(dim=1).any(dim=0)])
+
+
+def _of_heads(own: Tensor) -> Tensor | None:
     first = own[:1, :, :1]
     if not own.numel() or not bool((own == first).all()) or bool((first < 0).any()):
         return None

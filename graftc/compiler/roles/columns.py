@@ -4,11 +4,12 @@ The graph is run on small ``int64`` tensors. A source (a linear map, an embeddin
 gives ``source << 32 | column``; shape operators run for real on those numbers, so heads may be split, interleaved,
 repeated or permuted in any way; elementwise operators pass their first tracked operand; normalisations pass through;
 statistics are untracked. What reaches a value is kept as a bit set of sources, the nearest ones only.
+What layers that are alike do with their columns is found out once (`patterns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntFlag
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.flow import Flow, tensor_nodes, view_chain
-from graftc.compiler.roles.indices import SHIFT, distinct, varying
+from graftc.compiler.roles.indices import distinct, varying
 from graftc.compiler.roles.maps import columns_along
 from graftc.compiler.roles.operators import (
     CREATING,
@@ -28,6 +29,7 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
+from graftc.compiler.roles.patterns import Held, Patterns, T
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
@@ -66,11 +68,12 @@ class Columns:
         self.through: dict[fx.Node, Through] = {}
         self.failures: list[fx.Node] = []
         self.cached = False
-        self._index: dict[fx.Node, Any] = {}
+        self._index: dict[fx.Node, Held] = {}
         self._shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._columns: dict[fx.Node, dict[int, Tensor]] = {}
         self._known: dict[fx.Node, Tensor | None] = {}
         self._writes = any(op_name(n) in ("copy", "index_put", "slice_scatter") for n in flow.order)
+        self._patterns = Patterns(shared=not self._writes)
         sources = {*flow.linears, *flow.attentions, *flow.residuals, *flow.convolutions, *flow.embeddings}
         with torch.no_grad():
             for node in flow.order:
@@ -81,18 +84,23 @@ class Columns:
     def columns(self, node: fx.Node) -> dict[int, Tensor]:
         """Source number to the sorted columns of it that ``node`` holds."""
         if node not in self._columns:
-            index = self._index.get(node)
-            self._columns[node] = distinct(index) if isinstance(index, Tensor) else {}
+            index, sources = self.index(node), self._index[node].sources if node in self._index else None
+            found = {} if index is None else self.once(distinct, index)
+            self._columns[node] = found if sources is None else {sources[at]: own for at, own in found.items()}
         return self._columns[node]
 
     def tracked(self, node: fx.Node) -> bool:
         """Whether column indices of ``node`` are known."""
-        return isinstance(self._index.get(node), Tensor)
+        return self.index(node) is not None
 
     def index(self, node: fx.Node) -> Tensor | None:
-        """The column indices of ``node``, None where they are not known."""
+        """The column indices of ``node``, None where they are not known. Sources are told apart in it, and in order."""
         held = self._index.get(node)
-        return held if isinstance(held, Tensor) else None
+        return None if held is None else held.index
+
+    def once(self, function: Callable[[Tensor], T], index: Tensor) -> T:
+        """What a function gives for indices, which many values have in common."""
+        return self._patterns.once((function, id(index)), (index,), lambda: function(index))
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The small shape of a tensor node; an empty one counts as a failure."""
@@ -127,11 +135,13 @@ class Columns:
         if not isinstance(value, Tensor | list | tuple):
             return
         try:
-            self._index[node] = self._run(node, name)
+            held = self._run(node, name)
         except BREAKS:
             # Sizes that break an operator say nothing about columns: the value is untracked, never guessed.
             self.failures.append(node)
-            self._index[node] = None
+            return
+        if held is not None:
+            self._index[node] = held
 
     def _source(self, node: fx.Node) -> None:
         number = self.number[node] = len(self.sources)
@@ -141,7 +151,9 @@ class Columns:
         if isinstance(node.meta.get("val"), Tensor):
             shape = self.shape(node)
             if shape:
-                self._index[node] = columns_along(shape, self._axes(node, shape)) + (number << SHIFT)
+                axes = self._axes(node, shape)
+                own = self._patterns.once(("source", shape, axes), (), lambda: columns_along(shape, axes))
+                self._index[node] = self._patterns.source(own, number)
 
     def _axes(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The axes that count a source's columns: the weight says so, an add keeps those of what it adds."""
@@ -149,8 +161,8 @@ class Columns:
             return self.flow.linears[node].axes
         if node in self.flow.residuals:
             for operand in (self.flow.residuals[node].stream, self.flow.residuals[node].branch):
-                index = self._index.get(operand)
-                axes = varying(index) if isinstance(index, Tensor) and index.shape == shape else ()
+                index = self.index(operand)
+                axes = self.once(varying, index) if index is not None and index.shape == shape else ()
                 if len(axes) == 1:
                     return axes
         return (-1,)
@@ -183,61 +195,89 @@ class Columns:
             return through & ~Through.NORMALISED
         return through
 
-    def _run(self, node: fx.Node, name: str) -> Any:
+    def _run(self, node: fx.Node, name: str) -> Held | None:
         if name == "copy" and self._writes:
             return self._copy(node)
         if name in CREATING:
-            return torch.full(self.shape(node), HOLE) if self._writes and self._is_written(node) else None
+            return Held(torch.full(self.shape(node), HOLE), None) if self._writes and self._is_written(node) else None
         first = node.args[0] if node.args else None
         move = move_of(node)
         if move in (Move.PICK, Move.GATHER):
-            return self._rowwise(node)
+            return self._of_first(node, self._rowwise)
         if move is not None:
             return self._moved(node, move)
         if name in PASSING or name in NORMALISING:
             return self._index.get(first) if isinstance(first, fx.Node) else None
         if name == "view_as_complex" or name == "view_as_real":
-            return self._complex(node, name)
+            return self._of_first(node, lambda _, index: self.once(_COMPLEX[name], index))
         if name in POOLING:
-            return self._pooled(node)
+            return self._of_first(node, self._pooled)
         if name in RESIZING or node in self.flow.depthwise:
-            return self._resized(node)
+            return self._of_first(node, self._resized)
         target = node.target
         tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
         if torch.Tag.pointwise in tags or name in POINTWISE:
             return self._pointwise(node)
         return None
 
-    def _moved(self, node: fx.Node, move: Move) -> Any:
+    def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Any]) -> Held | None:
+        """What is made of the indices of the first operand."""
+        held = self._index.get(node.args[0])  # type: ignore[arg-type]
+        if held is None or held.index is None:
+            return None
+        made = run(node, held.index)
+        return None if made is None else Held(made, held.sources)
+
+    def _moved(self, node: fx.Node, move: Move) -> Held | None:
         """The real result, where the columns of an operand are known whose entries the operator moves."""
+        if move in (Move.COPY, Move.CAST):
+            return self._index.get(node.args[0])  # type: ignore[arg-type]
         operands = node.all_input_nodes if move in (Move.JOIN, Move.FILL) else nodes_in(node.args[:1])
-        return None if all(self._index.get(n) is None for n in operands) else moved(node, self._operand)
+        if all(n not in self._index for n in operands):
+            return None
+        held = {n: self._index[n] for n in node.all_input_nodes if n in self._index}
+        sources = self._patterns.together(held.values())
+        patterns = {n: self._patterns.among(own, sources) for n, own in held.items()}
 
-    def _operand(self, leaf: Any) -> Any:
-        if not isinstance(leaf, fx.Node):
+        def operand(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                if leaf in patterns:
+                    return patterns[leaf]
+                if isinstance(value := leaf.meta.get("val"), Tensor):
+                    return torch.full(self.shape(leaf), HOLE)
+                leaf = value
             return self.flow.sizes.size(leaf)
-        held = self._index.get(leaf)
-        if held is not None:
-            return held
-        value = leaf.meta.get("val")
-        return torch.full(self.shape(leaf), HOLE) if isinstance(value, Tensor) else self.flow.sizes.size(value)
 
-    def _pointwise(self, node: fx.Node) -> Tensor | None:
+        def known(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node) and leaf in patterns:
+                return id(patterns[leaf])
+            if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor):
+                return "hole", self.shape(leaf)
+            return "size", operand(leaf)
+
+        key = (node.target, _told(node.args, known), _told(node.kwargs, known))
+        made = self._patterns.once(key, patterns.values(), lambda: moved(node, operand))
+        return None if made is None else Held(made, sources)
+
+    def _pointwise(self, node: fx.Node) -> Held | None:
         shape = self.shape(node)
         for source in node.all_input_nodes:
-            index = self._index.get(source)
-            if isinstance(index, Tensor):
-                return index if index.shape == shape else index.expand(shape)
+            index = self.index(source)
+            if index is not None:
+                held = self._index[source]
+                return held if index.shape == shape else Held(self._expanded(index, shape), held.sources)
         return None
 
-    def _pooled(self, node: fx.Node) -> Any:
+    def _expanded(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self._patterns.once(("expanded", shape, id(index)), (index,), lambda: index.expand(shape))
+
+    def _pooled(self, node: fx.Node, index: Tensor) -> Any:
         """Pooling keeps columns, where all that is pooled has the same ones."""
-        index = self._index.get(node.args[0])  # type: ignore[arg-type]
-        if not isinstance(index, Tensor) or len(node.args) < 2:
+        if len(node.args) < 2:
             return None
         dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
         places = {d % index.dim() for d in dims if isinstance(d, int)}
-        if len(places) < len(dims) or not places or places & set(varying(index)):
+        if len(places) < len(dims) or not places or places & set(self.once(varying, index)):
             return None
         value = node.meta["val"]
         pair = isinstance(value, list | tuple)
@@ -247,23 +287,21 @@ class Columns:
         index = index.expand(shape)
         return (index, None) if pair else index
 
-    def _resized(self, node: fx.Node) -> Tensor | None:
+    def _resized(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """What changes sizes along other axes than the columns' own keeps columns."""
-        index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
-        if not isinstance(index, Tensor) or len(shape) != index.dim() or not index.numel():
+        shape = self.shape(node)
+        if len(shape) != index.dim() or not index.numel():
             return None
-        axes = varying(index)
+        axes = self.once(varying, index)
         if len(axes) > 1 or any(shape[a] != index.shape[a] for a in axes):
             return None
         for axis in set(range(len(shape))) - set(axes):
             index = index.narrow(axis, 0, 1)
         return index.expand(shape)
 
-    def _rowwise(self, node: fx.Node) -> Tensor | None:
+    def _rowwise(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """Picking rows keeps columns, where all rows have the same ones."""
-        index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
-        if not isinstance(index, Tensor):
-            return None
+        shape = self.shape(node)
         picked = self._picked(node, index)
         if picked is not None:
             return picked
@@ -271,7 +309,7 @@ class Columns:
             return None
         if op_name(node) in ("gather", "index_select") and isinstance(node.args[1], int):
             touched = node.args[1] % index.dim()
-            return None if touched in varying(index) else self._resized(node)
+            return None if touched in self.once(varying, index) else self._resized(node, index)
         if index.shape[-1] != shape[-1] or _touches_last(node, index.dim()):
             return None
         row = index.reshape(-1, index.shape[-1])[0]
@@ -303,15 +341,6 @@ class Columns:
         found = node.target(*map_nodes(node.args, known.__getitem__), **map_nodes(node.kwargs, known.__getitem__))
         return found if isinstance(found, Tensor) and found.device.type != "meta" else None
 
-    def _complex(self, node: fx.Node, name: str) -> Tensor | None:
-        """Doubles hold every index exactly, so a complex number can carry two of them."""
-        index = self._index.get(node.args[0])  # type: ignore[arg-type]
-        if not isinstance(index, Tensor):
-            return None
-        if name == "view_as_complex":
-            return torch.view_as_complex(index.double().contiguous())
-        return torch.view_as_real(index.resolve_conj()).round().long()
-
     def _is_written(self, node: fx.Node) -> bool:
         pending, seen = [node], {node}
         while pending:
@@ -323,17 +352,37 @@ class Columns:
                     pending.append(user)
         return False
 
-    def _copy(self, node: fx.Node) -> Tensor | None:
+    def _copy(self, node: fx.Node) -> Held | None:
         """Writing into a slice changes the tensor that the slice is a view of, here as there."""
         target, source = node.args[0], node.args[1]
         assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
-        held, written = self._index.get(target), self._index.get(source)
-        if isinstance(held, Tensor) and isinstance(written, Tensor) and held.shape == written.expand_as(held).shape:
+        held, written = self.index(target), self.index(source)
+        if held is not None and written is not None and held.shape == written.expand_as(held).shape:
             held.copy_(written)
         for base in view_chain(target):
             self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)
             self.through[base] = self.through.get(base, Through.NOTHING) | self.through.get(source, Through.NOTHING)
-        return held if isinstance(held, Tensor) else None
+        return self._index[target] if held is not None else None
+
+
+_COMPLEX: Mapping[str, Callable[[Tensor], Tensor]] = {
+    # Doubles hold every index exactly, so a complex number can carry two of them.
+    "view_as_complex": lambda index: torch.view_as_complex(index.double().contiguous()),
+    "view_as_real": lambda index: torch.view_as_real(index.resolve_conj()).round().long(),
+}
+
+
+def _told(value: Any, known: Callable[[Any], Any]) -> Any:
+    """Arguments as something to look results up by."""
+    if isinstance(value, fx.Node | torch.SymInt):
+        return known(value)
+    if isinstance(value, list | tuple):
+        return tuple(_told(item, known) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((name, _told(item, known)) for name, item in value.items())
+    if isinstance(value, slice):
+        return slice, _told((value.start, value.stop, value.step), known)
+    return type(value), value
 
 
 def _touches_last(node: fx.Node, rank: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,13 @@ def distinct(index: Tensor) -> dict[int, Tensor]:
         present[columns] = True
         found[number] = torch.nonzero(present).flatten()
     return found
+
+
+def renumbered(index: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Indices with other numbers for their sources, which were counted from 0."""
+    if index.is_complex():
+        return torch.view_as_complex(
+            renumbered(torch.view_as_real(index.resolve_conj()).round().long(), numbers).double()
+        )
+    sources = torch.tensor(numbers, dtype=torch.int64)[(index >> SHIFT).clamp(min=0)]
+    return torch.where(index < 0, index, sources << SHIFT | index & _COLUMN)

@@ -112,7 +112,7 @@ def _pools_positions(labels: Labels, node: fx.Node) -> bool:
     if index is None or len(node.args) < 2:
         return False
     dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
-    axes = {d % index.dim() for d in dims if isinstance(d, int)} - set(varying(index))
+    axes = {d % index.dim() for d in dims if isinstance(d, int)} - set(labels.columns.once(varying, index))
     return bool(axes)
 
 
@@ -121,5 +121,5 @@ def _along_positions(labels: Labels, value: fx.Node) -> bool:
     index = labels.columns.index(value)
     if not isinstance(index, Tensor) or index.shape[-1] < 2:
         return False
-    axes = varying(index)
+    axes = labels.columns.once(varying, index)
     return bool(axes) and index.dim() - 1 not in axes
