@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graftc.compiler.capture.alike import AGAIN, BEGIN, END, Repeats, TracedCall
+from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.shapes import expression
 
 
@@ -134,8 +135,8 @@ class _Inlining:
 
         with self._graph.inserting_before(again):
             for node in segment.nodes:
-                new = copies[node] = self._graph.node_copy(node, copied)
-                new.meta = {"val": node.meta.get("val"), "nn_module_stack": _moved(node, segment, layer.path)}
+                new = copies[node] = copy_node(self._graph, node, copied)
+                new.meta.update(val=node.meta.get("val"), nn_module_stack=_moved(node, segment, layer.path))
         picked: Any
         for user in list(again.users):  # each picks one of the tensors that it made
             _, picked = user.args

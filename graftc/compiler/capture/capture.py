@@ -32,7 +32,8 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
 from graftc.passes.core.ir.history import Recorder
-from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, map_nodes
+from graftc.passes.core.ir.new_nodes import copy_node
+from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.graph.canonicalise import canonicalise
@@ -201,11 +202,10 @@ def _program(
         elif node.op == "placeholder":
             copied = graph.create_node("placeholder", (own := next(specs).name), name=own)
         else:
-            args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
-            copied = graph.create_node(node.op, node.target, tuple(args), kwargs, _NUMBER.sub("", node.name))
+            copied = copy_node(graph, node, mapping.__getitem__, _NUMBER.sub("", node.name))
         mapping[node] = copied
         path = target.rpartition(".")[0] if node.op == "get_attr" else _module_path(node)
-        copied.meta = {"val": node.meta.get("val"), "module": path}
+        copied.meta.update(val=node.meta.get("val"), module=path)
     spec = exported.call_spec.out_spec
     assert spec is not None
     program = Program(graph, inputs, output_spec(spec))

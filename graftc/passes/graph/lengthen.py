@@ -18,6 +18,7 @@ from torch import fx
 from graftc.passes.core.build.position_ids import counted_inputs, recounted
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.new_nodes import create_node
 from graftc.passes.core.ir.program import InputSpec, Program, above, limited, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.graph.sequences import FILLS, Lengthened, Sequenced
@@ -140,7 +141,7 @@ class _Composer:
             mapping[node] = self.attributes[str(node.target)]
             return mapping[node]
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
-        mapping[node] = made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        mapping[node] = made = create_node(self.graph, node.op, node.target, args, kwargs, name=node.name)
         made.meta = dict(node.meta)
         if node.op == "get_attr":
             self.attributes[str(node.target)] = made

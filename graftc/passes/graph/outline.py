@@ -17,7 +17,8 @@ from torch import fx
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
-from graftc.passes.core.ir.program import Program, is_random, map_nodes, provenance
+from graftc.passes.core.ir.new_nodes import copy_node
+from graftc.passes.core.ir.program import Program, is_random, provenance
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def outline(program: Program) -> Outlined:
         if not path:
             for node in nodes:
                 if node.op != "get_attr":
-                    args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
-                    mapping[node] = root.create_node(node.op, node.target, args, kwargs, name=node.name)
+                    mapping[node] = copy_node(root, node, value)
             continue
         block, inputs, outputs = _block(path, uses[path], nodes, needed)
         uses[path] += 1
@@ -230,8 +230,7 @@ def _block(
         target = str(node.target).removeprefix(prefix)
         mapping[node] = graph.create_node("get_attr", target, name=f"w{index}")
     for index, node in enumerate(nodes):
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
-        mapping[node] = graph.create_node("call_function", node.target, args, kwargs, name=f"v{index}")
+        mapping[node] = copy_node(graph, node, mapping.__getitem__, name=f"v{index}")
     results = tuple(mapping[node] for node in outputs)
     graph.output(results[0] if len(results) == 1 else results)
     names = (tuple(node.name for node in values) for values in (inputs, outputs))

@@ -15,6 +15,7 @@ from graftc.passes.core.build.seams import Change, Reading, Seams
 from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.effects import memory_of
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.new_nodes import create_node
 from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
@@ -90,13 +91,13 @@ class Nodes:
         if point.op == "placeholder":  # inputs stay in front of everything that is computed
             point = max(self.program.placeholders())
         with graph.inserting_after(point):
-            node = graph.call_function(target, args, kwargs)
+            node = create_node(graph, "call_function", target, args, kwargs)
         for source in sources:
             if source.op == "get_attr" and source > node:
                 node.prepend(source)
         if self._first is not None and node < self._first:
             self._first = node
-        node.meta = {"val": self._types.call(target, args, kwargs), **self._tags(part)}
+        node.meta.update(val=self._types.call(target, args, kwargs), **self._tags(part))
         self._emitted.add(node)
         return node
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.history import HistoryEntry
+from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.tensor_edits import TensorEdits
 
@@ -204,10 +205,10 @@ class Program:
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            copied = graph.node_copy(node, lambda old: mapping[old])
+            copied = mapping[node] = copy_node(graph, node, mapping.__getitem__)
+            copied.meta.update(node.meta)
             if "custom" in copied.meta:
                 copied.meta["custom"] = dict(copied.meta["custom"])
-            mapping[node] = copied
         fields: dict[str, Any] = {
             "graph": graph,
             "edits": self.edits.mapped(mapping.__getitem__),

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from graftc.passes.core.ir.admission import admit
 from graftc.passes.core.ir.allowed_operators import OPERATORS
 from graftc.passes.core.ir.edits import Edit, Edits
+from graftc.passes.core.ir.new_nodes import create_node
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
 from graftc.passes.core.ir.serialise_history import history_from_json, history_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
@@ -175,13 +176,13 @@ def _decode_node(
         target = _decode_target(kind, _typed(entry["target"], str))
         if kind != "call_function" and (args or kwargs) and not (kind == "placeholder" and args == (None,)):
             raise SerialisationError(f"arguments of {name!r}")
-        node = graph.create_node(kind, target, args, kwargs, name=_typed(_NAME.fullmatch(name), re.Match)[0])
+        node = create_node(graph, kind, target, args, kwargs, name=_typed(_NAME.fullmatch(name), re.Match)[0])
         if node.name != name or name == "self":
             raise SerialisationError(f"name {name!r}")
     number = _typed(entry["type"], int)
     if number < 0:
         raise SerialisationError(f"type {number}")
-    node.meta = {"val": values[number], "module": module}
+    node.meta.update(val=values[number], module=module)
     if "custom" in entry:
         node.meta["custom"] = {"graftc": _origin(entry["custom"])}
     return node
