@@ -21,7 +21,7 @@ from graftc.specs.options.cloze import ClozeOptions
 from graftc.specs.options.memory import MemoryOptions
 from graftc.specs.options.optimise import OptimiseOptions
 from graftc.specs.patterns import PATTERNS, measure_braces, write_items
-from graftc.specs.registry import method_specs, unknown_method
+from graftc.specs.registry import method_spec, method_specs, unknown_method
 from graftc.specs.source import Source
 from graftc.specs.spec_errors import CONCRETE, reject
 from graftc.specs.target import PatternList
@@ -64,7 +64,7 @@ def _adaptation(value: Any) -> MethodSpec:
         tags = ", ".join(method_specs())
         reject(value, ((), GraftError("GC002", "an adaptation needs a method", hint=f"the methods are: {tags}")))
     tag = value["method"]
-    entry = method_specs().get(tag) if isinstance(tag, str) else None
+    entry = method_spec(tag) if isinstance(tag, str) else None
     if entry is None:
         reject(tag, (("method",), unknown_method(tag)))
     # The validator itself, not model_validate: pydantic then keeps the paths of what it finds.
@@ -76,7 +76,7 @@ Adaptation: TypeAlias = Annotated[MethodSpec, _AnyMethod()]
 
 
 def _method_class(data: Mapping[Any, Any]) -> type[MethodSpec]:
-    entry = method_specs().get(str(data.get("method")))
+    entry = method_spec(str(data.get("method")))
     return MethodSpec if entry is None else entry.spec_class
 
 

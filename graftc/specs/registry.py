@@ -21,7 +21,7 @@ from graftc.specs.claims import Claims
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.errors.text import shown
 
-__all__ = ["GROUP", "SpecEntry", "method_specs", "reload_methods", "unknown_method"]
+__all__ = ["GROUP", "SpecEntry", "method_spec", "method_specs", "reload_methods", "unknown_method"]
 
 GROUP = "graftc.methods"
 """The entry-point group of plugins."""
@@ -72,24 +72,53 @@ def method_specs() -> MappingProxyType[str, SpecEntry]:
     return _discover()
 
 
+def method_spec(tag: str) -> SpecEntry | None:
+    """The method with a tag; None where there is none. Without plugins, whose tags are not known before they are
+    imported, no other method is imported for it.
+
+    Raises:
+        GraftError: as `method_specs`, where there are plugins.
+    """
+    own = None if _plugins() else _own().get(tag)
+    return method_specs().get(tag) if own is None else next((e for e in _from_module(own) if e.tag == tag), None)
+
+
 def reload_methods() -> None:
     """Forget what was found, so that a plugin installed since is seen."""
-    _discover.cache_clear()
+    for found in (_discover, _plugins, _own, _from_module):
+        found.cache_clear()
 
 
 @cache
 def _discover() -> MappingProxyType[str, SpecEntry]:
-    import graftc.specs.methods as package
-
     found: dict[str, SpecEntry] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for spec_class in _spec_classes(module):
-            _add(found, _entry(spec_class, f"graftc.passes.methods.{info.name}", module.__name__))
-    for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
+    for name in _own().values():
+        for entry in _from_module(name):
+            _add(found, entry)
+    for point in _plugins():
         for entry in _from_plugin(point):
             _add(found, entry)
     return MappingProxyType(dict(sorted(found.items())))
+
+
+@cache
+def _plugins() -> tuple[EntryPoint, ...]:
+    return tuple(sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)))
+
+
+@cache
+def _own() -> dict[str, str]:
+    """Names of the modules in this package's folder of methods, by the tag that a method in it has."""
+    import graftc.specs.methods as package
+
+    return {info.name: f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)}
+
+
+@cache
+def _from_module(name: str) -> tuple[SpecEntry, ...]:
+    module = importlib.import_module(name)
+    code = f"graftc.passes.methods.{name.rpartition('.')[2]}"
+    return tuple(_entry(spec_class, code, name) for spec_class in _spec_classes(module))
 
 
 def _spec_classes(module: ModuleType) -> list[type[MethodSpec]]:

@@ -22,7 +22,7 @@ from graftc.passes.core.sites.sites import (
 )
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, first_line
-from graftc.specs.registry import SpecEntry, method_specs
+from graftc.specs.registry import SpecEntry, method_spec
 
 
 def method_for(tag: str) -> Method[Any, Any]:
@@ -32,13 +32,12 @@ def method_for(tag: str) -> Method[Any, Any]:
         GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when the
             mechanism that a preset names is not a method with code of its own.
     """
-    entries = method_specs()
-    if tag not in entries:
+    entry = method_spec(tag)
+    if entry is None:
         raise GraftError("GC004", f"method {tag!r} is unknown")
-    entry = entries[tag]
     if entry.mechanism is None:
         return _checked(entry, entry)
-    mechanism = entries.get(entry.mechanism)
+    mechanism = method_spec(entry.mechanism)
     if mechanism is None or mechanism.mechanism is not None:
         message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is not a method with code of its own"
         raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is not a preset")
