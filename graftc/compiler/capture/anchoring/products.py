@@ -1,0 +1,122 @@
+"""Products with stored weights that a model has computed, for whatever computes the same ones after it.
+
+They are most of what a pass over a model takes. The same operator, called on the same weight with operands that are
+equal to the bit and lie in memory in the same way, gives the same result: to a graph that is held against the model,
+and to the model itself, in another mode.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+_OPERATORS: Mapping[Any, Any] = {linear: aten.linear.default, torch.addmm: aten.addmm.default}
+"""The operators of a graph, by the functions that a model calls."""
+_KEPT = frozenset(_OPERATORS.values())
+
+_Known = tuple[Sequence[Any], list[int], Tensor, int]
+"""Operands with their versions, and a result with its own: what was written to since is not known any more."""
+
+
+class Products:
+    """Results of products with the tensors of a model.
+
+    Args:
+        model: whose parameters count as stored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._stored = {tensor.data_ptr() for tensor in model.parameters() if _is_plain(tensor)}
+        self._known: dict[Any, list[_Known]] = defaultdict(list)
+
+    def keep(self, operator: Any, args: Sequence[Any], result: Tensor) -> None:
+        """Keep the result of a call, if it is a product with a stored tensor."""
+        if operator in _KEPT and _is_plain(result) and (key := self._key(operator, args)) is not None:
+            self._known[key].append((args, _versions(args), result, result._version))
+
+    def again(self, operator: Any, args: Sequence[Any]) -> Tensor | None:
+        """The result of a call, where the same was made before."""
+        if operator not in _KEPT or (key := self._key(operator, args)) is None:
+            return None
+        for before, versions, result, version in self._known.get(key, ()):
+            written = versions != _versions(before) or version != result._version
+            if not written and all(map(_same, before, args)):
+                return result.clone()
+        return None
+
+    def _key(self, operator: Any, args: Sequence[Any]) -> Any:
+        """What a call has in common with those that may be the same; None where it has other operands than tensors, or
+        none that is stored."""
+        if not all(map(_is_plain, args)):
+            return None
+        stored = [arg.data_ptr() if arg.data_ptr() in self._stored else 0 for arg in args]
+        return (operator, *stored, *((a.dtype, a.device, a.shape, a.stride()) for a in args)) if any(stored) else None
+
+
+class Computing(TorchFunctionMode):
+    """Inside, a model takes products that are known, and keeps the others.
+
+    Args:
+        products: those of the model.
+    """
+
+    def __init__(self, products: Products) -> None:
+        super().__init__()
+        self._products = products
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = None if kwargs else _OPERATORS.get(func)
+        if operator is None:
+            return func(*args, **(kwargs or {}))
+        given = args[:-1] if args[-1] is None else args  # a bias that there is not
+        known = self._products.again(operator, given)
+        if known is not None:
+            return known
+        result = func(*args)
+        self._products.keep(operator, given, result)
+        return result
+
+
+_KNOWN: ContextVar[list[tuple[nn.Module, Products]] | None] = ContextVar("_KNOWN", default=None)
+
+
+@contextmanager
+def kept_products() -> Iterator[None]:
+    """Inside, what models compute is known to all passes after it, and forgotten afterwards."""
+    token = _KNOWN.set([])
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def products_of(model: nn.Module) -> Products:
+    """Those that are kept of a model, or new ones."""
+    kept = _KNOWN.get()
+    found = next((products for known, products in kept or () if known is model), None)
+    if found is None:
+        found = Products(model)
+        if kept is not None:
+            kept.append((model, found))
+    return found
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() and tensor.layout is torch.strided
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)  # of shapes and strides that are equal
+
+
+def _versions(args: Sequence[Any]) -> list[int]:
+    return [arg._version for arg in args]

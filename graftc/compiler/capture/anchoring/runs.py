@@ -1,0 +1,321 @@
+"""A source model and its graph, run on the same inputs: what the anchor looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture.anchoring.products import Computing, Products, products_of
+from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
+from graftc.compiler.capture.assignments import noticed
+from graftc.compiler.capture.capture import output_spec
+from graftc.compiler.capture.example_inputs import samples_on
+from graftc.compiler.capture.identity.sources import home_of_module
+from graftc.compiler.capture.past import PAST
+from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.capture.signature import is_sum
+from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.past_inputs import is_cross, is_past
+from graftc.passes.core.ir.program import Program, map_nodes
+from graftc.passes.core.packing.modules import packed_weights
+from graftc.specs.errors.diagnostics import first_line
+
+_SHORT = 5
+"""Tokens of the shortest texts that a model is tried with."""
+_STEPS = 2
+_SMALL = 400_000_000
+"""Products of parameters and positions that a pass over the samples may take."""
+
+
+class NoRunError(Exception):
+    """The model raises where its graph is to be held against it."""
+
+
+@dataclass
+class Run:
+    """One pass of the model: what went in, what came out, and the buffers that it updated."""
+
+    inputs: Mapping[str, Tensor]
+    spec: Any
+    leaves: list[Any]
+    buffers: Mapping[str, Tensor]
+
+
+class Runs:
+    """The model and its graph, and what both run on."""
+
+    def __init__(self, request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> None:
+        self._request, self._program = request, program
+        model, aliases = request.model, request.aliases
+        self._model, self._device = model, request.device
+        self._draws = any(draws(node) for node in program.graph.nodes)
+        self.assigned: dict[str, None] = {}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._tensors = {aliases.get(name, name): tensor.detach() for name, tensor in named}
+        self._tensors |= {name: tensor.detach() for name, tensor in constants.items()}
+        self._tensors |= packed_weights(model)
+        buffers = {aliases.get(n, n) for n, _ in model.named_buffers(remove_duplicate=False)}
+        self._writable = buffers | constants.keys() | program.updates
+        self._aliases = aliases
+        self._products = products_of(model)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
+
+    def first(self) -> tuple[Run, bool]:
+        """The model's outputs on samples, or, where it takes none such, on what it was captured with."""
+        failure: NoRunError | None = None
+        while self._length >= _SHORT:
+            try:
+                return self.model(self.sample(0)), False
+            except NoRunError as error:
+                failure = failure or error
+                self._length //= 2  # a table of positions may have no more rows
+        try:
+            return self.model(self._request.examples()), True
+        except NoRunError as error:
+            raise (failure or error) from None
+
+    def special_ones(self, bound: float) -> tuple[str, ...]:
+        """Named sizes at 1 of which the model computes something else than its graph.
+
+        The tracer takes every size for greater than 1, and records nothing where a model asks whether one is. Each is
+        tried alone and all together; where the class is a library's, which asks for no more than a single token, all
+        together in eval mode: a pass over the weights takes as long for a token as for a text.
+        """
+        named = (
+            size
+            for spec in self._program.inputs
+            for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
+            if isinstance(size, str) and low <= 1 and not is_sum(size)
+        )
+        names = tuple(dict.fromkeys(named))
+        library = self._is_of_a_library
+        if not names or (library and (self._program.mode == "train" or not self._differs_at(names, bound))):
+            return ()
+        if len(names) == 1:
+            return names if library or self._differs_at(names, bound) else ()
+        found = tuple(name for name in names if self._differs_at([name], bound))
+        return found or (names if library or self._differs_at(names, bound) else ())
+
+    @property
+    def _is_of_a_library(self) -> bool:
+        """Whether nothing in the model's class asks for both its mode and how many tokens there are."""
+        return home_of_module(type(self._model).__module__) == "library"
+
+    def _differs_at(self, ones: Sequence[str], bound: float) -> bool:
+        try:
+            ours = self.model(self.sample(0, ones))
+        except NoRunError:  # there is nothing to hold a graph against
+            return False
+        return bool(self.against(ours, bound)[1])
+
+    def steps(self, bound: float) -> tuple[float, list[str]]:
+        """`against` for calls that follow one another, as in generating: a text without a past, where the graph takes
+        one, and a single token behind it, with the cache that the model returned. A graph for a past of one length has
+        the first alone, and the train mode of a library's class none."""
+        if self._is_of_a_library and self._program.mode == "train":
+            return 0.0, []
+        tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
+        crosses = any(map(is_cross, self._program.signature))
+        held = {} if crosses else {PAST: 0}
+        worst, given = 0.0, self.sample(0, held=held)
+        grows = any(PAST in spec.shape for spec in self._program.inputs)
+        for _ in range(_STEPS if grows else 1):
+            try:
+                run = self.model(given)
+            except NoRunError:  # there is nothing to hold a graph against
+                break
+            difference, differing = self.against(run, bound)
+            worst = max(worst, difference)
+            if differing:
+                return worst, differing
+            returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
+            past = {name: returned.get(name, given[name]) for name in given if is_past(name)}
+            length = next(tensor.shape[2] for name, tensor in past.items() if not is_cross(name))
+            given = {**self.sample(1, held={PAST: length, str(tokens): 1}), **past}
+        return worst, []
+
+    def sample(self, seed: int, ones: Collection[str] = (), held: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """Random inputs; the larger the model, the fewer tokens. Named sizes in ``ones`` are 1."""
+        length = self._length
+        sizes = (4 if length > 8 else 3, length, length - 2 if length > _SHORT else length - 1)  # no two are the same
+        config = getattr(self._model, "config", None)
+        held = {**dict.fromkeys(ones, 1), **(held or {})}
+        return samples_on(self._device, self._program, seed, sizes, config, held=held)
+
+    def model(self, inputs: Mapping[str, Tensor]) -> Run:
+        """What the model gives.
+
+        Raises:
+            NoRunError: it raises something.
+        """
+        model = self._model
+        given = {name: tensor.clone() for name, tensor in inputs.items()}
+        with same_draws(self._device, self._draws), as_captured(self._request):
+            kept = _with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
+            try:
+                with noticed(model) as assigned, Computing(self._products):
+                    outputs = model(**given)
+            except Exception as error:
+                raise NoRunError(first_line(error)) from error
+            buffers = self._updated(kept)
+        self.assigned |= dict.fromkeys(assigned)
+        leaves, spec = pytree.tree_flatten(outputs)
+        run = Run(inputs, output_spec(spec), leaves, buffers)
+        if not _says_something(leaves):
+            raise NoRunError("no output is a number")
+        return run
+
+    def _updated(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Buffers that the model wrote to, or put another tensor in the place of."""
+        found: dict[str, Tensor] = {}
+        named = [*self._model.named_parameters(remove_duplicate=False)]
+        for name, now in [*named, *self._model.named_buffers(remove_duplicate=False)]:
+            before, declared = kept.get(name), self._aliases.get(name, name) in self._program.updates
+            if before is None or before.shape != now.shape:
+                continue
+            if now is not before or declared or _written(before):
+                found[self._aliases.get(name, name)] = now
+        return found
+
+    def against(self, run: Run, bound: float) -> tuple[float, list[str]]:
+        """The largest difference of the graph's results, and what is beyond the bound."""
+        program = self._program
+        if run.spec != program.outputs:
+            return float("inf"), [f"it gives {_shown(program.outputs)} and the model {_shown(run.spec)}"]
+        tensors = {n: t.clone() if n in self._writable else t for n, t in self._read().items()}
+        given = {name: tensor.clone() for name, tensor in run.inputs.items()}
+        try:
+            with same_draws(self._device, self._draws), torch.no_grad():
+                leaves = _interpret(program, given, tensors, self._device, self._products)
+        except Exception as error:
+            return float("inf"), [f"it fails where the model does not: {first_line(error)}"]
+        declared = {self._aliases.get(name, name) for name in program.updates}
+        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and _written(t))}
+        updated = {name: written.get(name, self._tensors.get(name)) for name in [*run.buffers, *written]}
+        names = [f"output {name}" for name in program.outputs.names] + [f"the update of {name}" for name in updated]
+        ours = [*run.leaves, *(run.buffers.get(name, self._tensors.get(name)) for name in updated)]
+        worst, found = 0.0, []
+        for name, a, b in zip(names, ours, [*leaves, *updated.values()], strict=True):
+            difference, text = _difference(a, b)
+            worst = max(worst, difference)
+            if difference > bound:
+                found.append(f"{name} {text}")
+        return worst, found
+
+    def _read(self) -> dict[str, Tensor]:
+        targets = {str(node.target) for node in self._program.graph.find_nodes(op="get_attr")}
+        return {name: tensor for name, tensor in self._tensors.items() if name in targets}
+
+
+def _interpret(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    products: Products,
+) -> list[Any]:
+    """The flat outputs of a graph; every node runs in order, and values go when they have been read."""
+    values: dict[fx.Node, Any] = {}
+    readers = {node: len(node.users) for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = inputs[str(node.target)]
+        elif node.op == "get_attr":
+            values[node] = tensors[str(node.target)]
+        elif node.op == "call_function":
+            args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+            if (known := None if kwargs else products.again(node.target, args)) is not None:
+                values[node] = known
+            else:
+                where = {"device": device} if takes_device(node.target) else {}
+                values[node] = node.target(*args, **{**kwargs, **where})
+        else:
+            return list(map_nodes(node.args[0], values.__getitem__))
+        for source in node.all_input_nodes:
+            readers[source] -= 1
+            if not readers[source]:
+                del values[source]
+    raise ValueError("the graph has no outputs")
+
+
+def _with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Put tensors in the model's tables that a pass may write to: copies of buffers, of what attributes hold and of
+    parameters that are written to, and other parameters that want no gradient, since kernels are chosen by that.
+    Whoever calls puts the tables back.
+
+    Gives the copies by name.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    own_copy = {id(parameter) for name, parameter in named if aliases.get(name, name) in written}
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+        return copies[id(tensor)]
+
+    def frozen(parameter: Any) -> Any:
+        writes = id(parameter) in own_copy
+        if type(parameter) is not nn.Parameter or not (parameter.requires_grad or writes):
+            return parameter
+        if id(parameter) not in copies:
+            held = parameter.detach().clone() if writes else parameter.detach()
+            copies[id(parameter)] = nn.Parameter(held, requires_grad=False)
+        return copies[id(parameter)]
+
+    for module in model.modules():
+        own = vars(module)
+        own["_parameters"].update({name: frozen(parameter) for name, parameter in own["_parameters"].items()})
+        own["_buffers"].update({n: copied(b) for n, b in own["_buffers"].items() if b is not None})
+        own.update({name: copied(value) for name, value in own.items() if type(value) is Tensor})
+    owned = [(n, t) for n, t in model.named_parameters(remove_duplicate=False) if aliases.get(n, n) in written]
+    return dict([*owned, *model.named_buffers(remove_duplicate=False)])
+
+
+def _written(tensor: Tensor) -> bool:
+    return not tensor.is_inference() and tensor._version > 0
+
+
+def _says_something(leaves: Sequence[Any]) -> bool:
+    """Whether any output has finite numbers."""
+    return any(bool(leaf.isfinite().any()) if isinstance(leaf, Tensor) else leaf is not None for leaf in leaves)
+
+
+def _difference(a: Any, b: Any) -> tuple[float, str]:
+    """How far two outputs are from each other, over the largest element, and in words."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        same = type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+        return (0.0, "") if same else (float("inf"), f"is {_brief(b)} and the model's {_brief(a)}")
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf"), f"is {_brief(b)} and the model's {_brief(a)}"
+    if torch.equal(a, b):
+        return 0.0, ""
+    if not (a.is_floating_point() or a.is_complex()):
+        count = int((a != b).sum())
+        return float("inf"), f"differs in {count} of {a.numel()} elements"
+    unlike = ~((a == b) | (a.isnan() & b.isnan()))
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    apart = (a.to(wide) - b.to(wide)).abs()[unlike]
+    finite = a[a.isfinite()].to(wide).abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    largest = float(apart.max()) if apart.numel() else 0.0
+    if largest != largest or largest == float("inf") or (largest and not scale):
+        return float("inf"), "differs in what is not finite" if scale else "is not 0 where the model's is"
+    return (largest / scale if largest else 0.0), f"differs by {largest:.2e}, its largest element is {scale:.2e}"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value)[:40]
+
+
+def _shown(spec: Any) -> str:
+    names = ", ".join(spec.names) or "nothing"
+    return f"{names} ({spec.cls.__name__ if spec.cls is not None else spec.kind})"
