@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.past import ENCODED, has_encoder, probe
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.signature import Axis, axes_of
+from graftc.passes.core.ir.past_inputs import is_cross
 from graftc.passes.core.ir.printer import format_program
 
 
@@ -29,3 +32,26 @@ def taken_over(model: nn.Module, axes: Sequence[Axis] | None = None, **settings:
     assert found.program.updates == every.program.updates
     assert (found.notes, found.assigned, every.alike) == (every.notes, every.assigned, 0)
     return found
+
+
+def with_past(model: nn.Module, *, crosses: bool = True) -> list[Axis]:
+    """The inputs of a call of a transformers model with a cache.
+
+    Args:
+        model: takes ids of tokens.
+        crosses: whether the cache has keys and values of an encoder, where the model has one.
+    """
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    if has_encoder(model):
+        inputs |= {"decoder_input_ids": ids}
+    layout = probe(model, inputs, "cache")
+    if layout.pairs and crosses:  # the encoder need not run
+        del inputs["input_ids"]
+        inputs[ENCODED] = torch.zeros(2, 4, model.config.d_model)
+    past = {
+        name: torch.zeros(2, heads, 4, width, dtype=dtype)
+        for name, (dtype, heads, width) in layout.heads.items()
+        if crosses or not is_cross(name)
+    }
+    return axes_of(model, {**inputs, **past})

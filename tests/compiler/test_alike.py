@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import graftc
 from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
-from tests.compiler.taken_over import taken_over
+from graftc.testing import families
+from tests.compiler.taken_over import taken_over, with_past
 
 WIDTH, DEPTH = 8, 6
 
@@ -208,3 +210,34 @@ def test_a_graph_that_the_model_disagrees_with_is_captured_layer_by_layer() -> N
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"modules": "**.inner"}}]}, model, {"x": x})
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_layer_finds_its_part_of_a_cache_by_its_number() -> None:
+    model = families.llama(num_hidden_layers=5).requires_grad_(False)
+    assert taken_over(model, with_past(model), mode="eval", flags=(("use_cache", True),)).alike == 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("own", "count"),
+    [
+        (lambda layer, cache: 1 + layer.self_attn.layer_idx // 2, 0),
+        (lambda layer, cache: 1 + [0, 0, 0, 1, 0][layer.self_attn.layer_idx], 0),
+        (lambda layer, cache: 1 + cache.get_seq_length() - cache.get_seq_length(layer.self_attn.layer_idx), 0),
+        (lambda layer, cache: len(list(cache.layers)), 0),
+        (lambda layer, cache: cache.get_seq_length(layer.self_attn.layer_idx), 3),
+    ],
+    ids=["a number", "a number that finds something else", "another part", "all parts", "its own part"],
+)
+def test_what_a_layer_does_with_a_cache(own: Callable[[Any, Any], Any], count: int) -> None:
+    class Own(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
+        def forward(self, hidden_states: Tensor, cache: Any = None, **rest: Any) -> Tensor:
+            scale = own(self, cache) if cache is not None else 1
+            made: Tensor = super().forward(hidden_states, cache=cache, **rest)
+            return made * scale
+
+    model = families.llama(num_hidden_layers=5).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.__class__ = Own
+    assert taken_over(model, with_past(model), mode="eval", flags=(("use_cache", True),)).alike == count

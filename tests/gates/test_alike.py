@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from graftc.testing import families
-from tests.compiler.taken_over import taken_over
+from tests.compiler.taken_over import taken_over, with_past
 
 pytestmark = pytest.mark.gate
 
@@ -95,3 +95,37 @@ def test_what_is_recorded_within_layers(case: str, flag: str, count: int) -> Non
     model = _made(case)
     model.set_attn_implementation("eager")  # type: ignore[operator]
     assert taken_over(model, flags=((flag, True),)).alike == count
+
+
+_BART = {
+    "d_model": 48,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 80,
+    "vocab_size": 101,
+}
+WITH_CACHES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "llama": (CASES["llama"][0], 4, 4),
+    "gpt2": (CASES["gpt2"][0], 4, 4),
+    "gpt_neox": (CASES["gpt_neox"][0], 4, 4),
+    "mixtral": (CASES["mixtral"][0], 4, 4),
+    "gemma 2": (CASES["gemma 2"][0], 6, 6),
+    "opt": (_of("OPTForCausalLM", "OPTConfig", **_WIDTHS, ffn_dim=80, num_hidden_layers=6, vocab_size=101), 4, 4),
+    "t5": (CASES["t5"][0], 3, 3),
+    "bart": (_of("BartForConditionalGeneration", "BartConfig", **_BART), 4, 4),
+}
+"""Models, how many layers are taken over with keys and values of an encoder in the cache, and how many without."""
+
+
+@pytest.mark.parametrize("crosses", [True, False], ids=["with what is known of the encoder", "of the text alone"])
+@pytest.mark.parametrize("case", list(WITH_CACHES))
+def test_with_a_cache(case: str, crosses: bool) -> None:
+    torch.manual_seed(0)
+    make, beside_encoder, alone = WITH_CACHES[case]
+    model = make().requires_grad_(False)
+    axes = with_past(model, crosses=crosses)
+    found = taken_over(model, axes, mode="eval", flags=(("use_cache", True),))
+    assert found.alike == (beside_encoder if crosses else alone)

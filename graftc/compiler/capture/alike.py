@@ -8,8 +8,8 @@ tensors.
 Whole numbers may differ between layers that are alike, since most know their own place, unless ``forward`` reads them:
 reads are watched. What a forward pass does beside giving its result is looked for, and nothing is taken over then:
 attributes and arguments that it changes; values that something outside of the layer uses; values that are neither
-arguments nor the layer's tensors; sizes that depend on data. The last layer is traced as well, and has to do the same
-as the one that was taken over.
+arguments nor the layer's tensors; sizes that depend on data. Of a cache, a layer may read and write its own part
+(`alike_caches`). The last layer is traced as well, and has to do the same as the one that was taken over.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn, overrides
 from torch.utils import _python_dispatch
 
+from graftc.compiler.capture.alike_caches import CrossedCache, Slot, crossed
 from graftc.compiler.capture.alike_modules import Layer, Place, alike
 from graftc.compiler.capture.assignments import Attributes
 from graftc.passes.core.ir.shapes import expression
@@ -51,23 +52,45 @@ class TracedCall:
         layer: whose.
         key: what another call has to have in common with it, numbers aside.
         read: the numbers of the layer that were read.
+        caches: those that it was called with.
         result: how it is put together from the tensors given and made.
+        parts: the same of its own part of each cache, after it.
         made: types of the tensors that it made.
-        reusable: whether it changed nothing that can be seen from outside.
+        given: how many tensors it was given as arguments, and which of those in caches belong to its part.
+        slots: the numbers of the layer that tell which part of a cache is its own.
+        reusable: whether it changed nothing else that can be seen from outside.
     """
 
     number: int
     layer: Layer
     key: Any
+    caches: list[CrossedCache] = field(default_factory=list)
     read: set[Place] = field(default_factory=set)
     result: Any = None
+    parts: Any = None
     made: list[tuple[Any, ...]] = field(default_factory=list)
+    given: list[int] = field(default_factory=list)
+    slots: set[Place] = field(default_factory=set)
     reusable: bool = False
 
     def stands_for(self, other: TracedCall) -> bool:
         """Whether this one, of which it is known what it reads, says what another one does."""
         same = all(self.layer.numbers[place] == other.layer.numbers[place] for place in self.read)
-        return same and self is not other and self.layer.group is other.layer.group and self.key == other.key
+        if not same or self is other or self.layer.group is not other.layer.group or self.key != other.key:
+            return False
+        own, others = self.slot(self.layer), self.slot(other.layer)
+        return own is None or (others is not None and self.told_parts(own)[0] == other.told_parts(others)[0])
+
+    def slot(self, layer: Layer) -> int | None:
+        """The place of a layer's part of each cache, as this call tells; None where it has looked for none, or where
+        its numbers do not agree."""
+        numbers = {layer.numbers[place] for place in self.slots}
+        return next(iter(numbers)) if len(numbers) == 1 else None
+
+    def told_parts(self, number: int) -> tuple[Any, list[Tensor]]:
+        """The parts of a place as data, and their tensors."""
+        tensors: list[Tensor] = []
+        return [_told(cache.part(number), tensors) for cache in self.caches], tensors
 
 
 class Repeats:
@@ -93,48 +116,75 @@ class Repeats:
     def call(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a layer while the model is traced."""
         tensors: list[Tensor] = []
+        caches: list[CrossedCache] = []
         given = [list(args), kwargs]
         try:
-            told = _told(given, tensors)
+            told = _told(given, tensors, caches)
         except _UntoldError:
             return forward(*args, **kwargs)
         if self._open is not None:  # a layer within a layer is part of that
             return forward(*args, **kwargs)
-        call = TracedCall(len(self.calls), layer, [told, _state(layer.module)])
+        call = TracedCall(len(self.calls), layer, [told, _state(layer.module)], caches)
         known = next((one for one in self.calls if one.reusable and one.stands_for(call)), None)
         if known is None or layer.is_last:
             self.calls.append(call)
             return self._traced(call, tensors, given, lambda: forward(*args, **kwargs))
+        return self._put(known, call, tensors)
+
+    def _put(self, known: TracedCall, call: TracedCall, tensors: list[Tensor]) -> Any:
+        """What a call gives, and leaves in caches, from one that was traced."""
         self.reused += 1
-        made = AGAIN(known.number, self._number[id(layer)], tensors)
-        return _put_together(known.result, tensors, made)
+        number = known.slot(call.layer)
+        given = tensors if number is None else [*tensors, *call.told_parts(number)[1]]
+        made = AGAIN(known.number, self._number[id(call.layer)], given)
+        if number is not None:
+            for cache, part in zip(call.caches, known.parts, strict=True):
+                cache.put(number, _put_together(part, given, made, call.caches))
+        return _put_together(known.result, given, made, call.caches)
 
     def _traced(self, call: TracedCall, tensors: list[Tensor], given: Any, run: Callable[[], Any]) -> Any:
         modules = list(call.layer.module.modules())
         before = [(module, Attributes(module), dict(module._buffers)) for module in modules]
-        BEGIN(call.number, tensors)
+        inside = [tensor for cache in call.caches for tensor in cache.tensors]
+        BEGIN(call.number, [*tensors, *inside])
         self._open = call
+        more: list[None] = []
         try:
-            result = run()
+            with ExitStack() as stack:
+                for cache in call.caches:
+                    stack.enter_context(cache.watched(lambda: more.append(None)))
+                result = run()
         finally:
             self._open = None
         made: list[Tensor] = []
         after: list[Tensor] = []
         try:
-            call.result = _taken_apart(result, tensors, made)
-            same = _told(given, after) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
+            number = call.slot(call.layer)
+            own = [] if number is None else call.told_parts(number)[1]
+            at = [next(i for i, tensor in enumerate(inside) if tensor is each) for each in own]
+            call.given = [*range(len(tensors)), *(len(tensors) + i for i in at)]
+            operands = [*tensors, *own]
+            call.result = _taken_apart(result, operands, made, call.caches)
+            written = [cache.written(number) for cache in call.caches]
+            call.parts = [_taken_apart(part, operands, made, call.caches) for part in written if part is not None]
+            same = _told(given, after, []) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
             kept = [not held.changed() and _same(module._buffers, buffers) for module, held, buffers in before]
-            call.reusable = same and all(kept)
+            call.reusable = same and all(kept) and not more and len(call.parts) == len(written)
+            call.reusable &= number is not None or not call.slots
         except _UntoldError:
             made.clear()
         call.made = [(t.dtype, t.device, tuple(t.shape), t.stride()) for t in made]
         END(call.number, made)
         return result
 
-    def note(self, place: Place) -> None:
-        """A number of a layer is read."""
-        if self._open is not None:
-            self._open.read.add(place)
+    def read(self, place: Place, value: Any) -> Any:
+        """A number of a layer is read; gives what stands for it."""
+        call = self._open
+        if call is None or not call.caches or type(value) is not int:
+            if call is not None:
+                call.read.add(place)
+            return value
+        return Slot(value, lambda: call.read.add(place), lambda: call.slots.add(place))
 
 
 _TRACING: list[Repeats] = []
@@ -188,14 +238,13 @@ def _called_through(repeats: Repeats, layer: Layer) -> Iterator[None]:
 class _Watched:
     """Stands for an attribute of a class's instances, which keep its value, and tells of reads."""
 
-    def __init__(self, name: str, note: Callable[[nn.Module, str], None]) -> None:
-        self._name, self._note = name, note
+    def __init__(self, name: str, read: Callable[[nn.Module, str, Any], Any]) -> None:
+        self._name, self._read = name, read
 
     def __get__(self, owner: nn.Module | None, kind: type) -> Any:
         if owner is None or self._name not in vars(owner):
             raise AttributeError(self._name)
-        self._note(owner, self._name)
-        return vars(owner)[self._name]
+        return self._read(owner, self._name, vars(owner)[self._name])
 
     def __set__(self, owner: nn.Module, value: Any) -> None:
         vars(owner)[self._name] = value
@@ -216,13 +265,12 @@ def _watched(repeats: Repeats) -> Iterator[None]:
         paths |= {id(part): path for path, part in parts.items()}
         watched |= {(type(parts[at]), name) for (at, name), n in layer.numbers.items() if n != first[at, name]}
 
-    def note(module: nn.Module, name: str) -> None:
-        if id(module) in paths:
-            repeats.note((paths[id(module)], name))
+    def read(module: nn.Module, name: str, value: Any) -> Any:
+        return repeats.read((paths[id(module)], name), value) if id(module) in paths else value
 
     try:
         for kind, name in watched:
-            setattr(kind, name, _Watched(name, note))
+            setattr(kind, name, _Watched(name, read))
         yield
     finally:
         for kind, name in watched:
@@ -239,8 +287,9 @@ class _UntoldError(Exception):
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-def _told(value: Any, tensors: list[Tensor]) -> Any:
-    """A value as data; tensors by their types and by which of them are one object, and collected in order."""
+def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None = None) -> Any:
+    """A value as data; tensors by their types and by which of them are one object, and collected in order, as caches
+    are where they may be in it."""
     if isinstance(value, Tensor):
         at = next((i for i, known in enumerate(tensors) if known is value), None)
         if at is not None:
@@ -251,15 +300,19 @@ def _told(value: Any, tensors: list[Tensor]) -> Any:
         sizes = [expression(size) for size in (*value.shape, *value.stride(), value.storage_offset())]
         return ["new", value.dtype, value.device, value.dim(), sizes, value.requires_grad, type(value)]
     if type(value) in (list, tuple):
-        return [type(value), [_told(item, tensors) for item in value]]
+        return [type(value), [_told(item, tensors, caches) for item in value]]
     if type(value) is dict:
-        return [dict, [(_told(key, tensors), _told(item, tensors)) for key, item in value.items()]]
+        return [dict, [(_told(key, tensors), _told(item, tensors, caches)) for key, item in value.items()]]
     if type(value) in _PLAIN:
         return [type(value), value]
+    if caches is not None and (cache := crossed(value)) is not None:
+        if not any(known.cache is value for known in caches):
+            caches.append(cache)
+        return ["cache", [known.cache is value for known in caches].index(True), cache.described]
     raise _UntoldError
 
 
-def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor]) -> Any:
+def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
     """A result as data; tensors by their place among those given, or among those made, which are collected."""
     if isinstance(value, Tensor):
         for kind, known in (("given", given), ("made", made)):
@@ -271,17 +324,24 @@ def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor]) -> Any:
         made.append(value)
         return "made", len(made) - 1
     if type(value) in (list, tuple):
-        return type(value), [_taken_apart(item, given, made) for item in value]
+        return type(value), [_taken_apart(item, given, made, caches) for item in value]
+    if type(value) is dict:
+        return dict, [_taken_apart(item, given, made, caches) for item in value.items()]
     if type(value) in _PLAIN:
         return "plain", value
+    at = next((i for i, known in enumerate(caches) if known.cache is value), None)
+    if at is not None:
+        return "cache", at
     raise _UntoldError
 
 
-def _put_together(data: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> Any:
+def _put_together(data: Any, given: Sequence[Tensor], made: Sequence[Tensor], caches: Sequence[CrossedCache]) -> Any:
     kind, content = data
     if kind in ("given", "made"):
         return (given if kind == "given" else made)[content]
-    return content if kind == "plain" else kind(_put_together(item, given, made) for item in content)
+    if kind == "cache":
+        return caches[content].cache
+    return content if kind == "plain" else kind(_put_together(item, given, made, caches) for item in content)
 
 
 def _state(module: nn.Module) -> Any:

@@ -65,7 +65,9 @@ class _Inlining:
                 self._segments[node.args[0]] = current
                 self._marks.add(node)
             elif node.target is END:
-                self._segments[node.args[0]].made = list(node.args[1])
+                segment = self._segments[node.args[0]]
+                segment.given = [segment.given[at] for at in segment.call.given]
+                segment.made = list(node.args[1])
                 current = None
                 self._marks.add(node)
             elif node.target is AGAIN:
@@ -115,6 +117,7 @@ class _Inlining:
 
         known = {*b.given, *b.nodes}
         alike = len(a.nodes) == len(b.nodes) and len(a.made) == len(b.made)
+        alike = alike and (a.call.result, a.call.parts) == (b.call.result, b.call.parts)
         for one, other in zip(a.nodes, b.nodes, strict=False):
             alike = alike and one.target is other.target and _type(one.meta.get("val")) == _type(other.meta.get("val"))
             alike = alike and _told([one.args, one.kwargs], first) == _told([other.args, other.kwargs], second)

@@ -133,7 +133,7 @@ def new_cache(pairs: bool) -> Any:
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if pairs else DynamicCache()
 
 
-def _kinds(cache: Any) -> dict[str, Any]:
+def kinds_of(cache: Any) -> dict[str, Any]:
     """The caches of an object by kind."""
     from transformers.cache_utils import EncoderDecoderCache
 
@@ -145,7 +145,7 @@ def _kinds(cache: Any) -> dict[str, Any]:
 def tensors_of(cache: Any) -> dict[str, Tensor]:
     """What a cache of transformers holds, ``[batch, heads, length, width]``, by name."""
     found: dict[str, Tensor] = {}
-    for kind, own in _kinds(cache).items():
+    for kind, own in kinds_of(cache).items():
         for number, layer in enumerate(own.layers):
             for part, tensor in (("key", layer.keys), ("value", layer.values)):
                 if isinstance(tensor, Tensor) and tensor.dim() > 1:
@@ -175,7 +175,7 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         raise GraftError(
             "GC140", f"the cache is {kind_of(given)}", hint="give a DynamicCache of transformers, or use_cache=True"
         )
-    kinds = _kinds(given)
+    kinds = kinds_of(given)
     if ("cross" in kinds) != layout.pairs:
         wanted = "EncoderDecoderCache" if layout.pairs else "DynamicCache"
         raise GraftError("GC140", f"the cache is {kind_of(given)}; the model keeps a {wanted}", hint=f"use a {wanted}")
@@ -271,7 +271,7 @@ def fill_cache(cache: Any, tensors: Mapping[str, Tensor]) -> Any:
         cache: of transformers.
         tensors: by name; kinds that are missing stay as they are.
     """
-    kinds = _kinds(cache)
+    kinds = kinds_of(cache)
     for name, tensor in tensors.items():
         kind, number, part = past_place(name)
         layer = _layer(kinds[kind], number)

@@ -1,0 +1,220 @@
+"""The part of a cache that a layer owns: keys and values of one place, which the layer's number tells.
+
+A layer is called with the whole cache. What it does with its own part is the same in all layers that are alike, with
+other tensors, so that a call can stand for that of another layer. While a layer runs, its number is an object that
+notices what it is used for; to find the layer's part is the one use in which layers may differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from graftc.compiler.capture.past import kinds_of
+
+_CACHES = "transformers.cache_utils"
+"""Its own code compares and counts the numbers of layers to find their parts."""
+_OPERATORS = """
+    index int float bool hash str repr format eq ne lt le gt ge neg pos abs invert trunc round floor ceil
+    add sub mul truediv floordiv mod divmod pow and or xor lshift rshift
+    radd rsub rmul rtruediv rfloordiv rmod rdivmod rpow rand ror rxor rlshift rrshift
+"""
+
+
+class Slot:
+    """The number of a layer, while the layer is called with a cache.
+
+    Args:
+        number: its value.
+        read: is called where it is used for anything else than to find a part.
+        found: is called where it has been used to find one.
+    """
+
+    def __init__(self, number: int, read: Callable[[], None], found: Callable[[], None]) -> None:
+        self.number, self.read, self.found = number, read, found
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def operate(self: Slot, *others: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__") != _CACHES:
+            self.read()
+        return plain(self.number, *(other.number if type(other) is Slot else other for other in others))
+
+    return operate
+
+
+for _name in _OPERATORS.split():
+    setattr(Slot, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+class _Parts(list[Any]):
+    """The layers of a cache, where a slot finds its own; any other use tells that more is looked at."""
+
+    def __init__(self, held: list[Any], more: Callable[[], None]) -> None:
+        super().__init__(held)
+        self._more = more
+
+    def __getitem__(self, at: Any) -> Any:
+        return super().__getitem__(_place(at, self._more))
+
+    def __iter__(self) -> Iterator[Any]:
+        self._more()
+        return super().__iter__()
+
+
+class _Flags(dict[Any, Any]):
+    """What a cache knows of its layers by number, in the same way."""
+
+    def __init__(self, held: dict[Any, Any], more: Callable[[], None]) -> None:
+        super().__init__(held)
+        self._more = more
+
+    def __getitem__(self, at: Any) -> Any:
+        return super().__getitem__(_place(at, self._more))
+
+    def get(self, at: Any, default: Any = None) -> Any:
+        """As a dictionary's."""
+        return super().get(_place(at, self._more), default)
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        super().__setitem__(_place(at, self._more), value)
+
+    def __contains__(self, at: Any) -> bool:
+        return super().__contains__(_place(at, self._more))
+
+    def __iter__(self) -> Iterator[Any]:
+        self._more()
+        return super().__iter__()
+
+
+def _place(at: Any, more: Callable[[], None]) -> Any:
+    if type(at) is Slot:
+        at.found()
+        return at.number
+    more()
+    return at
+
+
+class CrossedCache:
+    """A cache that a layer is called with, as it is then.
+
+    Args:
+        cache: one of those that `crossed` takes.
+
+    Attributes:
+        cache: itself.
+        described: what two of them have in common, beside their parts.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self._kinds = kinds_of(cache)
+        self._layers = {kind: list(own.layers) for kind, own in self._kinds.items()}
+        self._held = {kind: [dict(vars(layer)) for layer in layers] for kind, layers in self._layers.items()}
+        self._own = {kind: _without_layers(own) for kind, own in self._kinds.items()}
+        self._flags = dict(getattr(cache, "is_updated", {}))
+        self.described = type(cache), tuple(self._kinds)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that were in it."""
+        values = (value for held in self._held.values() for layer in held for value in layer.values())
+        return [value for value in values if isinstance(value, Tensor)]
+
+    def part(self, number: int) -> dict[str, Any]:
+        """What a layer's part was: attributes of the layers of the cache by kind, and what the cache knew of it."""
+        found: dict[str, Any] = {k: dict(h[number]) if number < len(h) else None for k, h in self._held.items()}
+        return {**found, "known": self._flags.get(number)}
+
+    def written(self, number: int | None) -> dict[str, Any] | None:
+        """What the part of a layer is now; None where anything else of the cache is other than it was, and where there
+        was none: it begins with constants, which every layer has of its own.
+
+        Args:
+            number: the layer's; None where it has looked for no part.
+        """
+        for kind, own in self._kinds.items():
+            before, now = self._layers[kind], own.layers
+            grown = len(now) > len(before)
+            same = len(now) >= len(before) and all(a is b for a, b in zip(before, now, strict=False))
+            if not same or _without_layers(own) != self._own[kind] or (grown and len(now) - 1 != number):
+                return None
+            pairs = zip(self._held[kind], map(vars, before), strict=True)
+            others = (_identical(*pair) for at, pair in enumerate(pairs) if at != number)
+            if len(now) > len(before) + 1 or not all(others):
+                return None
+        flags = dict(getattr(self.cache, "is_updated", {}))
+        if not _identical(*({at: flag for at, flag in f.items() if at != number} for f in (self._flags, flags))):
+            return None
+        if number is None:
+            return {}
+        own, after = self.part(number), CrossedCache(self.cache).part(number)
+        begun = any(_has_tensors(after[kind]) and not _has_tensors(own[kind]) for kind in self._kinds)
+        return None if begun else after
+
+    def put(self, number: int, part: dict[str, Any]) -> None:
+        """Make the part of a layer another."""
+        for kind, own in self._kinds.items():
+            if part[kind] is None:
+                continue
+            while len(own.layers) <= number:
+                own.layers.append(own.layer_class_to_replicate())
+            held = vars(own.layers[number])
+            held.clear()
+            held.update(part[kind])
+        if part["known"] is not None:
+            self.cache.is_updated[number] = part["known"]
+
+    @contextmanager
+    def watched(self, more: Callable[[], None]) -> Iterator[None]:
+        """Inside, slots find parts of it, and ``more`` is called where other parts are looked at."""
+        held = {kind: own.layers for kind, own in self._kinds.items()}
+        flags = vars(self.cache).get("is_updated")
+        for own in self._kinds.values():
+            own.layers = _Parts(own.layers, more)
+        if flags is not None:
+            self.cache.is_updated = _Flags(flags, more)
+        try:
+            yield
+        finally:
+            for kind, own in self._kinds.items():
+                held[kind][:] = list.__iter__(own.layers)
+                own.layers = held[kind]
+            if flags is not None:
+                flags.update(dict.items(self.cache.is_updated))
+                self.cache.is_updated = flags
+
+
+def crossed(value: Any) -> CrossedCache | None:
+    """A cache whose layers keep all tokens and nothing else; None for any other value."""
+    if type(value).__module__ != _CACHES:
+        return None
+    from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+    if type(value) not in (DynamicCache, EncoderDecoderCache):
+        return None
+    for own in kinds_of(value).values():
+        plain = type(own) is DynamicCache and not own.offloading and type(own.layers) is list
+        if not plain or any(type(layer) is not DynamicLayer for layer in own.layers):
+            return None
+        if own.layer_class_to_replicate not in (None, DynamicLayer):
+            return None
+    return CrossedCache(value)
+
+
+def _without_layers(own: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(own).items() if name != "layers"}
+
+
+def _has_tensors(part: dict[str, Any] | None) -> bool:
+    return any(isinstance(value, Tensor) for value in (part or {}).values())
+
+
+def _identical(before: Mapping[Any, Any], now: Mapping[Any, Any]) -> bool:
+    return before.keys() == now.keys() and all(now[name] is value for name, value in before.items())
