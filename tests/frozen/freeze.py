@@ -3,8 +3,8 @@ histories, tensors, outputs, gradients, folds and certificates.
 
 ``python -m tests.frozen.freeze`` writes ``frozen.json`` anew, which `tests/frozen/test_frozen.py` compares with. Do so
 where something is meant to change, and look at the difference before committing it. ``--to FILE`` writes another file,
-with which the tests compare where ``GRAFTC_FROZEN=FILE``. A run that was stopped goes on with ``--resume``, and ``--only
-REGEX`` records some entries and keeps the others. All takes twelve minutes of one processor.
+with which the tests compare where ``GRAFTC_FROZEN=FILE``. A run that was stopped goes on with ``--resume``, and
+``--only REGEX`` records some entries and keeps the others. All takes twelve minutes of one processor.
 """
 
 from __future__ import annotations
