@@ -51,7 +51,7 @@ def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "chosen",
     [
-        "(bert or gpt2) and not roberta and not inductor and not folded",
+        "bert and not roberta and not deberta and not inductor and not folded",
         pytest.param("bert or gpt2", marks=pytest.mark.full),
     ],
     ids=["some", "all"],

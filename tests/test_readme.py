@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import graftc
 from graftc.specs.io import parse_spec
@@ -27,6 +29,9 @@ def test_the_spec_is_valid() -> None:
 
 @pytest.mark.slow
 def test_the_python_example_and_the_commands_run(tmp_path: Path, monkeypatch: Any) -> None:
+    """With a smaller model, which is the same to everything that is shown."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    monkeypatch.setattr(transformers, "BertConfig", partial(transformers.BertConfig, **sizes))
     (code,) = blocks("python")
     assert len(code.strip().splitlines()) <= 24
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,7 @@ class DeploymentContract(Contract):
 
     def test_onnx(self, family: str, tmp_path: Path) -> None:
         """ONNX Runtime agrees at three shapes that were not captured."""
-        compiled = self._one_layer(family)
+        compiled = self._deployed(family)
         self._exported(compiled, compiled, tmp_path)
 
     def test_onnx_folded(self, family: str, tmp_path: Path) -> None:
@@ -50,16 +50,19 @@ class DeploymentContract(Contract):
 
     def test_compile(self, family: str) -> None:
         """``torch.compile(fullgraph=True)`` takes the model in one graph and keeps it for every batch of 2 or more."""
-        check_compile(self._one_layer(family), "aot_eager")
+        check_compile(self._deployed(family), "aot_eager")
 
     def test_inductor(self, family: str) -> None:
         """The same with code that Inductor generates for one layer: much slower, and seldom another result."""
         check_compile(self._one_layer(family))
 
+    def _deployed(self, family: str) -> Compiled:
+        return self.shared(family, perturbed=True)[1] if self.every_layer else self._one_layer(family)
+
     def _one_layer(self, family: str) -> Compiled:
         """A compiled model of one layer where the contract's models are the usual ones: exporters take their time with
         each layer, and all are alike."""
-        if type(self).model is not Contract.model or self.every_layer:
+        if type(self).model is not Contract.model:
             return self.shared(family, perturbed=True)[1]
         compiled = self.compiled(family, tiny(family, layers=1))
         self.perturb(family, compiled)
