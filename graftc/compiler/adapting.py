@@ -93,7 +93,6 @@ def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str
     for capture in captures:
         if not any(capture.program is each for each in graphs.values()):
             graphs["embeds", capture.program.mode, "source"] = capture.program
-    log.verified(adapted_eval, compilation.store, "mode(eval)", types=True)
     adapted_eval.history = list(log.entries)
     return graphs, Resolution(
         _signature(compilation, program, train.base),

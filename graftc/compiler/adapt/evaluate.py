@@ -53,5 +53,5 @@ def _evaluate(program: Program, context: Evaluating) -> Program:
     return result
 
 
-EVALUATE: Pass[Evaluating] = Pass("mode(eval)", _evaluate, {"adapted"}, {"evaluated", COPIED})
+EVALUATE = Pass("mode(eval)", _evaluate, {"adapted"}, {"evaluated", COPIED}, verified=True, typed=True)
 """Take out what happens in train mode alone, dropout above all."""

@@ -52,6 +52,7 @@ class Pass(Generic[G]):
         wanted: whether there is anything to do; by default there always is.
         verified: whether the verifier runs behind it. Passes in a group are verified by the group, and those of
             plugins wherever they rewrite.
+        typed: whether the verifier then works out all types anew, as it does behind passes of plugins.
         origin: the plugin that brings it; None for our own. It is filled in where a plugin is found.
     """
 
@@ -62,6 +63,7 @@ class Pass(Generic[G]):
     rewrites: bool = True
     wanted: Callable[[Program, G], bool] | None = None
     verified: bool = False
+    typed: bool = False
     origin: Plugin | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +71,8 @@ class Pass(Generic[G]):
 
     def __str__(self) -> str:
         """What it is, on one line."""
-        marks = ["looks" if not self.rewrites else "rewrites", *(["verified"] if self.verified else [])]
+        marks = ["rewrites" if self.rewrites else "looks"]
+        marks += [f"verified{' with types' if self.typed else ''}"] if self.verified else []
         marks += ["where wanted"] if self.wanted is not None else []
         marks += [f"from {self.origin}"] if self.origin is not None else []
         return _line(self.name, marks, self.requires, self.ensures)
@@ -227,7 +230,7 @@ class Pipeline(Generic[C]):
             return program
         after = _applied(each, program, context, log)
         if each.verified:
-            log.verified(after, context.store, each.name)
+            log.verified(after, context.store, each.name, types=each.typed)
         return after
 
     def _group(self, group: PassGroup[C], program: Program, context: C, log: Log) -> Program:
@@ -285,7 +288,7 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
         if context.store is None:
             require_runnable(after, each.name)
         else:
-            log.verified(after, context.store, each.name)
+            log.verified(after, context.store, each.name, types=True)
     except GraftError as error:
         hint = f"its author has to make every change with the Builder; {origin.remedy} until then"
         raise failed(f"leaves a graph that does not hold: {error.message}", hint, error.details) from error
