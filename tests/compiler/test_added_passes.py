@@ -160,6 +160,9 @@ class TestHeldToWhatTheySay:
              "call.replace_all_uses_with(call.args[0])", "rewrites=False", "only looks, and it changed the graph"),
             ("call = list(program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default))[0]; "
              "call.replace_all_uses_with(call.args[0])", "", "a node of the base was changed"),
+            ("program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default)[0].target = abs",
+             "rewrites=False", "only looks, and it changed the graph"),
+            ("program.output_node.meta['val'] = 0", "rewrites=False", "only looks, and it changed the graph"),
         ],
     )  # fmt: skip
     def test_it(self, body: str, says: str, message: str, install: Install) -> None:

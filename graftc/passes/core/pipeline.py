@@ -275,13 +275,14 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
     try:
         if each.wanted is not None and not each.wanted(program, context):
             return program
+        before = () if each.rewrites else _shape(program)
         after = log.rewritten(each.name, program, lambda: each.apply(program, context))
     except GraftError:
         raise
     except Exception as error:  # a plugin may fail in any way, and the message must name it
         raise failed(f"fails: {type(error).__name__}: {first_line(error)}", origin.remedy) from error
     if not each.rewrites:
-        if after is not program or log.entries[-1].changes != Changes():
+        if after is not program or log.entries[-1].changes != Changes() or _shape(program) != before:
             raise failed("says that it only looks, and it changed the graph", "its author has to set rewrites=True")
         return program
     try:
@@ -293,6 +294,12 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
         hint = f"its author has to make every change with the Builder; {origin.remedy} until then"
         raise failed(f"leaves a graph that does not hold: {error.message}", hint, error.details) from error
     return after
+
+
+def _shape(program: Program) -> tuple[Any, ...]:
+    """What a `Recorder` does not look at: operators and types of nodes, edits and inputs."""
+    nodes = [(node.name, node.target, id(node.meta.get("val"))) for node in program.graph.nodes]
+    return nodes, len(program.edits), len(program.tensor_edits), program.inputs, program.flags, program.mode
 
 
 def two_of_one_name(pipeline: str, one: Pass[C] | PassGroup[C], other: Pass[C] | PassGroup[C]) -> GraftError:
