@@ -13,9 +13,12 @@ import pytest
 import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.cli import main
+from graftc.testing.families import HIDDEN
 from tests.cli.support import run_here
 from tests.families import tiny
+from tests.installed_passes import installing
 
+PLUGIN = Path(__file__).parents[2] / "examples" / "plugin_pass"
 SPEC: dict[str, Any] = {
     "adapt": [
         {"method": "lora", "name": "low", "rank": 2, "dropout": 0.1, "target": {"role": ["attn.q", "attn.v"]}},
@@ -313,6 +316,19 @@ def test_sizes_shares_and_what_is_read_no_more(tmp_path: Path, opened: Callable[
     page.evaluate("graftcPage.open('bert.encoder.layer.0.attention.self')")
     page.evaluate("graftcPage.select('%scaled_dot_product_attention')")
     says(page, "removed")
+
+
+@pytest.mark.slow
+def test_what_a_plugin_reports_is_in_the_report(tmp_path: Path, opened: Callable[..., Any]) -> None:
+    source = (PLUGIN / "graftc_macs.py").read_text(encoding="utf-8")
+    (tmp_path / "site").mkdir()
+    with installing(tmp_path / "site") as install:
+        install("graftc-macs", source, macs="COUNT")
+        file = graftc.compile(SPEC, tiny("bert")).view().save(tmp_path / "page.html")
+    page = opened(file, "#tab=report")
+    name = "classifier.weight"
+    row = page.locator("tr", has=page.locator("td", has_text=re.compile(f"^{re.escape(name)}$"))).first
+    assert row.inner_text().split() == ["macs", "multiply_adds", name, str(3 * HIDDEN)]
 
 
 @pytest.mark.full
