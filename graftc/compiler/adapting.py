@@ -10,7 +10,6 @@ from graftc.compiler.adapt.evaluate import EVALUATE, Evaluating
 from graftc.compiler.adapt.insert import ADAPTATIONS, ADDED_TOKENS, CONTROLS, RECOMPUTE, TRAIN_IN_PLACE
 from graftc.compiler.adapt.places import COPY, LENGTHEN, RESOLVE, RESOLVE_TRAIN, ROLES
 from graftc.compiler.cached import require_every_edit, require_tokens_alone
-from graftc.compiler.capture.anchoring.products import kept_products
 from graftc.compiler.capture.as_captured import draws
 from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
@@ -54,8 +53,7 @@ def adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]
         request: the calls of the source model that it is for, in train mode.
         controls: inputs beside these, which choose among adaptations.
     """
-    working = progress.working("compiling", type(work.compilation.source).__name__)
-    with working, seldom_collected(), kept_products():
+    with progress.working("compiling", type(work.compilation.source).__name__), seldom_collected():
         return _adapt_signature(work, request, controls)
 
 

@@ -7,11 +7,10 @@ and to the model itself, in another mode.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ aten = torch.ops.aten
 _OPERATORS: Mapping[Any, Any] = {linear: aten.linear.default, torch.addmm: aten.addmm.default}
 """The operators of a graph, by the functions that a model calls."""
 _KEPT = frozenset(_OPERATORS.values())
+_LEAST, _SHARE = 2**25, 100
+"""Bytes of results that are kept of any model, and of a large one the part of what its parameters take."""
 
 _Known = tuple[Sequence[Any], list[int], Tensor, int]
 """Operands with their versions, and a result with its own: what was written to since is not known any more."""
@@ -35,13 +36,26 @@ class Products:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._stored = {tensor.data_ptr() for tensor in model.parameters() if _is_plain(tensor)}
+        self._stored = _addresses(model)
         self._known: dict[Any, list[_Known]] = defaultdict(list)
+        self._order: deque[tuple[Any, int]] = deque()
+        self._bytes, size = 0, sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+        self._most = max(_LEAST, size // _SHARE)
+
+    def fit(self, model: nn.Module) -> bool:
+        """Whether they are of a model as it is now: it may have been moved, or have other parameters."""
+        return self._stored == _addresses(model)
 
     def keep(self, operator: Any, args: Sequence[Any], result: Tensor) -> None:
         """Keep the result of a call, if it is a product with a stored tensor."""
         if operator in _KEPT and _is_plain(result) and (key := self._key(operator, args)) is not None:
             self._known[key].append((args, _versions(args), result, result._version))
+            self._order.append((key, result.numel() * result.element_size()))
+            self._bytes += self._order[-1][1]
+            while self._bytes > self._most and len(self._order) > 1:  # the oldest of a key comes first
+                first, size = self._order.popleft()
+                self._known[first].pop(0)
+                self._bytes -= size
 
     def again(self, operator: Any, args: Sequence[Any]) -> Tensor | None:
         """The result of a call, where the same was made before."""
@@ -86,28 +100,19 @@ class Computing(TorchFunctionMode):
         return result
 
 
-_KNOWN: ContextVar[list[tuple[nn.Module, Products]] | None] = ContextVar("_KNOWN", default=None)
-
-
-@contextmanager
-def kept_products() -> Iterator[None]:
-    """Inside, what models compute is known to all passes after it, and forgotten afterwards."""
-    token = _KNOWN.set([])
-    try:
-        yield
-    finally:
-        _KNOWN.reset(token)
+_KNOWN: WeakKeyDictionary[nn.Module, Products] = WeakKeyDictionary()
 
 
 def products_of(model: nn.Module) -> Products:
-    """Those that are kept of a model, or new ones."""
-    kept = _KNOWN.get()
-    found = next((products for known, products in kept or () if known is model), None)
-    if found is None:
-        found = Products(model)
-        if kept is not None:
-            kept.append((model, found))
+    """Those that are kept of a model as long as there is one: its next signature is looked at on the same texts."""
+    found = _KNOWN.get(model)
+    if found is None or not found.fit(model):
+        found = _KNOWN[model] = Products(model)
     return found
+
+
+def _addresses(model: nn.Module) -> set[int]:
+    return {tensor.data_ptr() for tensor in model.parameters() if _is_plain(tensor)}
 
 
 def _is_plain(tensor: Any) -> bool:
