@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graftc.compiler.capture.anchor import Anchor
 
 _REPEAT = re.compile(r"@\d+")
+_OF_A_MODEL = re.compile(r"transformers\.models\.\w+\.\w+")
 _NUMBER = re.compile(r"_\d+$")
 
 
@@ -135,7 +137,7 @@ def _export(
         # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
         unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
         # torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line.
-        with quiet(["torch"], logging.CRITICAL), renamed(model, traced), unremembered:
+        with quiet(["torch"], logging.CRITICAL), renamed(model, traced), unremembered, _without_traces():
             found = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)
         names = set(found.graph_signature.user_inputs)
         sizes = InputSizes(axes, [n for n in found.graph.find_nodes(op="placeholder") if n.name in names])
@@ -145,6 +147,18 @@ def _export(
         for name, dims in undecided.items():
             for dim in dims:
                 del dynamic[name][dim]
+
+
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    """Inside, the tracer does not look up for every node which line of code it is from."""
+    config, name = vars(fx.config), "do_not_emit_stack_traces"
+    before = config.get(name)
+    config.update({} if before is None else {name: True})
+    try:
+        yield
+    finally:
+        config.update({} if before is None else {name: before})
 
 
 def _may_vary(axis: Axis, dim: int) -> bool:
@@ -162,13 +176,34 @@ def _patches(model: nn.Module) -> Iterator[None]:
     """What the tracer needs to be other than it is."""
     with ExitStack() as stack:
         if is_transformers(model):
-            from transformers.exporters import exporter_dynamo
-            from transformers.exporters.utils import apply_patches
+            from transformers.exporters import exporter_dynamo, utils
 
             exporter: Any = exporter_dynamo
             exporter.register_cache_pytrees_for_model(model)
-            stack.enter_context(apply_patches("dynamo"))
+            stack.enter_context(_patches_of_what_is_there(utils))
+            stack.enter_context(utils.apply_patches("dynamo"))
         yield
+
+
+@contextmanager
+def _patches_of_what_is_there(utils: Any) -> Iterator[None]:
+    """Inside, transformers patches no code of models that is not imported, which would import it."""
+    every: dict[str, list[Any]] | None = getattr(utils, "_PATCHES", None)
+    if every is None:
+        yield
+        return
+    before = every["dynamo"]
+    every["dynamo"] = [patch for patch in before if _is_there(patch[0])]
+    try:
+        yield
+    finally:
+        every["dynamo"] = before
+
+
+def _is_there(path: str) -> bool:
+    """Whether the module of a model's class is imported; what is no model's counts as such."""
+    model = _OF_A_MODEL.match(path)
+    return model is None or model[0] in sys.modules
 
 
 def _program(
