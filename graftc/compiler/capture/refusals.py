@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
+from graftc.passes.core.ir.meta_calls import mixed_product
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
-from graftc.passes.core.ir.verify import mixed_product
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))

@@ -8,19 +8,18 @@ has a gradient path. Once, at the end, all types are worked out anew at two diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.effects import flaw
+from graftc.passes.core.ir.meta_calls import MetaCalls, plain
 from graftc.passes.core.ir.printer import format_around, literal, target_name
-from graftc.passes.core.ir.program import Program, map_nodes, provenance
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import Sizes, SymbolNames, expression
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
@@ -64,6 +63,7 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
 
 
 Finding = tuple[fx.Node | None, str]
+_LARGEST = 2**63
 
 
 def _fail(program: Program, step: str, node: fx.Node | None, message: str) -> None:
@@ -223,7 +223,7 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
             assigned[symbol] = free if high is None else min(free, high)
         return assigned[symbol]
 
-    calls = _Calls(Sizes(assign))
+    calls = MetaCalls(Sizes(assign))
     for node in program.graph.nodes:
         if not _is_call(node):
             if node.op != "output":
@@ -242,111 +242,8 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
         if type(found) is int and abs(found) >= _LARGEST:
             return node, "it gives a number without end"
         if not calls.alike(found, expected):
-            return node, f"it gives {_plain(found)}, the graph says {_plain(expected)}"
+            return node, f"it gives {plain(found)}, the graph says {plain(expected)}"
     return None
-
-
-@dataclass
-class _Call:
-    """What a call gives on the meta device.
-
-    Attributes:
-        mixed: see `mixed_product`.
-        result: its result; None where it was refused.
-        error: why it was.
-    """
-
-    mixed: str
-    result: Any = None
-    error: Exception | None = None
-
-
-class _Calls:
-    """Calls on the meta device, each kind made once: layers that are alike make the same ones.
-
-    Args:
-        sizes: numbers for sizes.
-
-    Attributes:
-        values: by node; those of one type are one object.
-    """
-
-    def __init__(self, sizes: Sizes) -> None:
-        self._sizes = sizes
-        self.values: dict[fx.Node, Any] = {}
-        self._made: dict[Any, _Call] = {}
-        self._concrete: dict[int, Any] = {}
-        self._tensors: dict[Any, Tensor] = {}
-        self._alike: set[tuple[int, int]] = set()
-
-    def concrete(self, value: Any) -> Any:
-        """A value of a graph with numbers for sizes; graphs hold theirs, so that they are known by identity."""
-        if id(value) not in self._concrete:
-            self._concrete[id(value)] = self._new(value)
-        return self._concrete[id(value)]
-
-    def _new(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._one(torch.empty(self._sizes.shape(value), dtype=value.dtype, device=_META))
-        if isinstance(value, list | tuple):
-            return tuple(self._new(v) for v in value)
-        return value if value is None or isinstance(value, bool | float) else self._sizes.size(value)
-
-    def _one(self, value: Any) -> Any:
-        """The one object for all values of a type."""
-        if isinstance(value, Tensor):
-            return self._tensors.setdefault((value.dtype, value.shape, value.stride()), value)
-        return type(value)(map(self._one, value)) if type(value) in (list, tuple) else value
-
-    def made(self, node: fx.Node) -> _Call:
-        """What the call of a node gives."""
-        key = (node.target, self._key(node.args), self._key(node.kwargs))
-        found = self._made.get(key)
-        if found is None:
-            found = self._made[key] = self._run(node)
-        return found
-
-    def _run(self, node: fx.Node) -> _Call:
-        def number(value: Any) -> Any:
-            return self._sizes.size(value) if isinstance(value, torch.SymInt) else value
-
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), self.values.__getitem__)
-        args, kwargs = fx.node.map_aggregate((args, kwargs), number)
-        if takes_device(node.target):
-            kwargs = {**kwargs, "device": _META}
-        target: Any = node.target
-        call = _Call(mixed_product(target, args))
-        try:
-            call.result = self._one(target(*args, **kwargs))
-        except _REFUSALS as error:
-            call.error = error
-        return call
-
-    def _key(self, argument: Any) -> Any:
-        """An argument as something to look calls up by: equal for values of one type, as far as that is known."""
-        if isinstance(argument, fx.Node):
-            argument = self.values[argument]
-            if isinstance(argument, Tensor):
-                return (Tensor, id(argument))
-        if isinstance(argument, list | tuple):
-            return tuple(self._key(item) for item in argument)
-        if isinstance(argument, dict):
-            return tuple((name, self._key(item)) for name, item in argument.items())
-        if isinstance(argument, slice):
-            return (slice, self._key((argument.start, argument.stop, argument.step)))
-        if isinstance(argument, torch.SymInt):
-            argument = self._sizes.size(argument)
-        return (type(argument), argument)
-
-    def alike(self, value: Any, expected: Any) -> bool:
-        """Whether two values are of one type."""
-        known = (id(value), id(expected))
-        if known not in self._alike and _kind(value) == _kind(expected):
-            self._alike.add(known)
-        return known in self._alike
-
-
-_META = torch.device("meta")
 
 
 def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
@@ -359,22 +256,6 @@ def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
     return found
 
 
-def mixed_product(target: Any, args: Sequence[Any]) -> str:
-    """The types of a product whose factors differ in theirs, which kernels refuse and the meta device takes."""
-    if target not in _PRODUCTS:
-        return ""
-    dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if len(dtypes) > 1 else ""
-
-
-_PRODUCTS = frozenset(
-    getattr(torch.ops.aten, name).default
-    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "convolution")
-) | {getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3)}
-_LARGEST = 2**63
-_REFUSALS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-
 def _depends_on_values(node: fx.Node, error: Exception) -> bool:
     """Whether a call cannot be made on the meta device for no fault of its own."""
     target = node.target
@@ -384,18 +265,3 @@ def _depends_on_values(node: fx.Node, error: Exception) -> bool:
         or torch.Tag.data_dependent_output in tags
         or torch.Tag.dynamic_output_shape in tags
     )
-
-
-def _kind(value: Any) -> Any:
-    """The type of a value: sizes count, numbers that are made of sizes by division and roots do not."""
-    return float if isinstance(value, float) else _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return (str(value.dtype), tuple(value.shape))
-    if isinstance(value, list | tuple):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
