@@ -144,6 +144,29 @@ class CompiledRunner(
         vars(made).update(_graftc_initial=initial, _graftc_whole=self)
         return made
 
+    def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
+        """Do now what the first calls would do: capture their graphs, hold them against the source model, make code,
+        and plan what a training step keeps. It takes as long as it would then, with progress, and nothing is trained:
+        parameters, gradients, buffers and random states are as before.
+
+        Of a model in training mode the call is made ready in eval mode too. Calls with the inputs and flags of the
+        batch start at once from then on; a call with others is captured when it comes.
+
+        Args:
+            batch: arguments of a call by name, such as a batch of the data loader with its ``labels``. Of tensors the
+                names, types and sizes count.
+            generate: also what `generate` needs, for the prompt and for the tokens behind it: two tokens are generated
+                behind the first four of the batch's first text. Prompts with an ``attention_mask`` have graphs of their
+                own, so give one where yours have one.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured, GC073 for no mapping or, with ``generate``, no
+                ``input_ids``, and whatever `generate` raises.
+        """
+        from graftc.runtime.activations.warm_up import warm_up
+
+        warm_up(self, batch, generate=generate)
+
     @property
     def begins(self) -> int:
         """See `Generating`."""
@@ -381,6 +404,7 @@ class Compiled(ModelRoot, Generic[M]):
     if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of their name
         base_model: nn.Module
         generate: Callable[..., Any]
+        warm_up: Callable[..., None]
         compilation: Compilation
         device: torch.device
         dtype: torch.dtype

@@ -141,6 +141,12 @@ class TrainingCode:
                 return self.function(module, *inputs)
         return Frame(code, module, hooks, kind.casts).run(inputs)
 
+    def prepare(self, module: nn.Module, inputs: Sequence[Any]) -> None:
+        """Choose how calls of the kind of one are run, as the first of them would."""
+        kind = self.kind(module, inputs)
+        if not (self.plain and not self._unpacks) and (self, kind) not in choices_of(module):
+            self.choose(module, inputs, kind)
+
     def _taken_away(self, module: nn.Module) -> Hooks:
         """Hooks that take what is kept to the host's memory, but for the model's own tensors."""
         assert self._away is not None

@@ -257,6 +257,20 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
         present, plain = self._interface.read({**named, **flags})
         return self.run_read(named, present, chosen, plain, entry)
 
+    def read_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What of a call's arguments makes a difference, as `ready` takes it.
+
+        Raises:
+            GraftError: GC031 for inputs that the model does not take.
+        """
+        chosen = {name: kwargs.pop(name) for name in self._active.controls if name in kwargs}
+        present, _ = self._interface.read(self._interface.named((), kwargs))
+        return with_choices(self._active, present, chosen) if self._active.controls else present
+
+    def code_of(self, key: ProgramKey) -> Any:
+        """The code that `run` runs under a key that is `ready`."""
+        return self._roots[key]
+
     def run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
         """The outputs for tensors and flags by name."""
         past = present.get(CACHE)
