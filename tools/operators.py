@@ -1,5 +1,5 @@
 """``python -m tools.operators``: the literal list of operators that a file may name, in
-`graftc/passes/core/ir/allowed_operators.py`.
+`graftc/passes/core/ir/stored/allowed_operators.py`.
 
 The list is kept in the tree and reviewed there. This holds it against its rules (`objection`), and against what
 captures emit: the records of ``make coverage`` have the operators of every architecture. What is missing and has no
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from graftc.passes.core.ir.allowed_operators import OPERATORS
-from graftc.passes.core.ir.serialise import HOMES
+from graftc.passes.core.ir.stored.allowed_operators import OPERATORS
+from graftc.passes.core.ir.stored.serialise import HOMES
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = ROOT / "graftc" / "passes" / "core" / "ir" / "allowed_operators.py"

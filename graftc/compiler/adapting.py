@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from graftc.compiler.adapt.base import anchored, take
+from graftc.compiler.adapt.calls import CALLS
 from graftc.compiler.adapt.context import Adapting, Work
 from graftc.compiler.adapt.evaluate import EVALUATE, Evaluating
 from graftc.compiler.adapt.insert import ADAPTATIONS, ADDED_TOKENS, CONTROLS, RECOMPUTE, TRAIN_IN_PLACE
 from graftc.compiler.adapt.places import COPY, LENGTHEN, RESOLVE, RESOLVE_TRAIN, ROLES
 from graftc.compiler.cached import require_every_edit, require_tokens_alone
+from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.as_captured import draws
+from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import inputs_of_program
-from graftc.compiler.compilation import Compilation, Graphs, Resolution
+from graftc.compiler.compilation import CalledResolution, Compilation, Graphs, Places, Resolution
+from graftc.compiler.resolve.treated import TreatedUnlikeError
 from graftc.passes.core import progress
-from graftc.passes.core.added_passes import extended
+from graftc.passes.core.added_passes import added_passes, extended
+from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir.eval_mode import moded, to_eval
+from graftc.passes.core.ir.functions import UnlikeBodyError, calls, everywhere, split
+from graftc.passes.core.ir.history import HistoryEntry
+from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program import Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.pipeline import Log, Pipeline
+from graftc.specs.errors.diagnostics import GraftError
 
 ADAPT: Pipeline[Adapting] = Pipeline(
     "adapt",
@@ -40,6 +51,9 @@ ADAPT: Pipeline[Adapting] = Pipeline(
     ],
 )
 """From a base that was captured and held against the model to an adapted Program."""
+
+ADAPT_CALLS = Pipeline(ADAPT.name, [*ADAPT.passes, CALLS], ADAPT.given)
+"""The same where layers that are alike call functions."""
 
 EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
 """From an adapted Program to that of eval mode."""
@@ -60,19 +74,99 @@ def adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]
 def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]) -> tuple[Graphs, Resolution]:
     log, compilation = Log(), work.compilation
     found = take(work, request, log)
-    main = compilation.main if compilation.signatures else None
-    train = Adapting(work, request, found, main, controls)
+    checked = tuple(log.entries[len(found.traced.history) :])
+    taken = Taken(request, found, controls, compilation.places() if compilation.signatures else None, checked)
+    if may_call(compilation, taken):
+        adapted = _with_calls(work, taken)
+        if adapted is not None:
+            return adapted
+    return _adapt(work, taken)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A capture that is to be adapted.
+
+    Attributes:
+        request: what was asked of the capture.
+        capture: the capture, held against the source model.
+        controls: inputs beside the source model's, by which a call chooses among adaptations.
+        places: where the first signature is adapted; None for that itself.
+        checked: what its history says of how it was held against the model.
+        called: whether layers that are alike call functions.
+        anchors: how the graphs of both modes compare with the model, where that is known.
+    """
+
+    request: CaptureRequest
+    capture: Capture
+    controls: Sequence[str]
+    places: Places | None
+    checked: tuple[HistoryEntry, ...]
+    called: bool = False
+    anchors: tuple[Anchor, ...] = ()
+
+
+def may_call(compilation: Compilation, taken: Taken) -> bool:
+    """Whether layers of a capture may call functions: they do, and nothing in the spec, and no plugin, is about the
+    whole model."""
+    if compilation.every_layer:
+        return False
+    spec, made = compilation.spec, calls(taken.capture.traced.graph)
+    plain = not (taken.controls or spec.tokens or spec.train or spec.compose) and spec.cloze is None
+    return plain and bool(made) and all(layer_path(one.path) == one.path for one in made) and not added_passes()
+
+
+def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
+    """The same with layers that are alike as calls; None where they have to be written out. What is wrong with a spec
+    is told by graphs that are written out, so that messages name the place that they would."""
+    compilation = work.compilation
+    apart = Work(compilation, work.initial, notes=work.notes)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                graphs, found = _adapt(apart, replace(taken, called=True))
+            except TreatedUnlikeError as unlike:
+                more = record_baseline(split(taken.capture.traced, unlike.groups))
+                capture = replace(taken.capture, traced=more)
+                apart = Work(compilation, work.initial, notes=work.notes)
+                graphs, found = _adapt(apart, replace(taken, capture=capture, called=True))
+    except (UnlikeBodyError, GraftError):
+        return None
+    for each in told:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    called = CalledResolution(replace(found, captures=(taken.capture,)))
+    later, anchors = Initial(compilation.seed, narrow=compilation.narrow), found.anchors
+
+    def write_out() -> tuple[Graphs, Resolution]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _adapt(Work(compilation, later), replace(taken, anchors=anchors))
+
+    called.later(write_out)
+    return graphs, called
+
+
+def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
+    compilation, request, found, called = work.compilation, taken.request, taken.capture, taken.called
+    train = Adapting(work, request, found, taken.places, taken.controls, called)
+    source = train.base
+    log = Log([*source.history, *taken.checked])
     program = _adapted(train, log)
     program.history = list(log.entries)
-    captures, source_eval = list(train.captures), to_eval(found.program)
-    eval_base = record_baseline(source_eval if train.base is found.program else to_eval(train.base))
-    derived = [anchored(compilation, c, source_eval if c is found else to_eval(c.program)) for c in train.captures]
+    captures, source_eval = list(train.captures), to_eval(source)
+    eval_base = record_baseline(source_eval if train.base is source else to_eval(train.base))
+    derived = [anchor for anchor in taken.anchors if anchor.mode == "eval"]
+    if not taken.anchors:
+        derived = [anchored(compilation, c, source_eval if c is found else to_eval(c.program)) for c in train.captures]
     evaluating = Evaluating(train, program, True, eval_base)
     if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
         # Eval mode is more than train mode without dropout: what it computes has to be looked at.
+        if called:
+            raise UnlikeBodyError("each mode has a capture of its own")
         in_eval = request.in_mode("eval")
         direct = take(work, in_eval, Log())
-        own = Adapting(work, in_eval, direct, train, controls)
+        own = Adapting(work, in_eval, direct, train, taken.controls)
         evaluating = Evaluating(own, _adapted(own, Log()), False, own.base)
         captures += own.captures
         source_eval, eval_base, derived = direct.program, own.base, []
@@ -83,12 +177,12 @@ def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str
         ("forward", "eval", "base"): eval_base,
         ("forward", "train", "adapted"): program,
         ("forward", "eval", "adapted"): adapted_eval,
-        ("forward", "train", "source"): found.program,
+        ("forward", "train", "source"): source,
         ("forward", "eval", "source"): source_eval,
     }
     for each in graphs.values():
         each.inputs = from_two(each.inputs, special)
-    for capture in captures:
+    for capture in () if called else captures:
         if not any(capture.program is each for each in graphs.values()):
             graphs["embeds", capture.program.mode, "source"] = capture.program
     adapted_eval.history = list(log.entries)
@@ -98,7 +192,7 @@ def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str
         train.resolved,
         train.trained,
         train.attentions,
-        frozenset(moded(program)),
+        frozenset(everywhere(program.graph, dict.fromkeys(moded(program)))),
         request.axes,
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
@@ -114,7 +208,7 @@ def _adapted(context: Adapting, log: Log) -> Program:
     Raises:
         GraftError: from the passes; GC031 and GC141 where a part of a call cannot be adapted by itself.
     """
-    program = extended(ADAPT).run(context.base, context, log)
+    program = (ADAPT_CALLS if context.called else extended(ADAPT)).run(context.base, context, log)
     require_tokens_alone(program)
     require_every_edit(context.compilation, program, context.base)
     return program

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import replaced_tensors
 from graftc.compiler.capture.interface import device_of, parameters
+from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
 from graftc.compiler.resolve.compose import Parts, Unit, controls, narrow_names, units
@@ -32,6 +33,19 @@ from graftc.specs.errors.diagnostics import GraftError
 
 Graphs = Mapping[tuple[Entry, Mode, Stage], Program]
 """The Programs of one signature."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where adaptations are.
+
+    Attributes:
+        resolved: the adaptations with their sites.
+        trained: tensors that train in place.
+    """
+
+    resolved: Sequence[Resolved]
+    trained: Sequence[ParameterSite]
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,10 @@ class Resolution:
         """Whether what was captured came from files."""
         return all(found.cached for found in self.captures)
 
+    def with_notes(self, notes: tuple[str, ...]) -> Resolution:
+        """The same with other notes."""
+        return replace(self, notes=notes)
+
     def add_constants(self, store: Store) -> None:
         """Add what the graphs mention beyond the model's own tensors, where a Store does not have it yet."""
         for found in self.captures:
@@ -90,11 +108,59 @@ class Resolution:
                     store.add_constant(name, tensor.to(store.device(name.rpartition(".")[0])))
 
 
+class CalledResolution(Resolution):
+    """A Resolution of graphs in which layers that are alike call functions (`graftc.passes.core.ir.functions`). What
+    there is to say of graphs with every layer written out is worked out when it is first asked for.
+
+    Args:
+        found: what was found with calls; `places` keeps its sites.
+    """
+
+    places: Places
+    _make: Callable[[], tuple[Graphs, Resolution]] | None
+    _graphs: Graphs
+
+    def __init__(self, found: Resolution) -> None:
+        own = {name: value for name, value in vars(found).items() if name not in _WRITTEN_OUT}
+        vars(self).update(own, places=Places(found.resolved, found.trained), _make=None, _graphs={})
+
+    def with_notes(self, notes: tuple[str, ...]) -> Resolution:
+        """See `Resolution.with_notes`."""
+        vars(self)["notes"] = notes
+        return self
+
+    def later(self, make: Callable[[], tuple[Graphs, Resolution]]) -> None:
+        """Say how the graphs with every layer written out are made, and what there is to say of them."""
+        vars(self)["_make"] = make
+
+    @property
+    def graphs(self) -> Graphs:
+        """The graphs with every layer written out."""
+        with exclusive():
+            if self._make is not None:
+                graphs, found = self._make()
+                vars(self).update({name: vars(found)[name] for name in _WRITTEN_OUT}, _graphs=graphs, _make=None)
+        return self._graphs
+
+    @property
+    def is_written_out(self) -> bool:
+        """Whether they are there."""
+        return self._make is None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _WRITTEN_OUT or not self.graphs:
+            raise AttributeError(name)
+        return vars(self)[name]
+
+
+_WRITTEN_OUT = ("structure", "resolved", "trained", "attentions")
+
+
 class SignatureTable:
     """The graphs of every signature: what there is more of when a call of a new kind is compiled. It only grows.
 
     Attributes:
-        programs: every graph.
+        programs: every graph; layers that are alike may call functions there.
         found: what was found in the graphs of each signature, the first one first.
         parts: the tensors of all of them.
         notes: what capturing any had to change, for people.
@@ -142,6 +208,7 @@ class Compilation:
         use_cache: whether captures are looked up and kept in the user's cache folder.
         known: captures that are there already, by their key; None of one whose file has gone since.
         table: the graphs of every signature.
+        every_layer: every layer is written out in all of them.
     """
 
     spec: Spec
@@ -153,11 +220,18 @@ class Compilation:
     use_cache: bool = True
     known: Mapping[str, Callable[[], Capture | None]] = field(default_factory=dict, repr=False)
     table: SignatureTable = field(default_factory=SignatureTable, repr=False)
+    every_layer: bool = False
 
     @property
     def programs(self) -> Mapping[ProgramKey, Program]:
-        """Every graph."""
-        return self.table.programs
+        """Every graph, with all layers written out."""
+        return {key: self._written_out(key) for key in self.table.programs}
+
+    def _written_out(self, key: ProgramKey) -> Program:
+        found = self.signatures[key.signature]
+        if isinstance(found, CalledResolution) and isinstance(key.mode, str):
+            return found.graphs.get((key.entry, key.mode, key.stage)) or self.table.programs[key]
+        return self.table.programs[key]
 
     @property
     def signatures(self) -> Mapping[Signature, Resolution]:
@@ -192,7 +266,20 @@ class Compilation:
 
     def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
         """A Program that every signature has; by default one of the first signature."""
-        return self.programs[self.key(mode, stage, signature)]
+        return self._written_out(self.key(mode, stage, signature))
+
+    def written_out(self, key: ProgramKey) -> Program | None:
+        """The Program of a key with all layers written out; None where there is none."""
+        return self._written_out(key) if key in self.table.programs else None
+
+    def program_as_run(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
+        """`program`, in which layers that are alike may call functions."""
+        return self.table.programs[self.key(mode, stage, signature)]
+
+    def places(self) -> Places:
+        """Where the first signature's graphs are adapted, as these are run."""
+        found = self.main
+        return found.places if isinstance(found, CalledResolution) else Places(found.resolved, found.trained)
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
         """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""
@@ -244,7 +331,7 @@ class Compilation:
     @property
     def tensor_edits(self) -> TensorEdits:
         """What every adaptation does with which rows of a stored tensor; the same in all signatures."""
-        return self.program("train").tensor_edits
+        return self.program_as_run("train").tensor_edits
 
     @property
     def replaced(self) -> frozenset[str]:

@@ -18,7 +18,7 @@ def program_of(compilation: Compilation, key: ProgramKey) -> Program:
     Raises:
         GraftError: GC043 for modules in modes of their own where the eval graph is not a derived one.
     """
-    found = compilation.programs.get(key)
+    found = compilation.written_out(key)
     return _mixed(compilation, key) if found is None else found
 
 

@@ -64,7 +64,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
     chosen = [name for name in compilation.controls if name in tensors]
     tensors = {name: value for name, value in tensors.items() if name not in chosen}
     _check_room(compilation, tensors)
-    known = [Axis(s.name, s.dtype, s.shape) for s in compilation.program("train", "base").inputs]
+    known = [Axis(s.name, s.dtype, s.shape) for s in compilation.program_as_run("train", "base").inputs]
     axes = axes_of(compilation.model, tensors, known)
     failure: GraftError | None = None
     for attempt in less_dynamic(axes, tensors):
@@ -88,9 +88,9 @@ def _check_room(compilation: Compilation, tensors: Mapping[str, Tensor]) -> None
     Raises:
         GraftError: GC020.
     """
-    adapted = compilation.program("train")
+    adapted = compilation.program_as_run("train")
     own = {spec.name: spec for spec in adapted.inputs}
-    for source in compilation.program("train", "source").inputs:
+    for source in compilation.program_as_run("train", "source").inputs:
         if source.name not in tensors or source.name not in own:
             continue
         axes = own[source.name].shape, own[source.name].ranges, source.ranges
@@ -200,7 +200,7 @@ def _captures(compilation: Compilation) -> dict[str, Callable[[], Capture | None
 
 
 def _again(capture: Capture) -> Capture:
-    return replace(capture, program=capture.program.copy())
+    return replace(capture, traced=capture.traced.copy(), flat=None)
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,14 @@ class StartingPoint:
         use_cache: look up and keep the captured graph in the user's cache folder.
         values: adapter tensors to start from instead of initial values, by name.
         known: captures to use instead of capturing, by their key.
+        every_layer: write every layer out from the beginning, for who looks at graphs and runs none.
     """
 
     seed: int = 0
     use_cache: bool = True
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     known: Known = field(default_factory=dict, repr=False)
+    every_layer: bool = False
 
 
 @exclusive()
@@ -261,14 +263,24 @@ def compile_model(
         raise spec.locate(error) from error
     store = Store.mirror(model)
     originals = {name: tensor.detach() for name, tensor in given.items() if name in store.packed}
-    compilation = Compilation(spec, model, store, source, SourceWatch(source), start.seed, start.use_cache, known)
+    compilation = Compilation(
+        spec,
+        model,
+        store,
+        source,
+        SourceWatch(source),
+        start.seed,
+        start.use_cache,
+        known,
+        every_layer=start.every_layer,
+    )
     initial = Initial(start.seed, start.values, originals, compilation.narrow)
     del given, originals
 
     def attempt(tried: Sequence[Axis]) -> Signature:
         graphs, made = _made(compilation, tried, flags, (), initial)
         notes = (*made.notes, *fixed_sizes(axes or (), tried))
-        return _included(compilation, graphs, replace(made, notes=notes))
+        return _included(compilation, graphs, made.with_notes(notes))
 
     try:
         first_capture(model, axes, attempt)

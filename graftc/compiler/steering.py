@@ -15,6 +15,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.steering import AdaptedSite, Controller, OutputObjective, TensorObjective
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.compose import FusionObjective
+from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Fuse
 
 
@@ -72,7 +73,10 @@ def steerings(compilation: Compilation) -> Steerings:
     controllers: dict[str, Controller[Any]] = {}
     objectives: dict[str, TensorObjective[Any]] = {}
     outputs: dict[str, OutputObjective[Any]] = {}
-    for resolved in compilation.main.resolved:
+    wanted = [item.name for item in compilation.places().resolved if _steers(item.spec)]
+    for resolved in compilation.main.resolved if wanted else ():
+        if resolved.name not in wanted:
+            continue
         method = method_for(resolved.spec.method)
         places, shared = live_places(compilation, resolved)
         if method.controller is not None and method.controller.wanted(resolved.spec):
@@ -83,10 +87,16 @@ def steerings(compilation: Compilation) -> Steerings:
                 outputs[resolved.name] = objective
             else:
                 objectives[resolved.name] = objective
-    for unit in compilation.units:
+    for unit in compilation.units if compilation.spec.compose else ():
         if isinstance(unit.composition, Fuse) and unit.composition.values and unit.composition.regularization:
             objectives[unit.name] = FusionObjective(unit.composition, list(_own_places(compilation, unit)), {})
     return Steerings(controllers, objectives, outputs)
+
+
+def _steers(spec: MethodSpec) -> bool:
+    """Whether an adaptation has a controller or an objective with anything to do."""
+    method = method_for(spec.method)
+    return any(kind is not None and kind.wanted(spec) for kind in (method.controller, method.objective))
 
 
 def _own_places(compilation: Compilation, unit: Unit) -> Iterator[AdaptedSite[Any]]:

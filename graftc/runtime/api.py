@@ -204,7 +204,8 @@ def check(
     check_spec_and_model("graftc.check", spec, model)
     loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
-    compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(use_cache=cache))
+    start = StartingPoint(use_cache=cache, every_layer=True)
+    compilation = compile_model(loaded, model, axes, flags=flags, start=start)
     check_fresh(compilation)
     return report(compilation)
 

@@ -23,6 +23,7 @@ from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.ir.functions import UnlikeBodyError, calls
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.ir.updates import as_source
@@ -163,7 +164,7 @@ class CompiledRunner(
             GraftError: GC031 for inputs that cannot be captured, GC073 for no mapping or, with ``generate``, no
                 ``input_ids``, and whatever `generate` raises.
         """
-        from graftc.runtime.activations.warm_up import warm_up
+        from graftc.runtime.training.warm_up import warm_up
 
         warm_up(self, batch, generate=generate)
 
@@ -172,7 +173,7 @@ class CompiledRunner(
         """See `Generating`."""
         if self._base_only:
             return 0
-        specs = [resolved.spec for resolved in self._active.main.resolved]
+        specs = [resolved.spec for resolved in self._active.places().resolved]
         shifted = [s.length for s in specs if isinstance(s, PrefixSpec) and s.positions == "shifted"]
         return sum([*shifted, *(run.length for spec in specs for run in spec.virtual_tokens())])
 
@@ -365,9 +366,31 @@ class CompiledRunner(
         return ProgramKey(entry, mode, signature, "source" if self._base_only else "adapted")
 
     def _program_of(self, key: ProgramKey) -> Program:
-        found = super()._program_of(key)
+        return self._with_updates(key, super()._program_of(key))
+
+    def _with_updates(self, key: ProgramKey, program: Program) -> Program:
         ours = key.stage == "source" and key.entry == "forward"
-        return as_source(found, self._store.updated) if ours else found
+        return as_source(program, self._store.updated) if ours else program
+
+    def _as_run(self, key: ProgramKey) -> Program:
+        """See `ModelRunner._as_run`. Layers that are alike call functions, until hooks want each."""
+        found = self._active.table.programs.get(key)
+        if found is None or not calls(found.graph) or self.hearing.hooked or self.hearing.everywhere:
+            return super()._as_run(key)
+        self._active.signatures[key.signature].add_constants(self._store)
+        return self._with_updates(key, found)
+
+    def write_out(self, key: ProgramKey) -> None:
+        """See `Runner.write_out`."""
+        if calls(self._programs[key].graph):
+            self.install(key, self._program_of(key))
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """See `ModelRunner.install`. Calls that are not those of one block are written out."""
+        try:
+            super().install(key, program)
+        except UnlikeBodyError:
+            super().install(key, self._program_of(key))
 
 
 class Compiled(ModelRoot, Generic[M]):
@@ -533,7 +556,7 @@ def make_compiled(compilation: Compilation) -> Compiled:
     runner = CompiledRunner(compilation, compilation.store)
     compiled = compiled_class(compilation.model, given)(runner)
     for key in (compilation.key("train"), compilation.key("eval")):
-        runner.install(key, compilation.programs[key])
+        runner.install(key, runner._as_run(key))
     runner._watch()
     if compilation.spec.checkpoint == "layers":
         runner.gradient_checkpointing_enable()

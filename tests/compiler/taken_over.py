@@ -17,7 +17,7 @@ from graftc.passes.core.ir.printer import format_program
 
 
 def taken_over(model: nn.Module, axes: Sequence[Axis] | None = None, **settings: Any) -> Capture:
-    """The capture with layers taken over; it is equal to the one without, node by node.
+    """The capture with layers taken over; written out it equals the one without, node by node, but for their names.
 
     Args:
         model: any module.
@@ -27,7 +27,7 @@ def taken_over(model: nn.Module, axes: Sequence[Axis] | None = None, **settings:
     request = CaptureRequest.of(model, axes, **settings)
     every, found = capture(request, alike=False), capture(request)
     assert format_program(found.program) == format_program(every.program)
-    assert [n.name for n in found.program.graph.nodes] == [n.name for n in every.program.graph.nodes]
+    assert [n.target for n in found.program.graph.nodes] == [n.target for n in every.program.graph.nodes]
     assert found.program.inputs == every.program.inputs
     assert found.program.updates == every.program.updates
     assert (found.notes, found.assigned, every.alike) == (every.notes, every.assigned, 0)

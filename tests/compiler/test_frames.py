@@ -15,7 +15,7 @@ from graftc.compiler.inspect.frames import STAYS, Frames, frames
 from graftc.passes.core.ir.history import HistoryEntry, Recorder, names_read
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
+from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.runtime.artifact import open_artifact
 from tests.families import tiny
 

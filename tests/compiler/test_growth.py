@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,13 +36,29 @@ def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
 @pytest.mark.sample("layers")
 @pytest.mark.parametrize(
     "work",
-    [lambda n: compiled(2 * n), lambda n: compiled(2, 8 * n)],
+    [lambda n: compiled(6 * n), lambda n: compiled(2, 8 * n)],
     ids=["layers", "adaptations"],
 )
 def test_a_compile_from_the_cache_is_linear(work: Callable[[int], Callable[[], object]]) -> None:
     calls(work(1))  # what is looked up once in a process
     one, two, four = (calls(work(n)) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.1)
+
+
+@pytest.mark.full
+def test_a_layer_that_is_called_costs_its_tensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiling a deep model, its capture included, takes little longer than compiling its first layers."""
+    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
+    lora = {"method": "lora", "target": {"role": MAPS}, "rank": 2}
+
+    def work(layers: int) -> Callable[[], object]:
+        made = model(layers)
+        return lambda: graftc.compile({"adapt": [lora]}, made, cache=False)
+
+    calls(work(6))
+    few, more, most = (calls(work(layers)) for layers in (6, 16, 26))
+    assert most - more == pytest.approx(more - few, rel=0.1)
+    assert (more - few) / 10 < few / 30
 
 
 @pytest.mark.full

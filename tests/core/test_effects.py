@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import graftc
-from graftc.passes.core.ir.allowed_operators import OPERATORS
 from graftc.passes.core.ir.effects import Memory, updated
 from graftc.passes.core.ir.printer import structural_hash
-from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
+from graftc.passes.core.ir.stored.allowed_operators import OPERATORS
+from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from tests.families import tiny
 from tools.operators import objection, operator
 

@@ -15,7 +15,7 @@ from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core.ir.codegen import function_of
 from graftc.passes.core.ir.printer import format_program, structural_hash
-from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
+from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.testing import same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import FAMILIES, tiny

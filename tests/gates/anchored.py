@@ -21,7 +21,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.serialise import program_to_json
+from graftc.passes.core.ir.stored.serialise import program_to_json
 from graftc.runtime.artifact.manifest import canonical_json
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat

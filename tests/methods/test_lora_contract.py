@@ -89,8 +89,7 @@ class TestFrozenA(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation on every family, adapters in place and folded. In ``make test`` Llama is among the exports
-    of `tests/runtime/test_generate_onnx.py`."""
+    """Exports and compilation on every family, adapters in place and folded."""
 
     folded = True
     exported = True

@@ -50,8 +50,9 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
         found = _checked(compilation, found, log)
     _note(work, found)
     if compilation.spec.cloze is not None:
-        GATHER.run(found.program, compilation, log)
-    for name in sorted(found.program.updates):
+        found = replace(found, traced=found.program)
+        GATHER.run(found.traced, compilation, log)
+    for name in sorted(found.traced.updates):
         compilation.store.own(name, work.initial.values.get(name))
     return found
 
@@ -73,7 +74,7 @@ def _checked(compilation: Compilation, found: Capture, log: Log) -> Capture:
         GraftError: GC030 where it writes to what it may not, GC040 where it is not a graph of the Store's tensors,
             GC041 where it is not the model.
     """
-    store, program = compilation.store, record_baseline(found.program)
+    store, program = compilation.store, record_baseline(found.traced)
     log.entries = list(program.history)
     added = [name for name in found.constants if name not in store]
     for name in added:
@@ -96,7 +97,7 @@ def _checked(compilation: Compilation, found: Capture, log: Log) -> Capture:
             store.drop_constant(name)
         raise
     program.inputs = from_two(program.inputs, comparison.from_two)
-    return replace(found, anchor=comparison)
+    return replace(found, anchor=comparison, flat=None)
 
 
 def anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.compilation import Compilation, Resolution
+from graftc.compiler.compilation import Compilation, Places
+from graftc.compiler.resolve.called_sites import CalledSites
 from graftc.compiler.resolve.embeds import Plan
 from graftc.compiler.resolve.resolver import Resolved, Resolver
 from graftc.compiler.resolve.sitetable import BlockedSite
@@ -17,7 +19,7 @@ from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import Findings, PassHost
-from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site, SiteKey, ValueSite
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
 
@@ -54,19 +56,22 @@ class Adapting(PassHost):
         places: whose places are adapted: those of the first signature, or of the same signature in train mode; None
             where the spec's targets say.
         controls: inputs beside the source model's, by which a call chooses among adaptations.
+        called: whether layers that are alike call functions; otherwise every layer is written out.
         base: the Program that is adapted, which stays as it is.
         captures: what it was made of.
         resolver, structure: its sites and its roles, once they are known.
         resolved, trained: the adaptations with their sites, and tensors that train in place, once they are known.
         plan: the virtual tokens, by the ids in front of which they stand.
         findings: what passes of plugins leave.
+        prepared: what methods have made for all sites of an adaptation, by its name, where that is data alone.
     """
 
     work: Work
     request: CaptureRequest
     capture: Capture
-    places: Resolution | Adapting | None
+    places: Places | Adapting | None
     controls: Sequence[str]
+    called: bool = False
     base: Program = field(init=False)
     captures: list[Capture] = field(init=False)
     resolver: Resolver = field(init=False)
@@ -75,9 +80,11 @@ class Adapting(PassHost):
     trained: list[ParameterSite] = field(default_factory=list)
     plan: Plan = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+    prepared: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.base, self.captures = self.capture.program, [self.capture]
+        self.base = self.capture.traced if self.called else self.capture.program
+        self.captures = [self.capture]
 
     @property
     def compilation(self) -> Compilation:
@@ -114,6 +121,12 @@ class Adapting(PassHost):
         """Every attention of the Program."""
         every = (site for sites in self.resolver.table.entries for site in sites)
         return tuple(site for site in every if isinstance(site, AttentionSite))
+
+    def is_called(self, site: Site) -> bool:
+        """Whether a site is of a layer that calls a function, and none of the values that layers read and give."""
+        table = self.resolver.table
+        of_call = isinstance(table, CalledSites) and table.call_of(site.key.module) is not None
+        return of_call and not isinstance(site, ValueSite)
 
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
         """What inserts an adaptation's nodes."""

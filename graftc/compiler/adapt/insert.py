@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from graftc.compiler.adapt.context import Adapting
 from graftc.compiler.capture.interface import dtype_of
 from graftc.compiler.resolve.compose import Unit, add_controls, insert_unit, placed, units
+from graftc.compiler.resolve.moved import nodes_within
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
 from graftc.compiler.resolve.train import TRAIN, insert_train
@@ -20,7 +22,7 @@ from graftc.passes.core.method.folding import fold_at
 from graftc.passes.core.method.insertion import insert_at, prepare
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.pipeline import Pass, PassGroup
-from graftc.passes.core.sites.sites import Applied, LinearSite
+from graftc.passes.core.sites.sites import Applied, LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.graph.added_tokens import insert_tokens
 from graftc.passes.methods.sparse_products import recompute_weights
@@ -71,20 +73,55 @@ def _insert(program: Program, context: Adapting, unit: Unit) -> None:
             context.work.enter(owner, parts)
         return
     (item,) = unit.members
+    insert_single(program, context, unit, item, lambda site: not context.is_called(site))
+
+
+def insert_single(
+    program: Program, context: Adapting, unit: Unit, item: Resolved, here: Callable[[Site], bool]
+) -> None:
+    """Insert an adaptation that is in no composition. What its method makes for all sites is made once, where it is
+    data alone.
+
+    Args:
+        program: changed in place.
+        context: takes in the tensors.
+        unit: what the adaptation is in the spec.
+        item: the adaptation with all of its sites.
+        here: whether a site is one of this Program's.
+    """
     if not item.sites:
         return
-    build = new(item.name, item.spec.method)
+    build = context.builder(program, item.name, item.spec.method)
     try:
-        _adapt(build, item)
+        if item.name in context.prepared:
+            shared = context.prepared[item.name]
+        else:
+            before = _size(build)
+            shared = prepare(item.spec, [site for site, _ in item.sites], build)
+            if _size(build) == before and not nodes_within(shared):
+                context.prepared[item.name] = shared
+        _insert_at_sites(build, item, shared, here)
     except GraftError as error:
-        raise placed(compilation.spec, unit, error) from error
+        raise placed(context.compilation.spec, unit, error) from error
     context.work.enter(build.adaptation, build.parts)
 
 
+def _size(build: Builder) -> tuple[int, ...]:
+    """Counts of what a method may have made for all of its sites."""
+    program = build.program
+    return len(program.graph.nodes), len(program.edits), len(program.tensor_edits), len(build.parts)
+
+
 def _adapt(build: Builder, item: Resolved) -> None:
-    method = method_for(item.spec.method)
     shared = prepare(item.spec, [site for site, _ in item.sites], build)
+    _insert_at_sites(build, item, shared, lambda site: True)
+
+
+def _insert_at_sites(build: Builder, item: Resolved, shared: Any, here: Callable[[Site], bool]) -> None:
+    method = method_for(item.spec.method)
     for site, spec in item.sites:
+        if not here(site):
+            continue
         insert_at(spec, site, shared, build)
         if isinstance(site, LinearSite):
             parts = {**build.parts.get(None, {}), **build.parts.get(site.key, {})}

@@ -10,13 +10,16 @@ from graftc.compiler.cached import is_encoder, is_part, require_every_place, req
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
+from graftc.compiler.resolve.called_sites import CalledSites
 from graftc.compiler.resolve.compose import check_units, placed, units
 from graftc.compiler.resolve.embeds import lengthened, planned, require_token_embeddings
 from graftc.compiler.resolve.resolver import Resolver
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.resolve.train import train_sites, train_sites_again
+from graftc.compiler.resolve.treated import TreatedUnlikeError, treated_alike
 from graftc.compiler.roles.structure import find_structure
+from graftc.passes.core.ir.functions import UnlikeBodyError, calls, cut
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.pass_context import PLACES, SITES
@@ -30,14 +33,16 @@ def _copy(program: Program, context: Adapting) -> Program:
 
 def _roles(program: Program, context: Adapting) -> None:
     constants = {name: tensor for found in context.captures for name, tensor in found.constants.items()}
-    context.structure = find_structure(program.graph, constants, encoder=is_encoder(context.capture.program))
+    with cut(program.graph):
+        context.structure = find_structure(program.graph, constants, encoder=is_encoder(context.base))
 
 
 def _sites(program: Program, context: Adapting) -> None:
     compilation = context.compilation
     modules = dict(compilation.model.named_modules(remove_duplicate=False))
     vectors = token_embeddings(compilation.model, program)
-    context.resolver = Resolver(SiteTable(program, compilation.store, context.structure, modules, vectors))
+    table = CalledSites if calls(program.graph) else SiteTable
+    context.resolver = Resolver(table(program, compilation.store, context.structure, modules, vectors))
 
 
 def _resolve(program: Program, context: Adapting) -> None:
@@ -47,16 +52,32 @@ def _resolve(program: Program, context: Adapting) -> None:
     if places is None:
         context.resolved = resolver.resolve(compilation.spec)
     else:
-        edits = compilation.tensor_edits if is_part(context.capture.program) and compilation.signatures else None
+        edits = compilation.tensor_edits if is_part(context.base) and compilation.signatures else None
         context.resolved = resolver.again(places.resolved, every=_has_every(context), edits=edits)
     context.plan = planned(units(compilation.spec, context.resolved), resolver.table.token_embeddings)
-    require_no_virtual_tokens(context.capture.program, context.plan)
+    require_no_virtual_tokens(context.base, context.plan)
+    if context.called:
+        _require_alike(program, context)
+
+
+def _require_alike(program: Program, context: Adapting) -> None:
+    """Whether all calls of a body are to get what the body gets.
+
+    Raises:
+        TreatedUnlikeError: naming those that are not.
+        UnlikeBodyError: for adaptations that say nothing of calls.
+    """
+    if context.plan or any(unit.composition is not None for unit in units(context.compilation.spec, context.resolved)):
+        raise UnlikeBodyError("virtual tokens and compositions are for layers that are written out")
+    groups = treated_alike(context.resolved, calls(program.graph))
+    if any(len(alike) > 1 for alike in groups.values()):
+        raise TreatedUnlikeError(groups)
 
 
 def _has_every(context: Adapting) -> bool:
     """Whether all places have to be here. What train mode alone reads is adapted there alone; another signature has to
     read every place, or be one of those that generating goes through, which read them together."""
-    return not isinstance(context.places, Adapting) and not is_part(context.capture.program)
+    return not isinstance(context.places, Adapting) and not is_part(context.base)
 
 
 def _lengthen(program: Program, context: Adapting) -> Program:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn, overrides
 from torch.utils import _python_dispatch
 
-from graftc.compiler.capture.alike_caches import CrossedCache, Slot, crossed
+from graftc.compiler.capture.alike_caches import CrossedCache, LayerNumber, crossed
 from graftc.compiler.capture.alike_modules import Layer, Place, alike
 from graftc.compiler.capture.assignments import Attributes
 from graftc.passes.core.ir.shapes import expression
@@ -184,7 +184,7 @@ class Repeats:
             if call is not None:
                 call.read.add(place)
             return value
-        return Slot(value, lambda: call.read.add(place), lambda: call.slots.add(place))
+        return LayerNumber(value, lambda: call.read.add(place), lambda: call.slots.add(place))
 
 
 _TRACING: list[Repeats] = []

@@ -25,7 +25,7 @@ _OPERATORS = """
 """
 
 
-class Slot:
+class LayerNumber:
     """The number of a layer, while the layer is called with a cache.
 
     Args:
@@ -41,16 +41,16 @@ class Slot:
 def _operator(name: str) -> Callable[..., Any]:
     plain = getattr(int, name)
 
-    def operate(self: Slot, *others: Any) -> Any:
+    def operate(self: LayerNumber, *others: Any) -> Any:
         if sys._getframe(1).f_globals.get("__name__") != _CACHES:
             self.read()
-        return plain(self.number, *(other.number if type(other) is Slot else other for other in others))
+        return plain(self.number, *(other.number if type(other) is LayerNumber else other for other in others))
 
     return operate
 
 
 for _name in _OPERATORS.split():
-    setattr(Slot, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(LayerNumber, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 class _Parts(list[Any]):
@@ -94,7 +94,7 @@ class _Flags(dict[Any, Any]):
 
 
 def _place(at: Any, more: Callable[[], None]) -> Any:
-    if type(at) is Slot:
+    if type(at) is LayerNumber:
         at.found()
         return at.number
     more()

@@ -5,6 +5,7 @@ See `graftc.compiler.capture.alike`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +15,22 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graftc.compiler.capture.alike import AGAIN, BEGIN, END, Repeats, TracedCall
+from graftc.compiler.capture.alike_modules import Layer
+from graftc.passes.core.ir.functions import call
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.shapes import expression
+
+FEWEST_CALLS = 2
+"""Calls from which on a function pays."""
 
 
 class NotAlikeError(Exception):
     """What a layer does cannot be put in the place of another one's call."""
 
 
-def inlined(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None:
-    """Put what was traced of layers in the place of the calls of those that are like them.
+def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None:
+    """Put what was traced of layers in the place of the first call of one that is like them, and let those between
+    this one and the last call it as a function (`graftc.passes.core.ir.functions`).
 
     Args:
         graph: as it was exported, with the model's tensors as attributes; changed in place.
@@ -33,7 +40,7 @@ def inlined(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None
     Raises:
         NotAlikeError: what was traced is not all that a layer does, or the last one does something else.
     """
-    _Inlining(graph, repeats, names).run()
+    _Writing(graph, repeats, names).run()
 
 
 @dataclass(eq=False)
@@ -50,7 +57,7 @@ class _Segment:
         return f"{self.call.layer.path}."
 
 
-class _Inlining:
+class _Writing:
     def __init__(self, graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None:
         self._graph, self._repeats = graph, repeats
         self._tensors = {names.get(str(n.target), str(n.target)): n for n in graph.find_nodes(op="get_attr")}
@@ -82,8 +89,16 @@ class _Inlining:
             for other in self._segments.values():
                 if other.call.layer.is_last and segment.call.stands_for(other.call):
                     self._require_same(segment, other)
+        waiting: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self._again:
-            self._replace(node)
+            waiting[_number(node)].append(node)
+        for again in waiting.values():
+            given, body, made = self._write_out(again[0])
+            for node in again[1:]:
+                if len(again) > FEWEST_CALLS:
+                    self._call(node, given, body, made)
+                else:
+                    self._write_out(node)
         for node in self._marks:
             self._graph.erase_node(node)
 
@@ -125,10 +140,9 @@ class _Inlining:
         if not alike or [same[node] for node in a.made] != b.made:
             raise NotAlikeError(f"{b.call.layer.path} does not do what {a.call.layer.path} does")
 
-    def _replace(self, again: fx.Node) -> None:
-        args: Any = again.args
-        number, position, inputs = args
-        segment, layer = self._segments[number], self._repeats.layers[position]
+    def _write_out(self, again: fx.Node) -> tuple[list[fx.Node], str, list[fx.Node]]:
+        """Put nodes in the place of a call; what they are given, the layer's path, and what they make."""
+        inputs, segment, layer = self._read(again)
         copies: dict[fx.Node, fx.Node] = dict(zip(segment.given, inputs, strict=True))
 
         def copied(source: fx.Node) -> Any:
@@ -140,12 +154,27 @@ class _Inlining:
             for node in segment.nodes:
                 new = copies[node] = copy_node(self._graph, node, copied)
                 new.meta.update(val=node.meta.get("val"), nn_module_stack=_moved(node, segment, layer.path))
+        made = [copies[node] for node in segment.made]
         picked: Any
         for user in list(again.users):  # each picks one of the tensors that it made
             _, picked = user.args
-            user.replace_all_uses_with(copies[segment.made[picked]])
+            user.replace_all_uses_with(made[picked])
             self._graph.erase_node(user)
         self._graph.erase_node(again)
+        return inputs, layer.path, made
+
+    def _call(self, again: fx.Node, given: list[fx.Node], body: str, made: list[fx.Node]) -> None:
+        inputs, _, layer = self._read(again)
+        again.target, again.args = call, (layer.path, body, inputs, list(given), list(made))
+        again.meta = {"val": [node.meta.get("val") for node in made]}
+        for user in again.users:
+            user.meta = {"val": user.meta.get("val")}
+
+    def _read(self, again: fx.Node) -> tuple[list[fx.Node], _Segment, Layer]:
+        """What a call is given, what was traced in its place, and whose it is."""
+        args: Any = again.args
+        number, position, inputs = args
+        return list(inputs), self._segments[number], self._repeats.layers[position]
 
 
 def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, Any]]:

@@ -35,8 +35,8 @@ from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, Unknown
 from graftc.compiler.capture.identity.sources import own_digest
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core import progress
-from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
+from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.plugins import registered
 
 _LARGEST_FILE = 256 * 2**20
@@ -146,7 +146,7 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
         data = json.loads(content)
         if data["key"] != wanted:
             raise ValueError("the capture of something else")
-        program = program_from_json(data["program"], device)
+        program = program_from_json(data["program"], device, called=True)
         constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
         notes = tuple(str(note) for note in data["notes"])
     except Exception:  # whatever is wrong with a file, it is not what was written, and the model is here to capture
@@ -176,7 +176,7 @@ def _write(wanted: str | None, found: Capture) -> None:
     try:
         data = {
             "key": wanted,
-            "program": program_to_json(found.program),
+            "program": program_to_json(found.traced),
             "constants": {name: _encode(tensor) for name, tensor in found.constants.items()},
             "notes": list(found.notes),
         }

@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
 from graftc.compiler.capture.alike import Repeats, traced_once
-from graftc.compiler.capture.alike_graph import inlined
+from graftc.compiler.capture.alike_graph import written_once
 from graftc.compiler.capture.as_captured import as_captured, renamed, traced_names
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.interface import is_transformers
@@ -32,11 +32,14 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
+from graftc.passes.core.ir.effects import Memory
+from graftc.passes.core.ir.functions import expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
+from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.graph.canonicalise import canonicalise
 from graftc.passes.graph.packed import reading_weights
 
@@ -53,7 +56,7 @@ class Capture:
     """A captured Program.
 
     Attributes:
-        program: the base's graph.
+        traced: the base's graph, in which layers that are alike call a function (`graftc.passes.core.ir.functions`).
         constants: tensors that it mentions beyond the model's own, by name.
         seconds: how long it took.
         cached: whether it came from a file.
@@ -64,7 +67,7 @@ class Capture:
         alike: how many calls of layers were not traced, since they are like others.
     """
 
-    program: Program
+    traced: Program
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     cached: bool = False
@@ -73,6 +76,15 @@ class Capture:
     assigned: tuple[str, ...] = ()
     anchor: Anchor | None = None
     alike: int = 0
+    flat: Program | None = field(default=None, repr=False)
+
+    @property
+    def program(self) -> Program:
+        """The base's graph with every layer written out."""
+        if self.flat is None:
+            written_out = inlined(self.traced)
+            self.flat = written_out if written_out is self.traced else record_baseline(written_out)
+        return self.flat
 
 
 def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
@@ -108,7 +120,7 @@ def _captured(request: CaptureRequest, *, alike: bool) -> Capture | None:
                 assigned = tracing.enter_context(noticed(model))
                 exported, sizes = _export(model, axes, inputs, repeats)
                 result = _program(exported, sizes.specs(), request.aliases, repeats)
-            require_products(result.program.graph)
+            require_products(result.traced.graph)
         except Exception as error:
             final = in_any_trace(request, inputs, error)
             if repeats is not None and repeats.calls and not final:
@@ -117,8 +129,8 @@ def _captured(request: CaptureRequest, *, alike: bool) -> Capture | None:
     result.alike = repeats.reused if repeats is not None else 0
     if assigned and result.alike:
         return None
-    result.program.mode, result.program.flags = request.mode, request.flags
-    result.notes, result.assigned = (*notes, *fixed_notes(axes, result.program.inputs)), tuple(assigned)
+    result.traced.mode, result.traced.flags = request.mode, request.flags
+    result.notes, result.assigned = (*notes, *fixed_notes(axes, result.traced.inputs)), tuple(assigned)
     return result
 
 
@@ -216,7 +228,7 @@ def _program(
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     if repeats is not None:
-        inlined(module.graph, repeats, names)
+        written_once(module.graph, repeats, names)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
@@ -224,6 +236,8 @@ def _program(
     for node in module.graph.nodes:
         _require_plain(module, node)
         if node.op == "get_attr":
+            if not node.users:
+                continue
             name = names.get(str(node.target), str(node.target))
             target = canonical.get(name, name)
             if target in attributes:
@@ -247,6 +261,9 @@ def _program(
     recorder, started = Recorder(graph), time.perf_counter()
     reading_weights(graph)
     canonicalise(program)
+    if Memory(graph).writes:
+        expand(graph)  # the order of writes is that of the layers
+    prune(graph)
     seconds = time.perf_counter() - started
     program.updates = updates(graph)
     program.history.append(recorder.entry("canonicalise", graph, seconds))

@@ -27,7 +27,7 @@ def remember(compilation: Compilation, signature: Signature, present: Mapping[st
     main, table = compilation.main, compilation.table
     if main.signature != signature or main.shown or table.first_call is not None:
         return
-    if beyond_text(compilation.program("train", "base")):
+    if beyond_text(compilation.program_as_run("train", "base")):
         tensors = {name: value for name, value in present.items() if isinstance(value, Tensor)}
         table.first_call = {name: value.detach().clone() for name, value in tensors.items()}
 

@@ -29,7 +29,7 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
-from graftc.compiler.roles.patterns import Held, Patterns, T
+from graftc.compiler.roles.patterns import Indexed, Patterns, T
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
@@ -68,7 +68,7 @@ class Columns:
         self.through: dict[fx.Node, Through] = {}
         self.failures: list[fx.Node] = []
         self.cached = False
-        self._index: dict[fx.Node, Held] = {}
+        self._index: dict[fx.Node, Indexed] = {}
         self._shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._columns: dict[fx.Node, dict[int, Tensor]] = {}
         self._known: dict[fx.Node, Tensor | None] = {}
@@ -195,11 +195,13 @@ class Columns:
             return through & ~Through.NORMALISED
         return through
 
-    def _run(self, node: fx.Node, name: str) -> Held | None:
+    def _run(self, node: fx.Node, name: str) -> Indexed | None:
         if name == "copy" and self._writes:
             return self._copy(node)
         if name in CREATING:
-            return Held(torch.full(self.shape(node), HOLE), None) if self._writes and self._is_written(node) else None
+            return (
+                Indexed(torch.full(self.shape(node), HOLE), None) if self._writes and self._is_written(node) else None
+            )
         first = node.args[0] if node.args else None
         move = move_of(node)
         if move in (Move.PICK, Move.GATHER):
@@ -220,15 +222,15 @@ class Columns:
             return self._pointwise(node)
         return None
 
-    def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Any]) -> Held | None:
+    def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Any]) -> Indexed | None:
         """What is made of the indices of the first operand."""
         held = self._index.get(node.args[0])  # type: ignore[arg-type]
         if held is None or held.index is None:
             return None
         made = run(node, held.index)
-        return None if made is None else Held(made, held.sources)
+        return None if made is None else Indexed(made, held.sources)
 
-    def _moved(self, node: fx.Node, move: Move) -> Held | None:
+    def _moved(self, node: fx.Node, move: Move) -> Indexed | None:
         """The real result, where the columns of an operand are known whose entries the operator moves."""
         if move in (Move.COPY, Move.CAST):
             return self._index.get(node.args[0])  # type: ignore[arg-type]
@@ -257,15 +259,15 @@ class Columns:
 
         key = (node.target, _told(node.args, known), _told(node.kwargs, known))
         made = self._patterns.once(key, patterns.values(), lambda: moved(node, operand))
-        return None if made is None else Held(made, sources)
+        return None if made is None else Indexed(made, sources)
 
-    def _pointwise(self, node: fx.Node) -> Held | None:
+    def _pointwise(self, node: fx.Node) -> Indexed | None:
         shape = self.shape(node)
         for source in node.all_input_nodes:
             index = self.index(source)
             if index is not None:
                 held = self._index[source]
-                return held if index.shape == shape else Held(self._expanded(index, shape), held.sources)
+                return held if index.shape == shape else Indexed(self._expanded(index, shape), held.sources)
         return None
 
     def _expanded(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -352,7 +354,7 @@ class Columns:
                     pending.append(user)
         return False
 
-    def _copy(self, node: fx.Node) -> Held | None:
+    def _copy(self, node: fx.Node) -> Indexed | None:
         """Writing into a slice changes the tensor that the slice is a view of, here as there."""
         target, source = node.args[0], node.args[1]
         assert isinstance(target, fx.Node) and isinstance(source, fx.Node)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Held:
+class Indexed:
     """The indices of a value.
 
     Attributes:
@@ -61,21 +61,21 @@ class Patterns:
         found: T = self._made[key][0]
         return found
 
-    def source(self, own: Tensor, number: int) -> Held:
+    def source(self, own: Tensor, number: int) -> Indexed:
         """The indices of a source.
 
         Args:
             own: its columns.
             number: its own.
         """
-        return Held(own, (number,)) if self._shared else Held(own + (number << SHIFT), None)
+        return Indexed(own, (number,)) if self._shared else Indexed(own + (number << SHIFT), None)
 
-    def together(self, held: Iterable[Held]) -> tuple[int, ...] | None:
+    def together(self, held: Iterable[Indexed]) -> tuple[int, ...] | None:
         """The sources of several values."""
         found = {own.sources for own in held}
         return next(iter(found)) if len(found) == 1 else tuple(sorted({n for own in found for n in own or ()}))
 
-    def among(self, held: Held, sources: tuple[int, ...] | None) -> Any:
+    def among(self, held: Indexed, sources: tuple[int, ...] | None) -> Any:
         """A pattern with its sources counted among others."""
         if sources is None or held.sources is None or held.sources == sources:
             return held.pattern

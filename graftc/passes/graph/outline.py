@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.effects import Memory
+from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, call, region
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import Program, is_random, provenance
@@ -64,22 +65,53 @@ def outline(program: Program) -> Outlined:
             return attributes[name]
         return mapping[node]
 
+    written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]()
     for path, nodes in groups:
         if not path:
             for node in nodes:
-                if node.op != "get_attr":
+                if node.target is call:
+                    block, inputs, results = _called(FunctionCall(node), written, uses)
+                    blocks.append(block)
+                    values = root.call_module(block.path, (block.use, *(value(n) for n in inputs)))
+                    mapping |= _picked(root, values, results, len(block.outputs))
+                elif node.op != "get_attr" and node not in mapping:
                     mapping[node] = copy_node(root, node, value)
             continue
         block, inputs, outputs = _block(path, uses[path], nodes, needed)
         uses[path] += 1
         blocks.append(block)
-        call = root.call_module(path, (block.use, *(value(n) for n in inputs)))
-        if len(outputs) == 1:
-            mapping[outputs[0]] = call
-        else:
-            for index, node in enumerate(outputs):
-                mapping[node] = root.call_function(operator.getitem, (call, index))
+        written[path] = block, inputs, outputs
+        values = root.call_module(path, (block.use, *(value(n) for n in inputs)))
+        mapping |= _picked(root, values, dict(enumerate(outputs)), len(outputs))
     return Outlined(root, tuple(blocks))
+
+
+def _picked(root: fx.Graph, values: fx.Node, wanted: Mapping[int, fx.Node], count: int) -> dict[fx.Node, fx.Node]:
+    """What stands for the results of a block, by their places, in the root graph."""
+    if count == 1:
+        return dict.fromkeys(wanted.values(), values)
+    return {node: root.call_function(operator.getitem, (values, index)) for index, node in wanted.items()}
+
+
+def _called(
+    one: FunctionCall, written: Mapping[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]], uses: Mapping[str, int]
+) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
+    """The block of a call, which has the graph of the body's; what it reads, and what picks its results, by place.
+
+    Raises:
+        UnlikeBodyError: the body is not one block, or reads or gives what says nothing of calls.
+    """
+    if uses[one.body] != 1:
+        raise UnlikeBodyError(f"{one.body} is not one block")
+    block, inputs, outputs = written[one.body]
+    given, made = dict(zip(one.given, one.inputs, strict=True)), one.made
+    own = set(region(set(given), made, one.body))
+    if own.intersection(inputs) or not set(made) <= set(outputs):
+        raise UnlikeBodyError(f"{one.body} is computed in several places")
+    read = [given.get(node, node) for node in inputs]
+    results = {outputs.index(made[index]): node for node, index in one.results.items()}
+    named = [next((node.name for at, node in results.items() if at == place), "") for place in range(len(outputs))]
+    return replace(block, path=one.path, inputs=tuple(n.name for n in read), outputs=tuple(named)), read, results
 
 
 Group = tuple[str, list[fx.Node]]
@@ -136,7 +168,7 @@ class _Order:
 
     def keeps_place(self, node: fx.Node) -> bool:
         """Whether a node is one of them."""
-        if is_random(node):
+        if is_random(node) or node.target is call:
             return True
         return bool(self._memory.writes) and not self._memory.settled(node, *node.all_input_nodes)
 

@@ -15,8 +15,8 @@ from graftc.compiler.capture.identity.fingerprint import Identity, tensor_digest
 from graftc.compiler.inspect.snapshot import TensorRecord, as_plain
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.serialise import SerialisationError, program_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.passes.core.ir.stored.serialise import SerialisationError, program_to_json
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.manifest import canonical_json

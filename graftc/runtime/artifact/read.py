@@ -18,8 +18,8 @@ from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord,
 from graftc.passes.core.ir.effects import updated
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.ir.serialise import program_from_json
 from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.ir.stored.serialise import program_from_json
 from graftc.passes.core.pass_context import PassFigure, PassRecord
 from graftc.passes.core.sites.sites import SiteKey
 from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES

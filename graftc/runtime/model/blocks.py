@@ -261,6 +261,9 @@ class Runner:
                 for name in [name for name in functions if name.startswith(f"{self._label}{key}#")]:
                     del functions[name]
 
+    def write_out(self, key: ProgramKey) -> None:
+        """Have code of a graph with every layer written out, as hooks need it."""
+
     def _lower(self, key: ProgramKey) -> None:
         program = self._lowered[key] = reading_parts(self.lowered(key), self._store)
         outlined = outline(program)
@@ -312,13 +315,16 @@ class Runner:
         """Flat outputs of the Program installed as ``key``."""
         if is_unit(self.module) and self._code_device().type != self._kind:
             self.relower()  # sharding has moved the tensors
+        if not is_traced() and hooks_everywhere():
+            self.hearing.everywhere = True
+        heard = self.hearing.hooked or self.hearing.everywhere
+        if heard:
+            self.write_out(key)
         program_inputs = self.inputs(key, inputs)
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():
             found = partial(unit, UnitCall(found))
-        if not is_traced() and hooks_everywhere():
-            self.hearing.everywhere = True
-        if not (self.hearing.hooked or self.hearing.everywhere):
+        if not heard:
             return found()
         past = inputs.get(CACHE)
         with running(partial(self.learn_layers, key), past.cache if past is not None else None):

@@ -75,7 +75,7 @@ def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, dev
 
 def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
     """The tensors of a call whose first axis is the batch."""
-    known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program("train", "base").inputs}
+    known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program_as_run("train", "base").inputs}
     sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
     rows = present[sure[0]].shape[0] if sure else None
     alike = [n for n, v in present.items() if n not in known and n != COUNT and isinstance(v, Tensor) and v.dim()]

@@ -139,7 +139,7 @@ def initial_cache(runner: CompiledRunner) -> InitialCache | None:
     if runner._base_only or runner.training or compilation.cache_layout.pairs:
         return None
     composed = {name for composition in compilation.spec.compose for name in composition.members}
-    held = [r for r in compilation.main.resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]
+    held = [r for r in compilation.places().resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]
     if len(held) != 1 or held[0].name in composed:
         return None
     (resolved,) = held
@@ -183,7 +183,7 @@ def _as_heads(layout: CacheLayout, number: int, part: str, columns: Tensor | Non
 
 def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | None:
     """What the adapted graph computes for virtual tokens, on a text that they do not depend on."""
-    virtual = compilation.program("eval").virtual
+    virtual = compilation.program_as_run("eval").virtual
     if len(virtual) != 1 or virtual[0].starts != (0,) or virtual[0].owner != resolved.name:
         return None
     length = sum(run.length for run in resolved.spec.virtual_tokens())

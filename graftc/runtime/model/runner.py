@@ -21,6 +21,7 @@ from graftc.compiler.derived import FROM_FORWARD, entered, program_of
 from graftc.compiler.folding.samples import remember
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.eval_mode import dropouts, silent
+from graftc.passes.core.ir.functions import everywhere
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.weights.containers import (
@@ -291,7 +292,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
         refuse_deepspeed()
         self._looked_at.add(key.signature)
         remember(self._active, key.signature, present)
-        resolved = self._active.main.resolved if key.stage == "adapted" else ()
+        resolved = self._active.places().resolved if key.stage == "adapted" else ()
         virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
         warn_of_packed(present, virtual, partial(gates_over_rows, self._programs[key]))
 
@@ -324,7 +325,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
             signature = signature_for(self._active, present)
             key = self.key(signature, self._mode(signature), entry)
             if key not in self._roots:
-                self.install(key, self._program_of(key))
+                self.install(key, self._as_run(key))
         return key
 
     def _mode(self, signature: Signature) -> Modes:
@@ -350,7 +351,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
         """See `Runner.install`. Dropouts of adaptations have modules that stand for them, for ``eval()`` and for
         whoever sets ``p`` to zero."""
         super().install(key, program)
-        for path, p in dropouts(program).items():
+        for path, p in everywhere(program.graph, dropouts(program)).items():
             parent, _, name = path.rpartition(".")
             holder = self._store.container(parent)
             if holder._modules.get(name) is None:
@@ -367,8 +368,9 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
                 continue
             found += [compilation.model, compilation.source, compilation.spec, compilation.known]
             found.append(compilation.table.first_call)
-            found += [*compilation.programs.values(), *compilation.signatures.values()]
-            found += (site for r in compilation.main.resolved for site, _ in r.sites)
+            found += [*compilation.table.programs.values(), *compilation.signatures.values()]
+            places = [*compilation.places().resolved, *vars(compilation.main).get("resolved", ())]
+            found += (site for r in places for site, _ in r.sites)
         return found
 
     def compilations(self) -> list[Compilation]:
@@ -392,7 +394,7 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
 
     def _as_at_first(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """A call with the flags of the first signature and its usual choices."""
-        main = self._compilation.program("train", "base")
+        main = self._compilation.program_as_run("train", "base")
         return with_choices(self._compilation, {**inputs, **dict(main.flags)}, {})
 
     def complete(self) -> Any:
@@ -407,6 +409,10 @@ class ModelRunner(Generating, DefaultCache, LayerLearning, Positioned):
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""
         return ProgramKey(entry, mode, signature)
+
+    def _as_run(self, key: ProgramKey) -> Program:
+        """The Program of a key, as code is made of it."""
+        return self._program_of(key)
 
     def _program_of(self, key: ProgramKey) -> Program:
         if key.entry in FROM_FORWARD:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graftc.passes.core.ir.functions import calls
 from graftc.passes.core.ir.program_key import ProgramKey, Signature
 from graftc.passes.graph.outline import outline
 from graftc.runtime.activations.recording import fake
@@ -83,7 +84,7 @@ class Simulation:
         for _, part in self._parts:
             choices_of(part).clear()  # they are of other sizes
         key = self.runner.key(signature, "train")
-        if key not in self.runner._roots:
+        if key not in self.runner._roots or calls(self.runner._programs[key].graph):
             self.runner.install(key, self.runner._program_of(key))
         graph = outline(self.runner._lowered[key]).root
         # With a budget, layers that do the same differ in what they keep.

@@ -63,6 +63,7 @@ class Viewed:
     _store: Store
     _steering: Steerings
     install: Callable[[ProgramKey, Program], None]
+    _as_run: Callable[[ProgramKey], Program]
     device: Any
 
     _off: frozenset[str] = frozenset()
@@ -237,7 +238,7 @@ class Viewed:
         own = {"_active": made, "_steering": steering, "_label": f"{self._made_views}: ", "_showing": off}
         vars(self).update({**fresh, **own})
         for key in (made.key("train"), made.key("eval")):
-            self.install(key, made.programs[key])
+            self.install(key, self._as_run(key))
 
     def _here(self, tensor: Tensor) -> Tensor:
         """A new tensor where the model is."""

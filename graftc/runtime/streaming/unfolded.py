@@ -138,7 +138,9 @@ class BlockMaps:
 def _compiled(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool, lookup: bool) -> BlockMap:
     model = _OneMap(rows, columns, bias=bias, lookup=lookup)
     axis = Axis("x", torch.int64, ("count",)) if lookup else Axis("x", torch.float64, ("count", columns))
-    compilation = compile_model(Spec(adapt=tuple(specs)), model, [axis], start=StartingPoint(use_cache=False))
+    compilation = compile_model(
+        Spec(adapt=tuple(specs)), model, [axis], start=StartingPoint(use_cache=False, every_layer=True)
+    )
     resolved = compilation.main.resolved
     eval_base = compilation.program("eval", "base")
     site = resolved[0].places[0][0]

@@ -20,6 +20,7 @@ from graftc.compiler.capture.past import PAST
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import is_sum
 from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.functions import inlined
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes
 from graftc.passes.core.packing.modules import packed_weights
@@ -37,7 +38,7 @@ class NoRunError(Exception):
 
 
 @dataclass
-class Run:
+class ModelRun:
     """One pass of the model: what went in, what came out, and the buffers that it updated."""
 
     inputs: Mapping[str, Tensor]
@@ -50,6 +51,7 @@ class Runs:
     """The model and its graph, and what both run on."""
 
     def __init__(self, request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> None:
+        program = inlined(program)
         self._request, self._program = request, program
         model, aliases = request.model, request.aliases
         self._model, self._device = model, request.device
@@ -66,7 +68,7 @@ class Runs:
         size = sum(parameter.numel() for parameter in model.parameters())
         self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
 
-    def first(self) -> tuple[Run, bool]:
+    def first(self) -> tuple[ModelRun, bool]:
         """The model's outputs on samples, or, where it takes none such, on what it was captured with."""
         failure: NoRunError | None = None
         while self._length >= _SHORT:
@@ -148,7 +150,7 @@ class Runs:
         held = {**dict.fromkeys(ones, 1), **(held or {})}
         return samples_on(self._device, self._program, seed, sizes, config, held=held)
 
-    def model(self, inputs: Mapping[str, Tensor]) -> Run:
+    def model(self, inputs: Mapping[str, Tensor]) -> ModelRun:
         """What the model gives.
 
         Raises:
@@ -166,7 +168,7 @@ class Runs:
             buffers = self._updated(kept)
         self.assigned |= dict.fromkeys(assigned)
         leaves, spec = pytree.tree_flatten(outputs)
-        run = Run(inputs, output_spec(spec), leaves, buffers)
+        run = ModelRun(inputs, output_spec(spec), leaves, buffers)
         if not _says_something(leaves):
             raise NoRunError("no output is a number")
         return run
@@ -183,7 +185,7 @@ class Runs:
                 found[self._aliases.get(name, name)] = now
         return found
 
-    def against(self, run: Run, bound: float) -> tuple[float, list[str]]:
+    def against(self, run: ModelRun, bound: float) -> tuple[float, list[str]]:
         """The largest difference of the graph's results, and what is beyond the bound."""
         program = self._program
         if run.spec != program.outputs:

@@ -119,9 +119,11 @@ def own_digest() -> str:
 _OWN = (
     "compiler",
     "compiler/capture",
+    "compiler/capture/anchoring",
     "compiler/capture/identity",
     "passes/core",
     "passes/core/*",
+    "passes/core/*/*",
     "passes/graph",
     "specs",
     "specs/errors",

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.admission import admit
-from graftc.passes.core.ir.allowed_operators import OPERATORS
 from graftc.passes.core.ir.edits import Edit, Edits
+from graftc.passes.core.ir.functions import call, calls, is_sound
 from graftc.passes.core.ir.new_nodes import create_node
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
-from graftc.passes.core.ir.serialise_history import history_from_json, history_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
+from graftc.passes.core.ir.stored.admission import admit
+from graftc.passes.core.ir.stored.allowed_operators import OPERATORS
+from graftc.passes.core.ir.stored.serialise_history import history_from_json, history_to_json
 
 SCHEMA = 3
 HOMES = {"graftc": "graftc.passes.core.ops.decompositions", "transformers": "transformers.integrations.moe"}
@@ -43,7 +44,8 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     )
     for name in names
 }
-_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+_CALL = "graftc.call"
+_FUNCTION_NAMES = {**{function: name for name, function in _FUNCTIONS.items()}, call: _CALL}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
 _NAME = re.compile(r"[A-Za-z_][0-9A-Za-z_]*")
 _OUTPUTS = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.(modeling|modular)_\w+)", re.ASCII)
@@ -122,14 +124,23 @@ def program_to_json(program: Program) -> dict[str, Any]:
     }
 
 
-def program_from_json(data: Mapping[str, Any], device: torch.device) -> Program:
+def program_from_json(data: Mapping[str, Any], device: torch.device, *, called: bool = False) -> Program:
     """The Program of `program_to_json`, with fake values on ``device``.
+
+    Args:
+        data: as it was read.
+        device: of the values.
+        called: whether layers may call functions (`graftc.passes.core.ir.functions`).
 
     Raises:
         SerialisationError: when the data names anything outside the closed set, or is damaged.
     """
     try:
-        return _program(data, device)
+        program = _program(data, device)
+        found = calls(program.graph)
+        if (found and not called) or not all(map(is_sound, found)):
+            raise SerialisationError("a call of a function that there is not")
+        return program
     except SerialisationError:
         raise
     except _DAMAGE as error:
@@ -257,6 +268,8 @@ def _decode_target(op: str, text: str) -> Any:
         return _path(text)
     if op == "call_function" and text in _FUNCTIONS:
         return _FUNCTIONS[text]
+    if op == "call_function" and text == _CALL:
+        return call
     if op != "call_function" or text not in OPERATORS:
         raise SerialisationError(f"operator {text!r}")
     namespace, name, overload = text.split(".")

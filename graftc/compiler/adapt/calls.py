@@ -1,0 +1,167 @@
+"""Adapting layers that call functions: what a body has got, every call of it has to get too.
+
+A method inserts at a body as at any layer. For each call it then inserts in a copy of the body over the call's own
+tensors: that makes these tensors, and shows that the call does what the body does now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from graftc.compiler.adapt.context import Adapting
+from graftc.compiler.adapt.insert import RECOMPUTE, insert_single
+from graftc.compiler.resolve.compose import units
+from graftc.compiler.resolve.moved import SiteMove
+from graftc.passes.core.ir.edits import Edits
+from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, calls, in_layer, own_tensors, region, renamed
+from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.ir.new_nodes import copy_node
+from graftc.passes.core.ir.program import Program, above, is_random
+from graftc.passes.core.pipeline import Pass
+from graftc.passes.core.sites.sites import Site
+from graftc.passes.core.weights.tensor_edits import TensorEdits
+
+
+@dataclass
+class _Template:
+    """What a copy of a body is made of: nodes of the base up to what the body has made."""
+
+    base: Program
+    given: list[fx.Node]
+    made: list[fx.Node]
+    nodes: dict[fx.Node, fx.Node]
+    body: str
+
+    @classmethod
+    def of(cls, base: Program, one: FunctionCall, adapted: Mapping[str, fx.Node]) -> _Template:
+        """For a call of the base, with the nodes of the adapted Program that have the same names."""
+        given, made = one.given, one.made
+        wanted = sorted({*above([*given, *made]), *base.placeholders()})
+        return cls(base, given, made, {node: adapted[node.name] for node in wanted}, one.body)
+
+    def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
+        """The body over the tensors of another layer, whose outputs are what it is given and what it makes; and its
+        nodes by those of the adapted Program."""
+        graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.nodes:
+            new = nodes[node] = copy_node(graph, node, nodes.__getitem__)
+            if node.op == "get_attr":
+                new.target = renamed(str(node.target), self.body, path)
+            new.meta = {**node.meta, "module": renamed(str(node.meta.get("module", "")), self.body, path)}
+        graph.output(tuple(nodes[node] for node in (*self.given, *self.made)))
+        made = replace(self.base, graph=graph, edits=Edits(), history=[], tensor_edits=TensorEdits(), memory=None)
+        made.limits = dict(self.base.limits)
+        return made, {adapted: nodes[node] for node, adapted in self.nodes.items()}
+
+
+def _insert_in_calls(program: Program, context: Adapting) -> None:
+    base = {one.path: one for one in calls(context.base.graph)}
+    named = {node.name: node for node in program.graph.nodes}
+    templates: dict[str, _Template] = {}
+    read: dict[str, list[str]] = {}
+    for now in calls(program.graph):
+        if context.places is not None:  # the first signature has shown that its layers are adapted alike
+            if now.body not in read:
+                read[now.body] = own_tensors(now)
+            if all(renamed(name, now.body, now.path) in context.store for name in read[now.body]):
+                continue
+        if now.body not in templates:
+            templates[now.body] = _Template.of(context.base, base[now.path], named)
+        _insert_in_call(program, context, now, templates[now.body])
+
+
+def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template) -> None:
+    copy, nodes = template.copy(now.path)
+    move, local = SiteMove(now.path, now.path, nodes), dict[int, Site]()
+    for item in context.resolved:
+        for site, _ in item.sites:
+            if layer_path(site.key.module) == now.path and context.is_called(site) and id(site) not in local:
+                local[id(site)] = move.site(site)
+    mine = set(map(id, local.values()))
+    elsewhere = SiteMove("", "", nodes)
+    for unit in units(context.compilation.spec, context.resolved):
+        (item,) = unit.members
+        sites = [(local.get(id(site)), site, spec) for site, spec in item.sites]
+        if item.name in context.prepared:
+            sites = [each for each in sites if each[0] is not None]
+        here = replace(item, sites=tuple((own or elsewhere.site(site), spec) for own, site, spec in sites))
+        insert_single(copy, context, unit, here, lambda site: id(site) in mine)
+    if RECOMPUTE.wanted is not None and RECOMPUTE.wanted(copy, context):
+        RECOMPUTE.apply(copy, context)
+    _require_same(program, now, copy, nodes)
+    for edit in copy.tensor_edits:
+        if edit.own.tensor.startswith(f"{now.path}."):
+            program.tensor_edits.add(edit)
+
+
+def _require_same(program: Program, now: FunctionCall, copy: Program, nodes: Mapping[fx.Node, fx.Node]) -> None:
+    """Whether a call does what the body does, in which adaptations have been inserted.
+
+    Args:
+        program: has the body.
+        now: the call.
+        copy: the body over the tensors of the call, in which the same has been inserted.
+        nodes: its nodes by those of the Program. What the Program computes outside of the body may have been adapted,
+            and has not been there.
+
+    Raises:
+        UnlikeBodyError: it does something else.
+    """
+    outputs: Any = copy.output_node.args[0]
+    count = len(now.given)
+    given, made = outputs[:count], outputs[count:]
+    if any(node.meta.get("custom") for node in given):
+        raise UnlikeBodyError(f"something is inserted in front of {now.path}")
+    same: dict[fx.Node, fx.Node] = dict(zip(now.given, given, strict=True))
+    pending = list(zip(now.made, made, strict=True))
+    first, inside = max(now.given), set(region(set(now.given), now.made, now.body))
+    origins = {theirs: ours for ours, theirs in nodes.items()}
+    while pending:
+        ours, theirs = pending.pop()
+        if is_random(ours) and ours < first and in_layer(ours, now.body):
+            raise UnlikeBodyError(f"{ours.name} is drawn before {now.body} begins")
+        origin = origins.get(theirs) if ours not in inside else None
+        if origin is not None and (origin is ours or program.current(origin) is ours):
+            continue
+        if ours in same:
+            if same[ours] is not theirs:
+                raise UnlikeBodyError(f"{ours.name} is not what {now.path} computes")
+            continue
+        same[ours] = theirs
+        read: list[tuple[fx.Node, fx.Node]] = []
+        alike = ours.op == theirs.op and _like(ours.args, theirs.args, read) and _like(ours.kwargs, theirs.kwargs, read)
+        if ours.op in ("get_attr", "placeholder"):
+            alike = alike and renamed(str(ours.target), now.body, now.path) == theirs.target
+        elif ours.target is not theirs.target:
+            alike = False
+        if not alike:
+            raise UnlikeBodyError(f"{ours.name} is not what {now.path} computes")
+        pending += read
+
+
+def _like(a: Any, b: Any, read: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether arguments are the same but for values, which are collected."""
+    if isinstance(a, fx.Node):
+        read.append((a, b))
+        return isinstance(b, fx.Node)
+    if isinstance(a, tuple | list):
+        same = type(a) is type(b) and len(a) == len(b)
+        return same and all(_like(x, y, read) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_like(a[key], b[key], read) for key in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+CALLS: Pass[Adapting] = Pass(
+    "insert in calls",
+    _insert_in_calls,
+    frozenset({"adapted"}),
+    frozenset({"calls adapted"}),
+    wanted=lambda program, context: bool(calls(program.graph)),
+    rewrites=False,
+)
+"""Make the tensors of layers that call functions, and see that they do what the bodies do."""

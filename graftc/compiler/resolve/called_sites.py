@@ -1,0 +1,140 @@
+"""The sites of a Program whose layers call functions: those of its bodies, and the same at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from torch import fx, nn
+
+from graftc.compiler.resolve.candidates import Candidate
+from graftc.compiler.resolve.moved import SiteMove
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
+from graftc.compiler.roles.findings import Structure, place
+from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, calls, cut, renamed
+from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.sites.sites import LinearSite, Site, ValueSite
+from graftc.passes.core.weights.store import Store
+
+
+class CalledSites(SiteTable):
+    """All sites of a Program with calls. What its layers compute is found in a model without those that call.
+
+    A site at a call has the nodes of the body, but for values that layers read and give, which have their own.
+
+    Args:
+        program, store, modules, token_embeddings: as of a `SiteTable`.
+        structure: the roles found in the Program where its calls are cut out.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        store: Store,
+        structure: Structure,
+        modules: Mapping[str, nn.Module],
+        token_embeddings: Sequence[TokenEmbeddings] = (),
+    ) -> None:
+        self._calls = calls(program.graph)
+        self._call_of = {one.path: one for one in self._calls}
+        self._bodies = {one.body for one in self._calls}
+        own = {path: module for path, module in modules.items() if self.call_of(path) is None}
+        with cut(program.graph) as instead:
+            super().__init__(program, store, structure, own, token_embeddings)
+        self.modules = modules
+        self._moves = {one.path: SiteMove(one.body, one.path, {}) for one in self._calls}
+        self._edges = {one.path: SiteMove(one.body, one.path, _edges(one)) for one in self._calls}
+        for module, nodes in instead.items():
+            self._read_calls(layer_path(module), SiteMove("", "", nodes))
+        self._repeat()
+
+    def call_of(self, module: str) -> FunctionCall | None:
+        """The call that a module belongs to; None for what is written out."""
+        return self._call_of.get(layer_path(module))
+
+    def _read_calls(self, layer: str, move: SiteMove) -> None:
+        """Let sites of a layer behind calls have the values that it reads of these."""
+        for entry in self.entries:
+            if layer and layer_path(entry[0].key.module) == layer:
+                entry[:] = [move.site(site) for site in entry]
+
+    def _repeat(self) -> None:
+        """Put the sites of calls behind those of the bodies, in the order of the layers."""
+        entries, candidates = self.entries, self.candidates
+        self.entries, self.candidates = [], []
+        numbered = enumerate(layer_path(entry[0].key.module) in self._bodies for entry in entries)
+        for in_body, group in groupby(numbered, key=lambda pair: pair[1]):
+            numbers = [number for number, _ in group]
+            for number in numbers:
+                self._append(entries[number], candidates[number])
+            for one in self._calls if in_body else ():
+                for number in numbers:
+                    if layer_path(entries[number][0].key.module) == one.body:
+                        sites = [self._at(one, site) for site in entries[number]]
+                        self._append(sites, _moved_candidate(candidates[number], one))
+
+    def _append(self, sites: list[Site], candidate: Candidate) -> None:
+        self.candidates.append(replace(candidate, key=len(self.entries)))
+        self.entries.append(sites)
+
+    def _at(self, one: FunctionCall, site: Site) -> Site:
+        """A site of the body, at a call."""
+        if not isinstance(site, ValueSite):
+            return self._moves[one.path].site(site)
+        if site.node not in (*one.given, *one.made):
+            raise UnlikeBodyError(f"{site.key} is within the body")
+        return self._edges[one.path].site(site)
+
+    def reads(self, tensor: str) -> bool:
+        """See `SiteTable.reads`."""
+        one = self.call_of(tensor)
+        return super().reads(tensor if one is None else renamed(tensor, one.path, one.body))
+
+    def same(self, site: Site) -> list[Site]:
+        """See `SiteTable.same`."""
+        one = self.call_of(site.key.module)
+        if one is None or not isinstance(site, LinearSite):
+            return super().same(site)
+        spot = site.key.place, site.own
+        if spot not in self._same:
+            there = SiteMove(one.path, one.body, {})
+            held = there.site(site)
+            found = self.linear_sites(held.key.place, held.own, like=held)
+            self._same[spot] = [self._moves[one.path].site(each) for each in found]
+        return self._same[spot]
+
+    def readers(self, site: LinearSite) -> list[Site]:
+        """See `SiteTable.readers`.
+
+        Raises:
+            UnlikeBodyError: layers have to be written out for it.
+        """
+        raise UnlikeBodyError(f"{site.key} may be read anywhere")
+
+    def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
+        """See `SiteTable.read_elsewhere`.
+
+        Raises:
+            UnlikeBodyError: a weight of a body is read outside of its site.
+        """
+        if self.call_of(sites[0].key.module) is not None:
+            return None  # as of the body
+        found = super().read_elsewhere(sites)
+        if found is not None and layer_path(sites[0].key.module) in self._bodies:
+            raise UnlikeBodyError(f"{sites[0].key} is read elsewhere")
+        return found
+
+
+def _edges(one: FunctionCall) -> dict[fx.Node, fx.Node]:
+    """What a call is given and gives, for what the body is given and has made."""
+    results = {one.made[index]: node for node, index in one.results.items()}
+    return {**dict(zip(one.given, one.inputs, strict=True)), **results}
+
+
+def _moved_candidate(candidate: Candidate, one: FunctionCall) -> Candidate:
+    layer, stack = place(one.path)
+    module, label = (renamed(text, one.body, one.path) for text in (candidate.module, candidate.label))
+    return replace(candidate, module=module, label=label, layer=layer, stack=stack)

@@ -1,0 +1,76 @@
+"""Sites of a layer that a graph has written out, as those of a layer that calls it: :func:`moved`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, fx
+
+from graftc.compiler.roles.findings import place
+from graftc.passes.core.ir.functions import renamed
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.sites.uses import Use
+
+S = TypeVar("S", bound=Site)
+
+
+def nodes_within(value: Any) -> bool:
+    """Whether there is a node in a value; in one that cannot be looked into there may be."""
+    if isinstance(value, tuple | list):
+        return any(map(nodes_within, value))
+    if isinstance(value, dict):
+        return any(map(nodes_within, value.values()))
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(nodes_within(getattr(value, field.name)) for field in fields(value))
+    return not isinstance(value, bool | int | float | str | Tensor | None)
+
+
+class SiteMove:
+    """From one layer to another.
+
+    Args:
+        before, after: paths of the layers.
+        nodes: which values take the place of which; others stay.
+    """
+
+    def __init__(self, before: str, after: str, nodes: Mapping[fx.Node, fx.Node]) -> None:
+        self.before, self.after, self._nodes = before, after, nodes
+        self._uses: dict[Use, Any] = {}
+
+    def site(self, site: S) -> S:
+        """A site there, onto which nothing has been inserted. Rows of one use share it there too."""
+        found = self._copied(site)
+        if self.before != self.after:
+            found.layer, found.stack = place(found.key.module)
+        if isinstance(found, LinearSite):
+            found.applied = []
+        return cast("S", found)
+
+    def name(self, name: str) -> str:
+        """The name of a module or tensor there."""
+        return renamed(name, self.before, self.after)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self._nodes.get(value, value)
+        if isinstance(value, str):
+            return self.name(value)
+        if isinstance(value, Use):
+            if value not in self._uses:
+                self._uses[value] = self._copied(value)
+            return self._uses[value]
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._value, value))
+        if is_dataclass(value) and not isinstance(value, type | Tensor):
+            return self._copied(value)
+        return value
+
+    def _copied(self, value: Any) -> Any:
+        found = copy.copy(value)
+        for field in fields(value):
+            if field.name != "applied":
+                object.__setattr__(found, field.name, self._value(getattr(value, field.name)))
+        return found

@@ -1,0 +1,54 @@
+"""Which layers that call one function are to be adapted alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, renamed
+from graftc.passes.core.ir.layers import layer_path
+from graftc.specs.base import MethodSpec
+
+Groups = Mapping[str, Sequence[Sequence[str]]]
+"""By body, the paths of the layers that are alike; those of the body itself first."""
+
+
+class TreatedUnlikeError(UnlikeBodyError):
+    """Some calls of a body are to be adapted in another way than the body.
+
+    Attributes:
+        groups: which are alike.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__("layers that are alike are adapted differently")
+        self.groups = groups
+
+
+def treated_alike(resolved: Sequence[Resolved], found: Sequence[FunctionCall]) -> dict[str, list[list[str]]]:
+    """The calls of each body by what the adaptations are to do there: first those that are to have what the body has.
+
+    Args:
+        resolved: the adaptations with their sites.
+        found: the calls.
+    """
+    bodies = {one.path: one.body for one in found} | {one.body: one.body for one in found}
+    wanted: dict[str, list[tuple[int, Any, MethodSpec]]] = {path: [] for path in bodies}
+    for number, item in enumerate(resolved):
+        for site, spec in item.sites:
+            path = layer_path(site.key.module)
+            if path in wanted:
+                key = replace(site.key, module=renamed(site.key.module, path, ""))
+                wanted[path].append((number, key, spec))
+    groups: dict[str, list[list[str]]] = {body: [[body]] for body in bodies.values()}
+    for path, body in bodies.items():
+        if path == body:
+            continue
+        same = next((group for group in groups[body] if wanted[group[0]] == wanted[path]), None)
+        if same is None:
+            groups[body].append([path])
+        else:
+            same.append(path)
+    return groups

@@ -1,0 +1,355 @@
+"""Functions: a layer that a graph repeats is written out once, and called by the others that do the same.
+
+The body of a function is a part of the graph: what lies between some values, which it is `given`, and others, which it
+has `made`. A call says that the same is computed from other values, over the tensors of another module. The first layer
+of a row, the second one and the last are written out, since what a layer does may depend on what stands before it and
+behind; the second is the body that those between call.
+
+`inlined` writes every call out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from graftc.passes.core.ir.history import Changes, HistoryEntry, Reads
+from graftc.passes.core.ir.new_nodes import copy_node
+from graftc.passes.core.ir.program import Program
+
+
+class UnlikeBodyError(Exception):
+    """A layer that calls a function is to do something else than its body, or what is asked for says nothing of calls:
+    its layers have to be written out."""
+
+
+def call(path: str, body: str, inputs: Sequence[Any], given: Sequence[Any], made: Sequence[Any]) -> list[Any]:
+    """A call of a function, as the target of a node. Run by itself it gives values of the right types and nothing else.
+
+    Args:
+        path: of the module whose tensors the call reads.
+        body: of the module whose layer is written out.
+        inputs: what the call is given.
+        given, made: what the body is given and what it has made.
+    """
+    return list(made)
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A node that calls a function; see `call`."""
+
+    node: fx.Node
+
+    @property
+    def path(self) -> str:
+        """Path of the module whose tensors it reads."""
+        return str(self.node.args[0])
+
+    @property
+    def body(self) -> str:
+        """Path of the module whose layer is written out."""
+        return str(self.node.args[1])
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What it is given."""
+        return list(self.node.args[2])  # type: ignore[arg-type]
+
+    @property
+    def given(self) -> list[fx.Node]:
+        """What the body is given."""
+        return list(self.node.args[3])  # type: ignore[arg-type]
+
+    @property
+    def made(self) -> list[fx.Node]:
+        """What the body has made."""
+        return list(self.node.args[4])  # type: ignore[arg-type]
+
+    @property
+    def results(self) -> dict[fx.Node, int]:
+        """The nodes that pick what it gives, with the place among what the body has made."""
+        return {user: int(user.args[1]) for user in self.node.users}  # type: ignore[arg-type]
+
+
+def calls(graph: fx.Graph) -> list[FunctionCall]:
+    """The calls of a graph, in order."""
+    return [FunctionCall(node) for node in graph.find_nodes(op="call_function", target=call)]
+
+
+def is_sound(one: FunctionCall) -> bool:
+    """Whether a call is one, whatever a file has made of it."""
+    args = one.node.args
+    if len(args) != 5 or one.node.kwargs or not all(type(text) is str and text for text in args[:2]):
+        return False
+    lists = [list(arg) if isinstance(arg, list | tuple) else [None] for arg in args[2:]]
+    nodes = all(isinstance(node, fx.Node) for values in lists for node in values)
+    picked = all(
+        user.target is operator.getitem
+        and len(user.args) == 2
+        and type(user.args[1]) is int
+        and 0 <= user.args[1] < len(lists[2])
+        for user in one.node.users
+    )
+    return nodes and picked and len(lists[0]) == len(lists[1])
+
+
+def renamed(name: str, before: str, after: str) -> str:
+    """The path of a module or tensor within one layer as that within another one; any other path as it is."""
+    if name == before or name.startswith(f"{before}."):
+        return after + name[len(before) :]
+    return name
+
+
+def region(given: Collection[fx.Node], made: Sequence[fx.Node], body: str) -> list[fx.Node]:
+    """What the body of a function computes, in graph order: all that leads to what it has made and belongs to its
+    layer, or depends on what it is given or on its own tensors. Tensors are none of it."""
+    found: set[fx.Node] = set()
+    above: set[fx.Node] = set(given)
+    pending = [node for node in made if node not in above]
+    while pending:
+        node = pending.pop()
+        if node not in above:
+            above.add(node)
+            pending += node.all_input_nodes
+    for node in sorted(above.difference(given)):
+        own = (s in found or s in given or (s.op == "get_attr" and _is_own(s, body)) for s in node.all_input_nodes)
+        if node.op == "call_function" and (in_layer(node, body) or any(own)):
+            found.add(node)
+    return sorted(found)
+
+
+def own_tensors(one: FunctionCall) -> list[str]:
+    """Names of the tensors of a body that it reads as its own."""
+    inside = region(set(one.given), one.made, one.body)
+    read = (source for node in inside for source in node.all_input_nodes if source.op == "get_attr")
+    return list(dict.fromkeys(str(source.target) for source in read if _is_own(source, one.body)))
+
+
+def _is_own(attribute: fx.Node, body: str) -> bool:
+    return str(attribute.target).startswith(f"{body}.")
+
+
+def in_layer(node: fx.Node, body: str) -> bool:
+    """Whether a node belongs to a layer."""
+    module = str(node.meta.get("module", ""))
+    return module == body or module.startswith(f"{body}.")
+
+
+@dataclass
+class _Attributes:
+    """The tensors that a graph reads, by name; those of a call come behind those of the body, in the same order."""
+
+    graph: fx.Graph
+    nodes: dict[str, fx.Node] = field(init=False)
+    _last: dict[tuple[str, fx.Node], fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.nodes = {str(node.target): node for node in self.graph.find_nodes(op="get_attr")}
+
+    def add(self, body: str, path: str) -> None:
+        """Read the tensors of another layer as those of the body are read."""
+        own = [node for name, node in list(self.nodes.items()) if name.startswith(f"{body}.")]
+        for run in _runs(own):
+            last = self._last.get((body, run[-1]), run[-1])
+            for node in run:
+                name = renamed(str(node.target), body, path)
+                if name in self.nodes:
+                    continue
+                with self.graph.inserting_after(last):
+                    last = self.graph.create_node("get_attr", name, name=name)
+                last.meta = _moved(node, body, path)
+                self.nodes[name] = last
+            self._last[body, run[-1]] = last
+
+
+def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Nodes of a graph, in order, in groups that stand together."""
+    run: list[fx.Node] = []
+    for node in nodes:
+        if run and node.prev is not run[-1]:
+            yield run
+            run = []
+        run.append(node)
+    if run:
+        yield run
+
+
+def _moved(node: fx.Node, body: str, path: str) -> dict[str, Any]:
+    """What a node says of itself, in another layer."""
+    meta = {**node.meta, "module": renamed(str(node.meta.get("module", "")), body, path)}
+    if (custom := meta.get("custom")) is not None:
+        origin = dict(custom["graftc"])
+        origin["site"] = renamed(origin["site"], body, path)
+        meta["custom"] = {**custom, "graftc": origin}
+    return meta
+
+
+def expand(graph: fx.Graph, chosen: Collection[fx.Node] | None = None) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
+    """Write calls out where they stand.
+
+    Args:
+        graph: changed in place.
+        chosen: nodes of calls; by default all.
+
+    Returns:
+        For each call what stands for the body's values there.
+    """
+    attributes = _Attributes(graph)
+    regions: dict[tuple[Any, ...], list[fx.Node]] = {}
+    found: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
+    for one in calls(graph):
+        if chosen is not None and one.node not in chosen:
+            continue
+        given, made, body, path = one.given, one.made, one.body, one.path
+        key = (body, *given, *made)
+        if key not in regions:
+            regions[key] = region(set(given), made, body)
+        attributes.add(body, path)
+        copies: dict[fx.Node, fx.Node] = dict(zip(given, one.inputs, strict=True))
+
+        def copied(source: fx.Node, copies: dict[fx.Node, fx.Node] = copies, at: tuple[str, str] = (body, path)) -> Any:
+            if source in copies:
+                return copies[source]
+            return attributes.nodes[renamed(str(source.target), *at)] if source.op == "get_attr" else source
+
+        with graph.inserting_before(one.node):
+            for node in regions[key]:
+                new = copies[node] = copy_node(graph, node, copied)
+                new.meta = _moved(node, body, path)
+        for user, index in one.results.items():
+            user.replace_all_uses_with(copied(made[index]))
+            graph.erase_node(user)
+        found[one.node] = copies
+        graph.erase_node(one.node)
+    return found
+
+
+def inlined(program: Program) -> Program:
+    """A Program with every call written out; the same one where there is none."""
+    if not calls(program.graph):
+        return program
+    if program.edits:
+        raise ValueError("a Program that has been adapted is adapted again where its layers are written out")
+    flat = program.copy()
+    order = [(one.node, one.body, one.path, set(one.given)) for one in calls(flat.graph)]
+    found = expand(flat.graph)
+    for node, body, path, given in order:
+        read = {before.name: after.name for before, after in found[node].items()}
+        copied = {before.name: after.name for before, after in found[node].items() if before not in given}
+        flat.history = [_repeated(entry, read, copied, Layers(body, path)) for entry in flat.history]
+    return flat
+
+
+class Layers(NamedTuple):
+    """Paths of two layers that do the same: of the body, and of a call."""
+
+    body: str
+    call: str
+
+
+def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str, str], at: Layers) -> HistoryEntry:
+    """What a step did to a body, done in the layer of a call as well."""
+    if entry.changes is None:
+        return entry
+    changes, (body, path) = entry.changes, at
+    erased = {n: e for n, e in changes.erased.items() if e.module == body or e.module.startswith(f"{body}.")}
+    names = {**{name: f"{name}_in_{path.replace('.', '_')}" for name in erased}, **read}
+
+    def reads(before: Reads) -> Reads:
+        return tuple((position, names.get(name, name)) for position, name in before)
+
+    there = {
+        names[name]: replace(e, module=renamed(e.module, body, path), reads=reads(e.reads))
+        for name, e in erased.items()
+    }
+    inserted = tuple(copied[name] for name in changes.inserted if name in copied)
+    rewired = {copied[name]: reads(before) for name, before in changes.rewired.items() if name in copied}
+    merged = Changes((*changes.inserted, *inserted), {**changes.erased, **there}, {**changes.rewired, **rewired})
+    return replace(entry, added=entry.added + len(inserted), removed=entry.removed + len(there), changes=merged)
+
+
+def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Program:
+    """A Program with more bodies, for layers that are to become different.
+
+    Args:
+        program: stays as it is.
+        groups: by body, the paths of layers that go on being alike; the first group is the body's own. The first layer
+            of every other one becomes the body of the rest of it.
+    """
+    made = program.copy()
+    nodes = {one.path: one.node for one in calls(made.graph)}
+    for _, *others in groups.values():
+        for path, *rest in others:
+            one = FunctionCall(nodes[path])
+            results, inputs = one.made, one.inputs
+            copies = expand(made.graph, {one.node})[one.node]
+            for other in rest:
+                node = nodes[other]
+                node.args = (other, path, node.args[2], inputs, [copies[each] for each in results])
+    return made
+
+
+def prune(graph: fx.Graph) -> None:
+    """Let bodies make only what some call or anything else reads, and be given only what some call is not."""
+    bodies: dict[tuple[Any, ...], list[FunctionCall]] = {}
+    for one in calls(graph):
+        bodies.setdefault((one.body, *one.made), []).append(one)
+    for found in bodies.values():
+        differs = [any(a is not b for a, b in pairs) for pairs in zip(*map(_pairs, found), strict=True)]
+        for one in found:
+            kept = [pair for pair, varies in zip(_pairs(one), differs, strict=True) if varies]
+            given, inputs = [a for a, _ in kept], [b for _, b in kept]
+            one.node.args = (one.path, one.body, inputs, given, one.made)
+        used = sorted({index for one in found for index in one.results.values()})
+        if len(used) == len(found[0].made):
+            continue
+        for one in found:
+            results, made = one.results, one.made
+            one.node.args = (one.path, one.body, one.inputs, one.given, [made[index] for index in used])
+            one.node.meta["val"] = [one.node.meta["val"][index] for index in used]
+            for user, index in results.items():
+                user.args = (one.node, used.index(index))
+
+
+def _pairs(one: FunctionCall) -> list[tuple[fx.Node, fx.Node]]:
+    """What the body is given, and the call in its place."""
+    return list(zip(one.given, one.inputs, strict=True))
+
+
+@contextmanager
+def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
+    """Inside, a graph is that of a model without the layers that are calls: what reads a call reads the body.
+
+    Gives, by the path of the module that reads it, which value is read of a call outside, for each of the body's that
+    is read inside.
+    """
+    kept: list[tuple[fx.Node, Any, Any]] = []
+    instead: dict[str, dict[fx.Node, fx.Node]] = {}
+    for one in calls(graph):
+        made = one.made
+        for user, index in one.results.items():
+            for reader in list(user.users):
+                kept.append((reader, reader.args, reader.kwargs))
+                instead.setdefault(str(reader.meta.get("module", "")), {})[made[index]] = user
+                reader.replace_input_with(user, made[index])
+        kept.append((one.node, one.node.args, one.node.kwargs))
+        one.node.args = (one.path, one.body, [], [], [])
+    try:
+        yield instead
+    finally:
+        for node, args, kwargs in reversed(kept):
+            node.args, node.kwargs = args, kwargs
+
+
+def everywhere(graph: fx.Graph, paths: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the paths of modules, with those of the layers that a graph calls: equal to those of the body."""
+    found = dict(paths)
+    for one in calls(graph):
+        found |= {renamed(p, one.body, one.path): v for p, v in paths.items() if renamed(p, one.body, "") != p}
+    return found

@@ -1,0 +1,29 @@
+"""Every method, on models whose layers call functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from graftc.compiler.compilation import CalledResolution
+from graftc.testing.families import tiny
+from tests.compiler.test_called_layers import DEPTH, compilation_of, require_the_same
+from tests.frozen.freeze import entries
+
+pytestmark = pytest.mark.full
+
+
+@pytest.mark.parametrize("name", list(entries()))
+def test_calls_do_what_every_layer_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is recorded, on models of more layers; where a method treats these differently they are written out."""
+
+    def deep(family: str, *args: Any, **options: Any) -> nn.Module:
+        return tiny(family, *args, **{"layers": DEPTH, **options})
+
+    monkeypatch.setattr("graftc.testing.contract.tiny", deep)
+    entry = entries()[name]
+    compiled = entry.contract.compiled(entry.family, entry.contract.model(entry.family))
+    if isinstance(compilation_of(compiled).main, CalledResolution):
+        require_the_same(compiled)
