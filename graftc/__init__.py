@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from graftc.version import __version__
+
 # Not from typing: a command must be able to handle an interrupt before anything that takes time is imported.
 TYPE_CHECKING = False
-
-__version__ = "0.1.0.dev0"
 
 _FACADE = {
     "GraftError": "graftc.specs.errors.diagnostics",
     "GraftWarning": "graftc.specs.errors.diagnostics",
     "Spec": "graftc.specs.document",
     "load_spec": "graftc.specs.io",
+    "Certificate": "graftc.compiler.folding.certificate",
+    "Compiled": "graftc.runtime.compiled",
+    "Merged": "graftc.runtime.deploy.merged",
+    "Report": "graftc.compiler.inspect.report",
+    "Selection": "graftc.compiler.resolve.selection",
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
@@ -34,8 +39,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from graftc import extend, testing
+    from graftc.compiler.folding.certificate import Certificate
+    from graftc.compiler.inspect.report import Report
+    from graftc.compiler.resolve.selection import Selection
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
+    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.pet.recipe import pet
     from graftc.runtime.planner.memory_plan import MemoryPlan
     from graftc.runtime.planner.plan import plan
@@ -49,9 +59,14 @@ if TYPE_CHECKING:
     from graftc.specs.listing import methods
 
 __all__ = [
+    "Certificate",
+    "Compiled",
     "GraftError",
     "GraftWarning",
     "MemoryPlan",
+    "Merged",
+    "Report",
+    "Selection",
     "Spec",
     "TrainingLog",
     "__version__",

@@ -17,8 +17,9 @@ from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import Published
 
 PACKAGE = """
-    GraftError GraftWarning MemoryPlan Spec TrainingLog __version__ check compile extend import_peft load load_base
-    load_spec merge_checkpoint methods optim pet plan read_log roles select testing tune
+    Certificate Compiled GraftError GraftWarning MemoryPlan Merged Report Selection Spec TrainingLog __version__ check
+    compile extend import_peft load load_base load_spec merge_checkpoint methods optim pet plan read_log roles select
+    testing tune
 """
 
 COMPILED = """

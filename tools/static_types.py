@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 import graftc
+from graftc import Certificate, Compiled, Merged, Report, Selection
 from graftc.compiler.capture.interface import ExampleInputs
-from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.roles.structure import Structure
-from graftc.runtime.compiled import Compiled
-from graftc.runtime.deploy.merged import Merged
 from graftc.runtime.deploy.partial import Partial
 
 
@@ -31,9 +29,12 @@ def models(model: Model, inputs: ExampleInputs) -> None:
     assert_type(compiled.merge(), Merged[Model])
     assert_type(compiled.merge().to_transformers(), Model)
     assert_type(compiled.merge().certificate, Certificate)
-    assert_type(compiled.merge_partially(), Partial[Model])
+    assert_type(compiled.merge_partially(), Partial[Model, Compiled[Model]])
     assert_type(compiled.merge_partially().compiled, Compiled[Model])
     assert_type(graftc.load("artifact", model), Compiled[Model])
+    assert_type(compiled.report, Report)
+    assert_type(graftc.check("spec.yaml", model), Report)
+    assert_type(graftc.select(compiled), Selection)
 
 
 def unknown_models() -> None:

@@ -34,6 +34,7 @@ from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.pipeline import Log, Pipeline
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.user_line import again
 
 ADAPT: Pipeline[Adapting] = Pipeline(
     "adapt",
@@ -134,7 +135,7 @@ def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
     except (UnlikeBodyError, GraftError):
         return None
     for each in told:
-        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        again(each)
     called = CalledResolution(replace(found, captures=(taken.capture,)))
     later, anchors = Initial(compilation.seed, narrow=compilation.narrow), found.anchors
 

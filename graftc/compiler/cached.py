@@ -132,7 +132,7 @@ def require_rows_of_one(compilation: Compilation) -> None:
 
 def cannot_be_cached(compilation: Compilation) -> bool:
     """Whether an adaptation keeps graphs with a cache from being made: virtual tokens, or work across tokens."""
-    program = compilation.program("train")
+    program = compilation.program_as_run("train")
     return bool(program.virtual or _across_tokens(program))
 
 

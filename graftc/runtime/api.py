@@ -28,6 +28,7 @@ from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.progress import asked
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.artifact.written import follow
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of
 from graftc.runtime.models import load_folder, load_hub
@@ -81,6 +82,14 @@ def compile(
         compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(chosen, cache))
     check_fresh(compilation)
     return cast("Compiled[Source]", make_compiled(compilation))
+
+
+def _register_auto_classes() -> None:
+    """Let transformers' ``Auto`` classes load what ``save_pretrained`` has written."""
+    from graftc.runtime.loading import auto_classes  # noqa: F401, it registers them
+
+
+follow("auto classes", _register_auto_classes)
 
 
 @overload
@@ -168,7 +177,7 @@ def import_peft(
             for tensors that the config does not explain, GC114 for another base; and as `compile`. The model is as it
             was then.
     """
-    from graftc.runtime.loading.peft import import_peft as import_from
+    from graftc.runtime.interop.peft.importing import imported
 
     check_folder_and_model("graftc.import_peft", path, model)
     axes, flags = _request(model, example_inputs)
@@ -177,15 +186,16 @@ def import_peft(
         return roles(model, example_inputs)
 
     if isinstance(path, list | tuple | Mapping):
-        from graftc.runtime.loading.peft_several import import_several, names_of
+        from graftc.runtime.interop.peft.several import imported_together, names_of
 
         if name is not None:
             hint = "name the adapter's own folder"
             raise GraftError("GC073", "name is of an adapter in one folder, and there are several", hint=hint)
-        several = import_several(names_of(path), model, axes, flags, cache=cache, structure=structure)
-        return cast("Compiled[Source]", several)
-    compiled = import_from(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
-    return cast("Compiled[Source]", compiled)
+        made = imported_together(names_of(path), model, axes, flags, cache=cache, structure=structure)
+    else:
+        made = imported(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
+    compiled = make_compiled(made)
+    return cast("Compiled[Source]", compiled.to(compiled._graftc.device).eval())
 
 
 @public("graftc.check")

@@ -1,93 +1,84 @@
-"""Compiled: the adapted model as an `nn.Module` that behaves like the model it came from."""
+"""Compiled: the adapted model as an `nn.Module` that behaves like the model it came from.
+
+What it offers is done by plain objects that are given its Runner, each in a file of its own: `offered` says which.
+"""
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.cached import cannot_be_cached
-from graftc.compiler.capture.interface import config_of
-from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
-from graftc.compiler.capture.past import USE_CACHE
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.requantise import BaseForm
+from graftc.compiler.inspect.report import Report
 from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
-from graftc.compiler.pipeline import recompile
-from graftc.compiler.resolve.train import TRAIN
-from graftc.passes.core.ir.functions import UnlikeBodyError, calls
-from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
-from graftc.passes.core.ir.updates import as_source
-from graftc.passes.core.method.base_gradients import wanted
-from graftc.passes.core.weights.sharding import computes_in, is_unit
-from graftc.runtime.deploy.combine import Combining
-from graftc.runtime.deploy.convert import Converting
-from graftc.runtime.export.exporting import Exporting
+from graftc.passes.core.ir.program_key import Mode
+from graftc.runtime import offered
 from graftc.runtime.interop.wrapping import refuse_wrapping
-from graftc.runtime.model.checkpointing import Checkpointed
-from graftc.runtime.model.choosing import Choosing
-from graftc.runtime.model.ecosystem import Ecosystem
-from graftc.runtime.model.editing import Editing
-from graftc.runtime.model.generation import LOOKUP, stand_in
-from graftc.runtime.model.inspection import Inspected
-from graftc.runtime.model.lowered import Lowering
-from graftc.runtime.model.reference_model import Referring
+from graftc.runtime.model.printed import printed
 from graftc.runtime.model.runner import M, ModelRoot, Published
-from graftc.runtime.model.scoring import TokenScoring, answering
-from graftc.runtime.model.sharded import in_every_process, written_once
-from graftc.runtime.model.views import with_every_adaptation
-from graftc.runtime.presenting import Presented
-from graftc.runtime.progress import during
+from graftc.runtime.offered.runner import CompiledRunner as CompiledRunner
+from graftc.runtime.offered.scoring import answering
+from graftc.runtime.offered.state import StateDicts
 from graftc.runtime.training.selecting import Selecting
+from graftc.runtime.training.steering import TrainingSteering, watch_training
 from graftc.specs.compose import Parallel
-from graftc.specs.document import Spec
-from graftc.specs.errors.arguments import as_names, as_path
-from graftc.specs.errors.diagnostics import GraftError, GraftWarning
-from graftc.specs.methods.prefix import PrefixSpec
 from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
-    from graftc.compiler.folding.requantise import BaseForm
-    from graftc.compiler.inspect.report import Report
+    from graftc.compiler.inspect.explanation import Explanation
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.merged_tensors import MergedTensors
     from graftc.runtime.deploy.partial import Partial
+    from graftc.runtime.offered.reference import ReferenceModel
+    from graftc.specs.document import Spec
 
 
-class CompiledRunner(
-    Editing,
-    Ecosystem,
-    Presented,
-    Inspected,
-    Checkpointed,
-    Lowering,
-    TokenScoring,
-    Choosing,
-    Combining,
-    Converting,
-    Selecting,
-    Referring,
-    Exporting,
-):
-    """All that a `Compiled` does."""
+class Compiled(ModelRoot, Generic[M]):
+    """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
-    _keys_to_ignore_on_save = None
+    Made by `graftc.compile`; ``Compiled[M]`` is that of a source of class ``M``. A call gives what ``M.forward`` gives,
+    in its own output class; as of every `torch.nn.Module`, a type checker sees `Any` there. ``train()`` and ``eval()``
+    switch between two graphs over one set of tensors. An input that was absent so far is captured at its first use.
 
-    @isolated()
-    @during("saving")
-    @written_once
-    @with_every_adaptation
+    The names below are graftc's, whatever the source model's children are called. All else that graftc offers gives
+    way to a child, a parameter or a buffer of its name, and is an attribute of `runner_of(compiled)` as well.
+    """
+
+    _graftc: CompiledRunner
+
+    adapter_state_dict = Published(StateDicts.adapter_state_dict)
+    load_adapter_state_dict = Published(StateDicts.load_adapter_state_dict)
+    full_state_dict = Published(StateDicts.full_state_dict)
+    begin = Published(TrainingSteering.begin)
+    extra_loss = Published(TrainingSteering.extra_loss)
+    after_step = Published(TrainingSteering.after_step)
+    callback = Published(TrainingSteering.callback)
+    select = Published(Selecting.select)
+    advance = Published(Selecting.advance)
+
+    if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of their name
+        base_model: nn.Module
+        generate: Callable[..., Any]
+        compilation: Compilation
+        device: torch.device
+        dtype: torch.dtype
+        snapshot: Snapshot
+        spec: Spec
+        structure: Structure
+        warm_up: Callable[..., None]
+
     def save(
         self,
         path: str | Path,
@@ -112,170 +103,116 @@ class CompiledRunner(
         Raises:
             GraftError: GC063 when something else is there, GC064 when it cannot be written.
         """
-        from graftc.runtime.artifact.places import is_ours
-        from graftc.runtime.artifact.write import require_values, save
-        from graftc.runtime.deploy.merged import certificate_of
-        from graftc.runtime.files import check_destination
-
-        require_values(self)
-        place = as_path(path)
-        check_destination(place, force=force, replaceable=is_ours)
-        self.warn_of_unsteered()
-        certificate, kept = certificate_of(self) if certify else (None, {})
-        save(self, place, force=force, base=base, certificate=certificate, kept=kept, full=full)
-        return place
-
-    def _generating(self, kwargs: Mapping[str, Any]) -> Any:
-        """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""
-        from graftc.runtime.model.initial_cache import initial_cache
-
-        if self._base_only:
-            if not cannot_be_cached(self._active):
-                return self._stand_in
-            every = (*self._active.spec.owners, *([TRAIN] if self._active.spec.train else []))
-            return stand_in(self.beside(every), self._compilation.model)
-        config = kwargs.get("generation_config")
-        # Assisted generation counts its masks by the tokens of the text alone.
-        ruled_out = any(kwargs.get(name) is not None for name in ("assistant_model", LOOKUP))
-        ruled_out = ruled_out or getattr(config, LOOKUP, None) is not None
-        ruled_out = ruled_out or False in (kwargs.get(USE_CACHE), getattr(config, USE_CACHE, None))
-        if ruled_out or (initial := initial_cache(self)) is None:
-            return self._stand_in
-        made = stand_in(self.beside(initial.names), self._compilation.model)
-        vars(made).update(_graftc_initial=initial, _graftc_whole=self)
+        made: Path = offered.saving_of(self._graftc).save(path, force=force, base=base, certify=certify, full=full)
         return made
 
-    def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
-        """Do now what the first calls would do: capture their graphs, hold them against the source model, make code,
-        and plan what a training step keeps. It takes as long as it would then, with progress, and nothing is trained:
-        parameters, gradients, buffers and random states are as before.
+    def export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "onnx-generate", "pt2", "peft", "gguf"] = "onnx",
+        example_inputs: ExampleInputs | None = None,
+        *,
+        inputs: str | Sequence[str] = (),
+        dtype: FileType | None = None,
+        server: Literal["vllm", "sglang", "mistralrs"] | None = None,
+        max_rank: int | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
+        its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
+        ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
+        ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
 
-        Of a model in training mode the call is made ready in eval mode too. Calls with the inputs and flags of the
-        batch start at once from then on; a call with others is captured when it comes.
+        Every adaptation is in the file, those that are disabled as well. Graphs take no labels and give no loss.
+
+        The tensors of ``inputs`` are not constants of the graph, but inputs by their full names, so that one file
+        serves every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of
+        names to tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
 
         Args:
-            batch: arguments of a call by name, such as a batch of the data loader with its ``labels``. Of tensors the
-                names, types and sizes count.
-            generate: also what `generate` needs, for the prompt and for the tokens behind it: two tokens are generated
-                behind the first four of the batch's first text. Prompts with an ``attention_mask`` have graphs of their
-                own, so give one where yours have one.
+            path: the file to write, or the folder.
+            format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
+            example_inputs: of onnx and pt2, a call whose signature is exported, by name or in order; by default the one
+                that the model was compiled with. Values of tensors do not matter.
+            inputs: of onnx and pt2, names of adaptations that are in the graph.
+            dtype: of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
+            server: what a folder for PEFT has to be fit for. The update is written as plain LoRA then, scaled by
+                ``alpha / rank`` and for the base as it is: at twice the rank where factors started from the weights.
+            max_rank: the largest rank that the server was started with; by default the largest that it may have.
+            force: replace what is there.
 
         Raises:
-            GraftError: GC031 for inputs that cannot be captured, GC073 for no mapping or, with ``generate``, no
-                ``input_ids``, and whatever `generate` raises.
+            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and when the exporter
+                or the check of its result fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064
+                when it cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that
+                the format does not take, GC091 for an input that there is not; GC115 for what PEFT cannot express,
+                before anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the
+                server does not take.
         """
-        from graftc.runtime.training.warm_up import warm_up
+        said: Any = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank}
+        made: Path = offered.exporting_of(self._graftc).export(path, format, example_inputs, **said, force=force)
+        return made
 
-        warm_up(self, batch, generate=generate)
+    def disabled(self, *names: str) -> AbstractContextManager[None]:
+        """Inside, the model computes what its base computes, or, with names, what it computes without these. With
+        ``parallel`` it gives the base's rows once for each adaptation, as many as a call gives outside.
 
-    @property
-    def begins(self) -> int:
-        """See `Generating`."""
-        if self._base_only:
-            return 0
-        specs = [resolved.spec for resolved in self._active.places().resolved]
-        shifted = [s.length for s in specs if isinstance(s, PrefixSpec) and s.positions == "shifted"]
-        return sum([*shifted, *(run.length for spec in specs for run in spec.virtual_tokens())])
-
-    def _deployed(self) -> Exporting:
-        """See `ModelRunner`. Adaptations are in their simplest form."""
-        from graftc.runtime.deploy.deployed import deployed
-
-        return deployed(self)
-
-    def _export_peft(self, path: Path, force: bool, server: str | None = None, max_rank: int | None = None) -> Path:
-        """See `Exporting`."""
-        from graftc.runtime.artifact.write import require_values
-        from graftc.runtime.deploy.deployed import deployed
-        from graftc.runtime.interop.peft.exporting import export_peft, prepared
-        from graftc.runtime.interop.peft.plain import plain
-        from graftc.runtime.interop.peft.servers import require_served, server_of
-
-        require_values(self)
-        limits = None if server is None else server_of(server)
-        compilation = deployed(self).compilation
-        made = prepared(compilation)
-        if limits is not None:
-            made = plain(made, compilation)
-            require_served(limits, made.config, made.tensors, max_rank=max_rank)
-        export_peft(made, path, force=force)
-        return path
-
-    def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:
-        """See `Exporting`."""
-        from graftc.runtime.artifact.write import require_values
-        from graftc.runtime.deploy.deployed import deployed
-        from graftc.runtime.export.gguf.adapter import export_adapter, plain_of
-
-        require_values(self)
-        adapter = plain_of(deployed(self).compilation)
-        return export_adapter(adapter, config_of(self.compilation.source), path, dtype=dtype, force=force)
-
-    def sibling(
-        self,
-        spec: Spec,
-        values: Mapping[str, Tensor],
-        model: nn.Module | None = None,
-        axes: Sequence[Axis] | None = None,
-    ) -> Compiled:
-        """Another spec compiled for the same base and first signature, where this model is.
+        Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
+        after that.
 
         Args:
-            spec: what to adapt there.
-            values: adapter tensors to start from, by name.
-            model: another base; by default the same.
-            axes: inputs of other element types, where the base is of another one.
+            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraftWarning)  # they have been given when this one was compiled
-            made = recompile(self._compilation, spec, values, model, axes)
-        compiled: Compiled = make_compiled(made).to(self.device)
-        return compiled
+        within: AbstractContextManager[None] = offered.adapters_of(self._graftc).disabled(*names)
+        return within
 
-    def over(self, compilation: Compilation) -> CompiledRunner:
-        """The model of another Compilation: the same Programs over another Store."""
-        return make_compiled(compilation)._graftc
+    def reference(self) -> ReferenceModel:
+        """A module that computes what the base computes, in eval mode, over the tensors of this model: the reference of
+        DPO and KTO, ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No second model is in memory, and it
+        follows this one to another device.
 
-    @isolated()
-    @in_every_process
-    @with_every_adaptation
-    def merge(
-        self,
-        names: str | Sequence[str] | None = None,
-        *,
-        budget: float | None = None,
-        progress: Callable[[float], None] | None = None,
-        dtype: torch.dtype | None = None,
-        base: BaseForm | None = None,
-        allow_unchanged: bool = False,
-    ) -> Merged:
-        """See `Compiled.merge`."""
-        from graftc.runtime.deploy.merged import merge
+        It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
+        """
+        made: ReferenceModel = offered.referring_of(self._graftc).reference()
+        return made
 
-        self.warn_of_unsteered()
-        chosen = self if names is None else self.alone(as_names(names))
-        told = progress or (lambda _: None)
-        return merge(chosen, budget, told, dtype=dtype, base=base, allow_unchanged=allow_unchanged)
+    def activate(self, choice: str | int, bank: str | None = None) -> None:
+        """Choose the adaptation that calls use which choose none. No graph changes: it may differ from call to call.
 
-    @isolated()
-    @in_every_process
-    @with_every_adaptation
-    def merge_partially(
-        self,
-        budget: float | None = None,
-        *,
-        only: Sequence[str] | None = None,
-        base: BaseForm | None = None,
-        allow_unchanged: bool = False,
-    ) -> Partial:
-        """See `Compiled.merge_partially`."""
-        from graftc.runtime.deploy.partial import merge_partially
+        Args:
+            choice: an adaptation's name, or the number of its slot.
+            bank: the bank's name, where there are several.
 
-        return merge_partially(self, budget, only=only, base=base, allow_unchanged=allow_unchanged)
+        Raises:
+            GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
+        """
+        offered.banks_of(self._graftc).activate(choice, bank)
 
-    @isolated()
-    @in_every_process
-    @with_every_adaptation
+    def train_only(self, *names: str) -> None:
+        """Let only these adaptations train from now on, all of them where none is named.
+
+        The tensors of the others want no gradient then, so that no optimiser moves them, by weight decay neither.
+
+        Args:
+            names: adaptations or compositions.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation.
+        """
+        offered.banks_of(self._graftc).train_only(*names)
+
+    def explain(self, name: str, mode: Mode = "eval") -> Explanation:
+        """Why something is in the adapted graph: a printed value, a node, a place or a tensor; print it to read it.
+
+        Raises:
+            GraftError: GC091 where nothing is called so, or several things are.
+        """
+        found: Explanation = offered.inspecting_of(self._graftc).explain(name, mode)
+        return found
+
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
         """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
 
@@ -297,143 +234,8 @@ class CompiledRunner(
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 where an adapter has values that
                 are not finite; on the way GC051 for such a tensor, GC052 for a bias that the class has no place for.
         """
-        from graftc.runtime.deploy.merged_tensors import MergedTensors
-
-        self.warn_of_unsteered()
-        return MergedTensors(self, digests=digests)
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `ModelRunner`.
-
-        Raises:
-            GraftError: GC044 where a base tensor has been unfrozen, GC130 where FSDP2 computes in another type than the
-                graphs; code of `torch.compile` takes no notice.
-        """
-        if is_unit(self.module) and computes_in(self.module) not in (None, self.dtype):
-            own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computes_in(self.module)))
-            message = f"FSDP2 computes in {other}, and the graphs were captured in {own}"
-            raise GraftError("GC130", message, hint=f"load the base in {other}, or leave out param_dtype")
-        if torch.is_grad_enabled() and not is_traced():
-            self._check_frozen()
-        return super().call(args, kwargs)
-
-    def _check_frozen(self) -> None:
-        for table, name, path in self._frozen:
-            tensor = table[name]
-            if tensor.requires_grad and not wanted(tensor):
-                message = f"{path} wants a gradient, and it is the source model's"
-                module = path.rpartition(".")[0] or path
-                hint = f"put train: [{module}] into the spec, which trains a copy of it, or freeze it again"
-                raise GraftError("GC044", message, hint=hint)
-
-    @cached_property
-    def _frozen(self) -> list[tuple[dict[str, Any], str, str]]:
-        """Where base parameters are: their table, their name in it, and their full name."""
-        parameters = [name for name, tensor in self._store.base() if isinstance(tensor, nn.Parameter)]
-        split = ((name, *name.rpartition(".")) for name in parameters)
-        return [(self._store.owner(path)._parameters, last, name) for name, path, _, last in split]
-
-    def copied(self) -> None:
-        """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
-        super().copied()
-        vars(self).pop("_frozen", None)
-        self._watch()
-        self._pause()
-
-    @contextmanager
-    def disabled(self, *names: str) -> Iterator[None]:
-        """Inside, the model computes what its base computes, or, with names, what it computes without these. With
-        ``parallel`` it gives the base's rows once for each adaptation, as many as a call gives outside.
-
-        Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
-        after that.
-
-        Args:
-            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all.
-
-        Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
-        """
-        if names:
-            with self.without(names):
-                yield
-            return
-        with self.base_only():
-            yield
-
-    def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
-        """See `ModelRunner.key`."""
-        return ProgramKey(entry, mode, signature, "source" if self._base_only else "adapted")
-
-    def _program_of(self, key: ProgramKey) -> Program:
-        return self._with_updates(key, super()._program_of(key))
-
-    def _with_updates(self, key: ProgramKey, program: Program) -> Program:
-        ours = key.stage == "source" and key.entry == "forward"
-        return as_source(program, self._store.updated) if ours else program
-
-    def _as_run(self, key: ProgramKey) -> Program:
-        """See `ModelRunner._as_run`. Layers that are alike call functions, until hooks want each."""
-        found = self._active.table.programs.get(key)
-        if found is None or not calls(found.graph) or self.hearing.hooked or self.hearing.everywhere:
-            return super()._as_run(key)
-        self._active.signatures[key.signature].add_constants(self._store)
-        return self._with_updates(key, found)
-
-    def write_out(self, key: ProgramKey) -> None:
-        """See `Runner.write_out`."""
-        if calls(self._programs[key].graph):
-            self.install(key, self._program_of(key))
-
-    def install(self, key: ProgramKey, program: Program) -> None:
-        """See `ModelRunner.install`. Calls that are not those of one block are written out."""
-        try:
-            super().install(key, program)
-        except UnlikeBodyError:
-            super().install(key, self._program_of(key))
-
-
-class Compiled(ModelRoot, Generic[M]):
-    """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
-
-    Made by `graftc.compile`; ``Compiled[M]`` is that of a source of class ``M``. A call gives what ``M.forward`` gives,
-    in its own output class; as of every `torch.nn.Module`, a type checker sees `Any` there. ``train()`` and ``eval()``
-    switch between two graphs over one set of tensors. An input that was absent so far is captured at its first use.
-
-    The names below are graftc's, whatever the source model's children are called. All else that graftc offers gives
-    way to a child, a parameter or a buffer of its name, and is an attribute of `runner_of(compiled)` as well.
-    """
-
-    _graftc: CompiledRunner
-
-    save = Published(CompiledRunner.save)
-    export = Published(CompiledRunner.export)
-    disabled = Published(CompiledRunner.disabled)
-    reference = Published(CompiledRunner.reference)
-    adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
-    load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
-    full_state_dict = Published(CompiledRunner.full_state_dict)
-    merged_state_dict = Published(CompiledRunner.merged_state_dict)
-    begin = Published(CompiledRunner.begin)
-    extra_loss = Published(CompiledRunner.extra_loss)
-    after_step = Published(CompiledRunner.after_step)
-    callback = Published(CompiledRunner.callback)
-    select = Published(CompiledRunner.select)
-    advance = Published(CompiledRunner.advance)
-    activate = Published(CompiledRunner.activate)
-    train_only = Published(CompiledRunner.train_only)
-    explain = Published(CompiledRunner.explain)
-
-    if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of their name
-        base_model: nn.Module
-        generate: Callable[..., Any]
-        warm_up: Callable[..., None]
-        compilation: Compilation
-        device: torch.device
-        dtype: torch.dtype
-        snapshot: Snapshot
-        spec: Spec
-        structure: Structure
+        made: MergedTensors = offered.merging_of(self._graftc).merged_state_dict(digests=digests)
+        return made
 
     def merge(
         self,
@@ -468,7 +270,7 @@ class Compiled(ModelRoot, Generic[M]):
                 missing, GC166 where weights cannot be packed again.
         """
         options: Any = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}
-        made = self._graftc.merge(names, budget=budget, progress=progress, **options)
+        made = offered.merging_of(self._graftc).merge(names, budget=budget, progress=progress, **options)
         return cast("Merged[M]", made)
 
     def merge_partially(
@@ -478,7 +280,7 @@ class Compiled(ModelRoot, Generic[M]):
         only: Sequence[str] | None = None,
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
-    ) -> Partial[M]:
+    ) -> Partial[M, Compiled[M]]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
@@ -491,12 +293,13 @@ class Compiled(ModelRoot, Generic[M]):
             GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
                 changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
         """
-        made = self._graftc.merge_partially(budget, only=only, base=base, allow_unchanged=allow_unchanged)
-        return cast("Partial[M]", made)
+        options: Any = {"base": base, "allow_unchanged": allow_unchanged}
+        made = offered.merging_of(self._graftc).merge_partially(budget, only=only, **options)
+        return cast("Partial[M, Compiled[M]]", made)
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""
-        return self._graftc.record()
+        return StateDicts(self._graftc).record()
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to do: it has been read before the first tensor was loaded."""
@@ -504,14 +307,15 @@ class Compiled(ModelRoot, Generic[M]):
     @property
     def report(self) -> Report:
         """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
-        return self._graftc.report
+        found: Report = offered.inspecting_of(self._graftc).report
+        return found
 
     def __repr__(self) -> str:
         """The source's modules; at each, what adaptations have there: the shape of the weight, the method, its rank (or
         what else says how large it is) and how many elements train. Equal layers are one; the last line has totals."""
-        from graftc.runtime.model.printed import printed
-
-        return printed(self._graftc._compilation, self, *self._graftc.get_nb_trainable_parameters())
+        return printed(
+            self._graftc.compilation, self, *offered.ecosystem_of(self._graftc).get_nb_trainable_parameters()
+        )
 
     def _repr_html_(self) -> str:
         """For notebooks: the adaptations and what they train, and the tree of modules, folded."""
@@ -523,7 +327,7 @@ class Compiled(ModelRoot, Generic[M]):
         super().__setattr__(name, answering(self._graftc, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
-        return type(self._graftc._compilation.model).__name__
+        return type(self._graftc.compilation.model).__name__
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:
@@ -553,11 +357,11 @@ refuse_wrapping()
 def make_compiled(compilation: Compilation) -> Compiled:
     """The module for a Compilation, its first signature lowered in both modes."""
     given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]
-    runner = CompiledRunner(compilation, compilation.store)
+    runner = CompiledRunner(compilation, make_compiled)
     compiled = compiled_class(compilation.model, given)(runner)
     for key in (compilation.key("train"), compilation.key("eval")):
-        runner.install(key, runner._as_run(key))
-    runner._watch()
+        runner.install(key, runner.as_run(key))
+    watch_training(runner)
     if compilation.spec.checkpoint == "layers":
-        runner.gradient_checkpointing_enable()
+        offered.checkpointing_of(runner).gradient_checkpointing_enable()
     return compiled

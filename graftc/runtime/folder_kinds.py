@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from graftc.runtime.quantised import PACKED_FORMATS
 from graftc.runtime.tensors.file_names import MANIFEST, MANIFEST_BYTES, STATE_RECORD
 from graftc.runtime.tensors.headers import read_shard
 from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG
@@ -78,13 +79,11 @@ def _told_of_file(path: Path, name: str) -> tuple[str, str]:
 
 
 def _told_of_model(path: Path, name: str) -> tuple[str, str]:
-    from graftc.runtime.quantised.load import FORMATS  # much for what is looked up on the way to an error
-
     config = _json(path / _MODEL_CONFIG, JSON_BYTES)
     quantisation = config.get("quantization_config")
     if isinstance(quantisation, Mapping):
         kind = str(quantisation.get("quant_method", "quantised"))[:40]
-        if kind not in FORMATS:
+        if kind not in PACKED_FORMATS:
             return f"a {kind} model of transformers", f"AutoModel.from_pretrained({name})"
         return f"a {kind} model of transformers", f"graftc.load_base({name})"
     return "a model of transformers, merged or never adapted", f"graftc.load_base({name})"

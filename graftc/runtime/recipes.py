@@ -98,32 +98,42 @@ def tune(
     chosen = as_seed(seed)
     kept = _Kept(place, loaded, chosen) if place is not None else None
     with alone_in(kept.folder if kept is not None else None):
-        return _trained(loaded, model, train, kept, examples, loss, example_inputs, chosen)
+        number, compiled = kept.latest(model) if kept is not None else (0, None)
+        if compiled is None:
+            number, compiled = 1, compile(loaded, model, example_inputs, seed=chosen)
+            if compiled.unselected:
+                compiled = _selected(compiled, examples, loss, chosen)
+                if kept is not None:
+                    kept.keep(compiled, number)
+        return _trained(compiled, number, train, kept, chosen)
 
 
-def _trained(
-    spec: Spec,
-    model: nn.Module,
-    train: Train,
-    kept: _Kept | None,
-    examples: Iterable[Mapping[str, Any]] | None,
-    loss: Loss | None,
-    example_inputs: ExampleInputs | None,
-    seed: int,
+def _selected(
+    compiled: Compiled, examples: Iterable[Mapping[str, Any]] | None, loss: Loss | None, seed: int
 ) -> Compiled:
-    """Every training that is not done yet."""
-    number, compiled = kept.latest(model) if kept is not None else (0, None)
-    if compiled is None:
-        compiled = compile(spec, model, example_inputs, seed=seed)
-        number = 1
-        if compiled.unselected:
-            if examples is None:
-                names = ", ".join(map(repr, compiled.unselected))
-                raise GraftError("GC056", f"{names} chooses its entries by examples", hint="give tune examples")
-            _seed(seed, 0)
-            compiled = compiled.select(examples, loss=loss)
-            if kept is not None:
-                kept.keep(compiled, number)
+    """The model whose entries examples have chosen.
+
+    Raises:
+        GraftError: GC056 where there are no examples.
+    """
+    if examples is None:
+        names = ", ".join(map(repr, compiled.unselected))
+        raise GraftError("GC056", f"{names} chooses its entries by examples", hint="give tune examples")
+    _seed(seed, 0)
+    made: Compiled = compiled.select(examples, loss=loss)
+    return made
+
+
+def _trained(compiled: Compiled, number: int, train: Train, kept: _Kept | None, seed: int) -> Compiled:
+    """Every training that is not done yet.
+
+    Args:
+        compiled: what the next one is of.
+        number: of that; 0 where all are done.
+        train: does one.
+        kept: where what they start from is kept.
+        seed: of random numbers.
+    """
     while number:
         total = number + compiled.stages_left
         start = (

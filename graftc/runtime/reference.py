@@ -58,21 +58,6 @@ class Built:
     dtype: str
     settings: Mapping[str, bool | int | float | str]
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Built:
-        """How a model was made."""
-        from graftc.compiler.capture.identity.fingerprint import settings_of
-        from graftc.compiler.capture.interface import dtype_of
-
-        labels = getattr(getattr(model, "config", None), "id2label", None)
-        numbered = isinstance(labels, dict) and list(labels) == list(range(len(labels))) and len(labels) <= MOST_LABELS
-        return cls(
-            type(model).__name__,
-            tuple(map(str, labels.values())) if labels and numbered else None,
-            str(dtype_of(model)).removeprefix("torch."),
-            settings_of(getattr(model, "config", None)),
-        )
-
 
 @dataclass(frozen=True)
 class Reference:

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graftc.compiler.capture.example_inputs import random_inputs
+from graftc.runtime.model.generation import encode
 from graftc.runtime.model.runner import ModelRoot, runner_of
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
@@ -30,7 +31,7 @@ def inputs_for(
             nothing, differs between torch and ONNX Runtime; for real tokens both give the same.
     """
     own = runner_of(runner)
-    compilation = own._compilation
+    compilation = own.compilation
     every = (*sizes, max(1, sizes[-1] - 2))
     config = getattr(own, "config", None)
     return random_inputs(compilation.program("train", "base"), compilation.store, seed, every, config, front=front)
@@ -75,12 +76,12 @@ def in_parts(model: ModelRoot, seed: int = 0) -> tuple[Tensor, Tensor]:
                 tokens = torch.randint(3, rows, shape, generator=generator)
                 whole = model(**source, decoder_input_ids=tokens).logits
                 text = {name: value for name, value in source.items() if name == "attention_mask"}
-                text["encoder_outputs"] = runner.encode(dict(source))
+                text["encoder_outputs"] = encode(runner, dict(source))
                 calls = [{"decoder_input_ids": tokens[:, a:b], **text} for a, b in _PARTS]
                 return whole, _called(model, calls)
             mask[0, :2] = 0
             text = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-            if "position_ids" not in runner._interface.parameters:
+            if "position_ids" not in runner.interface.parameters:
                 text = {}
             whole = model(input_ids=ids, attention_mask=mask, **text).logits
             calls = [

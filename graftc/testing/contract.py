@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-import graftc
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.verify import verify
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.api import compile as compile_model
 from graftc.runtime.compiled import Compiled
 from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.io import load_spec
 from graftc.testing.compare import SHAPES, flat, in_parts, inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.families import FAMILIES, tiny
 from graftc.testing.perturb import perturb
@@ -53,7 +54,7 @@ class Contract:
 
     def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
         """``model``, which is of ``family``, adapted as ``adaptation`` says."""
-        return graftc.compile({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
+        return compile_model({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
 
     def perturb(self, family: str, compiled: Compiled) -> None:
         """Stand in for training: noise on every trainable tensor. Override it where training does more."""
@@ -82,7 +83,7 @@ class Contract:
     @property
     def claims(self) -> Claims:
         """What the method under test claims."""
-        return graftc.load_spec({"adapt": [dict(self.adaptation)]}).adapt[0].claims
+        return load_spec({"adapt": [dict(self.adaptation)]}).adapt[0].claims
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class MethodContract(Contract):
             assert largest_difference(unfolded, base) > 1e-3, "the perturbation has no effect, so nothing is tested"
         if not certificate.additions:
             canonical = compiled.compilation.store.canonical
-            hashes = {structural_hash(program, canonical) for program in merged._graftc._programs.values()}
+            hashes = {structural_hash(each.program, canonical) for each in merged._graftc.shown.executables.values()}
             assert hashes == {structural_hash(compiled.program("eval", base=True), canonical)}
 
     def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ class MethodContract(Contract):
         entries = [{**self.adaptation, "name": slot} for slot in _SLOTS]
         spec = {**self.spec, "adapt": entries, "compose": {"bank": list(_SLOTS)}}
         try:
-            bank = graftc.compile(spec, copy.deepcopy(model)).eval()
+            bank = compile_model(spec, copy.deepcopy(model)).eval()
         except GraftError as error:
             assert error.code == "GC036" and compiled.compilation.tensor_edits.copies(), error
             raise unittest.SkipTest("this setting trains tensors of the base, which no bank has") from None

@@ -206,7 +206,7 @@ def test_an_interrupt_while_modules_are_imported(name: str) -> None:
 def test_little_is_imported_before_interrupts_are_handled() -> None:
     code = "import sys; before = set(sys.modules); import graftc.runtime.cli; print(sorted(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ENV, text=True).stdout
-    assert out.strip() == str(["__future__", "graftc", "graftc.runtime", "graftc.runtime.cli"])
+    assert out.strip() == str(["__future__", "graftc", "graftc.runtime", "graftc.runtime.cli", "graftc.version"])
 
 
 def test_an_interrupt_at_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def compiled_at(layers: int = DEPTH, adapt: Mapping[str, Any] = LORA, family: st
 
 
 def compilation_of(compiled: Any) -> Compilation:
-    return compiled._graftc._compilation  # type: ignore[no-any-return]
+    return compiled._graftc.compilation  # type: ignore[no-any-return]
 
 
 def is_called(compiled: Any) -> bool:
@@ -69,7 +69,7 @@ def require_the_same(compiled: Any) -> None:
     assert {key: hashed(program) for key, program in compilation.programs.items()} == as_run
     assert compilation.parts == parts
     assert [name for name, _ in compiled.named_parameters()] == names
-    for key in list(runner._programs):
+    for key in list(runner.shown.executables):
         assert not calls(compilation.programs[key].graph)
         runner.install(key, compilation.programs[key])
     after = measured(compiled, inputs)

@@ -130,7 +130,7 @@ def source() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def plain(source: nn.Module) -> str:
-    return format_program(graftc.compile(SPEC, source, EXAMPLE, cache=False)._compilation.program("train"))
+    return format_program(graftc.compile(SPEC, source, EXAMPLE, cache=False).compilation.program("train"))
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -155,7 +155,7 @@ def test_graphs_are_the_same_whatever_state_they_are_made_in(name: str, source: 
         before = state()
         compiled = graftc.compile(SPEC, source, EXAMPLE, cache=False)
         assert state() == before
-    assert format_program(compiled._compilation.program("train")) == plain
+    assert format_program(compiled.compilation.program("train")) == plain
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in compiled.parameters())
     assert not any(p.is_inference() for p in compiled.parameters() if p.requires_grad)
 

@@ -24,7 +24,7 @@ def test_keys_say_which_graph_is_meant() -> None:
     # The base of this method is the source model's own graph.
     assert compilation.program("train", "source") is compilation.program("train", "base")
     assert compilation.program("train") is compilation.programs[ProgramKey("forward", "train", first)]
-    assert set(compiled._graftc._programs) <= set(compilation.programs)
+    assert set(compiled._graftc.shown.executables) <= set(compilation.programs)
 
 
 @pytest.mark.slow
@@ -63,5 +63,5 @@ def test_disabled_runs_the_source_models_own_graph() -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     with compiled.disabled():
         compiled(input_ids=torch.ones(2, 5, dtype=torch.long))
-    stages = {key.stage for key in compiled._graftc._programs}
+    stages = {key.stage for key in compiled._graftc.shown.executables}
     assert stages == {"adapted", "source"}

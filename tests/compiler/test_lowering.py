@@ -83,7 +83,7 @@ def calls(compiled: Compiled) -> list[int]:
 
 def training(compiled: Compiled) -> Any:
     """The lowered training Program."""
-    return next(p for key, p in compiled._graftc._lowered.items() if key.mode == "train")
+    return next(e.lowered for key, e in compiled._graftc.shown.executables.items() if key.mode == "train")
 
 
 @pytest.mark.slow

@@ -25,21 +25,15 @@ PACKAGE = Path(graftc.__file__).parent
 MOST = 7
 
 LEFT = """
-    runtime/artifact/write.py _write
     runtime/artifact/write.py save
-    runtime/cli/convert.py _artifact
-    runtime/cli/convert.py _folder
-    runtime/cli/merge.py _merge_files
     runtime/cli/text/speaking.py opened
     runtime/cli/text/speaking.py settings
     runtime/demo/training.py train
-    runtime/deploy/combine.py _at
-    runtime/export/__init__.py export_model
+    runtime/export/writing.py export_model
     runtime/generate/models.py OnnxSeq2SeqLM.forward
     runtime/interop/layouts/convert.py convert_folder
     runtime/planner/table.py rows
     runtime/planner/workbench.py Workbench.__init__
-    runtime/recipes.py _trained
 """
 """Those that take more: take one off when it takes fewer, and add none."""
 

@@ -46,7 +46,7 @@ def in_state(compiled: Any, state: str) -> Iterator[None]:
     """Inside, some adaptations are left out of calls, for good or for a while."""
     how, _, name = state.rpartition(":")
     if state == "reference":
-        with compiled._graftc.as_reference():
+        with compiled._graftc.running_base():
             yield
     elif how == "while":
         with compiled.disabled(*(() if name == "all" else (name,))):

@@ -103,7 +103,7 @@ def test_which_adaptations(kind: str, tmp_path: Path) -> None:
     for name, place in said.items():
         assert place == "constant" or f"graftc.{name}." not in initialisers
     found = run(path, tensors)
-    if compiled._off:
+    if compiled.leaving.off:
         compiled = compiled if kind == "merged, one" else compiled_of("low", "high", "front")
     assert torch.allclose(found, logits(compiled), atol=1e-3)
     for name, without in _states(compiled, said):

@@ -98,7 +98,7 @@ def _captured(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """The tracer gives it."""
-    fresh = replace(found, program=mutant, cached=False, anchor=None)
+    fresh = replace(found, traced=mutant, flat=None, cached=False, anchor=None)
     with monkeypatch.context() as patch:
         patch.setattr(base, "captured", lambda *args, **options: fresh)
         try:
@@ -112,7 +112,7 @@ def _cached(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """The cache holds it, with everything in order but the graph."""
-    cache.keep(CaptureRequest.of(model, axes), replace(found, program=mutant))
+    cache.keep(CaptureRequest.of(model, axes), replace(found, traced=mutant, flat=None))
     compiled = graftc.compile(SPEC, model).eval()
     return not compiled.compilation.main.cached and _right(compiled, model)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import graftc
-from graftc.runtime.loading.peft_several import each_alone
+from graftc.runtime.model.runner import runner_of
+from graftc.runtime.offered.adapters import Adapters
 from graftc.specs.errors.diagnostics import GraftError
 from tests.interop.checkpoints import base, saved
 
@@ -114,5 +115,5 @@ def test_a_folder_whose_name_ends_like_rows(folders: dict[str, Path]) -> None:
     """``run`` and ``run_1`` are two adapters, not one with rows beside."""
     named = {"run": folders["first"], "run_1": folders["second"]}
     compiled = graftc.import_peft(named, copy.deepcopy(base("llama")))
-    alone = each_alone(compiled, list(named))
+    alone = Adapters(runner_of(compiled)).each_alone(list(named))
     assert [[own.name for own in one.compilation.spec.adapt] for one in alone] == [["run"], ["run_1"]]

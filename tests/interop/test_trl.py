@@ -129,7 +129,7 @@ def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -
         run.train()
     plain, kept = (logged(run, "loss") for run in runs)
     assert kept == pytest.approx(plain, rel=1e-6)
-    recompute, _ = runs[1].model._graftc._recompute
+    recompute, _ = runs[1].model._graftc.recompute
     assert "context_fn" in recompute.options
 
 

@@ -33,7 +33,7 @@ def optimiser_for(compiled: Any, lr: float = 1e-2, **settings: Any) -> Any:
 
 def controller_of(compiled: Any) -> Reselection:
     """What replaces entries."""
-    (controller,) = compiled._steering.controllers.values()
+    (controller,) = compiled.steering.controllers.values()
     assert isinstance(controller, Reselection)
     return controller
 

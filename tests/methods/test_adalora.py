@@ -28,14 +28,14 @@ def adapted(rank: int = 6, target_rank: int = 2, family: str = "bert", role: Any
 
 def budget_of(compiled: Any) -> RankBudget:
     """The controller."""
-    controller = compiled._steering.controllers["adalora"]
+    controller = compiled.steering.controllers["adalora"]
     assert isinstance(controller, RankBudget)
     return controller
 
 
 def objective_of(compiled: Any) -> Orthogonality:
     """The objective."""
-    objective = compiled._steering.objectives["adalora"]
+    objective = compiled.steering.objectives["adalora"]
     assert isinstance(objective, Orthogonality)
     return objective
 
@@ -273,7 +273,7 @@ def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
 def test_no_orthogonality_no_objective() -> None:
     """With weight 0 there is nothing to add, and nothing is missed."""
     compiled = adapted(orthogonality=0, rank=2)
-    assert not compiled._steering.objectives
+    assert not compiled.steering.objectives
     assert float(compiled.extra_loss()) == 0
 
 

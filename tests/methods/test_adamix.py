@@ -16,7 +16,9 @@ from torch import Tensor
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.ir.routes import is_pick, is_route
+from graftc.runtime.export.simplest import deployed
 from graftc.runtime.loading.verify import verify
+from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
@@ -79,11 +81,12 @@ def test_eval_is_the_mean_of_experts(entry: dict[str, Any]) -> None:
     """The simpler adaptation with the arithmetic mean of every tensor gives the eval outputs."""
     compiled = adapted({**entry, "share": "none", "experts": 3})
     perturb(compiled)
-    simple = compiled._deployed()
+    simple = deployed(runner_of(compiled))
     assert simple.spec.adapt[0].method == {"adamix": "bottleneck", "adamix_lora": "lora"}[entry["method"]]
     state = compiled.adapter_state_dict()
-    assert state.keys() == simple.adapter_state_dict().keys()
-    for name, tensor in simple.adapter_state_dict().items():
+    simple_state = simple.module.adapter_state_dict()
+    assert state.keys() == simple_state.keys()
+    for name, tensor in simple_state.items():
         assert torch.equal(tensor, state[name].double().mean(0).float()), name
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(simple.module, inputs), outputs_of(compiled, inputs)) <= 2e-6
@@ -376,4 +379,4 @@ def test_exports_warn_of_nothing_new(tmp_path: Path) -> None:
         compiled = adapted({**LORA, "target": {"role": "embed"}}, family="gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
-        compiled._deployed()
+        deployed(runner_of(compiled))

@@ -244,7 +244,7 @@ def test_nothing_is_copied(family: str) -> None:
     assert saved(child) == saved(full) > 0
     seen: list[bool] = []
     for node in child.program("train").graph.find_nodes(op="call_function", target=MASK):
-        weight, step, seed = (child._store.get(str(source.target)) for source in node.args[:3])
+        weight, step, seed = (child.store.get(str(source.target)) for source in node.args[:3])
         seen.append(MASK(weight, step, seed, node.args[3]).data_ptr() == weight.data_ptr())
     assert all(seen) and len(seen) == len(trained(child))
 
@@ -298,7 +298,7 @@ def test_nodes_say_who_inserted_them_and_go() -> None:
         assert str(node.args[0].target).startswith(f"{node.meta['module']}.graftc.child_tuning.")
     train(compiled, adamw(compiled), range(1))
     merged = compiled.merge()
-    for program in (compiled.program("eval"), *merged._programs.values()):
+    for program in (compiled.program("eval"), *(each.program for each in merged.shown.executables.values())):
         assert MASK not in {node.target for node in program.graph.nodes}
         assert not [n for n in program.graph.find_nodes(op="get_attr") if str(n.target).endswith(("step", "_seed"))]
 

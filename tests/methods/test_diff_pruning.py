@@ -141,7 +141,7 @@ def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]
     """In closed form, with a stretch that is not even; its gradient too."""
     stretch = (-0.3, 1.2)
     compiled = adapted(penalty=0.01, stretch=stretch, **fields)
-    objective = compiled._steering.objectives["diff_pruning"]
+    objective = compiled.steering.objectives["diff_pruning"]
     assert isinstance(objective, OpenGates)
     state = {n: t.double().requires_grad_() for n, t in compiled.adapter_state_dict().items()}
     shift = math.log(0.3 / 1.2)
@@ -169,8 +169,8 @@ def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]
 
 @pytest.mark.slow
 def test_no_penalty_no_objective() -> None:
-    assert not adapted(penalty=0)._steering.objectives
-    assert not adapted_again()._steering.objectives
+    assert not adapted(penalty=0).steering.objectives
+    assert not adapted_again().steering.objectives
 
 
 def adapted_again(**fields: Any) -> Compiled:

@@ -178,7 +178,7 @@ def test_how_gradients_are_made_is_said(density: float, sampled: bool) -> None:
             assert origin is not None and origin["adaptation"] == "mask"
             assert origin["part"] == f"weight, {'sampled' if sampled else 'dense'} gradient"
     merged = compiled.merge(allow_unchanged=True)
-    left = {node.target for program in merged._programs.values() for node in program.graph.nodes}
+    left = {node.target for each in merged.shown.executables.values() for node in each.program.graph.nodes}
     assert not left & {ops.sparse_linear.default, ops.sparse_weight.default}
 
 

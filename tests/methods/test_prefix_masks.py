@@ -232,7 +232,7 @@ def test_layers_share_one_mask(family: str) -> None:
     """It is made longer as often as the model makes it, not once a layer."""
 
     def masks(compiled: Compiled, base: bool) -> int:
-        graph = compiled._compilation.program("eval", "base" if base else "adapted").graph
+        graph = compiled.compilation.program("eval", "base" if base else "adapted").graph
         calls = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
         return len({n.args[3] for n in calls if n.users})
 

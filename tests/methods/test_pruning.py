@@ -26,7 +26,7 @@ SCORED = ["movement", "soft_movement"]
 
 def masks_of(compiled: Any) -> PruningMasks:
     """The controller."""
-    controller = compiled._steering.controllers["pruning"]
+    controller = compiled.steering.controllers["pruning"]
     assert isinstance(controller, PruningMasks)
     return controller
 
@@ -125,7 +125,7 @@ def test_with_everything_kept_it_is_the_base() -> None:
     """Density 1 has nothing to steer, and nothing to warn of."""
     model = tiny("bert").eval()
     compiled = adapted(model=model, density=1.0).eval()
-    assert not compiled._steering.controllers and not any("scores" in n for n in compiled.adapter_state_dict())
+    assert not compiled.steering.controllers and not any("scores" in n for n in compiled.adapter_state_dict())
     assert same_bits(outputs_of(compiled, inputs_for(compiled)), outputs_of(model, inputs_for(compiled)))
 
 
@@ -223,7 +223,7 @@ def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
         assert torch.equal(kept_entries(place), place.tensors["weight_scores"].sigmoid() > 0.4)
     kept = sum(int(kept_entries(place).sum()) for place in places)
     assert compiled.report.deployed_parameters == kept
-    assert isinstance(compiled._steering.objectives["pruning"], Penalty)
+    assert isinstance(compiled.steering.objectives["pruning"], Penalty)
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ class Pruned(Contract):
         compiled.begin(1)
         compiled.extra_loss()
         compiled.after_step()
-        places = compiled._steering.controllers["pruning"].places
+        places = compiled.steering.controllers["pruning"].places
         assert all(0 < float(kept_entries(place).double().mean()) < 1 for place in places)
 
 

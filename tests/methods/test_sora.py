@@ -34,7 +34,7 @@ def gates(compiled: Any) -> dict[str, Tensor]:
 
 def prox_of(compiled: Any) -> Prox:
     """The controller."""
-    controller = compiled._steering.controllers["sora"]
+    controller = compiled.steering.controllers["sora"]
     assert isinstance(controller, Prox)
     return controller
 
@@ -167,12 +167,12 @@ def test_l1_objective() -> None:
     for name, parameter in compiled.named_parameters():
         if name.endswith(".gate"):
             torch.testing.assert_close(parameter.grad, 0.5 / every.numel() * parameter.detach().sign())
-    assert not adapted()._steering.objectives
+    assert not adapted().steering.objectives
 
 
 @pytest.mark.slow
 def test_no_threshold_no_controller() -> None:
     """With threshold 0 gates are trained freely, and there is no step to count."""
     compiled = adapted(threshold=0)
-    assert not compiled._steering.controllers
+    assert not compiled.steering.controllers
     assert not [name for name in compiled.adapter_state_dict() if name.endswith("step")]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.passes.core.build.base_activations import computed
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.deploy import deployed as simplest
+from graftc.runtime.export import simplest
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits

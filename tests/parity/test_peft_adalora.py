@@ -144,7 +144,7 @@ def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
     other, pairs = theirs(family, compiled, schedule)
     mine = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
     optimisers = [torch.optim.SGD(list(ps.values()), lr=1e-3) for ps in (mine, pairs)]
-    budget = compiled._steering.controllers["adalora"]
+    budget = compiled.steering.controllers["adalora"]
     assert isinstance(budget, RankBudget)
     left = []
     for number in range(1, schedule.total + 1):

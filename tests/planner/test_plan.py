@@ -112,7 +112,7 @@ def test_some_layers_say_what_all_do(options: Any) -> None:
     other = {"method": "lora", "rank": 2, "name": "other", "target": {"role": ["ffn.up"], "layers": 9}}
     bench = workbench({"adapt": [LORA, other], **options}, deep, device="cpu")
     present = bench.inputs(3, 24)
-    signature = signature_for(bench._runner._active, present)
+    signature = signature_for(bench._runner.shown.compilation, present)
     simulation = Simulation(bench._runner)
     simulation.step(signature, present, whole=True)  # makes plans for layers
     for accumulated in (False, True):

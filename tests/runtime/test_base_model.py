@@ -56,7 +56,8 @@ def test_the_head_is_left_out() -> None:
     compiled.base_model(input_ids=IDS).last_hidden_state.square().sum().backward()
     got = {name for name, tensor in compiled.named_parameters() if tensor.grad is not None}
     assert got and not any(name.startswith("lm_head") for name in got)
-    (program,) = (p for k, p in compiled._graftc._programs.items() if k.entry == "hidden")
+    executables = compiled._graftc.shown.executables.items()
+    (program,) = (each.program for key, each in executables if key.entry == "hidden")
     assert not any(str(node.target).startswith("lm_head") for node in program.graph.find_nodes(op="get_attr"))
 
 

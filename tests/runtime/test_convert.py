@@ -73,7 +73,7 @@ def test_the_error_of_a_rank(stacked: Any) -> None:
     made = convert(stacked, ["dora"], rank=4)
     plain = compiled_of("llama", {"method": "dora", "rank": 3, "target": TARGET})
     plain.load_adapter_state_dict({n: t for n, t in stacked.adapter_state_dict().items() if ".dora." in n})
-    after, base = folded(plain), {n: t.double() for n, t in plain._graftc._compilation.source.state_dict().items()}
+    after, base = folded(plain), {n: t.double() for n, t in plain._graftc.compilation.source.state_dict().items()}
     for site in made.sites:
         s = torch.linalg.svdvals(after[site.site] - base[site.site])
         assert site.rank == 4 and site.error == pytest.approx(float(s[4:].norm() / s.norm()), rel=1e-3)
@@ -89,7 +89,7 @@ def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
     lower = min(site.rank for site in made.sites) - 1
     less = {site.site: site.error for site in convert(stacked, ["dora"], rank=lower).sites}
     assert all(less[site.site] > 0.15 for site in made.sites if site.rank == lower + 1)
-    own = {str(s.key): spec.rank for s, spec in made.compiled._graftc._compilation.main.resolved[0].places}
+    own = {str(s.key): spec.rank for s, spec in made.compiled._graftc.compilation.main.resolved[0].places}
     assert own == {site.site: site.rank for site in made.sites}
     with pytest.raises(GraftError, match="is not met at") as caught:
         convert(stacked, ["dora"], error=0.15, rank=2)

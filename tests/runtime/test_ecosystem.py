@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.model.ecosystem import ELSEWHERE
+from graftc.runtime.model.libraries import ELSEWHERE
 from graftc.runtime.training.repeated import share
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import tiny

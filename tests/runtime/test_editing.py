@@ -11,7 +11,7 @@ import torch
 
 import graftc
 from graftc.compiler.adapt import places
-from graftc.runtime.model import views
+from graftc.runtime.model import adapted as module
 from graftc.specs.claims import FoldKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
@@ -95,7 +95,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
             with compiled.disabled(*names):
                 compiled(**inputs)
                 compiled(**labelled)
-        monkeypatch.setattr(views, "recompile", never)
+        monkeypatch.setattr(module, "recompile", never)
         monkeypatch.setattr(places, "find_structure", never)
 
 

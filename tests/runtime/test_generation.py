@@ -67,7 +67,7 @@ def test_one_graph_serves_the_prompt_and_every_step(source: Any, monkeypatch: py
     compiled.generate(**prompt(source, 2, padded=True), max_new_tokens=1)
     known = list(compiled.compilation.signatures)
     assert len(known) == 2, "that of a plain call, and that with a cache"
-    monkeypatch.setattr("graftc.runtime.model.runner.signature_for", no_capture)
+    monkeypatch.setattr("graftc.runtime.model.model_runner.signature_for", no_capture)
     for rows, options in ((3, {}), (2, {"num_beams": 3}), (5, {"do_sample": True})):
         found = compiled.generate(**prompt(source, rows, padded=True), max_new_tokens=64, min_new_tokens=64, **options)
         assert found.shape == (rows, 73)

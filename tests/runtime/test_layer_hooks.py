@@ -228,7 +228,7 @@ def test_what_the_graph_has_not_is_refused_when_it_is_used() -> None:
             compiled(input_ids=ids, use_cache=False)
         handle.remove()
     with fails("GC043", ""):
-        compiled.model.layers[0].mlp.register_forward_hook(steering)
+        compiled.model.layers[0].mlp.register_full_backward_hook(steering)
 
 
 def test_hooks_on_every_module_are_no_other() -> None:

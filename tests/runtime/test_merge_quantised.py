@@ -68,7 +68,7 @@ def test_requantised(kind: str) -> None:
     certificate's figures are those that follow from the tensors."""
     compiled = adapted("gpt2", "lora", kind)
     merged, exact = compiled.merge(base="requantized"), compiled.merge(base="full")
-    before, after = compiled._graftc._store, merged._graftc._store
+    before, after = compiled._graftc.store, merged._graftc.store
     changed = {step.weight.tensor for step in _steps(compiled)}
     assert after.packed == before.packed and changed < set(before.packed)
     for name, own in before.packed.items():
@@ -79,7 +79,7 @@ def test_requantised(kind: str) -> None:
     assert {item.tensor for item in certificate.requantised} == changed
     fused = "transformer.h.0.attn.c_attn.weight"
     for item in certificate.requantised:
-        wanted, found = (each._graftc._store.full(item.tensor).double() for each in (exact, merged))
+        wanted, found = (each._graftc.store.full(item.tensor).double() for each in (exact, merged))
         if item.tensor == fused:  # 48 columns of each of q, k and v, and k is not adapted
             assert (item.rows, item.disturbed) == (48, 0)
             own = slice(0, 48) if "q" in item.site.rpartition(".")[2] else slice(96, 144)
@@ -232,7 +232,7 @@ def test_saving_certifies(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_packed_tensor_has_its_values_strides() -> None:
     """What is made of views is decided by strides: those of transposed codes are not contiguous ones."""
-    store = adapted("gpt2", "lora", "nf4")._graftc._store
+    store = adapted("gpt2", "lora", "nf4")._graftc.store
     for name, own in store.packed.items():
         assert store.get(name).stride() == store.full(name).stride() == own.strides
         assert torch.equal(store.get(name).reshape(-1), store.full(name).reshape(-1))

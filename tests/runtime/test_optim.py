@@ -245,7 +245,7 @@ def test_parameters_and_groups_are_taken_as_well(kind: str) -> None:
     found = trained(compiled)
     deltas = [p for name, p in found.items() if "delta" in name]
     rest = [p for name, p in found.items() if "delta" not in name]
-    (controller,) = compiled._steering.controllers.values()
+    (controller,) = compiled.steering.controllers.values()
     make = getattr(graftc.optim, kind)
     for loose in (make(iter(found.values())), make(rest, compiled=compiled)):
         assert controller.optimiser is None

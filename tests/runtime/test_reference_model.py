@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -179,3 +180,27 @@ def test_dropouts_of_zero_leave_masks_of_gradients_alone() -> None:
     name = "vit.embeddings.graftc.child_tuning.position_embeddings"
     kept = (dict(compiled.named_parameters())[name].grad != 0).double().mean()
     assert 0.3 < float(kept) < 0.7
+
+
+@pytest.mark.slow
+def test_the_reference_and_the_model_run_in_two_threads() -> None:
+    """One set of base tensors and one table of code; neither hears of the other."""
+    compiled = compiled_of().eval()
+    reference = compiled.reference()
+    with torch.no_grad():
+        expected = {model: model(input_ids=IDS).logits for model in (compiled, reference)}
+    assert not torch.equal(*expected.values())
+    wrong: list[nn.Module] = []
+    together = threading.Barrier(2)
+
+    def run(model: nn.Module) -> None:
+        together.wait()
+        with torch.no_grad():
+            wrong.extend(model for _ in range(50) if not torch.equal(model(input_ids=IDS).logits, expected[model]))
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import graftc
+from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import perturb
 from graftc.testing.compare import flat, inputs_for
@@ -141,7 +142,8 @@ def test_where_labels_stand(family: str) -> None:
     inputs = inputs_for(compiled)
     labels = inputs["decoder_input_ids" if family == "t5" else "input_ids"]
     compiled(**inputs, labels=labels)
-    (shift,) = {o.shift for key, o in compiled._outputs.items() if "labels" in str(key)}
+    executables = compiled.shown.executables.items()
+    (shift,) = {outputs_of(each).shift for key, each in executables if "labels" in str(key)}
     assert shift == (family != "t5")
 
 
@@ -231,12 +233,12 @@ def test_a_term_that_is_missed() -> None:
             functional.cross_entropy(compiled(**inputs).logits, LABELS).backward()
     assert len([w for w in caught if isinstance(w.message, GraftWarning)]) == 1
     assert "labels" in (caught[0].message.hint or "")
-    assert not compiled._waiting and compiled.extra_loss().item() == 0
+    assert not compiled.progress.waiting and compiled.extra_loss().item() == 0
     compiled(**inputs)
     with torch.no_grad():
         compiled(**inputs)
-    assert len(compiled._waiting) == 1
-    assert not copy.deepcopy(compiled)._waiting
+    assert len(compiled.progress.waiting) == 1
+    assert not copy.deepcopy(compiled).progress.waiting
 
 
 @pytest.mark.full
@@ -305,7 +307,7 @@ def test_a_compiled_training_step(labelled: bool) -> None:
             loss = outputs.loss if labelled else outputs.logits.square().sum()
             (loss + model.extra_loss()).backward()
             seen.add(float(loss.detach()))
-            assert not model._waiting
+            assert not model.progress.waiting
         assert (len(seen) == 1) is (model is compiled)
         assert any(p.grad is not None and p.grad.any() for p in model.parameters())
     dynamo.reset()

@@ -17,7 +17,7 @@ from graftc.compiler.folding.route_evidence import Flips, RouteEvidence, moved, 
 from graftc.passes.core.ops.route import RouteChoice, Routes, route
 from graftc.passes.core.weights.folds import LazyTensors
 from graftc.passes.graph.route_choices import choices_of, route_choices
-from graftc.runtime.deploy import comparing
+from graftc.runtime.deploy import comparing, folded_runner
 from graftc.runtime.deploy import merged as merging
 from graftc.runtime.deploy.folded_store import folded_store
 from graftc.specs.errors.diagnostics import GraftError
@@ -75,7 +75,7 @@ def test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse(twins: A
 @every_twins
 def test_a_merged_model_has_the_code_of_its_forward_pass_alone(twins: Any) -> None:
     runner = twins.merge()._graftc
-    assert not [key for key in runner._programs if key.entry != "forward"]
+    assert not [key for key in runner.shown.executables if key.entry != "forward"]
     assert not [name for block in runner.blocks.values() for name in block._graftc.functions if "routes" in name]
 
 
@@ -149,7 +149,7 @@ def wrong_store(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = {**made.tensors, **{at: change(t.float()).to(t.dtype) for at, t in found.items()}}
         return folded_store(compilation, fold, replace(made, tensors=tensors), packed, **options)
 
-    monkeypatch.setattr(merging, "folded_store", wrong)
+    monkeypatch.setattr(folded_runner, "folded_store", wrong)
 
 
 def wrong_fold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

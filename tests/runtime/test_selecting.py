@@ -37,7 +37,7 @@ def batches(model: nn.Module, count: int = 3) -> list[dict[str, Tensor]]:
 def train(compiled: Compiled, stage: Stage | None = None, steps: int = 3) -> None:
     """Some steps of AdamW that decays weights, on random batches."""
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
-    for batch in batches(compiled._compilation.model, steps):
+    for batch in batches(compiled.compilation.model, steps):
         optimiser.zero_grad()
         noise = torch.rand(()) / 10 + 1  # a training that draws random numbers
         (compiled(**batch).loss * noise).backward()

@@ -115,7 +115,7 @@ def test_state_moves_with_the_model() -> None:
     state = compiled.adapter_state_dict()
     assert {tensor.device.type for tensor in state.values()} == {"meta"}
     assert {name.rpartition(".")[2] for name in state} >= {"step", "E_sensitivity", "B_uncertainty", "kept", "deployed"}
-    for controller in compiled._steering.controllers.values():
+    for controller in compiled.steering.controllers.values():
         assert controller.shared["step"].device.type == "meta"
         assert all(t.device.type == "meta" for place in controller.places for t in place.tensors.values())
 
@@ -129,7 +129,7 @@ def test_state_is_kept_beside_parameters() -> None:
     other = adapted(ADALORA)
     other.load_state_dict(compiled.state_dict())
     assert all(torch.equal(other.adapter_state_dict()[n], t) for n, t in compiled.adapter_state_dict().items())
-    (controller,) = other._steering.controllers.values()
+    (controller,) = other.steering.controllers.values()
     assert controller.steps == 3
 
 
@@ -140,7 +140,7 @@ def test_steps_left_counts_from_now() -> None:
     compiled.begin(100)
     train(compiled, optimiser_for(compiled), range(3))
     compiled.steps_left(5)
-    (controller,) = compiled._steering.controllers.values()
+    (controller,) = compiled.steering.controllers.values()
     assert controller.total == 8
 
 

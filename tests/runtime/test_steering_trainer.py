@@ -185,7 +185,7 @@ def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     compiled = adapted(ADALORA)
     trainer(tmp_path / "a", compiled, num_train_epochs=1).train()
     trainer(tmp_path / "b", compiled, num_train_epochs=2).train()
-    (controller,) = compiled._steering.controllers.values()
+    (controller,) = compiled.steering.controllers.values()
     assert (controller.steps, controller.total) == (12, 12)
 
 
@@ -219,7 +219,7 @@ def test_a_step_that_the_scaler_skips_is_no_step() -> None:
     callback.on_step_begin(None, state, None, optimizer=optimizer)
     torch.testing.assert_close(compiled.get_parameter(name).grad, 8 * plain)
     callback.on_optimizer_step(None, state, None, optimizer=optimizer)
-    (controller,) = compiled._steering.controllers.values()
+    (controller,) = compiled.steering.controllers.values()
     assert (controller.steps, controller.total) == (0, 9)
     optimizer.step_was_skipped = False
     state.global_step = 1

@@ -90,7 +90,7 @@ def test_eight_threads_with_new_signatures(net: nn.Module, same: bool) -> None:
     for call, result in zip(given, results, strict=True):
         assert torch.equal(result, net(**call))
     assert vars(net) == before
-    assert len(compiled._compilation.signatures) == (2 if same else 8)
+    assert len(compiled.compilation.signatures) == (2 if same else 8)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def lines_of(path: Path) -> list[Any]:
 
 def watched(compiled: Any) -> bool:
     """Whether forward passes are looked at."""
-    return compiled._graftc._observer is not None
+    return compiled._graftc.progress.observer is not None
 
 
 def silent_read(path: Path, **options: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from graftc.compiler.resolve.sitetable import BlockedSite
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.initial import Initial
+from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import Findings, PassHost
@@ -128,6 +129,6 @@ class Adapting(PassHost):
         of_call = isinstance(table, CalledSites) and table.call_of(site.key.module) is not None
         return of_call and not isinstance(site, ValueSite)
 
-    def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
+    def builder(self, program: Program, adaptation: str, method: str, seams: Seams[Nodes] | None = None) -> Builder:
         """What inserts an adaptation's nodes."""
         return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)

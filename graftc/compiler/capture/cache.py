@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-import graftc
 from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
 from graftc.compiler.capture.identity.sources import own_digest
@@ -38,6 +37,7 @@ from graftc.passes.core import progress
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.plugins import registered
+from graftc.version import __version__
 
 _LARGEST_FILE = 256 * 2**20
 _STALE_SECONDS = 3600
@@ -79,7 +79,7 @@ def _key(request: CaptureRequest) -> str:
 def _versions() -> list[str]:
     import transformers
 
-    return [platform.python_version(), torch.__version__, transformers.__version__, graftc.__version__]
+    return [platform.python_version(), torch.__version__, transformers.__version__, __version__]
 
 
 def lookup(request: CaptureRequest) -> Capture | None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -37,18 +37,67 @@ from graftc.passes.core.ir.functions import expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
+from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.graph.canonicalise import canonicalise
 from graftc.passes.graph.packed import reading_weights
 
-if TYPE_CHECKING:
-    from graftc.compiler.capture.anchor import Anchor
-
 _REPEAT = re.compile(r"@\d+")
 _OF_A_MODEL = re.compile(r"transformers\.models\.\w+\.\w+")
 _NUMBER = re.compile(r"_\d+$")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How a base graph compares with the source model itself, on the same inputs.
+
+    Attributes:
+        inputs: what both were called with: names of tensors, and flags.
+        mode: train or eval.
+        difference: the largest difference of any output or updated buffer, over the largest element of it: 0 where all
+            are equal to the bit, infinite where one has another type or shape; None where it was not looked at.
+        bound: what `difference` may be.
+        skipped: why it was not looked at; empty where it was.
+        differing: what is beyond the bound, for people.
+        seconds: how long it took.
+        assigned: attributes of modules that the forward pass assigned.
+        plain: whether it could be run on plain inputs only, all ones, with the sizes that it was captured with.
+        from_two: named sizes of which 1 is special to the model, so that the graph is for those from 2.
+    """
+
+    inputs: str
+    mode: Mode
+    difference: float | None
+    bound: float
+    skipped: str = ""
+    differing: tuple[str, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
+    assigned: tuple[str, ...] = ()
+    plain: bool = False
+    from_two: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether all outputs are equal to the bit."""
+        return self.difference == 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing contradicts that the graph is the model."""
+        return not self.differing
+
+    def to_json(self) -> dict[str, Any]:
+        """What was found, as JSON data, without what depends on how fast a machine is."""
+        return {
+            "inputs": self.inputs,
+            "mode": self.mode,
+            "difference": self.difference,
+            "bound": self.bound,
+            "exact": self.exact,
+            "skipped": self.skipped,
+        }
 
 
 @dataclass

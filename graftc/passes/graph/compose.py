@@ -64,7 +64,7 @@ class Ahead:
     window: Window
 
 
-class Collecting(Seams):
+class Collecting(Seams[Nodes]):
     """The seams of an adaptation that is built up to what it would add.
 
     Args:

@@ -33,7 +33,7 @@ class PartCode:
     """What computes values again.
 
     Attributes:
-        function: ``f(module, *roots, *parameters)``, a tuple of values.
+        function: ``f(*roots, *parameters)``, a tuple of values.
         roots: which of the frame's kept values it reads.
         parameters: names of those that it reads, as they are in the forward pass.
     """
@@ -88,7 +88,7 @@ class _Part:
             for device, dtype, on, cached in self.casts:
                 if on or torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, dtype, on, cached))
-            values = self.code.function(self.module, *roots, *(parameter for parameter, _ in self.parameters))
+            values = self.code.function(*roots, *(parameter for parameter, _ in self.parameters))
         for place, reference in self.slots.items():
             slot = reference()
             if slot is not None:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from graftc.compiler.capture.isolation import is_traced
-from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed, tensor_at
+from graftc.passes.core.ir.codegen import RECENT, Function, code_of, function_of, placed, tensor_at
 from graftc.passes.core.modes import no_modes
 from graftc.passes.core.ops.unpack import unpacked
 from graftc.passes.core.packing.gradients import is_open
@@ -41,9 +41,6 @@ class Kind(NamedTuple):
     size: int
 
 
-_KNOWN: dict[tuple[Any, ...], TrainingCode] = {}
-
-
 def training_code(
     graph: fx.Graph,
     module: nn.Module,
@@ -63,10 +60,9 @@ def training_code(
     """
     function = function_of(graph, module, device)
     away = device if offload and device.type not in ("cpu", "meta") else None
-    key = (function, plain, budget, away)
-    if key not in _KNOWN:
-        _KNOWN[key] = TrainingCode(function, placed(graph, device), plain, budget, away)
-    return _KNOWN[key]
+    return RECENT.get(
+        (function, plain, budget, away), lambda: TrainingCode(function, placed(graph, device), plain, budget, away)
+    )
 
 
 @dataclass(frozen=True)
@@ -227,7 +223,7 @@ class TrainingCode:
         where = {target: (n, at) for n, part in enumerate(parts) for at, target in enumerate(part.targets)}
         marked = _marked(self._graph, recorded, roots, list(where))
         codes = tuple(_part_code(part, roots, module) for part in parts)
-        return FrameCode(code_of(marked, module), codes, tuple(where.values()), tensor_at)
+        return FrameCode(code_of(marked).over(module), codes, tuple(where.values()), tensor_at)
 
 
 def choices_of(module: nn.Module) -> Choices:
@@ -293,4 +289,4 @@ def _part_code(part: Recomputation, roots: Sequence[fx.Node], module: nn.Module)
     for node in part.nodes:
         mapping[node] = made.node_copy(node, value)
     made.output(tuple(mapping[target] for target in part.targets))
-    return PartCode(code_of(made, module), tuple(roots.index(root) for root in part.roots), tuple(names))
+    return PartCode(code_of(made).function, tuple(roots.index(root) for root in part.roots), tuple(names))

@@ -16,6 +16,7 @@ from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
+from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input
 from graftc.runtime.reference import Built, Kind, Reference
@@ -120,7 +121,7 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
         identity: of its base.
         values: whether the base has any.
     """
-    reference, built = Reference.of(compilation.source), Built.of(compilation.source)
+    reference, built = Reference.of(compilation.source), built_of(compilation.source)
     main = compilation.main
     return StateRecord(
         artifact="graftc.state",

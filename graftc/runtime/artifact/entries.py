@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import graftc
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import Identity, tensor_digest
 from graftc.compiler.inspect.snapshot import TensorRecord, as_plain
@@ -19,12 +18,12 @@ from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.ir.stored.serialise import SerialisationError, program_to_json
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.manifest import canonical_json
-from graftc.runtime.reference import Built, Reference
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.reference import Reference
 from graftc.specs.errors.diagnostics import warn
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import CompiledRunner
+from graftc.version import __version__
 
 
 def versions() -> dict[str, str]:
@@ -32,17 +31,17 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "graftc": graftc.__version__,
+        "graftc": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
-def base(compiled: CompiledRunner, reference: Reference, identity: Identity) -> dict[str, Any]:
+def base(compiled: AdaptedRunner, reference: Reference, identity: Identity) -> dict[str, Any]:
     """The entry for the base."""
     source, store = compiled.compilation.source, Store.mirror(compiled.compilation.source)
-    built = Built.of(source)
+    built = built_of(source)
     return {
         "kind": reference.kind,
         "reference": reference.text,
@@ -82,7 +81,7 @@ def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def places(compiled: CompiledRunner) -> dict[str, Any]:
+def places(compiled: AdaptedRunner) -> dict[str, Any]:
     """Adapted places and trained base tensors."""
     shot = compiled.snapshot
     trained = [
@@ -97,7 +96,7 @@ def places(compiled: CompiledRunner) -> dict[str, Any]:
     return {"sites": [as_plain(record) for record in shot.sites], "trained": trained}
 
 
-def signatures(compiled: CompiledRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def signatures(compiled: AdaptedRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The entries of all signatures, and the texts of their graphs by file."""
     texts: dict[str, str] = {}
     compilation = compiled.compilation
@@ -140,7 +139,7 @@ def _capture(capture: Capture, programs: Mapping[str, Program]) -> dict[str, Any
     }
 
 
-def constants(compiled: CompiledRunner) -> dict[str, Tensor]:
+def constants(compiled: AdaptedRunner) -> dict[str, Tensor]:
     """Tensors that graphs mention beside the model's and graftc's own."""
     captures = [c for found in compiled.compilation.signatures.values() for c in found.captures]
     return {name: tensor for c in captures for name, tensor in sorted(c.constants.items())}

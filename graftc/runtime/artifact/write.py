@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from graftc.compiler.capture.identity.fingerprint import identify
+from graftc.compiler.capture.identity.fingerprint import Identity, identify
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.inspect.pass_figures import passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
@@ -28,7 +28,8 @@ from graftc.runtime.artifact.manifest import (
 )
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.files import staged
-from graftc.runtime.model.runner import runner_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
 from graftc.runtime.tensor_files import save_tensors
@@ -37,15 +38,12 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec
 
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled, CompiledRunner
-
 BUNDLED = "base"
 """Folder of a base that travels inside its artifact."""
 
 
 def save(
-    compiled: Compiled | CompiledRunner,
+    compiled: ModelRoot | AdaptedRunner,
     path: str | Path,
     *,
     force: bool = False,
@@ -67,18 +65,21 @@ def save(
         full: digest every value of the base.
         bundle: writes the base itself into a folder, which then travels inside the artifact.
     """
-    runner: CompiledRunner = runner_of(compiled)
+    runner: AdaptedRunner = runner_of(compiled)
     require_values(runner)
     require_storable(runner)
     path = absolute_path(path)
-    with staged(path, force=force, replaceable=is_ours, sources=[local_folder(compiled.compilation.source)]) as folder:
+    with staged(path, force=force, replaceable=is_ours, sources=[local_folder(runner.compilation.source)]) as folder:
         folder.mkdir()
         if bundle is not None:
             bundle(folder / BUNDLED)
-        return _write(runner, folder, path, base, certificate, kept, full=full, bundled=bundle is not None)
+        source = runner.compilation.source
+        reference = Reference.of(source, base) if bundle is None else Reference("inside", BUNDLED)
+        identity = identify(source, full=full, replaced=runner.compilation.replaced)
+        return _write(runner, folder, path, reference, identity, certificate, kept)
 
 
-def require_values(compiled: CompiledRunner) -> None:
+def require_values(compiled: AdaptedRunner) -> None:
     """Refuse a model without weights.
 
     Raises:
@@ -88,7 +89,7 @@ def require_values(compiled: CompiledRunner) -> None:
         raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
 
 
-def require_storable(compiled: CompiledRunner) -> None:
+def require_storable(compiled: AdaptedRunner) -> None:
     """Refuse names that no artifact may have.
 
     Raises:
@@ -102,20 +103,15 @@ def require_storable(compiled: CompiledRunner) -> None:
 
 
 def _write(
-    compiled: CompiledRunner,
+    compiled: AdaptedRunner,
     folder: Path,
     path: Path,
-    base: str | None,
+    reference: Reference,
+    identity: Identity,
     certificate: Certificate | None,
     kept: Mapping[str, str],
-    *,
-    full: bool,
-    bundled: bool,
 ) -> Manifest:
     compilation = compiled.compilation
-    source = compilation.source
-    identity = identify(source, full=full, replaced=compilation.replaced)
-    reference = Reference("inside", BUNDLED) if bundled else Reference.of(source, base)
     signatures, graphs = entries.signatures(compiled)
     adapters = dict(adapter_tensors(compilation.store))
     constants = entries.constants(compiled)

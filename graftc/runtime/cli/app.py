@@ -51,9 +51,9 @@ def build_app() -> typer.Typer:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import graftc
+        from graftc.version import __version__
 
-        typer.echo(f"graftc {graftc.__version__}")
+        typer.echo(f"graftc {__version__}")
         raise typer.Exit
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,13 +99,13 @@ def convert(
         if is_peft(directory):
             _require_none(given, _OF_ARTIFACTS, "an adapter folder")
             step("converting")
-            folder = _folder(directory, place, to, source, add, join, split, model, force)
-            found = _of_folder(folder)
+            found = _of_folder(_folder(directory, place, to, model, _Layout(source, add, join, split), force))
         else:
             _require_none(given, _OF_FOLDERS, "an artifact")
             step("loading")
-            converted = _artifact(directory, place, to, model, names, rank, error, into_base, force, step)
-            found = _of_artifact(converted)
+            _require_lora(to)
+            wanted = {"names": names, "rank": rank, "error": error, "into_base": into_base or ()}
+            found = _of_artifact(_artifact(directory, place, model, wanted, force, step))
 
     from graftc.runtime.cli.deployed import files_in, print_files
 
@@ -127,15 +129,22 @@ def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> N
             raise GraftError("GC090", f"--{word} is not for {what}", hint="graftc convert --help says what is")
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How an adapter folder is laid out, and what becomes of its maps: options of the command."""
+
+    source: str | None
+    add: list[Path] | None
+    join: list[str] | None
+    split: list[str] | None
+
+
 def _folder(
     directory: Path,
     place: Path | None,
     to: str | None,
-    source: str | None,
-    add: list[Path] | None,
-    join: list[str] | None,
-    split: list[str] | None,
     model: str | None,
+    layout: _Layout,
     force: bool,
 ) -> ConvertedFolder:
     from graftc.runtime.interop.layouts.convert import convert_folder
@@ -147,31 +156,35 @@ def _folder(
         from graftc.runtime.interop.layouts.convert import AdapterSource
 
         base = None if model is None else Path(model)
-        if join or split:
+        if layout.join or layout.split:
             raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
-        return convert_to_gguf(AdapterSource.of(directory, source, add or (), base), place, base, force=force)
+        return convert_to_gguf(
+            AdapterSource.of(directory, layout.source, layout.add or (), base), place, base, force=force
+        )
     return convert_folder(
         directory,
         place,
         to or "peft",
-        source=source,
-        add=add or (),
-        join=join or (),
-        apart=split or (),
+        source=layout.source,
+        add=layout.add or (),
+        join=layout.join or (),
+        apart=layout.split or (),
         model=None if model is None else Path(model),
         force=force,
     )
 
 
+def _require_lora(to: str | None) -> None:
+    if to not in (None, LORA):
+        hint = "graftc export --format peft writes an adapter folder, which graftc convert takes to other layouts"
+        raise GraftError("GC090", f"an artifact is not converted to {to!r}", hint=hint)
+
+
 def _artifact(
     directory: Path,
     place: Path | None,
-    to: str | None,
     model: str | None,
-    names: list[str] | None,
-    rank: int | None,
-    error: float | None,
-    into_base: list[str] | None,
+    wanted: Mapping[str, Any],
     force: bool,
     step: Any,
 ) -> Converted:
@@ -180,15 +193,12 @@ def _artifact(
     from graftc.runtime.files import check_apart, check_destination
     from graftc.runtime.model.runner import runner_of
 
-    if to not in (None, LORA):
-        hint = "graftc export --format peft writes an adapter folder, which graftc convert takes to other layouts"
-        raise GraftError("GC090", f"an artifact is not converted to {to!r}", hint=hint)
     if place is not None:
         check_apart(place, directory, model)
         check_destination(place, force=force, replaceable=is_ours)
     compiled = load(directory, model)
     step("converting")
-    converted: Converted = runner_of(compiled).convert(names, rank=rank, error=error, into_base=into_base or ())
+    converted: Converted = runner_of(compiled).convert(**wanted)
     if place is not None:
         step("writing")
         converted.save(place, force=force)

@@ -226,7 +226,7 @@ def _to_peft(
             check_destination(to, force=force, replaceable=is_exported)
         step("loading")
         from graftc.runtime.api import load
-        from graftc.runtime.deploy.deployed import deployed
+        from graftc.runtime.export.simplest import deployed
         from graftc.runtime.model.runner import runner_of
 
         compilation = deployed(runner_of(load(directory, model))).compilation

@@ -58,8 +58,10 @@ def import_peft(
         from graftc.runtime.deploy.merged import certificate_of
         from graftc.runtime.interop.peft.expert_layouts import pairs_in
         from graftc.runtime.interop.peft.pairs import as_data
-        from graftc.runtime.loading.peft_several import each_alone, names_of
+        from graftc.runtime.interop.peft.several import names_of
+        from graftc.runtime.model.runner import runner_of
         from graftc.runtime.models import load_model_and_inputs
+        from graftc.runtime.offered.adapters import Adapters
 
         loaded, inputs = load_model_and_inputs(model)
         step("compiling")
@@ -69,7 +71,7 @@ def import_peft(
         if to is not None:
             step("writing")
             save(compiled, to, force=force, base=model, certificate=certificate, kept=kept)
-        alone = [compiled] if single else each_alone(compiled, names_of(directories))
+        alone = [compiled] if single else Adapters(runner_of(compiled)).each_alone(names_of(directories))
         pairs = (pairs_in(given, own.compilation) for given, own in zip(adapters, alone, strict=True))
         tensors = as_data(list(dict.fromkeys(pair for found in pairs for pair in found)))
 

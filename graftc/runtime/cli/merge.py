@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,9 @@ def merge(
 
     to = destination(out, dry_run=dry_run)
     if stream or is_peft(directory):
-        _merge_files(directory, to, model, dtype, budget, partial, allow_unchanged, force, json)
+        _require_files_alone(partial, budget)
+        chosen = {"dtype": _element_type(dtype), "allow_unchanged": allow_unchanged, "force": force}
+        _merge_files(directory, to, model, chosen, json)
         return
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
@@ -102,38 +105,35 @@ def merge(
     print_files(to, files)
 
 
-def _merge_files(
-    directory: Path,
-    to: Path | None,
-    model: str | None,
-    dtype: DType | None,
-    budget: float | None,
-    partial: bool,
-    allow_unchanged: bool,
-    force: bool,
-    json: bool,
-) -> None:
-    """Merge file by file."""
-    from graftc.runtime.cli.output import print_json, steps, throughput, working
+def _require_files_alone(partial: bool, budget: float | None) -> None:
+    """Refuse what needs the model where that is not loaded.
+
+    Raises:
+        GraftError: GC090.
+    """
     from graftc.specs.errors.diagnostics import GraftError
 
     if partial or budget is not None:
         option = "--partial" if partial else "--budget"
         message = f"{option} needs the model, which is not loaded here"
         raise GraftError("GC090", message, hint=f"leave out {option}, or --stream")
+
+
+def _merge_files(
+    directory: Path,
+    to: Path | None,
+    model: str | None,
+    options: Mapping[str, Any],
+    json: bool,
+) -> None:
+    """Merge file by file."""
+    from graftc.runtime.cli.output import print_json, steps, throughput, working
+
     with working(json) as warnings, steps(json) as step:
         step("reading")
         from graftc.runtime.streaming.merging import merge_checkpoint
 
-        made = merge_checkpoint(
-            directory,
-            model,
-            to,
-            dtype=_element_type(dtype),
-            allow_unchanged=allow_unchanged,
-            force=force,
-            progress=throughput(step, "merging"),
-        )
+        made = merge_checkpoint(directory, model, to, progress=throughput(step, "merging"), **options)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldStep
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, values_of
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation
 from graftc.specs.claims import SiteKind
@@ -30,11 +31,18 @@ from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
 from graftc.specs.target import Target
 
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
-
 Kind = Literal["concatenation", "linear", "svd", "ties", "dare"]
 KINDS: tuple[Kind, ...] = ("concatenation", "linear", "svd", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How adaptations are combined: see `Combining.combine`."""
+
+    kind: Kind
+    rank: int | None
+    density: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Combined:
             norm of that. 0 up to rounding for a concatenation; of ``linear``, from the weighted sum of the updates.
     """
 
-    compiled: Compiled
+    compiled: Any
     name: str
     errors: Mapping[str, float]
 
@@ -59,11 +67,14 @@ class Combined:
 
 
 class Combining:
-    """The part of `Compiled` that makes one adaptation of several."""
+    """Makes one adaptation of several.
 
-    training: bool
-    _compilation: Compilation
-    sibling: Callable[..., Compiled]
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     @in_every_process
     @with_every_adaptation
@@ -97,7 +108,7 @@ class Combining:
             GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
                 names that are none.
         """
-        compilation = self._compilation
+        compilation = self.runner.compilation
         chosen = _chosen(compilation, names)
         factors = [1.0] * len(names) if weights is None else list(weights)
         if kind not in KINDS or len(factors) != len(names) or not 0 < density <= 1 or (rank is not None and rank < 1):
@@ -106,17 +117,18 @@ class Combining:
                 "combining takes one weight for each adaptation, a density in (0, 1] and a rank of at least 1",
                 hint=f"the kinds are: {', '.join(KINDS)}",
             )
+        way = _Way(kind, rank, density, seed)
         made: dict[SiteKey, Factors] = {}
         errors: dict[str, float] = {}
         sites = _sites(chosen)
         for site in sites:
-            made[site.key], errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
+            made[site.key], errors[str(site.key)] = _at(compilation, chosen, factors, site, way)
         values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) not in names}
         values |= values_of(name, made, sites)
         new = lora_of(name, _target(chosen, sites), made, sites)
         spec = _spec(compilation.spec, chosen[0], names, new)
-        result = self.sibling(spec, values)
-        result.train(self.training)
+        result = self.runner.sibling(spec, values)
+        result.train(self.runner.training)
         return Combined(result, name, errors)
 
 
@@ -172,27 +184,24 @@ def _at(
     chosen: Sequence[Resolved],
     weights: Sequence[float],
     site: LinearSite,
-    kind: Kind,
-    rank: int | None,
-    density: float,
-    seed: int,
+    way: _Way,
 ) -> tuple[Factors, float]:
     """The factors, scaled by 1, and the error at one site, in float64."""
     present = [number for number, item in enumerate(chosen) if _is_at(item, site)]
-    if kind in ("concatenation", "linear"):
+    if way.kind in ("concatenation", "linear"):
         own, factors = [chosen[number] for number in present], [weights[number] for number in present]
-        return _of_factors(compilation, own, factors, site, kind)
+        return _of_factors(compilation, own, factors, site, way.kind)
     updates = [_update(compilation, item, site) for item in chosen]
     scaled = torch.stack([weight * update for weight, update in zip(weights, updates, strict=True)])
-    if kind == "ties":
-        wanted = _ties(scaled, density)
-    elif kind == "dare":
-        wanted = _dare(scaled, density, seed, str(site.key))
+    if way.kind == "ties":
+        wanted = _ties(scaled, way.density)
+    elif way.kind == "dare":
+        wanted = _dare(scaled, way.density, way.seed, str(site.key))
     else:
         wanted = scaled.sum(0)
     limit = min(wanted.shape[-2:])
     largest = max(_rank(chosen[number], site, limit) for number in present)
-    made = Decomposition(wanted).factors(min(rank or largest, limit))
+    made = Decomposition(wanted).factors(min(way.rank or largest, limit))
     return made, distance(made.update, wanted)
 
 

@@ -15,7 +15,7 @@ from graftc.compiler.folding.route_evidence import TIMES, Flips, RouteEvidence, 
 from graftc.compiler.folding.samples import samples
 from graftc.passes.core.ops.route import Routes
 from graftc.passes.graph.route_choices import choices_of
-from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 __all__ = ["OutputComparison", "compared"]
@@ -37,7 +37,7 @@ class OutputComparison:
     """
 
     def __init__(self, before: ModelRunner, after: ModelRunner, inputs: Mapping[str, Tensor]) -> None:
-        base = before._compilation.program("eval", "base", before.signature_in_eval(inputs))
+        base = before.compilation.program("eval", "base", before.signature_in_eval(inputs))
         self._model, self._inputs = after, inputs
         self._modules = {node.name: str(node.meta.get("module", "")) for node in choices_of(base)}
         first, self._own = Routes(), Routes()
@@ -130,7 +130,7 @@ def compared(before: ModelRunner, after: ModelRunner) -> OutputComparison:
     Raises:
         GraftError: GC051 where the models do not run on random inputs, and nobody gave others.
     """
-    inputs = samples(before._compilation)
+    inputs = samples(before.compilation)
     try:
         return OutputComparison(before, after, inputs)
     except (RuntimeError, ValueError, LookupError) as error:

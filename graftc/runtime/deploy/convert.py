@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,13 @@ from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
+from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, stored_dtype, target_of, values_of
-from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.deploy.merged_folder import write_merged
+from graftc.runtime.deploy.merging import Merging
+from graftc.runtime.deploy.partial import Partial
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.runner import runner_of
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation
 from graftc.specs.base import MethodSpec
@@ -34,10 +39,6 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
-    from graftc.runtime.deploy.partial import Partial
 
 _PROBES = 16
 _SLACK = 1e-6
@@ -78,11 +79,11 @@ class Converted:
         partial: what was folded into a base of its own first; None where nothing was.
     """
 
-    compiled: Compiled
+    compiled: Any
     sites: tuple[ConvertedSite, ...]
     outputs: Mapping[str, float]
     largest_output: float
-    partial: Partial | None = None
+    partial: Partial[Any, Any] | None = None
 
     @property
     def largest_error(self) -> float:
@@ -102,20 +103,22 @@ class Converted:
             GraftError: as `Compiled.save`.
         """
         if self.partial is None:
-            return self.compiled.save(path, force=force)
-        from graftc.runtime.artifact.write import save
-        from graftc.runtime.deploy.merged_folder import write_merged
-
+            made: Path = self.compiled.save(path, force=force)
+            return made
         merged = self.partial.merged
-        save(self.compiled, Path(path), force=force, bundle=lambda folder: write_merged(merged, folder))
+        save(runner_of(self.compiled), Path(path), force=force, bundle=lambda folder: write_merged(merged, folder))
         return Path(path)
 
 
-class Converting(ModelRunner):
-    """The part of `Compiled` that makes LoRA of other adaptations."""
+class Converting:
+    """Makes LoRA of other adaptations.
 
-    sibling: Callable[..., Compiled]
-    merge_partially: Callable[..., Partial]
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     @isolated()
     @in_every_process
@@ -151,11 +154,11 @@ class Converting(ModelRunner):
         if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):
             raise GraftError("GC002", "converting takes a rank of at least 1, and an error in (0, 1)")
         if into_base:
-            partial = self.merge_partially(only=into_base)
-            made = partial.compiled._graftc.convert(names, rank=rank, error=error)
-            outputs, largest = _outputs(self, made.compiled._graftc)
+            partial = Merging(self.runner).merge_partially(only=into_base)
+            made = Converting(runner_of(partial.compiled)).convert(names, rank=rank, error=error)
+            outputs, largest = _outputs(self.runner, runner_of(made.compiled))
             return Converted(made.compiled, made.sites, outputs, largest, partial)
-        compilation = self._compilation
+        compilation = self.runner.compilation
         chosen = _chosen(compilation, names)
         conversion = _Conversion(compilation, fold_plan(compilation), chosen, rank, error)
         conversion.run()
@@ -163,13 +166,13 @@ class Converting(ModelRunner):
         sites = conversion.checked(result)
         if error is not None:
             _require_within(sites, error)
-        outputs, largest = _outputs(self, result._graftc)
+        outputs, largest = _outputs(self.runner, runner_of(result))
         return Converted(result, sites, outputs, largest)
 
-    def _with_loras(self, conversion: _Conversion) -> Compiled:
+    def _with_loras(self, conversion: _Conversion) -> Any:
         """The model with the new adaptations. Targets stay as they were written where a LoRA has the same sites there,
         and name modules otherwise."""
-        kept = {n: t for n, t in adapter_values(self._compilation.store) if owner_of(n) not in conversion.sites}
+        kept = {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in conversion.sites}
         for written in (True, False):
             values = dict(kept)
             loras = {}
@@ -178,14 +181,14 @@ class Converting(ModelRunner):
                 loras[name] = lora_of(name, target, conversion.made[name], sites)
                 values |= values_of(name, conversion.made[name], sites)
             try:
-                result = self.sibling(_spec(self._compilation.spec, loras, conversion.below), values)
+                result = self.runner.sibling(_spec(self.runner.compilation.spec, loras, conversion.below), values)
             except GraftError:
                 if written:
                     continue
                 raise
-            other = _elsewhere(result._graftc._compilation, conversion.sites)
+            other = _elsewhere(runner_of(result).compilation, conversion.sites)
             if other is None:
-                result.train(self.training)
+                result.train(self.runner.training)
                 return result
         raise GraftError("GC066", f"no target of a LoRA selects exactly the sites of {other!r}")
 
@@ -263,13 +266,13 @@ class _Conversion:
         self._probes[name, site.key] = probe, wanted @ probe
         self._found.append(ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan")))
 
-    def checked(self, result: Compiled) -> tuple[ConvertedSite, ...]:
+    def checked(self, result: Any) -> tuple[ConvertedSite, ...]:
         """The sites with what the LoRAs, as they were compiled, add to the weights there.
 
         Raises:
             GraftError: GC067 where that is not what was measured.
         """
-        compilation = result._graftc._compilation
+        compilation = runner_of(result).compilation
         places = {(r.name, site.key): site for r in compilation.main.resolved for site, _ in r.places}
         errors: dict[tuple[str, str], float] = {}
         for _, updates in _updates(lazy_tensors_of(compilation), self.sites):
@@ -374,9 +377,9 @@ def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
         raise GraftError("GC067", message, hint=hint, details=lines)
 
 
-def _outputs(before: Converting, after: Converting) -> tuple[dict[str, float], float]:
+def _outputs(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, float], float]:
     """Differences of two models' outputs on random inputs, and the largest number among them."""
-    compilation = before._compilation
+    compilation = before.compilation
     program = compilation.program("train", "base")
     inputs = samples(compilation)
     differences: dict[str, float] = {}
@@ -388,4 +391,4 @@ def _outputs(before: Converting, after: Converting) -> tuple[dict[str, float], f
     return differences, largest
 
 
-__all__ = ["Converted", "ConvertedSite", "Converting"]
+__all__ = ["AdaptedRunner", "Converted", "ConvertedSite"]

@@ -3,94 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, get_args
+from typing import Any, Generic, get_args
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graftc.compiler.capture.identity.fingerprint import identify
-from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate, require_changed
-from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors
+from graftc.compiler.folding.certify import Advance, Folded, fold_tensors
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.compiler.folding.requantise import BaseForm, Repacked, budget_of, requantised
-from graftc.passes.core.build.effective_weight import NO_BIAS
 from graftc.passes.core.ir.printer import structural_hash
-from graftc.passes.core.ir.program import Program, provenance
-from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.ir.program import Program
 from graftc.passes.graph.remove_folded import take_out
 from graftc.runtime.deploy.comparing import compared
-from graftc.runtime.deploy.folded_store import folded_store
+from graftc.runtime.deploy.folded_runner import FoldedRunner
+from graftc.runtime.deploy.merged_folder import save_merged
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
-from graftc.runtime.model.blocks import Root
+from graftc.runtime.export.gguf.model import export_merged
+from graftc.runtime.interop.transformers import to_transformers
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.generation import GENERATING, Generating, loop_attribute
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
-from graftc.runtime.progress import during
+from graftc.runtime.progress import working
 from graftc.specs.errors.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import FileType
 
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled, CompiledRunner
 
+class ExportingMerged(Exporting[FoldedRunner]):
+    """Exports a merged model."""
 
-class MergedRunner(Exporting):
-    """All that a `Merged` does.
-
-    Attributes:
-        certificate: the evidence for the fold.
-        folded: whose adaptations have gone into the weights.
-        kept: those that have not been folded, with the reason; only folding what folds leaves any.
-        changed: names of the tensors that folding has changed or added.
-    """
-
-    certificate: Certificate
-
-    def __init__(
-        self,
-        compilation: Compilation,
-        fold: FoldPlan,
-        made: Folded,
-        packed: Mapping[str, tuple[Tensor, ...]],
-        *,
-        full: bool,
-    ) -> None:
-        self._additions, self.changed = made.additions, tuple(made.tensors)
-        self.folded, self.kept = fold.names, fold.reasons()
-        super().__init__(compilation, folded_store(compilation, fold, made, packed, full=full))
-
-    def _program_of(self, key: ProgramKey) -> Program:
-        if key.entry != "forward":
-            return super()._program_of(key)
-        if key.mode != "eval":
-            raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
-        return _folded_program(super()._program_of(key), self.folded, self._additions)
-
-    def _start_in_modes(self, module: Root) -> None:
-        """See `ModelRunner`. In eval mode, whatever mode the source is in."""
-        module.eval()
-
-    def entering(self, mode: bool) -> bool:
-        """Folded models are for deployment: only eval mode exists."""
-        if mode:
-            raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
-        return False
-
-    def folded_state_dict(self) -> dict[str, Tensor]:
-        """The base's tensors with the folded ones in place, by the source model's names (tied names included). Of a
-        weight that is packed, what is stored of it, as in the state dict of the compiled model."""
-        own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
-        return {name: tensor.detach() for name, tensor in own}
+    def evidence(self) -> tuple[Sequence[str], Certificate | None]:
+        """See `Exporting`."""
+        return self.runner.folded, self.runner.certificate
 
     def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:
         """See `Exporting`."""
-        from graftc.runtime.export.gguf.model import export_merged
+        return export_merged(self.runner, path, dtype=dtype, force=force)
 
-        return export_merged(self, path, dtype=dtype, force=force)
+
+class MergedRunner(FoldedRunner):
+    """All that a `Merged` does."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What generates, and what exports."""
+        if name in GENERATING:
+            return getattr(Generating(self), name)
+        return ExportingMerged(self).export if name == "export" else loop_attribute(self, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *GENERATING, "export"})
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write a folder that transformers loads, with the base's tokenizer, and ``graftc.json``: the certificate, the
@@ -104,8 +72,6 @@ class MergedRunner(Exporting):
             GraftError: GC050 where something is left in the graph, GC052 when the class has no place for a folded
                 tensor, GC063 when something else is there, GC064 when it cannot be written.
         """
-        from graftc.runtime.deploy.merged_folder import save_merged
-
         return save_merged(self, as_path(path), force=force)
 
     def to_transformers(self) -> Any:
@@ -114,8 +80,6 @@ class MergedRunner(Exporting):
         Raises:
             GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
         """
-        from graftc.runtime.interop.transformers import to_transformers
-
         return to_transformers(self)
 
 
@@ -130,7 +94,7 @@ class Merged(ModelRoot, Generic[M]):
     _graftc: MergedRunner
 
     save = Published(MergedRunner.save)
-    export = Published(MergedRunner.export)
+    export = Published(ExportingMerged.export)
     folded_state_dict = Published(MergedRunner.folded_state_dict)
 
     def to_transformers(self) -> M:
@@ -158,40 +122,8 @@ class Merged(ModelRoot, Generic[M]):
         return self._graftc.kept
 
 
-def _folded_program(program: Program, names: Collection[str], additions: tuple[str, ...]) -> Program:
-    """An eval Program without what has folded, reading added biases where there are any."""
-    folded = take_out(program, names)
-    _add_biases(folded, additions)
-    return folded
-
-
-def _add_biases(program: Program, additions: Collection[str]) -> None:
-    """Let maps read the biases that folding has made, and adaptations above that look at a map's bias."""
-    graph, wanted = program.graph, set(additions)
-    for node in list(graph.nodes) if wanted else ():
-        name = added_bias(node) if node.op == "call_function" else ""
-        if name not in wanted:
-            continue
-        inserted = provenance(node)
-        looks = inserted is not None and inserted["part"] == NO_BIAS
-        maps = inserted is None and node.target is torch.ops.aten.linear.default and len(node.args) == 2
-        if not (looks or maps):
-            continue
-        with graph.inserting_before(node):
-            bias = graph.get_attr(name)
-        value = node.meta["val"]
-        bias.meta = {"val": value.new_empty(value.shape[-1]), "module": node.meta["module"]}
-        if looks:
-            with graph.inserting_before(node):
-                cast = graph.call_function(torch.ops.aten.to.dtype, (bias, value.dtype))
-            cast.meta = dict(node.meta)
-            node.replace_all_uses_with(cast)
-        else:
-            node.args = (*node.args, bias)
-
-
 def merge(
-    compiled: Compiled | CompiledRunner,
+    compiled: ModelRoot | AdaptedRunner,
     budget: float | None = None,
     advance: Advance = lambda _: None,
     *,
@@ -224,7 +156,7 @@ def require_passed(certificate: Certificate) -> None:
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
 
 
-def require_decided(compiled: Compiled | CompiledRunner, base: BaseForm | None) -> None:
+def require_decided(compiled: ModelRoot | AdaptedRunner, base: BaseForm | None) -> None:
     """Refuse a merge into packed weights of which it is not said what becomes of them.
 
     Raises:
@@ -244,7 +176,7 @@ def require_decided(compiled: Compiled | CompiledRunner, base: BaseForm | None) 
         raise GraftError("GC166", "no weight of the base is packed", hint="leave base out: a merge rounds once")
 
 
-def require_weights(runner: CompiledRunner) -> None:
+def require_weights(runner: AdaptedRunner) -> None:
     """Refuse a model without values.
 
     Raises:
@@ -254,9 +186,8 @@ def require_weights(runner: CompiledRunner) -> None:
         raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
 
 
-@during("folding")
 def fold(
-    compiled: Compiled | CompiledRunner,
+    compiled: ModelRoot | AdaptedRunner,
     budget: float | None = None,
     *,
     every: bool = False,
@@ -280,12 +211,23 @@ def fold(
             GC091 for an unknown name in ``only``; GC073 for a budget that is not a number.
     """
     budget = as_budget(budget)
-    runner: CompiledRunner = runner_of(compiled)
-    compilation = runner.compilation
+    runner: AdaptedRunner = runner_of(compiled)
+    with working("folding", runner):
+        return _fold(runner, budget, _plan(runner, only, every=every), advance, base)
+
+
+def _plan(runner: AdaptedRunner, only: Sequence[str] | None, *, every: bool) -> FoldPlan:
     require_weights(runner)
-    plan = fold_plan(compilation, only)
+    plan = fold_plan(runner.compilation, only)
     if every and plan.kept:
         raise next(iter(plan.kept.values()))
+    return plan
+
+
+def _fold(
+    runner: AdaptedRunner, budget: float | None, plan: FoldPlan, advance: Advance, base: BaseForm | None
+) -> Merged:
+    compilation = runner.compilation
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
     with torch.no_grad():
         unfolded = take_out(compilation.program("eval"), plan.kept) if plan.kept else None
@@ -298,7 +240,7 @@ def fold(
     return merged
 
 
-def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | None, dict[str, str]]:
+def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | None, dict[str, str]]:
     """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason.
 
     Raises:
@@ -313,9 +255,9 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
 
 
 def _certify(
-    compiled: CompiledRunner, merged: MergedRunner, folded: Folded, repacked: Repacked, budget: float | None
+    compiled: AdaptedRunner, merged: FoldedRunner, folded: Folded, repacked: Repacked, budget: float | None
 ) -> Certificate:
-    compilation, additions = compiled.compilation, merged._additions
+    compilation, additions = compiled.compilation, merged.additions
     base = compilation.program("eval", "base")
     comparison = compared(compiled, merged)
     chosen = budget if budget is not None else compilation.spec.fold.budget.logits
@@ -329,7 +271,7 @@ def _certify(
     comparison.allow(chosen or 0.0, packed)
     notes: tuple[str, ...] = ()
     if doubted or not comparison.explained:
-        weights = {name: merged._store.get(name) for name in merged.changed}
+        weights = {name: merged.store.get(name) for name in merged.changed}
         weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
 
         def enough(noise: float) -> bool:
@@ -345,7 +287,7 @@ def _certify(
         notes += (f"the fold is not exact: {count} that it changes were packed again",)
     elif compilation.store.packed:
         notes += ("the base's weights are packed; what was folded is in full precision",)
-    program = merged._program_of(compilation.key("eval"))
+    program = merged.program_of(compilation.key("eval"))
     if merged.kept:
         program = take_out(program, merged.kept)
     return Certificate(

@@ -5,37 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed
 from graftc.runtime.companions import companions_of_model
+from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.files import staged
-from graftc.runtime.interop.transformers import no_place, require_plain
-from graftc.runtime.model.runner import runner_of
+from graftc.runtime.interop.transformers import no_place, require_plain, to_transformers
+from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.models import local_folder, quiet_transformers
 from graftc.runtime.tensor_files import save_tensors, writing
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
-if TYPE_CHECKING:
-    from graftc.runtime.deploy.merged import Merged, MergedRunner
 
-
-def save_merged(merged: MergedRunner, path: Path, *, force: bool = False) -> Path:
+def save_merged(merged: FoldedRunner, path: Path, *, force: bool = False) -> Path:
     """Write a merged model. See `Merged.save`."""
     if merged.kept:
         name, reason = next(iter(merged.kept.items()))
         raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="merge it, or save an artifact")
-    origin = local_folder(merged._compilation.source)
+    origin = local_folder(merged.compilation.source)
     with staged(path, force=force, replaceable=is_ours, sources=[origin]) as folder:
         write_merged(merged, folder)
         data = {
             "merged": "graftc",
             "schema_version": SCHEMA_VERSION,
-            "spec": dump_spec(merged._compilation.spec),
+            "spec": dump_spec(merged.compilation.spec),
             "base": merged.certificate.fingerprint,
             "certificate": merged.certificate.to_json(),
             "files": dict(listed(folder)),
@@ -44,7 +42,7 @@ def save_merged(merged: MergedRunner, path: Path, *, force: bool = False) -> Pat
     return path
 
 
-def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
+def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
     """Write the model itself, with its tokenizer where the base has one, and return it.
 
     A model without a config has its folded weights in ``model.safetensors``, by the source's own names.
@@ -52,20 +50,20 @@ def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
     Raises:
         GraftError: GC052 when the class has no place for a folded tensor; OSError: it cannot be written.
     """
-    merged = runner_of(merged)
-    require_plain(merged._store)
+    runner: FoldedRunner = runner_of(merged)
+    require_plain(runner.store)
     folder.mkdir()
-    source = merged._compilation.source
+    source = runner.compilation.source
     weights = folder / "model.safetensors"
     if config_of(source) is None:
-        if merged._additions:
-            raise no_place(merged._additions, source)
-        aliases = merged._compilation.store.aliases
-        known = {*source.state_dict(), *merged._compilation.store.packed}
-        own = {n: t for n, t in merged.folded_state_dict().items() if n not in aliases and n in known}
+        if runner.additions:
+            raise no_place(runner.additions, source)
+        aliases = runner.compilation.store.aliases
+        known = {*source.state_dict(), *runner.compilation.store.packed}
+        own = {n: t for n, t in runner.folded_state_dict().items() if n not in aliases and n in known}
         save_tensors(own, weights)
         return source
-    model = merged.to_transformers()
+    model = to_transformers(runner)
     with quiet_transformers(), writing(weights):
         model.save_pretrained(folder)
         _repeat_rotation(folder / "config.json")

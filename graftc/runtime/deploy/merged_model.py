@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from graftc.compiler.resolve.untie import sharing_copy
-from graftc.runtime.model.runner import runner_of
+from graftc.runtime.deploy.folded_runner import FoldedRunner
+from graftc.runtime.interop.transformers import to_transformers
+from graftc.runtime.model.runner import ModelRoot, runner_of
 
-if TYPE_CHECKING:
-    from graftc.runtime.deploy.merged import Merged, MergedRunner
 
-
-def base_of(merged: Merged | MergedRunner) -> Any:
+def base_of(merged: ModelRoot | FoldedRunner) -> Any:
     """A model with the folded weights: of the source's own class as `Merged.to_transformers` gives it, and where
     weights are packed a copy of the source that holds what is packed.
 
     Raises:
         GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
     """
-    runner = runner_of(merged)
-    if not runner._store.packed:
-        return runner.to_transformers()
-    made: nn.Module = sharing_copy(runner._compilation.model)
+    runner: FoldedRunner = runner_of(merged)
+    if not runner.store.packed:
+        return to_transformers(runner)
+    made: nn.Module = sharing_copy(runner.compilation.model)
     tensors = runner.folded_state_dict()
     for path, module in made.named_modules():
         for name, parameter in module._parameters.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.deploy.merged import require_weights
 from graftc.runtime.interop.transformers import no_place
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import CompiledRunner
 
 
 class MergedTensors(Iterator[tuple[str, Tensor]]):
@@ -38,7 +35,7 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
 
     digests: dict[str, str]
 
-    def __init__(self, compiled: CompiledRunner, *, digests: bool = False) -> None:
+    def __init__(self, compiled: AdaptedRunner, *, digests: bool = False) -> None:
         compilation = compiled.compilation
         require_weights(compiled)
         plan = fold_plan(compilation)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
+from torch import nn
 
+from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import Certificate, require_changed
 from graftc.compiler.folding.certify import Advance
@@ -22,12 +24,15 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.comparing import compared
-from graftc.runtime.deploy.merged import Merged, MergedRunner, fold, require_decided, require_passed
+from graftc.runtime.deploy.folded_runner import FoldedRunner
+from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
 from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
-from graftc.runtime.model.runner import M, runner_of
+from graftc.runtime.export.adapted import ExportingAdapted
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.runner import M, ModelRoot, runner_of
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import as_path
@@ -35,12 +40,16 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import options_for
 
 if TYPE_CHECKING:
-    from graftc.compiler.capture.interface import ExampleInputs
-    from graftc.runtime.compiled import Compiled, CompiledRunner
+    from typing_extensions import TypeVar as DefaultingTypeVar
+
+    C = DefaultingTypeVar("C", bound=nn.Module, default=Any, covariant=True)
+else:
+    C = TypeVar("C", bound=nn.Module, covariant=True)
+"""The class of a compiled model."""
 
 
 @dataclass(frozen=True)
-class Partial(Generic[M]):
+class Partial(Generic[M, C]):
     """What folding some adaptations gives; saved, an artifact that holds its own base.
 
     Attributes:
@@ -50,7 +59,7 @@ class Partial(Generic[M]):
     """
 
     merged: Merged[M]
-    compiled: Compiled[M]
+    compiled: C
     certificate: Certificate
 
     @property
@@ -69,7 +78,9 @@ class Partial(Generic[M]):
         Raises:
             GraftError: as `Compiled.save`; GC166 where the base is packed.
         """
-        return save(self.compiled, path, force=force, bundle=lambda folder: write_merged(self.merged, folder))
+        return save(
+            runner_of(self.compiled), path, force=force, bundle=lambda folder: write_merged(self.merged, folder)
+        )
 
     def export(
         self,
@@ -89,18 +100,18 @@ class Partial(Generic[M]):
             hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
             raise GraftError("GC060", f"what a partial merge leaves cannot be {name!r}", hint=hint)
         options = options_for(format, {"example_inputs": example_inputs, "inputs": inputs})
-        runner = self.compiled._graftc
-        return runner.written(as_path(path), format, options, self.certificate, self.folded, force=force)
+        exporting = ExportingAdapted(runner_of(self.compiled))
+        return exporting.written(as_path(path), format, options, self.certificate, self.folded, force=force)
 
 
 def merge_partially(
-    compiled: Compiled | CompiledRunner,
+    compiled: ModelRoot | AdaptedRunner,
     budget: float | None = None,
     *,
     only: Sequence[str] | None = None,
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
-) -> Partial:
+) -> Partial[Any, Any]:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
     require_decided(compiled, base)
@@ -109,7 +120,7 @@ def merge_partially(
 
 
 def _folded(
-    compiled: Compiled | CompiledRunner,
+    compiled: ModelRoot | AdaptedRunner,
     budget: float | None,
     advance: Advance = lambda _: None,
     *,
@@ -138,8 +149,8 @@ def _require_any(merged: Merged) -> None:
     raise GraftError("GC050", message, hint=hint, details=reasons)
 
 
-def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
-    runner: CompiledRunner = runner_of(compiled)
+def _partial(compiled: ModelRoot | AdaptedRunner, merged: Merged) -> Partial[Any, Any]:
+    runner: AdaptedRunner = runner_of(compiled)
     compilation = runner.compilation
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
@@ -150,14 +161,14 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
 
 
 def merge_what_folds(
-    compiled: Compiled | CompiledRunner,
+    compiled: ModelRoot | AdaptedRunner,
     budget: float | None = None,
     advance: Advance = lambda _: None,
     *,
     dtype: torch.dtype | None = None,
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
-) -> Merged | Partial:
+) -> Merged | Partial[Any, Any]:
     """A merged model where everything folds, and otherwise what `merge_partially` gives.
 
     Args:
@@ -197,7 +208,7 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 
 @torch.no_grad()
-def _with_outputs(merged: MergedRunner, before: CompiledRunner, after: CompiledRunner) -> Certificate:
+def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner) -> Certificate:
     """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
     certificate = merged.certificate
     found = compared(before, after)

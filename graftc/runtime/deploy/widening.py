@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,20 @@ from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.packing.modules import hold_values
-from graftc.runtime.model.runner import runner_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.base import BaseOptions
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled, CompiledRunner
 
 NARROW = (torch.bfloat16, torch.float16)
 """What can be widened, to float32."""
 
 
 def widened(
-    compiled: Compiled | CompiledRunner, dtype: torch.dtype | None, base: BaseForm | None = None
-) -> CompiledRunner:
+    compiled: ModelRoot | AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | None = None
+) -> AdaptedRunner:
     """The compiled model with every 16-bit tensor in ``dtype``: the base's values are the same, to the bit.
 
     The graphs are captured anew, of a copy of the source model, in which packed weights have their values. Where
@@ -39,7 +37,7 @@ def widened(
         GraftError: GC073 for what is not a dtype, for one that is not wider than the model's, and where weights are to
             be packed again, as values of their own type.
     """
-    runner: CompiledRunner = runner_of(compiled)
+    runner: AdaptedRunner = runner_of(compiled)
     if dtype is None or dtype == runner.dtype:
         return runner
     if not isinstance(dtype, torch.dtype):
@@ -54,7 +52,7 @@ def widened(
         raise GraftError("GC073", "packed weights keep their type", hint='leave dtype out, or write base="full"')
     values = {name: _wide(tensor, dtype) for name, tensor in adapter_values(compilation.store)}
     axes = [replace(axis, dtype=dtype) if axis.dtype in NARROW else axis for axis in compilation.main.axes]
-    made: CompiledRunner = runner_of(runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes))
+    made: AdaptedRunner = runner_of(runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes))
     return made
 
 
@@ -63,9 +61,9 @@ def unquantised(spec: Spec) -> Spec:
     return spec.model_copy(update={"base": BaseOptions()})
 
 
-def of_the_base(certificate: Certificate, wide: CompiledRunner, compiled: Compiled | CompiledRunner) -> Certificate:
+def of_the_base(certificate: Certificate, wide: AdaptedRunner, compiled: ModelRoot | AdaptedRunner) -> Certificate:
     """The certificate of a model that may have been widened, with the fingerprint of the base that it came from."""
-    runner: CompiledRunner = runner_of(compiled)
+    runner: AdaptedRunner = runner_of(compiled)
     if wide is runner:
         return certificate
     compilation = runner.compilation

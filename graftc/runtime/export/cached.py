@@ -13,24 +13,27 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACHE, fill_cache, new_cache, read_cache
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
+from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
+from graftc.runtime.companions import companions_of_model
+from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
+from graftc.runtime.export.onnx import prepare_onnx
 from graftc.runtime.files import staged
+from graftc.runtime.generate.genai import genai_config
 from graftc.runtime.generate.names import DECODER, PAIR, Slot, optimum_name
-from graftc.runtime.model.choosing import with_choices
-
-if TYPE_CHECKING:
-    from graftc.compiler.folding.certificate import Certificate
-    from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.choices import with_choices
+from graftc.runtime.model.generation import Generating, encode
+from graftc.runtime.model.model_runner import ModelRunner
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"
@@ -119,20 +122,16 @@ def export_cached(
 
     Raises:
         GraftError: GC142 for a model that does not generate, GC140 for one that keeps no cache of keys and values,
-            GC141 for adaptations that a cache cannot hold; others as `graftc.runtime.export.export_model`.
+            GC141 for adaptations that a cache cannot hold; others as `export_model`.
     """
-    from graftc.runtime.companions import companions_of_model
-    from graftc.runtime.export import metadata
-    from graftc.runtime.export.onnx import prepare_onnx
-
-    runner.require_generating()
-    origin = companions_of_model(runner._compilation.source)
+    Generating(runner).require_generating()
+    origin = companions_of_model(runner.compilation.source)
     with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
         config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
-        config.architectures = [type(runner._compilation.model).__name__]
+        config.architectures = [type(runner.compilation.model).__name__]
         for file in _files(runner):
-            module = CachedModule(runner, signature_for(runner._compilation, file.present), file)
+            module = CachedModule(runner, signature_for(runner.compilation, file.present), file)
             about = metadata(runner, module.program, certificate=certificate, folded=folded)
             prepare_onnx(module, about)(folder / file.name)
             _describe(module, config, generation, folder, file.name)
@@ -147,8 +146,6 @@ def export_cached(
 
 def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:
     """Write what onnxruntime-genai reads beside a graph, where it knows such models."""
-    from graftc.runtime.generate import genai_config
-
     inputs = [module.input_name(axis.name) for axis in module.axes]
     outputs = [module.output_name(output) for output in module.outputs]
     if generation is not None and (content := genai_config(config, generation, name, inputs, outputs)) is not None:
@@ -162,18 +159,18 @@ def is_exported(path: Path) -> bool:
 
 def _files(runner: ModelRunner) -> Iterator[CachedFile]:
     """The files of a model, in the order in which their graphs are made."""
-    compilation, device = runner._compilation, runner.device
-    layout, takes = compilation.cache_layout, runner._interface.parameters
+    compilation, device = runner.compilation, runner.device
+    layout, takes = compilation.cache_layout, runner.interface.parameters
     if not layout.pairs:
         ids = torch.ones(2, 3, dtype=torch.int64, device=device)
         names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in takes]
         yield CachedFile(DECODER, _called(runner, dict.fromkeys(names, ids), {}), _input, _output)
         return
     main = [axis for axis in compilation.main.axes if not axis.name.startswith("decoder_")]
-    text = {axis.name: axis.example(device) for axis in main if axis.name in runner.encoder_parameters}
+    text = {axis.name: axis.example(device) for axis in main if axis.name in Generating(runner).encoder_parameters}
     yield CachedFile(PAIR[0], {**text, ENCODER: True}, str, lambda name: name if name == _HIDDEN else None)
     with torch.no_grad():
-        encoded = next(iter(runner.encode(dict(text)).values()))
+        encoded = next(iter(encode(runner, dict(text)).values()))
     rows, length = encoded.shape[:2]
     ids = torch.ones(rows, 3, dtype=torch.int64, device=device)
     mask = {name: value for name, value in text.items() if name == "attention_mask" and name in takes}
@@ -188,11 +185,11 @@ def _files(runner: ModelRunner) -> Iterator[CachedFile]:
 
 def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:
     """A call with a cache, as its signature is looked up."""
-    layout = runner._compilation.cache_layout
+    layout = runner.compilation.cache_layout
     rows = next(iter(given.values())).shape[0]
     cache = fill_cache(new_cache(layout.pairs), past)
     present = {**given, USE_CACHE: True, CACHE: read_cache(cache, layout, rows, runner.device)}
-    return with_choices(runner._compilation, present, {})
+    return with_choices(runner.compilation, present, {})
 
 
 def _input(name: str) -> str:

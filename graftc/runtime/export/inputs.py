@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
-
-if TYPE_CHECKING:
-    from graftc.runtime.model.runner import ModelRoot, ModelRunner
 
 ADAPTER_TENSORS = "adapter_tensors"
 """The keyword of a ``.pt2`` program under which it takes tensors of adaptations, by their full names."""
@@ -32,11 +30,9 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
     Raises:
         GraftError: GC091 with the nearest names.
     """
-    from graftc.runtime.model.runner import runner_of
-
     runner = runner_of(runner)
-    tensors = [found for found in adapter_tensors(runner._store) if owner_of(found[0])]
-    known = list(dict.fromkeys([*runner._compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
+    tensors = [found for found in adapter_tensors(runner.store) if owner_of(found[0])]
+    known = list(dict.fromkeys([*runner.compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
     for name in names:
         if name not in known:
             raise unknown_name("adaptation", name, known)
@@ -58,7 +54,7 @@ def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> d
         return found
     require_known(runner, names)
     read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
-    kept = {name: tensor for name, tensor in adapter_tensors(runner._store) if name in read and owner_of(name)}
+    kept = {name: tensor for name, tensor in adapter_tensors(runner.store) if name in read and owner_of(name)}
     for name in names:
         own = {fqn: kept[fqn].detach() for fqn in sorted(kept) if owner_of(fqn) == name}
         if not own:
@@ -76,19 +72,6 @@ def _hint(runner: ModelRunner, name: str, kept: Mapping[str, Tensor]) -> str:
         return "it has been folded into the weights: export the compiled model, with --no-merge on the command line"
     others = list(dict.fromkeys(map(owner_of, kept)))
     return f"tensors are read of: {', '.join(others)}" if others else "leave it out of the inputs"
-
-
-def as_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Make tensors arguments of a graph, before its own."""
-    readers: dict[str, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        readers.setdefault(str(node.target), []).append(node)
-    with graph.inserting_before(next(iter(graph.nodes))):
-        for index, name in enumerate(names):
-            made = graph.placeholder(f"adapter_tensor_{index}")
-            for node in readers[name]:
-                node.replace_all_uses_with(made)
-                graph.erase_node(node)
 
 
 def without(root: Store, program: Program, names: Iterable[str], constants: Mapping[str, Tensor]) -> Store:
@@ -118,4 +101,4 @@ def without(root: Store, program: Program, names: Iterable[str], constants: Mapp
     return found
 
 
-__all__ = ["ADAPTER_TENSORS", "as_inputs", "companions_of", "require_known", "tensors_of", "without"]
+__all__ = ["ADAPTER_TENSORS", "companions_of", "require_known", "tensors_of", "without"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.capture.interface import COUNT
 from graftc.passes.core.ir.program import Program, above
-
-if TYPE_CHECKING:
-    from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.model_runner import ModelRunner
 
 __all__ = ["without_labels"]
 
@@ -30,15 +28,15 @@ def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str,
     """
     from transformers.utils.generic import find_labels
 
-    model, first = runner._compilation.model, runner._compilation.program("train", "base")
+    model, first = runner.compilation.model, runner.compilation.program("train", "base")
     labelled: Callable[[type], list[str]] = find_labels
     of_the_loss = _of_the_loss(first)
     known = {*labelled(type(model)), _TARGETS, COUNT, *of_the_loss}
-    dropped = {name for name in present if name in known and runner._interface.optional(name)}
+    dropped = {name for name in present if name in known and runner.interface.optional(name)}
     found = {name: value for name, value in present.items() if name not in dropped}
     labels = present.get("labels") if "labels" in dropped else None
     tokens = {"labels", *_DECODED} - of_the_loss
-    decodes = _DECODED[0] in runner._interface.parameters and not found.keys() & {*_DECODED}
+    decodes = _DECODED[0] in runner.interface.parameters and not found.keys() & {*_DECODED}
     decodes = decodes and not tokens.isdisjoint(first.signature)
     if decodes and isinstance(labels, Tensor):
         found[_DECODED[0]] = torch.ones_like(labels, dtype=torch.int64)

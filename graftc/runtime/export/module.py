@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.signature import Axis, tie_sizes
-from graftc.passes.core.ir.codegen import function_of
+from graftc.passes.core.ir.codegen import executable_of, tensor_at
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
@@ -22,17 +22,14 @@ from graftc.passes.core.packing.packed_tensor import dense
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.packed import reading_parts
-from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
+from graftc.runtime.export.inputs import ADAPTER_TENSORS, tensors_of, without
 from graftc.runtime.export.settled import settled
-
-if TYPE_CHECKING:
-    from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.model_runner import ModelRunner
 
 
-def _decomposed(program: Program, inputs: Sequence[str]) -> fx.Graph:
-    """The graph with ``graftc::`` operators replaced by their ATen forms, and with some tensors as its first inputs."""
+def _decomposed(program: Program) -> fx.Graph:
+    """The graph with ``graftc::`` operators replaced by their ATen forms."""
     graph = program.copy().graph
-    as_inputs(graph, inputs)
     for node in graph.nodes:
         node.target = DECOMPOSITIONS.get(node.target, node.target)
     return graph
@@ -95,8 +92,8 @@ class ExportModule:
     def __init__(
         self, runner: ModelRunner, signature: Signature, names: Sequence[str] = (), *, apart: bool = False
     ) -> None:
-        store = runner._store
-        program = runner._program_of(runner.key(signature, "eval"))
+        store = runner.store
+        program = runner.program_of(runner.key(signature, "eval"))
         self.adaptations = tensors_of(runner, program, names)
         self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
         constants: dict[str, Tensor] = {}
@@ -110,14 +107,14 @@ class ExportModule:
         self.tensors |= {name: store.get(name) for name in self.packed}
         self.program: Program = reading_parts(program, store, apart_weights)
         self.config = getattr(runner, "config", None)
-        self._base, self._tensors = runner._compilation.program("train", "base", signature), store
+        self._base, self._tensors = runner.compilation.program("train", "base", signature), store
         every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
         self.axes = every  # which of them varies by name is asked below
         self.axes = [axis for axis in every if self.taken(axis)]
         self.inputs: Mapping[str, Any] = self._traced(self.sample(sizes=(3, 7)))
         self.module = nn.Module()
         without(store, self.program, self.tensors, constants).rehome(self.module)
-        self._function = function_of(_decomposed(self.program, list(self.tensors)), self.module, runner.device)
+        self._executable = executable_of(_decomposed(self.program), runner.device)
         vars(self.module).update(forward=self._flat(), training=False)
         if self.config is not None:
             vars(self.module).update(config=self.config)
@@ -139,7 +136,8 @@ class ExportModule:
             tensors = inputs.pop(ADAPTER_TENSORS) if order else {}
             tie_sizes(axes, inputs)
             inputs = self.filled(inputs)
-            values = self._function(self.module, *(tensors[name] for name in order), *(inputs[name] for name in names))
+            own = {n: tensor_at(self.module, n) for n in self._executable.tensors if n not in tensors}
+            values = self._executable({**own, **tensors}, [inputs[name] for name in names])
             return {name: value for name, value in zip(outputs, values, strict=True) if name in kept}
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -8,6 +8,7 @@ from typing import Any
 
 from graftc.runtime.generate.exported import MANIFEST, graph_in
 from graftc.runtime.generate.graphs import OnnxGraph, Provider, providers_for, runtime
+from graftc.runtime.generate.models import OnnxCausalLM, OnnxSeq2SeqLM
 from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.runtime.model_folder import plain_config
 from graftc.runtime.tensors.foreign_folders import require_regular_files
@@ -53,8 +54,6 @@ def _options(threads: Any, session_options: Any) -> Any:
 
 def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int | None, session_options: Any) -> Any:
     """See `graftc.runtime.generate.load`."""
-    from graftc.runtime.generate.models import OnnxCausalLM, OnnxSeq2SeqLM
-
     folder = as_path(folder)
     if not folder.is_dir():
         raise GraftError("GC144", f"{folder} is not a folder")

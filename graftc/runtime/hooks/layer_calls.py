@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -75,11 +75,13 @@ class LayerCall:
 
     Attributes:
         args, kwargs, results: trees of `Leaf`.
+        called: whether the source calls it at all: a list of layers is not.
     """
 
     args: Any
     kwargs: Any
     results: Any
+    called: bool = True
 
 
 def unknown_call(path: str) -> LayerCall:
@@ -107,11 +109,17 @@ class Running:
 
     Attributes:
         learn: finds out how layers are called in the graph that runs.
+        module_calls: gives how modules below layers are called there, by their paths.
+        module: the model.
         cache: of the call; None where it has none.
+        begun: modules that have begun and not ended, with their arguments, the innermost last.
     """
 
     learn: Callable[[], None]
+    module_calls: Callable[[], Mapping[str, LayerCall]]
+    module: nn.Module
     cache: Any
+    begun: list[tuple[str, Any, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -141,13 +149,18 @@ _stacks = _Stacks()
 
 
 @contextmanager
-def running(learn: Callable[[], None], cache: Any) -> Iterator[None]:
-    """Inside, layers with hooks are called as the source's."""
-    _stacks.running.append(Running(learn, cache))
+def running(call: Running) -> Iterator[None]:
+    """Inside, layers with hooks are called as the source's, and hooks on other modules hear of calls."""
+    _stacks.running.append(call)
     try:
         yield
     finally:
         _stacks.running.pop()
+
+
+def running_call() -> Running | None:
+    """The call of a model with hooks that this thread is in."""
+    return _stacks.running[-1] if _stacks.running else None
 
 
 def is_running() -> bool:
@@ -203,13 +216,13 @@ def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
         pending.given.append(found)
         return found
 
-    args, kwargs = _mapped(call.args, shown), _mapped(call.kwargs, shown)
+    args, kwargs = mapped(call.args, shown), mapped(call.kwargs, shown)
     _stacks.pending.append(pending)
     try:
         found = module(*args, **kwargs)
     finally:
         _stacks.pending.pop()
-    return _taken(pending, found)
+    return taken(pending, found)
 
 
 def pending_for(owner: Any) -> Pending | None:
@@ -240,11 +253,11 @@ def given(pending: Pending, raw: Any) -> Any:
     """What a layer's ``forward`` returns where its code has given something."""
     outputs = raw if isinstance(raw, tuple | list) else (raw,)
     pending.raw, pending.ran = raw, True
-    pending.shown = _mapped(pending.call.results, lambda leaf: leaf.held if leaf.at is None else outputs[leaf.at])
+    pending.shown = mapped(pending.call.results, lambda leaf: leaf.held if leaf.at is None else outputs[leaf.at])
     return pending.shown
 
 
-def _taken(pending: Pending, found: Any) -> Any:
+def taken(pending: Pending, found: Any) -> Any:
     """What the graph goes on with."""
     if found is pending.shown:
         return pending.raw
@@ -278,12 +291,14 @@ def _unchangeable(pending: Pending, name: str) -> GraftError:
     return GraftError("GC043", message, hint=_HINT)
 
 
-def _mapped(tree: Any, of_leaf: Callable[[Leaf], Any]) -> Any:
+def mapped(tree: Any, of_leaf: Callable[[Leaf], Any]) -> Any:
+    """A tree of values for a tree of leaves."""
     if isinstance(tree, Leaf):
         return of_leaf(tree)
     if isinstance(tree, dict):
-        return {name: _mapped(each, of_leaf) for name, each in tree.items()}
-    return type(tree)(_mapped(each, of_leaf) for each in tree)
+        made = {name: mapped(each, of_leaf) for name, each in tree.items()}
+        return made if type(tree) is dict else type(tree)(**made)
+    return type(tree)(mapped(each, of_leaf) for each in tree)
 
 
 def _paired(pending: Pending, tree: Any, value: Any, what: str) -> Iterator[tuple[Leaf, Any]]:
@@ -313,8 +328,9 @@ def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> 
         name: of all of it.
     """
     inner = f"{name}." if name else ""
-    if type(value) is dict:
-        return {each: tree_of(item, of_leaf, f"{inner}{each}") for each, item in value.items()}
+    if isinstance(value, dict) and (type(value) is dict or is_dataclass(value)):  # or an output class of transformers
+        made = {each: tree_of(item, of_leaf, f"{inner}{each}") for each, item in value.items()}
+        return made if type(value) is dict else type(value)(**made)
     if type(value) in (tuple, list):
         return type(value)(tree_of(item, of_leaf, f"{inner}{at}") for at, item in enumerate(value))
     return of_leaf(value, name or "its result")

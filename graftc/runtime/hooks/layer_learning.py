@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.as_captured import as_captured
@@ -52,25 +52,33 @@ class Border:
         return cls(block.path, block.use, block.inputs, block.outputs)
 
 
-class LayerLearning:
-    """The part of a Runner that finds out how the source's layers are called."""
+class Shown(Protocol):
+    """What layers are learnt about: see `AdaptedView`."""
 
-    _active: Compilation
-    _label: str
-    _lowered: dict[ProgramKey, Program]
-    _store: Store
-    module: Any
+    compilation: Compilation
+    label: str
 
-    def learn_layers(self, key: ProgramKey) -> None:
-        """Find out how the source's layers are called where a graph runs, and keep it at the layers; of a sharded
-        model, whose tensors no process has, nothing."""
-        if is_unit(self.module):
-            return
-        for (path, use), (call, border) in source_calls(self._active, key).items():
-            code: Any = self._store.container(path)._graftc
-            name = f"{self._label}{key}#{use}"
-            if name in getattr(code, "borders", ()):
-                code.calls[name] = in_graph(call, border, code.borders[name], self._lowered[key])
+    def lowered_of(self, key: ProgramKey) -> Program:
+        """What the code of a Program was made of."""
+
+
+def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey) -> None:
+    """Find out how the source's layers are called where a graph runs, and keep it at the layers; of a sharded model,
+    whose tensors no process has, nothing.
+
+    Args:
+        shown: the code that runs.
+        store: its tensors, whose tree has the layers.
+        module: the root of the tree.
+        key: of the Program.
+    """
+    if is_unit(module):
+        return
+    for (path, use), (call, border) in source_calls(shown.compilation, key).items():
+        code: Any = store.container(path)._graftc
+        name = f"{shown.label}{key}#{use}"
+        if name in getattr(code, "borders", ()):
+            code.calls[name] = in_graph(call, border, code.borders[name], shown.lowered_of(key))
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,24 @@ def source_calls(compilation: Compilation, key: ProgramKey) -> dict[tuple[str, i
         compilation: has the source and its graphs.
         key: of the graph.
     """
+    return source_calls_at(compilation, key, _borders_of_layers)
+
+
+def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
+    return {(block.path, block.use): Border.of(block) for block in outline(program).blocks}
+
+
+def source_calls_at(
+    compilation: Compilation, key: ProgramKey, borders_in: Callable[[Program], Mapping[tuple[str, int], Border]]
+) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
+    """The same for any modules.
+
+    Args:
+        compilation, key: as for `source_calls`.
+        borders_in: gives the borders of modules in the base's graph, by path and use.
+    """
     program = _base_of(compilation, key)
-    outlined = outline(program)
-    borders = {(block.path, block.use): Border.of(block) for block in outlined.blocks}
+    borders = borders_in(program)
     with exclusive(), torch.no_grad():
         seen, samples = _observed(compilation, key, program, {path for path, _ in borders})
         names = dict.fromkeys(name for b in borders.values() for name in (*b.inputs, *b.outputs))
@@ -104,7 +127,8 @@ def source_calls(compilation: Compilation, key: ProgramKey) -> dict[tuple[str, i
         calls = seen.get(path, ())
         uses = sum(other == path for other, _ in borders)
         one = calls[use] if len(calls) == uses else None
-        found[path, use] = _matched(one, border, values, bound), border
+        call = _matched(one, border, values, bound)
+        found[path, use] = (call if calls or path not in seen else replace(call, called=False)), border
     return found
 
 
@@ -189,7 +213,7 @@ def _is_cache(value: Any) -> bool:
     return isinstance(value, Cache)
 
 
-def in_graph(call: LayerCall, base: Border, own: Border, program: Program) -> LayerCall:
+def in_graph(call: LayerCall, base: Border, own: Border, program: Program, *, by_name: bool = False) -> LayerCall:
     """The same for a graph with adaptations.
 
     Args:
@@ -197,10 +221,11 @@ def in_graph(call: LayerCall, base: Border, own: Border, program: Program) -> La
         base: that border.
         own: of the graph with adaptations.
         program: that graph.
+        by_name: inputs are the same by their names alone, and not as the only ones that are left.
     """
     nodes = {node.name: node for node in program.graph.nodes}
 
-    def places(before: Sequence[str], now: Sequence[str]) -> dict[int, int]:
+    def places(before: Sequence[str], now: Sequence[str], by_name: bool = False) -> dict[int, int]:
         found: dict[int, int] = {}
         for at, name in enumerate(before):
             node = nodes.get(name)
@@ -209,9 +234,9 @@ def in_graph(call: LayerCall, base: Border, own: Border, program: Program) -> La
                 found[at] = now.index(there)
         gone = [at for at in range(len(before)) if at not in found]
         new = [at for at in range(len(now)) if at not in found.values()]
-        return found | (dict(zip(gone, new, strict=True)) if len(gone) == len(new) else {})
+        return found | (dict(zip(gone, new, strict=True)) if len(gone) == len(new) and not by_name else {})
 
-    inputs, outputs = places(base.inputs, own.inputs), places(base.outputs, own.outputs)
+    inputs, outputs = places(base.inputs, own.inputs, by_name), places(base.outputs, own.outputs)
 
     def moved(tree: Any, where: Mapping[int, int]) -> Any:
         def leaf(one: Leaf, _: str) -> Leaf:

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import config_of
+from graftc.compiler.compilation import Compilation
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
-if TYPE_CHECKING:
-    from graftc.runtime.deploy.merged import MergedRunner
+
+class FoldedModel(Protocol):
+    """A model whose adaptations have been folded into weights."""
+
+    @property
+    def compilation(self) -> Compilation:
+        """What was folded."""
+
+    @property
+    def store(self) -> Store:
+        """The tensors."""
+
+    @property
+    def additions(self) -> Sequence[str]:
+        """Names of biases that folding has made."""
+
+    @property
+    def kept(self) -> Mapping[str, str]:
+        """Adaptations that have not been folded, with the reason."""
+
+    def folded_state_dict(self) -> dict[str, Tensor]:
+        """The tensors by the source model's names."""
 
 
 def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
@@ -47,17 +68,17 @@ def _plain_config(config: Any) -> Any:
     return made
 
 
-def to_transformers(merged: MergedRunner) -> Any:
+def to_transformers(merged: FoldedModel) -> Any:
     """See `Merged.to_transformers`. The class is built on the meta device, then given the folded tensors."""
-    source = merged._compilation.model
-    require_plain(merged._store)
+    source = merged.compilation.model
+    require_plain(merged.store)
     if config_of(source) is None:
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
-        model: Any = type(merged._compilation.source)(_plain_config(source.config))
+        model: Any = type(merged.compilation.source)(_plain_config(source.config))
     tensors = merged.folded_state_dict()
     own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-    missing = [name for name in merged._additions if name not in own]
+    missing = [name for name in merged.additions if name not in own]
     if missing:
         raise no_place(missing, source)
     placed: dict[str, nn.Parameter] = {}
@@ -66,7 +87,7 @@ def to_transformers(merged: MergedRunner) -> Any:
         for name in list(module._parameters):
             if module._parameters[name] is not None:
                 value = tensors[prefix + name]
-                owner = merged._store.canonical(prefix + name)
+                owner = merged.store.canonical(prefix + name)
                 module._parameters[name] = placed.setdefault(owner, nn.Parameter(value.clone()))
         for name in list(module._buffers):
             if module._buffers[name] is not None:

@@ -7,29 +7,19 @@ or `graftc.auto`, lets ``AutoConfig`` and the ``AutoModel`` classes load it, as 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from graftc.compiler.capture.interface import config_of
-from graftc.runtime.artifact.places import is_ours
-from graftc.runtime.artifact.write import require_values, save
-from graftc.runtime.destinations import overlap
-from graftc.runtime.files import check_destination
+from graftc.runtime.artifact.pretrained import FOLDER, adapted_config
+from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.load import load
-from graftc.runtime.models import local_folder
-from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
-
-FOLDER = "graftc"
-"""Where the artifact is within a folder that ``save_pretrained`` wrote."""
 
 _IGNORED = frozenset(
     {
@@ -40,61 +30,7 @@ _IGNORED = frozenset(
 """Options of ``from_pretrained`` that say where files come from, which do not concern a folder."""
 
 
-_AS_ALWAYS: Mapping[str, tuple[Any, ...]] = {
-    "is_main_process": (True, False),
-    "safe_serialization": (True,),
-    "save_original_format": (True, False),
-    "save_peft_format": (True, False),
-}
-"""Values that options of ``save_pretrained`` may have; others are to be false or None."""
-
-
-class AdaptedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """The config of a folder with a compiled model.
-
-    Attributes:
-        source: the config of the source model, as ``to_dict`` gives it.
-    """
-
-    model_type = "graftc"
-
-    def __init__(self, source: dict[str, Any] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.source = source or {}
-
-
-def save_pretrained(compiled: Any, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
-    """Write a compiled model into a folder that may hold files of another library, as a tokenizer.
-
-    Args:
-        compiled: what to write; its base's weights are not written.
-        folder: made where it is missing; ``config.json`` and the folder ``graftc`` in it are replaced.
-        options: of transformers' method.
-
-    Raises:
-        GraftError: as `Compiled.save`; GC032 for a model without a config of transformers, GC063 for the base's own
-            folder, whose config would be lost, GC072 for options that ask for another form.
-    """
-    for name, value in options.items():
-        if value not in _AS_ALWAYS.get(name, (None, False)):
-            hint = "compiled.merge().save(path) writes a plain transformers folder"
-            raise GraftError("GC072", f"save_pretrained of a compiled model has no {name}={value!r}", hint=hint)
-    if options.get("is_main_process") is False:
-        return
-    source = compiled._compilation.model
-    config = config_of(source)
-    if not isinstance(config, PreTrainedConfig):
-        hint = "compiled.save(path) keeps it without one"
-        raise GraftError("GC032", f"{type(source).__name__} has no config of transformers", hint=hint)
-    require_values(compiled)
-    place = as_path(folder)
-    base = local_folder(compiled._compilation.source)
-    if base is not None and os.path.realpath(base) == os.path.realpath(place):
-        raise overlap(place, base)
-    check_destination(place / FOLDER, force=True, replaceable=is_ours)
-    place.mkdir(parents=True, exist_ok=True)
-    save(compiled, place / FOLDER, force=True, base=None, certificate=None, kept={}, full=False)
-    AdaptedConfig(source=config.to_dict(), architectures=[type(source).__name__]).save_pretrained(place)
+AdaptedConfig: Any = adapted_config()
 
 
 def _changed(config: PreTrainedConfig, saved: PreTrainedConfig) -> set[str]:
@@ -129,9 +65,9 @@ class _Loader:
             message = f"{cls.auto.__name__} loads a compiled model as it was saved, without {sorted(wanted)[0]}"
             raise GraftError("GC072", message, hint="load the base with it, and give it: graftc.load(path, model=base)")
         compiled = load(place / FOLDER)
-        source = type(compiled._compilation.model)
+        source = type(compiled.compilation.model)
         mapping: Any = cls.auto._model_mapping
-        found = mapping.get(type(config_of(compiled._compilation.model)), None)
+        found = mapping.get(type(config_of(compiled.compilation.model)), None)
         if source not in (found if isinstance(found, tuple | list) else (found,)):
             message = f"{place} has a {source.__name__}, which {cls.auto.__name__} does not load"
             raise GraftError("GC072", message, hint=f"graftc.load({str(place / FOLDER)!r}) loads it")

@@ -16,20 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.cached import cannot_be_cached
 from graftc.compiler.capture.interface import Interface
-from graftc.compiler.capture.isolation import exclusive, is_traced
 from graftc.compiler.capture.past import CACHES, ENCODER, USE_CACHE, new_cache
-from graftc.compiler.compilation import Compilation
-from graftc.passes.core.ir.program_key import Entry
-from graftc.passes.core.weights.sharding import is_unit
-from graftc.passes.core.weights.store import Store
-from graftc.runtime.hooks.layer_calls import Hearing, hooks_everywhere
-from graftc.runtime.model.choosing import with_choices
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.runtime.model.blocks import Root
+    pass
 
 _HINT = "call with use_cache=True, which makes the cache at once"
 
@@ -152,114 +144,28 @@ def cache_field(outputs: Any) -> str | None:
     return next((name for name in CACHES if name in fields and name not in outputs), None)
 
 
-class DefaultCache:
-    """The part of a Runner that returns a cache where the source model does without being asked: in eval mode, for
-    calls without labels, where its config has ``use_cache``."""
+def not_at_once(message: str) -> GraftError:
+    """The error for a cache that cannot be made when it is used."""
+    return GraftError("GC140", message, hint=_HINT)
 
-    config: Any
-    training: bool
-    module: Root
-    _kind: str
-    _active: Compilation
-    _compilation: Compilation
-    _interface: Interface
-    _store: Store
-    _hooked: str | None
-    read_past: Callable[[dict[str, Any]], None]
-    tokens_of: Callable[[Mapping[str, Any]], Tensor | None]
-    run_part: Callable[..., Any]
-    hearing: Hearing
 
-    def run_read(
-        self, named: Mapping[str, Any], present: dict[str, Any], chosen: Mapping[str, Any], plain: bool, entry: Entry
-    ) -> Any:
-        """The outputs of a call.
+def may_return_cache(
+    interface: Interface, config: Any, named: Mapping[str, Any], present: Mapping[str, Any], training: bool
+) -> bool:
+    """Whether the source model may return a cache for a call that says nothing of one.
 
-        Args:
-            named: the arguments as given.
-            present: what of them makes a difference.
-            chosen: what chooses among adaptations, as it was given.
-            plain: whether they are wanted as a tuple.
-            entry: of the graph.
-        """
-        usual = entry == "forward" and self.may_return_cache(named, present)
-        if usual and self.layers_are_heard() and self.can_return_cache() and self.tokens_of(present) is not None:
-            present[USE_CACHE], usual = True, False
-        if usual:
-            return self.with_cache_to_come(present, chosen, plain)
-        return self.run_chosen(present, chosen, plain, entry)
-
-    def run_chosen(
-        self, present: dict[str, Any], chosen: Mapping[str, Any], plain: bool, entry: Entry = "forward"
-    ) -> Any:
-        """The outputs for what is present in a call, and what chooses among adaptations as it was given."""
-        if USE_CACHE in present:
-            self.read_past(present)
-        if self._active.controls:
-            present = with_choices(self._active, present, chosen)
-        return self.run_part(present, plain, entry)
-
-    def may_return_cache(self, named: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
-        """Whether the source model may return a cache for a call that says nothing of one.
-
-        Args:
-            named: the arguments as given.
-            present: what of them makes a difference.
-        """
-        if self._interface.cache is None or self.training or is_traced():
-            return False
-        if named.get(USE_CACHE) is not None or USE_CACHE in present or "labels" in present or ENCODER in present:
-            return False
-        wanted = getattr(self.config, USE_CACHE, None)
-        if wanted is None and hasattr(self.config, "get_text_config"):
-            wanted = getattr(self.config.get_text_config(decoder=True), USE_CACHE, None)
-        return bool(wanted)
-
-    def can_return_cache(self) -> bool:
-        """Whether the model keeps a cache of keys and values, and no adaptation rules one out."""
-        return self._keeps_cache() and not cannot_be_cached(self._active)
-
-    def layers_are_heard(self) -> bool:
-        """Whether hooks may change, or count, what layers give."""
-        return self.hearing.hooked or hooks_everywhere()
-
-    def with_cache_to_come(self, present: dict[str, Any], chosen: Mapping[str, Any], plain: bool) -> Any:
-        """The outputs of a call, whose cache is made when it is used."""
-        call = CallState.of({**present, **chosen}, self._written, self._kind)
-        outputs = self.run_chosen(dict(present), chosen, False)
-        field = cache_field(outputs)
-        if field is not None and self._keeps_cache():
-            again: Any = object.__new__(type(self))  # as it is now, whatever calls leave out by then
-            vars(again).update(vars(self))
-            inputs = {name: call.inputs[name] for name in present}
-            choice = {name: call.inputs[name] for name in chosen}
-
-            def make() -> Any:
-                if is_unit(self.module):
-                    raise GraftError("GC140", "of a sharded model all processes make a cache together", hint=_HINT)
-                if again.training:
-                    message = "the cache of a call is made when it is first used, and the model is in train mode by now"
-                    raise GraftError("GC140", message, hint=_HINT)
-                with call.again():
-                    return again.run_chosen({**inputs, USE_CACHE: True}, choice, False)[field]
-
-            made = deferred_cache(self._active.cache_layout.pairs, make)
-            outputs = type(outputs)(**{**outputs, field: made})
-        return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
-
-    def _keeps_cache(self) -> bool:
-        if (known := self._active.known_to_keep_cache) is None:
-            with exclusive():
-                known = self._active.keeps_cache
-        return known
-
-    def _written(self) -> tuple[Any, ...]:
-        """A value that differs once the adaptations, their tensors, or the hooks on the table of embeddings have
-        changed."""
-        key = id(self._compilation), self._kind
-        known = vars(self).get("_adapter_tensors")
-        if known is None or known[0] != key:
-            known = vars(self)["_adapter_tensors"] = key, [tensor for _, tensor in self._store.adapters()]
-        table = self.module.get_submodule(self._hooked) if self._hooked is not None else None
-        hooks = () if table is None else (*table._forward_pre_hooks, *table._forward_hooks)
-        return (*key, hooks, sum(tensor._version for tensor in known[1] if not tensor.is_inference()))
+    Args:
+        interface: of the model.
+        config: its own; None where it has none.
+        named: the arguments as given.
+        present: what of them makes a difference.
+        training: whether the model is in train mode.
+    """
+    if interface.cache is None or training:
+        return False
+    if named.get(USE_CACHE) is not None or USE_CACHE in present or "labels" in present or ENCODER in present:
+        return False
+    wanted = getattr(config, USE_CACHE, None)
+    if wanted is None and hasattr(config, "get_text_config"):
+        wanted = getattr(config.get_text_config(decoder=True), USE_CACHE, None)
+    return bool(wanted)

@@ -9,35 +9,35 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.cached import require_rows_of_one
+from graftc.compiler.cached import cannot_be_cached, require_rows_of_one
 from graftc.compiler.capture.interface import Interface, is_transformers
-from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import (
-    CACHE,
     ENCODER,
     MASK,
     POSITIONS,
+    USE_CACHE,
     cache_name,
     has_encoder,
     new_cache,
-    read_cache,
 )
 from graftc.compiler.capture.signature import SEQUENCE, TARGET
-from graftc.compiler.compilation import Compilation
-from graftc.compiler.positions import PositionTable, require_positions
-from graftc.runtime.model.blocks import Root
-from graftc.runtime.model.choosing import rows_for, with_choices
-from graftc.runtime.model.initial_cache import is_fronted, taken_away
+from graftc.compiler.positions import require_positions
+from graftc.compiler.resolve.train import TRAIN
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.choices import rows_for, with_choices
+from graftc.runtime.model.initial_cache import initial_cache, is_fronted, taken_away
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.root import Root
 from graftc.specs.errors.diagnostics import GraftError
 
-OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
-"""Attributes of a source model that a compiled one has as well, as copies."""
+GENERATING = ("can_generate", "encoder_parameters", "generate", "get_encoder", "most_tokens", "require_generating")
+"""What `Generating` offers."""
+
 KEPT = "logits_to_keep"
 LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
@@ -46,24 +46,14 @@ _PADDING = "_graftc_padding"
 
 
 class Generating:
-    """The part of a compiled or merged model that generates."""
+    """Generates with a compiled or merged model.
 
-    _compilation: Compilation
-    _active: Compilation
-    run_part: Callable[..., Any]
-    _interface: Interface
-    call: Callable[..., Any]
-    within: Callable[[Callable[[], Any]], Any]
-    tables: Callable[..., tuple[PositionTable, ...]]
-    config: Any
-    module: Root
+    Args:
+        runner: of the model.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        """What transformers' loop asks a model that assists another one: as the source's class answers it."""
-        loop = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-        if not name.startswith("__") and hasattr(loop, name) and self.can_generate():
-            return getattr(self._stand_in, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers' ``generate`` does, with the same arguments and results: greedy, sampled, beams,
@@ -77,19 +67,37 @@ class Generating:
         """
         self.require_generating()
         assistant, others = kwargs.get("assistant_model"), []
-        if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
-            others = [assistant._graftc._generating({})]
+        if isinstance(assistant, Root) and isinstance(assistant._graftc, ModelRunner):
+            others = [Generating(assistant._graftc)._running({})]
             kwargs = {**kwargs, "assistant_model": others[0]}
-        running = self._generating(kwargs)
+        running = self._running(kwargs)
         try:
             return running.generate(*args, **kwargs)
         finally:
             for each in (running, *others):
                 each.let_go()
 
-    def _generating(self, kwargs: Mapping[str, Any]) -> Any:
-        """What runs the loop."""
-        return self._stand_in
+    def _running(self, kwargs: Mapping[str, Any]) -> Any:
+        """What runs the loop. Prefixes and virtual tokens are the first contents of the cache, where they can be."""
+        runner = self.runner
+        if not isinstance(runner, AdaptedRunner):
+            return stand_in_of(runner)
+        if runner.base_only:
+            shown = runner.shown.compilation
+            if not cannot_be_cached(shown):
+                return stand_in_of(runner)
+            every = (*shown.spec.owners, *([TRAIN] if shown.spec.train else []))
+            return stand_in(runner.beside(every), runner.compilation.model)
+        config = kwargs.get("generation_config")
+        # Assisted generation counts its masks by the tokens of the text alone.
+        ruled_out = any(kwargs.get(name) is not None for name in ("assistant_model", LOOKUP))
+        ruled_out = ruled_out or getattr(config, LOOKUP, None) is not None
+        ruled_out = ruled_out or False in (kwargs.get(USE_CACHE), getattr(config, USE_CACHE, None))
+        if ruled_out or (initial := initial_cache(runner)) is None:
+            return stand_in_of(runner)
+        made = stand_in(runner.beside(initial.names), runner.compilation.model)
+        vars(made).update(_graftc_initial=initial, _graftc_whole=runner)
+        return made
 
     def require_generating(self) -> None:
         """Refuse what does not generate.
@@ -98,9 +106,9 @@ class Generating:
             GraftError: GC142, and GC141 for adaptations that give a row several times.
         """
         if not self.can_generate():
-            name = type(self._compilation.model).__name__
+            name = type(self.runner.compilation.model).__name__
             raise GraftError("GC142", f"{name} does not generate", hint="compile a model with a language model head")
-        require_rows_of_one(self._active)
+        require_rows_of_one(self.runner.shown.compilation)
 
     def get_encoder(self) -> nn.Module:
         """The encoder of a model that has one: called, it gives ``encoder_outputs`` as the adapted model has them.
@@ -108,92 +116,80 @@ class Generating:
         Raises:
             GraftError: GC142 where there is none.
         """
-        model: Any = self._compilation.model
+        model: Any = self.runner.compilation.model
         if not has_encoder(model):
             raise GraftError("GC142", f"{type(model).__name__} has no encoder beside a decoder", hint="call the model")
-        return _Encoder(self, model.get_encoder())
-
-    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of a call of the loop: of the module, whose hooks hear of it, unless that runs something else."""
-        own: Any = self.module._graftc
-        if own is self:
-            return self.module(*args, **kwargs)
-        return self.within(lambda: self.call(args, kwargs))
+        return _Encoder(self.runner, model.get_encoder())
 
     @property
     def encoder_parameters(self) -> tuple[str, ...]:
         """Names that the encoder's ``forward`` takes."""
-        return self._encoder.parameters
+        return _encoder_of(self.runner).parameters
 
     def can_generate(self) -> bool:
         """Whether the source model's class generates text, with a cache."""
-        model: Any = self._compilation.model
+        model: Any = self.runner.compilation.model
         can = is_transformers(model) and callable(getattr(model, "can_generate", None)) and model.can_generate()
-        return bool(can) and self._interface.cache is not None
-
-    @cached_property
-    def _stand_in(self) -> Any:
-        return stand_in(self, self._compilation.model)
-
-    def read_past(self, present: dict[str, Any]) -> None:
-        """Read the cache of a call; it is among what is present from then on.
-
-        Raises:
-            GraftError: GC140 where there is none, or it is not of this model; GC141 for an adaptation that it cannot
-                hold; GC031 for a mask of another length.
-        """
-        require_rows_of_one(self._active)
-        layout = self._active.known_cache_layout
-        if layout is None:
-            with exclusive():
-                layout = self._active.cache_layout
-        tokens = self.tokens_of(present)
-        if tokens is None:
-            name = "decoder_input_ids" if layout.pairs else "input_ids"
-            raise GraftError("GC140", f"a call with a cache needs {name}", hint=f"give {name}")
-        past = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device, self.begins)
-        present[CACHE] = past
-        name = f"decoder_{MASK}" if layout.pairs else MASK
-        mask, length = present.get(name), past.length + tokens.shape[1]
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
-            hint = f"it has one number for each token, those in the cache included: {[tokens.shape[0], length]}"
-            raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
-
-    def tokens_of(self, present: Mapping[str, Any]) -> Tensor | None:
-        """The tokens of a call that a cache goes on with: the decoder's, where there is an encoder; None without."""
-        pairs = self._active.cache_layout.pairs
-        names = ("decoder_input_ids", "decoder_inputs_embeds") if pairs else ("input_ids", "inputs_embeds")
-        return next((present[name] for name in names if name in present), None)
-
-    @property
-    def begins(self) -> int:
-        """The position of a text's first token: adaptations may stand in front of it."""
-        return 0
-
-    def encode(self, kwargs: dict[str, Any]) -> Any:
-        """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left
-        out, as the encoder's own ``**kwargs`` does."""
-        taken = (*self._encoder.parameters, "return_dict")
-        chosen = {name: kwargs[name] for name in self._active.controls if name in kwargs}
-        usual = {name: value for name, value in kwargs.items() if name in taken or name.startswith("output_")}
-        present, plain = self._encoder.read(usual)
-        every = with_choices(self._active, {**present, ENCODER: True}, chosen)
-        return self.within(lambda: self.run_part(every, plain))
+        return bool(can) and self.runner.interface.cache is not None
 
     @property
     def most_tokens(self) -> int | None:
         """How many tokens a text has positions for; None where any number has."""
-        text = TARGET if has_encoder(self._compilation.model) else SEQUENCE
-        tables = self.tables(self._active.key("eval"))
+        text = TARGET if has_encoder(self.runner.compilation.model) else SEQUENCE
+        tables = self.runner.position_tables(self.runner.shown.compilation.key("eval"))
         return min((table.most for table in tables if table.axis == text), default=None)
 
-    @cached_property
-    def _encoder(self) -> Interface:
-        model: Any = self._compilation.model
-        return Interface(model.get_encoder())
+
+def loop_attribute(runner: ModelRunner, name: str) -> Any:
+    """What transformers' loop asks a model that assists another one: as the source's class answers it.
+
+    Raises:
+        AttributeError: for what it does not ask.
+    """
+    loop = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    if not name.startswith("__") and hasattr(loop, name) and Generating(runner).can_generate():
+        return getattr(stand_in_of(runner), name)
+    raise AttributeError(f"{type(runner).__name__!r} object has no attribute {name!r}", name=name, obj=runner)
 
 
-def stand_in(runner: Generating, source: nn.Module) -> Any:
+def _called(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The outputs of a call of the loop: of the module, whose hooks hear of it, unless that runs something else."""
+    own: Any = runner.module._graftc
+    if own is runner:
+        return runner.module(*args, **kwargs)
+    return runner.within(lambda: runner.call(args, kwargs))
+
+
+def encode(runner: ModelRunner, kwargs: dict[str, Any]) -> Any:
+    """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left out,
+    as the encoder's own ``**kwargs`` does."""
+    encoder, shown = _encoder_of(runner), runner.shown.compilation
+    taken = (*encoder.parameters, "return_dict")
+    chosen = {name: kwargs[name] for name in shown.controls if name in kwargs}
+    usual = {name: value for name, value in kwargs.items() if name in taken or name.startswith("output_")}
+    present, plain = encoder.read(usual)
+    every = with_choices(shown, {**present, ENCODER: True}, chosen)
+    return runner.within(lambda: runner.run_part(every, plain))
+
+
+def _encoder_of(runner: ModelRunner) -> Interface:
+    if "encoder" not in runner.derived:
+        model: Any = runner.compilation.model
+        runner.derived["encoder"] = Interface(model.get_encoder())
+    return cast(Interface, runner.derived["encoder"])
+
+
+def stand_in_of(runner: ModelRunner) -> Any:
+    """A model's own stand-in. That of a Runner beside is made anew: what it leaves out is its own."""
+    known = runner.derived.get("stand-in")
+    if known is None or known._graftc_runner is not runner:
+        known = stand_in(runner, runner.compilation.model)
+        if runner.module._graftc is runner:
+            runner.derived["stand-in"] = known
+    return known
+
+
+def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
     """An object of a model's class that generates with the calls of a Runner.
 
     Args:
@@ -223,7 +219,7 @@ _OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
 """Arguments of ``generate`` that transformers' loop hands on to the model, where ``**kwargs`` swallows them."""
 
 
-def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
+def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
     """A ``forward`` that calls a Runner, with the parameters that the source's has, and those of banks."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,15 +235,15 @@ def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches
         kept = kwargs.get(KEPT)
         if isinstance(kept, int) and kept > 1:  # each number would be a graph of its own
-            outputs = runner.called(args, {**kwargs, KEPT: 0})
+            outputs = _called(runner, args, {**kwargs, KEPT: 0})
             outputs["logits"] = outputs.logits[:, -kept:]
             return outputs
-        return runner.called(args, kwargs)
+        return _called(runner, args, kwargs)
 
     own = inspect.signature(type(source).forward)
     chosen = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in runner._active.controls
+        for name in runner.shown.compilation.controls
         if name not in own.parameters
     ]
     listed = [*own.parameters.values()]
@@ -285,7 +281,7 @@ class _StandIn:
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
         """What chooses among adaptations is for rows of the prompt, each of which may become several."""
-        compilation = self._graftc_runner._active
+        compilation = self._graftc_runner.shown.compilation
         given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
         prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
         if prompt is not None:
@@ -297,7 +293,7 @@ class _StandIn:
         """The model's own. Texts that only their length ends are refused where there are no positions for that."""
         found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
         longest = generation_config.max_length if len(found) == 1 else generation_config.min_length
-        most = self._graftc_runner.most_tokens
+        most = Generating(self._graftc_runner).most_tokens
         if most is not None and longest is not None:  # the last token goes into no call
             initial = (
                 self._graftc_initial.length if self._graftc_initial is not None and self._graftc_initial.shifted else 0
@@ -358,7 +354,7 @@ class _Encoder(nn.Module):
         own = [p for p in signature.parameters.values() if p.name != "self"]
 
         def forward(**kwargs: Any) -> Any:
-            return runner.encode(kwargs)
+            return encode(runner, kwargs)
 
         forward.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
         self.forward = forward

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -37,10 +37,8 @@ from graftc.compiler.roles.windows import has_windows
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import past_name
 from graftc.passes.core.sites.sites import AttentionSite
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.specs.methods.prefix import PrefixSpec
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import CompiledRunner
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,12 @@ def _with_front(kind: Any) -> Any:
     return type(kind.__name__, (_Fronted, kind), {"__module__": kind.__module__})
 
 
-def initial_cache(runner: CompiledRunner) -> InitialCache | None:
+def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
     """What a cache begins with, so that a model generates with it as it is adapted; None where nothing does, or where
     the graph has to do it: in several adaptations at once, in compositions, in some of the layers only, behind windows
     that would hide a prefix."""
-    compilation = runner._active
-    if runner._base_only or runner.training or compilation.cache_layout.pairs:
+    compilation = runner.shown.compilation
+    if runner.base_only or runner.training or compilation.cache_layout.pairs:
         return None
     composed = {name for composition in compilation.spec.compose for name in composition.members}
     held = [r for r in compilation.places().resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]
@@ -147,8 +145,8 @@ def initial_cache(runner: CompiledRunner) -> InitialCache | None:
     return made if made is not None and _is_the_same(runner, made) else None
 
 
-def _of_prefix(runner: CompiledRunner, resolved: Resolved) -> InitialCache | None:
-    compilation, spec = runner._active, resolved.spec
+def _of_prefix(runner: AdaptedRunner, resolved: Resolved) -> InitialCache | None:
+    compilation, spec = runner.shown.compilation, resolved.spec
     assert isinstance(spec, PrefixSpec)
     sites = {site.key: site for site in compilation.main.attentions}
     places = {site.key: own.length for site, own in resolved.places}  # type: ignore[attr-defined]
@@ -214,11 +212,11 @@ def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
 
 
 @torch.no_grad()
-def _is_the_same(runner: CompiledRunner, made: InitialCache) -> bool:
+def _is_the_same(runner: AdaptedRunner, made: InitialCache) -> bool:
     """Whether a text behind the cache gives what the adapted graph gives for it, where that has been asked before."""
-    tried = runner.tried_caches.get(made.names)
+    tried: bool | None = runner.derived.get(("initial cache", made.names))
     if tried is None:
-        compilation = runner._active
+        compilation = runner.shown.compilation
         base = compilation.program("train", "base")
         inputs = samples_on(runner.device, base, 0, (2, 6), None)
         inputs = {n: torch.ones_like(t) if n.endswith("mask") else t for n, t in inputs.items()}
@@ -228,10 +226,10 @@ def _is_the_same(runner: CompiledRunner, made: InitialCache) -> bool:
         expected = runner.within(lambda: runner.call((), dict(inputs))).logits
         start = made.length if made.shifted else 0
         given: dict[str, Any] = {"input_ids": ids, "cache": made.cache(len(ids))}
-        if "position_ids" in runner._interface.parameters:
+        if "position_ids" in runner.interface.parameters:
             given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
         beside = runner.beside(made.names)
         found = beside.within(lambda: beside.call((), given)).logits
         bound = BOUNDS.get(runner.dtype, BOUNDS[torch.float32]) * max(1.0, largest_number(expected))
-        tried = runner.tried_caches[made.names] = largest_difference(expected, found) <= bound
+        tried = runner.derived["initial cache", made.names] = largest_difference(expected, found) <= bound
     return tried

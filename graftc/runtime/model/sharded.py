@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -22,11 +22,9 @@ from torch import nn
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.weights.sharding import is_sharded, sharded_modules
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import CompiledRunner
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,7 +130,8 @@ def _apart(message: str) -> GraftError:
 
 
 def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method of a compiled model that every process calls where that is sharded: each runs it on a whole model.
+    """A method of what has a Runner, ``self.runner``, that every process calls where that is sharded: each runs it on a
+    whole model.
 
     Raises:
         GraftError: GC131 as `Meeting.of`, GC130 as `whole_model`.
@@ -140,8 +139,8 @@ def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Conca
 
     @functools.wraps(method)
     def called(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        meeting = Meeting.of(self.module, method.__name__)
-        return method(self if meeting is None else whole_model(self), *args, **kwargs)
+        meeting = Meeting.of(self.runner.module, method.__name__)
+        return method(self if meeting is None else type(self)(whole_model(self.runner)), *args, **kwargs)
 
     return called  # type: ignore[return-value]
 
@@ -155,17 +154,17 @@ def written_once(method: Callable[Concatenate[Any, Any, P], Path]) -> Callable[C
 
     @functools.wraps(method)
     def called(self: Any, path: Any, *args: P.args, **kwargs: P.kwargs) -> Path:
-        meeting = Meeting.of(self.module, method.__name__)
+        meeting = Meeting.of(self.runner.module, method.__name__)
         if meeting is None:
             return method(self, path, *args, **kwargs)
-        values = dict(adapter_values(self._store))
-        meeting.by_first(lambda: method(whole_model(self, values), path, *args, **kwargs))
+        values = dict(adapter_values(self.runner.store))
+        meeting.by_first(lambda: method(type(self)(whole_model(self.runner, values)), path, *args, **kwargs))
         return as_path(path)
 
     return called  # type: ignore[return-value]
 
 
-def whole_model(runner: CompiledRunner, values: dict[str, torch.Tensor] | None = None) -> CompiledRunner:
+def whole_model(runner: AdaptedRunner, values: dict[str, torch.Tensor] | None = None) -> AdaptedRunner:
     """A compiled model with the same graphs over whole tensors, where the source model is.
 
     Args:
@@ -175,7 +174,7 @@ def whole_model(runner: CompiledRunner, values: dict[str, torch.Tensor] | None =
     Raises:
         GraftError: GC130 where the source model has no weights in this process.
     """
-    compilation, store = runner.compilation, runner._store
+    compilation, store = runner.compilation, runner.store
     values = dict(adapter_values(store)) if values is None else values
     base = dict(Store.mirror(compilation.model).tensors())
     if any(tensor.device.type == "meta" for tensor in base.values()):
@@ -193,6 +192,6 @@ def whole_model(runner: CompiledRunner, values: dict[str, torch.Tensor] | None =
     for alias, owner in store.aliases.items():
         made.alias(alias, owner)
     twin = runner.over(replace(compilation, store=made))
-    twin._trained.update(runner._trained)
-    twin._objectives_used = runner._objectives_used
+    twin.progress.trained.update(runner.progress.trained)
+    twin.progress.extra_losses = runner.progress.extra_losses
     return twin

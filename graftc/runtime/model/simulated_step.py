@@ -17,12 +17,14 @@ from graftc.runtime.activations.recording import fake
 from graftc.runtime.activations.simulated import Levels, Tracking, highest
 from graftc.runtime.activations.summary import Activations, layers_of
 from graftc.runtime.activations.training_code import choices_of
-from graftc.runtime.model.blocks import Block, Root
-from graftc.runtime.model.runner import ModelRunner, runner_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.blocks import Block
+from graftc.runtime.model.root import Root
+from graftc.runtime.model.runner import runner_of
 from graftc.runtime.model.shortened import KEPT, Run, Step, deep, runs_of, shorten
 
 
-def simulated_step(runner: ModelRunner, signature: Signature, present: Mapping[str, Any]) -> Activations:
+def simulated_step(runner: AdaptedRunner, signature: Signature, present: Mapping[str, Any]) -> Activations:
     """What a forward and a backward pass keep and take.
 
     Args:
@@ -47,14 +49,15 @@ class Simulation:
         trained: what an optimiser is given.
     """
 
-    def __init__(self, runner: ModelRunner, processes: int = 1) -> None:
+    def __init__(self, runner: AdaptedRunner, processes: int = 1) -> None:
         self.mode = FakeTensorMode()
         tensors = [*runner.module.parameters(), *runner.module.buffers()]
         faked = {id(tensor): _faked(tensor, self.mode) for tensor in tensors}
         self.module = copy.deepcopy(runner.module, faked).train()
-        self.runner: ModelRunner = runner_of(self.module)
+        self.runner: AdaptedRunner = runner_of(self.module)
         self.runner.hearing.hooked = self.runner.hearing.everywhere = False  # its own hooks look at nothing in a layer
-        if self.runner.device != runner.device:
+        stops, self.runner.told, self.runner.stops = self.runner.stops, set(), frozenset()
+        if stops or self.runner.device != runner.device:
             self.runner.relower()
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._parts = [(name, part) for name, part in self.module.named_modules() if isinstance(part, (Block, Root))]
@@ -84,11 +87,11 @@ class Simulation:
         for _, part in self._parts:
             choices_of(part).clear()  # they are of other sizes
         key = self.runner.key(signature, "train")
-        if key not in self.runner._roots or calls(self.runner._programs[key].graph):
-            self.runner.install(key, self.runner._program_of(key))
-        graph = outline(self.runner._lowered[key]).root
+        if not self.runner.shown.has(key) or calls(self.runner.shown.executables[key].program.graph):
+            self.runner.install(key, self.runner.program_of(key))
+        graph = outline(self.runner.shown.lowered_of(key)).root
         # With a budget, layers that do the same differ in what they keep.
-        spec = self.runner._active.spec
+        spec = self.runner.shown.compilation.spec
         runs = [] if whole or spec.memory.budget is not None else runs_of(graph, self._kind_in(key))
         if not runs:
             peak = highest(self._run(key, present))
@@ -124,14 +127,14 @@ class Simulation:
         """The bytes that there are whenever something is made, in each part of a step."""
         own = self.runner
         given = fake(dict(present), self.mode)
-        code: Any = own._roots[key]
+        code: Any = own.shown.executables[key].run
         if code.plain:  # which chooses nothing by itself
             inputs = own.inputs(key, given)
             code.choose(own.module, inputs, code.kind(own.module, inputs))
 
         def loss() -> Tensor:
             # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.
-            named = zip(own._lowered[key].outputs.names, own.run(key, given), strict=True)
+            named = zip(own.shown.lowered_of(key).outputs.names, own.run(key, given), strict=True)
             floats = {name: value for name, value in named if isinstance(value, Tensor) and value.requires_grad}
             return floats["loss"] if "loss" in floats else torch.stack([value.sum() for value in floats.values()]).sum()
 
@@ -143,7 +146,7 @@ class Simulation:
                 handles.append(register(self._scatter))
         elif self._accumulated:
             self.give_gradients()
-        controllers = list(own._steering.controllers.values()) if self._steered else []
+        controllers = list(own.steering.controllers.values()) if self._steered else []
         with self.mode, Tracking():
             for controller in controllers:
                 controller.before_forward()
@@ -179,12 +182,12 @@ class Simulation:
             code = block._graftc
             tensors = [*block.named_parameters(), *block.named_buffers()]
             forms = tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in tensors)
-            return code.functions[f"{self.runner._label}{key}#{call.args[0]}"], forms, code.checkpointing
+            return code.functions[f"{self.runner.shown.label}{key}#{call.args[0]}"], forms, code.checkpointing
 
         return kind
 
 
-def _watched(runner: ModelRunner, tracking: Tracking) -> Iterator[Any]:
+def _watched(runner: AdaptedRunner, tracking: Tracking) -> Iterator[Any]:
     """Tell what tracks a step where layers begin, in both passes; gives handles that end it."""
     calls = -1
 

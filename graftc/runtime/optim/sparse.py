@@ -94,7 +94,7 @@ class _Attached(SparseOptimiser):
         if compiled is None:
             return
         self._deltas = {id(p): delta for p, delta in _deltas(compiled) if self.holds(p)}
-        for controller in runner_of(compiled)._steering.controllers.values():
+        for controller in runner_of(compiled).steering.controllers.values():
             if any(self.holds(t) for place in controller.places for t in place.tensors.values()):
                 controller.optimiser = self
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from graftc.runtime import optim
 from graftc.runtime.activations.simulated import Tracking, highest
+from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.simulated_step import Simulation, shard_of
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 """Makes an optimiser of what trains."""
@@ -145,8 +144,6 @@ def _make(simulation: Simulation, optimizer: Any, device: str) -> Make:
     if optimizer in OPTIMISERS:
         return lambda parameters: OPTIMISERS[optimizer](parameters, device)
     if optimizer in OWN:
-        from graftc.runtime import optim
-
         compiled = cast("Compiled", simulation.module)
         cls: Any = getattr(optim, OWN[optimizer])
         return partial(_own, cls, compiled)

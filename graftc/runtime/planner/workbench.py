@@ -68,9 +68,9 @@ class Workbench:
             hint = "add an adaptation to the spec"
             raise GraftError("GC073", "nothing trains, so there is no step to plan", hint=hint)
         if devices > 1:
-            for controller in self._runner._steering.controllers.values():
+            for controller in self._runner.steering.controllers.values():
                 controller.check_spread(Spread(devices, sharded=True))
-        self.inputs = Inputs(self._runner._compilation)
+        self.inputs = Inputs(self._runner.compilation)
         self._simulations: dict[Signature, Simulation] = {}
         self._simulation = self._simulated(self.inputs(2, min(TOKENS, self.inputs.longest or TOKENS)))[0]
         self._optimizer = usual(spec) if optimizer is None else optimizer
@@ -97,7 +97,7 @@ class Workbench:
 
     def _simulated(self, present: dict[str, Any]) -> tuple[Simulation, Signature]:
         """The model for a call, whose graphs are captured where they are new."""
-        signature = signature_for(self._runner._active, present)
+        signature = signature_for(self._runner.shown.compilation, present)
         if signature not in self._simulations:
             self._simulations[signature] = Simulation(self._runner, self._devices)
         return self._simulations[signature], signature
@@ -108,7 +108,7 @@ class Workbench:
         with running_on(self._device):
             found = simulation.step(signature, present, accumulated=self._accumulate)
             peak = found.peak
-            if self._runner._steering.controllers:
+            if self._runner.steering.controllers:
                 steered = simulation.step(signature, present, accumulated=self._accumulate, steered=True)
                 peak = max(peak, steered.peak)
         trained = {id(p) for p in self._simulation.trained}
@@ -124,7 +124,7 @@ class Workbench:
             devices=self._devices,
             device=self._device,
             frozen=sum(sizes) - trainable,
-            originals=_originals(self._runner._compilation, self._devices),
+            originals=_originals(self._runner.compilation, self._devices),
             trainable=trainable,
             buffers=_bytes(self._simulation.module.buffers()),
             inputs=_bytes(value for value in present.values() if isinstance(value, Tensor)),

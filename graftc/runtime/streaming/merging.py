@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 
-import graftc
 from graftc.compiler.folding.certificate import Certificate, SiteEvidence, require_changed
 from graftc.compiler.folding.retention import Retention
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
@@ -36,6 +35,7 @@ from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
+from graftc.version import __version__
 
 __all__ = ["StreamedMerge", "merge_checkpoint"]
 
@@ -313,7 +313,7 @@ def _identity(plan: MergePlan, watch: _Watch) -> str:
         (shard.name, watch.before[shard.path], sorted(map(str, shard.tensors.items())))
         for shard in plan.checkpoint.shards
     ]
-    data = [os.path.realpath(plan.checkpoint.path), files, plan.updates.digest, plan.dtype, graftc.__version__]
+    data = [os.path.realpath(plan.checkpoint.path), files, plan.updates.digest, plan.dtype, __version__]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 

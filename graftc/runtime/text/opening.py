@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,18 +15,19 @@ from torch import nn
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import cache_name
 from graftc.compiler.missing_weights import require_weights
+from graftc.runtime.api import import_peft, load
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import is_peft
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.generate import load as load_graphs
 from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.runtime.loading.checkpoint import is_checkpoint
+from graftc.runtime.model.runner import runner_of
 from graftc.runtime.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
 from graftc.runtime.tensors.foreign_folders import require_regular_files
 from graftc.specs.compose import Bank
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
 
 __all__ = ["Kind", "TextModel", "moved", "open_text_model", "tokenizer_of"]
 
@@ -141,8 +142,6 @@ def open_text_model(
 
 
 def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None]:
-    from graftc.runtime.api import import_peft, load
-
     if not folder.is_dir():
         raise GraftError("GC032", f"there is no folder {str(folder)!r}", hint=_neighbour(folder))
     if (folder / MANIFEST).is_file() or is_checkpoint(folder):
@@ -155,8 +154,6 @@ def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None
     if model is not None:
         raise GraftError("GC090", f"{str(folder)!r} is not an adapter, and takes no --model", hint="leave out --model")
     if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in (DECODER, PAIR[1])):
-        from graftc.runtime.generate import load as load_graphs
-
         return "onnx", load_graphs(folder), None
     loaded = load_folder(folder)
     require_weights(loaded)
@@ -173,8 +170,6 @@ def _neighbour(folder: Path) -> str | None:
 
 
 def _require_generating(source: Any, compiled: Compiled | None) -> None:
-    from graftc.runtime.model.runner import runner_of
-
     if compiled is not None:
         can = runner_of(compiled).can_generate()
     else:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import graftc
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
@@ -20,7 +19,7 @@ _BEAMS = 1_000
 _STOPS, _STOP = 100, 1_000
 """Texts that end an answer, and characters of one, at most."""
 _HINT = "mend generation_config.json in the model's folder"
-_OWN = Path(graftc.__file__).parent
+_OWN = Path(__file__).parents[2]
 
 
 def require_settings(config: Any, beams: int | None) -> None:

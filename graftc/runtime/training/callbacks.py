@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from transformers import TrainerCallback
-
-from graftc.runtime.model.blocks import Runner
 from graftc.runtime.training.watching import Watch, is_plain, watch
 
 if TYPE_CHECKING:
-    from graftc.runtime.training.log import TrainingLog
-    from graftc.runtime.training.steering import Steered
+    from transformers import TrainerCallback
 
 
-def steering_callback(compiled: Steered) -> TrainerCallback:
-    """A callback that adds objectives and lets controllers step, once per optimiser step."""
-    return _Steering(compiled)
+class StepLog(Protocol):
+    """What is written while training: see `TrainingLog`."""
+
+    def expect(self, number: int) -> None:
+        """Say which step is the next."""
+
+    def step(self, number: int | None = None, /, **values: Any) -> bool:
+        """Say that an optimiser step has been taken."""
+
+    def note(self, number: int, /, **values: Any) -> None:
+        """Write numbers down."""
+
+    def close(self) -> None:
+        """Say that forward passes are those of something else."""
 
 
-def logging_callback(log: TrainingLog) -> TrainerCallback:
+def steering_callback(compiled: Any) -> TrainerCallback:
+    """A callback that adds objectives and lets controllers step, once per optimiser step.
+
+    Args:
+        compiled: a compiled model, or its Runner.
+    """
+    return cast("TrainerCallback", _of_trainer(_Steering)(compiled))
+
+
+def logging_callback(log: StepLog) -> TrainerCallback:
     """A callback that writes a training log: figures after optimiser steps, and what the Trainer logs."""
-    return _Logging(log)
+    return cast("TrainerCallback", _of_trainer(_Logging)(log))
 
 
-class _Logging(TrainerCallback):
+@cache
+def _of_trainer(kind: type) -> Any:
+    """A class of callbacks as one of transformers'."""
+    from transformers import TrainerCallback
+
+    return type(kind.__name__, (kind, TrainerCallback), {"__doc__": kind.__doc__, "__module__": __name__})
+
+
+class _Logging:
     """The Trainer counts steps, and logs after the step that it logs."""
 
-    def __init__(self, log: TrainingLog) -> None:
+    def __init__(self, log: StepLog) -> None:
         self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -48,11 +73,11 @@ class _Logging(TrainerCallback):
         self.log.close()
 
 
-class _Steering(TrainerCallback):
+class _Steering:
     """Objectives depend on adapter tensors only, so their gradient is taken once, before that of the first micro-batch,
     and both are clipped as one. Where a gradient scaler has left a step out, controllers leave it out too."""
 
-    def __init__(self, compiled: Steered) -> None:
+    def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         self._check: Watch | None = None
 
@@ -61,7 +86,7 @@ class _Steering(TrainerCallback):
         self.compiled.steps_left(state.max_steps - state.global_step)
         if self._check is not None:  # of an attempt that has been given up
             self._check.remove()
-        self._check = watch(cast(Runner, self.compiled), optimizer) if is_plain(optimizer) else None
+        self._check = watch(self.compiled, optimizer) if is_plain(optimizer) else None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Before the micro-batches of an optimiser step."""

@@ -16,10 +16,12 @@ from torch import Tensor
 from graftc.compiler.figures import Figures, as_numbers
 from graftc.passes.core.weights.sharding import sharded_modules
 from graftc.runtime.artifact.manifest import MANIFEST
-from graftc.runtime.model.runner import runner_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.runner import ModelRoot, runner_of
+from graftc.runtime.training.callbacks import logging_callback
 from graftc.runtime.training.curves import last_step
 from graftc.runtime.training.observing import Observer
-from graftc.runtime.training.steering import Steered
+from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.errors.arguments import as_path, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import encodable
@@ -27,7 +29,6 @@ from graftc.specs.errors.text import encodable
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from graftc.runtime.compiled import Compiled, CompiledRunner
 
 __all__ = ["TrainingLog"]
 
@@ -58,20 +59,20 @@ class TrainingLog:
 
     def __init__(
         self,
-        compiled: Compiled | CompiledRunner,
+        compiled: ModelRoot | AdaptedRunner,
         path: str | os.PathLike[str] = "training_log.jsonl",
         *,
         every: int = 10,
     ) -> None:
         runner: Any = runner_of(compiled)
-        if not isinstance(runner, Steered):
+        if not isinstance(runner, AdaptedRunner):
             raise GraftError("GC073", "this is not a model that trains", hint="give the result of graftc.compile")
         if not _is_count(every) or every < 1:
             shown = repr(every) if _is_count(every) else kind_of(every)
             raise GraftError("GC073", f"every is {shown}", hint="give a number of optimiser steps from 1")
         self.path, self.every = as_path(path), every
         _require_outside(self.path)
-        self._runner, self._observer = runner, Observer(runner._compilation)
+        self._runner, self._observer = runner, Observer(runner.compilation)
         self._written: Figures = {}
         self._first = True
         self._writes = not (torch.distributed.is_initialized() and torch.distributed.get_rank())
@@ -121,13 +122,11 @@ class TrainingLog:
     def callback(self) -> TrainerCallback:
         """A callback for the transformers Trainer that does all of this, and writes what the Trainer logs as well. It
         goes after ``compiled.callback()``."""
-        from graftc.runtime.training.callbacks import logging_callback
-
         return logging_callback(self)
 
     def close(self) -> None:
         """Stop looking at forward passes."""
-        self._runner._observer = None
+        self._runner.progress.observer = None
 
     def __enter__(self) -> Self:
         return self
@@ -142,14 +141,14 @@ class TrainingLog:
 
     def expect(self, number: int) -> None:
         """Say that the forward passes to come are those of the step of this number, where that is not the next one."""
-        self._runner._observer = self._observer if self._due(number) else None
+        self._runner.progress.observer = self._observer if self._due(number) else None
 
     def _changes(self) -> Figures | None:
         """Figures that differ from those of the lines before; None in a process that does not write."""
         self._first = False
-        if not self._writes and not any(sharded_modules(self._runner._compilation.store.root)):
+        if not self._writes and not any(sharded_modules(self._runner.compilation.store.root)):
             return None
-        now = as_numbers([*self._runner._figures(), *self._observer.figures()])
+        now = as_numbers([*TrainingSteering(self._runner).figures(), *self._observer.figures()])
         changes: Figures = {}
         for adaptation, sites in now.items():
             for site, figures in sites.items():

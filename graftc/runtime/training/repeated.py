@@ -12,10 +12,11 @@ from torch.nn import functional
 
 from graftc.compiler.capture.interface import COUNT
 from graftc.compiler.capture.isolation import is_traced
-from graftc.compiler.compilation import Compilation
-from graftc.compiler.steering import Steerings
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.root import Installed
+from graftc.runtime.model.views import Progress, Waiting
 
 aten = torch.ops.aten
 LABELS = "labels"
@@ -24,7 +25,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class _Outputs:
+class Outputs:
     """What a train Program's flat outputs are to objectives.
 
     Attributes:
@@ -40,46 +41,42 @@ class _Outputs:
     counted: bool = False
 
 
-class Waiting(list[Tensor]):
-    """Terms that no loss has yet. A copied model has none: they belong to passes of the other one."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
-        return Waiting()
+def outputs_of(executable: Installed) -> Outputs:
+    """What the flat outputs of a train Program are to objectives."""
+    return executable.once("outputs", _outputs)
 
 
-class Repeated:
-    """The part of `Compiled` that runs a Program several times in one call."""
+def _outputs(program: Program) -> Outputs:
+    names = program.outputs.names
+    loss = names.index("loss") if "loss" in names else None
+    return Outputs(names, loss, label_shift(program), _reads(program, COUNT))
 
-    _compilation: Compilation
-    _steering: Steerings
-    training: bool
-    run: Callable[[ProgramKey, Mapping[str, Any]], tuple[Any, ...]]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._waiting = Waiting()
-        self._outputs: dict[ProgramKey, _Outputs] = {}
-        super().__init__(*args, **kwargs)
+class Repeating:
+    """Runs a Program several times in one call, where objectives compare the passes.
 
-    def install(self, key: ProgramKey, program: Program) -> None:
-        """See `Runner.install`."""
-        super().install(key, program)  # type: ignore[misc]
-        names = program.outputs.names
-        loss = names.index("loss") if "loss" in names else None
-        self._outputs[key] = _Outputs(names, loss, label_shift(program), _reads(program, COUNT))
+    Args:
+        runner: of the model.
+        missed: is called when a term has gone without its gradient.
+    """
 
-    def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
+    def __init__(self, runner: AdaptedRunner, missed: Callable[[], None]) -> None:
+        self.runner, self._missed = runner, missed
+
+    def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the first pass, with the terms of the others in the loss where there is one."""
-        first = self.run(key, present)
-        objectives = self._steering.outputs
-        if not self.training or not objectives or getattr(self, "_base_only", False):
+        runner = self.runner
+        first = runner.run(key, present)
+        objectives = runner.steering.outputs
+        if not runner.training or not objectives or runner.base_only:
             return first
         if key.entry in ("losses", "scores"):  # there are no outputs to compare
-            self._miss()
+            self._missed()
             return first
         count = max(objective.passes for objective in objectives.values())
-        shape = self._outputs[key]
+        shape = outputs_of(runner.shown.executables[key])
         found = [_named(shape.names, first)]
-        found += [_named(shape.names, self.run(key, present)) for _ in range(count - 1)]
+        found += [_named(shape.names, runner.run(key, present)) for _ in range(count - 1)]
         counted = _counted(present.get(LABELS), shape.shift)
         terms = [objective.value(found[: objective.passes], counted) for objective in objectives.values()]
         term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
@@ -94,27 +91,25 @@ class Repeated:
 
     def _wait(self, term: Tensor, outputs: tuple[Any, ...]) -> None:
         """Keep a term for the next `extra_loss`, until the passes that it belongs to have had their backward pass."""
-        self._waiting.append(term)
+        progress, missed = self.runner.progress, self._missed
+        progress.waiting.append(term)
         if is_traced():
             return
 
-        def missed(gradient: Tensor) -> None:
-            if any(waiting is term for waiting in self._waiting):
-                self._waiting[:] = [waiting for waiting in self._waiting if waiting is not term]
-                self._miss()
+        def gone(gradient: Tensor) -> None:
+            if any(waiting is term for waiting in progress.waiting):
+                progress.waiting[:] = [waiting for waiting in progress.waiting if waiting is not term]
+                missed()
 
         own = next((t for t in outputs if isinstance(t, Tensor) and t.requires_grad), None)
         if own is not None:
-            own.register_hook(missed)  # type: ignore[no-untyped-call]
+            own.register_hook(gone)  # type: ignore[no-untyped-call]
 
-    def _miss(self) -> None:
-        """A term has been missed."""
-        raise NotImplementedError
 
-    def _waited(self) -> list[Tensor]:
-        """The mean of the terms since the last time, which are forgotten; nothing where there are none."""
-        terms, self._waiting = list(self._waiting), Waiting()
-        return [torch.stack(terms).mean()] if terms else []
+def waited(progress: Progress) -> list[Tensor]:
+    """The mean of the terms since the last time, which are forgotten; nothing where there are none."""
+    terms, progress.waiting = list(progress.waiting), Waiting()
+    return [torch.stack(terms).mean()] if terms else []
 
 
 def _named(names: tuple[str, ...], outputs: tuple[Any, ...]) -> dict[str, Tensor]:

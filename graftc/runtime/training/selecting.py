@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,51 +19,29 @@ from graftc.passes.core.method.capabilities import Scored, Staged, Transition
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.scoring import Scoring
 from graftc.passes.core.weights.names import owner_of
-from graftc.passes.methods.selection import SELECTED
-from graftc.runtime.model.blocks import Runner
-from graftc.runtime.model.runner import in_eval_mode, runner_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.runner import ModelRoot, in_eval_mode, runner_of
 from graftc.runtime.model.sharded import in_every_process
-from graftc.runtime.training.steering import Steered
+from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.compiler.compilation import Compilation
-    from graftc.runtime.compiled import Compiled
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 """From a model's outputs and the example to a scalar."""
 
 
-class Selecting(Steered, Runner):
-    """The part of `Compiled` that makes the model of the next training."""
+class Selecting:
+    """Makes the model of the next training.
 
-    _compilation: Compilation
-    sibling: Callable[..., Compiled]
+    Args:
+        runner: of this one.
+    """
 
-    @property
-    def unselected(self) -> tuple[str, ...]:
-        """Adaptations whose entries examples have yet to choose."""
-        store = self._compilation.store
-        found = []
-        for resolved in self._compilation.main.resolved:
-            flag = self._compilation.parts.get(resolved.name, {}).get(None, {}).get(SELECTED)
-            if flag is not None and not bool(store.get(flag)):
-                found.append(resolved.name)
-        return tuple(found)
-
-    def warn_of_unsteered(self) -> None:
-        """Warn (GC025) also of adaptations that were trained before examples had chosen their entries."""
-        super().warn_of_unsteered()
-        store, parts = self._compilation.store, self._compilation.parts
-        for name in self.unselected:
-            deltas = (n for own in parts[name].values() for part, n in own.items() if part.endswith("_delta"))
-            if any(bool(store.get(delta).any()) for delta in deltas):
-                hint = "train compiled.select(examples) instead, or let graftc.tune do both"
-                self._warn([name], "{names} was trained at random entries, before examples had chosen", hint)
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     @in_every_process
-    def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Compiled:
+    def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Any:
         """A model whose adaptations train the entries that examples choose, at their initial values; this one stays as
         it is.
 
@@ -78,12 +56,12 @@ class Selecting(Steered, Runner):
         Raises:
             GraftError: GC056 where no adaptation chooses by examples, there are none, or there is no loss.
         """
-        names = self.unselected
-        chosen = [r for r in self._compilation.main.resolved if r.name in names]
+        names = TrainingSteering(self.runner).unselected
+        chosen = [r for r in self.runner.compilation.main.resolved if r.name in names]
         if not chosen:
             hint = "compile the spec again to choose anew"
             raise GraftError("GC056", "there is no adaptation whose entries examples have yet to choose", hint=hint)
-        if self._store_device().type == "meta":
+        if self.runner.device.type == "meta":
             raise GraftError(
                 "GC056", "there is nothing to choose by on the meta device", hint="load the base's weights"
             )
@@ -92,7 +70,7 @@ class Selecting(Steered, Runner):
         for resolved in chosen:
             method = method_for(resolved.spec.method)
             assert isinstance(method, Scored)
-            places, _ = live_places(self._compilation, resolved)
+            places, _ = live_places(self.runner.compilation, resolved)
             scoring = method.scoring(resolved.spec)
             assert scoring is not None
             scores = self._scores(method.scored(places), scoring, examples, loss)
@@ -102,14 +80,14 @@ class Selecting(Steered, Runner):
     def _scores(
         self, names: Iterable[str], scoring: Scoring, examples: Iterable[Mapping[str, Any]], loss: Loss | None
     ) -> dict[str, Tensor]:
-        store = self._compilation.store
+        store = self.runner.compilation.store
         tensors = {name: store.get(name) for name in names}
         scores = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
         count = 0
         with self._watched(tensors, lambda name, grad: scoring.add(scores[name], tensors[name].detach(), grad)):
             for example in examples:
                 for single in _single(example) if scoring.single else (example,):
-                    outputs = self.module(**single)
+                    outputs = self.runner.module(**single)
                     value = loss(outputs, single) if loss is not None else getattr(outputs, "loss", None)
                     if value is None:
                         hint = "give the examples labels, or a loss of your own: select(examples, loss=...)"
@@ -123,13 +101,13 @@ class Selecting(Steered, Runner):
     @contextmanager
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+        trained = [p for p in self.runner.module.parameters() if p.requires_grad]
         gradients = BaseGradients(take)
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
             gradients.want(tensors)
-            with in_eval_mode(self.module):
+            with in_eval_mode(self.runner.module):
                 yield
         finally:
             gradients.release()
@@ -139,7 +117,7 @@ class Selecting(Steered, Runner):
     @property
     def stages_left(self) -> int:
         """How many trainings are to follow the one that this model is for."""
-        return max((self._left(resolved) for resolved in self._compilation.main.resolved), default=0)
+        return max((self._left(resolved) for resolved in self.runner.compilation.main.resolved), default=0)
 
     @staticmethod
     def _left(resolved: Resolved) -> int:
@@ -149,7 +127,7 @@ class Selecting(Steered, Runner):
         )
 
     @in_every_process
-    def advance(self, start: Mapping[str, Tensor] | None = None) -> Compiled:
+    def advance(self, start: Mapping[str, Tensor] | None = None) -> Any:
         """The model of the next training, after the one that this model is for; this one stays as it is.
 
         Args:
@@ -159,19 +137,19 @@ class Selecting(Steered, Runner):
         Raises:
             GraftError: GC057 where no adaptation takes another training.
         """
-        due = [resolved for resolved in self._compilation.main.resolved if self._left(resolved) > 0]
+        due = [resolved for resolved in self.runner.compilation.main.resolved if self._left(resolved) > 0]
         if not due:
             raise GraftError("GC057", "no adaptation takes another training", hint="merge, save or export the model")
         found: dict[str, Transition[Any]] = {}
         for resolved in due:
             method = method_for(resolved.spec.method)
             assert isinstance(method, Staged)
-            places, shared = live_places(self._compilation, resolved)
+            places, shared = live_places(self.runner.compilation, resolved)
             with torch.no_grad():
                 found[resolved.name] = method.advance(resolved.spec, places, shared)
         return self._after(found, start)
 
-    def joined(self, *others: Compiled) -> Compiled:
+    def joined(self, *others: ModelRoot) -> Any:
         """One model with the adaptations of several of the same base, on one another: this model's first, then those of
         the others in order. Modules that the others train in full, their heads, are left out; the models stay as they
         are.
@@ -181,8 +159,8 @@ class Selecting(Steered, Runner):
         Raises:
             GraftError: GC087 where another has another base, GC005 where two adaptations have one name.
         """
-        mine = identify(self._compilation.source).fingerprint
-        spec, values = self._compilation.spec, dict(self._others(()))
+        mine = identify(self.runner.compilation.source).fingerprint
+        spec, values = self.runner.compilation.spec, dict(self._others(()))
         for model in others:
             other = runner_of(model)
             compilation = other.compilation
@@ -195,26 +173,26 @@ class Selecting(Steered, Runner):
                 hint = "give each a name of its own in its spec, before it is trained"
                 raise GraftError("GC005", f"two of the models have an adaptation {twice[0]!r}", hint=hint)
             spec = spec.model_copy(update={"adapt": adapt, "compose": compose})
-            values |= other._others([TRAIN])
+            values |= Selecting(other)._others([TRAIN])
         return self._made(spec, values)
 
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of adaptations other than these."""
         gone = set(names)
-        return {n: t for n, t in adapter_values(self._compilation.store) if owner_of(n) not in gone}
+        return {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in gone}
 
-    def _after(self, found: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Compiled:
+    def _after(self, found: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Any:
         """The model after transitions of some adaptations; the others go on, or start again where one rewinds."""
-        others, spec = self._others(found), self._compilation.spec
+        others, spec = self._others(found), self.runner.compilation.spec
         if any(transition.rewind for transition in found.values()):
             others = {name: start[name] for name in others if name in start} if start is not None else {}
         values = {name: value for transition in found.values() for name, value in transition.values.items()}
         adapt = tuple(found[str(a.name)].spec if str(a.name) in found else a for a in spec.adapt)
         return self._made(spec.model_copy(update={"adapt": adapt}), {**others, **values})
 
-    def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Compiled:
-        compiled = self.sibling(spec, values)
-        compiled.train(self.training)
+    def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Any:
+        compiled = self.runner.sibling(spec, values)
+        compiled.train(self.runner.training)
         return compiled
 
 

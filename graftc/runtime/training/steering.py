@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,20 +13,21 @@ from torch import Tensor
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.figures import Figure, Figures, as_numbers, live_figures
 from graftc.compiler.resolve.resolver import Resolved
-from graftc.compiler.steering import Steerings, live_places, steerings
+from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.method.capabilities import Ranked, one_rank
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
-from graftc.runtime.training.repeated import Repeated
+from graftc.passes.methods.selection import SELECTED
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.training.callbacks import steering_callback
+from graftc.runtime.training.repeated import Repeating, waited
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name, warn
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-    from graftc.runtime.training.observing import Observer
 
 
 def _note(trained: set[str], name: str, gradient: Tensor) -> None:
@@ -37,37 +38,26 @@ _NO_OBJECTIVE = "{names} has an objective, and the loss was without it"
 _NO_CONTROLLER = "{names} was trained without what it does between optimiser steps"
 
 
-class Steered(Repeated):
-    """The part of `Compiled` that steers training."""
+def watch_training(runner: AdaptedRunner, names: Iterable[str] | None = None) -> None:
+    """Notice when an adaptation is trained, so that its steering can be missed: of some, by default of all."""
+    every = {*runner.steering.controllers, *runner.steering.objectives}
+    for name in every if names is None else every & {*names}:
+        own = (t for n, t in runner.compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
+        first = next(own, None)
+        if first is not None:
+            # A hook, since zeroing gradients leaves no trace of them.
+            first.register_hook(partial(_note, runner.progress.trained, name))  # type: ignore[no-untyped-call]
 
-    @cached_property
-    def _steering(self) -> Steerings:  # type: ignore[override]
-        return steerings(self._compilation)
 
-    @cached_property
-    def _trained(self) -> set[str]:
-        """Adaptations with a controller or an objective whose tensors have had a gradient."""
-        return set()
+class TrainingSteering:
+    """Steers the training of a compiled model: what a loop has to call for controllers and objectives.
 
-    @cached_property
-    def _warned(self) -> set[str]:
-        return set()
+    Args:
+        runner: of the model.
+    """
 
-    _observer: Observer | None = None
-    """Reads numbers of the forward passes to come, where somebody has asked for them."""
-
-    _objectives_used = 0
-    _objectives_due = False
-
-    def _watch(self, names: Iterable[str] | None = None) -> None:
-        """Notice when an adaptation is trained, so that its steering can be missed: of some, by default of all."""
-        every = {*self._steering.controllers, *self._steering.objectives}
-        for name in every if names is None else every & {*names}:
-            own = (t for n, t in self._compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
-            first = next(own, None)
-            if first is not None:
-                # A hook, since zeroing gradients leaves no trace of them.
-                first.register_hook(partial(_note, self._trained, name))  # type: ignore[no-untyped-call]
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     def begin(self, total_steps: int) -> None:
         """Say how many optimiser steps the training has, for adaptations with a schedule.
@@ -82,7 +72,7 @@ class Steered(Repeated):
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             shown = repr(given) if isinstance(given, int) else kind_of(given)
             raise GraftError("GC073", f"total_steps is {shown}", hint="give how many optimiser steps there are in all")
-        for controller in self._steering.controllers.values():
+        for controller in self.runner.steering.controllers.values():
             controller.begin(total_steps)
 
     def steps_left(self, steps: int) -> None:
@@ -94,7 +84,7 @@ class Steered(Repeated):
         Raises:
             GraftError: GC026 where a schedule does not fit.
         """
-        for controller in self._steering.controllers.values():
+        for controller in self.runner.steering.controllers.values():
             controller.begin(controller.steps + steps)
 
     def extra_loss(self) -> Tensor:
@@ -105,13 +95,14 @@ class Steered(Repeated):
         Where it gave none, because there were no labels, their mean over the calls since the last `extra_loss` is in
         here: add it before the backward pass of these calls.
         """
-        self._objectives_used += 1
-        self._objectives_due = False
-        with self._whole(self._steering.objectives, write=False):
-            terms = [objective.value() for objective in self._steering.objectives.values()]
-        terms += self._waited()
+        progress = self.runner.progress
+        progress.extra_losses += 1
+        progress.due = False
+        with self._whole(self.runner.steering.objectives, write=False):
+            terms = [objective.value() for objective in self.runner.steering.objectives.values()]
+        terms += waited(self.runner.progress)
         if not terms:
-            device = self._compilation.store.device()
+            device = self.runner.compilation.store.device()
             return torch.zeros((), device=device)
         return torch.stack([term.float() for term in terms]).sum()
 
@@ -123,19 +114,21 @@ class Steered(Repeated):
             GraftError: GC026 where an adaptation has a schedule and nobody has called `begin`, GC035 where it looks at
                 gradients and they have been zeroed.
         """
-        if self._objectives_due or not self._objectives_used:
-            self._warn(self._steering.objectives, _NO_OBJECTIVE, "add compiled.extra_loss() to the loss of each step")
-        if self._waiting:  # compiled code has no hooks to notice it earlier
-            self._waited()
+        if self.runner.progress.due or not self.runner.progress.extra_losses:
+            self.warn_once(
+                self.runner.steering.objectives, _NO_OBJECTIVE, "add compiled.extra_loss() to the loss of each step"
+            )
+        if self.runner.progress.waiting:  # compiled code has no hooks to notice it earlier
+            waited(self.runner.progress)
             self._miss()
-        self._objectives_due = bool(self._steering.objectives)
-        with self._whole(self._steering.controllers, write=True):
-            for controller in self._steering.controllers.values():
+        self.runner.progress.due = bool(self.runner.steering.objectives)
+        with self._whole(self.runner.steering.controllers, write=True):
+            for controller in self.runner.steering.controllers.values():
                 controller.after_step()
 
     def _whole(self, names: Collection[str], *, write: bool) -> AbstractContextManager[None]:
         """Inside, tensors of these adaptations that are sharded are whole; see `all_whole`."""
-        store = self._compilation.store
+        store = self.runner.compilation.store
         if not names or not any(sharded_modules(store.root)):
             return nullcontext()
         owners = {name.rpartition(".")[0] for name, _ in store.adapters() if owner_of(name) in names}
@@ -144,62 +137,75 @@ class Steered(Repeated):
     def skip_step(self) -> None:
         """Say that the gradients since the last `after_step` have been thrown away, as a gradient scaler does with
         infinite ones: instead of `after_step`."""
-        for controller in self._steering.controllers.values():
+        for controller in self.runner.steering.controllers.values():
             controller.skip_step()
 
-    def entering(self, mode: bool) -> bool:
-        """In eval mode nothing of a training is prepared for."""
-        if not mode:
-            self._pause()
-        return mode
-
-    def _pause(self) -> None:
-        if "_steering" in vars(self):
-            for controller in self._steering.controllers.values():
+    def pause(self) -> None:
+        """Let go of what is prepared for a training."""
+        if self.runner.shown.steering is not None:
+            for controller in self.runner.shown.steering.controllers.values():
                 controller.pause()
 
-    def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """See `Repeated`. Controllers are asked before; compiled code has no hooks, so they are not asked there."""
-        if not is_traced() and self._steering.controllers:
-            if self.training and torch.is_grad_enabled() and not getattr(self, "_base_only", False):
-                spread = Spread.of(self._compilation.store.root)
-                for controller in self._steering.controllers.values():
+    def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Flat outputs of a call. Controllers are asked before; compiled code has no hooks, so they are not asked
+        there."""
+        runner, controllers = self.runner, self.runner.steering.controllers
+        repeating = Repeating(runner, self._miss)
+        if not is_traced() and controllers:
+            if runner.training and torch.is_grad_enabled() and not runner.base_only:
+                spread = Spread.of(runner.compilation.store.root)
+                for controller in controllers.values():
                     if spread is not None:
                         controller.check_spread(spread)
                     controller.before_forward()
             else:
-                self._pause()
-        observer = self._observer
-        if observer is None or is_traced() or not self.training or key.entry == "scores":
-            return super()._results(key, present)
+                self.pause()
+        observer = runner.progress.observer
+        if observer is None or is_traced() or not runner.training or key.entry == "scores":
+            return repeating.results(key, present)
         with observer.watching():
-            return super()._results(key, present)
+            return repeating.results(key, present)
 
     def callback(self) -> TrainerCallback:
         """A callback for the transformers Trainer that does all of this."""
-        from graftc.runtime.training.callbacks import steering_callback
-
-        return steering_callback(self)
+        return steering_callback(self.runner)
 
     def warn_of_unsteered(self) -> None:
         """Warn (GC025) of adaptations trained and never steered: their method works differently without it."""
-        trained = self._trained
+        trained = self.runner.progress.trained
         hint = "call compiled.after_step() after each optimiser step, or give the Trainer compiled.callback()"
-        idle = [name for name, c in self._steering.controllers.items() if name in trained and c.steps == 0]
-        self._warn(idle, _NO_CONTROLLER, hint)
-        if not self._objectives_used:
+        idle = [name for name, c in self.runner.steering.controllers.items() if name in trained and c.steps == 0]
+        self.warn_once(idle, _NO_CONTROLLER, hint)
+        if not self.runner.progress.extra_losses:
             hint = "add compiled.extra_loss() to the loss, or give the Trainer compiled.callback()"
-            self._warn([name for name in self._steering.objectives if name in trained], _NO_OBJECTIVE, hint)
+            self.warn_once([name for name in self.runner.steering.objectives if name in trained], _NO_OBJECTIVE, hint)
+        store, parts = self.runner.compilation.store, self.runner.compilation.parts
+        for name in self.unselected:
+            deltas = (n for own in parts[name].values() for part, n in own.items() if part.endswith("_delta"))
+            if any(bool(store.get(delta).any()) for delta in deltas):
+                hint = "train compiled.select(examples) instead, or let graftc.tune do both"
+                self.warn_once([name], "{names} was trained at random entries, before examples had chosen", hint)
+
+    @property
+    def unselected(self) -> tuple[str, ...]:
+        """Adaptations whose entries examples have yet to choose."""
+        store = self.runner.compilation.store
+        found = []
+        for resolved in self.runner.compilation.main.resolved:
+            flag = self.runner.compilation.parts.get(resolved.name, {}).get(None, {}).get(SELECTED)
+            if flag is not None and not bool(store.get(flag)):
+                found.append(resolved.name)
+        return tuple(found)
 
     def _miss(self) -> None:
-        """See `Repeated`: a term that compares passes has gone without its gradient."""
+        """A term that compares passes has gone without its gradient."""
         hint = "give the model its labels, or add compiled.extra_loss() to the loss before its backward pass"
-        self._warn(self._steering.outputs, _NO_OBJECTIVE, hint)
+        self.warn_once(self.runner.steering.outputs, _NO_OBJECTIVE, hint)
 
-    def _warn(self, names: Iterable[str], text: str, hint: str) -> None:
+    def warn_once(self, names: Iterable[str], text: str, hint: str) -> None:
         """Warn once of each adaptation."""
-        new = [name for name in names if f"{name}: {text}" not in self._warned]
-        self._warned.update(f"{name}: {text}" for name in new)
+        new = [name for name in names if f"{name}: {text}" not in self.runner.progress.warned]
+        self.runner.progress.warned.update(f"{name}: {text}" for name in new)
         if new:
             warn("GC025", text.format(names=", ".join(map(repr, new))), hint=hint)
 
@@ -214,7 +220,7 @@ class Steered(Repeated):
             GraftError: GC055 for another method or rank, GC091 where there is no such adaptation.
         """
         resolved = self._named(name)
-        _, shared = live_places(self._compilation, resolved)
+        _, shared = live_places(self.runner.compilation, resolved)
         method = method_for(resolved.spec.method)
         if not isinstance(method, Ranked):
             raise one_rank(resolved.spec)
@@ -234,7 +240,7 @@ class Steered(Repeated):
             GraftError: GC091 where there is no such adaptation.
         """
         resolved = self._named(name)
-        places, shared = live_places(self._compilation, resolved)
+        places, shared = live_places(self.runner.compilation, resolved)
         method = method_for(resolved.spec.method)
         if not isinstance(method, Ranked):
             return {}
@@ -250,14 +256,14 @@ class Steered(Repeated):
             Numbers by adaptation, site and name: ``{"adalora": {"encoder.layer.0...": {"rank": 4.0}}}``. Adaptations
             without any are not in it.
         """
-        return as_numbers(self._figures())
+        return as_numbers(self.figures())
 
-    def _figures(self) -> list[Figure]:
-        with self._whole({r.name for r in self._compilation.main.resolved}, write=False):
-            return list(live_figures(self._compilation, self._steering.controllers))
+    def figures(self) -> list[Figure]:
+        with self._whole({r.name for r in self.runner.compilation.main.resolved}, write=False):
+            return list(live_figures(self.runner.compilation, self.runner.steering.controllers))
 
     def _named(self, name: str) -> Resolved:
-        known = {resolved.name: resolved for resolved in self._compilation.main.resolved}
+        known = {resolved.name: resolved for resolved in self.runner.compilation.main.resolved}
         if name not in known:
             raise unknown_name("adaptation", name, known)
         return known[name]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from graftc.compiler.inspect.trained import TrainedTensor, trained_tensors
 from graftc.passes.core.weights.sharding import local
-from graftc.runtime.model.blocks import Runner
+from graftc.runtime.model.root import Runner
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.compose import Bank
 from graftc.specs.errors.arguments import kind_of
@@ -184,7 +184,7 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
     check = Watch(_left=steps)
     check._seen = [_Seen(item) for item in trained_tensors(runner.compilation)]
     check._banks = [tuple(c.members) for c in runner.spec.compose if isinstance(c, Bank)]
-    check._present = lambda: {id(tensor) for _, tensor in runner._store.adapters()}
+    check._present = lambda: {id(tensor) for _, tensor in runner.store.adapters()}
     for optimizer in plain:
         last = optimizer is plain[-1]
         check._hooks += [

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import graftc
 from graftc.compiler.inspect.frames import Frames, frames, plain_frames
 from graftc.compiler.inspect.sizes import StatedSizes
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
@@ -23,6 +22,7 @@ from graftc.passes.core.weights.names import module_of, owner_of, parsed
 from graftc.specs.document import Spec
 from graftc.specs.io import dump_spec
 from graftc.specs.source import read_yaml
+from graftc.version import __version__
 
 FORMAT = 1
 PALETTE = ("#3b82c4", "#d9772b", "#2f9e6e", "#b5498f", "#8a6fd1", "#b08a1e", "#2aa3a3", "#c8534f")
@@ -139,7 +139,7 @@ def _header(snapshot: Snapshot, categories: str, title: str, artifact: str | Non
         "categories": categories,
         "title": title,
         "model": snapshot.model,
-        "graftc": graftc.__version__,
+        "graftc": __version__,
         "artifact": artifact,
     }
 

@@ -8,23 +8,25 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from graftc.compiler.folding.certificate import ALGEBRA_BOUND, ROUNDING_BOUND
+from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.inspect.sizes import StatedSizes
 from graftc.passes.core.method.capabilities import Figured
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import parsed
+from graftc.runtime.artifact.read import Artifact
+from graftc.runtime.artifact.records import read_model
+from graftc.runtime.deploy.merged import certificate_of
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.training.curves import Curve, read_log
+from graftc.runtime.training.steering import TrainingSteering
 from graftc.runtime.view.contents import Evidence
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.artifact.read import Artifact
-    from graftc.runtime.compiled import CompiledRunner
 
 LOGS = ("training_log.jsonl", "trainer_state.json")
 """Names of logs that are looked for beside an artifact."""
@@ -95,8 +97,6 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
     Raises:
         GraftError: GC082 where its certificate cannot be read, GC123 for a file that is not a log.
     """
-    from graftc.runtime.artifact.records import read_model
-
     manifest, certificate = artifact.manifest, None
     if manifest.certificate is not None:
         where = str(artifact.path)
@@ -152,7 +152,7 @@ def _curves(log: str | Path | None) -> list[Curve]:
     return [] if log is None else read_log(log)
 
 
-def evidence_of(compiled: CompiledRunner, certify: bool = False, log: str | Path | None = None) -> Evidence:
+def evidence_of(compiled: AdaptedRunner, certify: bool = False, log: str | Path | None = None) -> Evidence:
     """What a compiled model says of its fold and of its sites, and a training log of its training.
 
     Args:
@@ -163,9 +163,6 @@ def evidence_of(compiled: CompiledRunner, certify: bool = False, log: str | Path
     Raises:
         GraftError: GC123 for a file that is not a log.
     """
-    from graftc.compiler.folding.fold_plan import fold_plan
-    from graftc.runtime.deploy.merged import certificate_of
-
     compilation = compiled.compilation
     known = Evidence(curves=_curves(log), structure=compilation.main.structure, figures=_figures(compiled))
     if not certify:
@@ -179,11 +176,11 @@ def evidence_of(compiled: CompiledRunner, certify: bool = False, log: str | Path
     return replace(known, certificate=shown, kept=kept)
 
 
-def _figures(compiled: CompiledRunner) -> dict[tuple[str, str], Mapping[str, float]]:
+def _figures(compiled: AdaptedRunner) -> dict[tuple[str, str], Mapping[str, float]]:
     """What training has made of every site; nothing where tensors have no values."""
     if any(tensor.is_meta for _, tensor in compiled.compilation.store.adapters()):
         return {}
-    every = compiled.site_figures()
+    every = TrainingSteering(compiled).site_figures()
     return {(name, site): figures for name, sites in every.items() for site, figures in sites.items()}
 
 

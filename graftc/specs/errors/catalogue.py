@@ -204,8 +204,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "attributes: running it assigns nothing, and any attribute that forward read is a constant.",
      "Keep state that changes between calls in buffers, and return values that are read later."),
     ("GC043", _SPEC, "a module of the tree cannot be used on its own",
-     "The modules of a compiled model only hold tensors; the computation is in the graphs of the whole model. A hook "
-     "on such a module is never called, and calling the module has nothing to run.",
+     "The modules of a compiled model only hold tensors; the computation is in the graphs of the whole model. Calling "
+     "such a module has nothing to run, a backward hook on it is never called, and a forward hook sees and changes "
+     "only what the graph has in the source's form.",
      "Hook, call or change the source model and compile that, or use the compiled model as a whole."),
     ("GC044", _SPEC, "a base tensor has been unfrozen",
      "Base tensors belong to the source model and are never trained in place: no artifact would include them.",

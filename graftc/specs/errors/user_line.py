@@ -8,8 +8,9 @@ import warnings
 from functools import cache
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-__all__ = ["issue"]
+__all__ = ["again", "issue"]
 
 _PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"
 
@@ -21,9 +22,17 @@ def issue(warning: Warning) -> None:
     frame = _user_frame(sys._getframe(1))
     module = frame.f_globals.get("__name__") or "<unknown>"
     registry = frame.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(
-        warning, type(warning), frame.f_code.co_filename, frame.f_lineno, module=module, registry=registry
-    )
+    _at(warning, (frame.f_code.co_filename, frame.f_lineno), module, registry)
+
+
+def again(caught: warnings.WarningMessage) -> None:
+    """Issue a warning that was caught, at the line that it was issued at."""
+    assert isinstance(caught.message, Warning)
+    _at(caught.message, (caught.filename, caught.lineno))
+
+
+def _at(warning: Warning, line: tuple[str, int], module: str | None = None, registry: Any = None) -> None:
+    warnings.warn_explicit(warning, type(warning), *line, module=module, registry=registry)
 
 
 def _user_frame(start: FrameType) -> FrameType:

@@ -117,6 +117,7 @@ def own_digest() -> str:
 
 
 _OWN = (
+    ".",
     "compiler",
     "compiler/capture",
     "compiler/capture/anchoring",

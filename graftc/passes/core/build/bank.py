@@ -24,7 +24,7 @@ Mixing = Callable[[Nodes, list[fx.Node]], fx.Node]
 """Makes one tensor of those of all members, all of one shape."""
 
 
-class Chosen(Seams):
+class Chosen(Seams[Nodes]):
     """The seams of several adaptations of one shape of which one is built: for the whole call.
 
     Args:

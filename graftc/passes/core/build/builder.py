@@ -82,7 +82,7 @@ class Builder:
         method: str,
         initial: Initial | None = None,
         *,
-        seams: Seams | None = None,
+        seams: Seams[Nodes] | None = None,
         within: Builder | None = None,
     ) -> None:
         inside: Nodes | None = within.nodes if within is not None else None
@@ -103,7 +103,7 @@ class Builder:
         )
         self.part_of: Mapping[str, Any] = {type(part).__name__: part for part in parts}
 
-    def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
+    def within(self, seams: Seams[Nodes], adaptation: str, method: str) -> Builder:
         """A builder of an adaptation that this one composes. One of its own name has its tensors among this one's."""
         made = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
         if adaptation == self.adaptation:

@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.seams import Change, Reading, Seams
 from graftc.passes.core.ir.edits import Edit
-from graftc.passes.core.ir.effects import memory_of
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.new_nodes import create_node
-from graftc.passes.core.ir.program import Program, nodes_in
+from graftc.passes.core.ir.program import Program, memory_of, nodes_in
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.store import Store
@@ -44,7 +43,7 @@ class Nodes:
         adaptation: str,
         method: str,
         initial: Initial,
-        seams: Seams | None = None,
+        seams: Seams[Nodes] | None = None,
         within: Nodes | None = None,
     ) -> None:
         self.program = program

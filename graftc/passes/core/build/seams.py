@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import fx
 
 from graftc.passes.core.sites.sites import Site
-
-if TYPE_CHECKING:
-    from graftc.passes.core.build.nodes import Nodes
 
 Window = Literal["visible", "masked"]
 TensorKind = Literal["parameter", "state", "copy", "constant"]
@@ -75,7 +72,20 @@ class Change:
     window: Window = "visible"
 
 
-class Seams:
+class Casting(Protocol):
+    """What a single adaptation needs of the `Nodes` that are built."""
+
+    def attribute(self, name: str, part: str = "") -> fx.Node:
+        """The node that reads a tensor of the Store."""
+
+    def cast(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+        """A tensor in the element type that the graph computes with."""
+
+
+N = TypeVar("N", bound=Casting)
+
+
+class Seams(Generic[N]):
     """The seams of a single adaptation: every tensor is one tensor, and every value is the model's own.
 
     A composition is a subclass. It may replace these four functions and nothing else of the Builder.
@@ -84,7 +94,7 @@ class Seams:
     composed: ClassVar[bool] = False
     """Whether several adaptations are built at once."""
 
-    def make(self, nodes: Nodes, new: NewTensor) -> Sequence[str]:
+    def make(self, nodes: N, new: NewTensor) -> Sequence[str]:
         """Let a tensor of the adaptation come into being.
 
         Args:
@@ -96,7 +106,7 @@ class Seams:
         """
         return [new.create(new.trainable)]
 
-    def mix(self, nodes: Nodes, new: NewTensor, names: Sequence[str]) -> fx.Node:
+    def mix(self, nodes: N, new: NewTensor, names: Sequence[str]) -> fx.Node:
         """The node that the method gets for a tensor.
 
         Args:
@@ -107,7 +117,7 @@ class Seams:
         (name,) = names
         return nodes.cast(nodes.attribute(name, new.part), new.dtype)
 
-    def read(self, nodes: Nodes, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
+    def read(self, nodes: N, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
         """A value of the model as the method gets it.
 
         Args:
@@ -118,7 +128,7 @@ class Seams:
         """
         return node
 
-    def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
+    def write(self, nodes: N, change: Change, put: Callable[..., None]) -> None:
         """Change values of the model.
 
         Args:

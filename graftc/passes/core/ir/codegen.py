@@ -6,9 +6,15 @@ tables that modules keep them in, and never as attributes: a model may call its 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import linecache
-from collections.abc import Callable, Mapping
-from typing import Any
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,10 +30,75 @@ _OF_A_BATCH: dict[Any, Function] = {
 }
 """Statistics of a single value are NaN, so that torch's functions refuse it: only a graph that runs knows how many."""
 
-_FUNCTIONS: dict[tuple[str, tuple[str, ...]], Function] = {}
-"""By their source, and the objects that it names."""
-_KNOWN: dict[tuple[Any, ...], Function] = {}
-"""By what the source is made of, so that it is made once for equal layers."""
+Value = TypeVar("Value")
+
+
+class RecentCode:
+    """What has been made of graphs, so that equal ones share it: the most recently used, up to a number of entries.
+
+    Code that a model runs goes on working when it is no longer in here; only what is made later does not share it.
+
+    Args:
+        most: how many entries.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._held: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What a key stands for, which is made where it is not there."""
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = make()
+            self._held.move_to_end(key)
+            found: Value = self._held[key]
+            while len(self._held) > self.most:
+                self._held.popitem(last=False)
+        return found
+
+
+RECENT = RecentCode(512)
+"""All code of this process. A signature of a model takes some ten entries, of a few kilobytes each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Executable:
+    """A graph as code: ``executable(tensors, inputs)``, wherever the tensors come from. `over` has a module's own.
+
+    Attributes:
+        function: takes tensors, then modules of layers, then inputs.
+        tensors: names of those that it reads, in order.
+        layers: paths of the modules that it calls, in order.
+    """
+
+    function: Function
+    tensors: tuple[str, ...]
+    layers: tuple[str, ...] = ()
+
+    def __call__(self, tensors: Mapping[str, Tensor], inputs: Sequence[Any]) -> Any:
+        """Run a graph without layers of their own."""
+        return self.function(*(tensors[name] for name in self.tensors), *inputs)
+
+    def over(self, module: nn.Module) -> Function:
+        """``f(module, *inputs)``, which reads the tensors and layers of a module, or of one like it, in every call."""
+        values = [_tensor(module, name) for name in self.tensors] + [_module(module, path) for path in self.layers]
+        return RECENT.get((self.function, *values), lambda: _reading(self.function, values))
+
+
+def executable_of(graph: fx.Graph, device: torch.device) -> Executable:
+    """The code of a graph.
+
+    Args:
+        graph: names tensors and modules relative to what it is to run over.
+        device: where tensors are that the graph makes anew.
+    """
+    key = _digest(device, [_of_node(node) for node in graph.nodes])
+    return RECENT.get(key, lambda: code_of(placed(graph, device)))
 
 
 def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
@@ -38,18 +109,17 @@ def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Fun
         module: one on which the function is to run; it says which tensors are parameters and which are buffers.
         device: where tensors are that the graph makes anew.
     """
-    key = (device, tuple(_of_node(node, module) for node in graph.nodes))
-    if key not in _KNOWN:
-        _KNOWN[key] = code_of(placed(graph, device), module)
-    return _KNOWN[key]
+    return executable_of(graph, device).over(module)
 
 
-def _of_node(node: fx.Node, module: nn.Module) -> tuple[Any, ...]:
-    """All of a node that code depends on."""
-    target: Any = node.target
-    if node.op in ("get_attr", "call_module"):
-        target = (_module if node.op == "call_module" else _tensor)(module, str(node.target))
+def _of_node(node: fx.Node) -> tuple[str, ...]:
+    """All of a node that code depends on, as text. A target is told by where it is: code holds it."""
+    target: Any = node.target if isinstance(node.target, str) else f"{node.target}@{id(node.target)}"
     return node.op, node.name, target, repr(node.args), repr(node.kwargs)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
@@ -71,19 +141,33 @@ def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
     return made
 
 
-def code_of(graph: fx.Graph, module: nn.Module) -> Function:
-    """`function_of` for what `placed` gives, which is used up."""
-    graph.set_codegen(_Reading(_read_first(graph, module)))
+def code_of(graph: fx.Graph) -> Executable:
+    """`executable_of` for what `placed` gives, which is used up."""
+    tensors, layers = _read_first(graph)
+    graph.set_codegen(_Reading([*tensors.values(), *layers.values()]))
     code = graph.python_code("self", verbose=False)
-    key = (code.src, tuple(sorted(f"{k}={v!r}" for k, v in code.globals.items())))
-    if key not in _FUNCTIONS:
-        filename = f"<graftc {len(_FUNCTIONS)}>"
-        scope: dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, filename, "exec"), scope)
-        lines = code.src.splitlines(keepends=True)
-        linecache.cache[filename] = (len(code.src), None, lines, filename)
-        _FUNCTIONS[key] = scope["forward"]
-    return _FUNCTIONS[key]
+    key = _digest(code.src, sorted(f"{k}={v!r}@{id(v)}" for k, v in code.globals.items()))
+    function = RECENT.get(key, lambda: _compiled(code.src, code.globals))
+    return Executable(function, tuple(tensors), tuple(layers))
+
+
+_numbers = itertools.count()
+
+
+def _compiled(source: str, names: Mapping[str, Any]) -> Function:
+    """A function of its source, which tracebacks show for as long as it is there."""
+    filename, scope = f"<graftc {next(_numbers)}>", dict(names)
+    exec(compile(source, filename, "exec"), scope)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    function: Function = scope["forward"]
+    weakref.finalize(function, linecache.cache.pop, filename, None)
+    return function
+
+
+def _reading(function: Function, values: Sequence[str]) -> Function:
+    """A function of a module and inputs: that of values which are read of the module, as expressions, and inputs."""
+    source = f"def forward(self, *inputs):\n    return function({', '.join([*values, '*inputs'])})\n"
+    return _compiled(source, {"function": function})
 
 
 def _follows_input(target: Any) -> bool:
@@ -98,35 +182,38 @@ def call(module: nn.Module, *inputs: Any) -> Any:
 
 
 class _Reading(fx.graph.CodeGen):
-    """Begins a function by reading what it takes from its module.
+    """Code of a function whose first parameters are tensors and layers, and which has no ``self``.
 
     Args:
-        values: expressions, by the name of the value that each gives.
+        values: names of these parameters.
     """
 
-    def __init__(self, values: Mapping[str, str]) -> None:
+    def __init__(self, values: Sequence[str]) -> None:
         super().__init__()
         self._values = values
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         """See `torch.fx.graph.CodeGen`."""
         inputs = [name for name in free_vars if name not in self._values]
-        head = super().gen_fn_def(inputs, maybe_return_annotation, expanded_def=expanded_def)
-        return head + "".join(f"\n    {name} = {value}" for name, value in self._values.items())
+        return f"def forward({', '.join([*self._values, *inputs])}){maybe_return_annotation}:"
 
 
-def _read_first(graph: fx.Graph, module: nn.Module) -> dict[str, str]:
-    """Make values that the function begins with of a graph's tensors and modules; returns the expression for each."""
-    values: dict[str, str] = {}
+def _read_first(graph: fx.Graph) -> tuple[dict[str, str], dict[str, str]]:
+    """Make parameters of a graph's tensors and modules; returns the parameter of each, by names and by paths. Layers
+    that are called several times are one."""
+    tensors: dict[str, str] = {}
+    layers: dict[str, str] = {}
     start = next(iter(graph.nodes))
+    values: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op not in ("get_attr", "call_module"):
             continue
-        read = _module if node.op == "call_module" else _tensor
-        with graph.inserting_before(start):
-            value = graph.placeholder(node.name if node.op == "get_attr" else f"{node.name}_layer")
-        value.target = value.name
-        values[value.name] = read(module, str(node.target))
+        table, name = (tensors if node.op == "get_attr" else layers), str(node.target)
+        if name not in table:
+            with graph.inserting_before(start):
+                value = values[name] = graph.placeholder(node.name if table is tensors else f"{node.name}_layer")
+            value.target = table[name] = value.name
+        value = values[name]
         if node.op == "get_attr":
             node.replace_all_uses_with(value)
         else:
@@ -134,7 +221,7 @@ def _read_first(graph: fx.Graph, module: nn.Module) -> dict[str, str]:
                 result = graph.call_function(call, (value, *node.args), dict(node.kwargs))
             node.replace_all_uses_with(result)
         graph.erase_node(node)
-    return values
+    return tensors, layers
 
 
 def _module(module: nn.Module, path: str) -> str:

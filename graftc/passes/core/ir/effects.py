@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.ir.program import Program, nodes_in
+from graftc.passes.core.ir.history import nodes_in
 from graftc.passes.core.ir.program_key import Mode
 
 aten = torch.ops.aten
@@ -71,13 +71,6 @@ class Memory:
         for value in values:
             found = found.union(*(self._roots[source] for source in nodes_in(value)))
         return found
-
-
-def memory_of(program: Program) -> Memory:
-    """The memory of a Program's graph as it was when it was first asked for: adaptations write to nothing."""
-    if program.memory is None:
-        program.memory = Memory(program.graph)
-    return program.memory
 
 
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,3 +173,20 @@ def _within(position: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
     elif isinstance(value, slice):
         for name in ("start", "stop", "step"):
             yield from _within(f"{position}.{name}", getattr(value, name))
+
+
+def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
+    """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
+    return fx.node.map_arg(value, fn)
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Every node in ``value`` (arguments of a node), in order, as often as it stands there."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_nodes(value, note)
+    return found

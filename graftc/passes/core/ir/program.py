@@ -10,16 +10,17 @@ import torch
 from torch import fx
 
 from graftc.passes.core.ir.edits import Edits
+from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.history import HistoryEntry
+from graftc.passes.core.ir.history import map_nodes as map_nodes
+from graftc.passes.core.ir.history import nodes_in as nodes_in
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.weights.site_key import SiteKey
 from graftc.passes.core.weights.tensor_edits import TensorEdits
 
 if TYPE_CHECKING:
     import networkx as nx
-
-    from graftc.passes.core.ir.effects import Memory
-    from graftc.passes.core.sites.sites import SiteKey
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Program:
     """Tensors that it may write to, as it was captured: buffers of the base, in train mode."""
 
     memory: Memory | None = field(default=None, repr=False, compare=False)
-    """Whose memory its values are, once something has asked: see `effects.memory_of`."""
+    """Whose memory its values are, once something has asked: see `memory_of`."""
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -279,21 +280,11 @@ def is_above(node: fx.Node, other: fx.Node) -> bool:
     return False
 
 
-def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
-    """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
-    return fx.node.map_arg(value, fn)
-
-
-def nodes_in(value: Any) -> list[fx.Node]:
-    """Every node in ``value`` (arguments of a node), in order, as often as it stands there."""
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    map_nodes(value, note)
-    return found
+def memory_of(program: Program) -> Memory:
+    """The memory of a Program's graph as it was when it was first asked for: adaptations write to nothing."""
+    if program.memory is None:
+        program.memory = Memory(program.graph)
+    return program.memory
 
 
 def mutates(node: fx.Node) -> bool:

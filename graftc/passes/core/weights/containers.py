@@ -173,9 +173,11 @@ class Node:
 
     Attributes:
         constants: attributes that the source module has, with the values that graphs have taken.
+        tell: makes code that tells hooks of calls of the source's module; None where there is none.
     """
 
     constants: Mapping[str, Any] = MappingProxyType({})
+    tell: Callable[[], None] | None = None
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
         """Call the container, or what others have put around it, from the code of a graph."""
@@ -261,27 +263,31 @@ class Container(Tree):
         warn("GC076", message, hint=hint)
 
     def _no_hook(self, *hook: Any, **_: Any) -> Any:
-        if any(str(getattr(each, "__module__", "")).partition(".")[0] == "deepspeed" for each in hook):
+        if any(_library_of(each) == "deepspeed" for each in hook):
             raise deepspeed()
         name = type(self).__name__
         message = f"a hook on {name} would never be called: the graphs of the whole model compute what it does"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
 
     def register_forward_hook(self, hook: Any, **options: Any) -> Any:
-        """Refused but to FSDP2: see `forward`.
-
-        Raises:
-            GraftError: GC043.
-        """
-        return nn.Module.register_forward_hook(self, hook, **options) if of_fsdp(hook) else self._no_hook(hook)
+        """See `torch.nn.Module.register_forward_hook`. The hook gets what it does in the source model, and may not
+        change it. What the graph does not have in that form raises GC043 when it is looked into."""
+        self._tell(hook)
+        return nn.Module.register_forward_hook(self, hook, **options)
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
-        """Refused but to FSDP2: see `forward`.
+        """See `register_forward_hook`."""
+        self._tell(hook)
+        return nn.Module.register_forward_pre_hook(self, hook, **options)
 
-        Raises:
-            GraftError: GC043.
-        """
-        return nn.Module.register_forward_pre_hook(self, hook, **options) if of_fsdp(hook) else self._no_hook(hook)
+    def _tell(self, hook: Any) -> None:
+        """Have hooks hear of calls; those of FSDP2 are called around all graphs: see `forward`."""
+        if of_fsdp(hook):
+            return
+        if self._graftc.tell is None or _library_of(hook) in _CHANGING:
+            self._no_hook(hook)
+        else:
+            self._graftc.tell()
 
     register_full_backward_hook = _no_hook
     register_full_backward_pre_hook = _no_hook
@@ -298,6 +304,14 @@ def drops_nothing(module: nn.Module) -> bool:
     number of such a child, which it never calls."""
     own = [child for child in module._modules.values() if isinstance(child, nn.modules.dropout._DropoutNd)]
     return is_silent(module) or (bool(own) and all(map(is_silent, own)))
+
+
+_CHANGING = frozenset({"accelerate", "deepspeed"})
+"""Libraries whose hooks make a module compute something else, as one part of a text each."""
+
+
+def _library_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", "")).partition(".")[0]
 
 
 def of_fsdp(hook: Any) -> bool:

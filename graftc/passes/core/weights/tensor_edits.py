@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
+from graftc.passes.core.weights.site_key import SiteKey
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.passes.core.sites.sites import SiteKey
 
 
 class EditMode(StrEnum):

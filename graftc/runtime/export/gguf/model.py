@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.export.gguf.families import Family, architecture, family_of, heads_of, rope_factors, stored
 from graftc.runtime.export.gguf.vocabulary import add_vocabulary
 from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
 from graftc.runtime.files import staged
+from graftc.runtime.interop.transformers import FoldedModel, no_place, to_transformers
 from graftc.runtime.models import local_folder
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.options.exports import FileType
 
-if TYPE_CHECKING:
-    from graftc.runtime.deploy.merged import MergedRunner
-
 __all__ = ["export_merged"]
 
 
-def export_merged(merged: MergedRunner, path: Path, *, dtype: FileType = "f32", force: bool = False) -> Path:
+def export_merged(merged: FoldedModel, path: Path, *, dtype: FileType = "f32", force: bool = False) -> Path:
     """Write a merged model, with its tokenizer where the base has one that llama.cpp knows.
 
     Args:
@@ -38,16 +36,14 @@ def export_merged(merged: MergedRunner, path: Path, *, dtype: FileType = "f32", 
     if merged.kept:
         name, reason = next(iter(merged.kept.items()))
         raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="convert it to a LoRA, or merge it")
-    source = merged._compilation.source
+    source = merged.compilation.source
     config = config_of(source)
     if config is None:
         raise GraftError("GC032", f"{type(source).__name__} has no config", hint="GGUF is for models of transformers")
-    if merged._additions:
-        from graftc.runtime.interop.transformers import no_place
-
-        raise no_place(merged._additions, source)
+    if merged.additions:
+        raise no_place(merged.additions, source)
     family = family_of(config)
-    entries = _entries(gguf, family, config, merged.to_transformers())
+    entries = _entries(gguf, family, config, to_transformers(merged))
     folder = local_folder(source)
     lacking: list[str | None] = [None]
 

@@ -1,7 +1,6 @@
 """Checkpoints of peft, read and written by the tables that methods have beside their specs (`graftc.specs.peft`).
 
-peft itself is never imported, and nothing that a file names is. `graftc.runtime.loading.peft` makes compiled models of
-them.
+peft itself is never imported, and nothing that a file names is. `importing` compiles what is in them.
 """
 
 from graftc.runtime.interop.peft.folder import read_peft

@@ -224,7 +224,7 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
     spec_class, table = adapter.config.format
     if table.joined is not None:
         return []
-    parameters = adapted_parameters(adapter, shapes)
+    parameters = adapted_parameters(adapter.config, adapter.keys.modules, adapter.place, shapes)
     found: list[PeftModule] = []
     for (path, depth), keys in adapter.keys.modules.items():
         parameter, named = parameters[path, depth]

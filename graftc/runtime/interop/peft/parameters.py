@@ -4,14 +4,11 @@ modules (`target_parameters`), and several of one module are nested in the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from graftc.runtime.interop.peft.targets import meant
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
-
-if TYPE_CHECKING:
-    from graftc.runtime.interop.peft.folder import PeftAdapter
+from graftc.specs.foreign.config import AdapterConfig
 
 __all__ = ["adapted_parameters", "meant_parameters"]
 
@@ -26,25 +23,27 @@ def _means(target: str, name: str) -> bool:
 
 
 def adapted_parameters(
-    adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]
+    config: AdapterConfig, modules: Iterable[tuple[str, int]], place: Place, shapes: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], tuple[str, bool]]:
     """By module and depth in the file: the parameter's name, and whether the config names it.
 
     Args:
-        adapter: the folder, whose modules are not known yet.
+        config: of the adapter.
+        modules: paths and depths that its file has.
+        place: of its file.
         shapes: sizes of the base's parameters by name, in its order; empty where there is no base.
 
     Raises:
         GraftError: GC113 where the config names another number of a module's parameters than the file has.
     """
-    config, found = adapter.config, dict[tuple[str, int], tuple[str, bool]]()
+    found = dict[tuple[str, int], tuple[str, bool]]()
     targets = config.target_parameters or []
     owned: dict[str, list[str]] = {}
     for name in shapes:
         module, _, last = name.rpartition(".")
         owned.setdefault(module, []).append(last)
     depths: dict[str, list[int]] = {}
-    for path, depth in adapter.keys.modules:
+    for path, depth in modules:
         depths.setdefault(path, []).append(depth)
     as_modules = meant(config, list(depths)) if targets else None
     for path, own in depths.items():
@@ -61,7 +60,7 @@ def adapted_parameters(
             names = list(dict.fromkeys([*fitting, *names]))[: len(own)]
         if len(names) != len(own):
             message = f"the file has {len(own)} adapters at {path}, target_parameters names {len(names)}: {some(names)}"
-            raise GraftError("GC113", message, place=adapter.place)
+            raise GraftError("GC113", message, place=place)
         # Of several, the first stands innermost.
         found |= {(path, depth): (name, True) for name, depth in zip(names, sorted(own, reverse=True), strict=True)}
     return found

@@ -1,4 +1,4 @@
-"""Adaptations of a live model: added, removed and renamed, while the others go on training.
+"""Adaptations of a live model: added, removed, renamed and left out, while the others go on training.
 
 A change is compiled in a Store of its own and then put over the live one. Tensors that stay are the same objects all
 along, which optimisers know them by, and whatever fails does so before anything has changed.
@@ -6,8 +6,10 @@ along, which optimisers know them by, and whatever fails does so before anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,30 +18,29 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.resolve.train import TRAIN
+from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.compiler.steering import Steerings, steerings
 from graftc.passes.core.ir.eval_mode import dropouts
 from graftc.passes.core.weights.names import owner_of, parsed, renamed
 from graftc.passes.core.weights.store import Store
-from graftc.runtime.above import above
-from graftc.runtime.model.blocks import Runner
-from graftc.runtime.model.views import Tables, Viewed, over, tables_of
+from graftc.runtime.interop.peft.several import entry_of, names_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.views import Tables, over, tables_of
+from graftc.runtime.training.steering import watch_training
 from graftc.specs.base import MethodSpec
 from graftc.specs.changes import adding, leaving, renaming
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
-    from graftc.compiler.roles.structure import Structure
-    from graftc.runtime.compiled import Compiled
+class Adapters:
+    """Changes which adaptations a compiled model has, and which of them have an effect.
 
+    Args:
+        runner: of the model.
+    """
 
-class Editing(Viewed):
-    """The part of `Compiled` that changes which adaptations there are."""
-
-    _trained: set[str]
-    _watch: Callable[..., None]
-    sibling: Callable[..., Compiled]
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     @exclusive()
     def add(
@@ -60,18 +61,18 @@ class Editing(Viewed):
                 where the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
-        spec = adding(self._compilation.spec, adaptation)
+        spec = adding(self.runner.compilation.spec, adaptation)
         name = str(spec.adapt[-1].name)
         given = dict(values or {})
         other = sorted(fqn for fqn in given if owner_of(fqn) != name)
         if other:
             raise GraftError("GC053", f"{other[0]} is not a tensor of {name!r}", hint="give tensors of what is added")
-        made = recompile(self._compilation, spec, {**dict(adapter_values(self._store)), **given})
+        made = recompile(self.runner.compilation, spec, {**dict(adapter_values(self.runner.store)), **given})
         unknown = sorted(given.keys() - {fqn for fqn, _ in made.store.adapters()})
         if unknown:
             raise GraftError("GC053", f"{name!r} has no tensor {unknown[0]}")
         self._take(made, {})
-        added = ((fqn, t) for fqn, t in self._store.adapters() if owner_of(fqn) == name)
+        added = ((fqn, t) for fqn, t in self.runner.store.adapters() if owner_of(fqn) == name)
         return {fqn: t for fqn, t in added if isinstance(t, nn.Parameter) and t.requires_grad}
 
     def load_adapter(self, folder: str | Path, name: str | None = None) -> dict[str, nn.Parameter]:
@@ -89,20 +90,18 @@ class Editing(Viewed):
             GraftError: as `graftc.import_peft` and `add`; GC112 where the adapter also trains modules of the base in
                 full, or rows of a table beside its method: import such with the others. Nothing has changed then.
         """
-        from graftc.compiler.roles.structure import find_structure
-
         self._require_whole()
-        own, path = next(iter(above("names_of")([folder] if name is None else {name: folder}).items()))
-        known = [str(a.name) for a in self._compilation.spec.adapt]
+        own, path = next(iter(names_of([folder] if name is None else {name: folder}).items()))
+        known = [str(a.name) for a in self.runner.compilation.spec.adapt]
         if own in known:
             raise GraftError("GC005", f"the name {own!r} is taken by another adaptation", hint="give another name")
-        base = self._compilation
+        base = self.runner.compilation
         capture, flags = base.main.captures[0], base.program("train", "base").flags
 
         def structure() -> Structure:
             return find_structure(capture.program.graph, capture.constants)
 
-        return self.add(*above("entry_of")(path, own, base.source, base.main.axes, flags, structure))
+        return self.add(*entry_of(path, own, base.source, base.main.axes, flags, structure))
 
     @exclusive()
     def remove(self, name: str) -> None:
@@ -118,15 +117,15 @@ class Editing(Viewed):
                 the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
-        spec = self._compilation.spec
+        spec = self.runner.compilation.spec
         known = [str(a.name) for a in spec.adapt]
         if name not in known:
             raise unknown_name("adaptation", name, known)
         if spec.composition_of(name) is not None:
             hint = "an adaptation of a composition goes with it; compile a spec without them"
             raise GraftError("GC036", f"{name!r} is part of a composition", hint=hint)
-        kept = {fqn: t for fqn, t in adapter_values(self._store) if owner_of(fqn) != name}
-        self._take(recompile(self._compilation, leaving(spec, {name}), kept), {})
+        kept = {fqn: t for fqn, t in adapter_values(self.runner.store) if owner_of(fqn) != name}
+        self._take(recompile(self.runner.compilation, leaving(spec, {name}), kept), {})
 
     @exclusive()
     def rename(self, old: str, new: str) -> None:
@@ -141,53 +140,95 @@ class Editing(Viewed):
                 a name, GC072 where the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
-        spec = self._compilation.spec
+        spec = self.runner.compilation.spec
         known = [str(a.name) for a in spec.adapt]
         if old not in known:
             raise unknown_name("adaptation", old, known)
         if old == new:
             return
-        values = {_as(fqn, {old: new}): tensor for fqn, tensor in adapter_values(self._store)}
-        self._take(recompile(self._compilation, renaming(spec, old, new), values), {old: new})
+        values = {_as(fqn, {old: new}): tensor for fqn, tensor in adapter_values(self.runner.store)}
+        self._take(recompile(self.runner.compilation, renaming(spec, old, new), values), {old: new})
 
-    def alone(self, names: tuple[str, ...]) -> Compiled:
-        """A compiled model of its own with these adaptations only, and with the ``train:`` list and added tokens; it
-        shares no adapter tensor with this one.
+    def disable(self, *names: str) -> None:
+        """Leave adaptations out of all calls from now on, until `enable`. Their tensors stay: `save` and `merge` have
+        them, and they are not trained, since no loss depends on them. ``compiled.disabled(name)`` does it for a while.
+
+        The first time it takes as long as compiling without a capture; after that it costs next to nothing.
+
+        Args:
+            names: adaptations or compositions; ``trained`` is the ``train:`` list.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition; nothing has changed
+                then.
+        """
+        left = self.runner.leaving
+        off = left.off | self.runner.adaptations(names)
+        self.runner.show(left.hidden | off)
+        left.off = off
+
+    def enable(self, *names: str) -> None:
+        """Undo `disable` for some adaptations, or for all where none is named.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation.
+        """
+        left = self.runner.leaving
+        off = left.off - self.runner.adaptations(names) if names else frozenset()
+        self.runner.show(off.union(*left.within))
+        left.off = off
+
+    @contextmanager
+    def disabled(self, *names: str) -> Iterator[None]:
+        """Inside, the model computes what its base computes, or, with names, what it computes without these. With
+        ``parallel`` it gives the base's rows once for each adaptation, as many as a call gives outside.
+
+        Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
+        after that.
+
+        Args:
+            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all.
 
         Raises:
             GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
         """
-        spec = self._compilation.spec
-        kept = self._adaptations(names)
-        gone = {str(a.name) for a in spec.adapt} - kept
-        composed = {str(c.name) for c in spec.compose if not set(c.members) & kept}
-        left = leaving(spec, gone)
-        values = {n: t for n, t in adapter_values(self._store) if owner_of(n) not in gone | composed}
-        return self.sibling(left, values)
+        if names:
+            with self.runner.without(names):
+                yield
+            return
+        with self.runner.running_base():
+            yield
+
+    def each_alone(self, names: Collection[str]) -> list[Any]:
+        """Compiled models of one imported folder each, by the names that their adaptations got."""
+        found = [str(own.name) for own in self.runner.spec.adapt]
+        groups = ([name, *(f"{name}_{number}" for number in range(1, len(found)))] for name in names)
+        # A name with a number is that of rows beside, unless it is a folder's own.
+        own = [[n for n in group if n in found and (n == group[0] or n not in names)] for group in groups]
+        return [self.runner.alone(tuple(group)) for group in own]
 
     def _take(self, made: Compilation, names: Mapping[str, str]) -> None:
         """Make a Compilation the model's own: tensors that it has under other names move there, new ones come in, and
         those that it lacks go."""
-        store, whole, before = self._store, self._everything(), self._shown()
+        runner, store, whole, shown = self.runner, self.runner.store, self.runner.everything, self.runner.shown
         fresh = made.store
         wanted = dict(fresh.adapters())
         held = {_as(fqn, names): (fqn, tensor) for fqn, tensor in store.adapters()}
         tables = Tables(store)
-        compilation, settled = self._compilation, set(store.settled)
+        compilation, settled = runner.compilation, set(store.settled)
         try:
             for fqn, tensor in wanted.items():
                 if fqn in held and held[fqn][0] != fqn:
                     tables.put(fqn, held[fqn][1], persistent=_persists(fresh, fqn))
                 elif fqn not in held:
-                    tables.put(fqn, self._here(tensor), persistent=_persists(fresh, fqn))
+                    tables.put(fqn, runner.here(tensor), persistent=_persists(fresh, fqn))
             made = over(made, compilation)
-            self._compilation = made
+            runner.compilation = made
             steering = _joined(whole, steerings(made), names)
-            self._install(made, steering, frozenset())
+            runner.shown = runner.view_of(made, steering, frozenset())
         except BaseException:
             tables.undo()
-            self._compilation, store.settled = compilation, settled
-            vars(self).update(before)
+            runner.compilation, store.settled, runner.shown = compilation, settled, shown
             self._tidy()
             raise
         self._take_dropouts(names)
@@ -200,55 +241,55 @@ class Editing(Viewed):
         store.settled = {_as(fqn, names) for fqn in settled} & wanted.keys() | fresh.settled
         self._forget(names)
         self._tidy()
-        watched = {*_steered(steering)} - {names.get(n, n) for n in _steered(whole)}
-        self._watch(watched)
+        watch_training(runner, {*_steered(steering)} - {names.get(n, n) for n in _steered(whole)})
 
     def _forget(self, names: Mapping[str, str]) -> None:
         """What was made of the Compilation before, and what it called adaptations."""
-        self._views.clear()
-        self.tried_caches.clear()
+        runner, left, trained = self.runner, self.runner.leaving, self.runner.progress.trained
+        runner.views.known.clear()
+        runner.derived.clear()
         self._prune()
-        for cached in ("report", "_frozen", "_trainable"):
-            vars(self).pop(cached, None)
-        for old, new in names.items():
-            if old in self._trained:
-                self._trained.add(new)
-        known = {*(str(a.name) for a in self._compilation.spec.adapt), TRAIN}
-        self._off, *self._left_out[:] = (
-            frozenset({names.get(name, name) for name in off} & known) for off in (self._off, *self._left_out)
+        trained.update(new for old, new in names.items() if old in trained)
+        known = {*(str(a.name) for a in runner.compilation.spec.adapt), TRAIN}
+        left.off, *left.within[:] = (
+            frozenset({names.get(name, name) for name in off} & known) for off in (left.off, *left.within)
         )
-        self._show(self._hidden)
+        runner.show(left.hidden)
 
     def _take_dropouts(self, names: Mapping[str, str]) -> None:
         """The modules that stand for dropouts of renamed adaptations take over how these were set."""
         for path, module in list(self._dropouts()):
             name = parsed(path)
             if name is not None and name.adaptation in names:
-                new = self._store.container(_as(path, names))
+                new = self.runner.store.container(_as(path, names))
                 new.p, new.training = module.p, module.training
 
     def _tidy(self) -> None:
         """Let go of modules that stand for dropouts of adaptations that there are no more."""
-        programs = [p for c in self.compilations() for p in c.programs.values() if p.mode == "train"]
+        programs = [p for c in self.runner.compilations() for p in c.programs.values() if p.mode == "train"]
         wanted = {path for program in programs for path in dropouts(program)}
         for path, _ in list(self._dropouts()):
             if path not in wanted:
-                self._store.drop_container(path)
+                self.runner.store.drop_container(path)
 
     def _dropouts(self) -> Iterator[tuple[str, Any]]:
         """Modules that stand for dropouts of adaptations, with their paths."""
-        modules = self._store.root.named_modules()
+        modules = self.runner.store.root.named_modules()
         return ((path, m) for path, m in modules if isinstance(m, nn.Dropout) and parsed(path) is not None)
 
     def _prune(self) -> None:
         """Let the code go that nothing shows any more."""
-        for block in cast(Runner, self).blocks.values():
-            held = block._graftc.functions
-            block._graftc.functions = {key: code for key, code in held.items() if key.startswith(self._label)}
+        label = self.runner.shown.label
+        for block in self.runner.blocks.values():
+            code = block._graftc
+            tables: tuple[dict[str, Any], ...] = (code.functions, code.borders, code.calls)
+            for table in tables:
+                for key in [key for key in table if not key.startswith(label)]:
+                    del table[key]
 
     def _require_whole(self) -> None:
         """Refuse where tensors are sharded: engines have noted which parameters there are."""
-        if any(hasattr(tensor, "device_mesh") for _, tensor in self._store.tensors()):
+        if any(hasattr(tensor, "device_mesh") for _, tensor in self.runner.store.tensors()):
             hint = "add, remove and rename before fully_shard; disable() and disabled() work afterwards too"
             raise GraftError("GC072", "the model's tensors are sharded over processes", hint=hint)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self, TypeVar
 
 from torch import Tensor, nn
 
-from graftc.passes.core.ir.program_key import Modes, Signature
-from graftc.runtime.model.ecosystem import COPIED
-from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.libraries import COPIED
+from graftc.runtime.offered.ecosystem import Ecosystem
+from graftc.runtime.offered.state import StateDicts
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import CompiledRunner
 
 T = TypeVar("T")
 
@@ -36,7 +33,7 @@ class ReferenceModel(nn.Module):
         entry: ``"hidden"`` ends at the last hidden state, as `base_model` does.
     """
 
-    def __init__(self, runner: CompiledRunner, entry: Literal["forward", "hidden"] = "forward") -> None:
+    def __init__(self, runner: AdaptedRunner, entry: Literal["forward", "hidden"] = "forward") -> None:
         super().__init__()
         self._runner, self._entry = runner, entry
         self.training = False
@@ -47,9 +44,8 @@ class ReferenceModel(nn.Module):
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
         """
-        runner = self._runner
-        with runner.as_reference():
-            return runner.within(lambda: (runner.call if self._entry == "forward" else runner.hidden)(args, kwargs))
+        runner = self._runner.of_base()
+        return runner.within(lambda: (runner.call if self._entry == "forward" else runner.hidden)(args, kwargs))
 
     @property
     def base_model(self) -> ReferenceModel:
@@ -62,17 +58,16 @@ class ReferenceModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module | None:
         """See `Ecosystem.get_input_embeddings`."""
-        return self._runner.get_input_embeddings()
+        return Ecosystem(self._runner).get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Where the base's own weights of the head over the vocabulary are; None where there is none."""
-        with self._runner.as_reference():
-            return self._runner.get_output_embeddings()
+        return Ecosystem(self._runner.of_base()).get_output_embeddings()
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the base is, as ``uint8[bytes]``, by which its results are kept
         apart from those of another."""
-        return self._runner.record()
+        return StateDicts(self._runner).record()
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to do: there is nothing to load."""
@@ -105,11 +100,15 @@ class _Loaded:
         return self._reference
 
 
-class Referring(ModelRunner):
-    """The part of `Compiled` that runs the base beside it."""
+class Referring:
+    """Runs the base beside a compiled model.
 
-    _base_only = False
-    _as_reference = False
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     def reference(self) -> ReferenceModel:
         """A module that computes what the base computes, in eval mode, over the tensors of this model: the reference of
@@ -118,7 +117,7 @@ class Referring(ModelRunner):
 
         It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
         """
-        return ReferenceModel(cast("CompiledRunner", self))
+        return ReferenceModel(self.runner)
 
     @public("compiled.trainer")
     def trainer(self, kind: Callable[..., T], *, args: Any = None, **arguments: Any) -> T:
@@ -144,35 +143,17 @@ class Referring(ModelRunner):
             raise GraftError("GC073", "a trainer of a compiled model trains that model", hint=hint)
         if "ref_model" in inspect.signature(kind).parameters:
             arguments.setdefault("ref_model", self.reference())
-            return kind(model=self.module, args=args, **arguments)
+            return kind(model=self.runner.module, args=args, **arguments)
         if not hasattr(args, "model_init_kwargs"):
-            return kind(model=self.module, args=args, **arguments)
+            return kind(model=self.runner.module, args=args, **arguments)
         before = args.model_init_kwargs
         if "reward_funcs" in arguments:  # which TRL would load with the same settings
             arguments["reward_funcs"] = _loaded_rewards(arguments["reward_funcs"], before or {})
         args.model_init_kwargs = {**(before or {}), "architecture": _Loaded(self.reference())}
         try:
-            return kind(model=self.module, args=args, **arguments)
+            return kind(model=self.runner.module, args=args, **arguments)
         finally:
             args.model_init_kwargs = before
-
-    @contextmanager
-    def base_only(self, *, reference: bool = False) -> Iterator[None]:
-        """Inside, calls run the base's graphs, those of eval mode for a reference; they may be nested."""
-        before = self._base_only, self._as_reference
-        self._base_only, self._as_reference = True, reference or self._as_reference
-        try:
-            yield
-        finally:
-            self._base_only, self._as_reference = before
-
-    def as_reference(self) -> Any:
-        """See `base_only`."""
-        return self.base_only(reference=True)
-
-    def _mode(self, signature: Signature) -> Modes:
-        """See `ModelRunner`."""
-        return "eval" if self._as_reference else super()._mode(signature)
 
 
 def _loaded_rewards(given: Any, settings: Mapping[str, Any]) -> Any:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from graftc.compiler.capture.isolation import isolated
+from graftc.runtime.card.facts import CardCertificate, CardFacts
+from graftc.runtime.card.page import render_card
+from graftc.runtime.deploy.merged import certificate_of
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.views import with_every_adaptation
-from graftc.runtime.state import Stateful
+from graftc.runtime.offered.state import StateDicts
+from graftc.runtime.reference import Reference
+from graftc.runtime.view.contents import contents
+from graftc.runtime.view.evidence import evidence_of
+from graftc.runtime.view.view import ModelView
 
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import CompiledRunner
-    from graftc.runtime.view.view import ModelView
 
+class Presenting:
+    """Shows a compiled model to people.
 
-class Presented(Stateful):
-    """The part of `Compiled` that shows it."""
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     @with_every_adaptation
     def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:
@@ -30,11 +40,7 @@ class Presented(Stateful):
         Raises:
             GraftError: GC123 for a file that is not a log, when the view is first looked at.
         """
-        from graftc.runtime.view.contents import contents
-        from graftc.runtime.view.evidence import evidence_of
-        from graftc.runtime.view.view import ModelView
-
-        runner = cast("CompiledRunner", self)
+        runner = self.runner
         return ModelView(lambda: contents(runner.snapshot, evidence_of(runner, certify, log)))
 
     @isolated()
@@ -58,18 +64,13 @@ class Presented(Stateful):
         Raises:
             GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.
         """
-        from graftc.runtime.card.facts import CardCertificate, CardFacts
-        from graftc.runtime.card.page import render_card
-        from graftc.runtime.deploy.merged import certificate_of
-        from graftc.runtime.reference import Reference
-
-        runner = cast("CompiledRunner", self)
+        runner = self.runner
         certificate, kept = certificate_of(runner) if certify else (None, {})
         facts = CardFacts.of(
             runner.snapshot,
             name="",
             base=Reference.of(runner.compilation.source),
-            fingerprint=runner._identity().fingerprint,
+            fingerprint=StateDicts(runner).identity().fingerprint,
             dtype=str(runner.dtype).removeprefix("torch."),
             certificate=None if certificate is None else CardCertificate.of(certificate),
             kept=kept,

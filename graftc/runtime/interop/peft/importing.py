@@ -20,7 +20,6 @@ from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.roles.structure import Structure
-from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.expert_layouts import pairs_in
@@ -36,10 +35,10 @@ from graftc.specs.errors.text import quoted, some
 from graftc.specs.foreign.config import CONFIG
 from graftc.specs.foreign.fields import fields_of
 
-__all__ = ["import_peft", "spec_for"]
+__all__ = ["imported", "spec_for"]
 
 
-def import_peft(
+def imported(
     path: Path,
     model: nn.Module,
     axes: Sequence[Axis] | None,
@@ -48,8 +47,8 @@ def import_peft(
     name: str | None,
     cache: bool,
     structure: Callable[[], Structure],
-) -> Compiled:
-    """See `graftc.import_peft`.
+) -> Compilation:
+    """What `graftc.import_peft` makes a model of.
 
     Args:
         path, model, name, cache: as there.
@@ -65,9 +64,7 @@ def import_peft(
         raise _not_possible(adapter, model, error) from None
     check_fresh(compilation)
     _fill(adapter, compilation)
-    compiled = make_compiled(compilation)
-    compiled.eval()
-    return compiled
+    return compilation
 
 
 def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> GraftError:

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.runtime.model.blocks import LayerCode, Recompute, Runner
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.blocks import Recompute
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(checkpoint).parameters.items()}
@@ -18,10 +17,15 @@ _OPTIONS = [*(n for n, default in _DEFAULTS.items() if default is not inspect.Pa
 """Keywords of `torch.utils.checkpoint.checkpoint`; it reads the last one from its ``**kwargs``."""
 
 
-class Checkpointed(Runner):
-    """The part of `Compiled` that recomputes activations."""
+class Checkpointing:
+    """Recomputes activations.
 
-    _recompute: tuple[Recompute, int] | None = None
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     def activation_checkpointing_enable(
         self,
@@ -41,7 +45,7 @@ class Checkpointed(Runner):
             GraftError: GC034 where the model has no layers, GC072 for what cannot be done.
         """
         # As in transformers: what wraps the older name, as selective recomputation of TRL does, stays the way in.
-        wrapped = vars(self.module).get("gradient_checkpointing_enable")
+        wrapped = vars(self.runner.module).get("gradient_checkpointing_enable")
         enable = self._enable if wrapped is None else wrapped
         enable(activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload)
 
@@ -60,16 +64,16 @@ class Checkpointed(Runner):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             message = f"every_n_layers is {every_n_layers!r}"
             raise GraftError("GC072", message, hint="1 recomputes every layer, 2 every second one")
-        if not self._layers():
-            name = self.module._get_name()  # type: ignore[no-untyped-call]
+        if not self.runner.blocks:
+            name = self.runner.module._get_name()  # type: ignore[no-untyped-call]
             raise GraftError("GC034", f"{name} has no repeated layers to checkpoint")
-        self._recompute = Recompute(options, bool(offload)), every_n_layers
-        self._tell_blocks()
+        self.runner.recompute = Recompute(options, bool(offload)), every_n_layers
+        self.runner.tell_blocks()
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self._recompute = None
-        self._tell_blocks()
+        self.runner.recompute = None
+        self.runner.tell_blocks()
 
     def gradient_checkpointing_enable(
         self,
@@ -87,22 +91,9 @@ class Checkpointed(Runner):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether Blocks recompute their activations."""
-        return self._recompute is not None
+        return self.runner.recompute is not None
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """The older name of `is_activation_checkpointing`."""
         return self.is_activation_checkpointing
-
-    def install(self, key: ProgramKey, program: Program) -> None:
-        """See `Runner.install`. Another signature may have layers that the first one lacks."""
-        super().install(key, program)
-        self._tell_blocks()
-
-    def _tell_blocks(self) -> None:
-        recompute, every = self._recompute or (Recompute(), 0)
-        for number, code in enumerate(self._layers()):
-            code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
-
-    def _layers(self) -> list[LayerCode]:
-        return [block._graftc for block in self.blocks.values()]

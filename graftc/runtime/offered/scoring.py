@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.program_key import Entry, ProgramKey
-from graftc.passes.lowering.token_losses import token_losses
-from graftc.runtime.model.runner import ModelRunner
+from graftc.passes.core.ir.program_key import Entry
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftError
 
 FUSED = "fused_lm_head"
@@ -23,10 +22,15 @@ _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL calls the columns of `head_scores`."""
 
 
-class TokenScoring(ModelRunner):
-    """The part of `Compiled` that scores tokens."""
+class TokenScoring:
+    """Scores the tokens of texts.
 
-    _outputs: Any
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     def token_log_probs(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log-probability of every label where it is predicted, float32 or better, ``[batch, sequence]``; 0 where
@@ -39,10 +43,10 @@ class TokenScoring(ModelRunner):
         Raises:
             GraftError: GC073 without labels, GC031 where the model has no loss over tokens.
         """
-        labels = self._interface.named(args, kwargs).get("labels")
+        labels = self.runner.interface.named(args, kwargs).get("labels")
         if labels is None:
             raise GraftError("GC073", "token_log_probs needs labels", hint="labels=ids, with -100 where none counts")
-        losses: Tensor = self.within(lambda: self._run(args, kwargs, "losses"))
+        losses: Tensor = self.runner.within(lambda: self.runner.respond(args, kwargs, "losses"))
         return -losses.view(len(labels), -1)
 
     def fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: tuple[str, ...]) -> dict[str, Any] | None:
@@ -54,13 +58,14 @@ class TokenScoring(ModelRunner):
         """
         given = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         labels, count = given.get("labels"), kwargs.get("num_items_in_batch")
-        routers = given.get("output_router_logits") or getattr(self.config, "output_router_logits", False)
+        routers = given.get("output_router_logits") or getattr(self.runner.config, "output_router_logits", False)
         if labels is None or given.get("shift_labels") is not None or routers:
             return None
         entry: Entry = "scores" if {*wanted} & {*_STATISTICS} else "losses"
-        found = self.within(lambda: self._run(args, given, entry))
+        found = self.runner.within(lambda: self.runner.respond(args, given, entry))
         found = found if isinstance(found, tuple) else (found,)
-        shifts = {shape.shift for key, shape in self._outputs.items() if key.entry == entry}
+        executables = self.runner.shown.executables
+        shifts = {outputs_of(each).shift for key, each in executables.items() if key.entry == entry}
         if (len(found) == 1 and entry == "scores") or found[0].numel() != labels.numel() or shifts != {1}:
             return None
         losses, *scores = (t.view(*labels.shape, *t.shape[1:])[:, :-1] for t in found)
@@ -71,13 +76,8 @@ class TokenScoring(ModelRunner):
             fields["is_top1"] = fields["is_top1"] > 0
         return {"loss": loss, "log_probs": -losses, "label_mask": mask, **fields}
 
-    def _program_of(self, key: ProgramKey) -> Program:
-        if key.entry in ("losses", "scores"):
-            return token_losses(self._program_of(key._replace(entry="forward")), scores=key.entry == "scores")
-        return super()._program_of(key)
 
-
-def answering(runner: TokenScoring, forward: Callable[..., Any]) -> Callable[..., Any]:
+def answering(runner: AdaptedRunner, forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward that is put in the place of a model's, with answers of our own to `FUSED` where it is TRL's.
 
     TRL's gives gradients of entropies, and takes a temperature and a head in float32. Where it was made for these, or
@@ -104,7 +104,7 @@ def answering(runner: TokenScoring, forward: Callable[..., Any]) -> Callable[...
     def answer(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get(FUSED):
             own = {name: value for name, value in kwargs.items() if name != FUSED and value is not None}
-            if (fields := runner.fused(args, own, wanted)) is not None:
+            if (fields := TokenScoring(runner).fused(args, own, wanted)) is not None:
                 return output(**fields)
         return forward(*args, **kwargs)
 

@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.weights.names import owner_of, renamed
-from graftc.runtime.loading.peft import import_peft
+from graftc.runtime.interop.peft.importing import imported
 from graftc.specs.base import check_name
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import as_path
-from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning, Place
 from graftc.specs.errors.text import quoted
 from graftc.specs.foreign.config import CONFIG
 
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
-
-__all__ = ["each_alone", "entry_of", "import_several", "names_of"]
+__all__ = ["entry_of", "imported_together", "names_of"]
 
 
 def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
@@ -59,7 +59,7 @@ def _plain(text: str) -> str:
     return f"_{word}" if not word or word[0].isdigit() else word
 
 
-def import_several(
+def imported_together(
     folders: Mapping[str, Path],
     model: nn.Module,
     axes: Sequence[Axis] | None,
@@ -67,35 +67,25 @@ def import_several(
     *,
     cache: bool,
     structure: Callable[[], Structure],
-) -> Compiled:
-    """See `graftc.import_peft`, for several folders."""
-    alone: Compiled | None = None
+) -> Compilation:
+    """What `graftc.import_peft` makes a model of, for several folders."""
+    alone: Compilation | None = None
     adapt: list[dict[str, Any]] = []
     values: dict[str, Tensor] = {}
     base: dict[str, Any] = {}
     for name, folder in folders.items():
-        made = import_peft(folder, model, axes, flags, name=None, cache=cache, structure=structure)
+        made = imported(folder, model, axes, flags, name=None, cache=cache, structure=structure)
         entries, tensors = _renamed(made, name)
-        spec = made.compilation.spec
-        more = {field: getattr(spec, field) for field in ("train", "untie") if getattr(spec, field)}
+        more = {field: getattr(made.spec, field) for field in ("train", "untie") if getattr(made.spec, field)}
         if more and base:
             raise _trains_base(folder, "another one does so too")
         base, alone = (more, made) if more or alone is None else (base, alone)
         adapt += entries
         values |= tensors
     assert alone is not None
-    compiled: Compiled = alone.sibling(Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
-    compiled.eval()
-    return compiled
-
-
-def each_alone(compiled: Compiled, names: Collection[str]) -> list[Compiled]:
-    """Compiled models of one of the folders each, by the names that their adaptations got."""
-    found = [str(own.name) for own in compiled.compilation.spec.adapt]
-    groups = ([name, *(f"{name}_{number}" for number in range(1, len(found)))] for name in names)
-    # A name with a number is that of rows beside, unless it is a folder's own.
-    own = [[name for name in group if name in found and (name == group[0] or name not in names)] for group in groups]
-    return [compiled.alone(tuple(group)) for group in own]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraftWarning)  # they have been given when each was compiled
+        return recompile(alone, Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
 
 
 def entry_of(
@@ -112,8 +102,8 @@ def entry_of(
         GraftError: as `graftc.import_peft`; GC112 for a folder that trains modules of the base in full, or rows of a
             table beside its method.
     """
-    made = import_peft(folder, model, axes, flags, name=None, cache=True, structure=structure)
-    spec = made.compilation.spec
+    made = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
+    spec = made.spec
     if spec.train or spec.untie:
         raise _trains_base(folder, "the model is compiled already")
     entries, values = _renamed(made, name)
@@ -130,16 +120,16 @@ def _trains_base(folder: Path, why: str) -> GraftError:
     return GraftError("GC112", what, place=Place(str(folder / CONFIG), path="modules_to_save"), hint=hint)
 
 
-def _renamed(made: Compiled, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def _renamed(made: Compilation, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """The entries of a spec and their tensors, under a name; rows of tables beside it have the name and a number."""
-    adapt = made.compilation.spec.adapt
+    adapt = made.spec.adapt
     names = {str(own.name): name if not number else f"{name}_{number}" for number, own in enumerate(adapt)}
     entries = [
         {**own.model_dump(mode="json", exclude_unset=True), "method": own.method, "name": names[str(own.name)]}
         for own in adapt
     ]
     values = {}
-    for fqn, tensor in adapter_values(made.compilation.store):
+    for fqn, tensor in adapter_values(made.store):
         owner = owner_of(fqn)
         values[renamed(fqn, names[owner]) if owner in names else fqn] = tensor
     return entries, values

@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.identity.fingerprint import Identity, identify
-from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
 from graftc.passes.core.weights.store import plain
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
-from graftc.runtime.model.blocks import Root, Runner
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.root import Root
 from graftc.runtime.model.sharded import Meeting
 from graftc.specs.errors.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
 
-class Stateful(Runner):
-    """The part of `Compiled` that has a state dict."""
+class StateDicts:
+    """State dicts of a compiled model.
 
-    _compilation: Compilation
-    _loading: str = ""
-    _identified: tuple[Any, Identity] | None = None
+    Args:
+        runner: of the model.
+    """
 
-    def adopt(self, module: Root) -> None:
-        """See `Runner.adopt`."""
-        super().adopt(module)
-        module.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_pre_hook(_check_base)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
         controllers remember. Of a sharded model they are gathered, so every process calls it."""
-        Meeting.of(self.module, "adapter_state_dict")
-        return dict(adapter_values(self._store))
+        Meeting.of(self.runner.module, "adapter_state_dict")
+        return dict(adapter_values(self.runner.store))
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`. Of a sharded model every
@@ -50,7 +46,7 @@ class Stateful(Runner):
                 here, GC073 for what is not a mapping of tensors; nothing is copied then.
         """
         as_mapping(tensors, "adapter tensors", Tensor)
-        own = dict(adapter_tensors(self._store))
+        own = dict(adapter_tensors(self.runner.store))
         wrong = sorted(own.keys() ^ tensors.keys())
         wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
         if wrong:
@@ -60,11 +56,11 @@ class Stateful(Runner):
             kind = str(tensors[odd[0]].dtype).removeprefix("torch.")
             message = f"{odd[0]} has values that {str(own[odd[0]].dtype).removeprefix('torch.')} cannot hold: {kind}"
             raise GraftError("GC053", message, details=[counted(len(odd), "tensor")])
-        other = sorted(n for n in self._store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
+        other = sorted(n for n in self.runner.store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
         if other:
             message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
             raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
-        Meeting.of(self.module, "load_adapter_state_dict")
+        Meeting.of(self.runner.module, "load_adapter_state_dict")
         with torch.no_grad():
             for name in own:  # in the same order everywhere
                 copy_whole(own[name], tensors[name])
@@ -72,46 +68,56 @@ class Stateful(Runner):
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them. Of a
         sharded model they are gathered, so every process calls it."""
-        Meeting.of(self.module, "full_state_dict")
-        kept = dict(adapter_tensors(self._store))
-        base = {name: tensor for name, tensor in self._store.base() if name not in kept and self._persists(name)}
+        Meeting.of(self.runner.module, "full_state_dict")
+        kept = dict(adapter_tensors(self.runner.store))
+        base = {name: tensor for name, tensor in self.runner.store.base() if name not in kept and self.persists(name)}
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}
 
     def record(self) -> Tensor:
         """What the tensors of a state dict belong to: spec, base and inputs, as ``uint8[bytes]``."""
-        values = self._store_device().type != "meta"
-        return as_tensor(record_of(self._compilation, self._identity(), values=values))
+        values = self.runner.device.type != "meta"
+        return as_tensor(record_of(self.runner.compilation, self.identity(), values=values))
 
-    def _identity(self) -> Identity:
+    def identity(self) -> Identity:
         """Of the source model; asked for anew where one of its tensors has been written."""
-        source = self._compilation.source
+        source = self.runner.compilation.source
         version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
-        if self._identified is None or self._identified[0] != version:
-            self._identified = version, identify(source, replaced=self._compilation.replaced)
-        return self._identified[1]
+        known = self.runner.derived.get("identity")
+        if known is None or known[0] != version:
+            known = version, identify(source, replaced=self.runner.compilation.replaced)
+            self.runner.derived["identity"] = known
+        return cast(Identity, known[1])
 
-    def _persists(self, name: str) -> bool:
+    def persists(self, name: str) -> bool:
+        """Whether a tensor is in state dicts of the source."""
         path, _, last = name.rpartition(".")
-        return last not in self._store.owner(path)._non_persistent_buffers_set
+        return last not in self.runner.store.owner(path)._non_persistent_buffers_set
 
-    def _kept(self) -> set[str]:
+    def kept(self) -> set[str]:
         """Names in a state dict."""
-        trained = (name for name, parameter in self.module.named_parameters() if parameter.requires_grad)
-        return {plain(name) for name in [*(name for name, _ in adapter_tensors(self._store)), *trained]}
+        trained = (name for name, parameter in self.runner.module.named_parameters() if parameter.requires_grad)
+        return {plain(name) for name in [*(name for name, _ in adapter_tensors(self.runner.store)), *trained]}
 
-    def _stone(self, kept: set[str]) -> str | None:
+    def stone(self, kept: set[str]) -> str | None:
         """The base tensor in whose place a state dict has an empty one, so that whoever takes it for the state of a
         plain model is told: no loader passes over another size."""
-        inner = f"{getattr(self, 'base_model_prefix', '')}."
-        names = [name for name, t in self._store.base() if isinstance(t, nn.Parameter) and t.numel()]
+        inner = f"{getattr(self.runner, 'base_model_prefix', '')}."
+        names = [name for name, t in self.runner.store.base() if isinstance(t, nn.Parameter) and t.numel()]
         names = [name for name in names if plain(name) not in kept]
         return next((name for name in names if name.startswith(inner)), names[0] if names else None)
 
 
-def _of(module: Root) -> Stateful:
+def keep_state(module: Root) -> None:
+    """Have state dicts of a compiled model without the base."""
+    module.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_check_base)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
+
+
+def _of(module: Root) -> StateDicts:
     runner = module._graftc
-    assert isinstance(runner, Stateful)
-    return runner
+    assert isinstance(runner, AdaptedRunner)
+    return StateDicts(runner)
 
 
 def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -120,17 +126,17 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
     Raises:
         GraftError: GC130 for a base that was sharded on the meta device, to be filled from a state dict.
     """
-    runner = _of(module)
+    states = _of(module)
     if any(is_sharded(tensor) and tensor.device.type == "meta" for tensor in module.parameters()):
         message = "the base was sharded without its weights, and a state dict of a compiled model has none of them"
         hint = "load the base in every process: fsdp_cpu_ram_efficient_loading: false in the config of Accelerate"
         raise GraftError("GC130", message, hint=hint)
-    kept = runner._kept()
+    kept = states.kept()
     for key in [key for key in state if key.startswith(prefix)]:
         name = plain(key.removeprefix(prefix))
         if name not in kept and name != RECORD:
             del state[key]
-    stone = runner._stone(kept)
+    stone = states.stone(kept)
     if stone is not None:
         state[prefix + stone] = torch.empty(0)
 
@@ -141,10 +147,10 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     Raises:
         GraftError: GC087 for another base, GC053 for tensors that graphs were made by and that differ.
     """
-    runner = _of(module)
-    runner._loading = prefix
-    kept, store = runner._kept(), runner._store
-    _check_record(runner, state.get(prefix + RECORD))
+    states = _of(module)
+    states.runner.derived["loading"] = prefix
+    kept, store = states.kept(), states.runner.store
+    _check_record(states, state.get(prefix + RECORD))
     own = {plain(name): tensor for name, tensor in store.tensors()}
     other: list[str] = []
     for key in [key for key in state if key.startswith(prefix)]:
@@ -152,7 +158,7 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
         if name in own and name in kept and isinstance(state[key], Tensor):
             # As copying does: ``assign`` would put in what graphs cannot take.
             state[key] = state[key].to(own[name].dtype)
-        if name in own and name not in kept and runner._persists(name):
+        if name in own and name not in kept and states.persists(name):
             given = state.pop(key)
             if not isinstance(given, Tensor):
                 raise GraftError("GC073", f"{name} of the state dict is {kind_of(given)}", hint="give tensors by name")
@@ -169,11 +175,11 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
         raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
 
 
-def _check_record(runner: Stateful, state: Any) -> None:
-    if not isinstance(state, Tensor) or runner._store_device().type == "meta":
+def _check_record(states: StateDicts, state: Any) -> None:
+    if not isinstance(state, Tensor) or states.runner.device.type == "meta":
         return
     record = from_tensor(state, "the state dict")
-    if record.base.weights not in (None, weights_of(runner._identity())):
+    if record.base.weights not in (None, weights_of(states.identity())):
         message = f"the state dict is of another base, a {record.base.model} with other weights"
         hint = "compile its own base; load_adapter_state_dict() takes its adapter tensors for this one"
         raise GraftError("GC087", message, hint=hint)
@@ -198,6 +204,6 @@ def _same(own: Tensor, given: Any) -> bool:
 
 def _miss_no_base(module: Root, found: Any) -> None:
     """Base tensors are missing in no state dict."""
-    prefix, kept = _of(module)._loading, _of(module)._kept()
+    prefix, kept = _of(module).runner.derived.get("loading", ""), _of(module).kept()
     missing: list[str] = found.missing_keys
     missing[:] = [key for key in missing if not key.startswith(prefix) or plain(key.removeprefix(prefix)) in kept]

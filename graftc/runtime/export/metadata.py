@@ -1,0 +1,62 @@
+"""What an exported file says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from graftc.compiler.capture.identity.fingerprint import identify
+from graftc.compiler.folding.certificate import Certificate
+from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.weights.names import owner_of
+from graftc.runtime.artifact.built import built_of
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.specs.io import dump_spec
+
+
+def metadata(
+    runner: ModelRunner,
+    program: Program,
+    inputs: Sequence[str] = (),
+    certificate: Certificate | None = None,
+    folded: Sequence[str] = (),
+) -> dict[str, str]:
+    """What an exported file says of itself: spec, base fingerprint, names of classes in the order of logits,
+    certificate, adaptations that are inputs, and where each adaptation is that the file has: ``"folded"`` into the
+    weights, a ``"constant"`` of the graph, or an ``"input"``.
+
+    Args:
+        runner: what is exported.
+        program: its graph in the file.
+        inputs: adaptations that are inputs.
+        certificate: of the fold.
+        folded: whose adaptations have gone into the weights.
+    """
+    compilation = runner.compilation
+    places = dict.fromkeys(folded, "folded") | {
+        name: "input" if name in inputs else "constant" for name in adaptations_in(program)
+    }
+    entries = {
+        "graftc.adaptations": json.dumps(places),
+        "graftc.spec": dump_spec(compilation.spec),
+        "graftc.fingerprint": identify(compilation.source, replaced=compilation.replaced).fingerprint,
+    }
+    labels = built_of(compilation.model).labels or ()
+    if any(not label.startswith("LABEL_") for label in labels):  # which is what transformers calls those without a name
+        entries["graftc.labels"] = json.dumps(labels)
+    if inputs:
+        entries["graftc.inputs"] = json.dumps(list(inputs))
+    if certificate is not None:
+        entries["graftc.certificate"] = json.dumps(certificate.to_json(), sort_keys=True)
+    return entries
+
+
+def adaptations_in(program: Program) -> list[str]:
+    """Adaptations that a graph has something of: nodes, or tensors that it reads."""
+    found: dict[str, None] = {}
+    for node in program.graph.nodes:
+        made = provenance(node)
+        owner = owner_of(str(node.target)) if node.op == "get_attr" else (made or {}).get("adaptation")
+        if owner:
+            found[owner] = None
+    return list(found)

@@ -1,0 +1,62 @@
+"""Writing a graph as ONNX or ``.pt2``: checked after writing, and renamed into place when it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from graftc.compiler.folding.certificate import Certificate
+from graftc.passes.core.ir.program_key import Signature
+from graftc.runtime.export.inputs import companions_of
+from graftc.runtime.export.metadata import metadata
+from graftc.runtime.export.module import ExportModule
+from graftc.runtime.export.onnx import prepare_onnx
+from graftc.runtime.export.pt2 import prepare_pt2
+from graftc.runtime.files import check_destination, staged
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.tensor_files import save_tensors
+
+Format = Literal["onnx", "pt2"]
+
+
+def export_model(
+    runner: ModelRunner,
+    path: Path,
+    format: Format,
+    signature: Signature,
+    *,
+    inputs: Sequence[str] = (),
+    certificate: Certificate | None = None,
+    folded: Sequence[str] = (),
+    force: bool = False,
+) -> Path:
+    """Export a compiled or merged model.
+
+    Args:
+        runner: what to export, in eval mode.
+        path: the file to write; nothing is there until it is complete and checked.
+        format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
+        signature: the one to export.
+        inputs: adaptations whose tensors are inputs of the graph, each with its values in a file beside ``path``.
+        certificate: what the file says of a fold.
+        folded: whose adaptations have gone into the weights.
+        force: replace what is there.
+
+    Raises:
+        GraftError: GC060 when exporting or checking fails, GC061 when a package is missing, GC063 when ``path``
+            exists, GC064 when it cannot be written, GC065 for an input that the graph does not read, GC091 for an
+            unknown one.
+    """
+    prepare = prepare_onnx if format == "onnx" else prepare_pt2
+    inputs = list(dict.fromkeys(inputs))
+    beside = companions_of(path, inputs)
+    companions = (f"{path.name}.data", *beside.values())
+    check_destination(path, force=force, companions=companions)
+    module = ExportModule(runner, signature, inputs, apart=format == "onnx")
+    write = prepare(module, metadata(runner, module.program, inputs, certificate, folded))
+    with staged(path, force=force, companions=companions) as file:
+        write(file)
+        for name, tensors in module.adaptations.items():
+            save_tensors(tensors, file.with_name(beside[name]))
+    return path

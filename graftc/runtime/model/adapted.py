@@ -1,0 +1,397 @@
+"""The Runner of a model whose adaptations can be left out, and of whose base other models can be made.
+
+What it computes without some adaptations is an `AdaptedView`: a Compilation of another spec over the model's own Store,
+with its code. Showing one is an assignment; calls then run it, and cost nothing more.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture.isolation import exclusive, is_traced
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.inspect.snapshot import Snapshot, adapter_values, snapshot
+from graftc.compiler.pipeline import recompile
+from graftc.compiler.resolve.train import TRAIN
+from graftc.compiler.roles.findings import Structure
+from graftc.compiler.steering import Steerings, steerings
+from graftc.passes.core.ir.codegen import Function
+from graftc.passes.core.ir.functions import UnlikeBodyError, calls
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Entry, Mode, Modes, ProgramKey, Signature
+from graftc.passes.core.ir.updates import as_source
+from graftc.passes.core.method.base_gradients import wanted
+from graftc.passes.core.weights.names import owner_of
+from graftc.passes.core.weights.sharding import computes_in, is_unit
+from graftc.passes.core.weights.store import Store
+from graftc.passes.lowering.asked import warn_of_whole
+from graftc.passes.lowering.lower import lower
+from graftc.passes.lowering.token_losses import token_losses
+from graftc.runtime.activations.training_code import training_code
+from graftc.runtime.model.blocks import Recompute
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.root import AdaptedView, Installed
+from graftc.runtime.model.views import Leaving, Progress, Tables, Views, over, tables_of
+from graftc.specs.changes import leaving
+from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_names
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_name
+from graftc.specs.methods.prefix import PrefixSpec
+
+
+class AdaptedRunner(ModelRunner):
+    """A Runner with adaptations. What folds, saves, exports, inspects and trains a model is given one.
+
+    Args:
+        compilation, store: see `ModelRunner`.
+
+    Attributes:
+        leaving: which adaptations calls leave out.
+        views: without some adaptations.
+        progress: how far the training is.
+        base_only: whether calls run the base's graphs.
+        as_reference: whether they run those of eval mode.
+        recompute: how layers recompute activations, and every which of them does; None where none does.
+    """
+
+    def __init__(self, compilation: Compilation, store: Store) -> None:
+        super().__init__(compilation, store)
+        self.leaving, self.progress = Leaving(), Progress()
+        self.views = Views()
+        self.base_only = self.as_reference = False
+        self.recompute: tuple[Recompute, int] | None = None
+
+    # Other models of the same base
+
+    def made(self, compilation: Compilation) -> Any:
+        """The compiled model of a Compilation."""
+        raise NotImplementedError
+
+    def over(self, compilation: Compilation) -> AdaptedRunner:
+        """That of another Compilation: the same Programs over another Store."""
+        return cast(AdaptedRunner, self.made(compilation)._graftc)
+
+    def sibling(
+        self,
+        spec: Spec,
+        values: Mapping[str, Tensor],
+        model: nn.Module | None = None,
+        axes: Sequence[Axis] | None = None,
+    ) -> Any:
+        """Another spec compiled for the same base and first signature, where this model is.
+
+        Args:
+            spec: what to adapt there.
+            values: adapter tensors to start from, by name.
+            model: another base; by default the same.
+            axes: inputs of other element types, where the base is of another one.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraftWarning)  # they have been given when this one was compiled
+            made = recompile(self.compilation, spec, values, model, axes)
+        return self.made(made).to(self.device)
+
+    def alone(self, names: tuple[str, ...]) -> Any:
+        """A compiled model of its own with these adaptations only, and with the ``train:`` list and added tokens; it
+        shares no adapter tensor with this one.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+        """
+        spec = self.compilation.spec
+        kept = self.adaptations(names)
+        gone = {str(a.name) for a in spec.adapt} - kept
+        composed = {str(c.name) for c in spec.compose if not set(c.members) & kept}
+        left = leaving(spec, gone)
+        values = {n: t for n, t in adapter_values(self.store) if owner_of(n) not in gone | composed}
+        return self.sibling(left, values)
+
+    # What is in the Compilation
+
+    @property
+    def spec(self) -> Spec:
+        """The spec it was compiled from."""
+        return self.compilation.spec
+
+    @property
+    def structure(self) -> Structure:
+        """The roles found in the model."""
+        return self.compilation.main.structure
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Places, tensors and Programs as data: what inspecting looks at."""
+        return snapshot(self.compilation)
+
+    def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
+        """The Program of the first signature: adapted, or the base's own."""
+        return self.compilation.program(mode, "base" if base else "adapted")
+
+    @property
+    def steering(self) -> Steerings:
+        """What steers the training of what is shown."""
+        if self.shown.steering is None:
+            self.shown.steering = steerings(self.compilation)
+        return self.shown.steering
+
+    @property
+    def everything(self) -> Steerings:
+        """What steers when nothing is left out."""
+        view = self.whole
+        if view.steering is None:
+            view.steering = steerings(self.compilation)
+        return view.steering
+
+    # Calls
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `ModelRunner`.
+
+        Raises:
+            GraftError: GC044 where a base tensor has been unfrozen, GC130 where FSDP2 computes in another type than the
+                graphs; code of `torch.compile` takes no notice.
+        """
+        if is_unit(self.module) and computes_in(self.module) not in (None, self.dtype):
+            own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computes_in(self.module)))
+            message = f"FSDP2 computes in {other}, and the graphs were captured in {own}"
+            raise GraftError("GC130", message, hint=f"load the base in {other}, or leave out param_dtype")
+        if torch.is_grad_enabled() and not is_traced():
+            self._check_frozen()
+        return super().call(args, kwargs)
+
+    def _check_frozen(self) -> None:
+        if "frozen" not in self.derived:
+            parameters = [name for name, tensor in self.store.base() if isinstance(tensor, nn.Parameter)]
+            split = ((name, *name.rpartition(".")) for name in parameters)
+            self.derived["frozen"] = [(self.store.owner(path)._parameters, last, name) for name, path, _, last in split]
+        for table, name, path in self.derived["frozen"]:
+            tensor = table[name]
+            if tensor.requires_grad and not wanted(tensor):
+                message = f"{path} wants a gradient, and it is the source model's"
+                module = path.rpartition(".")[0] or path
+                hint = f"put train: [{module}] into the spec, which trains a copy of it, or freeze it again"
+                raise GraftError("GC044", message, hint=hint)
+
+    @property
+    def begins(self) -> int:
+        """See `ModelRunner`."""
+        if self.base_only:
+            return 0
+        specs = [resolved.spec for resolved in self.shown.compilation.places().resolved]
+        shifted = [s.length for s in specs if isinstance(s, PrefixSpec) and s.positions == "shifted"]
+        return sum([*shifted, *(run.length for spec in specs for run in spec.virtual_tokens())])
+
+    @contextmanager
+    def running_base(self) -> Iterator[None]:
+        """Inside, calls run the base's graphs; it may be nested."""
+        before, self.base_only = self.base_only, True
+        try:
+            yield
+        finally:
+            self.base_only = before
+
+    def of_base(self) -> AdaptedRunner:
+        """A Runner of the same module that runs the base's graphs of eval mode, whatever this one does meanwhile."""
+        made = copy.copy(self)
+        made.base_only = made.as_reference = True
+        return made
+
+    def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
+        """See `ModelRunner.key`."""
+        return ProgramKey(entry, mode, signature, "source" if self.base_only else "adapted")
+
+    def _mode(self, signature: Signature) -> Modes:
+        """See `ModelRunner`."""
+        return "eval" if self.as_reference else super()._mode(signature)
+
+    def program_of(self, key: ProgramKey) -> Program:
+        """See `ModelRunner`. Entries that score tokens are made of `forward`; of the base it is as the source's."""
+        if key.entry in ("losses", "scores"):
+            return token_losses(self.program_of(key._replace(entry="forward")), scores=key.entry == "scores")
+        return self._with_updates(key, super().program_of(key))
+
+    def _with_updates(self, key: ProgramKey, program: Program) -> Program:
+        ours = key.stage == "source" and key.entry == "forward"
+        return as_source(program, self.store.updated) if ours else program
+
+    def as_run(self, key: ProgramKey) -> Program:
+        """See `ModelRunner.as_run`. Layers that are alike call functions, until hooks want each."""
+        compilation = self.shown.compilation
+        found = compilation.table.programs.get(key)
+        heard = self.hearing.hooked or self.hearing.everywhere or self.told or self.stops
+        if found is None or not calls(found.graph) or heard:
+            return super().as_run(key)
+        compilation.signatures[key.signature].add_constants(self.store)
+        return self._with_updates(key, found)
+
+    def write_out(self, key: ProgramKey) -> None:
+        """See `Runner.write_out`."""
+        if calls(self.shown.executables[key].program.graph):
+            self.install(key, self.program_of(key))
+
+    # Training graphs are lowered before they become code
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """See `Runner.install`. Another signature may have layers that the first one lacks; calls that are not those of
+        one block are written out."""
+        try:
+            super().install(key, program)
+        except UnlikeBodyError:
+            super().install(key, self.program_of(key))
+        self.tell_blocks()
+
+    def tell_blocks(self) -> None:
+        """Tell layers how they recompute activations."""
+        recompute, every = self.recompute or (Recompute(), 0)
+        for number, block in enumerate(self.blocks.values()):
+            code = block._graftc
+            code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
+
+    def lowered(self, key: ProgramKey, executable: Installed) -> Program:
+        """See `Runner.lowered`."""
+        if not _trains(key):
+            return executable.program
+        spec = self.shown.compilation.spec
+        lowered, executable.outcomes = lower(executable.program, spec, self.steering.outputs)
+        if executable.lowered is None:  # the first time
+            warn_of_whole(spec, executable.program, executable.outcomes)
+        return lowered
+
+    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
+        """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
+        if self.stops or not _trains(key):  # what hooks hear of is there once
+            return super().code(key, graph, module, device)
+        memory, off = self.shown.compilation.spec.memory, self.shown.compilation.spec.optimise.off
+        plain = "recompute" in off and memory.budget is None and not memory.offload
+        return training_code(graph, module, device, plain=plain, budget=memory.budget, offload=memory.offload)
+
+    # Adaptations that are left out
+
+    @contextmanager
+    def without(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Inside, the model computes what it computes without some adaptations.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+        """
+        off, left = self.adaptations(names), self.leaving
+        self.show(left.hidden | off)
+        depth = len(left.within)
+        left.within.append(off)
+        try:
+            yield
+        finally:  # adaptations may have come, gone and changed their names meanwhile
+            del left.within[depth:]
+            self.show(left.hidden)
+
+    def beside(self, names: Iterable[str]) -> AdaptedRunner:
+        """A Runner of the same module that computes without some adaptations, whatever calls of the module leave out.
+
+        Raises:
+            GraftError: as `without`.
+        """
+        off, views = self.leaving.hidden | self.adaptations(tuple(names)), self.views.known
+        if off not in views:
+            with exclusive():
+                views.setdefault(self.shown.off, self.shown)
+                views[off] = self._view(off)
+        made = copy.copy(self)
+        made.shown = views[off]
+        return made
+
+    def complete(self) -> AdaptedRunner:
+        """See `ModelRunner`. A Runner of the same module, where this one leaves something out or runs the base."""
+        if not (self.shown.off or self.base_only):
+            return self
+        made = copy.copy(self)
+        made.leaving, made.shown = Leaving(), self.whole
+        made.base_only = made.as_reference = False
+        return made
+
+    @property
+    def whole(self) -> AdaptedView:
+        """The view with every adaptation."""
+        return self.views.known.get(frozenset(), self.shown)
+
+    def every_view(self) -> list[AdaptedView]:
+        """See `ModelRunner`."""
+        return list({id(view): view for view in (self.shown, *self.views.known.values())}.values())
+
+    def relower(self) -> None:
+        """See `Runner`: the code of views too."""
+        shown = self.shown
+        try:
+            for view in [*(view for view in self.every_view() if view is not shown), shown]:
+                self.shown = view
+                super().relower()
+        finally:
+            self.shown = shown
+
+    def adaptations(self, names: tuple[str, ...]) -> frozenset[str]:
+        """Adaptations by their names, or by those of their compositions."""
+        spec = self.compilation.spec
+        names = as_names(names) if names else ()
+        found: set[str] = set()
+        known = [*spec.owners, *([TRAIN] if spec.train else [])]
+        for name in names:
+            composed = next((c.members for c in spec.compose if c.name == name), None)
+            if composed is None and name not in known:
+                raise unknown_name("adaptation", name, known)
+            found |= self.adaptations(tuple(composed)) if composed is not None else {name}
+        return frozenset(found)
+
+    def show(self, off: frozenset[str]) -> None:
+        """Show what the model computes without some adaptations."""
+        if off == self.shown.off:
+            return
+        views = self.views.known
+        if off not in views:
+            if is_traced():
+                raise GraftError("GC031", "this has no graph yet; call the model so once before compiling it")
+            views[self.shown.off] = self.shown
+            with exclusive():
+                views[off] = self._view(off)
+        self.shown = views[off]
+
+    def _view(self, off: frozenset[str]) -> AdaptedView:
+        """A view without some adaptations; what is shown stays."""
+        spec = leaving(self.compilation.spec, off, train=TRAIN not in off)
+        made = recompile(self.compilation, spec, dict(adapter_values(self.store)))
+        every = self.everything
+        left = {str(a.name) for a in spec.adapt} | {str(c.name) for c in spec.compose}
+        kept = Steerings(*({n: v for n, v in table.items() if n in left} for table in tables_of(every)))
+        tables = Tables(self.store)
+        try:
+            for fqn, tensor in made.store.adapters():
+                if fqn not in self.store:  # constants, of what is now directly on a weight of the base
+                    tables.put(fqn, self.here(tensor), persistent=False)
+            return self.view_of(over(made, self.compilation), kept, off)
+        except BaseException:
+            tables.undo()
+            raise
+
+    def view_of(self, made: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
+        """Code of its own for a Compilation over the same tensors. Other threads may run this Runner meanwhile."""
+        self.views.made += 1
+        beside = copy.copy(self)
+        beside.shown = AdaptedView(made, {}, f"{self.views.made}: ", off, steering)
+        for key in (made.key("train"), made.key("eval")):
+            beside.install(key, beside.as_run(key))
+        return beside.shown
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """A new tensor where the model is."""
+        moved = tensor.detach().to(self.device)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+def _trains(key: ProgramKey) -> bool:
+    return key.mode != "eval" and key.stage == "adapted"

@@ -1,0 +1,132 @@
+"""What chooses among the adaptations of banks in a call: rows of its batch, by number, name or weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.interface import COUNT, dtype_of
+from graftc.compiler.capture.isolation import is_traced
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.build.batch import BATCH
+from graftc.specs.compose import Bank, CompositionSpec, Parallel
+from graftc.specs.errors.diagnostics import GraftError, nearest
+
+
+def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a call with those by which it chooses among adaptations.
+
+    Args:
+        compilation: has the banks.
+        present: what the source model is called with, by name.
+        chosen: inputs of banks as given: tensors, or lists of names and numbers.
+
+    Raises:
+        GraftError: GC038 for a choice that does not fit its bank or the batch.
+    """
+    found = dict(present)
+    for name, composition in compilation.controls.items():
+        if isinstance(composition, Parallel):
+            found = _repeated(compilation, found, name, composition)
+        elif chosen.get(name) is not None:
+            found |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, found))
+    return found
+
+
+def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of banks, as they are given, for each row.
+
+    Args:
+        compilation: has the banks.
+        chosen: inputs by name, as for `with_choices`; None counts as absent.
+        rows: of the batch.
+        device: of numbers that are given as a list.
+
+    Raises:
+        GraftError: GC038 for a choice that does not fit its bank or the batch.
+    """
+    found: dict[str, Tensor] = {}
+    for name, composition in compilation.controls.items():
+        if not isinstance(composition, Bank) or chosen.get(name) is None:
+            continue
+        if name == composition.mixture:
+            weights = _weights(composition, name, chosen[name], rows, device)
+            found[name] = weights.to(dtype_of(compilation.model))
+        else:
+            found[name] = _ids(composition, name, chosen[name], rows, device)
+    return found
+
+
+def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
+    """The tensors of a call whose first axis is the batch."""
+    known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program_as_run("train", "base").inputs}
+    sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
+    rows = present[sure[0]].shape[0] if sure else None
+    alike = [n for n, v in present.items() if n not in known and n != COUNT and isinstance(v, Tensor) and v.dim()]
+    return sure + [name for name in alike if present[name].shape[0] == rows]
+
+
+def _rows(compilation: Compilation, present: Mapping[str, Any]) -> tuple[int, torch.device]:
+    named = _batched(compilation, present)
+    if not named:
+        raise GraftError("GC038", "the call has no batch whose rows could choose")
+    return present[named[0]].shape[0], present[named[0]].device
+
+
+def _repeated(
+    compilation: Compilation, present: Mapping[str, Any], name: str, composition: CompositionSpec
+) -> dict[str, Any]:
+    """Every row once for each adaptation, adaptation by adaptation."""
+    count = len(composition.members)
+    rows, device = _rows(compilation, present)
+    batched = set(_batched(compilation, present))
+    if COUNT in present:  # the loss stays the mean over all rows
+        present = {**present, COUNT: present[COUNT] * count}
+    many = {n: v.repeat(count, *(1,) * (v.dim() - 1)) if n in batched else v for n, v in present.items()}
+    return {**many, name: torch.arange(count, device=device).repeat_interleave(rows)}
+
+
+def _ids(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
+    if not isinstance(given, Tensor):
+        listed = [given] if isinstance(given, str | int) else list(given)
+        given = torch.tensor([slot_of(bank, item) for item in listed], device=device)
+    elif not is_traced() and given.device.type == "cpu" and given.numel():
+        low, high = int(given.min()), int(given.max())
+        if low < 0 or high >= len(bank.bank):
+            bad = low if low < 0 else high
+            raise GraftError("GC038", f"{name} has {bad}; {bank.name!r} has slots 0 to {len(bank.bank) - 1}")
+    if given.dim() != 1 or given.is_floating_point() or given.shape[0] not in (1, rows):
+        message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+        raise GraftError("GC038", message, hint=f"give one whole number for each of the {rows} rows")
+    chosen: Tensor = given.to(torch.int64).expand(rows)
+    return chosen
+
+
+def _weights(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
+    if not isinstance(given, Tensor):
+        given = torch.tensor(given, device=device)
+    slots = len(bank.bank)
+    if not given.is_floating_point() or given.shape[-1:] != (slots,) or given.shape[:-1] not in ((), (1,), (rows,)):
+        message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+        raise GraftError("GC038", message, hint=f"give a weight for each of the {rows} rows and {slots} slots")
+    chosen: Tensor = given.expand(rows, slots)
+    return chosen
+
+
+def slot_of(bank: CompositionSpec, choice: str | int) -> int:
+    """The number of a slot.
+
+    Raises:
+        GraftError: GC038 where there is no such slot.
+    """
+    members = list(bank.members)
+    if isinstance(choice, int) and not isinstance(choice, bool) and 0 <= choice < len(members):
+        return choice
+    if choice in members:
+        return members.index(str(choice))
+    close = nearest(choice, members) if isinstance(choice, str) else []
+    hint = f"did you mean {close[0]!r}?" if close else f"the slots are: {', '.join(members)}"
+    raise GraftError("GC038", f"{bank.name!r} has no slot {choice!r}", hint=hint)

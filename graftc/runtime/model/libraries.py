@@ -1,0 +1,78 @@
+"""What other libraries look for in a model: what is taken over from the source, and what is done in another way."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from typing import Any, NoReturn
+
+from torch import nn
+
+from graftc.passes.core.weights.containers import deepspeed
+from graftc.specs.errors.diagnostics import GraftError
+
+COPIED = ("accepts_loss_kwargs", "base_model_prefix", "loss_type", "model_tags", "name_or_path")
+"""Attributes of a source model that a compiled one has as well, as copies."""
+
+_SAVE = "compiled.save(path) writes what was trained, compiled.merge().save(path) a plain transformers folder"
+
+ELSEWHERE = {
+    "push_to_hub": _SAVE,
+    "from_pretrained": "graftc.load(path) reads what compiled.save wrote",
+    "merge_and_unload": "compiled.merge() folds into the weights and certifies the result",
+    "unload": "compiled.disabled() computes what the base computes; the source model is as it was",
+    "disable_adapter": "with compiled.disabled(): computes what the base computes, disabled(name) leaves one out",
+    "get_base_model": "the source model that was compiled is as it was",
+    "add_adapter": "compiled.add({...}) adds an adaptation, as an entry of a spec's adapt list",
+    "delete_adapter": "compiled.remove(name) removes an adaptation",
+    "disable_adapters": "compiled.disable(name) leaves an adaptation out until compiled.enable(name)",
+    "enable_adapters": "compiled.enable(name) undoes compiled.disable(name)",
+    "set_adapter": "compiled.activate(name) chooses from a bank, compiled.train_only(name) what trains",
+    "resize_token_embeddings": "tokens: {add: ...} in the spec gives the table new rows that train",
+    "set_input_embeddings": "change the source model before it is compiled",
+    "set_output_embeddings": "change the source model before it is compiled",
+    "set_attn_implementation": "change the source model before it is compiled",
+    "add_weighted_adapter": "compiled.combine(...) joins trained adaptations",
+}
+"""Names that the models of other libraries have, with what does the same here."""
+
+
+def taken_over(model: nn.Module) -> dict[str, Any]:
+    """What a source model says of itself, as copies, by name. Names of its children stay theirs."""
+    found = {name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in model._modules}
+    if not isinstance(found.get("accepts_loss_kwargs"), bool):  # as the Trainer tells it
+        rest = inspect.signature(model.forward).parameters.values()
+        found["accepts_loss_kwargs"] = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
+    return copy.deepcopy(found)
+
+
+class NotHereError(GraftError, AttributeError):
+    """A coded error for an attribute that there is not, so that ``hasattr`` says so."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = ""  # Python would fill in its own, by which a Root tells attributes that nobody has
+
+
+def refuse_pickling(module: nn.Module) -> NoReturn:
+    """Say how a model is kept, where it was to be pickled.
+
+    Raises:
+        GraftError: GC074.
+    """
+    name = type(module).__name__
+    message = f"{name} cannot be pickled: its graphs are code, which no file should hold"
+    hint = "model.save(path) keeps all of it; torch.save(model.state_dict(), path) what trains; copy.deepcopy copies it"
+    raise GraftError("GC074", message, hint=hint)
+
+
+def refuse_deepspeed() -> None:
+    """Say that a model does not train with DeepSpeed, where Accelerate, and so the Trainer, was told to use it.
+
+    Raises:
+        GraftError: GC072.
+    """
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is not None and state._shared_state.get("deepspeed_plugins"):
+        raise deepspeed()

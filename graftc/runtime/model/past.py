@@ -1,0 +1,51 @@
+"""The cache of keys and values that a call is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from graftc.compiler.cached import require_rows_of_one
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.past import CACHE, MASK, read_cache
+from graftc.compiler.compilation import Compilation
+from graftc.specs.errors.diagnostics import GraftError
+
+
+def read_past(compilation: Compilation, present: dict[str, Any], begins: int) -> None:
+    """Read the cache of a call; it is among what is present from then on.
+
+    Args:
+        compilation: what runs.
+        present: tensors and flags of the call, by name; changed.
+        begins: the position of a text's first token.
+
+    Raises:
+        GraftError: GC140 where there is none, or it is not of this model; GC141 for an adaptation that it cannot
+            hold; GC031 for a mask of another length.
+    """
+    require_rows_of_one(compilation)
+    layout = compilation.known_cache_layout
+    if layout is None:
+        with exclusive():
+            layout = compilation.cache_layout
+    tokens = tokens_of(compilation, present)
+    if tokens is None:
+        name = "decoder_input_ids" if layout.pairs else "input_ids"
+        raise GraftError("GC140", f"a call with a cache needs {name}", hint=f"give {name}")
+    past = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device, begins)
+    present[CACHE] = past
+    name = f"decoder_{MASK}" if layout.pairs else MASK
+    mask, length = present.get(name), past.length + tokens.shape[1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
+        hint = f"it has one number for each token, those in the cache included: {[tokens.shape[0], length]}"
+        raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
+
+
+def tokens_of(compilation: Compilation, present: Mapping[str, Any]) -> Tensor | None:
+    """The tokens of a call that a cache goes on with: the decoder's, where there is an encoder; None without."""
+    pairs = compilation.cache_layout.pairs
+    names = ("decoder_input_ids", "decoder_inputs_embeds") if pairs else ("input_ids", "inputs_embeds")
+    return next((present[name] for name in names if name in present), None)

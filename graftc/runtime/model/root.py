@@ -1,0 +1,345 @@
+"""A Runner runs Programs over the Store's tree; a Root is the module that has it.
+
+A Root has children, tensors and what every `nn.Module` has, and next to nothing else of its own: what it does is in its
+Runner, which is not a module, so that no name of a source model's child can come between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from graftc.compiler.capture.isolation import is_traced
+from graftc.compiler.capture.past import CACHE
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.steering import Steerings
+from graftc.passes.core.ir.codegen import Function, function_of
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Entry, ProgramKey
+from graftc.passes.core.weights.containers import OWN, Container, Tree, UnitCall
+from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
+from graftc.passes.core.weights.store import Store
+from graftc.passes.graph.outline import outline
+from graftc.passes.graph.packed import reading_parts
+from graftc.passes.lowering.outcome import LoweringOutcome
+from graftc.runtime.activations.budget import Choices
+from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stopping, unknown_modules, without_stops
+from graftc.runtime.hooks.embeddings import call_hooks
+from graftc.runtime.hooks.layer_calls import Hearing, LayerCall, Running, hooks_everywhere, running
+from graftc.runtime.hooks.layer_learning import Border, learn_layers
+from graftc.runtime.model.blocks import Block
+
+Made = TypeVar("Made")
+_CALLS = "calls of modules"
+
+
+@dataclass
+class Installed:
+    """A Program as code.
+
+    Attributes:
+        program: what is run.
+        lowered: what the code is made of.
+        run: the code above the layers, ``run(module, *inputs)``.
+        outcomes: what lowering has rewritten, and what it has not.
+        known: what has been worked out of the Program, by its name.
+    """
+
+    program: Program
+    lowered: Program | None = None
+    run: Function | None = None
+    outcomes: list[LoweringOutcome] = field(default_factory=list)
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[Program], Made]) -> Made:
+        """What follows from the Program, worked out when it is first asked for."""
+        if name not in self.known:
+            self.known[name] = make(self.program)
+        found: Made = self.known[name]
+        return found
+
+
+@dataclass
+class AdaptedView:
+    """What a Runner runs: a Compilation as code. Several may share a tree of tensors.
+
+    Attributes:
+        compilation: whose Programs.
+        executables: their code, by key.
+        label: what the names of its code begin with in Blocks.
+        off: adaptations that it is without.
+        steering: what steers its training; None before it is asked for.
+        device_type: of the device that its code is for.
+    """
+
+    compilation: Compilation
+    executables: dict[ProgramKey, Installed] = field(default_factory=dict)
+    label: str = ""
+    off: frozenset[str] = frozenset()
+    steering: Steerings | None = None
+    device_type: str = ""
+
+    def has(self, key: ProgramKey) -> bool:
+        """Whether a Program has its code."""
+        return key in self.executables and self.executables[key].run is not None
+
+    def lowered_of(self, key: ProgramKey) -> Program:
+        """What the code of a Program was made of."""
+        found = self.executables[key].lowered
+        assert found is not None
+        return found
+
+
+class Runner:
+    """Runs Programs over a Store's tree, with a Block per repeated layer.
+
+    Args:
+        compilation: whose Programs.
+        store: its tree becomes that of the module.
+
+    Attributes:
+        module: the root of the tree.
+        store: the tensors.
+        shown: what calls run.
+        hooked: path of the table of embeddings, once it has hooks.
+        told: paths of other modules that may have hooks, below layers and above.
+        stops: those for which code has been made.
+        entered: whether a call is within the module, whose hooks have gathered its tensors.
+    """
+
+    module: Root
+
+    def __init__(self, compilation: Compilation, store: Store) -> None:
+        self.store = store
+        self.shown = AdaptedView(compilation)
+        self.hooked: str | None = None
+        self.hearing = Hearing()
+        self.choices: Choices = {}
+        self.told: set[str] = set()
+        self.stops: frozenset[str] = frozenset()
+        self.entered = False
+
+    def adopt(self, module: Root) -> None:
+        """Make a module the root of the tree."""
+        self.module = module
+        self.store.rehome(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.store.device()
+
+    @property
+    def training(self) -> bool:
+        """The mode of the module."""
+        return self.module.training
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by module path."""
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
+
+    def compile_layers(self, **options: Any) -> None:
+        """Have `torch.compile` compile every repeated layer by itself, in place, when it is called next.
+
+        Layers that do the same share their code, so that compiling takes as long for a deep model as for a shallow one;
+        what is around them, such as embeddings, the head and the loss, runs as before. A model without repeated layers
+        is compiled as a whole. See `torch.nn.Module.compile`, which compiles the model as one graph.
+
+        Args:
+            options: those of `torch.compile`: ``backend``, ``mode``, ``dynamic`` ...
+        """
+        for module in self.blocks.values() or [self.module]:
+            module.compile(**options)
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """Lower a Program to code; `run` runs it under ``key``."""
+        executable = self.shown.executables[key] = Installed(program)
+        self._lower(key, executable)
+
+    def forget(self, entry: Entry) -> None:
+        """Let the Programs of one way into the model go, with their code."""
+        executables = self.shown.executables
+        for key in [key for key in executables if key.entry == entry]:
+            del executables[key]
+            for block in self.blocks.values():
+                functions = block._graftc.functions
+                for name in [name for name in functions if name.startswith(f"{self.shown.label}{key}#")]:
+                    del functions[name]
+
+    def write_out(self, key: ProgramKey) -> None:
+        """Have code of a graph with every layer written out, as hooks need it."""
+
+    def _lower(self, key: ProgramKey, executable: Installed) -> None:
+        executable.known.pop(_CALLS, None)
+        source = stopping(executable.program, self.stops) if self.stops else self.lowered(key, executable)
+        program = executable.lowered = reading_parts(source, self.store)
+        outlined = outline(program)
+        device = self._code_device()
+        for block in outlined.blocks:
+            owner = self.store.container(block.path)
+            if not isinstance(owner, Block):
+                owner = self.store.replace_container(block.path, Block)
+            name = f"{self.shown.label}{key}#{block.use}"
+            owner._graftc.hearing = self.hearing
+            border = Border.of(block)
+            owner._graftc.borders[name] = without_stops(border, program) if self.stops else border
+            owner._graftc.calls.pop(name, None)
+            owner._graftc.functions[name] = self.code(key, block.graph, owner, device)
+        self.run_above(key, outlined.root)
+        self.shown.device_type = device.type
+
+    def run_above(self, key: ProgramKey, graph: fx.Graph) -> None:
+        """Make the code that calls the layers.
+
+        Args:
+            key: of the Program.
+            graph: of `outline`, which is used up.
+        """
+        executable = self.shown.executables[key]
+        for node in graph.find_nodes(op="call_module"):
+            use, *inputs = node.args
+            node.args = (f"{self.shown.label}{key}#{use}", *inputs)
+        if self.hooked is not None:
+            call_hooks(self.shown.lowered_of(key), graph, self.hooked)
+        executable.run = self.code(key, graph, self.module, self._code_device())
+
+    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
+        """Code for a part of a Program."""
+        return function_of(graph, module, device)
+
+    def lowered(self, key: ProgramKey, executable: Installed) -> Program:
+        """What code is made of for a Program: here the Program itself."""
+        return executable.program
+
+    def _code_device(self) -> torch.device:
+        """Where code makes tensors: where the base is, or where FSDP2 puts it for a pass."""
+        kind = computes_on(self.module) if is_unit(self.module) else None
+        device = self.device
+        return device if kind in (None, device.type) else torch.device(str(kind))
+
+    def run(self, key: ProgramKey, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Flat outputs of the Program installed as ``key``."""
+        if is_unit(self.module) and self._code_device().type != self.shown.device_type:
+            self.relower()  # sharding has moved the tensors
+        if not is_traced() and hooks_everywhere():
+            self.hearing.everywhere = True
+        if (self.told or self.stops) and not is_traced():
+            self._stop_where_heard()
+        heard = self.hearing.hooked or self.hearing.everywhere or self.stops
+        if heard:
+            self.write_out(key)
+        program_inputs = self.inputs(key, inputs)
+        code = self.shown.executables[key].run
+        assert code is not None
+        found: Callable[[], tuple[Any, ...]] = partial(code, self.module, *program_inputs)
+        for unit in self._passive_units():
+            found = partial(unit, UnitCall(found))
+        if not heard:
+            return found()
+        past = inputs.get(CACHE)
+        learn = partial(learn_layers, self.shown, self.store, self.module, key)
+        calls = partial(self._module_calls, key)
+        with running(Running(learn, calls, self.module, past.cache if past is not None else None)):
+            return found()
+
+    def _module_calls(self, key: ProgramKey) -> dict[str, LayerCall]:
+        """How modules with hooks are called in a graph; of a sharded model, whose tensors no process has, unknown."""
+        known = self.shown.executables[key].known
+        if _CALLS not in known:
+            known[_CALLS] = (
+                unknown_modules(self.stops)
+                if is_unit(self.module)
+                else learn_modules(self.shown, key, sorted(self.stops))
+            )
+        found: dict[str, LayerCall] = known[_CALLS]
+        return found
+
+    def tell(self, path: str) -> None:
+        """Have the next call stop where a module begins and ends, for hooks that are put on it."""
+        self.told.add(path)
+
+    def _stop_where_heard(self) -> None:
+        """Make code anew where other modules have hooks than when it was made."""
+        self.told = {path for path in self.told if heard_module(self.module, path)}
+        if self.told != self.stops:
+            self.stops = frozenset(self.told)
+            for key in list(self.shown.executables):
+                self.write_out(key)
+            self.relower()
+
+    def listen(self) -> None:
+        """Let hooks be put on modules of the tree."""
+        for path, each in self.module.named_modules():
+            if isinstance(each, Container) and not isinstance(each, Block):
+                each._graftc.tell = partial(self.tell, path)
+
+    def inputs(self, key: ProgramKey, inputs: Mapping[str, Any]) -> list[Any]:
+        """What the Program installed as ``key`` is given, in its order."""
+        given = {**inputs, **inputs[CACHE].tensors} if CACHE in inputs else inputs
+        return [given[name] for name in self.shown.lowered_of(key).signature]
+
+    def _passive_units(self) -> list[nn.Module]:
+        """Modules that FSDP2 has made units by themselves and that compute nothing, as Accelerate does with tables of
+        embeddings and heads: their tensors are whole during a pass."""
+        if not is_unit(self.module):
+            return []
+        units = sharded_modules(self.module)
+        return [unit for unit in units if isinstance(unit, Container) and not isinstance(unit, Block)]
+
+    def relower(self) -> None:
+        """Make all code anew, for tensors that have moved to another device."""
+        for key, executable in self.shown.executables.items():
+            self._lower(key, executable)
+
+
+class Root(Tree):
+    """The root of a Store's tree. A name that is neither a child's nor an attribute is looked up in its Runner.
+
+    Args:
+        runner: what it runs.
+    """
+
+    _graftc: Runner
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__()
+        self._graftc = runner
+        self.register_state_dict_post_hook(_tied_once)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_tied_again)  # type: ignore[no-untyped-call]
+        runner.adopt(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """A child or tensor of this name, or the Runner's own attribute."""
+        held = vars(self)
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in held.get(table, ()):
+                return held[table][name]
+        if OWN in held and not name.startswith("__"):
+            try:
+                return getattr(held[OWN], name)
+            except AttributeError as error:
+                if error.name != name:  # something that the attribute is made of
+                    raise
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._graftc)})  # type: ignore[no-untyped-call]
+
+
+def _tied_once(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state dict has tied tensors once, by the name that owns them, as file formats want it."""
+    for alias in module._graftc.store.aliases:
+        state.pop(prefix + alias, None)
+
+
+def _tied_again(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Loading finds tied tensors under each of their names."""
+    for alias, owner in module._graftc.store.aliases.items():
+        if prefix + owner in state:
+            state.setdefault(prefix + alias, state[prefix + owner])

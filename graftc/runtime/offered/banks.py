@@ -1,0 +1,152 @@
+"""Choosing among the adaptations of banks: for all calls to come, or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.compose import ACTIVE
+from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.weights.names import adapter_name, owner_of, renamed
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.choices import slot_of
+from graftc.runtime.model.sharded import in_every_process
+from graftc.specs.compose import Bank, CompositionSpec
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
+
+Choice = str | int | Mapping[str, float]
+"""A slot by name or number, or a mixture of slots: a factor for each that takes part."""
+
+
+class Choosing:
+    """Chooses among the adaptations of banks, for calls to come or for good.
+
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
+
+    def activate(self, choice: str | int, bank: str | None = None) -> None:
+        """Choose the adaptation that calls use which choose none. No graph changes: it may differ from call to call.
+
+        Args:
+            choice: an adaptation's name, or the number of its slot.
+            bank: the bank's name, where there are several.
+
+        Raises:
+            GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
+        """
+        found = _bank(self.runner.compilation.spec, bank)
+        slot = slot_of(found, choice)
+        self.runner.compilation.store.get(adapter_name("", str(found.name), ACTIVE)).fill_(slot)
+
+    def active(self, bank: str | None = None) -> str:
+        """The name of the adaptation that calls use which choose none.
+
+        Raises:
+            GraftError: GC091 where there is no such bank.
+        """
+        found = _bank(self.runner.compilation.spec, bank)
+        return found.members[int(self.runner.compilation.store.get(adapter_name("", str(found.name), ACTIVE)))]
+
+    def train_only(self, *names: str) -> None:
+        """Let only these adaptations train from now on, all of them where none is named.
+
+        The tensors of the others want no gradient then, so that no optimiser moves them, by weight decay neither.
+
+        Args:
+            names: adaptations or compositions.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation.
+        """
+        known = [*self.runner.compilation.spec.owners, TRAIN]
+        for name in names:
+            if name not in known:
+                raise unknown_name("adaptation", name, known)
+        for fqn, tensor in self._trainable().items():
+            tensor.requires_grad_(not names or owner_of(fqn) in names)
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """What trains if everything does."""
+        if "trainable" not in self.runner.derived:
+            adapters = self.runner.store.adapters()
+            self.runner.derived["trainable"] = {fqn: tensor for fqn, tensor in adapters if tensor.requires_grad}
+        return cast("dict[str, Tensor]", self.runner.derived["trainable"])
+
+    @in_every_process
+    def fix(self, choice: Choice, bank: str | None = None) -> Any:
+        """A compiled model in which a bank is one adaptation for good, with no axis of slots: it folds and exports as
+        any other. This model stays as it is, and shares no adapter tensor with it.
+
+        Args:
+            choice: an adaptation's name, the number of its slot, or a factor for each adaptation that takes part: their
+                tensors are added up.
+            bank: the bank's name, where there are several.
+
+        Raises:
+            GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
+        """
+        compilation = self.runner.compilation
+        found = _bank(compilation.spec, bank)
+        factors = dict(choice) if isinstance(choice, Mapping) else {found.members[slot_of(found, choice)]: 1.0}
+        for name in factors:
+            slot_of(found, name)
+        if not factors:
+            raise GraftError("GC038", f"nothing is chosen from {found.name!r}")
+        name = next(iter(factors)) if len(factors) == 1 else str(found.name)
+        spec = _without(compilation.spec, found, next(iter(factors)), name)
+        return self.runner.sibling(spec, _values(compilation, found, factors, name))
+
+
+def _bank(spec: Spec, name: str | None) -> CompositionSpec:
+    banks = {str(c.name): c for c in spec.compose if isinstance(c, Bank)}
+    if name is None and len(banks) == 1:
+        return next(iter(banks.values()))
+    if name is None:
+        raise GraftError("GC091", "which bank?", hint=f"there is: {', '.join(banks) or 'none'}")
+    if name not in banks:
+        raise unknown_name("bank", name, banks)
+    return banks[name]
+
+
+def _without(spec: Spec, bank: CompositionSpec, like: str, name: str) -> Spec:
+    """The spec with one adaptation called ``name`` in the place of a bank."""
+    adapt = tuple(
+        a.model_copy(update={"name": name}) if a.name == like else a
+        for a in spec.adapt
+        if a.name == like or a.name not in bank.members
+    )
+    compose = []
+    for composition in spec.compose:
+        if composition is bank:
+            continue
+        renamed = tuple(name if member == bank.name else member for member in composition.members)
+        compose.append(composition.model_copy(update={composition.kind: renamed}))
+    return spec.model_copy(update={"adapt": adapt, "compose": tuple(compose)})
+
+
+def _values(
+    compilation: Compilation, bank: CompositionSpec, factors: Mapping[str, float], name: str
+) -> dict[str, Tensor]:
+    """The adapter tensors with those of the bank added up under one name."""
+    found: dict[str, Tensor] = {}
+    terms: dict[str, list[Tensor]] = {}
+    for fqn, tensor in adapter_values(compilation.store):
+        owner = owner_of(fqn)
+        own = renamed(fqn, name)
+        if owner == bank.name:
+            found |= {} if fqn.endswith(f".{ACTIVE}") else {own: tensor}
+        elif owner in factors:
+            terms.setdefault(own, []).append(tensor if factors[owner] == 1 else tensor * factors[owner])
+        elif owner not in bank.members:
+            found[fqn] = tensor
+    return found | {own: each[0] if len(each) == 1 else torch.stack(each).sum(0) for own, each in terms.items()}

@@ -1,0 +1,90 @@
+"""Do what a model's first calls would do, at a time of the user's choosing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.past import MASK
+from graftc.passes.core import progress
+from graftc.runtime.activations.training_code import TrainingCode
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.choices import with_choices
+from graftc.runtime.model.generation import Generating
+from graftc.runtime.model.model_runner import in_eval_mode
+from graftc.runtime.progress import working
+from graftc.specs.errors.arguments import as_mapping
+from graftc.specs.errors.diagnostics import GraftError
+
+_PROMPT = 4
+"""Tokens of the text that something is generated behind."""
+
+
+class Warming:
+    """Makes a model ready for its first calls.
+
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
+
+    def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
+        """Do now what the first calls would do: capture their graphs, hold them against the source model, make code,
+        and plan what a training step keeps. It takes as long as it would then, with progress, and nothing is trained:
+        parameters, gradients, buffers and random states are as before.
+
+        Of a model in training mode the call is made ready in eval mode too. Calls with the inputs and flags of the
+        batch start at once from then on; a call with others is captured when it comes.
+
+        Args:
+            batch: arguments of a call by name, such as a batch of the data loader with its ``labels``. Of tensors the
+                names, types and sizes count.
+            generate: also what `generate` needs, for the prompt and for the tokens behind it: two tokens are generated
+                behind the first four of the batch's first text. Prompts with an ``attention_mask`` have graphs of their
+                own, so give one where yours have one.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured, GC073 for no mapping or, with ``generate``, no
+                ``input_ids``, and whatever `generate` raises.
+        """
+        given = as_mapping(batch, "the batch", object)
+        with exclusive(), working("warming up", self.runner):
+            if self.runner.training:
+                self._make_ready(given)
+            with in_eval_mode(self.runner.module):
+                self._make_ready(given)
+                if generate:
+                    progress.step("generate")
+                    self._generate(given)
+
+    def _make_ready(self, given: Mapping[str, Any]) -> None:
+        """Code for a call in the mode that the model is in, and the plan of what a training step keeps."""
+        runner, shown = self.runner, self.runner.shown
+        controls = shown.compilation.controls
+        chosen = {name: value for name, value in given.items() if name in controls}
+        rest = {name: value for name, value in given.items() if name not in controls}
+        present, _ = runner.interface.read(runner.interface.named((), rest))
+        present = with_choices(shown.compilation, present, chosen) if controls else present
+        key = runner.ready(present)
+        code = shown.executables[key].run
+        if isinstance(code, TrainingCode):
+            progress.step("plan")
+            with torch.enable_grad():
+                code.prepare(runner.module, runner.inputs(key, present))
+
+    def _generate(self, given: Mapping[str, Any]) -> None:
+        """One step of generating behind the beginning of a row, so that there is code for a prompt and what follows
+        it."""
+        ids = given.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            hint = "give them"
+            raise GraftError("GC073", "the batch has no input_ids [batch, sequence] to generate behind", hint=hint)
+        text = {name: given[name][:1, :_PROMPT] for name in ("input_ids", MASK) if isinstance(given.get(name), Tensor)}
+        with torch.no_grad(), torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else [ids.device]):
+            Generating(self.runner).generate(**text, min_new_tokens=2, max_new_tokens=2, do_sample=False)

@@ -1,0 +1,25 @@
+"""A thousand adapters in one process, loaded and dropped."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+
+from graftc.passes.core.ir.codegen import RECENT
+from tests.growing import Server, held
+
+pytestmark = pytest.mark.gate
+
+
+def test_a_thousand_adapters_leave_nothing() -> None:
+    server = Server()
+    for _ in range(200):  # as many as the code of has no more room for
+        server.serve()
+    assert len(RECENT) == RECENT.most
+    before, memory = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1000):
+        server.serve()
+    more = {name: count for name, count in (held() - before).items() if count > 100}
+    assert more == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50 * 1024, "kilobytes"
