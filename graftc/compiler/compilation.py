@@ -136,8 +136,10 @@ class CalledResolution(Resolution):
     @property
     def graphs(self) -> Graphs:
         """The graphs with every layer written out."""
+        if self._make is None:
+            return self._graphs
         with exclusive():
-            if self._make is not None:
+            if self._make is not None:  # another thread may have made them meanwhile
                 graphs, found = self._make()
                 vars(self).update({name: vars(found)[name] for name in _WRITTEN_OUT}, _graphs=graphs, _make=None)
         return self._graphs
