@@ -28,10 +28,10 @@ def issue(warning: Warning) -> None:
 def again(caught: warnings.WarningMessage) -> None:
     """Issue a warning that was caught, at the line that it was issued at."""
     assert isinstance(caught.message, Warning)
-    _at(caught.message, (caught.filename, caught.lineno))
+    _at(caught.message, (caught.filename, caught.lineno), Path(caught.filename).stem)
 
 
-def _at(warning: Warning, line: tuple[str, int], module: str | None = None, registry: Any = None) -> None:
+def _at(warning: Warning, line: tuple[str, int], module: str, registry: Any = None) -> None:
     warnings.warn_explicit(warning, type(warning), *line, module=module, registry=registry)
 
 
