@@ -10,6 +10,8 @@ from graftc.passes.core.ir.codegen import RECENT
 from tests.growing import Server, held
 
 pytestmark = pytest.mark.gate
+SIZES, TORCH = "symbolic_shapes", 256
+"""What torch remembers of the sizes of the latest captures: its caches have that many entries."""
 
 
 def test_a_thousand_adapters_leave_nothing() -> None:
@@ -20,6 +22,6 @@ def test_a_thousand_adapters_leave_nothing() -> None:
     before, memory = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(1000):
         server.serve()
-    more = {name: count for name, count in (held() - before).items() if count > 100}
+    more = {name: count for name, count in (held() - before).items() if count > (TORCH if SIZES in name else 100)}
     assert more == {}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50 * 1024, "kilobytes"
