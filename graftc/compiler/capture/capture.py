@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
 from graftc.passes.core.ir.effects import Memory
-from graftc.passes.core.ir.functions import expand, inlined, prune
+from graftc.passes.core.ir.functions import calls, expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
@@ -282,12 +283,13 @@ def _program(
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
     specs = iter(inputs)
+    called = {one.path for one in calls(module.graph)}  # their tensors are read by whoever writes them out
     for node in module.graph.nodes:
         _require_plain(module, node)
         if node.op == "get_attr":
-            if not node.users:
-                continue
             name = names.get(str(node.target), str(node.target))
+            if not node.users and not called.isdisjoint(accumulate(name.split("."), "{}.{}".format)):
+                continue
             target = canonical.get(name, name)
             if target in attributes:
                 mapping[node] = attributes[target]
