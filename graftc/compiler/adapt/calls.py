@@ -1,4 +1,4 @@
-"""Adapting layers that call functions: what a body has got, every call of it has to get too.
+"""Adapting layers that call functions: what is inserted in a body is inserted for every call of it.
 
 A method inserts at a body as at any layer. For each call it then inserts in a copy of the body over the call's own
 tensors: that makes these tensors, and shows that the call does what the body does now.
@@ -6,7 +6,8 @@ tensors: that makes these tensors, and shows that the call does what the body do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,31 +18,51 @@ from graftc.compiler.adapt.insert import RECOMPUTE, insert_single
 from graftc.compiler.resolve.compose import units
 from graftc.compiler.resolve.moved import SiteMove
 from graftc.passes.core.ir.edits import Edits
-from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, calls, in_layer, own_tensors, region, renamed
+from graftc.passes.core.ir.functions import (
+    FunctionCall,
+    UnlikeBodyError,
+    calls,
+    in_layer,
+    moved_meta,
+    own_tensors,
+    region,
+    renamed,
+)
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import Program, above, is_random
 from graftc.passes.core.pipeline import Pass
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.tensor_edits import TensorEdits
+from graftc.specs.base import MethodSpec
 
 
 @dataclass
 class _Template:
-    """What a copy of a body is made of: nodes of the base up to what the body has made."""
+    """What copies of a body are made of, and held against.
+
+    Attributes:
+        base: the Program before anything was inserted.
+        given, made: what the body is given and has made there.
+        nodes: nodes of the base up to what the body has made, with those of the adapted Program.
+        body: path of the body's layer.
+        inside: what the body computes in the adapted Program.
+    """
 
     base: Program
     given: list[fx.Node]
     made: list[fx.Node]
     nodes: dict[fx.Node, fx.Node]
     body: str
+    inside: set[fx.Node]
 
     @classmethod
-    def of(cls, base: Program, one: FunctionCall, adapted: Mapping[str, fx.Node]) -> _Template:
-        """For a call of the base, with the nodes of the adapted Program that have the same names."""
+    def of(cls, base: Program, one: FunctionCall, now: FunctionCall, adapted: Mapping[str, fx.Node]) -> _Template:
+        """For a call as it was in the base and as it is now, with the nodes of the adapted Program by name."""
         given, made = one.given, one.made
         wanted = sorted({*above([*given, *made]), *base.placeholders()})
-        return cls(base, given, made, {node: adapted[node.name] for node in wanted}, one.body)
+        inside = set(region(set(now.given), now.made, now.body))
+        return cls(base, given, made, {node: adapted[node.name] for node in wanted}, one.body, inside)
 
     def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
         """The body over the tensors of another layer, whose outputs are what it is given and what it makes; and its
@@ -51,7 +72,7 @@ class _Template:
             new = nodes[node] = copy_node(graph, node, nodes.__getitem__)
             if node.op == "get_attr":
                 new.target = renamed(str(node.target), self.body, path)
-            new.meta = {**node.meta, "module": renamed(str(node.meta.get("module", "")), self.body, path)}
+            new.meta = moved_meta(node, self.body, path)
         graph.output(tuple(nodes[node] for node in (*self.given, *self.made)))
         made = replace(self.base, graph=graph, edits=Edits(), history=[], tensor_edits=TensorEdits(), memory=None)
         made.limits = dict(self.base.limits)
@@ -63,6 +84,7 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
     named = {node.name: node for node in program.graph.nodes}
     templates: dict[str, _Template] = {}
     read: dict[str, list[str]] = {}
+    sites = _sites_of_calls(context)
     for now in calls(program.graph):
         if context.places is not None:  # the first signature has shown that its layers are adapted alike
             if now.body not in read:
@@ -70,35 +92,51 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
             if all(renamed(name, now.body, now.path) in context.store for name in read[now.body]):
                 continue
         if now.body not in templates:
-            templates[now.body] = _Template.of(context.base, base[now.path], named)
-        _insert_in_call(program, context, now, templates[now.body])
+            templates[now.body] = _Template.of(context.base, base[now.path], now, named)
+        _insert_in_call(program, context, now, templates[now.body], sites[now.path])
 
 
-def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template) -> None:
-    copy, nodes = template.copy(now.path)
-    move, local = SiteMove(now.path, now.path, nodes), dict[int, Site]()
+Sites = Mapping[str, list[tuple[Site, MethodSpec]]]
+"""Sites of one layer with what is to be inserted there, by the name of the adaptation."""
+
+
+def _sites_of_calls(context: Adapting) -> Mapping[str, Sites]:
+    """The sites of every layer that calls a function, by its path."""
+    found: dict[str, dict[str, list[tuple[Site, MethodSpec]]]] = defaultdict(lambda: defaultdict(list))
     for item in context.resolved:
-        for site, _ in item.sites:
-            if layer_path(site.key.module) == now.path and context.is_called(site) and id(site) not in local:
-                local[id(site)] = move.site(site)
+        for site, spec in item.sites:
+            if context.is_called(site):
+                found[layer_path(site.key.module)][item.name].append((site, spec))
+    return found
+
+
+def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template, sites: Sites) -> None:
+    copy, nodes = template.copy(now.path)
+    move, elsewhere = SiteMove(now.path, now.path, nodes), SiteMove("", "", nodes)
+    local = {id(site): site for pairs in sites.values() for site, _ in pairs}
+    local = {number: move.site(site) for number, site in local.items()}
     mine = set(map(id, local.values()))
-    elsewhere = SiteMove("", "", nodes)
     for unit in units(context.compilation.spec, context.resolved):
         (item,) = unit.members
-        sites = [(local.get(id(site)), site, spec) for site, spec in item.sites]
-        if item.name in context.prepared:
-            sites = [each for each in sites if each[0] is not None]
-        here = replace(item, sites=tuple((own or elsewhere.site(site), spec) for own, site, spec in sites))
-        insert_single(copy, context, unit, here, lambda site: id(site) in mine)
+        # A method that makes something for all sites together has to see all of them again.
+        every = sites[item.name] if item.name in context.prepared else item.sites
+        own = tuple((local.get(id(site)) or elsewhere.site(site), spec) for site, spec in every)
+        insert_single(copy, context, unit, replace(item, sites=own), lambda site: id(site) in mine)
     if RECOMPUTE.wanted is not None and RECOMPUTE.wanted(copy, context):
         RECOMPUTE.apply(copy, context)
-    _require_same(program, now, copy, nodes)
+    _require_same(program, now, copy, nodes, template.inside)
     for edit in copy.tensor_edits:
         if edit.own.tensor.startswith(f"{now.path}."):
             program.tensor_edits.add(edit)
 
 
-def _require_same(program: Program, now: FunctionCall, copy: Program, nodes: Mapping[fx.Node, fx.Node]) -> None:
+def _require_same(
+    program: Program,
+    now: FunctionCall,
+    copy: Program,
+    nodes: Mapping[fx.Node, fx.Node],
+    inside: Collection[fx.Node],
+) -> None:
     """Whether a call does what the body does, in which adaptations have been inserted.
 
     Args:
@@ -107,6 +145,7 @@ def _require_same(program: Program, now: FunctionCall, copy: Program, nodes: Map
         copy: the body over the tensors of the call, in which the same has been inserted.
         nodes: its nodes by those of the Program. What the Program computes outside of the body may have been adapted,
             and has not been there.
+        inside: what the body computes.
 
     Raises:
         UnlikeBodyError: it does something else.
@@ -118,7 +157,7 @@ def _require_same(program: Program, now: FunctionCall, copy: Program, nodes: Map
         raise UnlikeBodyError(f"something is inserted in front of {now.path}")
     same: dict[fx.Node, fx.Node] = dict(zip(now.given, given, strict=True))
     pending = list(zip(now.made, made, strict=True))
-    first, inside = max(now.given), set(region(set(now.given), now.made, now.body))
+    first = max(now.given)
     origins = {theirs: ours for ours, theirs in nodes.items()}
     while pending:
         ours, theirs = pending.pop()

@@ -1,4 +1,4 @@
-"""Sites of a layer that a graph has written out, as those of a layer that calls it: :func:`moved`."""
+"""Sites of a layer that a graph has written out, as those of a layer that calls it: `SiteMove`."""
 
 from __future__ import annotations
 
@@ -49,15 +49,11 @@ class SiteMove:
             found.applied = []
         return cast("S", found)
 
-    def name(self, name: str) -> str:
-        """The name of a module or tensor there."""
-        return renamed(name, self.before, self.after)
-
     def _value(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             return self._nodes.get(value, value)
         if isinstance(value, str):
-            return self.name(value)
+            return renamed(value, self.before, self.after)
         if isinstance(value, Use):
             if value not in self._uses:
                 self._uses[value] = self._copied(value)

@@ -65,12 +65,17 @@ def outline(program: Program) -> Outlined:
             return attributes[name]
         return mapping[node]
 
-    written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]()
+    written: Written = {}
+    whole: set[str] = set()
     for path, nodes in groups:
         if not path:
             for node in nodes:
                 if node.target is call:
-                    block, inputs, results = _called(FunctionCall(node), written, uses)
+                    one = FunctionCall(node)
+                    if one.body not in whole:
+                        _require_one_block(one, written, uses)
+                        whole.add(one.body)
+                    block, inputs, results = _called(one, *written[one.body])
                     blocks.append(block)
                     values = root.call_module(block.path, (block.use, *(value(n) for n in inputs)))
                     mapping |= _picked(root, values, results, len(block.outputs))
@@ -93,21 +98,28 @@ def _picked(root: fx.Graph, values: fx.Node, wanted: Mapping[int, fx.Node], coun
     return {node: root.call_function(operator.getitem, (values, index)) for index, node in wanted.items()}
 
 
-def _called(
-    one: FunctionCall, written: Mapping[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]], uses: Mapping[str, int]
-) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
-    """The block of a call, which has the graph of the body's; what it reads, and what picks its results, by place.
+Written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]
+"""Blocks that have been written out, by path, with what they read and give."""
+
+
+def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, int]) -> None:
+    """Whether the body of a call is one block, which reads and gives what calls name.
 
     Raises:
-        UnlikeBodyError: the body is not one block, or reads or gives what says nothing of calls.
+        UnlikeBodyError: it is not.
     """
     if uses[one.body] != 1:
         raise UnlikeBodyError(f"{one.body} is not one block")
-    block, inputs, outputs = written[one.body]
-    given, made = dict(zip(one.given, one.inputs, strict=True)), one.made
-    own = set(region(set(given), made, one.body))
-    if own.intersection(inputs) or not set(made) <= set(outputs):
+    _, inputs, outputs = written[one.body]
+    if set(region(set(one.given), one.made, one.body)).intersection(inputs) or not set(one.made) <= set(outputs):
         raise UnlikeBodyError(f"{one.body} is computed in several places")
+
+
+def _called(
+    one: FunctionCall, block: BlockGraph, inputs: list[fx.Node], outputs: list[fx.Node]
+) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
+    """The block of a call, which has the graph of the body's; what it reads, and what picks its results, by place."""
+    given, made = dict(zip(one.given, one.inputs, strict=True)), one.made
     read = [given.get(node, node) for node in inputs]
     results = {outputs.index(made[index]): node for node, index in one.results.items()}
     named = [next((node.name for at, node in results.items() if at == place), "") for place in range(len(outputs))]

@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.modules.module as torch_module
 from torch import Tensor, fx, nn
 
+from graftc.passes.core.ir.functions import in_layer
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.runtime.hooks.layer_calls import LayerCall, Pending, given, mapped, running_call, taken, unknown_call
@@ -56,7 +57,7 @@ def boundary_of(program: Program, path: str) -> Boundary | None:
         path: of the module.
     """
     order = {node: number for number, node in enumerate(program.graph.nodes)}
-    inside = [node for node in order if node.op == "call_function" and _is_within(node, path)]
+    inside = [node for node in order if node.op == "call_function" and in_layer(node, path)]
     if not inside:
         return None
     known, start = set(inside), order[inside[0]]
@@ -74,11 +75,6 @@ def _is_alive(node: fx.Node, order: Mapping[fx.Node, int], start: int) -> bool:
     return value and order[node] < start and any(order[user] > start and user.op != "output" for user in node.users)
 
 
-def _is_within(node: fx.Node, path: str) -> bool:
-    module = str(node.meta.get("module") or "")
-    return module == path or module.startswith(f"{path}.")
-
-
 def stopping(program: Program, paths: Iterable[str]) -> Program:
     """A copy of a Program that stops at the boundaries of modules, those of inner ones within those of outer ones."""
     made = program.copy()
@@ -93,7 +89,7 @@ def _stop(graph: fx.Graph, boundary: Boundary) -> None:
     own = {"module": boundary.path}
     inputs, outputs = ([nodes[name] for name in names] for names in (boundary.inputs, boundary.outputs))
     first, last = nodes[boundary.first], nodes[boundary.last]
-    inside = {node for node in graph.nodes if _is_within(node, boundary.path)}
+    inside = {node for node in graph.nodes if in_layer(node, boundary.path)}
     order = {node: number for number, node in enumerate(graph.nodes)}
     with graph.inserting_before(first):
         begun = graph.call_function(begin, (boundary.path, tuple(inputs)))

@@ -101,9 +101,12 @@ def is_sound(one: FunctionCall) -> bool:
 
 def renamed(name: str, before: str, after: str) -> str:
     """The path of a module or tensor within one layer as that within another one; any other path as it is."""
-    if name == before or name.startswith(f"{before}."):
-        return after + name[len(before) :]
-    return name
+    return after + name[len(before) :] if is_within(name, before) else name
+
+
+def is_within(name: str, layer: str) -> bool:
+    """Whether a path is that of a layer, or of something in it."""
+    return name == layer or name.startswith(f"{layer}.")
 
 
 def region(given: Collection[fx.Node], made: Sequence[fx.Node], body: str) -> list[fx.Node]:
@@ -136,9 +139,8 @@ def _is_own(attribute: fx.Node, body: str) -> bool:
 
 
 def in_layer(node: fx.Node, body: str) -> bool:
-    """Whether a node belongs to a layer."""
-    module = str(node.meta.get("module", ""))
-    return module == body or module.startswith(f"{body}.")
+    """Whether a node belongs to a layer, or to another module, or to something in it."""
+    return is_within(str(node.meta.get("module") or ""), body)
 
 
 @dataclass
@@ -154,7 +156,7 @@ class _Attributes:
 
     def add(self, body: str, path: str) -> None:
         """Read the tensors of another layer as those of the body are read."""
-        own = [node for name, node in list(self.nodes.items()) if name.startswith(f"{body}.")]
+        own = [node for node in self.nodes.values() if _is_own(node, body)]
         for run in _runs(own):
             last = self._last.get((body, run[-1]), run[-1])
             for node in run:
@@ -163,7 +165,7 @@ class _Attributes:
                     continue
                 with self.graph.inserting_after(last):
                     last = self.graph.create_node("get_attr", name, name=name)
-                last.meta = _moved(node, body, path)
+                last.meta = moved_meta(node, body, path)
                 self.nodes[name] = last
             self._last[body, run[-1]] = last
 
@@ -180,8 +182,8 @@ def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
         yield run
 
 
-def _moved(node: fx.Node, body: str, path: str) -> dict[str, Any]:
-    """What a node says of itself, in another layer."""
+def moved_meta(node: fx.Node, body: str, path: str) -> dict[str, Any]:
+    """The metadata of a node for its copy in another layer."""
     meta = {**node.meta, "module": renamed(str(node.meta.get("module", "")), body, path)}
     if (custom := meta.get("custom")) is not None:
         origin = dict(custom["graftc"])
@@ -221,7 +223,7 @@ def expand(graph: fx.Graph, chosen: Collection[fx.Node] | None = None) -> dict[f
         with graph.inserting_before(one.node):
             for node in regions[key]:
                 new = copies[node] = copy_node(graph, node, copied)
-                new.meta = _moved(node, body, path)
+                new.meta = moved_meta(node, body, path)
         for user, index in one.results.items():
             user.replace_all_uses_with(copied(made[index]))
             graph.erase_node(user)
@@ -258,7 +260,7 @@ def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str,
     if entry.changes is None:
         return entry
     changes, (body, path) = entry.changes, at
-    erased = {n: e for n, e in changes.erased.items() if e.module == body or e.module.startswith(f"{body}.")}
+    erased = {n: e for n, e in changes.erased.items() if is_within(e.module, body)}
     names = {**{name: f"{name}_in_{path.replace('.', '_')}" for name in erased}, **read}
 
     def reads(before: Reads) -> Reads:
@@ -351,5 +353,5 @@ def everywhere(graph: fx.Graph, paths: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the paths of modules, with those of the layers that a graph calls: equal to those of the body."""
     found = dict(paths)
     for one in calls(graph):
-        found |= {renamed(p, one.body, one.path): v for p, v in paths.items() if renamed(p, one.body, "") != p}
+        found |= {renamed(p, one.body, one.path): v for p, v in paths.items() if is_within(p, one.body)}
     return found
