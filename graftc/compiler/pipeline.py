@@ -18,6 +18,7 @@ from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.cache import Known, captured, key
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.defaults import default_signatures
+from graftc.compiler.capture.identity.capture_key import walked_once
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE
@@ -51,7 +52,7 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
     signature = compilation.find(inputs)
     if signature is not None:
         return signature
-    with exclusive():
+    with exclusive(), walked_once():
         signature = compilation.find(inputs)  # another thread may have made it meanwhile
         return signature if signature is not None else _new_signature(compilation, inputs)
 
@@ -223,6 +224,7 @@ class StartingPoint:
 
 
 @exclusive()
+@walked_once()
 def compile_model(
     spec: Spec,
     model: nn.Module,

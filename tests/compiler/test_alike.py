@@ -214,8 +214,8 @@ def test_a_graph_that_the_model_disagrees_with_is_captured_layer_by_layer() -> N
 
 @pytest.mark.slow
 def test_a_layer_finds_its_part_of_a_cache_by_its_number() -> None:
-    model = families.llama(num_hidden_layers=5).requires_grad_(False)
-    assert taken_over(model, with_past(model), mode="eval", flags=(("use_cache", True),)).alike == 3
+    model = families.llama(num_hidden_layers=7).requires_grad_(False)
+    assert taken_over(model, with_past(model), mode="eval", flags=(("use_cache", True),)).alike == 5
 
 
 @pytest.mark.full
@@ -223,10 +223,10 @@ def test_a_layer_finds_its_part_of_a_cache_by_its_number() -> None:
     ("own", "count"),
     [
         (lambda layer, cache: 1 + layer.self_attn.layer_idx // 2, 0),
-        (lambda layer, cache: 1 + [0, 0, 0, 1, 0][layer.self_attn.layer_idx], 0),
+        (lambda layer, cache: 1 + [0, 0, 0, 1, 0, 0, 0][layer.self_attn.layer_idx], 0),
         (lambda layer, cache: 1 + cache.get_seq_length() - cache.get_seq_length(layer.self_attn.layer_idx), 0),
         (lambda layer, cache: len(list(cache.layers)), 0),
-        (lambda layer, cache: cache.get_seq_length(layer.self_attn.layer_idx), 3),
+        (lambda layer, cache: cache.get_seq_length(layer.self_attn.layer_idx), 5),
     ],
     ids=["a number", "a number that finds something else", "another part", "all parts", "its own part"],
 )
@@ -237,7 +237,7 @@ def test_what_a_layer_does_with_a_cache(own: Callable[[Any, Any], Any], count: i
             made: Tensor = super().forward(hidden_states, cache=cache, **rest)
             return made * scale
 
-    model = families.llama(num_hidden_layers=5).requires_grad_(False)
+    model = families.llama(num_hidden_layers=7).requires_grad_(False)
     for layer in model.model.layers:
         layer.__class__ = Own
     assert taken_over(model, with_past(model), mode="eval", flags=(("use_cache", True),)).alike == count

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 from torch import fx
@@ -44,7 +45,7 @@ class _Template:
     Attributes:
         base: the Program before anything was inserted.
         given, made: what the body is given and has made there.
-        nodes: nodes of the base up to what the body has made, with those of the adapted Program.
+        nodes: nodes of the base between what the body is given and what it has made, with those of the adapted Program.
         body: path of the body's layer.
         inside: what the body computes in the adapted Program.
     """
@@ -60,19 +61,22 @@ class _Template:
     def of(cls, base: Program, one: FunctionCall, now: FunctionCall, adapted: Mapping[str, fx.Node]) -> _Template:
         """For a call as it was in the base and as it is now, with the nodes of the adapted Program by name."""
         given, made = one.given, one.made
-        wanted = sorted({*above([*given, *made]), *base.placeholders()})
+        wanted = sorted({*above(made, stop=given), *given, *base.placeholders()})
         inside = set(region(set(now.given), now.made, now.body))
         return cls(base, given, made, {node: adapted[node.name] for node in wanted}, one.body, inside)
 
     def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
         """The body over the tensors of another layer, whose outputs are what it is given and what it makes; and its
-        nodes by those of the adapted Program."""
-        graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+        nodes by those of the adapted Program. How what it is given comes about is left out."""
+        graph, nodes, given = fx.Graph(), dict[fx.Node, fx.Node](), set(self.given)
         for node in self.nodes:
-            new = nodes[node] = copy_node(graph, node, nodes.__getitem__)
+            if node in given:
+                new = nodes[node] = graph.create_node(node.op, node.target, (), None, node.name)
+            else:
+                new = nodes[node] = copy_node(graph, node, nodes.__getitem__)
             if node.op == "get_attr":
                 new.target = renamed(str(node.target), self.body, path)
-            new.meta = moved_meta(node, self.body, path)
+            new.meta.update(moved_meta(node, self.body, path))
         graph.output(tuple(nodes[node] for node in (*self.given, *self.made)))
         made = replace(self.base, graph=graph, edits=Edits(), history=[], tensor_edits=TensorEdits(), memory=None)
         made.limits = dict(self.base.limits)
@@ -184,15 +188,16 @@ def _require_same(
 
 def _like(a: Any, b: Any, read: list[tuple[fx.Node, fx.Node]]) -> bool:
     """Whether arguments are the same but for values, which are collected."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, fx.Node):
         read.append((a, b))
-        return isinstance(b, fx.Node)
+        return True
     if isinstance(a, tuple | list):
-        same = type(a) is type(b) and len(a) == len(b)
-        return same and all(_like(x, y, read) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(map(_like, a, b, repeat(read)))
     if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_like(a[key], b[key], read) for key in a)
-    return type(a) is type(b) and bool(a == b)
+        return a.keys() == b.keys() and all(_like(a[key], b[key], read) for key in a)
+    return bool(a == b)
 
 
 CALLS: Pass[Adapting] = Pass(

@@ -15,7 +15,7 @@ arguments nor the layer's tensors; sizes that depend on data. Of a cache, a laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils import _python_dispatch
 from graftc.compiler.capture.alike_caches import CrossedCache, LayerNumber, crossed
 from graftc.compiler.capture.alike_modules import Layer, Place, alike
 from graftc.compiler.capture.assignments import Attributes
+from graftc.compiler.capture.hidden import Hidden
 from graftc.passes.core.ir.shapes import expression
 
 _LIBRARY: Any = torch.library.Library("graftc_capture", "DEF")  # type: ignore[no-untyped-call]
@@ -50,6 +51,7 @@ class TracedCall:
     Attributes:
         number: of the call.
         layer: whose.
+        arguments: how many tensors it was called with, those in caches aside.
         key: what another call has to have in common with it, numbers aside.
         read: the numbers of the layer that were read.
         caches: those that it was called with.
@@ -63,6 +65,7 @@ class TracedCall:
 
     number: int
     layer: Layer
+    arguments: int
     key: Any
     caches: list[CrossedCache] = field(default_factory=list)
     read: set[Place] = field(default_factory=set)
@@ -98,12 +101,13 @@ class Repeats:
 
     Attributes:
         layers: those that are like others.
+        hidden: those among them whose tensors the tracer does not see.
         calls: what was traced of them, by number.
         reused: how many calls were not traced.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[Layer], hidden: Hidden) -> None:
+        self.layers, self.hidden = layers, hidden
         self.calls: list[TracedCall] = []
         self.reused = 0
         self._number = {id(layer): number for number, layer in enumerate(layers)}
@@ -124,7 +128,7 @@ class Repeats:
             return forward(*args, **kwargs)
         if self._open is not None:  # a layer within a layer is part of that
             return forward(*args, **kwargs)
-        call = TracedCall(len(self.calls), layer, [told, _state(layer.module)], caches)
+        call = TracedCall(len(self.calls), layer, len(tensors), [told, _state(layer.module)], caches)
         known = next((one for one in self.calls if one.reusable and one.stands_for(call)), None)
         if known is None or layer.is_last:
             self.calls.append(call)
@@ -204,13 +208,16 @@ for _name, _fake in (("begin", _nothing), ("end", _nothing), ("again", _again)):
 
 
 @contextmanager
-def traced_once(model: nn.Module) -> Iterator[Repeats]:
+def traced_once(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Iterator[Repeats]:
     """Inside, the tracer runs one of the layers that are alike, and operators stand for the others.
 
     Args:
         model: any module, in the state in which it is captured; as before afterwards.
+        inputs: what it is called with, by name, where tensors of the others are to be kept from the tracer, see
+            `graftc.compiler.capture.hidden`.
     """
-    repeats = Repeats(alike(model))
+    layers = alike(model)
+    repeats = Repeats(layers, Hidden([] if inputs is None else layers, inputs or {}))
     with ExitStack() as stack:
         for layer in repeats.layers:
             stack.enter_context(_called_through(repeats, layer))
@@ -290,6 +297,8 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None = None) -> Any:
     """A value as data; tensors by their types and by which of them are one object, and collected in order, as caches
     are where they may be in it."""
+    if type(value) in _PLAIN:
+        return [type(value), value]
     if isinstance(value, Tensor):
         at = next((i for i, known in enumerate(tensors) if known is value), None)
         if at is not None:
@@ -303,8 +312,6 @@ def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None =
         return [type(value), [_told(item, tensors, caches) for item in value]]
     if type(value) is dict:
         return [dict, [(_told(key, tensors), _told(item, tensors, caches)) for key, item in value.items()]]
-    if type(value) in _PLAIN:
-        return [type(value), value]
     if caches is not None and (cache := crossed(value)) is not None:
         if not any(known.cache is value for known in caches):
             caches.append(cache)

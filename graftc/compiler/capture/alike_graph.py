@@ -6,7 +6,7 @@ See `graftc.compiler.capture.alike`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from graftc.compiler.capture.alike import AGAIN, BEGIN, END, Repeats, TracedCall
 from graftc.compiler.capture.alike_modules import Layer
 from graftc.passes.core.ir.functions import call
 from graftc.passes.core.ir.new_nodes import copy_node
+from graftc.passes.core.ir.past_inputs import past_name, past_place
 from graftc.passes.core.ir.shapes import expression
 
 FEWEST_CALLS = 2
@@ -28,7 +29,7 @@ class NotAlikeError(Exception):
     """What a layer does cannot be put in the place of another one's call."""
 
 
-def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None:
+def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], inputs: Sequence[str]) -> None:
     """Put what was traced of layers in the place of the first call of one that is like them, and let those between
     this one and the last call it as a function (`graftc.passes.core.ir.functions`).
 
@@ -36,11 +37,15 @@ def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) ->
         graph: as it was exported, with the model's tensors as attributes; changed in place.
         repeats: what `traced_once` gave while it was.
         names: of the model's tensors, by those of attributes.
+        inputs: names of the graph's inputs, in order. Those that others stood in for are put into it.
 
     Raises:
-        NotAlikeError: what was traced is not all that a layer does, or the last one does something else.
+        NotAlikeError: what was traced is not all that a layer does, or the last one does something else; or an input
+            that stood in for others is read by more than calls that are not traced.
     """
-    _Writing(graph, repeats, names).run()
+    writing = _Writing(graph, repeats, names)
+    writing.bring_back(inputs)
+    writing.run()
 
 
 @dataclass(eq=False)
@@ -101,6 +106,35 @@ class _Writing:
                     self._write_out(node)
         for node in self._marks:
             self._graph.erase_node(node)
+
+    def bring_back(self, inputs: Sequence[str]) -> None:
+        """Put the inputs that were hidden into the graph, and let calls that are not traced read their own."""
+        hidden = self._repeats.hidden.stand_ins
+        shown = [name for name in inputs if name not in hidden]
+        placeholders = dict(zip(shown, self._graph.find_nodes(op="placeholder"), strict=True))
+        stood_in = {placeholders[name]: name for name in hidden.values()}
+        last: fx.Node | None = None
+        for name in inputs:
+            if name in hidden:
+                first = placeholders[hidden[name]]
+                with self._graph.inserting_after(last):
+                    placeholders[name] = self._graph.placeholder(name)
+                placeholders[name].meta = dict(first.meta)
+            last = placeholders[name]
+        for node in self._again:
+            inputs_of, segment, layer = self._read(node)
+            count, slot = segment.call.arguments, segment.call.slot(layer)
+            for at in range(count, len(inputs_of)):
+                if inputs_of[at] in stood_in and slot is not None:
+                    kind, _, part = past_place(stood_in[inputs_of[at]])
+                    inputs_of[at] = placeholders[past_name(kind, slot, part)]
+            node.args = (*node.args[:2], inputs_of)
+        for first, name in stood_in.items():
+            slot = past_place(name)[1]
+            for user in first.users:
+                own = user.target is AGAIN and self._read(user)[1].call.slot(self._read(user)[2]) == slot
+                if not (own or user in self._marks or _is_size(user)):
+                    raise NotAlikeError(f"{user} reads {name}, which stood in for others")
 
     def _require_closed(self, segment: _Segment) -> None:
         """Whether a call depends on nothing but its arguments and its own tensors, and gives nothing but its result."""

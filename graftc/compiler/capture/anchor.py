@@ -71,7 +71,7 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
         other_worst, differing = run.against(more, bound)
         worst = max(worst, other_worst)
     if not (differing or plain) and any(map(is_past, program.signature)):
-        stepped, differing = run.steps(bound)
+        stepped, differing = run.steps(ours, bound)
         worst = max(worst, stepped)
     special = run.special_ones(bound) if not (differing or plain) else ()
     return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=plain, from_two=special)

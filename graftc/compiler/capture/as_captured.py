@@ -85,7 +85,9 @@ def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
     """What decides in Python, while training, which layers run or which inputs are masked: its owner and name, the
     value that switches it off, and a note."""
     for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
-        for name, value in list(vars(owner).items()):
+        held = vars(owner)
+        for name in [name for name in held if name.endswith(("layerdrop", "apply_spec_augment"))]:
+            value = held[name]
             if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
                 yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
             elif name == "apply_spec_augment" and value is True:
@@ -100,10 +102,10 @@ def random_structure(model: nn.Module) -> list[str]:
 
 def _without_random_structure(model: nn.Module) -> list[str]:
     """Switch off what is drawn in Python; gives notes on it."""
-    notes = random_structure(model)
-    for owner, name, off, _ in list(_random_structure(model)):
+    switches = list(_random_structure(model))
+    for owner, name, off, _ in switches:
         setattr(owner, name, off)
-    return notes
+    return list(dict.fromkeys(note for *_, note in switches))
 
 
 @contextmanager
@@ -172,25 +174,65 @@ def traced_names(inputs: Iterable[str]) -> dict[str, str]:
 
 
 @contextmanager
-def renamed(model: nn.Module, traced: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the forward of a model, which is as it is captured, takes its inputs by the names that a tracer has."""
-    own = {given: name for name, given in traced.items()}
-    called = vars(model)["forward"]
-    if all(given == name for given, name in own.items()):
+def standing_in(model: nn.Module, stand_ins: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the forward of a model, which is as it is captured, takes fewer inputs: some are given for others too.
+
+    Args:
+        model: put back afterwards.
+        stand_ins: the names of those that are left out, each with that of the one in its place.
+    """
+    if not stand_ins:
         yield
         return
+    every = inspect.signature(vars(model)["forward"]).parameters
 
-    def forward(**inputs: torch.Tensor) -> Any:
-        return called(**{own[given]: value for given, value in inputs.items()})
+    def made(called: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(**inputs: torch.Tensor) -> Any:
+            given = ((name, stand_ins.get(name, name)) for name in every)
+            return called(**{name: inputs[there] for name, there in given if there in inputs})
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(given, kind) for given in own])  # type: ignore[attr-defined]
-    forward.__module__ = called.__module__
-    vars(model)["forward"] = forward
+        return _with_signature(forward, called, [p for name, p in every.items() if name not in stand_ins])
+
+    with wrapped(model, made):
+        yield
+
+
+@contextmanager
+def wrapped(model: nn.Module, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, the forward of a model, which is as it is captured, is another one, made of the one that it has."""
+    called = vars(model)["forward"]
+    vars(model)["forward"] = made(called)
     try:
         yield
     finally:
         vars(model)["forward"] = called
+
+
+def _with_signature(
+    forward: Callable[..., Any], called: Callable[..., Any], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., Any]:
+    forward.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]
+    forward.__module__ = called.__module__
+    return forward
+
+
+@contextmanager
+def renamed(model: nn.Module, traced: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the forward of a model, which is as it is captured, takes its inputs by the names that a tracer has."""
+    own = {given: name for name, given in traced.items()}
+    if all(given == name for given, name in own.items()):
+        yield
+        return
+
+    def made(called: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(**inputs: torch.Tensor) -> Any:
+            return called(**{own[given]: value for given, value in inputs.items()})
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return _with_signature(forward, called, [inspect.Parameter(given, kind) for given in own])
+
+    with wrapped(model, made):
+        yield
 
 
 def draws(node: fx.Node) -> bool:

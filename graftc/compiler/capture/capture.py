@@ -24,11 +24,11 @@ from torch._ops import HigherOrderOperator
 
 from graftc.compiler.capture.alike import Repeats, traced_once
 from graftc.compiler.capture.alike_graph import written_once
-from graftc.compiler.capture.as_captured import as_captured, renamed, traced_names
+from graftc.compiler.capture.as_captured import as_captured, renamed, standing_in, traced_names, wrapped
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.interface import is_transformers
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
-from graftc.compiler.capture.refusals import UntraceableError, in_any_trace, not_captured, require_products
+from graftc.compiler.capture.refusals import UntraceableError, by_values, in_any_trace, not_captured, require_products
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
@@ -148,17 +148,28 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
         GraftError: GC030 when torch.export cannot capture the model.
     """
     started = time.perf_counter()
-    found = _captured(request, alike=True) if alike else None
-    if found is None:
+    try:
+        result = _captured(request, alike=alike, hide=True)
+    except _SeenError:
+        result = _captured(request, alike=alike, hide=False)
+    if result is None:
         progress.step(f"capture({request.mode}), every layer")
-        found = _captured(request, alike=False)
-    assert found is not None
-    found.seconds = time.perf_counter() - started
-    return found
+        result = _captured(request, alike=False, hide=False)
+    assert result is not None
+    result.seconds = time.perf_counter() - started
+    return result
 
 
-def _captured(request: CaptureRequest, *, alike: bool) -> Capture | None:
-    """One attempt; None where layers that seemed to be alike are not, or where anything else is in the way of that."""
+class _SeenError(Exception):
+    """Something needed the tensors of a layer that were hidden."""
+
+
+def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | None:
+    """One attempt; None where layers that seemed to be alike are not, or where anything else is in the way of that.
+
+    Raises:
+        _SeenError: the attempt needs what was hidden.
+    """
     model, axes, inputs = request.model, request.axes, request.examples()
     repeats: Repeats | None = None
     with ExitStack() as stack:
@@ -166,16 +177,20 @@ def _captured(request: CaptureRequest, *, alike: bool) -> Capture | None:
         stack.enter_context(_patches(model))
         try:
             with ExitStack() as tracing:
-                repeats = tracing.enter_context(traced_once(model)) if alike else None
+                repeats = tracing.enter_context(traced_once(model, inputs if hide else None)) if alike else None
                 assigned = tracing.enter_context(noticed(model))
                 exported, sizes = _export(model, axes, inputs, repeats)
                 result = _program(exported, sizes.specs(), request.aliases, repeats)
             require_products(result.traced.graph)
         except Exception as error:
+            if repeats is not None and len(repeats.hidden) and not by_values(error):
+                raise _SeenError from error
             final = in_any_trace(request, inputs, error)
             if repeats is not None and repeats.calls and not final:
                 return None
             raise not_captured(request, inputs, error) from (UntraceableError(error) if final else error)
+    if repeats is not None and repeats.hidden.missed:
+        raise _SeenError
     result.alike = repeats.reused if repeats is not None else 0
     if assigned and result.alike:
         return None
@@ -188,21 +203,30 @@ def _export(
     model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor], repeats: Repeats | None
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
     """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
-    auto = torch.export.Dim.AUTO
+    auto, stand_ins = torch.export.Dim.AUTO, {} if repeats is None else repeats.hidden.stand_ins
+    shown = [name for name in inputs if name not in stand_ins]
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
-    traced = traced_names(inputs)
+    traced = traced_names(shown)
     while True:
         if repeats is not None:
             repeats.restart()
-        given = {traced[name]: value.clone() for name, value in inputs.items()}
-        shapes = {traced[name]: dict(dims) for name, dims in dynamic.items()}
+        given = {traced[name]: inputs[name].clone() for name in shown}
+        shapes = {traced[name]: dict(dynamic[name]) for name in shown}
         # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
         unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
         # torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line.
-        with quiet(["torch"], logging.CRITICAL), renamed(model, traced), unremembered, _without_traces():
+        with ExitStack() as stack:
+            if repeats is not None:
+                stack.enter_context(repeats.hidden.out_of_sight())
+                stack.enter_context(wrapped(model, repeats.hidden.watched))
+            for context in (standing_in(model, stand_ins), renamed(model, traced), unremembered):
+                stack.enter_context(context)
+            stack.enter_context(quiet(["torch"], logging.CRITICAL))
+            stack.enter_context(_without_traces())
             found = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)
-        names = set(found.graph_signature.user_inputs)
-        sizes = InputSizes(axes, [n for n in found.graph.find_nodes(op="placeholder") if n.name in names])
+        nodes = {node.name: node for node in found.graph.find_nodes(op="placeholder")}
+        own = dict(zip(shown, (nodes[name] for name in found.graph_signature.user_inputs), strict=True))
+        sizes = InputSizes(axes, [own[stand_ins.get(axis.name, axis.name)] for axis in axes])
         undecided = sizes.undecided()
         if not undecided:
             return found, sizes
@@ -278,7 +302,7 @@ def _program(
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     if repeats is not None:
-        written_once(module.graph, repeats, names)
+        written_once(module.graph, repeats, names, [spec.name for spec in inputs])
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
@@ -312,8 +336,8 @@ def _program(
     recorder, started = Recorder(graph), time.perf_counter()
     reading_weights(graph)
     canonicalise(program)
-    if Memory(graph).writes:
-        expand(graph)  # the order of writes is that of the layers
+    if writes := Memory(graph).writes:
+        expand(graph, writes=writes)  # the order of writes is that of the layers
     prune(graph)
     seconds = time.perf_counter() - started
     program.updates = updates(graph)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -47,10 +48,15 @@ class InputSizes:
                 if (expr := _expression(size)) is not None:
                     self.places.setdefault(expr, []).append((axis, dim))
 
+    @cached_property
+    def _bound_and_limits(self) -> tuple[set[Any], dict[Any, int]]:
+        """See `_held`."""
+        return _held(self.environment, self.places) if self.places else (set(), {})
+
     def undecided(self) -> dict[str, set[int]]:
         """Axes that vary in the graph although it holds for their captured size only: to be captured fixed."""
         found: dict[str, set[int]] = {}
-        bound = _held(self.environment, self.places)[0] if self.places else set()
+        bound, _ = self._bound_and_limits
         for expr, places in self.places.items():
             name = self._name(expr)
             repeated = len(places) > 1 and name is None
@@ -63,7 +69,7 @@ class InputSizes:
     def specs(self) -> tuple[InputSpec, ...]:
         """The inputs, with the sizes that each axis may have. A named axis that has one size only loses its name."""
         found = []
-        limits = _held(self.environment, self.places)[1] if self.places else {}
+        _, limits = self._bound_and_limits
         for axis, value in zip(self.axes, self.values, strict=True):
             shape: list[int | str] = []
             ranges: list[tuple[int, int | None]] = []

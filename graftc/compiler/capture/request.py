@@ -56,7 +56,8 @@ class CaptureRequest:
 
     def examples(self) -> dict[str, Tensor]:
         """The tensors that the model is captured with, by name: ones, of the sizes that the axes say."""
-        return {axis.name: axis.example(self.device) for axis in self.axes}
+        device = self.device
+        return {axis.name: axis.example(device) for axis in self.axes}
 
     def in_mode(self, mode: Mode) -> CaptureRequest:
         """The same in another mode."""

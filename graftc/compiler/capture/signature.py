@@ -59,6 +59,11 @@ class Axis:
         """A tensor of ones to capture with."""
         return torch.ones(self.sizes, dtype=self.dtype, device=device)
 
+    def smallest(self, device: torch.device) -> Tensor:
+        """The same with 1 for every named size."""
+        sizes = [1 if isinstance(name, str) else size for name, size in zip(self.axes, self.sizes, strict=True)]
+        return torch.ones(sizes, dtype=self.dtype, device=device)
+
 
 def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
     """What tells one set of inputs from another: names, element types and ranks of tensors, values of flags.

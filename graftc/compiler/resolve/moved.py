@@ -15,6 +15,7 @@ from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.sites.uses import Use
 
 S = TypeVar("S", bound=Site)
+_PLAIN = frozenset({int, float, bool, type(None), Tensor})
 
 
 def nodes_within(value: Any) -> bool:
@@ -26,6 +27,16 @@ def nodes_within(value: Any) -> bool:
     if is_dataclass(value) and not isinstance(value, type):
         return any(nodes_within(getattr(value, field.name)) for field in fields(value))
     return not isinstance(value, bool | int | float | str | Tensor | None)
+
+
+_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    """The fields of a dataclass that a move looks at, looked up once."""
+    if kind not in _NAMES:
+        _NAMES[kind] = tuple(field.name for field in fields(kind) if field.name != "applied")
+    return _NAMES[kind]
 
 
 class SiteMove:
@@ -42,17 +53,20 @@ class SiteMove:
 
     def site(self, site: S) -> S:
         """A site there, onto which nothing has been inserted. Rows of one use share it there too."""
-        found = self._copied(site)
+        moved = self._copied(site)
         if self.before != self.after:
-            found.layer, found.stack = place(found.key.module)
-        if isinstance(found, LinearSite):
-            found.applied = []
-        return cast("S", found)
+            moved.layer, moved.stack = place(moved.key.module)
+        if isinstance(moved, LinearSite):
+            moved.applied = []
+        return cast("S", moved)
 
     def _value(self, value: Any) -> Any:
-        if isinstance(value, fx.Node):
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if kind is fx.Node:
             return self._nodes.get(value, value)
-        if isinstance(value, str):
+        if kind is str:
             return renamed(value, self.before, self.after)
         if isinstance(value, Use):
             if value not in self._uses:
@@ -65,8 +79,10 @@ class SiteMove:
         return value
 
     def _copied(self, value: Any) -> Any:
-        found = copy.copy(value)
-        for field in fields(value):
-            if field.name != "applied":
-                object.__setattr__(found, field.name, self._value(getattr(value, field.name)))
-        return found
+        copied = copy.copy(value)
+        for name in _names(type(value)):
+            now = getattr(value, name)
+            moved = self._value(now)
+            if moved is not now:
+                object.__setattr__(copied, name, moved)
+        return copied

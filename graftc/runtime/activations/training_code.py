@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from graftc.compiler.capture.isolation import is_traced
-from graftc.passes.core.ir.codegen import RECENT, Function, code_of, function_of, placed, tensor_at
+from graftc.passes.core.ir.codegen import RECENT, Function, code_of, placed, tensor_at
 from graftc.passes.core.modes import no_modes
 from graftc.passes.core.ops.unpack import unpacked
 from graftc.passes.core.packing.gradients import is_open
@@ -42,23 +42,24 @@ class Kind(NamedTuple):
 
 
 def training_code(
+    function: Function,
     graph: fx.Graph,
-    module: nn.Module,
     device: torch.device,
     *,
     plain: bool = False,
     budget: float | None = None,
     offload: bool = False,
 ) -> TrainingCode:
-    """`function_of` for a graph that trains; equal graphs share what is returned, and their plans.
+    """The code of a graph that trains; equal graphs share what is returned, and their plans.
 
     Args:
-        graph, module, device: as there.
+        function: the code that `graftc.passes.core.ir.codegen` makes of it.
+        graph: the graph itself.
+        device: where tensors are that it makes anew.
         plain: keep what autograd keeps, but for the values of packed weights.
         budget: bytes of activations to keep, as a part of those that autograd keeps by itself.
         offload: hold what is kept in the host's memory, where the graph runs on another device.
     """
-    function = function_of(graph, module, device)
     away = device if offload and device.type not in ("cpu", "meta") else None
     return RECENT.get(
         (function, plain, budget, away), lambda: TrainingCode(function, placed(graph, device), plain, budget, away)

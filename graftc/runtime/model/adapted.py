@@ -23,7 +23,7 @@ from graftc.compiler.pipeline import recompile
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import Structure
 from graftc.compiler.steering import Steerings, steerings
-from graftc.passes.core.ir.codegen import Function
+from graftc.passes.core.ir.codegen import Executable, Function
 from graftc.passes.core.ir.functions import UnlikeBodyError, calls
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Mode, Modes, ProgramKey, Signature
@@ -265,13 +265,15 @@ class AdaptedRunner(ModelRunner):
             warn_of_whole(spec, executable.program, executable.outcomes)
         return lowered
 
-    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
+    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, executable: Executable) -> Function:
         """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
         if self.stops or not _trains(key):  # what hooks hear of is there once
-            return super().code(key, graph, module, device)
+            return super().code(key, graph, module, executable)
         memory, off = self.shown.compilation.spec.memory, self.shown.compilation.spec.optimise.off
         plain = "recompute" in off and memory.budget is None and not memory.offload
-        return training_code(graph, module, device, plain=plain, budget=memory.budget, offload=memory.offload)
+        device = self._code_device()
+        function = executable.over(module)
+        return training_code(function, graph, device, plain=plain, budget=memory.budget, offload=memory.offload)
 
     # Adaptations that are left out
 

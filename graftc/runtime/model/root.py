@@ -18,7 +18,7 @@ from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.capture.past import CACHE
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.steering import Steerings
-from graftc.passes.core.ir.codegen import Function, function_of
+from graftc.passes.core.ir.codegen import Executable, Function, executable_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, ProgramKey
 from graftc.passes.core.weights.containers import OWN, Container, Tree, UnitCall
@@ -181,7 +181,10 @@ class Runner:
         program = executable.lowered = reading_parts(source, self.store)
         outlined = outline(program)
         device = self._code_device()
+        executables: dict[fx.Graph, Executable] = {}
         for block in outlined.blocks:
+            if block.graph not in executables:  # layers that are alike share a graph
+                executables[block.graph] = executable_of(block.graph, device)
             owner = self.store.container(block.path)
             if not isinstance(owner, Block):
                 owner = self.store.replace_container(block.path, Block)
@@ -190,7 +193,7 @@ class Runner:
             border = Border.of(block)
             owner._graftc.borders[name] = without_stops(border, program) if self.stops else border
             owner._graftc.calls.pop(name, None)
-            owner._graftc.functions[name] = self.code(key, block.graph, owner, device)
+            owner._graftc.functions[name] = self.code(key, block.graph, owner, executables[block.graph])
         self.run_above(key, outlined.root)
         self.shown.device_type = device.type
 
@@ -207,11 +210,11 @@ class Runner:
             node.args = (f"{self.shown.label}{key}#{use}", *inputs)
         if self.hooked is not None:
             call_hooks(self.shown.lowered_of(key), graph, self.hooked)
-        executable.run = self.code(key, graph, self.module, self._code_device())
+        executable.run = self.code(key, graph, self.module, executable_of(graph, self._code_device()))
 
-    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
-        """Code for a part of a Program."""
-        return function_of(graph, module, device)
+    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, executable: Executable) -> Function:
+        """Code for a part of a Program, whose tensors a module has."""
+        return executable.over(module)
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
         """What code is made of for a Program: here the Program itself."""

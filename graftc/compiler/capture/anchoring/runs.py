@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,11 +16,11 @@ from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.identity.sources import home_of_module
-from graftc.compiler.capture.past import PAST
+from graftc.compiler.capture.past import PAST, POSITIONS
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import is_sum
 from graftc.passes.core.ir.cleaning import takes_device
-from graftc.passes.core.ir.functions import inlined
+from graftc.passes.core.ir.functions import FunctionCall, call, calls, own_tensors, region, renamed
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes
 from graftc.passes.core.packing.modules import packed_weights
@@ -51,7 +51,6 @@ class Runs:
     """The model and its graph, and what both run on."""
 
     def __init__(self, request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> None:
-        program = inlined(program)
         self._request, self._program = request, program
         model, aliases = request.model, request.aliases
         self._model, self._device = model, request.device
@@ -65,6 +64,7 @@ class Runs:
         self._writable = buffers | constants.keys() | program.updates
         self._aliases = aliases
         self._products = products_of(model)
+        self._ones_hold = False
         size = sum(parameter.numel() for parameter in model.parameters())
         self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
 
@@ -73,7 +73,7 @@ class Runs:
         failure: NoRunError | None = None
         while self._length >= _SHORT:
             try:
-                return self.model(self.sample(0)), False
+                return self.model(self._text() if self._generates_alike else self.sample(0)), False
             except NoRunError as error:
                 failure = failure or error
                 self._length //= 2  # a table of positions may have no more rows
@@ -89,15 +89,12 @@ class Runs:
         tried alone and all together; where the class is a library's, which asks for no more than a single token, all
         together in eval mode: a pass over the weights takes as long for a token as for a text.
         """
-        named = (
-            size
-            for spec in self._program.inputs
-            for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
-            if isinstance(size, str) and low <= 1 and not is_sum(size)
-        )
-        names = tuple(dict.fromkeys(named))
-        library = self._is_of_a_library
-        if not names or (library and (self._program.mode == "train" or not self._differs_at(names, bound))):
+        names, library = self._ones, self._is_of_a_library
+        if (
+            self._ones_hold
+            or not names
+            or (library and (self._program.mode == "train" or not self._differs_at(names, bound)))
+        ):
             return ()
         if len(names) == 1:
             return names if library or self._differs_at(names, bound) else ()
@@ -109,6 +106,28 @@ class Runs:
         """Whether nothing in the model's class asks for both its mode and how many tokens there are."""
         return home_of_module(type(self._model).__module__) == "library"
 
+    @property
+    def _ones(self) -> tuple[str, ...]:
+        """Named sizes that may be 1."""
+        named = (
+            size
+            for spec in self._program.inputs
+            for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
+            if isinstance(size, str) and low <= 1 and not is_sum(size)
+        )
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def _generates_alike(self) -> bool:
+        """Whether the calls of generating tell as much as any: in eval mode, of a library's class, whose cache grows
+        with the text alone. Train mode is held against calls with a past and several tokens."""
+        signature, library = self._program.signature, self._is_of_a_library
+        return library and self._program.mode == "eval" and self._grows and not any(map(is_cross, signature))
+
+    @property
+    def _grows(self) -> bool:
+        return any(PAST in spec.shape for spec in self._program.inputs)
+
     def _differs_at(self, ones: Sequence[str], bound: float) -> bool:
         try:
             ours = self.model(self.sample(0, ones))
@@ -116,18 +135,31 @@ class Runs:
             return False
         return bool(self.against(ours, bound)[1])
 
-    def steps(self, bound: float) -> tuple[float, list[str]]:
+    def steps(self, before: ModelRun, bound: float) -> tuple[float, list[str]]:
         """`against` for calls that follow one another, as in generating: a text without a past, where the graph takes
         one, and a single token behind it, with the cache that the model returned. A graph for a past of one length has
-        the first alone, and the train mode of a library's class none."""
+        the first alone, and the train mode of a library's class none.
+
+        Args:
+            before: the model's outputs on the first samples. Of a library's class in eval mode these are such a text,
+                and the token comes behind one token of one of its rows, so that all sizes that may be 1 are.
+            bound: as there.
+        """
         if self._is_of_a_library and self._program.mode == "train":
             return 0.0, []
+        if self._generates_alike:
+            try:
+                worst, differing = self.against(self.model(self._token_behind(before)), bound)
+            except NoRunError:
+                worst, differing = 0.0, ["it does not run"]
+            self._ones_hold = not differing
+            if not differing:
+                return worst, []
         tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
         crosses = any(map(is_cross, self._program.signature))
         held = {} if crosses else {PAST: 0}
         worst, given = 0.0, self.sample(0, held=held)
-        grows = any(PAST in spec.shape for spec in self._program.inputs)
-        for _ in range(_STEPS if grows else 1):
+        for _ in range(_STEPS if self._grows else 1):
             try:
                 run = self.model(given)
             except NoRunError:  # there is nothing to hold a graph against
@@ -136,11 +168,23 @@ class Runs:
             worst = max(worst, difference)
             if differing:
                 return worst, differing
-            returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
-            past = {name: returned.get(name, given[name]) for name in given if is_past(name)}
+            past = _returned_past(run)
             length = next(tensor.shape[2] for name, tensor in past.items() if not is_cross(name))
             given = {**self.sample(1, held={PAST: length, str(tokens): 1}), **past}
         return worst, []
+
+    def _text(self) -> dict[str, Tensor]:
+        """Inputs of a text without a past, at its own positions: products of signatures without a cache are known."""
+        inputs = self.sample(0, held={PAST: 0})
+        if POSITIONS in inputs:
+            numbers = torch.arange(inputs[POSITIONS].shape[-1], device=self._device)
+            inputs[POSITIONS] = numbers.to(inputs[POSITIONS].dtype).expand_as(inputs[POSITIONS]).contiguous()
+        return inputs
+
+    def _token_behind(self, before: ModelRun) -> dict[str, Tensor]:
+        """Inputs whose sizes are 1 where they may be, with the beginning of the cache that the model returned."""
+        past = {name: tensor[:1, :, :1].contiguous() for name, tensor in _returned_past(before).items()}
+        return {**self.sample(1, self._ones), **past}
 
     def sample(self, seed: int, ones: Collection[str] = (), held: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """Random inputs; the larger the model, the fewer tokens. Named sizes in ``ones`` are 1."""
@@ -211,7 +255,10 @@ class Runs:
         return worst, found
 
     def _read(self) -> dict[str, Tensor]:
-        targets = {str(node.target) for node in self._program.graph.find_nodes(op="get_attr")}
+        graph = self._program.graph
+        targets = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        for one in calls(graph):
+            targets |= {renamed(name, one.body, one.path) for name in own_tensors(one)}
         return {name: tensor for name, tensor in self._tensors.items() if name in targets}
 
 
@@ -225,18 +272,44 @@ def _interpret(
     """The flat outputs of a graph; every node runs in order, and values go when they have been read."""
     values: dict[fx.Node, Any] = {}
     readers = {node: len(node.users) for node in program.graph.nodes}
+    regions: dict[tuple[Any, ...], list[fx.Node]] = {}
+
+    def computed(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
+        if (known := None if kwargs else products.again(node.target, args)) is not None:
+            return known
+        where, operator = {"device": device} if takes_device(node.target) else {}, cast("Any", node.target)
+        return operator(*args, **{**kwargs, **where})
+
+    def called(one: FunctionCall) -> list[Any]:
+        body, path, made = one.body, one.path, one.made
+        own = dict(zip(one.given, (values[node] for node in one.inputs), strict=True))
+
+        def value(node: fx.Node) -> Any:
+            if node in own:
+                return own[node]
+            return tensors[renamed(str(node.target), body, path)] if node.op == "get_attr" else values[node]
+
+        for node in regions[body, *one.given, *made]:
+            own[node] = computed(node, value)
+        return [value(node) for node in made]
+
+    for one in calls(program.graph):
+        key = (one.body, *one.given, *one.made)
+        if key not in regions:
+            regions[key] = region(set(one.given), one.made, one.body)
+        for node in regions[key]:
+            for source in node.all_input_nodes:
+                readers[source] += 1  # the call reads it too
     for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = inputs[str(node.target)]
         elif node.op == "get_attr":
             values[node] = tensors[str(node.target)]
+        elif node.target is call:
+            values[node] = called(FunctionCall(node))
         elif node.op == "call_function":
-            args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
-            if (known := None if kwargs else products.again(node.target, args)) is not None:
-                values[node] = known
-            else:
-                where = {"device": device} if takes_device(node.target) else {}
-                values[node] = node.target(*args, **{**kwargs, **where})
+            values[node] = computed(node, values.__getitem__)
         else:
             return list(map_nodes(node.args[0], values.__getitem__))
         for source in node.all_input_nodes:
@@ -244,6 +317,12 @@ def _interpret(
             if not readers[source]:
                 del values[source]
     raise ValueError("the graph has no outputs")
+
+
+def _returned_past(run: ModelRun) -> dict[str, Tensor]:
+    """The cache behind a call: what the model returned of it, and what it was given of the rest."""
+    returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
+    return {name: returned.get(name, given) for name, given in run.inputs.items() if is_past(name)}
 
 
 def _with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:

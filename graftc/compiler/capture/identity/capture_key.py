@@ -18,8 +18,9 @@ import pathlib
 import re
 import types
 import weakref
-from collections.abc import Sequence, Set
-from contextlib import suppress
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -109,12 +110,34 @@ def holdings(model: nn.Module) -> list[Any]:
     Raises:
         UnknownHoldingError: something cannot be written down: an object of unknown kind, a hook, a replaced method.
     """
+    known = _KNOWN.get()
+    if known is None:
+        return _holdings(model)
+    if model not in known:
+        known[model] = _holdings(model)
+    return known[model]
+
+
+def _holdings(model: nn.Module) -> list[Any]:
     try:
         return _Walk(model).run()
     except UnknownHoldingError:
         raise
     except Exception as error:  # what modules hold may be of any kind, and looking at it may run its code
         raise UnknownHoldingError(type(model).__name__, f"{type(error).__name__} while it was looked at") from error
+
+
+_KNOWN: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("_KNOWN", default=None)
+
+
+@contextmanager
+def walked_once() -> Iterator[None]:
+    """Inside, nobody changes a model, and `holdings` looks at each once."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
 
 def held_by(model: nn.Module) -> dict[str, str] | None:

@@ -109,12 +109,21 @@ def is_within(name: str, layer: str) -> bool:
     return name == layer or name.startswith(f"{layer}.")
 
 
-def region(given: Collection[fx.Node], made: Sequence[fx.Node], body: str) -> list[fx.Node]:
+def region(
+    given: Collection[fx.Node], made: Sequence[fx.Node], body: str, writes: Collection[fx.Node] = ()
+) -> list[fx.Node]:
     """What the body of a function computes, in graph order: all that leads to what it has made and belongs to its
-    layer, or depends on what it is given or on its own tensors. Tensors are none of it."""
+    layer, or depends on what it is given or on its own tensors. Tensors are none of it.
+
+    Args:
+        given, made: what it is given and has made.
+        body: path of its layer.
+        writes: nodes that change values in place. Those of the layer are part of it, although nothing that it has made
+            names them.
+    """
     found: set[fx.Node] = set()
     above: set[fx.Node] = set(given)
-    pending = [node for node in made if node not in above]
+    pending = [node for node in (*made, *(w for w in writes if in_layer(w, body))) if node not in above]
     while pending:
         node = pending.pop()
         if node not in above:
@@ -145,7 +154,8 @@ def in_layer(node: fx.Node, body: str) -> bool:
 
 @dataclass
 class _Attributes:
-    """The tensors that a graph reads, by name; those of a call come behind those of the body, in the same order."""
+    """The tensors that a graph reads, by name; those of a call come behind those of the body, in the same order, and
+    behind those of layers of other kinds with lower numbers."""
 
     graph: fx.Graph
     nodes: dict[str, fx.Node] = field(init=False)
@@ -158,7 +168,7 @@ class _Attributes:
         """Read the tensors of another layer as those of the body are read."""
         own = [node for node in self.nodes.values() if _is_own(node, body)]
         for run in _runs(own):
-            last = self._last.get((body, run[-1]), run[-1])
+            last = self._behind_lower(self._last.get((body, run[-1]), run[-1]), path)
             for node in run:
                 name = renamed(str(node.target), body, path)
                 if name in self.nodes:
@@ -168,6 +178,17 @@ class _Attributes:
                 last.meta = moved_meta(node, body, path)
                 self.nodes[name] = last
             self._last[body, run[-1]] = last
+
+    def _behind_lower(self, last: fx.Node, path: str) -> fx.Node:
+        """The last of the tensors behind a node that belong to layers beside another one with lower numbers."""
+        row, _, number = path.rpartition(".")
+        while number.isdecimal() and last.next.op == "get_attr":
+            own, _, _ = str(last.next.target).removeprefix(f"{row}.").partition(".")
+            beside = str(last.next.target).startswith(f"{row}.") and own.isdecimal()
+            if not beside or int(own) >= int(number):
+                break
+            last = last.next
+        return last
 
 
 def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
@@ -192,12 +213,15 @@ def moved_meta(node: fx.Node, body: str, path: str) -> dict[str, Any]:
     return meta
 
 
-def expand(graph: fx.Graph, chosen: Collection[fx.Node] | None = None) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
+def expand(
+    graph: fx.Graph, chosen: Collection[fx.Node] | None = None, writes: Collection[fx.Node] = ()
+) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
     """Write calls out where they stand.
 
     Args:
         graph: changed in place.
         chosen: nodes of calls; by default all.
+        writes: see `region`.
 
     Returns:
         For each call what stands for the body's values there.
@@ -211,7 +235,7 @@ def expand(graph: fx.Graph, chosen: Collection[fx.Node] | None = None) -> dict[f
         given, made, body, path = one.given, one.made, one.body, one.path
         key = (body, *given, *made)
         if key not in regions:
-            regions[key] = region(set(given), made, body)
+            regions[key] = region(set(given), made, body, writes)
         attributes.add(body, path)
         copies: dict[fx.Node, fx.Node] = dict(zip(given, one.inputs, strict=True))
 

@@ -403,8 +403,10 @@ def plain(name: str) -> str:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while (inner := next(filter(None, map(module._modules.get, _WRAPPERS)), None)) is not None:
-        module = inner
+    modules = module._modules
+    for name in _WRAPPERS:  # a plain loop, since every look at a name of the tree comes here
+        if (inner := modules.get(name)) is not None:
+            return _unwrapped(inner)
     return module
 
 
