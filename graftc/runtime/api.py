@@ -14,7 +14,7 @@ from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
-from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.isolation import exclusive, seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, request
 from graftc.compiler.capture.source_model import require_plain
@@ -78,10 +78,11 @@ def compile(
     chosen = starting_seed() if seed is None else as_seed(seed)
     loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
-    with asked(progress):
-        compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(chosen, cache))
-    check_fresh(compilation)
-    return cast("Compiled[Source]", make_compiled(compilation))
+    with seldom_collected():
+        with asked(progress):
+            compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(chosen, cache))
+        check_fresh(compilation)
+        return cast("Compiled[Source]", make_compiled(compilation))
 
 
 def _register_auto_classes() -> None:

@@ -1,7 +1,8 @@
 """Adapting layers that call functions: what is inserted in a body is inserted for every call of it.
 
 A method inserts at a body as at any layer. For each call it then inserts in a copy of the body over the call's own
-tensors: that makes these tensors, and shows that the call does what the body does now.
+tensors: that makes these tensors, and shows that the call does what the body does now. Where that follows from the spec
+and the types of tensors alone (`Method.repeats`), the first call shows it for all, and the others get their tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from graftc.compiler.adapt.context import Adapting
 from graftc.compiler.adapt.insert import RECOMPUTE, insert_single
 from graftc.compiler.resolve.compose import units
 from graftc.compiler.resolve.moved import SiteMove
+from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.functions import (
     FunctionCall,
@@ -32,6 +34,7 @@ from graftc.passes.core.ir.functions import (
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import Program, above, is_random
+from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.pipeline import Pass
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.tensor_edits import TensorEdits
@@ -89,15 +92,22 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
     templates: dict[str, _Template] = {}
     read: dict[str, list[str]] = {}
     sites = _sites_of_calls(context)
+    shown: dict[str, str] = {}
+    repeated = _Repeated(program, context)
     for now in calls(program.graph):
         if context.places is not None:  # the first signature has shown that its layers are adapted alike
             if now.body not in read:
                 read[now.body] = own_tensors(now)
             if all(renamed(name, now.body, now.path) in context.store for name in read[now.body]):
                 continue
+        if now.body in shown:
+            repeated.make(shown[now.body], now.path, sites[now.path])
+            continue
         if now.body not in templates:
             templates[now.body] = _Template.of(context.base, base[now.path], now, named)
-        _insert_in_call(program, context, now, templates[now.body], sites[now.path])
+        edited = _insert_in_call(program, context, now, templates[now.body], sites[now.path])
+        if not edited and repeated.is_possible(sites[now.path]):
+            shown[now.body] = now.path
 
 
 Sites = Mapping[str, list[tuple[Site, MethodSpec]]]
@@ -114,7 +124,53 @@ def _sites_of_calls(context: Adapting) -> Mapping[str, Sites]:
     return found
 
 
-def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template, sites: Sites) -> None:
+class _Repeated:
+    """Makes the tensors of calls, and nothing else."""
+
+    def __init__(self, program: Program, context: Adapting) -> None:
+        self._program, self._context = program, context
+        self._items = [unit.members[0] for unit in units(context.compilation.spec, context.resolved)]
+        self._builders: dict[str, Builder] = {}
+
+    def is_possible(self, sites: Sites) -> bool:
+        """Whether what was made for the sites of one call says all of what others need."""
+        parts, starts = self._context.work.parts, self._context.starts
+        return all(
+            method_for(spec.method).repeats(spec) and starts.keys() >= set(parts[name].get(site.key, {}).values())
+            for name, pairs in sites.items()
+            for site, spec in pairs
+        )
+
+    def make(self, before: str, path: str, sites: Sites) -> None:
+        """Make the tensors of a call.
+
+        Args:
+            before: path of the call that has shown what is made.
+            path: of this one.
+            sites: its sites.
+        """
+        context = self._context
+        for item in self._items:
+            if item.name not in sites:
+                continue
+            if item.name not in self._builders:
+                self._builders[item.name] = context.builder(self._program, item.name, item.spec.method)
+            build, known = self._builders[item.name], context.work.parts[item.name]
+            for site, _ in sites[item.name]:
+                like = replace(site.key, module=renamed(site.key.module, path, before))
+                with build.on(site):
+                    for part, name in known.get(like, {}).items():
+                        build.begin(part, context.starts[name])
+            keys = (site.key for site, _ in sites[item.name])
+            context.work.enter(item.name, {key: build.parts[key] for key in keys if key in build.parts})
+
+
+def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template, sites: Sites) -> bool:
+    """Insert in a copy of the body; whether base tensors of the call are edited.
+
+    Raises:
+        UnlikeBodyError: the call does something else than the body.
+    """
     copy, nodes = template.copy(now.path)
     move, elsewhere = SiteMove(now.path, now.path, nodes), SiteMove("", "", nodes)
     local = {id(site): site for pairs in sites.values() for site, _ in pairs}
@@ -129,9 +185,10 @@ def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, temp
     if RECOMPUTE.wanted is not None and RECOMPUTE.wanted(copy, context):
         RECOMPUTE.apply(copy, context)
     _require_same(program, now, copy, nodes, template.inside)
-    for edit in copy.tensor_edits:
-        if edit.own.tensor.startswith(f"{now.path}."):
-            program.tensor_edits.add(edit)
+    edits = [edit for edit in copy.tensor_edits if edit.own.tensor.startswith(f"{now.path}.")]
+    for edit in edits:
+        program.tensor_edits.add(edit)
+    return bool(edits)
 
 
 def _require_same(

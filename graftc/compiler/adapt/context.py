@@ -18,6 +18,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.build.seams import Seams
+from graftc.passes.core.build.tensors import Start
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import Findings, PassHost
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site, SiteKey, ValueSite
@@ -65,6 +66,7 @@ class Adapting(PassHost):
         plan: the virtual tokens, by the ids in front of which they stand.
         findings: what passes of plugins leave.
         prepared: what methods have made for all sites of an adaptation, by its name, where that is data alone.
+        starts: how the parameters begin that were created, by name.
     """
 
     work: Work
@@ -82,6 +84,7 @@ class Adapting(PassHost):
     plan: Plan = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
     prepared: dict[str, Any] = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base = self.capture.traced if self.called else self.capture.program

@@ -105,6 +105,7 @@ def insert_single(
     except GraftError as error:
         raise placed(context.compilation.spec, unit, error) from error
     context.work.enter(build.adaptation, build.parts)
+    context.starts.update(build.starts)
 
 
 def _size(build: Builder) -> tuple[int, ...]:

@@ -61,6 +61,10 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
 
         return WeightFold(apply)
 
+    def repeats(self, spec: IA3) -> bool:
+        """See `Method.repeats`."""
+        return True
+
     def reads_channels(self, spec: IA3) -> bool:
         """See `Method.reads_channels`."""
         return spec.side != "output"

@@ -105,6 +105,10 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         if spec.bias == "lora_only" and site.own_bias is not None:
             build.overlay(site.own_bias)
 
+    def repeats(self, spec: LoRA) -> bool:
+        """See `Method.repeats`."""
+        return spec.init in ("kaiming", "gaussian", "random") and spec.bias == "none"
+
     def reads_channels(self, spec: LoRA) -> bool:
         """See `Method.reads_channels`."""
         return spec.across_groups

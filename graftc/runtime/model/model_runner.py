@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.cached import cannot_be_cached, gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
-from graftc.compiler.capture.isolation import exclusive, is_traced
+from graftc.compiler.capture.isolation import exclusive, is_traced, seldom_collected
 from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
 from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
@@ -299,7 +299,7 @@ class ModelRunner(Runner):
     )
     def _captured(self, present: Mapping[str, Any], entry: Entry) -> ProgramKey:
         """The key of a call that has no code yet, which `torch.compile` leaves to Python the first time."""
-        with exclusive():
+        with exclusive(), seldom_collected():
             signature = signature_for(self.shown.compilation, present)
             key = self.key(signature, self._mode(signature), entry)
             if not self.shown.has(key):

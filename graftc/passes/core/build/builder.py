@@ -20,7 +20,7 @@ from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.build.operations import DropoutScope, Operations
 from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.build.seams import Seams
-from graftc.passes.core.build.tensors import Initialiser, Tensors
+from graftc.passes.core.build.tensors import Initialiser, Start, Tensors
 from graftc.passes.core.build.virtual_tokens import Virtual
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Site, SiteKey
@@ -121,6 +121,11 @@ class Builder:
         return self.nodes.parts
 
     @property
+    def starts(self) -> dict[str, Start]:
+        """How the parameters begin that were created here, by name."""
+        return self.nodes.starts
+
+    @property
     def composed(self) -> bool:
         """Whether several adaptations are built at once."""
         return self.nodes.seams.composed
@@ -152,6 +157,7 @@ class Builder:
     cast = _Forwarded(Nodes.cast)
 
     parameter = _Forwarded(Tensors.parameter)
+    begin = _Forwarded(Tensors.begin)
     trained = _Forwarded(Tensors.trained)
     constant = _Forwarded(Tensors.constant)
     numbers = _Forwarded(Tensors.numbers)

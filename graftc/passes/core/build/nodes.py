@@ -53,6 +53,7 @@ class Nodes:
         self.initial = initial
         self.seams = seams if seams is not None else Seams()
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
+        self.starts: dict[str, Any] = {}
         self._types = Inference(program)
         self._within = within
         self.attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +20,23 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 Initialiser = Callable[[Tensor, torch.Generator], None]
 """Fills a float32 CPU tensor in place, drawing from the generator only."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a parameter begins.
+
+    Attributes:
+        shape: its sizes.
+        init: fills a float32 CPU tensor.
+        dtype: the element type that it is kept in.
+        trains: whether it trains.
+    """
+
+    shape: tuple[int, ...]
+    init: Initialiser
+    dtype: torch.dtype
+    trains: bool
 
 
 def _is_exact(held: torch.dtype, wanted: torch.dtype) -> bool:
@@ -63,13 +81,23 @@ class Tensors(Part):
         """
 
         def create(trains: bool) -> str:
-            name = self._enter(part)
-            if name not in self.store:
-                value = self._initial(name, shape, init, self._nodes.kept_in(dtype))
-                self.store.add_parameter(name, value, trainable=trains)
-            return name
+            return self.begin(part, Start(shape, init, self._nodes.kept_in(dtype), trains))
 
         return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
+
+    def begin(self, part: str, start: Start) -> str:
+        """A tensor of the current site, created once, without a node; its Store name.
+
+        Args:
+            part: its name within the adaptation.
+            start: its type and its first value.
+        """
+        name = self._enter(part)
+        if name not in self.store:
+            value = self._initial(name, start.shape, start.init, start.dtype)
+            self.store.add_parameter(name, value, trainable=start.trains)
+            self._nodes.starts[name] = start
+        return name
 
     def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
         """A trainable tensor of the current site that starts at a value which is worked out, created once.

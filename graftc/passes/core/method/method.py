@@ -45,6 +45,12 @@ class Method(ABC, Generic[S, P]):
     """Whether all that it makes stands in for base tensors wherever they are read, under tied names too and below
     everything that is inserted at sites, so that it always folds: copies that train, sums with differences."""
 
+    def repeats(self, spec: S) -> bool:
+        """Whether what it inserts at a site, and how its tensors begin, follow from the spec and from the types of the
+        site's own tensors alone, and all that it makes is made by `Builder.parameter`. In layers that repeat another
+        one, nothing but these tensors is made then."""
+        return False
+
     def reads_channels(self, spec: S) -> bool:
         """Whether a convolution is more to it than a map of patches: its channels and the points of its kernel count
         apart, or its groups meet."""
