@@ -15,12 +15,18 @@ from torch import Tensor
 
 from graftc.runtime.interop.layouts import convert as module
 from graftc.runtime.interop.layouts import folder as folders
-from graftc.runtime.interop.layouts.convert import convert_folder
+from graftc.runtime.interop.layouts.convert import AdapterSource, ConvertedFolder, convert_folder
 from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
 from tests.interop.adapters import base, config_of, outputs, written
+
+
+def converted(folder: Path, out: Path | None, to: str = "peft", **options: Any) -> ConvertedFolder:
+    read = {"layout": options.pop("source", None), "add": options.pop("add", ()), "model": options.pop("model", None)}
+    return convert_folder(AdapterSource.of(folder, **read), out, to, **options)
+
 
 MOE = {
     "target_modules": ["q_proj", "v_proj"],
@@ -64,10 +70,10 @@ def with_base(adapter: Path, named: Path | None) -> Path:
 @pytest.mark.parametrize("layout", ["vllm", "sglang", "unsloth", "tinker"])
 def test_experts_there_and_back(moe: Path, tmp_path: Path, layout: str) -> None:
     """PEFT gives the same outputs with what came back, and finds every key."""
-    made = convert_folder(moe, tmp_path / "there", layout)
+    made = converted(moe, tmp_path / "there", layout)
     assert made.largest_error < 1e-12 and len(made.maps) > 20
     source = layout if layout == "unsloth" else None
-    back = convert_folder(tmp_path / "there", tmp_path / "back", "peft", source=source)
+    back = converted(tmp_path / "there", tmp_path / "back", "peft", source=source)
     assert back.largest_error < 1e-12 and back.source == ("sglang" if layout == "tinker" else layout)
     model = base("mixtral")
     assert tensors(tmp_path / "back").keys() == tensors(moe).keys()
@@ -77,8 +83,8 @@ def test_experts_there_and_back(moe: Path, tmp_path: Path, layout: str) -> None:
 
 def test_one_expert_by_hand(moe: Path, tmp_path: Path) -> None:
     """The update of one expert's up projection, from the keys that vLLM and SGLang read and from PEFT's own."""
-    convert_folder(moe, tmp_path / "vllm", "vllm")
-    convert_folder(moe, tmp_path / "sglang", "sglang")
+    converted(moe, tmp_path / "vllm", "vllm")
+    converted(moe, tmp_path / "sglang", "sglang")
     front = "base_model.model.model.layers.1.mlp.experts"
     held, each, stacked = tensors(moe), tensors(tmp_path / "vllm"), tensors(tmp_path / "sglang")
     down, up = held[f"{front}.base_layer.lora_A.weight"], held[f"{front}.base_layer.lora_B.weight"]
@@ -98,13 +104,13 @@ def test_one_rank_for_servers(moe: Path, dense: Path, tmp_path: Path) -> None:
     """Ranks and scales that a config states by pattern are in the tensors of the layouts of servers."""
     patterns = {"rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 28, "v_proj": 2}}
     uneven = written(base("llama"), tmp_path / "uneven", **ALL, **patterns)
-    made = convert_folder(uneven, tmp_path / "vllm", "vllm")
+    made = converted(uneven, tmp_path / "vllm", "vllm")
     found = config(tmp_path / "vllm")
     assert found["r"] == 5 == made.rank and not found.get("rank_pattern") and made.largest_error < 1e-6
     assert {t.shape[0] for n, t in tensors(tmp_path / "vllm").items() if "lora_A" in n} == {5}
     model = base("llama")
     assert float((outputs(model, tmp_path / "vllm") - outputs(model, uneven)).abs().max()) < 1e-5
-    back = convert_folder(uneven, tmp_path / "peft", "peft")
+    back = converted(uneven, tmp_path / "peft", "peft")
     assert back.largest_error == 0 and config(tmp_path / "peft")["rank_pattern"]
     assert float((outputs(model, tmp_path / "peft") - outputs(model, uneven)).abs().max()) < 1e-6
 
@@ -115,12 +121,12 @@ def test_fused_and_apart(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path / "phi3")
     fused = written(model, tmp_path / "fused", target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
     options: dict[str, Any] = {"model": tmp_path / "phi3"}
-    apart = convert_folder(fused, tmp_path / "apart", apart=["qkv", "gate_up"], **options)
+    apart = converted(fused, tmp_path / "apart", apart=["qkv", "gate_up"], **options)
     shapes = {n.split(".")[-3]: t.shape for n, t in tensors(tmp_path / "apart").items() if ".0." in n and "lora_B" in n}
     assert {n: s[0] for n, s in shapes.items()} == {
         **{"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24, "gate_proj": 20, "up_proj": 20}
     }
-    again = convert_folder(tmp_path / "apart", tmp_path / "again", join=["qkv", "gate_up"])
+    again = converted(tmp_path / "apart", tmp_path / "again", join=["qkv", "gate_up"])
     assert apart.largest_error < 1e-12 and again.largest_error < 1e-12
     assert {n: t.shape for n, t in tensors(tmp_path / "again").items()} == {
         n: t.shape for n, t in tensors(fused).items()
@@ -130,20 +136,20 @@ def test_fused_and_apart(tmp_path: Path) -> None:
 
 def test_ranks_add_where_parts_are_joined(dense: Path, tmp_path: Path) -> None:
     """Parts with A of their own are block-diagonal; splitting gives the ranks back. A missing part is zero."""
-    convert_folder(dense, tmp_path / "fused", join=["qkv"])
+    converted(dense, tmp_path / "fused", join=["qkv"])
     shapes = {t.shape[0] for n, t in tensors(tmp_path / "fused").items() if "qkv_proj.lora_A" in n}
     assert shapes == {9}
     few = written(base("llama"), tmp_path / "few", target_modules=["q_proj", "v_proj"])
-    made = convert_folder(few, tmp_path / "few_fused", join=["qkv"])
+    made = converted(few, tmp_path / "few_fused", join=["qkv"])
     assert made.largest_error < 1e-12 and made.rank == 6
     with pytest.raises(GraftError, match="rows of q_proj, k_proj, v_proj are not known") as caught:
-        convert_folder(tmp_path / "fused", None, apart=["qkv"])
+        converted(tmp_path / "fused", None, apart=["qkv"])
     assert caught.value.code == "GC069"
 
 
 def test_torchtune_by_hand(dense: Path, llama_config: Path, tmp_path: Path) -> None:
     """Names, and the rows of a rotated head: torchtune's neighbours are transformers' halves."""
-    made = convert_folder(dense, tmp_path / "tune", "torchtune", model=llama_config)
+    made = converted(dense, tmp_path / "tune", "torchtune", model=llama_config)
     held, tune = tensors(dense), tensors(tmp_path / "tune")
     front = "base_model.model.model.layers.1"
     heads = AttentionSizes.of(json.loads((llama_config / "config.json").read_text()), "llama")
@@ -159,11 +165,11 @@ def test_torchtune_by_hand(dense: Path, llama_config: Path, tmp_path: Path) -> N
         for i in range(size // 2):
             assert torch.equal(other[head * size + 2 * i], own[head * size + i])
             assert torch.equal(other[head * size + 2 * i + 1], own[head * size + size // 2 + i])
-    back = convert_folder(tmp_path / "tune", tmp_path / "back", model=llama_config)
+    back = converted(tmp_path / "tune", tmp_path / "back", model=llama_config)
     assert made.largest_error < 1e-12 and back.source == "torchtune" and back.largest_error < 1e-12
     assert all(torch.equal(t, held[n]) for n, t in tensors(tmp_path / "back").items())
     with pytest.raises(GraftError, match="depends on the heads") as caught:
-        convert_folder(dense, None, "torchtune")
+        converted(dense, None, "torchtune")
     assert caught.value.code == "GC069"
 
 
@@ -175,22 +181,22 @@ def test_rotated_rows_go_there_and_back() -> None:
 def test_the_head_of_tinker(tmp_path: Path) -> None:
     model = base("llama")
     own = written(model, tmp_path / "own", target_modules=["q_proj", "lm_head"])
-    convert_folder(own, tmp_path / "tinker", "tinker")
+    converted(own, tmp_path / "tinker", "tinker")
     assert "base_model.model.model.unembed_tokens.lora_A.weight" in tensors(tmp_path / "tinker")
-    made = convert_folder(tmp_path / "tinker", tmp_path / "back")
+    made = converted(tmp_path / "tinker", tmp_path / "back")
     plain = {name for name in tensors(own) if ".lora_" in name}  # PEFT saves the head's own weight as well
     assert made.source == "tinker" and tensors(tmp_path / "back").keys() == plain
 
 
 def test_a_shared_factor_of_experts(moe: Path, tmp_path: Path) -> None:
     """Tinker and SGLang may store one A for all experts."""
-    convert_folder(moe, tmp_path / "own", "sglang")
+    converted(moe, tmp_path / "own", "sglang")
     held = tensors(tmp_path / "own")
     for name, tensor in held.items():
         if ".w1.lora_A" in name or ".w3.lora_A" in name:
             held[name] = tensor[:1].clone()
     save_file(held, tmp_path / "own" / "adapter_model.safetensors")
-    made = convert_folder(tmp_path / "own", tmp_path / "vllm", "vllm")
+    made = converted(tmp_path / "own", tmp_path / "vllm", "vllm")
     front = "base_model.model.model.layers.0.mlp.experts"
     each = tensors(tmp_path / "vllm")
     assert made.largest_error < 1e-12
@@ -200,7 +206,7 @@ def test_a_shared_factor_of_experts(moe: Path, tmp_path: Path) -> None:
 def test_several_become_one(dense: Path, tmp_path: Path) -> None:
     """Their updates add up, also where only one of them has a map, and with other scales."""
     other = written(base("llama"), tmp_path / "other", seed=1, target_modules=["q_proj"], r=2, lora_alpha=3)
-    made = convert_folder(dense, tmp_path / "both", add=[other])
+    made = converted(dense, tmp_path / "both", add=[other])
     assert made.rank == 5 and made.largest_error < 1e-6
     held = [tensors(path) for path in (dense, other, tmp_path / "both")]
     front = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -215,13 +221,13 @@ def test_adapters_of_two_bases(dense: Path, llama_config: Path, tmp_path: Path) 
     other = written(base("gpt2"), tmp_path / "other", target_modules=["c_attn"], fan_in_fan_out=True)
     with_base(other, tmp_path / "elsewhere")
     with pytest.raises(GraftError, match="name different bases"):
-        convert_folder(llama, tmp_path / "out", add=[other])
+        converted(llama, tmp_path / "out", add=[other])
     for options in ({"model": llama_config}, {}):
         with pytest.raises(GraftError, match=r"another base than .*: it has no transformer\.h\.0\.attn\.c_attn"):
-            convert_folder(llama, tmp_path / "out", add=[with_base(other, None)], **options)
+            converted(llama, tmp_path / "out", add=[with_base(other, None)], **options)
     wide = tiny("llama", hidden_size=96, num_attention_heads=4)
     with pytest.raises(GraftError, match="and the adapter is for"):
-        convert_folder(llama, tmp_path / "out", model=config_of(wide, tmp_path / "wide"))
+        converted(llama, tmp_path / "out", model=config_of(wide, tmp_path / "wide"))
     assert not (tmp_path / "out").exists()
 
 
@@ -245,7 +251,7 @@ def test_hostile_configs(dense: Path, tmp_path: Path, change: Any, code: str) ->
     (folder / "adapter_config.json").write_text(text)
     started = time.process_time()
     with pytest.raises(GraftError) as caught:
-        convert_folder(folder, tmp_path / "out", "vllm")
+        converted(folder, tmp_path / "out", "vllm")
     assert caught.value.code == code and time.process_time() - started < 20
     assert not (tmp_path / "out").exists()
 
@@ -255,16 +261,16 @@ def test_a_pattern_that_python_would_never_finish(dense: Path, tmp_path: Path) -
     patterns = {"rank_pattern": {"(([a-z_.0-9])+)+!": 4}, "alpha_pattern": {"(([a-z_.0-9])+)+!": 4}}
     (folder / "adapter_config.json").write_text(json.dumps({**config(folder), **patterns}))
     started = time.process_time()
-    assert convert_folder(folder, None, "vllm").largest_error < 1e-6 and time.process_time() - started < 20
+    assert converted(folder, None, "vllm").largest_error < 1e-6 and time.process_time() - started < 20
 
 
 def test_a_factor_that_is_missing(moe: Path, tmp_path: Path) -> None:
-    convert_folder(moe, tmp_path / "own", "vllm")
+    converted(moe, tmp_path / "own", "vllm")
     lost = "layers.0.mlp.experts.1.up_proj.lora_A.weight"
     held = {n: t for n, t in tensors(tmp_path / "own").items() if not n.endswith(lost)}
     save_file(held, tmp_path / "own" / "adapter_model.safetensors")
     with pytest.raises(GraftError, match=r"experts\.1\.up_proj has no lora_A") as caught:
-        convert_folder(tmp_path / "own", None, "peft")
+        converted(tmp_path / "own", None, "peft")
     assert caught.value.code == "GC113"
 
 
@@ -309,14 +315,14 @@ def test_a_wrong_writer_is_caught(
     else:
         monkeypatch.setattr(folders, "_keyed", keyed)
     with pytest.raises(GraftError, match="gives another update") as caught:
-        convert_folder(source, tmp_path / "out", to, **options)
+        converted(source, tmp_path / "out", to, **options)
     assert caught.value.code == "GC067" and caught.value.details and not (tmp_path / "out").exists()
 
 
 def test_a_wrong_layout_of_the_source_is_no_secret(moe: Path, tmp_path: Path) -> None:
     """Unsloth's order cannot be told from PEFT's by the keys: read as the other it gives another adapter."""
-    convert_folder(moe, tmp_path / "right", "vllm")
-    convert_folder(moe, tmp_path / "wrong", "vllm", source="unsloth")
+    converted(moe, tmp_path / "right", "vllm")
+    converted(moe, tmp_path / "wrong", "vllm", source="unsloth")
     one, other = tensors(tmp_path / "right"), tensors(tmp_path / "wrong")
     assert one.keys() == other.keys() and any(not torch.equal(one[n], other[n]) for n in one)
 
@@ -337,7 +343,7 @@ def test_what_is_refused(change: dict[str, Any], to: str, code: str, words: str,
         **{"target_modules": ["c_attn"] if "bias" in change else ["q_proj"], **change},
     )
     with pytest.raises(GraftError) as caught:
-        convert_folder(own, tmp_path / "out", to)
+        converted(own, tmp_path / "out", to)
     import re
 
     assert caught.value.code == code and re.search(words, f"{caught.value} {caught.value.hint}")
@@ -345,13 +351,13 @@ def test_what_is_refused(change: dict[str, Any], to: str, code: str, words: str,
 
 
 def test_experts_that_are_missing(moe: Path, tmp_path: Path) -> None:
-    convert_folder(moe, tmp_path / "own", "vllm")
+    converted(moe, tmp_path / "own", "vllm")
     held = {n: t for n, t in tensors(tmp_path / "own").items() if ".experts.1.up_proj" not in n}
     save_file(held, tmp_path / "own" / "adapter_model.safetensors")
     with pytest.raises(GraftError, match=r"experts 1 of .* are missing"):
-        convert_folder(tmp_path / "own", None, "peft")
+        converted(tmp_path / "own", None, "peft")
     with pytest.raises(GraftError, match=r"has no adapter_config\.json"):
-        convert_folder(tmp_path, None, "peft")
+        converted(tmp_path, None, "peft")
     assert module.is_adapter_folder(moe)
 
 
@@ -388,10 +394,10 @@ def test_experts_that_are_stored_otherwise(moe: Path, tmp_path: Path, build: Any
     if way == "there":
         shutil.copytree(moe, source)
     else:
-        convert_folder(moe, source, "vllm")
+        converted(moe, source, "vllm")
     with_base(source, None if build is None else config_of(build(), tmp_path / "other"))
     with pytest.raises(GraftError, match=words) as caught:
-        convert_folder(source, tmp_path / "out", "vllm" if way == "there" else "peft")
+        converted(source, tmp_path / "out", "vllm" if way == "there" else "peft")
     assert caught.value.code == "GC069" and not (tmp_path / "out").exists()
 
 
@@ -403,20 +409,20 @@ def test_rows_that_alternate(moe: Path, tmp_path: Path, monkeypatch: pytest.Monk
         MixtralExperts, "is_concatenated", property(lambda self: False, lambda self, value: None), raising=False
     )
     with pytest.raises(GraftError, match="alternate"):
-        convert_folder(moe, None, "vllm")
+        converted(moe, None, "vllm")
 
 
 def test_gate_and_up_with_factors_of_their_own(moe: Path, tmp_path: Path) -> None:
     """Ranks add where PEFT has one map for both: PEFT, which finds the ranks by pattern, gives what weights with the
     updates of each expert added give."""
-    convert_folder(moe, tmp_path / "own", "vllm")
+    converted(moe, tmp_path / "own", "vllm")
     held = tensors(tmp_path / "own")
     generator = torch.Generator().manual_seed(5)
     for name, tensor in held.items():
         if ".up_proj.lora_A" in name:
             held[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
     save_file(held, tmp_path / "own" / "adapter_model.safetensors")
-    made = convert_folder(tmp_path / "own", tmp_path / "peft")
+    made = converted(tmp_path / "own", tmp_path / "peft")
     assert made.rank == 6 and made.largest_error < 1e-12
     model = base("mixtral")
     found = outputs(model, tmp_path / "peft")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.runtime.interop.layouts.convert import convert_folder
+from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
 from graftc.runtime.interop.peft.servers import SERVERS, require_served, server_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
@@ -186,7 +186,7 @@ def test_a_conversion_for_a_server(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match="rank_pattern"):
         config = json.loads((own / "adapter_config.json").read_text())
         require_served(server_of("sglang"), config, [KEY])
-    convert_folder(own, tmp_path / "vllm", "vllm")
+    convert_folder(AdapterSource.of(own), tmp_path / "vllm", "vllm")
     assert require_served(server_of("vllm"), json.loads((tmp_path / "vllm/adapter_config.json").read_text()), []) == 8
 
 

@@ -83,7 +83,7 @@ def save_pretrained(runner: AdaptedRunner, folder: str | os.PathLike[str], optio
         raise overlap(place, base)
     check_destination(place / FOLDER, force=True, replaceable=is_ours)
     place.mkdir(parents=True, exist_ok=True)
-    save(runner, place / FOLDER, force=True, base=None, certificate=None, kept={}, full=False)
+    save(runner, place / FOLDER, force=True)
     adapted_config()(source=config.to_dict(), architectures=[type(source).__name__]).save_pretrained(place)
     for act in FOLLOWERS.values():
         act()

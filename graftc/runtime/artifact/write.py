@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from graftc.compiler.capture.identity.fingerprint import Identity, identify
@@ -42,15 +42,29 @@ BUNDLED = "base"
 """Folder of a base that travels inside its artifact."""
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What an artifact says of its fold and of its base.
+
+    Attributes:
+        certificate: of folding what folds.
+        kept: what does not fold, with the reason.
+        base: the MODEL argument that the base was loaded by; by default what transformers knows.
+        full: digest every value of the base.
+    """
+
+    certificate: Certificate | None = None
+    kept: Mapping[str, str] = field(default_factory=dict)
+    base: str | None = None
+    full: bool = False
+
+
 def save(
     compiled: ModelRoot | AdaptedRunner,
     path: str | Path,
+    evidence: Evidence = Evidence(),
     *,
     force: bool = False,
-    base: str | None = None,
-    certificate: Certificate | None = None,
-    kept: Mapping[str, str] = MappingProxyType({}),
-    full: bool = False,
     bundle: Callable[[Path], object] | None = None,
 ) -> Manifest:
     """Write an artifact, whose fold has been certified or not. See `Compiled.save`.
@@ -58,11 +72,8 @@ def save(
     Args:
         compiled: what to save.
         path: the folder to make.
+        evidence: what it says of its fold and of its base.
         force: replace an artifact that is there.
-        base: the MODEL argument that the base was loaded by; by default what transformers knows.
-        certificate: of folding what folds.
-        kept: what does not fold, with the reason.
-        full: digest every value of the base.
         bundle: writes the base itself into a folder, which then travels inside the artifact.
     """
     runner: AdaptedRunner = runner_of(compiled)
@@ -74,9 +85,10 @@ def save(
         if bundle is not None:
             bundle(folder / BUNDLED)
         source = runner.compilation.source
-        reference = Reference.of(source, base) if bundle is None else Reference("inside", BUNDLED)
-        identity = identify(source, full=full, replaced=runner.compilation.replaced)
-        return _write(runner, folder, path, reference, identity, certificate, kept)
+        reference = Reference.of(source, evidence.base) if bundle is None else Reference("inside", BUNDLED)
+        identity = identify(source, full=evidence.full, replaced=runner.compilation.replaced)
+        text = _write(runner, folder, reference.seen_from(path), identity, evidence)
+        return read_manifest(text.encode(), str(path))
 
 
 def require_values(compiled: AdaptedRunner) -> None:
@@ -105,13 +117,12 @@ def require_storable(compiled: AdaptedRunner) -> None:
 def _write(
     compiled: AdaptedRunner,
     folder: Path,
-    path: Path,
     reference: Reference,
     identity: Identity,
-    certificate: Certificate | None,
-    kept: Mapping[str, str],
-) -> Manifest:
-    compilation = compiled.compilation
+    evidence: Evidence,
+) -> str:
+    """Write all files; the text of the manifest."""
+    compilation, certificate = compiled.compilation, evidence.certificate
     signatures, graphs = entries.signatures(compiled)
     adapters = dict(adapter_tensors(compilation.store))
     constants = entries.constants(compiled)
@@ -129,19 +140,19 @@ def _write(
         "schema_version": SCHEMA_VERSION,
         "versions": entries.versions(),
         "seed": compilation.seed,
-        "base": entries.base(compiled, reference.seen_from(path), identity),
+        "base": entries.base(compiled, reference, identity),
         "signatures": signatures,
         **entries.places(compiled),
         "adapters": entries.tensors(adapters),
         "constants": entries.tensors(constants),
         "certificate": CERTIFICATE if certificate is not None else None,
-        "kept": [{"name": name, "reason": reason} for name, reason in kept.items()],
+        "kept": [{"name": name, "reason": reason} for name, reason in evidence.kept.items()],
         **({"passes": passes_json(passes)} if (passes := compilation.main.passes) else {}),
         "files": dict(listed(folder)),
     }
     text = sealed(data)
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
-    return read_manifest(text.encode(), str(path))
+    return text
 
 
 def listed(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:

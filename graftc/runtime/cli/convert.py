@@ -147,31 +147,23 @@ def _folder(
     layout: _Layout,
     force: bool,
 ) -> ConvertedFolder:
-    from graftc.runtime.interop.layouts.convert import convert_folder
+    from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
+
+    base = None if model is None else Path(model)
+
+    def origin() -> AdapterSource:
+        return AdapterSource.of(directory, layout.source, layout.add or (), base)
 
     if to == LORA:
         raise GraftError("GC090", "an adapter folder is converted to a layout", hint="for example --to vllm")
     if to == GGUF:
         from graftc.runtime.export.gguf.convert import convert_to_gguf
-        from graftc.runtime.interop.layouts.convert import AdapterSource
 
-        base = None if model is None else Path(model)
         if layout.join or layout.split:
             raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
-        return convert_to_gguf(
-            AdapterSource.of(directory, layout.source, layout.add or (), base), place, base, force=force
-        )
-    return convert_folder(
-        directory,
-        place,
-        to or "peft",
-        source=layout.source,
-        add=layout.add or (),
-        join=layout.join or (),
-        apart=layout.split or (),
-        model=None if model is None else Path(model),
-        force=force,
-    )
+        return convert_to_gguf(origin(), place, base, force=force)
+    fused = {"join": layout.join or (), "apart": layout.split or ()}
+    return convert_folder(origin(), place, to or "peft", **fused, force=force)
 
 
 def _require_lora(to: str | None) -> None:

@@ -154,7 +154,7 @@ def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable
     """Plan for a spec, and for other methods where they are asked for."""
     from graftc.runtime.planner.plan import fitted, workbench
     from graftc.runtime.planner.sizes import bytes_of
-    from graftc.runtime.planner.table import USUAL, rows, specs_of
+    from graftc.runtime.planner.table import USUAL, Size, rows, specs_of
 
     budget = None if asked.budget is None else bytes_of(asked.budget)
     named = [name.strip() for name in (asked.methods or "").split(",") if name.strip()]
@@ -165,8 +165,8 @@ def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable
     if budget is not None:
         plan = fitted(bench, plan, budget) if not others else bench.fitted(plan, budget)
     options = {name: value for name, value in asked.options.items() if name not in ("checkpoint", "optimizer")}
-    size: dict[str, Any] = {"batch": asked.batch, "sequence": asked.sequence, "budget": budget}
-    return PlannedMemory(plan, list(rows(others, model, inputs, told=told, **size, **options)))
+    size = Size(asked.batch, asked.sequence, budget)
+    return PlannedMemory(plan, list(rows(others, model, inputs, size, told, **options)))
 
 
 def print_memory(found: PlannedMemory) -> None:

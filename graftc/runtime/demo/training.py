@@ -54,27 +54,25 @@ def score(predicted: Sequence[int], actual: Sequence[int], classes: int) -> Scor
     return Scores(sum(right) / len(actual), sum(f1) / classes)
 
 
+_WEIGHT_DECAY, _WARMUP, _LARGEST_NORM = 0.01, 0.1, 1.0
+
+
 def train(
     model: nn.Module,
     batches: Iterator[dict[str, torch.Tensor]],
     steps: int,
     lr: float,
     *,
-    weight_decay: float = 0.01,
-    warmup: float = 0.1,
-    clip: float = 1.0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainingRun:
-    """Train whatever requires a gradient with AdamW, a linear warm-up and a linear decay to zero.
+    """Train whatever requires a gradient with AdamW, a linear warm-up over a tenth of the steps and a linear decay to
+    zero. Weights decay where they have two or more dimensions, and all gradients together have a norm of at most 1.
 
     Args:
         model: called as ``model(**batch)``; its output has a scalar ``loss``.
         batches: at least ``steps`` of them, with labels.
         steps: optimiser steps.
         lr: the highest learning rate.
-        weight_decay: for tensors with two or more dimensions only.
-        warmup: the fraction of the steps in which the learning rate rises.
-        clip: the largest norm of all gradients together.
         on_step: called after each step with its number, from 1, and its loss.
 
     Raises:
@@ -82,11 +80,11 @@ def train(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": _WEIGHT_DECAY},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=lr)
-    rise = max(1, round(steps * warmup))
+    rise = max(1, round(steps * _WARMUP))
 
     def pace(step: int) -> float:
         return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
@@ -98,7 +96,7 @@ def train(
     for step in range(1, steps + 1):
         loss = model(**next(batches)).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, clip)
+        torch.nn.utils.clip_grad_norm_(trained, _LARGEST_NORM)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.export.cached import export_cached
 from graftc.runtime.export.labels import without_labels
-from graftc.runtime.export.writing import export_model
+from graftc.runtime.export.writing import FoldEvidence, export_model
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
@@ -119,8 +119,8 @@ class Exporting(Generic[R]):
             return export_cached(simplest, path, certificate=certificate, folded=folded, force=force)
         kind = cast('Literal["onnx", "pt2"]', format)
         signature = _exported_signature(simplest, options.get("example_inputs"))
-        said: dict[str, Any] = {"certificate": certificate, "folded": folded}
-        return export_model(simplest, path, kind, signature, inputs=options.get("inputs", ()), **said, force=force)
+        said, inputs = FoldEvidence(certificate, folded), options.get("inputs", ())
+        return export_model(simplest, path, kind, signature, said, inputs=inputs, force=force)
 
     def evidence(self) -> tuple[Sequence[str], Certificate | None]:
         """Whose adaptations have gone into the weights, and the certificate of that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from graftc.compiler.folding.certificate import Certificate
 from graftc.passes.core.ir.program_key import Signature
@@ -20,15 +20,26 @@ from graftc.runtime.tensor_files import save_tensors
 Format = Literal["onnx", "pt2"]
 
 
+class FoldEvidence(NamedTuple):
+    """What an export says of a fold.
+
+    Attributes:
+        certificate: of it.
+        folded: whose adaptations have gone into the weights.
+    """
+
+    certificate: Certificate | None = None
+    folded: Sequence[str] = ()
+
+
 def export_model(
     runner: ModelRunner,
     path: Path,
     format: Format,
     signature: Signature,
+    evidence: FoldEvidence,
     *,
     inputs: Sequence[str] = (),
-    certificate: Certificate | None = None,
-    folded: Sequence[str] = (),
     force: bool = False,
 ) -> Path:
     """Export a compiled or merged model.
@@ -39,8 +50,7 @@ def export_model(
         format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
         signature: the one to export.
         inputs: adaptations whose tensors are inputs of the graph, each with its values in a file beside ``path``.
-        certificate: what the file says of a fold.
-        folded: whose adaptations have gone into the weights.
+        evidence: what the file says of a fold.
         force: replace what is there.
 
     Raises:
@@ -54,7 +64,7 @@ def export_model(
     companions = (f"{path.name}.data", *beside.values())
     check_destination(path, force=force, companions=companions)
     module = ExportModule(runner, signature, inputs, apart=format == "onnx")
-    write = prepare(module, metadata(runner, module.program, inputs, certificate, folded))
+    write = prepare(module, metadata(runner, module.program, inputs, *evidence))
     with staged(path, force=force, companions=companions) as file:
         write(file)
         for name, tensors in module.adaptations.items():

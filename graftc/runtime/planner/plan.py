@@ -16,7 +16,7 @@ from graftc.runtime.models import load_model_and_inputs
 from graftc.runtime.planner.memory_plan import MemoryPlan
 from graftc.runtime.planner.optimisers import Make
 from graftc.runtime.planner.sizes import bytes_of, shown
-from graftc.runtime.planner.workbench import TOKENS, Workbench
+from graftc.runtime.planner.workbench import TOKENS, Training, Workbench
 from graftc.runtime.swapped import check_spec_and_model
 from graftc.specs.document import Spec
 from graftc.specs.errors.calls import public
@@ -91,11 +91,8 @@ def plan(
             example_inputs,
             dtype=dtype,
             checkpoint=checkpoint,
-            optimizer=optimizer,
-            devices=devices,
-            device=device,
-            accumulate=accumulate,
             cache=cache,
+            **{"optimizer": optimizer, "devices": devices, "device": device, "accumulate": accumulate},
         )
         found = bench.plan(rows, tokens)
         return found if room is None else fitted(bench, found, room)
@@ -108,8 +105,8 @@ def workbench(
     *,
     dtype: str | torch.dtype | None = None,
     checkpoint: bool | Literal["layers"] | None = None,
-    devices: int = 1,
-    **options: Any,
+    cache: bool = True,
+    **training: Any,
 ) -> Workbench:
     """What plans steps; arguments are those of `plan`."""
     early = early_spec(Path(spec)) if isinstance(spec, str | Path) else spec
@@ -118,14 +115,9 @@ def workbench(
         model, example_inputs = made, given if example_inputs is None else example_inputs
     loaded = spec_for(early, model, example_inputs)
     require_plain(model)
-    return Workbench(
-        checkpointed(loaded, checkpoint),
-        model,
-        example_inputs,
-        dtype=_dtype(dtype),
-        devices=_count("devices", devices),
-        **options,
-    )
+    own = Training(**{**training, "devices": _count("devices", training.get("devices", 1))})
+    spec = checkpointed(loaded, checkpoint)
+    return Workbench(spec, model, example_inputs, own, dtype=_dtype(dtype), cache=cache)
 
 
 def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spec:

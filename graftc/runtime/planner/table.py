@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from graftc.runtime.planner.memory_plan import MemoryPlan
 from graftc.runtime.planner.plan import workbench
@@ -77,14 +77,24 @@ def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
     return found
 
 
+class Size(NamedTuple):
+    """What peaks are for.
+
+    Attributes:
+        batch, sequence: rows and tokens of a step.
+        budget: bytes; None looks for nothing that fits.
+    """
+
+    batch: int
+    sequence: int | None
+    budget: int | None
+
+
 def rows(
     specs: dict[str, Spec],
     model: Any,
-    example_inputs: Any = None,
-    *,
-    batch: int,
-    sequence: int | None,
-    budget: int | None,
+    example_inputs: Any,
+    size: Size,
     told: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Iterator[Row]:
@@ -93,8 +103,7 @@ def rows(
     Args:
         specs: by the name of a row.
         model, example_inputs, options: as for `graftc.plan`.
-        batch, sequence: the size that peaks are for.
-        budget: bytes; None looks for nothing that fits.
+        size: what peaks are for.
         told: is told what is being planned.
     """
     stored: list[str | None] = [None, "nf4"]
@@ -106,9 +115,9 @@ def rows(
                 if chunked:  # where a loss is not over a vocabulary, there is no such row
                     warnings.simplefilter("error", GraftWarning)
                 bench = workbench(changed, model, example_inputs, checkpoint=checkpoint, **options)
-                plan = bench.plan(batch, sequence)
-            if budget is not None:
-                plan = bench.fitted(plan, budget)
+                plan = bench.plan(size.batch, size.sequence)
+            if size.budget is not None:
+                plan = bench.fitted(plan, size.budget)
         except GraftWarning:
             continue
         except GraftError as error:

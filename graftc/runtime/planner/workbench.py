@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,16 +33,30 @@ TOKENS = 64
 _MOST = 1 << 20
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a step is made.
+
+    Attributes:
+        optimizer: a name, what makes one of parameters, or None for the usual one.
+        devices: how many share parameters, gradients and state.
+        device: the kind of device that is planned for.
+        accumulate: whether there are gradients of other micro-batches.
+    """
+
+    optimizer: str | Make | None = None
+    devices: int = 1
+    device: str = "cuda"
+    accumulate: bool = False
+
+
 class Workbench:
     """Plans steps of one spec on one model.
 
     Args:
         spec, model, example_inputs: as for `graftc.compile`.
+        training: how a step is made.
         dtype: of the base; None for its own.
-        optimizer: a name, what makes one of parameters, or None for the usual one.
-        devices: how many share parameters, gradients and state.
-        device: the kind of device that is planned for.
-        accumulate: whether there are gradients of other micro-batches.
         cache: keep captured graphs in the user's cache folder.
     """
 
@@ -51,17 +65,15 @@ class Workbench:
         spec: Spec,
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
+        training: Training = Training(),
         *,
         dtype: torch.dtype | None = None,
-        optimizer: str | Make | None = None,
-        devices: int = 1,
-        device: str = "cuda",
-        accumulate: bool = False,
         cache: bool = True,
     ) -> None:
         if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
             model = _without_values(model, dtype)
-        self.spec, self._device, self._devices, self._accumulate = spec, device, devices, accumulate
+        device, devices = training.device, training.devices
+        self.spec, self._device, self._devices, self._accumulate = spec, device, devices, training.accumulate
         self._compiled = compile(spec, model, example_inputs, cache=cache, progress=False)
         self._runner = runner_of(self._compiled)
         if not any(parameter.requires_grad for parameter in self._compiled.parameters()):
@@ -73,7 +85,7 @@ class Workbench:
         self.inputs = Inputs(self._runner.compilation)
         self._simulations: dict[Signature, Simulation] = {}
         self._simulation = self._simulated(self.inputs(2, min(TOKENS, self.inputs.longest or TOKENS)))[0]
-        self._optimizer = usual(spec) if optimizer is None else optimizer
+        self._optimizer = usual(spec) if training.optimizer is None else training.optimizer
         self._state: State = state_of(self._simulation, self._optimizer, device, devices)
         self._dtype = str(self._runner.dtype).removeprefix("torch.")
         self._made: dict[tuple[int, int], MemoryPlan] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graftc.runtime.cli.options import BaseOption, Json
 from graftc.runtime.cli.text.speaking import (
@@ -57,13 +57,14 @@ def chat(
     from contextlib import ExitStack
 
     from graftc.runtime.cli.output import print_json, steps, working
-    from graftc.runtime.cli.text.speaking import opened, settings
+    from graftc.runtime.cli.text.speaking import Drawing, Speaker, opened, settings
 
-    given = settings(max_new_tokens, sample, temperature, top_k, top_p, num_beams, seed, no_cache)
+    drawing = Drawing(sample, temperature, top_k, top_p, seed)
+    given = settings(max_new_tokens, drawing, num_beams, no_cache)
     with ExitStack() as stack:
         with working(json) as warnings, steps(json) as step:
-            which: dict[str, Any] = {"adapter": adapter, "base": base, "given": given, "step": step}
-            ready, how = stack.enter_context(opened(directory, model, tokenizer, device, **which))
+            speaker = Speaker(directory, model, tokenizer, device, adapter, base)
+            ready, how = stack.enter_context(opened(speaker, given, step))
             from graftc.runtime.text.conversation import Conversation
 
             conversation = Conversation(ready, how, system)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -74,17 +74,18 @@ def generate(
     from graftc.runtime.cli.output import print_json, steps, working
     from graftc.runtime.cli.process import INTERRUPTED
     from graftc.runtime.cli.text.interrupts import Stop, interrupts
-    from graftc.runtime.cli.text.speaking import opened, report, settings, writer
+    from graftc.runtime.cli.text.speaking import Drawing, Speaker, opened, report, settings, writer
 
-    given = settings(max_new_tokens, sample, temperature, top_k, top_p, num_beams, seed, no_cache)
+    drawing = Drawing(sample, temperature, top_k, top_p, seed)
+    given = settings(max_new_tokens, drawing, num_beams, no_cache)
     if system is not None and not chat:
         raise GraftError("GC090", "--system begins a chat, and the prompts are not chats", hint="add --chat")
     prompts = _prompts(prompt, file, lines)
     write, stop = writer(sys.stdout), Stop()
     with working(json) as warnings, ExitStack() as stack:
         with steps(json) as step:
-            which: dict[str, Any] = {"adapter": adapter, "base": base, "given": given, "step": step}
-            ready, how = stack.enter_context(opened(directory, model, tokenizer, device, **which))
+            speaker = Speaker(directory, model, tokenizer, device, adapter, base)
+            ready, how = stack.enter_context(opened(speaker, given, step))
             from graftc.runtime.text.answering import answer, prompt_ids
 
             begin = [{"role": "system", "content": system}] if system is not None else []

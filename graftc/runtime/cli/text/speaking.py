@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeAlias
 
 import typer
 
@@ -109,23 +109,25 @@ NoCache: TypeAlias = Annotated[
 ]
 
 
-def settings(
-    max_new_tokens: int,
-    sample: bool | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    num_beams: int | None,
-    seed: int | None,
-    no_cache: bool,
-) -> dict[str, Any]:
+class Drawing(NamedTuple):
+    """What options say of how tokens are chosen: see `graftc.runtime.text.answering.Settings`."""
+
+    sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+
+def settings(max_new_tokens: int, drawing: Drawing, num_beams: int | None, no_cache: bool) -> dict[str, Any]:
     """The fields of Settings that options say, before anything is loaded.
 
     Raises:
         GraftError: GC090 for options that contradict each other.
     """
-    drawing = {"--temperature": temperature or None, "--top-k": top_k, "--top-p": top_p}
-    given = next((name for name, value in drawing.items() if value is not None), None)
+    sample, temperature, top_k, top_p, seed = drawing
+    options = {"--temperature": temperature or None, "--top-k": top_k, "--top-p": top_p}
+    given = next((name for name, value in options.items() if value is not None), None)
     if temperature == 0:
         if sample:
             raise GraftError("GC090", "--temperature 0 draws nothing, and --sample asks for it", hint="leave one out")
@@ -139,23 +141,32 @@ def settings(
     }
 
 
+class Speaker(NamedTuple):
+    """Which model options choose: see `graftc.runtime.text.opening`."""
+
+    directory: Path
+    model: str | None
+    tokenizer: str | None
+    device: str | None
+    adapter: str | None
+    base: bool
+
+
 @contextmanager
 def opened(
-    directory: Path,
-    model: str | None,
-    tokenizer: str | None,
-    device: str | None,
-    *,
-    adapter: str | None,
-    base: bool,
-    given: dict[str, Any],
-    step: Callable[[str], None],
+    speaker: Speaker, given: dict[str, Any], step: Callable[[str], None]
 ) -> Iterator[tuple[TextModel, Settings]]:
     """Inside, a model is there and ready, with what options say of it.
+
+    Args:
+        speaker: which one.
+        given: fields of Settings.
+        step: is told what is being done.
 
     Raises:
         GraftError: as `graftc.runtime.text.opening.open_text_model`; GC090 for options that contradict each other.
     """
+    directory, model, tokenizer, device, adapter, base = speaker
     if adapter is not None and base:
         raise GraftError("GC090", "--base leaves out what --adapter chooses", hint="leave one out")
     step("loading")

@@ -80,29 +80,22 @@ def is_adapter_folder(path: Path) -> bool:
 
 
 def convert_folder(
-    folder: Path,
+    origin: AdapterSource,
     out: Path | None,
     to: str = "peft",
     *,
-    source: str | None = None,
-    add: Sequence[Path] = (),
     join: Sequence[str] = (),
     apart: Sequence[str] = (),
-    model: Path | None = None,
     force: bool = False,
 ) -> ConvertedFolder:
-    """Convert an adapter folder, and check what was written before it appears.
+    """Convert adapter folders, and check what was written before it appears.
 
     Args:
-        folder: what to read.
+        origin: what to read.
         out: what to write; None only checks.
         to: the layout to write.
-        source: the layout to read; by default what the keys say, which for Unsloth's has to be said.
-        add: more folders of the same layout and base, whose updates are added.
         join: what is fused into one map: ``"qkv"``, ``"gate_up"``.
         apart: what is split into its parts.
-        model: the base's folder, of which the config is read: experts need it, and what depends on heads. By default
-            what the adapter's config names, where it is a folder or in the hub's cache.
         force: replace an adapter folder that is there.
 
     Raises:
@@ -113,9 +106,8 @@ def convert_folder(
     for word in (*join, *apart):
         if word not in FUSED:
             raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
-    origin = AdapterSource.of(folder, source, add, model)
     adapter, wanted = origin.read(join, apart)
-    if origin.base is not None and (model is not None or add) and not (join or apart):
+    if origin.base is not None and (origin.given or len(origin.folders) > 1) and not (join or apart):
         require_fitting(adapter, origin.base)
     require_usual_experts(adapter, (origin.layout, target), origin.base)
     place = staged_or_dropped(out, "adapter", force=force, replaceable=is_adapter_folder, sources=origin.folders)
@@ -132,18 +124,31 @@ class AdapterSource:
         layout: theirs.
         base: the folder of the base, or of its config alone; None where it is not at hand.
         heads: the base's, where its config says them.
+        given: whether the base was named, and not found by what the adapter's config says.
     """
 
     folders: tuple[Path, ...]
     layout: AdapterLayout
     base: Path | None
     heads: AttentionSizes | None
+    given: bool = False
 
     @classmethod
     def of(
         cls, folder: Path, layout: str | None = None, add: Sequence[Path] = (), model: Path | None = None
     ) -> AdapterSource:
-        """Arguments and errors as for `convert_folder`."""
+        """What folders hold.
+
+        Args:
+            folder: the first one.
+            layout: theirs; by default what the keys say, which for Unsloth's has to be said.
+            add: more folders of the same layout and base.
+            model: the base's folder, of which the config is read: experts need it, and what depends on heads. By
+                default what the adapter's config names, where it is a folder or in the hub's cache.
+
+        Raises:
+            GraftError: GC069 for folders of several bases or layouts, GC110 to GC113 for one that cannot be read.
+        """
         folders = (folder, *add)
         _require_readable(folders)
         found = layout_of(layout) if layout is not None else detected(folder)
@@ -151,7 +156,8 @@ class AdapterSource:
         if model is None:
             _require_one_base(folders, configs)
         base = _base(configs[0], model)
-        return cls(folders, found, base, None if base is None else _heads(base, required=model is not None))
+        given = model is not None
+        return cls(folders, found, base, None if base is None else _heads(base, required=given), given)
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
         """One adapter with the updates of all, and what they add by the description of their layout."""
