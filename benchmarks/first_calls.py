@@ -45,7 +45,7 @@ STAGES = (
     *("import", "capture", "anchor", "roles", "insert", "rest of compiling", "planning"),
     *("first forward", "first backward", "optimiser", "certificate", "first tokens"),
 )
-"""In what a run is told. Capturing and what follows it are of all signatures until the step is done."""
+"""The rows of a table. Capturing and the stages after it are those of all signatures until the step is done."""
 GATES: Mapping[str, float] = {
     "first step, warm, over peft": 2.0,
     "first step, cold, over peft": 4.0,
@@ -242,9 +242,9 @@ def started(*arguments: str, cache: str = "off") -> dict[str, float]:
     environment = {**os.environ, "GRAFTC_CACHE": cache, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "benchmarks.first_calls", "--one", *arguments]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    made: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
-    return made
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    seconds: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+    return seconds
 
 
 def step_seconds(run: Mapping[str, float]) -> float:
@@ -275,16 +275,16 @@ def gates(
     runs: Mapping[str, Sequence[Mapping[str, float]]], growths: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
     """The figures that have bounds."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     peft = statistics.median(map(step_seconds, runs["peft"]))
     memory, tokens = medians(runs["peft"])["memory"], medians(runs["transformers"])["first tokens"]
     for name in ("warm", "cold"):
         own = runs[f"graftc, {name}"]
-        found[f"first step, {name}, over peft"] = statistics.median(map(step_seconds, own)) / peft
-        found[f"peak memory, {name}, over peft"] = medians(own)["memory"] / memory
-        found[f"first tokens, {name}, over transformers"] = medians(own)["first tokens"] / tokens
-    found["compiling 126 layers over 4"] = statistics.median(each["126"] / each["4"] for each in growths)
-    return found
+        figures[f"first step, {name}, over peft"] = statistics.median(map(step_seconds, own)) / peft
+        figures[f"peak memory, {name}, over peft"] = medians(own)["memory"] / memory
+        figures[f"first tokens, {name}, over transformers"] = medians(own)["first tokens"] / tokens
+    figures["compiling 126 layers over 4"] = statistics.median(each["126"] / each["4"] for each in growths)
+    return figures
 
 
 def table(case: str, median: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -324,11 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines += table(case, median)
         if options.gates:
             growths = [started("growth") for _ in range(options.rounds)]
-            found = gates(runs, growths)
-            missed = [name for name, most in GATES.items() if found[name] > most]
-            results |= {"gates": found, "growth": growths}
-            lines += ["", "| gate | found | at most |", "| --- | ---: | ---: |"]
-            lines += [f"| {name} | {found[name]:.2f} | {most} |" for name, most in GATES.items()]
+            figures = gates(runs, growths)
+            missed = [name for name, most in GATES.items() if figures[name] > most]
+            results |= {"gates": figures, "growth": growths}
+            lines += ["", "| gate | measured | at most |", "| --- | ---: | ---: |"]
+            lines += [f"| {name} | {figures[name]:.2f} | {most} |" for name, most in GATES.items()]
     name = "first_calls_gates" if options.gates else "first_calls"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -8,7 +8,8 @@ from graftc.compiler.adapt.context import Work
 from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.as_captured import random_structure
 from graftc.compiler.capture.cache import captured, forget, keep
-from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.capture import capture as capture_model
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.untraced import unkept
@@ -37,31 +38,31 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
         GraftError: GC041 where they differ.
     """
     compilation = work.compilation
-    found = captured(request, use_cache=compilation.use_cache, known=compilation.known)
-    if found.cached or found.alike:
+    capture = captured(request, use_cache=compilation.use_cache, known=compilation.known)
+    if capture.cached or capture.alike:
         try:
-            found = _checked(compilation, found, log)
-        except Exception as error:  # such a graph is no better than one for which every layer has to be traced
-            kept = found.cached
-            found = _captured_anew(compilation, found, request, log)
-            if kept:
-                found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
+            capture = _checked(compilation, capture, log)
+        except Exception as error:  # whatever is wrong with a kept graph or with shared layers, the model is here
+            from_cache = capture.cached
+            capture = _every_layer(compilation, capture, request, log)
+            if from_cache:
+                capture.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     else:
-        found = _checked(compilation, found, log)
-    _note(work, found)
+        capture = _checked(compilation, capture, log)
+    _note(work, capture)
     if compilation.spec.cloze is not None:
-        found = replace(found, traced=found.program)
-        GATHER.run(found.traced, compilation, log)
-    for name in sorted(found.traced.updates):
+        capture = replace(capture, traced=capture.program)
+        GATHER.run(capture.traced, compilation, log)
+    for name in sorted(capture.traced.updates):
         compilation.store.own(name, work.initial.values.get(name))
-    return found
+    return capture
 
 
-def _captured_anew(compilation: Compilation, stale: Capture, request: CaptureRequest, log: Log) -> Capture:
-    """A capture in the place of a kept one that is not the model's graph; the cache has it from then on."""
+def _every_layer(compilation: Compilation, stale: Capture, request: CaptureRequest, log: Log) -> Capture:
+    """Capture again with every layer traced, and replace the cached capture."""
     if compilation.use_cache:
         forget(request)
-    fresh = _checked(compilation, replace(capture(request, alike=False), key=stale.key), log)
+    fresh = _checked(compilation, replace(capture_model(request, alike=False), key=stale.key), log)
     if compilation.use_cache:
         keep(request, fresh)
     return fresh

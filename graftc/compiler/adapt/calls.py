@@ -43,7 +43,7 @@ from graftc.specs.base import MethodSpec
 
 @dataclass
 class _Template:
-    """What copies of a body are made of, and held against.
+    """A body as it was before anything was inserted: what copies of it are made from and compared with.
 
     Attributes:
         base: the Program before anything was inserted.

@@ -66,25 +66,6 @@ class Merging:
     @in_every_process
     @with_every_adaptation
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
-        """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
-
-        Each is folded when it is asked for, always from the base's own values, so that merging again and again adds up
-        no rounding: the same adapters give the same bits, and the base is never written. At any time one tensor is
-        there, or those that are folded together. Names are those of the source model's state dict, tied ones included.
-        What folding does not change is the base's own tensor: whoever writes to it has to copy it first. Packed weights
-        are given by their values, in full precision. No graph is
-        made and nothing is certified or saved.
-
-        Args:
-            digests: also work out the SHA-256 of each tensor, which is then in ``digests`` of what is returned, for
-                the receiver to compare.
-
-        Returns:
-            An iterator of ``(name, tensor)``, in the base's element types and where the model is.
-
-        Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 where an adapter has values that
-                are not finite; on the way GC051 for such a tensor, GC052 for a bias that the class has no place for.
-        """
+        """See `Compiled.merged_state_dict`."""
         TrainingSteering(self.runner).warn_of_unsteered()
         return MergedTensors(self.runner, digests=digests)

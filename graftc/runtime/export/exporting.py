@@ -53,37 +53,8 @@ class Exporting(Generic[R]):
         max_rank: int | None = None,
         force: bool = False,
     ) -> Path:
-        """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
-        its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
-        ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
-        ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
-
-        Every adaptation is in the file, those that are disabled as well. Graphs take no labels and give no loss.
-
-        The tensors of ``inputs`` are not constants of the graph, but inputs by their full names, so that one file
-        serves every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of
-        names to tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
-
-        Args:
-            path: the file to write, or the folder.
-            format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
-            example_inputs: of onnx and pt2, a call whose signature is exported, by name or in order; by default the one
-                that the model was compiled with. Values of tensors do not matter.
-            inputs: of onnx and pt2, names of adaptations that are in the graph.
-            dtype: of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
-            server: what a folder for PEFT has to be fit for. The update is written as plain LoRA then, scaled by
-                ``alpha / rank`` and for the base as it is: at twice the rank where factors started from the weights.
-            max_rank: the largest rank that the server was started with; by default the largest that it may have.
-            force: replace what is there.
-
-        Raises:
-            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and when the exporter
-                or the check of its result fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064
-                when it cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that
-                the format does not take, GC091 for an input that there is not; GC115 for what PEFT cannot express,
-                before anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the
-                server does not take.
-        """
+        """Export the model in eval mode, a merged one folded, with its certificate in the metadata. Arguments and
+        errors are those of `Compiled.export`."""
         given = {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         options = options_for(format, {**given, "server": server, "max_rank": max_rank})
         folded, certificate = self.evidence()

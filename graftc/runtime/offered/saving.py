@@ -40,21 +40,7 @@ class Saving:
         certify: bool = True,
         full: bool = False,
     ) -> Path:
-        """Write an artifact: spec, places, graphs without weights, adapter tensors, and where the base is.
-
-        The base's own weights are not in it. `graftc.load` reads it back. Of a sharded model every process calls it,
-        and the first one writes.
-
-        Args:
-            path: the folder to make; it is complete when it appears.
-            force: replace an artifact that is there, in one step.
-            base: where the base is, as the command line takes it; by default what transformers knows of the model.
-            certify: fold what folds, and put the certificate in.
-            full: recognise the base by all its values, not by a sample of each tensor.
-
-        Raises:
-            GraftError: GC063 when something else is there, GC064 when it cannot be written.
-        """
+        """See `Compiled.save`."""
         require_values(self.runner)
         place = as_path(path)
         check_destination(place, force=force, replaceable=is_ours)
