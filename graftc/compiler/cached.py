@@ -53,15 +53,16 @@ def require_every_place(
     """
     if not is_part(program) or is_encoder(program):
         return
-    bases = ((part, compilation.program("train", "base", s)) for s, part in compilation.signatures.items())
-    parts = [part for part, base in bases if is_part(base) or is_cached(base)]
+    bases = ((part, compilation.program_as_run("train", "base", s)) for s, part in compilation.signatures.items())
+    parts = [part.places_as_run for part, base in bases if is_part(base) or is_cached(base)]
+    main = compilation.places()
     places = {str(site.key) for r in [*found, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
     tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
-    for resolved in compilation.main.resolved:
+    for resolved in main.resolved:
         for site, _ in resolved.places:
             if str(site.key) not in places:
                 raise _missing(program, str(site.key), resolved.name)
-    for parameter in compilation.main.trained:
+    for parameter in main.trained:
         if parameter.tensor not in tensors:
             raise _missing(program, parameter.tensor, TRAIN)
 

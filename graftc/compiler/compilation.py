@@ -96,6 +96,11 @@ class Resolution:
         """Whether what was captured came from files."""
         return all(found.cached for found in self.captures)
 
+    @property
+    def places_as_run(self) -> Places:
+        """Where its graphs are adapted, as these are run."""
+        return Places(self.resolved, self.trained)
+
     def with_notes(self, notes: tuple[str, ...]) -> Resolution:
         """The same with other notes."""
         return replace(self, notes=notes)
@@ -123,6 +128,11 @@ class CalledResolution(Resolution):
     def __init__(self, found: Resolution) -> None:
         own = {name: value for name, value in vars(found).items() if name not in _WRITTEN_OUT}
         vars(self).update(own, places=Places(found.resolved, found.trained), _make=None, _graphs={})
+
+    @property
+    def places_as_run(self) -> Places:
+        """See `Resolution.places_as_run`."""
+        return self.places
 
     def with_notes(self, notes: tuple[str, ...]) -> Resolution:
         """See `Resolution.with_notes`."""
@@ -280,8 +290,7 @@ class Compilation:
 
     def places(self) -> Places:
         """Where the first signature's graphs are adapted, as these are run."""
-        found = self.main
-        return found.places if isinstance(found, CalledResolution) else Places(found.resolved, found.trained)
+        return self.main.places_as_run
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
         """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""

@@ -264,5 +264,6 @@ CALLS: Pass[Adapting] = Pass(
     frozenset({"calls adapted"}),
     wanted=lambda program, context: bool(calls(program.graph)),
     rewrites=False,
+    verified=True,
 )
 """Make the tensors of layers that call functions, and see that they do what the bodies do."""

@@ -21,6 +21,7 @@ from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.past_inputs import past_name, past_place
 from graftc.passes.core.ir.shapes import expression
 
+_CAST = torch.ops.aten.to.dtype
 FEWEST_CALLS = 2
 """Calls from which on a function pays."""
 
@@ -90,6 +91,7 @@ class _Writing:
     def run(self) -> None:
         for number in sorted({_number(node) for node in self._again}):
             segment = self._segments[number]
+            self._read_uncast(segment)
             self._require_closed(segment)
             for other in self._segments.values():
                 if other.call.layer.is_last and segment.call.stands_for(other.call):
@@ -135,6 +137,18 @@ class _Writing:
                 own = user.target is AGAIN and self._read(user)[1].call.slot(self._read(user)[2]) == slot
                 if not (own or user in self._marks or _is_size(user)):
                     raise NotAlikeError(f"{user} reads {name}, which stood in for others")
+
+    def _read_uncast(self, segment: _Segment) -> None:
+        """Let whoever is outside of a layer read what the layer was given in the place of casts of it that change
+        nothing. These give the very tensor that they are given, so that the tracer takes that for their result, in what
+        the model has kept of it too: hidden states."""
+        inside = {*segment.nodes, *self._marks}
+        for node in segment.nodes:
+            source = node.args[0] if node.target is _CAST and node.args else None
+            if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+                continue
+            for user in [user for user in node.users if user not in inside]:
+                user.replace_input_with(node, source)
 
     def _require_closed(self, segment: _Segment) -> None:
         """Whether a call depends on nothing but its arguments and its own tensors, and gives nothing but its result."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compiler.capture.alike_code import LooksElsewhere
 from graftc.compiler.capture.identity.capture_key import held_by_modules
 
 FEWEST = 4
@@ -44,23 +45,34 @@ def alike(model: nn.Module) -> list[Layer]:
     """Layers of which there are several that hold the same: classes, values of attributes, types of tensors.
 
     Only modules that have modules count, and none that is within another one that does. What another module has as
-    well, or holds something that cannot be written down, is like no other.
+    well, or holds something that cannot be written down or a module that is not its own, is like no other, and neither
+    is what has code that may look elsewhere (`alike_code`).
     """
     if any(count > 1 for count in Counter(id(m) for _, m in model.named_modules(remove_duplicate=False)).values()):
         return []  # the tracer tells apart the paths of a shared module by how it was reached
     both = (model.named_parameters, model.named_buffers)
     tensors = Counter(id(tensor) for named in both for _, tensor in named(remove_duplicate=False))
+    modules = dict(model.named_modules())
     held = held_by_modules(model)
+    elsewhere = LooksElsewhere()
+    known = {path: own for path, own in held.items() if not (_names_modules(own[2]) or elsewhere.of(modules[path]))}
     found: list[Layer] = []
     pending = [("", model)]
     while pending:
         path, module = pending.pop()
         children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
-        layers = _among(children, held, tensors) if len(children) >= FEWEST else []
+        layers = _among(children, known, tensors) if len(children) >= FEWEST else []
         taken = {id(layer.module) for layer in layers}
         found += layers
         pending += [(at, child) for at, child in children if id(child) not in taken]
     return found
+
+
+def _names_modules(held: Any) -> bool:
+    """Whether there is a module of the model in what another one holds beside its own: it may ask which one it is."""
+    if not isinstance(held, list | tuple):
+        return False
+    return (len(held) == 2 and held[0] == "module") or any(map(_names_modules, held))
 
 
 def _among(

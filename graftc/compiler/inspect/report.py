@@ -157,6 +157,7 @@ def report(compilation: Compilation) -> Report:
         full = entry.trainable_parameters
         entries.append(entry)
     added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
+    unheld = [f"not held against the model itself: {each.skipped}" for each in main.anchors if each.skipped]
     return Report(
         tuple(entries),
         base,
@@ -168,7 +169,7 @@ def report(compilation: Compilation) -> Report:
         main.capture_seconds,
         sum(entry.seconds for entry in adapted.history),
         main.cached,
-        (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in main.anchors if a.skipped)),
+        tuple(dict.fromkeys([*compilation.notes, *unheld])),
         main.anchors,
         _steps(main, adapted),
         main.passes,

@@ -75,7 +75,8 @@ def outline(program: Program) -> Outlined:
                     if one.body not in whole:
                         _require_one_block(one, written, uses)
                         whole.add(one.body)
-                    block, inputs, results = _called(one, *written[one.body])
+                    block, inputs, results = _called(one, uses[one.path], *written[one.body])
+                    uses[one.path] += 1
                     blocks.append(block)
                     values = root.call_module(block.path, (block.use, *(value(n) for n in inputs)))
                     mapping |= _picked(root, values, results, len(block.outputs))
@@ -116,14 +117,15 @@ def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, i
 
 
 def _called(
-    one: FunctionCall, block: BlockGraph, inputs: list[fx.Node], outputs: list[fx.Node]
+    one: FunctionCall, use: int, block: BlockGraph, inputs: list[fx.Node], outputs: list[fx.Node]
 ) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
     """The block of a call, which has the graph of the body's; what it reads, and what picks its results, by place."""
     given, made = dict(zip(one.given, one.inputs, strict=True)), one.made
     read = [given.get(node, node) for node in inputs]
     results = {outputs.index(made[index]): node for node, index in one.results.items()}
     named = [next((node.name for at, node in results.items() if at == place), "") for place in range(len(outputs))]
-    return replace(block, path=one.path, inputs=tuple(n.name for n in read), outputs=tuple(named)), read, results
+    names = tuple(n.name for n in read)
+    return replace(block, path=one.path, use=use, inputs=names, outputs=tuple(named)), read, results
 
 
 Group = tuple[str, list[fx.Node]]

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.effects import flaw
+from graftc.passes.core.ir.gradient_paths import require_gradient_paths
 from graftc.passes.core.ir.meta_calls import MetaCalls, plain
 from graftc.passes.core.ir.printer import format_around, literal, target_name
 from graftc.passes.core.ir.program import Program, provenance
@@ -54,7 +55,7 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
         if found is not None:
             _fail(program, step, *found)
     if program.mode == "train":
-        _gradient_paths(program, store)
+        require_gradient_paths(program, store)
     if types:
         for sizes in SIZE_CHOICES:
             found = check_types(program, sizes)
@@ -167,40 +168,6 @@ _RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
     _edits_keep_types,
     _effects,
 )
-
-_STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
-
-
-def _carries_gradient(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    return node.target not in _STOPS_GRADIENT and any(
-        isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values
-    )
-
-
-def reachable(program: Program) -> set[fx.Node]:
-    """Nodes from which a gradient path leads to an output."""
-    found: set[fx.Node] = set()
-    pending = [n for n in program.output_node.all_input_nodes if _carries_gradient(n)]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += [source for source in node.all_input_nodes if _carries_gradient(source)]
-    return found
-
-
-def _gradient_paths(program: Program, store: Store) -> None:
-    reached = reachable(program)
-    for node in program.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if store.is_adapter(name) and store.get(name).requires_grad and node not in reached:
-            raise GraftError(
-                "GC023",
-                f"{name} is trainable, but no gradient path leads from it to an output",
-                hint="leave the site out of the target, or use a model head that reads it",
-            )
 
 
 def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = False) -> Finding | None:

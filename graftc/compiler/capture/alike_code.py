@@ -1,0 +1,112 @@
+"""Whether code of the user's may tell layers apart by what no layer holds.
+
+Layers that are alike are traced once because all that they hold is known, and reads of what differs are noticed. Code
+that goes around attributes (``vars``, ``__dict__``), asks which object it has (``id``), or reads and writes what lives
+outside of the model (globals, closures, context variables), may do something else in each of them, and what it does
+need not show in an output on samples: a gradient that is stopped, a bound on large values. Libraries' code is trusted.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import itertools
+import logging
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.compiler.capture.identity.sources import home_of, home_of_module
+
+_ASKING = frozenset({"vars", "id", "globals", "locals"})
+_CONTAINERS = frozenset({list, dict, set, bytearray, deque, defaultdict, OrderedDict, Counter})
+_STATEFUL = (ContextVar, threading.local, Iterator)
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, logging.Logger)
+_SEEN_BY_THE_TRACER = (type, ModuleType, nn.Module, torch.Tensor)
+
+
+class LooksElsewhere:
+    """Which classes do, each asked once."""
+
+    def __init__(self) -> None:
+        self._classes: dict[type, bool] = {}
+
+    def of(self, module: nn.Module) -> bool:
+        """Whether any code of a module's class but its ``__init__`` does, or its instances have slots."""
+        kind = type(module)
+        if kind not in self._classes:
+            self._classes[kind] = any(map(_class_does, kind.__mro__))
+        return self._classes[kind]
+
+
+def _class_does(kind: type) -> bool:
+    if kind is object or home_of_module(kind.__module__) != "user":
+        return False
+    if vars(kind).get("__slots__"):
+        return True
+    met: set[CodeType] = set()
+    return any(_does(function, met) for name, function in _functions(kind) if name != "__init__")
+
+
+def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    for name, value in vars(kind).items():
+        inner = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if isinstance(inner := inspect.unwrap(inner) if callable(inner) else inner, FunctionType):
+            yield name, inner
+
+
+def _does(function: FunctionType, met: set[CodeType]) -> bool:
+    if function.__code__ in met or home_of(function) != "user":
+        return False
+    met.add(function.__code__)
+    codes = list(_codes(function.__code__))
+    free = function.__code__.co_freevars
+    for instruction in itertools.chain.from_iterable(map(dis.get_instructions, codes)):
+        named, where = instruction.opname, instruction.argval
+        if named in ("STORE_GLOBAL", "DELETE_GLOBAL") or (named == "STORE_DEREF" and where in free):
+            return True
+        if where == "__dict__" or (where in _ASKING and named in ("LOAD_GLOBAL", "LOAD_NAME")):
+            return True
+    return any(_may_change(value, met) for value in _mentioned(function, codes))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _mentioned(function: FunctionType, codes: list[CodeType]) -> Iterator[Any]:
+    """Values of closures and globals, and of modules of the user's among these, that code names."""
+    names = {name for code in codes for name in code.co_names}
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # still empty
+            continue
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        yield value
+        if isinstance(value, ModuleType) and home_of_module(value.__name__) == "user":
+            yield from (vars(value)[own] for own in names & vars(value).keys())
+
+
+def _may_change(value: Any, met: set[CodeType]) -> bool:
+    """Whether a value may be another one, or give another one, from one layer to the next."""
+    if isinstance(value, FunctionType | MethodType):
+        inner = value.__func__ if isinstance(value, MethodType) else value
+        return isinstance(inner, FunctionType) and _does(inner, met)
+    if isinstance(value, (*_PLAIN, *_SEEN_BY_THE_TRACER)):
+        return False
+    if isinstance(value, tuple | frozenset):
+        return any(_may_change(item, met) for item in value)
+    if type(value) in _CONTAINERS or isinstance(value, _STATEFUL):
+        return True
+    return home_of_module(type(value).__module__) == "user"

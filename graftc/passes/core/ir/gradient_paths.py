@@ -1,0 +1,111 @@
+"""Whether gradients of the outputs reach every trainable tensor, through layers that call functions as well."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.functions import FunctionCall, call, calls, own_tensors, region, renamed
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+_STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
+
+
+def require_gradient_paths(program: Program, store: Store) -> None:
+    """Refuse a trainable tensor of an adaptation that no gradient reaches.
+
+    Raises:
+        GraftError: GC023 naming it.
+    """
+    reached = _Reached(program)
+    for name in _tensors(program):
+        if not store.is_adapter(name) or name not in store:  # those of calls are made behind those of the bodies
+            continue
+        if store.get(name).requires_grad and name not in reached.tensors:
+            raise GraftError(
+                "GC023",
+                f"{name} is trainable, but no gradient path leads from it to an output",
+                hint="leave the site out of the target, or use a model head that reads it",
+            )
+
+
+def _tensors(program: Program) -> Iterator[str]:
+    """The tensors that a Program reads, those of calls behind the others."""
+    yield from (str(node.target) for node in program.graph.find_nodes(op="get_attr"))
+    own: dict[str, list[str]] = {}
+    for one in calls(program.graph):
+        if one.body not in own:
+            own[one.body] = own_tensors(one)
+        yield from (renamed(name, one.body, one.path) for name in own[one.body])
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return node.target not in _STOPS_GRADIENT and any(
+        isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values
+    )
+
+
+class _Reached:
+    """The tensors from which a gradient path leads to an output.
+
+    Attributes:
+        tensors: their names.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.tensors: set[str] = set()
+        self._known: dict[Any, tuple[list[fx.Node], list[fx.Node]]] = {}
+        reached: set[fx.Node] = set()
+        pending = [node for node in program.output_node.all_input_nodes if _carries_gradient(node)]
+        while pending:
+            node = pending.pop()
+            if node in reached:
+                continue
+            reached.add(node)
+            if node.op == "get_attr":
+                self.tensors.add(str(node.target))
+            pending += [source for source in self._sources(node) if _carries_gradient(source)]
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a value is made from. Of what picks a result of a call: what the call is given that leads to this one;
+        its own tensors that do are reached."""
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, fx.Node) or source.target is not call:
+            return [] if node.target is call else node.all_input_nodes
+        one, index = FunctionCall(source), node.args[1]
+        key = (one.body, *one.given, *one.made, index)
+        if key not in self._known:
+            self._known[key] = _leading_to(one, one.made[index])  # type: ignore[index]
+        sources, tensors = self._known[key]
+        self.tensors |= {renamed(str(tensor.target), one.body, one.path) for tensor in tensors}
+        inputs = dict(zip(one.given, one.inputs, strict=True))
+        return [inputs.get(each, each) for each in sources]
+
+
+def _leading_to(one: FunctionCall, made: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Values from outside of a body, and tensors, from which a gradient path leads to one of those that it has made."""
+    inside, given = set(region(set(one.given), one.made, one.body)), set(one.given)
+    sources: dict[fx.Node, None] = {}
+    tensors: dict[fx.Node, None] = {}
+    pending, met = [made], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in met or not _carries_gradient(node):
+            continue
+        met.add(node)
+        if node.op == "get_attr":
+            tensors[node] = None
+        elif node in given or node not in inside:
+            sources[node] = None
+        else:
+            pending += node.all_input_nodes
+    return list(sources), list(tensors)
