@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import graftc
-from graftc.compiler.capture.alike_code import LooksElsewhere
+from graftc.compiler.capture.alike.code import LooksElsewhere
 from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.capture.alike_code import LooksElsewhere
+from graftc.compiler.capture.alike.code import LooksElsewhere
 from graftc.specs.errors.diagnostics import GraftError
 from tests.compiler.test_alike import DEPTH, Layer, Stack
 

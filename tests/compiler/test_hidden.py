@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.alike import traced_once
+from graftc.compiler.capture.alike.repeats import traced_once
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis

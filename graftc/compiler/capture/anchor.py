@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.capture.anchored import Anchor as Anchor
 from graftc.compiler.capture.anchoring.runs import NoRunError, Runs
-from graftc.compiler.capture.capture import Anchor as Anchor
 from graftc.compiler.capture.interface import dtype_of
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, described

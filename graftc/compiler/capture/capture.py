@@ -22,8 +22,9 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
-from graftc.compiler.capture.alike import Repeats, traced_once
-from graftc.compiler.capture.alike_graph import written_once
+from graftc.compiler.capture.alike.repeats import Repeats, traced_once
+from graftc.compiler.capture.alike.written import written_once
+from graftc.compiler.capture.anchored import Anchor
 from graftc.compiler.capture.as_captured import as_captured, renamed, standing_in, traced_names, wrapped
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.interface import is_transformers
@@ -38,7 +39,6 @@ from graftc.passes.core.ir.functions import calls, expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
-from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.core.ir.verify import record_baseline
@@ -48,57 +48,6 @@ from graftc.passes.graph.packed import reading_weights
 _REPEAT = re.compile(r"@\d+")
 _OF_A_MODEL = re.compile(r"transformers\.models\.\w+\.\w+")
 _NUMBER = re.compile(r"_\d+$")
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """How a base graph compares with the source model itself, on the same inputs.
-
-    Attributes:
-        inputs: what both were called with: names of tensors, and flags.
-        mode: train or eval.
-        difference: the largest difference of any output or updated buffer, over the largest element of it: 0 where all
-            are equal to the bit, infinite where one has another type or shape; None where it was not looked at.
-        bound: what `difference` may be.
-        skipped: why it was not looked at; empty where it was.
-        differing: what is beyond the bound, for people.
-        seconds: how long it took.
-        assigned: attributes of modules that the forward pass assigned.
-        plain: whether it could be run on plain inputs only, all ones, with the sizes that it was captured with.
-        from_two: named sizes of which 1 is special to the model, so that the graph is for those from 2.
-    """
-
-    inputs: str
-    mode: Mode
-    difference: float | None
-    bound: float
-    skipped: str = ""
-    differing: tuple[str, ...] = ()
-    seconds: float = field(default=0.0, compare=False)
-    assigned: tuple[str, ...] = ()
-    plain: bool = False
-    from_two: tuple[str, ...] = ()
-
-    @property
-    def exact(self) -> bool:
-        """Whether all outputs are equal to the bit."""
-        return self.difference == 0
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing contradicts that the graph is the model."""
-        return not self.differing
-
-    def to_json(self) -> dict[str, Any]:
-        """What was found, as JSON data, without what depends on how fast a machine is."""
-        return {
-            "inputs": self.inputs,
-            "mode": self.mode,
-            "difference": self.difference,
-            "bound": self.bound,
-            "exact": self.exact,
-            "skipped": self.skipped,
-        }
 
 
 @dataclass
@@ -142,7 +91,7 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
 
     Args:
         request: the model, and what it is called with.
-        alike: trace one of the layers that are alike, see `graftc.compiler.capture.alike`; all of them otherwise.
+        alike: trace one of the layers that are alike, see `graftc.compiler.capture.alike`; all otherwise.
 
     Raises:
         GraftError: GC030 when torch.export cannot capture the model.

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from graftc.compiler.capture.anchoring.differing import difference_of
 from graftc.compiler.capture.anchoring.products import Computing, Products, products_of
 from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
 from graftc.compiler.capture.assignments import noticed
@@ -248,7 +249,7 @@ class Runs:
         ours = [*run.leaves, *(run.buffers.get(name, self._tensors.get(name)) for name in updated)]
         worst, found = 0.0, []
         for name, a, b in zip(names, ours, [*leaves, *updated.values()], strict=True):
-            difference, text = _difference(a, b)
+            difference, text = difference_of(a, b)
             worst = max(worst, difference)
             if difference > bound:
                 found.append(f"{name} {text}")
@@ -366,35 +367,6 @@ def _written(tensor: Tensor) -> bool:
 def _says_something(leaves: Sequence[Any]) -> bool:
     """Whether any output has finite numbers."""
     return any(bool(leaf.isfinite().any()) if isinstance(leaf, Tensor) else leaf is not None for leaf in leaves)
-
-
-def _difference(a: Any, b: Any) -> tuple[float, str]:
-    """How far two outputs are from each other, over the largest element, and in words."""
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        same = type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
-        return (0.0, "") if same else (float("inf"), f"is {_brief(b)} and the model's {_brief(a)}")
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf"), f"is {_brief(b)} and the model's {_brief(a)}"
-    if torch.equal(a, b):
-        return 0.0, ""
-    if not (a.is_floating_point() or a.is_complex()):
-        count = int((a != b).sum())
-        return float("inf"), f"differs in {count} of {a.numel()} elements"
-    unlike = ~((a == b) | (a.isnan() & b.isnan()))
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    apart = (a.to(wide) - b.to(wide)).abs()[unlike]
-    finite = a[a.isfinite()].to(wide).abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    largest = float(apart.max()) if apart.numel() else 0.0
-    if largest != largest or largest == float("inf") or (largest and not scale):
-        return float("inf"), "differs in what is not finite" if scale else "is not 0 where the model's is"
-    return (largest / scale if largest else 0.0), f"differs by {largest:.2e}, its largest element is {scale:.2e}"
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value)[:40]
 
 
 def _shown(spec: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.compiler.capture.alike_modules import Layer
+from graftc.compiler.capture.alike.modules import Layer
 from graftc.passes.core.ir.past_inputs import is_past, past_place
 
 SEEN_FIRST = 2

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.capture.alike_code import LooksElsewhere
+from graftc.compiler.capture.alike.code import LooksElsewhere
 from graftc.compiler.capture.identity.capture_key import held_by_modules
 
 FEWEST = 4
@@ -46,7 +46,7 @@ def alike(model: nn.Module) -> list[Layer]:
 
     Only modules that have modules count, and none that is within another one that does. What another module has as
     well, or holds something that cannot be written down or a module that is not its own, is like no other, and neither
-    is what has code that may look elsewhere (`alike_code`).
+    is what has code that may look elsewhere (`code`).
     """
     if any(count > 1 for count in Counter(id(m) for _, m in model.named_modules(remove_duplicate=False)).values()):
         return []  # the tracer tells apart the paths of a shared module by how it was reached

@@ -1,15 +1,14 @@
 """Layers that are alike are traced once: what the tracer records of one is put in the place of the others.
 
 Where a layer is called with arguments of the same types, and in the same state of torch, as one before that holds the
-same (`alike_modules`), its ``forward`` does not run. An operator that computes nothing stands for the call while the
-tracer is at work (`traced_once`); afterwards `alike_graph` puts the nodes of the first call there, over the layer's own
-tensors.
+same (`modules`), its ``forward`` does not run. An operator that computes nothing stands for the call while the tracer
+is at work (`traced_once`); afterwards `written` puts the nodes of the first call there, over the layer's own tensors.
 
 Whole numbers may differ between layers that are alike, since most know their own place, unless ``forward`` reads them:
 reads are watched. What a forward pass does beside giving its result is looked for, and nothing is taken over then:
 attributes and arguments that it changes; values that something outside of the layer uses; values that are neither
 arguments nor the layer's tensors; sizes that depend on data. Of a cache, a layer may read and write its own part
-(`alike_caches`). The last layer is traced as well, and has to do the same as the one that was taken over.
+(`caches`). The last layer is traced as well, and has to do the same as the one that was taken over.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor, fx, nn, overrides
 from torch.utils import _python_dispatch
 
-from graftc.compiler.capture.alike_caches import CrossedCache, LayerNumber, crossed
-from graftc.compiler.capture.alike_modules import Layer, Place, alike
+from graftc.compiler.capture.alike.caches import CrossedCache, LayerNumber, crossed
+from graftc.compiler.capture.alike.hidden import Hidden
+from graftc.compiler.capture.alike.modules import Layer, Place, alike
 from graftc.compiler.capture.assignments import Attributes
-from graftc.compiler.capture.hidden import Hidden
 from graftc.passes.core.ir.shapes import expression
 
 _LIBRARY: Any = torch.library.Library("graftc_capture", "DEF")  # type: ignore[no-untyped-call]
@@ -214,7 +213,7 @@ def traced_once(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) ->
     Args:
         model: any module, in the state in which it is captured; as before afterwards.
         inputs: what it is called with, by name, where tensors of the others are to be kept from the tracer, see
-            `graftc.compiler.capture.hidden`.
+            `graftc.compiler.capture.alike.hidden`.
     """
     layers = alike(model)
     repeats = Repeats(layers, Hidden([] if inputs is None else layers, inputs or {}))

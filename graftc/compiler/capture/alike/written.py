@@ -1,6 +1,6 @@
 """The nodes of a layer that was traced, put in the place of the calls of those that are like it.
 
-See `graftc.compiler.capture.alike`.
+See `graftc.compiler.capture.alike.repeats`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from graftc.compiler.capture.alike import AGAIN, BEGIN, END, Repeats, TracedCall
-from graftc.compiler.capture.alike_modules import Layer
+from graftc.compiler.capture.alike.modules import Layer
+from graftc.compiler.capture.alike.repeats import AGAIN, BEGIN, END, Repeats, TracedCall
 from graftc.passes.core.ir.functions import call
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.past_inputs import past_name, past_place
