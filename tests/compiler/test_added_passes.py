@@ -110,8 +110,8 @@ class TestPlacing:
             ("Pass('a', nothing, {'adapted'}), after='roles'", "requires 'adapted', which no", "behind 'insert'"),
             ("Pass('a', nothing, ensures={'roles'}), after='insert'", "a fact of graftc's own", "another name"),
             ("Pass('a', nothing), pipeline='adpt', after='insert'", "the pipeline 'adpt'", "did you mean 'adapt'?"),
-            ("Pass('a', nothing), after='insert', before='insert'", "without one place", "before= or after="),
-            ("Pass('a', nothing)", "without one place", "before= or after="),
+            ("Pass('a', nothing), after='insert', before='insert'", "with two places", "before= or after="),
+            ("Pass('a', nothing)", "with no place", "before= or after="),
             ("Pass('A pass', nothing), after='insert'", "named 'A pass'", "lower-case"),
             ("Pass('verify', nothing), after='insert'", "means something else in histories", "another name"),
             ("nothing, after='insert'", "as a pass", "AddedPass(Pass(...), after=...)"),
@@ -143,8 +143,8 @@ class TestHeldToWhatTheySay:
     @pytest.mark.parametrize(
         ("body", "says", "message"),
         [
-            ("1 / 0", "", "fails: ZeroDivisionError"),
-            ("return 3", "", "gives"),
+            ("1 / 0", "", "fails: ZeroDivisionError: division by zero"),
+            ("return 3", "", "returns something"),
             ("context.sites", "", "asks for 'sites', and does not say that it requires it"),
             ("context.adapted", "{'sites'}", "asks for 'places'"),
             ("context['depth']", "", "asks for 'depth'"),
@@ -153,6 +153,9 @@ class TestHeldToWhatTheySay:
             ("context['depth'] = 3", "", "leaves 'depth', and does not say"),
             ("context.figure('depth', float('nan'))", "", "nan as 'depth', which is not a finite number"),
             ("context.figure('depth', 'deep')", "", "'deep' as 'depth', which is not a finite number"),
+            ("context.figure('depth', True)", "", "True as 'depth', which is not a finite number"),
+            ("context.figure('depth', '12')", "", "'12' as 'depth', which is not a finite number"),
+            ("context.figure('depth', 10**400)", "", "which is not a finite number"),
             ("context.builder()", "rewrites=False", "asks for a Builder and says that it only looks"),
             ("program.graph.output_node().meta['val'] = 0; list(program.graph.nodes)[-2].target = abs", "",
              "leaves a graph that does not hold: after mine at"),
@@ -161,6 +164,9 @@ class TestHeldToWhatTheySay:
             ("call = list(program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default))[0]; "
              "call.replace_all_uses_with(call.args[0])", "", "a node of the base was changed"),
             ("program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default)[0].target = abs",
+             "rewrites=False", "only looks, and it changed the graph"),
+            ("node = [n for n in program.graph.nodes if any(type(a) in (int, float) for a in n.args)][-1]; "
+             "node.args = tuple(a + 1 if type(a) in (int, float) else a for a in node.args)",
              "rewrites=False", "only looks, and it changed the graph"),
             ("program.output_node.meta['val'] = 0", "rewrites=False", "only looks, and it changed the graph"),
         ],

@@ -78,13 +78,13 @@ def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
     try:
         found = point.load()
     except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
-        message = f"{origin} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        message = f"{origin} cannot be imported: {first_line(error)}"
         raise GraftError("GC077", message, place=origin.place, hint=origin.remedy) from error
     fault: tuple[str, str] | None
     if isinstance(found, AddedPass) and isinstance(found.what, Pass):
         fault = _fault(found)
     else:
-        fault = f"{kind_of(found)} as a pass", "name an AddedPass(Pass(...), after=...)"
+        fault = f"something {kind_of(found)} as a pass", "name an AddedPass(Pass(...), after=...)"
     if fault is not None:
         raise GraftError("GC077", f"{origin} registers {fault[0]}", place=origin.place, hint=fault[1])
     added: AddedPass = replace(found, what=replace(found.what, origin=origin))
@@ -104,7 +104,8 @@ def _fault(found: AddedPass) -> tuple[str, str] | None:
         hint = f"did you mean {close[0]!r}?" if close else f"the pipelines are: {', '.join(names)}"
         return f"{own.name!r} for the pipeline {found.pipeline!r}, which does not exist", hint
     if (found.before is None) == (found.after is None):
-        return f"{own.name!r} without one place", "give either before= or after="
+        said = "no place" if found.before is None else "two places"
+        return f"{own.name!r} with {said}", "give either before= or after="
     return None
 
 

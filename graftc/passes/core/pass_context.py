@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftc.passes.core.ir.program import Program
@@ -197,9 +198,10 @@ class PassContext:
         """
         if not self._host.keeps_figures:
             raise self._error(f"reports {name!r} where nothing reads it", "add it to the pipeline 'adapt' or 'eval'")
+        given: Any = value  # of whatever kind a plugin has
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = float(given) if not isinstance(given, bool) and isinstance(given, Real) else nan
+        except (OverflowError, TypeError, ValueError):
             number = nan
         if not isfinite(number):
             raise self._error(f"reports {value!r} as {name!r}, which is not a finite number", "report an int or float")
@@ -233,7 +235,7 @@ class PassContext:
         self._host.findings.figures[self._own] = {}
         after: Any = self._own.apply(self._program, self)
         if after is not None and not isinstance(after, Program):
-            raise self._error(f"gives {kind_of(after)}", "return None, or another Program")
+            raise self._error(f"returns something {kind_of(after)}", "return None, or another Program")
         missing = sorted(self._own.ensures - self._left)
         if missing:
             raise self._error(

@@ -280,7 +280,7 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
     except GraftError:
         raise
     except Exception as error:  # a plugin may fail in any way, and the message must name it
-        raise failed(f"fails: {type(error).__name__}: {first_line(error)}", origin.remedy) from error
+        raise failed(f"fails: {first_line(error)}", origin.remedy) from error
     if not each.rewrites:
         if after is not program or log.entries[-1].changes != Changes() or _shape(program) != before:
             raise failed("says that it only looks, and it changed the graph", "its author has to set rewrites=True")
@@ -297,9 +297,10 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
 
 
 def _shape(program: Program) -> tuple[Any, ...]:
-    """What a `Recorder` does not look at: operators and types of nodes, edits and inputs."""
-    nodes = [(node.name, node.target, id(node.meta.get("val"))) for node in program.graph.nodes]
-    return nodes, len(program.edits), len(program.tensor_edits), program.inputs, program.flags, program.mode
+    """What a `Recorder` does not look at: operators, literals and types of nodes, edits and inputs."""
+    nodes = program.graph.nodes
+    said = [(n.name, n.target, repr(n.args), repr(n.kwargs), id(n.meta.get("val"))) for n in nodes]
+    return said, len(program.edits), len(program.tensor_edits), program.inputs, program.flags, program.mode
 
 
 def two_of_one_name(pipeline: str, one: Pass[C] | PassGroup[C], other: Pass[C] | PassGroup[C]) -> GraftError:
