@@ -18,7 +18,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.build.seams import Seams
-from graftc.passes.core.build.tensors import Start
+from graftc.passes.core.build.tensors import ParameterStart
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import Findings, PassHost
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site, SiteKey, ValueSite
@@ -84,7 +84,7 @@ class Adapting(PassHost):
     plan: Plan = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
     prepared: dict[str, Any] = field(default_factory=dict)
-    starts: dict[str, Start] = field(default_factory=dict)
+    starts: dict[str, ParameterStart] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base = self.capture.traced if self.called else self.capture.program

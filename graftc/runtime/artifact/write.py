@@ -43,7 +43,7 @@ BUNDLED = "base"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ArtifactEvidence:
     """What an artifact says of its fold and of its base.
 
     Attributes:
@@ -62,7 +62,7 @@ class Evidence:
 def save(
     compiled: ModelRoot | AdaptedRunner,
     path: str | Path,
-    evidence: Evidence = Evidence(),
+    evidence: ArtifactEvidence = ArtifactEvidence(),
     *,
     force: bool = False,
     bundle: Callable[[Path], object] | None = None,
@@ -119,7 +119,7 @@ def _write(
     folder: Path,
     reference: Reference,
     identity: Identity,
-    evidence: Evidence,
+    evidence: ArtifactEvidence,
 ) -> str:
     """Write all files; the text of the manifest."""
     compilation, certificate = compiled.compilation, evidence.certificate

@@ -43,7 +43,7 @@ def compile(
 
         from graftc.compiler.capture.identity.fingerprint import identify
         from graftc.runtime.api import compile as compile_spec
-        from graftc.runtime.artifact.write import Evidence, save
+        from graftc.runtime.artifact.write import ArtifactEvidence, save
         from graftc.runtime.deploy.merged import certificate_of
         from graftc.runtime.models import load_model_and_inputs
 
@@ -60,7 +60,7 @@ def compile(
             ).fingerprint
         else:
             step("writing")
-            written = save(compiled, to, Evidence(certificate, kept, model, full), force=force)
+            written = save(compiled, to, ArtifactEvidence(certificate, kept, model, full), force=force)
             fingerprint = written.base.fingerprint
         report = compiled.report
 

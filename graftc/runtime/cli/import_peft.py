@@ -54,7 +54,7 @@ def import_peft(
         adapters = [read_peft(directory, name if single else None) for directory in directories]
         step("loading the model")
         from graftc.runtime.api import import_peft as import_from
-        from graftc.runtime.artifact.write import Evidence, save
+        from graftc.runtime.artifact.write import ArtifactEvidence, save
         from graftc.runtime.deploy.merged import certificate_of
         from graftc.runtime.interop.peft.expert_layouts import pairs_in
         from graftc.runtime.interop.peft.pairs import as_data
@@ -70,7 +70,7 @@ def import_peft(
         certificate, kept = certificate_of(compiled) if certify else (None, {})
         if to is not None:
             step("writing")
-            save(compiled, to, Evidence(certificate, kept, model), force=force)
+            save(compiled, to, ArtifactEvidence(certificate, kept, model), force=force)
         alone = [compiled] if single else Adapters(runner_of(compiled)).each_alone(names_of(directories))
         pairs = (pairs_in(given, own.compilation) for given, own in zip(adapters, alone, strict=True))
         tensors = as_data(list(dict.fromkeys(pair for found in pairs for pair in found)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from graftc.compiler.capture.isolation import isolated
 from graftc.runtime.artifact.places import is_ours
-from graftc.runtime.artifact.write import Evidence, require_values, save
+from graftc.runtime.artifact.write import ArtifactEvidence, require_values, save
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.files import check_destination
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -46,5 +46,5 @@ class Saving:
         check_destination(place, force=force, replaceable=is_ours)
         TrainingSteering(self.runner).warn_of_unsteered()
         certificate, kept = certificate_of(self.runner) if certify else (None, {})
-        save(self.runner, place, Evidence(certificate, kept, base, full), force=force)
+        save(self.runner, place, ArtifactEvidence(certificate, kept, base, full), force=force)
         return place

@@ -20,7 +20,7 @@ from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.build.operations import DropoutScope, Operations
 from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.build.seams import Seams
-from graftc.passes.core.build.tensors import Initialiser, Start, Tensors
+from graftc.passes.core.build.tensors import Initialiser, ParameterStart, Tensors
 from graftc.passes.core.build.virtual_tokens import Virtual
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Site, SiteKey
@@ -121,7 +121,7 @@ class Builder:
         return self.nodes.parts
 
     @property
-    def starts(self) -> dict[str, Start]:
+    def starts(self) -> dict[str, ParameterStart]:
         """How the parameters begin that were created here, by name."""
         return self.nodes.starts
 

@@ -23,7 +23,7 @@ Initialiser = Callable[[Tensor, torch.Generator], None]
 
 
 @dataclass(frozen=True)
-class Start:
+class ParameterStart:
     """How a parameter begins.
 
     Attributes:
@@ -81,11 +81,11 @@ class Tensors(Part):
         """
 
         def create(trains: bool) -> str:
-            return self.begin(part, Start(shape, init, self._nodes.kept_in(dtype), trains))
+            return self.begin(part, ParameterStart(shape, init, self._nodes.kept_in(dtype), trains))
 
         return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
 
-    def begin(self, part: str, start: Start) -> str:
+    def begin(self, part: str, start: ParameterStart) -> str:
         """A tensor of the current site, created once, without a node; its Store name.
 
         Args:
