@@ -18,7 +18,9 @@ IDS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gpt2", marks=pytest.mark.full), pytest.param("bert", marks=pytest.mark.full)]
+)
 def test_layers_are_traced_once_for_hidden_states(family: str) -> None:
     model = tiny(family, layers=DEPTH).requires_grad_(False).eval()
     axes = axes_of(model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
