@@ -84,8 +84,6 @@ def test_modes(mode: str) -> None:
     ("case", "flag", "count"),
     [
         ("bert", "output_hidden_states", 4),
-        # A cast within the first layer, to the type that its input has, stands for that input from then on.
-        ("llama", "output_hidden_states", 0),
         # Attentions are noted by hooks within layers, which have to run for each.
         ("bert", "output_attentions", 0),
         ("t5", "output_attentions", 0),

@@ -170,7 +170,7 @@ def trained(folder: Path, loss: str, **changes: Any) -> tuple[list[float], tuple
     settings |= {"report_to": [], "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
     settings |= {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 5e-3}
     args = TrainingArguments(str(folder), **settings, **changes)
-    model = graftc.compile({"adapt": [LORA], "memory": {"loss": loss}}, tiny("llama"))
+    model = graftc.compile({"adapt": [LORA], "memory": {"loss": loss}}, tiny("llama"), seed=0)
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:8], compute_metrics=metrics)  # type: ignore[arg-type]
     trainer.train()
     logged = trainer.state.log_history

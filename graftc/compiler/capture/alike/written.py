@@ -144,7 +144,7 @@ class _Writing:
         the model has kept of it too: hidden states."""
         inside = {*segment.nodes, *self._marks}
         for node in segment.nodes:
-            source = node.args[0] if node.target is _CAST and node.args else None
+            source = node.args[0] if node.target is _CAST and node not in segment.made else None
             if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
                 continue
             for user in [user for user in node.users if user not in inside]:
