@@ -120,6 +120,7 @@ _OWN = (
     ".",
     "compiler",
     "compiler/capture",
+    "compiler/capture/alike",
     "compiler/capture/anchoring",
     "compiler/capture/identity",
     "passes/core",
