@@ -74,7 +74,8 @@ class Workbench:
             model = _without_values(model, dtype)
         device, devices = training.device, training.devices
         self.spec, self._device, self._devices, self._accumulate = spec, device, devices, training.accumulate
-        self._compiled = compile(spec, model, example_inputs, cache=cache, progress=False)
+        # Values do not matter, and a seed that is given asks no other process for its own.
+        self._compiled = compile(spec, model, example_inputs, seed=0, cache=cache, progress=False)
         self._runner = runner_of(self._compiled)
         if not any(parameter.requires_grad for parameter in self._compiled.parameters()):
             hint = "add an adaptation to the spec"
