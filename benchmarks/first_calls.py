@@ -1,11 +1,11 @@
-"""What the first step and the first generated tokens of a model take, stage by stage, beside peft and transformers.
+"""Time the first training step and the first generated tokens of a model by stage, beside peft and transformers.
 
     python -m benchmarks.first_calls [--gates] [--rounds 5] [--only smollm2] [--out benchmarks/results]
 
 Every run is a process of its own, ours with an empty folder of captures (cold) and again with what that run left there
-(warm). All times are seconds of the processor, of all threads; a thread that waits is put to sleep
-(``OMP_WAIT_POLICY=passive``), since seconds spent spinning tell how busy the machine is. ``--gates`` measures what has
-a bound, in alternating processes, and ends with status 1 where a median is beyond it.
+(warm). All times are processor seconds of all threads; waiting threads sleep (``OMP_WAIT_POLICY=passive``), because
+time spent spinning would measure the load of the machine. ``--gates`` measures the figures that have bounds, in
+alternating processes, and exits with status 1 where a median exceeds its bound.
 """
 
 from __future__ import annotations

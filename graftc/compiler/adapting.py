@@ -54,7 +54,7 @@ ADAPT: Pipeline[Adapting] = Pipeline(
 """From a base that was captured and held against the model to an adapted Program."""
 
 ADAPT_CALLS = Pipeline(ADAPT.name, [*ADAPT.passes, CALLS], ADAPT.given)
-"""The same where layers that are alike call functions."""
+"""From a capture whose repeated layers are calls of a function to the adapted Program of train mode."""
 
 EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
 """From an adapted Program to that of eval mode."""
@@ -118,8 +118,8 @@ def may_call(compilation: Compilation, taken: Taken) -> bool:
 
 
 def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
-    """The same with layers that are alike as calls; None where they have to be written out. What is wrong with a spec
-    is told by graphs that are written out, so that messages name the place that they would."""
+    """Adapt a capture whose repeated layers are calls; None where every layer has to be written out. Errors in a spec
+    are raised by the written-out graphs, so that their messages name the same places."""
     compilation = work.compilation
     apart = Work(compilation, work.initial, notes=work.notes)
     try:

@@ -22,12 +22,12 @@ from graftc.compiler.resolve.moved import SiteMove
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.functions import (
+    Bodies,
     FunctionCall,
     UnlikeBodyError,
     calls,
     in_layer,
     moved_meta,
-    own_tensors,
     region,
     renamed,
 )
@@ -81,25 +81,23 @@ class _Template:
                 new.target = renamed(str(node.target), self.body, path)
             new.meta.update(moved_meta(node, self.body, path))
         graph.output(tuple(nodes[node] for node in (*self.given, *self.made)))
-        made = replace(self.base, graph=graph, edits=Edits(), history=[], tensor_edits=TensorEdits(), memory=None)
-        made.limits = dict(self.base.limits)
-        return made, {adapted: nodes[node] for node, adapted in self.nodes.items()}
+        program = replace(self.base, graph=graph, edits=Edits(), history=[], tensor_edits=TensorEdits(), memory=None)
+        program.limits = dict(self.base.limits)
+        return program, {adapted: nodes[node] for node, adapted in self.nodes.items()}
 
 
 def _insert_in_calls(program: Program, context: Adapting) -> None:
     base = {one.path: one for one in calls(context.base.graph)}
     named = {node.name: node for node in program.graph.nodes}
     templates: dict[str, _Template] = {}
-    read: dict[str, list[str]] = {}
+    bodies = Bodies()
     sites = _sites_of_calls(context)
     shown: dict[str, str] = {}
     repeated = _Repeated(program, context)
     for now in calls(program.graph):
-        if context.places is not None:  # the first signature has shown that its layers are adapted alike
-            if now.body not in read:
-                read[now.body] = own_tensors(now)
-            if all(renamed(name, now.body, now.path) in context.store for name in read[now.body]):
-                continue
+        # Of later signatures the first one has shown that layers are adapted alike.
+        if context.places is not None and all(name in context.store for name in bodies.tensors(now)):
+            continue
         if now.body in shown:
             repeated.make(shown[now.body], now.path, sites[now.path])
             continue
@@ -125,7 +123,7 @@ def _sites_of_calls(context: Adapting) -> Mapping[str, Sites]:
 
 
 class _Repeated:
-    """Makes the tensors of calls, and nothing else."""
+    """Create the tensors of further calls from what the first call of a body has recorded."""
 
     def __init__(self, program: Program, context: Adapting) -> None:
         self._program, self._context = program, context
@@ -133,7 +131,7 @@ class _Repeated:
         self._builders: dict[str, Builder] = {}
 
     def is_possible(self, sites: Sites) -> bool:
-        """Whether what was made for the sites of one call says all of what others need."""
+        """Whether the first call has recorded everything that further calls of the same body need."""
         parts, starts = self._context.work.parts, self._context.starts
         return all(
             method_for(spec.method).repeats(spec) and starts.keys() >= set(parts[name].get(site.key, {}).values())

@@ -162,8 +162,8 @@ def _folder(
         if layout.join or layout.split:
             raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
         return convert_to_gguf(origin(), place, base, force=force)
-    fused = {"join": layout.join or (), "apart": layout.split or ()}
-    return convert_folder(origin(), place, to or "peft", **fused, force=force)
+    join, apart = layout.join or (), layout.split or ()
+    return convert_folder(origin(), place, to or "peft", join=join, apart=apart, force=force)
 
 
 def _require_lora(to: str | None) -> None:

@@ -92,7 +92,10 @@ def plan(
             dtype=dtype,
             checkpoint=checkpoint,
             cache=cache,
-            **{"optimizer": optimizer, "devices": devices, "device": device, "accumulate": accumulate},
+            optimizer=optimizer,
+            devices=devices,
+            device=device,
+            accumulate=accumulate,
         )
         found = bench.plan(rows, tokens)
         return found if room is None else fitted(bench, found, room)

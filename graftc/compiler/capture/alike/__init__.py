@@ -1,1 +1,1 @@
-"""Layers that are alike: which are, what is traced of them, and what is written in the place of the others."""
+"""Find layers that are alike, trace one of each kind, and write the others as calls of it."""

@@ -32,13 +32,13 @@ _SEEN_BY_THE_TRACER = (type, ModuleType, nn.Module, torch.Tensor)
 
 
 class LooksElsewhere:
-    """Which classes do, each asked once."""
+    """Check classes of modules, each once."""
 
     def __init__(self) -> None:
         self._classes: dict[type, bool] = {}
 
     def of(self, module: nn.Module) -> bool:
-        """Whether any code of a module's class but its ``__init__`` does, or its instances have slots."""
+        """Whether a class has such code outside of ``__init__``, or slots, whose values nothing lists."""
         kind = type(module)
         if kind not in self._classes:
             self._classes[kind] = any(map(_class_does, kind.__mro__))

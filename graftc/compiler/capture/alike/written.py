@@ -31,8 +31,8 @@ class NotAlikeError(Exception):
 
 
 def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], inputs: Sequence[str]) -> None:
-    """Put what was traced of layers in the place of the first call of one that is like them, and let those between
-    this one and the last call it as a function (`graftc.passes.core.ir.functions`).
+    """Write the traced nodes of a layer out for the second one that is like it, and make the layers between that one
+    and the last calls of a function (`graftc.passes.core.ir.functions`).
 
     Args:
         graph: as it was exported, with the model's tensors as attributes; changed in place.
@@ -139,9 +139,8 @@ class _Writing:
                     raise NotAlikeError(f"{user} reads {name}, which stood in for others")
 
     def _read_uncast(self, segment: _Segment) -> None:
-        """Let whoever is outside of a layer read what the layer was given in the place of casts of it that change
-        nothing. These give the very tensor that they are given, so that the tracer takes that for their result, in what
-        the model has kept of it too: hidden states."""
+        """Rewire readers outside of a layer from a cast that changes nothing to what was cast. Such a cast returns the
+        tensor itself, so that the tracer records the cast as the source of hidden states that the model has kept."""
         inside = {*segment.nodes, *self._marks}
         for node in segment.nodes:
             source = node.args[0] if node.target is _CAST and node not in segment.made else None
@@ -189,7 +188,7 @@ class _Writing:
             raise NotAlikeError(f"{b.call.layer.path} does not do what {a.call.layer.path} does")
 
     def _write_out(self, again: fx.Node) -> tuple[list[fx.Node], str, list[fx.Node]]:
-        """Put nodes in the place of a call; what they are given, the layer's path, and what they make."""
+        """Replace a call by nodes; return what they are given, the path of the layer, and what they make."""
         inputs, segment, layer = self._read(again)
         copies: dict[fx.Node, fx.Node] = dict(zip(segment.given, inputs, strict=True))
 
@@ -219,7 +218,7 @@ class _Writing:
             user.meta = {"val": user.meta.get("val")}
 
     def _read(self, again: fx.Node) -> tuple[list[fx.Node], _Segment, Layer]:
-        """What a call is given, what was traced in its place, and whose it is."""
+        """The inputs of a call, the segment that was traced instead of it, and its layer."""
         args: Any = again.args
         number, position, inputs = args
         return list(inputs), self._segments[number], self._repeats.layers[position]

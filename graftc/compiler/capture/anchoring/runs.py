@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +22,7 @@ from graftc.compiler.capture.past import PAST, POSITIONS
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import is_sum
 from graftc.passes.core.ir.cleaning import takes_device
-from graftc.passes.core.ir.functions import FunctionCall, call, calls, own_tensors, region, renamed
+from graftc.passes.core.ir.functions import Bodies, FunctionCall, call, calls, renamed
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes
 from graftc.passes.core.packing.modules import packed_weights
@@ -66,6 +67,7 @@ class Runs:
         self._aliases = aliases
         self._products = products_of(model)
         self._ones_hold = False
+        self._bodies = Bodies()
         size = sum(parameter.numel() for parameter in model.parameters())
         self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
 
@@ -239,7 +241,7 @@ class Runs:
         given = {name: tensor.clone() for name, tensor in run.inputs.items()}
         try:
             with same_draws(self._device, self._draws), torch.no_grad():
-                leaves = _interpret(program, given, tensors, self._device, self._products)
+                leaves = _interpret(program, given, tensors, self._device, self._products, self._bodies)
         except Exception as error:
             return float("inf"), [f"it fails where the model does not: {first_line(error)}"]
         declared = {self._aliases.get(name, name) for name in program.updates}
@@ -259,7 +261,7 @@ class Runs:
         graph = self._program.graph
         targets = {str(node.target) for node in graph.find_nodes(op="get_attr")}
         for one in calls(graph):
-            targets |= {renamed(name, one.body, one.path) for name in own_tensors(one)}
+            targets.update(self._bodies.tensors(one))
         return {name: tensor for name, tensor in self._tensors.items() if name in targets}
 
 
@@ -269,11 +271,21 @@ def _interpret(
     tensors: Mapping[str, Tensor],
     device: torch.device,
     products: Products,
+    bodies: Bodies,
 ) -> list[Any]:
     """The flat outputs of a graph; every node runs in order, and values go when they have been read."""
     values: dict[fx.Node, Any] = {}
-    readers = {node: len(node.users) for node in program.graph.nodes}
-    regions: dict[tuple[Any, ...], list[fx.Node]] = {}
+
+    def sources(node: fx.Node) -> list[fx.Node]:
+        """What a node reads; a call also what its body reads from outside of itself."""
+        if node.target is not call:
+            return node.all_input_nodes
+        one = FunctionCall(node)
+        inside = {*one.given, *bodies.region(one)}
+        read = {source for each in bodies.region(one) for source in each.all_input_nodes if source.op != "get_attr"}
+        return [*node.all_input_nodes, *(read - inside)]
+
+    readers = Counter(source for node in program.graph.nodes for source in sources(node))
 
     def computed(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
@@ -291,17 +303,10 @@ def _interpret(
                 return own[node]
             return tensors[renamed(str(node.target), body, path)] if node.op == "get_attr" else values[node]
 
-        for node in regions[body, *one.given, *made]:
+        for node in bodies.region(one):
             own[node] = computed(node, value)
         return [value(node) for node in made]
 
-    for one in calls(program.graph):
-        key = (one.body, *one.given, *one.made)
-        if key not in regions:
-            regions[key] = region(set(one.given), one.made, one.body)
-        for node in regions[key]:
-            for source in node.all_input_nodes:
-                readers[source] += 1  # the call reads it too
     for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = inputs[str(node.target)]
@@ -313,7 +318,7 @@ def _interpret(
             values[node] = computed(node, values.__getitem__)
         else:
             return list(map_nodes(node.args[0], values.__getitem__))
-        for source in node.all_input_nodes:
+        for source in sources(node):
             readers[source] -= 1
             if not readers[source]:
                 del values[source]

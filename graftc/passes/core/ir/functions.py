@@ -136,11 +136,37 @@ def region(
     return sorted(found)
 
 
-def own_tensors(one: FunctionCall) -> list[str]:
-    """Names of the tensors of a body that it reads as its own."""
-    inside = region(set(one.given), one.made, one.body)
-    read = (source for node in inside for source in node.all_input_nodes if source.op == "get_attr")
-    return list(dict.fromkeys(str(source.target) for source in read if _is_own(source, one.body)))
+class Bodies:
+    """The bodies that the calls of a graph name, each looked through once.
+
+    Args:
+        writes: see `region`.
+    """
+
+    def __init__(self, writes: Collection[fx.Node] = ()) -> None:
+        self._writes = writes
+        self._regions: dict[tuple[Any, ...], list[fx.Node]] = {}
+        self._tensors: dict[tuple[Any, ...], list[str]] = {}
+
+    def region(self, one: FunctionCall) -> list[fx.Node]:
+        """What the body of a call computes: see the function `region`."""
+        key = _body_key(one)
+        if key not in self._regions:
+            self._regions[key] = region(set(one.given), one.made, one.body, self._writes)
+        return self._regions[key]
+
+    def tensors(self, one: FunctionCall) -> list[str]:
+        """Names of the tensors that a call reads as the body reads its own."""
+        key = _body_key(one)
+        if key not in self._tensors:
+            read = (source for node in self.region(one) for source in node.all_input_nodes if source.op == "get_attr")
+            own = dict.fromkeys(str(source.target) for source in read if _is_own(source, one.body))
+            self._tensors[key] = list(own)
+        return [renamed(name, one.body, one.path) for name in self._tensors[key]]
+
+
+def _body_key(one: FunctionCall) -> tuple[Any, ...]:
+    return one.body, *one.given, *one.made
 
 
 def _is_own(attribute: fx.Node, body: str) -> bool:
@@ -227,15 +253,13 @@ def expand(
         For each call what stands for the body's values there.
     """
     attributes = _Attributes(graph)
-    regions: dict[tuple[Any, ...], list[fx.Node]] = {}
+    bodies = Bodies(writes)
     found: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
     for one in calls(graph):
         if chosen is not None and one.node not in chosen:
             continue
         given, made, body, path = one.given, one.made, one.body, one.path
-        key = (body, *given, *made)
-        if key not in regions:
-            regions[key] = region(set(given), made, body, writes)
+        inside = bodies.region(one)
         attributes.add(body, path)
         copies: dict[fx.Node, fx.Node] = dict(zip(given, one.inputs, strict=True))
 
@@ -245,7 +269,7 @@ def expand(
             return attributes.nodes[renamed(str(source.target), *at)] if source.op == "get_attr" else source
 
         with graph.inserting_before(one.node):
-            for node in regions[key]:
+            for node in inside:
                 new = copies[node] = copy_node(graph, node, copied)
                 new.meta = moved_meta(node, body, path)
         for user, index in one.results.items():

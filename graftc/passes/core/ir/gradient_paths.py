@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.functions import FunctionCall, call, calls, own_tensors, region, renamed
+from graftc.passes.core.ir.functions import Bodies, FunctionCall, call, calls, renamed
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
@@ -24,8 +24,9 @@ def require_gradient_paths(program: Program, store: Store) -> None:
     Raises:
         GraftError: GC023 naming it.
     """
-    reached = _Reached(program)
-    for name in _tensors(program):
+    bodies = Bodies()
+    reached = _Reached(program, bodies)
+    for name in _tensors(program, bodies):
         if not store.is_adapter(name) or name not in store:  # those of calls are made behind those of the bodies
             continue
         if store.get(name).requires_grad and name not in reached.tensors:
@@ -36,14 +37,11 @@ def require_gradient_paths(program: Program, store: Store) -> None:
             )
 
 
-def _tensors(program: Program) -> Iterator[str]:
+def _tensors(program: Program, bodies: Bodies) -> Iterator[str]:
     """The tensors that a Program reads, those of calls behind the others."""
     yield from (str(node.target) for node in program.graph.find_nodes(op="get_attr"))
-    own: dict[str, list[str]] = {}
     for one in calls(program.graph):
-        if one.body not in own:
-            own[one.body] = own_tensors(one)
-        yield from (renamed(name, one.body, one.path) for name in own[one.body])
+        yield from bodies.tensors(one)
 
 
 def _carries_gradient(node: fx.Node) -> bool:
@@ -61,8 +59,9 @@ class _Reached:
         tensors: their names.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, bodies: Bodies) -> None:
         self.tensors: set[str] = set()
+        self._bodies = bodies
         self._known: dict[Any, tuple[list[fx.Node], list[fx.Node]]] = {}
         reached: set[fx.Node] = set()
         pending = [node for node in program.output_node.all_input_nodes if _carries_gradient(node)]
@@ -84,16 +83,16 @@ class _Reached:
         one, index = FunctionCall(source), node.args[1]
         key = (one.body, *one.given, *one.made, index)
         if key not in self._known:
-            self._known[key] = _leading_to(one, one.made[index])  # type: ignore[index]
+            self._known[key] = _leading_to(one, one.made[index], self._bodies.region(one))  # type: ignore[index]
         sources, tensors = self._known[key]
         self.tensors |= {renamed(str(tensor.target), one.body, one.path) for tensor in tensors}
         inputs = dict(zip(one.given, one.inputs, strict=True))
         return [inputs.get(each, each) for each in sources]
 
 
-def _leading_to(one: FunctionCall, made: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+def _leading_to(one: FunctionCall, made: fx.Node, computed: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Values from outside of a body, and tensors, from which a gradient path leads to one of those that it has made."""
-    inside, given = set(region(set(one.given), one.made, one.body)), set(one.given)
+    inside, given = set(computed), set(one.given)
     sources: dict[fx.Node, None] = {}
     tensors: dict[fx.Node, None] = {}
     pending, met = [made], set[fx.Node]()
