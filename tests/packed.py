@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.pipeline import quantised_base
+from graftc.compiler.preparing import Prepared, prepare
 from graftc.passes.core.packing.modules import held_weight, packed_types
-from graftc.specs.options.base import BaseOptions
+from graftc.specs.document import Spec
 
 
 def dense_twin(model: nn.Module, axes: Sequence[Axis] | None = None, **options: Any) -> nn.Module:
@@ -21,7 +21,8 @@ def dense_twin(model: nn.Module, axes: Sequence[Axis] | None = None, **options: 
     modules = dict(twin.named_modules())
     count = 0
     with torch.no_grad():
-        for path, module in quantised_base(model, BaseOptions(**options), axes)[0].named_modules():
+        spec = Spec.model_validate({"adapt": [{"method": "full", "target": {"modules": "**"}}], "base": options})
+        for path, module in prepare(Prepared(spec, model, model, axes)).model.named_modules():
             for name in packed_types(module):
                 held = modules[path]._parameters[name]
                 assert held is not None

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftc.compiler.capture.anchor import Anchor
+from graftc.compiler.capture.cache import Known
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.identity.fingerprint import replaced_tensors
-from graftc.compiler.capture.interface import device_of, parameters
+from graftc.compiler.capture.identity.fingerprint import Identity, identify, replaced_tensors
+from graftc.compiler.capture.interface import Flags, device_of, parameters
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
@@ -230,7 +231,7 @@ class Compilation:
     watch: SourceWatch = field(repr=False)
     seed: int = 0
     use_cache: bool = True
-    known: Mapping[str, Callable[[], Capture | None]] = field(default_factory=dict, repr=False)
+    known: Known = field(default_factory=dict, repr=False)
     table: SignatureTable = field(default_factory=SignatureTable, repr=False)
     every_layer: bool = False
 
@@ -275,6 +276,16 @@ class Compilation:
     ) -> ProgramKey:
         """The key of a Program, by default of the first signature's."""
         return ProgramKey(entry, mode, self.main.signature if signature is None else signature, stage)
+
+    @property
+    def flags(self) -> Flags:
+        """The flags of the calls that were compiled first."""
+        return self.program_as_run("train", "base").flags
+
+    def captures(self) -> Known:
+        """What a Compilation was made of by its key, so that another one captures nothing twice."""
+        held = (capture for resolution in self.signatures.values() for capture in resolution.captures)
+        return {**self.known, **{capture.key: capture.again for capture in held if capture.key is not None}}
 
     def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
         """A Program that every signature has; by default one of the first signature."""
@@ -353,6 +364,14 @@ class Compilation:
         return replaced_tensors(
             self.store.updated, self.tensor_edits.trained_in_full(), Store.mirror(self.source).aliases
         )
+
+    def identity(self, *, full: bool = False) -> Identity:
+        """The identity of the base: of the source model, whatever values it has of what is `replaced`.
+
+        Args:
+            full: digest every value instead of some of each tensor.
+        """
+        return identify(self.source, full=full, replaced=self.replaced)
 
     @cached_property
     def controls(self) -> Mapping[str, CompositionSpec]:

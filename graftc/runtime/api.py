@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.arrivals.arrived import arrived
+from graftc.compiler.capture.attempts import first_capture
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
@@ -22,7 +23,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.inspect.snapshot import Snapshot, base_snapshot
 from graftc.compiler.missing_weights import check_fresh
-from graftc.compiler.pipeline import StartingPoint, compile_model, first_capture
+from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure

@@ -21,7 +21,7 @@ from graftc.specs.claims import Claims
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.errors.text import shown
 
-__all__ = ["GROUP", "SpecEntry", "method_spec", "method_specs", "reload_methods", "unknown_method"]
+__all__ = ["GROUP", "SpecEntry", "method_spec", "method_specs", "reload_methods", "unknown_method", "with_code"]
 
 GROUP = "graftc.methods"
 """The entry-point group of plugins."""
@@ -81,6 +81,25 @@ def method_spec(tag: str) -> SpecEntry | None:
     """
     own = None if _plugins() else _own().get(tag)
     return method_specs().get(tag) if own is None else next((e for e in _from_module(own) if e.tag == tag), None)
+
+
+def with_code(tag: str) -> tuple[SpecEntry, SpecEntry]:
+    """The method with a tag, and the one whose code it runs: that of its mechanism for a preset, or itself.
+
+    Raises:
+        GraftError: GC004 for an unknown tag; GC071 when the mechanism that a preset names is not a method with code of
+            its own.
+    """
+    entry = method_spec(tag)
+    if entry is None:
+        raise GraftError("GC004", f"method {tag!r} is unknown")
+    if entry.mechanism is None:
+        return entry, entry
+    mechanism = method_spec(entry.mechanism)
+    if mechanism is None or mechanism.mechanism is not None:
+        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is not a method with code of its own"
+        raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is not a preset")
+    return entry, mechanism
 
 
 def reload_methods() -> None:

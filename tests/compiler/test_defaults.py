@@ -12,10 +12,10 @@ import transformers as tf
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.capture.attempts import first_capture
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes, default_signatures
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.pipeline import first_capture
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,

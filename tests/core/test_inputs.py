@@ -14,6 +14,7 @@ from graftc.passes.core.weights.folds import Keep
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.lora import LoRAMethod
 from graftc.runtime.deploy.merged import fold
+from graftc.runtime.model.runner import runner_of
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from tests.families import tiny
 
@@ -67,7 +68,7 @@ def test_part_of_them_folds(order: tuple[str, ...], kept: str, monkeypatch: pyte
     before = outputs_of(compiled, inputs)
     method: Any = LoRAMethod if kept == "lora" else IA3Method
     monkeypatch.setattr(method, "fold", lambda *args: Keep("it is told to stay"))
-    made = fold(compiled, None)
+    made = fold(runner_of(compiled))
     assert set(made.kept) == ({"lora_below"} if kept == "lora" else {"second", "third"})
     assert made.certificate.passed
     assert largest_difference(outputs_of(made, inputs), before) <= 1e-12

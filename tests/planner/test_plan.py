@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftc
-from graftc.compiler.pipeline import signature_for
+from graftc.compiler.signatures import signature_for
 from graftc.runtime.model.simulated_step import Simulation
 from graftc.runtime.optim import SM3, AgedAdamW
 from graftc.runtime.planner.fitting import largest

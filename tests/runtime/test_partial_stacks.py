@@ -10,6 +10,7 @@ import torch
 
 import graftc
 from graftc.runtime.deploy.merged import fold
+from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
@@ -55,7 +56,7 @@ def stacked(family: str, names: tuple[str, ...], dtype: torch.dtype = torch.floa
 def test_those_below_fold(family: str, names: tuple[str, ...], count: int) -> None:
     compiled = stacked(family, names)
     chosen = [f"a{index}" for index in range(count)]
-    merged = fold(compiled, only=chosen)
+    merged = fold(runner_of(compiled), only=chosen)
     assert merged.certificate.passed and merged.folded == tuple(chosen) and "top" in merged.kept
     inputs = inputs_for(compiled)
     expected = outputs_of(compiled, inputs)

@@ -10,10 +10,10 @@ import torch
 
 import graftc
 from graftc.compiler.folding import certificate
-from graftc.compiler.folding.steps import fold_steps
+from graftc.compiler.folding.steps import as_cast, fold_steps
 from graftc.passes.core.weights.folds import LazyTensors, round_once
-from graftc.runtime.deploy import merged as module
-from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
+from graftc.runtime.deploy import certifying as module
+from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
 
@@ -102,5 +102,5 @@ def test_what_the_graph_casts_counts(compiled: Any) -> None:
         site = name.removesuffix(".weight")
         a, b = (compilation.store.get(f"{site}.graftc.lora.{part}").detach().bfloat16().double() for part in "AB")
         wanted = torch.addmm(compilation.store.get(name).double(), b, a, alpha=4)  # 16 / 4
-        assert torch.equal(cast(name), round_once(wanted, torch.bfloat16))
-        assert not torch.equal(cast(name), exact.folded(name))
+        assert torch.equal(cast.folded(name), round_once(wanted, torch.bfloat16))
+        assert not torch.equal(cast.folded(name), exact.folded(name))

@@ -17,9 +17,9 @@ from graftc.compiler.folding.route_evidence import Flips, RouteEvidence, moved, 
 from graftc.passes.core.ops.route import RouteChoice, Routes, route
 from graftc.passes.core.weights.folds import LazyTensors
 from graftc.passes.graph.route_choices import choices_of, route_choices
-from graftc.runtime.deploy import comparing, folded_runner
-from graftc.runtime.deploy import merged as merging
+from graftc.runtime.deploy import certifying, comparing, folded_runner
 from graftc.runtime.deploy.folded_store import folded_store
+from graftc.runtime.model.evaluation import Evaluation
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from tests.runtime.routed import FAMILIES, ROLES, near_twins, routed_model, spec
@@ -92,14 +92,11 @@ def test_merges_of_one_model_at_once(twins: Any) -> None:
 @every_twins
 def test_open_to_routes_the_graph_computes_the_same(twins: Any) -> None:
     inputs = _inputs(twins)
-    runner, routes = twins._graftc, Routes()
+    evaluation, routes = Evaluation(twins._graftc, inputs), Routes()
     with torch.no_grad():
-        plain = runner.in_eval(inputs)
-        with routes.taken():
-            opened = runner.in_eval(inputs, "routes")
-        again = Routes(routes.seen)
-        with again.taken():
-            imposed = runner.in_eval(inputs, "routes")
+        plain = evaluation.outputs()
+        opened = evaluation.outputs(routes)
+        imposed = evaluation.outputs(Routes(routes.seen))
     assert len(routes.seen) == 2
     for one, *others in zip(plain, opened, imposed, strict=True):
         assert all(torch.equal(one, other) for other in others)
@@ -204,7 +201,7 @@ def test_a_flip_between_scores_far_apart_is_refused(twins: Any, monkeypatch: pyt
     certificate = twins.merge().certificate
     gap = max(route.gap for route in certificate.routes)
     monkeypatch.setattr(comparing, "score_noise", lambda scores, dtype: gap / 1000)
-    monkeypatch.setattr(merging, "rounding_noise", lambda *given: 0.0)
+    monkeypatch.setattr(certifying, "rounding_noise", lambda *given: 0.0)
     with pytest.raises(GraftError) as caught:
         twins.merge()
     assert caught.value.code == "GC051" and "chose differently" in str(caught.value)
@@ -299,19 +296,19 @@ def test_ways_to_choose(case: str) -> None:
     lora = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "scores"}}]}
     compiled = graftc.compile(lora, Chooses(take), {"x": torch.rand(5, 6)})
     perturb(compiled.eval(), 0.5)
-    runner, x = compiled._graftc, torch.randn(5, 6)
+    x = torch.randn(5, 6)
+    evaluation = Evaluation(compiled._graftc, {"x": x})
     assert len(choices_of(compiled.compilation.program("eval", "base"))) >= count
     routes = Routes()
-    with torch.no_grad(), routes.taken():
-        (opened,) = runner.in_eval({"x": x}, "routes")
+    with torch.no_grad():
+        (opened,) = evaluation.outputs(routes)
         assert torch.equal(opened, compiled(x)) and len(routes.seen) == count
         other = {
             name: RouteChoice(own.scores, own.chosen.flip(-1) if own.chosen.shape[-1] > 1 else (own.chosen + 1) % 5)
             for name, own in routes.seen.items()
         }
         imposed = Routes(other)
-        with imposed.taken():
-            (found,) = runner.in_eval({"x": x}, "routes")
+        (found,) = evaluation.outputs(imposed)
     assert torch.equal(found, opened) is (count == 0)
     assert all(torch.equal(imposed.seen[name].chosen, own.chosen) for name, own in routes.seen.items())
 

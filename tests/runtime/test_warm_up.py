@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler import pipeline
+from graftc.compiler import signatures
 from graftc.passes.core import progress
 from graftc.runtime.activations.training_code import TrainingCode
 from graftc.specs.errors.diagnostics import GraftError
@@ -34,7 +34,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    noted(pipeline, "adapt_signature")
+    noted(signatures, "adapt_signature")
     noted(TrainingCode, "choose")
     return found
 

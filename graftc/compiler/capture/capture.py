@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -84,6 +84,10 @@ class Capture:
             written_out = inlined(self.traced)
             self.flat = written_out if written_out is self.traced else record_baseline(written_out)
         return self.flat
+
+    def again(self) -> Capture:
+        """The same for another Compilation, which has a graph of its own to work on."""
+        return replace(self, traced=self.traced.copy(), flat=None)
 
 
 def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:

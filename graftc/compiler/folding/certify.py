@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.evaluating import evaluate, evaluate_all
 from graftc.compiler.folding.retention import Retention
@@ -31,6 +30,7 @@ from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.sites.uses import PROBES, Lookup
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.graph.remove_folded import added_bias
 
 LARGE = 2**21
 """Elements from which on outputs are looked up, and compared, in parts."""
@@ -56,9 +56,9 @@ class Folded:
 
 
 def fold_tensors(
-    compilation: Compilation,
     lazy: LazyTensors,
-    unfolded: Program | None = None,
+    unfolded: Program,
+    base: Program,
     seed: int = 0,
     advance: Advance = lambda _: None,
 ) -> Folded:
@@ -66,16 +66,16 @@ def fold_tensors(
     it in the graph.
 
     Args:
-        compilation: what is folded.
         lazy: the tensors.
-        unfolded: the graph with just the adaptations that fold; that of the Compilation by default.
+        unfolded: the eval graph with just the adaptations that fold.
+        base: that of the base.
         seed: of the probes.
         advance: is told how much has been done.
     """
-    adapted = Adapted(unfolded or compilation.program("eval"))
+    adapted = Adapted(unfolded)
     uses: list[tuple[int, Use]] = []
     readers: dict[str, tuple[int, fx.Node]] = {}
-    for at, node in enumerate(compilation.program("eval", "base").graph.nodes):
+    for at, node in enumerate(base.graph.nodes):
         if node.op == "get_attr" and lazy.chain(str(node.target)):
             readers.setdefault(str(node.target), (at, node))
         elif (use := linear_use(node)) is not None and any(lazy.chain(name) for name in _tensors_of(use)):
@@ -106,11 +106,6 @@ def fold_tensors(
 def _tensors_of(use: Use) -> tuple[str, str]:
     """The tensors that a map reads; a bias by the name that it has where folding adds it."""
     return use.weight.tensor, added_bias(use.node) if use.bias is None else use.bias.tensor
-
-
-def added_bias(node: fx.Node) -> str:
-    """Name of the bias that folding adds to a map that has none."""
-    return f"{node.meta['module']}.bias".lstrip(".")
 
 
 class Adapted:

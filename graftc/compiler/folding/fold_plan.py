@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.steps import fold_steps
+from graftc.compiler.folding.steps import OwnSteps, in_order, own_steps
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
@@ -47,22 +47,23 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
     Raises:
         GraftError: of ``only``, GC091 for an unknown name, GC050 and GC022 for what does not fold.
     """
+    rewritten = _rewritten(compilation)
     units = {unit.name: unit for unit in compilation.units}
     resolved = {name: unit.members[0] for name, unit in units.items()}
     for name in only or ():
         if name not in (TOKENS, TRAIN, *resolved):
             raise unknown_name("adaptation", name, (TOKENS, TRAIN, *resolved))
-    rewritten = _rewritten(compilation)
     names: list[str] = []
+    steps: list[OwnSteps] = []
     kept: dict[str, GraftError] = {}
     for name in [TOKENS, TRAIN, *resolved]:
-        below = _below(resolved, name, kept)
+        present, below = _present(compilation, name), _below(resolved, name, kept)
         try:
             if only is not None and name not in only:
-                if _present(compilation, name):
+                if present:
                     kept[name] = GraftError("GC050", f"{name!r} is not among what was to be folded")
                 continue
-            if rewritten is not None and _present(compilation, name):
+            if rewritten is not None and present:
                 raise rewritten
             if below is not None:
                 chosen = only is None or below[0] in only
@@ -70,13 +71,15 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
                 message = f"{name!r} stands on {below[0]!r} at {below[1]}, {reason}"
                 other = "without it" if chosen else f"{below[0]!r} too"
                 raise GraftError("GC050", message, hint=f"fold {other}, or put {name!r} first in the spec")
-            if fold_steps(compilation, [name]):
+            own = own_steps(compilation, name)
+            if any(own):
                 names.append(name)
+                steps.append(own)
         except GraftError as error:
             if error.code not in ("GC022", "GC050") or only is not None:
                 raise
             kept[name] = error
-    lazy = LazyTensors(compilation.store, fold_steps(compilation, names))
+    lazy = LazyTensors(compilation.store, in_order(steps))
     for unit in units.values():  # what becomes of a composition becomes of its members
         for member in unit.members:
             if unit.name in kept:

@@ -8,7 +8,7 @@ are from the folded ones, is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -42,10 +42,12 @@ class Repacked:
     Attributes:
         packed: the parts of what changed, by the weight's name; all others keep theirs.
         evidence: by site.
+        budget: the default budget of outputs, relative to the largest one; 0 where nothing was packed again.
     """
 
     packed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     evidence: tuple[PackingEvidence, ...] = ()
+    budget: float = 0.0
 
 
 def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, Repacked]:
@@ -64,8 +66,9 @@ def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, 
     """
     tensors, packed = dict(made.tensors), dict[str, tuple[Tensor, ...]]()
     evidence: list[PackingEvidence] = []
-    total, of_sites = Retention(), dict[str, Retention]()
+    total, of_sites, budget = Retention(), dict[str, Retention](), 0.0
     for name, folded in made.tensors.items():
+        parts = _parts(name, lazy.chain(name))
         base = store.full(name) if name in store else torch.zeros_like(folded)
         now = folded
         if name in store.packed:
@@ -74,16 +77,17 @@ def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, 
                 now = base
             else:
                 packed[name] = _packed(store, name, own, folded, same)
+                budget = max(budget, REQUANTISED_BUDGET.get(own.packing.kind, REQUANTISED_MOST))
                 now = own.value(packed[name])
             del tensors[name]
-            evidence += _at_sites(name, own, lazy.chain(name), (base, folded, now))
+            evidence += _at_sites(name, own, parts, (base, folded, now))
         left = retained(base, folded, now)
         total += left
-        for site, part in _parts(name, lazy.chain(name)):
+        for site, part in parts:
             mine = left if part.whole else retained(*(part.take(each) for each in (base, folded, now)))
             of_sites[site] = of_sites.get(site, Retention()) + mine
     sites = tuple(replace(s, retention=of_sites.get(s.site, s.retention)) for s in made.sites)
-    return replace(made, tensors=tensors, sites=sites, retention=total), Repacked(packed, tuple(evidence))
+    return replace(made, tensors=tensors, sites=sites, retention=total), Repacked(packed, tuple(evidence), budget)
 
 
 def _packed(store: Store, name: str, own: PackedType, folded: Tensor, same: Tensor) -> tuple[Tensor, ...]:
@@ -101,10 +105,9 @@ def _parts(name: str, steps: Iterable[FoldStep]) -> list[tuple[str, WeightSlice]
 
 
 def _at_sites(
-    name: str, own: PackedType, steps: tuple[FoldStep, ...], values: tuple[Tensor, Tensor, Tensor]
+    name: str, own: PackedType, parts: Sequence[tuple[str, WeightSlice]], values: tuple[Tensor, Tensor, Tensor]
 ) -> list[PackingEvidence]:
     _, folded, now = values
-    parts = _parts(name, steps)
     turned = own.packing.transposed
     base, after, packed = (each.transpose(-1, -2) if turned else each for each in values)
     untouched = (after == base).all(-1)
@@ -130,8 +133,3 @@ def _at_sites(
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else (0.0 if not part else math.inf)
-
-
-def budget_of(packings: Iterable[PackedType]) -> float:
-    """The default budget of outputs where weights of these types are packed again, relative to the largest output."""
-    return max((REQUANTISED_BUDGET.get(own.packing.kind, REQUANTISED_MOST) for own in packings), default=0.0)

@@ -14,6 +14,9 @@ from graftc.passes.core.weights import folds
 PIECE = 2**18
 """Elements that are rounded and checked at a time."""
 
+NARROW = (torch.bfloat16, torch.float16)
+"""Types of 16 bits, which may round a small update away. What is in one can be widened, to float32."""
+
 
 def round_pieces(into: Tensor, exact: Tensor) -> None:
     """Round a float64 tensor once into a contiguous one of the same shape, to its type."""
@@ -55,7 +58,10 @@ def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tup
 
 def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
     """How much of an update is left, of tensors of any size and layout."""
-    return Retention.total(Retention.of(*parts) for parts in pieces(base, exact, rounded))
+    left = Retention()
+    for parts in pieces(base, exact, rounded):
+        left += Retention.of(*parts)
+    return left
 
 
 def units_in_last_place(found: Tensor, exact: Tensor) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.rounding import NARROW
 from graftc.compiler.resolve.compose import Unit, averaged, keep_composed
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
@@ -23,7 +25,6 @@ from graftc.passes.core.weights.folds import (
     StandIn,
     TensorFold,
     WeightFunction,
-    weight_fold,
 )
 from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
@@ -31,6 +32,13 @@ from graftc.specs.errors.diagnostics import GraftError
 
 Read = Callable[[str], Tensor]
 """Gives an adapter tensor by its Store name."""
+
+
+class OwnSteps(NamedTuple):
+    """The steps of one adaptation: what is ``below`` everything that stands at sites, and what is ``above`` that."""
+
+    below: list[FoldStep]
+    above: list[FoldStep]
 
 
 def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read: Read | None = None) -> list[FoldStep]:
@@ -45,17 +53,24 @@ def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read
     Raises:
         GraftError: GC050 naming the adaptation that cannot fold and why.
     """
-    found = compilation.unit_of
-    names = only if only is not None else [TOKENS, TRAIN, *found]
+    names = only if only is not None else [TOKENS, TRAIN, *compilation.unit_of]
+    return in_order(own_steps(compilation, name, read) for name in names)
+
+
+def own_steps(compilation: Compilation, name: str, read: Read | None = None) -> OwnSteps:
+    """What one adaptation changes, or one that has nothing to fold. Args and errors as for `fold_steps`."""
     read = read or compilation.store.full
-    below: list[FoldStep] = []
-    steps: list[FoldStep] = []
-    for name in names:
-        below += _overlay_steps(compilation, name, read)
-        own = site_steps(compilation, found[name], read) if name in found else []
-        below += [step for step in own if step.weight.layout is Layout.PLAIN]
-        steps += [step for step in own if step.weight.layout is not Layout.PLAIN]
-    return [*below, *steps]
+    unit = compilation.unit_of.get(name)
+    own = site_steps(compilation, unit, read) if unit is not None else []
+    below = [step for step in own if step.weight.layout is Layout.PLAIN]
+    above = [step for step in own if step.weight.layout is not Layout.PLAIN]
+    return OwnSteps([*_overlay_steps(compilation, name, read), *below], above)
+
+
+def in_order(every: Iterable[OwnSteps]) -> list[FoldStep]:
+    """The steps of several adaptations, in the order in which they apply."""
+    held = list(every)
+    return [step for own in held for step in own.below] + [step for own in held for step in own.above]
 
 
 def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -> list[FoldStep]:
@@ -100,7 +115,7 @@ def _tensor_steps(compilation: Compilation, name: str, site: Site, method: str, 
     for own in slices:
         if own.part in fold.changes:
             every = own.at(None).as_stored
-            steps.append(FoldStep(name, str(site.key), every, None, _changed(fold.changes[own.part])))
+            steps.append(FoldStep.of_tensor(name, str(site.key), every, fold.changes[own.part]))
     return steps
 
 
@@ -122,8 +137,23 @@ def lazy_tensors(compilation: Compilation) -> LazyTensors:
     return LazyTensors(compilation.store, fold_steps(compilation))
 
 
-def _changed(change: Callable[[Tensor], Tensor]) -> WeightFunction:
-    return weight_fold(change).apply
+def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
+    """Folded tensors as they come out of adapter tensors in the types that the adapted graph computes with.
+
+    Args:
+        compilation: what is folded.
+        names: of which adaptations.
+    """
+    graph = compilation.program("eval").graph
+    nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+
+    def read(name: str) -> Tensor:
+        value, users = compilation.store.full(name), nodes[name].users if name in nodes else ()
+        types = {user.meta["val"].dtype for user in users if user.target is torch.ops.aten.to.dtype}
+        narrow = [dtype for dtype in NARROW if dtype in types]
+        return value.to(narrow[0]) if narrow else value
+
+    return LazyTensors(compilation.store, fold_steps(compilation, names, read))
 
 
 def _replace(read: Read, edit: TensorEdit) -> WeightFunction:

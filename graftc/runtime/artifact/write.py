@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftc.compiler.capture.identity.fingerprint import Identity, identify
+from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.inspect.pass_figures import passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
@@ -86,7 +86,7 @@ def save(
             bundle(folder / BUNDLED)
         source = runner.compilation.source
         reference = Reference.of(source, evidence.base) if bundle is None else Reference("inside", BUNDLED)
-        identity = identify(source, full=evidence.full, replaced=runner.compilation.replaced)
+        identity = runner.compilation.identity(full=evidence.full)
         text = _write(runner, folder, reference.seen_from(path), identity, evidence)
         return read_manifest(text.encode(), str(path))
 

@@ -41,7 +41,6 @@ def compile(
             check_destination(to, force=force, replaceable=is_artifact)
         step("loading the model")
 
-        from graftc.compiler.capture.identity.fingerprint import identify
         from graftc.runtime.api import compile as compile_spec
         from graftc.runtime.artifact.write import ArtifactEvidence, save
         from graftc.runtime.deploy.merged import certificate_of
@@ -55,9 +54,7 @@ def compile(
         step("certifying")
         certificate, kept = certificate_of(compiled) if certify else (None, {})
         if to is None:
-            fingerprint = identify(
-                compiled.compilation.source, full=full, replaced=compiled.compilation.replaced
-            ).fingerprint
+            fingerprint = compiled.compilation.identity(full=full).fingerprint
         else:
             step("writing")
             written = save(compiled, to, ArtifactEvidence(certificate, kept, model, full), force=force)

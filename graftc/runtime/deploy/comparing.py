@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from graftc.compiler.folding.differences import largest_difference, largest_numb
 from graftc.compiler.folding.route_evidence import TIMES, Flips, RouteEvidence, moved, score_noise
 from graftc.compiler.folding.samples import samples
 from graftc.passes.core.ops.route import Routes
-from graftc.passes.graph.route_choices import choices_of
+from graftc.runtime.model.evaluation import Evaluation
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
@@ -36,24 +36,27 @@ class OutputComparison:
         allowed: by the names of choices, how far apart scores may be in any case.
     """
 
-    def __init__(self, before: ModelRunner, after: ModelRunner, inputs: Mapping[str, Tensor]) -> None:
-        base = before.compilation.program("eval", "base", before.signature_in_eval(inputs))
-        self._model, self._inputs = after, inputs
-        self._modules = {node.name: str(node.meta.get("module", "")) for node in choices_of(base)}
-        first, self._own = Routes(), Routes()
-        with self._routed(before) as run:
-            self.before = run(first)
-        self._imposed = first.seen
-        with self._routed(after) as run:
-            self._own = Routes(self._imposed)
-            self.after = run(self._own)
+    def __init__(self, first: Evaluation, second: Evaluation, difference: float = 0.0, share: float = 0.0) -> None:
+        routes = Routes()
+        self.before = first.outputs(routes)
+        self._imposed, self._second = routes.seen, second
+        base = first.base
+        chosen = (node for node in base.graph.nodes if node.name in self._imposed)
+        self._modules = {node.name: str(node.meta.get("module", "")) for node in chosen}
+        self._own = Routes(self._imposed)
+        try:
+            self.after = second.outputs(self._own)
+        finally:
+            second.forget()
         self.differences = {
             name: largest_difference(a, b)
             for name, a, b in zip(base.outputs.names, self.before, self.after, strict=True)
             if isinstance(a, Tensor) and a.is_floating_point()
         }
         self.noise: dict[str, float] = {}
-        self.allowed: dict[str, float] = {}
+        self.allowed = {
+            name: max(difference, share * largest_number(choice.scores)) for name, choice in self._imposed.items()
+        }
 
     @property
     def largest(self) -> float:
@@ -71,21 +74,18 @@ class OutputComparison:
     def repeating(self) -> Iterator[Callable[[], Outputs]]:
         """Gives what runs the second model again, with the same routes: its weights may have changed a little. `noise`
         says how far scores move."""
-        with self._routed(self._model) as run:
 
-            def again() -> Outputs:
-                routes = Routes(self._imposed)
-                outputs = run(routes)
-                for name, far in moved(self._own.seen, routes.seen).items():
-                    self.noise[name] = max(far, self.noise.get(name, 0.0))
-                return outputs
+        def again() -> Outputs:
+            routes = Routes(self._imposed)
+            outputs = self._second.outputs(routes)
+            for name, far in moved(self._own.seen, routes.seen).items():
+                self.noise[name] = max(far, self.noise.get(name, 0.0))
+            return outputs
 
+        try:
             yield again
-
-    def allow(self, difference: float, share: float = 0.0) -> None:
-        """Count scores as close up to a difference, or up to a share of the largest score of their choice."""
-        for name, choice in self._imposed.items():
-            self.allowed[name] = max(difference, share * largest_number(choice.scores))
+        finally:
+            self._second.forget()
 
     @property
     def explained(self) -> bool:
@@ -98,41 +98,29 @@ class OutputComparison:
         evidence: list[RouteEvidence] = []
         for name, item in self.flips.items():
             scores = self._imposed[name].scores
-            noise = max(self.noise.get(name, 0.0), score_noise(scores, self._model.dtype))
+            noise = max(self.noise.get(name, 0.0), score_noise(scores, self._second.runner.dtype))
             bound = max(TIMES * noise, self.allowed.get(name, 0.0))
             evidence.append(RouteEvidence(name, self._modules[name], item.choices, item.flips, item.gap, noise, bound))
         return tuple(evidence)
 
-    @contextmanager
-    def _routed(self, model: ModelRunner) -> Iterator[Callable[[Routes], Outputs]]:
-        """Gives what runs a model and records its choices. The second model, which nobody else has yet, is without the
-        code for that afterwards."""
-        if not self._modules:
-            yield lambda routes: model.in_eval(self._inputs)
-            return
-
-        def run(routes: Routes) -> Outputs:
-            with routes.taken():
-                return model.in_eval(self._inputs, "routes")
-
-        try:
-            yield run
-        finally:
-            if model is self._model:
-                model.complete().forget("routes")
-
 
 @torch.no_grad()
-def compared(before: ModelRunner, after: ModelRunner) -> OutputComparison:
+def compared(before: ModelRunner, after: ModelRunner, difference: float = 0.0, share: float = 0.0) -> OutputComparison:
     """Two models of the same interface on random inputs, or, where these make no sense, on those of callers, in eval
     mode.
+
+    Args:
+        before: the first model.
+        after: the second one. Nobody else has it yet.
+        difference, share: scores that are at most so far apart, or that share of the largest of their choice, count as
+            close.
 
     Raises:
         GraftError: GC051 where the models do not run on random inputs, and nobody gave others.
     """
     inputs = samples(before.compilation)
     try:
-        return OutputComparison(before, after, inputs)
+        return OutputComparison(Evaluation(before, inputs), Evaluation(after, inputs), difference, share)
     except (RuntimeError, ValueError, LookupError) as error:
         message = f"the model does not run on random inputs, so that nothing can be certified: {first_line(error)}"
         hint = "call it once, or compile it, with inputs that it runs on: a certificate then runs these"

@@ -30,6 +30,7 @@ from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merging import Merging
 from graftc.runtime.deploy.partial import Partial
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.evaluation import Evaluation
 from graftc.runtime.model.runner import runner_of
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation
@@ -384,7 +385,8 @@ def _outputs(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, flo
     inputs = samples(compilation)
     differences: dict[str, float] = {}
     largest = 0.0
-    for name, a, b in zip(program.outputs.names, before.in_eval(inputs), after.in_eval(inputs), strict=True):
+    both = (Evaluation(runner, inputs).outputs() for runner in (before, after))
+    for name, a, b in zip(program.outputs.names, *both, strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point():
             differences[name] = largest_difference(a, b)
             largest = max(largest, largest_number(a))

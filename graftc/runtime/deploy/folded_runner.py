@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import Certificate
-from graftc.compiler.folding.certify import Folded, added_bias
+from graftc.compiler.folding.certify import Folded
 from graftc.compiler.folding.fold_plan import FoldPlan
-from graftc.passes.core.build.effective_weight import NO_BIAS
-from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.passes.graph.remove_folded import take_out
+from graftc.passes.graph.remove_folded import folded
 from graftc.runtime.deploy.folded_store import folded_store
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import Root
@@ -53,7 +51,7 @@ class FoldedRunner(ModelRunner):
             return super().program_of(key)
         if key.mode != "eval":
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
-        return _folded_program(super().program_of(key), self.folded, self.additions)
+        return folded(super().program_of(key), self.folded, self.additions)
 
     def _start_in_modes(self, module: Root) -> None:
         """See `ModelRunner`. In eval mode, whatever mode the source is in."""
@@ -70,35 +68,3 @@ class FoldedRunner(ModelRunner):
         weight that is packed, what is stored of it, as in the state dict of the compiled model."""
         own = ((name, t) for name, t in self.store.tensors() if name not in self.store.constants)
         return {name: tensor.detach() for name, tensor in own}
-
-
-def _folded_program(program: Program, names: Collection[str], additions: tuple[str, ...]) -> Program:
-    """An eval Program without what has folded, reading added biases where there are any."""
-    folded = take_out(program, names)
-    _add_biases(folded, additions)
-    return folded
-
-
-def _add_biases(program: Program, additions: Collection[str]) -> None:
-    """Let maps read the biases that folding has made, and adaptations above that look at a map's bias."""
-    graph, wanted = program.graph, set(additions)
-    for node in list(graph.nodes) if wanted else ():
-        name = added_bias(node) if node.op == "call_function" else ""
-        if name not in wanted:
-            continue
-        inserted = provenance(node)
-        looks = inserted is not None and inserted["part"] == NO_BIAS
-        maps = inserted is None and node.target is torch.ops.aten.linear.default and len(node.args) == 2
-        if not (looks or maps):
-            continue
-        with graph.inserting_before(node):
-            bias = graph.get_attr(name)
-        value = node.meta["val"]
-        bias.meta = {"val": value.new_empty(value.shape[-1]), "module": node.meta["module"]}
-        if looks:
-            with graph.inserting_before(node):
-                cast = graph.call_function(torch.ops.aten.to.dtype, (bias, value.dtype))
-            cast.meta = dict(node.meta)
-            node.replace_all_uses_with(cast)
-        else:
-            node.args = (*node.args, bias)

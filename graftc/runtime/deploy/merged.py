@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, get_args
 
 import torch
-from torch import fx
 
-from graftc.compiler.capture.identity.fingerprint import identify
-from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate, require_changed
-from graftc.compiler.folding.certify import Advance, Folded, fold_tensors
-from graftc.compiler.folding.collapse import collapse_evidence
+from graftc.compiler.folding.certificate import Certificate, require_changed
+from graftc.compiler.folding.certify import Advance, fold_tensors
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
-from graftc.compiler.folding.requantise import BaseForm, Repacked, budget_of, requantised
-from graftc.passes.core.ir.printer import structural_hash
-from graftc.passes.core.ir.program import Program
+from graftc.compiler.folding.requantise import BaseForm, Repacked, requantised
 from graftc.passes.graph.remove_folded import take_out
-from graftc.runtime.deploy.comparing import compared
+from graftc.runtime.deploy.certifying import FoldRequest, certify
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged
-from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
-from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
+from graftc.runtime.deploy.widening import widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.export.gguf.model import export_merged
 from graftc.runtime.interop.transformers import to_transformers
@@ -123,7 +116,7 @@ class Merged(ModelRoot, Generic[M]):
 
 
 def merge(
-    compiled: ModelRoot | AdaptedRunner,
+    runner: AdaptedRunner,
     budget: float | None = None,
     advance: Advance = lambda _: None,
     *,
@@ -132,12 +125,11 @@ def merge(
     allow_unchanged: bool = False,
 ) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
-    require_decided(compiled, base)
-    runner = widened(compiled, dtype, base)
-    merged = fold(runner, budget, every=True, advance=advance, base=base)
+    require_decided(runner, base)
+    wide = widened(runner, dtype, base)
+    merged = fold(wide, FoldRequest(as_budget(budget), base, advance, runner), every=True)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)
-    merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
     return merged
 
 
@@ -156,13 +148,13 @@ def require_passed(certificate: Certificate) -> None:
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
 
 
-def require_decided(compiled: ModelRoot | AdaptedRunner, base: BaseForm | None) -> None:
+def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
     """Refuse a merge into packed weights of which it is not said what becomes of them.
 
     Raises:
         GraftError: GC073 for what is neither, GC165 where a decision is missing, GC166 where there is none to take.
     """
-    store = runner_of(compiled).compilation.store
+    store = runner.compilation.store
     if base not in (None, *get_args(BaseForm)):
         raise GraftError("GC073", f"base={base!r} is not known", hint='write "full" or "requantized"')
     if store.packed and base is None:
@@ -187,33 +179,26 @@ def require_weights(runner: AdaptedRunner) -> None:
 
 
 def fold(
-    compiled: ModelRoot | AdaptedRunner,
-    budget: float | None = None,
+    runner: AdaptedRunner,
+    request: FoldRequest | None = None,
     *,
     every: bool = False,
     only: Sequence[str] | None = None,
-    advance: Advance = lambda _: None,
-    base: BaseForm | None = None,
 ) -> Merged:
     """Fold what folds. The certificate may say that it did not pass.
 
     Args:
-        compiled: what to fold; it stays as it is.
-        budget: as for `Compiled.merge`.
+        runner: of the model to fold; it stays as it is.
+        request: how it is asked for; as `Compiled.merge` does by default.
         every: all adaptations have to fold.
         only: these have to fold, and no others do; None for all that fold.
-        advance: is told how much of the folding is done, from 0 to 1.
-        base: what becomes of packed weights, see `Compiled.merge`. By default those that change are in full
-            precision, and the others stay packed: what a certificate needs.
 
     Raises:
         GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold;
-            GC091 for an unknown name in ``only``; GC073 for a budget that is not a number.
+            GC091 for an unknown name in ``only``.
     """
-    budget = as_budget(budget)
-    runner: AdaptedRunner = runner_of(compiled)
     with working("folding", runner):
-        return _fold(runner, budget, _plan(runner, only, every=every), advance, base)
+        return _fold(runner, _plan(runner, only, every=every), request or FoldRequest())
 
 
 def _plan(runner: AdaptedRunner, only: Sequence[str] | None, *, every: bool) -> FoldPlan:
@@ -224,19 +209,19 @@ def _plan(runner: AdaptedRunner, only: Sequence[str] | None, *, every: bool) -> 
     return plan
 
 
-def _fold(
-    runner: AdaptedRunner, budget: float | None, plan: FoldPlan, advance: Advance, base: BaseForm | None
-) -> Merged:
+def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged:
     compilation = runner.compilation
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
     with torch.no_grad():
-        unfolded = take_out(compilation.program("eval"), plan.kept) if plan.kept else None
-        folded = fold_tensors(compilation, plan.lazy, unfolded, advance=advance)
+        unfolded = compilation.program("eval")
+        if plan.kept:
+            unfolded = take_out(unfolded, plan.kept)
+        folded = fold_tensors(plan.lazy, unfolded, compilation.program("eval", "base"), advance=request.advance)
         repacked = Repacked()
-        if base == "requantized":
+        if request.base == "requantized":
             folded, repacked = requantised(compilation.store, plan.lazy, folded)
-        merged = Merged(MergedRunner(compilation, plan, folded, repacked.packed, full=base == "full"))
-        merged._graftc.certificate = _certify(runner, merged._graftc, folded, repacked, budget)
+        merged = Merged(MergedRunner(compilation, plan, folded, repacked.packed, full=request.base == "full"))
+        merged._graftc.certificate = certify(runner, merged._graftc, plan, folded, repacked, request)
     return merged
 
 
@@ -246,75 +231,9 @@ def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | N
     Raises:
         GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
     """
-    merged = fold(compiled)
+    merged = fold(runner_of(compiled))
     if merged.folded and not merged.certificate.finite:
         message = "the model gives numbers that are not finite, so that nothing can be certified"
         hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
         raise GraftError("GC051", message, hint=hint)
     return (merged.certificate if merged.folded else None), dict(merged.kept)
-
-
-def _certify(
-    compiled: AdaptedRunner, merged: FoldedRunner, folded: Folded, repacked: Repacked, budget: float | None
-) -> Certificate:
-    compilation, additions = compiled.compilation, merged.additions
-    base = compilation.program("eval", "base")
-    comparison = compared(compiled, merged)
-    chosen = budget if budget is not None else compilation.spec.fold.budget.logits
-    packed = budget_of(compilation.store.packed[n] for n in repacked.packed)
-    budget = chosen
-    if budget is None:
-        budget = max(DEFAULT_BUDGET.get(compiled.dtype, 1e-4), packed) * max(1.0, comparison.largest)
-    worst = max(comparison.differences.values(), default=0.0)
-    # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
-    doubted = chosen is None and budget < worst < math.inf and compiled.dtype in NARROW
-    comparison.allow(chosen or 0.0, packed)
-    notes: tuple[str, ...] = ()
-    if doubted or not comparison.explained:
-        weights = {name: merged.store.get(name) for name in merged.changed}
-        weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
-
-        def enough(noise: float) -> bool:
-            return (not doubted or 2 * noise >= worst) and comparison.explained
-
-        with comparison.repeating() as run:
-            noise = rounding_noise(weights, recasting(compilation, merged.folded), run, comparison.after, enough)
-        if doubted and 2 * noise > budget:
-            notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
-            budget = 2 * noise
-    if repacked.packed:
-        count = f"{len(repacked.packed)} weights" if len(repacked.packed) > 1 else "1 weight"
-        notes += (f"the fold is not exact: {count} that it changes were packed again",)
-    elif compilation.store.packed:
-        notes += ("the base's weights are packed; what was folded is in full precision",)
-    program = merged.program_of(compilation.key("eval"))
-    if merged.kept:
-        program = take_out(program, merged.kept)
-    return Certificate(
-        sites=folded.sites,
-        outputs=comparison.differences,
-        budget=budget,
-        routes=comparison.routes,
-        structure=structural_hash(_without(program, additions), compilation.store.canonical),
-        base_structure=structural_hash(base, compilation.store.canonical),
-        additions=additions,
-        fingerprint=identify(compilation.source, replaced=compilation.replaced).fingerprint,
-        dtype=str(compiled.dtype).removeprefix("torch."),
-        collapses=collapse_evidence(compilation),
-        anchors=compilation.main.anchors,
-        retention=folded.retention,
-        notes=notes,
-        requantised=repacked.evidence,
-    )
-
-
-def _without(program: Program, additions: tuple[str, ...]) -> Program:
-    """The Program less the declared additions, to compare with the base's."""
-    if not additions:
-        return program
-    result, added = program.copy(), set(additions)
-    for node in list(result.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
-        bias = node.args[2] if len(node.args) > 2 else None
-        if isinstance(bias, fx.Node) and bias.target in added:
-            node.args = node.args[:2]
-    return result

@@ -44,7 +44,7 @@ class Merging:
     ) -> Merged[Any]:
         """See `Compiled.merge`."""
         TrainingSteering(self.runner).warn_of_unsteered()
-        chosen = self.runner if names is None else self.runner.alone(as_names(names))
+        chosen = self.runner if names is None else self.runner.alone(as_names(names))._graftc
         told = progress or (lambda _: None)
         return merge(chosen, budget, told, dtype=dtype, base=base, allow_unchanged=allow_unchanged)
 

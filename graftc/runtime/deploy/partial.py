@@ -17,25 +17,28 @@ from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.folding.route_evidence import worse
+from graftc.compiler.folding.steps import as_cast, fold_steps
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.weights.folds import LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
+from graftc.runtime.deploy.certifying import FoldRequest
 from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
-from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
+from graftc.runtime.deploy.widening import unquantised, widened
 from graftc.runtime.export.adapted import ExportingAdapted
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import M, ModelRoot, runner_of
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
-from graftc.specs.errors.arguments import as_path
+from graftc.specs.errors.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import options_for
 
@@ -114,21 +117,17 @@ def merge_partially(
 ) -> Partial[Any, Any]:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
-    require_decided(compiled, base)
-    merged = _folded(compiled, budget, only=only, base=base, allow_unchanged=allow_unchanged)
-    return _partial(compiled, merged)
+    runner: AdaptedRunner = runner_of(compiled)
+    require_decided(runner, base)
+    request = FoldRequest(as_budget(budget), base)
+    merged = _folded(runner, request, only=only, allow_unchanged=allow_unchanged)
+    return _partial(runner, merged)
 
 
 def _folded(
-    compiled: ModelRoot | AdaptedRunner,
-    budget: float | None,
-    advance: Advance = lambda _: None,
-    *,
-    only: Sequence[str] | None = None,
-    base: BaseForm | None,
-    allow_unchanged: bool,
+    runner: AdaptedRunner, request: FoldRequest, *, only: Sequence[str] | None = None, allow_unchanged: bool
 ) -> Merged:
-    merged = fold(compiled, budget, only=only, advance=advance, base=base)
+    merged = fold(runner, request, only=only)
     _require_any(merged)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)
@@ -149,8 +148,7 @@ def _require_any(merged: Merged) -> None:
     raise GraftError("GC050", message, hint=hint, details=reasons)
 
 
-def _partial(compiled: ModelRoot | AdaptedRunner, merged: Merged) -> Partial[Any, Any]:
-    runner: AdaptedRunner = runner_of(compiled)
+def _partial(runner: AdaptedRunner, merged: Merged) -> Partial[Any, Any]:
     compilation = runner.compilation
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
@@ -180,11 +178,12 @@ def merge_what_folds(
     Raises:
         GraftError: as `merge_partially`; GC073 for a dtype that is not wider.
     """
-    require_decided(compiled, base)
-    runner = widened(compiled, dtype, base)
-    merged = _folded(runner, budget, advance, base=base, allow_unchanged=allow_unchanged)
-    merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
-    return _partial(runner, merged) if merged.kept else merged
+    runner: AdaptedRunner = runner_of(compiled)
+    require_decided(runner, base)
+    wide = widened(runner, dtype, base)
+    request = FoldRequest(as_budget(budget), base, advance, runner)
+    merged = _folded(wide, request, allow_unchanged=allow_unchanged)
+    return _partial(wide, merged) if merged.kept else merged
 
 
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
@@ -216,7 +215,9 @@ def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRun
     if merged.changed and not found.explained:
         weights = {name: after.compilation.store.get(name) for name in merged.changed}
         with found.repeating() as run:
-            recast = recasting(before.compilation, merged.folded)
+            compilation, names = before.compilation, merged.folded
+            exact = LazyTensors(compilation.store, fold_steps(compilation, names))
+            recast = recasting(as_cast(compilation, names), exact)
             rounding_noise(weights, recast, run, found.after, lambda _: found.explained)
     outputs = dict(certificate.outputs)
     for name, anew in found.differences.items():

@@ -7,13 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.differences import largest_difference
-from graftc.compiler.folding.steps import fold_steps
 from graftc.passes.core.weights.folds import LazyTensors
-from graftc.runtime.deploy.widening import NARROW
 
-__all__ = ["as_cast", "recasting", "rounding_noise"]
+__all__ = ["recasting", "rounding_noise"]
 
 TIMES = 8
 """How many other roundings are tried at most. A router chooses differently in few of them."""
@@ -66,33 +63,12 @@ def rounding_noise(
     return worst
 
 
-def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
+def recasting(cast: LazyTensors, exact: LazyTensors) -> Callable[[str], Tensor]:
     """Gives, in float64, how folded tensors change where they are folded from adapter tensors in the types that the
     adapted graph computes with.
 
     Args:
-        compilation: what is folded.
-        names: of which adaptations.
+        cast: the folded tensors, as `as_cast` gives them.
+        exact: the same of the adapter tensors as they are.
     """
-    cast = as_cast(compilation, names)
-    exact = LazyTensors(compilation.store, fold_steps(compilation, names)).folded
-    return lambda name: cast(name).double().sub_(exact(name))
-
-
-def as_cast(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
-    """Gives folded tensors as they come out of adapter tensors in the types that the adapted graph computes with.
-
-    Args:
-        compilation: what is folded.
-        names: of which adaptations.
-    """
-    graph = compilation.program("eval").graph
-    nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
-
-    def read(name: str) -> Tensor:
-        value, users = compilation.store.full(name), nodes[name].users if name in nodes else ()
-        types = {user.meta["val"].dtype for user in users if user.target is torch.ops.aten.to.dtype}
-        narrow = [dtype for dtype in NARROW if dtype in types]
-        return value.to(narrow[0]) if narrow else value
-
-    return LazyTensors(compilation.store, fold_steps(compilation, names, read)).folded
+    return lambda name: cast.folded(name).double().sub_(exact.folded(name))

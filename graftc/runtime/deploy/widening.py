@@ -9,25 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.identity.fingerprint import identify
-from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.folding.requantise import BaseForm
+from graftc.compiler.folding.rounding import NARROW
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.packing.modules import hold_values
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.base import BaseOptions
 
-NARROW = (torch.bfloat16, torch.float16)
-"""What can be widened, to float32."""
 
-
-def widened(
-    compiled: ModelRoot | AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | None = None
-) -> AdaptedRunner:
+def widened(runner: AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | None = None) -> AdaptedRunner:
     """The compiled model with every 16-bit tensor in ``dtype``: the base's values are the same, to the bit.
 
     The graphs are captured anew, of a copy of the source model, in which packed weights have their values. Where
@@ -37,7 +30,6 @@ def widened(
         GraftError: GC073 for what is not a dtype, for one that is not wider than the model's, and where weights are to
             be packed again, as values of their own type.
     """
-    runner: AdaptedRunner = runner_of(compiled)
     if dtype is None or dtype == runner.dtype:
         return runner
     if not isinstance(dtype, torch.dtype):
@@ -52,24 +44,13 @@ def widened(
         raise GraftError("GC073", "packed weights keep their type", hint='leave dtype out, or write base="full"')
     values = {name: _wide(tensor, dtype) for name, tensor in adapter_values(compilation.store)}
     axes = [replace(axis, dtype=dtype) if axis.dtype in NARROW else axis for axis in compilation.main.axes]
-    made: AdaptedRunner = runner_of(runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes))
-    return made
+    wide: AdaptedRunner = runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes)._graftc
+    return wide
 
 
 def unquantised(spec: Spec) -> Spec:
     """The spec for a base that has its values in full precision."""
     return spec.model_copy(update={"base": BaseOptions()})
-
-
-def of_the_base(certificate: Certificate, wide: AdaptedRunner, compiled: ModelRoot | AdaptedRunner) -> Certificate:
-    """The certificate of a model that may have been widened, with the fingerprint of the base that it came from."""
-    runner: AdaptedRunner = runner_of(compiled)
-    if wide is runner:
-        return certificate
-    compilation = runner.compilation
-    note = f"the base is in {str(runner.dtype).removeprefix('torch.')}"
-    fingerprint = identify(compilation.source, replaced=compilation.replaced).fingerprint
-    return replace(certificate, fingerprint=fingerprint, notes=(*certificate.notes, note))
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACHE, fill_cache, new_cache, read_cache
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
 from graftc.compiler.folding.certificate import Certificate
-from graftc.compiler.pipeline import signature_for
+from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.companions import companions_of_model

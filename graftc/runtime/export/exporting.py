@@ -11,7 +11,7 @@ from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.capture.past import require_no_cache
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.folding.certificate import Certificate
-from graftc.compiler.pipeline import signature_for
+from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.export.cached import export_cached
 from graftc.runtime.export.labels import without_labels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.folding.certificate import Certificate
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import owner_of
@@ -39,7 +38,7 @@ def metadata(
     entries = {
         "graftc.adaptations": json.dumps(places),
         "graftc.spec": dump_spec(compilation.spec),
-        "graftc.fingerprint": identify(compilation.source, replaced=compilation.replaced).fingerprint,
+        "graftc.fingerprint": compilation.identity().fingerprint,
     }
     labels = built_of(compilation.model).labels or ()
     if any(not label.startswith("LABEL_") for label in labels):  # which is what transformers calls those without a name

@@ -15,7 +15,8 @@ from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
-from graftc.compiler.pipeline import StartingPoint, add_signature, compile_model
+from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.signatures import add_signature
 from graftc.passes.core import progress
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir import program_key as keys

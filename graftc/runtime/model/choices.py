@@ -27,12 +27,23 @@ def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: M
     Raises:
         GraftError: GC038 for a choice that does not fit its bank or the batch.
     """
+    found = repeated(compilation, present)
+    for name, composition in compilation.controls.items():
+        if not isinstance(composition, Parallel) and chosen.get(name) is not None:
+            found |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, found))
+    return found
+
+
+def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a call that chooses nothing: every row once for each adaptation that runs beside others.
+
+    Raises:
+        GraftError: GC038 where there is no batch whose rows could be repeated.
+    """
     found = dict(present)
     for name, composition in compilation.controls.items():
         if isinstance(composition, Parallel):
             found = _repeated(compilation, found, name, composition)
-        elif chosen.get(name) is not None:
-            found |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, found))
     return found
 
 

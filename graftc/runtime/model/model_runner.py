@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftc.compiler.cached import cannot_be_cached, gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, seldom_collected
 from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
-from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import FROM_FORWARD, entered
 from graftc.compiler.derived import program_of as derived_program
 from graftc.compiler.folding.samples import remember
-from graftc.compiler.pipeline import signature_for
 from graftc.compiler.positions import PositionTable, position_tables
+from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.functions import everywhere
 from graftc.passes.core.ir.program import Program
@@ -49,18 +47,6 @@ from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
 """Attributes of a source model that a compiled one has as well, as copies."""
-
-
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, a module is in eval mode; afterwards it and all below are in the modes that they were in."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode
 
 
 class ModelRunner(Runner):
@@ -288,9 +274,8 @@ class ModelRunner(Runner):
         key = self.key(signature, self._mode(signature), entry) if signature is not None else None
         if key is None or not self.shown.has(key):
             if is_traced() and torch.compiler.is_exporting():
-                tensors, flags = split(present)
-                names = ", ".join([*tensors, *(name for name, _ in flags)])
-                raise GraftError("GC031", f"{names} have no graph yet; call the model once before exporting it")
+                message = f"{', '.join(present)} have no graph yet; call the model once before exporting it"
+                raise GraftError("GC031", message)
             return cast("ProgramKey", self._captured(present, entry))
         return key
 
@@ -364,21 +349,6 @@ class ModelRunner(Runner):
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
         self.derived = {}  # it is about the original
-
-    def in_eval(self, inputs: Mapping[str, Tensor], entry: Entry = "forward") -> tuple[Any, ...]:
-        """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
-        present, runner = self._as_at_first(inputs), self.complete()
-        with in_eval_mode(self.module):
-            return cast("tuple[Any, ...]", runner.run(runner.ready(present, entry), present))
-
-    def signature_in_eval(self, inputs: Mapping[str, Tensor]) -> Signature:
-        """The signature whose graph `in_eval` runs: other sizes than those of the first may have one of their own."""
-        return signature_for(self.compilation, self._as_at_first(inputs))
-
-    def _as_at_first(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A call with the flags of the first signature and its usual choices."""
-        main = self.compilation.program_as_run("train", "base")
-        return with_choices(self.compilation, {**inputs, **dict(main.flags)}, {})
 
     def complete(self) -> Any:
         """A Runner that leaves no adaptation out: this one, where it leaves out none."""

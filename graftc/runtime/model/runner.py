@@ -16,7 +16,6 @@ from graftc.passes.core.weights.containers import (
 )
 from graftc.runtime.model.libraries import refuse_pickling
 from graftc.runtime.model.model_runner import ModelRunner
-from graftc.runtime.model.model_runner import in_eval_mode as in_eval_mode
 from graftc.runtime.model.root import Root, Runner
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError

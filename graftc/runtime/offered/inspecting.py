@@ -11,7 +11,7 @@ from graftc.compiler.inspect.lowering import Lowered, lowering
 from graftc.compiler.inspect.model_explorer import model_explorer
 from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.inspect.tree import TreeNode, model_tree
-from graftc.compiler.pipeline import signature_for
+from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.printer import format_program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.runtime.activations.summary import Activations

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.identity.fingerprint import Identity, identify
+from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
 from graftc.passes.core.weights.store import plain
@@ -84,7 +84,7 @@ class StateDicts:
         version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
         known = self.runner.derived.get("identity")
         if known is None or known[0] != version:
-            known = version, identify(source, replaced=self.runner.compilation.replaced)
+            known = version, self.runner.compilation.identity()
             self.runner.derived["identity"] = known
         return cast(Identity, known[1])
 

@@ -14,8 +14,8 @@ from graftc.passes.core import progress
 from graftc.runtime.activations.training_code import TrainingCode
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import with_choices
+from graftc.runtime.model.evaluation import in_eval_mode
 from graftc.runtime.model.generation import Generating
-from graftc.runtime.model.model_runner import in_eval_mode
 from graftc.runtime.progress import working
 from graftc.specs.errors.arguments import as_mapping
 from graftc.specs.errors.diagnostics import GraftError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.pipeline import signature_for
+from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.weights.sharding import Spread
 from graftc.runtime.activations.workspaces import running_on

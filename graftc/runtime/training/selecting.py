@@ -20,7 +20,8 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.scoring import Scoring
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.model.runner import ModelRoot, in_eval_mode, runner_of
+from graftc.runtime.model.evaluation import in_eval_mode
+from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.document import Spec

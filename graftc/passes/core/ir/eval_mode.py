@@ -37,21 +37,23 @@ def silent(path: str) -> str:
 
 def moded(program: Program) -> set[str]:
     """Paths of the modules whose mode makes a difference to a train Program."""
-    return {_place(n) for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
+    return {_place(n)[0] for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
 
 
 def dropouts(program: Program) -> dict[str, float]:
     """Where the dropouts of adaptations are, by the paths of modules that stand for them, with their probabilities."""
     found = (n for n in program.graph.nodes if n.op == "call_function" and n.target in _DROPOUTS)
-    return {_place(n): float(n.args[2]) for n in found if provenance(n) is not None}
+    held = ((_place(n), float(n.args[2])) for n in found)
+    return {path: p for (path, inserted), p in held if inserted}
 
 
-def _place(node: fx.Node) -> str:
-    """Path of the module whose mode a node depends on: a dropout of an adaptation has one of its own, below that of its
-    site."""
+def _place(node: fx.Node) -> tuple[str, bool]:
+    """Path of the module whose mode a node depends on, and whether the node is an adaptation's: a dropout of one has a
+    path of its own, below that of its site."""
     module, owner = str(node.meta.get("module", "")), provenance(node)
     dropped = owner is not None and node.target in (*_DROPOUTS, torch.ops.graftc.rescale.default)
-    return adapter_name(module, owner["adaptation"], "dropout") if owner is not None and dropped else module
+    path = adapter_name(module, owner["adaptation"], "dropout") if owner is not None and dropped else module
+    return path, owner is not None
 
 
 def to_eval(
@@ -71,9 +73,10 @@ def to_eval(
     result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
-        here = only is None or _place(node) in only
-        here = here or (node.target in _DROPPING and only is not None and silent(_place(node)) in only)
-        here = here and node.op == "call_function" and (base or provenance(node) is not None)
+        place, inserted = _place(node)
+        here = only is None or place in only
+        here = here or (node.target in _DROPPING and only is not None and silent(place) in only)
+        here = here and node.op == "call_function" and (base or inserted)
         rule = RULES.get(node.target) if here and node.target not in keep else None
         if rule is _erase:
             erased[node] = node.all_input_nodes[0]

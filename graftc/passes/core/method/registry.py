@@ -22,7 +22,7 @@ from graftc.passes.core.sites.sites import (
 )
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, first_line
-from graftc.specs.registry import SpecEntry, method_spec
+from graftc.specs.registry import SpecEntry, with_code
 
 
 def method_for(tag: str) -> Method[Any, Any]:
@@ -32,16 +32,7 @@ def method_for(tag: str) -> Method[Any, Any]:
         GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when the
             mechanism that a preset names is not a method with code of its own.
     """
-    entry = method_spec(tag)
-    if entry is None:
-        raise GraftError("GC004", f"method {tag!r} is unknown")
-    if entry.mechanism is None:
-        return _checked(entry, entry)
-    mechanism = method_spec(entry.mechanism)
-    if mechanism is None or mechanism.mechanism is not None:
-        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is not a method with code of its own"
-        raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is not a preset")
-    return _checked(entry, mechanism)
+    return _checked(*with_code(tag))
 
 
 @cache

@@ -89,6 +89,11 @@ class FoldStep:
     bias: WeightSlice | None
     apply: WeightFunction
 
+    @classmethod
+    def of_tensor(cls, adaptation: str, site: str, own: WeightSlice, change: Callable[[Tensor], Tensor]) -> FoldStep:
+        """The change of a single tensor, from its values as stored to new ones."""
+        return cls(adaptation, site, own, None, weight_fold(change).apply)
+
     @property
     def parts(self) -> tuple[WeightSlice, ...]:
         """What it changes."""

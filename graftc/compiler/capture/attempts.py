@@ -1,0 +1,36 @@
+"""Which inputs of a model are tried in turn, until it can be captured with some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from graftc.compiler.capture.defaults import default_signatures
+from graftc.compiler.capture.refusals import by_values
+from graftc.compiler.capture.signature import Axis, less_dynamic
+from graftc.specs.errors.diagnostics import GraftError
+
+T = TypeVar("T")
+
+
+def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
+    """What ``run`` gives for the first inputs that can be captured: those shown or the model's usual ones, then the
+    same with fixed sizes.
+
+    Raises:
+        GraftError: GC030, the first of its kind, when none can be.
+    """
+    choices = [list(axes)] if axes is not None else list(default_signatures(model))
+    attempts = [list(less_dynamic(choice)) for choice in choices]
+    failure: GraftError | None = None
+    for attempt in [first for first, *_ in attempts] + [other for _, *others in attempts for other in others]:
+        try:
+            return run(attempt)
+        except GraftError as error:
+            if error.code != "GC030" or by_values(error.__cause__):
+                raise
+            failure = failure or error
+    assert failure is not None
+    raise failure

@@ -1,0 +1,106 @@
+"""The certificate of a merge: what the fold showed at every site, and how the models' outputs and graphs compare."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
+from graftc.compiler.folding.certify import Advance, Folded
+from graftc.compiler.folding.collapse import collapse_evidence
+from graftc.compiler.folding.fold_plan import FoldPlan
+from graftc.compiler.folding.requantise import BaseForm, Repacked
+from graftc.compiler.folding.rounding import NARROW
+from graftc.compiler.folding.steps import as_cast
+from graftc.passes.core.ir.printer import structural_hash
+from graftc.passes.graph.remove_folded import take_out
+from graftc.runtime.deploy.comparing import compared
+from graftc.runtime.deploy.folded_runner import FoldedRunner
+from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
+from graftc.runtime.model.adapted import AdaptedRunner
+
+
+@dataclass(frozen=True)
+class FoldRequest:
+    """How a fold is asked for.
+
+    Attributes:
+        budget: as for `Compiled.merge`.
+        base: what becomes of packed weights, see `Compiled.merge`. By default those that change are in full precision,
+            and the others stay packed: what a certificate needs.
+        advance: is told how much of the folding is done, from 0 to 1.
+        origin: the model that this one was widened from, whose base the certificate names.
+    """
+
+    budget: float | None = None
+    base: BaseForm | None = None
+    advance: Advance = lambda _: None
+    origin: AdaptedRunner | None = None
+
+
+def certify(
+    runner: AdaptedRunner,
+    merged: FoldedRunner,
+    plan: FoldPlan,
+    folded: Folded,
+    repacked: Repacked,
+    request: FoldRequest,
+) -> Certificate:
+    """The certificate of a fold, whether it passes or not.
+
+    Args:
+        runner: of the adapted model.
+        merged: of the folded one.
+        plan, folded, repacked: what was folded, what that gave, and what was packed again.
+        request: how it was asked for.
+    """
+    compilation, additions = runner.compilation, merged.additions
+    base, origin = compilation.program("eval", "base"), request.origin or runner
+    chosen = request.budget if request.budget is not None else compilation.spec.fold.budget.logits
+    comparison = compared(runner, merged, chosen or 0.0, repacked.budget)
+    budget = chosen
+    if budget is None:
+        budget = max(DEFAULT_BUDGET.get(runner.dtype, 1e-4), repacked.budget) * max(1.0, comparison.largest)
+    worst = max(comparison.differences.values(), default=0.0)
+    # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
+    doubted = chosen is None and budget < worst < math.inf and runner.dtype in NARROW
+    notes: tuple[str, ...] = ()
+    if doubted or not comparison.explained:
+        weights = {name: merged.store.get(name) for name in merged.changed}
+        weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+
+        def enough(noise: float) -> bool:
+            return (not doubted or 2 * noise >= worst) and comparison.explained
+
+        with comparison.repeating() as run:
+            noise = rounding_noise(
+                weights, recasting(as_cast(compilation, plan.names), plan.lazy), run, comparison.after, enough
+            )
+        if doubted and 2 * noise > budget:
+            notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
+            budget = 2 * noise
+    if repacked.packed:
+        count = f"{len(repacked.packed)} weights" if len(repacked.packed) > 1 else "1 weight"
+        notes += (f"the fold is not exact: {count} that it changes were packed again",)
+    elif compilation.store.packed:
+        notes += ("the base's weights are packed; what was folded is in full precision",)
+    if origin is not runner:
+        notes += (f"the base is in {str(origin.dtype).removeprefix('torch.')}",)
+    program = merged.program_of(compilation.key("eval"))
+    bare = take_out(program, merged.kept, additions)  # what has not folded, and what folding has added
+    return Certificate(
+        sites=folded.sites,
+        outputs=comparison.differences,
+        budget=budget,
+        routes=comparison.routes,
+        structure=structural_hash(bare, compilation.store.canonical),
+        base_structure=structural_hash(base, compilation.store.canonical),
+        additions=additions,
+        fingerprint=origin.compilation.identity().fingerprint,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        collapses=collapse_evidence(compilation),
+        anchors=compilation.main.anchors,
+        retention=folded.retention,
+        notes=notes,
+        requantised=repacked.evidence,
+    )

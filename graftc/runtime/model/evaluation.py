@@ -1,0 +1,70 @@
+"""What a model computes of the same inputs in eval mode, whatever mode it is in and whatever it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ops.route import Routes
+from graftc.passes.graph.route_choices import choices_of
+from graftc.runtime.model.choices import repeated
+from graftc.runtime.model.model_runner import ModelRunner
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is in eval mode; afterwards it and all below are in the modes that they were in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
+class Evaluation:
+    """One model on the same inputs, as often as wanted.
+
+    Args:
+        runner: of the model.
+        inputs: tensors by name; flags are those of the first signature, and choices among adaptations the usual ones.
+
+    Attributes:
+        runner: that of the model with every adaptation.
+    """
+
+    def __init__(self, runner: ModelRunner, inputs: Mapping[str, Tensor]) -> None:
+        self.runner: ModelRunner = runner.complete()
+        self._compilation = runner.compilation
+        self._present = repeated(runner.compilation, {**inputs, **dict(runner.compilation.flags)})
+        self._chooses = bool(choices_of(runner.compilation.program("eval", "base")))
+
+    def outputs(self, routes: Routes | None = None) -> tuple[Any, ...]:
+        """Flat outputs. What the model chooses among its own values is recorded in ``routes``, and what is imposed
+        there is taken."""
+        if routes is None or not self._chooses:
+            return self._run("forward")
+        with routes.taken():
+            return self._run("routes")
+
+    def _run(self, entry: Literal["forward", "routes"]) -> tuple[Any, ...]:
+        runner, present = self.runner, self._present
+        with in_eval_mode(runner.module):
+            return runner.run(runner.ready(present, entry), present)
+
+    def forget(self) -> None:
+        """Let the code go that records choices."""
+        self.runner.forget("routes")
+
+    @property
+    def base(self) -> Program:
+        """The base's graph for such inputs, which may be another one than the first signature's: of other sizes. It is
+        there once the model has run."""
+        signature = self._compilation.find(self._present)
+        assert signature is not None
+        return self._compilation.program("eval", "base", signature)
