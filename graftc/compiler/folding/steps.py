@@ -137,6 +137,19 @@ def lazy_tensors(compilation: Compilation) -> LazyTensors:
     return LazyTensors(compilation.store, fold_steps(compilation))
 
 
+def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
+    """Gives, in float64, how folded tensors change where they are folded from adapter tensors in the types that the
+    adapted graph computes with.
+
+    Args:
+        compilation: what is folded.
+        names: of which adaptations.
+    """
+    steps = fold_steps(compilation, names, _casting(compilation)), fold_steps(compilation, names)
+    cast, exact = (LazyTensors(compilation.store, own) for own in steps)
+    return lambda name: cast.folded(name).double().sub_(exact.folded(name))
+
+
 def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
     """Folded tensors as they come out of adapter tensors in the types that the adapted graph computes with.
 
@@ -144,6 +157,11 @@ def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
         compilation: what is folded.
         names: of which adaptations.
     """
+    return LazyTensors(compilation.store, fold_steps(compilation, names, _casting(compilation)))
+
+
+def _casting(compilation: Compilation) -> Read:
+    """Gives adapter tensors in the types that the adapted graph computes with."""
     graph = compilation.program("eval").graph
     nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
 
@@ -153,7 +171,7 @@ def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
         narrow = [dtype for dtype in NARROW if dtype in types]
         return value.to(narrow[0]) if narrow else value
 
-    return LazyTensors(compilation.store, fold_steps(compilation, names, read))
+    return read
 
 
 def _replace(read: Read, edit: TensorEdit) -> WeightFunction:

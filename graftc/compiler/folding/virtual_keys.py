@@ -53,9 +53,9 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
     adapted graph read at virtual tokens, rotated where the model rotates."""
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
+    found = list(_columns(compilation))
     inputs = samples(compilation)
     nodes = {node.name: node for node in compilation.program("eval").graph.nodes}
-    found = list(_columns(compilation))
     operands: list[fx.Node] = []
     for site, _, _ in found:
         assert site.operands is not None

@@ -28,19 +28,17 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
     from graftc.compiler.folding.route_evidence import routed
     from graftc.runtime.cli.output import console
 
-    to = console()
+    lines: list[str] = []
     if certificate is not None:
-        to.print(f"{'certificate:':<22}{certificate.summary}", soft_wrap=True, markup=False)
-        for failure in certificate.failures():
-            to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
-        for line in (*_requantised(certificate), *_retained(certificate)):
-            to.print(line, soft_wrap=True, markup=False)
-        for line in routed(certificate.routes):
-            to.print(f"{'routes:':<22}{line}", soft_wrap=True, markup=False)
-        for name, error in _averaged(certificate).items():
-            to.print(f"{'averaged:':<22}{name}, {error:.1e} from the mean of all routes", soft_wrap=True, markup=False)
-    for name, reason in kept.items():
-        to.print(f"{'does not fold:':<22}{name}: {reason}", soft_wrap=True, markup=False)
+        weights, averaged = (*_requantised(certificate), *_retained(certificate)), _averaged(certificate)
+        lines.append(f"{'certificate:':<22}{certificate.summary}")
+        lines += [f"{'':<22}{failure}" for failure in certificate.failures()]
+        lines += weights
+        lines += [f"{'routes:':<22}{line}" for line in routed(certificate.routes)]
+        lines += [f"{'averaged:':<22}{name}, {e:.1e} from the mean of all routes" for name, e in averaged.items()]
+    lines += [f"{'does not fold:':<22}{name}: {reason}" for name, reason in kept.items()]
+    for line in lines:
+        console().print(line, soft_wrap=True, markup=False)
 
 
 def _requantised(certificate: Certificate) -> Iterator[str]:
@@ -101,8 +99,9 @@ def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
     console().print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)
 
 
-def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], most: int = 40) -> None:
-    """Say which tensor of a PEFT checkpoint is which one here: the first of them, ``--json`` has all."""
+def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], needs: str | None = None, most: int = 40) -> None:
+    """Say which tensor of a PEFT checkpoint is which one here: the first of them, ``--json`` has all; and the option
+    that its server needs."""
     from graftc.runtime.cli.output import console
 
     to = console()
@@ -111,3 +110,5 @@ def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], most: int = 
         to.print(f"  {own['key']} = {own['tensor']}", soft_wrap=True, markup=False)
     if len(tensors) > most:
         to.print(f"  and {len(tensors) - most} more, which --json lists", soft_wrap=True, markup=False)
+    if needs is not None:
+        to.print(f"{'the server needs:':<22}{needs}", markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.partial import Partial
+    from graftc.runtime.export.exporting import Exporting
 
 __all__ = ["export"]
 
@@ -103,22 +103,18 @@ def export(
     of_fold = {"--budget": budget, "--base": base, "--allow-unchanged": allow_unchanged}
     _check_options(format, of_format, of_fold, merge)
     to = destination(out, dry_run=dry_run)
-    if format is ExportFormat.PEFT:
-        _to_peft(directory, to, model, server, max_rank, force=force, json=json)
-        return
-    merge = merge is not False
-    companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
+    options: dict[str, Any] = {_OPTIONS[word]: value for word, value in of_format.items()}
     with working(json) as warnings, steps(json) as step:
+        from graftc.runtime.export.exporters import EXPORTERS
         from graftc.runtime.files import check_apart, check_destination
 
+        exporter = EXPORTERS[format.value]
+        folds = exporter.folds and merge is not False
+        companions = () if to is None else exporter.companions(to, names)
+        exporter.check(options)
         if to is not None:
             check_apart(to, directory, model)
-            if format is ExportFormat.ONNX_GENERATE:
-                from graftc.runtime.export.cached import is_exported
-
-                check_destination(to, force=force, replaceable=is_exported)
-            else:
-                check_destination(to, force=force, companions=companions)
+            check_destination(to, force=force, companions=companions, replaceable=exporter.replaceable)
         step("loading")
         from graftc.runtime.api import load
 
@@ -127,28 +123,32 @@ def export(
             from graftc.runtime.export.inputs import require_known
 
             require_known(compiled, names)
-        step("folding and certifying" if merge else "exporting")
-        merged = _folded(compiled, budget, names, base, allow_unchanged) if merge else None
+        if folds:
+            step("folding and certifying")
+        made = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
+        step("exporting")
+        ready = _exporting(made).ready(format.value, options)
         if to is not None:
-            step("exporting")
-            _write(merged or compiled.eval(), to, format, names, dtype, force=force)
+            ready.write(to, force)
 
-    from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
+    from graftc.runtime.cli.deployed import files_in, print_certificate, print_files, print_tensors
 
     files = files_in(to, companions)
-    certificate = merged.certificate if merged is not None else None
+    certificate = made.certificate if folds else None
     if json:
         from graftc.runtime.cli.results import ExportResult
 
         result = {
             **{"artifact": str(directory), "format": format.value, "out": None if to is None else str(to)},
-            **{"dry_run": dry_run, "merged": merge, "files": files},
-            **{"certificate": certificate.to_json() if certificate else None, "tensors": []},
-            **{"max_rank": None, "warnings": warnings},
+            **{"dry_run": dry_run, "merged": folds, "files": files},
+            **{"certificate": certificate.to_json() if certificate else None, "tensors": ready.tensors},
+            **{"max_rank": ready.max_rank, "warnings": warnings},
         }
         print_json(ExportResult.model_validate(result))
         return
     print_certificate(certificate, {})
+    if ready.title:
+        print_tensors(ready.title, ready.tensors, ready.needs)
     print_files(to, files)
 
 
@@ -187,75 +187,15 @@ def _check_options(
         raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it, as in --for vllm")
 
 
-def _write(
-    made: Compiled | Merged | Partial,
-    to: Path,
-    format: ExportFormat,
-    names: Sequence[str],
-    dtype: str | None,
-    *,
-    force: bool,
-) -> None:
-    given: dict[str, Any] = {"inputs": names, "dtype": dtype}
-    kind: Any = format.value
-    made.export(to, kind, force=force, **{option: value for option, value in given.items() if value})
+def _exporting(made: Compiled | Merged | Partial) -> Exporting:
+    """What exports a model."""
+    from graftc.runtime.deploy.partial import Partial
+    from graftc.runtime.export.exporting import Exporting
+    from graftc.runtime.model.adapted import AdaptedRunner
+    from graftc.runtime.model.runner import runner_of
 
-
-def _to_peft(
-    directory: Path,
-    to: Path | None,
-    model: str | None,
-    server: str | None,
-    max_rank: int | None,
-    *,
-    force: bool,
-    json: bool,
-) -> None:
-    """Write the adapters as PEFT's checkpoint; nothing is folded."""
-    from graftc.runtime.cli.output import print_json, steps, working
-
-    with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.files import check_apart, check_destination
-        from graftc.runtime.interop.peft.exporting import export_peft, is_exported, prepared
-        from graftc.runtime.interop.peft.plain import plain
-        from graftc.runtime.interop.peft.servers import require_served, server_of
-
-        limits = None if server is None else server_of(server)
-        if to is not None:
-            check_apart(to, directory, model)
-            check_destination(to, force=force, replaceable=is_exported)
-        step("loading")
-        from graftc.runtime.api import load
-        from graftc.runtime.export.simplest import deployed
-        from graftc.runtime.model.runner import runner_of
-
-        compilation = deployed(runner_of(load(directory, model))).compilation
-        step("exporting")
-        adapter = prepared(compilation)
-        if limits is not None:
-            adapter = plain(adapter, compilation)
-        needed = None if limits is None else require_served(limits, adapter.config, adapter.tensors, max_rank=max_rank)
-        if to is not None:
-            export_peft(adapter, to, force=force)
-
-    from graftc.runtime.cli.deployed import files_in, print_files, print_tensors
-    from graftc.runtime.cli.output import console
-
-    files = files_in(to)
-    if json:
-        from graftc.runtime.cli.results import ExportResult
-
-        result = {
-            **{"artifact": str(directory), "format": "peft", "out": None if to is None else str(to)},
-            **{"dry_run": to is None, "merged": False, "files": files, "certificate": None},
-            **{"tensors": adapter.sites(), "max_rank": needed, "warnings": warnings},
-        }
-        print_json(ExportResult.model_validate(result))
-        return
-    print_tensors(str(adapter.config["peft_type"]), adapter.sites())
-    if limits is not None and limits.option is not None:
-        console().print(f"{'the server needs:':<22}{limits.option} {needed}", markup=False)
-    print_files(to, files)
+    own = made if isinstance(made, Partial) else runner_of(made)
+    return Exporting(own) if isinstance(own, AdaptedRunner) else own.exporting
 
 
 def _folded(

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
 from graftc.compiler.folding.certify import Advance, Folded
 from graftc.compiler.folding.collapse import collapse_evidence
-from graftc.compiler.folding.fold_plan import FoldPlan
 from graftc.compiler.folding.requantise import BaseForm, Repacked
 from graftc.compiler.folding.rounding import NARROW
-from graftc.compiler.folding.steps import as_cast
+from graftc.compiler.folding.steps import recasting
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.graph.remove_folded import take_out
 from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_runner import FoldedRunner
-from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
+from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.model.adapted import AdaptedRunner
 
 
@@ -41,7 +40,6 @@ class FoldRequest:
 def certify(
     runner: AdaptedRunner,
     merged: FoldedRunner,
-    plan: FoldPlan,
     folded: Folded,
     repacked: Repacked,
     request: FoldRequest,
@@ -51,7 +49,7 @@ def certify(
     Args:
         runner: of the adapted model.
         merged: of the folded one.
-        plan, folded, repacked: what was folded, what that gave, and what was packed again.
+        folded, repacked: what folding gave, and what was packed again.
         request: how it was asked for.
     """
     compilation, additions = runner.compilation, merged.additions
@@ -73,9 +71,7 @@ def certify(
             return (not doubted or 2 * noise >= worst) and comparison.explained
 
         with comparison.repeating() as run:
-            noise = rounding_noise(
-                weights, recasting(as_cast(compilation, plan.names), plan.lazy), run, comparison.after, enough
-            )
+            noise = rounding_noise(weights, recasting(compilation, merged.folded), run, comparison.after, enough)
         if doubted and 2 * noise > budget:
             notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
             budget = 2 * noise

@@ -18,7 +18,7 @@ from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged
 from graftc.runtime.deploy.widening import widened
 from graftc.runtime.export.exporting import Exporting
-from graftc.runtime.export.gguf.model import export_merged
+from graftc.runtime.export.writing import FoldEvidence
 from graftc.runtime.interop.transformers import to_transformers
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.generation import GENERATING, Generating, loop_attribute
@@ -26,19 +26,6 @@ from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
 from graftc.runtime.progress import working
 from graftc.specs.errors.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.options.exports import FileType
-
-
-class ExportingMerged(Exporting[FoldedRunner]):
-    """Exports a merged model."""
-
-    def evidence(self) -> tuple[Sequence[str], Certificate | None]:
-        """See `Exporting`."""
-        return self.runner.folded, self.runner.certificate
-
-    def _export_gguf(self, path: Path, dtype: FileType, force: bool) -> Path:
-        """See `Exporting`."""
-        return export_merged(self.runner, path, dtype=dtype, force=force)
 
 
 class MergedRunner(FoldedRunner):
@@ -48,7 +35,12 @@ class MergedRunner(FoldedRunner):
         """What generates, and what exports."""
         if name in GENERATING:
             return getattr(Generating(self), name)
-        return ExportingMerged(self).export if name == "export" else loop_attribute(self, name)
+        return self.exporting.export if name == "export" else loop_attribute(self, name)
+
+    @property
+    def exporting(self) -> Exporting:
+        """What exports the model, with its certificate."""
+        return Exporting(self, FoldEvidence(self.certificate, self.folded))
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *GENERATING, "export"})
@@ -87,7 +79,7 @@ class Merged(ModelRoot, Generic[M]):
     _graftc: MergedRunner
 
     save = Published(MergedRunner.save)
-    export = Published(ExportingMerged.export)
+    export = Published(Exporting.export)
     folded_state_dict = Published(MergedRunner.folded_state_dict)
 
     def to_transformers(self) -> M:
@@ -221,7 +213,7 @@ def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged
         if request.base == "requantized":
             folded, repacked = requantised(compilation.store, plan.lazy, folded)
         merged = Merged(MergedRunner(compilation, plan, folded, repacked.packed, full=request.base == "full"))
-        merged._graftc.certificate = certify(runner, merged._graftc, plan, folded, repacked, request)
+        merged._graftc.certificate = certify(runner, merged._graftc, folded, repacked, request)
     return merged
 
 

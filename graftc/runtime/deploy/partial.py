@@ -17,11 +17,10 @@ from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.folding.route_evidence import worse
-from graftc.compiler.folding.steps import as_cast, fold_steps
+from graftc.compiler.folding.steps import recasting
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
-from graftc.passes.core.weights.folds import LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
@@ -31,16 +30,16 @@ from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
-from graftc.runtime.deploy.rounding_noise import recasting, rounding_noise
+from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.deploy.widening import unquantised, widened
-from graftc.runtime.export.adapted import ExportingAdapted
+from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.export.writing import FoldEvidence
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import M, ModelRoot, runner_of
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
-from graftc.specs.errors.arguments import as_budget, as_path
+from graftc.specs.errors.arguments import as_budget
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.options.exports import options_for
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as DefaultingTypeVar
@@ -102,9 +101,12 @@ class Partial(Generic[M, C]):
         if name in ("peft", "gguf"):
             hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
             raise GraftError("GC060", f"what a partial merge leaves cannot be {name!r}", hint=hint)
-        options = options_for(format, {"example_inputs": example_inputs, "inputs": inputs})
-        exporting = ExportingAdapted(runner_of(self.compiled))
-        return exporting.written(as_path(path), format, options, self.certificate, self.folded, force=force)
+        return self.exporting.export(path, format, example_inputs, inputs=inputs, force=force)
+
+    @property
+    def exporting(self) -> Exporting:
+        """What exports `compiled`, with the certificate."""
+        return Exporting(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
 
 
 def merge_partially(
@@ -150,9 +152,10 @@ def _require_any(merged: Merged) -> None:
 
 def _partial(runner: AdaptedRunner, merged: Merged) -> Partial[Any, Any]:
     compilation = runner.compilation
+    spec = _rest(compilation, merged)
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    made = runner.sibling(_rest(compilation, merged), values, base_of(merged))
+    made = runner.sibling(spec, values, base_of(merged))
     certificate = _with_outputs(merged._graftc, runner, made._graftc)
     require_passed(certificate)
     return Partial(merged, made, certificate)
@@ -215,9 +218,7 @@ def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRun
     if merged.changed and not found.explained:
         weights = {name: after.compilation.store.get(name) for name in merged.changed}
         with found.repeating() as run:
-            compilation, names = before.compilation, merged.folded
-            exact = LazyTensors(compilation.store, fold_steps(compilation, names))
-            recast = recasting(as_cast(compilation, names), exact)
+            recast = recasting(before.compilation, merged.folded)
             rounding_noise(weights, recast, run, found.after, lambda _: found.explained)
     outputs = dict(certificate.outputs)
     for name, anew in found.differences.items():

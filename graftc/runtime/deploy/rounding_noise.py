@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference
-from graftc.passes.core.weights.folds import LazyTensors
 
-__all__ = ["recasting", "rounding_noise"]
+__all__ = ["rounding_noise"]
 
 TIMES = 8
 """How many other roundings are tried at most. A router chooses differently in few of them."""
@@ -61,14 +60,3 @@ def rounding_noise(
         for name, weight in held.items():
             weight.copy_(kept[name])
     return worst
-
-
-def recasting(cast: LazyTensors, exact: LazyTensors) -> Callable[[str], Tensor]:
-    """Gives, in float64, how folded tensors change where they are folded from adapter tensors in the types that the
-    adapted graph computes with.
-
-    Args:
-        cast: the folded tensors, as `as_cast` gives them.
-        exact: the same of the adapter tensors as they are.
-    """
-    return lambda name: cast.folded(name).double().sub_(exact.folded(name))

@@ -32,6 +32,10 @@ class FoldEvidence(NamedTuple):
     folded: Sequence[str] = ()
 
 
+UNFOLDED = FoldEvidence()
+"""What an export says where nothing has been folded."""
+
+
 def export_model(
     runner: ModelRunner,
     path: Path,

@@ -78,9 +78,9 @@ def converting_of(runner: AdaptedRunner) -> Any:
 
 
 def exporting_of(runner: AdaptedRunner) -> Any:
-    from graftc.runtime.export.adapted import ExportingAdapted
+    from graftc.runtime.export.exporting import Exporting
 
-    return ExportingAdapted(runner)
+    return Exporting(runner)
 
 
 def warming_of(runner: AdaptedRunner) -> Any:
