@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from graftc.compiler.adapt.base import anchored, take
@@ -33,6 +34,7 @@ from graftc.passes.core.ir.program import Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.pipeline import Log, Pipeline
+from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.user_line import again
 
@@ -126,12 +128,14 @@ def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
-                graphs, found = _adapt(apart, replace(taken, called=True))
+                with _added_or_not(compilation.store):
+                    graphs, found = _adapt(apart, replace(taken, called=True))
             except TreatedUnlikeError as unlike:
                 more = record_baseline(split(taken.capture.traced, unlike.groups))
                 capture = replace(taken.capture, traced=more)
                 apart = Work(compilation, work.initial, notes=work.notes)
-                graphs, found = _adapt(apart, replace(taken, capture=capture, called=True))
+                with _added_or_not(compilation.store):
+                    graphs, found = _adapt(apart, replace(taken, capture=capture, called=True))
     except (UnlikeBodyError, GraftError):
         return None
     for each in told:
@@ -146,6 +150,20 @@ def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
 
     called.later(write_out)
     return graphs, called
+
+
+@contextmanager
+def _added_or_not(store: Store) -> Iterator[None]:
+    """Inside, adaptations add tensors. An error takes them out again: methods that look for tensors of theirs would
+    take what an attempt has left for what was trained."""
+    before = {name for name, _ in store.adapters()}
+    try:
+        yield
+    except Exception:
+        added = [name for name, _ in store.adapters() if name not in before]
+        for name in added:
+            store.drop(name)
+        raise
 
 
 def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.compilation import CalledResolution, Compilation
+from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.functions import calls, expand
@@ -75,6 +76,16 @@ def require_the_same(compiled: Any) -> None:
     after = measured(compiled, inputs)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def require_every_layer(compiled: Any) -> None:
+    """Its tensors are those of the same spec with every layer written out from the beginning, to the bit."""
+    found = compilation_of(compiled)
+    start = StartingPoint(found.seed, use_cache=False, every_layer=True)
+    wanted = compile_model(found.spec, found.source, found.main.axes, flags=found.flags, start=start)
+    ours, theirs = dict(found.store.adapters()), dict(wanted.store.adapters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
@@ -245,3 +256,13 @@ def test_parts_of_a_call_are_written_out_one_by_one() -> None:
         options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
         assert torch.equal(compiled.generate(given, **options), model.generate(given, **options))  # type: ignore[operator]
     assert not any(calls(program.graph) for program in compilation_of(compiled).programs.values())
+
+
+@pytest.mark.parametrize("field", ["density", "equivalent_rank"])
+def test_an_attempt_with_calls_that_fails_leaves_nothing(field: str) -> None:
+    """SpIEL looks for indices that are there already, and would take those of the attempt for what was selected."""
+    compiled = compiled_at(adapt={"method": "spiel", "variant": "MA", field: {"density": 0.1}.get(field, 2)})
+    assert not is_called(compiled)
+    require_every_layer(compiled)
+    trained = [name for name, parameter in compiled.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[2] for name in trained} == {str(number) for number in range(DEPTH)}

@@ -9,7 +9,7 @@ from torch import nn
 
 from graftc.compiler.compilation import CalledResolution
 from graftc.testing.families import tiny
-from tests.compiler.test_called_layers import DEPTH, compilation_of, require_the_same
+from tests.compiler.test_called_layers import DEPTH, compilation_of, require_every_layer, require_the_same
 from tests.frozen.freeze import entries
 
 pytestmark = pytest.mark.full
@@ -25,5 +25,6 @@ def test_calls_do_what_every_layer_does(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("graftc.testing.contract.tiny", deep)
     entry = entries()[name]
     compiled = entry.contract.compiled(entry.family, entry.contract.model(entry.family))
+    require_every_layer(compiled)
     if isinstance(compilation_of(compiled).main, CalledResolution):
         require_the_same(compiled)
