@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 import graftc
 from graftc.compiler.capture import capture as capturing
+from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.roles.structure import Structure, place
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
@@ -231,10 +232,10 @@ def _one_capture() -> Iterator[list[Any]]:
     kept: dict[str, Any] = {}
     found: list[Any] = []
 
-    def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        key = repr((args, {name: value for name, value in kwargs.items() if name != "canonical"}))
+    def capture(request: CaptureRequest, **options: Any) -> Any:
+        key = repr((request.axes, request.flags, request.mode, options))
         if key not in kept:
-            kept[key] = original(model, *args, **kwargs)
+            kept[key] = original(request, **options)
             found.append(kept[key])
         return kept[key]
 
