@@ -127,7 +127,9 @@ def export(
             step("folding and certifying")
         made = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
         step("exporting")
-        ready = _exporting(made).ready(format.value, options)
+        from graftc.runtime.export.exporting import ready_export
+
+        ready = ready_export(_exporting(made), format.value, options)
         if to is not None:
             ready.write(to, force)
 

@@ -17,7 +17,7 @@ from graftc.runtime.deploy.certifying import FoldRequest, certify
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged
 from graftc.runtime.deploy.widening import widened
-from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.export.exporting import Exporting, ExportingFolded
 from graftc.runtime.export.writing import FoldEvidence
 from graftc.runtime.interop.transformers import to_transformers
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -38,9 +38,9 @@ class MergedRunner(FoldedRunner):
         return self.exporting.export if name == "export" else loop_attribute(self, name)
 
     @property
-    def exporting(self) -> Exporting:
+    def exporting(self) -> ExportingFolded:
         """What exports the model, with its certificate."""
-        return Exporting(self, FoldEvidence(self.certificate, self.folded))
+        return ExportingFolded(self, FoldEvidence(self.certificate, self.folded))
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *GENERATING, "export"})

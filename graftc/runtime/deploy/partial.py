@@ -32,7 +32,7 @@ from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.deploy.widening import unquantised, widened
-from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.export.exporting import ExportingFolded
 from graftc.runtime.export.writing import FoldEvidence
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import M, ModelRoot, runner_of
@@ -104,9 +104,9 @@ class Partial(Generic[M, C]):
         return self.exporting.export(path, format, example_inputs, inputs=inputs, force=force)
 
     @property
-    def exporting(self) -> Exporting:
+    def exporting(self) -> ExportingFolded:
         """What exports `compiled`, with the certificate."""
-        return Exporting(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
+        return ExportingFolded(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
 
 
 def merge_partially(

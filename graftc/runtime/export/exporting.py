@@ -22,12 +22,13 @@ class Exporting:
     """Exports a model.
 
     Args:
-        runner: of a compiled or merged model.
-        evidence: what the files say of a fold.
+        runner: of the model.
     """
 
-    def __init__(self, runner: ModelRunner, evidence: FoldEvidence = UNFOLDED) -> None:
-        self.runner, self.evidence = runner, evidence
+    _evidence: FoldEvidence = UNFOLDED
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
 
     @isolated()
     @during("exporting")
@@ -48,18 +49,33 @@ class Exporting:
         """Export the model in eval mode, a merged one folded, with its certificate in the metadata. Arguments and
         errors are those of `Compiled.export`."""
         to, given = as_path(path), {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
-        self.ready(format, {**given, "server": server, "max_rank": max_rank}).write(to, force)
+        ready_export(self, format, {**given, "server": server, "max_rank": max_rank}).write(to, force)
         return to
 
-    def ready(self, format: str, given: Mapping[str, Any]) -> ReadyExport:
-        """An export that is still to be written.
 
-        Args:
-            format: of those in `graftc.specs.options.exports`.
-            given: its options, by name.
+class ExportingFolded(Exporting):
+    """Exports a model in which adaptations have been folded.
 
-        Raises:
-            GraftError: for an option or a model that the format does not take.
-        """
-        options = options_for(format, given)
-        return EXPORTERS[format].prepare(ExportJob(self.runner, options, self.evidence))
+    Args:
+        runner: of the model.
+        evidence: what the files say of the fold.
+    """
+
+    def __init__(self, runner: ModelRunner, evidence: FoldEvidence) -> None:
+        super().__init__(runner)
+        self._evidence = evidence
+
+
+def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) -> ReadyExport:
+    """An export that is still to be written.
+
+    Args:
+        exporting: has the model.
+        format: of those in `graftc.specs.options.exports`.
+        given: its options, by name.
+
+    Raises:
+        GraftError: for an option or a model that the format does not take.
+    """
+    options = options_for(format, given)
+    return EXPORTERS[format].prepare(ExportJob(exporting.runner, options, exporting._evidence))
