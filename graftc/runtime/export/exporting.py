@@ -12,7 +12,6 @@ from graftc.runtime.export.exporters import EXPORTERS, ExportJob, ReadyExport
 from graftc.runtime.export.writing import UNFOLDED, FoldEvidence
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
-from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.progress import during
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.options.exports import FileType, options_for
@@ -33,7 +32,6 @@ class Exporting:
     @isolated()
     @during("exporting")
     @written_once
-    @with_every_adaptation
     def export(
         self,
         path: str | Path,
@@ -67,7 +65,7 @@ class ExportingFolded(Exporting):
 
 
 def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) -> ReadyExport:
-    """An export that is still to be written.
+    """An export that is still to be written: of every adaptation, those that are disabled as well.
 
     Args:
         exporting: has the model.
@@ -77,5 +75,5 @@ def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) ->
     Raises:
         GraftError: for an option or a model that the format does not take.
     """
-    options = options_for(format, given)
-    return EXPORTERS[format].prepare(ExportJob(exporting.runner, options, exporting._evidence))
+    options, runner = options_for(format, given), exporting.runner.complete()
+    return EXPORTERS[format].prepare(ExportJob(runner, options, exporting._evidence))
