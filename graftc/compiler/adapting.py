@@ -19,7 +19,7 @@ from graftc.compiler.capture.as_captured import draws
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.capture.signature import inputs_of_program
+from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.compilation import CalledResolution, Compilation, Graphs, Places, Resolution
 from graftc.compiler.resolve.treated import TreatedUnlikeError
 from graftc.passes.core import progress
@@ -177,7 +177,10 @@ def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
     eval_base = record_baseline(source_eval if train.base is source else to_eval(train.base))
     derived = [anchor for anchor in taken.anchors if anchor.mode == "eval"]
     if not taken.anchors:
-        derived = [anchored(compilation, c, source_eval if c is found else to_eval(c.program)) for c in train.captures]
+        derived = [
+            anchored(compilation, c, source_eval if c is found else to_eval(c.program), request.axes)
+            for c in train.captures
+        ]
     evaluating = Evaluating(train, program, True, eval_base)
     if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
         # Eval mode is more than train mode without dropout: what it computes has to be looked at.
@@ -212,7 +215,7 @@ def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
         train.trained,
         train.attentions,
         frozenset(everywhere(program.graph, dict.fromkeys(moded(program)))),
-        request.axes,
+        _as_captured(request.axes, source),
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
         (*train.findings.records(ADAPT.name), *evaluating.findings.records(EVAL.name)),
@@ -242,6 +245,13 @@ def _signature(compilation: Compilation, adapted: Program, base: Program) -> Sig
     if signature in compilation.signatures:  # for other sizes of the same inputs the model may compute something else
         signature = signature._replace(sizes=(*fixed, *(f"{axis}={low}..{high}" for axis, low, high in bounds)))
     return signature
+
+
+def _as_captured(axes: Sequence[Axis], source: Program) -> tuple[Axis, ...]:
+    """The inputs that were asked for. Of those whose sizes have names of their own, what the graph shows of them: which
+    vary, and which are one."""
+    shapes = {spec.name: spec.shape for spec in source.inputs}
+    return tuple(replace(axis, axes=shapes[axis.name]) if axis.as_shown else axis for axis in axes)
 
 
 def _is_unlike_eval(program: Program) -> bool:

@@ -12,6 +12,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved, not_read
 from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import expression
@@ -29,8 +30,9 @@ def is_encoder(program: Program) -> bool:
 
 
 def is_part(program: Program) -> bool:
-    """Whether a graph runs a part of the model: its encoder, or its decoder on what an encoder gave."""
-    return is_encoder(program) or ENCODED in program.signature or any(map(is_cross, program.signature))
+    """Whether a graph runs a part of the model: its encoder, its decoder on what an encoder gave, or its elements."""
+    alone = is_encoder(program) or bool(elements_in(program.flags))
+    return alone or ENCODED in program.signature or any(map(is_cross, program.signature))
 
 
 def is_cached(program: Program) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -13,13 +13,15 @@ from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.preparing import Prepared, explained, prepare
+from graftc.compiler.live.elements import runs_anywhere
+from graftc.compiler.preparing import Level, Prepared, explained, prepare
 from graftc.compiler.signatures import add_first
 from graftc.compiler.source_watch import SourceWatch
 from graftc.passes.core.build.initial import Initial
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class StartingPoint:
         values: adapter tensors to start from instead of initial values, by name.
         known: captures to use instead of capturing, by their key.
         every_layer: write every layer out from the beginning, for who looks at graphs and runs none.
+        level: how much of the model is one graph; by default as much as can be.
+        because: why that is not all of it.
     """
 
     seed: int = 0
@@ -39,6 +43,8 @@ class StartingPoint:
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     known: Known = field(default_factory=dict, repr=False)
     every_layer: bool = False
+    level: Level | None = None
+    because: str = ""
 
 
 @exclusive()
@@ -63,7 +69,38 @@ def compile_model(
     Raises:
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
-    prepared = prepare(Prepared(spec, model, model, axes, flags, start.use_cache, start.known))
+    if elements_in(flags):  # those of a Compilation that there has been
+        start = replace(start, level="layers")
+    if start.level is not None or spec.capture == "graph":
+        return _compiled(spec, model, axes, flags, start)
+    try:
+        return _compiled(spec, model, axes, flags, start)
+    except GraftError as whole:
+        if whole.code not in _NO_GRAPH or not runs_anywhere(model):
+            raise
+        try:
+            return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(whole)))
+        except GraftError as error:
+            if error.code == "GC030" and spec.capture != "layers":
+                raise whole from error
+            raise
+
+
+def _why(refused: GraftError) -> str:
+    """The reason for which a model is no graph, without what it was called with."""
+    return first_line(refused.__cause__ or refused)
+
+
+_NO_GRAPH = ("GC030", "GC041")
+"""What is said of a model that cannot be one graph."""
+
+
+def _compiled(
+    spec: Spec, model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, start: StartingPoint
+) -> Compilation:
+    """A Compilation of a model at one level."""
+    asked = Prepared(spec, model, model, axes, flags, start.use_cache, start.known)
+    prepared = prepare(replace(asked, level=start.level or "graph", because=start.because))
     store = Store.mirror(prepared.model)
     compilation = Compilation(
         spec,
@@ -79,7 +116,7 @@ def compile_model(
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
     initial = Initial(start.seed, start.values, originals, compilation.narrow)
     try:
-        add_first(compilation, axes, flags, initial)
+        add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)
     except GraftError as error:
         reason = explained(error, prepared)
         if reason is error:

@@ -5,8 +5,9 @@ No step changes the model that it is given; a copy shares all storage that stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
 
@@ -14,18 +15,27 @@ from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.attempts import first_capture
 from graftc.compiler.capture.cache import Known, captured, key
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.source_model import require_plain
+from graftc.compiler.live.elements import as_inputs, layers_of, union_of
+from graftc.compiler.live.levels import taken_apart
+from graftc.compiler.live.refusals import refuse_whole
 from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.resolve.cloze import filling, not_filling
 from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import counted
+
+Level = Literal["graph", "layers"]
+"""How much of a model is one graph: all of it, or each of its layers, between which its own Python runs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,9 @@ class Prepared:
         use_cache: look up and keep captured graphs in the user's cache folder.
         known: captures that are there already, by their key.
         unpacked: the parameters as they were before the spec had them packed, by name.
+        level: how much of the model is one graph.
+        because: why it is not all of it.
+        notes: what people are told of that.
     """
 
     spec: Spec
@@ -51,6 +64,9 @@ class Prepared:
     use_cache: bool = True
     known: Known = field(default_factory=dict, repr=False)
     unpacked: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    level: Level = "graph"
+    because: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def _same(error: GraftError, prepared: Prepared) -> GraftError:
@@ -63,13 +79,13 @@ class Preparation:
 
     Attributes:
         name: for people.
-        asked: whether a spec asks for it.
+        asked: whether it is asked for.
         apply: the model with the step taken.
         explain: the reason why a model with the step taken cannot be captured, in the words of the spec.
     """
 
     name: str
-    asked: Callable[[Spec], bool]
+    asked: Callable[[Prepared], bool]
     apply: Callable[[Prepared], Prepared]
     explain: Callable[[GraftError, Prepared], GraftError] = _same
 
@@ -120,6 +136,35 @@ def _fill(prepared: Prepared) -> Prepared:
     return prepared if cloze is None else replace(prepared, model=filling(prepared.model, cloze))
 
 
+def _take_apart(prepared: Prepared) -> Prepared:
+    """The union of the model's layers, called as a run on the inputs shown has called them. Flags that say how one is
+    called already are those of a Compilation that there has been."""
+    refuse_whole(prepared.spec, type(prepared.source).__name__)
+    if elements_in(prepared.flags):
+        return replace(prepared, model=union_of(prepared.model))
+    model, axes = prepared.model, prepared.axes
+    shown = default_axes(model) if axes is None else axes
+    device = device_of(model)
+    inputs = {axis.name: axis.example(device) if axis.shown is None else axis.shown.to(device) for axis in shown}
+    apart = taken_apart(model, {**inputs, **dict(prepared.flags)})
+    if apart.by_maps and prepared.spec.capture == "layers":
+        row, reason = next(iter(apart.by_maps.items()))
+        message = f"the layers of {row} cannot be graphs: {reason}"
+        raise GraftError("GC030", message, place=Place(path="capture"), hint="capture: modules adapts their maps")
+    calls, flags = as_inputs(apart.calls)
+    rows = [f"of {row} single maps are graphs: {why}" for row, why in apart.by_maps.items()]
+    rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
+    notes = (_told(apart.calls, model, prepared.because), *rows)
+    return replace(prepared, model=union_of(model), axes=calls, flags=flags, notes=notes)
+
+
+def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
+    """In a sentence what of a model is graphs."""
+    name, layers = type(model).__name__, len(set(layers_of(model)).intersection(elements))
+    parts = [counted(number, what) for number, what in ((layers, "layer"), (len(elements) - layers, "map")) if number]
+    return f"{name} is its own Python between graphs of {' and '.join(parts)}" + (f": {because}" if because else "")
+
+
 def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
     cloze = prepared.spec.cloze
     return error if cloze is None else not_filling(error, prepared.model, cloze)
@@ -128,10 +173,11 @@ def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
 PREPARATIONS = (
     Preparation("plain", lambda _: True, _plain),
     Preparation("arrive", lambda _: True, _arrive),
-    Preparation("quantise", lambda spec: spec.base.quantize is not None, _quantise),
-    Preparation("untie", lambda spec: bool(spec.untie), _untie),
-    Preparation("make room for tokens", lambda spec: spec.tokens is not None, _make_room),
-    Preparation("fill blanks", lambda spec: spec.cloze is not None, _fill, _not_filling),
+    Preparation("quantise", lambda prepared: prepared.spec.base.quantize is not None, _quantise),
+    Preparation("untie", lambda prepared: bool(prepared.spec.untie), _untie),
+    Preparation("make room for tokens", lambda prepared: prepared.spec.tokens is not None, _make_room),
+    Preparation("fill blanks", lambda prepared: prepared.spec.cloze is not None, _fill, _not_filling),
+    Preparation("take apart", lambda prepared: prepared.level == "layers", _take_apart),
 )
 """Every step, in order."""
 
@@ -146,7 +192,7 @@ def prepare(prepared: Prepared) -> Prepared:
     """
     try:
         for step in PREPARATIONS:
-            if step.asked(prepared.spec):
+            if step.asked(prepared):
                 prepared = step.apply(prepared)
     except GraftError as error:
         located = prepared.spec.locate(error)
@@ -159,6 +205,6 @@ def prepare(prepared: Prepared) -> Prepared:
 def explained(error: GraftError, prepared: Prepared) -> GraftError:
     """The reason why a prepared model cannot be captured, in the words of the spec, at its place there."""
     for step in PREPARATIONS:
-        if step.asked(prepared.spec):
+        if step.asked(prepared):
             error = step.explain(error, prepared)
     return prepared.spec.locate(error)

@@ -131,13 +131,20 @@ def add_signature(
     return _included(compilation, *_adapted(compilation, axes, flags, chosen, initial))
 
 
-def add_first(compilation: Compilation, axes: Sequence[Axis] | None, flags: Flags, initial: Initial) -> Signature:
+def add_first(
+    compilation: Compilation,
+    axes: Sequence[Axis] | None,
+    flags: Flags,
+    initial: Initial,
+    notes: Sequence[str] = (),
+) -> Signature:
     """Capture the first signature, for the first inputs of those tried that can be captured, and adapt it.
 
     Args:
         compilation: has no signature yet.
         axes, flags: what the source model is called with; None for its usual inputs.
         initial: where new tensors get their values.
+        notes: what people are told of the model beside what capturing it shows.
 
     Raises:
         GraftError: GC030 when it cannot be captured, and whatever is wrong with the spec or its fit.
@@ -145,8 +152,8 @@ def add_first(compilation: Compilation, axes: Sequence[Axis] | None, flags: Flag
 
     def attempt(tried: Sequence[Axis]) -> Signature:
         graphs, resolution = _adapted(compilation, tried, flags, (), initial)
-        notes = (*resolution.notes, *fixed_sizes(axes or (), tried))
-        return _included(compilation, graphs, resolution.with_notes(notes))
+        told = (*notes, *resolution.notes, *fixed_sizes(axes or (), tried))
+        return _included(compilation, graphs, resolution.with_notes(told))
 
     return first_capture(compilation.model, axes, attempt)
 

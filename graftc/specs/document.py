@@ -157,6 +157,10 @@ class Spec(SpecModel):
     untie: PatternList = ()
     """Globs of modules that share a tensor with others and get their own copy of it, so that it can be folded."""
 
+    capture: Literal["auto", "graph", "layers", "modules"] = "auto"
+    """How much of the model has to be a graph: all of it (`graph`), at least each of its layers (`layers`), or single
+    maps where a layer cannot be one (`modules`, as `auto` does). The rest runs as the model's own Python."""
+
     checkpoint: Literal["layers"] | None = None
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
 

@@ -124,7 +124,7 @@ _GLOBAL = {"calls": 0}
 def test_a_graph_that_is_not_the_model_is_refused(cls: type[Broken]) -> None:
     """What the tracer sees otherwise than a caller does is GC041 when it is compiled, naming the output and how far."""
     with pytest.raises(GraftError, match=r"output output differs by") as caught:
-        graftc.compile(SPEC, cls(), example_inputs=(torch.randn(4, 8),), cache=False)
+        graftc.compile({**SPEC, "capture": "graph"}, cls(), example_inputs=(torch.randn(4, 8),), cache=False)
     assert caught.value.code == "GC041" and caught.value.hint
 
 

@@ -80,7 +80,7 @@ def test_one_trace_and_the_place(model: type[nn.Module], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.export, "export", counted)
     with pytest.raises(GraftError) as caught:
-        graftc.compile(SPEC, model(), {"x": torch.randn(2, 5, 4)}, cache=False)
+        graftc.compile({**SPEC, "capture": "graph"}, model(), {"x": torch.randn(2, 5, 4)}, cache=False)
     assert caught.value.code == "GC030" and len(called) == 1
     with open(__file__, encoding="utf-8") as file:
         lines = file.read().split("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from graftc.compiler.adapt.context import Work
@@ -41,14 +42,14 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
     capture = captured(request, use_cache=compilation.use_cache, known=compilation.known)
     if capture.cached or capture.alike:
         try:
-            capture = _checked(compilation, capture, log)
+            capture = _checked(compilation, capture, log, request.axes)
         except Exception as error:  # whatever is wrong with a kept graph or with shared layers, the model is here
             from_cache = capture.cached
             capture = _every_layer(compilation, capture, request, log)
             if from_cache:
                 capture.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     else:
-        capture = _checked(compilation, capture, log)
+        capture = _checked(compilation, capture, log, request.axes)
     _note(work, capture)
     if compilation.spec.cloze is not None:
         capture = replace(capture, traced=capture.program)
@@ -62,13 +63,13 @@ def _every_layer(compilation: Compilation, stale: Capture, request: CaptureReque
     """Capture again with every layer traced, and replace the cached capture."""
     if compilation.use_cache:
         forget(request)
-    fresh = _checked(compilation, replace(capture_model(request, alike=False), key=stale.key), log)
+    fresh = _checked(compilation, replace(capture_model(request, alike=False), key=stale.key), log, request.axes)
     if compilation.use_cache:
         keep(request, fresh)
     return fresh
 
 
-def _checked(compilation: Compilation, found: Capture, log: Log) -> Capture:
+def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence[Axis] = ()) -> Capture:
     """A capture with its anchor.
 
     Raises:
@@ -86,7 +87,7 @@ def _checked(compilation: Compilation, found: Capture, log: Log) -> Capture:
             message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
             raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
         log.verified(program, store, "canonicalise")
-        comparison = anchored(compilation, found, program)
+        comparison = anchored(compilation, found, program, shown)
         untried = ("it was not held against all kinds of inputs",) if comparison.plain else ()
         differing = comparison.differing or untried
         if differing and (comparison.differing or found.cached):
@@ -101,10 +102,19 @@ def _checked(compilation: Compilation, found: Capture, log: Log) -> Capture:
     return replace(found, anchor=comparison, flat=None)
 
 
-def anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:
-    """A graph, captured or derived from one that was, held against the source model."""
+def anchored(compilation: Compilation, found: Capture, program: Program, shown: Sequence[Axis] = ()) -> Anchor:
+    """A graph, captured or derived from one that was, held against the source model.
+
+    Args:
+        compilation: has the model.
+        found: the capture.
+        program: the graph.
+        shown: the inputs that were asked for. Those that are to be as they were shown are so here too.
+    """
     progress.step(f"anchor({program.mode})")
-    axes = tuple(Axis(spec.name, spec.dtype, spec.shape) for spec in program.inputs)
+    own = {axis.name: axis for axis in shown if axis.as_shown}
+    plain = (own.get(spec.name, Axis(spec.name, spec.dtype, spec.shape)) for spec in program.inputs)
+    axes = tuple(replace(axis, axes=spec.shape) for axis, spec in zip(plain, program.inputs, strict=True))
     assert program.mode in ("train", "eval")
     request = CaptureRequest(compilation.model, axes, program.flags, program.mode, compilation.store.aliases)
     return anchor(request, program, found.constants)

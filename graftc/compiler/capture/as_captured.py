@@ -35,7 +35,7 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
         request: the model, what it is called with, and the mode.
     """
     model = request.model
-    with _as_before(model), torch.no_grad():
+    with as_before(model), torch.no_grad():
         model.train(request.mode == "train")
         notes = _without_random_structure(model)
         with _without_state(model), _flat_forward(model, request.axes, request.flags):
@@ -43,7 +43,7 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
+def as_before(model: nn.Module) -> Iterator[None]:
     """Put back, afterwards, whatever a forward pass or this module changes on the model: attributes (training flags,
     values that layers remember), hooks (transformers installs some to record outputs), the config (losses write to it).
     """

@@ -92,9 +92,16 @@ class InputSizes:
                 yield str(names[0]), str(names[1])
 
     def _name(self, symbol: Any) -> str | None:
-        """The name of any axis that has this size: equal sizes have one name."""
+        """The name of any axis that has this size: equal sizes have one name. One that is longer by a number is named
+        after the other."""
         names = (axis.axes[dim] for axis, dim in self.places[symbol])
-        return next((name for name in names if isinstance(name, str)), None)
+        name = next((name for name in names if isinstance(name, str)), None)
+        if name is None or symbol.is_symbol or is_sum(name):
+            return name
+        more, (shorter, *others) = symbol.as_coeff_add()
+        known = not others and shorter.is_symbol and shorter in self.places and more.is_Integer and more > 0
+        before = self._name(shorter) if known else None
+        return name if before is None else f"{before}+{more}"
 
 
 def fixed_sizes(asked: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
@@ -114,7 +121,7 @@ def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
         name: spec.shape[dim]
         for axis, spec in zip(axes, inputs, strict=True)
         for dim, name in enumerate(axis.axes)
-        if isinstance(name, str) and isinstance(spec.shape[dim], int)
+        if isinstance(name, str) and isinstance(spec.shape[dim], int) and not axis.as_shown
     }
     return [
         f"the graph holds for one {name} size only, here {size}: each other size is captured when it comes"

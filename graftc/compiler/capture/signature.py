@@ -6,6 +6,7 @@ made here: the caller's tensors only say dtype, rank and fixed sizes.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,8 +34,14 @@ def is_sum(name: str) -> bool:
 
 
 def size_of(name: str, sizes: Mapping[str, int], default: int = _OTHER) -> int:
-    """The size of a named axis, which may be a sum, where those of single names are known."""
-    return sum(sizes.get(part, default) for part in name.split(_SUM))
+    """The size of a named axis, which may be a sum, where those of single names are known. Numbers stand for
+    themselves."""
+    return sum(int(part) if part.isdigit() else sizes.get(part, default) for part in name.split(_SUM))
+
+
+def _any_size(name: str) -> int:
+    """A size for an axis of which the name says nothing, seldom that of another one."""
+    return _OTHER + zlib.crc32(name.encode()) % 29
 
 
 @dataclass(frozen=True)
@@ -43,24 +50,38 @@ class Axis:
 
     Attributes:
         shown: what the caller gave for it; None where nobody did.
+        as_shown: capture with what was shown, where that is there: its axes have names of their own.
     """
 
     name: str
     dtype: torch.dtype
     axes: tuple[int | str, ...]
     shown: Tensor | None = field(default=None, compare=False, repr=False)
+    as_shown: bool = field(default=False, compare=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The sizes to capture with; those that share a name agree."""
-        return tuple(size_of(a, _SIZES) if isinstance(a, str) else a for a in self.axes)
+        if self.as_shown and self.shown is not None:
+            return tuple(self.shown.shape)
+        own = {name: _any_size(name) for name in self.names} if self.as_shown else _SIZES
+        return tuple(size_of(a, own) if isinstance(a, str) else a for a in self.axes)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of axes, those within sums too."""
+        return {part for a in self.axes if isinstance(a, str) for part in a.split(_SUM) if not part.isdigit()}
 
     def example(self, device: torch.device) -> Tensor:
-        """A tensor of ones to capture with."""
+        """A tensor to capture with: of ones, unless it is to be as shown."""
+        if self.as_shown and self.shown is not None:
+            return self.shown.to(device, self.dtype)
         return torch.ones(self.sizes, dtype=self.dtype, device=device)
 
     def smallest(self, device: torch.device) -> Tensor:
         """The same with 1 for every named size."""
+        if self.as_shown and self.shown is not None:
+            return self.example(device)
         sizes = [1 if isinstance(name, str) else size for name, size in zip(self.axes, self.sizes, strict=True)]
         return torch.ones(sizes, dtype=self.dtype, device=device)
 

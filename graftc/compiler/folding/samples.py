@@ -36,7 +36,7 @@ def samples(compilation: Compilation) -> dict[str, Tensor]:
     """Inputs of the first signature: random ones, or what callers gave where random ones make no sense."""
     base, store, main = compilation.program("train", "base"), compilation.store, compilation.main
     shown = {**(compilation.table.first_call or {}), **main.shown}
-    if beyond_text(base) and shown.keys() >= set(base.signature):
+    if (beyond_text(base) or any(axis.as_shown for axis in main.axes)) and shown.keys() >= set(base.signature):
         device = store.device()
         return {spec.name: shown[spec.name].to(device, spec.dtype) for spec in base.inputs}
     return random_inputs(base, store, config=getattr(compilation.source, "config", None))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, call, region
@@ -134,7 +135,7 @@ Group = tuple[str, list[fx.Node]]
 def _group(program: Program) -> list[Group]:
     """Runs of nodes by layer. What stands between and does not need the running layer goes before it, unless it has to
     keep its place: see `_Order`."""
-    layers, order = repeated_layers(program), _Order(program)
+    homes, order = Homes(program), _Order(program)
     done: list[Group] = []
     run: list[fx.Node] = []
     waiting: list[fx.Node] = []
@@ -148,9 +149,8 @@ def _group(program: Program) -> list[Group]:
             done.append(("", waiting))
         run, waiting = [], []
 
-    for node in _ordered(program, layers, order):
-        path = layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
-        path = path if path in layers else ""
+    for node in _ordered(program, homes, order):
+        path = homes.of(node) if node.op == "call_function" else ""
         sources = set(node.all_input_nodes)
         if waiting and path and path == current and (taken := _inserted_between(sources, run, waiting, order)):
             run += taken
@@ -208,7 +208,7 @@ def _inserted_between(
     return [node for node in waiting if node in found] if moves else []
 
 
-def _ordered(program: Program, layers: Collection[str], order: _Order) -> list[fx.Node]:
+def _ordered(program: Program, homes: Homes, order: _Order) -> list[fx.Node]:
     """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone, or of what no layer of
     theirs has computed, comes right before its first reader, not before all layers, where it would be a part of the
     layer on its own: a layer is called as often as in the source."""
@@ -227,31 +227,56 @@ def _ordered(program: Program, layers: Collection[str], order: _Order) -> list[f
     for node in program.graph.nodes:
         if node.op == "get_attr" or node not in needed:
             continue
-        path = layer_path(node.meta.get("module", ""))
+        path = homes.of(node)
         if provenance(node) is not None and all(n.op == "get_attr" or n in settled for n in node.all_input_nodes):
             settled.add(node)
-            if path in layers:
+            if path:
                 waiting.add(node)
                 continue
-        moves = path in layers and _may_wait(node, order)
-        if moves and all(n in waiting or _layer_of(n) != path for n in node.all_input_nodes):
+        moves = path and _may_wait(node, homes, order)
+        if moves and all(n in waiting or homes.computing(n) != path for n in node.all_input_nodes):
             waiting.add(node)
             continue
         place(node)
     return ordered
 
 
-def _layer_of(node: fx.Node) -> str:
-    """The layer that computes a value."""
-    return layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
+class Homes:
+    """Which layer nodes belong to: a repeated one, or, of a union of elements, the innermost of these.
+
+    Args:
+        program: whose nodes.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._elements = frozenset(elements_in(program.flags))
+        self._layers = self._elements or frozenset(repeated_layers(program))
+        self._known: dict[str, str] = {}
+
+    def of(self, node: fx.Node) -> str:
+        """Path of the layer that a node is in; empty where it is in none."""
+        module = str(node.meta.get("module", ""))
+        if module not in self._known:
+            self._known[module] = self._element(module) if self._elements else layer_path(module)
+        path = self._known[module]
+        return path if path in self._layers else ""
+
+    def computing(self, node: fx.Node) -> str:
+        """The layer that computes a value."""
+        return self.of(node) if node.op == "call_function" else ""
+
+    def _element(self, module: str) -> str:
+        while module and module not in self._elements:
+            module = module.rpartition(".")[0]
+        return module
 
 
-def _may_wait(node: fx.Node, order: _Order) -> bool:
+def _may_wait(node: fx.Node, homes: Homes, order: _Order) -> bool:
     """Whether an adaptation's node is for its layer alone, and gives the same wherever it stands: it draws nothing and
     writes nothing, and reads nothing that is written to."""
     if provenance(node) is None or not node.users or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return not order.keeps_place(node) and all(_layer_of(user) == _layer_of(node) for user in node.users)
+    return not order.keeps_place(node) and all(homes.computing(user) == homes.computing(node) for user in node.users)
 
 
 def _block(

@@ -15,6 +15,7 @@ from torch import Tensor
 from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
@@ -110,7 +111,8 @@ class StateRecord(Record):
     @property
     def axes(self) -> list[Axis]:
         """The inputs that graphs are asked for."""
-        return [Axis(i.name, DTYPES[i.dtype], i.axes) for i in self.inputs]
+        named = bool(elements_in(self.flags))
+        return [Axis(i.name, DTYPES[i.dtype], i.axes, as_shown=named) for i in self.inputs]
 
 
 def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> StateRecord:

@@ -42,11 +42,11 @@ def _name(text: str) -> str:
 
 
 def _axis(text: str) -> str:
-    """The name of an axis, or of two that it is as long as together."""
-    names = text.split("+")
-    if len(names) > 2:
+    """The name of an axis, or of two that it is as long as together, the second of which may be a number."""
+    name, *more = text.split("+")
+    if len(more) > 1:
         raise ValueError("no name of an axis")
-    return "+".join(map(_name, names))
+    return "+".join([_name(name), *(part if part.isdecimal() and len(part) < 10 else _name(part) for part in more)])
 
 
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

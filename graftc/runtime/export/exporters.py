@@ -92,6 +92,7 @@ class Exporter:
 
 def _graph(kind: Literal["onnx", "pt2"]) -> Callable[[ExportJob], ReadyExport]:
     def prepare(job: ExportJob) -> ReadyExport:
+        _require_one_graph(job.runner)
         runner, inputs = job.simplest, job.options.get("inputs", ())
         signature = exported_signature(runner, job.options.get("example_inputs"))
 
@@ -107,7 +108,15 @@ def _beside_graph(path: Path, inputs: Sequence[str]) -> tuple[str, ...]:
     return (f"{path.name}.data", *companions_of(path, inputs).values())
 
 
+def _require_one_graph(runner: ModelRunner) -> None:
+    if runner.live is not None:
+        message = f"{type(runner.compilation.source).__name__} is its own Python between graphs of its layers"
+        hint = "save the merged model, or what to_transformers() gives: a file of graphs has no Python"
+        raise GraftError("GC149", message, hint=hint)
+
+
 def _graphs_with_cache(job: ExportJob) -> ReadyExport:
+    _require_one_graph(job.runner)
     runner, (certificate, folded) = job.simplest, job.evidence
 
     def write(path: Path, force: bool) -> None:

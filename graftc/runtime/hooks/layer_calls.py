@@ -97,10 +97,12 @@ class Hearing:
     Attributes:
         hooked: a layer has hooks of its own.
         everywhere: there have been hooks on every module of the process.
+        live: the source's own modules call the layers, and their hooks.
     """
 
     hooked: bool = False
     everywhere: bool = False
+    live: bool = False
 
 
 @dataclass

@@ -208,9 +208,9 @@ class AdaptedRunner(ModelRunner):
         """See `ModelRunner.key`."""
         return ProgramKey(entry, mode, signature, "source" if self.base_only else "adapted")
 
-    def _mode(self, signature: Signature) -> Modes:
+    def mode_of(self, signature: Signature) -> Modes:
         """See `ModelRunner`."""
-        return "eval" if self.as_reference else super()._mode(signature)
+        return "eval" if self.as_reference else super().mode_of(signature)
 
     def program_of(self, key: ProgramKey) -> Program:
         """See `ModelRunner`. Entries that score tokens are made of `forward`; of the base it is as the source's."""

@@ -31,6 +31,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import rows_for, with_choices
 from graftc.runtime.model.initial_cache import initial_cache, is_fronted, taken_away
+from graftc.runtime.model.live_view import live_view
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import Root
 from graftc.specs.errors.diagnostics import GraftError
@@ -66,6 +67,23 @@ class Generating:
                 grow; GC141 for an adaptation that a cache cannot hold; GC142 for a model that does not generate.
         """
         self.require_generating()
+        runner = self.runner if self.runner.live is not None or self._by_graphs() else self._live()
+        if runner.live is not None:
+            return runner.live.generate(runner, *args, **kwargs)
+        try:
+            return self._generate(*args, **kwargs)
+        except GraftError as error:
+            if error.code != "GC031":
+                raise
+            try:  # the loop has arguments of its own, which no graph takes
+                runner = live_view(self.runner)
+            except GraftError:
+                raise error from None
+        assert runner.live is not None
+        return runner.live.generate(runner, *args, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate over graphs with a cache."""
         assistant, others = kwargs.get("assistant_model"), []
         if isinstance(assistant, Root) and isinstance(assistant._graftc, ModelRunner):
             others = [Generating(assistant._graftc)._running({})]
@@ -99,6 +117,26 @@ class Generating:
         vars(made).update(_graftc_initial=initial, _graftc_whole=runner)
         return made
 
+    def _by_graphs(self) -> bool:
+        """Whether graphs of whole calls generate, with a cache."""
+        return self.runner.interface.cache is not None and self.runner.keeps_cache()
+
+    def _live(self) -> ModelRunner:
+        """What generates where they do not.
+
+        Raises:
+            GraftError: GC140 where that cannot be made either.
+        """
+        compilation = self.runner.shown.compilation
+        try:
+            return live_view(self.runner)
+        except GraftError as error:
+            if self.runner.interface.cache is not None:
+                _ = compilation.cache_layout  # it says why
+            name = type(compilation.source).__name__
+            message = f"{name} keeps no cache of keys and values: its forward takes none"
+            raise GraftError("GC140", message, hint="call it without a cache: use_cache=False") from error
+
     def require_generating(self) -> None:
         """Refuse what does not generate.
 
@@ -127,10 +165,10 @@ class Generating:
         return _encoder_of(self.runner).parameters
 
     def can_generate(self) -> bool:
-        """Whether the source model's class generates text, with a cache."""
+        """Whether the source model's class generates text."""
         model: Any = self.runner.compilation.model
         can = is_transformers(model) and callable(getattr(model, "can_generate", None)) and model.can_generate()
-        return bool(can) and self.runner.interface.cache is not None
+        return bool(can)
 
     @property
     def most_tokens(self) -> int | None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graftc.compiler.cached import cannot_be_cached, gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
@@ -18,8 +18,11 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import FROM_FORWARD, entered
 from graftc.compiler.derived import program_of as derived_program
 from graftc.compiler.folding.samples import remember
+from graftc.compiler.live.elements import is_live
 from graftc.compiler.positions import PositionTable, position_tables
 from graftc.compiler.signatures import signature_for
+from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.ir.codegen import executable_of
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.functions import everywhere
 from graftc.passes.core.ir.program import Program
@@ -36,6 +39,8 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.cut import FLAG
 from graftc.runtime.hooks.embeddings import install_embeddings
 from graftc.runtime.hooks.layer_calls import hooks_everywhere
+from graftc.runtime.live.element_code import ElementCode, parts_of
+from graftc.runtime.live.live_root import ELEMENTS, LiveRoot
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
@@ -68,7 +73,11 @@ class ModelRunner(Runner):
         super().__init__(compilation, store)
         model = compilation.model
         self.compilation = compilation
-        self.interface = Interface(model)
+        self.live: LiveRoot | None = None
+        if is_live(model):
+            self.live = LiveRoot(compilation.source, elements_in(compilation.flags))
+            self.hearing.live = True
+        self.interface = Interface(compilation.source if is_live(model) else model)
         self.derived: dict[Any, Any] = {}
         self._dtype = dtype_of(model)
         self._looked_at: set[Signature] = set()
@@ -146,6 +155,8 @@ class ModelRunner(Runner):
 
     def respond(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
         """The outputs of one way into the model."""
+        if self.live is not None:
+            return self.live.call(self, args, kwargs)
         chosen = {name: kwargs.pop(name) for name in self.shown.compilation.controls if name in kwargs}
         named = self.interface.named(args, kwargs)
         present, plain = self.interface.read({**named, **flags})
@@ -173,9 +184,10 @@ class ModelRunner(Runner):
 
     def _can_return_cache(self) -> bool:
         """Whether the model keeps a cache of keys and values, and no adaptation rules one out."""
-        return self._keeps_cache() and not cannot_be_cached(self.shown.compilation)
+        return self.keeps_cache() and not cannot_be_cached(self.shown.compilation)
 
-    def _keeps_cache(self) -> bool:
+    def keeps_cache(self) -> bool:
+        """Whether the source model keeps a cache of keys and values; it is asked once."""
         if (known := self.shown.compilation.known_to_keep_cache) is None:
             with exclusive():
                 known = self.shown.compilation.keeps_cache
@@ -186,7 +198,7 @@ class ModelRunner(Runner):
         call = CallState.of({**present, **chosen}, self._written, self.shown.device_type)
         outputs = self._chosen(dict(present), chosen, False)
         field = cache_field(outputs)
-        if field is not None and self._keeps_cache():
+        if field is not None and self.keeps_cache():
             again = copy.copy(self)  # as it is now, whatever calls leave out by then
             inputs = {name: call.inputs[name] for name in present}
             choice = {name: call.inputs[name] for name in chosen}
@@ -271,7 +283,7 @@ class ModelRunner(Runner):
             GraftError: GC031 where it cannot be.
         """
         signature = self.shown.compilation.find(present)
-        key = self.key(signature, self._mode(signature), entry) if signature is not None else None
+        key = self.key(signature, self.mode_of(signature), entry) if signature is not None else None
         if key is None or not self.shown.has(key):
             if is_traced() and torch.compiler.is_exporting():
                 message = f"{', '.join(present)} have no graph yet; call the model once before exporting it"
@@ -286,12 +298,24 @@ class ModelRunner(Runner):
         """The key of a call that has no code yet, which `torch.compile` leaves to Python the first time."""
         with exclusive(), seldom_collected():
             signature = signature_for(self.shown.compilation, present)
-            key = self.key(signature, self._mode(signature), entry)
+            key = self.key(signature, self.mode_of(signature), entry)
             if not self.shown.has(key):
                 self.install(key, self.as_run(key))
         return key
 
-    def _mode(self, signature: Signature) -> Modes:
+    def run_above(self, key: ProgramKey, graph: fx.Graph) -> None:
+        """See `Runner.run_above`. Of a live model each element has code of its own."""
+        super().run_above(key, graph)
+        if self.live is None:
+            return
+        codes: dict[str, ElementCode] = {}
+        for path, (part, outputs) in parts_of(self.shown.lowered_of(key), graph).items():
+            names = tuple(str(node.target) for node in part.find_nodes(op="placeholder"))
+            run = self.code(key, part, self.module, executable_of(part, self._code_device()))
+            codes[path] = ElementCode(names, run, outputs)
+        self.shown.executables[key].known[ELEMENTS] = codes
+
+    def mode_of(self, signature: Signature) -> Modes:
         """The mode that the modules are in, where a dropout that was set to zero is in eval mode; code of
         `torch.compile` looks at that of the whole model, and at such dropouts once."""
         if is_traced():
@@ -325,7 +349,7 @@ class ModelRunner(Runner):
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
         executables = [executable for view in self.every_view() for executable in view.executables.values()]
         graphs = [graph for each in executables for graph in (each.program, each.lowered)]
-        found: list[Any] = [self.interface, *graphs, self.derived]
+        found: list[Any] = [self.interface, *graphs, self.derived, self.live]
         for compilation in self.compilations():
             if compilation.store is not self.store:
                 found.append(compilation)
@@ -349,6 +373,8 @@ class ModelRunner(Runner):
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
         self.derived = {}  # it is about the original
+        if self.live is not None:
+            self.live = LiveRoot(self.compilation.source, elements_in(self.compilation.flags))
 
     def complete(self) -> Any:
         """A Runner that leaves no adaptation out: this one, where it leaves out none."""

@@ -526,6 +526,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "What a model's `generation_config.json` says cannot be used: a value is of another kind, asks for too much, or "
      "transformers refuses it, as a temperature of 0.",
      "Mend the file, or leave out of it what the message names."),
+    ("GC149", _SPEC, "the model is not one graph",
+     "The model's own Python runs between graphs of its layers, because the whole cannot be captured, and what the "
+     "message names acts on the whole: virtual tokens, banks, added tokens, a loss in chunks, graphs in a file.",
+     "Adapt layers and maps, by LoRA, (IA)3, bottlenecks or tensors in full; deploy the merged model as a transformers "
+     "folder. `capture: graph` says why the whole is none."),
 
     # Memory of a training step.
     ("GC150", _SPEC, "an output that is not there while training",

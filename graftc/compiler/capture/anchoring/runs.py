@@ -81,7 +81,7 @@ class Runs:
                 failure = failure or error
                 self._length //= 2  # a table of positions may have no more rows
         try:
-            return self.model(self._request.examples()), True
+            return self.model(self._request.examples()), not any(axis.as_shown for axis in self._request.axes)
         except NoRunError as error:
             raise (failure or error) from None
 

@@ -1,0 +1,139 @@
+"""Which elements a model is taken apart into: its layers, and single maps of what cannot be captured as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graftc.compiler.capture.anchor import anchor
+from graftc.compiler.capture.as_captured import as_captured
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.live.elements import Recorded, as_inputs, layers_of, maps_of, record, union_of
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.ir.verify import record_baseline
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError, first_line
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """The elements of a model.
+
+    Attributes:
+        calls: how a run on the inputs shown calls them.
+        by_maps: rows of layers of which single maps are elements, each with what is in the way of more.
+        uncalled: rows of layers that the run did not call, so that nothing in them is an element.
+    """
+
+    calls: Recorded
+    by_maps: Mapping[str, str]
+    uncalled: tuple[str, ...]
+
+
+def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
+    """Take a model apart by a run on its inputs.
+
+    Args:
+        model: is run, and is as before afterwards.
+        inputs: by name.
+
+    Raises:
+        GraftError: GC030 where the model does not run, or has no elements.
+    """
+    layers, maps = layers_of(model), maps_of(model)
+    calls = record(model, [*layers, *maps], inputs)
+    union, reasons = union_of(model), dict[str, str]()
+    tried: dict[object, str] = {}
+    called: dict[str, bool] = {}
+    for path in layers:
+        row = path.rpartition(".")[0]
+        called[row] = called.get(row, False) or path in calls or any(p.startswith(f"{path}.") for p in calls)
+        if path not in calls:
+            continue
+        kind = row, _kind(model, calls, path)
+        if kind not in tried:
+            tried[kind] = _in_the_way(union, {path: calls[path]})
+        if tried[kind]:
+            reasons.setdefault(row, tried[kind])
+    whole = [path for path in layers if path in calls and path.rpartition(".")[0] not in reasons]
+    inside = tuple(f"{path}." for path in whole)
+    single = {p for p in maps if p in calls and not p.startswith(inside)}
+    reading = {kind for kind, p in _kinds(model, calls, single).items() if reads_values(union, {p: calls[p]})}
+    chosen = [p for p in calls if p in whole or (p in single and _kind(model, calls, p) not in reading)]
+    if not chosen:
+        hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
+        raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
+    uncalled = tuple(row for row, seen in called.items() if not seen)
+    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled)
+
+
+Kind = tuple[tuple[type, ...], str]
+"""The classes in an element, and how it is called: what its Python does depends on these, and on settings."""
+
+
+def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
+    return tuple(type(module) for module in model.get_submodule(path).modules()), calls[path][0].text
+
+
+def _kinds(model: nn.Module, calls: Recorded, paths: Iterable[str]) -> dict[Kind, str]:
+    """One element of each kind."""
+    return {_kind(model, calls, path): path for path in paths}
+
+
+def _in_the_way(union: nn.Module, call: Recorded) -> str:
+    """Why a layer cannot be one graph; empty where it can."""
+    if reads_values(union, call):
+        return READS
+    axes, flags = as_inputs(call)
+    request = CaptureRequest(union, tuple(axes), flags, aliases=Store.mirror(union).aliases)
+    try:
+        found = capture(request, alike=False)
+    except GraftError as error:
+        return first_line(error.__cause__ or error)
+    held = anchor(request, record_baseline(found.program), found.constants)
+    return held.differing[0] if held.differing else held.skipped if held.difference is None else ""
+
+
+READS = "its Python reads the values of tensors"
+"""Why a layer that does is no graph."""
+
+
+def reads_values(union: nn.Module, call: Recorded) -> bool:
+    """Whether the Python of elements looks at values of tensors, in either mode.
+
+    Args:
+        union: of the model's elements.
+        call: how these are called.
+    """
+    axes, flags = as_inputs(call)
+    modes: tuple[Mode, ...] = ("train", "eval")
+    for mode in modes:
+        request = CaptureRequest(union, tuple(axes), flags, mode)
+        with as_captured(request), torch.random.fork_rng(devices=()), _ReadValues() as values:
+            union(**request.examples())
+        if values.read:
+            return True
+    return False
+
+
+class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether Python looks at the values of a tensor: what follows from these would be constant in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.read |= func in _VALUES
+        return func(*args, **(kwargs or {}))
+
+
+_VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)

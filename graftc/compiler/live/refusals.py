@@ -1,0 +1,44 @@
+"""What acts on a whole model, and so on none that is taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.steering import OutputObjective
+from graftc.specs.compose import Bank, Parallel
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+
+def refuse_whole(spec: Spec, name: str) -> None:
+    """Refuse a spec of which a part acts on the model as a whole.
+
+    Args:
+        spec: what is to be adapted.
+        name: of the model's class.
+
+    Raises:
+        GraftError: GC149 naming the first such part.
+    """
+    for path, what in _of_the_whole(spec):
+        message = f"{name} is taken apart into its layers, and {what} are of a whole call"
+        raise GraftError("GC149", message, place=Place(path=path), hint="adapt layers and maps instead")
+
+
+def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
+    for index, adaptation in enumerate(spec.adapt):
+        method, path = method_for(adaptation.method), f"adapt[{index}].method"
+        if adaptation.virtual_tokens():
+            yield path, "virtual tokens"
+        objective = method.objective
+        if objective is not None and issubclass(objective, OutputObjective) and objective.wanted(adaptation):
+            yield path, "objectives that compare several passes"
+    if any(isinstance(composition, Bank | Parallel) for composition in spec.compose):
+        yield "compose", "rows that choose among adaptations"
+    if spec.tokens is not None:
+        yield "tokens", "added tokens"
+    if spec.cloze is not None:
+        yield "cloze", "blanks"
+    if spec.memory.loss == "chunked":
+        yield "memory.loss", "losses in chunks"

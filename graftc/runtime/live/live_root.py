@@ -1,0 +1,232 @@
+"""The root of a live model: the source's own forward over the Store's tensors, whose layers are graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.signature import fits
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.live.elements import as_inputs
+from graftc.compiler.live.levels import READS, reads_values
+from graftc.compiler.resolve.untie import sharing_copy
+from graftc.compiler.signatures import add_signature
+from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls
+from graftc.passes.core.elements.layer_cache import number_of
+from graftc.passes.core.ir.program import InputSpec, Program
+from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
+from graftc.passes.core.weights.sharding import is_unit
+from graftc.passes.core.weights.store import Store
+from graftc.runtime.live.element_code import ElementCode
+from graftc.specs.errors.diagnostics import GraftError
+
+
+class GraphRunner(Protocol):
+    """What runs graphs: see `graftc.runtime.model.model_runner.ModelRunner`."""
+
+    store: Store
+    shown: Any
+
+    @property
+    def module(self) -> nn.Module:
+        """The root of the tree of tensors."""
+
+    def key(self, signature: Signature, mode: Modes) -> ProgramKey:
+        """The key of what a call runs."""
+
+    def mode_of(self, signature: Signature) -> Modes:
+        """The mode that a call is in."""
+
+    def as_run(self, key: ProgramKey) -> Program:
+        """The Program of a key, as code is made of it."""
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """Make the code of a Program."""
+
+
+_RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
+
+
+class _StandIn:
+    """The forward of a layer that is a graph, as a class to put in front of the layer's own."""
+
+    _graftc_path: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph gives."""
+        return run_element(_RUNNING.get(), cast(nn.Module, self), args, kwargs)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class LiveRoot:
+    """The source's own Python. It shares no module with the source, and all tensors with a Store.
+
+    Args:
+        source: the model that was compiled; it is not changed.
+        elements: paths of its layers that are graphs.
+    """
+
+    def __init__(self, source: nn.Module, elements: Iterable[str]) -> None:
+        self.model: nn.Module = sharing_copy(source)
+        for path in elements:
+            layer = self.model.get_submodule(path)
+            cls = type(layer)
+            layer.__class__ = type(cls.__name__, (_StandIn, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+            cast(Any, layer)._graftc_path = path
+        self._modules = list(self.model.named_modules(remove_duplicate=False))
+        self._hooked: dict[tuple[str, str], set[int]] = {}
+
+    def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs of a call, as the source model gives them.
+
+        Args:
+            runner: runs the layers.
+            args, kwargs: of the call.
+        """
+        self._bind(runner)
+        token = _RUNNING.set(runner)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            _RUNNING.reset(token)
+
+    def generate(self, runner: GraphRunner, *args: Any, **kwargs: Any) -> Any:
+        """What the source's own ``generate`` gives."""
+        self._bind(runner)
+        token = _RUNNING.set(runner)
+        try:
+            return cast(Any, self.model).generate(*args, **kwargs)
+        finally:
+            _RUNNING.reset(token)
+
+    def _bind(self, runner: GraphRunner) -> None:
+        """Let the modules between graphs have the Store's tensors and modes, which may have moved and changed."""
+        if is_unit(runner.module):
+            message = "FSDP2 shards the modules of a graph, and between graphs this model is its own Python"
+            raise GraftError("GC130", message, hint="replicate it with DistributedDataParallel")
+        hooked = bool(self._hooked)
+        for path, module in self._modules:
+            prefix, held = f"{path}." if path else "", runner.store.nearest(path)
+            vars(module)["training"] = held.training
+            if hooked or any(vars(held)[hooks] for hooks in _HOOKS):
+                self._hook(path, module, held)
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = runner.store.get(f"{prefix}{name}")
+
+    def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
+        """Call the hooks of the compiled model's modules where the source's are, beside those that its class has."""
+        for name in _HOOKS:
+            own, wanted = vars(module)[name], vars(held)[name]
+            for number in self._hooked.pop((path, name), set()) - wanted.keys():
+                own.pop(number, None)
+            if wanted:
+                own.update(wanted)
+                self._hooked[path, name] = set(wanted)
+
+
+def run_element(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an element gives.
+
+    Args:
+        runner: whose graphs.
+        module: the element in the live model.
+        args, kwargs: as the source's layer is called.
+
+    Raises:
+        GraftError: GC031 for a call that no graph can be made of.
+    """
+    path = str(module._graftc_path)
+    structure, tensors = CallStructure.of(path, module, args, kwargs)
+    inputs = {input_name(path, index): tensor for index, tensor in enumerate(tensors)}
+    signature = _find(runner, path, structure, inputs)
+    if signature is None:
+        with exclusive():
+            signature = _find(runner, path, structure, inputs) or _add(runner, path, structure, tensors)
+    key = runner.key(signature, runner.mode_of(signature))
+    if not runner.shown.has(key):
+        with exclusive():
+            if not runner.shown.has(key):
+                runner.install(key, runner.as_run(key))
+    code: ElementCode = runner.shown.executables[key].known[ELEMENTS][path]
+    results = code.run(runner.module, *(inputs[name] for name in code.inputs))
+    made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
+    if not structure.cached:
+        return made
+    for cache in (value for value in (*args, *kwargs.values()) if hasattr(value, "layers")):
+        cache.update(*made["new"], number_of(module))
+    return made["result"]
+
+
+ELEMENTS = "elements"
+"""What the code of elements is known by."""
+
+
+def _find(runner: GraphRunner, path: str, structure: CallStructure, inputs: Mapping[str, Tensor]) -> Signature | None:
+    """The signature whose graphs hold for a call of an element."""
+    compilation: Compilation = runner.shown.compilation
+    for signature in compilation.signatures:
+        base = compilation.program_as_run("train", "base", signature)
+        if read_calls(str(dict(base.flags)[CALLS])).get(path) != structure:
+            continue
+        own = [spec for spec in base.inputs if spec.name in inputs]
+        alike = all(inputs[s.name].dtype == s.dtype and inputs[s.name].dim() == len(s.shape) for s in own)
+        if alike and len(own) == len(inputs) and fits(own, inputs):
+            return signature
+    return None
+
+
+def _add(runner: GraphRunner, path: str, structure: CallStructure, tensors: list[Tensor]) -> Signature:
+    """Capture an element, and those of the same row, for a call of another kind than there has been.
+
+    Raises:
+        GraftError: GC031 where that cannot be captured.
+    """
+    compilation = runner.shown.compilation
+    calls = {other: (structure, [t.detach().clone() for t in tensors]) for other in _alike(compilation, path)}
+    if reads_values(compilation.model, {path: calls[path]}):
+        message = f"{path} is called in a way in which {READS}, and a graph would keep what followed from them"
+        raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
+    axes, flags = as_inputs(calls)
+    try:
+        with torch.enable_grad():
+            return add_signature(compilation, axes, flags)
+    except GraftError as error:
+        if error.code != "GC030":
+            raise
+        message = f"{path} is called in a way that no graph can be made of: {error.message}"
+        raise GraftError("GC031", message, hint=error.hint) from error
+
+
+def _alike(compilation: Compilation, path: str) -> list[str]:
+    """The elements of a row that the first signature calls as it does one of them, with sizes that are the same where
+    they do not vary."""
+    inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}
+
+    def kind(other: str, structure: CallStructure) -> object:
+        specs: list[InputSpec] = []
+        while (name := input_name(other, len(specs))) in inputs:
+            specs.append(inputs[name])
+        fixed = [(spec.dtype, [size if isinstance(size, int) else 0 for size in spec.shape]) for spec in specs]
+        return other.rpartition(".")[0], structure, fixed
+
+    known = read_calls(str(dict(compilation.flags)[CALLS]))
+    wanted = kind(path, known[path])
+    alike = [other for other, structure in known.items() if kind(other, structure) == wanted]
+    return alike if path.rpartition(".")[2].isdigit() else [path]

@@ -1,0 +1,174 @@
+"""Small models that cannot be one graph, with batches whose structure differs: sizes of images, padding, text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGE, START, END = 90, 91, 92
+VOCABULARY = 100
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def texts(rows: Sequence[tuple[Sequence[int], int]], seed: int) -> dict[str, Tensor]:
+    """Token ids, padded in front, with labels: of each row the image tokens of every image, and how many words."""
+    generator = torch.Generator().manual_seed(seed)
+    written: list[list[int]] = []
+    for images, words in rows:
+        shown = [token for count in images for token in (START, *([IMAGE] * count), END)]
+        written.append([1, *shown, *torch.randint(10, 80, (words,), generator=generator).tolist()])
+    longest = max(map(len, written))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in written])
+    mask = (ids != 0).long()
+    labels = ids.masked_fill((mask == 0) | (ids >= IMAGE), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and two batches."""
+
+    model: nn.Module
+    first: dict[str, Any]
+    second: dict[str, Any]
+
+
+def qwen2_vl() -> Case:
+    """Images of any size: lengths of windows are values of a tensor, so that vision layers are no graphs."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=93,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+    def batch(rows: Sequence[tuple[Sequence[tuple[int, int]], int]], seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = texts([([h * w // 4 for h, w in sizes], words) for sizes, words in rows], seed)
+        sizes = [size for row, _ in rows for size in row]
+        generator = torch.Generator().manual_seed(seed)
+        found["pixel_values"] = torch.randn(sum(h * w for h, w in sizes), 3 * 2 * 14 * 14, generator=generator)
+        found["image_grid_thw"] = torch.tensor([[1, h, w] for h, w in sizes])
+        found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).long()
+        return found
+
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    return Case(model, batch([([(4, 4), (4, 8)], 5), ([(6, 4)], 7)], 0), batch([([(8, 4)], 4), ([(4, 4)], 6)], 1))
+
+
+def gemma3() -> Case:
+    """Images of one size, looked for by a mask that is made of values."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config={**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+    )
+
+    def batch(rows: Sequence[int], seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = texts([([4], words) for words in rows], seed)
+        generator = torch.Generator().manual_seed(seed)
+        found["pixel_values"] = torch.randn(len(rows), 3, 56, 56, generator=generator)
+        found["token_type_ids"] = (found["input_ids"] == IMAGE).long()
+        return found
+
+    torch.manual_seed(0)
+    return Case(Gemma3ForConditionalGeneration(config).eval(), batch([6, 9], 0), batch([12, 4, 7], 1))
+
+
+def llava() -> Case:
+    """One graph, whose calls with a cache are none: images come with the first tokens only."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+        "projection_dim": 32,
+    }
+    text = LlamaConfig(**TEXT)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=16)
+
+    def batch(rows: Sequence[int], seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = texts([([16], words) for words in rows], seed)
+        generator = torch.Generator().manual_seed(seed)
+        return {**found, "pixel_values": torch.randn(len(rows), 3, 56, 56, generator=generator)}
+
+    torch.manual_seed(0)
+    return Case(LlavaForConditionalGeneration(config).eval(), batch([6, 9], 0), batch([12, 4, 7], 1))
+
+
+class Block(nn.Module):
+    """A layer of `Looping`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x)))) * scale
+
+
+class Looping(nn.Module):
+    """As many rounds as a value in its input says: there is no graph of that."""
+
+    def __init__(self, width: int = 16, layers: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(layers))
+
+    def forward(self, x: Tensor, rounds: Tensor) -> Tensor:
+        x = self.first(x)
+        for number in range(int(rounds.max().item())):
+            for layer in self.layers:
+                x = layer(x, scale=1.0 / (number + 1))
+        return x
+
+
+def looping() -> Case:
+    torch.manual_seed(0)
+    rows = torch.Generator().manual_seed(1)
+    first = {"x": torch.randn(2, 5, 16, generator=rows), "rounds": torch.tensor([1, 2])}
+    second = {"x": torch.randn(3, 4, 16, generator=rows), "rounds": torch.tensor([3])}
+    return Case(Looping().eval(), first, second)
+
+
+CASES: dict[str, Callable[[], Case]] = {"qwen2_vl": qwen2_vl, "gemma3": gemma3, "looping": looping}
