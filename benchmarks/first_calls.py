@@ -137,7 +137,7 @@ def adapted(case: str, contestant: str, model: Any) -> Any:
 
 def _by_steps(clock: Clock) -> None:
     """Have the steps of the compiler be stages."""
-    from graftc.compiler import pipeline
+    from graftc.compiler import signatures
     from graftc.passes.core import progress
     from graftc.runtime.activations.training_code import TrainingCode
     from graftc.runtime.compiled import CompiledRunner
@@ -148,7 +148,7 @@ def _by_steps(clock: Clock) -> None:
 
     progress.step = step
     for owner, name, stage in (
-        (pipeline, "adapt_signature", "rest of compiling"),
+        (signatures, "adapt_signature", "rest of compiling"),
         (CompiledRunner, "install", "rest of compiling"),
         (TrainingCode, "choose", "planning"),
     ):
