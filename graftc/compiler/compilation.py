@@ -283,9 +283,9 @@ class Compilation:
         return self.program_as_run("train", "base").flags
 
     def captures(self) -> Known:
-        """What a Compilation was made of by its key, so that another one captures nothing twice."""
-        held = (capture for resolution in self.signatures.values() for capture in resolution.captures)
-        return {**self.known, **{capture.key: capture.again for capture in held if capture.key is not None}}
+        """Return the captures in use, by key, so that another Compilation can reuse them."""
+        in_use = (capture for resolution in self.signatures.values() for capture in resolution.captures)
+        return {**self.known, **{capture.key: capture.again for capture in in_use if capture.key is not None}}
 
     def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
         """A Program that every signature has; by default one of the first signature."""

@@ -24,6 +24,14 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+}
 
 
 def texts(rows: Sequence[tuple[Sequence[int], int]], seed: int) -> dict[str, Tensor]:
@@ -82,17 +90,9 @@ def gemma3() -> Case:
     """Images of one size, looked for by a mask that is made of values."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 56,
-        "patch_size": 14,
-    }
     config = Gemma3Config(
         text_config={**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-        vision_config=vision,
+        vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -114,16 +114,7 @@ def llava() -> Case:
     """One graph, whose calls with a cache are none: images come with the first tokens only."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 56,
-        "patch_size": 14,
-        "projection_dim": 32,
-    }
+    vision = {**VISION, "model_type": "clip_vision_model", "projection_dim": 32}
     text = LlamaConfig(**TEXT)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=16)
 

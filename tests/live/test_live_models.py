@@ -142,17 +142,23 @@ def test_threads_get_their_own_results(named: tuple[str, Case, Any]) -> None:
     assert found == dict.fromkeys(range(4), True)
 
 
+def generates_as_its_merged_class(trained: Any, case: Case, length: int) -> tuple[dict[str, Any], Any]:
+    """Compare greedy tokens of all three; return what was asked and the model of the source's class."""
+    merged = trained.merge()
+    plain = merged.to_transformers().eval()
+    asked = {key: value for key, value in case.first.items() if key != "labels"}
+    wanted = plain.generate(**asked, max_new_tokens=length, do_sample=False)
+    assert torch.equal(trained.generate(**asked, max_new_tokens=length, do_sample=False), wanted)
+    assert torch.equal(merged.generate(**asked, max_new_tokens=length, do_sample=False), wanted)
+    return asked, plain
+
+
 def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph() -> None:
     case = llava()
     spec = {"adapt": [{**LORA, "target": {"modules": "**.{q_proj,v_proj}"}}]}
     trained = perturbed(graftc.compile(spec, case.model, case.first, seed=0, cache=False))
     assert not elements_in(trained.compilation.flags)
-    merged = trained.merge()
-    plain = merged.to_transformers().eval()
-    asked = {key: value for key, value in case.first.items() if key != "labels"}
-    wanted = plain.generate(**asked, max_new_tokens=6, do_sample=False)
-    assert torch.equal(trained.generate(**asked, max_new_tokens=6, do_sample=False), wanted)
-    assert torch.equal(merged.generate(**asked, max_new_tokens=6, do_sample=False), wanted)
+    asked, _ = generates_as_its_merged_class(trained, case, 6)
     with trained.disabled():
         alone = case.model.eval().generate(**asked, max_new_tokens=6, do_sample=False)
         assert torch.equal(trained.generate(**asked, max_new_tokens=6, do_sample=False), alone)
@@ -163,12 +169,7 @@ def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph()
 def test_it_generates_as_its_merged_class_does(name: str) -> None:
     case = CASES[name]()
     trained = perturbed(compiled_of(name, case))
-    merged = trained.merge()
-    plain = merged.to_transformers().eval()
-    asked = {key: value for key, value in case.first.items() if key != "labels"}
-    wanted = plain.generate(**asked, max_new_tokens=8, do_sample=False)
-    assert torch.equal(trained.generate(**asked, max_new_tokens=8, do_sample=False), wanted)
-    assert torch.equal(merged.generate(**asked, max_new_tokens=8, do_sample=False), wanted)
+    asked, plain = generates_as_its_merged_class(trained, case, 8)
     beams = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     assert torch.equal(trained.generate(**asked, **beams), plain.generate(**asked, **beams))
 

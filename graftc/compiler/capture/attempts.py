@@ -1,4 +1,4 @@
-"""Which inputs of a model are tried in turn, until it can be captured with some."""
+"""Try the signatures of a model in turn until one can be captured."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
-    """What ``run`` gives for the first inputs that can be captured: those shown or the model's usual ones, then the
-    same with fixed sizes.
+    """Return the result of ``run`` for the first signature that can be captured: the one shown or the model's usual
+    ones, then the same with fixed sizes.
 
     Raises:
         GraftError: GC030, the first of its kind, when none can be.

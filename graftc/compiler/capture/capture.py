@@ -86,7 +86,7 @@ class Capture:
         return self.flat
 
     def again(self) -> Capture:
-        """The same for another Compilation, which has a graph of its own to work on."""
+        """Return a copy with its own graph, for another Compilation to rewrite."""
         return replace(self, traced=self.traced.copy(), flat=None)
 
 

@@ -58,7 +58,7 @@ def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read
 
 
 def own_steps(compilation: Compilation, name: str, read: Read | None = None) -> OwnSteps:
-    """What one adaptation changes, or one that has nothing to fold. Args and errors as for `fold_steps`."""
+    """Return the fold steps of one adaptation, none if it has nothing to fold. Args and errors as for `fold_steps`."""
     read = read or compilation.store.full
     unit = compilation.unit_of.get(name)
     own = site_steps(compilation, unit, read) if unit is not None else []
@@ -69,8 +69,8 @@ def own_steps(compilation: Compilation, name: str, read: Read | None = None) -> 
 
 def in_order(every: Iterable[OwnSteps]) -> list[FoldStep]:
     """The steps of several adaptations, in the order in which they apply."""
-    held = list(every)
-    return [step for own in held for step in own.below] + [step for own in held for step in own.above]
+    all_steps = list(every)
+    return [step for own in all_steps for step in own.below] + [step for own in all_steps for step in own.above]
 
 
 def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -> list[FoldStep]:

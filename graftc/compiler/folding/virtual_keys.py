@@ -53,17 +53,17 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
     adapted graph read at virtual tokens, rotated where the model rotates."""
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
-    found = list(_columns(compilation))
+    sites = list(_columns(compilation))
     inputs = samples(compilation)
     nodes = {node.name: node for node in compilation.program("eval").graph.nodes}
     operands: list[fx.Node] = []
-    for site, _, _ in found:
+    for site, _, _ in sites:
         assert site.operands is not None
         operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
     device = next(iter(inputs.values())).device
     values = iter(computed(operands, lambda node: inputs[str(node.target)], store.get, device))
     made: dict[str, Tensor] = {}
-    for site, *each in found:
+    for site, *each in sites:
         for part, columns in zip(("keys", "values"), each, strict=True):
             heads = next(values)[0, :, :length].transpose(0, 1)
             table = heads.new_zeros(length, _width(columns))

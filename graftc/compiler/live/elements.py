@@ -29,7 +29,7 @@ class Elements:
     """The forward of a union of elements, as a class to put in front of the model's own."""
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
-        """What each element gives, by its path; none sees another one's results.
+        """Return the outputs of each element by its path; no element reads the outputs of another.
 
         Args:
             inputs: `CALLS`, and the tensors that it numbers, by `input_name`.
@@ -110,7 +110,7 @@ def recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[Recorded]:
 
 
 def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> Recorded:
-    """What a call of the model calls some of its modules with. The model is as before afterwards.
+    """Record the inputs that some modules get in one call of the model, which is left as it was.
 
     Args:
         model: is run once, without gradients, in the mode that it is in.

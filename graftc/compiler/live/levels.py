@@ -1,4 +1,4 @@
-"""Which elements a model is taken apart into: its layers, and single maps of what cannot be captured as a layer."""
+"""Choose the elements a model is split into: its layers, and single maps where a layer cannot be captured."""
 
 from __future__ import annotations
 

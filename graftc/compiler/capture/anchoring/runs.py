@@ -277,7 +277,7 @@ def _interpret(
     values: dict[fx.Node, Any] = {}
 
     def sources(node: fx.Node) -> list[fx.Node]:
-        """What a node reads; a call also what its body reads from outside of itself."""
+        """Return the nodes that a node reads; for a call, also those that its body reads from outside."""
         if node.target is not call:
             return node.all_input_nodes
         one = FunctionCall(node)
