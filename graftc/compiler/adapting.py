@@ -251,7 +251,7 @@ def _as_captured(axes: Sequence[Axis], source: Program) -> tuple[Axis, ...]:
     """The inputs that were asked for. Of those whose sizes have names of their own, what the graph shows of them: which
     vary, and which are one."""
     shapes = {spec.name: spec.shape for spec in source.inputs}
-    return tuple(replace(axis, axes=shapes[axis.name]) if axis.as_shown else axis for axis in axes)
+    return tuple(replace(axis, axes=shapes.get(axis.name, axis.axes)) if axis.as_shown else axis for axis in axes)
 
 
 def _is_unlike_eval(program: Program) -> bool:

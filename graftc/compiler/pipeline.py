@@ -71,12 +71,11 @@ def compile_model(
     """
     if elements_in(flags):  # those of a Compilation that there has been
         start = replace(start, level="layers")
-    if start.level is not None or spec.capture == "graph":
-        return _compiled(spec, model, axes, flags, start)
     try:
         return _compiled(spec, model, axes, flags, start)
     except GraftError as whole:
-        if whole.code not in _NO_GRAPH or not runs_anywhere(model):
+        asked = start.level is not None or spec.capture == "graph"
+        if asked or whole.code not in _NO_GRAPH or not runs_anywhere(model):
             raise
         try:
             return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(whole)))
@@ -116,6 +115,9 @@ def _compiled(
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
     initial = Initial(start.seed, start.values, originals, compilation.narrow)
     try:
+        if prepared.level == "layers":  # no graph shows what is written between graphs
+            for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
+                store.own(name, start.values.get(name))
         add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)
     except GraftError as error:
         reason = explained(error, prepared)

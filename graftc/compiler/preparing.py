@@ -54,6 +54,7 @@ class Prepared:
         level: how much of the model is one graph.
         because: why it is not all of it.
         notes: what people are told of that.
+        written: names of the buffers that the Python between graphs writes to.
     """
 
     spec: Spec
@@ -67,6 +68,7 @@ class Prepared:
     level: Level = "graph"
     because: str = ""
     notes: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
 
 def _same(error: GraftError, prepared: Prepared) -> GraftError:
@@ -155,7 +157,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     rows = [f"of {row} single maps are graphs: {why}" for row, why in apart.by_maps.items()]
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
-    return replace(prepared, model=union_of(model), axes=calls, flags=flags, notes=notes)
+    return replace(prepared, model=union_of(model), axes=calls, flags=flags, notes=notes, written=apart.written)
 
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:

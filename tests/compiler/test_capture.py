@@ -195,11 +195,17 @@ class Branching(nn.Module):
 
 
 @pytest.mark.slow
-def test_an_operator_that_holds_code_is_refused_with_the_module_that_calls_it() -> None:
+def test_an_operator_that_holds_code_is_in_no_graph_and_what_is_beside_it_is() -> None:
+    """The module that calls it is named, and runs as it is between graphs of maps."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layers.0"}}]}
-    with pytest.raises(graftc.GraftError, match=r"GC030: .* layers\.1 \(Choice\) calls cond") as error:
-        graftc.compile(spec, Branching(), (torch.randn(3, 4),), cache=False)
+    named = r"GC030: .* layers\.1 \(Choice\) calls cond"
+    model, batches = Branching(), (torch.randn(3, 4), -torch.randn(5, 4))
+    with pytest.raises(graftc.GraftError, match=named) as error:
+        graftc.compile({**spec, "capture": "graph"}, model, batches[:1], cache=False)
     assert error.value.hint
+    compiled = graftc.compile(spec, model, batches[:1], cache=False)
+    assert "layers.1 (Choice) calls cond" in compiled.compilation.notes[0]
+    assert all(torch.equal(compiled(x), model(x)) for x in batches)
 
 
 @pytest.mark.full

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding import fold_plan
 from graftc.compiler.folding import steps as folding
 from graftc.passes.core.weights import folds
@@ -99,23 +98,23 @@ def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """One element wrong in one layer of one site is named, alone."""
     compiled = adapted("llama", ["attn.q", "ffn.down"])
-    steps = folding.fold_steps
+    in_order = folding.in_order
 
-    def wrong(compilation: Compilation, only: Any = None) -> list[FoldStep]:
-        found = steps(compilation, only)
-        if not found:
-            return found
-        last = found[-1]
+    def wrong(every: Iterable[folding.OwnSteps]) -> list[FoldStep]:
+        steps = in_order(every)
+        if not steps:
+            return steps
+        last = steps[-1]
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             folded, new_bias = last.apply(weight, bias)
             folded[3, 5] += 1e-6
             return folded, new_bias
 
-        return [*found[:-1], FoldStep(**{**vars(last), "apply": apply})]
+        return [*steps[:-1], FoldStep(**{**vars(last), "apply": apply})]
 
     for module in (folding, fold_plan):
-        monkeypatch.setattr(module, "fold_steps", wrong)
+        monkeypatch.setattr(module, "in_order", wrong)
     (reason,) = refused(compiled)
     assert reason.startswith("model.layers.1.mlp.down_proj.weight")
 

@@ -15,6 +15,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.live.elements import is_live
 from graftc.passes.core import progress
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.program import Program, from_two
@@ -94,6 +95,10 @@ def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence
             where = f"{comparison.mode} mode with {comparison.inputs}"
             message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
+        if is_live(compilation.model) and comparison.difference is None:  # each layer ran alone when it was chosen
+            name, why = type(compilation.model).__name__, comparison.skipped
+            message = f"the graphs of the layers of {name} could not be compared with these: {why}"
+            raise GraftError("GC041", message, hint=_NOT_THE_MODEL)
     except Exception:
         for name in added:
             store.drop_constant(name)

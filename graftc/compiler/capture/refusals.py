@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from graftc.compiler.capture.reads_parameters import reads_parameters
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
@@ -116,7 +117,7 @@ def _own_error(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | No
     buffers = {path: buffer.clone() for path, buffer in model.named_buffers()}
     devices = [tensor.device for tensor in tensors if tensor.device.type == "cuda"]
     try:
-        with torch.random.fork_rng(list(dict.fromkeys(devices))), torch.no_grad():
+        with torch.random.fork_rng(list(dict.fromkeys(devices))), torch.no_grad(), reads_parameters(model):
             torch.func.functional_call(model, buffers, (), {name: tensor.clone() for name, tensor in inputs.items()})
     except Exception as error:
         return error

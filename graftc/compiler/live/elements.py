@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.as_captured import as_before
 from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.reads_parameters import reads_parameters
 from graftc.compiler.capture.signature import Axis
+from graftc.compiler.live.own_state import version, with_own_buffers
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls, write_calls
 from graftc.passes.core.elements.layer_cache import LayerCache
@@ -109,26 +112,53 @@ def recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[Recorded]:
             hook.remove()
 
 
-def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> Recorded:
-    """Record the inputs that some modules get in one call of the model, which is left as it was.
+@dataclass(frozen=True)
+class Run:
+    """What a run of a model has shown.
+
+    Attributes:
+        calls: the first call of each element.
+        written: names of the buffers that the model wrote to, in order.
+    """
+
+    calls: Recorded
+    written: tuple[str, ...]
+
+
+def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> Run:
+    """Run a copy of a model, and record the inputs that some modules get and the buffers that it writes to.
 
     Args:
-        model: is run once, without gradients, in the mode that it is in.
+        model: is run in the mode that it is in, and then in the other one for the buffers alone, without gradients.
         paths: of the modules.
         inputs: by name.
 
     Raises:
-        GraftError: GC030 where it does not run.
+        GraftError: GC030 where it does not run in the mode that it is in, or writes to a parameter.
     """
-    with as_before(model), torch.no_grad(), torch.random.fork_rng(devices=()), recorded(model, paths) as found:
-        try:
-            model(**inputs)
-        except GraftError:
-            raise
-        except Exception as error:
-            message = f"{type(model).__name__} does not run on the inputs given: {error}"
-            raise GraftError("GC030", message) from error
-    return found
+    own = with_own_buffers(model)
+    before = {name: (buffer, version(buffer)) for name, buffer in own.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=()), reads_parameters(own):
+        with as_before(own), recorded(own, paths) as calls:
+            try:
+                own(**inputs)
+            except GraftError:
+                raise
+            except Exception as error:
+                message = f"{type(model).__name__} does not run on the inputs given: {error}"
+                raise GraftError("GC030", message) from error
+        with as_before(own):
+            _run_if_it_runs(own.train(not own.training), inputs)
+    return Run(calls, tuple(name for name, (buffer, count) in before.items() if version(buffer) != count))
+
+
+def _run_if_it_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        model(**inputs)
+    except GraftError:
+        raise
+    except Exception:  # it needs other inputs in this mode
+        return
 
 
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:

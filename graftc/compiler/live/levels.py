@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.reads_parameters import observed
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.live.elements import Recorded, as_inputs, layers_of, maps_of, record, union_of
 from graftc.passes.core.ir.program_key import Mode
@@ -29,11 +30,13 @@ class TakenApart:
         calls: how a run on the inputs shown calls them.
         by_maps: rows of layers of which single maps are elements, each with what is in the way of more.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
+        written: names of the buffers that the run wrote to.
     """
 
     calls: Recorded
     by_maps: Mapping[str, str]
     uncalled: tuple[str, ...]
+    written: tuple[str, ...]
 
 
 def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
@@ -47,7 +50,8 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
         GraftError: GC030 where the model does not run, or has no elements.
     """
     layers, maps = layers_of(model), maps_of(model)
-    calls = record(model, [*layers, *maps], inputs)
+    run = record(model, [*layers, *maps], inputs)
+    calls = run.calls
     union, reasons = union_of(model), dict[str, str]()
     tried: dict[object, str] = {}
     called: dict[str, bool] = {}
@@ -70,7 +74,7 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
         hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
         raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
     uncalled = tuple(row for row, seen in called.items() if not seen)
-    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled)
+    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled, run.written)
 
 
 Kind = tuple[tuple[type, ...], str]
@@ -115,7 +119,8 @@ def reads_values(union: nn.Module, call: Recorded) -> bool:
     modes: tuple[Mode, ...] = ("train", "eval")
     for mode in modes:
         request = CaptureRequest(union, tuple(axes), flags, mode)
-        with as_captured(request), torch.random.fork_rng(devices=()), _ReadValues() as values:
+        values = _ReadValues()
+        with as_captured(request), torch.random.fork_rng(devices=()), observed(values):
             union(**request.examples())
         if values.read:
             return True
@@ -124,6 +129,8 @@ def reads_values(union: nn.Module, call: Recorded) -> bool:
 
 class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether Python looks at the values of a tensor: what follows from these would be constant in a graph."""
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
@@ -23,6 +24,7 @@ from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.live.element_code import ElementCode
+from graftc.runtime.live.own_buffers import OwnBuffers
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -81,7 +83,7 @@ class LiveRoot:
         elements: paths of its layers that are graphs.
     """
 
-    def __init__(self, source: nn.Module, elements: Iterable[str]) -> None:
+    def __init__(self, source: nn.Module, elements: Collection[str]) -> None:
         self.model: nn.Module = sharing_copy(source)
         for path in elements:
             layer = self.model.get_submodule(path)
@@ -89,6 +91,9 @@ class LiveRoot:
             layer.__class__ = type(cls.__name__, (_StandIn, cls), {"__module__": __name__, "__doc__": cls.__doc__})
             cast(Any, layer)._graftc_path = path
         self._modules = list(self.model.named_modules(remove_duplicate=False))
+        inside = {id(m) for path in elements for m in self.model.get_submodule(path).modules()}
+        self._own = OwnBuffers((path, module) for path, module in self._modules if id(module) not in inside)
+        self._inside = inside
         self._hooked: dict[tuple[str, str], set[int]] = {}
 
     def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -98,21 +103,24 @@ class LiveRoot:
             runner: runs the layers.
             args, kwargs: of the call.
         """
-        self._bind(runner)
-        token = _RUNNING.set(runner)
-        try:
+        with self._running(runner):
             return self.model(*args, **kwargs)
-        finally:
-            _RUNNING.reset(token)
 
     def generate(self, runner: GraphRunner, *args: Any, **kwargs: Any) -> Any:
         """What the source's own ``generate`` gives."""
+        with self._running(runner):
+            return cast(Any, self.model).generate(*args, **kwargs)
+
+    @contextmanager
+    def _running(self, runner: GraphRunner) -> Iterator[None]:
+        """Inside, the layers are a Runner's graphs, and the tensors its Store's."""
         self._bind(runner)
         token = _RUNNING.set(runner)
         try:
-            return cast(Any, self.model).generate(*args, **kwargs)
+            yield
         finally:
             _RUNNING.reset(token)
+            self._own.keep(runner.store)
 
     def _bind(self, runner: GraphRunner) -> None:
         """Let the modules between graphs have the Store's tensors and modes, which may have moved and changed."""
@@ -125,10 +133,11 @@ class LiveRoot:
             vars(module)["training"] = held.training
             if hooked or any(vars(held)[hooks] for hooks in _HOOKS):
                 self._hook(path, module, held)
-            for table in (module._parameters, module._buffers):
+            for table in (module._parameters, *([module._buffers] if id(module) in self._inside else [])):
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = runner.store.get(f"{prefix}{name}")
+        self._own.bind(runner.store)
 
     def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
         """Call the hooks of the compiled model's modules where the source's are, beside those that its class has."""
