@@ -145,8 +145,7 @@ def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str],
         compilation: what is folded.
         names: of which adaptations.
     """
-    steps = fold_steps(compilation, names, _casting(compilation)), fold_steps(compilation, names)
-    cast, exact = (LazyTensors(compilation.store, own) for own in steps)
+    cast, exact = as_cast(compilation, names), LazyTensors(compilation.store, fold_steps(compilation, names))
     return lambda name: cast.folded(name).double().sub_(exact.folded(name))
 
 

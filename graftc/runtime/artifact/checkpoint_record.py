@@ -15,11 +15,10 @@ from torch import Tensor
 from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
-from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
-from graftc.runtime.artifact.manifest import Input
+from graftc.runtime.artifact.manifest import Input, axes_of
 from graftc.runtime.reference import Built, Kind, Reference
 from graftc.runtime.tensors import file_names
 from graftc.specs.errors.diagnostics import GraftError
@@ -111,8 +110,7 @@ class StateRecord(Record):
     @property
     def axes(self) -> list[Axis]:
         """The inputs that graphs are asked for."""
-        named = bool(elements_in(self.flags))
-        return [Axis(i.name, DTYPES[i.dtype], i.axes, as_shown=named) for i in self.inputs]
+        return axes_of(self.inputs, self.flags)
 
 
 def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> StateRecord:

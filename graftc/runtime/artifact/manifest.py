@@ -10,11 +10,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, ValidationError, model_validator
 
+from graftc.compiler.capture.signature import Axis
+from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.ir.shapes import DTYPES
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
     ClassName,
@@ -223,6 +226,12 @@ class Input(Record):
 
     axes: Annotated[tuple[Size, ...], Field(max_length=16)]
     """Its axes; a name is a size that varies, the same wherever the name stands."""
+
+
+def axes_of(inputs: Iterable[Input], flags: Iterable[tuple[str, Flag]]) -> list[Axis]:
+    """The inputs that graphs are asked for. Sizes of a union of elements have names of their own."""
+    named = bool(elements_in(flags))
+    return [Axis(own.name, DTYPES[own.dtype], own.axes, as_shown=named) for own in inputs]
 
 
 GraphName: TypeAlias = Literal[

@@ -15,7 +15,6 @@ from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
-from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.effects import updated
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
@@ -33,6 +32,7 @@ from graftc.runtime.artifact.manifest import (
     Captured,
     Manifest,
     SignatureRecord,
+    axes_of,
     damaged,
     read_manifest,
     unsafe,
@@ -195,8 +195,7 @@ class Artifact:
     def axes(self, signature: int = 0) -> list[Axis]:
         """The inputs that a signature's graphs were asked for."""
         entry = self.manifest.signatures[signature]
-        named = bool(elements_in(entry.flags))
-        return [Axis(i.name, DTYPES[i.dtype], i.axes, as_shown=named) for i in entry.inputs]
+        return axes_of(entry.inputs, entry.flags)
 
     def captures(self, device: torch.device) -> dict[str, Any]:
         """The base's graphs by their key, each read when asked for; None where its file is not there any more, or is

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import as_inputs
+from graftc.compiler.live.elements import as_inputs, is_live
 from graftc.compiler.live.levels import READS, reads_values
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.compiler.signatures import add_signature
-from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls
+from graftc.passes.core.elements.calls import CallStructure, calls_in, elements_in, input_name
 from graftc.passes.core.elements.layer_cache import number_of
 from graftc.passes.core.ir.program import InputSpec, Program
 from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
@@ -95,6 +95,13 @@ class LiveRoot:
         self._own = OwnBuffers((path, module) for path, module in self._modules if id(module) not in inside)
         self._inside = inside
         self._hooked: dict[tuple[str, str], set[int]] = {}
+
+    @classmethod
+    def of(cls, compilation: Compilation) -> LiveRoot | None:
+        """The root of a compiled model; None where it is one graph."""
+        if not is_live(compilation.model):
+            return None
+        return cls(compilation.source, elements_in(compilation.flags))
 
     def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs of a call, as the source model gives them.
@@ -192,7 +199,7 @@ def _find(runner: GraphRunner, path: str, structure: CallStructure, inputs: Mapp
     compilation: Compilation = runner.shown.compilation
     for signature in compilation.signatures:
         base = compilation.program_as_run("train", "base", signature)
-        if read_calls(str(dict(base.flags)[CALLS])).get(path) != structure:
+        if calls_in(base.flags).get(path) != structure:
             continue
         own = [spec for spec in base.inputs if spec.name in inputs]
         alike = all(inputs[s.name].dtype == s.dtype and inputs[s.name].dim() == len(s.shape) for s in own)
@@ -235,7 +242,7 @@ def _alike(compilation: Compilation, path: str) -> list[str]:
         fixed = [(spec.dtype, [size if isinstance(size, int) else 0 for size in spec.shape]) for spec in specs]
         return other.rpartition(".")[0], structure, fixed
 
-    known = read_calls(str(dict(compilation.flags)[CALLS]))
+    known = calls_in(compilation.flags)
     wanted = kind(path, known[path])
     alike = [other for other, structure in known.items() if kind(other, structure) == wanted]
     return alike if path.rpartition(".")[2].isdigit() else [path]

@@ -18,10 +18,8 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import FROM_FORWARD, entered
 from graftc.compiler.derived import program_of as derived_program
 from graftc.compiler.folding.samples import remember
-from graftc.compiler.live.elements import is_live
 from graftc.compiler.positions import PositionTable, position_tables
 from graftc.compiler.signatures import signature_for
-from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.codegen import executable_of
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.functions import everywhere
@@ -73,11 +71,9 @@ class ModelRunner(Runner):
         super().__init__(compilation, store)
         model = compilation.model
         self.compilation = compilation
-        self.live: LiveRoot | None = None
-        if is_live(model):
-            self.live = LiveRoot(compilation.source, elements_in(compilation.flags))
-            self.hearing.live = True
-        self.interface = Interface(compilation.source if is_live(model) else model)
+        self.live = LiveRoot.of(compilation)
+        self.hearing.live = self.live is not None
+        self.interface = Interface(model if self.live is None else compilation.source)
         self.derived: dict[Any, Any] = {}
         self._dtype = dtype_of(model)
         self._looked_at: set[Signature] = set()
@@ -373,8 +369,7 @@ class ModelRunner(Runner):
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
         self.derived = {}  # it is about the original
-        if self.live is not None:
-            self.live = LiveRoot(self.compilation.source, elements_in(self.compilation.flags))
+        self.live = LiveRoot.of(self.compilation)
 
     def complete(self) -> Any:
         """A Runner that leaves no adaptation out: this one, where it leaves out none."""

@@ -102,9 +102,14 @@ CALLS = "graftc_calls"
 """The flag that says which elements a graph calls, and how."""
 
 
+def calls_in(flags: Iterable[tuple[str, Any]]) -> dict[str, CallStructure]:
+    """The elements that a graph with these flags calls, by their paths, and how; none where it is a model's own."""
+    return next((read_calls(str(value)) for name, value in flags if name == CALLS), {})
+
+
 def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     """Paths of the elements that a graph with these flags calls, each by itself; none where it is a model's own."""
-    return tuple(path for name, value in flags if name == CALLS for path in read_calls(str(value)))
+    return tuple(calls_in(flags))
 
 
 def input_name(path: str, index: int) -> str:
