@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from graftc.compiler.arrivals.arrived import arrived
@@ -18,7 +19,7 @@ from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.signature import Axis, Structured
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.live.elements import as_inputs, layers_of, union_of
 from graftc.compiler.live.levels import taken_apart
@@ -147,7 +148,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     model, axes = prepared.model, prepared.axes
     shown = default_axes(model) if axes is None else axes
     device = device_of(model)
-    inputs = {axis.name: axis.example(device) if axis.shown is None else axis.shown.to(device) for axis in shown}
+    inputs = {axis.name: _given(axis, device) for axis in shown}
     apart = taken_apart(model, {**inputs, **dict(prepared.flags)})
     if apart.by_maps and prepared.spec.capture == "layers":
         row, reason = next(iter(apart.by_maps.items()))
@@ -158,6 +159,13 @@ def _take_apart(prepared: Prepared) -> Prepared:
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
     return replace(prepared, model=union_of(model), axes=calls, flags=flags, notes=notes, written=apart.written)
+
+
+def _given(axis: Axis, device: torch.device) -> Any:
+    """What an input is given as, or ones where nobody gave it."""
+    if isinstance(axis, Structured):
+        return axis.on(device)
+    return axis.example(device) if axis.shown is None else axis.shown.to(device)
 
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from graftc.compiler.capture.defaults import default_signatures
 from graftc.compiler.capture.refusals import by_values
-from graftc.compiler.capture.signature import Axis, less_dynamic
+from graftc.compiler.capture.signature import Axis, less_dynamic, require_tensors
 from graftc.specs.errors.diagnostics import GraftError
 
 T = TypeVar("T")
@@ -20,8 +20,9 @@ def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[
     ones, then the same with fixed sizes.
 
     Raises:
-        GraftError: GC030, the first of its kind, when none can be.
+        GraftError: GC030, the first of its kind, when none can be, and for inputs that are no tensors.
     """
+    require_tensors(model, axes or ())
     choices = [list(axes)] if axes is not None else list(default_signatures(model))
     attempts = [list(less_dynamic(choice)) for choice in choices]
     failure: GraftError | None = None

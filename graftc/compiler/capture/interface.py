@@ -134,13 +134,17 @@ class Interface:
             raise GraftError("GC031", f"input {min(twice)!r} is given twice")
         return {**named, **kwargs}
 
-    def read(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    def read(self, named: Mapping[str, Any], *, structures: bool = False) -> tuple[dict[str, Any], bool]:
         """Tensors and flags that make a difference, by name, and whether the outputs are wanted as a plain tuple.
 
         Usual values count as absent, and so does None. ``return_dict`` needs no graph of its own: only the container
         differs. By default it is as the source model's config has it.
 
         A cache is a value named ``cache``, as it was given, and ``use_cache`` is a flag only where it is True.
+
+        Args:
+            named: the arguments.
+            structures: take lists, tuples and dicts as they are.
 
         Raises:
             GraftError: GC031 for a name that ``forward`` does not take, or a value that is neither a tensor nor a flag;
@@ -166,6 +170,8 @@ class Interface:
             elif value is None or isinstance(value, bool | int | float | str):
                 if not self._says_nothing(name, value):
                     present[name] = value
+            elif structures and isinstance(value, list | tuple | dict):
+                present[name] = value
             else:
                 self._refuse(name, value)
         if CACHE in present:

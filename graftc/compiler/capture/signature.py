@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
@@ -84,6 +85,38 @@ class Axis:
             return self.example(device)
         sizes = [1 if isinstance(name, str) else size for name, size in zip(self.axes, self.sizes, strict=True)]
         return torch.ones(sizes, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Structured(Axis):
+    """An input that is a list, a tuple or a dict: no graph of a whole model takes it, and the model's own Python does.
+
+    Attributes:
+        structure: what the caller gave.
+    """
+
+    structure: Any = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, structure: Any) -> Structured:
+        """The input of a name."""
+        return cls(name, torch.float32, (), structure=structure)
+
+    def on(self, device: torch.device) -> Any:
+        """What the caller gave, with its tensors on a device."""
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self.structure)
+
+
+def require_tensors(model: nn.Module, axes: Sequence[Axis]) -> None:
+    """Refuse inputs that no graph takes.
+
+    Raises:
+        GraftError: GC030.
+    """
+    for axis in axes:
+        if isinstance(axis, Structured):
+            message = f"{type(model).__name__} is called with a {type(axis.structure).__name__}, {axis.name!r}"
+            raise GraftError("GC030", message, hint="a graph takes tensors, and flags that are bool, int, float or str")
 
 
 def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
@@ -172,10 +205,12 @@ def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Fl
     Raises:
         GraftError: GC031 for what ``forward`` does not take.
     """
-    present, _ = Interface(model).read(inputs)
+    present, _ = Interface(model).read(inputs, structures=True)
     require_no_cache(present, "leave it out: a call with a cache is captured when it comes")
-    tensors, flags = split(present)
-    return [replace(axis, shown=tensors[axis.name]) for axis in axes_of(model, tensors)], flags
+    structures = {name: value for name, value in present.items() if isinstance(value, list | tuple | dict)}
+    tensors, flags = split({name: value for name, value in present.items() if name not in structures})
+    axes = [replace(axis, shown=tensors[axis.name]) for axis in axes_of(model, tensors)]
+    return [*axes, *(Structured.of(name, value) for name, value in structures.items())], flags
 
 
 def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis] | None = None) -> list[Axis]:

@@ -101,13 +101,27 @@ class Runs:
             return ()
         if len(names) == 1:
             return names if library or self._differs_at(names, bound) else ()
-        found = tuple(name for name in names if self._differs_at([name], bound))
-        return found or (names if library or self._differs_at(names, bound) else ())
+        found: list[str] = []
+        for together in self._independent(names):
+            if len(together) == 1 or self._differs_at(together, bound):
+                found += (name for name in together if self._differs_at([name], bound))
+        return tuple(found) or (names if library or self._differs_at(names, bound) else ())
+
+    def _independent(self, names: Sequence[str]) -> list[list[str]]:
+        """Sizes in groups, of which each is tried alone by trying all: elements of a live model have sizes of their
+        own, and none reads what another one gives."""
+        own = {f"{axis.name}__{at}" for axis in self._request.axes if axis.as_shown for at in range(len(axis.axes))}
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            key = tuple(name.rsplit("__", 2)[1:]) if name in own else (name,)
+            groups.setdefault(key, []).append(name)
+        return list(groups.values())
 
     @property
     def _is_of_a_library(self) -> bool:
         """Whether nothing in the model's class asks for both its mode and how many tokens there are."""
-        return home_of_module(type(self._model).__module__) == "library"
+        own = next(cls for cls in type(self._model).__mro__ if not cls.__module__.startswith("graftc."))
+        return home_of_module(own.__module__) == "library"
 
     @property
     def _ones(self) -> tuple[str, ...]:
