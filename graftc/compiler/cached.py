@@ -53,7 +53,7 @@ def require_every_place(
     Raises:
         GraftError: GC031 naming a place that none of them reads.
     """
-    if not is_part(program) or is_encoder(program):
+    if not is_part(program) or is_encoder(program) or not compilation.signatures:
         return
     bases = ((part, compilation.program_as_run("train", "base", s)) for s, part in compilation.signatures.items())
     parts = [part.places_as_run for part, base in bases if is_part(base) or is_cached(base)]

@@ -14,6 +14,7 @@ from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import runs_anywhere
+from graftc.compiler.live.refusals import refuse_read
 from graftc.compiler.preparing import Level, Prepared, explained, prepare
 from graftc.compiler.signatures import add_first
 from graftc.compiler.source_watch import SourceWatch
@@ -119,6 +120,7 @@ def _compiled(
             for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
                 store.own(name, start.values.get(name))
         add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)
+        refuse_read(compilation, prepared.read)
     except GraftError as error:
         reason = explained(error, prepared)
         if reason is error:

@@ -56,6 +56,7 @@ class Prepared:
         because: why it is not all of it.
         notes: what people are told of that.
         written: names of the buffers that the Python between graphs writes to.
+        read: names of the parameters that it reads.
     """
 
     spec: Spec
@@ -70,6 +71,7 @@ class Prepared:
     because: str = ""
     notes: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
 def _same(error: GraftError, prepared: Prepared) -> GraftError:
@@ -101,6 +103,11 @@ def _plain(prepared: Prepared) -> Prepared:
 def _arrive(prepared: Prepared) -> Prepared:
     model = arrived(prepared.model)
     return replace(prepared, model=model, source=model)
+
+
+def _refuse_whole(prepared: Prepared) -> Prepared:
+    refuse_whole(prepared.spec, type(prepared.source).__name__)
+    return prepared
 
 
 def _quantise(prepared: Prepared) -> Prepared:
@@ -142,7 +149,6 @@ def _fill(prepared: Prepared) -> Prepared:
 def _take_apart(prepared: Prepared) -> Prepared:
     """The union of the model's layers, called as a run on the inputs shown has called them. Flags that say how one is
     called already are those of a Compilation that there has been."""
-    refuse_whole(prepared.spec, type(prepared.source).__name__)
     if elements_in(prepared.flags):
         return replace(prepared, model=union_of(prepared.model))
     model, axes = prepared.model, prepared.axes
@@ -158,7 +164,8 @@ def _take_apart(prepared: Prepared) -> Prepared:
     rows = [f"of {row} single maps are graphs: {why}" for row, why in apart.by_maps.items()]
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
-    return replace(prepared, model=union_of(model), axes=calls, flags=flags, notes=notes, written=apart.written)
+    union = union_of(model)
+    return replace(prepared, model=union, axes=calls, flags=flags, notes=notes, written=apart.written, read=apart.read)
 
 
 def _given(axis: Axis, device: torch.device) -> Any:
@@ -182,6 +189,7 @@ def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
 
 PREPARATIONS = (
     Preparation("plain", lambda _: True, _plain),
+    Preparation("refuse what is of the whole", lambda prepared: prepared.level == "layers", _refuse_whole),
     Preparation("arrive", lambda _: True, _arrive),
     Preparation("quantise", lambda prepared: prepared.spec.base.quantize is not None, _quantise),
     Preparation("untie", lambda prepared: bool(prepared.spec.untie), _untie),

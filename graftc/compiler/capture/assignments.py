@@ -129,14 +129,15 @@ def noticed(model: nn.Module) -> Iterator[list[str]]:
     What the layers of torch and transformers remember between calls are tables that grow with a text and the like:
     those are looked at only where somebody has put another ``forward`` or a hook on the layer.
     """
-    before = [(path, Attributes(module)) for path, module in model.named_modules() if _is_the_users(module)]
+    before = [(path, Attributes(module)) for path, module in model.named_modules() if is_the_users(module)]
     found: list[str] = []
     yield found
     for path, attributes in before:
         found += [f"{path}.{name}".lstrip(".") for name in attributes.changed()]
 
 
-def _is_the_users(module: nn.Module) -> bool:
+def is_the_users(module: nn.Module) -> bool:
+    """Whether what a module does is code of the user's."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     code: list[Any] = [type(module), *hooks, *([vars(module)["forward"]] if "forward" in vars(module) else [])]
     return any(not (_home(item) + ".").startswith(_LIBRARIES) for item in code)

@@ -8,24 +8,30 @@ Program; the model's own Python calls its parts (`graftc.runtime.live`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.as_captured import as_before
 from graftc.compiler.capture.interface import Flags
-from graftc.compiler.capture.reads_parameters import reads_parameters
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.live.own_state import version, with_own_buffers
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls, write_calls
 from graftc.passes.core.elements.layer_cache import LayerCache
 from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.errors.diagnostics import GraftError
+
+CALL_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Tables of what happens around a call of a module."""
 
 
 class Elements:
@@ -44,10 +50,28 @@ class Elements:
                 tensors.append(inputs[name])
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
             args, kwargs = structure.build(module, tensors)
-            found[path] = module(*args, **kwargs)
+            before = _held(args), _held(kwargs)
+            hooks = {name: dict(vars(module)[name]) for name in CALL_HOOKS}
+            for name in CALL_HOOKS:  # those of an element are called in the live model, around its graph
+                vars(module)[name].clear()
+            try:
+                found[path] = module(*args, **kwargs)
+            finally:
+                for name, own in hooks.items():
+                    vars(module)[name].update(own)
+            if before != (_held(args), _held(kwargs)):
+                message = f"{path} puts something into a list or dict that it is called with"
+                raise GraftError("GC030", message, hint="a graph gives nothing but its results")
             for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, LayerCache)):
                 found[path] = {"result": found[path], "new": cache.new}
         return found
+
+
+def _held(value: Any) -> Any:
+    """What is in containers, to compare."""
+    if isinstance(value, list | tuple):
+        return [_held(item) for item in value]
+    return {key: _held(item) for key, item in value.items()} if isinstance(value, dict) else id(value)
 
 
 def is_live(model: nn.Module) -> bool:
@@ -59,6 +83,8 @@ def union_of(model: nn.Module) -> nn.Module:
     """The union of a model's elements, under its class's name; it shares all storage. The model is not changed."""
     cls = type(model)
     made: nn.Module = sharing_copy(model)
+    for hooks in CALL_HOOKS:
+        vars(made)[hooks] = type(vars(made)[hooks])()  # they are of calls of the whole
     made.__class__ = type(cls.__name__, (Elements, cls), {"__module__": __name__, "__doc__": cls.__doc__})
     return made
 
@@ -87,80 +113,6 @@ Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
 """The first call of every element that a run of a model has called."""
 
 
-@contextmanager
-def recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[Recorded]:
-    """Gives what a run of the model that happens inside calls its elements with."""
-    found: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
-
-    def noting(path: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path in found:
-                return
-            try:
-                structure, tensors = CallStructure.of(path, module, args, kwargs)
-            except GraftError:  # it takes what no graph takes, and stays the model's own Python
-                return
-            found[path] = structure, [tensor.detach().clone() for tensor in tensors]
-
-        return note
-
-    hooks = [model.get_submodule(p).register_forward_pre_hook(noting(p), with_kwargs=True) for p in paths]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run of a model has shown.
-
-    Attributes:
-        calls: the first call of each element.
-        written: names of the buffers that the model wrote to, in order.
-    """
-
-    calls: Recorded
-    written: tuple[str, ...]
-
-
-def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> Run:
-    """Run a copy of a model, and record the inputs that some modules get and the buffers that it writes to.
-
-    Args:
-        model: is run in the mode that it is in, and then in the other one for the buffers alone, without gradients.
-        paths: of the modules.
-        inputs: by name.
-
-    Raises:
-        GraftError: GC030 where it does not run in the mode that it is in, or writes to a parameter.
-    """
-    own = with_own_buffers(model)
-    before = {name: (buffer, version(buffer)) for name, buffer in own.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=()), reads_parameters(own):
-        with as_before(own), recorded(own, paths) as calls:
-            try:
-                own(**inputs)
-            except GraftError:
-                raise
-            except Exception as error:
-                message = f"{type(model).__name__} does not run on the inputs given: {error}"
-                raise GraftError("GC030", message) from error
-        with as_before(own):
-            _run_if_it_runs(own.train(not own.training), inputs)
-    return Run(calls, tuple(name for name, (buffer, count) in before.items() if version(buffer) != count))
-
-
-def _run_if_it_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    try:
-        model(**inputs)
-    except GraftError:
-        raise
-    except Exception:  # it needs other inputs in this mode
-        return
-
-
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
     """Inputs and flags of a union for calls of its elements: sizes above 1 may vary."""
     axes: list[Axis] = []
@@ -170,3 +122,15 @@ def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
             sizes = tuple(f"{name}__{at}" if size > 1 else size for at, size in enumerate(tensor.shape))
             axes.append(Axis(name, tensor.dtype, sizes, tensor, as_shown=True))
     return axes, ((CALLS, write_calls((path, structure) for path, (structure, _) in calls.items())),)
+
+
+def in_autocast(tensor: Tensor) -> bool:
+    """Whether autocast chooses the type that a tensor is computed with."""
+    return tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
+
+
+def without_autocast(tensors: Iterable[Tensor], module: nn.Module) -> list[Tensor]:
+    """Copies of the tensors of a call, of the type that they would have without autocast: that of the module."""
+    types = (p.dtype for p in module.parameters() if p.is_floating_point())
+    dtype = next(types, torch.get_default_dtype())
+    return [tensor.detach().to(dtype if in_autocast(tensor) else tensor.dtype, copy=True) for tensor in tensors]

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.capture import capture
-from graftc.compiler.capture.reads_parameters import observed
+from graftc.compiler.capture.parameter_uses import observed
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.live.elements import Recorded, as_inputs, layers_of, maps_of, record, union_of
+from graftc.compiler.live.elements import Recorded, as_inputs, layers_of, maps_of, union_of
+from graftc.compiler.live.own_state import with_own_buffers
+from graftc.compiler.live.run import record
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.weights.store import Store
@@ -31,12 +33,14 @@ class TakenApart:
         by_maps: rows of layers of which single maps are elements, each with what is in the way of more.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
         written: names of the buffers that the run wrote to.
+        read: names of the parameters that the model's own Python read between elements.
     """
 
     calls: Recorded
     by_maps: Mapping[str, str]
     uncalled: tuple[str, ...]
     written: tuple[str, ...]
+    read: tuple[str, ...]
 
 
 def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
@@ -52,13 +56,16 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
     layers, maps = layers_of(model), maps_of(model)
     run = record(model, [*layers, *maps], inputs)
     calls = run.calls
-    union, reasons = union_of(model), dict[str, str]()
+    union, reasons = union_of(with_own_buffers(model)), dict[str, str]()
     tried: dict[object, str] = {}
     called: dict[str, bool] = {}
     for path in layers:
         row = path.rpartition(".")[0]
         called[row] = called.get(row, False) or path in calls or any(p.startswith(f"{path}.") for p in calls)
         if path not in calls:
+            continue
+        if path in run.entered:
+            reasons.setdefault(row, run.entered[path])
             continue
         kind = row, _kind(model, calls, path)
         if kind not in tried:
@@ -67,14 +74,14 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
             reasons.setdefault(row, tried[kind])
     whole = [path for path in layers if path in calls and path.rpartition(".")[0] not in reasons]
     inside = tuple(f"{path}." for path in whole)
-    single = {p for p in maps if p in calls and not p.startswith(inside)}
+    single = {p for p in maps if p in calls and p not in run.entered and not p.startswith(inside)}
     reading = {kind for kind, p in _kinds(model, calls, single).items() if reads_values(union, {p: calls[p]})}
     chosen = [p for p in calls if p in whole or (p in single and _kind(model, calls, p) not in reading)]
     if not chosen:
         hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
         raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
     uncalled = tuple(row for row, seen in called.items() if not seen)
-    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled, run.written)
+    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled, run.written, run.read)
 
 
 Kind = tuple[tuple[type, ...], str]
@@ -116,6 +123,7 @@ def reads_values(union: nn.Module, call: Recorded) -> bool:
         call: how these are called.
     """
     axes, flags = as_inputs(call)
+    union = with_own_buffers(union)
     modes: tuple[Mode, ...] = ("train", "eval")
     for mode in modes:
         request = CaptureRequest(union, tuple(axes), flags, mode)

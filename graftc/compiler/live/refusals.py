@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import get_origin
 
+from graftc.compiler.compilation import Compilation
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.steering import OutputObjective
-from graftc.specs.compose import Bank, Parallel
+from graftc.passes.core.sites.entries import slices_of
+from graftc.specs.compose import Bank, Gate, Parallel, Split
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
@@ -31,10 +34,10 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
         method, path = method_for(adaptation.method), f"adapt[{index}].method"
         if adaptation.virtual_tokens():
             yield path, "virtual tokens"
-        objective = method.objective
+        objective = get_origin(method.objective) or method.objective
         if objective is not None and issubclass(objective, OutputObjective) and objective.wanted(adaptation):
             yield path, "objectives that compare several passes"
-    if any(isinstance(composition, Bank | Parallel) for composition in spec.compose):
+    if any(isinstance(composition, Bank | Parallel | Split | Gate) for composition in spec.compose):
         yield "compose", "rows that choose among adaptations"
     if spec.tokens is not None:
         yield "tokens", "added tokens"
@@ -42,3 +45,25 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
         yield "cloze", "blanks"
     if spec.memory.loss == "chunked":
         yield "memory.loss", "losses in chunks"
+    if spec.base.quantize is not None:
+        yield "base.quantize", "packed weights"
+
+
+def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
+    """Refuse an adaptation of a tensor that the model's own Python reads between graphs, where it would be the base's.
+
+    Args:
+        compilation: of a model that is taken apart.
+        names: of parameters that are read there.
+
+    Raises:
+        GraftError: GC149 naming the first of them that is adapted.
+    """
+    read = {compilation.store.canonical(name) for name in names}
+    adapted = {edit.own.tensor: edit.owner for edit in compilation.tensor_edits}
+    for resolved in compilation.main.resolved:
+        every = (own for site, _ in resolved.places for own in slices_of(site, compilation.store))
+        adapted |= {own.tensor: resolved.name for own in every}
+    for name in sorted(read & adapted.keys()):
+        message = f"{adapted[name]!r} adapts {name}, which the model's own Python reads between graphs too"
+        raise GraftError("GC149", message, hint="leave it out, or let the model call the module instead")

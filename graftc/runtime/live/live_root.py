@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import as_inputs, is_live
+from graftc.compiler.live.elements import CALL_HOOKS, Recorded, as_inputs, in_autocast, is_live, without_autocast
 from graftc.compiler.live.levels import READS, reads_values
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.compiler.signatures import add_signature
@@ -54,25 +54,63 @@ class GraphRunner(Protocol):
 _RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
 
 
-class _StandIn:
-    """The forward of a layer that is a graph, as a class to put in front of the layer's own."""
+class _Ran:
+    """Who has called a live model, for layers that are called again in a backward pass."""
+
+    def __init__(self) -> None:
+        self._runners: dict[int, GraphRunner] = {}
+
+    def note(self, runner: GraphRunner) -> None:
+        """Somebody calls."""
+        self._runners.setdefault(id(runner.shown), runner)
+
+    def only(self, path: str) -> GraphRunner:
+        """The one that has called.
+
+        Raises:
+            GraftError: GC031 where there are several.
+        """
+        if len(self._runners) == 1:
+            return next(iter(self._runners.values()))
+        message = f"{path} is called again behind its call, and it has been called with other adaptations since"
+        raise GraftError("GC031", message, hint="checkpoint: layers in the spec computes activations again")
+
+
+class _Inside:
+    """A module inside of a layer that is a graph, as a class to put in front of its own."""
 
     _graftc_path: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a call that is not the layer's own."""
+        message = f"{self._graftc_path} is called by itself, and the layer that it is in is one graph"
+        raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _require_nothing_set(cast(nn.Module, self), name, value)
+        super().__setattr__(name, value)
+
+
+class _Element:
+    """A layer that is a graph, as a class to put in front of its own; nothing else of it may be set in a call."""
+
+    _graftc_path: str
+    _graftc_ran: _Ran
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives."""
-        return run_element(_RUNNING.get(), cast(nn.Module, self), args, kwargs)
+        runner = _RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
+        return run_element(runner, cast(nn.Module, self), args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _require_nothing_set(cast(nn.Module, self), name, value)
+        super().__setattr__(name, value)
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+def _require_nothing_set(module: nn.Module, name: str, value: Any) -> None:
+    if _RUNNING.get(None) is not None and vars(module).get(name, _RUNNING) is not value:
+        message = f"the model's own Python sets {name} of {module._graftc_path}, which is a graph and does not read it"
+        raise GraftError("GC031", message, hint="compile with example inputs that show it: its maps are graphs then")
 
 
 class LiveRoot:
@@ -85,13 +123,15 @@ class LiveRoot:
 
     def __init__(self, source: nn.Module, elements: Collection[str]) -> None:
         self.model: nn.Module = sharing_copy(source)
+        self._ran = _Ran()
         for path in elements:
-            layer = self.model.get_submodule(path)
-            cls = type(layer)
-            layer.__class__ = type(cls.__name__, (_StandIn, cls), {"__module__": __name__, "__doc__": cls.__doc__})
-            cast(Any, layer)._graftc_path = path
+            for name, module in self.model.get_submodule(path).named_modules():
+                if not name or any(True for _ in module.parameters()):
+                    _put_in_front(_Inside if name else _Element, module, f"{path}.{name}".rstrip("."))
+                if not name:
+                    vars(module)["_graftc_ran"] = self._ran
         self._modules = list(self.model.named_modules(remove_duplicate=False))
-        inside = {id(m) for path in elements for m in self.model.get_submodule(path).modules()}
+        inside = {id(m): bool(n) for path in elements for n, m in self.model.get_submodule(path).named_modules()}
         self._own = OwnBuffers((path, module) for path, module in self._modules if id(module) not in inside)
         self._inside = inside
         self._hooked: dict[tuple[str, str], set[int]] = {}
@@ -122,6 +162,7 @@ class LiveRoot:
     def _running(self, runner: GraphRunner) -> Iterator[None]:
         """Inside, the layers are a Runner's graphs, and the tensors its Store's."""
         self._bind(runner)
+        self._ran.note(runner)
         token = _RUNNING.set(runner)
         try:
             yield
@@ -138,7 +179,7 @@ class LiveRoot:
         for path, module in self._modules:
             prefix, held = f"{path}." if path else "", runner.store.nearest(path)
             vars(module)["training"] = held.training
-            if hooked or any(vars(held)[hooks] for hooks in _HOOKS):
+            if path and (hooked or any(vars(held)[hooks] for hooks in CALL_HOOKS)):
                 self._hook(path, module, held)
             for table in (module._parameters, *([module._buffers] if id(module) in self._inside else [])):
                 for name, tensor in table.items():
@@ -147,14 +188,28 @@ class LiveRoot:
         self._own.bind(runner.store)
 
     def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
-        """Call the hooks of the compiled model's modules where the source's are, beside those that its class has."""
-        for name in _HOOKS:
+        """Call the hooks of the compiled model's modules where the source's are, beside those that its class has.
+
+        Raises:
+            GraftError: GC043 for a hook on a module inside of a layer that is a graph.
+        """
+        if self._inside.get(id(module)) and any(vars(held)[hooks] for hooks in CALL_HOOKS):
+            message = f"{path} has a hook, and the layer that it is in is one graph, which calls none"
+            raise GraftError("GC043", message, hint="hook the layer, or hook the source model and compile that")
+        for name in CALL_HOOKS:
             own, wanted = vars(module)[name], vars(held)[name]
             for number in self._hooked.pop((path, name), set()) - wanted.keys():
                 own.pop(number, None)
             if wanted:
                 own.update(wanted)
                 self._hooked[path, name] = set(wanted)
+
+
+def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
+    """Let a class be in front of a module's own."""
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (stand_in, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+    vars(module)["_graftc_path"] = path
 
 
 def run_element(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,10 +257,15 @@ def _find(runner: GraphRunner, path: str, structure: CallStructure, inputs: Mapp
         if calls_in(base.flags).get(path) != structure:
             continue
         own = [spec for spec in base.inputs if spec.name in inputs]
-        alike = all(inputs[s.name].dtype == s.dtype and inputs[s.name].dim() == len(s.shape) for s in own)
+        alike = all(_of_type(inputs[s.name], s.dtype) and inputs[s.name].dim() == len(s.shape) for s in own)
         if alike and len(own) == len(inputs) and fits(own, inputs):
             return signature
     return None
+
+
+def _of_type(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a graph for a type takes a tensor."""
+    return tensor.dtype == dtype or (dtype.is_floating_point and in_autocast(tensor))
 
 
 def _add(runner: GraphRunner, path: str, structure: CallStructure, tensors: list[Tensor]) -> Signature:
@@ -215,7 +275,14 @@ def _add(runner: GraphRunner, path: str, structure: CallStructure, tensors: list
         GraftError: GC031 where that cannot be captured.
     """
     compilation = runner.shown.compilation
-    calls = {other: (structure, [t.detach().clone() for t in tensors]) for other in _alike(compilation, path)}
+    own = without_autocast(tensors, compilation.model.get_submodule(path))
+    calls = {other: (structure, [tensor.clone() for tensor in own]) for other in _alike(compilation, path)}
+    with torch.autocast(own[0].device.type if own else "cpu", enabled=False):
+        return _captured(compilation, path, calls)
+
+
+def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature:
+    """The same, where autocast is off."""
     if reads_values(compilation.model, {path: calls[path]}):
         message = f"{path} is called in a way in which {READS}, and a graph would keep what followed from them"
         raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")

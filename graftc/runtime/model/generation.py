@@ -73,9 +73,10 @@ class Generating:
         try:
             return self._generate(*args, **kwargs)
         except GraftError as error:
-            if error.code != "GC031":
+            chosen = kwargs.get("past_key_values") is not None or kwargs.get("cache_implementation") is not None
+            if error.code not in ("GC031", "GC140") or (error.code == "GC140" and chosen):
                 raise
-            try:  # the loop has arguments of its own, which no graph takes
+            try:  # the loop has arguments, or a cache, of its own, which no graph takes
                 runner = live_view(self.runner)
             except GraftError:
                 raise error from None

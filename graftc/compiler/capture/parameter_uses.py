@@ -1,0 +1,82 @@
+"""What operators do with the parameters of a model while it runs: they may be read, and never written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graftc.specs.errors.diagnostics import GraftError
+
+
+@contextmanager
+def reads_parameters(model: nn.Module) -> Iterator[None]:
+    """Inside, a write to a parameter of a model is an error, GC030, and does not happen.
+
+    Args:
+        model: whose parameters.
+    """
+    with observed(ParameterUses(model)):
+        yield
+
+
+@contextmanager
+def observed(mode: TorchDispatchMode) -> Iterator[None]:
+    """Inside, a mode sees what operators a model calls. What would compile itself then runs as it is: Dynamo keeps what
+    it made of an operator that holds code under a mode, and cannot trace it afterwards."""
+    with torch.compiler.set_stance("force_eager"), mode:
+        yield
+
+
+class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which parameters of a model operators read while somebody asks; a write to one is GC030 and not done.
+
+    Args:
+        model: whose parameters.
+        asked: whether reads are noted now.
+
+    Attributes:
+        read: names of parameters, in order.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, asked: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read: dict[str, None] = {}
+        self._model, self._asked = type(model).__name__, asked
+        held = {_memory(parameter): name for name, parameter in model.named_parameters()}
+        self._names = {memory: name for memory, name in held.items() if memory}  # wrapped and empty ones have none
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for index, argument in enumerate(schema.arguments):
+                value = args[index] if index < len(args) else given.get(argument.name)
+                if argument.is_write and isinstance(value, Tensor) and (name := self._name(value)) is not None:
+                    hint = "a forward may change buffers, and nothing else"
+                    raise GraftError("GC030", f"the Python of {self._model} writes to the parameter {name}", hint=hint)
+        if self._asked() and not _is_view(schema):
+            tensors = (leaf for leaf in pytree.tree_leaves((args, given)) if isinstance(leaf, Tensor))
+            self.read |= {name: None for tensor in tensors if (name := self._name(tensor)) is not None}
+        return func(*args, **given)
+
+    def _name(self, tensor: Tensor) -> str | None:
+        return self._names.get(_memory(tensor)) if tensor.numel() else None
+
+
+def _is_view(schema: Any) -> bool:
+    """Whether an operator only shows a tensor in another way."""
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
