@@ -149,8 +149,8 @@ def _fill(prepared: Prepared) -> Prepared:
 def _take_apart(prepared: Prepared) -> Prepared:
     """The union of the model's layers, called as a run on the inputs shown has called them. Flags that say how one is
     called already are those of a Compilation that there has been."""
-    if elements_in(prepared.flags):
-        return replace(prepared, model=union_of(prepared.model))
+    if elements := elements_in(prepared.flags):
+        return replace(prepared, model=union_of(prepared.model, elements))
     model, axes = prepared.model, prepared.axes
     shown = default_axes(model) if axes is None else axes
     device = device_of(model)
@@ -164,7 +164,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     rows = [f"of {row} single maps are graphs: {why}" for row, why in apart.by_maps.items()]
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
-    union = union_of(model)
+    union = union_of(model, elements_in(flags))
     return replace(prepared, model=union, axes=calls, flags=flags, notes=notes, written=apart.written, read=apart.read)
 
 

@@ -51,14 +51,7 @@ class Elements:
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
             args, kwargs = structure.build(module, tensors)
             before = _held(args), _held(kwargs)
-            hooks = {name: dict(vars(module)[name]) for name in CALL_HOOKS}
-            for name in CALL_HOOKS:  # those of an element are called in the live model, around its graph
-                vars(module)[name].clear()
-            try:
-                found[path] = module(*args, **kwargs)
-            finally:
-                for name, own in hooks.items():
-                    vars(module)[name].update(own)
+            found[path] = module(*args, **kwargs)
             if before != (_held(args), _held(kwargs)):
                 message = f"{path} puts something into a list or dict that it is called with"
                 raise GraftError("GC030", message, hint="a graph gives nothing but its results")
@@ -79,14 +72,20 @@ def is_live(model: nn.Module) -> bool:
     return isinstance(model, Elements)
 
 
-def union_of(model: nn.Module) -> nn.Module:
-    """The union of a model's elements, under its class's name; it shares all storage. The model is not changed."""
+def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
+    """The union of a model's elements, under its class's name; it shares all storage. The model is not changed.
+
+    Args:
+        model: is taken apart.
+        elements: paths of the layers and maps that are graphs. Their hooks are called in the live model, around these.
+    """
     cls = type(model)
-    made: nn.Module = sharing_copy(model)
-    for hooks in CALL_HOOKS:
-        vars(made)[hooks] = type(vars(made)[hooks])()  # they are of calls of the whole
-    made.__class__ = type(cls.__name__, (Elements, cls), {"__module__": __name__, "__doc__": cls.__doc__})
-    return made
+    union: nn.Module = sharing_copy(model)
+    union.__class__ = type(cls.__name__, (Elements, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+    for path in ("", *elements):
+        tables = vars(union.get_submodule(path))
+        tables.update({name: type(tables[name])() for name in CALL_HOOKS if tables[name]})
+    return union
 
 
 def runs_anywhere(model: nn.Module) -> bool:

@@ -56,7 +56,7 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
     layers, maps = layers_of(model), maps_of(model)
     run = record(model, [*layers, *maps], inputs)
     calls = run.calls
-    union, reasons = union_of(with_own_buffers(model)), dict[str, str]()
+    union, reasons = union_of(with_own_buffers(model), layers), dict[str, str]()
     tried: dict[object, str] = {}
     called: dict[str, bool] = {}
     for path in layers:
