@@ -82,7 +82,8 @@ def compile_model(
             return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(whole)))
         except GraftError as error:
             if error.code == "GC030" and spec.capture != "layers":
-                raise whole from error
+                details = (*whole.details, f"taken apart: {error.message}")
+                raise GraftError(whole.code, whole.message, hint=whole.hint, details=details) from error
             raise
 
 

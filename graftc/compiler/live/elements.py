@@ -103,9 +103,15 @@ def layers_of(model: nn.Module) -> list[str]:
 
 
 def maps_of(model: nn.Module) -> list[str]:
-    """Paths of the modules that hold tensors and no other modules."""
-    named = model.named_modules()
-    return [p for p, m in named if p and not m._modules and any(t is not None for t in m._parameters.values())]
+    """Paths of the modules that hold tensors and no other modules, and of those of torch that read what is in theirs,
+    as ``nn.MultiheadAttention`` does."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        plain = not module._modules or type(module).__module__.startswith("torch.nn.modules.")
+        inside = path.startswith(tuple(f"{outer}." for outer in found[-1:]))
+        if path and plain and not inside and any(tensor is not None for tensor in module._parameters.values()):
+            found.append(path)
+    return found
 
 
 Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]

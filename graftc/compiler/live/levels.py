@@ -57,7 +57,7 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
     run = record(model, [*layers, *maps], inputs)
     calls = run.calls
     union, reasons = union_of(with_own_buffers(model), layers), dict[str, str]()
-    tried: dict[object, str] = {}
+    known: dict[object, str] = {}
     called: dict[str, bool] = {}
     for path in layers:
         row = path.rpartition(".")[0]
@@ -68,14 +68,14 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
             reasons.setdefault(row, run.entered[path])
             continue
         kind = row, _kind(model, calls, path)
-        if kind not in tried:
-            tried[kind] = _in_the_way(union, {path: calls[path]})
-        if tried[kind]:
-            reasons.setdefault(row, tried[kind])
+        if kind not in known:
+            known[kind] = _in_the_way(union, {path: calls[path]})
+        if known[kind]:
+            reasons.setdefault(row, known[kind])
     whole = [path for path in layers if path in calls and path.rpartition(".")[0] not in reasons]
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in run.entered and not p.startswith(inside)}
-    reading = {kind for kind, p in _kinds(model, calls, single).items() if reads_values(union, {p: calls[p]})}
+    reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}
     chosen = [p for p in calls if p in whole or (p in single and _kind(model, calls, p) not in reading)]
     if not chosen:
         hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
@@ -99,8 +99,8 @@ def _kinds(model: nn.Module, calls: Recorded, paths: Iterable[str]) -> dict[Kind
 
 def _in_the_way(union: nn.Module, call: Recorded) -> str:
     """Why a layer cannot be one graph; empty where it can."""
-    if reads_values(union, call):
-        return READS
+    if reason := tried(union, call):
+        return reason
     axes, flags = as_inputs(call)
     request = CaptureRequest(union, tuple(axes), flags, aliases=Store.mirror(union).aliases)
     try:
@@ -115,12 +115,12 @@ READS = "its Python reads the values of tensors"
 """Why a layer that does is no graph."""
 
 
-def reads_values(union: nn.Module, call: Recorded) -> bool:
-    """Whether the Python of elements looks at values of tensors, in either mode.
+def tried(union: nn.Module, call: Recorded) -> str:
+    """Why the Python of an element can be no graph, as runs in either mode show; empty where they show nothing.
 
     Args:
         union: of the model's elements.
-        call: how these are called.
+        call: how one is called.
     """
     axes, flags = as_inputs(call)
     union = with_own_buffers(union)
@@ -128,11 +128,16 @@ def reads_values(union: nn.Module, call: Recorded) -> bool:
     for mode in modes:
         request = CaptureRequest(union, tuple(axes), flags, mode)
         values = _ReadValues()
-        with as_captured(request), torch.random.fork_rng(devices=()), observed(values):
-            union(**request.examples())
+        try:
+            with as_captured(request), torch.random.fork_rng(devices=()), observed(values):
+                union(**request.examples())
+        except GraftError as error:
+            return error.message
+        except Exception as error:
+            return f"it does not run by itself: {first_line(error)}"
         if values.read:
-            return True
-    return False
+            return READS
+    return ""
 
 
 class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import CALL_HOOKS, Recorded, as_inputs, in_autocast, is_live, without_autocast
-from graftc.compiler.live.levels import READS, reads_values
+from graftc.compiler.live.levels import tried
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.compiler.signatures import add_signature
 from graftc.passes.core.elements.calls import CallStructure, calls_in, elements_in, input_name
@@ -283,8 +283,8 @@ def _add(runner: GraphRunner, path: str, structure: CallStructure, tensors: list
 
 def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature:
     """The same, where autocast is off."""
-    if reads_values(compilation.model, {path: calls[path]}):
-        message = f"{path} is called in a way in which {READS}, and a graph would keep what followed from them"
+    if reason := tried(compilation.model, {path: calls[path]}):
+        message = f"{path} is called in a way that no graph can be made of: {reason}"
         raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
     axes, flags = as_inputs(calls)
     try:

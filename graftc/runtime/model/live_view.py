@@ -4,14 +4,19 @@ whose calls with a cache are no calls of one graph, such as those that read imag
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.passes.core.elements.calls import elements_in
 from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import AdaptedView
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.target import Target
 
 _KNOWN = "live view"
 
@@ -20,17 +25,55 @@ def live_view(runner: ModelRunner) -> ModelRunner:
     """A Runner of the same module that calls graphs of layers; it is made once.
 
     Raises:
-        GraftError: GC030 where no layer and no map is a graph, GC149 for what acts on a whole call.
+        GraftError: GC030 where no layer and no map is a graph, GC031 where what is adapted is in none, GC149 for what
+            acts on a whole call.
     """
     shown = runner.shown
     known = runner.derived.get(_KNOWN)
     if known is None or known[0] is not shown:
         own = shown.compilation
-        values = dict(adapter_values(own.store))
-        start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level="layers")
-        made = compile_model(own.spec, own.source, own.main.axes, flags=own.flags, start=start)
+        made = _taken_apart(own)
         view = AdaptedView(replace(made, store=runner.store), {}, f"{shown.label}live: ", shown.off, shown.steering)
         known = runner.derived[_KNOWN] = shown, view, LiveRoot(own.source, elements_in(made.flags))
     beside = copy.copy(runner)
     _, beside.shown, beside.live = known
     return beside
+
+
+def _taken_apart(own: Compilation) -> Compilation:
+    """A Compilation of the layers of a model, adapted at the same places."""
+    values, wanted = dict(adapter_values(own.store)), _places(own)
+    start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level="layers")
+    for spec in (own.spec, _by_names(own.spec, wanted)):  # roles are not known where single maps are graphs
+        try:
+            made = compile_model(spec, own.source, own.main.axes, flags=own.flags, start=start)
+        except GraftError as error:
+            if spec is not own.spec or error.code not in _NOT_THERE:
+                raise
+            continue
+        if _places(made) == wanted:
+            return made
+    hint = "call it without a cache, or merge it"
+    raise GraftError("GC031", "what is adapted is not all in layers and maps that are graphs", hint=hint)
+
+
+_NOT_THERE = ("GC010", "GC011", "GC012", "GC015")
+"""Targets that match nothing, or not all."""
+
+
+def _places(compilation: Compilation) -> dict[str, set[tuple[str, ...]]]:
+    """What is adapted, by the names of adaptations."""
+    every = ((resolved.name, site.key) for resolved in compilation.main.resolved for site, _ in resolved.places)
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for name, key in every:
+        found.setdefault(name, set()).add((key.module, key.name, str(key.part)))
+    return found
+
+
+def _by_names(spec: Spec, places: Mapping[str, set[tuple[str, ...]]]) -> Spec:
+    """A spec with the same places by the paths of their modules."""
+    adapt = []
+    for adaptation in spec.adapt:
+        paths = tuple(sorted({module for module, *_ in places.get(adaptation.name or adaptation.method, ())}))
+        adapt.append(adaptation.model_copy(update={"target": Target(modules=paths)}) if paths else adaptation)
+    return spec.model_copy(update={"adapt": tuple(adapt)})

@@ -66,6 +66,9 @@ class Warming:
     def _make_ready(self, given: Mapping[str, Any]) -> None:
         """Code for a call in the mode that the model is in, and the plan of what a training step keeps."""
         runner, shown = self.runner, self.runner.shown
+        if runner.live is not None:
+            self._call(given)
+            return
         controls = shown.compilation.controls
         chosen = {name: value for name, value in given.items() if name in controls}
         rest = {name: value for name, value in given.items() if name not in controls}
@@ -77,6 +80,16 @@ class Warming:
             progress.step("plan")
             with torch.enable_grad():
                 code.prepare(runner.module, runner.inputs(key, present))
+
+    def _call(self, given: Mapping[str, Any]) -> None:
+        """A call of a live model, whose own Python says how its layers are called."""
+        store = self.runner.store
+        before = {name: store.get(name).clone() for name in store.updated}
+        with torch.no_grad(), torch.random.fork_rng():
+            self.runner.module(**given)
+            for name in store.updated:
+                if name in before:
+                    store.get(name).copy_(before[name])
 
     def _generate(self, given: Mapping[str, Any]) -> None:
         """One step of generating behind the beginning of a row, so that there is code for a prompt and what follows
