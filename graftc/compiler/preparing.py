@@ -161,7 +161,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
         message = f"the layers of {row} cannot be graphs: {reason}"
         raise GraftError("GC030", message, place=Place(path="capture"), hint="capture: modules adapts their maps")
     calls, flags = as_inputs(apart.calls)
-    rows = [f"of {row} single maps are graphs: {why}" for row, why in apart.by_maps.items()]
+    rows = [f"of {row} single maps are graphs, where roles are not known: {why}" for row, why in apart.by_maps.items()]
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
     union = union_of(model, elements_in(flags))

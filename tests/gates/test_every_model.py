@@ -1,0 +1,108 @@
+"""Models beyond text: each is the source, trains, merges, saves, loads and generates, and takes calls of any structure."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftc.compiler.live import levels
+from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.runtime.api import _request
+from graftc.runtime.compiled import make_compiled
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.io import load_spec
+from tests.gates.every_model import CLOSE, IDENTITY, apart, check_model, seeded
+from tests.gates.random_calls import MUST_RUN, random_call
+from tests.zoo.every import EVERY
+
+SAMPLE = ("layoutlmv3", "siglip")
+CALLS = int(os.environ.get("GRAFTC_CALLS", "200"))
+RECURRENT = ("mamba2", "jamba", "falcon_h1")
+"""Their caches hold states, which no graph takes: generating is refused by code."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.gate) for name in EVERY])
+def test_every_model(name: str, tmp_path: Path) -> None:
+    _check(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_some_models(name: str, tmp_path: Path) -> None:
+    _check(name, tmp_path)
+
+
+def _check(name: str, folder: Path) -> None:
+    small = EVERY[name]()
+    found = check_model(
+        small.model,
+        [small.first, small.second],
+        folder,
+        target=small.target,
+        maps=small.fallback,
+        generates=small.generates and name not in RECURRENT,
+    )
+    print(name, found)
+    assert found["source kept"] and found["merged"] is True
+    assert max(found["identity"].values()) <= IDENTITY
+    assert all(found[step] <= CLOSE for step in ("merge", "folded", "gradients"))
+    assert found["loaded"] == 0
+    assert found.get("generate", True) is True
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("level", ["layers", "modules"])
+@pytest.mark.parametrize("name", EVERY)
+def test_random_calls(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to the source to the bit, or refused by code: one in twenty at most, none for sizes and missing masks."""
+    if level == "modules":
+        monkeypatch.setattr(levels, "layers_of", lambda model: [])
+    small = EVERY[name]()
+    found = random_calls(small, CALLS)
+    print(name, level, {key: value for key, value in found.items() if key != "wrong"}, found["wrong"][:5])
+    assert not found["wrong"] and not found["must run"]
+    assert len(found["refused"]) <= 0.05 * max(found["ran"], 1)
+
+
+def random_calls(small: Any, count: int) -> dict[str, Any]:
+    """What became of random calls; those that the source itself does not take are left out. Products of weights that
+    ask for gradients may be computed in another order (`torch.matmul`), so that the source asks for none either."""
+    small.model.requires_grad_(False)
+    spec = load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": small.fallback}}]})
+    compiled = _live(spec, small.model, small.first)
+    found: dict[str, Any] = {"ran": 0, "wrong": [], "refused": [], "must run": []}
+    for seed in range(count):
+        batch, training, changed = random_call([small.first, small.second], seed)
+        small.model.train(training), compiled.train(training)
+        with torch.no_grad():
+            try:
+                theirs = seeded(copy.deepcopy(small.model), batch)
+            except Exception:
+                continue
+            found["ran"] += 1
+            try:
+                gap = apart(seeded(compiled, batch), theirs)
+            except GraftError as error:
+                found["refused"].append((sorted(changed), error.message[:120]))
+                if changed <= MUST_RUN:
+                    found["must run"].append((seed, sorted(changed), error.message[:200]))
+                continue
+            except Exception as error:
+                found["wrong"].append((seed, sorted(changed), f"{type(error).__name__}: {error}"[:200]))
+                continue
+        if gap != 0:
+            found["wrong"].append((seed, training, sorted(changed), gap))
+    return found
+
+
+def _live(spec: Spec, model: Any, batch: Any) -> Any:
+    """A model taken apart, whether it is one graph or not."""
+    axes, flags = _request(model, dict(batch))
+    start = StartingPoint(0, use_cache=False, level="layers")
+    return make_compiled(compile_model(spec, model, axes, flags=flags, start=start))
