@@ -1,4 +1,4 @@
-"""Models beyond text: each is the source, trains, merges, saves, loads and generates, and takes calls of any structure."""
+"""Models beyond text: each is the source, trains, merges, saves, loads, generates, and takes calls of any structure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from graftc.compiler.capture.signature import request
 from graftc.compiler.live import levels
 from graftc.compiler.pipeline import StartingPoint, compile_model
-from graftc.runtime.api import _request
 from graftc.runtime.compiled import make_compiled
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -20,6 +20,8 @@ from graftc.specs.io import load_spec
 from tests.gates.every_model import CLOSE, IDENTITY, apart, check_model, seeded
 from tests.gates.random_calls import MUST_RUN, random_call
 from tests.zoo.every import EVERY
+from tests.zoo.libraries import LIBRARIES, TIMM, timm_model
+from tests.zoo.model import Small
 
 SAMPLE = ("layoutlmv3", "siglip")
 CALLS = int(os.environ.get("GRAFTC_CALLS", "200"))
@@ -32,6 +34,12 @@ def test_every_model(name: str, tmp_path: Path) -> None:
     _check(name, tmp_path)
 
 
+@pytest.mark.gate
+@pytest.mark.parametrize("name", [*LIBRARIES, *TIMM])
+def test_models_of_other_libraries(name: str, tmp_path: Path) -> None:
+    _hold(name, LIBRARIES[name]() if name in LIBRARIES else timm_model(name), tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_some_models(name: str, tmp_path: Path) -> None:
@@ -39,7 +47,10 @@ def test_some_models(name: str, tmp_path: Path) -> None:
 
 
 def _check(name: str, folder: Path) -> None:
-    small = EVERY[name]()
+    _hold(name, EVERY[name](), folder)
+
+
+def _hold(name: str, small: Small, folder: Path) -> None:
     found = check_model(
         small.model,
         [small.first, small.second],
@@ -103,6 +114,6 @@ def random_calls(small: Any, count: int) -> dict[str, Any]:
 
 def _live(spec: Spec, model: Any, batch: Any) -> Any:
     """A model taken apart, whether it is one graph or not."""
-    axes, flags = _request(model, dict(batch))
+    axes, flags = request(model, batch)
     start = StartingPoint(0, use_cache=False, level="layers")
     return make_compiled(compile_model(spec, model, axes, flags=flags, start=start))
