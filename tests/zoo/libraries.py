@@ -250,9 +250,7 @@ def timm_model(name: str) -> Small:
         torch.manual_seed(0)
         built = model().eval()
     size = built.default_cfg["input_size"][-1]  # type: ignore[index, union-attr]
-    maps = [
-        path for path, module in built.named_modules() if isinstance(module, nn.Linear | nn.Conv2d) and _wide(module)
-    ]
+    maps = [path for path, module in built.named_modules() if _is_map(module)]
     chosen = "{" + ",".join(maps[:: max(1, len(maps) // 8)]) + "}"
     return Small(built, {"x": _picture(0, 2, size)}, {"x": _picture(1, 3, size)}, fallback=chosen)
 
