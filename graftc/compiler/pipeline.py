@@ -121,7 +121,8 @@ def _compiled(
             for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
                 store.own(name, start.values.get(name))
         add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)
-        refuse_read(compilation, prepared.read)
+        if prepared.read:
+            refuse_read(compilation, prepared.read)
     except GraftError as error:
         reason = explained(error, prepared)
         if reason is error:

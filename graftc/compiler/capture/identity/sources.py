@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 
 Home = Literal["fixed", "library", "user"]
-"""Whose code something is: torch's and Python's, which their versions say all about; an installed package's; the
-user's."""
+"""Whose code something is: torch's, Python's and graftc's, of which versions and `own_digest` say it all; an installed
+package's; the user's."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_GRAFTC = str(Path(__file__).parents[3]) + os.sep
 _STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 _BY_NAME = ("getattr", "hasattr", "attrgetter", "methodcaller")
@@ -30,7 +31,7 @@ _BY_NAME = ("getattr", "hasattr", "attrgetter", "methodcaller")
 @lru_cache(maxsize=32768)
 def home_of_file(file: str) -> Home:
     """Whose code a file has."""
-    if file.startswith(_TORCH) or file.startswith("<frozen "):
+    if file.startswith((_TORCH, _GRAFTC, "<frozen ")):
         return "fixed"
     if any(part in file for part in _INSTALLED):
         return "library"
@@ -123,6 +124,8 @@ _OWN = (
     "compiler/capture/alike",
     "compiler/capture/anchoring",
     "compiler/capture/identity",
+    "compiler/live",
+    "compiler/resolve",
     "passes/core",
     "passes/core/*",
     "passes/core/*/*",
@@ -130,7 +133,7 @@ _OWN = (
     "specs",
     "specs/errors",
 )
-"""Folders with every file that `capture` and `cache` import, and so on."""
+"""Folders with every file that `capture` and `cache` import, and so on, and those with classes that graftc captures."""
 
 
 def own_files(package: Path) -> list[Path]:
