@@ -61,8 +61,10 @@ class _Ran:
         self._runners: dict[int, GraphRunner] = {}
 
     def note(self, runner: GraphRunner) -> None:
-        """Somebody calls."""
-        self._runners.setdefault(id(runner.shown), runner)
+        """Somebody calls; one that shows something else by now is forgotten."""
+        known = {shown: each for shown, each in self._runners.items() if id(each.shown) == shown}
+        known.setdefault(id(runner.shown), runner)
+        self._runners = known
 
     def only(self, path: str) -> GraphRunner:
         """The one that has called.
