@@ -21,7 +21,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What a run of a model has shown.
 
     Attributes:
@@ -38,7 +38,7 @@ class Run:
     entered: Mapping[str, str]
 
 
-def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> Run:
+def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> RecordedRun:
     """Run a copy of a model, and record the inputs that its elements get and what else happens to them.
 
     Args:
@@ -70,7 +70,7 @@ def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) ->
             watch.begin()
             _run_if_it_runs(own, inputs)
     written = tuple(name for name, (buffer, count) in before.items() if version(buffer) != count)
-    return Run(calls, written, tuple(uses.read), watch.entered)
+    return RecordedRun(calls, written, tuple(uses.read), watch.entered)
 
 
 def _run_if_it_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graftc.compiler.cached import cannot_be_cached, require_rows_of_one
 from graftc.compiler.capture.interface import Interface, is_transformers
 from graftc.compiler.capture.past import (
+    CACHES,
     ENCODER,
     MASK,
     POSITIONS,
@@ -73,7 +74,7 @@ class Generating:
         try:
             return self._generate(*args, **kwargs)
         except GraftError as error:
-            chosen = kwargs.get("past_key_values") is not None or kwargs.get("cache_implementation") is not None
+            chosen = any(kwargs.get(name) is not None for name in (*CACHES, "cache_implementation"))
             if error.code not in ("GC031", "GC140") or (error.code == "GC140" and chosen):
                 raise
             try:  # the loop has arguments, or a cache, of its own, which no graph takes
