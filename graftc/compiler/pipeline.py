@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ class StartingPoint:
         every_layer: write every layer out from the beginning, for who looks at graphs and runs none.
         level: how much of the model is one graph; by default as much as can be.
         because: why that is not all of it.
+        shown: what is done with a model to see how it calls its layers, where it is taken apart: see `Prepared`.
     """
 
     seed: int = 0
@@ -46,6 +48,7 @@ class StartingPoint:
     every_layer: bool = False
     level: Level | None = None
     because: str = ""
+    shown: Callable[[nn.Module], Any] | None = None
 
 
 @exclusive()
@@ -101,7 +104,7 @@ def _compiled(
 ) -> Compilation:
     """A Compilation of a model at one level."""
     asked = Prepared(spec, model, model, axes, flags, start.use_cache, start.known)
-    prepared = prepare(replace(asked, level=start.level or "graph", because=start.because))
+    prepared = prepare(replace(asked, level=start.level or "graph", because=start.because, shown=start.shown))
     store = Store.mirror(prepared.model)
     compilation = Compilation(
         spec,
@@ -117,7 +120,7 @@ def _compiled(
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
     initial = Initial(start.seed, start.values, originals, compilation.narrow)
     try:
-        if prepared.level == "layers":  # no graph shows what is written between graphs
+        if prepared.level != "graph":  # no graph shows what is written between graphs
             for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
                 store.own(name, start.values.get(name))
         add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)

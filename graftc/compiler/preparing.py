@@ -35,8 +35,9 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import counted
 
-Level = Literal["graph", "layers"]
-"""How much of a model is one graph: all of it, or each of its layers, between which its own Python runs."""
+Level = Literal["graph", "layers", "modules"]
+"""How much of a model is one graph: all of it, each of its layers, or each of its maps, between which its own Python
+runs."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Prepared:
         notes: what people are told of that.
         written: names of the buffers that the Python between graphs writes to.
         read: names of the parameters that it reads.
+        shown: what is done with the model to see how it calls its layers; one call on its inputs by default.
     """
 
     spec: Spec
@@ -72,6 +74,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
+    shown: Callable[[nn.Module], Any] | None = None
 
 
 def _same(error: GraftError, prepared: Prepared) -> GraftError:
@@ -154,8 +157,9 @@ def _take_apart(prepared: Prepared) -> Prepared:
     model, axes = prepared.model, prepared.axes
     shown = default_axes(model) if axes is None else axes
     device = device_of(model)
-    inputs = {axis.name: _given(axis, device) for axis in shown}
-    apart = taken_apart(model, {**inputs, **dict(prepared.flags)})
+    inputs = {**{axis.name: _given(axis, device) for axis in shown}, **dict(prepared.flags)}
+    run = prepared.shown or (lambda own: own(**inputs))
+    apart = taken_apart(model, run, maps_alone=prepared.level == "modules")
     if apart.by_maps and prepared.spec.capture == "layers":
         row, reason = next(iter(apart.by_maps.items()))
         message = f"the layers of {row} cannot be graphs: {reason}"
@@ -189,13 +193,13 @@ def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
 
 PREPARATIONS = (
     Preparation("plain", lambda _: True, _plain),
-    Preparation("refuse what is of the whole", lambda prepared: prepared.level == "layers", _refuse_whole),
+    Preparation("refuse what is of the whole", lambda prepared: prepared.level != "graph", _refuse_whole),
     Preparation("arrive", lambda _: True, _arrive),
     Preparation("quantise", lambda prepared: prepared.spec.base.quantize is not None, _quantise),
     Preparation("untie", lambda prepared: bool(prepared.spec.untie), _untie),
     Preparation("make room for tokens", lambda prepared: prepared.spec.tokens is not None, _make_room),
     Preparation("fill blanks", lambda prepared: prepared.spec.cloze is not None, _fill, _not_filling),
-    Preparation("take apart", lambda prepared: prepared.level == "layers", _take_apart),
+    Preparation("take apart", lambda prepared: prepared.level != "graph", _take_apart),
 )
 """Every step, in order."""
 

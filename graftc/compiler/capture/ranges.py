@@ -224,7 +224,10 @@ def _is_size(environment: Any, symbol: Any, size: int) -> bool:
 def _holds(guard: Any, sizes: tuple[int, ...]) -> bool:
     """Whether a guard holds with numbers for its symbols."""
     numbers = {symbol: sympy.Integer(size) for symbol, size in zip(_ordered(guard), sizes, strict=True)}
-    return bool(guard.xreplace(numbers) == sympy.true)
+    try:
+        return bool(guard.xreplace(numbers) == sympy.true)
+    except ZeroDivisionError:  # what it divides by is a difference of sizes
+        return False
 
 
 def _ordered(guard: Any) -> list[Any]:

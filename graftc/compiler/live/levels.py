@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,19 +43,20 @@ class TakenApart:
     read: tuple[str, ...]
 
 
-def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
-    """Take a model apart by a run on its inputs.
+def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone: bool = False) -> TakenApart:
+    """Take a model apart by a run.
 
     Args:
         model: is run, and is as before afterwards.
-        inputs: by name.
+        run: what is done with it, such as one call.
+        maps_alone: whether no layer is to be a graph.
 
     Raises:
         GraftError: GC030 where the model does not run, or has no elements.
     """
-    layers, maps = layers_of(model), maps_of(model)
-    run = record(model, [*layers, *maps], inputs)
-    calls = run.calls
+    layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
+    seen = record(model, [*layers, *maps], run)
+    calls = seen.calls
     union, reasons = union_of(with_own_buffers(model), layers), dict[str, str]()
     known: dict[object, str] = {}
     called: dict[str, bool] = {}
@@ -64,8 +65,8 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
         called[row] = called.get(row, False) or path in calls or any(p.startswith(f"{path}.") for p in calls)
         if path not in calls:
             continue
-        if path in run.entered:
-            reasons.setdefault(row, run.entered[path])
+        if path in seen.entered:
+            reasons.setdefault(row, seen.entered[path])
             continue
         kind = row, _kind(model, calls, path)
         if kind not in known:
@@ -74,14 +75,14 @@ def taken_apart(model: nn.Module, inputs: Mapping[str, Any]) -> TakenApart:
             reasons.setdefault(row, known[kind])
     whole = [path for path in layers if path in calls and path.rpartition(".")[0] not in reasons]
     inside = tuple(f"{path}." for path in whole)
-    single = {p for p in maps if p in calls and p not in run.entered and not p.startswith(inside)}
+    single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
     reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}
     chosen = [p for p in calls if p in whole or (p in single and _kind(model, calls, p) not in reading)]
     if not chosen:
         hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
         raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
     uncalled = tuple(row for row, seen in called.items() if not seen)
-    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled, run.written, run.read)
+    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled, seen.written, seen.read)
 
 
 Kind = tuple[tuple[type, ...], str]

@@ -38,14 +38,14 @@ class RecordedRun:
     entered: Mapping[str, str]
 
 
-def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> RecordedRun:
+def record(model: nn.Module, paths: Sequence[str], run: Callable[[nn.Module], Any]) -> RecordedRun:
     """Run a copy of a model, and record the inputs that its elements get and what else happens to them.
 
     Args:
         model: is run in the mode that it is in, and then in the other one for buffers and parameters alone, without
             gradients.
         paths: of layers and maps.
-        inputs: by name.
+        run: what is done with the copy, such as one call.
 
     Raises:
         GraftError: GC030 where it does not run in the mode that it is in, or writes to a parameter.
@@ -57,7 +57,7 @@ def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) ->
     with torch.no_grad(), torch.random.fork_rng(devices=()), observed(uses), watch.hooked():
         with as_before(own):
             try:
-                own(**inputs)
+                run(own)
             except GraftError:
                 raise
             except Exception as error:
@@ -68,14 +68,14 @@ def record(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) ->
         with as_before(own):
             own.train(not own.training)
             watch.begin()
-            _run_if_it_runs(own, inputs)
+            _run_if_it_runs(own, run)
     written = tuple(name for name, (buffer, count) in before.items() if version(buffer) != count)
     return RecordedRun(calls, written, tuple(uses.read), watch.entered)
 
 
-def _run_if_it_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _run_if_it_runs(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
     try:
-        model(**inputs)
+        run(model)
     except GraftError:
         raise
     except Exception:  # it needs other inputs in this mode

@@ -43,6 +43,8 @@ GENERATING = ("can_generate", "encoder_parameters", "generate", "get_encoder", "
 KEPT = "logits_to_keep"
 LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
+_SHOWN = 3
+"""Tokens that are generated to see how a model calls its maps: a prompt, and steps behind a cache."""
 _PADDING = "_graftc_padding"
 """Where the copy of a generation config that a call of the loop has keeps how much padding each row has at least."""
 
@@ -70,7 +72,7 @@ class Generating:
         self.require_generating()
         runner = self.runner if self.runner.live is not None or self._by_graphs() else self._live()
         if runner.live is not None:
-            return runner.live.generate(runner, *args, **kwargs)
+            return self._by_layers(runner, args, kwargs)
         try:
             return self._generate(*args, **kwargs)
         except GraftError as error:
@@ -81,6 +83,25 @@ class Generating:
                 runner = live_view(self.runner)
             except GraftError:
                 raise error from None
+        return self._by_layers(runner, args, kwargs)
+
+    def _by_layers(self, runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Generate with the class's own loop, whose calls have graphs of layers, or, where a layer is called with a
+        cache that no graph takes, such as one of states, graphs of maps."""
+        assert runner.live is not None
+        random = torch.get_rng_state()
+        try:
+            return runner.live.generate(runner, *args, **kwargs)
+        except GraftError as error:
+            if error.code != "GC031" or self.runner.live is not None:
+                raise
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            few = {"min_new_tokens": _SHOWN, "max_new_tokens": _SHOWN, "do_sample": False}
+            try:
+                runner = live_view(self.runner, lambda model: cast(Any, model).generate(*args, **tensors, **few))
+            except GraftError:
+                raise error from None
+        torch.set_rng_state(random)
         assert runner.live is not None
         return runner.live.generate(runner, *args, **kwargs)
 

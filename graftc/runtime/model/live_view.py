@@ -4,12 +4,16 @@ whose calls with a cache are no calls of one graph, such as those that read imag
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
+
+from torch import nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.preparing import Level
 from graftc.passes.core.elements.calls import elements_in
 from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.model_runner import ModelRunner
@@ -18,32 +22,38 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.target import Target
 
-_KNOWN = "live view"
+_KNOWN, _MAPS = "live view", "live view of maps"
 
 
-def live_view(runner: ModelRunner) -> ModelRunner:
+def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None = None) -> ModelRunner:
     """A Runner of the same module that calls graphs of layers; it is made once.
+
+    Args:
+        runner: of a model that is one graph.
+        shown_by: what is done with the model to see how it calls its maps, for graphs of these alone.
 
     Raises:
         GraftError: GC030 where no layer and no map is a graph, GC031 where what is adapted is in none, GC149 for what
             acts on a whole call.
     """
     shown = runner.shown
-    known = runner.derived.get(_KNOWN)
+    name = _KNOWN if shown_by is None else _MAPS
+    known = runner.derived.get(name)
     if known is None or known[0] is not shown:
         own = shown.compilation
-        made = _taken_apart(own)
+        made = _taken_apart(own, shown_by)
         view = AdaptedView(replace(made, store=runner.store), {}, f"{shown.label}live: ", shown.off, shown.steering)
-        known = runner.derived[_KNOWN] = shown, view, LiveRoot(own.source, elements_in(made.flags))
+        known = runner.derived[name] = shown, view, LiveRoot(own.source, elements_in(made.flags))
     beside = copy.copy(runner)
     _, beside.shown, beside.live = known
     return beside
 
 
-def _taken_apart(own: Compilation) -> Compilation:
+def _taken_apart(own: Compilation, shown_by: Callable[[nn.Module], Any] | None) -> Compilation:
     """A Compilation of the layers of a model, adapted at the same places."""
     values, wanted = dict(adapter_values(own.store)), _places(own)
-    start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level="layers")
+    level: Level = "layers" if shown_by is None else "modules"
+    start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level=level, shown=shown_by)
     for spec in (own.spec, _by_names(own.spec, wanted)):  # roles are not known where single maps are graphs
         try:
             made = compile_model(spec, own.source, own.main.axes, flags=own.flags, start=start)
