@@ -130,7 +130,7 @@ class _Watch:
         self._inside = {
             f"{path}.{name}".rstrip("."): path for path, state in self._states.items() for name in state.modules
         }
-        self._paths = paths
+        self._paths = frozenset(paths)
         self.begin()
 
     def begin(self) -> None:
