@@ -47,8 +47,8 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
         types: also work out all types anew, at two sizes.
 
     Raises:
-        GraftError: GC040 naming the pass and the node, with the graph around it; GC023 for a trainable tensor
-            that reaches no output in train mode.
+        GraftError: GC040 naming the pass and the node, with the graph around it; GC030 for types that follow from
+            values, which cannot be worked out anew; GC023 for a trainable tensor that reaches no output in train mode.
     """
     for rule in _RULES:
         found = rule(program, store)
@@ -59,6 +59,9 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
     if types:
         for sizes in SIZE_CHOICES:
             found = check_types(program, sizes)
+            if found is not None and _has_sizes_of_values(program):
+                hint = "torch.export keeps such sizes as numbers; without capture: graph, layers are graphs instead"
+                raise GraftError("GC030", f"sizes in the graph follow from values: {found[1]}", hint=hint)
             if found is not None:
                 _fail(program, step, *found)
 
@@ -71,6 +74,12 @@ def _fail(program: Program, step: str, node: fx.Node | None, message: str) -> No
     where = f" at {node.name}" if node is not None else ""
     details = (format_around(program, node),) if node is not None else ()
     raise GraftError("GC040", f"after {step}{where}: {message}", details=details)
+
+
+def _has_sizes_of_values(program: Program) -> bool:
+    """Whether an operator gives a number, or as many elements, as the values of a tensor say."""
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return any(tags.intersection(getattr(node.target, "tags", ())) for node in program.graph.nodes)
 
 
 def _is_call(node: fx.Node) -> bool:
