@@ -76,10 +76,13 @@ def _fail(program: Program, step: str, node: fx.Node | None, message: str) -> No
     raise GraftError("GC040", f"after {step}{where}: {message}", details=details)
 
 
+_OF_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default)
+
+
 def _has_sizes_of_values(program: Program) -> bool:
     """Whether an operator gives a number, or as many elements, as the values of a tensor say."""
-    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    return any(tags.intersection(getattr(node.target, "tags", ())) for node in program.graph.nodes)
+    targets = (node.target for node in program.graph.nodes)
+    return any(t in _OF_VALUES or torch.Tag.data_dependent_output in getattr(t, "tags", ()) for t in targets)
 
 
 def _is_call(node: fx.Node) -> bool:
