@@ -137,7 +137,7 @@ def noticed(model: nn.Module) -> Iterator[list[str]]:
 
 
 def is_the_users(module: nn.Module) -> bool:
-    """Whether what a module does is code of the user's."""
+    """Return whether the user wrote a module's class, its forward or one of its hooks."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     code: list[Any] = [type(module), *hooks, *([vars(module)["forward"]] if "forward" in vars(module) else [])]
     return any(not (_home(item) + ".").startswith(_LIBRARIES) for item in code)

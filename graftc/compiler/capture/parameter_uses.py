@@ -1,4 +1,4 @@
-"""What operators do with the parameters of a model while it runs: they may be read, and never written to."""
+"""Watch how operators use a model's parameters while it runs: reads are noted, and writes are refused."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: dict[str, None] = {}
         self._model, self._asked = type(model).__name__, asked
-        held = {_memory(parameter): name for name, parameter in model.named_parameters()}
-        self._names = {memory: name for memory, name in held.items() if memory}  # wrapped and empty ones have none
+        by_memory = {_memory(parameter): name for name, parameter in model.named_parameters()}
+        self._names = {memory: name for memory, name in by_memory.items() if memory}  # wrapped and empty ones have none
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
+        options = kwargs or {}
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable:
             for index, argument in enumerate(schema.arguments):
-                value = args[index] if index < len(args) else given.get(argument.name)
+                value = args[index] if index < len(args) else options.get(argument.name)
                 if argument.is_write and isinstance(value, Tensor) and (name := self._name(value)) is not None:
                     hint = "a forward may change buffers, and nothing else"
                     raise GraftError("GC030", f"the Python of {self._model} writes to the parameter {name}", hint=hint)
         if self._asked() and not _is_view(schema):
-            tensors = (leaf for leaf in pytree.tree_leaves((args, given)) if isinstance(leaf, Tensor))
+            tensors = (leaf for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor))
             self.read |= {name: None for tensor in tensors if (name := self._name(tensor)) is not None}
-        return func(*args, **given)
+        return func(*args, **options)
 
     def _name(self, tensor: Tensor) -> str | None:
         return self._names.get(_memory(tensor)) if tensor.numel() else None

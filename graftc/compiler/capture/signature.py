@@ -103,7 +103,7 @@ class Structured(Axis):
         return cls(name, torch.float32, (), structure=structure)
 
     def on(self, device: torch.device) -> Any:
-        """What the caller gave, with its tensors on a device."""
+        """Return the caller's value with its tensors moved to a device."""
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self.structure)
 
 

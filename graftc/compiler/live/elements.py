@@ -61,7 +61,7 @@ class Elements:
 
 
 def _held(value: Any) -> Any:
-    """What is in containers, to compare."""
+    """Return the identities of everything in nested containers, for comparison."""
     if isinstance(value, list | tuple):
         return [_held(item) for item in value]
     return {key: _held(item) for key, item in value.items()} if isinstance(value, dict) else id(value)

@@ -105,15 +105,17 @@ def _in_the_way(union: nn.Module, call: Recorded) -> str:
     axes, flags = as_inputs(call)
     request = CaptureRequest(union, tuple(axes), flags, aliases=Store.mirror(union).aliases)
     try:
-        found = capture(request, alike=False)
+        layer = capture(request, alike=False)
     except GraftError as error:
         return first_line(error.__cause__ or error)
-    held = anchor(request, record_baseline(found.program), found.constants)
-    return held.differing[0] if held.differing else held.skipped if held.difference is None else ""
+    comparison = anchor(request, record_baseline(layer.program), layer.constants)
+    if comparison.differing:
+        return comparison.differing[0]
+    return comparison.skipped if comparison.difference is None else ""
 
 
 READS = "its Python reads the values of tensors"
-"""Why a layer that does is no graph."""
+"""The reason given for a layer whose Python depends on tensor values."""
 
 
 def tried(union: nn.Module, call: Recorded) -> str:

@@ -1,4 +1,4 @@
-"""What the Python of a live model writes to while it runs: kept apart from the source, whose tensors never change."""
+"""Copies of buffers, so that running a model's Python never changes the source's tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What acts on a whole model, and so on none that is taken apart."""
+"""Refuse adaptations that need the whole model as one graph."""
 
 from __future__ import annotations
 

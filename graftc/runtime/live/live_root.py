@@ -78,41 +78,39 @@ class _Ran:
         raise GraftError("GC031", message, hint="checkpoint: layers in the spec computes activations again")
 
 
-class _Inside:
-    """A module inside of a layer that is a graph, as a class to put in front of its own."""
+class _Part:
+    """Refuses an attribute that is set during a call: the graph of the layer does not read it."""
 
     _graftc_path: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _RUNNING.get(None) is not None and vars(self).get(name, _RUNNING) is not value:
+            message = (
+                f"the model's own Python sets {name} of {self._graftc_path}, which is a graph and does not read it"
+            )
+            hint = "compile with example inputs that show it: its maps are graphs then"
+            raise GraftError("GC031", message, hint=hint)
+        super().__setattr__(name, value)
+
+
+class _Inside(_Part):
+    """A module inside a layer that is a graph, as a class to put in front of its own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a call that is not the layer's own."""
         message = f"{self._graftc_path} is called by itself, and the layer that it is in is one graph"
         raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        _require_nothing_set(cast(nn.Module, self), name, value)
-        super().__setattr__(name, value)
 
+class _Element(_Part):
+    """A layer that is a graph, as a class to put in front of its own."""
 
-class _Element:
-    """A layer that is a graph, as a class to put in front of its own; nothing else of it may be set in a call."""
-
-    _graftc_path: str
     _graftc_ran: _Ran
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives."""
         runner = _RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
         return run_element(runner, cast(nn.Module, self), args, kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _require_nothing_set(cast(nn.Module, self), name, value)
-        super().__setattr__(name, value)
-
-
-def _require_nothing_set(module: nn.Module, name: str, value: Any) -> None:
-    if _RUNNING.get(None) is not None and vars(module).get(name, _RUNNING) is not value:
-        message = f"the model's own Python sets {name} of {module._graftc_path}, which is a graph and does not read it"
-        raise GraftError("GC031", message, hint="compile with example inputs that show it: its maps are graphs then")
 
 
 class LiveRoot:
@@ -126,16 +124,16 @@ class LiveRoot:
     def __init__(self, source: nn.Module, elements: Collection[str]) -> None:
         self.model: nn.Module = sharing_copy(source)
         self._ran = _Ran()
+        self._inside: dict[int, bool] = {}
         for path in elements:
             for name, module in self.model.get_submodule(path).named_modules():
+                self._inside[id(module)] = bool(name)
                 if not name or any(True for _ in module.parameters()):
                     _put_in_front(_Inside if name else _Element, module, f"{path}.{name}".rstrip("."))
                 if not name:
                     vars(module)["_graftc_ran"] = self._ran
         self._modules = list(self.model.named_modules(remove_duplicate=False))
-        inside = {id(m): bool(n) for path in elements for n, m in self.model.get_submodule(path).named_modules()}
-        self._own = OwnBuffers((path, module) for path, module in self._modules if id(module) not in inside)
-        self._inside = inside
+        self._own = OwnBuffers((path, module) for path, module in self._modules if id(module) not in self._inside)
         self._hooked: dict[tuple[str, str], set[int]] = {}
 
     @classmethod

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 
 Home = Literal["fixed", "library", "user"]
-"""Whose code something is: torch's, Python's and graftc's, of which versions and `own_digest` say it all; an installed
-package's; the user's."""
+"""Who wrote a piece of code: "fixed" is torch, Python or graftc, which versions and `own_digest` identify; "library" is
+an installed package; "user" is anyone else."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _GRAFTC = str(Path(__file__).parents[3]) + os.sep
