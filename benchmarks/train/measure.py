@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.train.contestants import Entry, Live
 from benchmarks.train.models import Base
@@ -45,7 +45,7 @@ class Measured:
         entry: which.
         trained: how many parameters train.
         loss: of the first step.
-        saved: bytes that the forward pass keeps for the backward pass, the base's tensors not counted.
+        saved: bytes that the forward pass keeps for the backward pass, the model's tensors not counted.
         peak: bytes allocated at the peak of a step, over those before it.
         timing: of the rounds.
     """
@@ -67,7 +67,7 @@ class _Held:
         self.tensor = tensor
 
 
-def saved_bytes(forward: Callable[[], Tensor], base: Base) -> int:
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes that are kept for the backward pass once the forward pass is over.
 
     Every saved tensor that is still alive then counts with the memory that it keeps: tensors that share a storage
@@ -83,7 +83,7 @@ def saved_bytes(forward: Callable[[], Tensor], base: Base) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = forward()
-    own = {_storage(tensor) for tensor in [*base.model.parameters(), *base.model.buffers()]}
+    own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     sizes = {_storage(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in held}
     del loss
     return sum(size for storage, size in sizes.items() if storage not in own)
@@ -145,7 +145,7 @@ def _prepared(entry: Entry, live: Live, base: Base, warmup: int) -> Measured:
     for _ in range(warmup):
         _step(live, base)
     torch.manual_seed(0)
-    saved = saved_bytes(live.loss, base)
+    saved = saved_bytes(live.loss, base.model)
     peak = peak_bytes(lambda: torch.autograd.backward(live.loss()))
     _clear(live, base)
     return Measured(entry, live.trained, loss, saved, peak)

@@ -54,9 +54,9 @@ def test_saved_bytes_are_what_is_alive_after_the_forward_pass(tiny: Base) -> Non
         (x * 2).exp()  # freed with its result
         return (x * y).sum() + (x[:4] * y[4:]).sum() + (weight * torch.ones(1, requires_grad=True)).sum()
 
-    assert saved_bytes(forward, tiny) == 2 * 8 * 4
-    assert saved_bytes(lambda: (weight * x[0]).sum(), tiny) == 0
-    assert saved_bytes(lambda: (x.exp()).sum(), tiny) == 8 * 4
+    assert saved_bytes(forward, tiny.model) == 2 * 8 * 4
+    assert saved_bytes(lambda: (weight * x[0]).sum(), tiny.model) == 0
+    assert saved_bytes(lambda: (x.exp()).sum(), tiny.model) == 8 * 4
 
 
 def test_the_peak_is_over_what_there_was() -> None:

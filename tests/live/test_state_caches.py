@@ -1,4 +1,5 @@
-"""Models whose caches hold states: their own Python calls layers with these, and maps are graphs."""
+"""Models whose caches hold more than one growing pair a layer: states, which no graph takes, and those of decoders that
+read an encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 import graftc
+from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.runtime.api import request
+from graftc.runtime.compiled import make_compiled
 from graftc.testing import perturb
 
 
@@ -34,3 +38,64 @@ def test_it_generates_as_its_merged_class_and_an_adapted_convolution_is_refused(
         wanted = compiled.merge().to_transformers().eval().generate(input_ids=ids, **options)
         assert torch.equal(compiled.generate(input_ids=ids, **options), wanted)
         assert not torch.equal(model.generate(input_ids=ids, **options), wanted)
+
+
+def listener() -> Any:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SIDE.items()}
+    config = WhisperConfig(
+        **sides,
+        d_model=32,
+        vocab_size=60,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=24,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    return WhisperForConditionalGeneration(config).eval()
+
+
+SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+@pytest.mark.slow
+def test_a_decoder_that_reads_an_encoder_keeps_both_caches() -> None:
+    """Taken apart although it is one graph: its layers read the encoder's keys and values once, and then the cache."""
+    model = listener()
+    sound = torch.randn(2, 8, 40)
+    inputs = {"input_features": sound, "decoder_input_ids": torch.randint(3, 60, (2, 5))}
+    target = {"modules": "**.{q_proj,k_proj,v_proj}"}
+    spec = graftc.load_spec({"adapt": [{"method": "lora", "rank": 2, "target": target}]})
+    axes, flags = request(model, inputs)
+    start = StartingPoint(0, use_cache=False, level="layers")
+    compiled = make_compiled(compile_model(spec, model, axes, flags=flags, start=start)).eval()
+    perturb(compiled, 0.3)
+    merged = compiled.merge().to_transformers().eval()
+    with torch.no_grad():
+        for calls in range(2):
+            caches = {}
+            for name, each in (("own", compiled), ("merged", merged)):
+                first = each(**inputs, use_cache=True)
+                step = torch.tensor([[5], [6]])
+                again = each(
+                    encoder_outputs=(first.encoder_last_hidden_state,),
+                    decoder_input_ids=step,
+                    cache=first.cache,
+                    use_cache=True,
+                )
+                caches[name] = again.logits, first.logits, again.cache
+            for own, wanted in zip(caches["own"][:2], caches["merged"][:2], strict=True):
+                assert torch.allclose(own, wanted, rtol=1e-4, atol=1e-5)
+            own, wanted = caches["own"][2], caches["merged"][2]
+            assert own.is_updated == wanted.is_updated and own.get_seq_length() == wanted.get_seq_length() == 6
+            for part in ("self_attention_cache", "cross_attention_cache"):
+                for a, b in zip(getattr(own, part).layers, getattr(wanted, part).layers, strict=True):
+                    assert (a.values - b.values).abs().max() <= 1e-5 * b.values.abs().max()
+            assert len(compiled.compilation.signatures) <= 5 + calls
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(compiled.generate(sound, **options), merged.generate(sound, **options))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
         error: what the tracer raised.
     """
     name, called = type(request.model).__name__, str(request)
-    own = _own_error(request.model, inputs)
+    own = _own_error(request, inputs)
     if isinstance(own, GraftError):  # a forward of ours says what is missing
         return own
     if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
@@ -82,7 +84,7 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
             torch.func.functional_call(model, fake, (), {name: mode.from_tensor(t) for name, t in inputs.items()})
     except Exception as again:
         same = type(again) is type(error) and _place(again) == place
-        return same and _own_error(model, inputs) is None
+        return same and _own_error(request, inputs) is None
     return False
 
 
@@ -109,8 +111,33 @@ def _place(error: BaseException) -> str:
     return found
 
 
-def _own_error(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
+_ASKED: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar("what a model itself raises", default=None)
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Inside, a model runs once to see what it raises itself, whatever is tried to capture it with inputs of the same
+    values."""
+    token = _ASKED.set({})
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Exception | None:
     """What the model itself raises; None where it runs, and where that cannot be tried."""
+    known = _ASKED.get()
+    key = (request.mode, request.flags, *((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
+    if known is None:
+        return _run_once(request.model, inputs)
+    if key not in known:
+        known[key] = _run_once(request.model, inputs)
+    return known[key]
+
+
+def _run_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
+    """The same, by running it."""
     tensors = [*model.parameters(), *model.buffers(), *inputs.values()]
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None

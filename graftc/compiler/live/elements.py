@@ -18,7 +18,7 @@ from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls, write_calls
-from graftc.passes.core.elements.layer_cache import LayerCache
+from graftc.passes.core.elements.layer_cache import cache_among, news_of
 from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -51,12 +51,12 @@ class Elements:
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
             args, kwargs = structure.build(module, tensors)
             before = _held(args), _held(kwargs)
-            found[path] = module(*args, **kwargs)
+            found[path] = structure.finish(module(*args, **kwargs), module, tensors)
             if before != (_held(args), _held(kwargs)):
                 message = f"{path} puts something into a list or dict that it is called with"
                 raise GraftError("GC030", message, hint="a graph gives nothing but its results")
-            for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, LayerCache)):
-                found[path] = {"result": found[path], "new": cache.new}
+            if structure.cached:
+                found[path] = {"result": found[path], "new": news_of(cache_among(args, kwargs))}
         return found
 
 

@@ -43,8 +43,6 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
         yield "tokens", "added tokens"
     if spec.cloze is not None:
         yield "cloze", "blanks"
-    if spec.memory.loss == "chunked":
-        yield "memory.loss", "losses in chunks"
     if spec.base.quantize is not None:
         yield "base.quantize", "packed weights"
 

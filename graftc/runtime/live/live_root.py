@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.isolation import exclusive, is_traced
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import CALL_HOOKS, Recorded, as_inputs, in_autocast, is_live, without_autocast
 from graftc.compiler.live.levels import tried
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.compiler.signatures import add_signature
+from graftc.passes.core.elements.behind import FollowingCall
 from graftc.passes.core.elements.calls import CallStructure, calls_in, elements_in, input_name
-from graftc.passes.core.elements.layer_cache import number_of
+from graftc.passes.core.elements.layer_cache import cache_among, write_back
 from graftc.passes.core.ir.program import InputSpec, Program
 from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.live.deferred_logits import deferred, is_head
 from graftc.runtime.live.element_code import ElementCode
 from graftc.runtime.live.own_buffers import OwnBuffers
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, warn
 
 
 class GraphRunner(Protocol):
@@ -55,16 +58,21 @@ _RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
 
 
 class _Ran:
-    """Who has called a live model, for layers that are called again in a backward pass."""
+    """Who has called a live model, for layers that are called again in a backward pass.
+
+    Attributes:
+        chunked: whether the last call had a loss in one graph with its head.
+    """
 
     def __init__(self) -> None:
         self._runners: dict[int, GraphRunner] = {}
+        self.chunked = False
 
     def note(self, runner: GraphRunner) -> None:
         """Somebody calls; one that shows something else by now is forgotten."""
         known = {shown: each for shown, each in self._runners.items() if id(each.shown) == shown}
         known.setdefault(id(runner.shown), runner)
-        self._runners = known
+        self._runners, self.chunked = known, False
 
     def only(self, path: str) -> GraphRunner:
         """The one that has called.
@@ -110,7 +118,11 @@ class _Element(_Part):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives."""
         runner = _RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
-        return run_element(runner, cast(nn.Module, self), args, kwargs)
+        module = cast(nn.Module, self)
+        if _may_wait(runner, module, args, kwargs):
+            call = partial(run_element, runner, module, args, kwargs)
+            return deferred(call, cast(nn.Linear, module), args[0], self._graftc_path)
+        return run_element(runner, module, args, kwargs)
 
 
 class LiveRoot:
@@ -123,7 +135,7 @@ class LiveRoot:
 
     def __init__(self, source: nn.Module, elements: Collection[str]) -> None:
         self.model: nn.Module = sharing_copy(source)
-        self._ran = _Ran()
+        self._ran, self._warned = _Ran(), False
         self._inside: dict[int, bool] = {}
         for path in elements:
             for name, module in self.model.get_submodule(path).named_modules():
@@ -151,7 +163,20 @@ class LiveRoot:
             args, kwargs: of the call.
         """
         with self._running(runner):
-            return self.model(*args, **kwargs)
+            outputs = self.model(*args, **kwargs)
+            self._warn_of_whole(runner, outputs)
+            return outputs
+
+    def _warn_of_whole(self, runner: GraphRunner, outputs: Any) -> None:
+        """GC151, once, where the spec asks for a chunked loss and there is one that no head is in one graph with."""
+        asked = runner.shown.compilation.spec.memory.loss == "chunked" and self.model.training
+        if not asked or self._ran.chunked or self._warned:
+            return
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            self._warned = True
+            message = "the loss is computed as a whole: it is not a cross-entropy of what a linear map gives"
+            warn("GC151", message, hint="leave out memory: {loss: chunked}")
 
     def generate(self, runner: GraphRunner, *args: Any, **kwargs: Any) -> Any:
         """What the source's own ``generate`` gives."""
@@ -212,19 +237,37 @@ def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
     vars(module)["_graftc_path"] = path
 
 
-def run_element(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may be one of a head whose loss is made in chunks."""
+    if runner.shown.compilation.spec.memory.loss == "whole" or not is_head(module):
+        return False
+    training = module.training and torch.is_grad_enabled() and not is_traced()
+    watched = module._backward_hooks or module._backward_pre_hooks or torch._C._functorch.peek_interpreter_stack()
+    return training and not watched and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+
+
+def run_element(
+    runner: GraphRunner,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    steps: Sequence[FollowingCall] = (),
+) -> Any:
     """What an element gives.
 
     Args:
         runner: whose graphs.
         module: the element in the live model.
         args, kwargs: as the source's layer is called.
+        steps: what is done to the result in the same graph.
 
     Raises:
         GraftError: GC031 for a call that no graph can be made of.
     """
     path = str(module._graftc_path)
-    structure, tensors = CallStructure.of(path, module, args, kwargs)
+    if steps:
+        vars(module)["_graftc_ran"].chunked = True
+    structure, tensors = CallStructure.of(path, module, args, kwargs, steps)
     inputs = {input_name(path, index): tensor for index, tensor in enumerate(tensors)}
     signature = _find(runner, path, structure, inputs)
     if signature is None:
@@ -240,8 +283,7 @@ def run_element(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], k
     made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
     if not structure.cached:
         return made
-    for cache in (value for value in (*args, *kwargs.values()) if hasattr(value, "layers")):
-        cache.update(*made["new"], number_of(module))
+    write_back(cache_among(args, kwargs), module, made["new"])
     return made["result"]
 
 

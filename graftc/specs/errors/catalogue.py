@@ -528,7 +528,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Mend the file, or leave out of it what the message names."),
     ("GC149", _SPEC, "the model is not one graph",
      "The model's own Python runs between graphs of its layers, because the whole cannot be captured, and what the "
-     "message names acts on the whole: virtual tokens, banks, added tokens, a loss in chunks, graphs in a file.",
+     "message names acts on the whole: virtual tokens, banks, added tokens, graphs in a file.",
      "Adapt layers and maps, by LoRA, (IA)3, bottlenecks or tensors in full; deploy the merged model as a transformers "
      "folder. `capture: graph` says why the whole is none."),
 

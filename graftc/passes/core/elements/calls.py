@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from graftc.passes.core.elements.layer_cache import LayerCache, number_of, past_in
+from graftc.passes.core.elements.behind import FollowingCall, ResultNumber, function_of
+from graftc.passes.core.elements.layer_cache import cache_among, describe, stand_in
 from graftc.specs.errors.diagnostics import GraftError
 
 _PLAIN = (bool, int, float, str)
@@ -21,14 +24,19 @@ class CallStructure:
     """The arguments of a call, as text: equal where two calls differ in their tensors alone.
 
     Attributes:
-        text: JSON of the positional arguments and of the others.
+        text: JSON of the positional arguments, of the others, and of what is done to the result.
     """
 
     text: str
 
     @classmethod
     def of(
-        cls, path: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+        cls,
+        path: str,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        steps: Sequence[FollowingCall] = (),
     ) -> tuple[CallStructure, list[Tensor]]:
         """The structure of a call, and its tensors in order; one that comes twice is there once.
 
@@ -36,12 +44,14 @@ class CallStructure:
             path: of the module, for messages.
             module: that is called.
             args, kwargs: what it is called with.
+            steps: what is done to its result as a part of the call.
 
         Raises:
             GraftError: GC031 for an argument that is neither a tensor, nor a plain value, nor a container of these, nor
                 a cache that only grows.
         """
         tensors: dict[int, tuple[int, Tensor]] = {}
+        cache = cache_among(args, kwargs)
 
         def numbered(tensor: Tensor) -> int:
             return tensors.setdefault(id(tensor), (len(tensors), tensor))[0]
@@ -49,16 +59,19 @@ class CallStructure:
         def described(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return {"tensor": numbered(value)}
-            if hasattr(value, "update") and hasattr(value, "layers"):
-                layer = number_of(module)
-                try:
-                    past = None if layer is None else past_in(value, layer)
-                except TypeError:
-                    layer = None
-                if layer is not None:
-                    return {"cache": [] if past is None else [numbered(tensor) for tensor in past]}
+            if value is not None and value is cache:
+                with suppress(TypeError):
+                    return {"cache": describe(value, module, numbered)}
             if value is None or isinstance(value, _PLAIN):
                 return {"value": value}
+            if isinstance(value, ResultNumber):
+                return {"result": value.number}
+            if steps and isinstance(value, torch.dtype):
+                return {"dtype": str(value).removeprefix("torch.")}
+            if steps and isinstance(value, slice):
+                return {"slice": [described(part) for part in (value.start, value.stop, value.step)]}
+            if steps and value is Ellipsis:
+                return {"ellipsis": None}
             if type(value) in (tuple, list):
                 return {type(value).__name__: [described(item) for item in value]}
             if isinstance(value, dict) and all(isinstance(key, str) for key in value):
@@ -67,30 +80,54 @@ class CallStructure:
             raise GraftError("GC031", f"{path} is called with a {type(value).__name__}", hint=hint)
 
         found = [described(tuple(args)), described(kwargs)]
+        if steps:
+            found.append([[step.name, described(step.args), described(dict(step.kwargs))] for step in steps])
         return cls(json.dumps(found)), [tensor for _, tensor in tensors.values()]
 
     def build(self, module: nn.Module, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call of a module with these tensors."""
+        args, kwargs = _parsed(self.text)[:2]
+        return _built(args, module, tensors), _built(kwargs, module, tensors)
 
-        def made(node: dict[str, Any]) -> Any:
-            ((kind, held),) = node.items()
-            if kind == "tensor":
-                return tensors[held]
-            if kind == "value":
-                return held
-            if kind == "cache":
-                return LayerCache(number_of(module), (tensors[held[0]], tensors[held[1]]) if held else None)
-            if kind == "dict":
-                return {key: made(item) for key, item in held}
-            return (tuple if kind == "tuple" else list)(made(item) for item in held)
+    def finish(self, result: Any, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """What the call gives, for what the module gives."""
+        results = [result]
+        for name, args, kwargs in _parsed(self.text)[2] if self.goes_on else ():
+            step = FollowingCall(function_of(name), _built(args, module, tensors), _built(kwargs, module, tensors))
+            results.append(step.run(results))
+        return results[-1]
 
-        args, kwargs = _parsed(self.text)
-        return made(args), made(kwargs)
+    @property
+    def goes_on(self) -> bool:
+        """Whether something is done to the module's result."""
+        return len(_parsed(self.text)) > 2
 
     @property
     def cached(self) -> bool:
         """Whether a cache is among the arguments: what is new in it comes out beside the result."""
-        return '"cache": [' in self.text
+        return '{"cache": ' in self.text
+
+
+def _built(node: dict[str, Any], module: nn.Module, tensors: Sequence[Tensor]) -> Any:
+    """A value out of its description; see `CallStructure.of`."""
+    ((kind, held),) = node.items()
+
+    def inner(item: dict[str, Any]) -> Any:
+        return _built(item, module, tensors)
+
+    readers: dict[str, Callable[[], Any]] = {
+        "tensor": lambda: tensors[held],
+        "value": lambda: held,
+        "cache": lambda: stand_in(module, held, tensors),
+        "result": lambda: ResultNumber(held),
+        "dtype": lambda: getattr(torch, held),
+        "slice": lambda: slice(*map(inner, held)),
+        "ellipsis": lambda: Ellipsis,
+        "dict": lambda: {key: inner(item) for key, item in held},
+        "tuple": lambda: tuple(map(inner, held)),
+        "list": lambda: list(map(inner, held)),
+    }
+    return readers[kind]()
 
 
 @lru_cache(maxsize=256)

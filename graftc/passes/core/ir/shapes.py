@@ -35,8 +35,9 @@ DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.ite
 
 
 def expression(size: Any) -> Any:
-    """The sympy expression of a symbolic size, or the plain number."""
-    return size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
+    """The sympy expression of a symbolic size, or the plain number where it is one."""
+    found = size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
+    return int(found) if isinstance(found, sympy.Integer) else found
 
 
 class SymbolNames:

@@ -1,0 +1,89 @@
+"""What a model's Python does to the result of an element, as far as that can be a part of the element's graph.
+
+A loss over a vocabulary is such a part: in one graph with the head, logits can be made a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LOSS = functional.cross_entropy
+"""The function that such a part ends with."""
+
+FLATTENING = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten)
+"""Functions that may put rows one behind the other."""
+
+_IN_BETWEEN: tuple[Any, ...] = (
+    Tensor.float,
+    Tensor.to,
+    Tensor.contiguous,
+    Tensor.__getitem__,
+    Tensor.mul,
+    Tensor.div,
+    Tensor.tanh,
+    torch.mul,
+    torch.div,
+    torch.tanh,
+    *FLATTENING,
+)
+_NAMES: dict[Any, str] = {
+    function: f"{'Tensor' if getattr(Tensor, function.__name__, None) is function else 'torch'}.{function.__name__}"
+    for function in (*_IN_BETWEEN, Tensor.select, Tensor.expand_as)
+}
+_NAMES[LOSS] = "cross_entropy"
+_FUNCTIONS: dict[str, Any] = {name: function for function, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class ResultNumber:
+    """Stands for the element's result (0), or for that of a step behind it (from 1 on)."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class FollowingCall:
+    """A call of a function behind an element.
+
+    Attributes:
+        function: one that has a name.
+        args, kwargs: tensors, plain values, types, slices and `ResultNumber`, in tuples and lists.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The function, as text; see `function_of`."""
+        return _NAMES[self.function]
+
+    def run(self, results: Sequence[Any]) -> Any:
+        """What the function gives, with the results so far."""
+        return self.function(*put_in(self.args, results), **put_in(dict(self.kwargs), results))
+
+
+def may_follow(function: Callable[..., Any]) -> bool:
+    """Whether a call of a function may be such a step."""
+    return function in _IN_BETWEEN or function is LOSS
+
+
+def function_of(name: str) -> Any:
+    """The function of a step with this name."""
+    return _FUNCTIONS[name]
+
+
+def put_in(value: Any, results: Sequence[Any]) -> Any:
+    """A value with results in the place of what stands for them."""
+    if isinstance(value, ResultNumber):
+        return results[value.number]
+    if type(value) in (tuple, list):
+        return type(value)(put_in(item, results) for item in value)
+    return {key: put_in(item, results) for key, item in value.items()} if isinstance(value, dict) else value

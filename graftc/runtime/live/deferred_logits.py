@@ -1,0 +1,223 @@
+"""Logits that a head gives when they are read: a loss that follows is one graph with the head instead.
+
+The model's own Python calls its head, does what it likes with the logits, and takes their cross-entropy. Nothing of it
+is known before it happens. So the head of a model that trains with a chunked loss gives a tensor without values, which
+notes what is done to it. Where that ends in a cross-entropy, head, notes and loss are captured as one function; where
+anything else reads a value, the head is called after all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graftc.passes.core.elements.behind import FLATTENING, LOSS, FollowingCall, ResultNumber, may_follow
+from graftc.specs.errors.diagnostics import GraftError
+
+Run = Callable[[Sequence[FollowingCall]], Any]
+"""Gives what a head gives, and behind it what is done to its result."""
+
+_OF_FORM = frozenset(
+    getter
+    for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_leaf", "is_sparse")
+    if (getter := getattr(getattr(Tensor, name), "__get__", None)) is not None
+) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point}
+"""What asks for the form of a tensor and reads no value."""
+
+
+@dataclass
+class _Call:
+    """A call of a head that has not happened.
+
+    Attributes:
+        run: makes the call.
+        x: what the head reads.
+        path: of the head, for messages.
+        autocast: the device, whether it casts there, and to what.
+        forms: tensors on the meta device for its result and that of every step.
+        steps: what was done to its result so far.
+        results: the head's result, and that of every step, once they have been read.
+        versions: of the tensors that are read, which may not change before.
+    """
+
+    run: Run
+    x: Tensor
+    path: str
+    autocast: tuple[str, bool, torch.dtype]
+    forms: list[Tensor]
+    steps: list[FollowingCall] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def goes_on(self, device: torch.device) -> bool:
+        """Whether what is done now can be a part of it: nothing has been read, and the modes are those of the call."""
+        return not self.results and torch.is_grad_enabled() and self.autocast == modes_of(device)
+
+    def watch(self, tensors: Sequence[Tensor]) -> None:
+        """Note the versions of tensors."""
+        self.versions += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+    def add(self, step: FollowingCall, form: Tensor) -> ResultNumber:
+        """Do something to a result later, which will have this form."""
+        self.watch([leaf for leaf in pytree.tree_leaves((step.args, dict(step.kwargs))) if isinstance(leaf, Tensor)])
+        self.steps.append(step)
+        self.forms.append(form)
+        return ResultNumber(len(self.steps))
+
+    def read(self, result: ResultNumber) -> Any:
+        """The values of a result."""
+        if not self.results:
+            with self._as_called():
+                self.results.append(self.run(()))
+                for step in self.steps:
+                    self.results.append(step.run(self.results))
+        return self.results[result.number]
+
+    def loss(self, result: ResultNumber, labels: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loss for a result, in one graph with the head.
+
+        Labels for rows that were put one behind the other get the shape back that the head's input has: that a size is
+        the product of two others would hold for a graph of these sizes alone.
+        """
+        steps, target = list(self.steps), cast(Any, labels)
+        form = self.forms[self._unflattened(result).number]
+        rows = form.shape[:-1]
+        if labels.dim() == 1 and rows == self.x.shape[:-1] and labels.numel() == math.prod(rows):
+            steps.append(FollowingCall(Tensor.select, (self.x, -1, 0)))
+            steps.append(FollowingCall(Tensor.expand_as, (labels.view(rows), ResultNumber(len(steps)))))
+            steps.append(FollowingCall(Tensor.flatten, (ResultNumber(len(steps)),)))
+            target = ResultNumber(len(steps))
+        with self._as_called():
+            return self.run((*steps, FollowingCall(LOSS, (result, target, *args), kwargs)))
+
+    def _unflattened(self, result: ResultNumber) -> ResultNumber:
+        """The result of which another one is a view."""
+        while result.number and self.steps[result.number - 1].function in FLATTENING:
+            result = self.steps[result.number - 1].args[0]
+        return result
+
+    @contextmanager
+    def _as_called(self) -> Iterator[None]:
+        """Inside, modes are those of the call.
+
+        Raises:
+            GraftError: GC031 where a tensor that the call reads has been written to since.
+        """
+        if any(tensor._version != version for tensor, version in self.versions):
+            message = f"what {self.path} reads was written to before its logits were read"
+            raise GraftError("GC031", message, hint="leave out memory: {loss: chunked}")
+        device, enabled, dtype = self.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+            yield
+
+
+class DeferredLogits(Tensor):
+    """A tensor whose values are made when they are read. ``[..., vocabulary]`` of the head's type."""
+
+    _graftc_call: _Call
+    _graftc_result: ResultNumber
+
+    @staticmethod
+    def of(form: Tensor, device: torch.device, call: _Call, result: ResultNumber) -> DeferredLogits:
+        """Stand for a result of a call.
+
+        Args:
+            form: a tensor on the meta device with its shape and type.
+            device: where its values will be.
+            call: the head's.
+            result: which of that.
+        """
+        made = Tensor._make_wrapper_subclass(
+            DeferredLogits, form.shape, dtype=form.dtype, device=device, requires_grad=True
+        )
+        made._graftc_call, made._graftc_result = call, result
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Note what reads no value, and make the values for whatever does."""
+        named = dict(kwargs or {})
+        if func in _OF_FORM:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **named)
+        held = [leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, DeferredLogits)]
+        first = held[0]
+        alone = len(held) == 1 and args and args[0] is first
+        if alone and may_follow(func) and first._graftc_call.goes_on(first.device):
+            found = _noted(first, func, tuple(args[1:]), named)
+            if found is not None:
+                return found
+        args, named = pytree.tree_map(lambda leaf: value_of(leaf), (tuple(args), named))
+        return func(*args, **named)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The same for whoever calls an operator itself."""
+        args, named = pytree.tree_map(lambda leaf: value_of(leaf), (tuple(args), dict(kwargs or {})))
+        return func(*args, **named)
+
+
+def value_of(value: Any) -> Any:
+    """Logits with their values; anything else as it is."""
+    if isinstance(value, DeferredLogits):
+        return value._graftc_call.read(value._graftc_result)
+    return value
+
+
+def _noted(first: DeferredLogits, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What stands for the result of a function; the loss itself where that is it. None where it has to be read."""
+    call, result = first._graftc_call, first._graftc_result
+    if func is Tensor.to:
+        args = tuple(each for each in args if each != first.device)
+        named = {key: each for key, each in named.items() if key != "device" or each != first.device}
+        if not args and not named:
+            return first
+        if any(not isinstance(each, torch.dtype) for each in (*args, *named.values())):
+            return None
+    if func is LOSS:
+        return call.loss(result, args[0], args[1:], named) if args and isinstance(args[0], Tensor) else None
+    step = FollowingCall(func, (result, *args), named)
+    if any(isinstance(leaf, Tensor) and leaf.dim() for leaf in pytree.tree_leaves((args, named))):
+        return None
+    try:
+        after = step.run(call.forms)
+    except (RuntimeError, TypeError, IndexError):
+        return None
+    return DeferredLogits.of(after, first.device, call, call.add(step, after))
+
+
+def modes_of(device: torch.device) -> tuple[str, bool, torch.dtype]:
+    """Type of a device, whether autocast is on there, and the type it casts to."""
+    return device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def is_head(module: nn.Module) -> bool:
+    """Whether a map may be a head over a vocabulary: it gives more values than it reads."""
+    return isinstance(module, nn.Linear) and module.out_features > module.in_features
+
+
+def deferred(run: Run, module: nn.Linear, x: Tensor, path: str) -> DeferredLogits:
+    """What stands for the logits of a head.
+
+    Args:
+        run: makes the call.
+        module: the head.
+        x: ``[..., in_features]``, what it reads.
+        path: of the head, for messages.
+    """
+    modes = modes_of(x.device)
+    form = torch.empty((*x.shape[:-1], module.out_features), dtype=modes[2] if modes[1] else x.dtype, device="meta")
+    call = _Call(run, x, path, modes, [form])
+    call.watch([x])
+    return DeferredLogits.of(form, x.device, call, ResultNumber(0))
