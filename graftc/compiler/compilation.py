@@ -222,6 +222,8 @@ class Compilation:
         known: captures that are there already, by their key; None of one whose file has gone since.
         table: the graphs of every signature.
         every_layer: every layer is written out in all of them.
+        in_the_way: why a model is not one graph, by the path of a stack of layers, and of the whole under the empty
+            path; not kept in artifacts.
     """
 
     spec: Spec
@@ -234,6 +236,7 @@ class Compilation:
     known: Known = field(default_factory=dict, repr=False)
     table: SignatureTable = field(default_factory=SignatureTable, repr=False)
     every_layer: bool = False
+    in_the_way: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def programs(self) -> Mapping[ProgramKey, Program]:

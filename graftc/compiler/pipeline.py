@@ -12,6 +12,7 @@ from graftc.compiler.capture.cache import Known
 from graftc.compiler.capture.identity.capture_key import walked_once
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.refusals import told
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import runs_anywhere
@@ -23,7 +24,7 @@ from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.specs.errors.diagnostics import GraftError
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def compile_model(
 
 def _why(refused: GraftError) -> str:
     """The reason for which a model is no graph, without what it was called with."""
-    return first_line(refused.__cause__ or refused)
+    return told(refused.__cause__ or refused)
 
 
 _NO_GRAPH = ("GC030", "GC041")
@@ -116,6 +117,7 @@ def _compiled(
         start.use_cache,
         prepared.known,
         every_layer=start.every_layer,
+        in_the_way=prepared.in_the_way,
     )
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
     initial = Initial(start.seed, start.values, originals, compilation.narrow)

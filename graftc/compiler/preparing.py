@@ -56,6 +56,7 @@ class Prepared:
         level: how much of the model is one graph.
         because: why it is not all of it.
         notes: what people are told of that.
+        in_the_way: the same by the path of a stack of layers, with the model's own under the empty path.
         written: names of the buffers that the Python between graphs writes to.
         read: names of the parameters that it reads.
         shown: what is done with the model to see how it calls its layers; one call on its inputs by default.
@@ -72,6 +73,7 @@ class Prepared:
     level: Level = "graph"
     because: str = ""
     notes: tuple[str, ...] = ()
+    in_the_way: Mapping[str, str] = field(default_factory=dict)
     written: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
     shown: Callable[[nn.Module], Any] | None = None
@@ -169,7 +171,16 @@ def _take_apart(prepared: Prepared) -> Prepared:
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
     union = union_of(model, elements_in(flags))
-    return replace(prepared, model=union, axes=calls, flags=flags, notes=notes, written=apart.written, read=apart.read)
+    return replace(
+        prepared,
+        model=union,
+        axes=calls,
+        flags=flags,
+        notes=notes,
+        written=apart.written,
+        read=apart.read,
+        in_the_way={"": prepared.because, **apart.by_maps},
+    )
 
 
 def _given(axis: Axis, device: torch.device) -> Any:

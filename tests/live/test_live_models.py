@@ -260,7 +260,6 @@ def test_asked_for_layers_maps_are_not_enough() -> None:
     "spec",
     [
         {"adapt": [{"method": "prompt", "length": 2}]},
-        {"adapt": [LORA | {"target": {"modules": "**.up"}}], "memory": {"loss": "chunked"}},
     ],
 )
 def test_what_acts_on_the_whole_is_refused(spec: dict[str, Any]) -> None:

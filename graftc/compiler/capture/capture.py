@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -221,7 +222,22 @@ def _patches(model: nn.Module) -> Iterator[None]:
             exporter.register_cache_pytrees_for_model(model)
             stack.enter_context(_patches_of_what_is_there(utils))
             stack.enter_context(utils.apply_patches("dynamo"))
+            stack.enter_context(mock.patch.object(exporter, "torch_compilable_check", _hold_for_all_values))
         yield
+
+
+def _hold_for_all_values(condition: Any, *message: Any, **options: Any) -> None:
+    """What a patch of transformers asks before it computes something else than the model's own code.
+
+    Raises:
+        UntraceableError: for a condition on values: the graph would be used where it does not hold, such as for images
+            of different sizes.
+    """
+    if isinstance(condition, torch.Tensor):
+        if not torch.compiler.is_exporting():
+            return
+        raise UntraceableError(RuntimeError(f"a graph would not hold for all inputs: {message[0] if message else ''}"))
+    torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

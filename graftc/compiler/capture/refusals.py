@@ -98,6 +98,24 @@ def by_values(error: BaseException | None) -> bool:
     return False
 
 
+def told(error: BaseException) -> str:
+    """What a failed trace says in a line, and where in the model's code that was."""
+    place = _place(error)
+    return first_line(error) + (f", at {place}" if place and place not in str(error) else "")
+
+
+def place_now() -> str:
+    """Where in the model's code this is called from."""
+    for frame, line in traceback.walk_stack(None):
+        if _of_the_model(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
+    return ""
+
+
+def _of_the_model(file: str) -> bool:
+    return not file.startswith(("<", *_OURS))
+
+
 def _place(error: BaseException) -> str:
     """Where in the model's code a trace failed: the innermost line that belongs to neither torch nor graftc."""
     found = ""
@@ -105,7 +123,7 @@ def _place(error: BaseException) -> str:
     while each is not None and not found:
         for frame, line in traceback.walk_tb(each.__traceback__):
             file = frame.f_code.co_filename
-            if not file.startswith(("<", *_OURS)):
+            if _of_the_model(file):
                 found = f"{file}:{line} in {frame.f_code.co_name}"
         each = each.__cause__ or each.__context__
     return found

@@ -17,6 +17,7 @@ from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.costs import Costs
 from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows, passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.stacks import StackReport, stacks
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
@@ -83,6 +84,7 @@ class Report:
         anchors: how the base's graphs compare with the source model itself.
         steps: how long each step took, in the order in which they began.
         passes: passes of plugins that the graphs went through, with the figures that they report.
+        stacks: how much of each stack of layers is a graph.
     """
 
     adaptations: tuple[AdaptationReport, ...]
@@ -99,6 +101,7 @@ class Report:
     anchors: tuple[Anchor, ...] = ()
     steps: tuple[StepReport, ...] = ()
     passes: tuple[PassRecord, ...] = ()
+    stacks: tuple[StackReport, ...] = ()
 
     def _repr_html_(self) -> str:
         """For notebooks: what trains, a table of the adaptations, and folded notes and steps."""
@@ -133,6 +136,7 @@ class Report:
             "steps": [asdict(s) for s in self.steps],
             "anchors": [{**a.to_json(), "seconds": a.seconds} for a in self.anchors],
             "passes": passes_json(self.passes),
+            "stacks": [each.to_json() for each in self.stacks],
         }
 
 
@@ -173,6 +177,7 @@ def report(compilation: Compilation) -> Report:
         main.anchors,
         _steps(main, adapted),
         main.passes,
+        stacks(compilation),
     )
 
 

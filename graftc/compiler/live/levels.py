@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.parameter_uses import observed
+from graftc.compiler.capture.refusals import place_now, told
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.live.elements import Recorded, as_inputs, layers_of, maps_of, union_of
 from graftc.compiler.live.own_state import with_own_buffers
@@ -107,7 +109,7 @@ def _in_the_way(union: nn.Module, call: Recorded) -> str:
     try:
         layer = capture(request, alike=False)
     except GraftError as error:
-        return first_line(error.__cause__ or error)
+        return told(error.__cause__ or error)
     comparison = anchor(request, record_baseline(layer.program), layer.constants)
     if comparison.differing:
         return comparison.differing[0]
@@ -132,14 +134,14 @@ def tried(union: nn.Module, call: Recorded) -> str:
         request = CaptureRequest(union, tuple(axes), flags, mode)
         values = _ReadValues()
         try:
-            with as_captured(request), torch.random.fork_rng(devices=()), observed(values):
+            with as_captured(request), torch.random.fork_rng(devices=()), observed(values), _OfMemory(values):
                 union(**request.examples())
         except GraftError as error:
             return error.message
         except Exception as error:
             return f"it does not run by itself: {first_line(error)}"
         if values.read:
-            return READS
+            return f"{READS}, at {values.place}" if values.place else READS
     return ""
 
 
@@ -150,13 +152,35 @@ class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.read = False
+        self.read, self.place = False, ""
+
+    def note(self) -> None:
+        """A value is looked at."""
+        if not self.read:
+            self.read, self.place = True, place_now()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.read |= func in _VALUES
+        if func in _VALUES:
+            self.note()
         return func(*args, **(kwargs or {}))
 
 
+class _OfMemory(TorchFunctionMode):
+    """The same for what reads the memory of a tensor and calls no operator."""
+
+    def __init__(self, values: _ReadValues) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _OF_MEMORY:
+            self._values.note()
+        return func(*args, **(kwargs or {}))
+
+
+_OF_MEMORY = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 _VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)

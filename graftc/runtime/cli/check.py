@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,6 +28,7 @@ from graftc.runtime.cli.options import Json, Meta, ModelOption, SpecArgument
 
 if TYPE_CHECKING:
     from graftc.compiler.inspect.report import Report
+    from graftc.compiler.inspect.stacks import StackReport
 
 __all__ = ["check", "print_report", "totals"]
 
@@ -116,6 +118,7 @@ def print_report(spec: str, name: str, report: Report, load_seconds: float) -> N
     print_table(to, columns, rows, right=columns[2:])
     to.print()
     print_figures(report.passes)
+    print_stacks(report.stacks)
     facts = [
         ("trainable parameters", f"{number(report.trainable_parameters)} ({report.percent:.3f} % of base plus added)"),
         ("trained in full", number(report.trained_in_full)) if report.trained_in_full else None,
@@ -128,6 +131,19 @@ def print_report(spec: str, name: str, report: Report, load_seconds: float) -> N
     for fact in facts:
         if fact is not None:
             to.print(f"{fact[0] + ':':<22}{fact[1]}", soft_wrap=True, markup=False)
+
+
+def print_stacks(stacks: Sequence[StackReport]) -> None:
+    """Print how much of each stack is a graph, where the model is not one."""
+    from graftc.runtime.cli.output import console, number, print_table
+
+    if all(each.level == "graph" for each in stacks):
+        return
+    rows = [(each.stack, number(each.layers), number(each.parameters), each.level, each.reason) for each in stacks]
+    print_table(
+        console(), ("stack", "layers", "parameters", "graphs", "in the way"), rows, right=("layers", "parameters")
+    )
+    console().print()
 
 
 def _seconds(report: Report, load: float) -> str:

@@ -202,6 +202,25 @@ class PassFigureData(Result):
     """The number."""
 
 
+class StackData(Result):
+    """A stack of repeated layers."""
+
+    stack: str
+    """Path of the list that holds them."""
+
+    layers: int = Field(ge=1)
+    """How many."""
+
+    parameters: int = Field(ge=0)
+    """Elements of what they hold, tied tensors once."""
+
+    level: Literal["graph", "layers", "modules", "none"]
+    """How much of them is a graph: a part of the model's one graph, each layer, single maps, nothing."""
+
+    reason: str
+    """What is in the way of the next level, with the line of code where that is known; empty where nothing is."""
+
+
 class PassData(Result):
     """A pass of a plugin that the graphs went through."""
 
@@ -268,6 +287,9 @@ class ReportData(Result):
 
     passes: Items[PassData]
     """Passes of plugins that the graphs went through, with the figures that they report."""
+
+    stacks: Items[StackData]
+    """How much of each stack of layers is a graph."""
 
 
 class RetentionData(Result):

@@ -1,0 +1,76 @@
+"""How much of each stack of layers is a graph, and what is in the way of more."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.live.elements import is_live, layers_of
+from graftc.passes.core.elements.calls import elements_in
+
+StackLevel = Literal["graph", "layers", "modules", "none"]
+"""A part of the one graph of the model; graphs of its layers; of single maps in them; none, and nothing is adapted."""
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """A stack of repeated layers.
+
+    Attributes:
+        stack: path of the list that holds them.
+        layers: how many.
+        parameters: elements of what they hold, tied tensors once.
+        level: how much of them is a graph.
+        reason: what is in the way of the next level, with the line of code where that is known; empty where nothing
+            is, and in a model that was loaded.
+    """
+
+    stack: str
+    layers: int
+    parameters: int
+    level: StackLevel
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def stacks(compilation: Compilation) -> tuple[StackReport, ...]:
+    """The stacks of a model in its order; a model without repeated layers has none."""
+    model, why = compilation.source, compilation.in_the_way
+    elements = elements_in(compilation.flags) if is_live(compilation.model) else None
+    rows: dict[str, list[str]] = defaultdict(list)
+    for path in layers_of(model):
+        rows[path.rpartition(".")[0]].append(path)
+    return tuple(
+        StackReport(
+            row, len(layers), _parameters(model, layers), level := _level(layers, elements), _reason(row, level, why)
+        )
+        for row, layers in rows.items()
+    )
+
+
+def _parameters(model: nn.Module, layers: Collection[str]) -> int:
+    every = {id(p): p.numel() for path in layers for p in model.get_submodule(path).parameters()}
+    return sum(every.values())
+
+
+def _level(layers: Collection[str], elements: Collection[str] | None) -> StackLevel:
+    if elements is None:
+        return "graph"
+    inside = tuple(f"{path}." for path in layers)
+    if any(element.startswith(inside) for element in elements):
+        return "modules"
+    return "layers" if set(layers).intersection(elements) else "none"
+
+
+def _reason(row: str, level: StackLevel, why: Any) -> str:
+    if level == "none":
+        return "the inputs shown do not call it"
+    return str(why.get(row if level == "modules" else "", "")) if level != "graph" else ""

@@ -1,0 +1,80 @@
+"""Layers whose Python looks at values: what follows from these would be a constant of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graftc
+from tests.zoo.model import IMAGE, noise, texts
+from tests.zoo.sized_images import qwen2_vl
+
+
+def spec(modules: str) -> dict[str, Any]:
+    return {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": modules}}]}
+
+
+class Segments(nn.Module):
+    """Averages over segments whose lengths a tensor says; `how` they are read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.up, self.how = nn.Linear(8, 8), how
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        read: Any = {"tolist": lengths.tolist, "numpy": lambda: [int(n) for n in lengths.numpy()]}[self.how]()
+        parts = torch.split(self.up(x), read)
+        return x + torch.cat([part - part.mean(0) for part in parts])
+
+
+class Segmented(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Segments(how) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[: 2 if float(x.sum()) < 1e9 else 1]:
+            x = layer(x, lengths)
+        return x
+
+
+@pytest.mark.parametrize("how", ["tolist", "numpy"])
+def test_values_that_are_read_from_memory_make_no_graph_of_a_layer(how: str) -> None:
+    torch.manual_seed(0)
+    model = Segmented(how).eval()
+    x = torch.randn(12, 8)
+    compiled = graftc.compile(spec("**.up"), model, {"x": x, "lengths": torch.tensor([6, 6])}, cache=False).eval()
+    (stack,) = compiled.report.stacks
+    assert (stack.stack, stack.layers, stack.level) == ("layers", 2, "modules")
+    assert "reads the values" in stack.reason and "test_values.py:" in stack.reason
+    for lengths in ([6, 6], [4, 8], [3, 3, 6], [12]):
+        given = {"x": x, "lengths": torch.tensor(lengths)}
+        assert torch.equal(compiled(**given), model(**given)), lengths
+
+
+def images(rows: list[list[tuple[int, int]]], seed: int) -> dict[str, torch.Tensor]:
+    """Texts with images of these heights and widths in patches, as Qwen2-VL takes them."""
+    found = texts([([h * w // 4 for h, w in row], 6) for row in rows], seed, enclosed=True)
+    every = [size for row in rows for size in row]
+    return {
+        **found,
+        "pixel_values": noise(seed, sum(h * w for h, w in every), 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
+        "mm_token_type_ids": (found["input_ids"] == IMAGE).long(),
+    }
+
+
+@pytest.mark.slow
+def test_images_of_one_size_do_not_make_a_graph_for_one_size() -> None:
+    """transformers has another attention for exporting, which takes all images to be as large as each other."""
+    model = qwen2_vl().model
+    compiled = graftc.compile(spec("**.qkv"), model, images([[(4, 8)], [(4, 8)]], 0), cache=False).eval()
+    levels = {each.stack: each.level for each in compiled.report.stacks}
+    assert levels["model.visual.blocks"] == "modules" and levels["model.language_model.layers"] == "layers"
+    with torch.no_grad():
+        for rows in ([[(4, 8)], [(4, 8)]], [[(4, 4)], [(4, 12)]], [[(4, 12), (4, 4)]], [[(8, 8)], [(4, 4)]]):
+            batch = images(rows, 1)
+            assert torch.equal(compiled(**batch).logits, model(**batch).logits), rows
