@@ -27,14 +27,22 @@ from graftc.compiler.capture.alike.repeats import Repeats, traced_once
 from graftc.compiler.capture.alike.written import written_once
 from graftc.compiler.capture.anchored import Anchor
 from graftc.compiler.capture.as_captured import as_captured, renamed, standing_in, traced_names, wrapped
+from graftc.compiler.capture.asserted import hold_for_all_values, noted
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.interface import is_transformers
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
-from graftc.compiler.capture.refusals import UntraceableError, by_values, in_any_trace, not_captured, require_products
+from graftc.compiler.capture.refusals import (
+    UntraceableError,
+    by_values,
+    in_any_trace,
+    not_captured,
+    require_products,
+)
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
+from graftc.passes.core.ir.checks import checks_of
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import calls, expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
@@ -133,8 +141,9 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
             with ExitStack() as tracing:
                 repeats = tracing.enter_context(traced_once(model, inputs if hide else None)) if alike else None
                 assigned = tracing.enter_context(noticed(model))
-                exported, sizes = _export(model, axes, inputs, repeats)
-                result = _program(exported, sizes.specs(), request.aliases, repeats)
+                asserted: list[str] = []
+                exported, sizes = _export(model, axes, inputs, repeats, asserted)
+                result = _program(exported, sizes.specs(), request.aliases, asserted, repeats)
             require_products(result.traced.graph)
         except Exception as error:
             if repeats is not None and len(repeats.hidden) and not by_values(error):
@@ -154,7 +163,11 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
 
 
 def _export(
-    model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor], repeats: Repeats | None
+    model: nn.Module,
+    axes: Sequence[Axis],
+    inputs: Mapping[str, torch.Tensor],
+    repeats: Repeats | None,
+    asserted: list[str],
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
     """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
     auto, stand_ins = torch.export.Dim.AUTO, {} if repeats is None else repeats.hidden.stand_ins
@@ -164,6 +177,7 @@ def _export(
     while True:
         if repeats is not None:
             repeats.restart()
+        asserted.clear()
         given = {traced[name]: inputs[name].clone() for name in shown}
         shapes = {traced[name]: dict(dynamic[name]) for name in shown}
         # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
@@ -173,7 +187,7 @@ def _export(
             if repeats is not None:
                 stack.enter_context(repeats.hidden.out_of_sight())
                 stack.enter_context(wrapped(model, repeats.hidden.watched))
-            for context in (standing_in(model, stand_ins), renamed(model, traced), unremembered):
+            for context in (standing_in(model, stand_ins), renamed(model, traced), unremembered, noted(asserted)):
                 stack.enter_context(context)
             stack.enter_context(quiet(["torch"], logging.CRITICAL))
             stack.enter_context(_without_traces())
@@ -222,22 +236,8 @@ def _patches(model: nn.Module) -> Iterator[None]:
             exporter.register_cache_pytrees_for_model(model)
             stack.enter_context(_patches_of_what_is_there(utils))
             stack.enter_context(utils.apply_patches("dynamo"))
-            stack.enter_context(mock.patch.object(exporter, "torch_compilable_check", _hold_for_all_values))
+            stack.enter_context(mock.patch.object(exporter, "torch_compilable_check", hold_for_all_values))
         yield
-
-
-def _hold_for_all_values(condition: Any, *message: Any, **options: Any) -> None:
-    """What a patch of transformers asks before it computes something else than the model's own code.
-
-    Raises:
-        UntraceableError: for a condition on values: the graph would be used where it does not hold, such as for images
-            of different sizes.
-    """
-    if isinstance(condition, torch.Tensor):
-        if not torch.compiler.is_exporting():
-            return
-        raise UntraceableError(RuntimeError(f"a graph would not hold for all inputs: {message[0] if message else ''}"))
-    torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -265,6 +265,7 @@ def _program(
     exported: torch.export.ExportedProgram,
     inputs: tuple[InputSpec, ...],
     canonical: Mapping[str, str],
+    asserted: list[str],
     repeats: Repeats | None = None,
 ) -> Capture:
     names = _numbered(exported)
@@ -302,6 +303,7 @@ def _program(
     spec = exported.call_spec.out_spec
     assert spec is not None
     program = Program(graph, inputs, output_spec(spec))
+    program.checks = checks_of(program, asserted)
     recorder, started = Recorder(graph), time.perf_counter()
     reading_weights(graph)
     canonicalise(program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import traceback
@@ -106,13 +107,14 @@ def told(error: BaseException) -> str:
 
 def place_now() -> str:
     """Where in the model's code this is called from."""
-    for frame, line in traceback.walk_stack(None):
-        if _of_the_model(frame.f_code.co_filename):
+    for frame, line in traceback.walk_stack(inspect.currentframe()):
+        if of_the_model(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
     return ""
 
 
-def _of_the_model(file: str) -> bool:
+def of_the_model(file: str) -> bool:
+    """Whether a file of code belongs to neither torch nor graftc."""
     return not file.startswith(("<", *_OURS))
 
 
@@ -123,7 +125,7 @@ def _place(error: BaseException) -> str:
     while each is not None and not found:
         for frame, line in traceback.walk_tb(each.__traceback__):
             file = frame.f_code.co_filename
-            if _of_the_model(file):
+            if of_the_model(file):
                 found = f"{file}:{line} in {frame.f_code.co_name}"
         each = each.__cause__ or each.__context__
     return found

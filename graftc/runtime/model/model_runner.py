@@ -20,6 +20,7 @@ from graftc.compiler.derived import program_of as derived_program
 from graftc.compiler.folding.samples import remember
 from graftc.compiler.positions import PositionTable, position_tables
 from graftc.compiler.signatures import signature_for
+from graftc.passes.core.ir.checks import require
 from graftc.passes.core.ir.codegen import executable_of
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.functions import everywhere
@@ -239,6 +240,8 @@ class ModelRunner(Runner):
     def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
         """Look at a call as far as its sizes and values say what is wrong with it, the first of its kind at all."""
         self._require_positions(key, present)
+        if self.device.type != "meta":
+            require(self.shown.executables[key].program.checks, present, self.store)
         if key.signature in self._looked_at:
             return
         refuse_deepspeed()

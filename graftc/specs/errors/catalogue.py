@@ -512,8 +512,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "tokens come out) and the model's `config.json`. A file is missing or cannot be read, or a graph has no cache.",
      "Export the model for generation into a new folder. Encoders and graphs without a cache do not generate."),
     ("GC145", _SPEC, "the call does not fit the graph",
-     "The graph takes or gives nothing for an argument, an input is missing or of another shape, or a token is not in "
-     "the vocabulary.",
+     "The graph takes or gives nothing for an argument, an input is missing or of another shape, a token is not in "
+     "the vocabulary, or inputs fail a check that the model itself makes, such as a text with fewer image tokens than "
+     "its images have features.",
      "Leave out what the message names, or give the input in the shape that it states."),
     ("GC146", _FAILED, "there is no tokenizer",
      "The folder and the base have no tokenizer, it cannot be read, or it is that of another model.",

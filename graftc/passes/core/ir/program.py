@@ -169,6 +169,9 @@ class Program:
     updates: frozenset[str] = frozenset()
     """Tensors that it may write to, as it was captured: buffers of the base, in train mode."""
 
+    checks: tuple[InputCheck, ...] = ()
+    """What the model asks of the values of its inputs, and the graph itself does not show."""
+
     memory: Memory | None = field(default=None, repr=False, compare=False)
     """Whose memory its values are, once something has asked: see `memory_of`."""
 
@@ -221,6 +224,19 @@ class Program:
             **changes,
         }
         return replace(self, **fields)
+
+
+@dataclass(frozen=True)
+class InputCheck:
+    """A condition on the inputs of a call: see `graftc.passes.core.ir.checks`.
+
+    Attributes:
+        program: gives a tensor of truth values, all of which have to be true.
+        message: what is wrong where one is not.
+    """
+
+    program: Program
+    message: str
 
 
 def provenance(node: fx.Node) -> dict[str, str] | None:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from graftc.passes.core.ir.edits import Edit, Edits
 from graftc.passes.core.ir.functions import call, calls, is_sound
 from graftc.passes.core.ir.new_nodes import create_node
-from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
+from graftc.passes.core.ir.program import InputCheck, InputSpec, OutputSpec, Program
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
 from graftc.passes.core.ir.stored.admission import admit
 from graftc.passes.core.ir.stored.allowed_operators import OPERATORS
@@ -117,6 +117,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": _encode_output(program.outputs),
         "updates": sorted(program.updates),
+        **({"checks": [[c.message, program_to_json(c.program)] for c in program.checks]} if program.checks else {}),
         **history_to_json(program.history, {node.name: i for node, i in index.items()}),
         "types": table,
         "nodes": nodes,
@@ -165,7 +166,11 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
         raise SerialisationError(f"mode {mode!r}")
     written = frozenset(_path(_typed(name, str)) for name in _typed(data.get("updates", []), list))
     edits = Edits(_decode_edit(_typed(edit, list), nodes) for edit in _typed(data.get("edits", []), list))
-    program = Program(graph, inputs, outputs, mode, entry, flags, edits, history, updates=written)
+    checks = tuple(
+        InputCheck(program_from_json(held, device), _typed(message, str))
+        for message, held in _typed(data.get("checks", []), list)
+    )
+    program = Program(graph, inputs, outputs, mode, entry, flags, edits, history, updates=written, checks=checks)
     flaw = admit(program)
     if flaw is not None:
         raise SerialisationError(flaw)

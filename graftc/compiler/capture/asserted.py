@@ -1,0 +1,66 @@
+"""Checks on values that run while a model is traced: what each is about, and those that no graph may rest on."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from graftc.compiler.capture.refusals import UntraceableError, of_the_model
+
+
+@contextmanager
+def noted(asserted: list[str]) -> Iterator[None]:
+    """Inside, what each check on values is about goes to a list, as far as the code that makes it says."""
+    original: Any = torch._check_tensor_all
+
+    def check(condition: Any, message: Any = None) -> None:
+        asserted.append(_about(message))
+        original(condition, message)
+
+    with mock.patch.object(torch, "_check_tensor_all", check):
+        yield
+
+
+def _about(message: Any) -> str:
+    """What a check that is being made says is wrong, without the values, and the file and line that asks for it.
+
+    transformers has the message in the function that makes the check.
+    """
+    for frame, line in traceback.walk_stack(inspect.currentframe()):
+        code = frame.f_code
+        if code.co_name == "torch_compilable_check":
+            message = message or frame.f_locals.get("msg")
+        elif of_the_model(code.co_filename):
+            place, told = f"{Path(code.co_filename).name}:{line}", _without_values(message)
+            return f"{told} ({place})" if told else place
+    return _without_values(message)
+
+
+def _without_values(message: Any) -> str:
+    try:
+        text = message() if callable(message) else message
+    except Exception:  # it shows values, and there are none
+        return ""
+    return re.split(r"[,:;]|\.\s", text)[0].strip() if isinstance(text, str) else ""
+
+
+def hold_for_all_values(condition: Any, message: Any = "", error: Any = None) -> None:
+    """Stands for what a patch of transformers asks before it computes something else than the model's own code.
+
+    Raises:
+        UntraceableError: for a condition on values, while a model is exported: the graph would be used where it does
+            not hold, such as for images of different sizes.
+    """
+    if isinstance(condition, torch.Tensor):
+        if not torch.compiler.is_exporting():
+            return
+        raise UntraceableError(RuntimeError(f"a graph would not hold for all inputs: {message}"))
+    torch._check(condition)  # type: ignore[no-untyped-call]
