@@ -40,9 +40,9 @@ from graftc.compiler.capture.refusals import (
 )
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
+from graftc.compiler.input_checks import checks_of
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
-from graftc.passes.core.ir.checks import checks_of
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import calls, expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder

@@ -18,9 +18,9 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import FROM_FORWARD, entered
 from graftc.compiler.derived import program_of as derived_program
 from graftc.compiler.folding.samples import remember
+from graftc.compiler.input_checks import require
 from graftc.compiler.positions import PositionTable, position_tables
 from graftc.compiler.signatures import signature_for
-from graftc.passes.core.ir.checks import require
 from graftc.passes.core.ir.codegen import executable_of
 from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.functions import everywhere

@@ -228,7 +228,7 @@ class Program:
 
 @dataclass(frozen=True)
 class InputCheck:
-    """A condition on the inputs of a call: see `graftc.passes.core.ir.checks`.
+    """A condition on the inputs of a call: see `graftc.compiler.input_checks`.
 
     Attributes:
         program: gives a tensor of truth values, all of which have to be true.
