@@ -202,6 +202,15 @@ def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
     return error if cloze is None else not_filling(error, prepared.model, cloze)
 
 
+def _without_a_batch(error: GraftError, prepared: Prepared) -> GraftError:
+    """What looks at the rows of a batch says so where there are layers alone, whose inputs need not have one."""
+    if error.code != "GC037":
+        return error
+    name = type(prepared.source).__name__
+    message = f"{name} is taken apart into its layers, and what is chosen for each row of a batch is of a whole call"
+    return GraftError("GC149", message, place=error.place, hint="adapt layers and maps instead")
+
+
 PREPARATIONS = (
     Preparation("plain", lambda _: True, _plain),
     Preparation("refuse what is of the whole", lambda prepared: prepared.level != "graph", _refuse_whole),
@@ -210,7 +219,7 @@ PREPARATIONS = (
     Preparation("untie", lambda prepared: bool(prepared.spec.untie), _untie),
     Preparation("make room for tokens", lambda prepared: prepared.spec.tokens is not None, _make_room),
     Preparation("fill blanks", lambda prepared: prepared.spec.cloze is not None, _fill, _not_filling),
-    Preparation("take apart", lambda prepared: prepared.level != "graph", _take_apart),
+    Preparation("take apart", lambda prepared: prepared.level != "graph", _take_apart, _without_a_batch),
 )
 """Every step, in order."""
 

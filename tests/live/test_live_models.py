@@ -269,6 +269,13 @@ def test_what_acts_on_the_whole_is_refused(spec: dict[str, Any]) -> None:
     assert caught.value.code == "GC149"
 
 
+@pytest.mark.slow
+def test_gates_over_rows_are_refused() -> None:
+    case = qwen2_vl()
+    with pytest.raises(GraftError, match="GC149: .* each row of a batch"):
+        graftc.compile({"adapt": [{"method": "unipelt"}]}, case.model, case.first, cache=False)
+
+
 def test_it_is_not_exported_as_a_graph(tmp_path: Path) -> None:
     case = looping()
     compiled = compiled_of("looping", case)
