@@ -272,7 +272,7 @@ def test_what_acts_on_the_whole_is_refused(spec: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_gates_over_rows_are_refused() -> None:
     case = qwen2_vl()
-    with pytest.raises(GraftError, match="GC149: .* each row of a batch"):
+    with pytest.raises(GraftError, match=r"GC149: .* each row of a batch"):
         graftc.compile({"adapt": [{"method": "unipelt"}]}, case.model, case.first, cache=False)
 
 
