@@ -40,7 +40,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
         error: what the tracer raised.
     """
     name, called = type(request.model).__name__, str(request)
-    own = _own_error(request, inputs)
+    own = None if isinstance(error, _OF_TRACERS) else _own_error(request, inputs)
     if isinstance(own, GraftError):  # a forward of ours says what is missing
         return own
     if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
@@ -62,6 +62,15 @@ class UntraceableError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(*error.args)
         self.__cause__ = error
+
+
+_OF_TRACERS = (
+    GuardOnDataDependentSymNode,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UntraceableError,
+)
+"""What tracers raise where Python asks for values, and models never do."""
 
 
 def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> bool:
@@ -91,9 +100,8 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 def by_values(error: BaseException | None) -> bool:
     """Whether a trace failed for a reason that other sizes and traces do not change, as far as the error says."""
-    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException, UntraceableError)
     while error is not None:
-        if isinstance(error, kinds):
+        if isinstance(error, _OF_TRACERS):
             return True
         error = error.__cause__ or error.__context__
     return False
