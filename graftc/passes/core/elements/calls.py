@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graftc.passes.core.elements.behind import FollowingCall, ResultNumber, function_of
 from graftc.passes.core.elements.layer_cache import cache_among, describe, stand_in
+from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.specs.errors.diagnostics import GraftError
 
 _PLAIN = (bool, int, float, str)
@@ -67,7 +68,7 @@ class CallStructure:
             if isinstance(value, ResultNumber):
                 return {"result": value.number}
             if steps and isinstance(value, torch.dtype):
-                return {"dtype": str(value).removeprefix("torch.")}
+                return {"dtype": DTYPE_NAMES[value]}
             if steps and isinstance(value, slice):
                 return {"slice": [described(part) for part in (value.start, value.stop, value.step)]}
             if steps and value is Ellipsis:
@@ -120,7 +121,7 @@ def _built(node: dict[str, Any], module: nn.Module, tensors: Sequence[Tensor]) -
         "value": lambda: held,
         "cache": lambda: stand_in(module, held, tensors),
         "result": lambda: ResultNumber(held),
-        "dtype": lambda: getattr(torch, held),
+        "dtype": lambda: DTYPES[held],
         "slice": lambda: slice(*map(inner, held)),
         "ellipsis": lambda: Ellipsis,
         "dict": lambda: {key: inner(item) for key, item in held},
