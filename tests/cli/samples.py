@@ -42,6 +42,7 @@ REPORT: dict[str, Any] = {
         "anchors": [{**ANCHOR, "seconds": 0.1}],
         "steps": [{"name": "capture", "seconds": 0.1}],
         "passes": [{**PASS, "figures": [FIGURE]}],
+        "stacks": [{"stack": "encoder.layer", "layers": 2, "parameters": 96, "level": "layers", "reason": "a value"}],
     },
 }
 AGREEMENT = {"passed": True, "same_predictions": 1.0, "largest_difference": 1e-6, "tolerance": 1e-4}
