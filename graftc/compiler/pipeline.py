@@ -78,17 +78,19 @@ def compile_model(
         start = replace(start, level="layers")
     try:
         return _compiled(spec, model, axes, flags, start)
-    except GraftError as whole:
+    except GraftError as error:
         asked = start.level is not None or spec.capture == "graph"
-        if asked or whole.code not in _NO_GRAPH or not runs_anywhere(model):
+        if asked or error.code not in _NO_GRAPH or not runs_anywhere(model):
             raise
-        try:
-            return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(whole)))
-        except GraftError as error:
-            if error.code == "GC030" and spec.capture != "layers":
-                details = (*whole.details, f"taken apart: {error.message}")
-                raise GraftError(whole.code, whole.message, hint=whole.hint, details=details) from error
-            raise
+        whole = error
+    # Not while that error is handled: it would be the context of every other one, which says why a trace has failed.
+    try:
+        return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(whole)))
+    except GraftError as error:
+        if error.code == "GC030" and spec.capture != "layers":
+            details = (*whole.details, f"taken apart: {error.message}")
+            raise GraftError(whole.code, whole.message, hint=whole.hint, details=details) from error
+        raise
 
 
 def _why(refused: GraftError) -> str:

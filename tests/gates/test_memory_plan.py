@@ -79,8 +79,9 @@ def test_the_planned_peak_is_the_measured_one(base: Any, name: str) -> None:
 def test_a_process_of_two_takes_what_is_planned_for_it(name: str, tmp_path: Path) -> None:
     together("tests.planner.sharded_job:measure", 2, tmp_path, name)
     found = json.loads((tmp_path / f"{name}.json").read_text())
-    print(f"{name}: planned {found['peak'] / 1e6:.1f} MB, measured {found['measured'] / 1e6:.1f}")
-    assert found["peak"] == pytest.approx(found["measured"], rel=0.10)
+    least, most = found["least"], found["most"]
+    print(f"{name}: planned {found['peak'] / 1e6:.1f} MB, measured {least / 1e6:.1f} to {most / 1e6:.1f}")
+    assert 0.9 * least <= found["peak"] <= 1.1 * most
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import graftc
+from graftc.compiler import pipeline
 from tests.zoo.model import IMAGE, noise, texts
 from tests.zoo.sized_images import qwen2_vl
 
@@ -53,6 +55,39 @@ def test_values_that_are_read_from_memory_make_no_graph_of_a_layer(how: str) -> 
     for lengths in ([6, 6], [4, 8], [3, 3, 6], [12]):
         given = {"x": x, "lengths": torch.tensor(lengths)}
         assert torch.equal(compiled(**given), model(**given)), lengths
+
+
+class Rows(nn.Module):
+    """Maps in a list, which are layers, and Python that asks for a value: a model that is taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for own in self.maps[: 4 if float(x.sum()) < 1e9 else 1]:
+            x = torch.tanh(own(x))
+        return x
+
+
+def test_why_the_whole_is_no_graph_is_not_why_its_parts_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the whole must not be the context of what is raised later, which is looked at for its reason."""
+    handled, original = [], pipeline._compiled
+
+    def noting(*args: Any) -> Any:
+        handled.append(sys.exc_info()[1])
+        return original(*args)
+
+    monkeypatch.setattr(pipeline, "_compiled", noting)
+    torch.manual_seed(0)
+    model = Rows().eval()
+    compiled = graftc.compile(spec("**.maps.*"), model, {"x": torch.randn(3, 8)}, cache=False).eval()
+    assert handled == [None, None]
+    for rows in (3, 1, 5):
+        x = torch.randn(rows, 8)
+        assert torch.equal(compiled(x), model(x))
+    (stack,) = compiled.report.stacks
+    assert stack.level == "layers" and "test_values.py" in stack.reason and "GC0" not in stack.reason
 
 
 def images(rows: list[list[tuple[int, int]]], seed: int) -> dict[str, torch.Tensor]:

@@ -37,8 +37,8 @@ def base() -> nn.Module:
 
 
 def measure(rank: int, processes: int, folder: Path, name: str) -> None:
-    """Write what the first process takes at its peak, the most of five trainings, and what is planned for it. When a
-    gathered tensor is freed depends on when the other process answers: a training may take less than planned."""
+    """Write the least and the most that the first process takes at its peak in five trainings, and what is planned for
+    it. How many gathered tensors there are at a time depends on when the other process answers."""
     ids = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
     compiled = graftc.compile(SPECS[name], base(), batch)
@@ -53,4 +53,4 @@ def measure(rank: int, processes: int, folder: Path, name: str) -> None:
     ]
     if rank == 0:
         plan = graftc.plan(SPECS[name], base(), batch=BATCH, sequence=LENGTH, device="cpu", devices=processes)
-        (folder / f"{name}.json").write_text(json.dumps({"measured": max(peaks), **plan.to_json()}))
+        (folder / f"{name}.json").write_text(json.dumps({"least": min(peaks), "most": max(peaks), **plan.to_json()}))

@@ -25,6 +25,7 @@ from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
+_PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class MixedProductError(TypeError):
@@ -109,6 +110,8 @@ def by_values(error: BaseException | None) -> bool:
 
 def told(error: BaseException) -> str:
     """What a failed trace says in a line, and where in the model's code that was."""
+    if isinstance(error, GraftError):
+        return error.message
     place = _place(error)
     return first_line(error) + (f", at {place}" if place and place not in str(error) else "")
 
@@ -122,8 +125,8 @@ def place_now() -> str:
 
 
 def of_the_model(file: str) -> bool:
-    """Whether a file of code belongs to neither torch nor graftc."""
-    return not file.startswith(("<", *_OURS))
+    """Whether a file of code belongs to neither Python, nor torch, nor graftc."""
+    return not file.startswith(("<", *_OURS)) and ("site-packages" in file or not file.startswith(_PYTHON))
 
 
 def _place(error: BaseException) -> str:
