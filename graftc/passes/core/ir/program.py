@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,7 +111,11 @@ class OutputSpec:
         if self.kind == "dict":
             return mapping
         assert self.cls is not None
-        return self.cls(**mapping)
+        made = self.cls(**mapping)
+        if isinstance(made, OrderedDict) and tuple(made) != self.fields:  # fields that were set later come last
+            for name in filter(made.__contains__, self.fields):
+                made.move_to_end(name)
+        return made
 
 
 @dataclass(frozen=True)
