@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.compiler.capture.signature import request
 from graftc.compiler.live import levels
-from graftc.compiler.pipeline import StartingPoint, compile_model
-from graftc.runtime.compiled import make_compiled
-from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 from tests.gates.every_model import CLOSE, IDENTITY, apart, check_model, seeded
 from tests.gates.random_calls import MUST_RUN, random_call
+from tests.live.models import forced_apart
 from tests.zoo.every import EVERY
 from tests.zoo.libraries import LIBRARIES, TIMM, timm_model
 from tests.zoo.model import Small
@@ -86,7 +83,7 @@ def random_calls(small: Any, count: int) -> dict[str, Any]:
     ask for gradients may be computed in another order (`torch.matmul`), so that the source asks for none either."""
     small.model.requires_grad_(False)
     spec = load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": small.fallback}}]})
-    compiled = _live(spec, small.model, small.first)
+    compiled = forced_apart(spec, small.model, small.first)
     found: dict[str, Any] = {"ran": 0, "wrong": [], "refused": [], "must run": []}
     for seed in range(count):
         batch, training, changed = random_call([small.first, small.second], seed)
@@ -110,10 +107,3 @@ def random_calls(small: Any, count: int) -> dict[str, Any]:
         if gap != 0:
             found["wrong"].append((seed, training, sorted(changed), gap))
     return found
-
-
-def _live(spec: Spec, model: Any, batch: Any) -> Any:
-    """A model taken apart, whether it is one graph or not."""
-    axes, flags = request(model, batch)
-    start = StartingPoint(0, use_cache=False, level="layers")
-    return make_compiled(compile_model(spec, model, axes, flags=flags, start=start))

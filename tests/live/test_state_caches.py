@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler.pipeline import StartingPoint, compile_model
-from graftc.runtime.api import request
-from graftc.runtime.compiled import make_compiled
 from graftc.testing import perturb
+from tests.live.models import forced_apart
 
 
 def recurrent() -> Any:
@@ -71,9 +69,7 @@ def test_a_decoder_that_reads_an_encoder_keeps_both_caches() -> None:
     inputs = {"input_features": sound, "decoder_input_ids": torch.randint(3, 60, (2, 5))}
     target = {"modules": "**.{q_proj,k_proj,v_proj}"}
     spec = graftc.load_spec({"adapt": [{"method": "lora", "rank": 2, "target": target}]})
-    axes, flags = request(model, inputs)
-    start = StartingPoint(0, use_cache=False, level="layers")
-    compiled = make_compiled(compile_model(spec, model, axes, flags=flags, start=start)).eval()
+    compiled = forced_apart(spec, model, inputs).eval()
     perturb(compiled, 0.3)
     merged = compiled.merge().to_transformers().eval()
     with torch.no_grad():
