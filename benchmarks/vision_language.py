@@ -242,7 +242,7 @@ MAKERS: Mapping[str, Callable[[Base], tuple[nn.Module, Callable[..., Any]]]] = {
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """What every contestant takes for a model: medians of alternated rounds."""
+    """Measure every contestant on a model: medians over alternated rounds."""
     base, ready = MODELS[name](), list[Contestant]()
     for who, make in MAKERS.items():
         start = time.perf_counter()

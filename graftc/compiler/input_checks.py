@@ -1,14 +1,14 @@
-"""What a model asks of the values of its inputs, and a graph of its outputs does not show, as graphs of their own."""
+"""Input checks: the conditions that a model asserts about the values of its inputs, each as a small Program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.program import InputCheck, OutputSpec, Program, above
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
@@ -31,29 +31,12 @@ def require(checks: Iterable[InputCheck], present: Mapping[str, Any], store: Sto
         GraftError: GC145 for the first that does not hold.
     """
     for check in checks:
-        known = all(name in present for name in check.program.signature)
-        if known and not bool(_value(check.program.graph, present, store.get, store.device()).all()):
+        if any(name not in present for name in check.program.signature):
+            continue
+        (condition,) = check.program.output_node.all_input_nodes
+        (value,) = computed([condition], lambda node: present[str(node.target)], store.get, store.device())
+        if not bool(value.all()):
             raise GraftError("GC145", check.message, hint="the source model refuses this call as well")
-
-
-@torch.no_grad()
-def _value(
-    graph: fx.Graph, present: Mapping[str, Any], tensor: Callable[[str], Tensor], device: torch.device
-) -> Tensor:
-    values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            return values[node.args[0][0]]  # type: ignore[no-any-return]
-        if node.op == "placeholder":
-            values[node] = present[str(node.target)]
-        elif node.op == "get_attr":
-            values[node] = tensor(str(node.target))
-        else:
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-            if takes_device(node.target):
-                kwargs = {**kwargs, "device": device}
-            values[node] = node.target(*args, **kwargs)
-    raise AssertionError("a graph without an output")
 
 
 def checks_of(program: Program, messages: list[str]) -> tuple[InputCheck, ...]:

@@ -203,7 +203,7 @@ def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
 
 
 def _without_a_batch(error: GraftError, prepared: Prepared) -> GraftError:
-    """What looks at the rows of a batch says so where there are layers alone, whose inputs need not have one."""
+    """Turn GC037 into GC149: the inputs of layers need not have a batch axis, so nothing can choose per row."""
     if error.code != "GC037":
         return error
     name = type(prepared.source).__name__

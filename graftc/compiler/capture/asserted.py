@@ -1,4 +1,4 @@
-"""Checks on values that run while a model is traced: what each is about, and those that no graph may rest on."""
+"""Value checks made while a model is traced: describe each one, and refuse those a graph must not depend on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftc.compiler.capture.refusals import UntraceableError, of_the_model
 
 @contextmanager
 def noted(asserted: list[str]) -> Iterator[None]:
-    """Inside, what each check on values is about goes to a list, as far as the code that makes it says."""
+    """Append a description of every value check made inside the block to a list."""
     original: Any = torch._check_tensor_all
 
     def check(condition: Any, message: Any = None) -> None:
@@ -30,9 +30,9 @@ def noted(asserted: list[str]) -> Iterator[None]:
 
 
 def _about(message: Any) -> str:
-    """What a check that is being made says is wrong, without the values, and the file and line that asks for it.
+    """Describe the check being made: its message without values, and the file and line it stands at.
 
-    transformers has the message in the function that makes the check.
+    transformers keeps the message in the helper that makes the check.
     """
     for frame, line in traceback.walk_stack(inspect.currentframe()):
         code = frame.f_code

@@ -31,13 +31,7 @@ from graftc.compiler.capture.asserted import hold_for_all_values, noted
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.interface import is_transformers
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
-from graftc.compiler.capture.refusals import (
-    UntraceableError,
-    by_values,
-    in_any_trace,
-    not_captured,
-    require_products,
-)
+from graftc.compiler.capture.refusals import UntraceableError, by_values, in_any_trace, not_captured, require_products
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.input_checks import checks_of

@@ -71,7 +71,7 @@ _OF_TRACERS = (
     DynamicOutputShapeException,
     UntraceableError,
 )
-"""What tracers raise where Python asks for values, and models never do."""
+"""Errors that tracers raise when Python asks for a value; models never raise them."""
 
 
 def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> bool:
@@ -109,7 +109,7 @@ def by_values(error: BaseException | None) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """What a failed trace says in a line, and where in the model's code that was."""
+    """Return the first line of a failed trace's error, with the place in the model's code."""
     if isinstance(error, GraftError):
         return error.message
     place = _place(error)
@@ -147,8 +147,7 @@ _ASKED: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar("what a
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Inside, a model runs once to see what it raises itself, whatever is tried to capture it with inputs of the same
-    values."""
+    """Inside, run a model at most once to see what it raises itself, however many captures of the same inputs fail."""
     token = _ASKED.set({})
     try:
         yield
@@ -168,7 +167,7 @@ def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Excepti
 
 
 def _run_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
-    """The same, by running it."""
+    """Run a copy of the inputs through the model, and return what it raises."""
     tensors = [*model.parameters(), *model.buffers(), *inputs.values()]
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None

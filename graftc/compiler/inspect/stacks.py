@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def _level(layers: Collection[str], elements: Collection[str] | None) -> StackLe
     return "layers" if set(layers).intersection(elements) else "none"
 
 
-def _reason(row: str, level: StackLevel, why: Any) -> str:
+def _reason(row: str, level: StackLevel, why: Mapping[str, str]) -> str:
     if level == "none":
         return "the inputs shown do not call it"
-    return str(why.get(row if level == "modules" else "", "")) if level != "graph" else ""
+    return why.get(row if level == "modules" else "", "") if level != "graph" else ""

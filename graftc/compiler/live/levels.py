@@ -168,7 +168,7 @@ class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _OfMemory(TorchFunctionMode):
-    """The same for what reads the memory of a tensor and calls no operator."""
+    """Note reads of a tensor's memory that call no operator."""
 
     def __init__(self, values: _ReadValues) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a model's Python does to the result of an element, as far as that can be a part of the element's graph.
+"""Operations that a model's Python applies to an element's result, and that can become part of the element's graph.
 
 A loss over a vocabulary is such a part: in one graph with the head, logits can be made a few rows at a time.
 """
@@ -66,7 +66,7 @@ class FollowingCall:
         return _NAMES[self.function]
 
     def run(self, results: Sequence[Any]) -> Any:
-        """What the function gives, with the results so far."""
+        """Call the function, given the results so far."""
         return self.function(*put_in(self.args, results), **put_in(dict(self.kwargs), results))
 
 
@@ -81,7 +81,7 @@ def function_of(name: str) -> Any:
 
 
 def put_in(value: Any, results: Sequence[Any]) -> Any:
-    """A value with results in the place of what stands for them."""
+    """Replace every `ResultNumber` in a value by its result."""
     if isinstance(value, ResultNumber):
         return results[value.number]
     if type(value) in (tuple, list):
