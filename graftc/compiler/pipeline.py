@@ -15,13 +15,12 @@ from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.refusals import told
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import runs_anywhere
 from graftc.compiler.live.refusals import refuse_read
 from graftc.compiler.preparing import Level, Prepared, explained, prepare
 from graftc.compiler.signatures import add_first
 from graftc.compiler.source_watch import SourceWatch
 from graftc.passes.core.build.initial import Initial
-from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.elements.calls import CALLS
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -74,13 +73,13 @@ def compile_model(
     Raises:
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
-    if elements_in(flags):  # those of a Compilation that there has been
+    if any(name == CALLS for name, _ in flags):  # those of a Compilation that there has been
         start = replace(start, level="layers")
     try:
         return _compiled(spec, model, axes, flags, start)
     except GraftError as error:
         asked = start.level is not None or spec.capture == "graph"
-        if asked or error.code not in _NO_GRAPH or not runs_anywhere(model):
+        if asked or error.code not in _NO_GRAPH or not _has_values(model):
             raise
         whole = error
     # Not while that error is handled: it would be the context of every other one, which says why a trace has failed.
@@ -91,6 +90,11 @@ def compile_model(
             details = (*whole.details, f"taken apart: {error.message}")
             raise GraftError(whole.code, whole.message, hint=whole.hint, details=details) from error
         raise
+
+
+def _has_values(model: nn.Module) -> bool:
+    """Whether a model can be run."""
+    return all(tensor.device.type != "meta" for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _why(refused: GraftError) -> str:

@@ -15,6 +15,7 @@ from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.verify import verify
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import perturb
 from tests.families import tiny
 
 aten = torch.ops.aten
@@ -215,6 +216,33 @@ def test_no_gradient_path(how: str, program: Program, compilation: Any) -> None:
         verify(program, compilation.store, "some pass")
     assert error.value.code == "GC023"
     assert "attention.self.query.graftc.lora." in error.value.message
+
+
+class Scaling(torch.nn.Module):
+    """What a map gives goes into a slice of a value, in place, and nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(2))
+        self.head = torch.nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            y = x.clone()
+            y[..., :4] *= layer(x)[..., :4]
+            x = y
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def test_a_gradient_path_may_lead_through_a_write_in_place() -> None:
+    model, x = Scaling(), torch.randn(3, 6)
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layers.*"}}]}
+    compiled = graftc.compile(spec, model, (x,), cache=False)
+    perturb(compiled)
+    compiled(x).square().sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in compiled.parameters() if p.requires_grad and p.grad is not None)
+    assert sum(p.grad is not None for p in compiled.parameters()) == 4
 
 
 def test_every_program_of_the_compilation_is_held(compilation: Any) -> None:

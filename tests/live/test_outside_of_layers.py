@@ -260,3 +260,36 @@ def test_it_warms_up() -> None:
     compiled.warm_up({"x": X})
     assert all(torch.equal(tensor, before[name]) for name, tensor in compiled.state_dict().items())
     assert torch.equal(compiled.eval()(X), model(X))
+
+
+class Notes:
+    """No tensor, plain value or container of these."""
+
+
+class Noting(Layer):
+    """A layer that is called with what no graph takes."""
+
+    def forward(self, x: Tensor, notes: Notes | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class HandsNotes(Plain):
+    """Hands one on."""
+
+    layer = Noting
+
+    def through(self, x: Tensor) -> Tensor:
+        notes = Notes()
+        for layer in self.layers:
+            x = layer(x, notes)
+        return x
+
+
+def test_what_a_layer_is_called_with_is_said_where_no_graph_takes_it() -> None:
+    model = HandsNotes()
+    compiled = graftc.compile(SPEC, model, (X,), cache=False)
+    (stack,) = compiled.report.stacks
+    assert stack.level == "modules" and "layers.0 is called with a Notes" in stack.reason
+    assert torch.equal(compiled(X), model(X))
+    with pytest.raises(graftc.GraftError, match=r"layers\.0 is called with a Notes"):
+        graftc.compile({**SPEC, "capture": "layers"}, model, (X,), cache=False)

@@ -102,6 +102,28 @@ def test_what_writes_to_a_parameter_is_refused_and_not_done() -> None:
     assert torch.equal(source.inner.weight, before)
 
 
+class Bounding(Keeping):
+    """Holds a weight to bounds that it is within, as Gemma 3n does in train mode."""
+
+    def keep(self, y: Tensor, rows: int) -> Tensor:
+        if self.training:
+            self.inner.weight.data.clamp_(-100, 100)
+        return y * rows
+
+
+def test_writing_the_values_that_are_there_is_no_change() -> None:
+    source = Bounding()
+    before = source.inner.weight.clone()
+    compiled = graftc.compile(SPEC, source, (SHORT,), cache=False).train()
+    assert torch.equal(compiled(LONG), source(LONG))
+    compiled(LONG).square().sum().backward()
+    assert torch.equal(source.inner.weight, before)
+    with torch.no_grad():
+        source.inner.weight.mul_(1e6)
+    with pytest.raises(graftc.GraftError, match=r"writes to the parameter inner\.weight"):
+        graftc.compile(SPEC, source, (SHORT,), cache=False)
+
+
 def test_in_inference_mode_too() -> None:
     source = Counting()
     compiled = graftc.compile(SPEC, source, (SHORT,), cache=False).train()

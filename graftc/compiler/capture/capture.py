@@ -37,6 +37,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.input_checks import checks_of
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
+from graftc.passes.core.elements.separate import separate
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import calls, expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
@@ -152,6 +153,7 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
     if assigned and result.alike:
         return None
     result.traced.mode, result.traced.flags = request.mode, request.flags
+    separate(result.traced)
     result.notes, result.assigned = (*notes, *fixed_notes(axes, result.traced.inputs)), tuple(assigned)
     return result
 

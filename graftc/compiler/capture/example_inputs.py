@@ -59,10 +59,11 @@ def samples_on(
     axes = _sizes(program, sizes, held or {})
     inputs: dict[str, Tensor] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        rows = None if spec.dtype.is_floating_point else _table_rows(node)
         shape = [size_of(size, axes) if isinstance(size, str) else size for size in spec.shape]
         if spec.dtype.is_floating_point:
             value = torch.randn(shape, generator=generator).to(spec.dtype)
-        elif (rows := _table_rows(node)) is not None:
+        elif rows is not None:
             value = torch.randint(0, rows, shape, generator=generator, dtype=spec.dtype)
             value = _with_padding(value, rows, config, front)
         else:

@@ -1,4 +1,4 @@
-"""Watch how operators use a model's parameters while it runs: reads are noted, and writes are refused."""
+"""Watch how operators use a model's parameters while it runs: reads are noted, and writes of other values refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @contextmanager
 def reads_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, a write to a parameter of a model is an error, GC030, and does not happen.
+    """Inside, writing other values to a parameter of a model is an error, GC030, and does not happen.
 
     Args:
         model: whose parameters.
@@ -34,7 +34,8 @@ def observed(mode: TorchDispatchMode) -> Iterator[None]:
 
 
 class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which parameters of a model operators read while somebody asks; a write to one is GC030 and not done.
+    """Notes which parameters of a model operators read while somebody asks; writing other values to
+    one is GC030 and not done.
 
     Args:
         model: whose parameters.
@@ -58,16 +59,41 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         options = kwargs or {}
         schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            for index, argument in enumerate(schema.arguments):
-                value = args[index] if index < len(args) else options.get(argument.name)
-                if argument.is_write and isinstance(value, Tensor) and (name := self._name(value)) is not None:
-                    hint = "a forward may change buffers, and nothing else"
-                    raise GraftError("GC030", f"the Python of {self._model} writes to the parameter {name}", hint=hint)
+        written = self._written(schema, args, options) if schema is not None and schema.is_mutable else {}
+        if written:
+            return self._tried(func, args, options, written)
         if self._asked() and not _is_view(schema):
             tensors = (leaf for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor))
             self.read |= {name: None for tensor in tensors if (name := self._name(tensor)) is not None}
         return func(*args, **options)
+
+    def _written(self, schema: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+        """The parameters that an operator writes to, with their names, by the names of its arguments."""
+        found: dict[str, tuple[str, Tensor]] = {}
+        for index, argument in enumerate(schema.arguments):
+            value = args[index] if index < len(args) else options.get(argument.name)
+            if argument.is_write and isinstance(value, Tensor) and (name := self._name(value)) is not None:
+                found[argument.name] = name, value
+        return found
+
+    def _tried(
+        self, func: Any, args: tuple[Any, ...], options: Mapping[str, Any], written: Mapping[str, tuple[str, Tensor]]
+    ) -> Any:
+        """What an operator gives that would write the values that are there, such as a clamp of weights within its
+        bounds: it writes to copies.
+
+        Raises:
+            GraftError: GC030, it would write others.
+        """
+        copies = {id(tensor): tensor.clone() for _, tensor in written.values()}
+        originals = {id(copies[id(tensor)]): tensor for _, tensor in written.values()}
+        swapped = pytree.tree_map(lambda leaf: copies.get(id(leaf), leaf), (args, dict(options)))
+        result = func(*swapped[0], **swapped[1])
+        for name, tensor in written.values():
+            if not torch.equal(copies[id(tensor)], tensor):
+                hint = "a forward may change buffers, and nothing else"
+                raise GraftError("GC030", f"the Python of {self._model} writes to the parameter {name}", hint=hint)
+        return pytree.tree_map(lambda leaf: originals.get(id(leaf), leaf), result)
 
     def _name(self, tensor: Tensor) -> str | None:
         return self._names.get(_memory(tensor)) if tensor.numel() else None

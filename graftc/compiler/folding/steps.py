@@ -145,7 +145,8 @@ def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str],
         compilation: what is folded.
         names: of which adaptations.
     """
-    cast, exact = as_cast(compilation, names), LazyTensors(compilation.store, fold_steps(compilation, names))
+    steps = fold_steps(compilation, names)
+    cast, exact = as_cast(compilation, names), LazyTensors(compilation.store, steps)
     return lambda name: cast.folded(name).double().sub_(exact.folded(name))
 
 
@@ -156,7 +157,8 @@ def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
         compilation: what is folded.
         names: of which adaptations.
     """
-    return LazyTensors(compilation.store, fold_steps(compilation, names, _casting(compilation)))
+    steps = fold_steps(compilation, names, _casting(compilation))
+    return LazyTensors(compilation.store, steps)
 
 
 def _casting(compilation: Compilation) -> Read:

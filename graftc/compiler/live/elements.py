@@ -19,6 +19,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls, write_calls
 from graftc.passes.core.elements.layer_cache import cache_among, news_of
+from graftc.passes.core.elements.tables import contents, put_since, tables_among
 from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -50,13 +51,18 @@ class Elements:
                 tensors.append(inputs[name])
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
             args, kwargs = structure.build(module, tensors)
-            before = _held(args), _held(kwargs)
+            before, tables = (_held(args), _held(kwargs)), tables_among(args, kwargs)
+            in_tables = contents(tables)
             found[path] = structure.finish(module(*args, **kwargs), module, tensors)
             if before != (_held(args), _held(kwargs)):
                 message = f"{path} puts something into a list or dict that it is called with"
                 raise GraftError("GC030", message, hint="a graph gives nothing but its results")
+            if structure.cached or structure.tabled:
+                found[path] = {"result": found[path]}
             if structure.cached:
-                found[path] = {"result": found[path], "new": news_of(cache_among(args, kwargs))}
+                found[path]["new"] = news_of(cache_among(args, kwargs))
+            if put := put_since(tables, in_tables):
+                found[path]["put"] = put
         return found
 
 
@@ -86,11 +92,6 @@ def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
         tables = vars(union.get_submodule(path))
         tables.update({name: type(tables[name])() for name in CALL_HOOKS if tables[name]})
     return union
-
-
-def runs_anywhere(model: nn.Module) -> bool:
-    """Whether a model can be run: it has values."""
-    return all(tensor.device.type != "meta" for tensor in (*model.parameters(), *model.buffers()))
 
 
 def layers_of(model: nn.Module) -> list[str]:

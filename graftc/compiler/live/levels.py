@@ -76,6 +76,9 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
         if known[kind]:
             reasons.setdefault(row, known[kind])
     whole = [path for path in layers if path in calls and path.rpartition(".")[0] not in reasons]
+    for path in layers:
+        if path in seen.untaken:
+            reasons.setdefault(path.rpartition(".")[0], seen.untaken[path])
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
     reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}

@@ -30,12 +30,14 @@ class RecordedRun:
         read: names of the parameters that its own Python read between elements.
         entered: elements of which that Python knows more than that they are called, each with what it does: it calls
             a module inside, or sets an attribute.
+        untaken: elements that are called with what no graph takes, each with what that is.
     """
 
     calls: Recorded
     written: tuple[str, ...]
     read: tuple[str, ...]
     entered: Mapping[str, str]
+    untaken: Mapping[str, str]
 
 
 def record(model: nn.Module, paths: Sequence[str], run: Callable[[nn.Module], Any]) -> RecordedRun:
@@ -70,7 +72,7 @@ def record(model: nn.Module, paths: Sequence[str], run: Callable[[nn.Module], An
             watch.begin()
             _run_if_it_runs(own, run)
     written = tuple(name for name, (buffer, count) in before.items() if version(buffer) != count)
-    return RecordedRun(calls, written, tuple(uses.read), watch.entered)
+    return RecordedRun(calls, written, tuple(uses.read), watch.entered, watch.untaken)
 
 
 def _run_if_it_runs(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
@@ -123,6 +125,7 @@ class _Watch:
         self.active: list[str] = []
         self.calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
         self.entered: dict[str, str] = {}
+        self.untaken: dict[str, str] = {}
         self._model = model
         self._layers = {path for path in paths if layer_path(path) == path}
         outer = [path for path in paths if path in self._layers or layer_path(path) not in self._layers]
@@ -176,7 +179,8 @@ class _Watch:
             if wanted and path not in self.calls:
                 try:
                     structure, tensors = CallStructure.of(path, module, args, kwargs)
-                except GraftError:  # it takes what no graph takes, and stays the model's own Python
+                except GraftError as error:  # it stays the model's own Python
+                    self.untaken.setdefault(path, error.message)
                     return
                 self.calls[path] = structure, without_autocast(tensors, module)
 

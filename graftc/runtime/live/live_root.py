@@ -21,6 +21,7 @@ from graftc.compiler.signatures import add_signature
 from graftc.passes.core.elements.behind import FollowingCall
 from graftc.passes.core.elements.calls import CallStructure, calls_in, elements_in, input_name
 from graftc.passes.core.elements.layer_cache import cache_among, write_back
+from graftc.passes.core.elements.tables import put_into, tables_among
 from graftc.passes.core.ir.program import InputSpec, Program
 from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
 from graftc.passes.core.weights.sharding import is_unit
@@ -281,9 +282,11 @@ def run_element(
     code: ElementCode = runner.shown.executables[key].known[ELEMENTS][path]
     results = code.run(runner.module, *(inputs[name] for name in code.inputs))
     made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
-    if not structure.cached:
+    if not structure.cached and not structure.tabled:
         return made
-    write_back(cache_among(args, kwargs), module, made["new"])
+    if structure.cached:
+        write_back(cache_among(args, kwargs), module, made["new"])
+    put_into(tables_among(args, kwargs), made.get("put", {}))
     return made["result"]
 
 

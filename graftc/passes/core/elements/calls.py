@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import UserDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from graftc.passes.core.elements.behind import FollowingCall, ResultNumber, function_of
 from graftc.passes.core.elements.layer_cache import cache_among, describe, stand_in
+from graftc.passes.core.elements.tables import is_table, tables_among
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -75,11 +77,14 @@ class CallStructure:
                 return {"ellipsis": None}
             if type(value) in (tuple, list):
                 return {type(value).__name__: [described(item) for item in value]}
+            if is_table(value):
+                return {"table": [[key, described(item)] for key, item in value.items()]}
             if isinstance(value, dict) and all(isinstance(key, str) for key in value):
                 return {"dict": [[key, described(item)] for key, item in value.items()]}
             hint = "a graph takes tensors, plain values, and tuples, lists and dicts of these"
             raise GraftError("GC031", f"{path} is called with a {type(value).__name__}", hint=hint)
 
+        tables_among(args, kwargs)
         found = [described(tuple(args)), described(kwargs)]
         if steps:
             found.append([[step.name, described(step.args), described(dict(step.kwargs))] for step in steps])
@@ -108,6 +113,11 @@ class CallStructure:
         """Whether a cache is among the arguments: what is new in it comes out beside the result."""
         return '{"cache": ' in self.text
 
+    @property
+    def tabled(self) -> bool:
+        """Whether a table is among the arguments: what is put into it comes out beside the result."""
+        return '{"table": ' in self.text
+
 
 def _built(node: dict[str, Any], module: nn.Module, tensors: Sequence[Tensor]) -> Any:
     """A value out of its description; see `CallStructure.of`."""
@@ -125,6 +135,7 @@ def _built(node: dict[str, Any], module: nn.Module, tensors: Sequence[Tensor]) -
         "slice": lambda: slice(*map(inner, held)),
         "ellipsis": lambda: Ellipsis,
         "dict": lambda: {key: inner(item) for key, item in held},
+        "table": lambda: UserDict({key: inner(item) for key, item in held}),
         "tuple": lambda: tuple(map(inner, held)),
         "list": lambda: list(map(inner, held)),
     }

@@ -147,13 +147,17 @@ def _past_in(cache: Any, layer: int) -> Pair | None:
     Raises:
         TypeError: for a cache that does more than to put new tokens behind earlier ones.
     """
+    from transformers import cache_utils
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    nothing = getattr(cache_utils, "DummyLayer", None)  # of a layer that reads another's keys and values
     if type(cache) is not DynamicCache or cache.offloading:
         raise TypeError(type(cache).__name__)
     if layer >= len(cache.layers):
         return None
     held: Any = cache.layers[layer]
+    if type(held) is nothing:
+        return None
     if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(held, "record_past", False):
         raise TypeError(type(held).__name__)
     return (held.keys, held.values) if held.get_seq_length() else None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.ir.history import nodes_in
 from graftc.passes.core.ir.program_key import Mode
 
 aten = torch.ops.aten
@@ -67,10 +66,9 @@ class Memory:
         return all(self._written.isdisjoint(self.roots(node)) for node in nodes)
 
     def _of(self, values: Iterable[Any]) -> frozenset[fx.Node]:
-        found: frozenset[fx.Node] = frozenset()
-        for value in values:
-            found = found.union(*(self._roots[source] for source in nodes_in(value)))
-        return found
+        found: set[fx.Node] = set()
+        fx.map_arg(tuple(values), lambda source: found.update(self._roots[source]))
+        return frozenset(found)
 
 
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import Bodies, FunctionCall, call, calls, renamed
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.store import Store
@@ -62,6 +64,7 @@ class _Reached:
     def __init__(self, program: Program, bodies: Bodies) -> None:
         self.tensors: set[str] = set()
         self._bodies = bodies
+        self._writers = _Writers(program.graph)
         self._known: dict[Any, tuple[list[fx.Node], list[fx.Node]]] = {}
         reached: set[fx.Node] = set()
         pending = [node for node in program.output_node.all_input_nodes if _carries_gradient(node)]
@@ -79,18 +82,36 @@ class _Reached:
         its own tensors that do are reached."""
         source = node.args[0] if node.target is operator.getitem else None
         if not isinstance(source, fx.Node) or source.target is not call:
-            return [] if node.target is call else node.all_input_nodes
+            return [] if node.target is call else [*node.all_input_nodes, *self._writers.of(node)]
         one, index = FunctionCall(source), node.args[1]
         key = (one.body, *one.given, *one.made, index)
         if key not in self._known:
-            self._known[key] = _leading_to(one, one.made[index], self._bodies.region(one))  # type: ignore[index]
+            made: fx.Node = one.made[index]  # type: ignore[index]
+            self._known[key] = _leading_to(one, made, self._bodies.region(one), self._writers)
         sources, tensors = self._known[key]
         self.tensors |= {renamed(str(tensor.target), one.body, one.path) for tensor in tensors}
         inputs = dict(zip(one.given, one.inputs, strict=True))
         return [inputs.get(each, each) for each in sources]
 
 
-def _leading_to(one: FunctionCall, made: fx.Node, computed: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+class _Writers:
+    """What is written in place to the memory of values: ``x[:, :4] *= y`` makes ``x`` depend on ``y``."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._memory = Memory(graph)
+        self._by_root: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node, roots in self._memory.writes.items():
+            for root in roots:
+                self._by_root[root].append(node)
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write to a value, or to what it is a view of."""
+        return [writer for root in self._memory.roots(node) for writer in self._by_root.get(root, ())]
+
+
+def _leading_to(
+    one: FunctionCall, made: fx.Node, computed: Sequence[fx.Node], writers: _Writers
+) -> tuple[list[fx.Node], list[fx.Node]]:
     """Values from outside of a body, and tensors, from which a gradient path leads to one of those that it has made."""
     inside, given = set(computed), set(one.given)
     sources: dict[fx.Node, None] = {}
@@ -106,5 +127,5 @@ def _leading_to(one: FunctionCall, made: fx.Node, computed: Sequence[fx.Node]) -
         elif node in given or node not in inside:
             sources[node] = None
         else:
-            pending += node.all_input_nodes
+            pending += [*node.all_input_nodes, *writers.of(node)]
     return list(sources), list(tensors)
