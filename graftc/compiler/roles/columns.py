@@ -215,7 +215,7 @@ class Columns:
         if name in POOLING:
             return self._of_first(node, self._pooled)
         if name in RESIZING or node in self.flow.depthwise:
-            return self._of_first(node, self._resized)
+            return self._of_first(node, self._resized_first)
         target = node.target
         tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
         if torch.Tag.pointwise in tags or name in POINTWISE:
@@ -289,9 +289,19 @@ class Columns:
         index = index.expand(shape)
         return (index, None) if pair else index
 
+    def _resized_first(self, node: fx.Node, index: Tensor) -> Any:
+        """The same of an operator that gives places beside its values."""
+        value = node.meta["val"]
+        if not isinstance(value, list | tuple):
+            return self._resized(node, index)
+        made = self._resized_to(self.flow.sizes.shape(value[0]), index)
+        return None if made is None else (made, *(None for _ in value[1:]))
+
     def _resized(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """What changes sizes along other axes than the columns' own keeps columns."""
-        shape = self.shape(node)
+        return self._resized_to(self.shape(node), index)
+
+    def _resized_to(self, shape: tuple[int, ...], index: Tensor) -> Tensor | None:
         if len(shape) != index.dim() or not index.numel():
             return None
         axes = self.once(varying, index)
