@@ -27,7 +27,8 @@ class Counting(nn.Module):
     def forward(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         marks = ids == 7
         torch._check_tensor_all(
-            marks.sum() == features.shape[0] * features.shape[1], lambda: "marks and features differ, so"
+            marks.sum().to(features.device, torch.int64) == features.shape[0] * features.shape[1],
+            lambda: "marks and features differ, so",
         )
         mask = marks[..., None].expand(-1, -1, 8)
         return self.embed(ids).masked_scatter(mask, self.up(features).flatten(0, 1))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.cleaning import on_device
 from graftc.passes.core.ir.program import map_nodes
 
 aten = torch.ops.aten
@@ -56,8 +56,8 @@ def evaluate_all(
             left[source] -= 1
             if not left[source]:
                 del values[source]
-        where = {"device": device} if device is not None and takes_device(node.target) else {}
-        values[node] = _call(node.target, args, {**kwargs, **where})
+        args, kwargs = on_device(node.target, args, kwargs, device)
+        values[node] = _call(node.target, args, kwargs)
         del args, kwargs
     return [values[output] for output in outputs]
 

@@ -21,7 +21,7 @@ from graftc.compiler.capture.identity.sources import home_of_module
 from graftc.compiler.capture.past import PAST, POSITIONS
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import is_sum
-from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.cleaning import on_device
 from graftc.passes.core.ir.functions import Bodies, FunctionCall, call, calls, renamed
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes
@@ -305,8 +305,9 @@ def _interpret(
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
         if (known := None if kwargs else products.again(node.target, args)) is not None:
             return known
-        where, operator = {"device": device} if takes_device(node.target) else {}, cast("Any", node.target)
-        return operator(*args, **{**kwargs, **where})
+        operator = cast("Any", node.target)
+        args, kwargs = on_device(operator, args, kwargs, device)
+        return operator(*args, **kwargs)
 
     def called(one: FunctionCall) -> list[Any]:
         body, path, made = one.body, one.path, one.made

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.cleaning import on_device
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import InputSpec, Program, follow, map_nodes
 from graftc.passes.core.weights.store import Store
@@ -73,8 +73,8 @@ def computed(
             values[node] = tensor(str(node.target)).detach()
         else:
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: values[follow(n, links)])
-            where = {"device": device} if device is not None and takes_device(node.target) else {}
-            values[node] = node.target(*args, **{**kwargs, **where})  # type: ignore[operator]
+            args, kwargs = on_device(node.target, args, kwargs, device)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return [values[node] for node in nodes]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,24 @@ def live(program: Program) -> set[fx.Node]:
             found.add(node)
             pending += node.all_input_nodes
     return found
+
+
+def on_device(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Arguments with which an operator makes its tensor on a device: where it names one, this one takes its place.
+
+    Args:
+        target: an operator, or any other function, whose arguments stay as they are.
+        args, kwargs: its arguments.
+        device: None for what the arguments say.
+    """
+    if device is None or not takes_device(target):
+        return args, kwargs
+    place = next(i for i, argument in enumerate(target._schema.arguments) if argument.name == "device")
+    if place < len(args):
+        return (*args[:place], device, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "device": device}
 
 
 def takes_device(target: Any) -> bool:
