@@ -153,7 +153,8 @@ def _projection(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
     for node in reversed(path):
         if node is not found and op_name(node) not in _ARRANGING:
             return found
-        if labels.flow.sizes.shape(node.meta["val"]) == shape:
+        value = node.meta["val"]  # a split gives a list
+        if isinstance(value, Tensor) and labels.flow.sizes.shape(value) == shape:
             return node
     return found
 

@@ -1,4 +1,4 @@
-"""Pooling that gives places beside its values, in the middle of a model whose roles are read."""
+"""Operators that give several values, in the middle of a model whose roles are read."""
 
 from __future__ import annotations
 
@@ -37,6 +37,33 @@ def test_roles_are_read_through_pooling_that_gives_places() -> None:
     compiled = graftc.compile(spec, model, {"x": x}, cache=False)
     with torch.no_grad():
         assert torch.equal(compiled(x=x), model(x))
+    perturb(compiled)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.merge()(x=x), compiled(x=x), rtol=1e-5, atol=1e-5)
+
+
+class Halved(nn.Module):
+    """A branch that is half of what its map gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            x = x + outer(torch.tanh(inner(x))).chunk(2, -1)[0]
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def test_roles_are_read_where_a_branch_is_half_of_what_its_map_gives() -> None:
+    model, x = Halved().eval(), torch.randn(2, 5, 8)
+    found = graftc.roles(model, {"x": x}, cache=False)
+    assert found.having("head")
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "outer.*"}}]}
+    compiled = graftc.compile(spec, model, {"x": x}, cache=False)
     perturb(compiled)
     with torch.no_grad():
         torch.testing.assert_close(compiled.merge()(x=x), compiled(x=x), rtol=1e-5, atol=1e-5)
