@@ -293,3 +293,23 @@ def test_what_a_layer_is_called_with_is_said_where_no_graph_takes_it() -> None:
     assert torch.equal(compiled(X), model(X))
     with pytest.raises(graftc.GraftError, match=r"layers\.0 is called with a Notes"):
         graftc.compile({**SPEC, "capture": "layers"}, model, (X,), cache=False)
+
+
+class Keyed(Plain):
+    """A map whose name is no identifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"2-1": nn.Linear(8, 8)})
+
+    def through(self, x: Tensor) -> Tensor:
+        return self.parts["2-1"](super().through(x))  # type: ignore[no-any-return]
+
+
+def test_names_of_modules_need_not_be_identifiers() -> None:
+    model = Keyed()
+    spec = {"adapt": [{**LORA, "target": {"modules": ["**.up", "parts.2-1"]}}]}
+    compiled = graftc.compile(spec, model, (X,), cache=False)
+    assert torch.equal(compiled(X), model(X))
+    perturb(compiled)
+    torch.testing.assert_close(compiled.merge()(X), compiled(X), rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import UserDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -162,8 +163,9 @@ def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
 
 
 def input_name(path: str, index: int) -> str:
-    """The name of an element's tensor among the inputs of a graph."""
-    return f"{path.replace('.', '__')}__{index}"
+    """The name of an element's tensor among the inputs of a graph, of characters that a parameter's name may have."""
+    name = re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", path.replace(".", "__"))
+    return f"{name}__{index}"
 
 
 def write_calls(calls: Iterable[tuple[str, CallStructure]]) -> str:
