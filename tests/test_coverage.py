@@ -19,10 +19,14 @@ import transformers as tf
 
 import graftc
 from tools.coverage import examine, page, run
-from tools.coverage.build import build
-from tools.coverage.catalogue import Entry, entries, rows
+from tools.coverage.build import Built, build
+from tools.coverage.catalogue import Entry, entries
+from tools.coverage.diffusion import diffusion_model
 from tools.coverage.inputs import BATCH, running
+from tools.coverage.levels import KINDS, LEVELS, called_maps, compile_maps, levels
+from tools.coverage.page_levels import level_counts
 from tools.coverage.shrink import VOCABULARY, Plan, shrink
+from tools.coverage.text import clean
 
 DOCS = run.ROOT / "docs"
 AGAIN = ("BertForSequenceClassification", "GPT2LMHeadModel", "ViTForImageClassification")
@@ -62,16 +66,33 @@ def test_json_is_in_its_canonical_form() -> None:
 
 
 def test_every_entry_of_the_installed_tables_is_in_the_list() -> None:
-    same_versions("transformers")
+    same_versions(*run.LIBRARIES)
     listed = {(table, record["class"]) for record in records() for table in record["tables"]}
-    assert listed == {(table, name) for table, _, name in rows()}
+    assert listed == {(table, entry.name) for entry in entries() for table in entry.tables}
 
 
 def test_enough_architectures_are_built_and_nearly_all_with_attention_fold() -> None:
-    count = page.totals(records())
-    assert count["built"] >= 240
-    assert count["attention"] >= 200
+    count = page.totals(record for record in records() if record["model_type"])
+    assert count["built"] >= 500
+    assert count["attention"] >= 400
     assert count["folds"] >= 0.95 * count["attention"]
+
+
+def test_nearly_all_that_are_built_are_graphs_of_layers_or_better() -> None:
+    count = level_counts(records())
+    assert count["built"] >= 700
+    assert count["graph"] + count["layers"] >= 0.97 * count["built"]
+    assert count["refused"] <= 0.01 * count["built"]
+
+
+def test_each_class_that_is_built_has_a_level_or_a_refusal() -> None:
+    for record in records():
+        assert (record.get("level") in LEVELS) is (record["built"] and not record.get("refused")), record
+        stacks = record.get("stacks", {})
+        assert set(stacks.values()) <= {*LEVELS, "none"}, record
+        assert not stacks or stacks[record["main"]] == record["level"], record
+        if record["built"] and record.get("level") != "graph":
+            assert record.get("reason") or record.get("refused") or record.get("in_the_way"), record
 
 
 def test_whatever_did_not_come_through_has_a_reason() -> None:
@@ -187,6 +208,64 @@ def test_inputs_are_found_from_the_interface(model: Any, names: list[str]) -> No
     assert all(value.shape[0] == BATCH for value in inputs.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "model_type", "places"),
+    [
+        ("LlavaForConditionalGeneration", "llava", "image_token_id"),
+        ("Qwen2VLForConditionalGeneration", "qwen2_vl", "image_token_id"),
+        ("VoxtralForConditionalGeneration", "voxtral", "audio_token_id"),
+    ],
+    ids=["images of one size", "images of several sizes", "sounds"],
+)
+def test_texts_have_as_many_places_as_the_model_gives_features(name: str, model_type: str, places: str) -> None:
+    built = build(Entry(name, model_type, ("multimodal LM",)))
+    ids, config = built.inputs["input_ids"], built.model.config
+    counts = (ids == getattr(config, places)).sum(-1).tolist()
+    assert min(counts) > 0
+    if model_type == "qwen2_vl":
+        sizes = built.inputs["image_grid_thw"].prod(-1) // 4
+        assert counts == sizes.tolist()
+        assert len(set(counts)) > 1
+
+
+def test_maps_with_shared_weights_and_maps_without_gradients_are_left_out() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(16, 8)
+            self.inner, self.idle, self.sorts = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+            self.head = torch.nn.Linear(8, 16, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.inner(self.table(input_ids))
+            order = self.sorts(hidden).argsort(-1)
+            logits: torch.Tensor = self.head(hidden.gather(-1, order))
+            return logits
+
+    entry = Entry("Model", "", ("causal LM",))
+    model = Model().eval().requires_grad_(False)
+    assert called_maps(Built(entry, model, {"input_ids": torch.arange(6)[None]}), KINDS[0]) == ["inner"]
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_levels_are_those_of_what_compiles() -> None:
+    built = build(Entry("Qwen2VLForConditionalGeneration", "qwen2_vl", ("multimodal LM",)))
+    found = levels(compile_maps(built), built)
+    assert found["level"] == "layers"
+    assert found["stacks"]["model.visual.blocks"] == "modules"
+    assert found["main"] == "model.language_model.layers"
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel"])
+def test_inputs_of_diffusion_models_are_found_by_trying(name: str) -> None:
+    model, inputs = diffusion_model(name)
+    with torch.no_grad():
+        model(**inputs)
+    assert {"timestep", "encoder_hidden_states"} <= inputs.keys()
+
+
 @pytest.mark.slow
 def test_an_entry_is_captured_once() -> None:
     built = build(Entry("BertForMaskedLM", "bert", ("masked LM",)))
@@ -260,7 +339,7 @@ def test_an_entry_that_takes_too_long_does_not_take_others_with_it(tmp_path: Pat
 
 
 def test_reasons_are_the_same_on_every_run() -> None:
-    first = examine.clean("at 0x7f12: s12 + u3 is wrong in /home/me/lib/x.py\nmore")
-    assert first == examine.clean("at 0x8a00: s7 + u11 is wrong in /opt/you/deep/lib/x.py")
-    assert len(examine.clean("x" * 999)) == 240
-    assert examine.clean("Error for 'x':\n    ValueError: y") == "Error for 'x': ValueError: y"
+    first = clean("at 0x7f12: s12 + u3 is wrong in /home/me/lib/x.py\nmore")
+    assert first == clean("at 0x8a00: s7 + u11 is wrong in /opt/you/deep/lib/x.py")
+    assert len(clean("x" * 999)) == 240
+    assert clean("Error for 'x':\n    ValueError: y") == "Error for 'x': ValueError: y"

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from graftc.testing.compare import outputs_of
 from tools.coverage.catalogue import Entry
 from tools.coverage.inputs import running
+from tools.coverage.libraries import other_model
 from tools.coverage.shrink import PLANS, Plan, shrink
 
 PARAMETERS = 60_000_000
 """Larger models are not built."""
 
 
+_READ_BY_SOME = {"vision_start_token_id": 100, "vision_end_token_id": 101, "audio_start_token_id": 102}
+"""What some models read and no default config of theirs has."""
+
+
 @dataclass(frozen=True)
 class Built:
     """A model that runs eagerly, in eval mode."""
 
+    entry: Entry
     model: nn.Module
-    inputs: dict[str, Tensor]
-    plan: int
+    inputs: dict[str, Any]
+    plan: int = 0
 
 
 class NotBuiltError(Exception):
@@ -36,6 +44,13 @@ def build(entry: Entry) -> Built:
     Raises:
         NotBuiltError: with the reason of the first plan, which is the likeliest to say what is wrong.
     """
+    if entry.library != "transformers":
+        try:
+            other, known = other_model(entry.library, entry.name)
+            outputs_of(randomise(other), known)
+        except Exception as error:
+            raise NotBuiltError(f"{type(error).__name__}: {error}") from error
+        return Built(entry, other.eval(), known)
     reasons: list[str] = []
     for index, plan in enumerate(PLANS):
         try:
@@ -45,21 +60,40 @@ def build(entry: Entry) -> Built:
             continue
         inputs, reason = running(model)
         if inputs is not None:
-            return Built(model, inputs, index)
+            return Built(entry, model, inputs, index)
         reasons.append(reason)
     raise NotBuiltError(reasons[0])
 
 
-def _model(entry: Entry, plan: Plan) -> nn.Module:
+def full_size(entry: Entry, paths: Sequence[str]) -> dict[str, int]:
+    """Elements of the parameters below these paths in the model of the default config; none where it is not built."""
+    try:
+        cls, config = _class_and_config(entry)
+        with torch.device("meta"):
+            model = cls(config)
+        return {path: sum(p.numel() for p in model.get_submodule(path).parameters()) for path in paths}
+    except Exception:
+        return {}
+
+
+def _class_and_config(entry: Entry) -> tuple[Any, Any]:
     auto: Any = importlib.import_module("transformers.models.auto.configuration_auto")
     transformers: Any = importlib.import_module("transformers")
     cls = getattr(transformers, entry.name)
-    config = shrink((getattr(cls, "config_class", None) or auto.CONFIG_MAPPING[entry.model_type])(), plan)
+    return cls, (getattr(cls, "config_class", None) or auto.CONFIG_MAPPING[entry.model_type])()
+
+
+def _model(entry: Entry, plan: Plan) -> nn.Module:
+    cls, config = _class_and_config(entry)
+    config = shrink(config, plan)
     if entry.tables == ("causal LM",) and getattr(config, "is_decoder", None) is False:
         config.is_decoder = not config.is_encoder_decoder
     _set(config, "use_cache", False)
     if getattr(config, "default_language", "") is None:
         config.default_language = config.languages[0]
+    for name, value in _READ_BY_SOME.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
     if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
         config.decoder_start_token_id = 0
     with torch.device("meta"):

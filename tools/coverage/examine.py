@@ -9,22 +9,25 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor, fx, nn
 
 import graftc
 from graftc.compiler.capture import capture as capturing
 from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.live.elements import is_live
 from graftc.compiler.roles.structure import Structure, place
 from graftc.runtime.compiled import Compiled
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.perturb import perturb
 from tools.coverage.build import Built, NotBuiltError, build
 from tools.coverage.catalogue import Entry
+from tools.coverage.levels import compile_maps, levels
+from tools.coverage.text import clean, describe
 
 ROLES = ("attn.q", "attn.v", "ffn.down", "experts")
 """LoRA goes on those of these roles that a model has."""
@@ -66,7 +69,7 @@ def examine(entry: Entry, detail: bool = True, progress: Callable[[Record], obje
         progress(record | {"_step": name})
 
     warnings.simplefilter("ignore")
-    record: Record = {"class": entry.name, "model_type": entry.model_type, "tables": list(entry.tables), "built": False}
+    record: Record = dict(entry.facts())
     try:
         built = build(entry)
     except NotBuiltError as error:
@@ -77,7 +80,7 @@ def examine(entry: Entry, detail: bool = True, progress: Callable[[Record], obje
             "inputs": list(built.inputs),
             "captured": False,
             "_plan": built.plan,
-            "_shapes": {name: list(value.shape) for name, value in built.inputs.items()},
+            "_shapes": {name: list(getattr(value, "shape", ())) for name, value in built.inputs.items()},
         }
         try:
             _compile(built, record, detail, step)
@@ -85,6 +88,9 @@ def examine(entry: Entry, detail: bool = True, progress: Callable[[Record], obje
             record |= {"reason": f"examining it: {describe(error)}", "_traceback": _traceback(detail)}
             if record["captured"]:
                 record["folds"] = False
+        if not record.get("folds"):
+            step("finding its level")
+            _find_level(built, record, detail)
     record["_seconds"] = round(time.process_time() - started, 1)
     return record
 
@@ -125,25 +131,44 @@ def _compile(built: Built, record: Record, detail: bool, step: Callable[[str], N
             return
         step("compiling and folding it")
         try:
-            record["sites"] = _adapt(built, target, record)
-            record["folds"] = True
+            compiled = _adapt(built, target, record)
+            record["sites"] = sum(len(resolved.sites) for resolved in compiled.compilation.main.resolved)
+            record |= {"folds": True} | levels(compiled, built, captured=True)
         except Exception as error:
             record |= {"folds": False, "reason": describe(error), "_traceback": _traceback(detail)}
             if detail and time.process_time() < ALONE:
                 record["_alone"] = {role: _alone(built, role) for role in target}
 
 
-def _adapt(built: Built, target: list[str], record: Record) -> int:
-    """Compile, compare with the base before training, stand in for training, fold; how many sites were adapted."""
+def _find_level(built: Built, record: Record, detail: bool) -> None:
+    """How much of it is a graph, where LoRA by role says nothing about it: with LoRA on every map."""
+    try:
+        compiled = compile_maps(built)
+        _compare(compiled, built, record)
+        record |= levels(compiled, built)
+    except Exception as error:
+        record |= {"refused": describe(error), "_refused": _traceback(detail)}
+
+
+def _adapt(built: Built, target: list[str], record: Record) -> Compiled:
+    """Compile, compare with the base before training, stand in for training, fold."""
     spec = {"adapt": [{"name": "coverage", "method": "lora", "rank": 2, "target": {"role": target}}]}
     compiled = graftc.compile(spec, built.model, built.inputs, cache=False)
+    _compare(compiled, built, record)
+    return compiled
+
+
+def _compare(compiled: Compiled, built: Built, record: Record) -> None:
+    """Hold it to the base before training, and, perturbed, to what it merges into."""
     inputs, base = _inputs(compiled, built)
-    adapted = outputs_of(compiled, inputs)
+    adapted = _seeded(compiled, inputs)
     with compiled.disabled():
-        captured = outputs_of(compiled, inputs)
+        captured = _seeded(compiled, inputs)
     if not same_bits(adapted, captured):
         raise DifferentError(f"no identity at init: {largest_difference(adapted, captured):.1e}")
-    if not same_bits(adapted, base):
+    if not same_bits(adapted, base) and not same_bits(base, _seeded(built.model, inputs, 1)):
+        record["draws"] = True  # how many numbers its Python draws and never reads is not in a graph
+    elif not same_bits(adapted, base):
         scale = max(1.0, *(float(t.abs().max()) for t in base if t.numel()))
         apart = largest_difference(adapted, base) / scale
         if not apart <= EAGER:
@@ -153,17 +178,27 @@ def _adapt(built: Built, target: list[str], record: Record) -> int:
     certificate = compiled.merge().certificate
     if not all(site.change > 0 for site in certificate.sites):
         raise DifferentError("a site does not change its output when its adapter is perturbed")
-    return sum(len(resolved.sites) for resolved in compiled.compilation.main.resolved)
 
 
-def _inputs(compiled: Compiled, built: Built) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Random inputs of other sizes than captured, or the example inputs where the eager model refuses those."""
-    inputs = inputs_for(compiled, SIZES)
-    try:
-        return inputs, outputs_of(built.model, inputs)
-    except Exception:
+def _inputs(compiled: Compiled, built: Built) -> tuple[dict[str, Any], list[Tensor]]:
+    """The first inputs that the eager model takes: random ones of other sizes than captured (random values never reach
+    Python that is the model's own), the first rows of the example, the example."""
+    if not is_live(compiled.compilation.model):
+        inputs = inputs_for(compiled, SIZES)
+        with suppress(Exception):
+            return inputs, _seeded(built.model, inputs)
+    if all(isinstance(value, Tensor) for value in built.inputs.values()):
         inputs = {name: value[: SIZES[0]] for name, value in built.inputs.items()}
-        return inputs, outputs_of(built.model, inputs)
+        with suppress(Exception):
+            return inputs, _seeded(built.model, inputs)
+    return built.inputs, _seeded(built.model, built.inputs)
+
+
+def _seeded(model: nn.Module, inputs: Mapping[str, Any], seed: int = 0) -> list[Tensor]:
+    """The outputs of a call that begins at one state of the random numbers: some models draw some in eval mode."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return outputs_of(model, inputs)
 
 
 def _alone(built: Built, role: str) -> str:
@@ -244,24 +279,6 @@ def _one_capture() -> Iterator[list[Any]]:
             if name.startswith("graftc.") and vars(module).get("capture") is original:
                 stack.enter_context(mock.patch.object(module, "capture", capture))
         yield found
-
-
-def describe(error: BaseException) -> str:
-    """One line that is the same on every run."""
-    if isinstance(error, GraftError):
-        return clean(f"{error.code}: {error.message}")
-    return clean(f"{type(error).__name__}: {error}")
-
-
-def clean(text: str, limit: int = 240) -> str:
-    """A line without addresses, paths and numbered symbols, cut at ``limit``."""
-    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
-    more = " ".join(part.strip() for part in text.splitlines()[1:3]) if line.endswith(":") else ""
-    line = f"{line} {more}".strip()
-    line = re.sub(r"0x[0-9a-f]+", "0x", line)
-    line = re.sub(r"\b([su])\d+\b", r"\1", line)
-    line = re.sub(r"(?<![\w:/])(/[\w.+-]+){2,}/", "", line)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _traceback(detail: bool) -> str:

@@ -14,7 +14,7 @@ VOCABULARIES = re.compile(r"vocab(_size|$)")
 TOKENS = re.compile(r"(token_id|token_index|_index|_id)$")
 POSITION_COUNTS = re.compile(r"(max|n|text|speech|source|target)_.*positions?(_embeddings)?$|^n_positions$|^n_ctx$")
 WINDOWS = re.compile(
-    r"^(sliding_window(_size)?|swa_window|attention_window(_size)?|attention_chunk_size|index_topk|local_attention)$"
+    r"^(sliding_window(_size)?|swa_window|attention_window(_size)?|attention_chunk_size|local_attention|(lsh|local)_attn_chunk_length)$"
 )
 WIDTHS = re.compile(
     r"(dim|dims|size|sizes|channels|width|inner|ff|dff|rank|embd|model|ssm|filters|d_latents)(_mlp|_global)?$"
@@ -24,3 +24,10 @@ NOT_WIDTHS = re.compile(
     r"|seq|crop|context|train_size|input_channels|capacity|codebook_size|shape|type_|coordinate|hop|sample|state_size"
     r"|d_state|num_latent|feature_size|stem_num|output_num|_model_max|unit_size|segment|codevector|xvector|tdnn"
 )
+PLACES = re.compile(r"^(image|video|audio)_(token|patch)_(id|index)$")
+FEATURE_LAYERS = re.compile(r"(vision|image|audio)_feature_layers?$")
+INDEXED = re.compile(r"^index_topk$")
+PINPOINTS = re.compile(r"_pinpoints$")
+TOKENS_OF_IMAGES = re.compile(r"^mm_tokens_per_image$")
+OF_THE_TEXT = re.compile(r"^out_hidden_size$")
+"""Widths of a tower's output, which have to be the text's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import declared
+from tools.coverage.images_in_text import texts_with_images
+from tools.coverage.lookup import find, floats, number, vocabulary
 
 BATCH, SEQUENCE, TARGET = 3, 7, 5
 SAMPLES = (6400, 16000)
@@ -21,6 +24,7 @@ Inputs = dict[str, Tensor]
 
 def candidates(model: nn.Module) -> Iterator[Inputs]:
     """Inputs by name to try: the main input with its mask, then with more of what the interface offers."""
+    yield from texts_with_images(model)
     known = _arguments(model)
     main = str(getattr(model, "main_input_name", "input_ids"))
     required = [n for n, p in known.items() if p.default is inspect.Parameter.empty and n != main]
@@ -69,23 +73,31 @@ def _ordered(inputs: Inputs, known: Mapping[str, Any]) -> Inputs:
 def _main(model: nn.Module, name: str) -> Iterator[Tensor]:
     config = model.config
     if name in ("input_ids", "decoder_input_ids", "inputs"):
-        yield _ids(config, SEQUENCE)
+        yield _ids(config, _length(config))
         if name == "inputs":
-            yield from (_floats(BATCH, samples) for samples in SAMPLES)
+            yield from (floats(BATCH, samples) for samples in SAMPLES)
             yield from _images(config)
-    elif name == "pixel_values":
+    elif name in ("pixel_values", "pixel_values_videos"):
         yield from _images(config)
-        yield _floats(BATCH, PATCHES, (_find(config, "num_channels") or 3) * (_find(config, "patch_size") or 1) ** 2)
+        yield floats(BATCH, PATCHES, (number(config, "num_channels") or 3) * (number(config, "patch_size") or 1) ** 2)
+        frames = number(config, "num_frames", "frames_per_clip") or 4
+        yield from (floats(BATCH, frames, *image.shape[1:]) for image in _images(config))
+    elif name == "past_values":
+        length = number(config, "context_length") or 64
+        yield floats(BATCH, length, number(config, "num_input_channels") or 1)
+        yield floats(BATCH, length)
+    elif name == "flattened_patches":
+        yield floats(BATCH, PATCHES, number(config, "patch_embed_hidden_size") + 2).abs()
     elif name == "input_values":
-        mels = _find(config, "num_mel_bins")
+        mels = number(config, "num_mel_bins")
         if mels:
-            yield _floats(BATCH, _find(config, "max_length") or FRAMES[0], mels)
+            yield floats(BATCH, number(config, "max_length") or FRAMES[0], mels)
         for samples in SAMPLES:
-            yield _floats(BATCH, samples)
-            yield _floats(BATCH, 1, samples)
+            yield floats(BATCH, samples)
+            yield floats(BATCH, 1, samples)
     elif name == "input_features":
         mels = (
-            _find(
+            number(
                 config,
                 "feature_projection_input_dim",
                 "num_mel_bins",
@@ -96,59 +108,40 @@ def _main(model: nn.Module, name: str) -> Iterator[Tensor]:
             )
             or 80
         )
-        positions = _find(config, "max_source_positions")
+        positions = number(config, "max_source_positions")
         if positions:
-            yield _floats(BATCH, mels, 2 * positions)
+            yield floats(BATCH, mels, 2 * positions)
         for frames in FRAMES:
-            yield _floats(BATCH, frames, mels)
-            yield _floats(BATCH, mels, frames)
+            yield floats(BATCH, frames, mels)
+            yield floats(BATCH, mels, frames)
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
-                yield _floats(BATCH, FRAMES[0], layer.in_features)
+                yield floats(BATCH, FRAMES[0], layer.in_features)
                 break
 
 
 def _images(config: Any) -> Iterator[Tensor]:
-    channels = _find(config, "num_channels", "in_channels", "in_chans") or 3
-    known = _find_any(config, "image_size", "crop_size", "input_size")
+    channels = number(config, "num_channels", "in_channels", "in_chans") or 3
+    known = find(config, "image_size", "crop_size", "input_size")
     sizes = [known if isinstance(known, list | tuple) else (known, known)] if known else []
     for height, width in (*sizes, (64, 64), (224, 224)):
-        yield _floats(BATCH, channels, height, width)
+        yield floats(BATCH, channels, height, width)
 
 
-def _find_any(config: Any, *names: str) -> Any:
-    """The first of these that the config or a sub-config has."""
-    for name in names:
-        value = getattr(config, name, None)
-        if value and not hasattr(value, "to_dict"):
-            return value
-    for value in vars(config).values():
-        if hasattr(value, "to_dict") and hasattr(value, "model_type") and (found := _find_any(value, *names)):
-            return found
-    return None
-
-
-def _find(config: Any, *names: str) -> int:
-    value = _find_any(config, *names)
-    return value if isinstance(value, int) else 0
-
-
-def _vocabulary(config: Any) -> int:
-    return _find(config, "vocab_size", "decoder_vocab_size", "src_vocab_size") or 32
+def _length(config: Any) -> int:
+    """Tokens of a text: what a table of positions along several axes has, where there is one."""
+    axes = getattr(config, "axial_pos_shape", None)
+    return math.prod(axes) if axes else SEQUENCE
 
 
 def _ids(config: Any, length: int) -> Tensor:
     """Tokens that no special id is among, 3 to 20 or what the vocabulary allows, and the end of the sequence."""
     generator = torch.Generator().manual_seed(1)
-    top = min(_vocabulary(config), 20)
+    top = min(vocabulary(config), 20)
     ids = torch.randint(min(3, top - 1), top, (BATCH, length), generator=generator)
-    end = _find(config, "eos_token_id")
-    ids[:, -1] = end if 0 < end < _vocabulary(config) else ids[:, -1]
+    end = number(config, "eos_token_id")
+    ids[:, -1] = end if 0 < end < vocabulary(config) else ids[:, -1]
     return ids
-
-
-def _floats(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
 def _boxes(config: Any, main: Tensor) -> Tensor:
@@ -164,9 +157,10 @@ _SIDES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "pixel_values": lambda config, main: next(_images(config)),
     "image": lambda config, main: next(_images(config)),
     "token_type_ids": lambda config, main: torch.zeros_like(main),
+    "image_attention_mask": lambda config, main: torch.ones(*main.shape[:2], 1, dtype=torch.int64),
     "pixel_attention_mask": lambda config, main: torch.ones(BATCH, PATCHES, dtype=torch.int64),
     "spatial_shapes": lambda config, main: torch.full((BATCH, 2), 2),
-    "input_features": lambda config, main: _floats(BATCH, _find(config, "num_mel_bins") or 80, 8 * SEQUENCE),
+    "input_features": lambda config, main: floats(BATCH, number(config, "num_mel_bins") or 80, 8 * SEQUENCE),
 }
 """Inputs beside the main one, by name."""
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.coverage.catalogue import TABLES
+from tools.coverage.cells import cell, percent
+from tools.coverage.page_levels import level_counts, render_levels
 
 COMMAND = "make coverage"
 FIELDS = (
     "class", "model_type", "tables", "built", "inputs", "captured", "attention", "roles", "unresolved", "target",
-    "sites", "folds", "rounding", "reason",
+    "sites", "folds", "rounding", "draws", "reason", "level", "main", "stacks", "in_the_way", "refused",
 )  # fmt: skip
 """What a record of the list may hold, in its order."""
 Record = Mapping[str, Any]
@@ -56,8 +58,7 @@ def render(text: str) -> str:
     """The Markdown page for the text of docs/coverage.json."""
     data = json.loads(text)
     records: list[Record] = data["records"]
-    parts = [_head(data["made"], records), _totals(records), _exceptions(records)]
-    parts += [_reasons("Not captured", "Built, and torch.export refuses them.", [r for r in records if _uncaptured(r)])]
+    parts = [_head(data["made"], records), render_levels(records), _totals(records), _exceptions(records)]
     parts += [
         _reasons("Not built", "No small model of these could be made here.", [r for r in records if not r["built"]])
     ]
@@ -75,18 +76,17 @@ def write_page(records: Iterable[Record], versions: Mapping[str, str], folder: P
     return f"{folder / 'coverage.md'}: " + ", ".join(f"{number} {name}" for name, number in count.items())
 
 
-def _uncaptured(record: Record) -> bool:
-    return bool(record["built"]) and not record["captured"]
-
-
 def _head(made: Mapping[str, Any], records: Sequence[Record]) -> str:
-    count = totals(records)
+    count, reached = totals(records), level_counts(records)
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     return f"""# Coverage
 
-Every class in the auto tables of the installed transformers, made small and random from its default config by the
-rules of `tools/coverage`, captured, and adapted with LoRA by role. Of the {count["attention"]} that are captured and
-contain attention, {count["folds"]} compile and fold ({_percent(count["folds"], count["attention"])}).
+Classes in the auto tables of the installed transformers, made small and random from their default configs by the rules
+of `tools/coverage`, and models of diffusers, timm and torchvision. Of the {count["built"]} that could be built,
+{reached["graph"]} are one graph, {reached["layers"]} more are graphs of their layers on the main stack
+({percent(reached["graph"] + reached["layers"], reached["built"])} together), {reached["modules"]} are graphs of single
+maps there, and {reached["refused"]} are refused. Of the {count["attention"]} that are one graph and contain attention,
+{count["folds"]} take LoRA by role and fold ({percent(count["folds"], count["attention"])}).
 
 Made by `{made["command"]}` with {versions}.
 This page is generated from `coverage.json`; do not edit it.
@@ -100,19 +100,17 @@ This page is generated from `coverage.json`; do not edit it.
 """
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "none"
-
-
 def _totals(records: Sequence[Record]) -> str:
     lines = [
+        "## LoRA by role",
+        "",
         "| table | classes | built | captured | with attention | of these fold | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     rows = [(name, [r for r in records if name in r["tables"]]) for name in TABLES]
     for name, own in [*rows, ("all, each class once", list(records))]:
         c = totals(own)
-        share = _percent(c["folds"], c["attention"])
+        share = percent(c["folds"], c["attention"])
         lines.append(
             f"| {name} | {c['entries']} | {c['built']} | {c['captured']} | {c['attention']} | {c['folds']} | {share} |"
         )
@@ -125,7 +123,7 @@ def _exceptions(records: Sequence[Record]) -> str:
     if not found:
         return "\n".join([*lines[:2], "None.", ""])
     lines += ["| class | reason |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {r['class']} | {_cell(r['reason'])} |" for r in found), ""])
+    return "\n".join([*lines, *(f"| {r['class']} | {cell(r['reason'])} |" for r in found), ""])
 
 
 def _reasons(title: str, text: str, records: Sequence[Record]) -> str:
@@ -134,7 +132,7 @@ def _reasons(title: str, text: str, records: Sequence[Record]) -> str:
     grouped: dict[str, list[str]] = {}
     for record in records:
         grouped.setdefault(record["reason"].replace(record["class"], "it"), []).append(record["class"])
-    lines = [f"- {', '.join(names)}: {_cell(reason)}" for reason, names in grouped.items()]
+    lines = [f"- {', '.join(names)}: {cell(reason)}" for reason, names in grouped.items()]
     return "\n".join([f"## {title}", "", text, "", *lines, ""])
 
 
@@ -146,13 +144,8 @@ def _table(name: str, records: Sequence[Record]) -> str:
 
 def _row(record: Record) -> str:
     attention = {"role": "yes", "softmax": "softmax", "": "none"}[record.get("attention", "")]
-    roles = "complete" if record.get("roles") else _cell(record.get("unresolved", "not read"))
+    roles = "complete" if record.get("roles") else cell(record.get("unresolved", "not read"))
     target = ", ".join(f"`{role}`" for role in record.get("target", [])) or "nothing"
-    failed = f"no: {_cell(record['reason'])}" if record.get("reason") else "no site"
+    failed = f"no: {cell(record['reason'])}" if record.get("reason") else "no site"
     folds = "yes" if record.get("folds") else failed
     return f"| {record['class']} | {attention} | {roles} | {target} | {record.get('sites', '')} | {folds} |"
-
-
-def _cell(text: str) -> str:
-    """Text that is safe in a table's cell and shows as it is."""
-    return "".join(f"\\{c}" if c in "|<>*_`[]" else c for c in text)

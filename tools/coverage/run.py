@@ -22,9 +22,23 @@ from tools.coverage.catalogue import Entry
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "coverage"
 MEMORY = 6 << 30
-SECONDS = 180
-SOURCES = ("build", "catalogue", "examine", "fields", "inputs", "shrink")
+SECONDS = 300
+SOURCES = (
+    "build",
+    "catalogue",
+    "examine",
+    "fields",
+    "images_in_text",
+    "inputs",
+    "levels",
+    "libraries",
+    "lookup",
+    "shrink",
+)
 """Modules of this package that a record depends on."""
+
+LIBRARIES = ("diffusers", "timm", "torch", "torchvision", "transformers")
+"""What records depend on beside graftc."""
 
 Record = dict[str, Any]
 
@@ -41,7 +55,7 @@ class Limits:
 def versions() -> dict[str, str]:
     """Versions that a record depends on."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {name: version(name) for name in ("graftc", "torch", "transformers")} | {"python": python}
+    return {name: version(name) for name in ("graftc", *LIBRARIES)} | {"python": python}
 
 
 def digest() -> str:
@@ -78,7 +92,7 @@ class Kept:
 
     def write(self, entry: Entry, record: Record) -> None:
         """Keep a record; a reader sees the old file or the new one, never a part."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path(entry).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"key": self.key, "entry": asdict(entry), "record": record}, indent=1)
         part = self._path(entry).with_suffix(f".{os.getpid()}.part")
         part.write_text(text)
@@ -179,8 +193,7 @@ def _start(context: Any, entry: Entry, limits: Limits) -> _Running:
     process = context.Process(target=_work, args=(sender, entry, limits), daemon=True)
     process.start()
     sender.close()
-    record = {"class": entry.name, "model_type": entry.model_type, "tables": list(entry.tables), "built": False}
-    return _Running(entry, process, receiver, time.monotonic(), record)
+    return _Running(entry, process, receiver, time.monotonic(), entry.facts())
 
 
 def _outcome(item: _Running, limits: Limits) -> Record | None:

@@ -7,10 +7,14 @@ shrunken with the same plan, so that widths which have to agree between them do.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import ResNetConfig
 
 from tools.coverage import fields
 
@@ -66,12 +70,34 @@ def shrink(config: Any, plan: Plan = PLANS[0]) -> Any:
     return _shrink(config, plan, _widths(config))
 
 
+def _axes_of_rotation(cls: type) -> list[int]:
+    """How the axes of an image share a head's rotary dimensions by default; empty where they do not."""
+    models = cls.__module__.replace(".configuration_", ".modeling_")
+    found = importlib.util.find_spec(models) if models != cls.__module__ else None
+    if found is None or found.origin is None:
+        return []
+    text = Path(found.origin).read_text(encoding="utf-8")
+    known = re.search(r"mrope_section\W+\[(\d+(?:, \d+)+)\]", text)
+    if known:
+        return [int(part) for part in known[1].split(", ")]
+    return [1, 1, 1] if "mrope_section" in text else []
+
+
+def _parts(shares: Sequence[int], total: int) -> list[int]:
+    """Whole numbers about as ``shares`` that add up to a total; what was equal behind the first stays so."""
+    rest = [max(1, total * share // sum(shares)) for share in shares[1:]]
+    return [total - sum(rest), *rest]
+
+
 def _is_config(value: Any) -> bool:
     return hasattr(value, "model_type") and hasattr(value, "to_dict")
 
 
 def _shrink(config: Any, plan: Plan, widths: frozenset[int]) -> Any:
     values = {name: value for name, value in vars(config).items() if name in _accepted(config)}
+    if type(values.get("backbone_config")).__name__ == "TimmBackboneConfig":  # its networks come in one size
+        values["backbone_config"] = ResNetConfig.from_dict({"out_features": ["stage2", "stage3", "stage4"]})
+    values |= {name: cls() for name, cls in _towers(config).items() if name in values and values[name] is None}
     changes: dict[str, Any] = {n: _shrink(v, plan, widths) for n, v in values.items() if _is_config(v)}
     scale = _Scale(config, plan, widths)
     for name, value in values.items():
@@ -79,12 +105,24 @@ def _shrink(config: Any, plan: Plan, widths: frozenset[int]) -> Any:
             new = scale.value(name, value)
             if new is not value:
                 changes[name] = new
-    changes |= scale.heads_fit(values, changes) | scale.missing(values)
-    result = type(config)(**changes)
+    changes |= scale.heads_fit(values, changes)
+    changes |= scale.missing(values, changes)
+    # What a config has set on one of its parts is no default of that part's class.
+    result = type(config)(**{name: value for name, value in values.items() if isinstance(value, bool)} | changes)
+    if count := len(vars(config).get("_out_indices") or ()):
+        result.out_indices = list(range(len(result.stage_names)))[-count:]
     for name in vars(config).keys() - vars(result).keys():
         # What the config that this one is part of has set on it.
         setattr(result, name, scale.value(name, vars(config)[name]))
     return result
+
+
+def _towers(config: Any) -> dict[str, type]:
+    """Classes of the vision configs that a config may hold: models without one are texts alone."""
+    known = getattr(type(config), "sub_configs", {})
+    return {
+        name: cls for name, cls in known.items() if name == "vision_config" and hasattr(cls, "__dataclass_fields__")
+    }
 
 
 def _accepted(config: Any) -> set[str]:
@@ -116,6 +154,7 @@ class _Scale:
         self.old_layers = layers
         self.kept = _kept_layers(config, layers, max(plan.layers, _pattern(config, layers)), plan.repeats)
         self._ids = iter(range(VOCABULARY - 1, 8, -1))
+        self._axes = _axes_of_rotation(type(config))
 
     def value(self, name: str, value: Any) -> Any:
         """The new value of a field; the same object where it stays."""
@@ -156,6 +195,10 @@ class _Scale:
             (fields.HEAD_SIZES, lambda n, v: max(8, v // self.head_divisor // 4 * 4) if v >= 16 else v),
             (fields.POSITION_COUNTS, lambda n, v: min(v, POSITIONS)),
             (fields.WINDOWS, lambda n, v: min(v, 8)),
+            (fields.INDEXED, lambda n, v: min(v, 16)),
+            (fields.TOKENS_OF_IMAGES, lambda n, v: min(v, 4)),
+            (fields.OF_THE_TEXT, lambda n, v: plan.width or v),
+            (re.compile(r"^embed_dim$"), lambda n, v: -(-self._scaled(v) // 32) * 32 if plan.width and v >= 64 else v),
             (re.compile(r"^(image|crop)_size$"), lambda n, v: plan.image or v),
             (re.compile(r"^num_conv_pos_embeddings$"), lambda n, v: min(v, 16)),
             (re.compile(r"^context_size$"), lambda n, v: min(v, POSITIONS)),
@@ -182,15 +225,29 @@ class _Scale:
             return [[kinds, max(1, len(self.kept) // len(kinds))] for kinds, _ in value]
         if self.old_layers and length == self.old_layers and length > len(self.kept):
             return [self._item(name, value[i]) for i in self.kept]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in value) or not value:
+        if name == "backbone_out_indices" and self.old_layers:
+            return list(range(len(self.kept)))[-length:]
+        if (
+            not fields.PINPOINTS.search(name)
+            and not all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        ) or not value:
             return value
         if re.search(r"(indices|indexes|idxs|ids|_layers)$", name) and self.old_layers and "token" not in name:
             inside = [i for i in value if i < len(self.kept)]
             return inside or [len(self.kept) - 1]
         if fields.TOKENS.search(name):
             return [self._integer(name, item) for item in value]
+        if fields.FEATURE_LAYERS.search(name):
+            return list(dict.fromkeys(max(-len(self.kept) or -1, min(item, self.plan.layers - 1)) for item in value))
         if re.search(r"^(depths?|num_block_repeats|stage_num_blocks|stage_numb_of_layers)$", name):
             return [min(item, self.plan.layers) for item in value]
+        if name == "axial_pos_shape":
+            return [4] * length
+        if name == "axial_pos_embds_dim" and self.plan.width:
+            return [self.plan.width // length] * length
+        if name == "image_grid_pinpoints" and self.plan.image:
+            least = min(min(size) for size in value)
+            return [[side * self.plan.image // least for side in size] for size in value]
         if name in ("image_size", "crop_size") and self.plan.image:
             return [self.plan.image] * length
         if self.plan.fraction > 1 and fields.WIDTHS.search(name) and not fields.NOT_WIDTHS.search(name):
@@ -226,7 +283,7 @@ class _Scale:
                     found[size] = total // new_count
         return found
 
-    def missing(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def missing(self, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """Values for fields without a default that models need all the same."""
         heads = self._head_count(self.heads) if self.heads else 0
         defaults = {
@@ -235,12 +292,31 @@ class _Scale:
             "head_dim": (self.plan.width or self.width) // heads if heads else 0,
             "num_key_value_heads": heads,
             "num_experts_per_tok": 2,
+            "top_k_experts": 2,
+            "num_experts": 4,
             "n_routed_experts": 4,
             "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
         }
         found: dict[str, Any] = {n: v for n, v in defaults.items() if n in values and values[n] is None}
+        per_stage = values.get("num_heads")
+        if self.plan.width and isinstance(per_stage, list | tuple) and isinstance(values.get("embed_dim"), int):
+            found["embed_dim"] = 8 * per_stage[0]
         if not heads:
             found = {n: v for n, v in found.items() if n not in ("head_dim", "num_key_value_heads")}
+        found |= {n: next(self._ids) for n in values if values[n] is None and fields.PLACES.search(n)}
+        if "mlp_layer_types" in values and values["mlp_layer_types"] is None:
+            found["mlp_layer_types"] = ["dense", *["sparse"] * (len(self.kept) - 1)]
+        if values.get("sliding_window", 0) is None and "sliding_attention" in (values.get("layer_types") or ()):
+            found["sliding_window"] = 8
+        rope = changes.get("rope_parameters", values.get("rope_parameters"))
+        if self.plan.width and heads and isinstance(rope, Mapping) and self._axes and "mrope_section" not in rope:
+            size = changes.get("head_dim", values.get("head_dim")) or self.plan.width // heads
+            found["rope_parameters"] = {
+                **rope,
+                "partial_rotary_factor": 1.0,
+                "mrope_section": _parts(self._axes, size // 2),
+            }
         if "layer_types" in values and values["layer_types"] is None:
             found["layer_types"] = ["full_attention"] * len(self.kept)
         elif values.get("layer_types") and values.get("rope_parameters") == {}:
