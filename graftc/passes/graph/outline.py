@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.elements.calls import elements_in, innermost
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, call, region
@@ -257,18 +257,13 @@ class Homes:
         """Path of the layer that a node is in; empty where it is in none."""
         module = str(node.meta.get("module", ""))
         if module not in self._known:
-            self._known[module] = self._element(module) if self._elements else layer_path(module)
+            self._known[module] = innermost(module, self._elements) if self._elements else layer_path(module)
         path = self._known[module]
         return path if path in self._layers else ""
 
     def computing(self, node: fx.Node) -> str:
         """The layer that computes a value."""
         return self.of(node) if node.op == "call_function" else ""
-
-    def _element(self, module: str) -> str:
-        while module and module not in self._elements:
-            module = module.rpartition(".")[0]
-        return module
 
 
 def _may_wait(node: fx.Node, homes: Homes, order: _Order) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import UserDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graftc.passes.core.elements.behind import FollowingCall, ResultNumber, function_of
 from graftc.passes.core.elements.layer_cache import cache_among, describe, stand_in
-from graftc.passes.core.elements.tables import is_table, tables_among
+from graftc.passes.core.elements.tables import is_table
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -55,6 +55,7 @@ class CallStructure:
                 a cache that only grows.
         """
         tensors: dict[int, tuple[int, Tensor]] = {}
+        tables: set[int] = set()
         cache = cache_among(args, kwargs)
 
         def numbered(tensor: Tensor) -> int:
@@ -79,13 +80,15 @@ class CallStructure:
             if type(value) in (tuple, list):
                 return {type(value).__name__: [described(item) for item in value]}
             if is_table(value):
+                if id(value) in tables:
+                    raise GraftError("GC031", "a layer is called with one table twice", hint="a graph takes it once")
+                tables.add(id(value))
                 return {"table": [[key, described(item)] for key, item in value.items()]}
             if isinstance(value, dict) and all(isinstance(key, str) for key in value):
                 return {"dict": [[key, described(item)] for key, item in value.items()]}
             hint = "a graph takes tensors, plain values, and tuples, lists and dicts of these"
             raise GraftError("GC031", f"{path} is called with a {type(value).__name__}", hint=hint)
 
-        tables_among(args, kwargs)
         found = [described(tuple(args)), described(kwargs)]
         if steps:
             found.append([[step.name, described(step.args), described(dict(step.kwargs))] for step in steps])
@@ -155,6 +158,13 @@ CALLS = "graftc_calls"
 def calls_in(flags: Iterable[tuple[str, Any]]) -> dict[str, CallStructure]:
     """The elements that a graph with these flags calls, by their paths, and how; none where it is a model's own."""
     return next((read_calls(str(value)) for name, value in flags if name == CALLS), {})
+
+
+def innermost(path: str, elements: Collection[str]) -> str:
+    """Return the innermost element that holds the module at a path; empty where none does."""
+    while path and path not in elements:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:

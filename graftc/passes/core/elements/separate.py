@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from torch import fx
 
-from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.elements.calls import elements_in, innermost
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import Program, is_random, mutates
 
@@ -39,11 +39,8 @@ def separate(program: Program) -> None:
 
 
 def _home(node: fx.Node, elements: Collection[str]) -> str:
-    """The innermost element that a node is in; empty where it is in none."""
-    path = str(node.meta.get("module", ""))
-    while path and path not in elements:
-        path = path.rpartition(".")[0]
-    return path if node.op == "call_function" else ""
+    """Return the innermost element that computes a node; empty where none does."""
+    return innermost(str(node.meta.get("module", "")), elements) if node.op == "call_function" else ""
 
 
 def _copied(

@@ -18,11 +18,7 @@ def is_table(value: Any) -> bool:
 
 
 def tables_among(*values: Any) -> list[Table]:
-    """The tables among arguments and in containers of these, in order.
-
-    Raises:
-        GraftError: GC031, one of them is there twice.
-    """
+    """Return the tables among arguments and in containers of these, in order."""
     found: list[Table] = []
     for value in values:
         if is_table(value):
@@ -31,18 +27,16 @@ def tables_among(*values: Any) -> list[Table]:
             found += tables_among(*value)
         elif isinstance(value, dict):
             found += tables_among(*value.values())
-    if len({id(table) for table in found}) < len(found):
-        raise GraftError("GC031", "a layer is called with one table twice", hint="a graph takes it once")
     return found
 
 
 def contents(tables: Sequence[Table]) -> list[dict[str, Any]]:
-    """What is in tables now."""
+    """Copy the entries of tables."""
     return [dict(table) for table in tables]
 
 
 def put_since(tables: Sequence[Table], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What has been put into tables since `contents`, by the number of the table and the key.
+    """Return the entries put into tables since `contents`, by the number of the table and the key.
 
     Raises:
         GraftError: GC030, something was taken out.
