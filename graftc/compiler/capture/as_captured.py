@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftc.compiler.capture.assignments import Attributes
@@ -38,8 +39,26 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
     with as_before(model), torch.no_grad():
         model.train(request.mode == "train")
         notes = _without_random_structure(model)
-        with _without_state(model), _flat_forward(model, request.axes, request.flags):
+        with _without_state(model), _flat_forward(model, request.axes, request.flags), _DividedSizes():
             yield notes
+
+
+class _DividedSizes(TorchFunctionMode):
+    """Sizes that torch divides by each other are sizes again, and no tensors: ``torch.div(x.shape[1], 4,
+    rounding_mode="trunc")`` is a tensor, of which a tracer knows no value."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.div, torch.floor_divide) and len(args) == 2 and not {*map(type, args)} - _SIZES:
+            over, by = args
+            rounded = func is torch.floor_divide or (kwargs or {}).get("rounding_mode") in ("trunc", "floor")
+            if rounded and not {*(kwargs or {})} - {"rounding_mode"} and over >= 0 and by > 0:
+                return over // by
+        return func(*args, **(kwargs or {}))
+
+
+_SIZES = {int, torch.SymInt}
 
 
 @contextmanager
