@@ -31,8 +31,8 @@ def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
         return None
     data, operand = given
     view = view_of(operand)
-    if view is None or view_of(data) is not None:
-        return None
+    if view is None or (view_of(data) is not None and op_name(node) != "linear"):
+        return None  # of two stored tensors none is the weight, unless the operator says which
     at = operands.data, operands.weight
     if view.source.meta["val"].dim() == 3:  # the operand picks experts and swaps the matrix axes, nothing else
         stack = None if operands.flipped else view.matrices(out_first=operands.out_first)
