@@ -21,7 +21,7 @@ from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, Structured
 from graftc.compiler.capture.source_model import require_plain
-from graftc.compiler.live.elements import as_inputs, layers_of, union_of
+from graftc.compiler.live.elements import as_inputs, layers_of, maps_of, union_of
 from graftc.compiler.live.levels import taken_apart
 from graftc.compiler.live.refusals import refuse_whole
 from graftc.compiler.missing_weights import same_fresh
@@ -168,6 +168,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
         raise GraftError("GC030", message, place=Place(path="capture"), hint="capture: modules adapts their maps")
     calls, flags = as_inputs(apart.calls)
     rows = [f"of {row} single maps are graphs, where roles are not known: {why}" for row, why in apart.by_maps.items()]
+    rows += [f"of {row} parts of layers are graphs: {why}" for row, why in apart.by_parts.items()]
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
     notes = (_told(apart.calls, model, prepared.because), *rows)
     union = union_of(model, elements_in(flags))
@@ -179,7 +180,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
         notes=notes,
         written=apart.written,
         read=apart.read,
-        in_the_way={"": prepared.because, **apart.by_maps},
+        in_the_way={"": prepared.because, **apart.by_parts, **apart.by_maps},
     )
 
 
@@ -192,8 +193,10 @@ def _given(axis: Axis, device: torch.device) -> Any:
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
     """In a sentence what of a model is graphs."""
-    name, layers = type(model).__name__, len(set(layers_of(model)).intersection(elements))
-    parts = [counted(number, what) for number, what in ((layers, "layer"), (len(elements) - layers, "map")) if number]
+    name, maps = type(model).__name__, len(set(maps_of(model)).intersection(elements))
+    layers = len(set(layers_of(model)).intersection(elements) - set(maps_of(model)))
+    kinds = ((layers, "layer"), (len(elements) - layers - maps, "layer part"), (maps, "map"))
+    parts = [counted(number, what) for number, what in kinds if number]
     return f"{name} is its own Python between graphs of {' and '.join(parts)}" + (f": {because}" if because else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_trainer(tmp_path: Path) -> None:
     text = run("trainer.py", tmp_path / "out", tmp_path)
     losses = re.search(r"loss before (\d\.\d+), after (\d\.\d+)", text)
     assert losses is not None and float(losses[2]) < 0.8 * float(losses[1])
+    assert (tmp_path / "out" / "folded" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.full
+def test_vision_language(tmp_path: Path) -> None:
+    """With two layers of text and a few steps: that it learns is seen in the whole run, which takes minutes."""
+    pytest.importorskip("accelerate")
+    command = [sys.executable, str(EXAMPLES / "vision_language" / "train.py"), str(tmp_path / "out"), "--quick"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    certified = re.search(r"certified: folded and unfolded outputs differ by at most (\S+)", done.stdout)
+    assert certified is not None and float(certified[1]) < 1e-3
+    losses = [float(loss) for loss in re.findall(r"'loss': '?(\d+\.\d+)", done.stdout)]
+    assert losses[3] < losses[0] and losses[-1] < losses[4]
+    assert done.stdout.count("(it is '") == 4
     assert (tmp_path / "out" / "folded" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

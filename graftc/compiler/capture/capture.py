@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -393,6 +394,8 @@ def output_spec(spec: pytree.TreeSpec) -> OutputSpec:
     children = tuple(output_spec(child) for child in spec.children())
     if spec.type in (tuple, list):
         return OutputSpec("tuple" if spec.type is tuple else "list", (), children)
+    if spec.type is namedtuple:
+        return OutputSpec("class", spec.context._fields, children, spec.context)
     fields = tuple(str(key) for key in spec.context)
     if spec.type is dict:
         return OutputSpec("dict", fields, children)

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import is_live, layers_of
+from graftc.compiler.live.elements import hold_all, is_live, layers_of, maps_of
 from graftc.passes.core.elements.calls import elements_in
 
 StackLevel = Literal["graph", "layers", "modules", "none"]
-"""A part of the one graph of the model; graphs of its layers; of single maps in them; none, and nothing is adapted."""
+"""A part of the one graph of the model; graphs of its layers, or of parts that hold all their tensors; graphs of single
+maps; none, and nothing is adapted."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ def stacks(compilation: Compilation) -> tuple[StackReport, ...]:
         rows[path.rpartition(".")[0]].append(path)
     return tuple(
         StackReport(
-            row, len(layers), _parameters(model, layers), level := _level(layers, elements), _reason(row, level, why)
+            row,
+            len(layers),
+            _parameters(model, layers),
+            level := _level(model, layers, elements),
+            _reason(row, level, why),
         )
         for row, layers in rows.items()
     )
@@ -61,16 +66,20 @@ def _parameters(model: nn.Module, layers: Collection[str]) -> int:
     return sum(every.values())
 
 
-def _level(layers: Collection[str], elements: Collection[str] | None) -> StackLevel:
+def _level(model: nn.Module, layers: Collection[str], elements: Collection[str] | None) -> StackLevel:
     if elements is None:
         return "graph"
     inside = tuple(f"{path}." for path in layers)
-    if any(element.startswith(inside) for element in elements):
-        return "modules"
-    return "layers" if set(layers).intersection(elements) else "none"
+    parts = [element for element in elements if element in layers or element.startswith(inside)]
+    if not parts:
+        return "none"
+    maps = {path for path in maps_of(model) if path in parts}
+    return "modules" if maps - {*layers} or not hold_all(model, layers, parts) else "layers"
 
 
 def _reason(row: str, level: StackLevel, why: Mapping[str, str]) -> str:
     if level == "none":
         return "the inputs shown do not call it"
-    return why.get(row if level == "modules" else "", "") if level != "graph" else ""
+    if level == "graph":
+        return ""
+    return why.get(row, "" if level == "modules" else why.get("", ""))

@@ -8,7 +8,7 @@ Program; the model's own Python calls its parts (`graftc.runtime.live`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.untie import sharing_copy
-from graftc.passes.core.elements.calls import CALLS, CallStructure, input_name, read_calls, write_calls
+from graftc.passes.core.elements.calls import CALLS, CallStructure, innermost, input_name, read_calls, write_calls
 from graftc.passes.core.elements.layer_cache import cache_among, news_of
 from graftc.passes.core.elements.tables import contents, put_since, tables_among
 from graftc.passes.core.ir.layers import layer_path
@@ -113,6 +113,19 @@ def maps_of(model: nn.Module) -> list[str]:
         if path and plain and not inside and any(tensor is not None for tensor in module._parameters.values()):
             found.append(path)
     return found
+
+
+def place_in_row(path: str) -> str:
+    """What modules at the same place in the layers of a row have in common: of the layers themselves, its path."""
+    layer = layer_path(path)
+    return layer.rpartition(".")[0] + path.removeprefix(layer)
+
+
+def hold_all(model: nn.Module, layers: Iterable[str], elements: Collection[str]) -> bool:
+    """Whether elements hold all the tensors that are in layers of a model."""
+    known = frozenset(elements)
+    names = (f"{layer}.{name}" for layer in layers for name, _ in model.get_submodule(layer).named_parameters())
+    return all(innermost(name, known) for name in names)
 
 
 Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]

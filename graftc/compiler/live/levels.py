@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.parameter_uses import observed
 from graftc.compiler.capture.refusals import place_now, told
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.live.elements import Recorded, as_inputs, layers_of, maps_of, union_of
+from graftc.compiler.live.elements import Recorded, as_inputs, hold_all, layers_of, maps_of, place_in_row, union_of
 from graftc.compiler.live.own_state import with_own_buffers
-from graftc.compiler.live.run import record
+from graftc.compiler.live.run import RecordedRun, record
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.weights.store import Store
@@ -32,13 +32,15 @@ class TakenApart:
 
     Attributes:
         calls: how a run on the inputs shown calls them.
-        by_maps: rows of layers of which single maps are elements, each with what is in the way of more.
+        by_parts: rows of layers of which parts are elements, and nothing smaller, each with what is in the way of more.
+        by_maps: rows of layers of which single maps are elements too, each with what is in the way of more.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
         written: names of the buffers that the run wrote to.
         read: names of the parameters that the model's own Python read between elements.
     """
 
     calls: Recorded
+    by_parts: Mapping[str, str]
     by_maps: Mapping[str, str]
     uncalled: tuple[str, ...]
     written: tuple[str, ...]
@@ -50,44 +52,91 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
     Args:
         model: is run, and is as before afterwards.
-        run: what is done with it, such as one call.
-        maps_alone: whether no layer is to be a graph.
+        run: what is done with it, such as one call; once more for each depth of layers that are no graphs.
+        maps_alone: whether no layer, and no part of one, is to be a graph.
 
     Raises:
         GraftError: GC030 where the model does not run, or has no elements.
     """
     layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
-    seen = record(model, [*layers, *maps], run)
-    calls = seen.calls
-    union, reasons = union_of(with_own_buffers(model), layers), dict[str, str]()
-    known: dict[object, str] = {}
-    called: dict[str, bool] = {}
-    for path in layers:
-        row = path.rpartition(".")[0]
-        called[row] = called.get(row, False) or path in calls or any(p.startswith(f"{path}.") for p in calls)
-        if path not in calls:
-            continue
-        if path in seen.entered:
-            reasons.setdefault(row, seen.entered[path])
-            continue
-        kind = row, _kind(model, calls, path)
-        if kind not in known:
-            known[kind] = _in_the_way(union, {path: calls[path]})
-        if known[kind]:
-            reasons.setdefault(row, known[kind])
-    whole = [path for path in layers if path in calls and path.rpartition(".")[0] not in reasons]
-    for path in layers:
-        if path in seen.untaken:
-            reasons.setdefault(path.rpartition(".")[0], seen.untaken[path])
+    seen = record(model, layers, maps, run)
+    union, calls, read = union_of(with_own_buffers(model), layers), dict(seen.calls), dict.fromkeys(seen.read)
+    whole, reasons = _whole(union, seen, layers)
+    rows = {path.rpartition(".")[0]: None for path in layers}
+    called = [row for row in rows if any(path.startswith(f"{row}.") for path in calls)]
+    pending = _inside([path for path in layers if path not in whole], model, maps)
+    while pending:
+        deeper = record(model, pending, maps, run)
+        calls, read = {**deeper.calls, **calls}, read | dict.fromkeys(deeper.read)
+        found, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
+        whole += found
+        pending = _inside([path for path in pending if path not in found], model, maps)
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
     reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}
-    chosen = [p for p in calls if p in whole or (p in single and _kind(model, calls, p) not in reading)]
+    chosen = [p for p in _in_order(calls) if p in whole or (p in single and _kind(model, calls, p) not in reading)]
     if not chosen:
         hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
         raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
-    uncalled = tuple(row for row, seen in called.items() if not seen)
-    return TakenApart({path: calls[path] for path in chosen}, reasons, uncalled, seen.written, seen.read)
+    own = {row: [path for path in layers if path.rpartition(".")[0] == row] for row in reasons}
+    by_maps = {row: why for row, why in reasons.items() if not hold_all(model, own[row], whole)}
+    return TakenApart(
+        {path: calls[path] for path in chosen},
+        {row: why for row, why in reasons.items() if row not in by_maps},
+        by_maps,
+        tuple(row for row in rows if row not in called),
+        seen.written,
+        tuple(read),
+    )
+
+
+def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The layers, or parts of layers, that can be graphs, and what is in the way of the others, by `place_in_row`.
+
+    Args:
+        union: of the model's elements.
+        seen: a run that called them.
+        paths: where they are.
+    """
+    reasons: dict[str, str] = {}
+    known: dict[object, str] = {}
+    for path in paths:
+        if path not in seen.calls:
+            continue
+        if path in seen.entered:
+            reasons.setdefault(place_in_row(path), seen.entered[path])
+            continue
+        kind = place_in_row(path), _kind(union, seen.calls, path)
+        if kind not in known:
+            known[kind] = _in_the_way(union, {path: seen.calls[path]})
+        if known[kind]:
+            reasons.setdefault(place_in_row(path), known[kind])
+    whole = [path for path in paths if path in seen.calls and place_in_row(path) not in reasons]
+    for path in paths:
+        if path in seen.untaken:
+            reasons.setdefault(place_in_row(path), seen.untaken[path])
+    return whole, reasons
+
+
+def _in_order(calls: Recorded) -> list[str]:
+    """The paths of what was called, by when the first of all that is called inside was."""
+    first: dict[str, int] = {}
+    for index, path in enumerate(calls):
+        while path:
+            first.setdefault(path, index)
+            path = path.rpartition(".")[0]
+    return sorted(calls, key=first.__getitem__)
+
+
+def _inside(paths: Iterable[str], model: nn.Module, maps: Sequence[str]) -> list[str]:
+    """The modules directly inside of some that hold more than one map."""
+    found = []
+    for path in paths:
+        for name, _ in model.get_submodule(path).named_children():
+            inner = f"{path}.{name}"
+            if inner not in maps and sum(map_path.startswith(f"{inner}.") for map_path in maps) > 1:
+                found.append(inner)
+    return found
 
 
 Kind = tuple[tuple[type, ...], str]

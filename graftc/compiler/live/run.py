@@ -15,8 +15,7 @@ from graftc.compiler.capture.assignments import Attributes, is_the_users
 from graftc.compiler.capture.parameter_uses import ParameterUses, observed
 from graftc.compiler.live.elements import Recorded, without_autocast
 from graftc.compiler.live.own_state import version, with_own_buffers
-from graftc.passes.core.elements.calls import CallStructure
-from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.elements.calls import CallStructure, innermost
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -40,13 +39,14 @@ class RecordedRun:
     untaken: Mapping[str, str]
 
 
-def record(model: nn.Module, paths: Sequence[str], run: Callable[[nn.Module], Any]) -> RecordedRun:
+def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Callable[[nn.Module], Any]) -> RecordedRun:
     """Run a copy of a model, and record the inputs that its elements get and what else happens to them.
 
     Args:
         model: is run in the mode that it is in, and then in the other one for buffers and parameters alone, without
             gradients.
-        paths: of layers and maps.
+        parts: paths of layers, or of parts of layers; none of them is inside another.
+        maps: paths of maps, inside of these and outside.
         run: what is done with the copy, such as one call.
 
     Raises:
@@ -54,7 +54,7 @@ def record(model: nn.Module, paths: Sequence[str], run: Callable[[nn.Module], An
     """
     own = with_own_buffers(model)
     before = {name: (buffer, version(buffer)) for name, buffer in own.named_buffers()}
-    watch = _Watch(own, paths)
+    watch = _Watch(own, parts, maps)
     uses = ParameterUses(own, lambda: not watch.active)
     with torch.no_grad(), torch.random.fork_rng(devices=()), observed(uses), watch.hooked():
         with as_before(own):
@@ -118,22 +118,22 @@ class _Watch:
 
     Args:
         model: is run.
-        paths: of its elements; a layer may hold maps.
+        parts, maps: see `record`.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[str], maps: Sequence[str]) -> None:
         self.active: list[str] = []
         self.calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
         self.entered: dict[str, str] = {}
         self.untaken: dict[str, str] = {}
         self._model = model
-        self._layers = {path for path in paths if layer_path(path) == path}
-        outer = [path for path in paths if path in self._layers or layer_path(path) not in self._layers]
+        known = frozenset(parts)
+        outer = [*parts, *(path for path in maps if not innermost(path, known))]
         self._states = {path: _State(dict(model.get_submodule(path).named_modules())) for path in outer}
         self._inside = {
             f"{path}.{name}".rstrip("."): path for path, state in self._states.items() for name in state.modules
         }
-        self._paths = frozenset(paths)
+        self._paths = frozenset([*parts, *maps])
         self.begin()
 
     def begin(self) -> None:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from graftc.compiler.capture.isolation import exclusive, is_traced
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import CALL_HOOKS, Recorded, as_inputs, in_autocast, is_live, without_autocast
+from graftc.compiler.live.elements import (
+    CALL_HOOKS,
+    Recorded,
+    as_inputs,
+    in_autocast,
+    is_live,
+    place_in_row,
+    without_autocast,
+)
 from graftc.compiler.live.levels import tried
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.compiler.signatures import add_signature
@@ -352,9 +360,10 @@ def _alike(compilation: Compilation, path: str) -> list[str]:
         while (name := input_name(other, len(specs))) in inputs:
             specs.append(inputs[name])
         fixed = [(spec.dtype, [size if isinstance(size, int) else 0 for size in spec.shape]) for spec in specs]
-        return other.rpartition(".")[0], structure, fixed
+        return place_in_row(other), structure, fixed
 
     known = calls_in(compilation.flags)
     wanted = kind(path, known[path])
-    alike = [other for other, structure in known.items() if kind(other, structure) == wanted]
-    return alike if path.rpartition(".")[2].isdigit() else [path]
+    if not compilation.model.get_submodule(path)._modules:
+        return [path]
+    return [other for other, structure in known.items() if kind(other, structure) == wanted]

@@ -394,15 +394,17 @@ def _decode_output(data: Mapping[str, Any]) -> OutputSpec:
 
 
 def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
-    """A class of outputs that a module of transformers' models defines itself; nothing else is imported."""
+    """A class of outputs, or a named tuple, that a module of transformers' models defines itself; nothing else is
+    imported."""
     from transformers.utils.generic import ModelOutput
 
     module, _, name = text.partition(":")
     if not _OUTPUTS.fullmatch(module) or not name.isidentifier():
         raise SerialisationError(f"output class {text!r}")
     cls: Any = vars(importlib.import_module(module)).get(name)
-    own = isinstance(cls, type) and issubclass(cls, ModelOutput) and cls.__module__ == module
-    if not own or not set(fields) <= set(getattr(cls, "__dataclass_fields__", ())):
+    own = isinstance(cls, type) and issubclass(cls, ModelOutput | tuple) and cls.__module__ == module
+    known = getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ())) if own else ()
+    if not own or not set(fields) <= set(known):
         raise SerialisationError(f"output class {text!r}")
     found: type[Any] = cls
     return found
