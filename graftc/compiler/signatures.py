@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftc.compiler.adapt.context import Work
 from graftc.compiler.adapting import adapt_signature
@@ -16,10 +16,10 @@ from graftc.compiler.capture.identity.capture_key import walked_once
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE
-from graftc.compiler.capture.ranges import fixed_sizes
+from graftc.compiler.capture.ranges import fixed_notes, fixed_sizes
 from graftc.compiler.capture.refusals import by_values
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
+from graftc.compiler.capture.signature import Axis, axes_of, described, fits, fixed_where_bound, less_dynamic, split
 from graftc.compiler.compilation import Compilation, Graphs, Resolution
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir.program_key import Signature
@@ -54,7 +54,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
     failure: GraftError | None = None
     for attempt in less_dynamic(axes, tensors):
         try:
-            graphs, found = _adapted(compilation, attempt, flags, chosen)
+            made = _fitting(compilation, attempt, flags, chosen, inputs)
         except GraftError as error:
             if error.code != "GC030":
                 raise
@@ -62,8 +62,8 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
             if by_values(error.__cause__):
                 break
         else:
-            if fits(graphs["forward", "train", "adapted"].inputs, inputs):
-                return _included(compilation, graphs, found)
+            if made is not None:
+                return _included(compilation, *made)
     raise _not_captured(compilation, axes, flags, failure)
 
 
@@ -151,11 +151,43 @@ def add_first(
     """
 
     def attempt(tried: Sequence[Axis]) -> Signature:
-        graphs, resolution = _adapted(compilation, tried, flags, (), initial)
-        told = (*notes, *resolution.notes, *fixed_sizes(axes or (), tried))
-        return _included(compilation, graphs, resolution.with_notes(told))
+        shown = {axis.name: axis.shown for axis in tried if axis.shown is not None}
+        made = _fitting(compilation, tried, flags, (), shown, initial)
+        if made is None:
+            raise _for_other_sizes(compilation.model, shown)
+        bound = fixed_notes(tried, made[0]["forward", "train", "base"].inputs)
+        told = dict.fromkeys((*notes, *bound, *made[1].notes, *fixed_sizes(axes or (), tried)))
+        return _included(compilation, made[0], made[1].with_notes(tuple(told)))
 
     return first_capture(compilation.model, axes, attempt)
+
+
+def _for_other_sizes(model: nn.Module, shown: Mapping[str, Tensor]) -> GraftError:
+    sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in shown.items())
+    message = f"{type(model).__name__} has a graph for other sizes than those shown: {sizes}"
+    return GraftError("GC030", message, hint="its Python decides by sizes what it computes")
+
+
+def _fitting(
+    compilation: Compilation,
+    axes: Sequence[Axis],
+    flags: Flags,
+    chosen: Sequence[str],
+    present: Mapping[str, Any],
+    initial: Initial | None = None,
+) -> tuple[Graphs, Resolution] | None:
+    """Graphs that hold for a call; None where those of these axes do not.
+
+    Args:
+        present: the tensors of the call by name. Sizes that turn out to be bound are captured as they are there.
+    """
+    for _ in range(2):
+        graphs, found = _adapted(compilation, axes, flags, chosen, initial)
+        inputs = [spec for spec in graphs["forward", "train", "adapted"].inputs if spec.name in present]
+        if fits(inputs, present):
+            return graphs, found
+        axes = fixed_where_bound(axes, inputs, present)
+    return None
 
 
 def _adapted(

@@ -114,12 +114,13 @@ def anchored(compilation: Compilation, found: Capture, program: Program, shown: 
         compilation: has the model.
         found: the capture.
         program: the graph.
-        shown: the inputs that were asked for. Those that are to be as they were shown are so here too.
+        shown: the inputs that were asked for. Those that are to be as they were shown are so here too; the others are
+            for a model that takes no samples.
     """
     progress.step(f"anchor({program.mode})")
-    own = {axis.name: axis for axis in shown if axis.as_shown}
-    plain = (own.get(spec.name, Axis(spec.name, spec.dtype, spec.shape)) for spec in program.inputs)
-    axes = tuple(replace(axis, axes=spec.shape) for axis, spec in zip(plain, program.inputs, strict=True))
+    known = {axis.name: axis for axis in shown}
+    own = (known.get(spec.name, Axis(spec.name, spec.dtype, spec.shape)) for spec in program.inputs)
+    axes = tuple(replace(axis, axes=spec.shape) for axis, spec in zip(own, program.inputs, strict=True))
     assert program.mode in ("train", "eval")
     request = CaptureRequest(compilation.model, axes, program.flags, program.mode, compilation.store.aliases)
     return anchor(request, program, found.constants)

@@ -56,12 +56,13 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
         return made(float("inf"), differing=(other,))
     run = Runs(request, program, constants)
     try:
-        ours, plain = run.first()
+        ours, on = run.first()
     except NoRunError as error:
         return made(None, skipped=f"the model does not run on sample inputs: {error}")
+    sampled = on == "samples"
     worst, differing = run.against(ours, bound)
     for seed in range(1, _MORE_SAMPLES):
-        if worst == 0 or differing or plain:
+        if worst == 0 or differing or not sampled:
             break
         # Other kernels round otherwise, so that one sample may be within the bound by chance.
         try:
@@ -70,11 +71,11 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
             break
         other_worst, differing = run.against(more, bound)
         worst = max(worst, other_worst)
-    if not (differing or plain) and any(map(is_past, program.signature)):
+    if sampled and not differing and any(map(is_past, program.signature)):
         stepped, differing = run.steps(ours, bound)
         worst = max(worst, stepped)
-    special = run.special_ones(bound) if not (differing or plain) else ()
-    return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=plain, from_two=special)
+    special = run.special_ones(bound) if sampled and not differing else ()
+    return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=on == "ones", from_two=special)
 
 
 def _other_interface(program: Program, axes: Sequence[Axis]) -> str | None:

@@ -59,6 +59,11 @@ class CaptureRequest:
         device = self.device
         return {axis.name: axis.example(device) for axis in self.axes}
 
+    def shown(self) -> dict[str, Tensor]:
+        """The tensors that the caller has shown, by name; none unless there are values for every input."""
+        held = {axis.name: axis.shown for axis in self.axes if axis.shown is not None and not axis.shown.is_meta}
+        return {name: value.to(self.device) for name, value in held.items()} if len(held) == len(self.axes) else {}
+
     def in_mode(self, mode: Mode) -> CaptureRequest:
         """The same in another mode."""
         return replace(self, mode=mode)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graftc.compiler.capture.anchoring.differing import difference_of
+from graftc.compiler.capture.anchoring.own_tensors import is_written, with_own_tensors
 from graftc.compiler.capture.anchoring.products import Computing, Products, products_of
 from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
 from graftc.compiler.capture.assignments import noticed
@@ -20,7 +21,7 @@ from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.identity.sources import home_of_module
 from graftc.compiler.capture.past import PAST, POSITIONS
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.capture.signature import is_sum
+from graftc.compiler.capture.signature import fits, is_sum
 from graftc.passes.core.ir.cleaning import on_device
 from graftc.passes.core.ir.functions import Bodies, FunctionCall, call, calls, renamed
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
@@ -33,6 +34,10 @@ _SHORT = 5
 _STEPS = 2
 _SMALL = 400_000_000
 """Products of parameters and positions that a pass over the samples may take."""
+
+
+RunInputs = Literal["samples", "ones", "shown"]
+"""What a model could be run on: random samples; ones alone, of the sizes captured; what the caller has shown alone."""
 
 
 class NoRunError(Exception):
@@ -71,19 +76,26 @@ class Runs:
         size = sum(parameter.numel() for parameter in model.parameters())
         self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
 
-    def first(self) -> tuple[ModelRun, bool]:
-        """The model's outputs on samples, or, where it takes none such, on what it was captured with."""
+    def first(self) -> tuple[ModelRun, RunInputs]:
+        """The model's outputs on samples, or, where it takes none such, on what it was captured with or was shown."""
         failure: NoRunError | None = None
         while self._length >= _SHORT:
             try:
-                return self.model(self._text() if self._generates_alike else self.sample(0)), False
+                return self.model(self._text() if self._generates_alike else self.sample(0)), "samples"
             except NoRunError as error:
                 failure = failure or error
                 self._length //= 2  # a table of positions may have no more rows
-        try:
-            return self.model(self._request.examples()), not any(axis.as_shown for axis in self._request.axes)
-        except NoRunError as error:
-            raise (failure or error) from None
+        as_shown, shown = any(axis.as_shown for axis in self._request.axes), self._request.shown()
+        others: dict[RunInputs, Mapping[str, Tensor]] = {"samples" if as_shown else "ones": self._request.examples()}
+        if shown and fits(self._program.inputs, shown):
+            others["shown"] = shown
+        for kind, inputs in others.items():
+            try:
+                return self.model(inputs), kind
+            except NoRunError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
 
     def special_ones(self, bound: float) -> tuple[str, ...]:
         """Named sizes at 1 of which the model computes something else than its graph.
@@ -220,7 +232,7 @@ class Runs:
         model = self._model
         given = {name: tensor.clone() for name, tensor in inputs.items()}
         with same_draws(self._device, self._draws), as_captured(self._request):
-            kept = _with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
+            kept = with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
             try:
                 with noticed(model) as assigned, Computing(self._products):
                     outputs = model(**given)
@@ -242,7 +254,7 @@ class Runs:
             before, declared = kept.get(name), self._aliases.get(name, name) in self._program.updates
             if before is None or before.shape != now.shape:
                 continue
-            if now is not before or declared or _written(before):
+            if now is not before or declared or is_written(before):
                 found[self._aliases.get(name, name)] = now
         return found
 
@@ -259,7 +271,7 @@ class Runs:
         except Exception as error:
             return float("inf"), [f"it fails where the model does not: {first_line(error)}"]
         declared = {self._aliases.get(name, name) for name in program.updates}
-        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and _written(t))}
+        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and is_written(t))}
         updated = {name: written.get(name, self._tensors.get(name)) for name in [*run.buffers, *written]}
         names = [f"output {name}" for name in program.outputs.names] + [f"the update of {name}" for name in updated]
         ours = [*run.leaves, *(run.buffers.get(name, self._tensors.get(name)) for name in updated)]
@@ -344,44 +356,6 @@ def _returned_past(run: ModelRun) -> dict[str, Tensor]:
     """The cache behind a call: what the model returned of it, and what it was given of the rest."""
     returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
     return {name: returned.get(name, given) for name, given in run.inputs.items() if is_past(name)}
-
-
-def _with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Put tensors in the model's tables that a pass may write to: copies of buffers, of what attributes hold and of
-    parameters that are written to, and other parameters that want no gradient, since kernels are chosen by that.
-    Whoever calls puts the tables back.
-
-    Gives the copies by name.
-    """
-    named = list(model.named_parameters(remove_duplicate=False))
-    own_copy = {id(parameter) for name, parameter in named if aliases.get(name, name) in written}
-    copies: dict[int, Tensor] = {}
-
-    def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().clone()
-        return copies[id(tensor)]
-
-    def frozen(parameter: Any) -> Any:
-        writes = id(parameter) in own_copy
-        if type(parameter) is not nn.Parameter or not (parameter.requires_grad or writes):
-            return parameter
-        if id(parameter) not in copies:
-            held = parameter.detach().clone() if writes else parameter.detach()
-            copies[id(parameter)] = nn.Parameter(held, requires_grad=False)
-        return copies[id(parameter)]
-
-    for module in model.modules():
-        own = vars(module)
-        own["_parameters"].update({name: frozen(parameter) for name, parameter in own["_parameters"].items()})
-        own["_buffers"].update({n: copied(b) for n, b in own["_buffers"].items() if b is not None})
-        own.update({name: copied(value) for name, value in own.items() if type(value) is Tensor})
-    owned = [(n, t) for n, t in model.named_parameters(remove_duplicate=False) if aliases.get(n, n) in written]
-    return dict([*owned, *model.named_buffers(remove_duplicate=False)])
-
-
-def _written(tensor: Tensor) -> bool:
-    return not tensor.is_inference() and tensor._version > 0
 
 
 def _says_something(leaves: Sequence[Any]) -> bool:

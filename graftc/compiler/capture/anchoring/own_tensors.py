@@ -1,0 +1,47 @@
+"""A model with tensors of its own, for a pass that may write to them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Put tensors in the model's tables that a pass may write to: copies of buffers, of what attributes hold and of
+    parameters that are written to, and other parameters that want no gradient, since kernels are chosen by that.
+    Whoever calls puts the tables back.
+
+    Gives the copies by name.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    own_copy = {id(parameter) for name, parameter in named if aliases.get(name, name) in written}
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+        return copies[id(tensor)]
+
+    def frozen(parameter: Any) -> Any:
+        writes = id(parameter) in own_copy
+        if type(parameter) is not nn.Parameter or not (parameter.requires_grad or writes):
+            return parameter
+        if id(parameter) not in copies:
+            held = parameter.detach().clone() if writes else parameter.detach()
+            copies[id(parameter)] = nn.Parameter(held, requires_grad=False)
+        return copies[id(parameter)]
+
+    for module in model.modules():
+        own = vars(module)
+        own["_parameters"].update({name: frozen(parameter) for name, parameter in own["_parameters"].items()})
+        own["_buffers"].update({n: copied(b) for n, b in own["_buffers"].items() if b is not None})
+        own.update({name: copied(value) for name, value in own.items() if type(value) is Tensor})
+    owned = [(n, t) for n, t in model.named_parameters(remove_duplicate=False) if aliases.get(n, n) in written]
+    return dict([*owned, *model.named_buffers(remove_duplicate=False)])
+
+
+def is_written(tensor: Tensor) -> bool:
+    """Whether a copy has been written to."""
+    return not tensor.is_inference() and tensor._version > 0
