@@ -18,20 +18,21 @@ IMAGE_TOKEN = "<file_sep>"
 
 
 def pretrain_tower(pictures: list[Picture], steps: int, batch: int = 64) -> SiglipVisionModel:
-    """A SigLIP tower (4 layers, 128 wide) that has learnt to tell the shapes and the colours on both sides."""
+    """A SigLIP tower (4 layers, 128 wide) of which each patch has learnt to tell the shape and the colour on its side."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     tower = SiglipVisionModel(SiglipVisionConfig(image_size=SIZE, patch_size=PATCH, vision_use_head=False, **sizes))
-    counts = [len(SHAPES), len(COLOURS)] * 2
-    head = nn.Linear(128 * IMAGE_TOKENS, sum(counts))
+    counts, across = [len(SHAPES), len(COLOURS)], SIZE // PATCH
+    head = nn.Linear(128, sum(counts))
     pixels = torch.stack([picture.pixels for picture in pictures])
-    sides = [(thing.shape, thing.colour) for picture in pictures for thing in (picture.left, picture.right)]
-    labels = torch.tensor(sides).reshape(len(pictures), 4)
+    sides = [[(thing.shape, thing.colour) for thing in (picture.left, picture.right)] for picture in pictures]
+    labels = torch.tensor(sides)[:, torch.arange(IMAGE_TOKENS) % across // (across // 2)]
     optimiser = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1e-3, total_steps=steps)
     for step in range(steps):
         rows = torch.randint(0, len(pictures), (batch,))
-        logits = head(tower(pixels[rows]).last_hidden_state.flatten(1)).split(counts, dim=-1)
-        loss = sum(nn.functional.cross_entropy(part, labels[rows, side]) for side, part in enumerate(logits))
+        logits = head(tower(pixels[rows]).last_hidden_state).split(counts, dim=-1)
+        pairs = [(part.flatten(0, 1), labels[rows, :, kind].flatten()) for kind, part in enumerate(logits)]
+        loss = sum(nn.functional.cross_entropy(part, wanted) for part, wanted in pairs)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -70,7 +70,7 @@ def main(out: Path, quick: bool) -> None:
 
     questions = [{"picture": p, "question": q, "answer": a} for p in pictures for q, a in p.questions]
     print(f"right answers before LoRA: {right(base, tokenizer, unseen):.0%}")
-    tuned = train(TUNE, base, questions, collator, 4 if quick else 300, 8, 1e-3, out / "tune")
+    tuned = train(TUNE, base, questions, collator, 4 if quick else 250, 8, 1e-3, out / "tune")
     merged = tuned.merge()  # raises if the certificate does not pass
     print(f"certified: folded and unfolded outputs differ by at most {merged.certificate.largest_difference:.1e}")
     merged.save(out / "folded", force=True)

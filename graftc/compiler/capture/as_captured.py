@@ -128,6 +128,17 @@ def _without_random_structure(model: nn.Module) -> list[str]:
 
 
 @contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in eval mode and keeps no cache unless a call asks for one. Afterwards it is as before."""
+    with as_before(model):
+        model.eval()
+        for config in _configs(model):
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
+        yield
+
+
+@contextmanager
 def _without_state(model: nn.Module) -> Iterator[None]:
     """Nothing is remembered between calls: no cache, and nothing that transformers' models keep of one."""
     with ExitStack() as stack:

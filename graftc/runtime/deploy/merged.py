@@ -8,6 +8,7 @@ from typing import Any, Generic, get_args
 
 import torch
 
+from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.folding.certificate import Certificate, require_changed
 from graftc.compiler.folding.certify import Advance, fold_tensors
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
@@ -17,7 +18,9 @@ from graftc.runtime.deploy.certifying import FoldRequest, certify
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged
 from graftc.runtime.deploy.widening import widened
+from graftc.runtime.export.components import export_components
 from graftc.runtime.export.exporting import Exporting, ExportingFolded
+from graftc.runtime.export.labels import without_labels
 from graftc.runtime.export.writing import FoldEvidence
 from graftc.runtime.interop.transformers import to_transformers
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -59,6 +62,26 @@ class MergedRunner(FoldedRunner):
         """
         return save_merged(self, as_path(path), force=force)
 
+    def export_components(self, path: str | Path, example_inputs: ExampleInputs, *, force: bool = False) -> Path:
+        """Export the parts of a model that has several stacks of layers, such as a vision tower, a projector and a
+        language model, as ONNX files of their own, and ``components.json``, which lists them in the order of their
+        calls: inputs and outputs, where each input comes from, and what could not be exported and why. What the
+        model's own Python does between them is not exported. A cache is not among their inputs.
+
+        Args:
+            path: the folder to make; it is complete when it appears, and every file has been run in ONNX Runtime.
+            example_inputs: a call that calls the parts, by name; none of its values are written.
+            force: replace such a folder.
+
+        Raises:
+            GraftError: GC060 for a model with one stack of layers, or of which no part can be exported; GC061 without
+                the ``export`` extra; GC052, GC032 and GC166 as `to_transformers`; GC063 when something else is there,
+                GC064 when it cannot be written.
+        """
+        to, given = as_path(path), dict(self.interface.examples(example_inputs))
+        evidence = FoldEvidence(self.certificate, self.folded)
+        return export_components(self, to_transformers(self), to, without_labels(self, given), evidence, force=force)
+
     def to_transformers(self) -> Any:
         """A model of the source's own class with folded weights, which plain transformers saves and loads.
 
@@ -80,6 +103,7 @@ class Merged(ModelRoot, Generic[M]):
 
     save = Published(MergedRunner.save)
     export = Published(Exporting.export)
+    export_components = Published(MergedRunner.export_components)
     folded_state_dict = Published(MergedRunner.folded_state_dict)
 
     def to_transformers(self) -> M:

@@ -146,8 +146,10 @@ class ExportModule:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what the module gives, in order."""
-        return self.program.outputs.names
+        """Names of the tensors that the module gives, in order."""
+        leaves = self.program.graph.output_node().args[0]
+        pairs = zip(self.program.outputs.names, leaves, strict=True)  # type: ignore[arg-type]
+        return tuple(name for name, leaf in pairs if leaf is not None)
 
     def input_name(self, name: str) -> str:
         """The name that a file has for an input."""

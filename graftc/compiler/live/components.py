@@ -1,0 +1,163 @@
+"""The components of a model that has several stacks of layers: a vision tower, a projector, a language model."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from graftc.compiler.capture.as_captured import without_caches
+from graftc.compiler.live.elements import layers_of
+from graftc.passes.core.elements.calls import CallStructure
+from graftc.passes.core.ir.layers import layer_path
+from graftc.specs.errors.diagnostics import GraftError
+
+
+@dataclass(frozen=True)
+class Component:
+    """A module that a model calls by itself, as a run has called it first.
+
+    Attributes:
+        path: of the module.
+        structure: of the call.
+        tensors: of the call, by names of their own.
+        results: the tensors that it gave, by the names that a graph has for them.
+        given: what each tensor is, by its name: an input of the model, or ``path/output`` of another component; empty
+            where the model's own Python has made it.
+    """
+
+    path: str
+    structure: CallStructure
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    results: Mapping[str, Tensor] = field(repr=False)
+    given: Mapping[str, str]
+
+
+def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Component], dict[str, str]]:
+    """The components of a model in the order of their calls, and the modules that no graph takes, with the reason.
+
+    A component holds one stack of layers at most, and is as large as it can be. What is inside of one and called from
+    outside, as a table of tokens is, is a component too.
+
+    Args:
+        model: is run once, in eval mode, without a cache; it is as before afterwards.
+        inputs: of the call, by name.
+
+    Raises:
+        GraftError: GC060 for a model with one stack of layers, or that does not run on the inputs.
+    """
+    rows = Counter(path.rpartition(".")[0] for path in layers_of(model))
+    composite = {path for path, _ in model.named_modules() if _stacks(rows, path) > 1}
+    if not composite:
+        message = f"{type(model).__name__} has one stack of layers, and so no components"
+        raise GraftError("GC060", message, hint='format "onnx" writes it as a whole')
+    run = _Run(model, composite, inputs)
+    with torch.no_grad(), without_caches(model), torch.random.fork_rng(devices=()), run.hooked():
+        try:
+            model(**inputs)
+        except Exception as error:
+            message = f"{type(model).__name__} does not run on the inputs given: {error}"
+            raise GraftError("GC060", message) from error
+    return list(run.found.values()), run.left_out
+
+
+def _stacks(rows: Collection[str], path: str) -> int:
+    return sum(not path or row == path or row.startswith(f"{path}.") for row in rows)
+
+
+class _Run:
+    """Hooks that note the calls of the outermost modules that are not composite."""
+
+    def __init__(self, model: nn.Module, composite: Collection[str], inputs: Mapping[str, Any]) -> None:
+        self.found: dict[str, Component] = {}
+        self.left_out: dict[str, str] = {}
+        self._model = model
+        self._paths = [
+            path
+            for path, module in model.named_modules()
+            if path not in composite and any(True for _ in module.parameters())
+        ]
+        self._active: list[str] = []
+        self._known = {id(value): name for name, value in inputs.items() if isinstance(value, Tensor)}
+        self._alive: list[Any] = list(inputs.values())  # so that no id is given twice
+
+    def hooked(self) -> ExitStack:
+        """Inside, calls are noted."""
+        stack = ExitStack()
+        for path in self._paths:
+            module = self._model.get_submodule(path)
+            for handle in (
+                module.register_forward_pre_hook(self._before(path)),
+                module.register_forward_hook(self._after(path), with_kwargs=True),
+            ):
+                stack.callback(handle.remove)
+        return stack
+
+    def _before(self, path: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            self._active.append(path)
+
+        return note
+
+    def _after(self, path: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            self._active.pop()
+            if self._active or path in self.found or path in self.left_out:
+                return
+            if layer_path(path):
+                self.left_out[path] = "it is one of several in a list, called by the model's own Python"
+                return
+            try:
+                self.found[path] = self._component(path, module, args, kwargs, result)
+            except GraftError as error:
+                self.left_out[path] = error.message
+
+        return note
+
+    def _component(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Component:
+        structure, tensors = CallStructure.of(path, module, args, kwargs)
+        names = _names(module, args, kwargs)
+        own = {names[id(tensor)]: tensor for tensor in tensors}
+        given = {name: self._known.get(id(tensor), "") for name, tensor in own.items()}
+        self._alive += [tensors, result]
+        results = _named_leaves(result)
+        for output, leaf in results.items():
+            self._known.setdefault(id(leaf), f"{path}/{output}")
+        copies = {name: tensor.detach().clone() for name, tensor in own.items()}
+        return Component(path, structure, copies, {name: leaf.clone() for name, leaf in results.items()}, given)
+
+
+def _names(module: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
+    """Names for the tensors of a call by their identities: those of the parameters of ``forward``."""
+    signature = inspect.signature(module.forward)
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    found: dict[int, str] = {}
+    for name, value in bound.items():
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        for index, leaf in enumerate(leaves):
+            found.setdefault(id(leaf), name if len(leaves) == 1 else f"{name}_{index}")
+    return found
+
+
+def _named_leaves(result: Any) -> dict[str, Tensor]:
+    """The tensors of an output, by the names that a graph has for them."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    pairs = (
+        result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, list | tuple) else ()
+    )
+    found: dict[str, Tensor] = {}
+    for key, value in pairs:
+        inner = _named_leaves(value)
+        found |= {str(key) if name == "output" else f"{key}.{name}": leaf for name, leaf in inner.items()}
+    return found

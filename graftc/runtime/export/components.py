@@ -1,0 +1,151 @@
+"""The components of a model as ONNX files of their own, with a manifest: what serves them calls one after the other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftc.compiler.capture.interface import config_of
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.live.components import Component, components_of
+from graftc.compiler.live.elements import as_inputs
+from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.passes.core.elements.calls import input_name
+from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.runtime.companions import companions_of_model
+from graftc.runtime.export.metadata import metadata
+from graftc.runtime.export.module import ExportModule
+from graftc.runtime.export.onnx import compare, prepare_onnx
+from graftc.runtime.export.writing import FoldEvidence
+from graftc.runtime.files import staged
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.io import load_spec
+
+MANIFEST = "components.json"
+VERSION = 1
+
+
+class ComponentModule(ExportModule):
+    """The graph of a component as a module, with names of its own: see `ExportModule`."""
+
+    def __init__(self, runner: ModelRunner, component: Component) -> None:
+        self._inputs = {input_name(component.path, i): name for i, name in enumerate(component.tensors)}
+        self._prefix = f"{component.path}."
+        self._shown = {input_name(component.path, i): t.shape for i, t in enumerate(component.tensors.values())}
+        super().__init__(runner, runner.compilation.main.signature, apart=True)
+
+    def sample(
+        self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """See `ExportModule`: of the sizes shown, and with other seeds of others. What was equally long stays so, such
+        as the rows of a mask and of what it masks, which no operator need compare."""
+        named = ((n, s) for axis in self.axes for n, s in zip(axis.axes, self._shown[axis.name], strict=True))
+        return super().sample(seed, sizes, {name: size + seed for name, size in named if isinstance(name, str)})
+
+    def input_name(self, name: str) -> str:
+        """See `ExportModule`."""
+        return self._inputs[name]
+
+    def output_name(self, name: str) -> str:
+        """See `ExportModule`."""
+        return name.removeprefix(self._prefix) if name.startswith(self._prefix) else "output"
+
+    def axis_name(self, name: str) -> str:
+        """See `ExportModule`."""
+        owner, _, at = name.rpartition("__")
+        return f"{self._inputs[owner]}_{at}" if owner in self._inputs else name
+
+
+def export_components(
+    runner: ModelRunner,
+    model: nn.Module,
+    path: Path,
+    inputs: Mapping[str, Any],
+    evidence: FoldEvidence,
+    *,
+    force: bool = False,
+) -> Path:
+    """Write every component of a model that can be a graph as an ONNX file, and ``components.json``.
+
+    Args:
+        runner: of the merged model.
+        model: of the source's class, with the folded weights.
+        path: the folder; nothing is there until all files are complete and checked in ONNX Runtime.
+        inputs: of a call that calls the components, by name. None of their values are written.
+        evidence: what the files say of the fold.
+        force: replace such a folder.
+
+    Raises:
+        GraftError: GC060 for a model without components, or of which none can be exported; GC061 when a package is
+            missing; GC063 when ``path`` exists, GC064 when it cannot be written.
+    """
+    components, left_out = components_of(model, inputs)
+    files = _file_names([component.path for component in components])
+    entries = []
+    with staged(path, force=force, replaceable=is_exported) as folder:
+        folder.mkdir()
+        for component in components:
+            try:
+                entries.append(_write(runner, model, component, folder / files[component.path], evidence))
+            except GraftError as error:
+                left_out[component.path] = error.message
+                for file in folder.glob(f"{files[component.path]}*"):
+                    file.unlink()
+        if not entries:
+            reasons = [f"{where}: {why}" for where, why in left_out.items()]
+            message = f"no component of {type(model).__name__} can be exported"
+            raise GraftError("GC060", message, hint="see the details", details=reasons[:5])
+        manifest = {
+            "version": VERSION,
+            "model": type(model).__name__,
+            "components": entries,
+            "left_out": [{"module": where, "reason": why} for where, why in left_out.items()],
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if (config := config_of(model)) is not None:
+            config.save_pretrained(folder)
+        for companion in companions_of_model(runner.compilation.source):
+            if not (folder / companion.name).exists():
+                shutil.copyfile(companion, folder / companion.name)
+    return path
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is one that `export_components` wrote, and may replace."""
+    return (path / MANIFEST).is_file()
+
+
+def _file_names(paths: Sequence[str]) -> dict[str, str]:
+    """A file for each component: its last name, where no other has the same."""
+    short = Counter(path.rpartition(".")[2] for path in paths)
+    return {path: f"{last if short[last := path.rpartition('.')[2]] == 1 else path}.onnx" for path in paths}
+
+
+def _write(
+    merged: ModelRunner, model: nn.Module, component: Component, file: Path, evidence: FoldEvidence
+) -> dict[str, Any]:
+    """Write a component, hold it against what the model gave, and return its entry in the manifest."""
+    tensors, results = list(component.tensors.values()), component.results
+    axes, flags = as_inputs({component.path: (component.structure, tensors)})
+    compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=StartingPoint(0, False))
+    module = ComponentModule(AdaptedRunner(compilation, compilation.store), component)
+    about = metadata(merged, module.program, certificate=evidence.certificate, folded=evidence.folded)
+    prepare_onnx(module, about)(file)
+    compare(file, component.tensors, results)
+    outputs = [{"name": name, "dtype": DTYPE_NAMES[leaf.dtype], "rank": leaf.dim()} for name, leaf in results.items()]
+    inputs = [_described(module, axis, component) for axis in module.axes]
+    return {"module": component.path, "file": file.name, "inputs": inputs, "outputs": outputs}
+
+
+def _described(module: ComponentModule, axis: Axis, component: Component) -> dict[str, Any]:
+    name = module.input_name(axis.name)
+    shape = [module.axis_name(size) if isinstance(size, str) else size for size in axis.axes]
+    return {"name": name, "dtype": DTYPE_NAMES[axis.dtype], "shape": shape, "from": component.given[name]}
