@@ -1,0 +1,163 @@
+"""The first graph holds for the inputs that were shown, and is held against them where the model takes no samples."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graftc
+
+SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**up"}}]}
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class OneByOne(nn.Module):
+    """Takes the rows of a batch one after the other, in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.up(row) for row in x.split(1)])
+
+
+def test_an_axis_that_is_bound_is_captured_as_it_was_shown_and_no_other() -> None:
+    torch.manual_seed(0)
+    model = OneByOne().eval()
+    compiled = graftc.compile(SPEC, model, {"x": torch.randn(4, 9, 6)}, cache=False).eval()
+    (spec,) = compiled.compilation.program("train", "base").inputs
+    assert spec.ranges[0] == (4, 4) and spec.ranges[1][1] is None
+    assert any("one batch size only, here 4" in note for note in compiled.report.notes)
+    for length in (9, 1, 30):
+        x = torch.randn(4, length, 6)
+        assert torch.equal(compiled(x), model(x))
+    assert len(compiled.compilation.signatures) == 1
+    for rows, length in ((2, 5), (2, 11), (2, 3)):
+        x = torch.randn(rows, length, 6)
+        assert torch.equal(compiled(x), model(x))
+    assert len(compiled.compilation.signatures) == 2  # one for two rows, of any length
+
+
+class Short(nn.Module):
+    """Computes longer texts in a way that asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 8 and float(x.sum()) > 1e9:
+            x = -x
+        for layer in self.layers:
+            x = layer(x)
+        return self.up(x)
+
+
+def test_a_graph_for_other_sizes_than_those_shown_is_none() -> None:
+    """Samples are short: without a look at what was shown there would be a graph that no call of the user's fits."""
+    torch.manual_seed(0)
+    model = Short().eval()
+    compiled = graftc.compile(SPEC, model, {"x": torch.randn(2, 16, 6)}, cache=False).eval()
+    assert [row.level for row in compiled.report.stacks] == ["layers"]
+    for length in (16, 5, 9):
+        x = torch.randn(2, length, 6)
+        assert torch.equal(compiled(x), model(x))
+    short = graftc.compile(SPEC, model, {"x": torch.randn(2, 5, 6)}, cache=False)
+    assert [row.level for row in short.report.stacks] == ["graph"]
+
+
+class Marked(nn.Module):
+    """Refuses inputs without its mark, which samples seldom have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(5000, 6), nn.Linear(6, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        torch._check_tensor_all((ids[:, 0] == 4711).all(), lambda: "there is no mark, so")
+        return self.up(self.embed(ids))
+
+
+def test_a_model_that_takes_no_samples_is_held_against_what_was_shown() -> None:
+    torch.manual_seed(0)
+    model = Marked().eval()
+    ids = torch.randint(0, 5000, (2, 7))
+    ids[:, 0] = 4711
+    anchors = graftc.compile(SPEC, model, {"ids": ids}, cache=False).report.anchors
+    assert [(anchor.difference, anchor.skipped, anchor.plain) for anchor in anchors] == [(0.0, "", False)] * 2
+    (first, *_) = graftc.compile(SPEC, model, {"ids": torch.zeros(2, 7, dtype=torch.long)}, cache=False).report.anchors
+    assert first.difference is None and "there is no mark" in first.skipped
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Pair:
+        return Pair(self.up(x), {"twice": 2 * x})
+
+
+def test_named_tuples_stay_what_they_are() -> None:
+    torch.manual_seed(0)
+    model = Named().eval()
+    compiled = graftc.compile(SPEC, model, {"x": torch.randn(2, 6)}, cache=False).eval()
+    x = torch.randn(3, 6)
+    ours, theirs = compiled(x), model(x)
+    assert type(ours) is Pair and torch.equal(ours.first, theirs.first)
+    assert torch.equal(ours.second["twice"], theirs.second["twice"])
+
+
+class Chunked(nn.Module):
+    """Divides sizes by torch, as Longformer does, which makes tensors of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = torch.div(x.shape[1], 2, rounding_mode="trunc")
+        rows = x.view(x.shape[0], count, 2, 6).transpose(2, 3).reshape(x.shape[0], count + count, 6)
+        return self.up(rows) / torch.div(x.shape[1], 4)
+
+
+def test_sizes_that_torch_divides_are_sizes() -> None:
+    torch.manual_seed(0)
+    model = Chunked().eval()
+    compiled = graftc.compile(SPEC, model, {"x": torch.randn(2, 8, 6)}, cache=False).eval()
+    for length in (8, 4, 20):
+        x = torch.randn(3, length, 6)
+        assert torch.equal(compiled(x), model(x))
+
+
+class OfABuffer(nn.Module):
+    """A linear map of a stored tensor, as in the position tables of Swin v2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.randn(5, 6))
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.places)))
+
+
+def test_a_linear_map_of_a_stored_tensor_is_a_place() -> None:
+    torch.manual_seed(0)
+    model = OfABuffer().eval()
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**{up,down}"}}]}
+    compiled = graftc.compile(spec, model, {"x": torch.randn(2, 5, 6)}, cache=False).eval()
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(compiled(x), model(x))
+    from graftc.testing import perturb
+
+    perturb(compiled)
+    twin = OfABuffer().eval()
+    twin.load_state_dict(compiled.merge().folded_state_dict())
+    assert not torch.equal(compiled(x), model(x))
+    torch.testing.assert_close(twin(x), compiled(x), rtol=1e-5, atol=1e-6)
