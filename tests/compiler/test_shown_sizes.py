@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import namedtuple
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.testing import perturb
 
-SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**up"}}]}
+SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.up"}}]}
 Pair = namedtuple("Pair", ["first", "second"])
 
 
@@ -47,10 +49,12 @@ class Short(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.embed = nn.Embedding(20, 6)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
         self.up = nn.Linear(6, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
         if x.shape[1] > 8 and float(x.sum()) > 1e9:
             x = -x
         for layer in self.layers:
@@ -62,12 +66,12 @@ def test_a_graph_for_other_sizes_than_those_shown_is_none() -> None:
     """Samples are short: without a look at what was shown there would be a graph that no call of the user's fits."""
     torch.manual_seed(0)
     model = Short().eval()
-    compiled = graftc.compile(SPEC, model, {"x": torch.randn(2, 16, 6)}, cache=False).eval()
+    compiled = graftc.compile(SPEC, model, {"input_ids": torch.randint(20, (2, 16))}, cache=False).eval()
     assert [row.level for row in compiled.report.stacks] == ["layers"]
     for length in (16, 5, 9):
-        x = torch.randn(2, length, 6)
-        assert torch.equal(compiled(x), model(x))
-    short = graftc.compile(SPEC, model, {"x": torch.randn(2, 5, 6)}, cache=False)
+        ids = torch.randint(20, (2, length))
+        assert torch.equal(compiled(ids), model(ids))
+    short = graftc.compile(SPEC, model, {"input_ids": torch.randint(20, (2, 5))}, cache=False)
     assert [row.level for row in short.report.stacks] == ["graph"]
 
 
@@ -94,45 +98,45 @@ def test_a_model_that_takes_no_samples_is_held_against_what_was_shown() -> None:
     assert first.difference is None and "there is no mark" in first.skipped
 
 
-class Named(nn.Module):
+class Chunks(nn.Module):
+    """Divides sizes by torch, as Longformer does, which makes tensors of them, and gives a named tuple."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(6, 8)
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Pair:
-        return Pair(self.up(x), {"twice": 2 * x})
-
-
-def test_named_tuples_stay_what_they_are() -> None:
-    torch.manual_seed(0)
-    model = Named().eval()
-    compiled = graftc.compile(SPEC, model, {"x": torch.randn(2, 6)}, cache=False).eval()
-    x = torch.randn(3, 6)
-    ours, theirs = compiled(x), model(x)
-    assert type(ours) is Pair and torch.equal(ours.first, theirs.first)
-    assert torch.equal(ours.second["twice"], theirs.second["twice"])
+        count = torch.div(x.shape[1], 2, rounding_mode="trunc")
+        rows = x.view(x.shape[0], count, 2, 6).transpose(1, 2).reshape(x.shape[0], count + count, 6)
+        return Pair(self.down(self.up(rows)), {"share": rows / torch.div(x.shape[1], 4)})
 
 
 class Chunked(nn.Module):
-    """Divides sizes by torch, as Longformer does, which makes tensors of them."""
-
-    def __init__(self) -> None:
+    def __init__(self, asks: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(6, 8)
+        self.layers, self.asks = nn.ModuleList(Chunks() for _ in range(2)), asks
 
-    def forward(self, x: Tensor) -> Tensor:
-        count = torch.div(x.shape[1], 2, rounding_mode="trunc")
-        rows = x.view(x.shape[0], count, 2, 6).transpose(2, 3).reshape(x.shape[0], count + count, 6)
-        return self.up(rows) / torch.div(x.shape[1], 4)
+    def forward(self, x: Tensor) -> Pair:
+        share = x
+        for layer in self.layers:
+            x, held = layer(x)
+            share = held["share"]
+            if self.asks and float(x.sum()) > 1e9:
+                break
+        return Pair(x, {"share": share})
 
 
-def test_sizes_that_torch_divides_are_sizes() -> None:
+@pytest.mark.parametrize(("asks", "level"), [(False, "graph"), (True, "layers")])
+def test_sizes_that_torch_divides_are_sizes_and_named_tuples_stay_what_they_are(asks: bool, level: str) -> None:
     torch.manual_seed(0)
-    model = Chunked().eval()
+    model = Chunked(asks).eval()
     compiled = graftc.compile(SPEC, model, {"x": torch.randn(2, 8, 6)}, cache=False).eval()
+    assert [row.level for row in compiled.report.stacks] == [level]
     for length in (8, 4, 20):
         x = torch.randn(3, length, 6)
-        assert torch.equal(compiled(x), model(x))
+        ours, theirs = compiled(x), model(x)
+        assert type(ours) is Pair and torch.equal(ours.first, theirs.first)
+        assert torch.equal(ours.second["share"], theirs.second["share"])
 
 
 class OfABuffer(nn.Module):
@@ -154,8 +158,6 @@ def test_a_linear_map_of_a_stored_tensor_is_a_place() -> None:
     compiled = graftc.compile(spec, model, {"x": torch.randn(2, 5, 6)}, cache=False).eval()
     x = torch.randn(2, 5, 6)
     assert torch.equal(compiled(x), model(x))
-    from graftc.testing import perturb
-
     perturb(compiled)
     twin = OfABuffer().eval()
     twin.load_state_dict(compiled.merge().folded_state_dict())

@@ -63,7 +63,13 @@ def test_it_begins_with_what_it_is_for_and_its_schema(path: Path) -> None:
 def test_the_page_lists_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\(([^)]+)\)", text)
-    there = [*(p.name for p in EXAMPLES.glob("*.py")), *(f"specs/{p.name}" for p in SPECS), "plugin", "plugin_pass", "vision_language"]
+    there = [
+        *(p.name for p in EXAMPLES.glob("*.py")),
+        *(f"specs/{p.name}" for p in SPECS),
+        "plugin",
+        "plugin_pass",
+        "vision_language",
+    ]
     assert sorted(listed) == sorted(there)
 
 

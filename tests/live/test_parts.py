@@ -1,4 +1,4 @@
-"""Layers that can be no graph are taken apart in turn: their parts are graphs, and single maps only where these are not."""
+"""Layers that can be no graph are taken apart in turn: parts of them are graphs, and maps only where these are not."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graftc.compiler.capture.as_captured import without_caches
-from graftc.compiler.live.elements import layers_of
+from graftc.compiler.live.elements import layers_of, maps_of
 from graftc.passes.core.elements.calls import CallStructure
 from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.errors.diagnostics import GraftError
@@ -53,7 +52,8 @@ def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Com
     Raises:
         GraftError: GC060 for a model with one stack of layers, or that does not run on the inputs.
     """
-    rows = Counter(path.rpartition(".")[0] for path in layers_of(model))
+    maps = {*maps_of(model)}
+    rows = {path.rpartition(".")[0] for path in layers_of(model) if path not in maps}
     composite = {path for path, _ in model.named_modules() if _stacks(rows, path) > 1}
     if not composite:
         message = f"{type(model).__name__} has one stack of layers, and so no components"

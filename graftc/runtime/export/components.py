@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import config_of
+from graftc.compiler.capture.refusals import told
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.live.components import Component, components_of
 from graftc.compiler.live.elements import as_inputs
@@ -39,16 +41,20 @@ class ComponentModule(ExportModule):
     def __init__(self, runner: ModelRunner, component: Component) -> None:
         self._inputs = {input_name(component.path, i): name for i, name in enumerate(component.tensors)}
         self._prefix = f"{component.path}."
-        self._shown = {input_name(component.path, i): t.shape for i, t in enumerate(component.tensors.values())}
+        self._shown = {input_name(component.path, i): t for i, t in enumerate(component.tensors.values())}
         super().__init__(runner, runner.compilation.main.signature, apart=True)
 
     def sample(
         self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """See `ExportModule`: of the sizes shown, and with other seeds of others. What was equally long stays so, such
-        as the rows of a mask and of what it masks, which no operator need compare."""
-        named = ((n, s) for axis in self.axes for n, s in zip(axis.axes, self._shown[axis.name], strict=True))
-        return super().sample(seed, sizes, {name: size + seed for name, size in named if isinstance(name, str)})
+        """See `ExportModule`: what was shown, since masks and positions are not any numbers, and with other seeds
+        longer by its last entries. What was equally long stays so, such as the rows of a mask and of what it masks."""
+        return {axis.name: _lengthened(self._shown[axis.name], axis, seed) for axis in self.axes}
+
+    def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """See `ExportModule`: kernels differ in what they make of tokens that attend to nothing, such as padding."""
+        mask = inputs.get("attention_mask")
+        return None if mask is None or mask.dim() != 2 or mask.is_floating_point() else mask.bool()
 
     def input_name(self, name: str) -> str:
         """See `ExportModule`."""
@@ -96,7 +102,7 @@ def export_components(
             try:
                 entries.append(_write(runner, model, component, folder / files[component.path], evidence))
             except GraftError as error:
-                left_out[component.path] = error.message
+                left_out[component.path] = told(error.__cause__ or error) if error.code == "GC030" else error.message
                 for file in folder.glob(f"{files[component.path]}*"):
                     file.unlink()
         if not entries:
@@ -139,10 +145,19 @@ def _write(
     module = ComponentModule(AdaptedRunner(compilation, compilation.store), component)
     about = metadata(merged, module.program, certificate=evidence.certificate, folded=evidence.folded)
     prepare_onnx(module, about)(file)
-    compare(file, component.tensors, results)
+    compare(file, component.tensors, results, module.counting(component.tensors))
     outputs = [{"name": name, "dtype": DTYPE_NAMES[leaf.dtype], "rank": leaf.dim()} for name, leaf in results.items()]
     inputs = [_described(module, axis, component) for axis in module.axes]
     return {"module": component.path, "file": file.name, "inputs": inputs, "outputs": outputs}
+
+
+def _lengthened(tensor: Tensor, axis: Axis, more: int) -> Tensor:
+    """A tensor with its last entries repeated along the axes that vary."""
+    for dim, name in enumerate(axis.axes):
+        if isinstance(name, str):
+            size = tensor.shape[dim]
+            tensor = tensor.index_select(dim, torch.arange(size + more, device=tensor.device).clamp(max=size - 1))
+    return tensor
 
 
 def _described(module: ComponentModule, axis: Axis, component: Component) -> dict[str, Any]:

@@ -167,6 +167,10 @@ class ExportModule:
         """Whether the module has an input of the Program."""
         return True
 
+    def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Which positions of outputs count, ``bool`` of their first axes; None for all."""
+        return None
+
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The module's inputs with those that the Program has beside."""
         return dict(inputs)

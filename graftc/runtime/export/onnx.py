@@ -149,28 +149,41 @@ def _compare(ort: Any, module: ExportModule, path: Path) -> None:
         with torch.no_grad():
             expected = module.module(**inputs)
         feed = {module.input_name(name): value for name, value in module.flat(inputs).items()}
-        _require_close(session, feed, {module.output_name(name): expected[name] for name in names})
+        _require_close(
+            session, feed, {module.output_name(name): expected[name] for name in names}, module.counting(feed)
+        )
 
 
-def compare(path: Path, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def compare(
+    path: Path, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], counting: Tensor | None = None
+) -> None:
     """Run a file in ONNX Runtime on inputs, by the names that it has for them, against what a model gave.
+
+    Args:
+        path: of the file.
+        inputs, expected: by name.
+        counting: which positions count, as in `ExportModule.counting`.
 
     Raises:
         GraftError: GC060 where it gives something else.
     """
     session = _package("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     known = {value.name for value in session.get_inputs()}
-    _require_close(session, {name: value for name, value in inputs.items() if name in known}, expected)
+    _require_close(session, {name: value for name, value in inputs.items() if name in known}, expected, counting)
 
 
-def _require_close(session: Any, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _require_close(
+    session: Any, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], counting: Tensor | None
+) -> None:
     values = session.run(list(expected), {name: value.cpu().numpy() for name, value in inputs.items()})
     for (name, wanted), value in zip(expected.items(), values, strict=True):
-        reference = wanted.cpu()
+        reference, found = wanted.cpu(), torch.from_numpy(value)
+        if counting is not None and reference.shape[: counting.dim()] == counting.shape:
+            reference, found = reference[counting.cpu()], found[counting.cpu()]
         if reference.numel() and not bool(reference.isfinite().any()):
             hint = "look for NaN in what was trained and in buffers of the base"
             raise GraftError("GC060", f"{name} is not finite in torch, so nothing can be compared", hint=hint)
-        difference = largest_difference(reference, torch.from_numpy(value))
+        difference = largest_difference(reference, found)
         if not difference <= _bound(wanted.dtype) * max(1.0, largest_number(reference)):
             beyond = f"by {difference:.2e}, more than {_bound(wanted.dtype):.0e}"
             how = beyond if math.isfinite(difference) else "in what is finite"
