@@ -197,7 +197,8 @@ def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
     layers = len(set(layers_of(model)).intersection(elements) - set(maps_of(model)))
     kinds = ((layers, "layer"), (len(elements) - layers - maps, "layer part"), (maps, "map"))
     parts = [counted(number, what) for number, what in kinds if number]
-    return f"{name} is its own Python between graphs of {' and '.join(parts)}" + (f": {because}" if because else "")
+    of = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"{name} is its own Python between graphs of {of}" + (f": {because}" if because else "")
 
 
 def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
