@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from pictures import COLOURS, SHAPES, SIZE, Picture
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from graftc.runtime.demo.decoder import find_decoder, load_decoder
 
@@ -18,7 +24,7 @@ IMAGE_TOKEN = "<file_sep>"
 
 
 def pretrain_tower(pictures: list[Picture], steps: int, batch: int = 64) -> SiglipVisionModel:
-    """A SigLIP tower (4 layers, 128 wide) of which each patch has learnt to tell the shape and the colour on its side."""
+    """A SigLIP tower (4 layers, 128 wide) whose patches have learnt to tell the shape and the colour on their side."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     tower = SiglipVisionModel(SiglipVisionConfig(image_size=SIZE, patch_size=PATCH, vision_use_head=False, **sizes))
     counts, across = [len(SHAPES), len(COLOURS)], SIZE // PATCH

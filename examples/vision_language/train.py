@@ -27,11 +27,14 @@ TUNE = {
 }
 
 
-def train(spec: Any, base: Any, rows: list[Any], collator: Collator, steps: int, batch: int, rate: float, out: Path) -> Any:
+def train(
+    spec: Any, base: Any, rows: list[Any], collator: Collator, steps: int, batch: int, rate: float, out: Path
+) -> Any:
     """The model compiled from ``spec`` and trained by the Trainer of transformers."""
     torch.manual_seed(0)
     compiled = graftc.compile(spec, base, collator(rows[:2]))
-    print(f"{compiled.report.trainable_parameters:,} trainable parameters, {compiled.report.percent:.2f} % of the model")
+    report = compiled.report
+    print(f"{report.trainable_parameters:,} trainable parameters, {report.percent:.2f} % of the model")
     arguments = TrainingArguments(
         str(out),
         max_steps=steps,
