@@ -11,7 +11,7 @@ from torch import nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import hold_all, is_live, layers_of, maps_of
-from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.elements.calls import elements_in, innermost
 
 StackLevel = Literal["graph", "layers", "modules", "none"]
 """A part of the one graph of the model; graphs of its layers, or of parts that hold all their tensors; graphs of single
@@ -49,15 +49,11 @@ def stacks(compilation: Compilation) -> tuple[StackReport, ...]:
     rows: dict[str, list[str]] = defaultdict(list)
     for path in layers_of(model):
         rows[path.rpartition(".")[0]].append(path)
+    maps = frozenset(() if elements is None else maps_of(model))
     return tuple(
-        StackReport(
-            row,
-            len(layers),
-            _parameters(model, layers),
-            level := _level(model, layers, elements),
-            _reason(row, level, why),
-        )
+        StackReport(row, len(layers), _parameters(model, layers), level, _reason(row, level, why))
         for row, layers in rows.items()
+        for level in [_level(model, layers, elements, maps)]
     )
 
 
@@ -66,15 +62,17 @@ def _parameters(model: nn.Module, layers: Collection[str]) -> int:
     return sum(every.values())
 
 
-def _level(model: nn.Module, layers: Collection[str], elements: Collection[str] | None) -> StackLevel:
+def _level(
+    model: nn.Module, layers: Collection[str], elements: Collection[str] | None, maps: Collection[str]
+) -> StackLevel:
     if elements is None:
         return "graph"
-    inside = tuple(f"{path}." for path in layers)
-    parts = [element for element in elements if element in layers or element.startswith(inside)]
+    known = frozenset(layers)
+    parts = {element for element in elements if innermost(element, known)}
     if not parts:
         return "none"
-    maps = {path for path in maps_of(model) if path in parts}
-    return "modules" if maps - {*layers} or not hold_all(model, layers, parts) else "layers"
+    single = (parts - known).intersection(maps)
+    return "modules" if single or not hold_all(model, layers, parts) else "layers"
 
 
 def _reason(row: str, level: StackLevel, why: Mapping[str, str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -64,13 +66,15 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     whole, reasons = _whole(union, seen, layers)
     rows = {path.rpartition(".")[0]: None for path in layers}
     called = [row for row in rows if any(path.startswith(f"{row}.") for path in calls)]
-    pending = _inside([path for path in layers if path not in whole], model, maps)
+    used = {*maps}.intersection(calls)
+    held = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
+    pending = _inside(model, {*layers} - {*whole}, held)
     while pending:
         deeper = record(model, pending, maps, run)
         calls, read = {**deeper.calls, **calls}, read | dict.fromkeys(deeper.read)
         found, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
         whole += found
-        pending = _inside([path for path in pending if path not in found], model, maps)
+        pending = _inside(model, {*pending} - {*found}, held)
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
     reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}
@@ -128,15 +132,16 @@ def _in_order(calls: Recorded) -> list[str]:
     return sorted(calls, key=first.__getitem__)
 
 
-def _inside(paths: Iterable[str], model: nn.Module, maps: Sequence[str]) -> list[str]:
-    """The modules directly inside of some that hold more than one map."""
-    found = []
-    for path in paths:
-        for name, _ in model.get_submodule(path).named_children():
-            inner = f"{path}.{name}"
-            if inner not in maps and sum(map_path.startswith(f"{inner}.") for map_path in maps) > 1:
-                found.append(inner)
-    return found
+def _inside(model: nn.Module, paths: Collection[str], held: Mapping[str, int]) -> list[str]:
+    """The modules directly inside of some that hold more than one map that is called.
+
+    Args:
+        model: has them.
+        paths: of those that they are in.
+        held: how many such maps modules hold, by path.
+    """
+    own = [(path, name) for path in paths for name, _ in model.get_submodule(path).named_children()]
+    return sorted(inner for path, name in own if held.get(inner := f"{path}.{name}", 0) > 1)
 
 
 Kind = tuple[tuple[type, ...], str]
