@@ -116,6 +116,22 @@ def test_a_model_with_one_stack_has_no_components(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_row_is_enough_for_any_number_of_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = families.t5()
+    compiled = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.q"}}]}, model, cache=False
+    )
+    ids = torch.randint(3, 40, (1, 5))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :4]}
+    compiled.eval().merge(allow_unchanged=True).export_components(tmp_path / "out", batch)
+    manifest = json.loads((tmp_path / "out" / "components.json").read_text(encoding="utf-8"))
+    assert {"encoder", "decoder"} <= {entry["module"] for entry in manifest["components"]}
+    shapes = [one["shape"] for entry in manifest["components"] for one in entry["inputs"]]
+    assert shapes and all(isinstance(shape[0], str) for shape in shapes)
+
+
+@pytest.mark.slow
 def test_what_no_graph_takes_is_left_out_with_the_reason(tmp_path: Path) -> None:
     """The vision blocks of Qwen2-VL read lengths; the model is taken apart, and its language model is a file."""
     small = qwen2_vl()

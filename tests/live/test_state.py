@@ -93,6 +93,39 @@ def test_a_buffer_that_is_written_to_is_saved_merged_and_copied(tmp_path: Path) 
     assert torch.equal(loaded.train()(SHORT), compiled.train()(SHORT))
 
 
+class Renewing(Keeping):
+    """Puts a new tensor in the place of a buffer, as ``self.calls = self.calls + 1`` does."""
+
+    def keep(self, y: Tensor, rows: int) -> Tensor:
+        y = y + self.calls
+        if self.training:
+            self.calls = self.calls + 1
+        return y * (1 + self.calls)
+
+
+def test_a_buffer_that_is_replaced_is_saved_merged_and_copied_and_the_base_has_its_own(tmp_path: Path) -> None:
+    source, twin = Renewing().eval(), Renewing()
+    twin.load_state_dict(source.state_dict())
+    compiled = graftc.compile(SPEC, source, (SHORT,), cache=False)
+    for _ in range(3):
+        ours, theirs = compiled.train()(SHORT), twin.train()(SHORT)
+        assert torch.equal(ours, theirs)
+        ours.sum().backward()  # what the graph of a call has saved is not written to
+    wanted = compiled.eval()(SHORT)
+    assert torch.equal(wanted, twin.eval()(SHORT))
+    assert float(compiled.state_dict()["calls"]) == float(compiled.calls) == 3 and float(source.calls) == 0
+    with compiled.disabled():
+        assert torch.equal(compiled(SHORT), source(SHORT))
+        compiled.train()(SHORT)
+        compiled.eval()
+    assert torch.equal(compiled.reference()(SHORT), source(SHORT))
+    assert torch.equal(compiled(SHORT), wanted)
+    compiled.save(tmp_path / "artifact")
+    loaded = graftc.load(tmp_path / "artifact", source)
+    for other in (loaded.eval(), copy.deepcopy(compiled), compiled.merge(allow_unchanged=True)):
+        assert torch.allclose(other(SHORT), wanted, atol=1e-6)
+
+
 def test_what_writes_to_a_parameter_is_refused_and_not_done() -> None:
     source = Clamping()
     before = source.inner.weight.clone()

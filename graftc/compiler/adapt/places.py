@@ -13,7 +13,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.called_sites import CalledSites
 from graftc.compiler.resolve.compose import check_units, placed, units
 from graftc.compiler.resolve.embeds import lengthened, planned, require_token_embeddings
-from graftc.compiler.resolve.resolver import Resolver
+from graftc.compiler.resolve.resolver import Required, Resolver
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.resolve.train import train_sites, train_sites_again
@@ -53,7 +53,7 @@ def _resolve(program: Program, context: Adapting) -> None:
         context.resolved = resolver.resolve(compilation.spec)
     else:
         edits = compilation.tensor_edits if is_part(context.base) and compilation.signatures else None
-        context.resolved = resolver.again(places.resolved, every=_has_every(context), edits=edits)
+        context.resolved = resolver.again(places.resolved, required=_required(context), edits=edits)
     context.plan = planned(units(compilation.spec, context.resolved), resolver.table.token_embeddings)
     require_no_virtual_tokens(context.base, context.plan)
     if context.called:
@@ -74,10 +74,14 @@ def _require_alike(program: Program, context: Adapting) -> None:
         raise TreatedUnlikeError(groups)
 
 
-def _has_every(context: Adapting) -> bool:
-    """Whether all places have to be here. What train mode alone reads is adapted there alone; another signature has to
-    read every place, or be one of those that generating goes through, which read them together."""
-    return not isinstance(context.places, Adapting) and not is_part(context.base)
+def _required(context: Adapting) -> Required:
+    """Which places have to be here. What train mode alone reads is adapted there alone. Another signature has to read
+    every place, for what reads it may be given from outside instead, as embeddings are; unless it is one of those
+    that generating goes through, which read them together, or only has fewer inputs, as a text without images has."""
+    if isinstance(context.places, Adapting) or is_part(context.base):
+        return "none"
+    shown = {axis.name for axis in context.compilation.main.axes}
+    return "called" if {axis.name for axis in context.request.axes} < shown else "all"
 
 
 def _lengthen(program: Program, context: Adapting) -> Program:
@@ -106,7 +110,7 @@ def _resolve_train(program: Program, context: Adapting) -> None:
         context.trained = train_sites(table, compilation.spec)
         check_units(compilation.spec, units(compilation.spec, context.resolved))
         return
-    context.trained = train_sites_again(table, places.trained, every=_has_every(context))
+    context.trained = train_sites_again(table, places.trained, every=_required(context) == "all")
     require_every_place(compilation, program, context.resolved, context.trained)
 
 

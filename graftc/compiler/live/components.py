@@ -16,7 +16,7 @@ from graftc.compiler.capture.as_captured import without_caches
 from graftc.compiler.live.elements import layers_of, maps_of
 from graftc.passes.core.elements.calls import CallStructure
 from graftc.passes.core.ir.layers import layer_path
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Com
         try:
             model(**inputs)
         except Exception as error:
-            message = f"{type(model).__name__} does not run on the inputs given: {error}"
-            raise GraftError("GC060", message) from error
+            message = f"{type(model).__name__} does not run on the inputs given: {first_line(error)}"
+            raise GraftError("GC060", message, hint="give a batch that the model takes") from error
     return list(run.found.values()), run.left_out
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
 
 from graftc.compiler.resolve.select import check_overrides, depths, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
+from graftc.passes.core.ir.functions import calls, renamed
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey, SublayerSite, ValueSite
@@ -133,13 +137,13 @@ class Resolver:
         return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
 
     def again(
-        self, main: Iterable[Resolved], *, every: bool = True, edits: TensorEdits | None = None
+        self, main: Iterable[Resolved], *, required: Required = "all", edits: TensorEdits | None = None
     ) -> list[Resolved]:
         """The places that another Program's adaptations have, in this one.
 
         Args:
             main: what was found there.
-            every: all have to be here; otherwise those that are not are left out.
+            required: which of them have to be here; others that are not are left out.
             edits: what that Program's adaptations do with stored tensors: in a part of a model another module may read
                 such a tensor.
 
@@ -154,11 +158,24 @@ class Resolver:
                 if not here and edits is not None and isinstance(site, LinearSite):
                     changed = edits.at(site.own.tensor, CHANGING)
                     here = self.table.readers(site) if any(e.owner == resolved.name for e in changed) else []
-                if not here and every:
+                if not here and (required == "all" or (required == "called" and self._is_called(site))):
                     raise not_read(self.table.program, str(site.key), resolved.name)
                 sites += [(other, spec) for other in here]
             found.append(self._resolved(resolved.spec, sites))
         return found
+
+    def _is_called(self, site: Site) -> bool:
+        """Whether the Program reads a site's tensor, or has anything of the module of one without a tensor."""
+        return self.table.reads(site.own.tensor) if isinstance(site, LinearSite) else site.key.module in self._called
+
+    @cached_property
+    def _called(self) -> frozenset[str]:
+        """Paths of the modules that the Program has anything of, or of what is in them."""
+        graph = self.table.program.graph
+        owners = {str(node.meta.get("module", "")) for node in graph.nodes if node.op == "call_function"}
+        for one in calls(graph):
+            owners |= {renamed(owner, one.body, one.path) for owner in owners if owner.startswith(f"{one.body}.")}
+        return frozenset(path for owner in owners for path in accumulate(owner.split("."), "{}.{}".format))
 
     def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
         """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
@@ -195,6 +212,10 @@ class Resolver:
                     warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
 
 
+Required = Literal["all", "called", "none"]
+"""Which places of one Program another one has to have: all; those of modules that it calls; none."""
+
+
 def not_read(program: Program, place: str, owner: str) -> GraftError:
     """The error for a signature whose graph does not read a place that is adapted."""
     return GraftError(
@@ -210,7 +231,7 @@ def _rows(own: WeightSlice) -> str:
 
 def _blocked(site: BlockedSite, path: str) -> GraftError:
     if site.unused:
-        hint = "exclude it, or use a model head that reads it"
+        hint = "exclude it, use a model head that reads it, or give example inputs that call it"
         return GraftError("GC023", f"{site.key.module} {site.reason}", place=Place(path=path), hint=hint)
     return GraftError(
         "GC017", f"{site.key.module} {site.reason}", place=Place(path=path), hint="leave it out with exclude"

@@ -93,7 +93,10 @@ def export_components(
         GraftError: GC060 for a model without components, or of which none can be exported; GC061 when a package is
             missing; GC063 when ``path`` exists, GC064 when it cannot be written.
     """
-    components, left_out = components_of(model, inputs)
+    try:
+        components, left_out = components_of(model, _with_rows(inputs))
+    except GraftError:
+        components, left_out = components_of(model, inputs)
     files = _file_names([component.path for component in components])
     entries = []
     with staged(path, force=force, replaceable=is_exported) as folder:
@@ -127,6 +130,13 @@ def export_components(
 def is_exported(path: Path) -> bool:
     """Whether a folder is one that `export_components` wrote, and may replace."""
     return (path / MANIFEST).is_file()
+
+
+def _with_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of one row with that row twice: a size of 1 is special to the tracer, and would be the only one."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    one = all(value.shape[0] == 1 for value in tensors.values())
+    return {**inputs, **({name: torch.cat([value, value]) for name, value in tensors.items()} if one else {})}
 
 
 def _file_names(paths: Sequence[str]) -> dict[str, str]:

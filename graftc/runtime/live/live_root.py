@@ -202,7 +202,8 @@ class LiveRoot:
             yield
         finally:
             _RUNNING.reset(token)
-            self._own.keep(runner.store)
+            if not _of_base(runner):
+                self._own.keep(runner.store)
 
     def _bind(self, runner: GraphRunner) -> None:
         """Let the modules between graphs have the Store's tensors and modes, which may have moved and changed."""
@@ -219,7 +220,7 @@ class LiveRoot:
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = runner.store.get(f"{prefix}{name}")
-        self._own.bind(runner.store)
+        self._own.bind(runner.store, base=_of_base(runner))
 
     def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
         """Call the hooks of the compiled model's modules where the source's are, beside those that its class has.
@@ -244,6 +245,11 @@ def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
     cls = type(module)
     module.__class__ = type(cls.__name__, (stand_in, cls), {"__module__": __name__, "__doc__": cls.__doc__})
     vars(module)["_graftc_path"] = path
+
+
+def _of_base(runner: GraphRunner) -> bool:
+    """Whether the base alone is called: nothing that a model has updated counts then, and nothing is updated."""
+    return bool(getattr(runner, "base_only", False))
 
 
 def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

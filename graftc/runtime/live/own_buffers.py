@@ -1,8 +1,8 @@
 """The buffers that a live model's Python reads and writes between graphs.
 
-The source's are never written to. What is written to becomes the Store's own, as where a graph updates a buffer; what
-is put in the place of a buffer, such as the frequencies of a text longer than any before it, stays with the live model,
-as the attributes do that say so.
+The source's are never written to. What is written to, or replaced by another tensor of its shape, becomes the Store's
+own, as where a graph updates a buffer; one of another shape, such as the frequencies of a text longer than any before
+it, stays with the live model, as the attributes do that say so. The base alone sees what the source had.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class _Copied:
     own: Tensor
     own_version: int
 
+    def holds(self, source: Tensor) -> bool:
+        """Whether it is still what a tensor has."""
+        same = self.source is source and self.source_version == version(source)
+        return same and self.own_version == version(self.own)
+
 
 class OwnBuffers:
     """Copies of the buffers between graphs, in a live model.
@@ -52,29 +57,44 @@ class OwnBuffers:
             if buffer is not None
         ]
         self._copied: dict[str, _Copied] = {}
+        self._of_base: dict[str, _Copied] = {}
+        self._other: dict[str, Tensor] = {}
+        self._bound: dict[str, tuple[Tensor, int]] = {}
         self._lock = threading.Lock()
 
-    def bind(self, store: Store) -> None:
+    def bind(self, store: Store, *, base: bool) -> None:
         """Let the modules have the Store's own tensors, and copies of others; anew where the Store has another value.
 
         Args:
             store: its tensors may have moved and changed.
+            base: whether the base alone is called, which has the source's values and keeps no others.
         """
+        known = self._of_base if base else self._copied
         with self._lock:
+            self._bound.clear()
             stale: list[tuple[_Place, Tensor]] = []
             for place in self._places:
-                tensor = store.get(place.name)
-                copied = self._copied.get(place.name)
-                if store.canonical(place.name) in store.updated:
-                    place.module._buffers[place.last] = tensor
-                elif copied is None or copied.source is not tensor or copied.source_version != version(tensor):
+                name = store.canonical(place.name)
+                if name in store.updated and not base:
+                    self._put(place, store.get(place.name))
+                    continue
+                tensor = store.get(store.updated.get(name, place.name))
+                if (copied := known.get(place.name)) is None or not copied.holds(tensor):
                     stale.append((place, tensor))
+                else:
+                    self._put(place, copied.own if base else self._other.get(place.name, copied.own))
             for (place, tensor), own in zip(stale, copies([tensor for _, tensor in stale]), strict=True):
-                self._copied[place.name] = _Copied(tensor, version(tensor), own, version(own))
-                place.module._buffers[place.last] = own
+                known[place.name] = _Copied(tensor, version(tensor), own, version(own))
+                self._put(place, own)
+                if not base:
+                    self._other.pop(place.name, None)
+
+    def _put(self, place: _Place, value: Tensor) -> None:
+        place.module._buffers[place.last] = value
+        self._bound[place.name] = value, version(value)
 
     def keep(self, store: Store) -> None:
-        """Give the Store what a call has written to.
+        """Give the Store what a call has written to or replaced.
 
         Args:
             store: as in `bind`.
@@ -83,8 +103,15 @@ class OwnBuffers:
             GraftError: GC030 for a buffer that shares memory with another one.
         """
         for place in self._places:
-            copied, now = self._copied.get(place.name), place.module._buffers.get(place.last)
-            if copied is None or now is not copied.own or version(now) == copied.own_version:
+            (bound, count), now = self._bound[place.name], place.module._buffers.get(place.last)
+            owned = store.canonical(place.name) in store.updated
+            if now is None or (now is bound and (owned or version(now) == count)):
+                continue
+            if now.shape != bound.shape or now.dtype != bound.dtype:
+                self._other[place.name] = now
                 continue
             with exclusive():
-                store.own(place.name, now)
+                if owned:
+                    store.replace(place.name, now.detach().clone())
+                else:
+                    store.own(place.name, now)

@@ -305,11 +305,21 @@ class Store:
         path, _, last = name.rpartition(".")
         self.updated[name] = adapter_name(path, SOURCE, last)
         _register(self.container(self.updated[name].rpartition(".")[0]), last, source.detach(), persistent=False)
-        made = nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own
+        self.replace(name, nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own)
+
+    def replace(self, name: str, value: torch.Tensor) -> None:
+        """Put another tensor in the place of one that is one's own, under all of its names. Who has the one that was
+        there keeps it as it was.
+
+        Args:
+            name: of a tensor, under any of its names.
+            value: a parameter where the one there is one.
+        """
+        name = self.canonical(name)
         for alias in (name, *self.tied(name)):
             owner = self.owner(alias.rpartition(".")[0])
-            table: dict[str, Any] = owner._parameters if isinstance(source, nn.Parameter) else owner._buffers
-            table[alias.rpartition(".")[2]] = made
+            table: dict[str, Any] = owner._parameters if isinstance(value, nn.Parameter) else owner._buffers
+            table[alias.rpartition(".")[2]] = value
 
     def _require_alone(self, name: str, source: torch.Tensor) -> None:
         """Refuse a tensor that shares memory with another one: of two copies, only one would be written to."""
