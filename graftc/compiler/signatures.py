@@ -23,6 +23,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, fixed_where_bound, less_dynamic, split
 from graftc.compiler.compilation import Compilation, Graphs, Resolution
 from graftc.passes.core.build.initial import Initial
+from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program_key import Signature
 from graftc.specs.compose import Parallel
 from graftc.specs.errors.diagnostics import GraftError
@@ -186,7 +187,8 @@ def _fitting(
     """
     for _ in range(2):
         graphs, found = _adapted(compilation, axes, flags, chosen, initial)
-        inputs = [spec for spec in graphs["forward", "train", "adapted"].inputs if spec.name in present]
+        every = graphs["forward", "train", "adapted"].inputs
+        inputs = [spec for spec in every if spec.name in present or (CACHE in present and is_past(spec.name))]
         if fits(inputs, present):
             return graphs, found
         before, axes = axes, fixed_where_bound(axes, inputs, present)

@@ -7,7 +7,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from graftc.compiler.capture.interface import Flags, declared, is_transformers, 
 from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, tie_sizes
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.program import is_random
 
 aten = torch.ops.aten
@@ -39,13 +40,15 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
     with as_before(model), torch.no_grad():
         model.train(request.mode == "train")
         notes = _without_random_structure(model)
-        with _without_state(model), _flat_forward(model, request.axes, request.flags), _DividedSizes():
+        dividing = _DividedSizes() if elements_in(request.flags) else nullcontext()
+        with _without_state(model), _flat_forward(model, request.axes, request.flags), dividing:
             yield notes
 
 
 class _DividedSizes(TorchFunctionMode):
     """Sizes that torch divides by each other are sizes again, and no tensors: ``torch.div(x.shape[1], 4,
-    rounding_mode="trunc")`` is a tensor, of which a tracer knows no value."""
+    rounding_mode="trunc")`` is a tensor, of which a tracer knows no value. In the graph of a whole model such values
+    are put back later (`graftc.passes.graph.items`); an element is one only where its Python reads none."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

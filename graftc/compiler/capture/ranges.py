@@ -165,9 +165,8 @@ def _held(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[
     guards = [guard for guard in _guards(environment) if not (_are_two(guard) and set(guard.args) <= named)]
     bound = {symbol for guard in guards for symbol in guard.free_symbols & (captured.keys() - named)}
     limits: dict[Any, int] = {}
-    for guard in sorted(
-        guards, key=lambda guard: not isinstance(guard, sympy.Eq)
-    ):  # other guards follow from equalities
+    guards.sort(key=lambda guard: not isinstance(guard, sympy.Eq))  # what equalities bind may settle others
+    for guard in guards:
         rest = guard.xreplace({symbol: sympy.Integer(captured[symbol]) for symbol in bound})
         if not isinstance(rest, sympy.core.relational.Relational):
             continue

@@ -281,20 +281,20 @@ def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = Non
             yield found
 
 
-def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Tensor]) -> list[Axis]:
+def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> list[Axis]:
     """The same inputs with the sizes of a call in the place of names that a graph turned out to hold one size of.
 
     Args:
         axes: what the graph was captured with.
         inputs: the graph's.
-        present: the tensors of the call by name.
+        present: the tensors of the call by name; what the graph has beside them, a past for example, stays as it is.
     """
-    names = {axis.name: axis.axes for axis in axes}
-    bound: dict[str, int] = {}
-    for spec in inputs:
-        for name, (low, high), size in zip(names[spec.name], spec.ranges, present[spec.name].shape, strict=True):
-            if isinstance(name, str) and low == high != size:
-                bound[name] = size
+    ranges, bound = {spec.name: spec.ranges for spec in inputs}, dict[str, int]()
+    for axis in axes:
+        if axis.name in ranges and axis.name in present:
+            for name, (low, high), size in zip(axis.axes, ranges[axis.name], present[axis.name].shape, strict=True):
+                if isinstance(name, str) and low == high != size:
+                    bound[name] = size
     return [replace(axis, axes=tuple(bound.get(a, a) if isinstance(a, str) else a for a in axis.axes)) for axis in axes]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,9 +153,9 @@ def _named_leaves(result: Any) -> dict[str, Tensor]:
     """The tensors of an output, by the names that a graph has for them."""
     if isinstance(result, Tensor):
         return {"output": result}
-    pairs = (
-        result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, list | tuple) else ()
-    )
+    pairs: Iterable[tuple[Any, Any]] = result.items() if isinstance(result, Mapping) else ()
+    if isinstance(result, list | tuple):
+        pairs = enumerate(result)
     found: dict[str, Tensor] = {}
     for key, value in pairs:
         inner = _named_leaves(value)
