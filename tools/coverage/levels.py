@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ KINDS = ((nn.Linear, Conv1D), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def compile_maps(built: Built) -> Compiled:
-    """Compile LoRA of rank 1 on each map that the example calls and whose weight is its own and gets a gradient.
+    """Compile LoRA of rank 1 on each map that the example calls and whose weight is its own and gets a gradient, but
+    for maps whose weight the model's Python reads by itself, where an adaptation would be passed over (GC149).
 
     Raises:
         GraftError: whatever graftc refuses.
@@ -34,10 +36,27 @@ def compile_maps(built: Built) -> Compiled:
     """
     for kinds in KINDS:
         names = called_maps(built, kinds)
-        if names:
+        while names:
             spec = {"adapt": [{"name": "coverage", "method": "lora", "rank": 1, "target": {"modules": names}}]}
-            return graftc.compile(spec, built.model, built.inputs, cache=False)
+            try:
+                return graftc.compile(spec, built.model, built.inputs, cache=False)
+            except graftc.GraftError as error:
+                others = [name for name in names if _place(name) != _place(_read_by_python(error))]
+                if len(others) == len(names):
+                    raise
+                names = others
     raise ValueError("the example calls no linear map and no convolution with a weight of its own")
+
+
+def _read_by_python(error: graftc.GraftError) -> str:
+    """The path of the map that an error says the model's own Python reads; empty where it says something else."""
+    found = re.search(r"adapts (\S+?)(\.weight)?, which the model's own Python reads", error.message)
+    return found[1] if found is not None and error.code == "GC149" else ""
+
+
+def _place(path: str) -> str:
+    """A path without the numbers of layers."""
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def called_maps(built: Built, kinds: tuple[type[nn.Module], ...]) -> list[str]:
