@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
     tensors = {name: value for name, value in tensors.items() if name not in chosen}
     _check_room(compilation, tensors)
     known = [Axis(s.name, s.dtype, s.shape) for s in compilation.program_as_run("train", "base").inputs]
-    axes = [replace(axis, shown=tensors[axis.name]) for axis in axes_of(compilation.model, tensors, known)]
+    axes = axes_of(compilation.model, tensors, known)
     failure: GraftError | None = None
     for attempt in less_dynamic(axes, tensors):
         try:
@@ -65,9 +64,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
                 break
         else:
             if made is not None:
-                graphs, found = made
-                kept = tuple(replace(axis, shown=None) for axis in found.axes)  # a call's tensors are not kept
-                return _included(compilation, graphs, replace(found, axes=kept))
+                return _included(compilation, *made)
     raise _not_captured(compilation, axes, flags, failure)
 
 
