@@ -124,7 +124,7 @@ class _Run:
     def _component(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Component:
         structure, tensors = CallStructure.of(path, module, args, kwargs)
         names = _names(module, args, kwargs)
-        own = {names[id(tensor)]: tensor for tensor in tensors}
+        own = {names.get(id(tensor), f"tensor_{index}"): tensor for index, tensor in enumerate(tensors)}
         given = {name: self._known.get(id(tensor), "") for name, tensor in own.items()}
         self._alive += [tensors, result]
         results = _named_leaves(result)
