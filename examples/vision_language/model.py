@@ -95,7 +95,7 @@ class Collator:
 
 @torch.no_grad()
 def ask(model: Any, tokenizer: Any, picture: Picture, question: str) -> str:
-    """What the model answers to one question about one picture, by its own ``generate``."""
+    """Generate the model's answer to one question about one picture."""
     inputs = tokenizer(prompt(question), return_tensors="pt")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokens = model.generate(

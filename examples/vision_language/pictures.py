@@ -34,7 +34,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Picture:
-    """What is on the left and on the right, and the pixels: ``float32[3, 64, 64]``, from -1 to 1."""
+    """The shapes on the left and on the right, and the pixels, ``float32[3, 64, 64]``, from -1 to 1."""
 
     left: Thing
     right: Thing

@@ -193,8 +193,9 @@ def _given(axis: Axis, device: torch.device) -> Any:
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
     """In a sentence what of a model is graphs."""
-    name, maps = type(model).__name__, len(set(maps_of(model)).intersection(elements))
-    layers = len(set(layers_of(model)).intersection(elements) - set(maps_of(model)))
+    name, known_maps = type(model).__name__, set(maps_of(model))
+    maps = len(known_maps.intersection(elements))
+    layers = len(set(layers_of(model)).intersection(elements) - known_maps)
     kinds = ((layers, "layer"), (len(elements) - layers - maps, "layer part"), (maps, "map"))
     parts = [counted(number, what) for number, what in kinds if number]
     of = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

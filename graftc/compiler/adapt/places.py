@@ -75,9 +75,12 @@ def _require_alike(program: Program, context: Adapting) -> None:
 
 
 def _required(context: Adapting) -> Required:
-    """Which places have to be here. What train mode alone reads is adapted there alone. Another signature has to read
-    every place, for what reads it may be given from outside instead, as embeddings are; unless it is one of those
-    that generating goes through, which read them together, or only has fewer inputs, as a text without images has."""
+    """Return which adapted places the Program must contain.
+
+    A place that only train mode reads is adapted there only. A later signature must read every place, since the caller
+    may pass in what an adapted module would have computed, such as embeddings. Two kinds of signatures need not: those
+    of generation, which read all places between them, and those that only leave inputs out, as for text alone.
+    """
     if isinstance(context.places, Adapting) or is_part(context.base):
         return "none"
     shown = {axis.name for axis in context.compilation.main.axes}

@@ -135,10 +135,14 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     """Inside, a model is in eval mode and keeps no cache unless a call asks for one. Afterwards it is as before."""
     with as_before(model):
         model.eval()
-        for config in _configs(model):
-            if getattr(config, "use_cache", False):
-                config.use_cache = False
+        _switch_off_caches(model)
         yield
+
+
+def _switch_off_caches(model: nn.Module) -> None:
+    for config in _configs(model):
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
 
 
 @contextmanager
@@ -150,9 +154,8 @@ def _without_state(model: nn.Module) -> Iterator[None]:
 
             exporter: Any = exporter_dynamo
             stack.enter_context(exporter.reset_model_state(model))
+            _switch_off_caches(model)
             for config in _configs(model):
-                if getattr(config, "use_cache", False):
-                    config.use_cache = False
                 if getattr(config, "return_dict", True) is False:
                     config.return_dict = True
         yield

@@ -282,7 +282,7 @@ def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = Non
 
 
 def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> list[Axis]:
-    """The same inputs with the sizes of a call in the place of names that a graph turned out to hold one size of.
+    """Replace named sizes that a graph holds fixed by the sizes of a call.
 
     Args:
         axes: what the graph was captured with.

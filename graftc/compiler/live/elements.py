@@ -116,7 +116,7 @@ def maps_of(model: nn.Module) -> list[str]:
 
 
 def place_in_row(path: str) -> str:
-    """What modules at the same place in the layers of a row have in common: of the layers themselves, its path."""
+    """Return a path without its layer number: equal for modules at the same place in all layers of a row."""
     layer = layer_path(path)
     return layer.rpartition(".")[0] + path.removeprefix(layer)
 

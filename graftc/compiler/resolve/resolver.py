@@ -11,7 +11,7 @@ from typing import Literal
 
 from graftc.compiler.resolve.select import check_overrides, depths, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
-from graftc.passes.core.ir.functions import calls, renamed
+from graftc.passes.core.ir.functions import calls, is_within, renamed
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey, SublayerSite, ValueSite
@@ -173,9 +173,10 @@ class Resolver:
         """Paths of the modules that the Program has anything of, or of what is in them."""
         graph = self.table.program.graph
         owners = {str(node.meta.get("module", "")) for node in graph.nodes if node.op == "call_function"}
-        for one in calls(graph):
-            owners |= {renamed(owner, one.body, one.path) for owner in owners if owner.startswith(f"{one.body}.")}
-        return frozenset(path for owner in owners for path in accumulate(owner.split("."), "{}.{}".format))
+        in_calls = {
+            renamed(owner, one.body, one.path) for one in calls(graph) for owner in owners if is_within(owner, one.body)
+        }
+        return frozenset(path for owner in owners | in_calls for path in accumulate(owner.split("."), "{}.{}".format))
 
     def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
         """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
@@ -213,7 +214,7 @@ class Resolver:
 
 
 Required = Literal["all", "called", "none"]
-"""Which places of one Program another one has to have: all; those of modules that it calls; none."""
+"""Which adapted places a later Program must contain: all of them, those in modules that it calls, or none."""
 
 
 def not_read(program: Program, place: str, owner: str) -> GraftError:

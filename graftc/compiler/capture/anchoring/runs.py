@@ -37,7 +37,7 @@ _SMALL = 400_000_000
 
 
 RunInputs = Literal["samples", "ones", "shown"]
-"""What a model could be run on: random samples; ones alone, of the sizes captured; what the caller has shown alone."""
+"""What a model ran on: random samples, only ones of the captured sizes, or only the caller's example inputs."""
 
 
 class NoRunError(Exception):
