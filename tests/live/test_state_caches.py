@@ -1,5 +1,5 @@
-"""Models whose caches hold more than one growing pair a layer: states, which no graph takes, and those of decoders that
-read an encoder."""
+"""Models whose caches hold more than one growing pair a layer: states of convolutions and recurrences, and those of
+decoders that read an encoder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import graftc
+from graftc.passes.core.elements.calls import calls_in
+from graftc.passes.core.ir.layers import layer_path
 from graftc.testing import perturb
 from tests.live.models import forced_apart
 
@@ -36,6 +38,54 @@ def test_it_generates_as_its_merged_class_and_an_adapted_convolution_is_refused(
         wanted = compiled.merge().to_transformers().eval().generate(input_ids=ids, **options)
         assert torch.equal(compiled.generate(input_ids=ids, **options), wanted)
         assert not torch.equal(model.generate(input_ids=ids, **options), wanted)
+
+
+TOKENS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def convolving() -> Any:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    kinds = ["conv", "full_attention"]
+    return Lfm2ForCausalLM(Lfm2Config(**TOKENS, **BLOCKS, num_hidden_layers=2, layer_types=kinds)).eval()
+
+
+def selective() -> Any:
+    from transformers import JambaConfig, JambaForCausalLM
+
+    torch.manual_seed(0)
+    periods = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    config = JambaConfig(**TOKENS, **BLOCKS, **periods, num_hidden_layers=2, num_experts=2, mamba_d_state=4)
+    return JambaForCausalLM(config).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [convolving, selective])
+def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:
+    """Steps of one token write to the states in place; those of several do not. Products of weights that ask for
+    gradients may be computed in another order (`torch.matmul`), so that the source asks for none either."""
+    model, ids = build().requires_grad_(False), torch.randint(3, 60, (2, 6))
+    spec = graftc.load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.o*_proj"}}]})
+    compiled = forced_apart(spec, model, {"input_ids": ids}).eval()
+    layers = {path for path in calls_in(compiled.compilation.flags) if layer_path(path) == path}
+    assert len(layers) == 2
+    told = []
+    for each in (model, compiled):
+        with torch.no_grad():
+            found = [each(input_ids=ids, use_cache=True)]
+            for step in (ids[:, :1], ids[:, 1:2], ids[:, :3]):
+                found.append(each(input_ids=step, cache=found[-1].cache, use_cache=True))
+        told.append([output.logits for output in found])
+    assert all(torch.equal(own, wanted) for own, wanted in zip(told[1], told[0], strict=True))
+    perturb(compiled, 0.3)
+    merged = compiled.merge().to_transformers().eval()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    for more in ({}, {"num_beams": 2}, {"use_cache": False}):
+        wanted = merged.generate(input_ids=ids, **options, **more)
+        assert torch.equal(compiled.generate(input_ids=ids, **options, **more), wanted)
+    assert not torch.equal(model.generate(input_ids=ids, **options), merged.generate(input_ids=ids, **options))
 
 
 def listener() -> Any:

@@ -1,4 +1,4 @@
-"""A cache of keys and values as one layer sees it: its own tensors go in, and what is new comes out."""
+"""A model's cache as one layer sees it: the layer's own keys, values and states go in, and what is new comes out."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ class LayerCache:
     Args:
         layer: the number by which the layer asks.
         past: the keys and values of earlier tokens; None where there are none.
+        states: of a layer that keeps convolutions' inputs and recurrent states; None elsewhere.
+        sliding: whether the cache forgets all but the last tokens.
 
     Attributes:
         new: the keys and values of the call's own tokens, once the layer has given them.
+        states: as the layer leaves them, which may also write to them in place.
     """
 
-    def __init__(self, layer: int | None, past: Pair | None) -> None:
-        self._layer, self._past = layer, past
+    def __init__(self, layer: int | None, past: Pair | None, states: Any = None, sliding: bool = False) -> None:
+        self._layer, self._past, self._sliding = layer, past, sliding
         self.new: Pair | None = None
+        self.states = states
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **options: Any) -> Pair:
         """Take the keys and values of the call, and return those of all tokens.
@@ -42,8 +46,53 @@ class LayerCache:
         return torch.cat([self._past[0], keys], dim=-2), torch.cat([self._past[1], values], dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many earlier tokens there are."""
+        """Return how many earlier tokens there are.
+
+        Raises:
+            LookupError: the layer has states or the last tokens alone, which do not say how many there were.
+        """
+        if self.states is not None or self._sliding:
+            raise LookupError("a layer asks how many earlier tokens there were, of which not all are kept")
         return 0 if self._past is None else self._past[0].shape[-2]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return the inputs of a convolution that earlier tokens left; None where there are none."""
+        held = self._states_of(layer_idx)
+        return held.conv_states[state_idx] if held.has_previous_state[state_idx] else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return the state that earlier tokens left; None where there is none."""
+        held = self._states_of(layer_idx)
+        return held.recurrent_states[state_idx] if held.has_previous_state[state_idx] else None
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Any:
+        """Take the inputs of a convolution, and return them behind those of earlier tokens."""
+        return self._states_of(layer_idx).update_conv_state(conv_states, state_idx, **options)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any
+    ) -> Any:
+        """Take a new state, and return it."""
+        return self._states_of(layer_idx).update_recurrent_state(recurrent_states, state_idx, **options)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Return whether earlier tokens left states."""
+        held = self._states_of(layer_idx).has_previous_state
+        return any(held.values()) if state_idx is None else bool(held[state_idx])
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Return False: caches that keep earlier states are not described."""
+        return False
+
+    def _states_of(self, layer: int | None) -> Any:
+        """Return the layer's states.
+
+        Raises:
+            LookupError: it asks for another layer's, or has none.
+        """
+        if layer != self._layer or self.states is None:
+            raise LookupError("a layer reads and updates its own states")
+        return self.states
 
     @property
     def layers(self) -> Mapping[int | None, Any]:
@@ -72,14 +121,21 @@ def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> 
         TypeError: for a layer without one number of its own, and a cache that does more than to put new tokens behind
             earlier ones.
     """
-    from transformers.cache_utils import EncoderDecoderCache
+    from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache, LinearAttentionLayer
 
     layer = number_of(module)
     if layer is None:
         raise TypeError(type(module).__name__)
 
-    def numbered(part: Any) -> list[int]:
-        return [number(tensor) for tensor in _past_in(part, layer) or ()]
+    def numbered(part: Any) -> Any:
+        held = _layer_in(part, layer)
+        past = [number(tensor) for tensor in _past_in(held) or ()]
+        more: dict[str, Any] = {}
+        if isinstance(held, DynamicSlidingWindowLayer):
+            more["sliding"] = True
+        if isinstance(held, LinearAttentionLayer):
+            more["states"] = [[number(state) for state in states] for states in _states_in(held)]
+        return {"past": past, **more} if more else past
 
     if type(cache) is EncoderDecoderCache:
         updated = bool(cache.is_updated.get(layer))
@@ -98,10 +154,15 @@ def stand_in(module: nn.Module, held: Any, tensors: Sequence[Tensor]) -> Any:
     """
     layer = number_of(module)
 
-    def own(part: Sequence[int]) -> LayerCache:
-        return LayerCache(layer, (tensors[part[0]], tensors[part[1]]) if part else None)
+    def own(part: Any) -> LayerCache:
+        held = part if isinstance(part, dict) else {"past": part}
+        past = tuple(tensors[each] for each in held["past"])
+        states = (
+            _with_states([[tensors[each] for each in pair] for pair in held["states"]]) if "states" in held else None
+        )
+        return LayerCache(layer, (past[0], past[1]) if past else None, states, held.get("sliding", False))
 
-    if isinstance(held, list):
+    if isinstance(held, list) or "past" in held:
         return own(held)
     from transformers.cache_utils import EncoderDecoderCache
 
@@ -113,9 +174,9 @@ def stand_in(module: nn.Module, held: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def news_of(cache: Any) -> Any:
-    """The new keys and values of what stands for a cache, behind the call; None where there is no such thing."""
+    """The new keys and values of what stands for a cache, behind the call, and its states; None where it has none."""
     if isinstance(cache, LayerCache):
-        return cache.new
+        return cache.new if cache.states is None else {"new": cache.new, "states": _states_in(cache.states)}
     if isinstance(own := getattr(cache, "self_attention_cache", None), LayerCache):
         return {"own": own.new, "cross": cache.cross_attention_cache.new}
     return None
@@ -127,6 +188,10 @@ def write_back(cache: Any, module: nn.Module, news: Any) -> None:
     if not isinstance(news, dict):
         if news is not None:
             cache.update(*news, layer)
+        return
+    if "states" in news:
+        write_back(cache, module, news["new"])
+        _write_states(cache.layers[layer], news["states"])
         return
     write_back(cache.self_attention_cache, module, news["own"])
     write_back(cache.cross_attention_cache, module, news["cross"])
@@ -141,23 +206,80 @@ def number_of(module: nn.Module) -> int | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def _past_in(cache: Any, layer: int) -> Pair | None:
-    """What a cache has of a layer's earlier tokens; None where there are none.
+def _layer_in(cache: Any, layer: int) -> Any:
+    """What a cache has for a layer; None where that is nothing.
 
     Raises:
-        TypeError: for a cache that does more than to put new tokens behind earlier ones.
+        TypeError: for a cache that a graph does not take, and a layer of one that does more than to put new tokens
+            behind earlier ones, or to replace its states.
     """
     from transformers import cache_utils
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicCache
 
-    nothing = getattr(cache_utils, "DummyLayer", None)  # of a layer that reads another's keys and values
     if type(cache) is not DynamicCache or cache.offloading:
         raise TypeError(type(cache).__name__)
     if layer >= len(cache.layers):
         return None
     held: Any = cache.layers[layer]
-    if type(held) is nothing:
+    if type(held) is getattr(cache_utils, "DummyLayer", None):  # of a layer that reads another's keys and values
         return None
-    if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(held, "record_past", False):
+    if type(held).__name__ not in _TAKEN or type(held) is not getattr(cache_utils, type(held).__name__, None):
         raise TypeError(type(held).__name__)
+    if getattr(held, "record_past", False):
+        raise TypeError(type(held).__name__)
+    return held
+
+
+_TAKEN = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+)
+"""Classes of transformers for one layer of a cache; not all of its versions have the last two."""
+
+
+def _past_in(held: Any) -> Pair | None:
+    """The keys and values that a cache has of a layer's earlier tokens; None where there are none."""
+    if held is None or not hasattr(held, "keys"):
+        return None
     return (held.keys, held.values) if held.get_seq_length() else None
+
+
+def _states_in(held: Any) -> list[list[Tensor]]:
+    """What earlier tokens left in each state of a layer: nothing, a convolution's inputs, or these and a state."""
+    numbers = range(held.number_of_states)
+    pairs = [(held.conv_states[number], held.recurrent_states[number]) for number in numbers]
+    return [
+        [state for state in pairs[number] if state is not None] if held.has_previous_state[number] else []
+        for number in numbers
+    ]
+
+
+def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:
+    """A layer of a cache that has copies of states, which `_states_in` of another one gave."""
+    from transformers.cache_utils import LinearAttentionLayer
+
+    held = LinearAttentionLayer(number_of_states=len(states))
+    for number, (conv, *recurrent) in ((number, pair) for number, pair in enumerate(states) if pair):
+        held.lazy_initialization(conv_states=conv, state_idx=number)
+        held.conv_states[number] = conv.clone()
+        held.has_previous_state[number] = True
+        for state in recurrent:
+            held.lazy_initialization(recurrent_states=state, state_idx=number)
+            held.recurrent_states[number] = state.clone()
+    return held
+
+
+def _write_states(held: Any, states: Sequence[Sequence[Tensor]]) -> None:
+    """Give a layer of a model's cache the states that a call left."""
+    for number, (conv, *recurrent) in ((number, pair) for number, pair in enumerate(states) if pair):
+        if not held.is_conv_states_initialized[number]:
+            held.lazy_initialization(conv_states=conv, state_idx=number)
+        held.conv_states[number].copy_(conv)
+        held.has_previous_state[number] = True
+        for state in recurrent:
+            if not held.is_recurrent_states_initialized[number]:
+                held.lazy_initialization(recurrent_states=state, state_idx=number)
+            held.recurrent_states[number].copy_(state)
