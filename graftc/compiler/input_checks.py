@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import computed
-from graftc.passes.core.ir.program import InputCheck, OutputSpec, Program, above
+from graftc.passes.core.ir.program import InputCheck, OutputSpec, Program, above, is_random
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -58,7 +58,7 @@ def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
     condition = node.args[0]
     assert isinstance(condition, fx.Node)
     needed = {condition, *above([condition])}
-    if len(needed) > _LARGEST or any(n.op == "get_attr" and n.meta["val"].is_floating_point() for n in needed):
+    if len(needed) > _LARGEST or any(map(_of_more_than_inputs, needed)):
         return None
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for each in program.graph.nodes:
@@ -69,6 +69,11 @@ def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
     inputs = tuple(spec for spec in program.inputs if spec.name in names)
     about = f": {text}" if text else ""
     return InputCheck(Program(graph, inputs, OutputSpec("leaf")), f"the model does not take this call{about}")
+
+
+def _of_more_than_inputs(node: fx.Node) -> bool:
+    """Whether a value is a weight's, or drawn: what a check would draw is not what the call draws."""
+    return is_random(node) or (node.op == "get_attr" and node.meta["val"].is_floating_point())
 
 
 def _is_asserted(node: fx.Node) -> bool:

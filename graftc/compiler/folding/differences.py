@@ -8,11 +8,13 @@ from torch import Tensor
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference of two tensors of one shape.
+    """The largest absolute difference of two tensors; infinite where their shapes differ.
 
     Elements that are the same infinity, or no number in both, do not differ. NaN where only one of the two is a number,
     and where none of ``a`` is: of such outputs there is nothing to say.
     """
+    if a.shape != b.shape:
+        return math.inf
     if not a.numel():
         return 0.0
     wide_a, wide_b = a.double(), b.to(a.device).double()
@@ -27,6 +29,8 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 
 def largest_number(a: Tensor) -> float:
     """The largest absolute value of those that are finite; 0 where none is."""
+    if not a.dtype.is_floating_point and not a.dtype.is_complex:
+        return float(a.double().abs().max()) if a.numel() else 0.0
     if a.numel() and math.isfinite(largest := float(a.abs().max())):
         return largest
     finite = a[a.isfinite()]

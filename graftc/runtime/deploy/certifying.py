@@ -9,7 +9,6 @@ from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
 from graftc.compiler.folding.certify import Advance, Folded
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.requantise import BaseForm, Repacked
-from graftc.compiler.folding.rounding import NARROW
 from graftc.compiler.folding.steps import recasting
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.graph.remove_folded import take_out
@@ -60,8 +59,8 @@ def certify(
     if budget is None:
         budget = max(DEFAULT_BUDGET.get(runner.dtype, 1e-4), repacked.budget) * max(1.0, comparison.largest)
     worst = max(comparison.differences.values(), default=0.0)
-    # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
-    doubted = chosen is None and budget < worst < math.inf and runner.dtype in NARROW
+    # A deep model in 16 bits, or one that goes on from its own outputs, makes much of the last bit of its weights.
+    doubted = chosen is None and budget < worst < math.inf
     notes: tuple[str, ...] = ()
     if doubted or not comparison.explained:
         weights = {name: merged.store.get(name) for name in merged.changed}

@@ -1,4 +1,4 @@
-"""How far outputs move when folded weights are rounded differently: the noise of a comparison in 16 bits."""
+"""How far outputs move when folded weights are rounded differently: the noise of a comparison."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference
+from graftc.compiler.folding.rounding import NARROW
 
 __all__ = ["rounding_noise"]
 
@@ -53,8 +54,10 @@ def rounding_noise(
                 break
             generator = torch.Generator().manual_seed(seed)
             for name, own in kept.items():
-                drawn = torch.rand(own.shape, generator=generator).sub_(0.5).mul_(torch.finfo(own.dtype).eps).add_(1)
-                held[name].copy_(own.float().mul_(drawn.to(own.device)))
+                wide = torch.float32 if own.dtype in NARROW else torch.float64
+                drawn = torch.rand(own.shape, generator=generator, dtype=wide).sub_(0.5)
+                drawn.mul_(torch.finfo(own.dtype).eps).add_(1)
+                held[name].copy_(own.to(wide).mul_(drawn.to(own.device)))
             worst = max(worst, moved())
     finally:
         for name, weight in held.items():

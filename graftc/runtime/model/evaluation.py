@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from graftc.compiler.capture.as_captured import draws, same_draws
+from graftc.compiler.live.elements import is_live
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ops.route import Routes
 from graftc.passes.graph.route_choices import choices_of
@@ -28,7 +30,7 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class Evaluation:
-    """One model on the same inputs, as often as wanted.
+    """One model on the same inputs, as often as wanted; what it draws is the same each time.
 
     Args:
         runner: of the model.
@@ -42,7 +44,9 @@ class Evaluation:
         self.runner: ModelRunner = runner.complete()
         self._compilation = runner.compilation
         self._present = repeated(runner.compilation, {**inputs, **dict(runner.compilation.flags)})
-        self._chooses = bool(choices_of(runner.compilation.program("eval", "base")))
+        base = runner.compilation.program("eval", "base")
+        self._chooses = bool(choices_of(base))
+        self._draws = is_live(runner.compilation.model) or any(map(draws, base.graph.nodes))
 
     def outputs(self, routes: Routes | None = None) -> tuple[Any, ...]:
         """Flat outputs. What the model chooses among its own values is recorded in ``routes``, and what is imposed
@@ -54,7 +58,7 @@ class Evaluation:
 
     def _run(self, entry: Literal["forward", "routes"]) -> tuple[Any, ...]:
         runner, present = self.runner, self._present
-        with in_eval_mode(runner.module):
+        with in_eval_mode(runner.module), same_draws(runner.device, self._draws):
             return runner.run(runner.ready(present, entry), present)
 
     def forget(self) -> None:
