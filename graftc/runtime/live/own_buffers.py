@@ -8,7 +8,7 @@ it, stays with the live model, as the attributes do that say so. The base alone 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -102,6 +102,18 @@ class OwnBuffers:
         Raises:
             GraftError: GC030 for a buffer that shares memory with another one.
         """
+        with self._lock:
+            changed = list(self._changed(store))
+        for place, now, owned in changed:
+            with exclusive():
+                if owned:
+                    store.replace(place.name, now.detach().clone())
+                else:
+                    store.own(place.name, now)
+
+    def _changed(self, store: Store) -> Iterator[tuple[_Place, Tensor, bool]]:
+        """What has been written to or replaced since it was bound, and whether the Store owns it; what has another
+        shape is kept here."""
         for place in self._places:
             (bound, count), now = self._bound[place.name], place.module._buffers.get(place.last)
             owned = store.canonical(place.name) in store.updated
@@ -110,8 +122,4 @@ class OwnBuffers:
             if now.shape != bound.shape or now.dtype != bound.dtype:
                 self._other[place.name] = now
                 continue
-            with exclusive():
-                if owned:
-                    store.replace(place.name, now.detach().clone())
-                else:
-                    store.own(place.name, now)
+            yield place, now, owned
