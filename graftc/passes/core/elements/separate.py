@@ -1,58 +1,117 @@
-"""Let each element of a union compute for itself what it makes of tensors alone.
+"""Let each element of a union compute for itself what it makes of tensors and sizes alone.
 
 Where a conversion changes nothing, such as that of a ``float32`` weight to ``float32``, torch gives the weight itself,
 and the tracer takes whatever reads that weight later for a reader of the conversion. With a weight that several
-elements hold, one of them then reads a value of another, whose inputs a call of it does not have.
+elements hold, one of them then reads a value of another, whose inputs a call of it does not have. Sizes of one name
+are read from the first input that has them, which may be another element's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import fx
 
-from graftc.passes.core.elements.calls import elements_in, innermost
+from graftc.passes.core.elements.calls import elements_in, innermost, input_name
 from graftc.passes.core.ir.new_nodes import copy_node
-from graftc.passes.core.ir.program import Program, is_random, mutates
+from graftc.passes.core.ir.program import InputSpec, Program, is_random, mutates
+
+_SIZE = torch.ops.aten.sym_size.int
 
 
 def separate(program: Program) -> None:
-    """Compute anew, in each element that reads it, what another element has made of tensors alone.
+    """Compute anew, in each element that reads it, what another element has made of tensors and sizes alone.
 
     Args:
         program: of a union of elements, which is changed; a Program of a model's own stays as it is.
     """
     elements = frozenset(elements_in(program.flags))
-    if not elements:
-        return
-    settled: set[fx.Node] = set()
-    copies: dict[tuple[str, fx.Node], fx.Node] = {}
-    for node in list(program.graph.nodes):
+    if elements:
+        _Separation(program, elements).run()
+
+
+class _Separation:
+    """See `separate`."""
+
+    def __init__(self, program: Program, elements: Collection[str]) -> None:
+        self._graph, self._elements = program.graph, elements
+        specs = {spec.name: spec for spec in program.inputs}
+        given = {str(node.target): node for node in self._graph.find_nodes(op="placeholder")}
+        self._inputs = {path: _inputs_of(path, specs, given) for path in elements}
+        self._owner = {node: path for path, own in self._inputs.items() for node, _ in own}
+        self._specs = {given[name]: spec for name, spec in specs.items() if name in given}
+        self._settled: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._copies: dict[tuple[str, fx.Node], fx.Node] = {}
+
+    def run(self) -> None:
+        """Change the Program."""
+        for node in list(self._graph.nodes):
+            home = self._home(node)
+            for source in node.all_input_nodes if home else ():
+                if source in self._settled and source.op != "get_attr" and self._is_anothers(source, home):
+                    node.replace_input_with(source, self._copied(source, home, node))
+            self._settle(node)
+
+    def _settle(self, node: fx.Node) -> None:
+        """Note a value that follows from tensors and sizes alone, with the inputs whose sizes it reads."""
         sources = node.all_input_nodes
-        computed = node.op == "call_function" and sources and not is_random(node) and not mutates(node)
-        if node.op == "get_attr" or (computed and settled.issuperset(sources)):
-            settled.add(node)
-        home = _home(node, elements)
-        others = {s for s in sources if s in settled and s.op != "get_attr" and _home(s, elements) not in ("", home)}
-        for source in others if home else ():
-            node.replace_input_with(source, _copied(program, source, home, node, copies))
+        if node.op == "get_attr":
+            self._settled[node] = frozenset()
+        elif node.target is _SIZE and node.args[0] in self._specs:
+            self._settled[node] = frozenset(sources)
+        elif node.op != "call_function" or not sources or is_random(node) or mutates(node):
+            return
+        elif all(source in self._settled for source in sources):
+            self._settled[node] = frozenset[fx.Node]().union(*(self._settled[source] for source in sources))
+
+    def _is_anothers(self, source: fx.Node, home: str) -> bool:
+        """Whether a value is computed in another element, or from sizes of another one's inputs."""
+        return self._home(source) not in ("", home) or any(self._owner[n] != home for n in self._settled[source])
+
+    def _home(self, node: fx.Node) -> str:
+        """Return the innermost element that computes a node; empty where none does."""
+        if node.op != "call_function":
+            return ""
+        return innermost(str(node.meta.get("module", "")), self._elements)
+
+    def _copied(self, source: fx.Node, home: str, reader: fx.Node) -> fx.Node:
+        """A value of tensors and sizes alone as an element's own, before the first of its readers there."""
+        if source.op == "get_attr" or not self._is_anothers(source, home):
+            return source
+        if (home, source) not in self._copies:
+            copy = self._size_of if source.target is _SIZE and source.args[0] in self._specs else self._computed
+            self._copies[home, source] = copy(source, home, reader)
+        return self._copies[home, source]
+
+    def _computed(self, source: fx.Node, home: str, reader: fx.Node) -> fx.Node:
+        values = {s: self._copied(s, home, reader) for s in source.all_input_nodes}
+        with self._graph.inserting_before(reader):
+            copied = copy_node(self._graph, source, values.__getitem__, source.name)
+        module = reader.meta.get("module", "") if self._home(source) else source.meta.get("module", "")
+        copied.meta = {**source.meta, "module": str(module)}
+        self._settle(copied)
+        return copied
+
+    def _size_of(self, source: fx.Node, home: str, _: fx.Node) -> fx.Node:
+        """The size that is read from another element's input, from one of its own, where sizes of these are read."""
+        node, axis = source.args
+        assert isinstance(node, fx.Node) and isinstance(axis, int)
+        size = self._specs[node].shape[axis]
+        own, at = next((own, spec.shape.index(size)) for own, spec in self._inputs[home] if size in spec.shape)
+        with self._graph.inserting_after(source):
+            copied = copy_node(self._graph, source, {node: own}.__getitem__, source.name)
+        copied.args = own, at
+        copied.meta = dict(source.meta)
+        self._settle(copied)
+        return copied
 
 
-def _home(node: fx.Node, elements: Collection[str]) -> str:
-    """Return the innermost element that computes a node; empty where none does."""
-    return innermost(str(node.meta.get("module", "")), elements) if node.op == "call_function" else ""
-
-
-def _copied(
-    program: Program, source: fx.Node, home: str, reader: fx.Node, copies: dict[tuple[str, fx.Node], fx.Node]
-) -> fx.Node:
-    """A value of tensors alone as an element's own, before the first of its readers there."""
-    if source.op == "get_attr":
-        return source
-    if (home, source) not in copies:
-        values = {s: _copied(program, s, home, reader, copies) for s in source.all_input_nodes}
-        with program.graph.inserting_before(reader):
-            copied = copy_node(program.graph, source, values.__getitem__, source.name)
-        copied.meta = {**source.meta, "module": str(reader.meta.get("module", ""))}
-        copies[home, source] = copied
-    return copies[home, source]
+def _inputs_of(
+    path: str, specs: Mapping[str, InputSpec], given: Mapping[str, fx.Node]
+) -> list[tuple[fx.Node, InputSpec]]:
+    """The inputs of an element, in order."""
+    found: list[tuple[fx.Node, InputSpec]] = []
+    while (name := input_name(path, len(found))) in specs and name in given:
+        found.append((given[name], specs[name]))
+    return found
