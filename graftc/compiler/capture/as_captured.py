@@ -40,15 +40,19 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
     with as_before(model), torch.no_grad():
         model.train(request.mode == "train")
         notes = _without_random_structure(model)
-        dividing = _DividedSizes() if elements_in(request.flags) else nullcontext()
-        with _without_state(model), _flat_forward(model, request.axes, request.flags), dividing:
+        as_traced = _AsTraced() if elements_in(request.flags) else nullcontext()
+        with _without_state(model), _flat_forward(model, request.axes, request.flags), as_traced:
             yield notes
 
 
-class _DividedSizes(TorchFunctionMode):
-    """Sizes that torch divides by each other are sizes again, and no tensors: ``torch.div(x.shape[1], 4,
+class _AsTraced(TorchFunctionMode):
+    """What a tracer does not see in the Python of an element is given in a form that it sees.
+
+    Sizes that torch divides by each other are sizes again, and no tensors: ``torch.div(x.shape[1], 4,
     rounding_mode="trunc")`` is a tensor, of which a tracer knows no value. In the graph of a whole model such values
-    are put back later (`graftc.passes.graph.items`); an element is one only where its Python reads none."""
+    are put back later (`graftc.passes.graph.items`); an element is one only where its Python reads none. The ``data``
+    of a tensor is that tensor, detached; that of a parameter stays, since who asks for it writes to the parameter.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -58,9 +62,12 @@ class _DividedSizes(TorchFunctionMode):
             rounded = func is torch.floor_divide or (kwargs or {}).get("rounding_mode") in ("trunc", "floor")
             if rounded and not {*(kwargs or {})} - {"rounding_mode"} and over >= 0 and by > 0:
                 return over // by
+        if func == _DATA and not isinstance(args[0], nn.Parameter):
+            return args[0].detach()
         return func(*args, **(kwargs or {}))
 
 
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SIZES = {int, torch.SymInt}
 
 

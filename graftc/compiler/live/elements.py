@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
+from graftc.compiler.live.own_state import written_in_place
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import CALLS, CallStructure, innermost, input_name, read_calls, write_calls
+from graftc.passes.core.elements.decisions import DECIDED, Decisions
 from graftc.passes.core.elements.layer_cache import cache_among, news_of
 from graftc.passes.core.elements.tables import contents, put_since, tables_among
 from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.ir.program_key import Mode
 from graftc.specs.errors.diagnostics import GraftError
 
 CALL_HOOKS = (
@@ -53,17 +57,26 @@ class Elements:
             args, kwargs = structure.build(module, tensors)
             before, tables = (_held(args), _held(kwargs)), tables_among(args, kwargs)
             in_tables = contents(tables)
-            found[path] = structure.finish(module(*args, **kwargs), module, tensors)
+            decisions = Decisions(structure.decisions(mode_of(module)))
+            with decisions if structure.decides else nullcontext(), written_in_place(module):
+                found[path] = structure.finish(module(*args, **kwargs), module, tensors)
             if before != (_held(args), _held(kwargs)):
                 message = f"{path} puts something into a list or dict that it is called with"
                 raise GraftError("GC030", message, hint="a graph gives nothing but its results")
-            if structure.cached or structure.tabled:
+            if structure.boxed:
                 found[path] = {"result": found[path]}
             if structure.cached:
                 found[path]["new"] = news_of(cache_among(args, kwargs))
             if put := put_since(tables, in_tables):
                 found[path]["put"] = put
+            if structure.decides:
+                found[path][DECIDED] = decisions.by
         return found
+
+
+def mode_of(module: nn.Module) -> Mode:
+    """The mode that a module is in."""
+    return "train" if module.training else "eval"
 
 
 def _held(value: Any) -> Any:
@@ -133,13 +146,21 @@ Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
 
 
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
-    """Inputs and flags of a union for calls of its elements: sizes above 1 may vary."""
+    """Inputs and flags of a union for calls of its elements: sizes above 1 may vary.
+
+    Elements of a row that are called alike have names of sizes in common, so that one that is traced stands for the
+    others (`graftc.compiler.capture.alike`); each is called by itself all the same, with any sizes.
+    """
     axes: list[Axis] = []
-    for path, (_, tensors) in calls.items():
+    first: dict[object, str] = {}
+    for path, (structure, tensors) in calls.items():
+        kind = place_in_row(path), structure.text, tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+        alike = first.setdefault(kind, path)
         for index, tensor in enumerate(tensors):
-            name = input_name(path, index)
-            sizes = tuple(f"{name}__{at}" if size > 1 else size for at, size in enumerate(tensor.shape))
-            axes.append(Axis(name, tensor.dtype, sizes, tensor, as_shown=True))
+            sizes = tuple(
+                f"{input_name(alike, index)}__{at}" if size > 1 else size for at, size in enumerate(tensor.shape)
+            )
+            axes.append(Axis(input_name(path, index), tensor.dtype, sizes, tensor, as_shown=True))
     return axes, ((CALLS, write_calls((path, structure) for path, (structure, _) in calls.items())),)
 
 

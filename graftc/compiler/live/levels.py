@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,8 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.live.elements import Recorded, as_inputs, hold_all, layers_of, maps_of, place_in_row, union_of
 from graftc.compiler.live.own_state import with_own_buffers
 from graftc.compiler.live.run import RecordedRun, record
+from graftc.passes.core.elements.calls import CallStructure
+from graftc.passes.core.elements.decisions import Decisions, varying
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.core.weights.store import Store
@@ -63,7 +66,8 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
     seen = record(model, layers, maps, run)
     union, calls, read = union_of(with_own_buffers(model), layers), dict(seen.calls), dict.fromkeys(seen.read)
-    whole, reasons = _whole(union, seen, layers)
+    held_whole, reasons = _whole(union, seen, layers)
+    calls, whole = {**calls, **held_whole}, list(held_whole)
     rows = {path.rpartition(".")[0]: None for path in layers}
     called = [row for row in rows if any(path.startswith(f"{row}.") for path in calls)]
     used = {*maps}.intersection(calls)
@@ -73,7 +77,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
         deeper = record(model, pending, maps, run)
         calls, read = {**deeper.calls, **calls}, read | dict.fromkeys(deeper.read)
         found, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
-        whole += found
+        calls, whole = {**calls, **found}, [*whole, *found]
         pending = _inside(model, {*pending} - {*found}, held)
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
@@ -94,8 +98,9 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     )
 
 
-def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The layers, or parts of layers, that can be graphs, and what is in the way of the others, by `place_in_row`.
+def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[Recorded, dict[str, str]]:
+    """Calls of the layers, or parts of layers, that can be graphs, and what is in the way of the others, by
+    `place_in_row`.
 
     Args:
         union: of the model's elements.
@@ -104,22 +109,38 @@ def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[l
     """
     reasons: dict[str, str] = {}
     known: dict[object, str] = {}
+    calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
     for path in paths:
         if path not in seen.calls:
             continue
         if path in seen.entered:
             reasons.setdefault(place_in_row(path), seen.entered[path])
             continue
-        kind = place_in_row(path), _kind(union, seen.calls, path)
-        if kind not in known:
-            known[kind] = _in_the_way(union, {path: seen.calls[path]})
-        if known[kind]:
-            reasons.setdefault(place_in_row(path), known[kind])
-    whole = [path for path in paths if path in seen.calls and place_in_row(path) not in reasons]
+        calls[path] = seen.calls[path]
+        if _reason(union, path, calls, known).startswith(READS):
+            calls |= deciding(union, {path: seen.calls[path]})
+        if reason := _reason(union, path, calls, known):
+            reasons.setdefault(place_in_row(path), reason)
+    whole = {path: call for path, call in calls.items() if place_in_row(path) not in reasons}
     for path in paths:
         if path in seen.untaken:
             reasons.setdefault(place_in_row(path), seen.untaken[path])
     return whole, reasons
+
+
+def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, str]) -> str:
+    """What is in the way of a layer, which is that of others of its kind.
+
+    Args:
+        union: of the model's elements.
+        path: of the layer.
+        calls: how it is called.
+        known: reasons by kind; a new one is put into it.
+    """
+    kind = place_in_row(path), _kind(union, calls, path)
+    if kind not in known:
+        known[kind] = _in_the_way(union, {path: calls[path]})
+    return known[kind]
 
 
 def _in_order(calls: Recorded) -> list[str]:
@@ -167,6 +188,8 @@ def _in_the_way(union: nn.Module, call: Recorded) -> str:
         layer = capture(request, alike=False)
     except GraftError as error:
         return told(error.__cause__ or error)
+    if varying(layer.program):
+        return f"{READS} that vary from call to call"
     comparison = anchor(request, record_baseline(layer.program), layer.constants)
     if comparison.differing:
         return comparison.differing[0]
@@ -175,6 +198,28 @@ def _in_the_way(union: nn.Module, call: Recorded) -> str:
 
 READS = "its Python reads the values of tensors"
 """The reason given for a layer whose Python depends on tensor values."""
+
+
+def deciding(union: nn.Module, call: Recorded) -> Recorded:
+    """The call of an element with what its Python decides by the values of tensors, as runs in either mode show.
+
+    Args:
+        union: of the model's elements.
+        call: how one is called; further decisions than its own are taken by the values that are there.
+    """
+    ((path, (structure, tensors)),) = call.items()
+    union = with_own_buffers(union)
+    taken: dict[str, list[bool]] = {}
+    modes: tuple[Mode, ...] = ("train", "eval")
+    for mode in modes:
+        own = structure.deciding({})
+        axes, flags = as_inputs({path: (own, tensors)})
+        request = CaptureRequest(union, tuple(axes), flags, mode)
+        with as_captured(request), torch.random.fork_rng(devices=()), Decisions(structure.decisions(mode)) as decisions:
+            with suppress(Exception):  # it needs other inputs in this mode, or is refused for what it is
+                union(**request.examples())
+            taken[mode] = decisions.taken
+    return {path: (structure.deciding(taken), tensors)}
 
 
 def tried(union: nn.Module, call: Recorded) -> str:

@@ -1,9 +1,11 @@
-"""Copies of buffers, so that running a model's Python never changes the source's tensors."""
+"""Copies of buffers, so that running a model's Python never changes the source's tensors, and buffers that a module
+replaces."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,3 +29,28 @@ def with_own_buffers(model: nn.Module) -> nn.Module:
     buffers = list(model.buffers())
     own: nn.Module = sharing_copy(model, dict(zip(map(id, buffers), copies(buffers), strict=True)))
     return own
+
+
+@contextmanager
+def written_in_place(module: nn.Module) -> Iterator[None]:
+    """Inside, what a module puts in the place of its buffers is written to these at the end of its call, as graphs do.
+
+    What has another shape or type stays: it is for the call at hand, such as a longer table of positions.
+    """
+    tables = [each._buffers for each in module.modules()]
+    before = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]
+
+    def write(*_: object) -> None:
+        for table, name, buffer in before:
+            now = table.get(name)
+            if now is not None and now is not buffer and (now.shape, now.dtype) == (buffer.shape, buffer.dtype):
+                with torch.no_grad():
+                    buffer.copy_(now)
+                table[name] = buffer
+
+    handle = module.register_forward_hook(write) if before else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.isolation import exclusive, is_traced
-from graftc.compiler.capture.signature import fits
+from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import (
-    CALL_HOOKS,
-    Recorded,
-    as_inputs,
-    in_autocast,
-    is_live,
-    place_in_row,
-    without_autocast,
-)
-from graftc.compiler.live.levels import tried
+from graftc.compiler.live.elements import CALL_HOOKS, is_live
 from graftc.compiler.resolve.untie import sharing_copy
-from graftc.compiler.signatures import add_signature
-from graftc.passes.core.elements.behind import FollowingCall
-from graftc.passes.core.elements.calls import CallStructure, calls_in, elements_in, input_name
-from graftc.passes.core.elements.layer_cache import cache_among, write_back
-from graftc.passes.core.elements.tables import put_into, tables_among
-from graftc.passes.core.ir.program import InputSpec, Program
-from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.weights.sharding import is_unit
-from graftc.passes.core.weights.store import Store
 from graftc.runtime.live.deferred_logits import deferred, is_head
-from graftc.runtime.live.element_code import ElementCode
+from graftc.runtime.live.element_run import GraphRunner, run_element
 from graftc.runtime.live.own_buffers import OwnBuffers
 from graftc.specs.errors.diagnostics import GraftError, warn
-
-
-class GraphRunner(Protocol):
-    """What runs graphs: see `graftc.runtime.model.model_runner.ModelRunner`."""
-
-    store: Store
-    shown: Any
-
-    @property
-    def module(self) -> nn.Module:
-        """The root of the tree of tensors."""
-
-    def key(self, signature: Signature, mode: Modes) -> ProgramKey:
-        """The key of what a call runs."""
-
-    def mode_of(self, signature: Signature) -> Modes:
-        """The mode that a call is in."""
-
-    def as_run(self, key: ProgramKey) -> Program:
-        """The Program of a key, as code is made of it."""
-
-    def install(self, key: ProgramKey, program: Program) -> None:
-        """Make the code of a Program."""
-
 
 _RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
 
@@ -259,117 +218,3 @@ def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwa
     training = module.training and torch.is_grad_enabled() and not is_traced()
     watched = module._backward_hooks or module._backward_pre_hooks or torch._C._functorch.peek_interpreter_stack()
     return training and not watched and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-
-
-def run_element(
-    runner: GraphRunner,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    steps: Sequence[FollowingCall] = (),
-) -> Any:
-    """What an element gives.
-
-    Args:
-        runner: whose graphs.
-        module: the element in the live model.
-        args, kwargs: as the source's layer is called.
-        steps: what is done to the result in the same graph.
-
-    Raises:
-        GraftError: GC031 for a call that no graph can be made of.
-    """
-    path = str(module._graftc_path)
-    if steps:
-        vars(module)["_graftc_ran"].chunked = True
-    structure, tensors = CallStructure.of(path, module, args, kwargs, steps)
-    inputs = {input_name(path, index): tensor for index, tensor in enumerate(tensors)}
-    signature = _find(runner, path, structure, inputs)
-    if signature is None:
-        with exclusive():
-            signature = _find(runner, path, structure, inputs) or _add(runner, path, structure, tensors)
-    key = runner.key(signature, runner.mode_of(signature))
-    if not runner.shown.has(key):
-        with exclusive():
-            if not runner.shown.has(key):
-                runner.install(key, runner.as_run(key))
-    code: ElementCode = runner.shown.executables[key].known[ELEMENTS][path]
-    results = code.run(runner.module, *(inputs[name] for name in code.inputs))
-    made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
-    if not structure.cached and not structure.tabled:
-        return made
-    if structure.cached:
-        write_back(cache_among(args, kwargs), module, made["new"])
-    put_into(tables_among(args, kwargs), made.get("put", {}))
-    return made["result"]
-
-
-ELEMENTS = "elements"
-"""What the code of elements is known by."""
-
-
-def _find(runner: GraphRunner, path: str, structure: CallStructure, inputs: Mapping[str, Tensor]) -> Signature | None:
-    """The signature whose graphs hold for a call of an element."""
-    compilation: Compilation = runner.shown.compilation
-    for signature in compilation.signatures:
-        base = compilation.program_as_run("train", "base", signature)
-        if calls_in(base.flags).get(path) != structure:
-            continue
-        own = [spec for spec in base.inputs if spec.name in inputs]
-        alike = all(_of_type(inputs[s.name], s.dtype) and inputs[s.name].dim() == len(s.shape) for s in own)
-        if alike and len(own) == len(inputs) and fits(own, inputs):
-            return signature
-    return None
-
-
-def _of_type(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a graph for a type takes a tensor."""
-    return tensor.dtype == dtype or (dtype.is_floating_point and in_autocast(tensor))
-
-
-def _add(runner: GraphRunner, path: str, structure: CallStructure, tensors: list[Tensor]) -> Signature:
-    """Capture an element, and those of the same row, for a call of another kind than there has been.
-
-    Raises:
-        GraftError: GC031 where that cannot be captured.
-    """
-    compilation = runner.shown.compilation
-    own = without_autocast(tensors, compilation.model.get_submodule(path))
-    calls = {other: (structure, [tensor.clone() for tensor in own]) for other in _alike(compilation, path)}
-    with torch.autocast(own[0].device.type if own else "cpu", enabled=False):
-        return _captured(compilation, path, calls)
-
-
-def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature:
-    """The same, where autocast is off."""
-    if reason := tried(compilation.model, {path: calls[path]}):
-        message = f"{path} is called in a way that no graph can be made of: {reason}"
-        raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
-    axes, flags = as_inputs(calls)
-    try:
-        with torch.enable_grad():
-            return add_signature(compilation, axes, flags)
-    except GraftError as error:
-        if error.code != "GC030":
-            raise
-        message = f"{path} is called in a way that no graph can be made of: {error.message}"
-        raise GraftError("GC031", message, hint=error.hint) from error
-
-
-def _alike(compilation: Compilation, path: str) -> list[str]:
-    """The elements of a row that the first signature calls as it does one of them, with sizes that are the same where
-    they do not vary."""
-    inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}
-
-    def kind(other: str, structure: CallStructure) -> object:
-        specs: list[InputSpec] = []
-        while (name := input_name(other, len(specs))) in inputs:
-            specs.append(inputs[name])
-        fixed = [(spec.dtype, [size if isinstance(size, int) else 0 for size in spec.shape]) for spec in specs]
-        return place_in_row(other), structure, fixed
-
-    known = calls_in(compilation.flags)
-    wanted = kind(path, known[path])
-    if not compilation.model.get_submodule(path)._modules:
-        return [path]
-    return [other for other, structure in known.items() if kind(other, structure) == wanted]

@@ -39,7 +39,8 @@ from graftc.passes.graph.cut import FLAG
 from graftc.runtime.hooks.embeddings import install_embeddings
 from graftc.runtime.hooks.layer_calls import hooks_everywhere
 from graftc.runtime.live.element_code import ElementCode, parts_of
-from graftc.runtime.live.live_root import ELEMENTS, LiveRoot
+from graftc.runtime.live.element_run import ELEMENTS
+from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +28,8 @@ class CallStructure:
     """The arguments of a call, as text: equal where two calls differ in their tensors alone.
 
     Attributes:
-        text: JSON of the positional arguments, of the others, and of what is done to the result.
+        text: JSON of the positional arguments, of the others, of what is done to the result, and of what is decided by
+            values; the last two are left out where there is nothing.
     """
 
     text: str
@@ -110,7 +111,33 @@ class CallStructure:
     @property
     def goes_on(self) -> bool:
         """Whether something is done to the module's result."""
-        return len(_parsed(self.text)) > 2
+        return any(_parsed(self.text)[2:3])
+
+    def deciding(self, decisions: Mapping[str, Sequence[bool]]) -> CallStructure:
+        """The same call with other decisions by the values of tensors.
+
+        Args:
+            decisions: in order, by mode: "train", "eval".
+        """
+        args, kwargs, *rest = _parsed(self.text)
+        steps = rest[0] if rest else []
+        taken = {mode: list(each) for mode, each in decisions.items() if each}
+        parts = [args, kwargs, *([steps] if steps or taken else []), *([taken] if taken else [])]
+        return CallStructure(json.dumps(parts))
+
+    def decisions(self, mode: str) -> tuple[bool, ...]:
+        """What is decided by the values of tensors in a mode, in order."""
+        return tuple(_parsed(self.text)[3].get(mode, ())) if self.decides else ()
+
+    @property
+    def decides(self) -> bool:
+        """Whether something is decided by the values of tensors: what it is decided by comes out beside the result."""
+        return len(_parsed(self.text)) > 3
+
+    @property
+    def boxed(self) -> bool:
+        """Whether more comes out than the result."""
+        return self.cached or self.tabled or self.decides
 
     @property
     def cached(self) -> bool:
