@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,9 +32,10 @@ class Worker:
     def __init__(self, module: str, folder: Path) -> None:
         one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         environment = {**os.environ, **one, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True},
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True},
             cwd=ROOT,
             env=environment,
         )
@@ -41,6 +44,11 @@ class Worker:
     def answer(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
+
+    def told(self) -> str:
+        """The end of what jobs have written to standard error, the traceback of one that failed among it."""
+        self._errors.seek(0)
+        return self._errors.read()[-4000:]
 
     def run(self, job: str, seconds: float | None = None) -> tuple[int, float]:
         """Status and time of a job that is killed after some seconds."""
@@ -69,6 +77,8 @@ def run(job: Callable[[], object], seconds: float | None) -> tuple[int, float]:
         try:
             job()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     if seconds is not None:

@@ -56,7 +56,7 @@ def test_killed_at_random(place: Path, worker: Worker) -> None:
     shutil.rmtree(out)
     while killed < KILLS:
         status, _ = worker.run("merge", takes * rng.random())
-        assert status in (0, -9)
+        assert status in (0, -9), worker.told()
         killed += status == -9
         if out.exists():  # the file system shows it whole, or not at all
             assert tree_bytes(out) == expected

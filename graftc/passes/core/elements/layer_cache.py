@@ -223,9 +223,8 @@ def _layer_in(cache: Any, layer: int) -> Any:
     held: Any = cache.layers[layer]
     if type(held) is getattr(cache_utils, "DummyLayer", None):  # of a layer that reads another's keys and values
         return None
-    if type(held).__name__ not in _TAKEN or type(held) is not getattr(cache_utils, type(held).__name__, None):
-        raise TypeError(type(held).__name__)
-    if getattr(held, "record_past", False):
+    taken = [getattr(cache_utils, name, None) for name in _TAKEN]
+    if type(held) not in taken or getattr(held, "record_past", False):
         raise TypeError(type(held).__name__)
     return held
 
