@@ -72,7 +72,7 @@ def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
 
 
 def _of_more_than_inputs(node: fx.Node) -> bool:
-    """Whether a value is a weight's, or drawn: what a check would draw is not what the call draws."""
+    """Return whether a value comes from a weight or from random numbers, which a check would draw differently."""
     return is_random(node) or (node.op == "get_attr" and node.meta["val"].is_floating_point())
 
 

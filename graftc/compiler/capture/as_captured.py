@@ -46,12 +46,12 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
 
 
 class _AsTraced(TorchFunctionMode):
-    """What a tracer does not see in the Python of an element is given in a form that it sees.
+    """Replace operations that the tracer cannot follow in an element's Python.
 
-    Sizes that torch divides by each other are sizes again, and no tensors: ``torch.div(x.shape[1], 4,
-    rounding_mode="trunc")`` is a tensor, of which a tracer knows no value. In the graph of a whole model such values
-    are put back later (`graftc.passes.graph.items`); an element is one only where its Python reads none. The ``data``
-    of a tensor is that tensor, detached; that of a parameter stays, since who asks for it writes to the parameter.
+    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` makes a tensor of sizes, whose value the tracer does not know;
+    it is computed on the sizes instead. Whole models get such values back later (`graftc.passes.graph.items`), but an
+    element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except on parameters: code that asks for
+    the data of a parameter usually writes to it.
     """
 
     def __torch_function__(

@@ -19,7 +19,15 @@ from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.live.own_state import written_in_place
 from graftc.compiler.resolve.untie import sharing_copy
-from graftc.passes.core.elements.calls import CALLS, CallStructure, innermost, input_name, read_calls, write_calls
+from graftc.passes.core.elements.calls import (
+    CALLS,
+    CallStructure,
+    innermost,
+    input_name,
+    input_names,
+    read_calls,
+    write_calls,
+)
 from graftc.passes.core.elements.decisions import DECIDED, Decisions
 from graftc.passes.core.elements.layer_cache import cache_among, news_of
 from graftc.passes.core.elements.tables import contents, put_since, tables_among
@@ -50,9 +58,7 @@ class Elements:
         """
         found: dict[str, Any] = {}
         for path, structure in read_calls(inputs[CALLS]).items():
-            tensors: list[Tensor] = []
-            while (name := input_name(path, len(tensors))) in inputs:
-                tensors.append(inputs[name])
+            tensors = [inputs[name] for name in input_names(path, inputs)]
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
             args, kwargs = structure.build(module, tensors)
             before, tables = (_held(args), _held(kwargs)), tables_among(args, kwargs)
@@ -75,7 +81,7 @@ class Elements:
 
 
 def mode_of(module: nn.Module) -> Mode:
-    """The mode that a module is in."""
+    """Return the mode that a module is in."""
     return "train" if module.training else "eval"
 
 
@@ -148,8 +154,8 @@ Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
     """Inputs and flags of a union for calls of its elements: sizes above 1 may vary.
 
-    Elements of a row that are called alike have names of sizes in common, so that one that is traced stands for the
-    others (`graftc.compiler.capture.alike`); each is called by itself all the same, with any sizes.
+    Elements of a row that are called alike share the names of their sizes, so that the tracer runs only one of them
+    (`graftc.compiler.capture.alike`). Each element is still called by itself, with sizes of its own.
     """
     axes: list[Axis] = []
     first: dict[object, str] = {}

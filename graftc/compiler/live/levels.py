@@ -66,8 +66,8 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
     seen = record(model, layers, maps, run)
     union, calls, read = union_of(with_own_buffers(model), layers), dict(seen.calls), dict.fromkeys(seen.read)
-    held_whole, reasons = _whole(union, seen, layers)
-    calls, whole = {**calls, **held_whole}, list(held_whole)
+    whole_layers, reasons = _whole(union, seen, layers)
+    calls, whole = {**calls, **whole_layers}, list(whole_layers)
     rows = {path.rpartition(".")[0]: None for path in layers}
     called = [row for row in rows if any(path.startswith(f"{row}.") for path in calls)]
     used = {*maps}.intersection(calls)
@@ -129,13 +129,13 @@ def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[R
 
 
 def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, str]) -> str:
-    """What is in the way of a layer, which is that of others of its kind.
+    """Return why a layer cannot be a graph, or an empty string; layers of one kind share the answer.
 
     Args:
         union: of the model's elements.
         path: of the layer.
         calls: how it is called.
-        known: reasons by kind; a new one is put into it.
+        known: answers by kind; a new one is added.
     """
     kind = place_in_row(path), _kind(union, calls, path)
     if kind not in known:
@@ -201,11 +201,11 @@ READS = "its Python reads the values of tensors"
 
 
 def deciding(union: nn.Module, call: Recorded) -> Recorded:
-    """The call of an element with what its Python decides by the values of tensors, as runs in either mode show.
+    """Return an element's call with the decisions that its Python takes by tensor values, found by a run in each mode.
 
     Args:
         union: of the model's elements.
-        call: how one is called; further decisions than its own are taken by the values that are there.
+        call: how one is called; decisions that it already has are kept, and later ones follow from the values.
     """
     ((path, (structure, tensors)),) = call.items()
     union = with_own_buffers(union)

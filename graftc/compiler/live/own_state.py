@@ -33,9 +33,9 @@ def with_own_buffers(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def written_in_place(module: nn.Module) -> Iterator[None]:
-    """Inside, what a module puts in the place of its buffers is written to these at the end of its call, as graphs do.
+    """Write replacements of a module's buffers into the buffers themselves when its call ends, as a graph does.
 
-    What has another shape or type stays: it is for the call at hand, such as a longer table of positions.
+    A replacement of another shape or type is left alone: it serves only this call, as a longer position table does.
     """
     tables = [each._buffers for each in module.modules()]
     before = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]

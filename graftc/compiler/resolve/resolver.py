@@ -214,7 +214,7 @@ class Resolver:
 
 
 Required = Literal["all", "called", "none"]
-"""Which adapted places a later Program must contain: all of them, those in modules that it calls, or none."""
+"""The adapted places that a later Program must contain: all, only those in modules it calls, or none."""
 
 
 def not_read(program: Program, place: str, owner: str) -> GraftError:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +16,12 @@ from graftc.compiler.live.levels import READS, deciding, tried
 from graftc.compiler.live.own_state import copies, with_own_buffers
 from graftc.compiler.signatures import add_signature
 from graftc.passes.core.elements.behind import FollowingCall
-from graftc.passes.core.elements.calls import CallStructure, calls_in, input_name
+from graftc.passes.core.elements.calls import CallStructure, calls_in, input_name, input_names
 from graftc.passes.core.elements.decisions import DECIDED
 from graftc.passes.core.elements.layer_cache import cache_among, write_back
 from graftc.passes.core.elements.tables import put_into, tables_among
 from graftc.passes.core.ir.effects import updated
-from graftc.passes.core.ir.program import InputSpec, Program
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Modes, ProgramKey, Signature
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.live.element_code import ElementCode
@@ -106,7 +105,7 @@ class _Call:
         self._inputs = {input_name(self._path, index): tensor for index, tensor in enumerate(tensors)}
 
     def from_known(self) -> Made | None:
-        """What the first graph gives that holds for the call, the last that did before others; None where none does."""
+        """Return the results of a known graph that is valid for the call, the last such one first; None without one."""
         holding = self._holding()
         if len(holding) > 1:
             holding.sort(key=lambda signature: signature != vars(self._module).get(_LAST))
@@ -143,7 +142,7 @@ class _Call:
         for signature in compilation.signatures:
             base = compilation.program_as_run("train", "base", signature)
             structure = calls_in(base.flags).get(self._path)
-            if structure is None or structure.deciding({}) != self.structure:
+            if structure is None or structure.undecided != self.structure:
                 continue
             own = [spec for spec in base.inputs if spec.name in self._inputs]
             kinds = [(self._inputs[spec.name], spec) for spec in own]
@@ -155,8 +154,10 @@ class _Call:
         return found
 
     def _made(self, signature: Signature) -> tuple[Made | None, list[bool]]:
-        """What the graph of a signature gives, and what the call decides. The first is None where that is something
-        else than what the graph holds for; then all that it has changed is as before."""
+        """Run the graph of a signature; return its results and the call's decisions.
+
+        The results are None where the graph is not valid for these decisions; its effects are undone then.
+        """
         runner = self._runner
         key = runner.key(signature, runner.mode_of(signature))
         if not runner.shown.has(key):
@@ -167,15 +168,34 @@ class _Call:
         code: ElementCode = executable.known[ELEMENTS][self._path]
         structure = calls_in(executable.program.flags)[self._path]
         taken = structure.decisions(mode_of(self._module))
-        written = [runner.store.get(name) for name in (executable.once("updated", _updated) if taken else ())]
-        with _undone(written, self._tensors) if taken else nullcontext(_nothing) as undo:
-            results = code.run(runner.module, *(self._inputs[name] for name in code.inputs))
-            made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
-            decided = torch.stack(made[DECIDED]).tolist() if taken and made[DECIDED] else []
-            if decided != list(taken[: len(decided)]):
-                undo()
-                return None, decided
+        undo = self._undo(executable.once("updated", _updated)) if taken else None
+        results = code.run(runner.module, *(self._inputs[name] for name in code.inputs))
+        made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
+        decided = torch.stack(made[DECIDED]).tolist() if taken and made[DECIDED] else []
+        if undo is not None and decided != list(taken[: len(decided)]):
+            undo()
+            return None, decided
         return ((made["result"], made) if structure.boxed else (made, {})), decided
+
+    def _undo(self, names: Iterable[str]) -> Callable[[], None]:
+        """Return a function that restores tensors of the Store and the states of random generators as they are now.
+
+        Args:
+            names: of the tensors that the graph may write to.
+        """
+        written = [self._runner.store.get(name) for name in names]
+        before, devices = copies(written), {tensor.device for tensor in self._tensors if tensor.device.type == "cuda"}
+        states = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+        def undo() -> None:
+            with torch.no_grad():
+                for tensor, value in zip(written, before, strict=True):
+                    tensor.copy_(value)
+            torch.set_rng_state(states[0])
+            for device, state in states[1].items():
+                torch.cuda.set_rng_state(state, device)
+
+        return undo
 
     def _add(self, structure: CallStructure) -> tuple[Signature, CallStructure]:
         """Capture the element, and those of the same row, for a call of another kind than there has been.
@@ -217,35 +237,9 @@ _LAST = "_graftc_last"
 _TRIES = 4
 
 
-def _nothing() -> None:
-    """Put nothing back."""
-
-
 def _updated(program: Program) -> tuple[str, ...]:
     """Names of the Store's tensors that a Program writes to."""
     return tuple(updated(program.graph))
-
-
-@contextmanager
-def _undone(written: Sequence[Tensor], tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
-    """Give a function that puts back what was written to tensors since, and drawn of random numbers.
-
-    Args:
-        written: those that may be written to.
-        tensors: of the call, on whose devices numbers may be drawn.
-    """
-    before, devices = copies(written), {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    states = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def undo() -> None:
-        with torch.no_grad():
-            for tensor, value in zip(written, before, strict=True):
-                tensor.copy_(value)
-        torch.set_rng_state(states[0])
-        for device, state in states[1].items():
-            torch.cuda.set_rng_state(state, device)
-
-    yield undo
 
 
 ELEMENTS = "elements"
@@ -285,11 +279,9 @@ def _alike(compilation: Compilation, path: str) -> list[str]:
     inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}
 
     def kind(other: str, structure: CallStructure) -> object:
-        specs: list[InputSpec] = []
-        while (name := input_name(other, len(specs))) in inputs:
-            specs.append(inputs[name])
+        specs = [inputs[name] for name in input_names(other, inputs)]
         fixed = [(spec.dtype, [size if isinstance(size, int) else 0 for size in spec.shape]) for spec in specs]
-        return place_in_row(other), structure.deciding({}), fixed
+        return place_in_row(other), structure.undecided, fixed
 
     known = calls_in(compilation.flags)
     wanted = kind(path, known[path])

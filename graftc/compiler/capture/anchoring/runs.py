@@ -37,7 +37,7 @@ _SMALL = 400_000_000
 
 
 RunInputs = Literal["samples", "ones", "shown"]
-"""What a model ran on: random samples, only ones of the captured sizes, or only the caller's example inputs."""
+"""The inputs a model ran on: random samples, all-ones tensors of the captured sizes, or the caller's examples."""
 
 
 class NoRunError(Exception):

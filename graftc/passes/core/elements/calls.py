@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class CallStructure:
         return any(_parsed(self.text)[2:3])
 
     def deciding(self, decisions: Mapping[str, Sequence[bool]]) -> CallStructure:
-        """The same call with other decisions by the values of tensors.
+        """Return the same call with other decisions by tensor values.
 
         Args:
             decisions: in order, by mode: "train", "eval".
@@ -125,13 +126,18 @@ class CallStructure:
         parts = [args, kwargs, *([steps] if steps or taken else []), *([taken] if taken else [])]
         return CallStructure(json.dumps(parts))
 
+    @property
+    def undecided(self) -> CallStructure:
+        """The same call without decisions."""
+        return self.deciding({}) if self.decides else self
+
     def decisions(self, mode: str) -> tuple[bool, ...]:
-        """What is decided by the values of tensors in a mode, in order."""
+        """Return the decisions by tensor values in a mode, in order."""
         return tuple(_parsed(self.text)[3].get(mode, ())) if self.decides else ()
 
     @property
     def decides(self) -> bool:
-        """Whether something is decided by the values of tensors: what it is decided by comes out beside the result."""
+        """Whether the call takes decisions by tensor values; these values come out beside the result."""
         return len(_parsed(self.text)) > 3
 
     @property
@@ -203,6 +209,11 @@ def input_name(path: str, index: int) -> str:
     """The name of an element's tensor among the inputs of a graph, of characters that a parameter's name may have."""
     name = re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", path.replace(".", "__"))
     return f"{name}__{index}"
+
+
+def input_names(path: str, known: Container[str]) -> list[str]:
+    """Return the names of an element's tensors among those of a graph's inputs, in order."""
+    return list(takewhile(known.__contains__, (input_name(path, index) for index in count())))
 
 
 def write_calls(calls: Iterable[tuple[str, CallStructure]]) -> str:

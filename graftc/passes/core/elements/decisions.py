@@ -1,8 +1,9 @@
-"""What an element's Python decides by the values of tensors: a graph holds for decisions that are taken alike.
+"""Decisions that an element's Python takes by tensor values. A graph is valid for one sequence of decisions.
 
-What each is taken by comes out of the graph beside the results, and whoever runs it compares: where a call decides
-otherwise, its results are dropped and another graph runs. Only what hardly varies is decided so (`varying`): by the
-values of buffers and masks, and by whether numbers are finite. A layer that decides by hidden states is no graph.
+The graph returns the values that decisions were taken by, and whoever runs it compares them: where a call would have
+decided differently, its results are dropped and another graph runs. This suits only decisions that rarely change
+(`varying`): those by buffers and masks, and by whether numbers are finite. A layer that decides by hidden states
+cannot be a graph.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch.overrides import TorchFunctionMode
 from graftc.passes.core.ir.program import Program, above, is_random
 
 DECIDED = "decided"
-"""The name under which an element gives what its decisions were taken by, ``bool[]`` each, in order."""
+"""The output that holds the values an element's decisions were taken by, ``bool[]`` each, in order."""
 
 
 class Decisions(TorchFunctionMode):
-    """Inside, decisions by values are as given, and what they are taken by is kept.
+    """Inside, code that branches on a tensor takes the given decisions, and the tensors are recorded.
 
     Args:
-        taken: decisions, in order; each further one is taken by the value that is there.
+        taken: decisions, in order; later ones follow from the actual values.
 
     Attributes:
-        by: what each was taken by: ``bool[]``.
+        by: the value that each decision was taken by: ``bool[]``.
         taken: every decision, in order.
     """
 
@@ -50,7 +51,7 @@ class Decisions(TorchFunctionMode):
 
 
 def _decides(func: Any, args: Sequence[Any]) -> bool:
-    """Whether a call turns one element into a truth value."""
+    """Return whether a call converts a single element to a Python bool."""
     if func is Tensor.item and args[0].dtype != torch.bool:
         return False
     return func in _DECIDING and isinstance(args[0], Tensor) and args[0].numel() == 1
@@ -60,8 +61,7 @@ _DECIDING = (Tensor.__bool__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero)
 
 
 def varying(program: Program) -> bool:
-    """Whether a decision is taken by what varies from call to call: hidden states, other than by whether they are
-    finite, and random numbers.
+    """Return whether a decision depends on random numbers or on hidden states, other than on whether these are finite.
 
     Args:
         program: of a union of elements.
@@ -82,7 +82,7 @@ _FINITE = (
 
 
 def _decided(program: Program) -> list[Any]:
-    """What comes out of a union's Program for decisions."""
+    """Return the outputs of a union's Program that hold what decisions were taken by."""
     (output,) = program.graph.find_nodes(op="output")
     results, found = list(output.args[0]), list[Any]()
     for outer in program.outputs.children:

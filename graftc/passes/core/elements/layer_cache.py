@@ -57,13 +57,13 @@ class LayerCache:
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the inputs of a convolution that earlier tokens left; None where there are none."""
-        held = self._states_of(layer_idx)
-        return held.conv_states[state_idx] if held.has_previous_state[state_idx] else None
+        states = self._states_of(layer_idx)
+        return states.conv_states[state_idx] if states.has_previous_state[state_idx] else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state that earlier tokens left; None where there is none."""
-        held = self._states_of(layer_idx)
-        return held.recurrent_states[state_idx] if held.has_previous_state[state_idx] else None
+        states = self._states_of(layer_idx)
+        return states.recurrent_states[state_idx] if states.has_previous_state[state_idx] else None
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Any:
         """Take the inputs of a convolution, and return them behind those of earlier tokens."""
@@ -77,8 +77,8 @@ class LayerCache:
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Return whether earlier tokens left states."""
-        held = self._states_of(layer_idx).has_previous_state
-        return any(held.values()) if state_idx is None else bool(held[state_idx])
+        previous = self._states_of(layer_idx).has_previous_state
+        return any(previous.values()) if state_idx is None else bool(previous[state_idx])
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Return False: caches that keep earlier states are not described."""
@@ -257,22 +257,16 @@ def _states_in(held: Any) -> list[list[Tensor]]:
 
 
 def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:
-    """A layer of a cache that has copies of states, which `_states_in` of another one gave."""
+    """Return a layer of a cache with copies of states that `_states_in` of another layer returned."""
     from transformers.cache_utils import LinearAttentionLayer
 
-    held = LinearAttentionLayer(number_of_states=len(states))
-    for number, (conv, *recurrent) in ((number, pair) for number, pair in enumerate(states) if pair):
-        held.lazy_initialization(conv_states=conv, state_idx=number)
-        held.conv_states[number] = conv.clone()
-        held.has_previous_state[number] = True
-        for state in recurrent:
-            held.lazy_initialization(recurrent_states=state, state_idx=number)
-            held.recurrent_states[number] = state.clone()
-    return held
+    copied = LinearAttentionLayer(number_of_states=len(states))
+    _write_states(copied, states)
+    return copied
 
 
 def _write_states(held: Any, states: Sequence[Sequence[Tensor]]) -> None:
-    """Give a layer of a model's cache the states that a call left."""
+    """Copy states into a layer of a cache."""
     for number, (conv, *recurrent) in ((number, pair) for number, pair in enumerate(states) if pair):
         if not held.is_conv_states_initialized[number]:
             held.lazy_initialization(conv_states=conv, state_idx=number)

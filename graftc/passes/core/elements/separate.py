@@ -8,14 +8,14 @@ are read from the first input that has them, which may be another element's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 from torch import fx
 
-from graftc.passes.core.elements.calls import elements_in, innermost, input_name
+from graftc.passes.core.elements.calls import elements_in, innermost, input_names
 from graftc.passes.core.ir.new_nodes import copy_node
-from graftc.passes.core.ir.program import InputSpec, Program, is_random, mutates
+from graftc.passes.core.ir.program import Program, is_random, mutates
 
 _SIZE = torch.ops.aten.sym_size.int
 
@@ -38,9 +38,9 @@ class _Separation:
         self._graph, self._elements = program.graph, elements
         specs = {spec.name: spec for spec in program.inputs}
         given = {str(node.target): node for node in self._graph.find_nodes(op="placeholder")}
-        self._inputs = {path: _inputs_of(path, specs, given) for path in elements}
+        self._inputs = {path: [(given[name], specs[name]) for name in input_names(path, given)] for path in elements}
         self._owner = {node: path for path, own in self._inputs.items() for node, _ in own}
-        self._specs = {given[name]: spec for name, spec in specs.items() if name in given}
+        self._specs = {node: specs[name] for name, node in given.items() if name in specs}
         self._settled: dict[fx.Node, frozenset[fx.Node]] = {}
         self._copies: dict[tuple[str, fx.Node], fx.Node] = {}
 
@@ -94,7 +94,7 @@ class _Separation:
         return copied
 
     def _size_of(self, source: fx.Node, home: str, _: fx.Node) -> fx.Node:
-        """The size that is read from another element's input, from one of its own, where sizes of these are read."""
+        """Read a size from an input of the element itself instead of another element's."""
         node, axis = source.args
         assert isinstance(node, fx.Node) and isinstance(axis, int)
         size = self._specs[node].shape[axis]
@@ -105,13 +105,3 @@ class _Separation:
         copied.meta = dict(source.meta)
         self._settle(copied)
         return copied
-
-
-def _inputs_of(
-    path: str, specs: Mapping[str, InputSpec], given: Mapping[str, fx.Node]
-) -> list[tuple[fx.Node, InputSpec]]:
-    """The inputs of an element, in order."""
-    found: list[tuple[fx.Node, InputSpec]] = []
-    while (name := input_name(path, len(found))) in specs and name in given:
-        found.append((given[name], specs[name]))
-    return found
