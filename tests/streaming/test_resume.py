@@ -58,16 +58,22 @@ def test_killed_at_random(place: Path, worker: Worker) -> None:
         status, _ = worker.run("merge", takes * rng.random())
         assert status in (0, -9), worker.told()
         killed += status == -9
-        if out.exists():  # the file system shows it whole, or not at all
-            assert tree_bytes(out) == expected
-            shutil.rmtree(out)
+        removed_if_whole(out, expected)
         recover(place / "out")
+        removed_if_whole(out, expected)  # killed right before the last rename, recovering does that rename
         left = list((place / "out").iterdir())
         assert len(left) <= 1, "two staging folders"
     assert worker.run("merge")[0] == 0
     assert tree_bytes(out) == expected
     assert [path.name for path in (place / "out").iterdir()] == ["merged"]
     assert verify(out).passed
+
+
+def removed_if_whole(out: Path, expected: dict[str, bytes]) -> None:
+    """Remove a result that is there, after checking that it is complete."""
+    if out.exists():
+        assert tree_bytes(out) == expected
+        shutil.rmtree(out)
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, files: int) -> list[str]:
