@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.specs.io import load_spec
 from graftc.testing import perturb
+from tests.live.models import forced_apart
 
 
 class Detector(nn.Module):
@@ -82,3 +84,65 @@ def test_as_one_graph_it_is_refused() -> None:
 def test_what_is_no_container_is_refused() -> None:
     with pytest.raises(graftc.GraftError, match="GC031: input 'images' is a object, not a tensor"):
         graftc.compile(SPEC, Detector(), {**FIRST, "images": object()}, cache=False)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor, images: Tensor | None, offset: float = 0.0) -> Tensor:
+        return x + self.inner(x) + offset
+
+
+class Across(Own):
+    """Reads images, and cannot be called without any."""
+
+    def forward(self, x: Tensor, images: Tensor | None, offset: float = 0.0) -> Tensor:
+        assert images is not None
+        return x + self.inner(images.mean(1, keepdim=True)) + offset
+
+
+class Once(Own):
+    """Takes no offset, though others of its class do."""
+
+    def __init__(self, takes: bool) -> None:
+        super().__init__()
+        self.takes = takes
+
+    def forward(self, x: Tensor, images: Tensor | None, offset: float = 0.0) -> Tensor:
+        if offset and not self.takes:
+            raise RuntimeError("no offset here")
+        return super().forward(x, images, offset)
+
+
+class Skipping(nn.Module):
+    """Layers in one row and called alike, some of which are left out of a call."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, images: Tensor | None = None, offset: float = 0.0) -> Tensor:
+        for layer in self.layers:
+            if (images is None and isinstance(layer, Across)) or (offset and not getattr(layer, "takes", True)):
+                continue
+            x = layer(x, images, offset)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layers", "other"),
+    [([Own(), Across(), Own(), Across()], {}), ([Once(True), Once(False), Once(True)], {"offset": 0.5})],
+    ids=["of another class", "of the same class"],
+)
+def test_layers_that_a_call_leaves_out_do_not_stop_the_others(layers: list[nn.Module], other: dict[str, Any]) -> None:
+    model = Skipping(*layers).eval().requires_grad_(False)
+    spec = load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layers.**"}}]})
+    first = {"x": torch.randn(2, 4, 6), "images": torch.randn(2, 3, 6)}
+    compiled = forced_apart(spec, model, first).eval()
+    perturb(compiled, 0.1)
+    for batch in (first, {"x": torch.randn(3, 5, 6), **other}, first):
+        with compiled.disabled():
+            assert torch.equal(compiled(**batch), model(**batch))
+        assert not torch.equal(compiled(**batch), model(**batch))

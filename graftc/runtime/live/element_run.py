@@ -221,7 +221,12 @@ class _Call:
                 )
             structure, _ = call[self._path]
             alike = {path: (structure, [each.clone() for each in own]) for path in _alike(compilation, self._path)}
-            return _captured(compilation, self._path, alike), structure
+            try:
+                return _captured(compilation, self._path, alike), structure
+            except GraftError as error:  # another of the row is not called so
+                if error.code != "GC031" or len(alike) == 1:
+                    raise
+            return _captured(compilation, self._path, {self._path: alike[self._path]}), structure
 
     def _now(self) -> nn.Module:
         """The model with the values that buffers of the element have by now."""
@@ -274,17 +279,18 @@ def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature
 
 
 def _alike(compilation: Compilation, path: str) -> list[str]:
-    """The elements of a row that the first signature calls as it does one of them, with sizes that are the same where
-    they do not vary."""
+    """Return the elements of a row that are of one class and that the first signature calls alike, with sizes that are
+    the same where they do not vary."""
+    model = compilation.model
     inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}
 
     def kind(other: str, structure: CallStructure) -> object:
         specs = [inputs[name] for name in input_names(other, inputs)]
         fixed = [(spec.dtype, [size if isinstance(size, int) else 0 for size in spec.shape]) for spec in specs]
-        return place_in_row(other), structure.undecided, fixed
+        return place_in_row(other), type(model.get_submodule(other)), structure.undecided, fixed
 
     known = calls_in(compilation.flags)
     wanted = kind(path, known[path])
-    if not compilation.model.get_submodule(path)._modules:
+    if not model.get_submodule(path)._modules:
         return [path]
     return [other for other, structure in known.items() if kind(other, structure) == wanted]
