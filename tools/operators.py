@@ -22,7 +22,7 @@ from graftc.passes.core.ir.stored.allowed_operators import OPERATORS
 from graftc.passes.core.ir.stored.serialise import HOMES
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULE = ROOT / "graftc" / "passes" / "core" / "ir" / "allowed_operators.py"
+MODULE = ROOT / "graftc" / "passes" / "core" / "ir" / "stored" / "allowed_operators.py"
 RECORDS = ROOT / "build" / "coverage"
 
 TYPES = frozenset({"Tensor", "int", "float", "number", "bool", "str", "Device", "SymInt", "Generator"})

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftc.compiler.capture.as_traced import AsTraced
 from graftc.compiler.capture.assignments import Attributes
 from graftc.compiler.capture.interface import Flags, declared, is_transformers, parameters
 from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
@@ -40,35 +40,9 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
     with as_before(model), torch.no_grad():
         model.train(request.mode == "train")
         notes = _without_random_structure(model)
-        as_traced = _AsTraced() if elements_in(request.flags) else nullcontext()
+        as_traced = AsTraced() if elements_in(request.flags) else nullcontext()
         with _without_state(model), _flat_forward(model, request.axes, request.flags), as_traced:
             yield notes
-
-
-class _AsTraced(TorchFunctionMode):
-    """Replace operations that the tracer cannot follow in an element's Python.
-
-    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` makes a tensor of sizes, whose value the tracer does not know;
-    it is computed on the sizes instead. Whole models get such values back later (`graftc.passes.graph.items`), but an
-    element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except on parameters: code that asks for
-    the data of a parameter usually writes to it.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.div, torch.floor_divide) and len(args) == 2 and not {*map(type, args)} - _SIZES:
-            over, by = args
-            rounded = func is torch.floor_divide or (kwargs or {}).get("rounding_mode") in ("trunc", "floor")
-            if rounded and not {*(kwargs or {})} - {"rounding_mode"} and over >= 0 and by > 0:
-                return over // by
-        if func == _DATA and not isinstance(args[0], nn.Parameter):
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
-
-
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_SIZES = {int, torch.SymInt}
 
 
 @contextmanager

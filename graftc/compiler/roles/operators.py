@@ -26,7 +26,7 @@ ADDING = _names("add sub lerp addcmul")
 """Sums of two values, also with fixed weights."""
 
 PRODUCTS = _names("matmul bmm baddbmm einsum")
-SOFTMAX = _names("softmax _softmax")
+SOFTMAX = _names("softmax _softmax _safe_softmax")
 WRITING = _names("copy index_put fill masked_scatter")
 """In-place operators that write into (a view of) their first operand."""
 

@@ -1,0 +1,89 @@
+"""Operations of an element's Python that the tracer cannot follow, and what is traced in their place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["AsTraced", "math_attention"]
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SIZES = {int, torch.SymInt}
+
+
+class AsTraced(TorchFunctionMode):
+    """Replace operations that the tracer cannot follow in an element's Python.
+
+    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` makes a tensor of sizes, whose value the tracer does not know;
+    it is computed on the sizes instead. Whole models get such values back later (`graftc.passes.graph.items`), but an
+    element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except on parameters: code that asks for
+    the data of a parameter usually writes to it. An attention under ``sdpa_kernel(SDPBackend.MATH)`` is written out as
+    that kernel computes it: a graph does not hold the context manager, and other kernels round otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._restricted = only_math()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.div, torch.floor_divide) and len(args) == 2 and not {*map(type, args)} - _SIZES:
+            over, by = args
+            rounded = func is torch.floor_divide or kwargs.get("rounding_mode") in ("trunc", "floor")
+            if rounded and not {*kwargs} - {"rounding_mode"} and over >= 0 and by > 0:
+                return over // by
+        if func == _DATA and not isinstance(args[0], nn.Parameter):
+            return args[0].detach()
+        if func is F.scaled_dot_product_attention and only_math() and not self._restricted:
+            return math_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def only_math() -> bool:
+    """Whether attention may use its reference kernel alone, as inside ``sdpa_kernel(SDPBackend.MATH)``."""
+    kernels = torch.backends.cuda
+    fused = (kernels.flash_sdp_enabled, kernels.mem_efficient_sdp_enabled, kernels.cudnn_sdp_enabled)
+    return kernels.math_sdp_enabled() and not any(enabled() for enabled in fused)
+
+
+def math_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return what torch's reference kernel of `scaled_dot_product_attention` gives, to the bit, by other operators.
+
+    Args and shapes are those of that function. Half precision is computed in float32, as the kernel does by default.
+    """
+    own = query.dtype
+    if own in (torch.float16, torch.bfloat16) and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
+        query, key, value = query.float(), key.float(), value.float()
+    whole = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    factor = math.sqrt(abs(whole))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=own).masked_fill(~attn_mask, float("-inf"))
+    if enable_gqa:
+        groups = query.shape[-3]
+        key = key.repeat_interleave(groups // key.shape[-3], -3)
+        value = value.repeat_interleave(groups // value.shape[-3], -3)
+    scores = torch.matmul(query * math.copysign(factor, whole), key.transpose(-2, -1) * factor)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return torch.matmul(weights, value).to(own)
