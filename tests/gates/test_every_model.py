@@ -89,8 +89,9 @@ def random_calls(small: Any, count: int) -> dict[str, Any]:
         batch, training, changed = random_call([small.first, small.second], seed)
         small.model.train(training), compiled.train(training)
         with torch.no_grad():
+            source = _with_buffers_of(compiled, small.model)
             try:
-                theirs = seeded(copy.deepcopy(small.model), batch)
+                theirs = seeded(source, batch)
             except Exception:
                 continue
             found["ran"] += 1
@@ -104,6 +105,17 @@ def random_calls(small: Any, count: int) -> dict[str, Any]:
             except Exception as error:
                 found["wrong"].append((seed, sorted(changed), f"{type(error).__name__}: {error}"[:200]))
                 continue
-        if gap != 0:
-            found["wrong"].append((seed, training, sorted(changed), gap))
+        buffers = dict(compiled.named_buffers())
+        moved = [name for name, buffer in source.named_buffers() if not torch.equal(buffer, buffers[name])]
+        if gap != 0 or moved:
+            found["wrong"].append((seed, training, sorted(changed), gap, moved[:2]))
     return found
+
+
+def _with_buffers_of(compiled: Any, model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the source with the buffers that calls in train mode have left in the compiled model."""
+    source, buffers = copy.deepcopy(model), dict(compiled.named_buffers())
+    for name, _ in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        setattr(source.get_submodule(owner), last, buffers[name].clone())
+    return source
