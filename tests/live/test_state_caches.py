@@ -48,8 +48,8 @@ def convolving() -> Any:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
-    kinds = ["conv", "full_attention"]
-    return Lfm2ForCausalLM(Lfm2Config(**TOKENS, **BLOCKS, num_hidden_layers=2, layer_types=kinds)).eval()
+    kinds = ["conv", "full_attention", "conv"]
+    return Lfm2ForCausalLM(Lfm2Config(**TOKENS, **BLOCKS, num_hidden_layers=3, layer_types=kinds)).eval()
 
 
 def selective() -> Any:
@@ -57,7 +57,7 @@ def selective() -> Any:
 
     torch.manual_seed(0)
     periods = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-    config = JambaConfig(**TOKENS, **BLOCKS, **periods, num_hidden_layers=2, num_experts=2, mamba_d_state=4)
+    config = JambaConfig(**TOKENS, **BLOCKS, **periods, num_hidden_layers=3, num_experts=2, mamba_d_state=4)
     return JambaForCausalLM(config).eval()
 
 
@@ -70,7 +70,7 @@ def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:
     spec = graftc.load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.o*_proj"}}]})
     compiled = forced_apart(spec, model, {"input_ids": ids}).eval()
     layers = {path for path in calls_in(compiled.compilation.flags) if layer_path(path) == path}
-    assert len(layers) == 2
+    assert len(layers) == 3
     told = []
     for each in (model, compiled):
         with torch.no_grad():

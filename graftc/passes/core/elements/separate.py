@@ -43,6 +43,9 @@ class _Separation:
         self._specs = {node: specs[name] for name, node in given.items() if name in specs}
         self._settled: dict[fx.Node, frozenset[fx.Node]] = {}
         self._copies: dict[tuple[str, fx.Node], fx.Node] = {}
+        self._homes: dict[fx.Node, str] = {}
+        for node in reversed(self._graph.nodes):
+            self._homes[node] = self._module_of(node) or self._only_reader(node)
 
     def run(self) -> None:
         """Change the Program."""
@@ -71,9 +74,17 @@ class _Separation:
 
     def _home(self, node: fx.Node) -> str:
         """Return the innermost element that computes a node; empty where none does."""
+        return self._homes.get(node) or self._module_of(node)
+
+    def _module_of(self, node: fx.Node) -> str:
         if node.op != "call_function":
             return ""
         return innermost(str(node.meta.get("module", "")), self._elements)
+
+    def _only_reader(self, node: fx.Node) -> str:
+        """Return the element that alone reads a value that no module computes: states of its cache are made so."""
+        readers = {self._homes[user] for user in node.users} if node.op == "call_function" else set()
+        return readers.pop() if len(readers) == 1 else ""
 
     def _copied(self, source: fx.Node, home: str, reader: fx.Node) -> fx.Node:
         """A value of tensors and sizes alone as an element's own, before the first of its readers there."""
