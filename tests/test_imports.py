@@ -32,7 +32,7 @@ COMMANDS = ("graftc.runtime.cli", "graftc.runtime.demo")
 HEAVY = frozenset(
     {
         *("huggingface_hub", "onnxruntime", "peft", "quickjs", "regex", "resvg_py", "safetensors", "sklearn"),
-        *("tokenizers", "torch", "transformers", "yaml"),
+        *("PIL", "tokenizers", "torch", "transformers", "yaml"),
     }
 )
 """Packages that take long to import, or need not be there: functions may import them wherever they need them."""

@@ -33,6 +33,7 @@ from graftc.runtime.artifact.written import follow
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of
 from graftc.runtime.models import load_folder, load_hub
+from graftc.runtime.processors import processor_example
 from graftc.runtime.reference import is_hub_id
 from graftc.runtime.seeds import starting_seed
 from graftc.runtime.swapped import check_folder_and_model, check_spec_and_model
@@ -61,8 +62,10 @@ def compile(
         spec: a `Spec`, a mapping, or the path of a YAML, JSON or TOML file.
         model: a transformers model, or any `nn.Module` that torch.export captures. It is never changed; its base
             tensors are shared, not copied.
-        example_inputs: the inputs by name or in order, for models whose inputs cannot be told from their interface.
-            Values of tensors do not matter, only dtypes, ranks and fixed sizes; the first axis is the batch. Flags
+        example_inputs: the inputs by name or in order, for models whose inputs cannot be told from their interface; by
+            default what the interface says, or, for a model that reads text with images or sound, what the processor
+            in the folder that it was loaded from makes of a small example. The first axis is the batch. Values of
+            tensors matter only for models that cannot be one graph, which are run on them. Flags
             (``output_hidden_states=True``) may be among them.
         seed: initial values of adapter tensors depend on it and their names only; it is kept with an artifact. By
             default `torch.initial_seed()`, which `torch.manual_seed` and transformers' `set_seed` decide; nothing is
@@ -321,6 +324,8 @@ def _places_of(compiled: Compiled) -> Selectable:
 
 def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
     require_plain(model)
+    if example_inputs is None:
+        example_inputs = processor_example(model)
     if example_inputs is None:
         return None, ()
     return request(model, Interface(model).examples(example_inputs))

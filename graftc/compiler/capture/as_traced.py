@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,9 @@ class AsTraced(TorchFunctionMode):
 
 def only_math() -> bool:
     """Whether attention may use its reference kernel alone, as inside ``sdpa_kernel(SDPBackend.MATH)``."""
-    kernels = torch.backends.cuda
+    kernels: Any = torch.backends.cuda
     fused = (kernels.flash_sdp_enabled, kernels.mem_efficient_sdp_enabled, kernels.cudnn_sdp_enabled)
-    return kernels.math_sdp_enabled() and not any(enabled() for enabled in fused)
+    return bool(kernels.math_sdp_enabled()) and not any(enabled() for enabled in fused)
 
 
 def math_attention(
@@ -67,8 +67,8 @@ def math_attention(
 
     Args and shapes are those of that function. Half precision is computed in float32, as the kernel does by default.
     """
-    own = query.dtype
-    if own in (torch.float16, torch.bfloat16) and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
+    own, kernels = query.dtype, cast(Any, torch.backends.cuda)
+    if own in (torch.float16, torch.bfloat16) and not kernels.fp16_bf16_reduction_math_sdp_allowed():
         query, key, value = query.float(), key.float(), value.float()
     whole = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     factor = math.sqrt(abs(whole))

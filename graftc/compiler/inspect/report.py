@@ -177,7 +177,7 @@ def report(compilation: Compilation) -> Report:
         main.anchors,
         _steps(main, adapted),
         main.passes,
-        stacks(compilation),
+        stacks(compilation, base_eval),
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import hold_all, is_live, layers_of, maps_of
 from graftc.passes.core.elements.calls import elements_in, innermost
+from graftc.passes.core.ir.program import Program
 
 StackLevel = Literal["graph", "layers", "modules", "none"]
 """A part of the one graph of the model; graphs of its layers, or of parts that hold all their tensors; graphs of single
@@ -42,18 +43,24 @@ class StackReport:
         return asdict(self)
 
 
-def stacks(compilation: Compilation) -> tuple[StackReport, ...]:
-    """The stacks of a model in its order; a model without repeated layers has none."""
+def stacks(compilation: Compilation, base: Program) -> tuple[StackReport, ...]:
+    """Return the stacks of a model in its order; a model without repeated layers has none.
+
+    Args:
+        compilation: of the model.
+        base: its graph of the first signature, every layer written out.
+    """
     model, why = compilation.source, compilation.in_the_way
     elements = elements_in(compilation.flags) if is_live(compilation.model) else None
     rows: dict[str, list[str]] = defaultdict(list)
     for path in layers_of(model):
         rows[path.rpartition(".")[0]].append(path)
     maps = frozenset(() if elements is None else maps_of(model))
+    read = {str(node.target) for node in base.graph.nodes if node.op == "get_attr"}
     return tuple(
         StackReport(row, len(layers), _parameters(model, layers), level, _reason(row, level, why))
         for row, layers in rows.items()
-        for level in [_level(model, layers, elements, maps)]
+        for level in [_called(layers, read) if elements is None else _level(model, layers, elements, maps)]
     )
 
 
@@ -62,11 +69,12 @@ def _parameters(model: nn.Module, layers: Collection[str]) -> int:
     return sum(every.values())
 
 
-def _level(
-    model: nn.Module, layers: Collection[str], elements: Collection[str] | None, maps: Collection[str]
-) -> StackLevel:
-    if elements is None:
-        return "graph"
+def _called(layers: Collection[str], read: Collection[str]) -> StackLevel:
+    prefixes = tuple(f"{path}." for path in layers)
+    return "graph" if any(name.startswith(prefixes) for name in read) else "none"
+
+
+def _level(model: nn.Module, layers: Collection[str], elements: Collection[str], maps: Collection[str]) -> StackLevel:
     known = frozenset(layers)
     parts = {element for element in elements if innermost(element, known)}
     if not parts:
