@@ -24,6 +24,7 @@ from graftc.passes.core.weights.folds import (
     LazyTensors,
     StandIn,
     TensorFold,
+    WeightFold,
     WeightFunction,
 )
 from graftc.passes.core.weights.tensor_edits import TensorEdit
@@ -100,6 +101,9 @@ def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -
                 f"{unit.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
                 hint="folding would change both; give the module its own with untie:, or leave this site out",
             )
+        if isinstance(site.use, Dense) and site.use.addend is not None and _changes_bias(compilation, site, fold):
+            reason = "it changes the bias, which the model computes from other tensors"
+            raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {reason}")
         bias = site.own_bias or _new_bias(compilation, site)
         steps.append(FoldStep(unit.name, str(site.key), site.own, bias, fold.apply))
     return steps
@@ -122,7 +126,17 @@ def _tensor_steps(compilation: Compilation, name: str, site: Site, method: str, 
 def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
     """A bias that folding may add; None where the call takes none, or the module has another use of it."""
     name = f"{site.key.module}.bias".lstrip(".")
-    return None if not isinstance(site.use, Dense) or name in compilation.store else site.own.companion(name)
+    fixed = not isinstance(site.use, Dense) or site.use.addend is not None or name in compilation.store
+    return None if fixed else site.own.companion(name)
+
+
+def _changes_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) -> bool:
+    """Whether a fold does anything to a bias; tried on one of ones, where tensors have values."""
+    device = compilation.store.get(site.own.tensor).device
+    weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64, device=device)
+    ones = torch.ones(site.out_features, dtype=torch.float64, device=device)
+    _, changed = fold.apply(weight, ones.clone())
+    return changed is None or (device.type != "meta" and not torch.equal(changed, ones))
 
 
 def _overlay_steps(compilation: Compilation, name: str, read: Read) -> list[FoldStep]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from graftc.passes.core.ir.program import is_random
 from graftc.passes.core.sites.calls import ProductOperands, is_grouped, op_name, products
 from graftc.passes.core.sites.uses import Convolution, Dense, Experts, LeftProduct, Lookup, Use
 from graftc.passes.core.sites.views import View, view_of
@@ -45,12 +46,27 @@ def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
     if isinstance(bias, fx.Node):
         held = view_of(bias)
         addend = None if held is None else held.vector()
-        if addend is None or addend != weight.companion(addend.tensor):
+        stored = addend is not None and addend == weight.companion(addend.tensor)
+        if not stored and (op_name(node) != "linear" or not _of_tensors_alone(bias)):
             return None
+        addend = addend if stored else None
     if operands.flipped and data.meta["val"].dim() < 2:
         return None
     made = LeftProduct if operands.flipped else Dense
     return made(node, weight, addend, *at, output=node)
+
+
+def _of_tensors_alone(node: fx.Node) -> bool:
+    """Whether a value is computed from stored tensors and numbers, and draws nothing."""
+    pending, known = [node], {node}
+    while pending:
+        each = pending.pop()
+        if each.op != "get_attr" and (each.op != "call_function" or is_random(each)):
+            return False
+        more = set(each.all_input_nodes) - known
+        known |= more
+        pending += more
+    return True
 
 
 def _conv(node: fx.Node) -> Use | None:

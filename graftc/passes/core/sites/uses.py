@@ -133,7 +133,14 @@ class Use(ABC):
 
 
 class Dense(Use):
-    """A product with a matrix."""
+    """A product with a matrix. A bias that is computed from several tensors, as of queries and values, is an addend."""
+
+    @property
+    def addend(self) -> fx.Node | None:
+        """See `Use.addend`."""
+        computed = self.bias is None and self.node.target is aten.linear.default and len(self.node.args) > 2
+        found = self.node.args[2] if computed else None
+        return found if isinstance(found, fx.Node) else None
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """See `Use.map`."""
