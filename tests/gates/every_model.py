@@ -85,14 +85,15 @@ def seeded(model: Any, batch: Mapping[str, Any]) -> Any:
 
 
 def check_identity(compiled: Any, model: nn.Module, batches: list[Mapping[str, Any]]) -> dict[str, float]:
-    """How far it is from the source before training, in either mode, on every batch."""
+    """How far it is from the source before training, in either mode, on every batch. The source is frozen, as what is
+    tuned is: products of weights that ask for gradients may be computed in another order (`torch.matmul`)."""
     found = {}
     for mode in ("eval", "train"):
         compiled.train(mode == "train")
         model.train(mode == "train")
         for number, batch in enumerate(batches):
             with torch.no_grad():
-                theirs = seeded(copy.deepcopy(model), batch)
+                theirs = seeded(copy.deepcopy(model).requires_grad_(False), batch)
                 found[f"{mode} {number}"] = apart(seeded(compiled, batch), theirs)
     compiled.eval(), model.eval()
     return found
@@ -106,20 +107,19 @@ def check_gradients(trained: Any, plain: nn.Module, batch: Mapping[str, Any]) ->
     objective(seeded(trained, batch)).backward()
     (lora,) = trained.compilation.spec.adapt
     scale = lora.alpha / lora.rank
-    found = {name: p for name, p in trained.named_parameters() if p.grad is not None}
-    assert found, "no gradients"
+    factors = dict(trained.named_parameters())
     gradients = {name: p.grad for name, p in plain.named_parameters(remove_duplicate=False)}
     worst, compared = 0.0, 0
-    for name, a in found.items():
-        module, separator, rest = name.partition(".graftc.")
-        if not separator or not rest.endswith(".A"):
+    for site, _ in trained.compilation.main.resolved[0].places:
+        place = ".".join(filter(None, (site.key.module, "graftc", lora.name, site.key.part)))
+        a, b, whole = factors.get(f"{place}.A"), factors.get(f"{place}.B"), gradients.get(site.own.tensor)
+        if a is None or b is None or a.grad is None or whole is None:
             continue
-        whole = gradients.get(f"{module}.weight")
-        b = found[f"{name.removesuffix('A')}B"]
-        if whole is None or a.dim() != 2 or whole.shape != (b.shape[0], a.shape[1]):
+        own = site.own.operand(whole)
+        if own.shape[-2:] != (b.shape[-2], a.shape[-1]):  # a convolution in groups
             continue
-        for ours, wanted in ((a.grad, scale * b.T @ whole), (b.grad, scale * whole @ a.T)):
-            gap = float((ours - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-6)
+        for ours, wanted in ((a.grad, scale * b.mT @ own), (b.grad, scale * own @ a.mT)):
+            gap = float((ours - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-20)
             worst, compared = max(worst, gap), compared + 1
     assert compared, "no gradient could be compared"
     return worst

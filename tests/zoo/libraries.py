@@ -233,7 +233,7 @@ TIMM = (
     *("regnety_002", "efficientnet_b0", "mobilenetv3_small_050", "mixer_s32_224", "coatnet_pico_rw_224"),
     *("cait_xxs24_224", "xcit_nano_12_p16_224", "davit_tiny", "crossvit_tiny_240", "pvt_v2_b0", "levit_128s"),
     *("mobilevit_xxs", "efficientformer_l1", "edgenext_xx_small", "poolformer_s12", "volo_d1_224"),
-    *("vit_small_patch16_siglip_224", "twins_pcpvt_small", "nest_tiny", "focalnet_tiny_srf", "fastvit_t8"),
+    *("vit_base_patch16_siglip_224", "twins_pcpvt_small", "nest_tiny", "focalnet_tiny_srf", "fastvit_t8"),
 )
 """Names of timm's models, one a family."""
 
