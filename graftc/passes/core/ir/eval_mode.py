@@ -26,6 +26,8 @@ _DROPPING = (
     torch.ops.graftc.rescale.default,
 )
 """What a dropout of probability 0 changes; all else that depends on a module's mode goes on."""
+_PROBABILITY: dict[object, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
+"""Which argument says how much is dropped."""
 _SILENT = ":dropout"
 
 
@@ -36,8 +38,16 @@ def silent(path: str) -> str:
 
 
 def moded(program: Program) -> set[str]:
-    """Paths of the modules whose mode makes a difference to a train Program."""
-    return {_place(n)[0] for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
+    """Paths of the modules whose mode makes a difference to a train Program: dropouts of probability 0 make none."""
+    calls = (n for n in program.graph.nodes if n.op == "call_function" and n.target in RULES)
+    return {_place(node)[0] for node in calls if not _drops_nothing(node)}
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    if (at := _PROBABILITY.get(node.target)) is None:
+        return False
+    given = node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)
+    return bool(given == 0)
 
 
 def dropouts(program: Program) -> dict[str, float]:
