@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from graftc.compiler.capture.interface import dtype_of, parameters
+from graftc.compiler.capture.interface import device_of, dtype_of, parameters
 from graftc.runtime.models import local_folder, quiet_transformers
 from graftc.runtime.templates.bounded import require_bounded
 from graftc.runtime.tensors.foreign_folders import require_regular_files
@@ -19,7 +19,7 @@ __all__ = ["processor_example"]
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _KINDS = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
-"""What an input beside a text is made of."""
+"""What an input beside a text is made of, as chat templates call it."""
 _QUESTION = "What is this?"
 _EDGE = 64
 """Pixels of the image's sides; processors resize."""
@@ -35,12 +35,13 @@ def processor_example(model: nn.Module) -> dict[str, Any] | None:
     run, and its chat template is tried in a process of its own first. A processor that fails causes a warning.
 
     Returns:
-        Tensors by name, floating-point ones in the model's dtype. None for a model that reads text alone, or images
-        alone, and where there is no processor or it failed.
+        Tensors by name on the model's device, floating-point ones in its dtype. None for a model that reads text alone
+        or images alone, for one on the meta device, which could not be run on them, and where there is no processor
+        or it failed.
     """
-    folder, known = local_folder(model), parameters(model)
+    folder, known, device = local_folder(model), parameters(model), device_of(model)
     kind = next((kind for name, kind in _KINDS.items() if name in known), None)
-    if kind is None or "input_ids" not in known or folder is None:
+    if kind is None or "input_ids" not in known or folder is None or device.type == "meta":
         return None
     if not any((folder / name).is_file() for name in _FILES):
         return None
@@ -48,15 +49,11 @@ def processor_example(model: nn.Module) -> dict[str, Any] | None:
         inputs = _inputs(folder, kind)
     except Exception as error:
         reason = error.message if isinstance(error, GraftError) else first_line(error)
-        message = f"the processor in {str(folder)!r} makes no example of a text with an {kind}: {reason}"
+        message = f"the processor in {str(folder)!r} makes no example of text with {kind}: {reason}"
         warn("GC030", message, hint="show a batch: example_inputs={name: tensor}")
         return None
-    dtype = dtype_of(model)
-    return {name: _as(tensor, dtype) for name, tensor in inputs.items() if name in known}
-
-
-def _as(tensor: Tensor, dtype: Any) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    dtype, wanted = dtype_of(model), {name: tensor for name, tensor in inputs.items() if name in known}
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in wanted.items()}
 
 
 def _inputs(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -97,6 +94,7 @@ def _ways(processor: Any, kind: str) -> Iterator[Callable[[], Any]]:
 
 def _chat(processor: Any, template: str, kind: str, shown: Any) -> Any:
     def asking(value: Any) -> list[dict[str, Any]]:
+        """A conversation of one message about an image or a sound."""
         content = [{"type": kind, kind: value}, {"type": "text", "text": _QUESTION}]
         return [{"role": "user", "content": content}]
 

@@ -86,6 +86,7 @@ def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:
         "language_model": "graph",
     }
     assert report.stacks[0].reason == "the inputs shown do not call it"
+    assert graftc.check(SPEC, load_folder(folder, meta=True)).stacks == report.stacks
 
 
 @pytest.mark.parametrize(
