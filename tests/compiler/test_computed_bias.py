@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +91,9 @@ def test_what_would_change_the_bias_stays() -> None:
 def test_a_bias_that_depends_on_inputs_is_no_map() -> None:
     with pytest.raises(GraftError, match="GC017"):
         compiled_with("lora", Model(learnt=False), modules="blocks.*.qkv")
+
+
+def test_peft_which_would_not_apply_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=r"GC115.*blocks\.0\.qkv, whose weight the model reads without calling"):
+        compiled_with("lora", modules="blocks.*.qkv").export(tmp_path / "adapter", "peft")
+    compiled_with("lora", modules="blocks.*.proj").export(tmp_path / "adapter", "peft")

@@ -69,6 +69,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
         _check_sites(resolved, index)
         _check_parameters(compilation, resolved, table, index)
+        _check_called(compilation, resolved, index)
         _check_groups(resolved, table, index)
         _check_attentions(compilation, resolved, index)
         _check_options(resolved, table, f"adapt[{index}]", _without_effect(compilation, resolved))
@@ -122,6 +123,18 @@ def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftF
                 raise _error(f"{spec.method} at the parameter {site.key}", f"adapt[{index}].target", "use lora there")
             if getattr(spec, "dropout", 0):
                 raise _error(f"dropout at the parameter {site.key}", f"adapt[{index}].dropout", "leave it out")
+
+
+def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> None:
+    """peft adapts what a module's forward gives, and is silent where the model reads the weight without calling it."""
+    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    for site, _ in own_places(compilation, resolved):
+        module = modules.get(site.key.module)
+        if not isinstance(site, LinearSite) or site.leading or module is None or not is_adapted(module):
+            continue
+        if modules.get(str(site.use.node.meta["module"])) is not module:
+            what = f"an adaptation of {site.key.module}, whose weight the model reads without calling the module"
+            raise _error(what, f"adapt[{index}].target", "merge the model: PEFT would load it and not apply it")
 
 
 def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
