@@ -74,6 +74,30 @@ def test_rows_of_the_weight_are_adapted_and_fold(method: str) -> None:
     assert torch.equal(plain.blocks[0].qkv.weight[WIDTH : 2 * WIDTH], model.blocks[0].qkv.weight[WIDTH : 2 * WIDTH])
 
 
+class OtherRows(nn.Module):
+    """Adds the bias of rows that it does not multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.part.weight[:4], self.part.bias[4:])
+
+
+def test_the_bias_of_other_rows_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model, x = OtherRows().eval(), torch.randn(3, WIDTH)
+    compiled = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "part**"}}]}, model, {"x": x}, cache=False
+    ).eval()
+    perturb(compiled, 0.3)
+    folded = compiled.merge().folded_state_dict()
+    assert torch.equal(folded["part.bias"], model.part.bias)
+    torch.testing.assert_close(F.linear(x, folded["part.weight"][:4], model.part.bias[4:]), compiled(x))
+    assert torch.equal(folded["part.weight"][4:], model.part.weight[4:])
+
+
 def test_what_would_change_the_bias_stays() -> None:
     example = {"x": torch.randn(2, 5, WIDTH)}
     adapt = [

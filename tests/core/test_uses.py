@@ -216,9 +216,6 @@ BLOCKED: dict[str, Callable[[], nn.Module]] = {
     "permuted": lambda: functional(lambda x, p: F.linear(x, p.weight.flip(0)), weight=(8, WIDTH)),
     "some_columns": lambda: functional(lambda x, p: F.linear(x[:, :6], p.weight[:, :6]), weight=(8, WIDTH)),
     "regrouped": lambda: functional(lambda x, p: F.linear(x, p.weight.reshape(WIDTH, 8).T), weight=(8, WIDTH)),
-    "other_bias_rows": lambda: functional(
-        lambda x, p: F.linear(x, p.weight[:4], p.bias[4:]), weight=(8, WIDTH), bias=(8,)
-    ),
     "normed": lambda: Model(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 8))),
 }
 

@@ -60,23 +60,23 @@ def math_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **others: Any,
 ) -> Tensor:
     """Return what torch's reference kernel of `scaled_dot_product_attention` gives, to the bit, by other operators.
 
-    Args and shapes are those of that function. Half precision is computed in float32, as the kernel does by default.
+    Arguments and shapes are those of that function. Half precision is computed in float32, as that kernel does.
     """
     own, kernels = query.dtype, cast(Any, torch.backends.cuda)
     if own in (torch.float16, torch.bfloat16) and not kernels.fp16_bf16_reduction_math_sdp_allowed():
         query, key, value = query.float(), key.float(), value.float()
+    scale = others.get("scale")
     whole = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     factor = math.sqrt(abs(whole))
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=own).masked_fill(~attn_mask, float("-inf"))
-    if enable_gqa:
+    if others.get("enable_gqa"):
         groups = query.shape[-3]
         key = key.repeat_interleave(groups // key.shape[-3], -3)
         value = value.repeat_interleave(groups // value.shape[-3], -3)
