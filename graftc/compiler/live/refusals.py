@@ -57,11 +57,19 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
     Raises:
         GraftError: GC149 naming the first of them that is adapted.
     """
-    read = {compilation.store.canonical(name) for name in names}
-    adapted = {edit.own.tensor: edit.owner for edit in compilation.tensor_edits}
-    for resolved in compilation.main.resolved:
-        every = (own for site, _ in resolved.places for own in slices_of(site, compilation.store))
-        adapted |= {own.tensor: resolved.name for own in every}
+    read, adapted = {compilation.store.canonical(name) for name in names}, adapted_tensors(compilation)
     for name in sorted(read & adapted.keys()):
         message = f"{adapted[name]!r} adapts {name}, which the model's own Python reads between graphs too"
         raise GraftError("GC149", message, hint="leave it out, or let the model call the module instead")
+
+
+def adapted_tensors(compilation: Compilation) -> dict[str, str]:
+    """Return the name of an adaptation for each tensor of the Store that one changes: those that it says itself, and
+    otherwise all of its sites."""
+    adapted = {edit.own.tensor: edit.owner for edit in compilation.tensor_edits}
+    said = set(adapted.values())
+    for resolved in compilation.main.resolved:
+        places = () if resolved.name in said else resolved.places
+        every = (own for site, _ in places for own in slices_of(site, compilation.store))
+        adapted |= {own.tensor: resolved.name for own in every}
+    return adapted

@@ -53,6 +53,10 @@ class FoldedRunner(ModelRunner):
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return folded(super().program_of(key), self.folded, self.additions)
 
+    def applies(self, adaptation: str) -> bool:
+        """See `Runner.applies`."""
+        return adaptation in self.kept
+
     def _start_in_modes(self, module: Root) -> None:
         """See `ModelRunner`. In eval mode, whatever mode the source is in."""
         module.eval()

@@ -50,6 +50,9 @@ class GraphRunner(Protocol):
     def install(self, key: ProgramKey, program: Program) -> None:
         """Make the code of a Program."""
 
+    def applies(self, adaptation: str) -> bool:
+        """Whether calls run an adaptation."""
+
 
 def run_element(
     runner: GraphRunner,

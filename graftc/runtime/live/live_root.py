@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
 
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import CALL_HOOKS, is_live
+from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.runtime.live.deferred_logits import deferred, is_head
 from graftc.runtime.live.element_run import GraphRunner, run_element
+from graftc.runtime.live.guarded import RUNNING, guarded
 from graftc.runtime.live.own_buffers import OwnBuffers
 from graftc.specs.errors.diagnostics import GraftError, warn
-
-_RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
 
 
 class _Ran:
@@ -60,7 +59,7 @@ class _Part:
     _graftc_path: str
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if _RUNNING.get(None) is not None and vars(self).get(name, _RUNNING) is not value:
+        if RUNNING.get(None) is not None and vars(self).get(name, RUNNING) is not value:
             message = (
                 f"the model's own Python sets {name} of {self._graftc_path}, which is a graph and does not read it"
             )
@@ -85,7 +84,7 @@ class _Element(_Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives."""
-        runner = _RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
+        runner = RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
         module = cast(nn.Module, self)
         if _may_wait(runner, module, args, kwargs):
             call = partial(run_element, runner, module, args, kwargs)
@@ -99,10 +98,12 @@ class LiveRoot:
     Args:
         source: the model that was compiled; it is not changed.
         elements: paths of its layers that are graphs.
+        adapted: names of the tensors whose values its Python may not read between these.
     """
 
-    def __init__(self, source: nn.Module, elements: Collection[str]) -> None:
+    def __init__(self, source: nn.Module, elements: Collection[str], adapted: Collection[str]) -> None:
         self.model: nn.Module = sharing_copy(source)
+        self._adapted, self._guarded = frozenset(adapted), dict[str, tuple[Tensor, Tensor]]()
         self._ran, self._warned = _Ran(), False
         self._inside: dict[int, bool] = {}
         for path in elements:
@@ -121,7 +122,7 @@ class LiveRoot:
         """The root of a compiled model; None where it is one graph."""
         if not is_live(compilation.model):
             return None
-        return cls(compilation.source, elements_in(compilation.flags))
+        return cls(compilation.source, elements_in(compilation.flags), adapted_tensors(compilation))
 
     def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs of a call, as the source model gives them.
@@ -156,11 +157,11 @@ class LiveRoot:
         """Inside, the layers are a Runner's graphs, and the tensors its Store's."""
         self._bind(runner)
         self._ran.note(runner)
-        token = _RUNNING.set(runner)
+        token = RUNNING.set(runner)
         try:
             yield
         finally:
-            _RUNNING.reset(token)
+            RUNNING.reset(token)
             if not _of_base(runner):
                 self._own.keep(runner.store)
 
@@ -178,8 +179,18 @@ class LiveRoot:
             for table in (module._parameters, *([module._buffers] if id(module) in self._inside else [])):
                 for name, tensor in table.items():
                     if tensor is not None:
-                        table[name] = runner.store.get(f"{prefix}{name}")
+                        table[name] = self._seen(runner, f"{prefix}{name}")
         self._own.bind(runner.store, base=_of_base(runner))
+
+    def _seen(self, runner: GraphRunner, name: str) -> Tensor:
+        """A tensor of the Store as the Python between graphs has it."""
+        tensor, owner = runner.store.get(name), runner.store.canonical(name)
+        if owner not in self._adapted:
+            return tensor
+        known = self._guarded.get(owner)
+        if known is None or known[0] is not tensor:
+            known = self._guarded[owner] = tensor, guarded(tensor, owner)
+        return known[1]
 
     def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
         """Call the hooks of the compiled model's modules where the source's are, beside those that its class has.

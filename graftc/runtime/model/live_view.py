@@ -12,6 +12,7 @@ from torch import nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.preparing import Level
 from graftc.passes.core.elements.calls import elements_in
@@ -43,7 +44,7 @@ def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None =
         own = shown.compilation
         made = _taken_apart(own, shown_by)
         view = AdaptedView(replace(made, store=runner.store), {}, f"{shown.label}live: ", shown.off, shown.steering)
-        known = runner.derived[name] = shown, view, LiveRoot(own.source, elements_in(made.flags))
+        known = runner.derived[name] = shown, view, LiveRoot(own.source, elements_in(made.flags), adapted_tensors(made))
     beside = copy.copy(runner)
     _, beside.shown, beside.live = known
     return beside

@@ -144,6 +144,10 @@ class Runner:
         """Blocks by module path."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
 
+    def applies(self, adaptation: str) -> bool:
+        """Whether calls run an adaptation, by its name in the spec."""
+        return adaptation not in self.shown.off
+
     def compile_layers(self, **options: Any) -> None:
         """Have `torch.compile` compile every repeated layer by itself, in place, when it is called next.
 

@@ -1,0 +1,88 @@
+"""Adapted tensors as the model's own Python sees them between graphs: it may ask for their types, not for their values.
+
+Their adaptation is in the graphs, so that whoever reads the values would compute with the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from graftc.compiler.live.refusals import adapted_tensors
+from graftc.runtime.live.element_run import GraphRunner
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["RUNNING", "Guarded", "guarded"]
+
+RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
+"""Who calls the live model in this thread."""
+
+_PROPERTIES = (
+    *("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_quantized", "is_sparse"),
+    *("itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape"),
+)
+_METHODS = (
+    *("__len__", "__repr__", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point"),
+    *("nelement", "numel", "requires_grad_", "size", "stride"),
+)
+_FUNCTIONS = (torch.is_complex, torch.is_floating_point, torch.numel)
+_ALLOWED: frozenset[object] = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES]
+    + [getattr(Tensor, name) for name in _METHODS]
+    + list(_FUNCTIONS)
+)
+"""What reads no values."""
+
+
+class Guarded(torch.Tensor):
+    """A tensor of the Store whose values nobody may read during a call, unless the base alone is called."""
+
+    _graftc_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch.
+
+        Raises:
+            GraftError: GC031 where it reads a value that the running model adapts.
+        """
+        options = kwargs or {}
+        if func not in _ALLOWED:
+            _refuse_adapted(leaf for leaf in pytree.tree_leaves((args, dict(options))) if isinstance(leaf, Guarded))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **options)
+
+
+def guarded(tensor: Tensor, name: str) -> Tensor:
+    """A tensor over the same storage, as the model's own Python may have it.
+
+    Args:
+        tensor: of the Store.
+        name: of it there.
+    """
+    made = tensor.detach().as_subclass(Guarded)
+    made._graftc_name = name
+    return made
+
+
+def _refuse_adapted(tensors: Any) -> None:
+    runner = RUNNING.get(None)
+    if runner is None or getattr(runner, "base_only", False):
+        return
+    adapted = adapted_tensors(runner.shown.compilation)
+    for tensor in tensors:
+        if (name := tensor._graftc_name) in adapted and runner.applies(adapted[name]):
+            message = f"the model's own Python reads {name} between graphs, and {adapted[name]!r} adapts it"
+            hint = "leave it out, or let the model call the module instead"
+            raise GraftError("GC031", message, hint=hint)

@@ -1,0 +1,106 @@
+"""Adapted tensors that the model's own Python reads between graphs in a later call than the example: refused, since the
+adaptation is in the graphs; what reads no values runs."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import perturb
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.o(x).tanh()
+
+
+class Model(nn.Module):
+    """Is no graph, and reads what `read` says beside its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, read: str | None = None) -> Tensor:
+        own = self.layers[0].o
+        for layer in self.layers:
+            if x.sum().item() > 1e9:
+                break
+            if read == "weight":
+                x = x @ own.weight.T
+            if read == "data":
+                x = x + own.weight.data[0]
+            if read == "bias":
+                x = x + own.bias
+            if read == "listed":
+                x = x + sum(p.sum() for p in self.layers[0].parameters())
+            if read == "types":
+                x = x.to(own.weight.dtype, copy=True).to(own.weight.device) * len(own.weight) + own.weight.size(1)
+                x = x * next(self.parameters()).numel() * own.weight.is_floating_point() / sum(own.weight.shape)
+            x = layer(x)
+        return self.head(x)
+
+
+def compiled_with(method: str) -> tuple[Any, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Model().eval().requires_grad_(False), torch.randn(2, 8)
+    spec = {"adapt": [{"method": method, "name": "own", "target": {"modules": "layers.*.o"}}]}
+    compiled = graftc.compile(spec, model, {"x": x}, cache=False).eval()
+    perturb(compiled, 0.3)
+    return compiled, model, x
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [
+        ("lora", {"weight", "data", "bias", "listed"}),
+        ("full", {"weight", "data", "bias", "listed"}),
+        ("bitfit", {"bias", "listed"}),
+    ],
+)
+def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refused: set[str]) -> None:
+    compiled, model, x = compiled_with(method)
+    merged = compiled.merge()
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(merged.folded_state_dict())
+    for read in (None, "types", "weight", "data", "bias", "listed"):
+        with compiled.disabled():
+            assert torch.equal(compiled(x, read=read), model(x, read=read))
+        torch.testing.assert_close(merged(x, read=read), plain(x, read=read))
+        if read in refused:
+            with pytest.raises(GraftError, match=r"GC031.*layers\.0\.o\.(weight|bias) between graphs, and 'own'"):
+                compiled(x, read=read)
+        else:
+            torch.testing.assert_close(compiled(x, read=read), plain(x, read=read))
+    assert type(model.layers[0].o.weight) is nn.Parameter
+
+
+def test_threads_that_run_the_base_and_the_adapted_model() -> None:
+    compiled, model, x = compiled_with("lora")
+    reference, told = compiled.reference(), []
+
+    def run(base: bool) -> None:
+        for _ in range(20):
+            try:
+                given = (reference if base else compiled)(x, read="weight")
+                told.append(base and torch.equal(given, model(x, read="weight")))
+            except GraftError as error:
+                told.append(not base and error.code == "GC031")
+
+    threads = [threading.Thread(target=run, args=(base,)) for base in (True, False) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == [True] * 80
