@@ -74,6 +74,16 @@ def test_rows_of_the_weight_are_adapted_and_fold(method: str) -> None:
     assert torch.equal(plain.blocks[0].qkv.weight[WIDTH : 2 * WIDTH], model.blocks[0].qkv.weight[WIDTH : 2 * WIDTH])
 
 
+@pytest.mark.parametrize("modules", ["**", "blocks.*"])
+def test_what_the_bias_is_computed_from_trains_with_the_weight(modules: str) -> None:
+    model, x = Model().eval(), torch.randn(3, 7, WIDTH)
+    compiled = compiled_with("full", model, modules=modules).eval()
+    perturb(compiled, 0.3)
+    merged = compiled.merge()
+    torch.testing.assert_close(merged(x), compiled(x), atol=2e-6, rtol=1e-5)
+    assert not torch.equal(merged.folded_state_dict()["blocks.0.q_bias"], model.blocks[0].q_bias)
+
+
 class OtherRows(nn.Module):
     """Adds the bias of rows that it does not multiply by."""
 

@@ -80,7 +80,7 @@ def fold_tensors(
             readers.setdefault(str(node.target), (at, node))
         elif (use := linear_use(node)) is not None and any(lazy.chain(name) for name in _tensors_of(use)):
             uses.append((at, use))
-    groups = lazy.groups(_tensors_of(use) for _, use in uses)
+    groups = lazy.groups((*_tensors_of(use), *use.addend_tensors) for _, use in uses)
     group_of = {name: index for index, group in enumerate(groups) for name in group.names}
     uses_of: dict[int, list[tuple[int, Use]]] = {}
     for at, use in uses:

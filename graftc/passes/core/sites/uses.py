@@ -87,6 +87,11 @@ class Use(ABC):
         return None
 
     @property
+    def addend_tensors(self) -> tuple[str, ...]:
+        """Names of the stored tensors that a bias is computed from."""
+        return ()
+
+    @property
     def leading(self) -> tuple[int, ...]:
         """Sizes of the weight's axes before ``out`` and ``in``: the number of experts, or nothing."""
         return self.weight.leading
@@ -141,6 +146,17 @@ class Dense(Use):
         computed = self.bias is None and self.node.target is aten.linear.default and len(self.node.args) > 2
         found = self.node.args[2] if computed else None
         return found if isinstance(found, fx.Node) else None
+
+    @property
+    def addend_tensors(self) -> tuple[str, ...]:
+        """See `Use.addend_tensors`."""
+        known = dict.fromkeys([self.addend] if self.addend is not None else [])
+        pending = list(known)
+        while pending:
+            more = [node for node in pending.pop().all_input_nodes if node not in known]
+            known |= dict.fromkeys(more)
+            pending += more
+        return tuple(str(node.target) for node in known if node.op == "get_attr")
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """See `Use.map`."""
