@@ -53,7 +53,7 @@ def test_written_out_it_is_the_kernel_to_the_bit(how: str, dtype: torch.dtype) -
 
 
 class Layer(nn.Module):
-    def __init__(self, kernel: SDPBackend | None) -> None:
+    def __init__(self, kernel: Any) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(HEADS * WIDTH, HEADS * WIDTH) for _ in range(4))
         self.kernel = kernel
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, kernel: SDPBackend | None) -> None:
+    def __init__(self, kernel: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(kernel) for _ in range(3))
 
@@ -80,9 +80,9 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kernel", [SDPBackend.MATH, None])
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], None])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_layer_is_the_source_to_the_bit(kernel: SDPBackend | None, training: bool) -> None:
+def test_a_layer_is_the_source_to_the_bit(kernel: Any, training: bool) -> None:
     model = Stack(kernel).requires_grad_(False)
     given = {"x": torch.randn(2, 6, HEADS * WIDTH), "bias": torch.randn(2, 1, 6, 6)}
     compiled = forced_apart(load_spec(SPEC), model, given)

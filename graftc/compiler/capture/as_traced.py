@@ -28,7 +28,7 @@ class AsTraced(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._restricted = only_math()
+        self._before = {device: only_math(device) for device in ("cpu", "cuda")}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,15 +41,20 @@ class AsTraced(TorchFunctionMode):
                 return over // by
         if func == _DATA and not isinstance(args[0], nn.Parameter):
             return args[0].detach()
-        if func is F.scaled_dot_product_attention and only_math() and not self._restricted:
-            return math_attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            device = args[0].device.type if args else kwargs["query"].device.type
+            if only_math(device) and not self._before.get(device, True):
+                return math_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def only_math() -> bool:
-    """Whether attention may use its reference kernel alone, as inside ``sdpa_kernel(SDPBackend.MATH)``."""
+def only_math(device: str) -> bool:
+    """Whether attention may use its reference kernel alone on a kind of device, as inside
+    ``sdpa_kernel(SDPBackend.MATH)``; a CPU has one other kernel."""
     kernels: Any = torch.backends.cuda
-    fused = (kernels.flash_sdp_enabled, kernels.mem_efficient_sdp_enabled, kernels.cudnn_sdp_enabled)
+    fused = [kernels.flash_sdp_enabled]
+    if device != "cpu":
+        fused += [kernels.mem_efficient_sdp_enabled, kernels.cudnn_sdp_enabled]
     return bool(kernels.math_sdp_enabled()) and not any(enabled() for enabled in fused)
 
 

@@ -67,9 +67,9 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         table = table_of(resolved.spec)
         assert table is not None
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
+        _check_called(compilation, resolved, index)
         _check_sites(resolved, index)
         _check_parameters(compilation, resolved, table, index)
-        _check_called(compilation, resolved, index)
         _check_groups(resolved, table, index)
         _check_attentions(compilation, resolved, index)
         _check_options(resolved, table, f"adapt[{index}]", _without_effect(compilation, resolved))
