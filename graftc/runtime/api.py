@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.attempts import first_capture
@@ -27,6 +27,7 @@ from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.progress import asked
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.written import follow
@@ -271,14 +272,35 @@ def captured_roles(
     def attempt(tried: Sequence[Axis]) -> Capture:
         return captured(CaptureRequest(model, tuple(tried), flags, aliases=store.aliases), use_cache=cache)
 
-    capture = first_capture(model, axes, attempt)
+    try:
+        capture = first_capture(model, axes, attempt)
+    except GraftError as error:
+        if error.code != "GC030":
+            raise
+        return _roles_apart(model, axes, flags, cache)
     for name in capture.constants:
         if name not in store:
             store.add_constant(name, capture.constants[name])
-    structure = find_structure(capture.program.graph, capture.constants)
+    return _structure_of(model, capture.program, store, capture.constants)
+
+
+def _roles_apart(
+    model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, cache: bool
+) -> tuple[ModelStructure, Snapshot]:
+    """See `captured_roles`, for a model that cannot be one graph: of the graphs that it is taken apart into."""
+    start = StartingPoint(use_cache=cache, every_layer=True)
+    made = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=start)
+    constants = {name: made.store.get(name) for name in made.store.constants}
+    return _structure_of(made.model, made.program("train", "base"), made.store, constants)
+
+
+def _structure_of(
+    model: nn.Module, program: Program, store: Store, constants: Mapping[str, Tensor]
+) -> tuple[ModelStructure, Snapshot]:
+    structure = find_structure(program.graph, constants)
     parts = {f.name: getattr(structure, f.name) for f in fields(structure)}
-    made = ModelStructure(**parts, places=selectable(model, capture.program, store, structure))
-    return made, base_snapshot(model, capture.program, store)
+    made = ModelStructure(**parts, places=selectable(model, program, store, structure))
+    return made, base_snapshot(model, program, store)
 
 
 @public("graftc.select")

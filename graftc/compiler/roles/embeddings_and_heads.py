@@ -20,9 +20,10 @@ _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 
 
 def read_ends(labels: Labels) -> None:
-    """Label the last linear maps before the outputs, and the ones that feed only those."""
+    """Label the last linear maps before the outputs, and the ones that feed only those. What a residual stream starts
+    from is no head: projected features of images may be among the outputs as well."""
     output = labels.flow.order[-1]
-    heads = [n for n in labels.nearest_linears(output) if not labels.has_role(n)]
+    heads = [n for n in labels.nearest_linears(output) if not labels.has_role(n) and not labels.in_stream(n)]
     for head in heads:
         labels.linear("head", labels.flow.linears[head], None, "the last linear map before the output", bare=True)
     pending = heads
