@@ -27,6 +27,7 @@ from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure
+from graftc.passes.core.elements.ends import last_elements
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.progress import asked
 from graftc.passes.core.weights.store import Store
@@ -297,7 +298,7 @@ def _roles_apart(
 def _structure_of(
     model: nn.Module, program: Program, store: Store, constants: Mapping[str, Tensor]
 ) -> tuple[ModelStructure, Snapshot]:
-    structure = find_structure(program.graph, constants)
+    structure = find_structure(program.graph, constants, ends=last_elements(program))
     parts = {f.name: getattr(structure, f.name) for f in fields(structure)}
     made = ModelStructure(**parts, places=selectable(model, program, store, structure))
     return made, base_snapshot(model, program, store)
@@ -340,7 +341,7 @@ def select(
 def _places_of(compiled: Compiled) -> Selectable:
     compilation: Compilation = runner_of(compiled).compilation
     program = compilation.program("train", "source")
-    structure = find_structure(program.graph, compilation.main.captures[0].constants)
+    structure = find_structure(program.graph, compilation.main.captures[0].constants, ends=last_elements(program))
     return selectable(compilation.model, program, compilation.store, structure)
 
 

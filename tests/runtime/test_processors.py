@@ -78,6 +78,13 @@ def test_both_towers_are_adapted_without_a_batch(folder: Path) -> None:
     assert sum(".vision_tower." in path for path in paths) == sum(".language_model." in path for path in paths) == 6
 
 
+def test_roles_behind_the_tokens_that_features_are_put_among(folder: Path) -> None:
+    found = graftc.roles(load_folder(folder))
+    norms = {finding.parameter for finding in found.findings if finding.role == "norm"}
+    assert {f"model.language_model.layers.{layer}.input_layernorm.weight" for layer in range(3)} <= norms
+    assert [finding.parameter for finding in found.findings if finding.role == "head"] == ["lm_head.weight"]
+
+
 def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:
     text = {"input_ids": torch.randint(5, 9, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
     report = graftc.check(SPEC, load_folder(folder), text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -10,6 +11,7 @@ from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.flow import bits, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import PASSING, RESHAPING
+from graftc.passes.core.elements.calls import innermost
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import Move, names_of
 from graftc.specs.claims import SiteKind
@@ -19,11 +21,18 @@ _SLICING = RESHAPING | names_of(Move.CUT, Move.PICK)
 _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 
 
-def read_ends(labels: Labels) -> None:
+def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
     """Label the last linear maps before the outputs, and the ones that feed only those. What a residual stream starts
-    from is no head: projected features of images may be among the outputs as well."""
+    from is no head: projected features of images may be among the outputs as well.
+
+    Args:
+        labels: get the roles.
+        ends: see `graftc.compiler.roles.structure.find_structure`.
+    """
     output = labels.flow.order[-1]
     heads = [n for n in labels.nearest_linears(output) if not labels.has_role(n) and not labels.in_stream(n)]
+    if ends is not None:
+        heads = [node for node in heads if innermost(labels.module(node), ends)]
     for head in heads:
         labels.linear("head", labels.flow.linears[head], None, "the last linear map before the output", bare=True)
     pending = heads

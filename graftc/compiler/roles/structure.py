@@ -7,7 +7,7 @@ unresolved with a reason; nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, fx
 
@@ -27,7 +27,11 @@ _SMALL = 2
 
 
 def find_structure(
-    graph: fx.Graph, constants: Mapping[str, Tensor] | None = None, *, encoder: bool = False
+    graph: fx.Graph,
+    constants: Mapping[str, Tensor] | None = None,
+    *,
+    encoder: bool = False,
+    ends: Collection[str] | None = None,
 ) -> Structure:
     """The roles in a canonical graph.
 
@@ -38,6 +42,8 @@ def find_structure(
         constants: integer tensors that the graph mentions beyond the model's own, by name; some models pick heads
             with them. Default none: columns picked by such a tensor are then unresolved.
         encoder: the graph is that of a model's encoder alone, whose roles have its prefix.
+        ends: paths of the elements that a model which is taken apart may end in: no others have heads. None for the
+            graph of a whole model.
 
     Returns:
         Findings in graph order, weights without a role with the reason, and the residual branches.
@@ -46,7 +52,7 @@ def find_structure(
     labels = Labels(columns.flow, columns, encoder=encoder)
     read_attentions(labels)
     read_branches(labels)
-    read_ends(labels)
+    read_ends(labels, ends)
     read_tables(labels)
     read_norms(labels)
     labels.report_rest()

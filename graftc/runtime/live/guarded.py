@@ -39,6 +39,16 @@ _ALLOWED: frozenset[object] = frozenset(
 """What reads no values."""
 
 
+_SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
+"""What gives the same tensor again."""
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function writes in place: code that holds a weight to bounds it is within changes nothing."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
 class Guarded(torch.Tensor):
     """A tensor of the Store whose values nobody may read during a call, unless the base alone is called."""
 
@@ -58,7 +68,10 @@ class Guarded(torch.Tensor):
             GraftError: GC031 where it reads a value that the running model adapts.
         """
         options = kwargs or {}
-        if func not in _ALLOWED:
+        if func in _SAME:
+            with torch._C.DisableTorchFunctionSubclass():
+                return guarded(func(*args, **options), args[0]._graftc_name)
+        if func not in _ALLOWED and not _writes(func):
             _refuse_adapted(leaf for leaf in pytree.tree_leaves((args, dict(options))) if isinstance(leaf, Guarded))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **options)
