@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from graftc.compiler.capture import capture
 from graftc.compiler.capture.as_traced import math_attention
 from graftc.specs.io import load_spec
 from graftc.testing import same_bits
@@ -96,3 +98,21 @@ def test_a_layer_is_the_source_to_the_bit(kernel: Any, training: bool) -> None:
     program = compiled.compilation.program("train", "base")
     fused = [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
     assert bool(fused) == (kernel is None)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, None])
+def test_what_an_exporter_puts_in_its_place_is_not_the_models_choice(kernel: Any) -> None:
+    """transformers has every attention on a CPU traced with the reference kernel."""
+    own = F.scaled_dot_product_attention
+
+    def exported(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return own(query, *args, **kwargs)
+
+    model = Stack(kernel).eval().requires_grad_(False)
+    given = {"x": torch.randn(2, 6, HEADS * WIDTH), "bias": torch.randn(2, 1, 6, 6)}
+    with mock.patch.object(capture, "_patches", lambda _: mock.patch.object(F, own.__name__, exported)):
+        compiled = forced_apart(load_spec(SPEC), model, given).eval()
+    assert same_bits(compiled(**given), model(**given))
+    nodes = compiled.compilation.program("train", "base").graph.nodes
+    assert any("scaled_dot_product" in str(node.target) for node in nodes) == (kernel is None)

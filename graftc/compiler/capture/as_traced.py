@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AsTraced", "math_attention"]
+__all__ = ["AsTraced", "kernels_as_chosen", "math_attention"]
 
+_ATTENTION = F.scaled_dot_product_attention
+"""torch's own; transformers puts another in its place while it exports, which has a kernel of its own choice."""
+_CHOSEN: ContextVar[bool] = ContextVar("kernel as the model has chosen", default=False)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SIZES = {int, torch.SymInt}
 
@@ -41,11 +48,31 @@ class AsTraced(TorchFunctionMode):
                 return over // by
         if func == _DATA and not isinstance(args[0], nn.Parameter):
             return args[0].detach()
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION and not _CHOSEN.get():
             device = args[0].device.type if args else kwargs["query"].device.type
             if only_math(device) and not self._before.get(device, True):
                 return math_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@contextmanager
+def kernels_as_chosen() -> Iterator[None]:
+    """Inside, what a model calls as ``F.scaled_dot_product_attention`` has the kernels that the model has chosen by
+    then, whatever else stands there and chooses others."""
+    known, before = F.scaled_dot_product_attention, {device: only_math(device) for device in ("cpu", "cuda")}
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        device = query.device.type
+        if only_math(device) and not before.get(device, True):
+            return math_attention(query, *args, **kwargs)
+        token = _CHOSEN.set(True)
+        try:
+            return known(query, *args, **kwargs)
+        finally:
+            _CHOSEN.reset(token)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        yield
 
 
 def only_math(device: str) -> bool:

@@ -28,6 +28,7 @@ from graftc.compiler.capture.alike.repeats import Repeats, traced_once
 from graftc.compiler.capture.alike.written import written_once
 from graftc.compiler.capture.anchored import Anchor
 from graftc.compiler.capture.as_captured import as_captured, renamed, standing_in, traced_names, wrapped
+from graftc.compiler.capture.as_traced import kernels_as_chosen
 from graftc.compiler.capture.asserted import hold_for_all_values, noted
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.interface import is_transformers
@@ -38,6 +39,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.input_checks import checks_of
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.elements.separate import separate
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import calls, expand, inlined, prune
@@ -133,6 +135,8 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
     with ExitStack() as stack:
         notes = stack.enter_context(as_captured(request))
         stack.enter_context(_patches(model))
+        if elements_in(request.flags):
+            stack.enter_context(kernels_as_chosen())
         try:
             with ExitStack() as tracing:
                 repeats = tracing.enter_context(traced_once(model, inputs if hide else None)) if alike else None
