@@ -35,7 +35,7 @@ from graftc.runtime.artifact.written import follow
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of
 from graftc.runtime.models import load_folder, load_hub
-from graftc.runtime.processors import processor_example
+from graftc.runtime.processors.example import processor_example
 from graftc.runtime.reference import is_hub_id
 from graftc.runtime.seeds import starting_seed
 from graftc.runtime.swapped import check_folder_and_model, check_spec_and_model

@@ -13,9 +13,11 @@ import torch
 
 import graftc
 from graftc.runtime.models import load_folder
-from graftc.runtime.processors import processor_example
+from graftc.runtime.processors.example import processor_example
 from graftc.specs.errors.diagnostics import GraftWarning
 from tests.families import tiny
+
+pytestmark = pytest.mark.slow
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.{q,v}"}}]}
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "What", "is", "this?", "w"]
@@ -108,7 +110,13 @@ def test_a_template_that_is_missing_or_hostile_is_left_out(folder: Path, tmp_pat
     assert shown is not None and (shown["input_ids"] == IMAGE).sum(1).tolist() == [PATCHES, PATCHES]
 
 
-@pytest.mark.parametrize("broken", ["not JSON", '{"processor_class": "NoProcessor"}', "[]"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "not JSON",
+        *(pytest.param(text, marks=pytest.mark.full) for text in ('{"processor_class": "NoProcessor"}', "[]")),
+    ],
+)
 def test_a_broken_processor_is_a_warning(folder: Path, tmp_path: Path, broken: str) -> None:
     other = shutil.copytree(folder, tmp_path / "llava")
     (other / "processor_config.json").write_text(broken)
@@ -116,6 +124,30 @@ def test_a_broken_processor_is_a_warning(folder: Path, tmp_path: Path, broken: s
     with pytest.warns(GraftWarning, match="GC030.*makes no example") as told:
         assert processor_example(load_folder(other)) is None
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_additional_image_tokens": 10**8},
+        pytest.param(
+            {"image_processor": {"size": {"shortest_edge": 9000}, "crop_size": {"height": 9000, "width": 9000}}},
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            {"image_processor": {"size": {"shortest_edge": 10**7}, "crop_size": {"height": 10**7, "width": 10**7}}},
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_sizes_that_take_all_memory_are_a_warning(folder: Path, tmp_path: Path, sizes: dict[str, Any]) -> None:
+    other = shutil.copytree(folder, tmp_path / "llava")
+    described = json.loads((other / "processor_config.json").read_text())
+    for name, value in sizes.items():
+        described[name] = {**described[name], **value} if isinstance(value, dict) else value
+    (other / "processor_config.json").write_text(json.dumps(described))
+    with pytest.warns(GraftWarning, match=r"GC030.*makes no example"):
+        assert processor_example(load_folder(other)) is None
 
 
 def test_code_of_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:

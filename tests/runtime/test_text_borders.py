@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.runtime.templates.bounded import require_bounded
 from graftc.runtime.text.answering import Settings, answer, prompt_ids
 from graftc.runtime.text.opening import TextModel, open_text_model, tokenizer_of
+from graftc.runtime.text.templates import require_bounded
 from graftc.specs import GraftError
 from tests.cli.speakers import TEMPLATE, save_model, save_tokenizer
 from tests.forks import fork

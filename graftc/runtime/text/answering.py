@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.models import quiet_transformers
-from graftc.runtime.templates.bounded import require_bounded
 from graftc.runtime.text.opening import TextModel
 from graftc.runtime.text.settings import generation_errors, require_settings
+from graftc.runtime.text.templates import require_bounded
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 

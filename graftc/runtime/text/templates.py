@@ -18,7 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["require_bounded"]
 
-_WORKER = Path(__file__).with_name("worker.py")
+_WORKER = Path(__file__).with_name("template_worker.py")
 _SECONDS, _WAIT = 2, 20.0
 """Processor seconds that rendering may take, and how long an answer is waited for, while the process starts too."""
 _ENDING = 0.2

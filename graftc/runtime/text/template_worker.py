@@ -1,7 +1,7 @@
 """A process of its own that tries chat templates, which are programs of others, in bounded time and memory.
 
-It is run as a script, by `graftc.runtime.templates.bounded`, and imports nothing of graftc. A line of JSON comes in:
-the template, what it is given, and how much text, time and memory it may take. A line goes out: null, or why not.
+It is run as a script, by `graftc.runtime.text.templates`, and imports nothing of graftc. A line of JSON comes in: the
+template, what it is given, and how much text, time and memory it may take. A line goes out: null, or why not.
 """
 
 from __future__ import annotations
