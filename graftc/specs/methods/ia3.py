@@ -31,7 +31,8 @@ class IA3(MethodSpec):
     cross-attention, has a vector for its keys and one for its values, with the size `[out]` of the projection; every
     feed-forward part has one for its inner activations, with the size `[in]` of the projection back to the model's
     width. They are used in the weight's dtype and initialised to ones, so the model is unchanged bit for bit. Each
-    folds exactly: into rows of a weight and its bias, or into columns of a weight.
+    folds exactly: into rows of a weight and its bias, or into columns of a weight. Where a model computes the bias of
+    keys and values from several tensors, as BEiT of timm does, these vectors stay (GC050).
 
     By default `target` selects these sites; it may name others. Experts are not adapted: in a model whose feed-forward
     parts are all experts, name the attention roles.
