@@ -77,8 +77,8 @@ def test_it_is_the_source_merges_saves_and_loads(tmp_path: Path) -> None:
 def test_as_one_graph_it_is_refused() -> None:
     with pytest.raises(graftc.GraftError, match="GC030: Detector is called with a list, 'images'"):
         graftc.compile({**SPEC, "capture": "graph"}, Detector(), FIRST, cache=False)
-    with pytest.raises(graftc.GraftError, match="GC030: Detector is called with a list, 'images'"):
-        graftc.roles(Detector(), FIRST, cache=False)
+    found = graftc.roles(Detector(), FIRST, cache=False)  # those of its parts
+    assert [finding.parameter for finding in found.findings] == ["condition.weight"]
 
 
 def test_what_is_no_container_is_refused() -> None:
