@@ -43,6 +43,10 @@ class Model(nn.Module):
                 x = x + own.weight.data[0]
             if read == "bias":
                 x = x + own.bias
+            if read == "in place":
+                x = x.clone().add_(own.bias)
+            if read == "held":
+                own.weight.data.clamp_(-99, 99)
             if read == "listed":
                 x = x + sum(p.sum() for p in self.layers[0].parameters())
             if read == "types":
@@ -64,9 +68,9 @@ def compiled_with(method: str) -> tuple[Any, nn.Module, Tensor]:
 @pytest.mark.parametrize(
     ("method", "refused"),
     [
-        ("lora", {"weight", "data", "bias", "listed"}),
-        ("full", {"weight", "data", "bias", "listed"}),
-        ("bitfit", {"bias", "listed"}),
+        ("lora", {"weight", "data", "bias", "in place", "listed"}),
+        ("full", {"weight", "data", "bias", "in place", "listed"}),
+        ("bitfit", {"bias", "in place", "listed"}),
     ],
 )
 def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refused: set[str]) -> None:
@@ -74,7 +78,7 @@ def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refu
     merged = compiled.merge()
     plain = copy.deepcopy(model)
     plain.load_state_dict(merged.folded_state_dict())
-    for read in (None, "types", "weight", "data", "bias", "listed"):
+    for read in (None, "types", "held", "weight", "data", "bias", "in place", "listed"):
         with compiled.disabled():
             assert torch.equal(compiled(x, read=read), model(x, read=read))
         torch.testing.assert_close(merged(x, read=read), plain(x, read=read))

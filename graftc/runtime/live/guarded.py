@@ -37,14 +37,12 @@ _ALLOWED: frozenset[object] = frozenset(
     + list(_FUNCTIONS)
 )
 """What reads no values."""
-
-
 _SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
 """What gives the same tensor again."""
 
 
 def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a function writes in place: code that holds a weight to bounds it is within changes nothing."""
+    """Whether a function writes to its first argument: holding a weight to bounds that it is within changes nothing."""
     name = getattr(func, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
 
@@ -71,8 +69,9 @@ class Guarded(torch.Tensor):
         if func in _SAME:
             with torch._C.DisableTorchFunctionSubclass():
                 return guarded(func(*args, **options), args[0]._graftc_name)
-        if func not in _ALLOWED and not _writes(func):
-            _refuse_adapted(leaf for leaf in pytree.tree_leaves((args, dict(options))) if isinstance(leaf, Guarded))
+        if func not in _ALLOWED:
+            read = pytree.tree_leaves((args[1:] if _writes(func) else args, dict(options)))
+            _refuse_adapted(leaf for leaf in read if isinstance(leaf, Guarded))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **options)
 
