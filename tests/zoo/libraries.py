@@ -249,6 +249,9 @@ def timm_model(name: str) -> Small:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         built = model().eval()
+        for parameter in built.parameters():  # scales of branches that begin as zeros would hide what these do
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
     size = built.default_cfg["input_size"][-1]  # type: ignore[index, union-attr]
     maps = [path for path, module in built.named_modules() if _is_map(module)]
     chosen = "{" + ",".join(maps[:: max(1, len(maps) // 8)]) + "}"
