@@ -208,7 +208,7 @@ class Columns:
             return self._of_first(node, self._rowwise)
         if move is not None:
             return self._moved(node, move)
-        if name in PASSING or name in NORMALISING or name == "masked_scatter":  # rows of features put among rows
+        if name in PASSING or name in NORMALISING:
             return self._index.get(first) if isinstance(first, fx.Node) else None
         if name == "view_as_complex" or name == "view_as_real":
             return self._of_first(node, lambda _, index: self.once(_COMPLEX[name], index))

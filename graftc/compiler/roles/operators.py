@@ -55,8 +55,8 @@ CREATING = _names(
     empty new_empty empty_like zeros new_zeros zeros_like ones full empty_permuted
     """
 )
-POINTWISE = _names("prelu rrelu hardswish hardsigmoid mish softplus where masked_fill")
-"""Elementwise operators without the tag that says so."""
+POINTWISE = _names("prelu rrelu hardswish hardsigmoid mish softplus where masked_fill masked_scatter")
+"""Operators without the tag of elementwise ones that keep the columns of their first operand as those do."""
 
 NONLINEAR = _names(
     """
