@@ -21,6 +21,7 @@ from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, tie_sizes
 from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.ir.eval_mode import dropout_probability
 from graftc.passes.core.ir.program import is_random
 
 aten = torch.ops.aten
@@ -254,10 +255,8 @@ def renamed(model: nn.Module, traced: Mapping[str, str]) -> Iterator[None]:
 
 def draws(node: fx.Node) -> bool:
     """Whether a node draws random numbers; attention does where it drops something."""
-    target = node.target
-    if target is aten.scaled_dot_product_attention.default:
-        dropped = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(dropped != 0)
+    if node.target is aten.scaled_dot_product_attention.default:
+        return dropout_probability(node) != 0
     return is_random(node)
 
 

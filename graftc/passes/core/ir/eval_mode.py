@@ -27,7 +27,7 @@ _DROPPING = (
 )
 """What a dropout of probability 0 changes; all else that depends on a module's mode goes on."""
 _PROBABILITY: dict[object, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
-"""Which argument says how much is dropped."""
+"""The position of the dropout probability among an operator's arguments."""
 _SILENT = ":dropout"
 
 
@@ -38,16 +38,16 @@ def silent(path: str) -> str:
 
 
 def moded(program: Program) -> set[str]:
-    """Paths of the modules whose mode makes a difference to a train Program: dropouts of probability 0 make none."""
+    """Return paths of the modules whose mode affects a train Program; dropouts of probability 0 have no effect."""
     calls = (n for n in program.graph.nodes if n.op == "call_function" and n.target in RULES)
-    return {_place(node)[0] for node in calls if not _drops_nothing(node)}
+    return {_place(node)[0] for node in calls if dropout_probability(node) != 0}
 
 
-def _drops_nothing(node: fx.Node) -> bool:
-    if (at := _PROBABILITY.get(node.target)) is None:
-        return False
-    given = node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)
-    return bool(given == 0)
+def dropout_probability(node: fx.Node) -> object:
+    """Return the dropout probability of a dropout or an attention of ATen; None for other nodes."""
+    if (position := _PROBABILITY.get(node.target)) is None:
+        return None
+    return node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
 
 
 def dropouts(program: Program) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graftc.passes.core.ir.program import is_random
+from graftc.passes.core.ir.program import above, is_random
 from graftc.passes.core.sites.calls import ProductOperands, is_grouped, op_name, products
 from graftc.passes.core.sites.uses import Convolution, Dense, Experts, LeftProduct, Lookup, Use
 from graftc.passes.core.sites.views import View, view_of
@@ -57,16 +57,8 @@ def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
 
 
 def _of_tensors_alone(node: fx.Node) -> bool:
-    """Whether a value is computed from stored tensors and numbers, and draws nothing."""
-    pending, known = [node], {node}
-    while pending:
-        each = pending.pop()
-        if each.op != "get_attr" and (each.op != "call_function" or is_random(each)):
-            return False
-        more = set(each.all_input_nodes) - known
-        known |= more
-        pending += more
-    return True
+    """Return whether a value is computed from stored tensors and numbers alone, without random numbers."""
+    return all(each.op in ("get_attr", "call_function") and not is_random(each) for each in above([node]))
 
 
 def _conv(node: fx.Node) -> Use | None:

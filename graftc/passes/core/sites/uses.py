@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.ir.program import above
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.views import View
 from graftc.passes.core.weights.weight_slice import WeightSlice
@@ -138,25 +139,21 @@ class Use(ABC):
 
 
 class Dense(Use):
-    """A product with a matrix. A bias that is computed from several tensors, as of queries and values, is an addend."""
+    """A product with a matrix. A bias that the model computes from several tensors is an addend."""
 
     @property
     def addend(self) -> fx.Node | None:
         """See `Use.addend`."""
-        computed = self.bias is None and self.node.target is aten.linear.default and len(self.node.args) > 2
-        found = self.node.args[2] if computed else None
-        return found if isinstance(found, fx.Node) else None
+        if self.bias is not None or self.node.target is not aten.linear.default or len(self.node.args) < 3:
+            return None
+        bias = self.node.args[2]
+        return bias if isinstance(bias, fx.Node) else None
 
     @property
     def addend_tensors(self) -> tuple[str, ...]:
         """See `Use.addend_tensors`."""
-        known = dict.fromkeys([self.addend] if self.addend is not None else [])
-        pending = list(known)
-        while pending:
-            more = [node for node in pending.pop().all_input_nodes if node not in known]
-            known |= dict.fromkeys(more)
-            pending += more
-        return tuple(str(node.target) for node in known if node.op == "get_attr")
+        nodes = above([self.addend]) if self.addend is not None else []
+        return tuple(str(node.target) for node in nodes if node.op == "get_attr")
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """See `Use.map`."""
