@@ -90,6 +90,20 @@ def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refu
     assert type(model.layers[0].o.weight) is nn.Parameter
 
 
+def test_a_tensor_that_several_adapt_stays_guarded_while_one_does() -> None:
+    torch.manual_seed(0)
+    model, x = Model().eval().requires_grad_(False), torch.randn(2, 8)
+    target = {"modules": "layers.*.o"}
+    adapt = [{"method": "lora", "name": name, "rank": 2, "target": target} for name in ("first", "second")]
+    compiled = graftc.compile({"adapt": adapt}, model, {"x": x}, cache=False).eval()
+    perturb(compiled, 0.3)
+    for left_out, other in (("first", "second"), ("second", "first")):
+        with compiled.disabled(left_out), pytest.raises(GraftError, match=rf"GC031.*'{other}' adapts it"):
+            compiled(x, read="weight")
+    with compiled.disabled("first", "second"):
+        assert torch.equal(compiled(x, read="weight"), model(x, read="weight"))
+
+
 def test_threads_that_run_the_base_and_the_adapted_model() -> None:
     compiled, model, x = compiled_with("lora")
     reference, told = compiled.reference(), []

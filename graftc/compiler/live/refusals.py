@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import get_origin
 
@@ -59,17 +60,21 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
     """
     read, adapted = {compilation.store.canonical(name) for name in names}, adapted_tensors(compilation)
     for name in sorted(read & adapted.keys()):
-        message = f"{adapted[name]!r} adapts {name}, which the model's own Python reads between graphs too"
+        message = f"{adapted[name][-1]!r} adapts {name}, which the model's own Python reads between graphs too"
         raise GraftError("GC149", message, hint="leave it out, or let the model call the module instead")
 
 
-def adapted_tensors(compilation: Compilation) -> dict[str, str]:
-    """Return the name of an adaptation for each tensor of the Store that one changes: those that it says itself, and
-    otherwise all of its sites."""
-    adapted = {edit.own.tensor: edit.owner for edit in compilation.tensor_edits}
-    said = set(adapted.values())
+def adapted_tensors(compilation: Compilation) -> dict[str, tuple[str, ...]]:
+    """Return the adaptations of each tensor of the Store that is adapted, by name.
+
+    An adaptation that has tensor edits adapts the tensors that these name, any other one all tensors of its sites.
+    """
+    owners: dict[str, dict[str, None]] = defaultdict(dict)
+    for edit in compilation.tensor_edits:
+        owners[edit.own.tensor][edit.owner] = None
+    editing = {edit.owner for edit in compilation.tensor_edits}
     for resolved in compilation.main.resolved:
-        places = () if resolved.name in said else resolved.places
-        every = (own for site, _ in places for own in slices_of(site, compilation.store))
-        adapted |= {own.tensor: resolved.name for own in every}
-    return adapted
+        for site, _ in () if resolved.name in editing else resolved.places:
+            for own in slices_of(site, compilation.store):
+                owners[own.tensor][resolved.name] = None
+    return {tensor: tuple(names) for tensor, names in owners.items()}

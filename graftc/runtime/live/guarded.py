@@ -1,11 +1,11 @@
 """Adapted tensors as the model's own Python sees them between graphs: it may ask for their types, not for their values.
 
-Their adaptation is in the graphs, so that whoever reads the values would compute with the base's.
+The adaptation is in the graphs, so code that read the values would compute with those of the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,11 +13,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from graftc.compiler.live.refusals import adapted_tensors
 from graftc.runtime.live.element_run import GraphRunner
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["RUNNING", "Guarded", "guarded"]
+__all__ = ["RUNNING", "Guarded", "guarded", "runs_base"]
 
 RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
 """Who calls the live model in this thread."""
@@ -36,9 +35,9 @@ _ALLOWED: frozenset[object] = frozenset(
     + [getattr(Tensor, name) for name in _METHODS]
     + list(_FUNCTIONS)
 )
-"""What reads no values."""
+"""Functions that read no values."""
 _SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
-"""What gives the same tensor again."""
+"""Functions whose result is the same tensor again."""
 
 
 def _writes(func: Callable[..., Any]) -> bool:
@@ -51,6 +50,7 @@ class Guarded(torch.Tensor):
     """A tensor of the Store whose values nobody may read during a call, unless the base alone is called."""
 
     _graftc_name: str
+    _graftc_adaptations: tuple[str, ...]
 
     @classmethod
     def __torch_function__(
@@ -68,7 +68,7 @@ class Guarded(torch.Tensor):
         options = kwargs or {}
         if func in _SAME:
             with torch._C.DisableTorchFunctionSubclass():
-                return guarded(func(*args, **options), args[0]._graftc_name)
+                return guarded(func(*args, **options), args[0]._graftc_name, args[0]._graftc_adaptations)
         if func not in _ALLOWED:
             read = pytree.tree_leaves((args[1:] if _writes(func) else args, dict(options)))
             _refuse_adapted(leaf for leaf in read if isinstance(leaf, Guarded))
@@ -76,25 +76,31 @@ class Guarded(torch.Tensor):
             return func(*args, **options)
 
 
-def guarded(tensor: Tensor, name: str) -> Tensor:
-    """A tensor over the same storage, as the model's own Python may have it.
+def guarded(tensor: Tensor, name: str, adaptations: tuple[str, ...]) -> Tensor:
+    """Return a guarded tensor over the same storage.
 
     Args:
-        tensor: of the Store.
-        name: of it there.
+        tensor: a tensor of the Store.
+        name: its name there.
+        adaptations: names of those that adapt it.
     """
-    made = tensor.detach().as_subclass(Guarded)
-    made._graftc_name = name
-    return made
+    guard = tensor.detach().as_subclass(Guarded)
+    guard._graftc_name, guard._graftc_adaptations = name, adaptations
+    return guard
 
 
-def _refuse_adapted(tensors: Any) -> None:
+def runs_base(runner: GraphRunner) -> bool:
+    """Return whether the base alone is called: nothing that a model has updated counts then, and nothing is updated."""
+    return bool(getattr(runner, "base_only", False))
+
+
+def _refuse_adapted(tensors: Iterable[Guarded]) -> None:
     runner = RUNNING.get(None)
-    if runner is None or getattr(runner, "base_only", False):
+    if runner is None or runs_base(runner):
         return
-    adapted = adapted_tensors(runner.shown.compilation)
     for tensor in tensors:
-        if (name := tensor._graftc_name) in adapted and runner.applies(adapted[name]):
-            message = f"the model's own Python reads {name} between graphs, and {adapted[name]!r} adapts it"
+        applied = next(filter(runner.applies, tensor._graftc_adaptations), None)
+        if applied is not None:
+            message = f"the model's own Python reads {tensor._graftc_name} between graphs, and {applied!r} adapts it"
             hint = "leave it out, or let the model call the module instead"
             raise GraftError("GC031", message, hint=hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -19,7 +19,7 @@ from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.runtime.live.deferred_logits import deferred, is_head
 from graftc.runtime.live.element_run import GraphRunner, run_element
-from graftc.runtime.live.guarded import RUNNING, guarded
+from graftc.runtime.live.guarded import RUNNING, guarded, runs_base
 from graftc.runtime.live.own_buffers import OwnBuffers
 from graftc.specs.errors.diagnostics import GraftError, warn
 
@@ -98,12 +98,12 @@ class LiveRoot:
     Args:
         source: the model that was compiled; it is not changed.
         elements: paths of its layers that are graphs.
-        adapted: names of the tensors whose values its Python may not read between these.
+        adapted: the adaptations of each tensor whose values its Python may not read between these, by its name.
     """
 
-    def __init__(self, source: nn.Module, elements: Collection[str], adapted: Collection[str]) -> None:
+    def __init__(self, source: nn.Module, elements: Collection[str], adapted: Mapping[str, tuple[str, ...]]) -> None:
         self.model: nn.Module = sharing_copy(source)
-        self._adapted, self._guarded = frozenset(adapted), dict[str, tuple[Tensor, Tensor]]()
+        self._adapted, self._guarded = adapted, dict[str, tuple[Tensor, Tensor]]()
         self._ran, self._warned = _Ran(), False
         self._inside: dict[int, bool] = {}
         for path in elements:
@@ -162,7 +162,7 @@ class LiveRoot:
             yield
         finally:
             RUNNING.reset(token)
-            if not _of_base(runner):
+            if not runs_base(runner):
                 self._own.keep(runner.store)
 
     def _bind(self, runner: GraphRunner) -> None:
@@ -180,16 +180,16 @@ class LiveRoot:
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = self._seen(runner, f"{prefix}{name}")
-        self._own.bind(runner.store, base=_of_base(runner))
+        self._own.bind(runner.store, base=runs_base(runner))
 
     def _seen(self, runner: GraphRunner, name: str) -> Tensor:
-        """A tensor of the Store as the Python between graphs has it."""
+        """Return a tensor of the Store as the Python between graphs sees it."""
         tensor, owner = runner.store.get(name), runner.store.canonical(name)
         if owner not in self._adapted:
             return tensor
         known = self._guarded.get(owner)
         if known is None or known[0] is not tensor:
-            known = self._guarded[owner] = tensor, guarded(tensor, owner)
+            known = self._guarded[owner] = tensor, guarded(tensor, owner, self._adapted[owner])
         return known[1]
 
     def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
@@ -215,11 +215,6 @@ def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
     cls = type(module)
     module.__class__ = type(cls.__name__, (stand_in, cls), {"__module__": __name__, "__doc__": cls.__doc__})
     vars(module)["_graftc_path"] = path
-
-
-def _of_base(runner: GraphRunner) -> bool:
-    """Whether the base alone is called: nothing that a model has updated counts then, and nothing is updated."""
-    return bool(getattr(runner, "base_only", False))
 
 
 def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
