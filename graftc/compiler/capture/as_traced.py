@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["AsTraced", "kernels_as_chosen", "math_attention"]
 
 _ATTENTION = F.scaled_dot_product_attention
-"""torch's own; transformers puts another in its place while it exports, which has a kernel of its own choice."""
-_CHOSEN: ContextVar[bool] = ContextVar("kernel as the model has chosen", default=False)
+"""torch's own function. While transformers exports, a wrapper stands in its place and picks a kernel itself."""
+_RESTRICTED: ContextVar[bool | None] = ContextVar("restricted to the reference kernel", default=None)
+"""Whether the model's code had restricted attention when it called that wrapper; None outside of it."""
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SIZES = {int, torch.SymInt}
 
@@ -48,36 +49,34 @@ class AsTraced(TorchFunctionMode):
                 return over // by
         if func == _DATA and not isinstance(args[0], nn.Parameter):
             return args[0].detach()
-        if func is _ATTENTION and not _CHOSEN.get():
+        if func is _ATTENTION:
             device = args[0].device.type if args else kwargs["query"].device.type
-            if only_math(device) and not self._before.get(device, True):
+            restricted = only_math(device) if (noted := _RESTRICTED.get()) is None else noted
+            if restricted and not self._before.get(device, True):
                 return math_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 @contextmanager
 def kernels_as_chosen() -> Iterator[None]:
-    """Inside, what a model calls as ``F.scaled_dot_product_attention`` has the kernels that the model has chosen by
-    then, whatever else stands there and chooses others."""
-    known, before = F.scaled_dot_product_attention, {device: only_math(device) for device in ("cpu", "cuda")}
+    """Note the kernels that a model has chosen when it calls ``F.scaled_dot_product_attention``, for `AsTraced`: what
+    transformers puts there while it exports chooses others before torch's own function is called."""
+    wrapper = F.scaled_dot_product_attention
 
     def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device = query.device.type
-        if only_math(device) and not before.get(device, True):
-            return math_attention(query, *args, **kwargs)
-        token = _CHOSEN.set(True)
+        token = _RESTRICTED.set(only_math(query.device.type))
         try:
-            return known(query, *args, **kwargs)
+            return wrapper(query, *args, **kwargs)
         finally:
-            _CHOSEN.reset(token)
+            _RESTRICTED.reset(token)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
         yield
 
 
 def only_math(device: str) -> bool:
-    """Whether attention may use its reference kernel alone on a kind of device, as inside
-    ``sdpa_kernel(SDPBackend.MATH)``; a CPU has one other kernel."""
+    """Return whether attention is restricted to its reference kernel on a type of device, as it is inside
+    ``sdpa_kernel(SDPBackend.MATH)``. A CPU has only one other kernel."""
     kernels: Any = torch.backends.cuda
     fused = [kernels.flash_sdp_enabled]
     if device != "cpu":
