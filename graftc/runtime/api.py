@@ -26,8 +26,7 @@ from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
-from graftc.compiler.roles.structure import Structure, find_structure
-from graftc.passes.core.elements.ends import last_elements
+from graftc.compiler.roles.structure import Structure, roles_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.progress import asked
 from graftc.passes.core.weights.store import Store
@@ -288,20 +287,21 @@ def captured_roles(
 def _roles_apart(
     model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, cache: bool
 ) -> tuple[ModelStructure, Snapshot]:
-    """See `captured_roles`, for a model that cannot be one graph: of the graphs that it is taken apart into."""
+    """Do as `captured_roles` does for a model that has to be taken apart, by the graphs of its layers and maps."""
     start = StartingPoint(use_cache=cache, every_layer=True)
-    made = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=start)
-    constants = {name: made.store.get(name) for name in made.store.constants}
-    return _structure_of(made.model, made.program("train", "base"), made.store, constants)
+    compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=start)
+    store = compilation.store
+    constants = {name: store.get(name) for name in store.constants}
+    return _structure_of(compilation.model, compilation.program("train", "base"), store, constants)
 
 
 def _structure_of(
     model: nn.Module, program: Program, store: Store, constants: Mapping[str, Tensor]
 ) -> tuple[ModelStructure, Snapshot]:
-    structure = find_structure(program.graph, constants, ends=last_elements(program))
+    structure = roles_of(program, constants)
     parts = {f.name: getattr(structure, f.name) for f in fields(structure)}
-    made = ModelStructure(**parts, places=selectable(model, program, store, structure))
-    return made, base_snapshot(model, program, store)
+    with_places = ModelStructure(**parts, places=selectable(model, program, store, structure))
+    return with_places, base_snapshot(model, program, store)
 
 
 @public("graftc.select")
@@ -341,7 +341,7 @@ def select(
 def _places_of(compiled: Compiled) -> Selectable:
     compilation: Compilation = runner_of(compiled).compilation
     program = compilation.program("train", "source")
-    structure = find_structure(program.graph, compilation.main.captures[0].constants, ends=last_elements(program))
+    structure = roles_of(program, compilation.main.captures[0].constants)
     return selectable(compilation.model, program, compilation.store, structure)
 
 

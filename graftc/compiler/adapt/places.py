@@ -18,8 +18,7 @@ from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.resolve.train import train_sites, train_sites_again
 from graftc.compiler.resolve.treated import TreatedUnlikeError, treated_alike
-from graftc.compiler.roles.structure import find_structure
-from graftc.passes.core.elements.ends import last_elements
+from graftc.compiler.roles.structure import roles_of
 from graftc.passes.core.ir.functions import UnlikeBodyError, calls, cut
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import record_baseline
@@ -35,9 +34,7 @@ def _copy(program: Program, context: Adapting) -> Program:
 def _roles(program: Program, context: Adapting) -> None:
     constants = {name: tensor for found in context.captures for name, tensor in found.constants.items()}
     with cut(program.graph):
-        context.structure = find_structure(
-            program.graph, constants, encoder=is_encoder(context.base), ends=last_elements(program)
-        )
+        context.structure = roles_of(program, constants, encoder=is_encoder(context.base))
 
 
 def _sites(program: Program, context: Adapting) -> None:

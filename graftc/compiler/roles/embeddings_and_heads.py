@@ -22,8 +22,10 @@ _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 
 
 def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
-    """Label the last linear maps before the outputs, and the ones that feed only those. What a residual stream starts
-    from is no head: projected features of images may be among the outputs as well.
+    """Label the last linear maps before the outputs, and the ones that feed only those.
+
+    A map that a residual stream starts from is not a head, even if the model also returns what it computes, as models
+    do with the projected features of images.
 
     Args:
         labels: get the roles.

@@ -19,9 +19,11 @@ from graftc.compiler.roles.findings import Finding, Structure, Sublayer, Unresol
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.sublayers import read_sublayers
+from graftc.passes.core.elements.ends import last_elements
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import Sizes
 
-__all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place"]
+__all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place", "roles_of"]
 
 _SMALL = 2
 
@@ -42,8 +44,8 @@ def find_structure(
         constants: integer tensors that the graph mentions beyond the model's own, by name; some models pick heads
             with them. Default none: columns picked by such a tensor are then unresolved.
         encoder: the graph is that of a model's encoder alone, whose roles have its prefix.
-        ends: paths of the elements that a model which is taken apart may end in: no others have heads. None for the
-            graph of a whole model.
+        ends: paths of the elements that may be heads, where the graph is a union of elements; see `last_elements`. None
+            for the graph of a whole model.
 
     Returns:
         Findings in graph order, weights without a role with the reason, and the residual branches.
@@ -57,6 +59,11 @@ def find_structure(
     read_norms(labels)
     labels.report_rest()
     return labels.structure(read_sublayers(labels), read_heads(labels))
+
+
+def roles_of(program: Program, constants: Mapping[str, Tensor] | None = None, *, encoder: bool = False) -> Structure:
+    """Return the roles in a base Program, a model's own or that of one taken apart. Args as for `find_structure`."""
+    return find_structure(program.graph, constants, encoder=encoder, ends=last_elements(program))
 
 
 def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:

@@ -18,9 +18,8 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.resolve.train import TRAIN
-from graftc.compiler.roles.structure import Structure, find_structure
+from graftc.compiler.roles.structure import Structure, roles_of
 from graftc.compiler.steering import Steerings, steerings
-from graftc.passes.core.elements.ends import last_elements
 from graftc.passes.core.ir.eval_mode import dropouts
 from graftc.passes.core.weights.names import owner_of, parsed, renamed
 from graftc.passes.core.weights.store import Store
@@ -100,7 +99,7 @@ class Adapters:
         capture, flags = base.main.captures[0], base.program("train", "base").flags
 
         def structure() -> Structure:
-            return find_structure(capture.program.graph, capture.constants, ends=last_elements(capture.program))
+            return roles_of(capture.program, capture.constants)
 
         return self.add(*entry_of(path, own, base.source, base.main.axes, flags, structure))
 

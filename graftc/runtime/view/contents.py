@@ -15,8 +15,7 @@ from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import Finding, Structure, format_layers, format_runs
-from graftc.compiler.roles.structure import find_structure
-from graftc.passes.core.elements.ends import last_elements
+from graftc.compiler.roles.structure import roles_of
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of, owner_of, parsed
@@ -308,8 +307,7 @@ def _home(name: str) -> str:
 
 def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, Any]]:
     """What every target asked for, what it matched, and what has its role or nearly one and was not matched."""
-    base = snapshot.program(base=True)
-    found = structure or find_structure(base.graph, ends=last_elements(base))
+    found = structure or roles_of(snapshot.program(base=True))
     targets = []
     for adaptation in snapshot.spec.adapt:
         mine = [site for site in snapshot.sites if site.adaptation == adaptation.name]

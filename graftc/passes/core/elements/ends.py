@@ -1,4 +1,4 @@
-"""Which elements a model that is taken apart may end in."""
+"""Find the elements that may compute the outputs of a model that is taken apart."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from graftc.passes.core.ir.program import Program
 
 
 def last_elements(program: Program) -> frozenset[str] | None:
-    """Return the single maps that are called when all layers and parts of layers have been: a union of elements has an
-    output for every one of them, and only these may be the model's. All where there are no layers.
+    """Return the single maps that are called after every layer and every part of a layer.
+
+    The graph of a union has an output for each element; of these only the last may be outputs of the model. Without
+    layers, all elements are returned.
 
     Args:
-        program: of a union, whose inputs are in the order of the calls; None is returned for a model's own.
+        program: the graph of a union, whose inputs are in the order of the calls. For any other, None is returned.
     """
     elements = frozenset(elements_in(program.flags))
     if not elements:
         return None
-    at = {spec.name: position for position, spec in enumerate(program.inputs)}
-    called = {path: at.get(input_name(path, 0), -1) for path in elements}
+    position = {spec.name: index for index, spec in enumerate(program.inputs)}
+    called = {path: position.get(input_name(path, 0), -1) for path in elements}
     modules = {str(node.meta.get("module", "")) for node in program.graph.nodes}
     composite = {innermost(path, elements) for path in modules - elements}
     stacked = {path for path in elements if (layer := layer_path(path)) and (layer != path or path in composite)}
