@@ -96,7 +96,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
                 compiled(**inputs)
                 compiled(**labelled)
         monkeypatch.setattr(module, "recompile", never)
-        monkeypatch.setattr(places, "find_structure", never)
+        monkeypatch.setattr(places, "roles_of", never)
 
 
 @pytest.mark.slow
