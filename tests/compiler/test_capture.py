@@ -209,11 +209,11 @@ def test_an_operator_that_holds_code_is_in_no_graph_and_what_is_beside_it_is() -
 
 
 @pytest.mark.full
-def test_gemma_3_with_images_is_refused_and_without_them_is_not() -> None:
+def test_gemma_3_with_images_is_no_graph_and_without_them_is_one() -> None:
     """The mask of image tokens is a function that is mapped over its indices; text alone has another."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = Gemma3TextConfig(vocab_size=300, num_key_value_heads=1, head_dim=8, sliding_window=16, **small)
     vision = SiglipVisionConfig(image_size=28, patch_size=7, **small)
     both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
@@ -228,4 +228,7 @@ def test_gemma_3_with_images_is_refused_and_without_them_is_not() -> None:
     shown["input_ids"][:, 1:5] = 299
     shown["token_type_ids"] = (shown["input_ids"] == 299).long()
     with pytest.raises(graftc.GraftError, match=r"GC030: .* model \(Gemma3Model\) calls "):
-        graftc.compile(spec, model, shown, cache=False)
+        graftc.compile({**spec, "capture": "graph"}, model, shown, cache=False)
+    taken_apart = graftc.compile(spec, model, shown, cache=False).eval()
+    assert {stack.level for stack in taken_apart.report.stacks} == {"layers"}
+    assert torch.equal(taken_apart(**shown).logits, model(**shown).logits)
