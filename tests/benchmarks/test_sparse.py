@@ -18,6 +18,8 @@ from benchmarks.sparse.memory import accounted, measure
 from benchmarks.sparse.times import Timed, contest, cycle_mean, mismatches, ordinary_median
 from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import Base
+from graftc.compiler.capture.anchoring import runs
+from graftc.compiler.capture.anchoring.products import Products
 
 FLOAT = 4
 NAMES = (LORA, "graftc LoRA")
@@ -117,8 +119,10 @@ def test_what_is_replaced_between_steps_counts_once() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.full), True])
-def test_lora_of_both_libraries(checkpointing: bool) -> None:
-    """As many values, the same loss, and memory whose parts are those of the model."""
+def test_lora_of_both_libraries(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many values, the same loss, and memory whose parts are those of the model, but for the products that graftc
+    keeps of it for the next signature."""
+    monkeypatch.setattr(runs, "products_of", Products)
     entries = [entry(name) for name in NAMES]
     found, skipped = contest(entries, base_in(TINY_SHAPE, "float32"), checkpointing, 2, tell=lambda line: None)
     assert not skipped and not [*mismatches(found)]

@@ -242,7 +242,7 @@ def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self._modules.update(compiled._store.root._modules)
+            self._modules.update(compiled.compilation.store.root._modules)
 
         def forward(self, *args: Tensor) -> Any:
             """Flat outputs."""
