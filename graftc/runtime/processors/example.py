@@ -56,7 +56,7 @@ def processor_example(model: nn.Module) -> dict[str, Any] | None:
         reason = error.message
     if reason is not None:
         message = f"the processor in {str(folder)!r} makes no example of text with {kind}: {reason}"
-        warn("GC030", message, hint="show a batch: example_inputs={name: tensor}")
+        warn("GC183", message, hint="show a batch: example_inputs={name: tensor}")
         return None
     dtype, wanted = dtype_of(model), {name: tensor for name, tensor in made.items() if name in known}
     return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in wanted.items()}

@@ -645,6 +645,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC182", _SPEC, "there is nothing to train from",
      "A stage of a recipe has no rows to learn from, or no model to start with.",
      "The message says which rows or which model it lacks."),
+
+    # Example calls.
+    ("GC183", _WARNING, "a processor makes no example",
+     "A model of text and images or sound is shown what the processor in its folder makes of a small example. This one "
+     "failed, or took more time, memory or entries than an example may; the model is compiled with text alone.",
+     "Show a batch: `example_inputs={name: tensor}`; on the command line a callable gives it, as "
+     "`(model, example_inputs)`."),
 )
 # fmt: on
 
