@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.resolve.untie import sharing_copy
 from graftc.testing import tiny
 from tests.forks import fork
 
@@ -151,6 +155,61 @@ def test_a_new_signature_while_another_thread_captures(net: nn.Module) -> None:
     results = at_once(*jobs)
     for number, call in enumerate(calls()[1:5]):
         assert results[2 * number].shape == net(**call).shape
+
+
+class Stack(nn.Module):
+    """Layers that are alike, most of which are hidden while the model is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Net() for _ in range(8)])
+        self.back = nn.Linear(3, 6)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        for layer in self.layers:
+            x = self.back(layer(x))
+        return x * scale
+
+
+def _merged(compiled: Any, merged: Any, folder: Path) -> Any:
+    merged.save(folder)
+    return load_file(folder / "model.safetensors").keys()
+
+
+READERS: dict[str, Callable[[Any, Any, Path], Any]] = {
+    "fingerprint": lambda compiled, merged, _: compiled.compilation.identity().fingerprint,
+    "copy": lambda compiled, merged, _: [*sharing_copy(compiled.compilation.source).state_dict()],
+    "artifact": lambda compiled, merged, folder: json.loads(
+        (compiled.save(folder, certify=False) / "manifest.json").read_bytes()
+    )["base"],
+    "merged": _merged,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_who_reads_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While a model is traced, its tables are empty or hold fake tensors: a file would lack layers."""
+    x = torch.randn(4, 6)
+    compiled: Any = graftc.compile(NET, Stack(), {"x": x}, cache=False).eval()
+    merged = compiled.merge(allow_unchanged=True)
+    wanted, export = READERS[reader](compiled, merged, tmp_path / "quiet"), torch.export.export
+    tracing, read = threading.Event(), threading.Event()
+
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        tracing.set()
+        read.wait(0.5)
+        return export(*args, **kwargs)
+
+    def beside() -> Any:
+        assert tracing.wait(60)
+        try:
+            return READERS[reader](compiled, merged, tmp_path / "beside")
+        finally:
+            read.set()
+
+    monkeypatch.setattr(torch.export, "export", paused)
+    _, seen = at_once(lambda: compiled(x, scale=2.0), beside)
+    assert seen == wanted
 
 
 def test_a_forked_child_is_not_locked_out(net: nn.Module) -> None:

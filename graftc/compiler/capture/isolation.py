@@ -20,19 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import _pop_mode, _push_mode
 
 from graftc.passes.core.modes import no_modes
-
-_lock = threading.RLock()
-
-
-def _renew() -> None:
-    """A child process has only the thread that forked: nobody there would ever release the locks."""
-    global _lock
-    _lock = threading.RLock()
-    _default_dtype.renew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+from graftc.passes.core.weights.source_lock import source_lock
 
 
 @contextmanager
@@ -57,7 +45,7 @@ def isolated() -> Iterator[None]:
 def exclusive() -> Iterator[None]:
     """`isolated`, by one thread of the process at a time; re-entrant. Hooks on every module of the process, which
     counters of operators and profilers use, hear of the calls of other threads alone."""
-    with _lock, isolated(), _no_global_hooks():
+    with source_lock(), isolated(), _no_global_hooks():
         yield
 
 
@@ -179,3 +167,6 @@ class _DefaultDtype:
 
 
 _default_dtype = _DefaultDtype()
+
+if hasattr(os, "register_at_fork"):  # a child process has only the thread that forked
+    os.register_at_fork(after_in_child=_default_dtype.renew)

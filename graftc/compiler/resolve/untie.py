@@ -14,6 +14,7 @@ from torch import nn
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.capture.signature import Axis
+from graftc.passes.core.weights.source_lock import source_lock
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.patterns import modules_by_glob
 
@@ -25,14 +26,15 @@ def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType
         model: is not changed.
         instead: what the copy has in the place of objects in it, by their ids. Modules there are not looked into.
     """
-    tensors = (
-        tensor
-        for module in model.modules()
-        if id(module) not in instead
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None
-    )
-    return copy.deepcopy(model, {**{id(tensor): _handle(tensor) for tensor in tensors}, **instead})
+    with source_lock():
+        tensors = (
+            tensor
+            for module in model.modules()
+            if id(module) not in instead
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        )
+        return copy.deepcopy(model, {**{id(tensor): _handle(tensor) for tensor in tensors}, **instead})
 
 
 def _handle(tensor: torch.Tensor) -> torch.Tensor:

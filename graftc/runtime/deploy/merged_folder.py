@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftc.compiler.capture.interface import config_of
+from graftc.passes.core.weights.source_lock import source_lock
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed
@@ -59,7 +60,8 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
         if runner.additions:
             raise no_place(runner.additions, source)
         aliases = runner.compilation.store.aliases
-        known = {*source.state_dict(), *runner.compilation.store.packed}
+        with source_lock():
+            known = {*source.state_dict(), *runner.compilation.store.packed}
         own = {n: t for n, t in runner.folded_state_dict().items() if n not in aliases and n in known}
         save_tensors(own, weights)
         return source

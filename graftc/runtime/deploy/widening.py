@@ -13,6 +13,7 @@ from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.folding.rounding import NARROW
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.packing.modules import hold_values
+from graftc.passes.core.weights.source_lock import source_lock
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import kind_of
@@ -60,12 +61,13 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _copy(source: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a model; it shares the tensors that are wide enough, and ties are kept."""
     memo: dict[int, Any] = {}
-    for tensor in (*source.parameters(), *source.buffers()):
-        wide: Tensor = tensor if tensor.dtype not in NARROW else _wide(tensor, dtype)
-        if isinstance(tensor, nn.Parameter) and wide is not tensor:
-            wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = wide
-    made = copy.deepcopy(source, memo)
+    with source_lock():
+        for tensor in (*source.parameters(), *source.buffers()):
+            wide: Tensor = tensor if tensor.dtype not in NARROW else _wide(tensor, dtype)
+            if isinstance(tensor, nn.Parameter) and wide is not tensor:
+                wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = wide
+        made = copy.deepcopy(source, memo)
     for module in made.modules():
         hold_values(module, dtype)
         config = getattr(module, "config", None)

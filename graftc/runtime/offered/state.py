@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
+from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.store import plain
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -81,7 +82,8 @@ class StateDicts:
     def identity(self) -> Identity:
         """Of the source model; asked for anew where one of its tensors has been written."""
         source = self.runner.compilation.source
-        version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
+        with source_lock():
+            version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
         known = self.runner.derived.get("identity")
         if known is None or known[0] != version:
             known = version, self.runner.compilation.identity()

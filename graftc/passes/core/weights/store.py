@@ -19,6 +19,7 @@ from graftc.passes.core.packing.packing import PackedType, weight_name
 from graftc.passes.core.weights.containers import OWN, SOURCE, C, Container
 from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
+from graftc.passes.core.weights.source_lock import source_lock
 from graftc.specs.errors.diagnostics import GraftError
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
@@ -82,24 +83,28 @@ class Store:
             GraftError: GC030 for a model that has something called ``graftc``.
         """
         store = cls()
+        with source_lock():
+            store._take(model)
+        return store
+
+    def _take(self, model: nn.Module) -> None:
         taken = [name for name in _names(model) if not {RESERVED, OWN}.isdisjoint(name.split("."))]
         if taken:
             message = f"{type(model).__name__} has a {taken[0]!r}, and graftc keeps {RESERVED!r} and {OWN!r} for itself"
             raise GraftError("GC030", message, hint="give it another name in the model's code")
         seen: dict[int, tuple[str, torch.Tensor]] = {}
-        store.shape(model)
+        self.shape(model)
         for path, module in model.named_modules(remove_duplicate=False):
-            container = store.container(path)
+            container = self.container(path)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    store._mirror(container, path, name, parameter, seen, persistent=True)
+                    self._mirror(container, path, name, parameter, seen, persistent=True)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     persistent = name not in module._non_persistent_buffers_set
-                    store._mirror(container, path, name, buffer, seen, persistent=persistent)
+                    self._mirror(container, path, name, buffer, seen, persistent=persistent)
             for name, own in packed_types(module).items():
-                store._hold_packed(f"{path}.{name}".lstrip("."), own)
-        return store
+                self._hold_packed(f"{path}.{name}".lstrip("."), own)
 
     def _hold_packed(self, name: str, own: PackedType) -> None:
         """Enter a weight whose parts are there; under another name of another one, where its parts are that one's."""

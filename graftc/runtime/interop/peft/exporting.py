@@ -20,6 +20,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
+from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
 from graftc.runtime.interop.peft.expert_layouts import SINCE
@@ -230,7 +231,8 @@ def _pattern_key(compilation: Compilation, site: Any) -> str:
 
 
 def _parameters(compilation: Compilation) -> list[str]:
-    return [name for name, _ in compilation.source.named_parameters(remove_duplicate=False)]
+    with source_lock():
+        return [name for name, _ in compilation.source.named_parameters(remove_duplicate=False)]
 
 
 def _rows(spec: MethodSpec) -> Sequence[int]:
