@@ -85,8 +85,8 @@ Classes in the auto tables of the installed transformers, made small and random 
 of `tools/coverage`, and models of diffusers, timm and torchvision. Of the {count["built"]} that could be built,
 {reached["graph"]} are one graph, {reached["layers"]} more are graphs of their layers on the main stack
 ({percent(reached["graph"] + reached["layers"], reached["built"])} together), {reached["modules"]} are graphs of single
-maps there, and {reached["refused"]} are refused. Of the {count["attention"]} that are one graph and contain attention,
-{count["folds"]} take LoRA by role and fold ({percent(count["folds"], count["attention"])}).
+maps there, and {reached["refused"]} are refused. Of the {count["attention"]} that contain attention, in one graph or in
+several, {count["folds"]} take LoRA by role and fold ({percent(count["folds"], count["attention"])}).
 
 Made by `{made["command"]}` with {versions}.
 This page is generated from `coverage.json`; do not edit it.
@@ -104,7 +104,7 @@ def _totals(records: Sequence[Record]) -> str:
     lines = [
         "## LoRA by role",
         "",
-        "| table | classes | built | captured | with attention | of these fold | |",
+        "| table | classes | built | captured, whole or in parts | with attention | of these fold | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     rows = [(name, [r for r in records if name in r["tables"]]) for name in TABLES]
