@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.passes.core.elements.calls import elements_in
 from graftc.testing import perturb
+from tests.zoo.sized_images import qwen3_vl_moe
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.{q,up}"}}]}
 
@@ -117,3 +118,21 @@ def test_it_computes_trains_merges_saves_and_loads(asks: bool, tmp_path: Path) -
     again = graftc.load(tmp_path / "saved", model).eval()
     assert torch.equal(again(x), compiled(x))
     assert elements_in(again.compilation.flags) == elements_in(compiled.compilation.flags)
+
+
+@pytest.mark.slow
+def test_what_graphs_of_layers_read_is_not_read_between_graphs() -> None:
+    """The vision blocks are no graphs and are looked at once more; the experts of the text layers are in graphs."""
+    small = qwen3_vl_moe()
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "experts"}}]}
+    compiled = graftc.compile(spec, small.model, small.first, cache=False).eval()
+    levels = {stack.stack: stack.level for stack in compiled.report.stacks}
+    assert levels["model.language_model.layers"] == "layers" and levels["model.visual.blocks"] != "graph"
+    with torch.no_grad():
+        before = compiled(**small.first).logits
+        assert torch.equal(before, small.model(**small.first).logits)
+        perturb(compiled, 0.2)
+        after = compiled(**small.first).logits
+    assert not torch.allclose(before, after)
+    merged = compiled.merge()
+    assert torch.allclose(merged(**small.first).logits, after, atol=1e-5)

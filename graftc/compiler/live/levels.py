@@ -74,7 +74,8 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     held = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
     pending = _inside(model, {*layers} - {*whole}, held)
     while pending:
-        deeper = record(model, pending, maps, run)
+        # Layers that are graphs are watched again: what they read is not read between graphs.
+        deeper = record(model, [*whole, *pending], maps, run)
         calls, read = {**deeper.calls, **calls}, read | dict.fromkeys(deeper.read)
         found, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
         calls, whole = {**calls, **found}, [*whole, *found]
