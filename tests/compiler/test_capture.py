@@ -209,7 +209,7 @@ def test_an_operator_that_holds_code_is_in_no_graph_and_what_is_beside_it_is() -
 
 
 @pytest.mark.full
-def test_gemma_3_with_images_is_no_graph_and_without_them_is_one() -> None:
+def test_gemma_3_is_taken_apart_with_images_and_one_graph_without() -> None:
     """The mask of image tokens is a function that is mapped over its indices; text alone has another."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 

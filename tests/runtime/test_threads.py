@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.resolve.untie import sharing_copy
+from graftc.runtime.deploy.widening import widened
+from graftc.runtime.model.runner import runner_of
 from graftc.testing import tiny
 from tests.forks import fork
 
@@ -171,6 +173,10 @@ class Stack(nn.Module):
         return x * scale
 
 
+def _source_names(runner: Any) -> list[str]:
+    return [*runner.compilation.source.state_dict()]
+
+
 def _merged(compiled: Any, merged: Any, folder: Path) -> Any:
     merged.save(folder)
     return load_file(folder / "model.safetensors").keys()
@@ -178,6 +184,9 @@ def _merged(compiled: Any, merged: Any, folder: Path) -> Any:
 
 READERS: dict[str, Callable[[Any, Any, Path], Any]] = {
     "fingerprint": lambda compiled, merged, _: compiled.compilation.identity().fingerprint,
+    "widened": lambda compiled, merged, _: [
+        *widened(runner_of(compiled), torch.float32).compilation.source.state_dict()
+    ],
     "copy": lambda compiled, merged, _: [*sharing_copy(compiled.compilation.source).state_dict()],
     "artifact": lambda compiled, merged, folder: json.loads(
         (compiled.save(folder, certify=False) / "manifest.json").read_bytes()
@@ -187,10 +196,10 @@ READERS: dict[str, Callable[[Any, Any, Path], Any]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_who_reads_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reading_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """While a model is traced, its tables are empty or hold fake tensors: a file would lack layers."""
-    x = torch.randn(4, 6)
-    compiled: Any = graftc.compile(NET, Stack(), {"x": x}, cache=False).eval()
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    compiled: Any = graftc.compile(NET, Stack().bfloat16(), {"x": x}, cache=False).eval()
     merged = compiled.merge(allow_unchanged=True)
     wanted, export = READERS[reader](compiled, merged, tmp_path / "quiet"), torch.export.export
     tracing, read = threading.Event(), threading.Event()

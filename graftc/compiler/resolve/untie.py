@@ -32,7 +32,7 @@ def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType
             for module in model.modules()
             if id(module) not in instead
             for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
+            if tensor is not None and id(tensor) not in instead
         )
         return copy.deepcopy(model, {**{id(tensor): _handle(tensor) for tensor in tensors}, **instead})
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.folding.rounding import NARROW
 from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.packing.modules import hold_values
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -59,18 +58,18 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy(source: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model; it shares the tensors that are wide enough, and ties are kept."""
-    memo: dict[int, Any] = {}
+    """Return a copy of a model that shares the tensors that are wide enough; tied tensors stay tied."""
+    instead: dict[int, Tensor] = {}
     with source_lock():
         for tensor in (*source.parameters(), *source.buffers()):
             wide: Tensor = tensor if tensor.dtype not in NARROW else _wide(tensor, dtype)
             if isinstance(tensor, nn.Parameter) and wide is not tensor:
                 wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = wide
-        made = copy.deepcopy(source, memo)
-    for module in made.modules():
+            instead[id(tensor)] = wide
+        wide_model: nn.Module = sharing_copy(source, instead)
+    for module in wide_model.modules():
         hold_values(module, dtype)
         config = getattr(module, "config", None)
         if getattr(config, "dtype", None) in NARROW:
             config.dtype = dtype  # type: ignore[union-attr]
-    return made
+    return wide_model
