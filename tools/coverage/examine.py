@@ -145,7 +145,7 @@ def _find_level(built: Built, record: Record, detail: bool) -> None:
     try:
         compiled = compile_maps(built)
         _compare(compiled, built, record)
-        record |= levels(compiled, built, captured=record.get("captured", False) and not record.get("reason"))
+        record |= levels(compiled, built, captured=record["captured"] and "reason" not in record)
     except Exception as error:
         record |= {"refused": describe(error), "_refused": _traceback(detail)}
 
