@@ -70,9 +70,10 @@ def adapted_tensors(compilation: Compilation) -> dict[str, tuple[str, ...]]:
     An adaptation that has tensor edits adapts the tensors that these name, any other one all tensors of its sites.
     """
     owners: dict[str, dict[str, None]] = defaultdict(dict)
-    for edit in compilation.tensor_edits:
+    edits = compilation.tensor_edits
+    for edit in edits:
         owners[edit.own.tensor][edit.owner] = None
-    editing = {edit.owner for edit in compilation.tensor_edits}
+    editing = {edit.owner for edit in edits}
     for resolved in compilation.main.resolved:
         for site, _ in () if resolved.name in editing else resolved.places:
             for own in slices_of(site, compilation.store):

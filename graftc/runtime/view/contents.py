@@ -307,7 +307,8 @@ def _home(name: str) -> str:
 
 def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, Any]]:
     """What every target asked for, what it matched, and what has its role or nearly one and was not matched."""
-    found = structure or roles_of(snapshot.program(base=True))
+    if structure is None:
+        structure = roles_of(snapshot.program(base=True))
     targets = []
     for adaptation in snapshot.spec.adapt:
         mine = [site for site in snapshot.sites if site.adaptation == adaptation.name]
@@ -317,10 +318,10 @@ def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, 
         nearly = [
             {"place": finding.module, "reason": f"{finding.role}: has the role, and the rest of the target excludes it"}
             for role in asked
-            for finding in found.having(role)
+            for finding in structure.having(role)
             if finding.module not in modules
         ]
-        nearly += [{"place": left.module, "reason": left.reason} for left in found.unresolved if asked]
+        nearly += [{"place": left.module, "reason": left.reason} for left in structure.unresolved if asked]
         shown = target.model_dump(exclude_defaults=True, mode="json")
         targets.append(
             {

@@ -648,8 +648,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
 
     # Example calls.
     ("GC183", _WARNING, "a processor makes no example",
-     "A model of text and images or sound is shown what the processor in its folder makes of a small example. This one "
-     "failed, or took more time, memory or entries than an example may; the model is compiled with text alone.",
+     "For a model that reads text with images or sound, the processor in its folder makes an example call. This "
+     "processor failed or exceeded the limits on time, memory or size, so the model is shown text alone.",
      "Show a batch: `example_inputs={name: tensor}`; on the command line a callable gives it, as "
      "`(model, example_inputs)`."),
 )

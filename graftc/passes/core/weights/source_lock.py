@@ -1,7 +1,7 @@
-"""One lock for whoever changes a source model for a while, as a capture does, and whoever reads its tensors.
+"""A lock shared by code that changes a source model temporarily, as a capture does, and code that reads its tensors.
 
-A model that is being traced has fake tensors in its tables, or nothing at all, and other forwards. Another thread that
-saves, merges or exports meanwhile must not see that: its file would lack layers, and say that this is the base.
+While a model is traced, its tables of parameters hold fake tensors or are empty, and its forwards are replaced. If
+another thread saved, merged or exported the model then, the files would lack layers without saying so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _lock = threading.RLock()
 
 
 def _renew() -> None:
-    """A child process has only the thread that forked: nobody there would ever release the lock."""
+    """Replace the lock in a forked child, where the thread that held it does not exist."""
     global _lock
     _lock = threading.RLock()
 
@@ -28,6 +28,6 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def source_lock() -> Iterator[None]:
-    """Inside, no other thread captures a model or reads the tables of one; re-entrant."""
+    """Hold the lock: no other thread captures a model or reads the tensors of one. It is re-entrant."""
     with _lock:
         yield
