@@ -1,4 +1,4 @@
-"""One signature's Programs: which passes make them, in order."""
+"""The passes that make the Programs of one signature, in order."""
 
 from __future__ import annotations
 
@@ -63,12 +63,14 @@ EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
 
 
 def adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str] = ()) -> tuple[Graphs, Resolution]:
-    """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones.
+    """Capture one signature and adapt it.
+
+    The first signature determines which places are adapted; the others adapt the same places.
 
     Args:
-        work: the Compilation that it belongs to, and where new tensors get their values.
+        work: the work on the signature: its Compilation, and the source of values for new tensors.
         request: the calls of the source model that it is for, in train mode.
-        controls: inputs beside these, which choose among adaptations.
+        controls: inputs in addition to these, which choose among adaptations.
     """
     with progress.working("compiling", type(work.compilation.source).__name__), seldom_collected():
         return _adapt_signature(work, request, controls)
@@ -76,9 +78,9 @@ def adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]
 
 def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]) -> tuple[Graphs, Resolution]:
     log, compilation = Log(), work.compilation
-    found = take(work, request, log)
-    checked = tuple(log.entries[len(found.traced.history) :])
-    taken = Taken(request, found, controls, compilation.places() if compilation.signatures else None, checked)
+    capture = take(work, request, log)
+    checked = tuple(log.entries[len(capture.traced.history) :])
+    taken = Taken(request, capture, controls, compilation.places() if compilation.signatures else None, checked)
     if may_call(compilation, taken):
         adapted = _with_calls(work, taken)
         if adapted is not None:
@@ -91,13 +93,13 @@ class Taken:
     """A capture that is to be adapted.
 
     Attributes:
-        request: what was asked of the capture.
-        capture: the capture, held against the source model.
-        controls: inputs beside the source model's, by which a call chooses among adaptations.
-        places: where the first signature is adapted; None for that itself.
-        checked: what its history says of how it was held against the model.
-        called: whether layers that are alike call functions.
-        anchors: how the graphs of both modes compare with the model, where that is known.
+        request: the request for the capture.
+        capture: the capture, compared with the source model.
+        controls: inputs in addition to the source model's, by which a call chooses among adaptations.
+        places: the places where the first signature is adapted; None for the first signature itself.
+        checked: entries of its history about the comparison with the model.
+        called: whether equal layers call functions.
+        anchors: comparisons of the graphs of both modes with the model, if they are known.
     """
 
     request: CaptureRequest
@@ -110,38 +112,47 @@ class Taken:
 
 
 def may_call(compilation: Compilation, taken: Taken) -> bool:
-    """Whether layers of a capture may call functions: they do, and nothing in the spec, and no plugin, is about the
-    whole model."""
+    """Return whether layers of a capture may call functions.
+
+    This requires that some layers are calls, and that nothing in the spec and no plugin applies to the whole model.
+    """
     if compilation.every_layer:
         return False
-    spec, made = compilation.spec, calls(taken.capture.traced.graph)
+    spec, function_calls = compilation.spec, calls(taken.capture.traced.graph)
     plain = not (taken.controls or spec.tokens or spec.train or spec.compose) and spec.cloze is None
-    return plain and bool(made) and all(layer_path(one.path) == one.path for one in made) and not added_passes()
+    return (
+        plain
+        and bool(function_calls)
+        and all(layer_path(one.path) == one.path for one in function_calls)
+        and not added_passes()
+    )
 
 
 def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
-    """Adapt a capture whose repeated layers are calls; None where every layer has to be written out. Errors in a spec
-    are raised by the written-out graphs, so that their messages name the same places."""
+    """Adapt a capture whose repeated layers are calls; return None if every layer has to be written out.
+
+    Errors in a spec are raised by the written-out graphs, so that their messages name the same places.
+    """
     compilation = work.compilation
     apart = Work(compilation, work.initial, notes=work.notes)
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 with _added_or_not(compilation.store):
-                    graphs, found = _adapt(apart, replace(taken, called=True))
+                    graphs, resolution = _adapt(apart, replace(taken, called=True))
             except TreatedUnlikeError as unlike:
                 more = record_baseline(split(taken.capture.traced, unlike.groups))
                 capture = replace(taken.capture, traced=more)
                 apart = Work(compilation, work.initial, notes=work.notes)
                 with _added_or_not(compilation.store):
-                    graphs, found = _adapt(apart, replace(taken, capture=capture, called=True))
+                    graphs, resolution = _adapt(apart, replace(taken, capture=capture, called=True))
     except (UnlikeBodyError, GraftError):
         return None
-    for each in told:
+    for each in caught:
         again(each)
-    called = CalledResolution(replace(found, captures=(taken.capture,)))
-    later, anchors = Initial(compilation.seed, narrow=compilation.narrow), found.anchors
+    called = CalledResolution(replace(resolution, captures=(taken.capture,)))
+    later, anchors = Initial(compilation.seed, narrow=compilation.narrow), resolution.anchors
 
     def write_out() -> tuple[Graphs, Resolution]:
         with warnings.catch_warnings():
@@ -154,8 +165,10 @@ def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
 
 @contextmanager
 def _added_or_not(store: Store) -> Iterator[None]:
-    """Inside, adaptations add tensors. An error takes them out again: methods that look for tensors of theirs would
-    take what an attempt has left for what was trained."""
+    """Run a block in which adaptations add tensors, and remove these tensors if it raises.
+
+    Otherwise, methods that look for tensors of their own would take the remains of a failed attempt for trained ones.
+    """
     before = {name for name, _ in store.adapters()}
     try:
         yield
@@ -167,8 +180,8 @@ def _added_or_not(store: Store) -> Iterator[None]:
 
 
 def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
-    compilation, request, found, called = work.compilation, taken.request, taken.capture, taken.called
-    train = Adapting(work, request, found, taken.places, taken.controls, called)
+    compilation, request, main, called = work.compilation, taken.request, taken.capture, taken.called
+    train = Adapting(work, request, main, taken.places, taken.controls, called)
     source = train.base
     log = Log([*source.history, *taken.checked])
     program = _adapted(train, log)
@@ -178,22 +191,24 @@ def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
     derived = [anchor for anchor in taken.anchors if anchor.mode == "eval"]
     if not taken.anchors:
         derived = [
-            anchored(compilation, c, source_eval if c is found else to_eval(c.program), request.axes)
+            anchored(compilation, c, source_eval if c is main else to_eval(c.program), request.axes)
             for c in train.captures
         ]
     evaluating = Evaluating(train, program, True, eval_base)
-    if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
-        # Eval mode is more than train mode without dropout: what it computes has to be looked at.
+    if _is_unlike_eval(eval_base) or not all(comparison.passed for comparison in derived):
+        # Eval mode is more than train mode without dropout, so it needs a capture of its own.
         if called:
             raise UnlikeBodyError("each mode has a capture of its own")
         in_eval = request.in_mode("eval")
         direct = take(work, in_eval, Log())
-        own = Adapting(work, in_eval, direct, train, taken.controls)
-        evaluating = Evaluating(own, _adapted(own, Log()), False, own.base)
-        captures += own.captures
-        source_eval, eval_base, derived = direct.program, own.base, []
+        eval_adapting = Adapting(work, in_eval, direct, train, taken.controls)
+        evaluating = Evaluating(eval_adapting, _adapted(eval_adapting, Log()), False, eval_adapting.base)
+        captures += eval_adapting.captures
+        source_eval, eval_base, derived = direct.program, eval_adapting.base, []
     adapted_eval = extended(EVAL).run(program, evaluating, log)
-    special = {name for held in [*derived, *(c.anchor for c in captures if c.anchor)] for name in held.from_two}
+    special = {
+        name for comparison in [*derived, *(c.anchor for c in captures if c.anchor)] for name in comparison.from_two
+    }
     graphs: dict[tuple[Entry, Mode, Stage], Program] = {
         ("forward", "train", "base"): train.base,
         ("forward", "eval", "base"): eval_base,
@@ -225,10 +240,10 @@ def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
 
 
 def _adapted(context: Adapting, log: Log) -> Program:
-    """A capture's Program, adapted as the spec says, or at the places of another one.
+    """Return a capture's Program, adapted as the spec says or at the places of another one.
 
     Raises:
-        GraftError: from the passes; GC031 and GC141 where a part of a call cannot be adapted by itself.
+        GraftError: from the passes; GC031 and GC141 if a part of a call cannot be adapted by itself.
     """
     program = (ADAPT_CALLS if context.called else extended(ADAPT)).run(context.base, context, log)
     require_tokens_alone(program)
@@ -237,24 +252,28 @@ def _adapted(context: Adapting, log: Log) -> Program:
 
 
 def _signature(compilation: Compilation, adapted: Program, base: Program) -> Signature:
-    """What tells the calls of a graph from those of others."""
-    own = [spec for spec in base.inputs if not is_past(spec.name)]  # heads and their widths are the model's
+    """Return the signature of a graph, which distinguishes its calls from those of others."""
+    own = [spec for spec in base.inputs if not is_past(spec.name)]  # the model determines heads and their widths
     bounds = [(f"{s.name}.{i}", low, high) for s in own for i, (low, high) in enumerate(s.ranges)]
     fixed = tuple(f"{axis}={low}" for axis, low, high in bounds if low == high)
     signature = Signature(inputs_of_program(adapted.inputs, adapted.flags), fixed)
-    if signature in compilation.signatures:  # for other sizes of the same inputs the model may compute something else
+    if signature in compilation.signatures:  # the model may compute something else for other sizes of the same inputs
         signature = signature._replace(sizes=(*fixed, *(f"{axis}={low}..{high}" for axis, low, high in bounds)))
     return signature
 
 
 def _as_captured(axes: Sequence[Axis], source: Program) -> tuple[Axis, ...]:
-    """The inputs that were asked for. Of those whose sizes have names of their own, what the graph shows of them: which
-    vary, and which are one."""
+    """Return the requested inputs.
+
+    Those captured as shown get the axes of the graph, which tell the sizes that vary and those that are equal.
+    """
     shapes = {spec.name: spec.shape for spec in source.inputs}
     return tuple(replace(axis, axes=shapes.get(axis.name, axis.axes)) if axis.as_shown else axis for axis in axes)
 
 
 def _is_unlike_eval(program: Program) -> bool:
-    """Whether something is left in a derived eval graph that eval mode seldom has: random depth and the like leave more
-    behind than dropout, and what updates buffers may do so in train mode only."""
+    """Return whether a derived eval graph contains something that eval mode seldom has.
+
+    Random depth and the like leave more behind than dropout, and buffers may be updated in train mode only.
+    """
     return bool(program.updates) or any(draws(node) for node in program.graph.nodes)

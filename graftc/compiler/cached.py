@@ -1,4 +1,4 @@
-"""Graphs that run a part of what a call computes: new tokens behind a cache, an encoder alone, a decoder behind one."""
+"""Graphs that run a part of a call: new tokens after a cache, an encoder alone, or a decoder after an encoder."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _WITHOUT = "generate with use_cache=False, or leave it out with disabled(name)"
 
 
 def is_encoder(program: Program) -> bool:
-    """Whether a graph runs a model's encoder alone."""
+    """Return whether a graph runs only a model's encoder."""
     return (ENCODER, True) in program.flags
 
 
 def is_part(program: Program) -> bool:
-    """Whether a graph runs a part of the model: its encoder, its decoder on what an encoder gave, or its elements."""
+    """Return whether a graph runs a part of the model: its encoder, its decoder on encoder outputs, or its elements."""
     alone = is_encoder(program) or bool(elements_in(program.flags))
     return alone or ENCODED in program.signature or any(map(is_cross, program.signature))
 
 
 def is_cached(program: Program) -> bool:
-    """Whether a graph takes the keys and values of earlier tokens."""
+    """Return whether a graph takes the keys and values of earlier tokens."""
     return any(map(is_past, program.signature))
 
 
 def require_every_place(
     compilation: Compilation, program: Program, found: Sequence[Resolved], trained: Sequence[ParameterSite]
 ) -> None:
-    """Whether a decoder's graph reads all places that are adapted, together with the graphs that gave its inputs.
+    """Check that a decoder's graph and the graphs that gave its inputs read all adapted places between them.
 
     Args:
-        compilation: has those graphs.
+        compilation: the Compilation with those graphs.
         program: the graph.
-        found, trained: what of the adaptations it has.
+        found, trained: the adaptations and the trained tensors that it has.
 
     Raises:
         GraftError: GC031 naming a place that none of them reads.
@@ -76,30 +76,30 @@ def _missing(program: Program, place: str, owner: str) -> GraftError:
 
 
 def require_every_edit(compilation: Compilation, program: Program, base: Program) -> None:
-    """Whether a part of the model has every change of a stored tensor that it reads.
+    """Check that a part of the model has every change of the stored tensors that it reads.
 
     Args:
-        compilation: has the changes that the whole model has.
+        compilation: the Compilation with the changes of the whole model.
         program: the adapted graph of the part.
-        base: its graph.
+        base: its base graph.
 
     Raises:
-        GraftError: GC031.
+        GraftError: GC031 if a change is missing.
     """
     if not is_part(program) or not compilation.signatures:
         return
     read = {str(node.target) for node in base.graph.find_nodes(op="get_attr")}
     for edit in compilation.tensor_edits:
         own = program.tensor_edits.at(edit.own.tensor, CHANGING)
-        if edit.mode in CHANGING and edit.own.tensor in read and all(held.owner != edit.owner for held in own):
+        if edit.mode in CHANGING and edit.own.tensor in read and all(change.owner != edit.owner for change in own):
             raise not_read(program, str(edit.site or edit.own.tensor), edit.owner)
 
 
 def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tuple[Unit, Any]]]) -> None:
-    """Whether a part of a call has no place for virtual tokens, which stand in front of the whole text.
+    """Check that a part of a call has no virtual tokens, which stand in front of the whole text.
 
     Raises:
-        GraftError: GC141.
+        GraftError: GC141 if it has some.
     """
     if plan and (is_cached(program) or is_part(program)):
         name = next(iter(plan.values()))[0][0].name
@@ -109,10 +109,10 @@ def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tupl
 
 
 def require_tokens_alone(program: Program) -> None:
-    """Whether what adaptations do with a token of a graph with a cache depends on no token that is not in the call.
+    """Check that adaptations in a graph with a cache do not depend on tokens that are not in the call.
 
     Raises:
-        GraftError: GC141.
+        GraftError: GC141 if one does.
     """
     if not is_cached(program):
         return
@@ -122,10 +122,10 @@ def require_tokens_alone(program: Program) -> None:
 
 
 def require_rows_of_one(compilation: Compilation) -> None:
-    """Whether a call gives as many rows as it is given.
+    """Check that a call returns as many rows as it is given.
 
     Raises:
-        GraftError: GC141 where adaptations are parallel.
+        GraftError: GC141 if adaptations are parallel.
     """
     for composition in compilation.controls.values():
         if isinstance(composition, Parallel):
@@ -134,23 +134,23 @@ def require_rows_of_one(compilation: Compilation) -> None:
 
 
 def cannot_be_cached(compilation: Compilation) -> bool:
-    """Whether an adaptation keeps graphs with a cache from being made: virtual tokens, or work across tokens."""
+    """Return whether an adaptation rules out graphs with a cache: virtual tokens, or work across tokens."""
     program = compilation.program_as_run("train")
     return bool(program.virtual or _across_tokens(program))
 
 
 def gates_over_rows(program: Program) -> list[str]:
-    """Names of adaptations with gates that are means over the tokens of a row."""
-    found = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
-    return list(dict.fromkeys(o["adaptation"] for o in found if o is not None and o["part"] == "gate"))
+    """Return the names of adaptations with gates that are means over the tokens of a row."""
+    origins = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
+    return list(dict.fromkeys(o["adaptation"] for o in origins if o is not None and o["part"] == "gate"))
 
 
 def _across_tokens(program: Program) -> list[str]:
-    """Names of adaptations that put together, or count, what the tokens of a call have."""
+    """Return the names of adaptations that combine or count values over the tokens of a call."""
     tokens = {
         expression(node.meta["val"].shape[1]) for node in program.placeholders() if str(node.target).endswith(_TOKENS)
     }
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for node in program.graph.nodes:
         owner = provenance(node)
         if owner is None or node.target not in _ACROSS or len(node.args) < 2:
@@ -158,8 +158,8 @@ def _across_tokens(program: Program) -> list[str]:
         value, dims = node.args[0].meta["val"], node.args[1]
         axes = [dims] if isinstance(dims, int) else dims
         if any(expression(value.shape[axis]) in tokens for axis in axes):
-            found[owner["adaptation"]] = None
-    return list(found)
+            names[owner["adaptation"]] = None
+    return list(names)
 
 
 _TOKENS = ("input_ids", "inputs_embeds")

@@ -1,5 +1,4 @@
-"""Compilation: what was compiled, as data. What is done with one stands in files named for that: `adapting`,
-`folding`, `pipeline`, `report` and others."""
+"""`Compilation`: what was compiled, as data; operations on it are in files named for them, such as `adapting`."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ Graphs = Mapping[tuple[Entry, Mode, Stage], Program]
 
 @dataclass(frozen=True)
 class Places:
-    """Where adaptations are.
+    """The places of adaptations.
 
     Attributes:
         resolved: the adaptations with their sites.
@@ -51,22 +50,22 @@ class Places:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a spec resolved to in the graphs of one signature, and how these were made.
+    """The result of resolving a spec in the graphs of one signature, and how these were made.
 
     Attributes:
-        signature: which.
+        signature: the signature.
         structure: the roles in the train graph.
         resolved: the adaptations with their sites there.
         trained: tensors that train in place.
         attentions: every attention.
         moded: paths of the modules whose mode makes a difference.
-        axes: the inputs that capturing was asked for.
-        captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
-            token embeddings where there are virtual tokens.
-        anchors: how the source model's graphs compare with the model itself.
+        axes: the inputs requested for capture.
+        captures: the captures: of train mode, and of eval mode if it could not be derived; each with ids, and with
+            token embeddings if there are virtual tokens.
+        anchors: comparisons of the source model's graphs with the model itself.
         passes: passes of plugins that the graphs went through, with what they found.
-        parts: Store names of the tensors that were inserted, by adaptation, site and part.
-        notes: what capturing had to change and no other signature says, for people.
+        parts: Store names of the inserted tensors, by adaptation, site and part.
+        notes: what capturing had to change and no other signature says, in words for people.
     """
 
     signature: Signature
@@ -84,42 +83,43 @@ class Resolution:
 
     @property
     def shown(self) -> dict[str, Tensor]:
-        """Inputs that the caller gave as examples, by name."""
+        """The inputs that the caller gave as examples, by name."""
         return {axis.name: axis.shown for axis in self.axes if axis.shown is not None}
 
     @property
     def capture_seconds(self) -> float:
-        """What capturing train mode took."""
-        return sum(found.seconds for found in self.captures if found.program.mode == "train")
+        """The time in seconds that capturing train mode took."""
+        return sum(capture.seconds for capture in self.captures if capture.program.mode == "train")
 
     @property
     def cached(self) -> bool:
-        """Whether what was captured came from files."""
-        return all(found.cached for found in self.captures)
+        """Whether all captures came from files."""
+        return all(capture.cached for capture in self.captures)
 
     @property
     def places_as_run(self) -> Places:
-        """Where its graphs are adapted, as these are run."""
+        """The places where its graphs are adapted, in the graphs that are run."""
         return Places(self.resolved, self.trained)
 
     def with_notes(self, notes: tuple[str, ...]) -> Resolution:
-        """The same with other notes."""
+        """Return the same Resolution with other notes."""
         return replace(self, notes=notes)
 
     def add_constants(self, store: Store) -> None:
-        """Add what the graphs mention beyond the model's own tensors, where a Store does not have it yet."""
-        for found in self.captures:
-            for name, tensor in found.constants.items():
+        """Add the tensors that the graphs use beyond the model's own, if a Store does not have them yet."""
+        for capture in self.captures:
+            for name, tensor in capture.constants.items():
                 if name not in store:
                     store.add_constant(name, tensor.to(store.device(name.rpartition(".")[0])))
 
 
 class CalledResolution(Resolution):
-    """A Resolution of graphs in which layers that are alike call functions (`graftc.passes.core.ir.functions`). What
-    there is to say of graphs with every layer written out is worked out when it is first asked for.
+    """A Resolution of graphs in which equal layers call functions (`graftc.passes.core.ir.functions`).
+
+    What describes the graphs with every layer written out is computed when it is first requested.
 
     Args:
-        found: what was found with calls; `places` keeps its sites.
+        found: the Resolution with calls; `places` keeps its sites.
     """
 
     places: Places
@@ -132,32 +132,32 @@ class CalledResolution(Resolution):
 
     @property
     def places_as_run(self) -> Places:
-        """See `Resolution.places_as_run`."""
+        """The places in the graphs with calls, which are those that are run."""
         return self.places
 
     def with_notes(self, notes: tuple[str, ...]) -> Resolution:
-        """See `Resolution.with_notes`."""
+        """Replace the notes in place, and return the Resolution itself."""
         vars(self)["notes"] = notes
         return self
 
     def later(self, make: Callable[[], tuple[Graphs, Resolution]]) -> None:
-        """Say how the graphs with every layer written out are made, and what there is to say of them."""
+        """Set the function that makes the graphs with every layer written out, and their Resolution."""
         vars(self)["_make"] = make
 
     @property
     def graphs(self) -> Graphs:
-        """The graphs with every layer written out."""
+        """The graphs with every layer written out, made when they are first requested."""
         if self._make is None:
             return self._graphs
         with exclusive():
-            if self._make is not None:  # another thread may have made them meanwhile
-                graphs, found = self._make()
-                vars(self).update({name: vars(found)[name] for name in _WRITTEN_OUT}, _graphs=graphs, _make=None)
+            if self._make is not None:  # another thread may have made them in the meantime
+                graphs, resolution = self._make()
+                vars(self).update({name: vars(resolution)[name] for name in _WRITTEN_OUT}, _graphs=graphs, _make=None)
         return self._graphs
 
     @property
     def is_written_out(self) -> bool:
-        """Whether they are there."""
+        """Whether the graphs with every layer written out have been made."""
         return self._make is None
 
     def __getattr__(self, name: str) -> Any:
@@ -170,15 +170,15 @@ _WRITTEN_OUT = ("structure", "resolved", "trained", "attentions")
 
 
 class SignatureTable:
-    """The graphs of every signature: what there is more of when a call of a new kind is compiled. It only grows.
+    """The graphs of every signature. It only grows, when a new kind of call is compiled.
 
     Attributes:
-        programs: every graph; layers that are alike may call functions there.
-        found: what was found in the graphs of each signature, the first one first.
+        programs: every graph, in which equal layers may call functions.
+        found: the Resolution of each signature, the first one first.
         parts: the tensors of all of them.
-        notes: what capturing any had to change, for people.
-        first_call: inputs of the first call of the first signature, where random ones make no sense and nobody has
-            shown any; None before.
+        notes: what capturing any of them had to change, in words for people.
+        first_call: inputs of the first call of the first signature, if random ones make no sense and no caller has
+            given examples; None before.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class SignatureTable:
         self._by_inputs: dict[tuple[str, ...], list[Signature]] = {}
 
     def add(self, graphs: Graphs, found: Resolution) -> None:
-        """Take in the graphs of a new signature. Threads that look signatures up meanwhile find it when it is whole."""
+        """Add the graphs of a new signature; other threads find it only when it is complete."""
         signature = found.signature
         self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
         self.found[signature] = found
@@ -200,7 +200,7 @@ class SignatureTable:
         self._by_inputs.setdefault(signature.inputs, []).append(signature)
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
-        """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""
+        """Return the signature whose Programs apply to a call's tensors and flags; None if there is none yet."""
         for signature in self._by_inputs.get(inputs_of(inputs), ()):
             if fits(self.programs[ProgramKey("forward", "train", signature)].inputs, inputs):
                 return signature
@@ -209,21 +209,21 @@ class SignatureTable:
 
 @dataclass(frozen=True, eq=False)
 class Compilation:
-    """All Programs of one spec and model over one Store. It is frozen: what a new kind of call adds is in its table.
+    """All Programs of one spec and model over one Store; frozen, except that new kinds of calls add to its table.
 
     Attributes:
-        spec: what was asked for.
+        spec: the spec that was requested.
         model: the source model; read when a new signature has to be captured, never changed.
-        store: every tensor.
-        source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
-        watch: whether `source` is what it was.
-        seed: what initial values were drawn from.
+        store: the Store with every tensor.
+        source: the model as it was given; `model` is a copy if the spec unties tensors or adds tokens.
+        watch: detects changes of `source`.
+        seed: the seed that initial values were drawn from.
         use_cache: whether captures are looked up and kept in the user's cache folder.
-        known: captures that are there already, by their key; None of one whose file has gone since.
+        known: captures that exist already, by their key; None for one whose file has been removed since.
         table: the graphs of every signature.
-        every_layer: every layer is written out in all of them.
-        in_the_way: why a model is not one graph, by the path of a stack of layers, and of the whole under the empty
-            path; not kept in artifacts.
+        every_layer: whether every layer is written out in all of them.
+        in_the_way: the reasons why a model is not one graph, by the path of a stack of layers, with that of the whole
+            model under the empty path; not kept in artifacts.
     """
 
     spec: Spec
@@ -244,14 +244,14 @@ class Compilation:
         return {key: self._written_out(key) for key in self.table.programs}
 
     def _written_out(self, key: ProgramKey) -> Program:
-        found = self.signatures[key.signature]
-        if isinstance(found, CalledResolution) and isinstance(key.mode, str):
-            return found.graphs.get((key.entry, key.mode, key.stage)) or self.table.programs[key]
+        resolution = self.signatures[key.signature]
+        if isinstance(resolution, CalledResolution) and isinstance(key.mode, str):
+            return resolution.graphs.get((key.entry, key.mode, key.stage)) or self.table.programs[key]
         return self.table.programs[key]
 
     @property
     def signatures(self) -> Mapping[Signature, Resolution]:
-        """What was found in the graphs of each signature, the first one first."""
+        """The Resolution of each signature, the first one first."""
         return self.table.found
 
     @property
@@ -261,12 +261,12 @@ class Compilation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What capturing had to change, for people."""
+        """What capturing had to change, in words for people."""
         return self.table.notes
 
     @property
     def main(self) -> Resolution:
-        """What was found for the signature that was compiled first."""
+        """The Resolution of the signature that was compiled first."""
         return next(iter(self.signatures.values()))
 
     def key(
@@ -277,7 +277,7 @@ class Compilation:
         *,
         entry: Entry = "forward",
     ) -> ProgramKey:
-        """The key of a Program, by default of the first signature's."""
+        """Return the key of a Program, by default of the first signature."""
         return ProgramKey(entry, mode, self.main.signature if signature is None else signature, stage)
 
     @property
@@ -291,49 +291,52 @@ class Compilation:
         return {**self.known, **{capture.key: capture.again for capture in in_use if capture.key is not None}}
 
     def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
-        """A Program that every signature has; by default one of the first signature."""
+        """Return a Program that every signature has, by default of the first signature."""
         return self._written_out(self.key(mode, stage, signature))
 
     def written_out(self, key: ProgramKey) -> Program | None:
-        """The Program of a key with all layers written out; None where there is none."""
+        """Return the Program of a key with all layers written out; None if there is none."""
         return self._written_out(key) if key in self.table.programs else None
 
     def program_as_run(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
-        """`program`, in which layers that are alike may call functions."""
+        """Return the same as `program`, but with equal layers that may call functions."""
         return self.table.programs[self.key(mode, stage, signature)]
 
     def places(self) -> Places:
-        """Where the first signature's graphs are adapted, as these are run."""
+        """Return the places where the first signature is adapted, in the graphs that are run."""
         return self.main.places_as_run
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
-        """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""
+        """Return the signature whose Programs apply to a call's tensors and flags; None if there is none yet."""
         return self.table.find(inputs)
 
     def graphs(self, signature: Signature) -> dict[str, Program]:
-        """The graphs of a signature by the names that they have in files: ``train`` and ``eval``, the base's
-        ``base.train`` and ``base.eval``, and what was captured for these where there are virtual tokens:
-        ``tokens.train``, ``embeds.train``, and those of eval mode where it could not be derived."""
+        """Return the graphs of a signature by the names that they have in files.
+
+        These are ``train``, ``eval``, ``base.train``, ``base.eval``, and what was captured for these if there are
+        virtual
+        tokens (``tokens.train``, ``embeds.train``) or if eval mode could not be derived.
+        """
         stages: tuple[tuple[str, Stage], ...] = (("base.", "base"), ("", "adapted"))
         modes: tuple[Mode, ...] = ("train", "eval")
         named = {f"{prefix}{mode}": self.program(mode, stage, signature) for prefix, stage in stages for mode in modes}
-        for found in self.signatures[signature].captures:
-            if not any(found.program is program for program in named.values()):
-                mode = found.program.mode
-                entry = "tokens" if found.program is self.program(mode, "source", signature) else "embeds"
-                named[f"{entry}.{mode}"] = found.program
+        for capture in self.signatures[signature].captures:
+            if not any(capture.program is program for program in named.values()):
+                mode = capture.program.mode
+                entry = "tokens" if capture.program is self.program(mode, "source", signature) else "embeds"
+                named[f"{entry}.{mode}"] = capture.program
         return named
 
     @cached_property
     def cache_layout(self) -> CacheLayout:
-        """What the source model's cache holds.
+        """The layout of the source model's cache.
 
         Raises:
-            GraftError: GC140 where it keeps no cache of keys and values.
+            GraftError: GC140 if it keeps no cache of keys and values.
         """
         device = device_of(self.model)
         name = cache_name(parameters(self.model)) or CACHE
-        try:  # a single token takes half the time of a few
+        try:  # a single token takes half the time of several
             return probe(self.model, {axis.name: axis.smallest(device) for axis in self.main.axes}, name)
         except GraftError:
             return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes}, name)
@@ -348,42 +351,42 @@ class Compilation:
 
     @property
     def known_to_keep_cache(self) -> bool | None:
-        """The same, where the model has been asked for it."""
+        """The value of `keeps_cache` if it has been computed, otherwise None."""
         return vars(self).get("keeps_cache")
 
     @property
     def known_cache_layout(self) -> CacheLayout | None:
-        """The same, where the model has been asked for it."""
+        """The value of `cache_layout` if it has been computed, otherwise None."""
         return vars(self).get("cache_layout")
 
     @property
     def tensor_edits(self) -> TensorEdits:
-        """What every adaptation does with which rows of a stored tensor; the same in all signatures."""
+        """The changes that every adaptation makes to rows of stored tensors; the same in all signatures."""
         return self.program_as_run("train").tensor_edits
 
     @property
     def replaced(self) -> frozenset[str]:
-        """Tensors of `source` whose values nothing here depends on: graphs have their own of them."""
+        """The tensors of `source` whose values have no effect here, because graphs have their own."""
         return replaced_tensors(
             self.store.updated, self.tensor_edits.trained_in_full(), Store.mirror(self.source).aliases
         )
 
     def identity(self, *, full: bool = False) -> Identity:
-        """The identity of the base: of the source model, whatever values it has of what is `replaced`.
+        """Return the identity of the base: that of the source model, whatever the values of its `replaced` tensors.
 
         Args:
-            full: digest every value instead of some of each tensor.
+            full: whether to digest every value instead of some of each tensor.
         """
         return identify(self.source, full=full, replaced=self.replaced)
 
     @cached_property
     def controls(self) -> Mapping[str, CompositionSpec]:
-        """Inputs beside the source model's, by which a call chooses among adaptations."""
+        """The inputs in addition to the source model's, by which a call chooses among adaptations."""
         return controls(self.spec)
 
     @cached_property
     def narrow(self) -> frozenset[str]:
-        """Names of adaptations and compositions whose tensors are kept in the base's element type."""
+        """The names of adaptations and compositions whose tensors are kept in the base's element type."""
         return narrow_names(self.spec)
 
     @cached_property
@@ -393,5 +396,5 @@ class Compilation:
 
     @cached_property
     def unit_of(self) -> dict[str, Unit]:
-        """The same by name."""
+        """The units by name."""
         return {unit.name: unit for unit in self.units}

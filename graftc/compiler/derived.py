@@ -13,13 +13,13 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def program_of(compilation: Compilation, key: ProgramKey) -> Program:
-    """The Program of a key: one that the Compilation has, or one that follows from it.
+    """Return the Program of a key: one that the Compilation has, or one derived from it.
 
     Raises:
-        GraftError: GC043 for modules in modes of their own where the eval graph is not a derived one.
+        GraftError: GC043 for modules in modes of their own if the eval graph is not a derived one.
     """
-    found = compilation.written_out(key)
-    return _mixed(compilation, key) if found is None else found
+    program = compilation.written_out(key)
+    return _mixed(compilation, key) if program is None else program
 
 
 FROM_FORWARD: frozenset[Entry] = frozenset({"hidden", "routes"})
@@ -27,10 +27,10 @@ FROM_FORWARD: frozenset[Entry] = frozenset({"hidden", "routes"})
 
 
 def entered(entry: Entry, program: Program) -> Program:
-    """The Program of an entry in `FROM_FORWARD`, from that of the forward pass.
+    """Return the Program of an entry in `FROM_FORWARD`, derived from that of the forward pass.
 
     Raises:
-        GraftError: GC031 where the last hidden state is wanted and the model returns none.
+        GraftError: GC031 if the last hidden state is requested and the model returns none.
     """
     if entry == "routes":
         return route_choices(program)
@@ -40,10 +40,10 @@ def entered(entry: Entry, program: Program) -> Program:
 
 
 def _mixed(compilation: Compilation, key: ProgramKey) -> Program:
-    """The train Program with some modules in eval mode."""
+    """Return the train Program with some modules in eval mode."""
     evals = key.mode
     assert isinstance(evals, frozenset)
-    if any(found.program.mode == "eval" for found in compilation.signatures[key.signature].captures):
+    if any(capture.program.mode == "eval" for capture in compilation.signatures[key.signature].captures):
         message = f"{min(evals) or 'the model'} alone is in another mode, and what that changes is not in the graph"
         raise GraftError("GC043", message, hint="put the whole model into one mode with train() or eval()")
 

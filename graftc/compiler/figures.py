@@ -1,4 +1,4 @@
-"""Numbers that say what training makes of each site: ranks, shares of entries, values of gates, routes."""
+"""Numbers that describe each site during training: ranks, shares of entries, values of gates, routes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Figure:
     """One number of one site.
 
     Attributes:
-        adaptation, site, name: what it is of, and its own name.
+        adaptation, site, name: the adaptation, the site, and the name of the number.
         value: a number, or a scalar on some device.
     """
 
@@ -37,19 +37,19 @@ class Figure:
 
 
 def live_figures(compilation: Compilation, controllers: Mapping[str, Controller[Any]]) -> Iterator[Figure]:
-    """What tensors and controllers say of every site now."""
+    """Yield the current figures of every site, from tensors and controllers."""
     for resolved in compilation.main.resolved:
         method, controller = method_for(resolved.spec.method), controllers.get(resolved.name)
         if controller is None and not isinstance(method, Figured):
             continue
         places, shared = live_places(compilation, resolved)
         for place in places if controller is None else controller.places:
-            found: dict[str, Tensor | float] = {}
+            numbers: dict[str, Tensor | float] = {}
             if isinstance(method, Figured):
-                found |= method.figures(place.spec, {**shared, **place.tensors})
+                numbers |= method.figures(place.spec, {**shared, **place.tensors})
             if controller is not None:
-                found |= controller.figures(place)
-            for name, value in found.items():
+                numbers |= controller.figures(place)
+            for name, value in numbers.items():
                 yield Figure(resolved.name, str(place.site.key), name, value)
 
 
@@ -58,8 +58,8 @@ class SiteReading:
     """A `Reading` of one site.
 
     Attributes:
-        adaptation, site: whose, and where.
-        reading: what is read.
+        adaptation, site: the adaptation and the site.
+        reading: the quantity that is read.
     """
 
     adaptation: str
@@ -68,7 +68,7 @@ class SiteReading:
 
 
 def live_readings(compilation: Compilation) -> Iterator[tuple[Tensor, SiteReading]]:
-    """What is to be read of a forward pass, with the parameter that operators read."""
+    """Yield what is to be read of a forward pass, each with the parameter that operators read."""
     gates = {m.name for u in compilation.units if isinstance(u.composition, Gate) for m in u.members}
     for resolved in compilation.main.resolved:
         method = method_for(resolved.spec.method)
@@ -85,19 +85,19 @@ def live_readings(compilation: Compilation) -> Iterator[tuple[Tensor, SiteReadin
 
 @torch.no_grad()
 def as_numbers(figures: Iterable[Figure]) -> Figures:
-    """Figures as plain numbers; those of one device are copied at once."""
+    """Return figures as plain numbers; those of one device are copied at once."""
     every = list(figures)
-    held: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     values: dict[int, float] = {}
     for index, figure in enumerate(every):
         if isinstance(figure.value, Tensor):
-            held.setdefault(figure.value.device, []).append(index)
+            by_device.setdefault(figure.value.device, []).append(index)
         else:
             values[index] = float(figure.value)
-    for indices in held.values():
+    for indices in by_device.values():
         scalars = torch.stack([every[i].value.detach().double().reshape(()) for i in indices])  # type: ignore[union-attr]
         values |= dict(zip(indices, scalars.tolist(), strict=True))
-    found: Figures = {}
+    numbers: Figures = {}
     for index, figure in enumerate(every):
-        found.setdefault(figure.adaptation, {}).setdefault(figure.site, {})[figure.name] = values[index]
-    return found
+        numbers.setdefault(figure.adaptation, {}).setdefault(figure.site, {})[figure.name] = values[index]
+    return numbers

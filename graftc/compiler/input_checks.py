@@ -20,15 +20,15 @@ _LARGEST = 100
 
 
 def require(checks: Iterable[InputCheck], present: Mapping[str, Any], store: Store) -> None:
-    """Check a call; a condition that lacks an input is passed over.
+    """Check a call; a condition is skipped if one of its inputs is absent.
 
     Args:
-        checks: of the graph that is to run.
-        present: what it is called with, by name.
+        checks: the checks of the graph that is to run.
+        present: the inputs that it is called with, by name.
         store: its tensors.
 
     Raises:
-        GraftError: GC145 for the first that does not hold.
+        GraftError: GC145 for the first condition that does not hold.
     """
     for check in checks:
         if any(name not in present for name in check.program.signature):
@@ -40,16 +40,16 @@ def require(checks: Iterable[InputCheck], present: Mapping[str, Any], store: Sto
 
 
 def checks_of(program: Program, messages: list[str]) -> tuple[InputCheck, ...]:
-    """The conditions on inputs that a captured graph asserts.
+    """Return the conditions on inputs that a captured graph asserts.
 
     Args:
-        program: as it was captured, with its assertions.
-        messages: what each is about, in order.
+        program: the graph as captured, with its assertions.
+        messages: the subject of each assertion, in order.
     """
     asserted = program.graph.find_nodes(op="call_function", target=aten._is_all_true.default)
-    told = messages if len(messages) == len(asserted) else [""] * len(asserted)
-    pairs = zip(asserted, told, strict=True)
-    return tuple(found for node, text in pairs if (found := _check(program, node, text)) is not None)
+    texts = messages if len(messages) == len(asserted) else [""] * len(asserted)
+    pairs = zip(asserted, texts, strict=True)
+    return tuple(check for node, text in pairs if (check := _check(program, node, text)) is not None)
 
 
 def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
@@ -77,7 +77,7 @@ def _of_more_than_inputs(node: fx.Node) -> bool:
 
 
 def _is_asserted(node: fx.Node) -> bool:
-    """Whether a value leads to an assertion and to nothing else."""
+    """Return whether a value leads to an assertion and to nothing else."""
     pending, seen, asserted = list(node.users), set[fx.Node](), False
     while pending:
         user = pending.pop()

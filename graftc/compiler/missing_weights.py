@@ -1,4 +1,4 @@
-"""Tensors that a model's checkpoint lacks: loading draws them at random, which only what trains in full may be."""
+"""Tensors that a model's checkpoint lacks: they are drawn at random, which is only allowed if they train in full."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _SHOWN = 5
 
 
 def mark_fresh(model: nn.Module, names: Iterable[str], where: str) -> None:
-    """Remember which tensors of a model were drawn anew, because ``where`` has none of their names or sizes."""
-    found = tuple(sorted(names))
-    if found:
-        _FRESH[model] = (where, found)
+    """Remember which tensors of a model were drawn at random, because ``where`` has none of their names or sizes."""
+    fresh = tuple(sorted(names))
+    if fresh:
+        _FRESH[model] = (where, fresh)
 
 
 def same_fresh(model: nn.Module, other: nn.Module) -> nn.Module:
-    """Let a copy of a model be known to lack the same tensors, and return it."""
+    """Mark a copy of a model as lacking the same tensors, and return the copy."""
     if model in _FRESH:
         _FRESH[other] = _FRESH[model]
     return other
 
 
 def check_fresh(compilation: Compilation) -> None:
-    """Refuse a base with random tensors, unless the spec trains all of each.
+    """Refuse a base with random tensors, unless the spec trains each of them in full.
 
     Raises:
         GraftError: GC089 naming the tensors.
@@ -47,7 +47,7 @@ def require_weights(model: nn.Module, trained: Iterable[str] = (), canonical: Ca
 
     Args:
         model: the model.
-        trained: names of tensors that train in full, for which it does not matter.
+        trained: names of tensors that train in full, which may be missing.
         canonical: maps a tensor's name to the one that owns it.
 
     Raises:

@@ -28,17 +28,17 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a compilation starts from beside a spec and a model.
+    """What a compilation starts from in addition to a spec and a model.
 
     Attributes:
-        seed: initial values are drawn from it.
-        use_cache: look up and keep the captured graph in the user's cache folder.
+        seed: the seed that initial values are drawn from.
+        use_cache: whether to look up and keep the captured graph in the user's cache folder.
         values: adapter tensors to start from instead of initial values, by name.
         known: captures to use instead of capturing, by their key.
-        every_layer: write every layer out from the beginning, for who looks at graphs and runs none.
-        level: how much of the model is one graph; by default as much as can be.
-        because: why that is not all of it.
-        shown: what is done with a model to see how it calls its layers, where it is taken apart: see `Prepared`.
+        every_layer: whether to write every layer out from the beginning, for callers that inspect graphs and run none.
+        level: how much of the model is one graph; by default as much as possible.
+        because: the reason why it is not all of it.
+        shown: called with a model that is taken apart to see how it calls its layers; see `Prepared`.
     """
 
     seed: int = 0
@@ -64,16 +64,16 @@ def compile_model(
     """Compile a spec against a model. The model is never changed.
 
     Args:
-        spec: what to adapt.
+        spec: the document that says what to adapt.
         model: any module that torch.export captures.
         axes: its inputs; the model's usual ones by default.
         flags: other keyword arguments of its calls.
-        start: its seed, and what is there already.
+        start: the seed, and what exists already.
 
     Raises:
-        GraftError: with a code for whatever is wrong with the spec, the model or their fit.
+        GraftError: with a code for anything that is wrong with the spec, the model or their fit.
     """
-    if any(name == CALLS for name, _ in flags):  # those of a Compilation that there has been
+    if any(name == CALLS for name, _ in flags):  # they come from an earlier Compilation
         start = replace(start, level="layers")
     try:
         return _compiled(spec, model, axes, flags, start)
@@ -81,24 +81,24 @@ def compile_model(
         asked = start.level is not None or spec.capture == "graph"
         if asked or error.code not in _NO_GRAPH or not _has_values(model):
             raise
-        whole = error
-    # Not while that error is handled: it would be the context of every other one, which says why a trace has failed.
+        graph_error = error
+    # Not in the handler: that error would become the context of later ones, which says why a trace has failed.
     try:
-        return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(whole)))
+        return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(graph_error)))
     except GraftError as error:
         if error.code == "GC030" and spec.capture != "layers":
-            details = (*whole.details, f"taken apart: {error.message}")
-            raise GraftError(whole.code, whole.message, hint=whole.hint, details=details) from error
+            details = (*graph_error.details, f"taken apart: {error.message}")
+            raise GraftError(graph_error.code, graph_error.message, hint=graph_error.hint, details=details) from error
         raise
 
 
 def _has_values(model: nn.Module) -> bool:
-    """Whether a model can be run."""
+    """Return whether a model can be run."""
     return all(tensor.device.type != "meta" for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _why(refused: GraftError) -> str:
-    """The reason for which a model is no graph, without what it was called with."""
+    """Return the reason why a model is not one graph, without the inputs that it was called with."""
     return told(refused.__cause__ or refused)
 
 
@@ -109,7 +109,7 @@ _NO_GRAPH = ("GC030", "GC041")
 def _compiled(
     spec: Spec, model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, start: StartingPoint
 ) -> Compilation:
-    """A Compilation of a model at one level."""
+    """Compile a model at one level."""
     asked = Prepared(spec, model, model, axes, flags, start.use_cache, start.known)
     prepared = prepare(replace(asked, level=start.level or "graph", because=start.because, shown=start.shown))
     store = Store.mirror(prepared.model)
@@ -128,7 +128,7 @@ def _compiled(
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
     initial = Initial(start.seed, start.values, originals, compilation.narrow)
     try:
-        if prepared.level != "graph":  # no graph shows what is written between graphs
+        if prepared.level != "graph":  # no graph shows the writes between graphs
             for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
                 store.own(name, start.values.get(name))
         add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)
@@ -149,14 +149,14 @@ def recompile(
     model: nn.Module | None = None,
     axes: Sequence[Axis] | None = None,
 ) -> Compilation:
-    """A Compilation of another spec for the same first signature.
+    """Compile another spec for the same first signature.
 
     Args:
-        compilation: has the signature, the seed and the captures.
-        spec: what to adapt there.
+        compilation: the Compilation with the signature, the seed and the captures.
+        spec: the document that says what to adapt there.
         values: adapter tensors to start from, by name.
         model: another base; by default the one that ``compilation`` was given.
-        axes: inputs of other element types, where the base is of another one.
+        axes: inputs of other element types, if the base has another one.
     """
     return compile_model(
         spec,

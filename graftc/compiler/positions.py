@@ -1,6 +1,6 @@
-"""Tables of positions: graphs that read a learned vector at the position of each token have no more than it has rows.
+"""Tables of positions: a graph that looks up a learned vector per position takes at most as many tokens as rows.
 
-Which lookups are these is tried out: at a text of twice as many tokens as a table has rows, such a lookup leaves it.
+These lookups are found by trial: for a text of twice as many tokens as a table has rows, such a lookup exceeds it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class PositionTable:
     """A table that is read at the positions of tokens.
 
     Attributes:
-        index: what it is read at.
-        most: how many tokens it is for.
-        rows: how many rows it has: some families begin behind the first.
+        index: the node with the rows that are read.
+        most: the number of tokens that it has positions for.
+        rows: its number of rows: for some model families, positions begin after the first row.
         input: the input that has the tokens, and which of its axes counts them.
         axis: the name of that axis.
         given: whether calls give the positions.
@@ -47,47 +47,49 @@ class PositionTable:
     given: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PositionTable:
-        """Itself: graphs are shared by copies of a model."""
+        """Return the table itself: copies of a model share graphs."""
         return self
 
     def require(self, present: Mapping[str, Any], store: Store) -> None:
-        """Check that every token of a call has a position. Values are looked at where there are more tokens than
-        positions, which may be padding, and on the CPU where calls give the positions.
+        """Check that every token of a call has a position.
+
+        Values are inspected if there are more tokens than positions, which may be padding, and on the CPU if calls give
+        the positions.
 
         Args:
-            present: what the graph is called with, by name.
+            present: the inputs that the graph is called with, by name.
             store: its tensors.
 
         Raises:
-            GraftError: GC143 beyond the table.
+            GraftError: GC143 for a token beyond the table.
         """
         past, (name, dim) = present.get(CACHE), self.input
-        held = past.tensors if isinstance(past, Past) else {}
+        past_tensors = past.tensors if isinstance(past, Past) else {}
         total = int(present[name].shape[dim]) + (past.length if isinstance(past, Past) else 0)
         device = store.device()
         if total <= self.most and not (self.given and device.type == "cpu"):
             return
-        tensors = {**present, **held}
+        tensors = {**present, **past_tensors}
         (index,) = computed([self.index], lambda node: tensors[str(node.target)], store.get, device)
         require_positions(int(index.max()) + 1 - self.rows + self.most if index.numel() else 0, self.most)
 
 
 def require_positions(tokens: int, most: int) -> None:
-    """Whether a table has positions for a text.
+    """Check that a table has positions for a text.
 
     Args:
-        tokens: how many the text has.
-        most: how many the table is for.
+        tokens: the number of tokens of the text.
+        most: the number of tokens that the table has positions for.
 
     Raises:
-        GraftError: GC143.
+        GraftError: GC143 if there are more tokens.
     """
     if tokens > most:
         raise GraftError("GC143", f"token {tokens} of a row has no position: the model has a table of {most}")
 
 
 def position_tables(program: Program, store: Store) -> tuple[PositionTable, ...]:
-    """The tables that a graph reads at the positions of tokens.
+    """Return the tables that a graph reads at the positions of tokens.
 
     Args:
         program: a captured or an adapted graph.
@@ -114,10 +116,10 @@ def _tables(program: Program, store: Store) -> Iterator[PositionTable]:
         length = 2 * rows
         given = {spec.name: _long(spec, length, store.device()) for spec in program.inputs}
         try:
-            (found,) = computed([index], lambda node: given[str(node.target)], store.get, store.device())  # noqa: B023
+            (values,) = computed([index], lambda node: given[str(node.target)], store.get, store.device())  # noqa: B023
         except (RuntimeError, IndexError, ValueError, TypeError):
-            continue  # a graph for shorter texts alone
-        begins = int(found.max()) + 1 - length
+            continue  # the graph takes only shorter texts
+        begins = int(values.max()) + 1 - length
         if 0 <= begins < rows:
             spec, dim = counted
             taken = any(name.endswith(_POSITIONS) for name in inputs)
@@ -125,8 +127,8 @@ def _tables(program: Program, store: Store) -> Iterator[PositionTable]:
 
 
 def _inputs_of(index: fx.Node) -> set[str] | None:
-    """Names of the inputs that an index is made of; None where weights take part."""
-    found: set[str] = set()
+    """Return the names of the inputs that an index is computed from; None if weights are involved."""
+    names: set[str] = set()
     seen: set[fx.Node] = set()
     pending = [index]
     while pending:
@@ -135,15 +137,15 @@ def _inputs_of(index: fx.Node) -> set[str] | None:
             continue
         seen.add(node)
         if node.op == "placeholder":
-            found.add(str(node.target))
+            names.add(str(node.target))
         elif node.op == "get_attr" and node.meta["val"].is_floating_point():
             return None
         pending += node.all_input_nodes
-    return found
+    return names
 
 
 def _long(spec: InputSpec, length: int, device: torch.device) -> Tensor:
-    """An input of one row of so many tokens, none of which is padding, without a past."""
+    """Return an input of one row of ``length`` tokens, none of which is padding, without a past."""
     sizes = {BATCH: 1, PAST: 0}
     shape = [size_of(size, sizes, length) if isinstance(size, str) else size for size in spec.shape]
     if spec.name.endswith(_POSITIONS):

@@ -1,4 +1,4 @@
-"""What is done to a source model before it is captured: a list of steps, each asked for by a part of the spec.
+"""Preparation of a source model before it is captured: a list of steps, each requested by a part of the spec.
 
 No step changes the model that it is given; a copy shares all storage that stays the same.
 """
@@ -42,24 +42,24 @@ runs."""
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model on its way from the user to capture.
+    """A model while it is prepared for capture.
 
     Attributes:
-        spec: what is to be adapted.
-        model: what is captured.
-        source: the model as it was given, with its weights packed where the spec asks for that.
+        spec: the document that says what is to be adapted.
+        model: the model that is captured.
+        source: the model as it was given, with its weights packed if the spec requests it.
         axes: its inputs; None for the model's usual ones.
         flags: other keyword arguments of its calls.
-        use_cache: look up and keep captured graphs in the user's cache folder.
-        known: captures that are there already, by their key.
-        unpacked: the parameters as they were before the spec had them packed, by name.
+        use_cache: whether to look up and keep captured graphs in the user's cache folder.
+        known: captures that exist already, by their key.
+        unpacked: the parameters from before the spec had them packed, by name.
         level: how much of the model is one graph.
-        because: why it is not all of it.
-        notes: what people are told of that.
-        in_the_way: the same by the path of a stack of layers, with the model's own under the empty path.
+        because: the reason why it is not all of it.
+        notes: messages about that for people.
+        in_the_way: the reasons by the path of a stack of layers, with the model's own under the empty path.
         written: names of the buffers that the Python between graphs writes to.
         read: names of the parameters that it reads.
-        shown: what is done with the model to see how it calls its layers; one call on its inputs by default.
+        shown: called with the model to see how it calls its layers; one call on its inputs by default.
     """
 
     spec: Spec
@@ -85,13 +85,13 @@ def _same(error: GraftError, prepared: Prepared) -> GraftError:
 
 @dataclass(frozen=True)
 class Preparation:
-    """One step on that way.
+    """One step of the preparation.
 
     Attributes:
-        name: for people.
-        asked: whether it is asked for.
-        apply: the model with the step taken.
-        explain: the reason why a model with the step taken cannot be captured, in the words of the spec.
+        name: its name, for people.
+        asked: returns whether the step is requested.
+        apply: returns the model with the step taken.
+        explain: returns the reason why a model with the step taken cannot be captured, in the words of the spec.
     """
 
     name: str
@@ -116,8 +116,10 @@ def _refuse_whole(prepared: Prepared) -> Prepared:
 
 
 def _quantise(prepared: Prepared) -> Prepared:
-    """The weights of linear maps and experts packed. Graphs read weights, however they are stored, so that the capture
-    which says where they are is that of the packed model too."""
+    """Pack the weights of linear maps and experts.
+
+    Graphs read weights however they are stored, so the capture that locates them also fits the packed model.
+    """
     model, spec = prepared.model, prepared.spec
     aliases = Store.mirror(model).aliases
 
@@ -131,7 +133,7 @@ def _quantise(prepared: Prepared) -> Prepared:
     return replace(
         prepared,
         model=packed,
-        source=packed,  # so that nothing holds the weights as they were
+        source=packed,  # so that nothing keeps the original weights alive
         known={**prepared.known, **({} if name is None else {name: capture.again})},
         unpacked=dict(model.named_parameters(remove_duplicate=False)),
     )
@@ -152,8 +154,10 @@ def _fill(prepared: Prepared) -> Prepared:
 
 
 def _take_apart(prepared: Prepared) -> Prepared:
-    """The union of the model's layers, called as a run on the inputs shown has called them. Flags that say how one is
-    called already are those of a Compilation that there has been."""
+    """Replace the model by the union of its layers, called as in a run on the inputs shown.
+
+    Flags that already say how a layer is called come from an earlier Compilation.
+    """
     if elements := elements_in(prepared.flags):
         return replace(prepared, model=union_of(prepared.model, elements))
     model, axes = prepared.model, prepared.axes
@@ -185,14 +189,14 @@ def _take_apart(prepared: Prepared) -> Prepared:
 
 
 def _given(axis: Axis, device: torch.device) -> Any:
-    """What an input is given as, or ones where nobody gave it."""
+    """Return the value given for an input, or an example if there is none."""
     if isinstance(axis, Structured):
         return axis.on(device)
     return axis.example(device) if axis.shown is None else axis.shown.to(device)
 
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
-    """In a sentence what of a model is graphs."""
+    """Return a sentence that says which parts of a model are graphs."""
     name, known_maps = type(model).__name__, set(maps_of(model))
     maps = len(known_maps.intersection(elements))
     layers = len(set(layers_of(model)).intersection(elements) - known_maps)
@@ -230,12 +234,12 @@ PREPARATIONS = (
 
 
 def prepare(prepared: Prepared) -> Prepared:
-    """Take the steps that the spec asks for.
+    """Take the steps that the spec requests.
 
     Raises:
         GraftError: GC073, GC032 and GC130 for what cannot be compiled, GC162 for what a library quantised in a way that
-            cannot be taken over, GC030 where quantising needs a capture and there is none, and whatever is wrong with
-            the spec's part, at its place in the spec.
+            cannot be converted, GC030 if quantising needs a capture and there is none, and any error of the spec's
+            part, at its place in the spec.
     """
     try:
         for step in PREPARATIONS:
@@ -250,7 +254,7 @@ def prepare(prepared: Prepared) -> Prepared:
 
 
 def explained(error: GraftError, prepared: Prepared) -> GraftError:
-    """The reason why a prepared model cannot be captured, in the words of the spec, at its place there."""
+    """Return the reason why a prepared model cannot be captured, in the words of the spec, at its place there."""
     for step in PREPARATIONS:
         if step.asked(prepared):
             error = step.explain(error, prepared)

@@ -1,4 +1,4 @@
-"""The signatures of a Compilation: how the Programs of a new kind of call are made and taken in."""
+"""The signatures of a Compilation: how the Programs of a new kind of call are made and added."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:
-    """The signature whose Programs hold for a call's tensors and flags; they are captured when it is first seen.
+    """Return the signature whose Programs apply to a call's tensors and flags; capture them if it is a new one.
 
     Raises:
-        GraftError: GC031 for a signature that cannot be captured, or that does not read a place that is adapted.
+        GraftError: GC031 for a signature that cannot be captured, or that does not read an adapted place.
     """
     signature = compilation.find(inputs)
     if signature is not None:
         return signature
     with exclusive(), walked_once():
-        signature = compilation.find(inputs)  # another thread may have made it meanwhile
+        signature = compilation.find(inputs)  # another thread may have made it in the meantime
         return signature if signature is not None else _new_signature(compilation, inputs)
 
 
@@ -55,7 +55,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
     failure: GraftError | None = None
     for attempt in less_dynamic(axes, tensors):
         try:
-            made = _fitting(compilation, attempt, flags, chosen, inputs)
+            adapted = _fitting(compilation, attempt, flags, chosen, inputs)
         except GraftError as error:
             if error.code != "GC030":
                 raise
@@ -63,16 +63,16 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
             if by_values(error.__cause__):
                 break
         else:
-            if made is not None:
-                return _included(compilation, *made)
+            if adapted is not None:
+                return _included(compilation, *adapted)
     raise _not_captured(compilation, axes, flags, failure)
 
 
 def _check_room(compilation: Compilation, tensors: Mapping[str, Tensor]) -> None:
-    """Whether adaptations that take positions of their own leave enough of them for a text.
+    """Check that adaptations with positions of their own leave enough of them for a text.
 
     Raises:
-        GraftError: GC020.
+        GraftError: GC020 if they do not.
     """
     adapted = compilation.program_as_run("train")
     own = {spec.name: spec for spec in adapted.inputs}
@@ -118,16 +118,16 @@ def add_signature(
     """Capture one more signature and adapt the same places there.
 
     Args:
-        compilation: takes in its Programs.
-        axes, flags: what the source model is called with.
-        chosen: which of the Compilation's `controls` there are beside; those that every call has need not be named.
-        initial: where new tensors get their values; by default they are drawn from the Compilation's seed.
+        compilation: the Compilation, to which the Programs are added.
+        axes, flags: the inputs and flags that the source model is called with.
+        chosen: names of the Compilation's `controls` that calls also have; those that every call has need not be named.
+        initial: the source of values for new tensors; by default they are drawn from the Compilation's seed.
 
     Returns:
-        The signature, which may be one that was there already.
+        The signature, which may be an existing one.
 
     Raises:
-        GraftError: GC031 where the new graph does not read a place that is adapted.
+        GraftError: GC031 if the new graph does not read an adapted place.
     """
     return _included(compilation, *_adapted(compilation, axes, flags, chosen, initial))
 
@@ -142,23 +142,23 @@ def add_first(
     """Capture the first signature, for the first inputs of those tried that can be captured, and adapt it.
 
     Args:
-        compilation: has no signature yet.
-        axes, flags: what the source model is called with; None for its usual inputs.
-        initial: where new tensors get their values.
-        notes: what people are told of the model beside what capturing it shows.
+        compilation: the Compilation, which has no signature yet.
+        axes, flags: the inputs and flags that the source model is called with; None for its usual inputs.
+        initial: the source of values for new tensors.
+        notes: messages about the model for people, in addition to those of the capture.
 
     Raises:
-        GraftError: GC030 when it cannot be captured, and whatever is wrong with the spec or its fit.
+        GraftError: GC030 if it cannot be captured, and anything that is wrong with the spec or its fit.
     """
 
     def attempt(tried: Sequence[Axis]) -> Signature:
         shown = {axis.name: axis.shown for axis in tried if axis.shown is not None}
-        made = _fitting(compilation, tried, flags, (), shown, initial)
-        if made is None:
+        adapted = _fitting(compilation, tried, flags, (), shown, initial)
+        if adapted is None:
             raise _for_other_sizes(compilation.model, shown)
-        bound = fixed_notes(tried, made[0]["forward", "train", "base"].inputs)
-        told = dict.fromkeys((*notes, *bound, *made[1].notes, *fixed_sizes(axes or (), tried)))
-        return _included(compilation, made[0], made[1].with_notes(tuple(told)))
+        bound = fixed_notes(tried, adapted[0]["forward", "train", "base"].inputs)
+        messages = dict.fromkeys((*notes, *bound, *adapted[1].notes, *fixed_sizes(axes or (), tried)))
+        return _included(compilation, adapted[0], adapted[1].with_notes(tuple(messages)))
 
     return first_capture(compilation.model, axes, attempt)
 
@@ -177,17 +177,17 @@ def _fitting(
     present: Mapping[str, Any],
     initial: Initial | None = None,
 ) -> tuple[Graphs, Resolution] | None:
-    """Graphs that hold for a call; None where those of these axes do not.
+    """Return graphs that apply to a call; None if those of these axes do not.
 
     Args:
-        present: the tensors of the call by name. Sizes that turn out to be bound are captured as they are there.
+        present: the tensors of the call by name. Sizes that turn out to be bound are captured with their values there.
     """
     for _ in range(2):
-        graphs, found = _adapted(compilation, axes, flags, chosen, initial)
+        graphs, resolution = _adapted(compilation, axes, flags, chosen, initial)
         every = graphs["forward", "train", "adapted"].inputs
         inputs = [spec for spec in every if spec.name in present or (CACHE in present and is_past(spec.name))]
         if fits(inputs, present):
-            return graphs, found
+            return graphs, resolution
         before, axes = axes, fixed_where_bound(axes, inputs, present)
         if list(before) == axes:
             break
@@ -201,7 +201,7 @@ def _adapted(
     chosen: Sequence[str],
     initial: Initial | None = None,
 ) -> tuple[Graphs, Resolution]:
-    """The graphs of a signature, which the Compilation does not have yet."""
+    """Make the graphs of a signature without adding them to the Compilation."""
     always = [name for name, composition in compilation.controls.items() if isinstance(composition, Parallel)]
     request = CaptureRequest(compilation.model, tuple(axes), flags, aliases=compilation.store.aliases)
     work = Work(compilation, Initial(compilation.seed, narrow=compilation.narrow) if initial is None else initial)
@@ -209,7 +209,7 @@ def _adapted(
 
 
 def _included(compilation: Compilation, graphs: Graphs, found: Resolution) -> Signature:
-    """The signature of graphs, which the Compilation has from now on."""
+    """Add graphs to the Compilation unless it has their signature, and return the signature."""
     if found.signature not in compilation.signatures:
         compilation.table.add(graphs, found)
     return found.signature

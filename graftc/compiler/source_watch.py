@@ -1,4 +1,4 @@
-"""Whether a source model is still what it was when it was compiled."""
+"""Detection of changes to a source model after it was compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graftc.specs.errors.diagnostics import warn
 
 
 class SourceWatch:
-    """Looks for changes of a source model, and says so once.
+    """A watch over a source model that warns of changes once.
 
     Args:
         source: the model as it is now.
@@ -20,7 +20,7 @@ class SourceWatch:
         self._before = held_by(source)
 
     def look(self) -> None:
-        """Warn where the model is not what it was: graphs that are made from now on are of what it is now."""
+        """Warn if the model has changed: graphs that are made from now on show its present state."""
         if self._before is None:
             return
         before, now = self._before, held_by(self._source)

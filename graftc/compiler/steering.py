@@ -21,7 +21,7 @@ from graftc.specs.compose import Fuse
 
 @dataclass(frozen=True)
 class Steerings:
-    """What steers the training of a Compilation, by adaptation: `outputs` are objectives of several passes."""
+    """The controllers and objectives of a Compilation, by adaptation; `outputs` are objectives of several passes."""
 
     controllers: Mapping[str, Controller[Any]]
     objectives: Mapping[str, TensorObjective[Any]]
@@ -29,7 +29,7 @@ class Steerings:
 
 
 class Live(Mapping[str, Tensor]):
-    """Tensors of the Store by part, each looked up when it is asked for."""
+    """A mapping from parts to tensors of the Store, each looked up on access."""
 
     def __init__(self, store: Store, names: Mapping[str, str]) -> None:
         self._store, self._names = store, names
@@ -45,7 +45,7 @@ class Live(Mapping[str, Tensor]):
 
 
 class LiveBase(Mapping[str, Tensor]):
-    """Base tensors of the Store by name, each looked up when it is asked for."""
+    """A mapping from names to base tensors of the Store, each looked up on access."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -61,7 +61,7 @@ class LiveBase(Mapping[str, Tensor]):
 
 
 def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[AdaptedSite[Any]], Live]:
-    """The places of an adaptation with their tensors, and the tensors that it has as a whole."""
+    """Return the places of an adaptation with their tensors, and the tensors that it has as a whole."""
     store, parts = compilation.store, compilation.parts.get(resolved.name, {})
     base = LiveBase(store)
     places = [AdaptedSite(site, spec, Live(store, parts.get(site.key, {})), base) for site, spec in resolved.places]
@@ -69,7 +69,7 @@ def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[Adap
 
 
 def steerings(compilation: Compilation) -> Steerings:
-    """The controllers and objectives of a Compilation."""
+    """Return the controllers and objectives of a Compilation."""
     controllers: dict[str, Controller[Any]] = {}
     objectives: dict[str, TensorObjective[Any]] = {}
     outputs: dict[str, OutputObjective[Any]] = {}
@@ -94,13 +94,13 @@ def steerings(compilation: Compilation) -> Steerings:
 
 
 def _steers(spec: MethodSpec) -> bool:
-    """Whether an adaptation has a controller or an objective with anything to do."""
+    """Return whether an adaptation has a controller or an objective with anything to do."""
     method = method_for(spec.method)
     return any(kind is not None and kind.wanted(spec) for kind in (method.controller, method.objective))
 
 
 def _own_places(compilation: Compilation, unit: Unit) -> Iterator[AdaptedSite[Any]]:
-    """The places where a composition has tensors of its own."""
+    """Yield the places where a composition has tensors of its own."""
     parts = compilation.parts.get(unit.name, {})
     for site, _ in unit.members[0].places:
         if site.key in parts:

@@ -1,3 +1,4 @@
-"""What happens after compiling: running, training, merging, exporting, files, and the command line.
+"""Everything after compiling: running, training, merging, exporting, files, and the command line.
 
-`compiled` has the class that users hold; `offered` says which object does what of it."""
+`compiled` has the class that users work with; `offered` lists which object implements which of its methods.
+"""

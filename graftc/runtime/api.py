@@ -63,21 +63,21 @@ def compile(
         spec: a `Spec`, a mapping, or the path of a YAML, JSON or TOML file.
         model: a transformers model, or any `nn.Module` that torch.export captures. It is never changed; its base
             tensors are shared, not copied.
-        example_inputs: the inputs by name or in order, for models whose inputs cannot be told from their interface; by
-            default what the interface says, or, for a model that reads text with images or sound, what the processor
+        example_inputs: the inputs by name or in order, for models whose inputs cannot be derived from their interface;
+            by default what the interface says, or, for a model that reads text with images or sound, what the processor
             in the folder that it was loaded from makes of a small example. The first axis is the batch. Values of
             tensors matter only for models that cannot be one graph, which are run on them. Flags
-            (``output_hidden_states=True``) may be among them.
-        seed: initial values of adapter tensors depend on it and their names only; it is kept with an artifact. By
-            default `torch.initial_seed()`, which `torch.manual_seed` and transformers' `set_seed` decide; nothing is
-            drawn from the global generator. In a process group it is that of rank 0 on all ranks, so that each of them
-            has to call this, or to give a seed.
-        cache: keep captured graphs in the user's cache folder.
-        progress: whether one line on the standard error says what is done once it takes over two seconds; by default
-            on a terminal, or what the environment variable ``GRAFTC_PROGRESS`` says, ``on`` or ``off``.
+            (``output_hidden_states=True``) may be included.
+        seed: the seed on which, with their names, the initial values of adapter tensors depend; it is stored in an
+            artifact. By default `torch.initial_seed()`, which `torch.manual_seed` and transformers' `set_seed` set;
+            nothing is drawn from the global generator. In a process group the default is that of rank 0 on all ranks,
+            so each of them has to call this function, or pass a seed.
+        cache: whether to keep captured graphs in the user's cache folder.
+        progress: whether a line on standard error says what is being done once it takes over two seconds; by default on
+            a terminal, or what the environment variable ``GRAFTC_PROGRESS`` says, ``on`` or ``off``.
 
     Raises:
-        GraftError: coded, for everything that is wrong with the spec, the model or their fit.
+        GraftError: with a code, for everything that is wrong with the spec, the model or their fit.
     """
     check_spec_and_model("graftc.compile", spec, model)
     chosen = starting_seed() if seed is None else as_seed(seed)
@@ -91,7 +91,7 @@ def compile(
 
 
 def _register_auto_classes() -> None:
-    """Let transformers' ``Auto`` classes load what ``save_pretrained`` has written."""
+    """Register classes with which transformers' ``Auto`` classes load what ``save_pretrained`` has written."""
     from graftc.runtime.loading import auto_classes  # noqa: F401, it registers them
 
 
@@ -104,22 +104,22 @@ def load(path: str | Path, model: Source, *, cache: bool = True) -> Compiled[Sou
 def load(path: str | Path, model: str | None = None, *, cache: bool = True) -> Compiled: ...
 @public("graftc.load")
 def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """A compiled model from an artifact, or from a checkpoint that a trainer wrote of one.
+    """Load a compiled model from an artifact, or from a checkpoint of one that a trainer wrote.
 
-    Every file is checked before anything of it is used. The spec is compiled again and must adapt the same places; the
-    artifact's own graphs are taken where model, code and versions are those that they were captured with.
+    Every file is checked before any of it is used. The spec is compiled again and must adapt the same places; the
+    artifact's own graphs are used if model, code and versions are those that they were captured with.
 
     Args:
-        path: the artifact's folder, or that of a checkpoint: a ``model.safetensors`` with what `Compiled.state_dict`
-            gives.
-        model: its base, or where that is, as the command line takes it. By default where the artifact says, or, for a
-            folder that moved together with it, at the same place beside it.
-        cache: keep captured graphs in the user's cache folder.
+        path: the folder of the artifact, or of a checkpoint: a ``model.safetensors`` with the output of
+            `Compiled.state_dict`.
+        model: the base, or its location in the form that the command line takes. By default the location recorded in
+            the artifact, or, for a base folder that was moved together with it, the same relative place.
+        cache: whether to keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC080 to GC085 for an artifact that is missing, of a newer format, damaged or not safe; GC086 when
-            the base is not there; GC087 when it is another model; GC088 when the spec adapts other places now;
-            GC089 when its checkpoint lacks tensors; GC073 for arguments of another kind.
+        GraftError: GC080 to GC085 for an artifact that is missing, of a newer format, damaged or not safe; GC086 if the
+            base is not there; GC087 if it is another model; GC088 if the spec now adapts other places; GC089 if its
+            checkpoint lacks tensors; GC073 for arguments of another kind.
     """
     from graftc.runtime.loading.load import load as load_from
 
@@ -131,21 +131,21 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
 
 @public("graftc.load_base")
 def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> nn.Module:
-    """A model of transformers, in eval mode, from a folder or the hub, quantised or not. No code of it is run.
+    """Load a model of transformers in eval mode, from a folder or the hub, quantised or not. None of its code is run.
 
     Checkpoints of bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 are read without the libraries that
-    wrote them: linear maps and experts hold the codes, and their weights are made of them whenever they are read, to
-    the bit as the library makes them. `compile` takes such a model as any other.
+    wrote them: linear maps and experts store the codes, and their weights are computed from these whenever they are
+    read, bit for bit as the library computes them. `compile` accepts such a model like any other.
 
     Args:
         name: a folder whose ``config.json`` names the class in ``architectures``, or the id of such a repository.
-        dtype: element type of what is not quantised, and of the weights that codes give; what the config says by
-            default.
-        revision: commit of a hub's repository; its newest by default.
+        dtype: the element type of what is not quantised, and of the weights that are computed from codes; by default
+            what the config says.
+        revision: the commit of a hub repository; by default its newest.
 
     Raises:
-        GraftError: GC032 where there is no such model, GC073 for what is not an element type, GC161 for a format that
-            is not read, GC163 for codes, scales and zero points that do not fit.
+        GraftError: GC032 if there is no such model, GC073 for a ``dtype`` that is not a floating-point type, GC161 for
+            a format that is not supported, GC163 for codes, scales and zero points that do not fit.
     """
     given: object = dtype
     if not (given is None or (isinstance(given, torch.dtype) and given.is_floating_point)):
@@ -165,23 +165,23 @@ def import_peft(
     name: str | None = None,
     cache: bool = True,
 ) -> Compiled[Source]:
-    """A compiled model from a checkpoint of PEFT, or from several, in eval mode.
+    """Create a compiled model in eval mode from a checkpoint of PEFT, or from several.
 
     Args:
         path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
-            ``adapter_model.safetensors``; or several: a list, whose adaptations are called as the folders are, or a
-            mapping of names to folders. The adaptations of all are in effect; ``compiled.disable(name)`` switches one
+            ``adapter_model.safetensors``; or several: a list, whose adaptations are named after the folders, or a
+            mapping from names to folders. The adaptations of all are in effect; ``compiled.disable(name)`` switches one
             off.
-        model: its base, which is never changed.
+        model: the base, which is never changed.
         example_inputs: as for `compile`.
-        name: of an adapter in a sub-folder of one folder, as PEFT writes all but the one called ``default``.
-        cache: keep captured graphs in the user's cache folder.
+        name: the name of an adapter in a sub-folder of one folder, where PEFT writes all adapters except ``default``.
+        cache: whether to keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC005 for two folders of one name, GC073 for ``name`` beside several, GC110 where there is no
+        GraftError: GC005 for two folders of one name, GC073 for ``name`` with several folders, GC110 if there is no
             adapter, GC111 for a config that cannot be read, GC112 for a type or an option that has no equivalent, GC113
-            for tensors that the config does not explain, GC114 for another base; and as `compile`. The model is as it
-            was then.
+            for tensors that the config does not explain, GC114 for another base; and as `compile`. The model is
+            unchanged then.
     """
     from graftc.runtime.interop.peft.importing import imported
 
@@ -197,10 +197,10 @@ def import_peft(
         if name is not None:
             hint = "name the adapter's own folder"
             raise GraftError("GC073", "name is of an adapter in one folder, and there are several", hint=hint)
-        made = imported_together(names_of(path), model, axes, flags, cache=cache, structure=structure)
+        compilation = imported_together(names_of(path), model, axes, flags, cache=cache, structure=structure)
     else:
-        made = imported(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
-    compiled = make_compiled(made)
+        compilation = imported(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
+    compiled = make_compiled(compilation)
     return cast("Compiled[Source]", compiled.to(compiled._graftc.device).eval())
 
 
@@ -212,7 +212,7 @@ def check(
     *,
     cache: bool = True,
 ) -> Report:
-    """Resolve and cost a spec without making a model of it; works on the meta device.
+    """Resolve and cost a spec without creating a compiled model; works on the meta device.
 
     Raises:
         GraftError: as `compile`.
@@ -229,10 +229,10 @@ def check(
 def spec_for(
     spec: SpecLike, model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True
 ) -> Spec:
-    """The spec that `compile` compiles against a model.
+    """Return the spec that `compile` compiles against a model.
 
-    A config of PEFT leaves it to the kind of the model, the task and the version of transformers what is adapted; here
-    it says by name what `peft.get_peft_model` adapts in this model.
+    In a config of PEFT, what is adapted depends on the kind of the model, the task and the version of transformers; the
+    spec lists by name what `peft.get_peft_model` adapts in this model.
 
     Args:
         spec, model, example_inputs, cache: as for `compile`.
@@ -252,10 +252,10 @@ def spec_for(
 
 @public("graftc.roles")
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> ModelStructure:
-    """The roles found in a model, with the evidence for each; `select` takes the result as well as the model.
+    """Return the roles found in a model, with the evidence for each; `select` accepts the result as well as the model.
 
     Raises:
-        GraftError: GC030 when it cannot be captured.
+        GraftError: GC030 if the model cannot be captured.
     """
     return captured_roles(model, example_inputs, cache=cache)[0]
 
@@ -264,7 +264,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
 def captured_roles(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True
 ) -> tuple[ModelStructure, Snapshot]:
-    """The roles found in a model, and the model as data: see `roles`."""
+    """Return the roles found in a model, and the model as data: see `roles`."""
     axes, flags = _request(model, example_inputs)
     model = arrived(model)
     store = Store.mirror(model)
@@ -287,7 +287,7 @@ def captured_roles(
 def _roles_apart(
     model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, cache: bool
 ) -> tuple[ModelStructure, Snapshot]:
-    """Do as `captured_roles` does for a model that has to be taken apart, by the graphs of its layers and maps."""
+    """Do as `captured_roles` for a model that has to be taken apart, from the graphs of its layers and maps."""
     start = StartingPoint(use_cache=cache, every_layer=True)
     compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=start)
     store = compilation.store
@@ -312,29 +312,29 @@ def select(
     method: str | None = None,
     cache: bool = True,
 ) -> Selection:
-    """The places of a model that targets select from, to count and combine before a spec is written.
+    """Return the places of a model that targets select from, to count and combine before writing a spec.
 
-    A selection may stand where a spec has a ``target``.
+    A spec accepts a selection as a ``target``.
 
     Args:
-        model: a model, on the meta device too; a compiled one, whose base is meant; or what `roles` returned. The
-            latter two are not captured again, and neither is what a selection is narrowed to.
-        example_inputs: as for `compile`; of a model only.
+        model: a model, on the meta device as well; a compiled one, whose base is used; or the result of `roles`. The
+            latter two are not captured again, and neither are the models of narrowed selections.
+        example_inputs: as for `compile`; only for a model.
         method: the tag of a method: the selection has the kinds of site that it takes. By default the weights of linear
-            maps, embeddings and experts, and of any kind what a role names.
-        cache: keep the captured graph in the user's cache folder.
+            maps, embeddings and experts, and sites of any kind that a role names.
+        cache: whether to keep the captured graph in the user's cache folder.
 
     Raises:
-        GraftError: GC030 when the model cannot be captured; GC004 for a method that is unknown; GC073 for what is not
-            a model.
+        GraftError: GC030 if the model cannot be captured; GC004 for an unknown method; GC073 for an argument that is
+            not a model.
     """
     if isinstance(model, Compiled):
         return Selection(_places_of(model), method=method)
     if isinstance(model, Structure) and not isinstance(model, ModelStructure):
         hint = "give the model, or what graftc.roles(model) returns"
         raise GraftError("GC073", "these roles do not say which model they are of", hint=hint)
-    found = model if isinstance(model, ModelStructure) else roles(model, example_inputs, cache=cache)
-    return Selection(found.places, method=method)
+    structure = model if isinstance(model, ModelStructure) else roles(model, example_inputs, cache=cache)
+    return Selection(structure.places, method=method)
 
 
 @exclusive()

@@ -12,11 +12,11 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
-"""Files beside a model that its users need and folding does not change."""
+"""Files beside a model that its users need and that folding does not change."""
 
 
 def companions_of_model(source: Any) -> list[Path]:
-    """Files beside a model that its users need, where it was loaded from a folder."""
+    """Return the files beside a model that its users need; none unless it was loaded from a folder."""
     origin = local_folder(source)
     return [] if origin is None else list(_companions(origin))
 

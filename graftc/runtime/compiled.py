@@ -1,6 +1,7 @@
-"""Compiled: the adapted model as an `nn.Module` that behaves like the model it came from.
+"""`Compiled`: the adapted model as an `nn.Module` that behaves like the model that it was made from.
 
-What it offers is done by plain objects that are given its Runner, each in a file of its own: `offered` says which.
+Its features are implemented by plain objects that are given its Runner, each in a file of its own; `offered` lists
+them.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ if TYPE_CHECKING:
 class Compiled(ModelRoot, Generic[M]):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
-    Made by `graftc.compile`; ``Compiled[M]`` is that of a source of class ``M``. A call gives what ``M.forward`` gives,
-    in its own output class; as of every `torch.nn.Module`, a type checker sees `Any` there. ``train()`` and ``eval()``
-    switch between two graphs over one set of tensors. An input that was absent so far is captured at its first use.
+    Instances are created by `graftc.compile`; ``Compiled[M]`` is the type for a source of class ``M``. A call returns
+    what ``M.forward`` returns, in its own output class; as for every `torch.nn.Module`, a type checker sees `Any`
+    there. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input that was absent so far
+    is captured at its first use.
 
-    The names below are graftc's, whatever the source model's children are called. All else that graftc offers gives
-    way to a child, a parameter or a buffer of its name, and is an attribute of `runner_of(compiled)` as well.
+    The names below are graftc's, whatever the names of the source model's children are. Everything else that graftc
+    offers gives way to a child, a parameter or a buffer of the same name, and is an attribute of `runner_of(compiled)`
+    as well.
     """
 
     _graftc: CompiledRunner
@@ -68,7 +71,7 @@ class Compiled(ModelRoot, Generic[M]):
     select = Published(Selecting.select)
     advance = Published(Selecting.advance)
 
-    if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of their name
+    if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of the same name
         base_model: nn.Module
         generate: Callable[..., Any]
         compilation: Compilation
@@ -88,23 +91,24 @@ class Compiled(ModelRoot, Generic[M]):
         certify: bool = True,
         full: bool = False,
     ) -> Path:
-        """Write an artifact: spec, places, graphs without weights, adapter tensors, and where the base is.
+        """Write an artifact: spec, places, graphs without weights, adapter tensors, and the location of the base.
 
-        The base's own weights are not in it. `graftc.load` reads it back. Of a sharded model every process calls it,
-        and the first one writes.
+        The base's own weights are not in it. `graftc.load` reads it. For a sharded model every process has to call this
+        method, and the first one writes.
 
         Args:
-            path: the folder to make; it is complete when it appears.
-            force: replace an artifact that is there, in one step.
-            base: where the base is, as the command line takes it; by default what transformers knows of the model.
-            certify: fold what folds, and put the certificate in.
-            full: recognise the base by all its values, not by a sample of each tensor.
+            path: the folder to create; it is complete when it appears.
+            force: whether to replace an existing artifact, in one step.
+            base: the location of the base, in the form that the command line takes; by default what transformers has
+                recorded for the model.
+            certify: whether to fold what folds, and include the certificate.
+            full: whether to identify the base by all its values instead of a sample of each tensor.
 
         Raises:
-            GraftError: GC063 when something else is there, GC064 when it cannot be written.
+            GraftError: GC063 if something else is there, GC064 if the artifact cannot be written.
         """
-        made: Path = offered.saving_of(self._graftc).save(path, force=force, base=base, certify=certify, full=full)
-        return made
+        written: Path = offered.saving_of(self._graftc).save(path, force=force, base=base, certify=certify, full=full)
+        return written
 
     def export(
         self,
@@ -118,124 +122,133 @@ class Compiled(ModelRoot, Generic[M]):
         max_rank: int | None = None,
         force: bool = False,
     ) -> Path:
-        """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
-        its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
+        """Export the model in eval mode.
+
+        A compiled model is exported with its adapters, experts averaged; a merged one is exported folded, with its
+        certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
         ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
         ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
 
-        Every adaptation is in the file, those that are disabled as well. Graphs take no labels and give no loss.
+        The file contains every adaptation, including disabled ones. Graphs take no labels and return no loss.
 
-        The tensors of ``inputs`` are not constants of the graph, but inputs by their full names, so that one file
-        serves every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of
-        names to tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
+        The tensors of ``inputs`` are not constants of the graph but inputs, by their full names, so that one file
+        serves every adaptation with these shapes; in ``.pt2`` they are one keyword argument, ``adapter_tensors``, a
+        mapping from names to tensors. Their values are stored beside the file, in ``<file>.<adaptation>.safetensors``.
 
         Args:
-            path: the file to write, or the folder.
+            path: the file or folder to write.
             format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
-            example_inputs: of onnx and pt2, a call whose signature is exported, by name or in order; by default the one
-                that the model was compiled with. Values of tensors do not matter.
-            inputs: of onnx and pt2, names of adaptations that are in the graph.
-            dtype: of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
-            server: what a folder for PEFT has to be fit for. The update is written as plain LoRA then, scaled by
-                ``alpha / rank`` and for the base as it is: at twice the rank where factors started from the weights.
+            example_inputs: for onnx and pt2, a call whose signature is exported, by name or in order; by default the
+                call that the model was compiled with. Values of tensors do not matter.
+            inputs: for onnx and pt2, names of adaptations in the graph whose tensors become inputs.
+            dtype: the element type of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
+            server: the server that a folder for PEFT has to be suitable for. The update is then written as plain LoRA,
+                scaled by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors started from
+                the weights.
             max_rank: the largest rank that the server was started with; by default the largest that it may have.
-            force: replace what is there.
+            force: whether to replace an existing file or folder.
 
         Raises:
-            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and when the exporter
-                or the check of its result fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064
-                when it cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that
-                the format does not take, GC091 for an input that there is not; GC115 for what PEFT cannot express,
-                before anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the
-                server does not take.
+            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and if the exporter or
+                the check of its result fails, GC061 without the ``export`` extra, GC063 if ``path`` exists, GC064 if it
+                cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that the
+                format does not take, GC091 for an input that does not exist; GC115 for what PEFT cannot express, before
+                anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the server does
+                not take.
         """
-        said: Any = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank}
-        made: Path = offered.exporting_of(self._graftc).export(path, format, example_inputs, **said, force=force)
-        return made
+        options: Any = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank}
+        written: Path = offered.exporting_of(self._graftc).export(path, format, example_inputs, **options, force=force)
+        return written
 
     def disabled(self, *names: str) -> AbstractContextManager[None]:
-        """Inside, the model computes what its base computes, or, with names, what it computes without these. With
-        ``parallel`` it gives the base's rows once for each adaptation, as many as a call gives outside.
+        """Run the block without the named adaptations, or with the base alone if none is named.
+
+        With ``parallel`` the base's rows are returned once for each adaptation, as many as a call returns outside the
+        block.
 
         Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
         after that.
 
         Args:
-            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all.
+            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all of them.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
         """
         within: AbstractContextManager[None] = offered.adapters_of(self._graftc).disabled(*names)
         return within
 
     def reference(self) -> ReferenceModel:
-        """A module that computes what the base computes, in eval mode, over the tensors of this model: the reference of
-        DPO and KTO, ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No second model is in memory, and it
-        follows this one to another device.
+        """Return a module that computes what the base computes, in eval mode, over the tensors of this model.
+
+        It is the reference model of DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No
+        second model is in memory, and the module follows this model to another device.
 
         It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
         """
-        made: ReferenceModel = offered.referring_of(self._graftc).reference()
-        return made
+        reference: ReferenceModel = offered.referring_of(self._graftc).reference()
+        return reference
 
     def activate(self, choice: str | int, bank: str | None = None) -> None:
-        """Choose the adaptation that calls use which choose none. No graph changes: it may differ from call to call.
+        """Choose the adaptation for calls that do not choose one themselves.
+
+        No graph changes, so the choice may differ from call to call.
 
         Args:
             choice: an adaptation's name, or the number of its slot.
-            bank: the bank's name, where there are several.
+            bank: the bank's name; needed only if there are several.
 
         Raises:
-            GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
+            GraftError: GC038 if there is no such slot, GC091 if there is no such bank.
         """
         offered.banks_of(self._graftc).activate(choice, bank)
 
     def train_only(self, *names: str) -> None:
-        """Let only these adaptations train from now on, all of them where none is named.
+        """Train only these adaptations from now on, or all of them if none is named.
 
-        The tensors of the others want no gradient then, so that no optimiser moves them, by weight decay neither.
+        The tensors of the others no longer require gradients, so that no optimiser changes them, not even by weight
+        decay.
 
         Args:
             names: adaptations or compositions.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation.
+            GraftError: GC091 if there is no such adaptation.
         """
         offered.banks_of(self._graftc).train_only(*names)
 
     def explain(self, name: str, mode: Mode = "eval") -> Explanation:
-        """Why something is in the adapted graph: a printed value, a node, a place or a tensor; print it to read it.
+        """Explain why a printed value, node, place or tensor is in the adapted graph; print the result to read it.
 
         Raises:
-            GraftError: GC091 where nothing is called so, or several things are.
+            GraftError: GC091 if nothing has this name, or several things have.
         """
-        found: Explanation = offered.inspecting_of(self._graftc).explain(name, mode)
-        return found
+        explanation: Explanation = offered.inspecting_of(self._graftc).explain(name, mode)
+        return explanation
 
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
-        """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
+        """Return the tensors of the merged model one by one, for trainers that push weights to an inference engine.
 
-        Each is folded when it is asked for, always from the base's own values, so that merging again and again adds up
-        no rounding: the same adapters give the same bits, and the base is never written. At any time one tensor is
-        there, or those that are folded together. Names are those of the source model's state dict, tied ones included.
-        What folding does not change is the base's own tensor: whoever writes to it has to copy it first. Packed weights
-        are given by their values, in full precision. No graph is
-        made and nothing is certified or saved.
+        Each tensor is folded when it is requested, always from the base's own values, so that repeated merging does not
+        accumulate rounding: the same adapters give the same bits, and the base is never written to. At any time only
+        one tensor exists, or those that are folded together. Names are those of the source model's state dict,
+        including tied ones. A tensor that folding does not change is the base's own: copy it before writing to it.
+        Packed weights are returned by their values, in full precision. No graph is made, and nothing is certified or
+        saved.
 
         Args:
-            digests: also work out the SHA-256 of each tensor, which is then in ``digests`` of what is returned, for
-                the receiver to compare.
+            digests: whether to compute the SHA-256 of each tensor as well; it is then in ``digests`` of the returned
+                object, for the receiver to compare.
 
         Returns:
-            An iterator of ``(name, tensor)``, in the base's element types and where the model is.
+            An iterator of ``(name, tensor)``, in the base's element types and on the device of the model.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 where an adapter has values that
-                are not finite; on the way GC051 for such a tensor, GC052 for a bias that the class has no place for.
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 if an adapter has values that are
+                not finite; during iteration GC051 for such a tensor, GC052 for a bias that the class has no place for.
         """
-        made: MergedTensors = offered.merging_of(self._graftc).merged_state_dict(digests=digests)
-        return made
+        tensors: MergedTensors = offered.merging_of(self._graftc).merged_state_dict(digests=digests)
+        return tensors
 
     def merge(
         self,
@@ -247,31 +260,32 @@ class Compiled(ModelRoot, Generic[M]):
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Merged[M]:
-        """Fold every adaptation into base weights and certify the result; this model stays as it is.
+        """Fold every adaptation into base weights and certify the result; this model is unchanged.
 
         Args:
-            names: fold these adaptations alone, with the ``train:`` list and added tokens; the others are left out, and
-                nothing of them is in the result. `merge_partially` with ``only`` keeps them beside the new base.
-            budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
-            progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
-            dtype: ``torch.float32`` widens a base in 16 bits first, so that rounding takes nothing of the update: the
+            names: the only adaptations to fold, besides the ``train:`` list and added tokens; the others are left out,
+                and nothing of them is in the result. `merge_partially` with ``only`` keeps them beside the new base.
+            budget: the largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
+            progress: function that is called with the fraction of the folding that is done, from 0 to 1, tensor by
+                tensor.
+            dtype: ``torch.float32`` first widens a base in 16 bits, so that rounding takes nothing of the update: the
                 merged model, its folder and its certificate are in float32. By default the base's own.
-            base: what becomes of a quantised base's packed weights. ``"full"``: all are in full precision, in
+            base: the form of a quantised base's packed weights in the result. ``"full"``: all are in full precision, in
                 the element type of the model, and the merged model is a plain one of the source's class.
-                ``"requantized"``: those that change are packed again as they were, others keep their codes; the
+                ``"requantized"``: those that change are packed again as before, others keep their codes; the
                 certificate has the measured error (`Certificate.requantised`), and ``budget`` is by default half of the
                 largest output, 5 % with `int8`. There is no default: the fold is exact only in full precision.
-            allow_unchanged: a merge that changes no tensor of the base is not an error.
+            allow_unchanged: if true, a merge that changes no tensor of the base is not an error.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
-                changes, GC073 for a budget that is not a number and a dtype that is not wider; of ``names``, GC091 for
-                an unknown one and GC036 for a part of a composition; GC165 for a quantised base where ``base`` is
-                missing, GC166 where weights cannot be packed again.
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 if no tensor
+                changes, GC073 for a budget that is not a number and a dtype that is not wider; for ``names``, GC091 for
+                an unknown one and GC036 for a part of a composition; GC165 for a quantised base if ``base`` is missing,
+                GC166 if weights cannot be packed again.
         """
         options: Any = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}
-        made = offered.merging_of(self._graftc).merge(names, budget=budget, progress=progress, **options)
-        return cast("Merged[M]", made)
+        merged = offered.merging_of(self._graftc).merge(names, budget=budget, progress=progress, **options)
+        return cast("Merged[M]", merged)
 
     def merge_partially(
         self,
@@ -281,49 +295,57 @@ class Compiled(ModelRoot, Generic[M]):
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Partial[M, Compiled[M]]:
-        """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
-        with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
+        """Fold what folds, certify that, and compile the rest on a base that has the folded weights.
+
+        An adaptation that was trained with randomly drawn experts becomes the simpler adaptation with their mean,
+        whether anything folds or not.
 
         Args:
             budget, base, allow_unchanged: as for `merge`.
-            only: names of what is folded, ``trained`` for the ``train:`` list; the rest stays beside the new base,
-                whether it would fold or not. By default all that folds.
+            only: names of the adaptations to fold, ``trained`` for the ``train:`` list; the rest stays beside the new
+                base, whether it would fold or not. By default all that fold.
 
         Raises:
-            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
-                changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
+            GraftError: GC051 over budget, GC052 if the class has no place for a folded tensor, GC104 if what folds
+                changes no tensor; for ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
         """
         options: Any = {"base": base, "allow_unchanged": allow_unchanged}
-        made = offered.merging_of(self._graftc).merge_partially(budget, only=only, **options)
-        return cast("Partial[M, Compiled[M]]", made)
+        partial = offered.merging_of(self._graftc).merge_partially(budget, only=only, **options)
+        return cast("Partial[M, Compiled[M]]", partial)
 
     def get_extra_state(self) -> Tensor:
-        """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""
+        """Return what the tensors of a state dict belong to, as ``uint8[bytes]``.
+
+        See `torch.nn.Module.get_extra_state`.
+        """
         return StateDicts(self._graftc).record()
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing to do: it has been read before the first tensor was loaded."""
+        """Do nothing: the state has been read before the first tensor was loaded."""
 
     @property
     def report(self) -> Report:
-        """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
-        found: Report = offered.inspecting_of(self._graftc).report
-        return found
+        """The additions of every adaptation: sites, parameters, bytes, FLOPs per token."""
+        report: Report = offered.inspecting_of(self._graftc).report
+        return report
 
     def __repr__(self) -> str:
-        """The source's modules; at each, what adaptations have there: the shape of the weight, the method, its rank (or
-        what else says how large it is) and how many elements train. Equal layers are one; the last line has totals."""
+        """Return the source's modules as text, each with the adaptations that it has.
+
+        For an adaptation it contains the shape of the weight, the method, its rank (or another measure of its size) and
+        the number of trainable elements. Equal layers are shown once; the last line has totals.
+        """
         return printed(
             self._graftc.compilation, self, *offered.ecosystem_of(self._graftc).get_nb_trainable_parameters()
         )
 
     def _repr_html_(self) -> str:
-        """For notebooks: the adaptations and what they train, and the tree of modules, folded."""
-        own = self._graftc.snapshot
-        return summary(own)._repr_html_() + model_tree(own)._repr_html_()
+        """Return HTML for notebooks: the adaptations and what they train, and the collapsed tree of modules."""
+        snapshot = self._graftc.snapshot
+        return summary(snapshot)._repr_html_() + model_tree(snapshot)._repr_html_()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """See `torch.nn.Module`. TRL puts a forward of its own in the place of a model's."""
+        """Set an attribute; a ``forward`` that TRL sets on the model is passed through `answering`."""
         super().__setattr__(name, answering(self._graftc, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
@@ -331,21 +353,23 @@ class Compiled(ModelRoot, Generic[M]):
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:
-    """A subclass of `Compiled` whose ``forward`` has the source model's signature, which trainers look at, and inputs
-    of banks besides."""
+    """Return a subclass of `Compiled` whose ``forward`` has the source model's signature, and inputs of banks as well.
+
+    Trainers look at this signature.
+    """
     signature = inspect.signature(type(model).forward)
     kind = inspect.Parameter.KEYWORD_ONLY
     known = list(signature.parameters.values())
     rest = [p for p in known if p.kind is inspect.Parameter.VAR_KEYWORD]
-    own = [inspect.Parameter(name, kind, default=None) for name in controls]
-    signature = signature.replace(parameters=[*(p for p in known if p not in rest), *own, *rest])
+    extra = [inspect.Parameter(name, kind, default=None) for name in controls]
+    signature = signature.replace(parameters=[*(p for p in known if p not in rest), *extra, *rest])
 
     def forward(self: Compiled, *args: Any, **kwargs: Any) -> Any:
         return self._graftc.call(args, kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = type(model).forward.__doc__
-    # Trainers look for "QuestionAnswering" and the like in the name of a class.
+    # Trainers look for "QuestionAnswering" and similar words in the name of a class.
     name = f"Compiled{type(model).__name__}"
     return type(name, (Compiled,), {"forward": forward, "__module__": __name__})
 
@@ -355,7 +379,7 @@ refuse_wrapping()
 
 @exclusive()
 def make_compiled(compilation: Compilation) -> Compiled:
-    """The module for a Compilation, its first signature lowered in both modes."""
+    """Return the module for a Compilation, with its first signature lowered in both modes."""
     given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]
     runner = CompiledRunner(compilation, make_compiled)
     compiled = compiled_class(compilation.model, given)(runner)

@@ -1,4 +1,4 @@
-"""Destinations: what may be written to, and what would be overwritten. No torch."""
+"""Destinations: the paths that may be written, and what that would replace. Does not import torch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = [
 
 
 SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
-"""Files that list all others of their folder, and what they say that it is."""
+"""Files that list all others in their folder, and what they declare the folder to be."""
 
 _MOST = 64 * 2**20
 
 
 def only_files(path: Path) -> bool:
-    """What ``force`` may replace unless it is told otherwise."""
+    """Return whether ``force`` may replace what is at a path, by the default rule: only files."""
     return path.is_file()
 
 
@@ -47,10 +47,10 @@ def check_destination(
 ) -> None:
     """Refuse early what `staged` would refuse after the work is done.
 
-    A folder in which there is one of another user's is never replaced.
+    A folder that contains one of another user's is never replaced.
 
     Raises:
-        GraftError: GC063; GC064 for a path that nothing can have.
+        GraftError: GC063 for what may not be replaced or added to; GC064 for a path that nothing can have.
     """
     check_path(path)
     _check_sealed(path)
@@ -90,7 +90,7 @@ def check_path(path: Path) -> None:
 
 
 _HALF = re.compile("[\ud800-\udbff]|[\udc00-\udc7f]|[\udd00-\udfff]")
-"""Halves of characters other than those by which Python writes bytes that are not text, which a path may have."""
+"""Surrogates other than those by which Python represents bytes that are not text, which a path may have."""
 _LONGEST_NAME = 255
 
 
@@ -102,7 +102,7 @@ def _foreign(folder: Path) -> Path | None:
 
 
 def _check_sealed(path: Path) -> None:
-    """Refuse a destination in a folder of which graftc has listed every file: one more, and it is not safe to read."""
+    """Refuse a destination in a folder whose files graftc has all listed: one more would make it unsafe to read."""
     inner = Path(os.path.realpath(path.parent))
     for folder in (inner, *inner.parents):
         for name, kind in SEALED.items():
@@ -117,26 +117,26 @@ def _says(file: Path, kind: str) -> bool:
         if not file.is_file() or file.stat().st_size > _MOST:
             return False
         return re.search(rf'"{kind}":\s*"graftc"'.encode(), file.read_bytes()) is not None
-    except OSError:  # nobody reads such an artifact either
+    except OSError:  # such an artifact cannot be read either
         return False
 
 
 def check_folder(path: Path, mark: str) -> None:
-    """Refuse early a folder that cannot be made, or one that holds something and not the file that marks it.
+    """Refuse early a folder that cannot be created, or that contains something, but not the file that marks it.
 
     Args:
-        path: the folder, which need not be there.
+        path: the folder, which need not exist.
         mark: the name of the file that says what the folder is.
 
     Raises:
-        GraftError: GC063, something else is there; GC064, it cannot be made.
+        GraftError: GC063 if something else is there; GC064 if it cannot be created.
     """
     check_path(path)
     try:
         if not os.path.isdir(path):
             _check_makeable(path)
             return
-        # What a killed write of the mark left does not belong to somebody else.
+        # The remains of a killed write of the mark do not count as other content.
         others = [name for name in os.listdir(path) if not name.startswith(f".{mark}.graftc-")]
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -157,7 +157,7 @@ def _check_makeable(path: Path) -> None:
     above = path.parent
     while not os.path.lexists(above):
         above = above.parent
-    for name in path.relative_to(above).parts:  # each may be too long, which shows where its folder is
+    for name in path.relative_to(above).parts:  # each may be too long, which only the file system can tell
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(above / name)
     if not os.path.isdir(above):
@@ -167,25 +167,25 @@ def _check_makeable(path: Path) -> None:
 
 
 def check_apart(path: Path, *sources: str | Path | None) -> None:
-    """Refuse a destination that is what is being read, in it, or a folder above it; links are followed.
+    """Refuse a destination that is one of the sources, is in one, or is a folder above one; links are followed.
 
     Args:
         path: the destination.
-        sources: files and folders that are read; what is neither, such as a hub id, is passed over.
+        sources: files and folders that are read; anything else, such as a hub id, is ignored.
 
     Raises:
         GraftError: GC063; GC064 for a path that nothing can have.
     """
     check_path(path)
     for source in sources:
-        if source is None or not os.path.lexists(found := Path(source).expanduser()):
+        if source is None or not os.path.lexists(existing := Path(source).expanduser()):
             continue
-        if holds(path, found) or (found.is_dir() and holds(found, path)):
+        if holds(path, existing) or (existing.is_dir() and holds(existing, path)):
             raise overlap(path, source)
 
 
 def holds(folder: Path, path: Path) -> bool:
-    """Whether a path is a folder or something in it, wherever links lead."""
+    """Return whether a path is a folder or something in it, after following links."""
     outer, inner = (Path(os.path.realpath(p)) for p in (folder, path))
     return inner.is_relative_to(outer)
 
@@ -197,7 +197,7 @@ def overlap(path: Path, source: str | Path) -> GraftError:
 
 
 def cannot_write(path: Path, error: OSError) -> GraftError:
-    """The error of a write that the system refuses."""
+    """Return the error for a write that the system refuses."""
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         hint = "another process has written it; --force, or force=True, replaces it"
         return GraftError("GC063", f"{path} has appeared meanwhile", hint=hint)

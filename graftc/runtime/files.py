@@ -1,12 +1,13 @@
 """Writing files and folders so that a destination is absent or complete, whatever happens on the way.
 
 What is written goes into a *staging folder* beside the destination, ``.NAME.graftc-RANDOM``: first ``new/NAME`` (and
-files that belong to it), then, when all of it is on the disk, a journal ``commit.json``. From there on the write
-counts as done: what is left is renaming, which the next run finishes if this one is killed. A staging folder without a
-journal is thrown away by the next run. The process that owns one holds a lock on it, which ends with the process.
+files that belong to it), then, when all of it is on the disk, a journal ``commit.json``. From then on the write counts
+as done: only renaming is left, which the next run finishes if this one is killed. A staging folder without a journal is
+discarded by the next run. The process that owns one holds a lock on it, which ends with the process.
 
-Work that takes long can be *resumed*: its staging folder is named after what is done, and holds a note ``resume.json``.
-If the process is killed it stays, until the same work goes on in it or other work is to be put in the same place.
+Work that takes long can be *resumed*: its staging folder is named after the work, and contains a note ``resume.json``.
+If the process is killed, the folder stays until the same work is resumed in it, or other work is to be put in the same
+place.
 """
 
 from __future__ import annotations
@@ -55,31 +56,31 @@ def staged(
     resume: str | None = None,
     keep_modes: bool = False,
 ) -> Iterator[Path]:
-    """A path of the same name to write a file or a folder to; it is put in place when the block ends well.
+    """Yield a path of the same name to write a file or a folder to, and put it in place when the block succeeds.
 
     Args:
-        path: the destination. Folders above it are made where they are missing.
-        force: replace what is there. A link is replaced itself, never what it points to.
+        path: the destination. Missing folders above it are created.
+        force: whether to replace what is there. A link is replaced itself, never what it points to.
         companions: names of files that may be written beside the destination and belong to it.
-        replaceable: whether ``force`` may replace what is there; by default files only.
-        sources: what is still read while this is written: replacing it or a folder above it is refused.
-        resume: SHA-256 of all that determines what is written. What a killed run of the same has left is there again;
-            the folder that holds what is yielded is for notes about it.
-        keep_modes: files keep the permissions that they are given; by default they get those of new files.
+        replaceable: a function that returns whether ``force`` may replace what is there; by default files only.
+        sources: paths that are still read while this one is written: replacing them or a folder above them is refused.
+        resume: SHA-256 of everything that determines what is written. What a killed run of the same work has left is
+            there again; the staging folder, two levels above the yielded path, is for notes about it.
+        keep_modes: whether files keep the permissions that they are given; by default they also get those of new files.
 
     Raises:
-        GraftError: GC063 when something is there and may not be replaced, or another process is at the same work;
-            GC064 when writing fails. The destination is as it was before then.
+        GraftError: GC063 if something is there and may not be replaced, or another process does the same work; GC064 if
+            writing fails. The destination is unchanged then.
     """
     path = absolute_path(path)
     check_destination(path, force=force, companions=companions, replaceable=replaceable)
     for source in sources:
         if source is not None and holds(path, Path(source)):
             raise overlap(path, source)
-    made: list[Path] = []
+    created: list[Path] = []
     mode_of_files = None if keep_modes else 0o666 & ~_umask()
     try:
-        made = _make_parents(path.parent)
+        created = _make_parents(path.parent)
         with HeldFolder.open(path.parent, follow=True) as parent:
             recover_in(parent)
             check_destination(path, force=force, companions=companions, replaceable=replaceable)
@@ -87,11 +88,11 @@ def staged(
             with staging_folder(parent, path.name, resume) as staging:
                 yield staging.path / NEW / path.name
                 commit(staging, parent, path.name, companions, force, mode_of_files)
-        made = []
+        created = []
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        for folder in made:
+        for folder in created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -105,7 +106,9 @@ def staged_or_dropped(
     replaceable: Callable[[Path], bool] = only_files,
     sources: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
-    """`staged`; without a path, a place called ``name`` that is gone when the block ends: for what is only checked.
+    """Yield a path as `staged` does; without a destination, one called ``name`` that is deleted when the block ends.
+
+    The latter is for what is only checked.
 
     Raises:
         GraftError: as `staged`.
@@ -119,7 +122,7 @@ def staged_or_dropped(
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> Path:
-    """Write a UTF-8 text file, whole or not at all.
+    """Write a UTF-8 text file, completely or not at all.
 
     Raises:
         GraftError: as `staged`.
@@ -130,43 +133,44 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Make the folders that are missing; they are returned, the innermost first."""
+    """Create a folder and those above it if they are missing, and return the new ones, the innermost first."""
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
-    made: list[Path] = []
+    created: list[Path] = []
     for step in reversed(missing):
         step.mkdir(exist_ok=True)
-        made.insert(0, step)
-    return made
+        created.insert(0, step)
+    return created
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
-    """Inside, nobody else who asks for it is at work in a folder: no other process, thread or call. Where there is no
-    folder, or no such lock, nothing is held.
+    """Lock a folder while the block runs, against every other process, thread or call that locks it.
+
+    Nothing is locked if there is no folder, it cannot be opened, or the system has no such locks.
 
     Raises:
-        GraftError: GC063 where somebody is.
+        GraftError: GC063 if another one has locked it.
     """
-    held: HeldFolder | None = None
+    opened: HeldFolder | None = None
     try:
         if folder is not None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                held = HeldFolder.open(folder, follow=True)
-        if held is not None:
-            held.lock()
+                opened = HeldFolder.open(folder, follow=True)
+        if opened is not None:
+            opened.lock()
     except BlockingIOError as error:
-        assert held is not None
-        held.close()
+        assert opened is not None
+        opened.close()
         hint = "wait until it has ended, or take another folder"
         raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
     try:
         yield
     finally:
-        if held is not None:
-            held.close()
+        if opened is not None:
+            opened.close()
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""What a folder or file holds that was given to a function which reads something else, and which call reads it."""
+"""Telling what a folder or file contains that was given to the wrong function, and which call reads it."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ _MODEL_CONFIG, _MODEL_FILE, _GGUF = "config.json", "model.safetensors", ".gguf"
 
 
 def missing(path: Path, file: str) -> str:
-    """Why a folder cannot be read that has to have a file, as what follows its name in a message."""
+    """Return why a folder that needs a certain file cannot be read, to follow the folder's name in a message."""
     if os.path.isdir(path):
         return f"has no {file}"
     return "is a file, not a directory" if os.path.exists(path) else "does not exist"
 
 
 def reader_of(path: Path, unless: str = "") -> str | None:
-    """The hint that says what is at a path and which call reads it; None where that cannot be told.
+    """Return a hint that says what is at a path and which call reads it; None if that cannot be told.
 
-    Only names of files and small ones that describe the others are looked at.
+    Only names of files, and small files that describe the others, are read.
 
     Args:
         path: a folder or a file.
-        unless: the function that was called, such as ``graftc.load``; it is not recommended again.
+        unless: the function that was called, such as ``graftc.load``, which is not recommended again.
     """
     what, call = _told(path)
     return None if not call or (unless and call.startswith(f"{unless}(")) else f"it is {what}: {call} reads it"
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an artifact or an adapter of PEFT."""
+    """Return whether a folder contains an artifact or a PEFT adapter."""
     return os.path.isfile(path / ADAPTER_CONFIG) or _is_artifact(path)
 
 
 def _told(path: Path) -> tuple[str, str]:
-    """What is at a path, and the call that reads it; empty where that cannot be told."""
+    """Return what is at a path, and the call that reads it; two empty strings if that cannot be told."""
     name = repr(str(path))
     if os.path.isfile(path):
         return _told_of_file(path, name)
@@ -105,7 +105,7 @@ def _has_record(file: Path) -> bool:
 
 
 def _json(file: Path, most: int) -> Mapping[str, Any]:
-    """A small file's mapping; empty where it does not hold one."""
+    """Return the mapping in a small JSON file; an empty one if the file does not contain one."""
     try:
         data = read_json(read_regular(file, most), most)
     except (OSError, ValueError, RecursionError):

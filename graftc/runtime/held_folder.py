@@ -1,8 +1,8 @@
-"""Open folders: what is done in one is done there, whatever is at its path by then.
+"""Folders that stay open, so that everything is done in the opened folder even if its path leads elsewhere later.
 
-Where folders are shared, somebody else may put a link or a folder of their own in place of ours between a look at it
-and its use. So a folder is opened once, without following a link, looked at through its descriptor, and everything in
-it is named relative to that. Systems without such descriptors (Windows) name things by their paths.
+In shared places, another user may replace a folder by a link or by a folder of their own between a check and its use.
+So a folder is opened once, without following a link, is checked through its descriptor, and everything in it is named
+relative to that. Systems without such descriptors (Windows) use paths.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if sys.platform != "win32":
 __all__ = ["HeldFolder", "foreign_folder", "is_own"]
 
 _DEEPEST = 40
-"""How many folders may lie in one another in what a killed run has left."""
+"""The maximum depth of nested folders in what a killed run has left."""
 _NO_REPLACE, _EXCHANGE = 1, 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = {errno.ENOLCK, errno.EBADF, *_UNSUPPORTED}
@@ -38,8 +38,8 @@ class HeldFolder:
     """A folder that is open until `close`.
 
     Args:
-        path: where it is.
-        descriptor: of it; None on systems that have none.
+        path: its path.
+        descriptor: its descriptor; None on systems that have none.
     """
 
     def __init__(self, path: Path, descriptor: int | None) -> None:
@@ -50,11 +50,11 @@ class HeldFolder:
         """Open a folder.
 
         Args:
-            path: where it is.
+            path: its path.
             follow: whether ``path`` itself may be a link.
 
         Raises:
-            OSError: it is not a folder, or a link, or its path has a NUL byte.
+            OSError: if it is not a folder, or is a link, or its path has a NUL byte.
         """
         if "\0" in os.fspath(path):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), os.fspath(path))
@@ -66,10 +66,10 @@ class HeldFolder:
         return cls(path, os.open(path, flags | os.O_DIRECTORY))
 
     def inner(self, name: str) -> HeldFolder:
-        """Open a folder in this one, which is not a link.
+        """Open a folder in this one, which may not be a link.
 
         Raises:
-            OSError: it is not a folder, or a link.
+            OSError: if it is not a folder, or is a link.
         """
         if self._descriptor is None:
             return HeldFolder.open(self.path / name)
@@ -77,7 +77,7 @@ class HeldFolder:
         return HeldFolder(self.path / name, os.open(name, flags, dir_fd=self._descriptor))
 
     def close(self) -> None:
-        """Close it, which ends its lock; a second time does nothing."""
+        """Close the folder, which ends its lock; closing it again does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -91,17 +91,17 @@ class HeldFolder:
     # --- looking ---
 
     def stat(self, name: str | None = None) -> os.stat_result:
-        """What this folder is, or something in it; a link itself, never what it leads to.
+        """Return the status of this folder, or of something in it: for a link, that of the link itself.
 
         Raises:
-            OSError: it is not there.
+            OSError: if it is not there.
         """
         if name is not None:
             return os.stat(self._name(name), dir_fd=self._descriptor, follow_symlinks=False)
         return os.lstat(self.path) if self._descriptor is None else os.fstat(self._descriptor)
 
     def exists(self, name: str) -> bool:
-        """Whether something has this name here, a link that leads nowhere included."""
+        """Return whether the folder has something of this name, including a link that leads nowhere."""
         try:
             self.stat(name)
         except OSError:
@@ -109,51 +109,50 @@ class HeldFolder:
         return True
 
     def is_file(self, name: str) -> bool:
-        """Whether this is a regular file and not a link."""
+        """Return whether this is the name of a regular file, and not of a link."""
         return self.exists(name) and stat.S_ISREG(self.stat(name).st_mode)
 
     def is_folder(self, name: str) -> bool:
-        """Whether this is a folder and not a link."""
+        """Return whether this is the name of a folder, and not of a link."""
         return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
 
     def names(self) -> list[str]:
-        """The names of what is in it, sorted."""
+        """Return the names of everything in the folder, sorted."""
         return sorted(os.listdir(self.path if self._descriptor is None else self._descriptor))
 
     def is_at_its_path(self) -> bool:
-        """Whether its path still leads to this very folder, and not by a link."""
+        """Return whether its path still leads to this very folder, and not through a link at the end."""
         try:
             return os.path.samestat(os.lstat(self.path), self.stat())
         except OSError:
             return False
 
     def is_private(self, *, links: bool = True) -> bool:
-        """Whether all that is in it is this user's doing: the folder and what lies in it belong to this user, and
-        nobody else may write there.
+        """Return whether the folder and everything in it belong to this user, and no other user may write there.
 
         Args:
-            links: whether there may be symbolic links, which are not followed, and files that have other names too.
+            links: whether there may be symbolic links, which are not followed, and files that also have other names.
         """
-        found = self.stat()
-        if not is_own(found, self.path.parent) or found.st_mode & _WRITING_OTHERS:
+        status = self.stat()
+        if not is_own(status, self.path.parent) or status.st_mode & _WRITING_OTHERS:
             return False
         try:
-            return self._is_private(self.path.parent, links=links, closed=not found.st_mode & _OTHERS, depth=0)
+            return self._is_private(self.path.parent, links=links, closed=not status.st_mode & _OTHERS, depth=0)
         except OSError:
             return False
 
     def _is_private(self, beside: Path, *, links: bool, closed: bool, depth: int) -> bool:
-        """The same of what is in it. What nobody else can come to may have any permissions."""
+        """Return the same as `is_private` for the contents; what other users cannot reach may have any permissions."""
         for name in self.names():
-            found = self.stat(name)
-            kind = found.st_mode
+            status = self.stat(name)
+            kind = status.st_mode
             if stat.S_ISLNK(kind):
                 if not links:
                     return False
                 continue
-            if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)) or not is_own(found, beside):
+            if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)) or not is_own(status, beside):
                 return False
-            if (kind & _WRITING_OTHERS and not closed) or (stat.S_ISREG(kind) and found.st_nlink > 1 and not links):
+            if (kind & _WRITING_OTHERS and not closed) or (stat.S_ISREG(kind) and status.st_nlink > 1 and not links):
                 return False
             if stat.S_ISDIR(kind):
                 if depth == _DEEPEST:
@@ -166,26 +165,26 @@ class HeldFolder:
     # --- changing ---
 
     def make(self, name: str, mode: int = 0o777) -> None:
-        """Make a folder in it.
+        """Create a folder in this one.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: if it cannot be created.
         """
         os.mkdir(self._name(name), mode, dir_fd=self._descriptor)
 
     def read(self, name: str, most: int) -> bytes:
-        """What a regular file in it holds.
+        """Return the content of a regular file in the folder.
 
         Raises:
-            OSError: it is another thing, a link, or larger than ``most`` bytes.
+            OSError: if it is something else, a link, or larger than ``most`` bytes.
         """
         return read_regular(self._name(name), most, folder=self._descriptor, follow=False)
 
     def write(self, name: str, text: str) -> None:
-        """Make a file in it, on the disk when this returns.
+        """Create a text file in the folder, which is on the disk when this returns.
 
         Raises:
-            OSError: something of that name is there, or it cannot be written.
+            OSError: if the name exists already, or the file cannot be written.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         with open(os.open(self._name(name), flags, 0o666, dir_fd=self._descriptor), "w", encoding="utf-8") as file:
@@ -194,7 +193,7 @@ class HeldFolder:
             os.fsync(file.fileno())
 
     def rename(self, name: str, other: HeldFolder, new: str) -> None:
-        """Put something of it under a name in another folder. A file there is replaced.
+        """Move something in the folder to another one, under a new name; a file of that name is replaced.
 
         Raises:
             OSError: as `os.rename`.
@@ -203,10 +202,10 @@ class HeldFolder:
         os.replace(self._name(name), other._name(new), **places)
 
     def rename_new(self, name: str, other: HeldFolder, new: str) -> None:
-        """The same, unless something is there already.
+        """Move something as `rename` does, unless the new name exists already.
 
         Raises:
-            OSError: something has.
+            OSError: if it does.
         """
         if self._rename_with(name, other, new, _NO_REPLACE):
             return
@@ -215,15 +214,15 @@ class HeldFolder:
         self.rename(name, other, new)
 
     def exchange(self, name: str, other: HeldFolder, new: str) -> bool:
-        """Swap two things in one step; False where the system cannot.
+        """Swap two things in one step, and return whether the system can do that.
 
         Raises:
-            OSError: it can and refuses.
+            OSError: if it can, but refuses.
         """
         return self._rename_with(name, other, new, _EXCHANGE)
 
     def _rename_with(self, name: str, other: HeldFolder, new: str, flag: int) -> bool:
-        """Linux's ``renameat2``; False where there is no such thing."""
+        """Call Linux's ``renameat2``, and return whether it is available."""
         call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
         if call is None or self._descriptor is None or other._descriptor is None:
             return False
@@ -235,11 +234,12 @@ class HeldFolder:
         raise OSError(number, os.strerror(number), str(other.path / new))
 
     def remove(self, name: str) -> None:
-        """Remove a file, a link, or a folder with all that is in it. Links are not followed, and a folder in which
-        there is one of another user's stays.
+        """Remove a file, a link, or a folder with everything in it.
+
+        Links are not followed, and a folder that contains one of another user's stays.
 
         Raises:
-            OSError: it cannot be removed.
+            OSError: if it cannot be removed.
         """
         if not self.is_folder(name):
             os.unlink(self._name(name), dir_fd=self._descriptor)
@@ -249,15 +249,16 @@ class HeldFolder:
         shutil.rmtree(self._name(name), dir_fd=self._descriptor)
 
     def remove_all(self) -> None:
-        """Remove all that is in it, as far as that may be and can be removed."""
+        """Remove everything in the folder, as far as that is allowed and possible."""
         with contextlib.suppress(OSError):
             for name in self.names():
                 with contextlib.suppress(OSError, RecursionError):
                     self.remove(name)
 
     def remove_from(self, parent: HeldFolder) -> None:
-        """Remove this folder with all that is in it, as far as that can be done, from the one that it lies in. What
-        has come to be at its place meanwhile stays.
+        """Remove this folder with everything in it, as far as possible, from the one that contains it.
+
+        Something else that has taken its place stays.
         """
         self.remove_all()
         with contextlib.suppress(OSError):
@@ -265,14 +266,14 @@ class HeldFolder:
                 os.rmdir(parent._name(self.path.name), dir_fd=parent._descriptor)
 
     def flush(self, name: str, mode_of_files: int | None) -> None:
-        """All of something in it onto the disk.
+        """Flush something in the folder to the disk, with everything in it.
 
         Args:
-            name: of what is there; links stay as they are.
-            mode_of_files: permissions that regular files get beside their own.
+            name: its name; links stay unchanged.
+            mode_of_files: permissions that regular files get in addition to their own.
 
         Raises:
-            OSError: it cannot be read or written.
+            OSError: if it cannot be read or written.
         """
         kind = self.stat(name).st_mode
         if stat.S_ISDIR(kind):
@@ -285,7 +286,7 @@ class HeldFolder:
 
     def _flush_file(self, name: str, mode: int | None) -> None:
         if mode is not None and (now := stat.S_IMODE(self.stat(name).st_mode)) | mode != now:
-            # Some writers make files that only their owner may read.
+            # Some writers create files that only their owner may read.
             os.chmod(self._name(name), now | mode, dir_fd=self._descriptor)
         descriptor = os.open(self._name(name), _READING, dir_fd=self._descriptor)
         try:
@@ -294,19 +295,19 @@ class HeldFolder:
             os.close(descriptor)
 
     def sync(self) -> None:
-        """The names in it onto the disk.
+        """Flush the names in the folder to the disk.
 
         Raises:
-            OSError: that fails.
+            OSError: if that fails.
         """
         if self._descriptor is not None:
             os.fsync(self._descriptor)
 
     def lock(self) -> None:
-        """Hold a lock on it until it is closed; nothing on systems and file systems without locks.
+        """Lock the folder until it is closed; do nothing on systems and file systems without locks.
 
         Raises:
-            BlockingIOError: another process, thread or call holds it.
+            BlockingIOError: if another process, thread or call holds the lock.
         """
         if sys.platform == "win32" or self._descriptor is None:
             return
@@ -323,11 +324,11 @@ class HeldFolder:
 
 
 def is_own(found: os.stat_result, folder: Path) -> bool:
-    """Whether something belongs to this user, or to the owner that the file system gives what this user creates.
+    """Return whether something belongs to this user, or to the owner that the file system gives this user's new files.
 
     Args:
-        found: what it is.
-        folder: of the same file system, where this user may write.
+        found: its status.
+        folder: a folder on the same file system that this user may write to.
     """
     if sys.platform == "win32" or found.st_uid == os.geteuid():
         return True
@@ -337,11 +338,12 @@ def is_own(found: os.stat_result, folder: Path) -> bool:
 
 
 def foreign_folder(path: Path) -> Path | None:
-    """The first folder of another user's among a folder and what lies in it; None where there is none. Links are not
-    followed.
+    """Return the first folder of another user's among a folder and those in it; None if there is none.
+
+    Links are not followed.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: if a folder cannot be read.
     """
     waiting = [path]
     while waiting:

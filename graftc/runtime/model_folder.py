@@ -1,7 +1,7 @@
-"""The folder of a model that somebody else wrote, before transformers reads any of it and after it has.
+"""Checks of a model folder of unknown origin, before transformers reads any of it and afterwards.
 
-What transformers does takes as long and as much memory as the config says, and casts whatever the files have to the
-type of the model's tensors: both are held against the files.
+The config determines how much time and memory transformers takes, and transformers casts what the files contain to the
+type of the model's tensors: both are checked against the files.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ __all__ = ["WEIGHTS", "ModelFolder", "bounded_building", "check_stored_types", "
 WEIGHTS = ("*.safetensors", "*.bin")
 _REFUSAL = Refusal("GC032", "GC101", "download the model again")
 _VALUES = 2**19
-"""Values of a config at most."""
+"""The maximum number of values in a config."""
 _COUNT = 100_000
-"""Layers and labels of a config at most, where nothing tells how many there may be."""
+"""The maximum number of layers or labels in a config, if nothing else limits it."""
 _MODULES, _MODULES_PER_TENSOR = 2_000, 20
 _MODULES_UNKNOWN = 200_000
 _BYTES, _TIMES, _TIMES_PACKED = 2**27, 8, 64
-"""Bytes of a model's tensors: what may come beside the files, and how often their size; a weight of 1 bit may become
-one of 32."""
+"""Limits of the bytes of a model's tensors: a fixed part, and multiples of the size of the files; a weight of 1 bit may
+become one of 32."""
 _SUFFIXES = ("weight", "bias")
 _EIGHT_BITS = "F8_"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that has been looked at.
+    """A folder that has been checked.
 
     Attributes:
         path: the folder.
-        stored: the tensors of its files; None where they are pickles, or there are none.
-        bytes: of its weights.
+        stored: the tensors in its files; None if they are pickles, or there are none.
+        bytes: the size of its weights.
         quantised: whether its config says that they are quantised.
     """
 
@@ -58,11 +58,11 @@ class ModelFolder:
 
 
 def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> ModelFolder:
-    """Look at the config and the headers of a folder.
+    """Check the config of a folder and the headers of its files.
 
     Args:
-        folder: has a ``config.json``.
-        where: its name, for errors.
+        folder: a folder with a ``config.json``.
+        where: its name in errors.
         weights: whether its weights are to be loaded.
 
     Raises:
@@ -81,7 +81,7 @@ def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> Mode
     except UnsafeFileError as error:
         raise _REFUSAL.error(folder, str(error), unsafe=True) from error
     except (OSError, ValueError):
-        safe = True  # the same again, as an error
+        safe = True  # opening the files below raises the same as a coded error
     if not safe:
         return ModelFolder(folder, None, sum(file.stat().st_size for file in folder.glob("*.bin")), quantised)
     stored = TensorFolder(folder, _REFUSAL, strict=False)
@@ -97,15 +97,15 @@ def _fail(message: str, hint: str, cause: BaseException | None = None, code: str
 
 
 def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any]:
-    """The config of a folder as plain data, as far as that is needed to tell what reading it takes.
+    """Return the config of a folder as plain data, after checks that limit the work of reading it.
 
     Args:
-        folder: has a ``config.json``.
-        where: its name, for errors.
-        code: of the error.
+        folder: a folder with a ``config.json``.
+        where: its name in errors.
+        code: the code of the error.
 
     Raises:
-        GraftError: of this code, for what is not a config of a model, is too large, or has too many layers or labels.
+        GraftError: with this code, for what is not a config of a model, is too large, or has too many layers or labels.
     """
     hint = "take the config.json from where the model came"
     try:
@@ -130,11 +130,11 @@ def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any
 
 
 def _counted(settings: Mapping[Any, Any], word: str) -> Iterator[int]:
-    """Numbers of a config that say how many of something there are."""
+    """Yield the numbers in a config that count something, such as layers."""
     waiting: list[Any] = [settings]
     while waiting:
-        found = waiting.pop()
-        for name, value in found.items():
+        mapping = waiting.pop()
+        for name, value in mapping.items():
             if isinstance(value, dict):
                 waiting.append(value)
             elif type(value) is int and (name == word or name.endswith((f"{word}s", f"_{word}"))):
@@ -143,10 +143,10 @@ def _counted(settings: Mapping[Any, Any], word: str) -> Iterator[int]:
 
 @contextmanager
 def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
-    """Inside, this thread builds no model that is much larger than the files it is loaded from.
+    """Refuse any model much larger than its files that this thread builds while the block runs.
 
     Raises:
-        GraftError: GC032 as soon as it has too many modules, or its tensors too many bytes.
+        GraftError: GC032 as soon as a model has too many modules, or its tensors too many bytes.
     """
     known = folder.stored
     modules = _MODULES_UNKNOWN if known is None else _MODULES + _MODULES_PER_TENSOR * len(known)
@@ -188,27 +188,29 @@ _LARGER = "take the config.json and the weights from where the model came, toget
 def check_stored_types(
     model: nn.Module, stored: TensorFolder, code: str, where: str, read: Collection[str] = ()
 ) -> None:
-    """Refuse weights that are not what they look like: whole numbers where the model has floating-point ones, and
-    weights that have not been multiplied by the scales beside them.
+    """Refuse stored weights that would be misread.
+
+    These are integers where the model has floating-point numbers, and weights that have not been multiplied by the
+    scales beside them.
 
     Args:
-        model: as transformers has loaded it.
-        stored: what the files have.
-        code: of the error.
+        model: the model as transformers has loaded it.
+        stored: the tensors in the files.
+        code: the code of the error.
         where: the folder's name.
-        read: names of tensors that somebody has read for what they are.
+        read: names of tensors that the caller has interpreted itself.
 
     Raises:
-        GraftError: of this code, with every such tensor.
+        GraftError: with this code, naming every such tensor.
     """
-    whole = [n for n, t in stored.entries.items() if n not in read and not t.dtype.startswith(("F", "BF"))]
+    integral = [n for n, t in stored.entries.items() if n not in read and not t.dtype.startswith(("F", "BF"))]
     beside = [name for name in stored if name not in read and _is_beside(name, stored, read)]
     wrong = []
-    known = model.state_dict() if whole or beside else {}
-    targets = target_names(model, [*whole, *beside], known)
-    for name in whole:
-        held = known.get(targets[name])
-        if held is not None and held.is_floating_point():
+    known = model.state_dict() if integral or beside else {}
+    targets = target_names(model, [*integral, *beside], known)
+    for name in integral:
+        tensor = known.get(targets[name])
+        if tensor is not None and tensor.is_floating_point():
             wrong.append(f"{name} is stored as {stored.entries[name].dtype}, which is not a type of weights")
     for name in beside:
         if targets[name] not in known:
@@ -219,7 +221,7 @@ def check_stored_types(
 
 
 def _is_beside(name: str, stored: TensorFolder, read: Collection[str]) -> bool:
-    """Whether a tensor says something of a weight that is loaded without it."""
+    """Return whether a tensor describes a weight that is loaded without it."""
     module, _, last = name.rpartition(".")
     weight = stored.entries.get(f"{module}.weight")
     if weight is None or weight.name in read or last in _SUFFIXES:
@@ -228,12 +230,12 @@ def _is_beside(name: str, stored: TensorFolder, read: Collection[str]) -> bool:
 
 
 def target_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
-    """The tensors of a model that transformers loads stored ones into, by the stored names."""
+    """Return the tensors of a model that transformers loads stored ones into, by stored name."""
     return {name: target for name, (target, _) in converted_names(model, names, known).items()}
 
 
 def converted_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """The same with the pattern of the conversion that a stored tensor is a part of, None where it is the whole."""
+    """Return `target_names`, each with the pattern of the conversion that the stored tensor is a part of, or None."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -244,8 +246,8 @@ def converted_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) 
     own = dict(known)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    found: dict[str, tuple[str, str | None]] = {}
+    targets: dict[str, tuple[str, str | None]] = {}
     for name in wanted:
         target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        found[name] = (name, None) if target not in known and name in known else (target, source)
-    return found
+        targets[name] = (name, None) if target not in known and name in known else (target, source)
+    return targets

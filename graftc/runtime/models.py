@@ -1,7 +1,7 @@
-"""Where models come from: a transformers folder, a hub id, or a callable that returns a module.
+"""Loading models from a transformers folder, a hub id, or a callable that returns a module.
 
-What a user says may be any of them (`load_model`). What a file says is data: `load_folder` and `load_hub` take just
-that and never import or call what it names.
+A user's argument may be any of these (`load_model`). A name in a file is data: `load_folder` and `load_hub` take only a
+folder or an id, and never import or call what it names.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 
 
 def local_folder(model: nn.Module) -> Path | None:
-    """The folder on this machine that transformers loaded a model from, the hub's cache included; None for others."""
+    """Return the folder, perhaps in the hub's cache, that transformers loaded a model from; None for other models."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         return None
@@ -59,7 +59,7 @@ def local_folder(model: nn.Module) -> Path | None:
 
 
 def local_config(name: str) -> Path | None:
-    """The folder on this machine that has the config of what a folder or hub id names; None where none has."""
+    """Return the folder on this machine that has the config of a folder or hub id; None if there is none."""
     return Path(name) if (Path(name) / "config.json").is_file() else _cached_config(name)
 
 
@@ -68,31 +68,31 @@ def _cached_config(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_model(text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None) -> nn.Module:
-    """The model that a MODEL argument names, in eval mode, as its source gives it otherwise.
+    """Load the model that a MODEL argument names, in eval mode and otherwise as its source provides it.
 
     Args:
-        text: a folder whose ``config.json`` names the class in ``architectures``; the id of such a repository on
-            the hub (only its cached files without a network); or ``package.module:callable``, called without
-            arguments, where the current folder counts as a place to import from.
-        meta: build it on the meta device. A folder then needs no weights, and a hub id only its config.
-        revision: commit of a hub's repository; its newest by default.
-        built: the class, labels, dtype and settings to build it with; a folder's or repository's own by default.
+        text: a folder whose ``config.json`` names the class in ``architectures``; the id of such a repository on the
+            hub (only its cached files without a network); or ``package.module:callable``, called without arguments,
+            which may be imported from the current folder.
+        meta: whether to build it on the meta device. A folder then needs no weights, and a hub id only its config.
+        revision: commit of a hub's repository; the newest by default.
+        built: the class, labels, dtype and settings to build it with; by default those of the folder or repository.
 
     Raises:
-        GraftError: GC032 with the reason, and the nearest alternative where one can be told.
+        GraftError: GC032 with the reason, and the nearest alternative if there is one.
     """
     return load_model_and_inputs(text, meta=meta, revision=revision, built=built)[0]
 
 
 def load_as_built(text: str, built: Built) -> nn.Module:
-    """The model that a MODEL argument names, built as another was; where its files do not fit that, as they say.
+    """Load the model that a MODEL argument names, built as another was or, if that fails, as its files say.
 
     Raises:
         GraftError: as `load_model`.
@@ -108,9 +108,9 @@ def load_as_built(text: str, built: Built) -> nn.Module:
 def load_model_and_inputs(
     text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None
 ) -> tuple[nn.Module, ExampleInputs | None]:
-    """`load_model`, with the example inputs where a callable returns ``(model, example_inputs)``.
+    """Load a model as `load_model` does, with example inputs if a callable returns ``(model, example_inputs)``.
 
-    Models whose inputs cannot be told from their interface need them: tensors by name or in order, or one tensor.
+    They are tensors by name or in order, or one tensor, for models whose interface does not determine their inputs.
 
     Raises:
         GraftError: as `load_model`.
@@ -141,13 +141,13 @@ def _fail(message: str, hint: str | None = None, *, cause: BaseException | None 
 def load_folder(
     folder: Path, *, meta: bool = False, built: Built | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model of a transformers folder, in eval mode. No code of the folder is run.
+    """Load the model of a transformers folder, in eval mode. No code in the folder is run.
 
     Args:
-        folder: where its files are.
-        meta: build it on the meta device.
-        built: the class, labels and dtype to build it with; those of its config by default.
-        dtype: the element type of its tensors, before what ``built`` has.
+        folder: the folder.
+        meta: whether to build it on the meta device.
+        built: the class, labels and dtype to build it with; by default those of its config.
+        dtype: the element type of its tensors, instead of the one in ``built``.
 
     Raises:
         GraftError: GC032; GC161 and GC163 for quantised folders that cannot be read.
@@ -166,8 +166,9 @@ def load_hub(
     built: Built | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """The model of a hub's repository, in eval mode; a folder of that name here is not it. No code of it is run. See
-    `load_folder`.
+    """Load the model of a hub's repository, in eval mode, even if a folder here has that name. None of its code is run.
+
+    See `load_folder`.
 
     Raises:
         GraftError: GC032.
@@ -180,29 +181,29 @@ def load_hub(
             _fail(f"{name!r} is not a folder here, and the hub has no such model: {_reason(error)}", hint, cause=error)
         model = _from_transformers(name, folder, meta, built, dtype)
     model.config._name_or_path, model.config._commit_hash = name, folder.name
-    made: nn.Module = model
-    return made
+    loaded: nn.Module = model
+    return loaded
 
 
 def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
-    """A repository's files in the hub's cache: transformers would take a folder of this name before the hub."""
+    """Return a repository's folder in the hub's cache; transformers would prefer a folder of this name to the hub."""
     from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    held = try_to_load_from_cache(name, "config.json", revision=revision)
-    cached = Path(held).parent if isinstance(held, str) else None
+    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
+    cached = Path(config_file).parent if isinstance(config_file, str) else None
     if cached is not None and HF_HUB_OFFLINE:
         return cached
     try:
         files = ["config.json"] if meta else list_repo_files(name, revision=revision)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         wanted = files if meta else ["*.json", "*.safetensors" if safe else "*.bin"]
-        found = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
+        downloaded = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
     except OSError:  # no network, or no such repository
         if cached is None:
             raise
         return cached
-    return Path(found)
+    return Path(downloaded)
 
 
 def _from_transformers(
@@ -227,41 +228,43 @@ def _from_transformers(
             require_read(config, text)
             return from_checkpoint(cls, folder, text, looked_at=looked_at, config=config, **options)
         with torch.device("meta"), bounded_building(looked_at, text):
-            made: nn.Module = cls._from_config(config, **_dtype(config))
-        return made.to("meta").eval()
+            model: nn.Module = cls._from_config(config, **_dtype(config))
+        return model.to("meta").eval()
 
 
 def from_checkpoint(
     cls: Any, folder: Path, where: str, *, looked_at: ModelFolder | None = None, **options: Any
 ) -> nn.Module:
-    """A model of a transformers class (an auto class too) with the weights of a folder, in eval mode.
+    """Load a model of a transformers class, or of an auto class, with the weights of a folder, in eval mode.
 
-    Tensors that the folder lacks are drawn from a fixed seed, and noted: `graftc.compiler.missing_weights` has what may
-    become of them.
+    Tensors that the folder lacks are drawn with a fixed seed, and recorded: see `graftc.compiler.missing_weights` for
+    how they may be used.
 
     Args:
         cls: the class.
-        folder: of transformers.
-        where: its name, for errors.
-        looked_at: the folder as `open_model_folder` gives it; that is done here by default.
-        options: for ``from_pretrained``.
+        folder: a transformers folder.
+        where: its name in errors.
+        looked_at: the result of `open_model_folder`, which is called by default.
+        options: options of ``from_pretrained``.
 
     Raises:
-        GraftError: GC032 and GC101 as `open_model_folder`, and where the files have other types than weights; GC161
-            and GC163 for quantised folders.
+        GraftError: GC032 and GC101 as `open_model_folder`, and GC032 if the files have types that weights do not have;
+            GC161 and GC163 for quantised folders.
     """
     own = looked_at or open_model_folder(folder, where)
     with torch.random.fork_rng(devices=()), bounded_building(own, where):
         torch.manual_seed(0)
         quantization = quantization_of(options["config"]) if "config" in options else None
         if quantization is not None and quantization.get("quant_method") in FORMATS:
-            model, found = load_quantised(cls, own, where, quantization, **options)
+            model, loading_info = load_quantised(cls, own, where, quantization, **options)
         else:
-            model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+            model, loading_info = cls.from_pretrained(
+                folder, trust_remote_code=False, output_loading_info=True, **options
+            )
             if own.stored is not None:
                 check_stored_types(model, own.stored, "GC032", where)
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]]
-    mark_fresh(model, {*found["missing_keys"], *mismatched}, where)
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in loading_info["mismatched_keys"]]
+    mark_fresh(model, {*loading_info["missing_keys"], *mismatched}, where)
     return arrived(model)
 
 
@@ -286,14 +289,14 @@ def _base_of(adapter: Path) -> str | None:
 
 
 def config_of_folder(folder: Path, where: str) -> Any:
-    """The config of a folder as transformers reads it, looked at before.
+    """Return the config of a folder as transformers reads it, after checking it.
 
     Args:
-        folder: has a ``config.json``.
-        where: its name, for errors.
+        folder: a folder with a ``config.json``.
+        where: its name in errors.
 
     Raises:
-        GraftError: GC032 where it cannot be read or is not a config of a model.
+        GraftError: GC032 if it cannot be read or is not a config of a model.
     """
     open_model_folder(folder, where, weights=False)
     return _config(where, folder)
@@ -324,7 +327,7 @@ def _architecture(text: str, config: Any) -> Any:
 
 
 def _built_as(name: str, cls: Any, config: Any) -> Any:
-    """The class of transformers that a file names, where it is for the same config; ``cls`` otherwise."""
+    """Return the class of transformers that a file names, if it is for the same config; otherwise ``cls``."""
     import transformers
 
     named = getattr(transformers, name, None) if name.isidentifier() else None
@@ -333,8 +336,10 @@ def _built_as(name: str, cls: Any, config: Any) -> Any:
 
 
 def _set(config: Any, settings: Mapping[str, Any]) -> None:
-    """Set what a file says of a config: numbers and truth values that the config has too, none of which make the model
-    larger. A word may name code."""
+    """Set the values of a config that a file gives: numbers and truth values that the config also has.
+
+    A value that would make the model larger is ignored, and so is text, which may name code.
+    """
     for name, value in settings_of(config).items():
         wanted = settings.get(name)
         grows = type(value) is int and type(wanted) is int and wanted > value
@@ -343,13 +348,13 @@ def _set(config: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _dtype(config: Any) -> dict[str, Any]:
-    """The dtype that loading the weights would give."""
+    """Return the dtype that loading the weights would result in, as an option."""
     dtype = getattr(config, "dtype", None)
     return {} if dtype is None else {"dtype": dtype}
 
 
 def _neighbour(path: Path) -> str | None:
-    """The nearest folder beside a path that does not exist."""
+    """Return a hint that names the nearest folder beside a path that does not exist; None if none is near."""
     try:
         names = [p.name for p in path.parent.iterdir() if (p / "config.json").is_file()]
     except OSError:
@@ -359,7 +364,7 @@ def _neighbour(path: Path) -> str | None:
 
 
 def _cached(text: str) -> str | None:
-    """The nearest model in the hub's cache."""
+    """Return a hint that names the nearest model in the hub's cache; None if none is near."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
@@ -372,8 +377,10 @@ def _cached(text: str) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bars and does not warn of a head that has no weights yet, and libraries of
-    quantisers that it imports unasked are not heard."""
+    """Suppress progress bars and warnings of transformers while the block runs, as for a head without weights.
+
+    The output of quantisers' libraries, which it imports unasked, is suppressed as well.
+    """
     from transformers.utils import logging as untyped
 
     logging: Any = untyped

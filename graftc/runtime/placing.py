@@ -1,4 +1,4 @@
-"""Putting in place what a staging folder holds: all of it or nothing; the next run finishes what was begun."""
+"""Putting in place what a staging folder contains: all of it or nothing. The next run finishes what was begun."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _JOURNAL_BYTES = 2**20
 
 @dataclass(frozen=True)
 class _Journal:
-    """What is to be put in place.
+    """The things that are to be put in place.
 
     Attributes:
-        folder: the inode of the staging folder, so that a copy of one says nothing.
-        place: inodes of what is new, by name, in the order in which it appears.
+        folder: the inode of the staging folder, so that a copy of the folder has no effect.
+        place: inodes of the new things, by name, in the order in which they appear.
         companions: names of files that belong to the last one.
-        replace: whether what is there is replaced.
+        replace: whether existing things are replaced.
     """
 
     folder: int
@@ -41,12 +41,12 @@ class _Journal:
 
     @classmethod
     def from_json(cls, raw: bytes) -> _Journal:
-        """Read one.
+        """Read a journal.
 
         Raises:
-            ValueError: it is not a journal.
+            ValueError: if it is not one.
         """
-        try:  # names may be no Unicode text, which strict JSON does not allow
+        try:  # names need not be Unicode text, which strict JSON requires
             data: Any = json.loads(raw)
         except RecursionError:
             raise ValueError("not a journal") from None
@@ -79,18 +79,18 @@ def commit(
     force: bool,
     mode_of_files: int | None,
 ) -> None:
-    """Make sure that everything is on the disk, write the journal, and put everything in place.
+    """Flush everything to the disk, write the journal, and put everything in place.
 
     Args:
-        staging: holds what is new.
-        parent: where it goes.
-        name: of what is written; other names beside it are put in place too.
+        staging: the staging folder, which contains what is new.
+        parent: the folder to put it in.
+        name: the name of what is written; other things beside it are put in place as well.
         companions: names of files that belong to it.
-        force: replace what is there.
-        mode_of_files: permissions that files get beside their own.
+        force: whether to replace what is there.
+        mode_of_files: permissions that files get in addition to their own.
 
     Raises:
-        OSError: something fails, or something is in the way. All is as it was then.
+        OSError: if something fails, or something is in the way. Everything is unchanged then.
     """
     if not staging.is_at_its_path():
         raise FileNotFoundError(errno.ENOENT, "something else is in its place now", str(staging.path))
@@ -101,13 +101,12 @@ def commit(
         for each in names:
             new.flush(each, mode_of_files)
         new.sync()
-        # What names the others comes last when things appear and first when they go, so that it never points at
-        # nothing.
+        # The one that names the others appears last and disappears first, so that it never points to missing things.
         names.remove(name)
         place = {each: new.stat(each).st_ino for each in [*names, name]}
     journal = _Journal(staging.stat().st_ino, place, tuple(companions), force)
     draft = f"{JOURNAL}.draft"
-    if staging.exists(draft):  # of a run that was killed here
+    if staging.exists(draft):  # left by a run that was killed here
         staging.remove(draft)
     staging.write(draft, journal.to_json())
     staging.rename(draft, staging, JOURNAL)
@@ -116,10 +115,11 @@ def commit(
 
 
 def finish(staging: HeldFolder, parent: HeldFolder) -> None:
-    """Put in place what the journal lists; nothing without one. Done again after a kill, it goes on where it was.
+    """Put in place what the journal lists, if there is one; after a kill, calling it again continues.
 
     Raises:
-        OSError: something is in the way; ValueError: the journal does not belong to this folder.
+        OSError: if something is in the way.
+        ValueError: if the journal does not belong to this folder.
     """
     try:
         journal = _Journal.from_json(staging.read(JOURNAL, _JOURNAL_BYTES))
@@ -129,7 +129,7 @@ def finish(staging: HeldFolder, parent: HeldFolder) -> None:
     if journal.folder != staging.stat().st_ino or not staging.path.name.startswith(f".{place[-1]}.graftc-"):
         raise ValueError("the journal of something else")
     with staging.inner(NEW) as new:
-        # After an exchange the old one is there under the name of the new one.
+        # After an exchange the old thing is there, under the name of the new one.
         pending = [n for n in place if new.exists(n) and new.stat(n).st_ino == journal.place[n]]
         try:
             _put(staging, parent, new, journal, pending)
@@ -142,7 +142,7 @@ def finish(staging: HeldFolder, parent: HeldFolder) -> None:
 
 
 def _put(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, journal: _Journal, pending: Sequence[str]) -> None:
-    """Put in place what is pending."""
+    """Put the pending things in place."""
     place, companions = list(journal.place), journal.companions
     last = place[-1]
     if journal.replace and last in pending:
@@ -153,7 +153,7 @@ def _put(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, journal: _Jou
             staging.make(_OLD)
         with staging.inner(_OLD) as old:
             for name in (last, *companions):
-                # A companion that has been put in place already is a new one.
+                # A companion that is in place already is a new one.
                 if parent.exists(name) and (name not in place or name in pending):
                     if old.exists(name):
                         old.remove(name)
@@ -163,7 +163,7 @@ def _put(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, journal: _Jou
 
 
 def _exchanged(new: HeldFolder, parent: HeldFolder, name: str) -> bool:
-    """Swap two, or put the first in place of nothing; False where the system cannot do it in one step."""
+    """Put a new thing in place in one step, with a swap if needed; return False if the system cannot swap."""
     if not parent.exists(name) or not (new.is_folder(name) or parent.is_folder(name)):
         new.rename(name, parent, name)
         return True
@@ -171,7 +171,7 @@ def _exchanged(new: HeldFolder, parent: HeldFolder, name: str) -> bool:
 
 
 def _take_back(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, placed: Sequence[str]) -> None:
-    """Everything as it was before putting in place began."""
+    """Restore everything as it was before putting in place began."""
     for name in reversed(placed):
         if not new.exists(name):
             parent.rename(name, new, name)

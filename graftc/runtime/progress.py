@@ -1,4 +1,4 @@
-"""Progress of what is done with a compiled or merged model."""
+"""Progress of operations on compiled and merged models."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ R = TypeVar("R")
 
 
 def working(doing: str, runner: ModelRunner) -> AbstractContextManager[None]:
-    """Inside, it shows that something is done with a model, where that takes long.
+    """Show progress of an operation on a model while the block runs, if it takes long.
 
     Args:
-        doing: what is done, as ``merging``.
-        runner: of the model.
+        doing: the activity, such as ``merging``.
+        runner: the Runner of the model.
     """
     return progress.working(doing, type(runner.compilation.source).__name__)
 
 
 def during(doing: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
-    """A method of what has a Runner, ``self.runner``, shows that it runs, where it takes long: see `working`."""
+    """Return a decorator that runs a method of an object with a Runner, ``self.runner``, in the block of `working`."""
 
     def around(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
         @wraps(method)

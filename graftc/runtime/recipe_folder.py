@@ -1,4 +1,4 @@
-"""The folder of a recipe: ``recipe.json`` says which one is kept there."""
+"""The folder of a recipe, in which ``recipe.json`` identifies the recipe."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ RECIPE = "recipe.json"
 
 
 def has_recipe(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a folder holds this recipe already. What a killed run has left is put in order; nothing else is written.
+    """Return whether a folder already contains this recipe.
+
+    What a killed run has left is recovered first; nothing else is written.
 
     Args:
-        folder: need not be there.
-        identity: all that the recipe depends on, as plain data.
+        folder: the folder, which need not exist.
+        identity: everything that the recipe depends on, as plain data.
 
     Raises:
-        GraftError: GC058 where the folder holds another recipe, which is said, or files and no recipe.
+        GraftError: GC058 if the folder contains another recipe, naming what differs, or files and no recipe.
     """
     recover(folder)
     path = folder / RECIPE
@@ -36,18 +38,18 @@ def has_recipe(folder: Path, identity: Mapping[str, Any]) -> bool:
             message = f"{folder} holds files and no {RECIPE}, so that nobody knows what they belong to"
             raise GraftError("GC058", message, hint="take an empty folder")
         return False
-    mine, held = json.loads(json.dumps(identity)), _read(path)
-    other = [key for key in mine if held.get(key) != mine[key]]
+    mine, recorded = json.loads(json.dumps(identity)), _read(path)
+    other = [key for key in mine if recorded.get(key) != mine[key]]
     if other:
         raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
     return True
 
 
 def begin_recipe(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder of a recipe, and write which one it is; what is there already is checked.
+    """Create the folder of a recipe, and write the file that identifies it; an existing one is checked.
 
     Raises:
-        GraftError: as `has_recipe`; GC064 where the folder cannot be written.
+        GraftError: as `has_recipe`; GC064 if the folder cannot be written.
     """
     if has_recipe(folder, identity):
         return
@@ -56,10 +58,10 @@ def begin_recipe(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def recorded_seed(folder: Path) -> int | None:
-    """The seed that the recipe of a folder was begun with; None where there is no recipe.
+    """Return the seed that the recipe in a folder was begun with; None if there is no recipe, or it has no seed.
 
     Raises:
-        GraftError: GC058 where the file does not say it.
+        GraftError: GC058 if the file is damaged.
     """
     if not os.path.lexists(folder / RECIPE):
         return None
@@ -68,10 +70,10 @@ def recorded_seed(folder: Path) -> int | None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it where they are missing.
+    """Create a folder and those above it that are missing, and return it.
 
     Raises:
-        GraftError: GC064.
+        GraftError: GC064 if it cannot be created.
     """
     check_path(folder)
     try:
@@ -84,15 +86,15 @@ def make_folder(folder: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a folder's recipe depends on.
+    """Return what the recipe in a folder depends on.
 
     Raises:
-        GraftError: GC058 where the file does not say it.
+        GraftError: GC058 if the file is damaged.
     """
     try:
-        found = read_json(read_regular(path), JSON_BYTES)
+        data = read_json(read_regular(path), JSON_BYTES)
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        data = None
+    if not isinstance(data, dict):
         raise GraftError("GC058", f"{path} is damaged: it does not say what is kept here", hint="take another folder")
-    return found
+    return data

@@ -1,4 +1,4 @@
-"""Recipes: methods that take several trainings, run as one, and taken up again where they were cut off."""
+"""Recipes: methods that take several trainings, which run as one and can be resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ class Stage:
     """One training of a recipe.
 
     Attributes:
-        number: from 1.
-        total: how many there are.
-        folder: for whatever the training itself wants to keep, checkpoints for instance; None for a recipe that keeps
-            nothing. It is made when the training begins, and is there still when a training that was cut off is run
-            again.
+        number: its number, from 1.
+        total: the number of trainings.
+        folder: a folder for the training's own files, such as checkpoints; None for a recipe that keeps nothing. It is
+            created when the training begins, and still exists when a training that was interrupted runs again.
     """
 
     number: int
@@ -45,7 +44,7 @@ class Stage:
 
 
 Train = Callable[[Compiled, Stage], object]
-"""Trains a model in place."""
+"""A function that trains a model in place."""
 
 
 @public("graftc.tune")
@@ -60,32 +59,32 @@ def tune(
     example_inputs: ExampleInputs | None = None,
     seed: int | None = None,
 ) -> Compiled:
-    """Every training that a spec takes, in one call: ``train`` runs once for each, on the model that is to train.
+    """Run every training that a spec takes: ``train`` is called once for each, on the model that is to train.
 
     Before each, random numbers of Python, NumPy and torch are seeded from ``seed`` and the number of the training, so
-    that a training depends on nothing before it but what it starts from. With a folder, that is kept there: when a
-    run is killed at any moment, the same call goes on at the beginning of the training that was cut off, and ends
-    with the same tensors.
+    that a training depends on nothing before it except what it starts from. With a folder, that is kept there: if a run
+    is killed at any moment, the same call resumes at the beginning of the training that was interrupted, and ends with
+    the same tensors.
 
     Args:
         spec: a `Spec`, a mapping, or the path of a file.
         model: the base; never changed.
-        train: trains a model that is in train mode. It makes its own optimiser, since what trains is another thing in
-            every training.
-        examples: what entries are chosen by, for methods that look at examples; see `Compiled.select`.
-        loss: for these.
-        folder: where to keep what trainings start from, and the result; it is made where there is none.
+        train: a function that trains a model, which is in train mode. It creates its own optimiser, since different
+            tensors train in every training.
+        examples: the examples by which entries are chosen, for methods that need them; see `Compiled.select`.
+        loss: the loss of these examples.
+        folder: the folder for the result and what trainings start from; it is created if it is missing.
         example_inputs: as for `graftc.compile`.
-        seed: of initial values and of the random numbers of trainings; by default that which the folder was begun with,
-            and ``torch.initial_seed()`` where there is none, as for `graftc.compile`.
+        seed: the seed of initial values and of the random numbers of trainings; by default the one that the folder was
+            begun with, or ``torch.initial_seed()`` if there is none, as for `graftc.compile`.
 
     Returns:
         The trained model, in eval mode.
 
     Raises:
-        GraftError: GC056 where examples are needed and there are none, GC058 for a folder that holds another recipe
-            or other files, GC063 where another run is at work there, GC064 where it cannot be written, GC073 for
-            arguments of another kind, and as `graftc.compile`.
+        GraftError: GC056 if examples are needed and there are none, GC058 for a folder that contains another recipe or
+            other files, GC063 if another run uses the folder, GC064 if it cannot be written, GC073 for arguments of
+            another kind, and as `graftc.compile`.
     """
     check_spec_and_model("graftc.tune", spec, model)
     loaded = spec_for(spec, model, example_inputs)
@@ -111,28 +110,28 @@ def tune(
 def _selected(
     compiled: Compiled, examples: Iterable[Mapping[str, Any]] | None, loss: Loss | None, seed: int
 ) -> Compiled:
-    """The model whose entries examples have chosen.
+    """Return the model with the entries that examples choose.
 
     Raises:
-        GraftError: GC056 where there are no examples.
+        GraftError: GC056 if there are no examples.
     """
     if examples is None:
         names = ", ".join(map(repr, compiled.unselected))
         raise GraftError("GC056", f"{names} chooses its entries by examples", hint="give tune examples")
     _seed(seed, 0)
-    made: Compiled = compiled.select(examples, loss=loss)
-    return made
+    selected: Compiled = compiled.select(examples, loss=loss)
+    return selected
 
 
 def _trained(compiled: Compiled, number: int, train: Train, kept: _Kept | None, seed: int) -> Compiled:
-    """Every training that is not done yet.
+    """Run every training that is not done yet, and return the trained model.
 
     Args:
-        compiled: what the next one is of.
-        number: of that; 0 where all are done.
-        train: does one.
-        kept: where what they start from is kept.
-        seed: of random numbers.
+        compiled: the model that the next training starts from.
+        number: the number of that training; 0 if all are done.
+        train: the function that trains.
+        kept: the recipe's folder, for what trainings start from; None to keep nothing.
+        seed: the seed of random numbers.
     """
     while number:
         total = number + compiled.stages_left
@@ -169,8 +168,10 @@ class _Kept:
         begin_recipe(folder, {"spec": spec.model_dump(mode="json"), "seed": seed})
 
     def latest(self, model: nn.Module) -> tuple[int, Compiled | None]:
-        """The training to go on with, and the model that it starts from; 0 and the trained model where all are done,
-        0 and None where nothing is kept."""
+        """Return the number of the training to resume, and the model that it starts from.
+
+        If all trainings are done, these are 0 and the trained model; if nothing is kept, 0 and None.
+        """
         if (self.folder / RESULT).exists():
             return 0, self._load(RESULT, model)
         numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("stage-*")]
@@ -188,12 +189,12 @@ class _Kept:
             raise GraftError("GC058", message, details=[error.message]) from error
 
     def keep(self, compiled: Compiled, number: int) -> None:
-        """Keep what a training starts from; 0 is the result."""
+        """Save what a training starts from; number 0 is the result."""
         compiled.save(self.folder / (f"stage-{number}" if number else RESULT), certify=False)
         before = self.folder / f"training-{number - 1}"
         if number > 1 and before.exists():
             shutil.rmtree(before, ignore_errors=True)
 
     def scratch(self, number: int) -> Path:
-        """A folder for a training's own files."""
+        """Create and return a folder for a training's own files."""
         return make_folder(self.folder / f"training-{number}")

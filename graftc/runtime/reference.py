@@ -1,7 +1,7 @@
-"""References: what an artifact says of where its base is, and finding the base again. No torch before it is found.
+"""References: what an artifact says of where its base is. Does not import torch.
 
-A reference in a file is data: a folder or a hub id, as its kind says, which is loaded as just that. Nothing that a
-file says is imported or called.
+A reference in a file is data: a folder or a hub id, depending on its kind, which is only loaded as such. Nothing that a
+file names is imported or called.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 __all__ = ["Built", "Kind", "Reference", "is_callable", "is_hub_id"]
 
 Kind: TypeAlias = Literal["folder", "hub", "callable", "inside"]
-"""A transformers folder, a hub id, ``package.module:callable``, or a folder inside of the artifact."""
+"""A transformers folder, a hub id, ``package.module:callable``, or a folder inside the artifact."""
 
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,95}", re.ASCII)
 MOST_LABELS = 2**16
-"""Classes of a classifier whose names a file may have."""
+"""The maximum number of class names in a file."""
 
 _INSIDE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def is_callable(text: str) -> bool:
-    """Whether a MODEL argument has the form ``package.module:callable``."""
+    """Return whether a MODEL argument has the form ``package.module:callable``."""
     return _CALLABLE.fullmatch(text) is not None
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form of a hub's id: ``name`` or ``owner/name``."""
+    """Return whether a text has the form of a hub's id: ``name`` or ``owner/name``."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 @dataclass(frozen=True)
 class Built:
-    """How a model was made of a folder's files, where its config leaves it open.
+    """How a model was built from a folder's files, where its config leaves a choice.
 
     Attributes:
         architecture: its class.
-        labels: names of the classes that it tells apart; None where its config has none.
-        dtype: its element type, as ``"float32"``.
+        labels: names of the classes that it distinguishes; None if its config has none.
+        dtype: its element type, such as ``"float32"``.
         settings: plain values of its config, by name.
     """
 
@@ -64,11 +64,11 @@ class Reference:
     """Where a model came from.
 
     Attributes:
-        kind: what the text is; None for a model made in Python.
+        kind: what the text is; None for a model created in Python.
         text: an absolute path, an id or a name.
         revision: commit of a hub's repository.
-        relative: the folder as seen from an artifact, with ``/``; None where there is no such path.
-        built: how the model is made of what is there.
+        relative: the path of the folder relative to an artifact, with ``/``; None if there is none.
+        built: how to build the model from what is there.
     """
 
     kind: Kind | None = None
@@ -79,10 +79,10 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, text: str | None = None) -> Reference:
-        """The reference of a model.
+        """Return the reference to a model.
 
         Args:
-            model: a model; one that transformers loaded knows where from.
+            model: the model; one that transformers loaded records where it came from.
             text: the MODEL argument that it was loaded by, if there was one.
         """
         config = getattr(model, "config", None)
@@ -92,24 +92,24 @@ class Reference:
         if is_callable(text):
             return cls("callable", text)
         folder = Path(text).expanduser()
-        found = cls("folder", str(absolute_path(folder)))
+        reference = cls("folder", str(absolute_path(folder)))
         if not folder.is_dir():
-            found = cls("hub", text, getattr(config, "_commit_hash", None))
-        return found if found.flaw() is None else cls()
+            reference = cls("hub", text, getattr(config, "_commit_hash", None))
+        return reference if reference.flaw() is None else cls()
 
     def seen_from(self, folder: Path) -> Reference:
-        """This reference as an artifact in ``folder`` has it."""
+        """Return this reference as an artifact in ``folder`` records it."""
         relative = self.text if self.kind == "inside" else None
         if self.kind == "folder" and self.text is not None:
             try:
                 relative = Path(os.path.relpath(self.text, folder)).as_posix()
-            except ValueError:  # another drive
+            except ValueError:  # on another drive
                 relative = None
-        found = replace(self, relative=relative)
-        return found if found.flaw() is None else self
+        reference = replace(self, relative=relative)
+        return reference if reference.flaw() is None else self
 
     def flaw(self) -> str | None:
-        """Why this is not a reference that graftc makes; None where it is one."""
+        """Return what makes this a reference that graftc would not create; None if nothing does."""
         text, relative = self.text, self.relative
         if self.kind is None:
             return None if text is relative is self.revision is None else "a reference to nothing"
@@ -130,5 +130,5 @@ class Reference:
 
 
 def _is_relative(path: str) -> bool:
-    """Whether a path is relative, with ``/``, and the shortest of its kind."""
+    """Return whether a path is relative, with ``/``, and normalised."""
     return not os.path.isabs(path) and "\\" not in path and Path(os.path.normpath(path)).as_posix() == path

@@ -1,4 +1,4 @@
-"""Which seed adapters start from where none is given, and seeding the random numbers of a training."""
+"""The default seed of adapters, and seeding the random numbers of a training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["seed_everything", "starting_seed"]
 
 
 def starting_seed() -> int:
-    """The seed that torch's random numbers were started from, so that `torch.manual_seed` and transformers' `set_seed`
-    decide. Nothing is drawn.
+    """Return the seed of torch's random numbers, which `torch.manual_seed` and transformers' `set_seed` determine.
 
-    In an initialised process group it is that of rank 0 on all ranks: all of them have to call it.
+    No random number is drawn. In an initialised process group the seed is that of rank 0 on all ranks: all of them have
+    to call this function.
     """
     own = torch.initial_seed()
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -27,8 +27,10 @@ def starting_seed() -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and torch, on every device, as transformers' `set_seed` does. That one
-    imports what it finds installed, PEFT and bitsandbytes for instance."""
+    """Seed the random numbers of Python, NumPy and torch, on every device, as transformers' `set_seed` does.
+
+    That function imports installed libraries such as PEFT and bitsandbytes; this one does not.
+    """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)

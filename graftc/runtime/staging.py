@@ -1,8 +1,8 @@
-"""Staging folders: made, found again, finished or thrown away; never those of somebody else.
+"""Staging folders: created, found again, finished or discarded, but never those of another user.
 
-One is named ``.NAME.graftc-RANDOM`` after what is written in it. In a folder that several people write to, anybody can
-make one of such a name, and put into it whatever he likes; and one may come out of an archive. So what is found is used
-only if it is this user's alone (`HeldFolder.is_private`), and what work goes on with is looked at by that work.
+One is named ``.NAME.graftc-RANDOM`` after what is written in it. In a folder that several users may write to, any of
+them can create one of such a name, with any content; and one may come out of an archive. So an existing one is used
+only if it is this user's alone (`HeldFolder.is_private`), and work that is resumed checks what is in it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _ATTEMPTS = 100
 
 @contextlib.contextmanager
 def staging_folder(parent: HeldFolder, name: str, resume: str | None = None) -> Iterator[HeldFolder]:
-    """A locked staging folder; at the end it is removed with everything left in it.
+    """Yield a locked staging folder, and remove it at the end with everything left in it.
 
     Args:
-        parent: where it is.
-        name: of what is written.
-        resume: SHA-256 of the work that may be resumed.
+        parent: the folder that contains it.
+        name: the name of what is written.
+        resume: SHA-256 of the work, if it can be resumed.
 
     Raises:
-        GraftError: GC063, another process is at the same work; OSError.
+        GraftError: GC063 if another process does the same work.
+        OSError: if it cannot be created.
     """
     staging = _new(parent, name) if resume is None else _resumed(parent, name, resume)
     try:
@@ -53,15 +54,15 @@ def staging_folder(parent: HeldFolder, name: str, resume: str | None = None) -> 
 
 
 def _new(parent: HeldFolder, name: str) -> HeldFolder:
-    """A new folder that nobody else has, locked."""
+    """Create a folder that no other process has, and return it locked."""
     for _ in range(_ATTEMPTS):
         inner = f".{name}.graftc-{secrets.token_hex(6)}"
         parent.make(inner, _PRIVATE)
         try:
             staging = _locked(parent, inner)
         except (BlockingIOError, FileNotFoundError):
-            continue  # a run that sweeps this folder has found it before it was locked
-        # Permissions are not looked at: there are file systems that have none.
+            continue  # a run that cleans up here has found the folder before it was locked
+        # Permissions are not checked, since some file systems have none.
         if staging.is_at_its_path() and is_own(staging.stat(), parent.path) and not staging.names():
             return staging
         staging.close()
@@ -69,8 +70,9 @@ def _new(parent: HeldFolder, name: str) -> HeldFolder:
 
 
 def _resumed(parent: HeldFolder, name: str, resume: str) -> HeldFolder:
-    """The folder of work that may be resumed, as it was left or new; one of another name where somebody else has made
-    one, or may write there.
+    """Return the folder of work that can be resumed, as it was left or new.
+
+    If another user has created it, or may write there, a new folder of another name is returned.
     """
     inner = _resumable(name, resume)
     while True:
@@ -86,7 +88,7 @@ def _resumed(parent: HeldFolder, name: str, resume: str) -> HeldFolder:
         except OSError:
             if parent.is_folder(inner) and is_own(parent.stat(inner), parent.path):
                 raise
-            return _new(parent, name)  # a link, a file, or a folder that somebody else keeps closed
+            return _new(parent, name)  # a link, a file, or a folder that another user keeps closed
         if staging.is_at_its_path():
             if staging.is_private(links=False):
                 return staging
@@ -100,10 +102,11 @@ def _resumable(name: str, resume: str) -> str:
 
 
 def _locked(parent: HeldFolder, name: str) -> HeldFolder:
-    """A folder, open and locked.
+    """Open a folder and lock it.
 
     Raises:
-        BlockingIOError: another process holds it; OSError: it has gone, is not a folder, or a link.
+        BlockingIOError: if another process holds the lock.
+        OSError: if it does not exist, is not a folder, or is a link.
     """
     staging = parent.inner(name)
     try:
@@ -115,7 +118,7 @@ def _locked(parent: HeldFolder, name: str) -> HeldFolder:
 
 
 def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
-    """Throw away what killed runs of this user have left that were to put something else in the same place."""
+    """Discard what killed runs of this user have left of other work that was to be put in the same place."""
     if sys.platform == "win32":
         return
     kept = None if resume is None else _resumable(name, resume)
@@ -126,8 +129,9 @@ def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or throw away what killed runs of this user left in ``folder``. What cannot be repaired stays as it is,
-    and so does what belongs to others or others may write to.
+    """Finish or discard what killed runs of this user have left in a folder.
+
+    What cannot be repaired stays unchanged, and so does what belongs to other users or can be written by them.
     """
     if sys.platform == "win32":
         return
@@ -136,10 +140,10 @@ def recover(folder: Path) -> None:
 
 
 def recover_in(parent: HeldFolder) -> None:
-    """The same in a folder that is open.
+    """Finish or discard what killed runs of this user have left in an open folder.
 
     Raises:
-        OSError: its names cannot be read.
+        OSError: if its names cannot be read.
     """
     if sys.platform == "win32":
         return
@@ -149,12 +153,12 @@ def recover_in(parent: HeldFolder) -> None:
 
 
 def _sweep(parent: HeldFolder, name: str, *, resumable: bool = False) -> None:
-    """Finish what a staging folder of a killed run of this user has committed, and throw the rest away.
+    """Finish what a staging folder of a killed run of this user has committed, and discard the rest.
 
     Args:
-        parent: where it is.
-        name: of the folder.
-        resumable: throw away work that could be resumed, too.
+        parent: the folder that contains it.
+        name: its name.
+        resumable: whether to discard work that could be resumed as well.
     """
     with contextlib.suppress(OSError), _locked(parent, name) as staging:
         waits = staging.is_file(_RESUME) and not staging.is_file(JOURNAL)

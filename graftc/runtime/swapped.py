@@ -1,4 +1,4 @@
-"""Arguments of `compile` and its like that stand in each other's places, told apart by what they are."""
+"""Detecting swapped or misplaced arguments of `compile` and similar functions, by what they are."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SPECS = ("a spec", "a config of PEFT")
 
 
 def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec, model") -> None:
-    """Say what stands in the place of a spec or a model, where it is something else that training has.
+    """Raise an error that says what was passed as the spec or the model, if it is another object used in training.
 
     Args:
         function: the name of the function that was called, for the hint.
         spec, model: its first two arguments.
-        call: how its arguments are called, for the hint.
+        call: the names of its arguments, for the hint.
 
     Raises:
         GraftError: GC073.
@@ -47,12 +47,12 @@ def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec
 
 
 def check_folder_and_model(function: str, folder: Any, model: Any, *, by_name: bool = False) -> None:
-    """Say what stands in the place of a folder or of the model that its content is for.
+    """Raise an error that says what was passed as a folder, or as the model for its content, if it is neither.
 
     Args:
         function: the name of the function that was called, for the hint.
         folder, model: its first two arguments; both may be None.
-        by_name: whether the model may be given as a path or an id as well.
+        by_name: whether the model may also be given as a path or an id.
 
     Raises:
         GraftError: GC073.
@@ -74,7 +74,7 @@ def check_folder_and_model(function: str, folder: Any, model: Any, *, by_name: b
 
 
 def check_adapter_and_base(function: str, adapter: Any, base: Any) -> None:
-    """Say that an adapter's folder and that of its base stand in each other's places, or what else does.
+    """Refuse the folders of an adapter and of its base if they are swapped, or anything else that was passed as one.
 
     Args:
         function: the name of the function that was called, for the hint.
@@ -102,13 +102,13 @@ def _shown(value: Any) -> str:
 
 
 def _are_paths(value: Any) -> bool:
-    """Whether a value is several folders, in order or by name."""
+    """Return whether a value is several folders, in order or by name."""
     values = list(value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ())
     return bool(values) and all(isinstance(path, str | os.PathLike) for path in values)
 
 
 def _kind(value: Any) -> str:
-    """What a value is in training, in words; empty for anything else."""
+    """Return what a value is in a training, in words; an empty string for anything else."""
     if isinstance(value, nn.Module):
         return "a model"
     if isinstance(value, str | os.PathLike):
@@ -135,6 +135,6 @@ def _kind(value: Any) -> str:
 
 
 def _is_a(value: Any, module: str, name: str) -> bool:
-    """Whether a value is of a class, which need not have been imported."""
+    """Return whether a value is an instance of a class, which need not have been imported."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)

@@ -14,19 +14,19 @@ from torch import Tensor
 from graftc.passes.core.weights.sharding import gathered
 
 FLOATING = ("F64", "F32", "F16", "BF16")
-"""Element types of weights and of adapters, as safetensors writes them: what can be folded, and folded into."""
+"""Element types of weights and of adapters, as safetensors names them: what can be folded, and folded into."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Tensors that share storage are written each by itself.
+    """Write a safetensors file. Tensors that share storage are each written separately.
 
     Args:
-        tensors: by name.
+        tensors: the tensors, by name.
         path: the file.
-        metadata: what its header says beside them.
+        metadata: metadata for the file's header.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     plain = {name: gathered(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     shared: set[int] = set()
@@ -40,9 +40,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[st
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around writers of other libraries: their errors of input and output become `OSError`.
+    """Convert I/O errors of other libraries' writers to `OSError` while the block runs.
 
-    Those of safetensors have a class; the ones of tokenizers are plain exceptions whose text ends in the number.
+    Those of safetensors have a class; those of tokenizers are plain exceptions whose text ends in the number.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _number(text: str) -> int | None:
-    """The system's number of an error, from the text that Rust gives it: ``... (os error 28)``."""
-    _, found, rest = text.partition("(os error ")
+    """Return the system's number of an error from Rust's text, ``... (os error 28)``; None if there is none."""
+    _, marker, rest = text.partition("(os error ")
     number = rest.partition(")")[0]
-    return int(number) if found and number.isdigit() else None
+    return int(number) if marker and number.isdigit() else None

@@ -1,4 +1,4 @@
-"""What a user may write: specs, targets, roles and coded errors. No torch; names load when first used."""
+"""Everything that a user may write: specs, targets, roles and coded errors. No torch; names are loaded on first use."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ __all__ = [*_MODULE_OF]
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"graftc.specs.{_MODULE_OF[name]}"), name)
-    if not name[:1].isupper():  # a submodule that is not imported yet, or nothing of ours
+    if not name[:1].isupper():  # a submodule that is not imported yet, or an unknown name
         raise AttributeError(f"module 'graftc.specs' has no attribute '{name}'")
-    # A method's spec class is found by discovery, so that a new method needs no line here.
+    # Spec classes of methods are discovered, so that a new method needs no line here.
     from graftc.specs.registry import method_specs
 
     for entry in method_specs().values():
-        found = getattr(importlib.import_module(entry.module), name, None)
+        attribute = getattr(importlib.import_module(entry.module), name, None)
         if name in (entry.spec_class.__name__, f"{entry.spec_class.__name__}Override"):
-            return found
+            return attribute
     raise AttributeError(f"module 'graftc.specs' has no attribute '{name}'")
 
 

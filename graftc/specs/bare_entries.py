@@ -1,4 +1,4 @@
-"""Adaptations that are given as a whole spec: what is missing around them is shown."""
+"""Errors for adaptations that are passed as a whole spec; the hint shows what is missing around them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MISSING = {
     "adapt": f"list the adaptations: {json.dumps({'adapt': [{'method': 'lora', 'target': _TARGET}]})}",
     "target": f'say where, for example: "target": {json.dumps(_TARGET)}',
 }
-"""Hints for fields of a spec that are not there, by their names."""
+"""Hints for missing fields of a spec, by name."""
 _MOST = 300
-"""Characters of a spec that are shown."""
+"""The largest number of characters of a spec in a hint."""
 
 
 def bare_entries(data: object) -> GraftError | None:
-    """The error for one adaptation, or several, in the place of a spec or of its list; None for anything else.
+    """Return the error for one or several adaptations instead of a spec or of its list; None for anything else.
 
     Args:
         data: a mapping with a ``method``, one from tags of methods to their fields, or a list of adaptations.
@@ -56,6 +56,6 @@ def _error(message: str, entries: Sequence[Mapping[Any, Any]]) -> GraftError:
 
 
 def _lacks_target(entry: Mapping[Any, Any]) -> bool:
-    """Whether an adaptation names no places, and its method has none by itself."""
+    """Return whether an adaptation has no target, and its method has no default for it."""
     known = method_specs().get(entry["method"]) if isinstance(entry["method"], str) else None
     return known is not None and "target" not in entry and known.spec_class.model_fields["target"].is_required()

@@ -1,4 +1,4 @@
-"""The base of every method's spec, and of the overrides that change its values for some sites."""
+"""The base class of every method's spec, and of the overrides that change its values at some sites."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 Where: TypeAlias = Literal["front", "after_bos", "suffix"] | int
-"""Where virtual tokens are: before all tokens of a row, behind its first, behind its last real one; or behind the first
-token of this id, and behind the last real one in a row that has none."""
+"""The position of virtual tokens: before all tokens of a row, after its first, after its last real one; or after the
+first token with this id, and after the last real one in a row that has none."""
 
 
 @dataclass(frozen=True)
 class VirtualRun:
-    """Some virtual tokens, which stand among the tokens of a text without being some of them, together.
+    """A run of virtual tokens, inserted together among the tokens of a text.
 
     Attributes:
         length: how many.
@@ -132,7 +132,7 @@ class MethodSpec(SpecModel):
     @field_validator("target")
     @classmethod
     def _target_says_where(cls, value: Target) -> Target:
-        """What the user leaves open is the method's own placement, which the user's fields narrow."""
+        """Complete a target that selects no sites with the method's default, which the user's fields narrow."""
         if value.has_selector:
             return value
         default = cls.model_fields["target"].default
@@ -149,17 +149,17 @@ class MethodSpec(SpecModel):
         depth: int | None = None,
         parameter: str = "",
     ) -> Self:
-        """The spec that holds for one site: with the values of the first override that matches it.
+        """Return the spec that applies to one site: with the values of the first override that matches it.
 
         Args:
             module: dotted path of the site's module.
             roles: every role it answers to, prefixed forms included.
             layer: its layer from 0, None outside of layers.
             depth: how many layers its stack has; needed for negative layers.
-            parameter: name of its parameter, where the module has several.
+            parameter: name of its parameter, if the module has several.
 
         Raises:
-            GraftError: GC002 where the override's values do not fit the adaptation's others.
+            GraftError: GC002 if the override's values do not fit the adaptation's other values.
         """
         for override in self.override_list():
             if override.matches(module, roles, layer, depth, parameter=parameter):
@@ -169,22 +169,22 @@ class MethodSpec(SpecModel):
         return self
 
     def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
-        """Fields that an override's values take the place of, beside those of the same names."""
+        """Return the fields that an override's values replace, in addition to those of the same names."""
         return ()
 
     def override_list(self) -> Sequence[Override]:
-        """The overrides in order; empty for a method that has none."""
+        """Return the overrides in order; empty for a method that has none."""
         overrides: Sequence[Override] = getattr(self, "overrides", ())
         return overrides
 
     def stated_size(self) -> tuple[str, Any] | None:
-        """Name and value of the field of `sizes` that says how large the adaptation is; None where none does."""
-        held = [name for name in self.sizes if getattr(self, name, None) is not None]
-        held.sort(key=lambda name: name not in self.model_fields_set)
-        return (held[0], getattr(self, held[0])) if held else None
+        """Return name and value of the field of `sizes` that says how large the adaptation is; None if none does."""
+        names = [name for name in self.sizes if getattr(self, name, None) is not None]
+        names.sort(key=lambda name: name not in self.model_fields_set)
+        return (names[0], getattr(self, names[0])) if names else None
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
-        """What it puts among the tokens of a text; nothing in most methods."""
+        """Return the virtual tokens that the method inserts among the tokens of a text; most methods insert none."""
         return ()
 
     @classmethod
@@ -198,13 +198,13 @@ class MethodSpec(SpecModel):
 
     @classmethod
     def tag(cls) -> str | None:
-        """The method's tag; None for an abstract base."""
+        """Return the method's tag; None for an abstract base."""
         default = cls.model_fields["method"].default
         return default if isinstance(default, str) else None
 
 
 def check_name(name: str) -> GraftError | None:
-    """What is wrong with the name of an adaptation (GC002), or None."""
+    """Return the error of an invalid name of an adaptation (GC002, or GC009 if it is too long), or None."""
     if len(name) > NAME:
         hint = f"a name has at most {NAME} characters"
         return GraftError("GC009", f"name {quoted(name, 40)} is too long", hint=hint)
@@ -239,7 +239,7 @@ _MODULE_ATTRIBUTES = """
 """
 
 RESERVED_NAMES: frozenset[str] = frozenset(_MODULE_ATTRIBUTES.split())
-"""Attributes of ``torch.nn.Module``, ``smart_apply`` of transformers included, which a child module would hide."""
+"""Attributes of ``torch.nn.Module``, including ``smart_apply`` of transformers, which a child module would hide."""
 
 OWNERS: dict[str, str] = {"train": "trained", "tokens": "tokens"}
-"""Fields of a spec that own tensors without being adaptations, and the names under which they do."""
+"""Fields of a spec that own tensors without being adaptations, and the names of these owners."""

@@ -1,4 +1,4 @@
-"""The model class of everything that a spec holds: frozen, strict, closed, and with coded errors."""
+"""The base class of everything in a spec: frozen, strict, without unknown fields, and with coded errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Items = Annotated[Sequence[T], AfterValidator(tuple)]
 
 
 class _Coded(type(BaseModel)):  # type: ignore[misc]
-    """Turns a failed construction into a GraftError. Pydantic builds nested models without passing here."""
+    """A metaclass that turns a failed construction into a GraftError.
+
+    Pydantic constructs nested models without calling it.
+    """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         check_limits(kwargs)
@@ -52,7 +55,7 @@ class SpecModel(_Base):
 
     model_config = ConfigDict(
         frozen=True,
-        defer_build=True,  # listing methods needs the fields of many specs and the validators of none
+        defer_build=True,  # listing methods needs the fields of many specs, and no validators
         extra="forbid",
         strict=True,
         use_attribute_docstrings=True,
@@ -62,12 +65,15 @@ class SpecModel(_Base):
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As pydantic's, without titles of fields."""
+        """Return the JSON Schema as pydantic does, without titles of fields."""
         return super().model_json_schema(*args, **{"schema_generator": SchemaWriter, **kwargs})
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> Self:
-        """As pydantic's, but failures are a GraftError; ``graftc.specs.parse_spec`` also tells line and column."""
+        """Validate JSON as pydantic does, but raise a GraftError on failure.
+
+        ``graftc.specs.parse_spec`` also reports line and column.
+        """
         try:
             check_limits(from_json(json_data))
         except ValueError as error:
@@ -79,7 +85,7 @@ class SpecModel(_Base):
 
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
-        """As pydantic's, but failures are a GraftError."""
+        """Validate data as pydantic does, but raise a GraftError on failure."""
         check_limits(obj)
         try:
             return super().model_validate(obj, **kwargs)

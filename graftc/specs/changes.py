@@ -1,4 +1,4 @@
-"""Specs with an adaptation more, with some fewer, or with another name: what a live model is changed to."""
+"""Specs with an adaptation added, removed or renamed: the specs that a live model is changed to."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["adding", "leaving", "renaming", "replacing"]
 
 
 def replacing(spec: Spec, **fields: Any) -> Spec:
-    """A spec with other values of some fields, checked as a whole; what it did not say stays unsaid.
+    """Return the spec with other values of some fields, validated as a whole; fields that were not set stay unset.
 
     Raises:
-        GraftError: GC002 to GC012 where they do not fit.
+        GraftError: GC002 to GC012 if they do not fit.
     """
     return Spec.model_validate({**{field: getattr(spec, field) for field in spec.model_fields_set}, **fields})
 
 
 def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
-    """A spec with one more adaptation at its end.
+    """Return the spec with one more adaptation at its end.
 
     Raises:
-        GraftError: GC002 to GC012 for what is not an entry, GC005 for a name that is taken.
+        GraftError: GC002 to GC012 for an invalid entry, GC005 for a name that is taken.
     """
     (own,) = Spec.model_validate({"adapt": [adaptation]}).adapt
     own_name = adaptation.name if isinstance(adaptation, MethodSpec) else dict(adaptation).get("name")
@@ -39,10 +39,10 @@ def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
 
 
 def renaming(spec: Spec, old: str, new: str) -> Spec:
-    """A spec in which an adaptation has another name.
+    """Return the spec in which an adaptation has another name.
 
     Raises:
-        GraftError: GC002 for what is not a name, GC005 for one that is taken.
+        GraftError: GC002 for an invalid name, GC005 for one that is taken.
     """
     if (error := check_name(new)) is not None:
         raise error
@@ -58,15 +58,15 @@ def renaming(spec: Spec, old: str, new: str) -> Spec:
 
 
 def leaving(spec: Spec, names: Collection[str], *, train: bool = True) -> Spec:
-    """A spec without some adaptations, and without the compositions that consist of them.
+    """Return the spec without some adaptations, and without the compositions that consist of them.
 
     Args:
         spec: the spec.
-        names: of adaptations.
-        train: whether the ``train:`` list stays.
+        names: names of the adaptations to remove.
+        train: whether to keep the ``train:`` list.
 
     Raises:
-        GraftError: GC036 where a composition would lose a part.
+        GraftError: GC036 if a composition would lose a part.
     """
     gone = set(names)
     for composition in (c for c in spec.compose if not isinstance(c, Stack)):
@@ -76,14 +76,14 @@ def leaving(spec: Spec, names: Collection[str], *, train: bool = True) -> Spec:
             hint = f"name {composition.name!r}, or all of {', '.join(composition.members)}"
             raise GraftError("GC036", message, hint=hint)
         gone |= {str(composition.name)} if lost else set()
-    compose = tuple(found for c in spec.compose if (found := _left(c, gone)) is not None)
+    compose = tuple(remaining for c in spec.compose if (remaining := _left(c, gone)) is not None)
     adapt = tuple(a for a in spec.adapt if a.name not in gone)
     changes = {"adapt": adapt, "compose": compose, "train": spec.train if train else ()}
     return spec.model_copy(update=changes)
 
 
 def _left(composition: CompositionSpec, gone: Collection[str]) -> CompositionSpec | None:
-    """What is left of a composition: of a stack those that are not gone, of others all or nothing."""
+    """Return what is left of a composition: the remaining members of a stack; of other kinds, all or nothing."""
     if not isinstance(composition, Stack):
         return None if composition.name in gone else composition
     left = tuple(member for member in composition.members if member not in gone)

@@ -1,4 +1,4 @@
-"""What a method claims about itself. The contract tests check each claim; listing methods needs no torch."""
+"""The claims of a method about itself. The contract tests check each claim; listing methods needs no torch."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class FoldKind(StrEnum):
 
 @dataclass(frozen=True)
 class Claims:
-    """Claims of one method.
+    """The claims of one method.
 
     Attributes:
-        sites: kinds of site it can adapt; never empty.
-        identity_at_init: before training, the adapted model computes exactly what the base computes.
+        sites: the kinds of site that it can adapt; never empty.
+        identity_at_init: whether the adapted model computes exactly what the base computes before training.
         folds: whether and how it folds.
-        bankable: several adaptations of one shape can share a bank. Default False.
-        inert: names of tensor parts that legitimately get no gradient at first, or patterns of them (``*_gate``).
+        bankable: whether several adaptations of one shape can share a bank. Default False.
+        inert: names of tensor parts that legitimately have no gradient at first, or patterns of them (``*_gate``).
             Default none.
         up: names of the parts that are the factor next to the output in a low-rank product ``B A``, to which LoRA+
             (Hayou et al. 2024) gives a larger learning rate. Default none.
-        undecayed: names of parts, or patterns of them, that have two axes or more and are gates, scores or biases all
-            the same, so that weight decay leaves them alone as it does vectors. Default none.
+        undecayed: names of parts, or patterns of them, that have two axes or more although they are gates, scores or
+            biases, so that weight decay does not apply to them, as for vectors. Default none.
 
     Raises:
-        ValueError: ``sites`` is empty.
+        ValueError: if ``sites`` is empty.
     """
 
     sites: frozenset[SiteKind]

@@ -1,4 +1,4 @@
-"""Compositions: how several adaptations of the same places work together."""
+"""Compositions: the ways in which several adaptations of the same places work together."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ class CompositionSpec(SpecModel):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names of its adaptations, in order."""
-        found: tuple[str, ...] = getattr(self, self.kind)
-        return found
+        """The names of its adaptations, in order."""
+        names: tuple[str, ...] = getattr(self, self.kind)
+        return names
 
 
 class Stack(CompositionSpec):
@@ -115,13 +115,14 @@ class Average(CompositionSpec):
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """A factor for each member."""
+        """The factor of each member."""
         return tuple(self.weights) if self.weights is not None else (1 / len(self.average),) * len(self.average)
 
 
 class Fuse(CompositionSpec):
     """AdapterFusion: attention over the adaptations' contributions, with their input as the query (Pfeiffer et al.
-    2021)."""
+    2021).
+    """
 
     kind: ClassVar[str] = "fuse"
 
@@ -168,7 +169,8 @@ class Split(CompositionSpec):
 
 class Parallel(CompositionSpec):
     """Every row of a batch goes through every adaptation: a batch of size B becomes one of size n B, ordered by
-    adaptation."""
+    adaptation.
+    """
 
     kind: ClassVar[str] = "parallel"
 
@@ -197,12 +199,12 @@ class Bank(CompositionSpec):
 
     @property
     def ids(self) -> str:
-        """The input with a slot for each row, `int64[rows]`."""
+        """The name of the input with a slot for each row, `int64[rows]`."""
         return f"{self.inputs}_ids"
 
     @property
     def mixture(self) -> str:
-        """The input with a weight for each row and slot, `[rows, slots]`, in the model's dtype."""
+        """The name of the input with a weight for each row and slot, `[rows, slots]`, in the model's dtype."""
         return f"{self.inputs}_weights"
 
 
@@ -229,18 +231,18 @@ _KINDS: Mapping[str, type[CompositionSpec]] = {c.kind: c for c in (Stack, Averag
 
 
 def composition_kinds() -> Mapping[str, type[CompositionSpec]]:
-    """Every kind of composition by its name."""
+    """Return every kind of composition by its name."""
     return _KINDS
 
 
 class _AnyComposition:
-    """The union of all kinds, told apart by the field of a kind's name."""
+    """The union of all kinds, discriminated by the field with a kind's name."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(_composition)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        # Wrapped, because the handler would write a bare model in place instead of under ``$defs``.
+        # Wrapped, because the handler would inline a bare model instead of putting it under ``$defs``.
         kinds = (c.__pydantic_core_schema__ for c in _KINDS.values())
         return {"oneOf": [handler(core_schema.definitions_schema(kind, [])) for kind in kinds]}
 
@@ -252,9 +254,9 @@ def _composition(value: Any) -> CompositionSpec:
     if len(kinds) != 1:
         message = f"a composition is of one kind, not of {' and '.join(kinds)}" if kinds else "a composition has a kind"
         reject(value, ((), GraftError("GC002", message, hint=f"the kinds are: {', '.join(_KINDS)}")))
-    # The validator itself, not model_validate: pydantic then keeps the paths of what it finds.
-    found: CompositionSpec = _KINDS[kinds[0]].__pydantic_validator__.validate_python(dict(value))
-    return found
+    # The validator itself, not model_validate, so that pydantic keeps the paths of its errors.
+    composition: CompositionSpec = _KINDS[kinds[0]].__pydantic_validator__.validate_python(dict(value))
+    return composition
 
 
 def _as_list(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The document that a user writes: adaptations, and what holds for all of them."""
+"""The document that a user writes: the adaptations, and the options that apply to all of them."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ __all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
 
 
 class _AnyMethod:
-    """The union of all methods, told apart by ``method``; looked up late, so that plugins belong to it."""
+    """The union of all methods, discriminated by ``method``; resolved late, so that plugins are included."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(_adaptation)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        # Wrapped, because the handler would write a bare model in place instead of under ``$defs``.
+        # Wrapped, because the handler would inline a bare model instead of putting it under ``$defs``.
         options = {
             tag: handler(core_schema.definitions_schema(entry.spec_class.__pydantic_core_schema__, []))
             for tag, entry in method_specs().items()
         }
         mapping = {tag: option["$ref"] for tag, option in options.items()}
-        # A spec class has its own tag as a default; in a document the tag has to be there.
+        # A spec class has its own tag as a default; in a document the tag is required.
         tagged = [{**option, "required": ["method"]} for option in options.values()]
-        # Beside the alternatives the tags alone: what editors offer first, and the one thing wrong where a tag is.
+        # The tags alone, beside the alternatives: editors offer them first, and report only an unknown tag.
         tag = {"enum": list(options), "description": "The method's tag; `graftc methods` lists them."}
         return {
             "type": "object",
@@ -67,7 +67,7 @@ def _adaptation(value: Any) -> MethodSpec:
     entry = method_spec(tag) if isinstance(tag, str) else None
     if entry is None:
         reject(tag, (("method",), unknown_method(tag)))
-    # The validator itself, not model_validate: pydantic then keeps the paths of what it finds.
+    # The validator itself, not model_validate, so that pydantic keeps the paths of its errors.
     adaptation: MethodSpec = entry.spec_class.__pydantic_validator__.validate_python(dict(value))
     return adaptation
 
@@ -189,7 +189,7 @@ class Spec(SpecModel):
     @field_validator("version", mode="before")
     @classmethod
     def _version_is_a_number(cls, version: Any) -> Any:
-        if isinstance(version, bool):  # which Python takes for 1
+        if isinstance(version, bool):  # which equals 1 in Python
             message = f"spec version {str(version).lower()} is not supported"
             reject(version, ((), GraftError("GC007", message, hint="this release reads version 1")))
         return version
@@ -235,7 +235,7 @@ class Spec(SpecModel):
         return self
 
     def _misfits(self, compose: Sequence[CompositionSpec]) -> Iterator[tuple[tuple[str | int, ...], GraftError]]:
-        """What is wrong with compositions, each with its path."""
+        """Yield the errors of compositions, each with its path."""
         adaptations = dict.fromkeys(str(a.name) for a in self.adapt)
         stackable = adaptations | dict.fromkeys(str(c.name) for c in compose if not isinstance(c, Stack))
         kinds = {str(c.name): c.kind for c in compose}
@@ -272,24 +272,24 @@ class Spec(SpecModel):
         return {**{str(a.name): a.method for a in self.adapt}, **composed}
 
     def composition_of(self, name: str) -> CompositionSpec | None:
-        """The composition that an adaptation is part of; a stack is not one, being their usual order."""
+        """Return the composition that an adaptation is part of; stacks, the default order, do not count."""
         return next((c for c in self.compose if name in c.members and not isinstance(c, Stack)), None)
 
     def _repr_html_(self) -> str:
-        """For notebooks: a table of the adaptations, and one of what else the document says."""
+        """Return HTML for notebooks: a table of the adaptations, and one of the other fields of the document."""
         rows = [(a.name or a.method, a.method, _fields(a.target), _fields(a, without=_SHOWN)) for a in self.adapt]
         given = self.model_fields_set - {"adapt", "version"}
         rest = [(f, _written(getattr(self, f))) for f in type(self).model_fields if f in given]
         caption = f"Spec with {len(rows)} {'adaptation' if len(rows) == 1 else 'adaptations'}"
-        made = table(("name", "method", "target", "settings"), rows)
-        return Html(tag("b", caption) + made + table(("field", "value"), rest))
+        adaptations = table(("name", "method", "target", "settings"), rows)
+        return Html(tag("b", caption) + adaptations + table(("field", "value"), rest))
 
     def place(self, path: str) -> Place:
-        """The place of a path such as ``adapt[0].target.role``; with line and column if it was a file."""
+        """Return the place of a path such as ``adapt[0].target.role``, with line and column if it comes from a file."""
         return self._source.place(path)
 
     def locate(self, error: GraftError) -> GraftError:
-        """The error with file, line, column and corrected line filled in from the path of its place."""
+        """Return the error with file, line, column and corrected line filled in from the path of its place."""
         return self._source.locate(error)
 
 
@@ -297,38 +297,38 @@ _SHOWN = ("name", "method", "target")
 
 
 def _fields(model: SpecModel, without: Sequence[str] = ()) -> Html:
-    """The fields that a part of a document gives, a line each."""
-    held = ((f, getattr(model, f)) for f in type(model).model_fields if f in model.model_fields_set - set(without))
-    return Html("<br>".join(escaped(f"{name}: {_written(value)}", 300) for name, value in held))
+    """Format the fields that a part of a document sets, one per line."""
+    given = ((f, getattr(model, f)) for f in type(model).model_fields if f in model.model_fields_set - set(without))
+    return Html("<br>".join(escaped(f"{name}: {_written(value)}", 300) for name, value in given))
 
 
 def _written(value: object) -> str:
-    """A value about as it may stand in a document."""
+    """Format a value roughly as it would be written in a document."""
     return write_items(value) if isinstance(value, tuple) else shown(value, 300)
 
 
 def named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
-    """The adaptation under its own name, or the first free of ``lora``, ``lora_2``, ``lora_3`` ..."""
+    """Return the adaptation with its own name, or with the first free one of ``lora``, ``lora_2``, ``lora_3`` ..."""
     if adaptation.name is not None:
         return adaptation
     return adaptation.model_copy(update={"name": _free(adaptation.method, taken)})
 
 
 def _no_part(kind: str, member: str, stack: bool) -> GraftError:
-    """A composition among the parts of one that takes none of its kind."""
+    """Return the error for a composition that is a member of one that takes none of its kind."""
     what = "a stack takes adaptations, and compositions that are not stacks" if stack else "its parts are adaptations"
     return GraftError("GC036", f"{quoted(member)} is a composition itself: {kind}", hint=what)
 
 
 def _composed(composition: CompositionSpec, taken: set[str]) -> CompositionSpec:
-    """The composition under its own name, or the first free of ``bank``, ``bank_2``, ``bank_3`` ..."""
+    """Return the composition with its own name, or with the first free one of ``bank``, ``bank_2``, ``bank_3`` ..."""
     if composition.name is not None:
         return composition
     return composition.model_copy(update={"name": _free(composition.kind, taken)})
 
 
 def _free(word: str, taken: set[str]) -> str:
-    """The first free name of ``word``, ``word_2``, ``word_3`` ..., which is taken from now on."""
+    """Return the first free name of ``word``, ``word_2``, ``word_3`` ..., and mark it as taken."""
     name, number = word, 1
     while name in taken or check_name(name) is not None:
         number += 1

@@ -1,4 +1,4 @@
-"""Specs from files and text, and back."""
+"""Reading of specs from files and text, and writing of them."""
 
 from __future__ import annotations
 
@@ -42,23 +42,24 @@ _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
 
 
 FromConfig = Callable[[object, str], Spec]
-"""Makes a spec of a config of PEFT, which is read from the place that is named."""
+"""A function that converts a config of PEFT to a spec; the second argument names where the config was read from."""
 
 
 @public("graftc.load_spec")
 def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_config: FromConfig | None = None) -> Spec:
-    """The spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``), a mapping, or a Spec as is.
+    """Load the spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``) or a mapping; return a Spec unchanged.
 
-    A config of PEFT, as an object, a mapping or a file, becomes the spec that says the same.
+    A config of PEFT, as an object, a mapping or a file, becomes the equivalent spec.
 
     Args:
         source: the spec.
-        from_config: makes the spec of a config of PEFT; by default it says what the config does for any model.
+        from_config: a function that converts a config of PEFT to a spec; by default the conversion that suits any
+            model.
 
     Raises:
-        GraftError: GC006 where there is no such file, GC001 where it cannot be read, GC002 to GC012 where it
-            is wrong; with file, line and column, and the corrected line where one can be guessed; GC073 for several
-            configs of PEFT, GC111 for one that cannot be read, GC112 for one that has no equivalent.
+        GraftError: GC006 if there is no such file, GC001 if it cannot be read, GC002 to GC012 if it is wrong; with
+            file, line and column, and the corrected line if one can be guessed; GC073 for several configs of PEFT,
+            GC111 for one that cannot be read, GC112 for one that has no equivalent.
     """
     if isinstance(source, Spec):
         return source
@@ -71,7 +72,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
 
 
 def early_spec(source: Path) -> Spec | Path:
-    """The spec in a file; the path again where a config of PEFT is in it, which becomes a spec with a model.
+    """Return the spec in a file; for a config of PEFT, which becomes a spec once there is a model, the path.
 
     Raises:
         GraftError: as `load_spec`.
@@ -92,14 +93,14 @@ def _for_any_model(config: object, where: str) -> Spec:
 
 
 def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec") -> tuple[str, Format]:
-    """The text of a file, and the format that its name says.
+    """Return the text of a file, and the format according to its name.
 
     Args:
         source: a path; anything else is an error.
-        kind, parser: what else would have done, for messages.
+        kind, parser: the class and the function that messages suggest instead.
 
     Raises:
-        GraftError: GC006 where there is no such file, GC001 where it cannot be read.
+        GraftError: GC006 if there is no such file, GC001 if it cannot be read.
     """
     if isinstance(source, str) and "\n" in source:
         raise GraftError("GC006", "the spec is text where a path was expected", hint=f"use {parser}(text)")
@@ -114,10 +115,10 @@ def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec
 def parse_spec(
     text: str, *, format: Format = "yaml", file: str | None = None, from_config: FromConfig | None = None
 ) -> Spec:
-    """The spec in a text. ``file`` is named in errors; ``from_config`` is as for `load_spec`.
+    """Parse the spec in a text. ``file`` is named in errors; ``from_config`` is as for `load_spec`.
 
     Raises:
-        GraftError: as :func:`load_spec`.
+        GraftError: the same as for :func:`load_spec`.
     """
     data, source = parse_document(text, format, file, "version: 1 and adapt: [...]", bare_entries)
     if is_foreign(data):
@@ -134,17 +135,17 @@ def parse_document(
     start: str,
     refused: Callable[[object], GraftError | None] = lambda data: None,
 ) -> tuple[dict[str, Any], Source]:
-    """The mapping in a text, and where its values stand.
+    """Return the mapping in a text, and the positions of its values.
 
     Args:
         text: YAML, JSON or TOML.
-        format: which of them.
-        file: named in errors.
+        format: the format of the text.
+        file: the file named in errors.
         start: how such a document starts, for the hint.
-        refused: gives the error of content that is nearly such a document.
+        refused: a function that returns the error for content that is nearly such a document.
 
     Raises:
-        GraftError: what ``refused`` gives; GC001 where it cannot be read, GC009 beyond the limits.
+        GraftError: the error that ``refused`` returns; GC001 if it cannot be read, GC009 if it exceeds the limits.
     """
     data, source = _READERS[format](text.removeprefix("\ufeff"), file)
     if not isinstance(data, dict):
@@ -158,14 +159,14 @@ def parse_document(
 
 
 def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
-    """A document of a class, with the places of what is wrong.
+    """Return the validated document of a class; errors contain the places of what is wrong.
 
     Raises:
-        GraftError: GC002 to GC012, and what the class says.
+        GraftError: GC002 to GC012, and the errors of the class.
     """
     try:
         check_limits(data)
-        # The validator itself, not model_validate: the places are to be located, which takes the raw finding.
+        # The validator itself, not model_validate: locating the places needs the original ValidationError.
         document: T = kind.__pydantic_validator__.validate_python(data)
     except ValidationError as error:
         raise source.locate(explain(error, kind, data)) from None
@@ -187,7 +188,7 @@ def _read(path: Path) -> str:
         kind = path.stat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device, which may never end
             raise GraftError("GC006", f"{quoted(path)} is not a regular file", hint="give a file that holds the spec")
-        with open_regular(path) as file:  # it may be another thing than a moment ago
+        with open_regular(path) as file:  # it may have been replaced since it was checked
             content = file.read(FILE + 1)
         if len(content) > FILE:
             raise beyond(f"the spec has more than {FILE:,} bytes", Place(str(path)))
@@ -216,12 +217,12 @@ def _neighbours(path: Path) -> str | None:
 
 
 def dump_spec(spec: Spec) -> str:
-    """The spec as YAML that :func:`parse_spec` reads back to an equal one. Defaults are left out."""
+    """Return the spec as YAML that :func:`parse_spec` reads back to an equal one. Defaults are left out."""
     return write_yaml(plain_spec(spec))
 
 
 def plain_spec(spec: Spec) -> dict[str, Any]:
-    """The spec as plain data that is read back to an equal one. Defaults are left out."""
+    """Return the spec as plain data that is read back to an equal one. Defaults are left out."""
     data: dict[str, Any] = {
         "version": spec.version,
         "adapt": [plain(a, "name", "method") for a in spec.adapt],
@@ -230,7 +231,7 @@ def plain_spec(spec: Spec) -> dict[str, Any]:
 
 
 def write_yaml(data: dict[str, Any]) -> str:
-    """Plain data as YAML 1.2."""
+    """Return plain data as YAML 1.2."""
     import yaml
 
     body = {"yaml_implicit_resolvers": {}, "ignore_aliases": lambda self, data: True}
@@ -242,7 +243,7 @@ def write_yaml(data: dict[str, Any]) -> str:
 
 
 def plain(model: SpecModel, *always: str) -> dict[str, Any]:
-    """The fields that differ from their defaults, and those named, as plain data with lists for tuples."""
+    """Return the fields that differ from their defaults, and those named, as plain data with lists for tuples."""
     kept = model.model_dump(mode="json", exclude_defaults=True)
     return {
         f: kept[f] if f in kept else getattr(model, f) for f in type(model).model_fields if f in kept or f in always

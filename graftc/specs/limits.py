@@ -1,4 +1,4 @@
-"""What a spec may hold at most. Plain data is held to it before anything looks at the values."""
+"""The limits on what a spec may contain, which plain data is checked against before its values are read."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ __all__ = [
 ]
 
 TEXT = 1_000
-"""Characters of a text or of a key."""
+"""The largest number of characters of a text or a key."""
 
 NAME = 100
-"""Characters of the name of an adaptation or composition."""
+"""The largest number of characters of the name of an adaptation or composition."""
 
 INTEGER = 2**63 - 1
-"""The largest integer, and without its sign the smallest."""
+"""The largest absolute value of an integer."""
 
 SIZE = 65_536
-"""The largest rank, width or length of what a method adds."""
+"""The largest rank, width or length of anything that a method adds."""
 
 ADAPTATIONS = 1_000
-"""Adaptations, and compositions, of a spec."""
+"""The largest number of adaptations of a spec, and of compositions."""
 
 TOKENS = 10_000
-"""Tokens that a spec adds."""
+"""The largest number of tokens that a spec adds."""
 
 LABELS = 1_000
-"""Labels that a model tells apart by filling blanks."""
+"""The largest number of labels that a model distinguishes by filling blanks."""
 
 WORDS = 100
-"""Words of a label."""
+"""The largest number of words of a label."""
 
 VERBALIZERS = 1_000
-"""Verbalizers, and patterns, of a spec."""
+"""The largest number of verbalizers of a spec, and of patterns."""
 
 PATTERN_TOKENS = 100
-"""Blanks of a pattern, and tokens that a decoder is given."""
+"""The largest number of blanks of a pattern, and of tokens given to a decoder."""
 
 
 def check_limits(data: object) -> None:
-    """Hold plain data to the limits, without recursion and in time linear in its size.
+    """Check plain data against the limits, without recursion and in time linear in its size.
 
     Args:
-        data: mappings, lists and plain values; whatever else is in it is passed over.
+        data: mappings, lists and plain values; anything else in it is ignored.
 
     Raises:
-        GraftError: GC009 where it is nested too deeply, holds too many values, a text that is too long or an integer
-            that is too large; GC010 where a text has a lone surrogate, which no file can hold.
+        GraftError: GC009 if it is nested too deeply, or contains too many values, a text that is too long or an integer
+            that is too large; GC010 if a text has a lone surrogate, which no file can contain.
     """
     waiting: list[tuple[object, tuple[str | int, ...]]] = [(data, ())]
     count = 0
@@ -89,7 +89,7 @@ def check_limits(data: object) -> None:
 def _children(
     value: Mapping[Any, Any] | list[Any] | tuple[Any, ...], path: tuple[str | int, ...]
 ) -> list[tuple[object, tuple[str | int, ...]]]:
-    """What a container holds, the last first: that is taken first from the end of a list."""
+    """Return the items of a container, last first, so that popping from the end yields the first one first."""
     if not isinstance(value, Mapping):
         return [(item, (*path, index)) for index, item in reversed(list(enumerate(value)))]
     for key in value:

@@ -13,14 +13,14 @@ __all__ = ["MethodInfo", "method_info", "methods"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What is known of a method without loading its code.
+    """The facts about a method that are known without loading its code.
 
     Attributes:
-        tag: what a spec writes as ``method``.
+        tag: the value of ``method`` in a spec.
         summary: one sentence.
-        paper: the papers to cite; empty where there is none.
+        paper: the papers to cite; empty if there is none.
         claims: what it can adapt, whether it starts as the identity, whether it folds.
-        module: the module that defines its spec; a plugin's lies outside of graftc.
+        module: the module that defines its spec; a plugin's is outside of graftc.
     """
 
     tag: str
@@ -30,7 +30,7 @@ class MethodInfo:
     module: str
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; sets as sorted lists."""
+        """Return everything as plain values, with sets as sorted lists."""
         return {
             "tag": self.tag,
             "summary": self.summary,
@@ -47,14 +47,14 @@ class MethodInfo:
 
 
 def methods() -> list[MethodInfo]:
-    """Every method, built in or from a plugin, in the order of their tags.
+    """Return every method, built in or from a plugin, in the order of their tags.
 
     Raises:
-        GraftError: GC070 where two modules claim one tag, GC071 where a plugin is broken.
+        GraftError: GC070 if two modules claim one tag, GC071 if a plugin is broken.
     """
     return [method_info(entry) for entry in method_specs().values()]
 
 
 def method_info(entry: SpecEntry) -> MethodInfo:
-    """The facts of one registered method."""
+    """Return the facts about one registered method."""
     return MethodInfo(entry.tag, entry.summary, entry.paper, entry.claims, entry.module)

@@ -1,4 +1,4 @@
-"""Other values of an adaptation for some of its sites, and the check that each of them is used."""
+"""Values that differ for some sites of an adaptation, and the check that each of these overrides is used."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class Override(SpecModel):
 
     @property
     def size(self) -> int:
-        """Characters of its patterns, braces expanded."""
+        """The number of characters in its patterns, with braces expanded."""
         return sum(measure_braces(p)[1] for f in (self.role, self.modules) for p in as_items(f))
 
     def changes(self) -> dict[str, Any]:
-        """The values that this override sets, by field."""
+        """Return the values that this override sets, by field."""
         names = (f for f in type(self).model_fields if f not in Override.model_fields)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -84,7 +84,7 @@ class Override(SpecModel):
         *,
         parameter: str = "",
     ) -> bool:
-        """Whether a site is meant. Arguments as in :meth:`MethodSpec.for_site`."""
+        """Return whether the override applies to a site. Arguments are as in :meth:`MethodSpec.for_site`."""
         if self.role is not None and not any(b in roles for r in as_items(self.role) for b in expand_braces(r)):
             return False
         paths = (module, f"{module}.{parameter}") if parameter else (module,)
@@ -108,7 +108,7 @@ class RankOverride(Override):
 
 
 class SiteLike(Protocol):
-    """What an override looks at."""
+    """The attributes of a site that an override reads."""
 
     @property
     def module(self) -> str: ...
@@ -123,12 +123,12 @@ class SiteLike(Protocol):
 
 
 def check_used(overrides: Sequence[Override], sites: Sequence[SiteLike], depth: Mapping[str, int], where: str) -> None:
-    """Make sure that every override, and every pattern in it, matches a site, and is not shadowed.
+    """Check that every override, and every pattern in it, matches a site, and is not shadowed.
 
     Args:
-        overrides: in order; the first that matches a site holds.
+        overrides: the overrides in order; the first that matches a site applies.
         sites: the sites of the adaptation.
-        depth: how many layers each stack has.
+        depth: the number of layers of each stack.
         where: path of the overrides in the spec, for errors: ``adapt[0].overrides``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The small languages of a spec: braces, globs and layers, and what to suggest where one matches nothing."""
+"""The small languages of a spec (braces, globs and layers), and suggestions for patterns that match nothing."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ __all__ = [
 ]
 
 BRANCHES = 1_000
-"""Alternatives that the braces of a pattern stand for, repeated ones included."""
+"""The largest number of alternatives that the braces of a pattern expand to, repeated ones included."""
 
 PATTERNS = 100_000
-"""Characters of all patterns of a spec, their braces expanded."""
+"""The largest number of characters of all patterns of a spec, with braces expanded."""
 
 NESTED = 16
-"""How deep braces are nested."""
+"""The greatest depth of nested braces."""
 
 _SLICE = re.compile(r"\s*(-?[0-9]{1,9})?\s*:\s*(-?[0-9]{1,9})?\s*(?::\s*([0-9]{1,9})?\s*)?")
 _BRACES = re.compile(r"[{},]|[^{},]+")
 
 
 def measure_braces(text: str) -> tuple[int, int]:
-    """How many alternatives braces stand for, repeated ones included, and how many characters those have together.
+    """Return the number of alternatives that braces expand to, repeated ones included, and their total length.
 
     Raises:
-        GraftError: GC002 for braces that do not pair, GC009 for more than 1,000 alternatives or braces 16 deep.
+        GraftError: GC002 for unbalanced braces, GC009 for more than 1,000 alternatives or braces nested deeper than 16.
     """
-    # For each open brace, and for the text around all of them: what is done, and the alternative being read.
+    # For each open brace, and for the text around all of them: the finished alternatives, and the one being read.
     done, current = [(0, 0)], [(1, 0)]
     for piece in _BRACES.findall(text):
         if piece == "{":
@@ -85,7 +85,7 @@ def _too_many(text: str, what: str) -> GraftError:
 
 
 def expand_braces(text: str) -> list[str]:
-    """The alternatives of ``a.{b,c{d,e}}`` in order: ``a.b``, ``a.cd``, ``a.ce``; without braces, the text.
+    """Return the alternatives of ``a.{b,c{d,e}}`` in order: ``a.b``, ``a.cd``, ``a.ce``; without braces, the text.
 
     Raises:
         GraftError: as :func:`measure_braces`.
@@ -110,20 +110,20 @@ def expand_braces(text: str) -> list[str]:
 
 @lru_cache(maxsize=512)
 def glob_to_regex(glob: str) -> re.Pattern[str]:
-    """A compiled regex, to be used with ``fullmatch`` on a dotted module path, for one glob.
+    """Compile a glob to a regex, to be used with ``fullmatch`` on a dotted module path.
 
-    ``*`` stands for any characters within one segment, ``**`` as a whole segment for any number of segments
-    (none included), ``{a,b}`` for either. All else stands for itself. Matching takes time at most quadratic in the
-    path, however many stars there are: what stands between two stars is taken where it comes first, for good.
+    ``*`` matches any characters within one segment, ``**`` as a whole segment any number of segments (including none),
+    ``{a,b}`` either. Everything else matches itself. Matching takes time at most quadratic in the length of the path,
+    however many stars there are: the text between two stars is matched where it first occurs, without backtracking.
 
     Raises:
-        GraftError: GC002 for braces that do not pair, GC009 as :func:`expand_braces`.
+        GraftError: GC002 for unbalanced braces, GC009 as :func:`expand_braces`.
     """
     return re.compile("|".join(f"(?:{_one_glob(branch)})" for branch in expand_braces(glob)))
 
 
 def _one_glob(glob: str) -> str:
-    runs: list[list[str]] = [[]]  # of segments, with ** between each two
+    runs: list[list[str]] = [[]]  # of segments, separated by **
     for segment in glob.split("."):
         if segment != "**":
             runs[-1].append(_segment(segment))
@@ -136,18 +136,18 @@ def _one_glob(glob: str) -> str:
     for number, run in enumerate(others):
         dotted = bool(first) or number > 0
         between = r"(?:\.[^.]+)*" if dotted else r"(?:[^.]+\.)*"
-        found = (r"\." if dotted else "") + r"\.".join(run)
+        matched = (r"\." if dotted else "") + r"\.".join(run)
         if not run:
             out += between
         elif run is others[-1]:
-            out += between + found
+            out += between + matched
         else:
-            out += f"(?>{between}?{found})"
+            out += f"(?>{between}?{matched})"
     return out
 
 
 def _segment(segment: str) -> str:
-    """One segment of a glob, up to its end."""
+    """Return the regex of one segment of a glob, up to the end of the segment."""
     parts = [re.escape(part) for part in re.split(r"\*+", segment)]
     head, *others = parts
     if not others:
@@ -156,15 +156,15 @@ def _segment(segment: str) -> str:
 
 
 def parse_layer(entry: int | str) -> int | slice:
-    """One entry of ``layers``: see `parse_slice`."""
+    """Parse one entry of ``layers`` with `parse_slice`."""
     return parse_slice(entry, "layer")
 
 
 def parse_slice(entry: int | str, thing: str) -> int | slice:
-    """An index of some ``thing``, or ``"start:stop"`` or ``"start:stop:step"`` as in Python.
+    """Parse an index of some ``thing``, or ``"start:stop"`` or ``"start:stop:step"`` as in Python.
 
     Raises:
-        GraftError: GC002 where the text is neither.
+        GraftError: GC002 if the text is neither.
     """
     if isinstance(entry, int):
         return entry
@@ -181,12 +181,12 @@ def parse_slice(entry: int | str, thing: str) -> int | slice:
 
 
 def layer_indices(entry: int | str, depth: int) -> frozenset[int]:
-    """The layers, from 0, that an entry names in a stack of ``depth`` layers.
+    """Return the layers, from 0, that an entry names in a stack of ``depth`` layers.
 
     Negative ones count from the end. An index outside the stack names none; a slice is clipped, as in Python.
 
     Raises:
-        GraftError: GC002 where the entry is not well formed.
+        GraftError: GC002 if the entry is not well formed.
     """
     parsed = parse_layer(entry)
     if isinstance(parsed, slice):
@@ -196,14 +196,17 @@ def layer_indices(entry: int | str, depth: int) -> frozenset[int]:
 
 
 def as_items(value: Any) -> tuple[Any, ...]:
-    """A field that holds nothing, one thing or several, as a tuple."""
+    """Return a field that contains nothing, one thing or several as a tuple."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def smallest_fix(text: str, wrong: str, right: str) -> tuple[str, str] | None:
-    """What to change in ``text`` to turn ``wrong`` into ``right``: it or one segment; None if unclear."""
+    """Return the smallest change to ``text`` that turns ``wrong`` into ``right``: all of it or one segment.
+
+    None if it is unclear.
+    """
     if text.count(wrong) == 1:
         return wrong, right
     old, new = wrong.split("."), right.split(".")
@@ -218,7 +221,7 @@ def smallest_fix(text: str, wrong: str, right: str) -> tuple[str, str] | None:
 def suggest(
     glob: str, written: str, modules: Sequence[str], things: str = "site"
 ) -> tuple[str | None, tuple[str, str] | None]:
-    """A hint for a glob that matches none of ``modules``, and what to change in ``written``."""
+    """Return a hint for a glob that matches none of ``modules``, and the change to make in ``written``."""
     if any(mark in glob for mark in "?["):
         return "'?' and '[...]' stand for themselves here; use regex instead", None
     for better in (f"**.{glob}", f"{glob}.**", f"**.{glob}.**"):
@@ -233,7 +236,7 @@ def suggest(
 
 
 def _like(glob: str, modules: Sequence[str]) -> list[str]:
-    """Module paths in the manner of a glob: numbers as ``*``, and ``**`` first where the glob has it."""
+    """Return module paths in the style of a glob: numbers as ``*``, and with a leading ``**`` if the glob has one."""
     segments = glob.split(".")
     numbered = any(s.isdigit() for s in segments)
     paths = [m.split(".") if numbered else ["*" if s.isdigit() else s for s in m.split(".")] for m in modules]
@@ -244,21 +247,21 @@ def _like(glob: str, modules: Sequence[str]) -> list[str]:
 
 
 def match_modules(globs: Sequence[str], modules: Sequence[str], where: str = "train") -> list[str]:
-    """The module paths that a list of globs means, in the order of ``modules``. See `modules_by_glob`."""
+    """Return the module paths that any of the globs matches, in the order of ``modules``. See `modules_by_glob`."""
     matched = {module for hits in modules_by_glob(globs, modules, where) for module in hits}
     return [module for module in modules if module in matched]
 
 
 def modules_by_glob(globs: Sequence[str], modules: Sequence[str], where: str) -> list[list[str]]:
-    """The module paths that each of a list of globs means, in the order of ``modules``.
+    """Return the module paths that each of a list of globs matches, in the order of ``modules``.
 
     Args:
         globs: patterns, as for ``Spec.train``.
         modules: the paths of all modules.
-        where: path of the list in the spec, for errors.
+        where: path of the list in the spec, named in errors.
 
     Raises:
-        GraftError: GC011 where a glob or a brace branch matches no module.
+        GraftError: GC011 if a glob or a brace branch matches no module.
     """
     matched: list[list[str]] = []
     for index, glob in enumerate(globs):
@@ -277,13 +280,13 @@ def modules_by_glob(globs: Sequence[str], modules: Sequence[str], where: str) ->
 
 
 def write_items(value: object) -> str:
-    """A field as it may stand in a spec: an item, or a list in brackets."""
+    """Format a field as in a spec: an item, or a list in brackets."""
     items = [repr(v) if isinstance(v, str) else str(v) for v in as_items(value)]
     return items[0] if len(items) == 1 and not isinstance(value, tuple) else f"[{', '.join(items)}]"
 
 
 def layer_entries(layers: Sequence[int]) -> list[int | str]:
-    """Sorted layers as entries of ``layers:``, consecutive ones as slices."""
+    """Return sorted layers as entries of ``layers:``, with consecutive ones as slices."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -294,5 +297,5 @@ def layer_entries(layers: Sequence[int]) -> list[int | str]:
 
 
 def write_layers(layers: Sequence[int]) -> str:
-    """`layer_entries` as they may stand in a spec."""
+    """Format the result of `layer_entries` as in a spec."""
     return "[" + ", ".join(f'"{e}"' if isinstance(e, str) else str(e) for e in layer_entries(layers)) + "]"

@@ -1,6 +1,6 @@
-"""How a method is written in peft's checkpoints: one table for each method, beside its spec. Torch-free.
+"""Tables of how methods are written in peft's checkpoints, one for each method, next to its spec. Torch-free.
 
-A table is data. `graftc.runtime.interop.peft` reads and writes by it, and knows no method.
+A table is data: `graftc.runtime.interop.peft` reads and writes by it and has no code for single methods.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeAlias
 __all__ = ["Form", "PeftFormat", "PeftList", "PeftPart"]
 
 Form: TypeAlias = Literal["down", "up", "vector", "column", "scale", "same", "rows"]
-"""How peft stores a tensor that is here ``[..., rank, in]`` (`down`), ``[..., out, rank]`` (`up`) or ``[n]``.
+"""The form in which peft stores a tensor that here is ``[..., rank, in]`` (`down`), ``[..., out, rank]`` (`up`) or
+``[n]``.
 
-`down` and `up`: a convolution's have its kernel, those of experts are joined to one matrix. `vector`: ``[n]``, of a
-convolution ``[1, n, 1, 1]``. `column`: ``[n, 1]``. `scale`: ``[n, 1]`` at an output, ``[1, n]`` at an input. `rows`: as
-here, in the order of the config's list. `same`: as here."""
+`down` and `up`: those of a convolution have its kernel, those of experts are joined to one matrix. `vector`: ``[n]``,
+or ``[1, n, 1, 1]`` for a convolution. `column`: ``[n, 1]``. `scale`: ``[n, 1]`` at an output, ``[1, n]`` at an input.
+`rows`: as here, in the order of the config's list. `same`: as here."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class PeftPart:
     """A tensor of a method.
 
     Attributes:
-        key: what stands behind the module's path: ``lora_A.weight``.
+        key: the part of the key that follows the module's path: ``lora_A.weight``.
         form: how the tensor is stored.
-        table: the key at an embedding table; None is `key`.
-        rank: which axis of our tensor counts a rank up to which zeros fill it; None where it is whole.
-        nested: the key where the method stands beside another one.
-        axes: how many axes the tensor may have in a file; of others, peft makes another product. None: any number.
+        table: the key at an embedding table; None means `key`.
+        rank: the axis of our tensor that counts ranks and is padded with zeros up to the full rank; None if no axis is
+            padded.
+        nested: the key when the method is used beside another one.
+        axes: the numbers of axes that the tensor may have in a file; with others, peft computes a different product.
+            None: any number.
     """
 
     key: str
@@ -42,18 +45,18 @@ class PeftPart:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Every key that it may have."""
+        """Every key that the tensor may have."""
         return tuple(dict.fromkeys(key for key in (self.key, self.table, self.nested) if key is not None))
 
 
 @dataclass(frozen=True)
 class PeftList:
-    """A list of modules in peft's config that gives a field of ours one of two values.
+    """A list of modules in peft's config that gives one of our fields one of two values.
 
     Attributes:
-        field: the field of ours.
+        field: our field.
         otherwise, listed: its values at modules that are not in the list, and at those that are.
-        value: which of the two it is at a site: from the spec there and the site's roles.
+        value: a function of the spec at a site and the site's roles that returns which of the two values applies there.
     """
 
     field: str
@@ -67,30 +70,31 @@ class PeftFormat:
     """A method in peft's files.
 
     Attributes:
-        types: peft's names of it; the first is written.
+        types: peft's names for it; the first is the one written.
         parts: tensors at a site, by our part.
-        shared: tensors of the adaptation as a whole, by our part; they may be absent if `drawn` says from what they
-            are drawn again.
+        shared: tensors of the adaptation as a whole, by our part; if `drawn` is given, a file may omit them, since they
+            can be drawn again.
         drawn: the field of the config that says whether `shared` is in the file.
         derived: parts that follow from the base and the config, and are in no file.
-        joined: the one tensor that holds all parts of all sites side by side, and the axis along which it does.
-        when: what a config of this type says if it is this method: field and value.
+        joined: the one tensor that contains all parts of all sites side by side, and the axis along which they are
+            joined.
+        when: the fields, and their values, by which a config of this type is recognised as this method.
         fields: fields of the config that are fields of the spec: theirs, then ours.
-        values: of such fields, what their values are here; others are refused.
-        starts: of fields of the config that say how training starts, what each value is here, as fields of the spec;
-            others are refused where the config stands for a spec.
+        values: for such fields, our values by theirs; other values are refused.
+        starts: for fields of the config that say how training starts, the fields of the spec that each value means;
+            other values are refused when a config is used as a spec.
         unnamed: by field of the config, what is written for values of ours that peft has no word for, and of which
             nothing remains in what has been trained.
         patterns: fields of the config with other values of a field of ours for some modules: theirs, then ours.
         lists: lists of modules in the config, by field.
-        constant: fields of the spec that a checkpoint always has.
-        absent: what a config means that leaves a field out, where that is not our default: by field of the spec.
-        fixed: fields of the config that have only this value here; others are refused.
+        constant: fields of the spec that every checkpoint has.
+        absent: what a config means by leaving a field out, if that is not our default: by field of the spec.
+        fixed: fields of the config for which only this value is supported; others are refused.
         ignored: fields of the config that change nothing about what has been trained.
-        training: fields of the spec that are about training or initial values, so that a file need not have them.
-        written: fields of the config that are written and not read, from the spec.
+        training: fields of the spec that concern training or initial values, so that a file need not have them.
+        written: fields of the config that are written but not read, computed from the spec.
         turned: whether the config says that weights are stored as ``[in, out]``.
-        parameters: whether the config may name parameters of modules; without dropout of what they read.
+        parameters: whether the config may name parameters of modules; if so, without dropout on what they read.
     """
 
     types: tuple[str, ...]
@@ -117,7 +121,7 @@ class PeftFormat:
 
     @property
     def known(self) -> frozenset[str]:
-        """Every field of the config that the table says something about."""
+        """Every field of the config that the table mentions."""
         named = (self.when, self.fields, self.patterns, self.lists, self.fixed)
         own = frozenset(name for names in named for name in names)
         return own | self.ignored | ({self.drawn} if self.drawn else frozenset())
@@ -140,21 +144,21 @@ LORA_FIXED: Mapping[str, Any] = MappingProxyType(
         "lora_ga_config": None,
     }
 )
-"""Options of peft's LoRA, and what says that they are off: each of them makes another function of the tensors."""
+"""Options of peft's LoRA that change the function of the tensors, with the values that switch them off."""
 
 LORA_IGNORED: frozenset[str] = frozenset(
     {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 )
-"""Options of peft's LoRA that are about training or initial values."""
+"""Options of peft's LoRA that concern training or initial values."""
 
 LORA_STARTS: Mapping[Any, Any] = MappingProxyType(
     {True: "kaiming", False: "kaiming", "eva": "kaiming", "orthogonal": "kaiming", "gaussian": "gaussian"}
     | {"pissa": "pissa", "olora": "olora"}
 )
-"""Initialisers of peft's LoRA. Of those that leave the base as it is, nothing remains in what has been trained."""
+"""Our initialisers by peft's for LoRA. Those that leave the base unchanged leave no trace in what has been trained."""
 
 AS_USUAL: Mapping[Any, Mapping[str, Any]] = MappingProxyType({True: {}})
-"""What a switch of peft's initial values has to say: that they are the method's own."""
+"""The only supported value of a switch for peft's initial values: those of the method itself."""
 
 NO_DROPOUT: Mapping[Any, Mapping[str, Any]] = MappingProxyType({0: {}})
-"""What a kind of dropout has to say that there is none of here."""
+"""The only supported value of a kind of dropout that does not exist here."""

@@ -1,4 +1,4 @@
-"""Regular expressions of targets: those of Python, matched by a library that can be stopped."""
+"""Regular expressions of targets: those of Python, matched by a library that supports timeouts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 __all__ = ["SECONDS", "RegexMatcher", "check_regex"]
 
 SECONDS = 1.0
-"""Seconds of computing for all regular expressions of a spec together."""
+"""The time limit in seconds for all regular expressions of a spec together."""
 
 CHARACTERS = 10_000
-"""How long one may be: compiling takes a tenth of a second then, and cannot be stopped."""
+"""The largest number of characters of one: compiling it takes a tenth of a second, and cannot be stopped."""
 
 GROUPS = 50
-"""How deep groups are nested."""
+"""The greatest depth of nested groups."""
 
 _COUNTED = re.compile(r"\{([0-9]*)(?:,([0-9]*))?\}")
 
 
 def check_regex(text: str) -> int:
-    """The size of a regular expression: its characters, times what its counts, as in ``a{3}``, multiply to.
+    """Return the size of a regular expression: its length times the product of its counts, as in ``a{3}``.
 
     Raises:
-        GraftError: GC002 where it is not one, GC009 where it is too long, repeats or nests too much to be compiled.
+        GraftError: GC002 if it is not a regular expression; GC009 if it is too long, or repeats or nests too much to be
+            compiled.
     """
     size = len(text)
     if size > CHARACTERS:
@@ -57,7 +58,7 @@ def check_regex(text: str) -> int:
 
 
 def _depth(text: str) -> int:
-    """How deep groups are nested at most; brackets in character sets count as well."""
+    """Return the greatest depth of nested groups; brackets in character sets count as well."""
     depth = deepest = 0
     for match in _BRACKETS.finditer(text):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
@@ -70,11 +71,11 @@ _BRACKETS = re.compile(r"\\.|[()]", re.DOTALL)
 
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> Any:
-    """The pattern, which Python has to take too: what only ``regex`` knows, such as recursion, is not for specs."""
+    """Compile a pattern that Python accepts as well; features of ``regex`` alone, such as recursion, are refused."""
     import regex
 
     try:
-        with warnings.catch_warnings():  # of what will mean something else in a later Python
+        with warnings.catch_warnings():  # about syntax that will change in a later Python
             warnings.simplefilter("ignore")
             re.compile(text)
             return regex.compile(text)
@@ -83,7 +84,7 @@ def _compiled(text: str) -> Any:
 
 
 class RegexMatcher:
-    """Matches regular expressions against paths of modules, for a spec's time in total at most."""
+    """Matches regular expressions against module paths, within a total time limit for a spec."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
@@ -91,12 +92,12 @@ class RegexMatcher:
     def matching(
         self, text: str, paths: Iterable[str], place: Place | None = None, *, anywhere: bool = False
     ) -> set[str]:
-        """Those of ``paths`` that match as a whole, or ``anywhere``.
+        """Return those of ``paths`` that match as a whole, or ``anywhere``.
 
         Raises:
-            GraftError: GC002 and GC009 as :func:`check_regex`; GC008 where the time for compiling and matching is over.
+            GraftError: GC002 and GC009 as :func:`check_regex`; GC008 if the time for compiling and matching is used up.
         """
-        found: set[str] = set()
+        matches: set[str] = set()
         started = time.process_time()
         try:
             if self.seconds <= 0:
@@ -108,11 +109,11 @@ class RegexMatcher:
                 if left <= 0:
                     raise TimeoutError
                 if (pattern.search if anywhere else pattern.fullmatch)(path, timeout=left):
-                    found.add(path)
+                    matches.add(path)
         except (TimeoutError, MemoryError):
             message = f"matching {quoted(text)} takes longer than a spec has time for, which is {SECONDS:g} s in total"
             hint = "avoid repetitions inside of repetitions, as in (a+)+; modules: takes globs, which are always fast"
             raise GraftError("GC008", message, place=place, hint=hint) from None
         finally:
             self.seconds -= time.process_time() - started
-        return found
+        return matches

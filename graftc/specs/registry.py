@@ -1,7 +1,7 @@
-"""Which methods there are: found in this package and in the entry-point group ``graftc.methods``. Torch-free.
+"""The registry of methods: those of this package and of the entry-point group ``graftc.methods``. Torch-free.
 
-An entry point names a package with a module ``spec`` (the spec class and its claims, no torch) and a module
-``method`` (the code), imported only when the method is used.
+An entry point names a package with a module ``spec`` (the spec class and its claims, no torch) and a module ``method``
+(the code), which is imported only when the method is used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _TAG = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class SpecEntry:
-    """One method: its tag, its spec class, the module that defines the class, and the one with its code. A preset has
-    the tag of the method whose code it runs, its `mechanism`."""
+    """One method: its tag, its spec class, the module that defines the class, and the one with its code.
+
+    The `mechanism` of a preset is the tag of the method whose code it runs.
+    """
 
     tag: str
     spec_class: type[MethodSpec]
@@ -42,7 +44,7 @@ class SpecEntry:
 
     @property
     def claims(self) -> Claims:
-        """What the method claims."""
+        """The claims of the method."""
         return self.spec_class.claims
 
     @property
@@ -57,37 +59,40 @@ class SpecEntry:
 
     @property
     def needed(self) -> dict[str, Any]:
-        """The fields without a default that say an example, each with it; and one of those of which one is needed."""
+        """Example values of the required fields that have one, and of the first field of `one_of`."""
         fields = self.spec_class.model_fields
         shown = self.spec_class.one_of[:1]
         return {n: i.examples[0] for n, i in fields.items() if i.examples and (i.is_required() or n in shown)}
 
 
 def method_specs() -> MappingProxyType[str, SpecEntry]:
-    """All methods by tag, in the order of their tags. Found once; :func:`reload_methods` looks again.
+    """Return all methods by tag, in the order of their tags.
+
+    They are discovered once; :func:`reload_methods` starts over.
 
     Raises:
-        GraftError: GC070 where two modules claim one tag, GC071 where a plugin is broken, naming the modules.
+        GraftError: GC070 if two modules claim one tag, GC071 if a plugin is broken; both name the modules.
     """
     return _discover()
 
 
 def method_spec(tag: str) -> SpecEntry | None:
-    """The method with a tag; None where there is none. Without plugins, whose tags are not known before they are
-    imported, no other method is imported for it.
+    """Return the method with a tag; None if there is none.
+
+    Without plugins no other method is imported. The tags of plugins are not known before they are imported.
 
     Raises:
-        GraftError: as `method_specs`, where there are plugins.
+        GraftError: the same as for `method_specs`, if there are plugins.
     """
     own = None if _plugins() else _own().get(tag)
     return method_specs().get(tag) if own is None else next((e for e in _from_module(own) if e.tag == tag), None)
 
 
 def with_code(tag: str) -> tuple[SpecEntry, SpecEntry]:
-    """The method with a tag, and the one whose code it runs: that of its mechanism for a preset, or itself.
+    """Return the method with a tag, and the one whose code it runs: for a preset its mechanism, otherwise itself.
 
     Raises:
-        GraftError: GC004 for an unknown tag; GC071 when the mechanism that a preset names is not a method with code of
+        GraftError: GC004 for an unknown tag; GC071 if the mechanism that a preset names is not a method with code of
             its own.
     """
     entry = method_spec(tag)
@@ -103,21 +108,21 @@ def with_code(tag: str) -> tuple[SpecEntry, SpecEntry]:
 
 
 def reload_methods() -> None:
-    """Forget what was found, so that a plugin installed since is seen."""
-    for found in (_discover, _plugins, _own, _from_module):
-        found.cache_clear()
+    """Clear the cached methods, so that plugins installed since then are found."""
+    for function in (_discover, _plugins, _own, _from_module):
+        function.cache_clear()
 
 
 @cache
 def _discover() -> MappingProxyType[str, SpecEntry]:
-    found: dict[str, SpecEntry] = {}
+    entries: dict[str, SpecEntry] = {}
     for name in _own().values():
         for entry in _from_module(name):
-            _add(found, entry)
+            _add(entries, entry)
     for point in _plugins():
         for entry in _from_plugin(point):
-            _add(found, entry)
-    return MappingProxyType(dict(sorted(found.items())))
+            _add(entries, entry)
+    return MappingProxyType(dict(sorted(entries.items())))
 
 
 @cache
@@ -127,7 +132,7 @@ def _plugins() -> tuple[EntryPoint, ...]:
 
 @cache
 def _own() -> dict[str, str]:
-    """Names of the modules in this package's folder of methods, by the tag that a method in it has."""
+    """Return the names of the modules in this package's folder of methods, by the tag of the method in each."""
     import graftc.specs.methods as package
 
     return {info.name: f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)}
@@ -162,7 +167,7 @@ def _from_plugin(point: EntryPoint) -> list[SpecEntry]:
     try:
         module = importlib.import_module(f"{point.module}.spec")
         classes = _spec_classes(module)
-    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+    except Exception as error:  # the import of a plugin may fail in any way, and the message must name the plugin
         hint = f"repair or uninstall the package that provides {point.module}"
         raise GraftError("GC071", f"{owner} cannot be imported: {type(error).__name__}: {error}", hint=hint) from error
     if not classes:
@@ -180,7 +185,7 @@ def _add(found: dict[str, SpecEntry], entry: SpecEntry) -> None:
 
 
 def unknown_method(tag: object) -> GraftError:
-    """GC004 for a tag that no method has, with the nearest tags."""
+    """Return the error GC004 for a tag that no method has, with the nearest tags."""
     tags = list(method_specs())
     close = nearest(tag, tags) if isinstance(tag, str) else []
     every = f"the methods are: {', '.join(tags)}; one of a plugin needs its package in this environment"

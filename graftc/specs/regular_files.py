@@ -1,8 +1,8 @@
-"""Reading files that somebody else may have made: regular ones only, and only so much of them.
+"""Reading of untrusted files: regular files only, and only up to a limit.
 
-A pipe has no end, a device may do anything when it is opened, and a sparse file may have any size. What is read here
-was looked at before it was opened and, since it may have been replaced in between, again afterwards. The standard
-library only.
+A pipe has no end, opening a device may have any effect, and a sparse file may have any size. A file is therefore
+checked before it is opened and, since it may have been replaced in between, again afterwards. The standard library
+only.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import BinaryIO
 __all__ = ["INDEX_BYTES", "JSON_BYTES", "open_regular", "read_regular", "require_regular"]
 
 JSON_BYTES = 2**24
-"""Bytes that a config, a record or a note may have."""
+"""The largest size in bytes of a config, a record or a note."""
 
 INDEX_BYTES = 2**25
-"""Bytes that an index of shards may have."""
+"""The largest size in bytes of an index of shards."""
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
 _PIECE = 2**20
 
 
 def require_regular(path: str | os.PathLike[str], most: int | None = None) -> None:
-    """Refuse what is not a regular file, or larger than it may be, without opening it; links are followed.
+    """Raise unless a path is a regular file within its size limit, without opening it; links are followed.
 
     Raises:
-        OSError: EINVAL for what is not a regular file, EFBIG for one that is too large.
+        OSError: EINVAL if it is not a regular file, EFBIG if it is too large.
     """
     _require(os.stat(path), path, most)
 
@@ -36,17 +36,17 @@ def require_regular(path: str | os.PathLike[str], most: int | None = None) -> No
 def open_regular(
     path: str | os.PathLike[str], most: int | None = None, *, folder: int | None = None, follow: bool = True
 ) -> BinaryIO:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Args:
-        path: of the file.
+        path: path of the file.
         most: bytes that it may have; any number by default.
         folder: a descriptor of the folder that ``path`` is relative to.
         follow: whether the last part of the path may be a link.
 
     Raises:
-        OSError: EINVAL for what is not a regular file, EFBIG for one that is too large, ELOOP for a link; any other as
-            the system gives it. A path that no file can have, with a NUL byte for instance, is EINVAL too.
+        OSError: EINVAL if it is not a regular file, EFBIG if it is too large, ELOOP for a link; any other as the system
+            raises it. A path that no file can have, for example one with a NUL byte, is EINVAL as well.
     """
     try:
         _require(os.stat(path, dir_fd=folder, follow_symlinks=follow), path, most, follow=follow)
@@ -65,11 +65,11 @@ def open_regular(
 def read_regular(
     path: str | os.PathLike[str], most: int = JSON_BYTES, *, folder: int | None = None, follow: bool = True
 ) -> bytes:
-    """What a regular file holds.
+    """Return the content of a regular file.
 
     Args:
-        path: of the file.
-        most: bytes that it may have. Memory is taken as the file has need of it, not as it is allowed.
+        path: path of the file.
+        most: bytes that it may have. Memory is allocated as the file needs it, not up front for the limit.
         folder: a descriptor of the folder that ``path`` is relative to.
         follow: whether the last part of the path may be a link.
 

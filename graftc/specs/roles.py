@@ -13,14 +13,14 @@ from graftc.specs.errors.text import quoted
 __all__ = ["PREFIXES", "ROLES", "Role", "RoleInfo", "parse_role", "widen"]
 
 PREFIXES: tuple[str, ...] = ("encoder", "decoder", "cross")
-"""What may stand before a role: a stack (``encoder``, ``decoder``), then ``cross`` for cross-attention."""
+"""The prefixes that a role may have: a stack (``encoder``, ``decoder``), then ``cross`` for cross-attention."""
 
 _STACKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
 class RoleInfo:
-    """One role: its name, the kind of site it names, and what it means."""
+    """One role: its name, the kind of site it names, and its meaning."""
 
     name: str
     kind: SiteKind
@@ -91,7 +91,7 @@ def parse_role(text: str, place: Place | None = None) -> Role:
     """Split ``decoder.cross.attn.k`` into prefixes and name.
 
     Raises:
-        GraftError: GC012 with the nearest roles, where the text is not a role.
+        GraftError: GC012 with the nearest roles, if the text is not a role.
     """
     parts = text.split(".")
     prefixes: list[str] = []
@@ -124,12 +124,12 @@ def _did_you_mean(close: list[str]) -> str | None:
 
 
 def widen(role: str) -> frozenset[str]:
-    """Every spelling that a site of this full role answers to: the role under each subset of its prefixes.
+    """Return every spelling that a site of this full role answers to: the role under each subset of its prefixes.
 
     ``decoder.cross.attn.k`` answers to ``attn.k``, ``cross.attn.k``, ``decoder.attn.k`` and itself.
 
     Raises:
-        GraftError: GC012 where the text is not a role.
+        GraftError: GC012 if the text is not a role.
     """
     parsed = parse_role(role)
     stems = [c for n in range(len(parsed.prefixes) + 1) for c in combinations(parsed.prefixes, n)]

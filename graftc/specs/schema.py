@@ -1,4 +1,4 @@
-"""What the JSON Schema of a spec says beyond types, so that editors complete and refuse what the parser refuses."""
+"""The JSON Schema of a spec beyond its types, so that editors complete and refuse what the parser does."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ __all__ = [
 
 
 class SchemaWriter(GenerateJsonSchema):
-    """Leaves out the titles of fields, which only repeat their names."""
+    """A JSON Schema generator that leaves out the titles of fields, which only repeat their names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
-        """Never."""
+        """Return False, so that no field has a title."""
         return False
 
 
 def without_raises(schema: dict[str, Any]) -> None:
-    """Cut what a docstring says of exceptions, which are Python's alone, from a model's description."""
+    """Remove the section on exceptions, which concern only Python, from a model's description."""
     text = str(schema.get("description", ""))
     if "\n\nRaises:" in text:
         schema["description"] = text[: text.index("\n\nRaises:")]
 
 
 def needs_one_of(fields: Sequence[str]) -> dict[str, Any]:
-    """A schema that holds where one of these fields at least is there, and not null."""
+    """Return a schema that requires at least one of these fields to be present and not null."""
     return {"anyOf": [{"required": [f], "properties": {f: {"not": {"type": "null"}}}} for f in fields]}
 
 
@@ -50,7 +50,7 @@ def _role() -> dict[str, Any]:
     return {
         "description": "What a place does in the architecture. `encoder.`, `decoder.` and `cross.` may stand before "
         "it, in this order, and braces write several at once: `attn.{q,v}`.",
-        # The list is what editors offer, the patterns are what is allowed.
+        # Editors offer the values of the list; the patterns define what is allowed.
         "anyOf": [
             {"enum": list(ROLES)},
             {"type": "string", "pattern": prefixed},
@@ -103,7 +103,7 @@ if TYPE_CHECKING:
     RowNumber: TypeAlias = int | str
     AdaptationName: TypeAlias = str
 else:
-    # Named types are written once, under $defs. The names are those there: a field reads as "glob or list of glob".
+    # Named types are written once, under $defs, by these names: a field reads as "glob or list of glob".
     RoleName = TypeAliasType("role", Annotated[str, WithJsonSchema(_role())])
     """A role as written."""
     Glob = TypeAliasType("glob", Annotated[str, WithJsonSchema(_text(_GLOB, _GLOBS))])

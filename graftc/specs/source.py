@@ -33,28 +33,28 @@ Path: TypeAlias = tuple[str | int, ...]
 _STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\.?\["((?:[^"\\]|\\.)*)"\]')
 _PLAIN_KEY = re.compile(r'[^.\[\]"]+')
 _LINE = 200
-"""Characters of a line that an error shows; a longer one is not shown."""
+"""The largest number of characters of a line in an error; a longer one is not shown."""
 
 FILE = 256 * 1024
-"""Characters of a spec's text, and bytes of its file."""
+"""The largest number of characters of a spec's text, and of bytes of its file."""
 
 DEPTH = 32
-"""How deep a spec may be nested."""
+"""The greatest depth of a spec."""
 
 VALUES = 15_000
-"""Values of a spec, mappings and lists included; what an alias stands for counts each time."""
+"""The largest number of values of a spec, including mappings and lists; aliased values count each time."""
 
-# A dotted key, or the head of a table, with more parts than any spec has levels; strings have no part in it.
+# A dotted key, or the header of a table, with more parts than a spec may have levels.
 _DOTTED = re.compile(rf"(?<![\w.\-])[\w\-]++(?:[ \t]*+\.[ \t]*+(?:[\w\-]++|\"[^\"\n]*+\"|'[^'\n]*+')){{{DEPTH},}}")
 
 
 def beyond(message: str, place: Place | None = None, hint: str | None = None) -> GraftError:
-    """The error for what exceeds a limit."""
+    """Return the error for input that exceeds a limit."""
     return GraftError("GC009", message, place=place, hint=hint or "docs/spec.md lists the limits")
 
 
 def format_path(path: Iterable[str | int]) -> str:
-    """``("adapt", 0, "target")`` as ``adapt[0].target``."""
+    """Format ``("adapt", 0, "target")`` as ``adapt[0].target``."""
     out = ""
     for step in path:
         if isinstance(step, int):
@@ -67,7 +67,7 @@ def format_path(path: Iterable[str | int]) -> str:
 
 
 def parse_path(text: str) -> Path:
-    """The inverse of :func:`format_path`."""
+    """Parse a path that :func:`format_path` has formatted."""
     steps: list[str | int] = []
     for match in _STEP.finditer(text):
         plain, index, quoted = match.groups()
@@ -82,7 +82,7 @@ def parse_path(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a value (or a key) stands: first line and column, last line and end column, all from 0."""
+    """The position of a value (or a key): first line and column, last line and end column, all counted from 0."""
 
     line: int
     column: int
@@ -92,7 +92,10 @@ class Span:
 
 @dataclass
 class Source:
-    """Where the values of a spec came from; empty for a spec written in Python. Equal to any other Source."""
+    """The text and the positions that the values of a spec came from; empty for a spec written in Python.
+
+    It equals any other Source.
+    """
 
     file: str | None = None
     lines: tuple[str, ...] = ()
@@ -105,7 +108,7 @@ class Source:
     __hash__ = None  # type: ignore[assignment]
 
     def span(self, path: Path, *, key: bool = False) -> Span | None:
-        """The span of the value (or the key) at ``path``, or of the nearest thing around it."""
+        """Return the span of the value (or the key) at ``path``, or of the nearest enclosing value."""
         if key and path in self.keys:
             return self.keys[path]
         while path and path not in self.values:
@@ -113,7 +116,7 @@ class Source:
         return self.values.get(path)
 
     def place(self, path: str, *, key: bool = False) -> Place:
-        """The place of a path such as ``adapt[0].target.role``; with line and column where they are known."""
+        """Return the place of a path such as ``adapt[0].target.role``, with line and column if they are known."""
         span = self.span(parse_path(path), key=key)
         if span is None:
             return Place(self.file, path=path)
@@ -121,11 +124,11 @@ class Source:
         return Place(self.file, span.line + 1, span.column + 1, path, text)
 
     def line(self, number: int) -> str | None:
-        """A line of the text, from 0; None where there is none or it is too long to be shown."""
+        """Return a line of the text, counted from 0; None if there is none or it is too long to be shown."""
         return self.lines[number] if number < len(self.lines) and len(self.lines[number]) <= _LINE else None
 
     def locate(self, error: GraftError) -> GraftError:
-        """The error with file, line, column and corrected line filled in from its path."""
+        """Return the error with file, line, column and corrected line filled in from its path."""
         place = error.place
         if place is None or place.line is not None or not (self.file or self.values):
             return error
@@ -156,11 +159,11 @@ class Source:
 
 
 def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
-    """YAML text as plain data with positions.
+    """Read YAML text as plain data with positions.
 
     Raises:
-        GraftError: GC001 with line and column: no YAML, a key twice, an unsupported tag, several documents; GC009
-            where the text, its depth or the number of its values exceeds a limit.
+        GraftError: GC001 with line and column if it is not YAML, has a key twice, an unsupported tag or several
+            documents; GC009 if the text, its depth or the number of its values exceeds a limit.
     """
     import yaml
 
@@ -181,7 +184,7 @@ def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
 
 
 def read_json(text: str, file: str | None = None) -> tuple[Any, Source]:
-    """JSON text as plain data with positions.
+    """Read JSON text as plain data with positions.
 
     Raises:
         GraftError: GC001 with line and column; GC009 as for YAML.
@@ -195,28 +198,28 @@ def read_json(text: str, file: str | None = None) -> tuple[Any, Source]:
         _unreadable(source, f"not valid JSON: {error}", 0, 0)
     except RecursionError:
         raise _too_deep(source) from None
-    # JSON is YAML once tabs are blanks, and only the YAML composer tells positions and keys written twice.
+    # JSON with tabs replaced by blanks is YAML, and only the YAML composer reports positions and duplicate keys.
     _, positions = read_yaml(text.replace("\t", " "), file)
     positions.lines = source.lines
     return data, positions
 
 
 def read_toml(text: str, file: str | None = None) -> tuple[Any, Source]:
-    """TOML text as plain data; places name the file and the path, without line and column.
+    """Read TOML text as plain data; places contain the file and the path, without line and column.
 
     Raises:
         GraftError: GC001 with line and column; GC009 as for YAML.
     """
     source = _source(text, file)
-    if found := _DOTTED.search(text):  # which tomllib would take time quadratic in the number of parts for
-        raise _too_deep(source, text.count("\n", 0, found.start()))
+    if match := _DOTTED.search(text):  # tomllib would take time quadratic in the number of parts
+        raise _too_deep(source, text.count("\n", 0, match.start()))
     try:
         return tomllib.loads(text), source
     except RecursionError:
         raise _too_deep(source) from None
-    except ValueError as error:  # an integer of too many digits is one that is not a TOMLDecodeError
-        found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
-        reason, line, column = found.groups() if found else (str(error), str(max(len(source.lines), 1)), "1")
+    except ValueError as error:  # TOMLDecodeError, or for example an integer of too many digits
+        match = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
+        reason, line, column = match.groups() if match else (str(error), str(max(len(source.lines), 1)), "1")
         _unreadable(source, f"not valid TOML: {reason}", int(line) - 1, int(column) - 1)
 
 
@@ -232,8 +235,11 @@ def _too_deep(source: Source, line: int = 0, column: int = 0) -> GraftError:
 
 
 def _integer(text: str) -> int:
-    """An integer as JSON and YAML write it. What has more digits than any limit allows is as good as a huge one:
-    Python refuses to read thousands of digits."""
+    """Parse an integer of JSON or YAML.
+
+    One of more than 100 characters exceeds every limit and becomes some huge integer, since Python refuses to parse
+    thousands of digits.
+    """
     return int(text) if len(text) <= 100 else 1 << len(text)
 
 
@@ -253,7 +259,7 @@ def _unreadable(
     raise GraftError("GC001", message, place=place, hint=hint, corrected=corrected) from None
 
 
-# A word of a flow collection or a block value, with braces and what they hold.
+# A word of a flow collection or a block value, with braces and their content.
 _BRACED = r"[^\s,\[\]{}#\"']*(?:\{[^\s{}]*\}[^\s,\[\]{}#\"']*)"
 _QUOTABLE: tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...] = (
     (
@@ -268,14 +274,14 @@ _QUOTABLE: tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...] = (
 
 
 def _yaml_advice(source: Source, line: int, problem: str) -> tuple[str | None, str | None]:
-    """A hint and the corrected line for what people forget to quote."""
+    """Return a hint and the corrected line for text that is often left unquoted."""
     text = source.line(line) or ""
     if "'\\t'" in problem:
         return "indent with blanks, not tabs", None
     for trouble, word, hint in _QUOTABLE:
-        found = word.search(text) if trouble.search(problem) else None
-        if found:
-            return hint, f'{text[: found.start()]}"{found.group()}"{text[found.end() :]}'
+        match = word.search(text) if trouble.search(problem) else None
+        if match:
+            return hint, f'{text[: match.start()]}"{match.group()}"{text[match.end() :]}'
     return None, None
 
 
@@ -292,7 +298,7 @@ _CORE_TYPES: tuple[tuple[str, str, str], ...] = (
 
 
 def core_resolvers() -> Iterator[tuple[str, re.Pattern[str], list[str]]]:
-    """The implicit types of YAML 1.2 as ``(tag, pattern, first characters)``, for a loader or a dumper."""
+    """Yield the implicit types of YAML 1.2 as ``(tag, pattern, first characters)``, for a loader or a dumper."""
     for name, pattern, first in _CORE_TYPES:
         firsts = ["" if c == "\0" else c for c in first]
         yield f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), firsts
@@ -302,7 +308,7 @@ def _loader(source: Source) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Of YAML 1.2's types, and with bounds on depth and on the number of nodes."""
+        """A loader with YAML 1.2's types, and with limits on depth and on the number of nodes."""
 
         depth = count = 0
 
@@ -330,7 +336,7 @@ def _too_many(source: Source, line: int, column: int, why: str = "") -> GraftErr
 
 
 class _Build:
-    """Plain data from composed nodes, noting spans on the way."""
+    """Builds plain data from composed nodes, and records their spans."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -1,4 +1,4 @@
-"""From pydantic's findings to coded errors with a path, a hint and, where it can be guessed, a correction."""
+"""Conversion of pydantic's errors to coded errors with a path, a hint and, if one can be guessed, a correction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["explain", "reject"]
 
 _MISSING = object()
 _SHOWN = 10
-"""How many errors beside the first one are told."""
+"""The largest number of errors that are reported besides the first one."""
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -45,10 +45,10 @@ _TYPES = {
 
 
 def reject(value: object, *problems: tuple[tuple[str | int, ...], GraftError]) -> NoReturn:
-    """End a validator with coded errors, each at a path relative to the validated value.
+    """Fail a validator with coded errors, each at a path relative to the validated value.
 
     Raises:
-        ValidationError: always; pydantic keeps the paths, and :func:`explain` turns it back.
+        ValidationError: always; pydantic keeps the paths, and :func:`explain` converts it back.
     """
     lines: list[InitErrorDetails] = []
     for loc, error in problems:
@@ -59,20 +59,20 @@ def reject(value: object, *problems: tuple[tuple[str | int, ...], GraftError]) -
 
 
 def explain(error: ValidationError, root: type[BaseModel], data: object) -> GraftError:
-    """The first finding as an error, the others as its details. Places hold paths; a Source adds lines.
+    """Return the first error, with the others as its details. Places contain paths; a Source adds lines.
 
     Args:
-        error: what pydantic raised.
+        error: the error that pydantic raised.
         root: the model class that was validated.
-        data: what was validated.
+        data: the data that was validated.
     """
-    found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    problems: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for item in error.errors(include_url=False):
-        found.setdefault(_real_path(data, item), []).append(item)
-    # A failed union reports each branch; what lies deeper explains more than "is not a string" above it.
-    around = {path[:length] for path in found for length in range(len(path))}
-    paths = [p for p in found if not (p in around and _is_union(found[p]))]
-    first, *others = [_one(path, found[path], root, data) for path in paths[: _SHOWN + 1]]
+        problems.setdefault(_real_path(data, item), []).append(item)
+    # A failed union reports each branch; errors deeper in it explain more than "is not a string" above them.
+    around = {path[:length] for path in problems for length in range(len(path))}
+    paths = [p for p in problems if not (p in around and _is_union(problems[p]))]
+    first, *others = [_one(path, problems[path], root, data) for path in paths[: _SHOWN + 1]]
     if not others:
         return first
     more = [f"and {len(paths) - len(others) - 1:,} more"] if len(paths) > _SHOWN + 1 else []
@@ -95,15 +95,15 @@ def _child(value: object, step: str | int) -> object:
 
 
 def _real_path(data: object, item: ErrorDetails) -> tuple[str | int, ...]:
-    """The error's location without the names of union branches, which are not places in the document."""
+    """Return the error's location without the names of union branches, which are not places in the document."""
     path: list[str | int] = []
-    here = data
+    value = data
     loc = item["loc"]
     for position, step in enumerate(loc):
-        child = _child(here, step)
+        child = _child(value, step)
         if child is not _MISSING:
             path.append(step)
-            here = child
+            value = child
         elif item["type"] == "missing" and position == len(loc) - 1:
             path.append(step)
     return tuple(path)
@@ -171,14 +171,14 @@ def _describe(value: object) -> str:
 
 
 def _fields_at(root: type[BaseModel], data: object, path: Sequence[str | int]) -> list[str]:
-    """Names of the fields that the model at ``path`` has."""
+    """Return the names of the fields of the model at ``path``."""
     models: list[type[BaseModel]] = [root]
-    here = data
+    value = data
     for step in path:
-        here = _child(here, step)
+        value = _child(value, step)
         if isinstance(step, str):
             models = [m for model in models for m in _models_in(_annotation(model, step))]
-        models = [_concrete(model, here) for model in models]
+        models = [_concrete(model, value) for model in models]
     names: dict[str, None] = {}
     for model in models:
         names.update(dict.fromkeys(model.model_fields))
@@ -186,7 +186,7 @@ def _fields_at(root: type[BaseModel], data: object, path: Sequence[str | int]) -
 
 
 CONCRETE: dict[type[BaseModel], Callable[[Mapping[Any, Any]], type[BaseModel]]] = {}
-"""For a base class whose subclasses documents tell apart by themselves: which one a mapping is of."""
+"""For each base class whose subclass depends on the content of a mapping: the function that determines the subclass."""
 
 
 def _annotation(model: type[BaseModel], field: str) -> Any:
@@ -201,5 +201,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _concrete(model: type[BaseModel], data: object) -> type[BaseModel]:
-    """The class that data is of, where the annotation only says that it is one of several."""
+    """Return the class of the data if the annotation only says that it is one of several."""
     return CONCRETE[model](data) if model in CONCRETE and isinstance(data, Mapping) else model

@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written, read strictly. The standard library only."""
+"""Strict reading of JSON from untrusted sources. The standard library only."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _WHOLE = 2**64
 
 
 def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
-    """JSON data in which each key stands once, numbers are finite and of 64 bits, and texts are text.
+    """Parse JSON with unique keys, finite numbers of at most 64 bits, and strings without lone surrogates.
 
     Args:
-        raw: UTF-8.
-        most: bytes that it may have.
-        values: how many values it may have, counted before it is read: a value takes a hundred times the memory of its
-            text. Commas and brackets in texts count too. Any number by default.
+        raw: the JSON in UTF-8.
+        most: the largest number of bytes allowed.
+        values: the largest number of values allowed, counted before parsing: a value takes a hundred times the memory
+            of its text. Commas and brackets within strings count as well. Any number by default.
 
     Raises:
-        ValueError: it is anything else, too large or too deep.
+        ValueError: if it is anything else, too large or too deep.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, more than {most}")
@@ -37,31 +37,31 @@ def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
         )
     except RecursionError:
         raise ValueError("it is too deep") from None
-    # UTF-8 has no halves, so that only an escape can make one; two of them may be a whole character.
+    # UTF-8 has no surrogates, so that only an escape can produce one; two of them may form a character.
     if _ESCAPED_HALF.search(text) and _has_half(data):
         raise ValueError("it holds half a character")
     return data
 
 
 def _has_half(data: Any) -> bool:
-    """Whether a text of the data, or a key, has a surrogate."""
+    """Return whether a text or a key of the data contains a surrogate."""
     waiting = [data]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            waiting += [*found, *found.values()]
-        elif isinstance(found, list):
-            waiting += found
-        elif isinstance(found, str) and _HALF.search(found):
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and _HALF.search(value):
             return True
     return False
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    data = dict(pairs)
+    if len(data) != len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return data
 
 
 def _constant(text: str) -> NoReturn:

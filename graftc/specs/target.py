@@ -1,4 +1,4 @@
-"""Which places of a model an adaptation is for, and the small pattern languages that say so."""
+"""Targets: the places of a model that an adaptation applies to, and the small pattern languages that select them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:
-    """A validator of one item or a list of items that names the item at fault."""
+    """Return a validator of one item or a list of items, whose errors name the item at fault."""
 
     def validate(value: Any) -> Any:
         many = isinstance(value, (list, tuple))
@@ -84,7 +84,7 @@ def _check_role(value: Any) -> None:
 
 
 def _narrowed(error: GraftError, text: str, branch: str) -> GraftError:
-    """The same error, its fix cut down to what stands in ``text`` where braces wrote the branch otherwise."""
+    """Return the error with its fix reduced to the wording in ``text`` if the branch results from expanding braces."""
     if error.fix is None or branch == text:
         return error
     return GraftError(error.code, error.message, hint=error.hint, fix=smallest_fix(text, *error.fix))
@@ -104,7 +104,7 @@ def _check_layer(value: Any) -> None:
     parse_layer(value)
 
 
-# Said in the schema; the validators before it say it better.
+# For the schema; the validators that run before it have better messages.
 _SOME = Field(min_length=1)
 
 Roles: TypeAlias = Annotated[
@@ -136,7 +136,7 @@ PatternList: TypeAlias = Annotated[
     BeforeValidator(_each_or_none, json_schema_input_type=Glob | Sequence[Glob] | None),
     AfterValidator(_frozen),
 ]
-"""Globs of module paths, possibly none; one may stand without a list."""
+"""Globs of module paths, possibly none; a single one need not be in a list."""
 
 
 class Target(SpecModel):
@@ -167,7 +167,7 @@ class Target(SpecModel):
 
     @property
     def size(self) -> int:
-        """Characters of its patterns, braces and counts expanded."""
+        """The number of characters in its patterns, with braces and counts expanded."""
         globs = (measure_braces(p)[1] for f in (self.role, self.modules, self.exclude) for p in as_items(f))
         return sum(globs) + sum(check_regex(pattern) for pattern in as_items(self.regex))
 
@@ -178,20 +178,20 @@ class Target(SpecModel):
 
 
 class AsTarget(ABC):
-    """What may stand for a target in Python, and becomes one when the spec is made: a `graftc.select` selection."""
+    """An object that can be given as a target in Python and becomes one with the spec: a `graftc.select` selection."""
 
     @abstractmethod
     def to_target(self, method: str | None = None) -> Target:
-        """The target.
+        """Return the target.
 
         Args:
-            method: the method that it is for; by default whichever takes such sites.
+            method: the method that the target is for; by default any that can adapt such sites.
 
         Raises:
-            GraftError: where no target can mean it.
+            GraftError: if no target is equivalent.
         """
 
 
 def written_fields(target: Any) -> Any:
-    """The fields that a target gives, by name, before it is validated; what is not a target as it is."""
+    """Return the fields that a target sets, by name, before it is validated; return anything but a target unchanged."""
     return {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target

@@ -1,6 +1,6 @@
-"""Contract tests that a new method inherits, and what they are made of: tiny models, perturbation, comparison.
+"""Contract tests that a new method inherits, and their tools: tiny models, perturbation, comparison.
 
-A method's test file, here or in a package of its own::
+The test file of a method, here or in another package::
 
     from graftc.testing import DeploymentContract, MethodContract
 
@@ -11,7 +11,7 @@ A method's test file, here or in a package of its own::
         adaptation = TestMyMethod.adaptation
         families = ("bert",)
 
-What is checked follows from the method's claims. Nothing here imports pytest.
+The method's claims determine what is checked. Nothing here imports pytest.
 """
 
 from __future__ import annotations

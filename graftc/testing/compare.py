@@ -1,4 +1,4 @@
-"""Run models and compare what they give."""
+"""Functions that run models and compare their outputs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 def inputs_for(
     runner: ModelRoot, sizes: tuple[int, int] = SHAPES[0], seed: int = 0, *, front: bool = True
 ) -> dict[str, Tensor]:
-    """Random inputs of the signature that a model was compiled with.
+    """Return random inputs of the signature that a model was compiled with.
 
     Args:
         runner: the adapted model, or the folded one.
-        sizes: batch and sequence; a model with a batch axis only takes the first. A target sequence, where there is
+        sizes: batch and sequence sizes; a model with only a batch axis takes the first. A target sequence, if there is
             one, is two shorter.
-        seed: of the values.
-        front: whether some rows have padding in front. What a causal attention gives for such padding, which sees
-            nothing, differs between torch and ONNX Runtime; for real tokens both give the same.
+        seed: seed of the values.
+        front: whether some rows have padding in front. The results of a causal attention for such padding, which sees
+            nothing, differ between torch and ONNX Runtime; for real tokens both give the same.
     """
     own = runner_of(runner)
     compilation = own.compilation
@@ -38,7 +38,7 @@ def inputs_for(
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Every floating-point output of a call in eval mode without gradients; the training flag is put back."""
+    """Return every floating-point output of a call in eval mode without gradients; the training flag is restored."""
     training = model.training
     model.eval()
     try:
@@ -54,12 +54,14 @@ _PARTS = ((0, 5), (5, 6), (6, 8))
 
 
 def in_parts(model: ModelRoot, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The logits that a text gives at once, and those that it gives in parts, each with the cache of those before:
-    without a past, of one token, and of two. Rows differ in their padding, whose logits are zeros in both.
+    """Return the logits of a text as a whole, and those of its parts, each with the cache of those before.
+
+    The first part has no past, the second is one token, and the third is two. Rows differ in their padding, whose
+    logits are zeros in both results.
 
     Args:
-        model: one that generates.
-        seed: of the text.
+        model: a model that generates.
+        seed: seed of the text.
     """
     runner, training = runner_of(model), model.training
     model.eval()
@@ -94,21 +96,21 @@ def in_parts(model: ModelRoot, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _called(model: ModelRoot, calls: list[dict[str, Any]]) -> Tensor:
-    cache, found = None, []
+    cache, logits = None, []
     for call in calls:
         outputs = model(**call, cache=cache, use_cache=True)
         cache = outputs.cache
-        found.append(outputs.logits)
-    return torch.cat(found, 1)
+        logits.append(outputs.logits)
+    return torch.cat(logits, 1)
 
 
 def flat(outputs: Any) -> list[Tensor]:
-    """Every tensor of a model's output, in order."""
+    """Return every tensor of a model's output, in order."""
     return [leaf for leaf in pytree.tree_leaves(_plain(outputs)) if isinstance(leaf, Tensor)]
 
 
 def _plain(outputs: Any) -> Any:
-    """A model's output as plain containers, less the cache that only a source model returns."""
+    """Return a model's output as plain containers, without the cache that only a source model returns."""
     if not isinstance(outputs, Mapping):
         return outputs
     from transformers.cache_utils import Cache
@@ -117,15 +119,15 @@ def _plain(outputs: Any) -> Any:
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two lists of tensors are equal, element for element."""
+    """Return whether two lists of tensors are equal, element for element."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest absolute difference between two lists of tensors of the same shapes.
+    """Return the largest absolute difference between two lists of tensors of the same shapes.
 
     Raises:
-        ValueError: the lists or the shapes differ, or there is nothing to compare.
+        ValueError: if the lists or the shapes differ, or there is nothing to compare.
     """
     if not a or [t.shape for t in a] != [t.shape for t in b]:
         raise ValueError(f"cannot compare {[list(t.shape) for t in a]} with {[list(t.shape) for t in b]}")

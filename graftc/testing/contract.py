@@ -1,4 +1,4 @@
-"""The contract of a method: what its claims promise, on tiny models of every contract family."""
+"""The contract of a method: tests of its claims, on tiny models of every contract family."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from graftc.testing.perturb import perturb
 
 
 class Contract:
-    """What every contract needs: an adaptation, families, and how a model is made and compiled.
+    """Base of all contracts: an adaptation, families, and how a model is built and compiled.
 
     Attributes:
         adaptation: the entry of a spec's ``adapt`` list that is under test.
-        spec: other keys of the spec, as ``{"train": ["classifier"]}``.
+        spec: other keys of the spec, such as ``{"train": ["classifier"]}``.
         families: names of the families to run on; by default all of `graftc.testing.FAMILIES`.
-        perturbation: standard deviation of the noise that stands in for training.
+        perturbation: standard deviation of the noise that replaces training.
     """
 
     adaptation: ClassVar[Mapping[str, Any]]
@@ -49,29 +49,29 @@ class Contract:
             metafunc.parametrize("family", self.families)
 
     def model(self, family: str) -> nn.Module:
-        """A model of ``family``, the same at every call; override it to bring another."""
+        """Return a model of ``family``, the same at every call; override it to use another model."""
         return tiny(family)
 
     def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
-        """``model``, which is of ``family``, adapted as ``adaptation`` says."""
+        """Compile ``model``, a model of ``family``, with ``adaptation``."""
         return compile_model({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
 
     def perturb(self, family: str, compiled: Compiled) -> None:
-        """Stand in for training: noise on every trainable tensor. Override it where training does more."""
+        """Add noise to every trainable tensor, in place of training; override it if training does more."""
         perturb(compiled, self.perturbation)
 
     def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
-        """A model of ``family`` and the same adapted, made once for all tests of the class that only read them."""
-        made = self._made(family)
-        return made.model, made.perturbed if perturbed else made.plain
+        """Return a model of ``family`` and its adapted form, created once for all tests of a class that only read."""
+        models = self._made(family)
+        return models.model, models.perturbed if perturbed else models.plain
 
     def _made(self, family: str) -> _Made:
-        """What the tests of a class share. What another class shared is let go."""
+        """Return the models that the tests of a class share, and drop those of other classes."""
         key = (type(self), family)
         if key not in _SHARED:
             for old in [old for old in _SHARED if old[0] is not type(self)]:
                 del _SHARED[old]
-            model = self.model(family).train()  # a mode that compiling and everything later has to leave alone
+            model = self.model(family).train()  # a mode that compiling and everything later must not change
             reference = copy.deepcopy(model)
             addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
             compiled = self.compiled(family, model)
@@ -82,20 +82,20 @@ class Contract:
 
     @property
     def claims(self) -> Claims:
-        """What the method under test claims."""
+        """The claims of the method under test."""
         return load_spec({"adapt": [dict(self.adaptation)]}).adapt[0].claims
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A model and the same adapted.
+    """A model in its original and adapted forms.
 
     Attributes:
         model: the source model, in train mode.
-        compiled: what compiling gave, over the source model's own tensors: for who trains it or writes to it.
-        plain, perturbed: copies in eval mode, one of them perturbed: for who only reads them.
+        compiled: the compiled model, over the source model's own tensors, for tests that train it or write to it.
+        plain, perturbed: copies in eval mode, one of them perturbed, for tests that only read them.
         reference: a copy of the model from before it was compiled.
-        addresses: where the model's tensors were then.
+        addresses: addresses of the model's tensors at that time.
     """
 
     model: nn.Module
@@ -110,12 +110,13 @@ _SHARED: dict[tuple[type[Contract], str], _Made] = {}
 
 
 class MethodContract(Contract):
-    """Inherit it as ``class TestMyMethod(MethodContract)`` and set ``adaptation``.
+    """The contract of a method. Inherit it as ``class TestMyMethod(MethodContract)`` and set ``adaptation``.
 
     Attributes:
-        fold_tolerance: largest difference of float32 outputs, folded against unfolded.
-        starts_elsewhere: the setting does not start at the base's outputs, whatever its method claims.
-        cacheable: what the method does with a token depends on it and on those before, so that a cache can hold these.
+        fold_tolerance: largest difference of float32 outputs between folded and unfolded.
+        starts_elsewhere: whether the setting does not start at the base's outputs, whatever its method claims.
+        cacheable: whether what the method does with a token depends only on it and on those before, so that a cache can
+            hold these.
     """
 
     fold_tolerance: ClassVar[float] = 2e-5
@@ -123,7 +124,7 @@ class MethodContract(Contract):
     cacheable: ClassVar[bool] = True
 
     def test_sites(self, family: str) -> None:
-        """The adaptation has sites of claimed kinds only; among linear ones, one that is not square."""
+        """Check that all sites are of claimed kinds and that, among linear ones, at least one is not square."""
         _, compiled = self.shared(family)
         sites = [site for resolved in compiled.compilation.main.resolved for site, _ in resolved.sites]
         assert sites
@@ -134,7 +135,7 @@ class MethodContract(Contract):
         )
 
     def test_identity_at_init(self, family: str) -> None:
-        """Before training, the adapted model gives the base's outputs to the bit."""
+        """Check that the adapted model gives the base's outputs bit for bit before training."""
         if not self.claims.identity_at_init or self.starts_elsewhere:
             raise unittest.SkipTest("the method does not claim identity at init")
         model, compiled = self.shared(family)
@@ -143,16 +144,16 @@ class MethodContract(Contract):
             assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
     def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
-        """Compiling twice gives the same tensors, from a source model in another mode too."""
+        """Check that compiling twice gives the same tensors, also from a source model in another mode."""
         first = self.shared(family)[1].adapter_state_dict()
         second = self.compiled(family, self.model(family)).adapter_state_dict()
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_own_tensors_train(self, family: str) -> None:
-        """Three AdamW steps: base storage stays bit-identical, every tensor that is not inert gets a gradient."""
-        made = self._made(family)
-        model, compiled = made.model, made.compiled
+        """Check that three AdamW steps keep the base bit-identical and give gradients to tensors that are not inert."""
+        models = self._made(family)
+        model, compiled = models.model, models.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
         trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
         start = {name: tensor.detach().clone() for name, tensor in trainable.items()}
@@ -163,25 +164,25 @@ class MethodContract(Contract):
             if not any(fnmatchcase(name.rpartition(".")[2], pattern) for pattern in self.claims.inert):
                 assert total > 0, f"{name} never got a gradient"
                 assert not torch.equal(trainable[name], start[name]), f"{name} did not train"
-        for name, value in made.reference.state_dict().items():
-            held = model.state_dict()[name]
-            assert held.data_ptr() == made.addresses[name]
-            assert torch.equal(held, value), f"training wrote to {name} of the base"
+        for name, value in models.reference.state_dict().items():
+            current = model.state_dict()[name]
+            assert current.data_ptr() == models.addresses[name]
+            assert torch.equal(current, value), f"training wrote to {name} of the base"
         for name, parameter in compiled.named_parameters():
             assert name in trainable or torch.equal(parameter, frozen[name]), f"{name} is frozen and changed"
 
     def test_source_model_is_left_alone(self, family: str) -> None:
-        """Compiling changes neither the training flags nor ``requires_grad`` nor the outputs of the source model."""
-        made = self._made(family)
-        model, reference = made.model, made.reference
-        inputs = inputs_for(made.plain)
+        """Check that compiling leaves the source model's training flags, ``requires_grad`` and outputs unchanged."""
+        models = self._made(family)
+        model, reference = models.model, models.reference
+        inputs = inputs_for(models.plain)
         assert model.training
         flags = [parameter.requires_grad for parameter in reference.parameters()]
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert same_bits(outputs_of(model, inputs), outputs_of(reference, inputs))
 
     def test_disabled_is_the_base(self, family: str) -> None:
-        """Inside ``disabled()`` a perturbed model gives the base's outputs to the bit, and its own again after."""
+        """Check that ``disabled()`` gives the base's outputs bit for bit, and leaving it the adapted ones."""
         model, compiled = self.shared(family, perturbed=True)
         inputs = inputs_for(compiled)
         adapted = outputs_of(compiled, inputs)
@@ -192,17 +193,17 @@ class MethodContract(Contract):
         assert largest_difference(adapted, base) > 1e-3, "the perturbation has no effect, so nothing is tested"
 
     def test_verifier_passes(self, family: str) -> None:
-        """Every Program holds the verifier's invariants, and every inserted node names the adaptation."""
+        """Check the verifier's invariants of every Program, and that it has inserted nodes that name the adaptation."""
         _, compiled = self.shared(family)
         compilation = compiled.compilation
         name = compilation.spec.adapt[0].name
         for program in (compilation.program("train"), compilation.program("eval")):
             verify(program, compilation.store, "the contract", types=True)
-            origins = [found for node in program.graph.nodes if (found := provenance(node)) is not None]
+            origins = [entry for node in program.graph.nodes if (entry := provenance(node)) is not None]
             assert any(origin["adaptation"] == name for origin in origins)
 
     def test_fold(self, family: str) -> None:
-        """Folded equals unfolded; the folded graph is the base's; the certificate passes; nothing else changes."""
+        """Check that folding keeps the outputs, restores the base's graph, is certified and changes nothing else."""
         _, compiled = self.shared(family, perturbed=True)
         if self.claims.folds is FoldKind.NONE:
             _refuses_to_merge(compiled)
@@ -227,7 +228,7 @@ class MethodContract(Contract):
             assert hashes == {structural_hash(compiled.program("eval", base=True), canonical)}
 
     def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:
-        """Adapter tensors written to a file and read into a model with other ones give the same outputs to the bit."""
+        """Check that adapter tensors saved to a file and loaded into another copy give the same outputs bit for bit."""
         from safetensors.torch import load_file, save_file
 
         _, compiled = self.shared(family, perturbed=True)
@@ -241,7 +242,7 @@ class MethodContract(Contract):
         assert same_bits(outputs_of(other, inputs), outputs_of(compiled, inputs))
 
     def test_report_counts_what_trains(self, family: str) -> None:
-        """The report's numbers are the ones of the tensors."""
+        """Check that the report's numbers are those of the tensors."""
         _, compiled = self.shared(family)
         report = compiled.report
         trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
@@ -249,8 +250,11 @@ class MethodContract(Contract):
         assert report.adaptations[0].sites == sum(len(r.places) for r in compiled.compilation.main.resolved)
 
     def test_sixteen_bits(self, family: str) -> None:
-        """On a base in bfloat16 everything that trains is float32 and gets gradients of that type; before training the
-        outputs are the base's to the bit; what folds is certified."""
+        """Check the adaptation of a base in bfloat16.
+
+        Everything that trains is float32 and gets gradients of that type; before training the outputs are the base's
+        bit for bit; what folds is certified.
+        """
         model = copy.deepcopy(self._made(family).reference).to(torch.bfloat16).eval()
         try:
             compiled = self.compiled(family, model).eval()
@@ -272,8 +276,10 @@ class MethodContract(Contract):
             assert compiled.eval().merge().certificate.passed
 
     def test_cache(self, family: str) -> None:
-        """A text in parts, each with the cache of those before, gives what the whole text gives; where that cannot be,
-        the call is refused."""
+        """Check that a text in parts, each with the cache of those before, gives what the whole text gives.
+
+        If the method rules that out, the call must be refused.
+        """
         _, compiled = self.shared(family, perturbed=True)
         if not compiled.can_generate():
             raise unittest.SkipTest("the model does not generate")
@@ -286,8 +292,10 @@ class MethodContract(Contract):
         assert largest_difference([whole], [parts]) <= _CACHE_TOLERANCE * max(1.0, float(whole.abs().max()))
 
     def test_bank(self, family: str) -> None:
-        """Of two adaptations in a bank, the active one is what it is alone; and a batch whose rows choose is each one's
-        own run on its rows, unless a place has no rows that could be told apart."""
+        """Check that an adaptation behaves the same in a bank of two as it does alone.
+
+        This includes a batch whose rows choose their adaptations, unless a place has no rows that could be told apart.
+        """
         if not self.claims.bankable:
             raise unittest.SkipTest("the method does not claim that it can share a bank")
         if type(self).compiled is not Contract.compiled:
@@ -310,15 +318,15 @@ class MethodContract(Contract):
             assert error.code == "GC037", error
             mixed = None
         for number, slot in enumerate(_SLOTS):
-            own = {n: n.replace(f"graftc.{name}.", f"graftc.{slot}.") for n in alone.adapter_state_dict()}
-            alone.load_adapter_state_dict({n: tensors[held] for n, held in own.items()})
+            in_bank = {n: n.replace(f"graftc.{name}.", f"graftc.{slot}.") for n in alone.adapter_state_dict()}
+            alone.load_adapter_state_dict({n: tensors[source] for n, source in in_bank.items()})
             expected = outputs_of(alone, inputs)
             bank.activate(slot)
             assert largest_difference(outputs_of(bank, inputs), expected) <= _BANK_TOLERANCE
-            for whole, found in zip(expected, mixed if mixed is not None else (), strict=mixed is not None):
-                if whole.shape[:1] == numbers.shape:
+            for own, shared in zip(expected, mixed if mixed is not None else (), strict=mixed is not None):
+                if own.shape[:1] == numbers.shape:
                     mine = numbers == number
-                    assert largest_difference([found[mine]], [whole[mine]]) <= _BANK_TOLERANCE
+                    assert largest_difference([shared[mine]], [own[mine]]) <= _BANK_TOLERANCE
 
 
 _SLOTS = ("first", "second")
@@ -328,7 +336,7 @@ _CACHE_TOLERANCE = 2e-6
 
 
 def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Three steps on a loss that every output takes part in; the largest gradient that each tensor saw."""
+    """Train three steps on a loss that depends on every output, and return the largest gradient of each tensor."""
     torch.manual_seed(0)
     optimiser = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.01)
     seen = dict.fromkeys(tensors, 0.0)

@@ -1,4 +1,4 @@
-"""The heavier part of a method's contract: exports and ``torch.compile``. Seconds per test, so few families do."""
+"""The slower part of a method's contract, exports and ``torch.compile``: seconds per test, so few families run it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ BATCHES = (2, 3, 7)
 
 
 class DeploymentContract(Contract):
-    """Inherit it beside `graftc.testing.MethodContract`, with the one family that the method is best exported on.
+    """The contract of exports, to inherit beside `graftc.testing.MethodContract`.
+
+    Give it the one family that the method is best exported on.
 
     Attributes:
         export_tolerance: largest difference of outputs between torch and ONNX Runtime.
-        every_layer: export and compile all layers of the contract's models, and not a model of one layer.
+        every_layer: whether to export and compile all layers of the contract's models instead of a model of one layer.
     """
 
     families: ClassVar[tuple[str, ...]] = ("bert",)
@@ -32,12 +34,12 @@ class DeploymentContract(Contract):
     every_layer: ClassVar[bool] = False
 
     def test_onnx(self, family: str, tmp_path: Path) -> None:
-        """ONNX Runtime agrees at three shapes that were not captured."""
+        """Check that ONNX Runtime agrees at three shapes that were not captured."""
         compiled = self._deployed(family)
         self._exported(compiled, compiled, tmp_path)
 
     def test_onnx_folded(self, family: str, tmp_path: Path) -> None:
-        """The same of the folded model."""
+        """Check that ONNX Runtime agrees with the folded model at the same shapes."""
         _, compiled = self.shared(family, perturbed=True)
         if self.claims.folds is FoldKind.NONE:
             raise unittest.SkipTest("the method claims not to fold")
@@ -49,19 +51,21 @@ class DeploymentContract(Contract):
             check_onnx(path, compiled, sizes, self.export_tolerance)
 
     def test_compile(self, family: str) -> None:
-        """``torch.compile(fullgraph=True)`` takes the model in one graph and keeps it for every batch of 2 or more."""
+        """Check that ``torch.compile(fullgraph=True)`` produces one graph that serves every batch of 2 or more."""
         check_compile(self._deployed(family), "aot_eager")
 
     def test_inductor(self, family: str) -> None:
-        """The same with code that Inductor generates for one layer: much slower, and seldom another result."""
+        """Check the same with Inductor's code for one layer, which is much slower and seldom gives another result."""
         check_compile(self._one_layer(family))
 
     def _deployed(self, family: str) -> Compiled:
         return self.shared(family, perturbed=True)[1] if self.every_layer else self._one_layer(family)
 
     def _one_layer(self, family: str) -> Compiled:
-        """A compiled model of one layer where the contract's models are the usual ones: exporters take their time with
-        each layer, and all are alike."""
+        """Return a compiled model of one layer, unless the class brings its own models.
+
+        Exporters take their time with each layer, and all are alike.
+        """
         if type(self).model is not Contract.model:
             return self.shared(family, perturbed=True)[1]
         compiled = self.compiled(family, tiny(family, layers=1))
@@ -70,17 +74,17 @@ class DeploymentContract(Contract):
 
 
 def check_onnx(path: Path, runner: ModelRoot, sizes: tuple[int, int], tolerance: float) -> float:
-    """Run an exported file in ONNX Runtime beside ``runner``; returns the largest difference.
+    """Run an exported file in ONNX Runtime beside ``runner`` and return the largest difference.
 
     Raises:
-        AssertionError: it is over ``tolerance``.
+        AssertionError: if it exceeds ``tolerance``.
     """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     inputs = inputs_for(runner, sizes, seed=sizes[0], front=False)
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    difference = largest_difference([torch.from_numpy(value) for value in found], outputs_of(runner, inputs))
+    results = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    difference = largest_difference([torch.from_numpy(value) for value in results], outputs_of(runner, inputs))
     assert difference <= tolerance, f"ONNX Runtime and torch differ by {difference:.2e} at {sizes}"
     return difference
 
@@ -89,20 +93,20 @@ def check_compile(runner: ModelRoot, backend: str = "inductor") -> None:
     """Compile ``runner`` in one graph and call it at several batch sizes.
 
     Raises:
-        AssertionError: its outputs leave those of eager execution by more than 1e-4.
-        torch._dynamo.exc.RecompileError: a batch size made it compile again.
+        AssertionError: if its outputs differ from those of eager execution by more than 1e-4.
+        torch._dynamo.exc.RecompileError: if a batch size makes it compile again.
     """
     import torch._dynamo as dynamo
 
     dynamo.reset()
-    whole: Any = torch.compile(runner, fullgraph=True, dynamic=True, backend=backend)
+    compiled: Any = torch.compile(runner, fullgraph=True, dynamic=True, backend=backend)
     calls = [inputs_for(runner, (batch, 9), seed=batch) for batch in BATCHES]
     expected = [outputs_of(runner, inputs) for inputs in calls]
     try:
-        found = [outputs_of(whole, calls[0])]
+        results = [outputs_of(compiled, calls[0])]
         with dynamo.config.patch(error_on_recompile=True):
-            found += [outputs_of(whole, inputs) for inputs in calls[1:]]
+            results += [outputs_of(compiled, inputs) for inputs in calls[1:]]
     finally:
         dynamo.reset()
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         assert largest_difference(a, b) <= 1e-4

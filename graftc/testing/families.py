@@ -1,7 +1,8 @@
 """Tiny models of the contract families, with random weights.
 
-Hidden width 48 and 80 in the feed-forward part, so that most layers are not square; two layers; 101 tokens; biases
-and gains are random too, so that leaving one out shows, and weights are large enough for attention not to be uniform.
+The hidden width is 48, and 80 in the feed-forward part, so most layers are not square; there are two layers and 101
+tokens. Biases and gains are also random, so that omitting one has an effect, and weights are large enough for attention
+not to be uniform.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _COMMON: dict[str, Any] = {
 
 
 def bert(**changes: Any) -> nn.Module:
-    """BERT with a classification head; ``changes`` go into its config."""
+    """Build BERT with a classification head; ``changes`` go into its config."""
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(
@@ -36,7 +37,7 @@ def bert(**changes: Any) -> nn.Module:
 
 
 def roberta(**changes: Any) -> nn.Module:
-    """RoBERTa with a classification head."""
+    """Build RoBERTa with a classification head."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     own = {"vocab_size": VOCABULARY, "num_labels": LABELS, "max_position_embeddings": 64}
@@ -44,7 +45,7 @@ def roberta(**changes: Any) -> nn.Module:
 
 
 def gpt2(**changes: Any) -> nn.Module:
-    """GPT-2 with its language model head: ``Conv1D`` layers, one of them q, k and v fused; the head is tied."""
+    """Build GPT-2 with its language model head: ``Conv1D`` layers, one with q, k and v fused; the head is tied."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     own: dict[str, Any] = {
@@ -59,22 +60,24 @@ def gpt2(**changes: Any) -> nn.Module:
 
 
 def llama(**changes: Any) -> nn.Module:
-    """Llama with its language model head: two key-value heads for four query heads, no biases."""
+    """Build Llama with its language model head: two key-value heads for four query heads, no biases."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**{**_COMMON, "num_key_value_heads": 2, "vocab_size": VOCABULARY, **changes}))
 
 
 def gpt_neox(**changes: Any) -> nn.Module:
-    """GPT-NeoX with its language model head: q, k and v interleaved in one weight, attention and feed-forward side by
-    side."""
+    """Build GPT-NeoX with its language model head.
+
+    It has q, k and v interleaved in one weight, and attention and feed-forward part side by side.
+    """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_COMMON, "vocab_size": VOCABULARY, **changes}))
 
 
 def mixtral(**changes: Any) -> nn.Module:
-    """Mixtral with its language model head: every feed-forward part is four experts, two of them for each token."""
+    """Build Mixtral with its language model head: each feed-forward part has four experts, two for each token."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     own = {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": VOCABULARY}
@@ -82,7 +85,7 @@ def mixtral(**changes: Any) -> nn.Module:
 
 
 def t5(**changes: Any) -> nn.Module:
-    """T5, an encoder and a decoder with cross-attention, relative positions and a tied head."""
+    """Build T5: an encoder and a decoder with cross-attention, relative positions and a tied head."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     own: dict[str, Any] = {"d_model": HIDDEN, "d_kv": 12, "d_ff": INTERMEDIATE, "num_layers": 2, "num_heads": 4}
@@ -91,7 +94,7 @@ def t5(**changes: Any) -> nn.Module:
 
 
 def vit(**changes: Any) -> nn.Module:
-    """ViT with a classification head, for images of 32 by 32 in patches of 8."""
+    """Build ViT with a classification head, for images of 32 by 32 in patches of 8."""
     from transformers import ViTConfig, ViTForImageClassification
 
     own = {"image_size": 32, "patch_size": 8, "num_labels": LABELS}
@@ -119,17 +122,17 @@ _LAYERS = {"gpt2": "n_layer", "t5": "num_layers"}
 def tiny(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int | None = None, **changes: Any
 ) -> nn.Module:
-    """A tiny model of a family in eval mode; the same seed gives the same weights.
+    """Return a tiny model of a family in eval mode; the same seed gives the same weights.
 
     Args:
         family: a key of `FAMILIES`.
-        seed: of its weights.
-        dtype: of its weights.
-        layers: how many; two by default.
+        seed: seed of its weights.
+        dtype: element type of its weights.
+        layers: number of layers; two by default.
         changes: values for its config.
 
     Raises:
-        KeyError: there is no such family.
+        KeyError: if there is no such family.
     """
     build = FAMILIES[family]
     if layers is not None:

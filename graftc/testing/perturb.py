@@ -1,4 +1,4 @@
-"""Give tensors values that hide nothing: no zeros, no ones, nothing symmetric."""
+"""Random values for tensors, so that no error hides behind zeros, ones or symmetry."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from graftc.runtime.compiled import Compiled
 
 @torch.no_grad()
 def perturb(compiled: Compiled, scale: float = 0.05, seed: int = 0) -> dict[str, Tensor]:
-    """Add normal noise to every trainable adapter tensor in place; stands in for training.
+    """Add normal noise to every trainable adapter tensor in place, as a substitute for training.
 
     Args:
         compiled: the adapted model.
         scale: standard deviation of the noise.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         The trainable tensors by name, detached, after the change.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
     for name, tensor in compiled.named_parameters():
         if tensor.requires_grad:
             tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * scale)
-            found[name] = tensor.detach()
-    return found
+            trained[name] = tensor.detach()
+    return trained
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The passes that adapt a captured Program; `graftc.compiler.adapting` has their order."""
+"""The passes that adapt a captured Program; `graftc.compiler.adapting` defines their order."""

@@ -1,4 +1,4 @@
-"""The Program that is adapted: captured, verified and held against the source model."""
+"""Capture of the Program that is adapted, with verification and comparison against the source model."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ GATHER: Pipeline[Compilation] = Pipeline("gather", [Pass("gather early", _gather
 
 
 def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
-    """The source model's graph, verified and held against the model.
+    """Return the source model's graph, verified and compared with the model.
 
     Raises:
-        GraftError: GC041 where they differ.
+        GraftError: GC041 if they differ.
     """
     compilation = work.compilation
     capture = captured(request, use_cache=compilation.use_cache, known=compilation.known)
     if capture.cached or capture.alike:
         try:
             capture = _checked(compilation, capture, log, request.axes)
-        except Exception as error:  # whatever is wrong with a kept graph or with shared layers, the model is here
+        except Exception as error:  # a cached graph or shared layers may be at fault
             from_cache = capture.cached
             capture = _every_layer(compilation, capture, request, log)
             if from_cache:
@@ -71,11 +71,11 @@ def _every_layer(compilation: Compilation, stale: Capture, request: CaptureReque
 
 
 def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence[Axis] = ()) -> Capture:
-    """A capture with its anchor.
+    """Return a capture with its anchor.
 
     Raises:
-        GraftError: GC030 where it writes to what it may not, GC040 where it is not a graph of the Store's tensors,
-            GC041 where it is not the model.
+        GraftError: GC030 if it writes to what it may not, GC040 if it is not a graph of the Store's tensors, GC041 if
+            it does not match the model.
     """
     store, program = compilation.store, record_baseline(found.traced)
     log.entries = list(program.history)
@@ -95,7 +95,7 @@ def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence
             where = f"{comparison.mode} mode with {comparison.inputs}"
             message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
-        if is_live(compilation.model) and comparison.difference is None:  # each layer ran alone when it was chosen
+        if is_live(compilation.model) and comparison.difference is None:  # each layer ran by itself when it was chosen
             name, why = type(compilation.model).__name__, comparison.skipped
             message = f"the graphs of the layers of {name} could not be compared with these: {why}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL)
@@ -108,13 +108,13 @@ def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence
 
 
 def anchored(compilation: Compilation, found: Capture, program: Program, shown: Sequence[Axis] = ()) -> Anchor:
-    """A graph, captured or derived from one that was, held against the source model.
+    """Return the comparison of a graph, captured or derived from a captured one, with the source model.
 
     Args:
-        compilation: has the model.
+        compilation: the Compilation with the model.
         found: the capture.
         program: the graph.
-        shown: the inputs that were asked for. Those that are to be as they were shown are so here too; the others are
+        shown: the requested inputs. Those to be captured as shown are compared as shown as well; the others are used
             for a model that takes no samples.
     """
     progress.step(f"anchor({program.mode})")
@@ -130,7 +130,7 @@ _NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and
 
 
 def _note(work: Work, found: Capture) -> None:
-    """Say what of the model a graph does not have, each once."""
+    """Record what a graph lacks of the model and warn about it, each once."""
     compilation = work.compilation
     known = {*compilation.notes, *work.notes}
     assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]

@@ -1,8 +1,9 @@
-"""Adapting layers that call functions: what is inserted in a body is inserted for every call of it.
+"""Adaptation of layers that call functions: what is inserted in a body is inserted for every call of it.
 
-A method inserts at a body as at any layer. For each call it then inserts in a copy of the body over the call's own
-tensors: that makes these tensors, and shows that the call does what the body does now. Where that follows from the spec
-and the types of tensors alone (`Method.repeats`), the first call shows it for all, and the others get their tensors.
+A method inserts into a body as into any layer. For each call it then inserts into a copy of the body over the call's
+own tensors, which creates these tensors and shows that the call does what the body does now. If that follows from the
+spec and the types of tensors alone (`Method.repeats`), the first call shows it for all, and the others only get their
+tensors.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from graftc.specs.base import MethodSpec
 
 @dataclass
 class _Template:
-    """A body as it was before anything was inserted: what copies of it are made from and compared with.
+    """A body before anything was inserted, from which copies are made and with which they are compared.
 
     Attributes:
         base: the Program before anything was inserted.
-        given, made: what the body is given and has made there.
-        nodes: nodes of the base between what the body is given and what it has made, with those of the adapted Program.
+        given, made: the nodes that the body is given and computes there.
+        nodes: nodes of the base between what the body is given and what it computes, with those of the adapted Program.
         body: path of the body's layer.
-        inside: what the body computes in the adapted Program.
+        inside: the nodes that the body computes in the adapted Program.
     """
 
     base: Program
@@ -62,15 +63,21 @@ class _Template:
 
     @classmethod
     def of(cls, base: Program, one: FunctionCall, now: FunctionCall, adapted: Mapping[str, fx.Node]) -> _Template:
-        """For a call as it was in the base and as it is now, with the nodes of the adapted Program by name."""
-        given, made = one.given, one.made
-        wanted = sorted({*above(made, stop=given), *given, *base.placeholders()})
+        """Build the template of a call as it was in the base and as it is now.
+
+        The nodes of the adapted Program are given by name.
+        """
+        given, outputs = one.given, one.made
+        wanted = sorted({*above(outputs, stop=given), *given, *base.placeholders()})
         inside = set(region(set(now.given), now.made, now.body))
-        return cls(base, given, made, {node: adapted[node.name] for node in wanted}, one.body, inside)
+        return cls(base, given, outputs, {node: adapted[node.name] for node in wanted}, one.body, inside)
 
     def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
-        """The body over the tensors of another layer, whose outputs are what it is given and what it makes; and its
-        nodes by those of the adapted Program. How what it is given comes about is left out."""
+        """Return the body over the tensors of another layer, and its nodes by those of the adapted Program.
+
+        The outputs of the copy are what it is given and what it computes. The computation of what it is given is left
+        out.
+        """
         graph, nodes, given = fx.Graph(), dict[fx.Node, fx.Node](), set(self.given)
         for node in self.nodes:
             if node in given:
@@ -95,7 +102,7 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
     shown: dict[str, str] = {}
     repeated = _Repeated(program, context)
     for now in calls(program.graph):
-        # Of later signatures the first one has shown that layers are adapted alike.
+        # For later signatures, the first one has shown that layers are adapted alike.
         if context.places is not None and all(name in context.store for name in bodies.tensors(now)):
             continue
         if now.body in shown:
@@ -113,17 +120,17 @@ Sites = Mapping[str, list[tuple[Site, MethodSpec]]]
 
 
 def _sites_of_calls(context: Adapting) -> Mapping[str, Sites]:
-    """The sites of every layer that calls a function, by its path."""
-    found: dict[str, dict[str, list[tuple[Site, MethodSpec]]]] = defaultdict(lambda: defaultdict(list))
+    """Return the sites of every layer that calls a function, by its path."""
+    by_layer: dict[str, dict[str, list[tuple[Site, MethodSpec]]]] = defaultdict(lambda: defaultdict(list))
     for item in context.resolved:
         for site, spec in item.sites:
             if context.is_called(site):
-                found[layer_path(site.key.module)][item.name].append((site, spec))
-    return found
+                by_layer[layer_path(site.key.module)][item.name].append((site, spec))
+    return by_layer
 
 
 class _Repeated:
-    """Create the tensors of further calls from what the first call of a body has recorded."""
+    """The tensors of further calls, created from what the first call of a body has recorded."""
 
     def __init__(self, program: Program, context: Adapting) -> None:
         self._program, self._context = program, context
@@ -131,7 +138,7 @@ class _Repeated:
         self._builders: dict[str, Builder] = {}
 
     def is_possible(self, sites: Sites) -> bool:
-        """Whether the first call has recorded everything that further calls of the same body need."""
+        """Return whether the first call has recorded everything that further calls of the same body need."""
         parts, starts = self._context.work.parts, self._context.starts
         return all(
             method_for(spec.method).repeats(spec) and starts.keys() >= set(parts[name].get(site.key, {}).values())
@@ -140,12 +147,12 @@ class _Repeated:
         )
 
     def make(self, before: str, path: str, sites: Sites) -> None:
-        """Make the tensors of a call.
+        """Create the tensors of a call.
 
         Args:
-            before: path of the call that has shown what is made.
-            path: of this one.
-            sites: its sites.
+            before: path of the call that was recorded.
+            path: path of this call.
+            sites: the sites of this call.
         """
         context = self._context
         for item in self._items:
@@ -164,7 +171,7 @@ class _Repeated:
 
 
 def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template, sites: Sites) -> bool:
-    """Insert in a copy of the body; whether base tensors of the call are edited.
+    """Insert into a copy of the body, and return whether base tensors of the call are edited.
 
     Raises:
         UnlikeBodyError: the call does something else than the body.
@@ -176,7 +183,7 @@ def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, temp
     mine = set(map(id, local.values()))
     for unit in units(context.compilation.spec, context.resolved):
         (item,) = unit.members
-        # A method that makes something for all sites together has to see all of them again.
+        # A method that creates something for all sites together needs all of them again.
         every = sites[item.name] if item.name in context.prepared else item.sites
         own = tuple((local.get(id(site)) or elsewhere.site(site), spec) for site, spec in every)
         insert_single(copy, context, unit, replace(item, sites=own), lambda site: id(site) in mine)
@@ -196,26 +203,26 @@ def _require_same(
     nodes: Mapping[fx.Node, fx.Node],
     inside: Collection[fx.Node],
 ) -> None:
-    """Whether a call does what the body does, in which adaptations have been inserted.
+    """Check that a call does the same as the body into which adaptations have been inserted.
 
     Args:
-        program: has the body.
+        program: the Program with the body.
         now: the call.
-        copy: the body over the tensors of the call, in which the same has been inserted.
-        nodes: its nodes by those of the Program. What the Program computes outside of the body may have been adapted,
-            and has not been there.
-        inside: what the body computes.
+        copy: the body over the tensors of the call, with the same adaptations inserted.
+        nodes: nodes of the copy by those of the Program. Nodes that the Program computes outside of the body may have
+            been adapted there, but not in the copy.
+        inside: the nodes that the body computes.
 
     Raises:
-        UnlikeBodyError: it does something else.
+        UnlikeBodyError: the call does something else.
     """
     outputs: Any = copy.output_node.args[0]
     count = len(now.given)
-    given, made = outputs[:count], outputs[count:]
+    given, results = outputs[:count], outputs[count:]
     if any(node.meta.get("custom") for node in given):
         raise UnlikeBodyError(f"something is inserted in front of {now.path}")
     same: dict[fx.Node, fx.Node] = dict(zip(now.given, given, strict=True))
-    pending = list(zip(now.made, made, strict=True))
+    pending = list(zip(now.made, results, strict=True))
     first = max(now.given)
     origins = {theirs: ours for ours, theirs in nodes.items()}
     while pending:
@@ -242,7 +249,7 @@ def _require_same(
 
 
 def _like(a: Any, b: Any, read: list[tuple[fx.Node, fx.Node]]) -> bool:
-    """Whether arguments are the same but for values, which are collected."""
+    """Return whether arguments are equal except for nodes, which are collected in pairs."""
     if type(a) is not type(b):
         return False
     if isinstance(a, fx.Node):

@@ -1,4 +1,4 @@
-"""What the passes that adapt one Program know and find out."""
+"""The state of the passes that adapt one Program: what they are given and what they find out."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Work:
     """One more signature of a Compilation while it is being made.
 
     Attributes:
-        compilation: what it belongs to, as it is before.
-        initial: where new tensors get their values.
-        parts: the tensors that are inserted, by adaptation, site and part.
-        notes: what capturing had to change, for people, as far as the Compilation does not say it.
+        compilation: the Compilation that it belongs to, without the signature.
+        initial: the source of values for new tensors.
+        parts: the inserted tensors, by adaptation, site and part.
+        notes: what capturing had to change, in words for people, unless the Compilation says it already.
     """
 
     compilation: Compilation
@@ -43,7 +43,7 @@ class Work:
     notes: list[str] = field(default_factory=list)
 
     def enter(self, owner: str, parts: Mapping[SiteKey | None, dict[str, str]]) -> None:
-        """Take in the tensors of an adaptation, by site and part."""
+        """Record the tensors of an adaptation, by site and part."""
         self.parts.setdefault(owner, {}).update(parts)
 
 
@@ -52,21 +52,21 @@ class Adapting(PassHost):
     """One Program that is being adapted.
 
     Attributes:
-        work: what it belongs to.
-        request: what was asked of the capture.
-        capture: what was captured.
-        places: whose places are adapted: those of the first signature, or of the same signature in train mode; None
-            where the spec's targets say.
-        controls: inputs beside the source model's, by which a call chooses among adaptations.
-        called: whether layers that are alike call functions; otherwise every layer is written out.
-        base: the Program that is adapted, which stays as it is.
-        captures: what it was made of.
+        work: the work on the signature that it belongs to.
+        request: the request for the capture.
+        capture: the result of the request.
+        places: the places to adapt: those of the first signature, or of the same signature in train mode; None if the
+            spec's targets decide.
+        controls: inputs in addition to the source model's, by which a call chooses among adaptations.
+        called: whether equal layers call functions; otherwise every layer is written out.
+        base: the Program that is adapted, which stays unchanged.
+        captures: the captures that it was made of.
         resolver, structure: its sites and its roles, once they are known.
         resolved, trained: the adaptations with their sites, and tensors that train in place, once they are known.
-        plan: the virtual tokens, by the ids in front of which they stand.
-        findings: what passes of plugins leave.
-        prepared: what methods have made for all sites of an adaptation, by its name, where that is data alone.
-        starts: how the parameters begin that were created, by name.
+        plan: the virtual tokens, by the ids in front of which they are placed.
+        findings: the findings of plugins' passes.
+        prepared: what methods have created for all sites of an adaptation, by its name, if it is data alone.
+        starts: the starts of the parameters that were created, by name.
     """
 
     work: Work
@@ -92,32 +92,32 @@ class Adapting(PassHost):
 
     @property
     def compilation(self) -> Compilation:
-        """As it is before."""
+        """The Compilation, without the signature that is being made."""
         return self.work.compilation
 
     @property
     def store(self) -> Store:
-        """Every tensor."""
+        """The Store with every tensor."""
         return self.compilation.store
 
     @property
     def asked(self) -> Spec:
-        """See `PassHost`."""
+        """The spec that the user asked for."""
         return self.compilation.spec
 
     @property
     def every_site(self) -> Sequence[Site]:
-        """See `PassHost`."""
+        """Every site of the Program that a method can adapt."""
         every = (site for sites in self.resolver.table.entries for site in sites)
         return [site for site in every if not isinstance(site, BlockedSite)]
 
     @property
     def adapted_sites(self) -> Mapping[str, Sequence[Site]]:
-        """See `PassHost`."""
-        return {found.name: [site for site, _ in found.sites] for found in self.resolved}
+        """The sites of each adaptation, by its name."""
+        return {item.name: [site for site, _ in item.sites] for item in self.resolved}
 
     def inserting(self, program: Program, owner: str) -> Builder:
-        """See `PassHost`."""
+        """Return a builder that inserts nodes in the name of ``owner``."""
         return self.builder(program, owner, owner)
 
     @property
@@ -127,11 +127,11 @@ class Adapting(PassHost):
         return tuple(site for site in every if isinstance(site, AttentionSite))
 
     def is_called(self, site: Site) -> bool:
-        """Whether a site is of a layer that calls a function, and none of the values that layers read and give."""
+        """Return whether a site is in a layer that calls a function, and is no value that layers read or return."""
         table = self.resolver.table
         of_call = isinstance(table, CalledSites) and table.call_of(site.key.module) is not None
         return of_call and not isinstance(site, ValueSite)
 
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams[Nodes] | None = None) -> Builder:
-        """What inserts an adaptation's nodes."""
+        """Return a builder that inserts the nodes of an adaptation."""
         return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)

@@ -1,4 +1,4 @@
-"""The Programs of eval mode: derived from those of train mode, or captured where eval mode is more than that."""
+"""The Programs of eval mode: derived from those of train mode, or captured if eval mode cannot be derived."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from graftc.specs.document import Spec
 
 @dataclass
 class Evaluating(PassHost):
-    """An adapted Program of which that of eval mode is made.
+    """An adapted Program from which that of eval mode is made.
 
     Attributes:
-        adapting: what the adapted Program came from.
+        adapting: the context that the adapted Program came from.
         adapted: the adapted Program in train mode, or one captured in eval mode.
-        derived: whether what the base does in train mode alone has to be taken out of it too.
-        base: the base in eval mode, which the result is held against.
-        findings: what passes of plugins leave.
+        derived: whether what the base does only in train mode has to be removed as well.
+        base: the base in eval mode, which the result is compared with.
+        findings: the findings of plugins' passes.
     """
 
     adapting: Adapting
@@ -34,16 +34,16 @@ class Evaluating(PassHost):
 
     @property
     def store(self) -> Store:
-        """Every tensor."""
+        """The Store with every tensor."""
         return self.adapting.store
 
     @property
     def asked(self) -> Spec:
-        """See `PassHost`."""
+        """The spec that the user asked for."""
         return self.adapting.asked
 
     def inserting(self, program: Program, owner: str) -> Builder:
-        """See `PassHost`."""
+        """Return a builder that inserts nodes in the name of ``owner``."""
         return self.adapting.builder(program, owner, owner)
 
 

@@ -1,4 +1,4 @@
-"""What adapts a Program at its places: controls, added tokens, tensors that train in place, and every adaptation."""
+"""The passes that adapt a Program at its places: controls, added tokens, tensors that train in place, adaptations."""
 
 from __future__ import annotations
 
@@ -80,15 +80,16 @@ def _insert(program: Program, context: Adapting, unit: Unit) -> None:
 def insert_single(
     program: Program, context: Adapting, unit: Unit, item: Resolved, here: Callable[[Site], bool]
 ) -> None:
-    """Insert an adaptation that is in no composition. What its method makes for all sites is made once, where it is
-    data alone.
+    """Insert an adaptation that is in no composition.
+
+    What its method creates for all sites together is created only once if it is data alone.
 
     Args:
-        program: changed in place.
-        context: takes in the tensors.
-        unit: what the adaptation is in the spec.
+        program: the Program, changed in place.
+        context: records the tensors.
+        unit: the unit of the spec that the adaptation is.
         item: the adaptation with all of its sites.
-        here: whether a site is one of this Program's.
+        here: returns whether a site belongs to this Program.
     """
     if not item.sites:
         return
@@ -109,7 +110,7 @@ def insert_single(
 
 
 def _size(build: Builder) -> tuple[int, ...]:
-    """Counts of what a method may have made for all of its sites."""
+    """Return the counts of what a method may have created for all of its sites."""
     program = build.program
     return len(program.graph.nodes), len(program.edits), len(program.tensor_edits), len(build.parts)
 

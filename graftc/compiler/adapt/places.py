@@ -1,4 +1,4 @@
-"""Where a Program is adapted: its roles and its sites, as they are captured, and again with room for virtual tokens."""
+"""The places where a Program is adapted: its roles and sites as captured, and again with room for virtual tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _copy(program: Program, context: Adapting) -> Program:
 
 
 def _roles(program: Program, context: Adapting) -> None:
-    constants = {name: tensor for found in context.captures for name, tensor in found.constants.items()}
+    constants = {name: tensor for capture in context.captures for name, tensor in capture.constants.items()}
     with cut(program.graph):
         context.structure = roles_of(program, constants, encoder=is_encoder(context.base))
 
@@ -61,11 +61,11 @@ def _resolve(program: Program, context: Adapting) -> None:
 
 
 def _require_alike(program: Program, context: Adapting) -> None:
-    """Whether all calls of a body are to get what the body gets.
+    """Check that all calls of a body get what the body gets.
 
     Raises:
-        TreatedUnlikeError: naming those that are not.
-        UnlikeBodyError: for adaptations that say nothing of calls.
+        TreatedUnlikeError: naming those that do not.
+        UnlikeBodyError: for virtual tokens and compositions, which do not support calls.
     """
     if context.plan or any(unit.composition is not None for unit in units(context.compilation.spec, context.resolved)):
         raise UnlikeBodyError("virtual tokens and compositions are for layers that are written out")

@@ -1,1 +1,1 @@
-"""Models that arrive quantised: their modules as plain ones with packed weights."""
+"""Conversion of models that arrive quantised into plain modules with packed weights."""

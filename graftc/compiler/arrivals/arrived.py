@@ -1,4 +1,4 @@
-"""A source model that a library has quantised, as one of plain modules with packed weights."""
+"""A source model that a library has quantised, converted to plain modules with packed weights."""
 
 from __future__ import annotations
 
@@ -27,31 +27,34 @@ _OF_MODELS = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quan
 
 
 def arrived(model: nn.Module) -> nn.Module:
-    """A copy of a model, in which what a library has quantised are plain modules that hold the library's codes; all
-    else is shared. The model itself where there is nothing of the kind.
+    """Return a copy of a model in which quantised modules are plain ones that contain the library's codes.
 
-    The values of weights are those of the library's own dequantisation, to the bit: nothing is quantised again.
+    Everything else is shared. The model itself is returned if a library has quantised nothing in it.
+
+    The values of weights are those of the library's own dequantisation, to the bit: nothing is quantised a second time.
 
     Args:
-        model: as transformers loads it. It is not changed.
+        model: the model as transformers loads it, which is not changed.
 
     Raises:
-        GraftError: GC162 for a module or tensor that cannot be taken over.
+        GraftError: GC162 for a module or tensor that cannot be converted.
     """
-    found: dict[str, tuple[nn.Module, Converter]] = {}
+    quantised: dict[str, tuple[nn.Module, Converter]] = {}
     for path, module in model.named_modules():
         if (convert := _converter(path, module)) is not None:
-            found[path] = module, convert
-    if not found:
+            quantised[path] = module, convert
+    if not quantised:
         return model
     rounded = [
-        p for p, (m, convert) in found.items() if convert is bitsandbytes.linear_8bit or torchao.rounds_inputs(m)
+        p for p, (m, convert) in quantised.items() if convert is bitsandbytes.linear_8bit or torchao.rounds_inputs(m)
     ]
     if rounded:
         message = f"the library that quantised {rounded[0]} rounds the inputs of linear maps too"
         warn("GC164", f"{message}; here they stay as they are")
-    dtype = _element_type(model, {id(module) for module, _ in found.values()})
-    instead: dict[int, Any] = {id(module): convert(path, module, dtype) for path, (module, convert) in found.items()}
+    dtype = _element_type(model, {id(module) for module, _ in quantised.values()})
+    instead: dict[int, Any] = {
+        id(module): convert(path, module, dtype) for path, (module, convert) in quantised.items()
+    }
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         instead[id(quantizer)] = None
     result: nn.Module = sharing_copy(model, instead)
@@ -62,10 +65,10 @@ def arrived(model: nn.Module) -> nn.Module:
 
 
 def _converter(path: str, module: nn.Module) -> Converter | None:
-    """What makes a plain module of one that a library has quantised; None for any other.
+    """Return the converter of a module that a library has quantised; None for any other module.
 
     Raises:
-        GraftError: GC162.
+        GraftError: GC162 for a module or tensor that cannot be converted.
     """
     for cls in type(module).__mro__:
         package = cls.__module__.partition(".")[0]
@@ -92,7 +95,7 @@ def _refused(path: str, what: str, *, read_here: bool) -> GraftError:
 
 
 def _element_type(model: nn.Module, without: Collection[int]) -> torch.dtype:
-    """The element type that most of a model's other tensors have; float32 without any."""
+    """Return the element type that most of the model's other parameter elements have; float32 if there are none."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
         if id(module) in without:

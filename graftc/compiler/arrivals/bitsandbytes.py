@@ -1,4 +1,4 @@
-"""Linear maps of bitsandbytes: 4 bits (`Linear4bit`) and 8 (`Linear8bitLt`). The library is not imported."""
+"""Linear maps of bitsandbytes with 4 bits (`Linear4bit`) and 8 bits (`Linear8bitLt`). The library is not imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ANEW = "load the model anew, and compile it before it is called"
 
 
 def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype], nn.Module]:
-    """What makes a plain linear map of one of the library's.
+    """Return the converter of a linear map of the library to a plain one.
 
     Raises:
         GraftError: GC162 for modules that are not linear maps.
@@ -33,16 +33,16 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
 
 
 def linear_4bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
-    """An `nn.Linear` with the codes of a `Linear4bit`.
+    """Return an `nn.Linear` with the codes of a `Linear4bit`.
 
     Args:
-        path: where it is, for errors.
-        module: of the library.
-        dtype: the element type of the weight. Values are made and rounded as the library does it, in the element type
-            of the weight that was quantised.
+        path: path of the module, named in errors.
+        module: the module of the library.
+        dtype: the element type of the weight. Values are computed and rounded as the library does it, in the element
+            type of the weight that was quantised.
 
     Raises:
-        GraftError: GC162 where it is not quantised yet, or has another layout or table.
+        GraftError: GC162 if it is not quantised yet, or has another layout or table.
     """
     weight = module.weight
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
@@ -55,12 +55,12 @@ def linear_4bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tuple[PackedType, tuple[Tensor, ...]]:
-    """The codes of a weight of 4 bits.
+    """Return the codes of a weight of 4 bits.
 
     Args:
-        path: where it is, for errors.
+        path: path of the module, named in errors.
         weight: its codes, in any element type.
-        state: the library's ``QuantState``, or what has its attributes.
+        state: the library's ``QuantState``, or an object with its attributes.
         dtype: the element type of the weight.
 
     Raises:
@@ -95,11 +95,12 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
 
 
 def linear_8bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
-    """An `nn.Linear` with the codes of a `Linear8bitLt`. The library rounds the inputs of such a map to 8 bits as well,
-    which this one does not.
+    """Return an `nn.Linear` with the codes of a `Linear8bitLt`.
+
+    The library also rounds the inputs of such a map to 8 bits, which this one does not.
 
     Raises:
-        GraftError: GC162 where it is not quantised.
+        GraftError: GC162 if it is not quantised.
     """
     weight = module.weight
     codes = getattr(weight, "CB", None)
@@ -115,7 +116,7 @@ def linear_8bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def packed_8bit(path: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[PackedType, tuple[Tensor, ...]]:
-    """The codes of a weight of 8 bits, ``int8[rows, in]``, and ``float32[rows]``.
+    """Return the codes of a weight of 8 bits, ``int8[rows, in]``, with its scales, ``float32[rows]``.
 
     Raises:
         GraftError: GC163 for tensors that do not fit each other.

@@ -15,38 +15,38 @@ __all__ = ["FAMILIES", "plain_linear", "with_packed"]
 
 
 def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
-    """An `nn.Linear` with a packed weight ``[out, in]``.
+    """Return an `nn.Linear` with a packed weight ``[out, in]``.
 
     Args:
-        like: has the bias, if there is one, and says whether it trains.
+        like: the module whose bias, if there is one, and training mode it gets.
         packed: the weight.
     """
     own, _ = packed
     rows, width = own.shape
-    made = nn.Linear(width, rows, bias=False, device="meta")
+    linear = nn.Linear(width, rows, bias=False, device="meta")
     bias = like._parameters.get("bias")
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(own.dtype), requires_grad=bias.requires_grad)
-    made.train(like.training)
-    hold_packed(made, {"weight": packed})
-    return made
+        linear.bias = nn.Parameter(bias.detach().to(own.dtype), requires_grad=bias.requires_grad)
+    linear.train(like.training)
+    hold_packed(linear, {"weight": packed})
+    return linear
 
 
 def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
-    """A copy of a module without children, in which some of its parameters are packed; other tensors are shared.
+    """Return a copy of a module without children in which some parameters are packed; other tensors are shared.
 
     Args:
-        module: is not changed.
+        module: the module, which is not changed.
         packed: the weights, by names of parameters.
     """
-    made: Any = copy.copy(module)
-    made.__dict__ = {
+    copied: Any = copy.copy(module)
+    copied.__dict__ = {
         name: copy.copy(value) if name.startswith("_") and isinstance(value, dict | set) else value
         for name, value in module.__dict__.items()
     }
-    made._parameters = {name: _handle(tensor) for name, tensor in module._parameters.items()}
-    hold_packed(made, packed)
-    return made  # type: ignore[no-any-return]
+    copied._parameters = {name: _handle(tensor) for name, tensor in module._parameters.items()}
+    hold_packed(copied, packed)
+    return copied  # type: ignore[no-any-return]
 
 
 def _handle(tensor: nn.Parameter | None) -> nn.Parameter | None:

@@ -1,4 +1,4 @@
-"""A base as a file recorded it: packed where it was packed, whether its own files are or not."""
+"""A base packed as a file recorded it, whether its own files are packed or not."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from graftc.passes.core.packing.packing import PackedType, packing_of, swapped
 
 
 def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
-    """A model as it was when it was recorded: what arrives quantised is taken over, and what is dense here and was
-    packed is packed in the same way, which gives the same codes where the base is the same. The model itself where
-    neither is so.
+    """Return a model as it was when it was recorded, or the model itself if nothing has to be packed.
 
-    A spec's ``base`` and libraries that quantise while loading leave a dense checkpoint on the disk; what is compared
-    then are the codes.
+    Modules that arrive quantised are converted, and what is dense here and was packed is packed in the same way, which
+    gives the same codes if the base is the same.
+
+    A spec's ``base`` and libraries that quantise while loading leave a dense checkpoint on the disk; the codes are
+    compared then.
 
     Args:
-        model: is not changed.
-        packings: as `graftc.compiler.capture.identity.fingerprint.Identity.packings` has them; one that is none, or
-            that does not fit, is passed over.
+        model: the model, which is not changed.
+        packings: packings as in `graftc.compiler.capture.identity.fingerprint.Identity.packings`; one that is invalid
+            or does not fit is skipped.
 
     Raises:
-        GraftError: GC162 as `arrived`.
+        GraftError: GC162 as for `arrived`.
     """
-    made = arrived(model)
-    found = {name: own for name, text in packings.items() if (own := _fitting(made, name, text)) is not None}
-    if found:
-        made = sharing_copy(made)
-        for name, own in found.items():
-            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing does not have
-                _pack(made, name, own)
-        same_fresh(model, made)
-    return made
+    result = arrived(model)
+    wanted = {name: own for name, text in packings.items() if (own := _fitting(result, name, text)) is not None}
+    if wanted:
+        result = sharing_copy(result)
+        for name, own in wanted.items():
+            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing does not support
+                _pack(result, name, own)
+        same_fresh(model, result)
+    return result
 
 
 def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:

@@ -1,4 +1,4 @@
-"""Modules whose weights torchao has quantised: tensors that hold codes and scales. The library is not imported."""
+"""Modules whose weights torchao has quantised: tensors with codes and scales. The library is not imported."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or by
 
 
 def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype], nn.Module]:
-    """What makes a plain module of one with such weights.
+    """Return the converter of a module with such weights to a plain one.
 
     Raises:
-        GraftError: GC162 for layouts that are made for a kernel.
+        GraftError: GC162 for layouts that are made for a kernel, and for modules with children.
     """
     for name, tensor in module._parameters.items():
         if _is_quantised(tensor) and not _is_laid_out(tensor):
@@ -34,7 +34,7 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
 
 
 def rounds_inputs(module: nn.Module) -> bool:
-    """Whether the library rounds the inputs of a module too."""
+    """Return whether the library also rounds the inputs of a module."""
     names = ("act_quant_kwargs", "activation_quantization")
     return any(getattr(tensor, name, None) is not None for tensor in module._parameters.values() for name in names)
 
@@ -44,7 +44,7 @@ def _is_quantised(tensor: Any) -> bool:
 
 
 def _is_laid_out(tensor: Any) -> bool:
-    """Whether a tensor has a code for each value, in their order, and scales of blocks."""
+    """Return whether a tensor has one code for each value, in their order, and scales of blocks."""
     codes, scales, block = (getattr(tensor, name, None) for name in ("qdata", "scale", "block_size"))
     return codes is not None and codes.shape == tensor.shape and scales is not None and block is not None
 
@@ -61,10 +61,10 @@ def _convert(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def packed_tensor(path: str, tensor: Any) -> Packed:
-    """The codes of a tensor. Its element type is the one that it shows.
+    """Return the codes of a tensor, with the element type that it reports.
 
     Raises:
-        GraftError: GC162 where inputs are scaled, or blocks are not of consecutive inputs.
+        GraftError: GC162 if inputs are scaled, or blocks are not of consecutive inputs.
     """
     data, scale = tensor.qdata.detach(), tensor.scale.detach()
     shape, dtype = tuple(tensor.shape), tensor.dtype

@@ -1,1 +1,1 @@
-"""From a model to its base graphs: capturing, the cache, the anchor, inputs and signatures. Knows no spec."""
+"""Capture of a model as base graphs: tracing, the cache, the anchor, inputs and signatures. Independent of any spec."""

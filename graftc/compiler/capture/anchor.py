@@ -1,8 +1,9 @@
-"""The anchor: a base graph held against the source model itself, both run on the same inputs.
+"""The anchor: a base graph compared with the source model itself, both run on the same inputs.
 
-All other evidence compares graphs with graphs, so it begins here. The model runs as it is, with its hooks, its patched
-forwards and its own kernels, without what the tracer changes; the graph runs node by node over the same tensors. What
-is most of it, products with stored weights, is computed once for both and for all modes (`anchoring/products.py`).
+All other evidence compares graphs with graphs, so it starts here. The model runs unchanged, with its hooks, its patched
+forwards and its own kernels, and without the changes made for the tracer; the graph runs node by node over the same
+tensors. Products with stored weights, which take most of the time, are computed once for both and for all modes
+(`anchoring/products.py`).
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _MORE_SAMPLES = 6
 
 
 def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> Anchor:
-    """Run the source model and its graph on the same inputs.
+    """Compare the source model with its graph on the same inputs.
 
     Args:
-        request: the source model, and the calls that the graph is for. The model is as before afterwards, and so are
-            torch's, Python's and numpy's random states.
-        program: the graph, verified.
-        constants: tensors that it mentions beside the model's own.
+        request: the source model, and the calls that the graph serves. The model's state is restored afterwards, and so
+            are the random states of torch, Python and numpy.
+        program: the verified graph.
+        constants: tensors that the graph uses in addition to the model's own.
     """
     started, model = time.perf_counter(), request.model
     mode, bound = request.mode, BOUNDS.get(dtype_of(model), BOUNDS[torch.float32])
@@ -64,7 +65,7 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
     for seed in range(1, _MORE_SAMPLES):
         if worst == 0 or differing or not sampled:
             break
-        # Other kernels round otherwise, so that one sample may be within the bound by chance.
+        # Other kernels round differently, so one sample may be within the bound by chance.
         try:
             more = run.model(run.sample(seed))
         except NoRunError:
@@ -79,7 +80,7 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
 
 
 def _other_interface(program: Program, axes: Sequence[Axis]) -> str | None:
-    """What a graph takes that was not asked for."""
+    """Return a description of the inputs that a graph takes if they are not the requested ones, otherwise None."""
     asked = [(axis.name, axis.dtype, len(axis.axes)) for axis in axes]
     takes = [(spec.name, spec.dtype, len(spec.shape)) for spec in program.inputs]
     names = [str(node.target) for node in program.placeholders()]

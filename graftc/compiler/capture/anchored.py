@@ -1,4 +1,4 @@
-"""How a graph compares with the model that it was captured from."""
+"""The result of comparing a graph with the model that it was captured from."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from graftc.passes.core.ir.program_key import Mode
 
 @dataclass(frozen=True)
 class Anchor:
-    """How a base graph compares with the source model itself, on the same inputs.
+    """The result of comparing a base graph with the source model itself, on the same inputs.
 
     Attributes:
-        inputs: what both were called with: names of tensors, and flags.
+        inputs: the arguments of both: names of tensors, and flags.
         mode: train or eval.
-        difference: the largest difference of any output or updated buffer, over the largest element of it: 0 where all
-            are equal to the bit, infinite where one has another type or shape; None where it was not looked at.
-        bound: what `difference` may be.
-        skipped: why it was not looked at; empty where it was.
-        differing: what is beyond the bound, for people.
-        seconds: how long it took.
+        difference: the largest difference of any output or updated buffer, relative to its largest element: 0 if all
+            are equal to the bit, infinite if one has another type or shape; None if they were not compared.
+        bound: the largest `difference` that is allowed.
+        skipped: the reason why they were not compared; empty if they were.
+        differing: descriptions of what exceeds the bound.
+        seconds: the duration of the comparison.
         assigned: attributes of modules that the forward pass assigned.
-        plain: whether it could be run on plain inputs only, all ones, with the sizes that it was captured with.
-        from_two: named sizes of which 1 is special to the model, so that the graph is for those from 2.
+        plain: whether both could be run on plain inputs only, all ones, with the sizes used for the capture.
+        from_two: named sizes for which 1 is special to the model, so that the graph is valid from 2 on.
     """
 
     inputs: str
@@ -44,11 +44,11 @@ class Anchor:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing contradicts that the graph is the model."""
+        """Whether nothing contradicts that the graph computes what the model does."""
         return not self.differing
 
     def to_json(self) -> dict[str, Any]:
-        """What was found, as JSON data, without what depends on how fast a machine is."""
+        """Return the result as JSON data, without anything that depends on the speed of the machine."""
         return {
             "inputs": self.inputs,
             "mode": self.mode,

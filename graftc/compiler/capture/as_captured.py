@@ -1,5 +1,8 @@
-"""A model as it is captured: what is switched off, put in its place and put back around a trace or a run, and random
-numbers that do not depend on what was drawn before them, so that a model and its graph draw the same."""
+"""A model in its capture state, and random numbers that do not depend on what was drawn before them.
+
+This covers what is switched off, replaced and restored around a trace or a run. A model and its graph draw the same
+random numbers.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,13 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pr
 
 @contextmanager
 def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
-    """Inside, a model is as it is captured: in a mode, called by the names of its inputs alone, without a cache and
-    without what is drawn in Python. Afterwards it is as before. Gives notes on what was switched off.
+    """Put a model into its capture state while the block runs, and yield notes on what was switched off.
+
+    The model is in the requested mode, takes its inputs by name only, and runs without a cache and without random
+    decisions made in Python. Its previous state is restored afterwards.
 
     Args:
-        request: the model, what it is called with, and the mode.
+        request: the model, its inputs and flags, and the mode.
     """
     model = request.model
     with as_before(model), torch.no_grad():
@@ -48,8 +53,10 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, whatever a forward pass or this module changes on the model: attributes (training flags,
-    values that layers remember), hooks (transformers installs some to record outputs), the config (losses write to it).
+    """Restore, after the block, everything that a forward pass or this module changes on the model.
+
+    This covers attributes (training flags, values that layers remember), hooks (transformers installs some to record
+    outputs) and configs (losses write to them).
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
@@ -58,15 +65,15 @@ def as_before(model: nn.Module) -> Iterator[None]:
     configs = _configs(model)
     settings = [dict(vars(config)) for config in configs]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    # Eager attention of torch.nn takes another path in eval mode, which zeroes padded rows.
+    # In eval mode, attention of torch.nn would take another path, which zeroes padded rows.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, held, kept, contents in zip(modules, attributes, tables, containers, strict=True):
+        for module, values, kept, contents in zip(modules, attributes, tables, containers, strict=True):
             contents.restore()
-            _restore(vars(module), held)
+            _restore(vars(module), values)
             for name in _TABLES:
                 _restore(vars(module)[name], kept[name])
         for config, before in zip(configs, settings, strict=True):
@@ -74,9 +81,9 @@ def as_before(model: nn.Module) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs of a model and of the models in it; parts of a model may hold a copy of their own."""
-    found = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
-    return list(found.values())
+    """Return the configs of a model and of the models in it, each once; submodules may have copies of their own."""
+    configs = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
+    return list(configs.values())
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
@@ -86,12 +93,14 @@ def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
-    """What decides in Python, while training, which layers run or which inputs are masked: its owner and name, the
-    value that switches it off, and a note."""
+    """Yield each setting by which Python code decides at random, in training, which layers run or what is masked.
+
+    Each item is the setting's owner, its name, the value that switches it off, and a note.
+    """
     for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
-        held = vars(owner)
-        for name in [name for name in held if name.endswith(("layerdrop", "apply_spec_augment"))]:
-            value = held[name]
+        attributes = vars(owner)
+        for name in [name for name in attributes if name.endswith(("layerdrop", "apply_spec_augment"))]:
+            value = attributes[name]
             if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
                 yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
             elif name == "apply_spec_augment" and value is True:
@@ -100,12 +109,12 @@ def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
 
 
 def random_structure(model: nn.Module) -> list[str]:
-    """Notes on what is drawn in Python while training, and is captured as switched off."""
+    """Return notes on what Python code decides at random in training, which is captured as switched off."""
     return list(dict.fromkeys(note for *_, note in _random_structure(model)))
 
 
 def _without_random_structure(model: nn.Module) -> list[str]:
-    """Switch off what is drawn in Python; gives notes on it."""
+    """Switch off random decisions made in Python, and return notes on them."""
     switches = list(_random_structure(model))
     for owner, name, off, _ in switches:
         setattr(owner, name, off)
@@ -114,7 +123,7 @@ def _without_random_structure(model: nn.Module) -> list[str]:
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in eval mode and keeps no cache unless a call asks for one. Afterwards it is as before."""
+    """Run the block with a model in eval mode that keeps no cache unless a call asks for one; restore it afterwards."""
     with as_before(model):
         model.eval()
         _switch_off_caches(model)
@@ -129,7 +138,7 @@ def _switch_off_caches(model: nn.Module) -> None:
 
 @contextmanager
 def _without_state(model: nn.Module) -> Iterator[None]:
-    """Nothing is remembered between calls: no cache, and nothing that transformers' models keep of one."""
+    """Run the block with a model that remembers nothing between calls: no cache, and nothing derived from one."""
     with ExitStack() as stack:
         if is_transformers(model):
             from transformers.exporters import exporter_dynamo
@@ -145,7 +154,7 @@ def _without_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
-    """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
+    """Give ``forward`` a flat signature of the given inputs in the block, and tell the tracer which sizes are equal."""
     settings, original = dict(flags), model.forward
     alone = bool(settings.pop(ENCODER, False))
     called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
@@ -158,7 +167,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
         tie_sizes(axes, inputs)
         given: dict[str, Any] = assembled({**inputs, **settings}, names, has_encoder(model))
         first = [given.pop(name) for name in positional if name in given]
-        # The tracer knows a module's path by how it was reached while tracing.
+        # The tracer takes a module's path from how it is reached while tracing.
         run: Any = model.get_encoder() if alone else original  # type: ignore[operator]
         return taken_apart(run(*first, **given))
 
@@ -178,13 +187,15 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
 
 
 def keeps_name(name: str) -> bool:
-    """Whether the tracer's name for an input of a name is that: it writes names in lower case, and numbers those that
-    mean something in the code that it generates."""
+    """Return whether the tracer keeps the name of an input unchanged.
+
+    It converts names to lower case, and numbers those that mean something in the code that it generates.
+    """
     return name == name.lower() and fx.Graph()._graph_namespace.create_name(name, None) == name
 
 
 def traced_names(inputs: Iterable[str]) -> dict[str, str]:
-    """Names of inputs for the tracer, by their own: the same where it keeps them all, otherwise numbers."""
+    """Return the tracer's name for each input: its own if the tracer keeps all of them, otherwise a numbered one."""
     names = list(inputs)
     if all(keeps_name(name) for name in names):
         return {name: name for name in names}
@@ -193,11 +204,11 @@ def traced_names(inputs: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def standing_in(model: nn.Module, stand_ins: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the forward of a model, which is as it is captured, takes fewer inputs: some are given for others too.
+    """Replace a model's forward by one with fewer inputs while the block runs; some are passed for others as well.
 
     Args:
-        model: put back afterwards.
-        stand_ins: the names of those that are left out, each with that of the one in its place.
+        model: the model, in its capture state; its forward is restored afterwards.
+        stand_ins: the names of the inputs that are left out, each with the name of the one passed in its place.
     """
     if not stand_ins:
         yield
@@ -207,7 +218,7 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, str]) -> Iterator[None
     def made(called: Callable[..., Any]) -> Callable[..., Any]:
         def forward(**inputs: torch.Tensor) -> Any:
             given = ((name, stand_ins.get(name, name)) for name in every)
-            return called(**{name: inputs[there] for name, there in given if there in inputs})
+            return called(**{name: inputs[source] for name, source in given if source in inputs})
 
         return _with_signature(forward, called, [p for name, p in every.items() if name not in stand_ins])
 
@@ -217,7 +228,7 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, str]) -> Iterator[None
 
 @contextmanager
 def wrapped(model: nn.Module, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside, the forward of a model, which is as it is captured, is another one, made of the one that it has."""
+    """Replace the forward of a model in its capture state by ``made(forward)`` while the block runs."""
     called = vars(model)["forward"]
     vars(model)["forward"] = made(called)
     try:
@@ -236,33 +247,35 @@ def _with_signature(
 
 @contextmanager
 def renamed(model: nn.Module, traced: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the forward of a model, which is as it is captured, takes its inputs by the names that a tracer has."""
-    own = {given: name for name, given in traced.items()}
-    if all(given == name for given, name in own.items()):
+    """Let the forward of a model in its capture state take its inputs under the tracer's names while the block runs."""
+    originals = {given: name for name, given in traced.items()}
+    if all(given == name for given, name in originals.items()):
         yield
         return
 
     def made(called: Callable[..., Any]) -> Callable[..., Any]:
         def forward(**inputs: torch.Tensor) -> Any:
-            return called(**{own[given]: value for given, value in inputs.items()})
+            return called(**{originals[given]: value for given, value in inputs.items()})
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return _with_signature(forward, called, [inspect.Parameter(given, kind) for given in own])
+        return _with_signature(forward, called, [inspect.Parameter(given, kind) for given in originals])
 
     with wrapped(model, made):
         yield
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers; attention does where it drops something."""
+    """Return whether a node draws random numbers; attention does so if it applies dropout."""
     if node.target is aten.scaled_dot_product_attention.default:
         return dropout_probability(node) != 0
     return is_random(node)
 
 
 class _EachFromTheSeed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every draw starts from the same seed, so what it gives does not depend on how many there were before it. A graph
-    has only those that its outputs depend on."""
+    """A dispatch mode in which every draw starts from the same seed, so that earlier draws do not influence it.
+
+    A graph contains only the draws that its outputs depend on.
+    """
 
     def __init__(self, seed: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -278,24 +291,24 @@ class _EachFromTheSeed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Inside, random numbers depend on their kind and shape only; afterwards the random states are as before.
+    """Make random numbers depend on their kind and shape only while the block runs; restore random states afterwards.
 
     Args:
-        device: where they are drawn, beside the CPU.
-        wanted: whether anything that counts is drawn.
+        device: the device on which they are drawn, in addition to the CPU.
+        wanted: whether any draw matters for the results.
     """
-    own = [] if device.type == "cpu" else [device]
+    devices = [] if device.type == "cpu" else [device]
     module = torch.get_device_module(device)
     before = random.getstate()
     numpy = sys.modules.get("numpy")
-    numpys = numpy.random.get_state() if numpy is not None else None
+    numpy_state = numpy.random.get_state() if numpy is not None else None
 
     def seed() -> None:
         torch.default_generator.manual_seed(_SEED)
-        if own:
+        if devices:
             module.manual_seed(_SEED)
 
-    with torch.random.fork_rng(devices=own, device_type=device.type if own else "cuda"):
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed()
         random.seed(_SEED)
         if numpy is not None:
@@ -309,4 +322,4 @@ def same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
         finally:
             random.setstate(before)
             if numpy is not None:
-                numpy.random.set_state(numpys)
+                numpy.random.set_state(numpy_state)

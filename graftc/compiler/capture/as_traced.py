@@ -1,4 +1,4 @@
-"""Operations of an element's Python that the tracer cannot follow, and what is traced in their place."""
+"""Operations in an element's Python code that the tracer cannot follow, and what is traced instead."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SIZES = {int, torch.SymInt}
 
 
 class AsTraced(TorchFunctionMode):
-    """Replace operations that the tracer cannot follow in an element's Python.
+    """A function mode that replaces operations in an element's Python code that the tracer cannot follow.
 
     ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` makes a tensor of sizes, whose value the tracer does not know;
-    it is computed on the sizes instead. Whole models get such values back later (`graftc.passes.graph.items`), but an
-    element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except on parameters: code that asks for
-    the data of a parameter usually writes to it. An attention under ``sdpa_kernel(SDPBackend.MATH)`` is written out as
-    that kernel computes it: a graph does not hold the context manager, and other kernels round otherwise.
+    it is computed on the sizes instead. In whole models such values are recovered later (`graftc.passes.graph.items`),
+    but an element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except on parameters: code that asks
+    for the data of a parameter usually writes to it. Attention under ``sdpa_kernel(SDPBackend.MATH)`` is written out as
+    that kernel computes it: a graph does not contain the context manager, and other kernels round differently.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,11 @@ class AsTraced(TorchFunctionMode):
 
 @contextmanager
 def kernels_as_chosen() -> Iterator[None]:
-    """Note the kernels that a model has chosen when it calls ``F.scaled_dot_product_attention``, for `AsTraced`: what
-    transformers puts there while it exports chooses others before torch's own function is called."""
+    """Record, for `AsTraced`, the kernels that a model has chosen when it calls ``F.scaled_dot_product_attention``.
+
+    While transformers exports, it replaces that function by one that chooses other kernels before torch's own is
+    called.
+    """
     wrapper = F.scaled_dot_product_attention
 
     def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,8 +78,10 @@ def kernels_as_chosen() -> Iterator[None]:
 
 
 def only_math(device: str) -> bool:
-    """Return whether attention is restricted to its reference kernel on a type of device, as it is inside
-    ``sdpa_kernel(SDPBackend.MATH)``. A CPU has only one other kernel."""
+    """Return whether attention is restricted to its reference kernel on a type of device.
+
+    This is the case under ``sdpa_kernel(SDPBackend.MATH)``. A CPU has only one other kernel.
+    """
     kernels: Any = torch.backends.cuda
     fused = [kernels.flash_sdp_enabled]
     if device != "cpu":
@@ -93,16 +98,16 @@ def math_attention(
     is_causal: bool = False,
     **others: Any,
 ) -> Tensor:
-    """Return what torch's reference kernel of `scaled_dot_product_attention` gives, to the bit, by other operators.
+    """Compute attention with basic operators, bit-identical to the reference kernel of `scaled_dot_product_attention`.
 
-    Arguments and shapes are those of that function. Half precision is computed in float32, as that kernel does.
+    Arguments and shapes are those of that torch function. Half precision is computed in float32, as in that kernel.
     """
     own, kernels = query.dtype, cast(Any, torch.backends.cuda)
     if own in (torch.float16, torch.bfloat16) and not kernels.fp16_bf16_reduction_math_sdp_allowed():
         query, key, value = query.float(), key.float(), value.float()
     scale = others.get("scale")
-    whole = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    factor = math.sqrt(abs(whole))
+    full_scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    factor = math.sqrt(abs(full_scale))
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -111,7 +116,7 @@ def math_attention(
         groups = query.shape[-3]
         key = key.repeat_interleave(groups // key.shape[-3], -3)
         value = value.repeat_interleave(groups // value.shape[-3], -3)
-    scores = torch.matmul(query * math.copysign(factor, whole), key.transpose(-2, -1) * factor)
+    scores = torch.matmul(query * math.copysign(factor, full_scale), key.transpose(-2, -1) * factor)
     if attn_mask is not None:
         scores = scores + attn_mask
     weights = torch.ops.aten._safe_softmax(scores, -1)

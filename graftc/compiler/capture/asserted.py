@@ -1,4 +1,4 @@
-"""Value checks made while a model is traced: describe each one, and refuse those a graph must not depend on."""
+"""Value checks made while a model is traced: their descriptions, and the refusal of those no graph may depend on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftc.compiler.capture.refusals import UntraceableError, of_the_model
 
 @contextmanager
 def noted(asserted: list[str]) -> Iterator[None]:
-    """Append a description of every value check made inside the block to a list."""
+    """Append a description of every value check that the block makes to ``asserted``."""
     original: Any = torch._check_tensor_all
 
     def check(condition: Any, message: Any = None) -> None:
@@ -30,7 +30,7 @@ def noted(asserted: list[str]) -> Iterator[None]:
 
 
 def _about(message: Any) -> str:
-    """Describe the check being made: its message without values, and the file and line it stands at.
+    """Return a description of the current check: its message without values, and its file and line.
 
     transformers keeps the message in the helper that makes the check.
     """
@@ -47,17 +47,17 @@ def _about(message: Any) -> str:
 def _without_values(message: Any) -> str:
     try:
         text = message() if callable(message) else message
-    except Exception:  # it shows values, and there are none
+    except Exception:  # the message contains values, and a trace has none
         return ""
     return re.split(r"[,:;]|\.\s", text)[0].strip() if isinstance(text, str) else ""
 
 
 def hold_for_all_values(condition: Any, message: Any = "", error: Any = None) -> None:
-    """Stands for what a patch of transformers asks before it computes something else than the model's own code.
+    """Check the condition of a transformers patch that computes something other than the model's own code.
 
     Raises:
-        UntraceableError: for a condition on values, while a model is exported: the graph would be used where it does
-            not hold, such as for images of different sizes.
+        UntraceableError: if the condition depends on values and the model is being exported: the graph would be used
+            where the condition does not hold, such as for images of different sizes.
     """
     if isinstance(condition, torch.Tensor):
         if not torch.compiler.is_exporting():

@@ -1,4 +1,4 @@
-"""What a forward pass assigns to its module: attributes, what is in their containers, tensors that it writes to.
+"""Detection of what a forward pass assigns to its modules: attributes, contents of containers, tensors it writes to.
 
 A graph has no attributes, so none of it happens when a graph runs, and what the forward pass read of it is constant.
 """
@@ -20,21 +20,23 @@ _MISSING = object()
 
 
 class Attributes:
-    """The attributes of a module as they are now, and what is in those that are containers or plain objects.
+    """A snapshot of a module's attributes, and of the contents of those that are containers or plain objects.
 
     Args:
-        module: whose.
+        module: the module to record.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._now = vars(module)
         self._values = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
-        self._held = {name: held for name, value in self._values.items() if (held := _Held.of(value)) is not None}
+        self._held = {
+            name: contents for name, value in self._values.items() if (contents := _Held.of(value)) is not None
+        }
         self._versions = {name: _version(value) for name, value in self._values.items() if isinstance(value, Tensor)}
         self._tables = {name: dict(self._now[name]) for name in _TABLES}
 
     def changed(self) -> list[str]:
-        """Names of those that were replaced, hold something else, or are tensors that were written to."""
+        """Return the names of attributes that were replaced, have other contents, or are tensors written in place."""
         now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
         names = [name for name in {**self._values, **now} if not self._same(name, now)]
         names += [name for name, version in self._versions.items() if _version(self._values[name]) != version]
@@ -45,33 +47,35 @@ class Attributes:
 
     def _same(self, name: str, now: Mapping[str, Any]) -> bool:
         value = now.get(name, _MISSING)
-        held = self._held.get(name)
-        return held.same(value) if held is not None else value is self._values.get(name, _MISSING)
+        contents = self._held.get(name)
+        return contents.same(value) if contents is not None else value is self._values.get(name, _MISSING)
 
     def restore(self) -> None:
-        """Put back what is in containers and plain objects; attributes themselves are put back by their owner."""
-        for held in self._held.values():
-            if not held.same(held.value):
-                held.restore()
+        """Restore the contents of containers and plain objects; the caller restores the attributes themselves."""
+        for contents in self._held.values():
+            if not contents.same(contents.value):
+                contents.restore()
 
 
 class _Held:
-    """What is in a container, or the attributes of a plain object, to a depth of two."""
+    """The contents of a container, or the attributes of a plain object, to a depth of two."""
 
     def __init__(self, value: Any, depth: int) -> None:
         self.value = value
         self.items = _items(value)
         inner = enumerate(self.items.values() if isinstance(self.items, dict) else self.items)
-        self.inner = {i: held for i, item in inner if depth and (held := _Held.of(item, depth - 1)) is not None}
+        self.inner = {i: contents for i, item in inner if depth and (contents := _Held.of(item, depth - 1)) is not None}
 
     @classmethod
     def of(cls, value: Any, depth: int = 1) -> _Held | None:
-        """None for what holds nothing that could be another."""
+        """Return the contents of a value; None if it is neither a container nor a plain object."""
         return cls(value, depth) if _is_container(value) or _is_plain(value) else None
 
     def same(self, other: Any) -> bool:
-        """Whether a value is this one, or a container of the same kind, with the same in it as before. The tracer puts
-        copies of containers in their places."""
+        """Return whether a value is this one, or a container of the same type, and its contents are unchanged.
+
+        The tracer replaces containers by copies.
+        """
         if other is not self.value and not (_is_container(other) and type(other) is type(self.value)):
             return False
         now, before = _items(other), self.items
@@ -85,13 +89,13 @@ class _Held:
         return all(self.inner[i].same(a) if i in self.inner else _copied(a, b) for i, (a, b) in pairs)
 
     def restore(self) -> None:
-        """Put back what was in it."""
+        """Restore the recorded contents."""
         target = self.value if _is_container(self.value) else vars(self.value)
         if not isinstance(target, tuple):
             target.clear()
             (target.update if isinstance(target, dict | set) else target.extend)(self.items)
-        for held in self.inner.values():
-            held.restore()
+        for contents in self.inner.values():
+            contents.restore()
 
 
 def _is_container(value: Any) -> bool:
@@ -99,14 +103,14 @@ def _is_container(value: Any) -> bool:
 
 
 def _copied(value: Any, before: Any) -> bool:
-    """Whether a value is the one before, or may be its copy, where it is not looked into."""
+    """Return whether a value is the previous one or may be a copy of it; its contents are not compared."""
     if value is before:
         return True
     return _is_container(value) and type(value) is type(before) and len(value) == len(before)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is an object of the user's, whose attributes a forward pass may count in."""
+    """Return whether a value is an object of a user's class, in whose attributes a forward pass may keep counts."""
     if isinstance(value, nn.Module | Tensor | type | FunctionType | MethodType) or not hasattr(value, "__dict__"):
         return False
     return not (type(value).__module__ + ".").startswith(_LIBRARIES)
@@ -124,16 +128,16 @@ def _version(tensor: Tensor) -> int:
 
 @contextmanager
 def noticed(model: nn.Module) -> Iterator[list[str]]:
-    """Gives a list that afterwards has the attributes that were assigned inside, as ``path.attribute``.
+    """Yield a list that receives, after the block, the attributes that were assigned in it, as ``path.attribute``.
 
-    What the layers of torch and transformers remember between calls are tables that grow with a text and the like:
-    those are looked at only where somebody has put another ``forward`` or a hook on the layer.
+    What layers of torch and transformers remember between calls are tables that grow with a text and the like: these
+    layers are only checked if they have a ``forward`` or a hook that the user wrote.
     """
     before = [(path, Attributes(module)) for path, module in model.named_modules() if is_the_users(module)]
-    found: list[str] = []
-    yield found
+    names: list[str] = []
+    yield names
     for path, attributes in before:
-        found += [f"{path}.{name}".lstrip(".") for name in attributes.changed()]
+        names += [f"{path}.{name}".lstrip(".") for name in attributes.changed()]
 
 
 def is_the_users(module: nn.Module) -> bool:

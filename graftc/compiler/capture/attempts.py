@@ -17,11 +17,13 @@ T = TypeVar("T")
 
 @asked_once()
 def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
-    """Return the result of ``run`` for the first signature that can be captured: the one shown or the model's usual
-    ones, then the same with fixed sizes.
+    """Return the result of ``run`` for the first signature that can be captured.
+
+    The signatures tried are the one shown or, if there is none, the model's usual ones; after these, the same
+    signatures with ever more fixed sizes.
 
     Raises:
-        GraftError: GC030, the first of its kind, when none can be, and for inputs that are no tensors.
+        GraftError: GC030, the first one raised, if no signature can be captured; also for inputs that are not tensors.
     """
     require_tensors(model, axes or ())
     choices = [list(axes)] if axes is not None else list(default_signatures(model))

@@ -1,13 +1,14 @@
-"""The capture cache: canonicalised, weightless graphs in the user's cache folder, as JSON.
+"""The capture cache: canonicalised, weightless graphs in the user's cache directory, as JSON.
 
 The key covers everything that a capture depends on: what the modules hold and the code that they reach (`holdings`),
 the signature (inputs and flags), the versions of Python, torch, transformers and graftc with graftc's own code, and the
-passes that plugins add. A model that holds something which cannot be written down has no key and is not kept; the
-report says what that is.
+passes that plugins add. A model that holds something that cannot be written down has no key and is not kept; the report
+says what that is.
 
-Files are not trusted: one counts when it is a file of this user's that nobody else may write to, its first line is a
-digest of the rest, and it names the key that is looked for. Any other is captured anew. A digest tells damage and not
-intent, which is up to the permissions. Set ``GRAFTC_CACHE`` to another folder, or to ``off``.
+Files are not trusted: a file is used only if it belongs to this user and no other user may write to it, its first line
+is a digest of the rest, and it names the key that is looked for. Otherwise the model is captured again. A digest
+detects damage but not intent, which is left to the permissions. Set ``GRAFTC_CACHE`` to another directory, or to
+``off``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _STALE_SECONDS = 3600
 
 
 def folder() -> Path | None:
-    """Where captures are kept; None when the cache is off."""
+    """Return the directory in which captures are kept; None if the cache is off."""
     setting = os.environ.get("GRAFTC_CACHE", "")
     if setting.lower() in ("off", "0"):
         return None
@@ -55,7 +56,7 @@ def folder() -> Path | None:
 
 
 def key(request: CaptureRequest) -> str | None:
-    """The key of a capture; None for a model that holds something which cannot be written down."""
+    """Return the key of a capture; None for a model that holds something that cannot be written down."""
     try:
         return _key(request)
     except UnknownHoldingError:
@@ -83,12 +84,12 @@ def _versions() -> list[str]:
 
 
 def lookup(request: CaptureRequest) -> Capture | None:
-    """The kept capture, with fake values on the model's device, or None."""
+    """Return the kept capture, with fake values on the model's device, or None."""
     return _read(key(request), request.device)
 
 
 def keep(request: CaptureRequest, found: Capture) -> None:
-    """Keep a capture; written beside and renamed. What cannot be kept is passed over silently."""
+    """Keep a capture, in a temporary file that is then renamed; what cannot be kept is skipped silently."""
     _write(key(request), found)
 
 
@@ -105,27 +106,27 @@ Known = Mapping[str, Callable[[], Capture | None]]
 
 
 def captured(request: CaptureRequest, *, use_cache: bool = True, known: Known = MappingProxyType({})) -> Capture:
-    """A capture that is known under its key, unless it has gone since; one from the cache; or a new one, kept there.
+    """Return the capture that is known under the request's key, one from the cache, or a new one, kept there.
 
-    See `graftc.compiler.capture.capture.capture`.
+    A known capture whose file has been removed since is not used. See `graftc.compiler.capture.capture.capture`.
     """
     progress.step(f"capture({request.mode})")
     try:
         wanted, aside = _key(request), ""
     except UnknownHoldingError as unknown:
         wanted, aside = None, str(unknown)
-    held = known[wanted]() if wanted is not None and wanted in known else None
-    if held is not None:
-        return replace(held, key=wanted)
+    known_capture = known[wanted]() if wanted is not None and wanted in known else None
+    if known_capture is not None:
+        return replace(known_capture, key=wanted)
     entry = _read(wanted, request.device) if use_cache else None
     if entry is not None:
         return entry
-    found = replace(capture(request), key=wanted)
+    new = replace(capture(request), key=wanted)
     if use_cache:
-        _write(wanted, found)
+        _write(wanted, new)
         if aside and folder() is not None:
-            found.notes += (f"not kept in the capture cache, since other models may differ in it: {aside}",)
-    return found
+            new.notes += (f"not kept in the capture cache, since other models may differ in it: {aside}",)
+    return new
 
 
 def _read(wanted: str | None, device: torch.device) -> Capture | None:
@@ -149,7 +150,7 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
         program = program_from_json(data["program"], device, called=True)
         constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
         notes = tuple(str(note) for note in data["notes"])
-    except Exception:  # whatever is wrong with a file, it is not what was written, and the model is here to capture
+    except Exception:  # whatever is wrong with the file, the model can be captured again
         with suppress(OSError):
             path.unlink()
         return None
@@ -157,19 +158,19 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds; None where it is not a file of our own that nobody else may write to."""
+    """Return the contents of a file; None unless it is a file of this user that no other user may write to."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > _LARGEST_FILE:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _LARGEST_FILE:
             return None
-        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
             return None
-        return file.read(min(found.st_size, _LARGEST_FILE) + 1)  # what may be read is what memory is taken for
+        return file.read(min(status.st_size, _LARGEST_FILE) + 1)  # bounds the memory that reading takes
 
 
 def _write(wanted: str | None, found: Capture) -> None:
-    """Keep a capture; written beside and renamed. What cannot be kept, or not now, is passed over."""
+    """Keep a capture, in a temporary file that is then renamed; skip what cannot be kept, or not now."""
     path = _path(wanted)
     if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in found.constants.values()):
         return
@@ -198,7 +199,7 @@ def _write(wanted: str | None, found: Capture) -> None:
 
 
 def _sweep(where: Path) -> None:
-    """Remove what writers that were killed have left behind."""
+    """Remove the temporary files of writers that were killed."""
     for path in where.glob("*.tmp"):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > _STALE_SECONDS:

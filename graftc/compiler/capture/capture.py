@@ -1,7 +1,7 @@
 """Capture a model as a Program: ATen training IR with dynamic batch and sequence, canonicalised.
 
-transformers models go through the helpers of ``transformers.exporters`` (an experimental module, so it is used here
-and in the exports only); any `nn.Module` goes through ``torch.export`` all the same.
+transformers models go through the helpers of ``transformers.exporters`` (an experimental module, so it is used only
+here and in the exports); any other `nn.Module` goes through ``torch.export`` just the same.
 """
 
 from __future__ import annotations
@@ -63,14 +63,15 @@ class Capture:
 
     Attributes:
         traced: the base's graph, in which layers that are alike call a function (`graftc.passes.core.ir.functions`).
-        constants: tensors that it mentions beyond the model's own, by name.
-        seconds: how long it took.
+        constants: tensors that the graph uses in addition to the model's own, by name.
+        seconds: the duration of the capture.
         cached: whether it came from a file.
-        notes: what capturing had to change, for people.
-        key: what identifies the model and the request (`graftc.compiler.capture.cache.key`); None where nothing does.
+        notes: messages on what capturing had to change.
+        key: the key that identifies the model and the request (`graftc.compiler.capture.cache.key`); None if there is
+            none.
         assigned: attributes of modules that the forward pass assigned while it was traced.
-        anchor: how it compares with the model itself.
-        alike: how many calls of layers were not traced, since they are like others.
+        anchor: the comparison with the model itself.
+        alike: the number of calls of layers that were not traced, since they are like others.
     """
 
     traced: Program
@@ -102,10 +103,11 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
 
     Args:
         request: the model, and what it is called with.
-        alike: trace one of the layers that are alike, see `graftc.compiler.capture.alike`; all otherwise.
+        alike: whether to trace only one of the layers that are alike, see `graftc.compiler.capture.alike`; otherwise
+            all are traced.
 
     Raises:
-        GraftError: GC030 when torch.export cannot capture the model.
+        GraftError: GC030 if torch.export cannot capture the model.
     """
     started = time.perf_counter()
     try:
@@ -121,14 +123,14 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
 
 
 class _SeenError(Exception):
-    """Something needed the tensors of a layer that were hidden."""
+    """Raised if something needed the tensors of a layer that were hidden."""
 
 
 def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | None:
-    """One attempt; None where layers that seemed to be alike are not, or where anything else is in the way of that.
+    """Try to capture once; return None if layers that seemed alike are not, or if something else prevents their reuse.
 
     Raises:
-        _SeenError: the attempt needs what was hidden.
+        _SeenError: if the attempt needs what was hidden.
     """
     model, axes, inputs = request.model, request.axes, request.examples()
     repeats: Repeats | None = None
@@ -170,7 +172,7 @@ def _export(
     repeats: Repeats | None,
     asserted: list[str],
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
-    """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
+    """Export with every axis as dynamic as it can be, and again with the axes fixed that turned out to be bound."""
     auto, stand_ins = torch.export.Dim.AUTO, {} if repeats is None else repeats.hidden.stand_ins
     shown = [name for name in inputs if name not in stand_ins]
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
@@ -181,9 +183,9 @@ def _export(
         asserted.clear()
         given = {traced[name]: inputs[name].clone() for name in shown}
         shapes = {traced[name]: dict(dynamic[name]) for name in shown}
-        # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
+        # Caching calls costs more than it saves if sizes are symbols: a fifth to two fifths of a capture.
         unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-        # torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line.
+        # torch prints the graph of a failed capture, and also logs and warns: the error says it in one line.
         with ExitStack() as stack:
             if repeats is not None:
                 stack.enter_context(repeats.hidden.out_of_sight())
@@ -192,13 +194,13 @@ def _export(
                 stack.enter_context(context)
             stack.enter_context(quiet(["torch"], logging.CRITICAL))
             stack.enter_context(_without_traces())
-            found = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)
-        nodes = {node.name: node for node in found.graph.find_nodes(op="placeholder")}
-        own = dict(zip(shown, (nodes[name] for name in found.graph_signature.user_inputs), strict=True))
+            exported = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)
+        nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+        own = dict(zip(shown, (nodes[name] for name in exported.graph_signature.user_inputs), strict=True))
         sizes = InputSizes(axes, [own[stand_ins.get(axis.name, axis.name)] for axis in axes])
         undecided = sizes.undecided()
         if not undecided:
-            return found, sizes
+            return exported, sizes
         for name, dims in undecided.items():
             for dim in dims:
                 del dynamic[name][dim]
@@ -206,7 +208,7 @@ def _export(
 
 @contextmanager
 def _without_traces() -> Iterator[None]:
-    """Inside, the tracer does not look up for every node which line of code it is from."""
+    """Keep the tracer from looking up the source line of every node while the block runs."""
     config, name = vars(fx.config), "do_not_emit_stack_traces"
     before = config.get(name)
     config.update({} if before is None else {name: True})
@@ -217,7 +219,7 @@ def _without_traces() -> Iterator[None]:
 
 
 def _may_vary(axis: Axis, dim: int) -> bool:
-    """Whether to ask for an axis that varies.
+    """Return whether to ask for an axis that varies.
 
     A size of 0 or 1 is special to the tracer. Patches, windows and strides bind the sizes of images, and finding that
     out takes the tracer a minute, so only a named axis of an image varies.
@@ -228,7 +230,7 @@ def _may_vary(axis: Axis, dim: int) -> bool:
 
 @contextmanager
 def _patches(model: nn.Module) -> Iterator[None]:
-    """What the tracer needs to be other than it is."""
+    """Apply the patches that the tracer needs while the block runs."""
     with ExitStack() as stack:
         if is_transformers(model):
             from transformers.exporters import exporter_dynamo, utils
@@ -243,7 +245,7 @@ def _patches(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _patches_of_what_is_there(utils: Any) -> Iterator[None]:
-    """Inside, transformers patches no code of models that is not imported, which would import it."""
+    """Restrict the patches of transformers to imported model code while the block runs; others would import it."""
     every: dict[str, list[Any]] | None = getattr(utils, "_PATCHES", None)
     if every is None:
         yield
@@ -257,7 +259,7 @@ def _patches_of_what_is_there(utils: Any) -> Iterator[None]:
 
 
 def _is_there(path: str) -> bool:
-    """Whether the module of a model's class is imported; what is no model's counts as such."""
+    """Return whether the module of a model's class is imported; paths outside of models count as imported."""
     model = _OF_A_MODEL.match(path)
     return model is None or model[0] in sys.modules
 
@@ -278,7 +280,7 @@ def _program(
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
     specs = iter(inputs)
-    called = {one.path for one in calls(module.graph)}  # their tensors are read by whoever writes them out
+    called = {one.path for one in calls(module.graph)}  # their tensors are read when they are written out
     for node in module.graph.nodes:
         _require_plain(module, node)
         if node.op == "get_attr":
@@ -309,7 +311,7 @@ def _program(
     reading_weights(graph)
     canonicalise(program)
     if writes := Memory(graph).writes:
-        expand(graph, writes=writes)  # the order of writes is that of the layers
+        expand(graph, writes=writes)  # writes have to stay in the order of the layers
     prune(graph)
     seconds = time.perf_counter() - started
     program.updates = updates(graph)
@@ -318,10 +320,10 @@ def _program(
 
 
 def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
-    """Whether a node is an operator on values, or a tensor: a call that holds code or structure of its own is neither.
+    """Raise unless a node is an operator on values, or a tensor; a call that holds code or structure is neither.
 
     Raises:
-        TypeError: naming the operator and the module that calls it.
+        TypeError: with the operator and the module that calls it.
     """
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
@@ -347,9 +349,10 @@ def _module_path(node: fx.Node) -> str:
 
 
 def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """Give the tensors of an exported program numbers for names; returns the names by number.
+    """Give the tensors of an exported program numbers for names; return the original names by number.
 
-    Only some do for attributes of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is a keyword.
+    Not every name can be an attribute of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is a
+    keyword.
     """
     numbers: dict[str, str] = {}
 
@@ -361,16 +364,16 @@ def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
         if spec.target is not None and spec.kind.name not in ("USER_INPUT_MUTATION",):
             spec.target = number(spec.target)
     for table in (exported.state_dict, exported.constants):
-        held = dict(table)
+        tensors = dict(table)
         table.clear()
-        table.update({number(name): value for name, value in held.items()})
+        table.update({number(name): value for name, value in tensors.items()})
     return {number: name for name, number in numbers.items()}
 
 
 def _constants(
     program: Program, exported: torch.export.ExportedProgram, names: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Tensors that the forward made by itself, named by what they hold so that signatures share them."""
+    """Return the tensors that the forward created itself, named by their contents so that signatures share them."""
     own = {names[n] for n in (*exported.state_dict, *exported.graph_signature.non_persistent_buffers)}
     values = {names[number]: value for number, value in exported.constants.items()}
     constants: dict[str, torch.Tensor] = {}
@@ -392,7 +395,7 @@ def _constants(
 
 
 def output_spec(spec: pytree.TreeSpec) -> OutputSpec:
-    """How outputs are put together, from how pytree takes them apart."""
+    """Return how outputs are put together, given how pytree takes them apart."""
     if spec.is_leaf():
         return OutputSpec("leaf")
     children = tuple(output_spec(child) for child in spec.children())

@@ -1,5 +1,7 @@
-"""The inputs that a model is captured with when the caller shows none: told from the names of ``forward``'s parameters
-and from sizes in the config, never from what kind of model it is."""
+"""The inputs that a model is captured with if the caller shows none.
+
+They are inferred from the names of ``forward``'s parameters and from sizes in the config, never from the kind of model.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,14 @@ _FRAMES = 12
 
 
 def default_axes(model: nn.Module) -> list[Axis]:
-    """The first of `default_signatures`."""
+    """Return the first of `default_signatures`."""
     return next(default_signatures(model))
 
 
 def default_signatures(model: nn.Module) -> Iterator[list[Axis]]:
-    """Inputs to try in turn: the main one with its mask and what ``forward`` cannot do without; for a model that takes
-    text and images, both; for one with a decoder, without the decoder's.
+    """Yield the inputs to try in turn: first the main one with its mask and the required parameters of ``forward``.
+
+    For a model that takes text and images, both follow; for one with a decoder, the inputs without the decoder's.
 
     Raises:
         GraftError: GC030 for a model whose inputs cannot be told from its interface.
@@ -65,9 +68,9 @@ def _unknown(model: nn.Module, names: list[str]) -> GraftError:
 
 
 def _required(model: nn.Module) -> list[str]:
-    """Parameters that have no default."""
-    found = declared(model)
-    return [n for n in parameters(model) if found[n].default is inspect.Parameter.empty]
+    """Return the parameters that have no default."""
+    by_name = declared(model)
+    return [n for n in parameters(model) if by_name[n].default is inspect.Parameter.empty]
 
 
 def _ordered(model: nn.Module, names: list[str]) -> list[Axis]:
@@ -102,7 +105,10 @@ def _pixels(name: str, model: nn.Module) -> Axis:
 
 
 def _features(name: str, model: nn.Module) -> Axis:
-    """Spectrograms: mel bins by a fixed number of frames, where two frames make one position, or frames by features."""
+    """Return the axes of spectrograms: mel bins by a fixed number of frames, or frames by features.
+
+    The first form is used if two frames make one position.
+    """
     bins, positions = _setting(model, "num_mel_bins", default=None), _setting(model, "max_source_positions", default=0)
     per_frame = _setting(model, "input_feat_per_channel", "feature_projection_input_dim", default=None)
     if bins is not None and per_frame is None and positions:
@@ -112,7 +118,7 @@ def _features(name: str, model: nn.Module) -> Axis:
 
 
 def _samples(name: str, model: nn.Module) -> Axis:
-    """Raw audio, long enough for the strided convolutions; or a spectrogram of fixed length."""
+    """Return the axes of raw audio, long enough for the strided convolutions; or of a spectrogram of fixed length."""
     length, bins = _setting(model, "max_length", default=None), _setting(model, "num_mel_bins", default=None)
     if length and bins:
         return Axis(name, dtype_of(model), (BATCH, int(length), int(bins)))
@@ -128,10 +134,10 @@ _MISSING = object()
 
 
 def _setting(model: nn.Module, *names: str, default: Any = _MISSING) -> Any:
-    """The first of some settings that the config has, itself or in the part for images or audio.
+    """Return the first of some settings that the config has, itself or in the part for images or audio.
 
     Raises:
-        GraftError: GC030 when there is none and no default.
+        GraftError: GC030 if there is none and no default.
     """
     config = getattr(model, "config", None)
     for part in (config, *(getattr(config, name, None) for name in _NESTED)):

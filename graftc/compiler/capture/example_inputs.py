@@ -1,4 +1,4 @@
-"""Random inputs for a Program: what certificates, exports and tests run it on."""
+"""Random inputs for a Program, used by certificates, exports and tests."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def random_inputs(
     front: bool = True,
     held: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Random inputs for a Program: indices within their table, masks, normal floats. The rows of a batch differ in
-    where their padding stands: in front, inside, behind, nowhere, and so on.
+    """Return random inputs for a Program: indices within their table, masks, normal floats.
+
+    The rows of a batch differ in the position of their padding: in front, inside, at the end, nowhere, and so on.
 
     Args:
-        program: whose inputs.
-        store: where its tensors live: inputs are on their device.
-        seed: of the values.
-        sizes: of the named axes in the order met; the last one holds for all further ones. An axis that the graph holds
-            for other sizes of gets the nearest.
+        program: the Program that takes the inputs.
+        store: the store of its tensors: inputs are on their device.
+        seed: the seed of the values.
+        sizes: sizes of the named axes in the order of their occurrence; the last one applies to all further ones. If
+            the graph does not support that size of an axis, the axis gets the nearest one.
         config: the model's config. Padding has the number that it names. Texts end with the end token that it names,
             and have it nowhere else, since some heads look for it.
-        front: whether padding may stand in front. Under a causal mask its rows see nothing then, and what attention
-            gives for them is up to the kernel: zeros in torch, a mean elsewhere.
-        held: sizes of named axes that are not up to ``sizes``.
+        front: whether padding may be in front. Under a causal mask its rows then see nothing, and the result of
+            attention for them depends on the kernel: zeros in torch, a mean elsewhere.
+        held: sizes of named axes to which ``sizes`` does not apply.
     """
     device = store.device()
     return samples_on(device, program, seed, sizes, config, front=front, held=held)
@@ -54,7 +55,7 @@ def samples_on(
     front: bool = True,
     held: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """`random_inputs`, on a device."""
+    """Return what `random_inputs` returns, on a given device."""
     generator = torch.Generator().manual_seed(seed)
     axes = _sizes(program, sizes, held or {})
     inputs: dict[str, Tensor] = {}
@@ -75,7 +76,7 @@ def samples_on(
 
 
 def _sizes(program: Program, sizes: Sequence[int], held: Mapping[str, int]) -> dict[str, int]:
-    """The size of every named axis that is not a sum of others."""
+    """Return the size of every named axis that is not a sum of others."""
     axes: dict[str, int] = {}
     for spec in program.inputs:
         for dim, name in enumerate(spec.shape):
@@ -87,7 +88,7 @@ def _sizes(program: Program, sizes: Sequence[int], held: Mapping[str, int]) -> d
 
 
 def _padding(rows: int, length: int, *, front: bool) -> Tensor:
-    """Where a batch of texts has padding, ``bool[rows, length]``."""
+    """Return the padding of a batch of texts, ``bool[rows, length]``."""
     count = min(2, (length - 1) // 3)
     padding = torch.zeros(rows, length, dtype=torch.bool)
     if count < 1:
@@ -102,7 +103,7 @@ def _padding(rows: int, length: int, *, front: bool) -> Tensor:
 
 
 def _with_padding(numbers: Tensor, rows: int, config: Any, front: bool) -> Tensor:
-    """Texts with their padding and the end token."""
+    """Return texts with their padding and the end token."""
     if numbers.dim() != 2:
         return numbers
     end, pad = (_token(config, name, rows) for name in ("eos_token_id", "pad_token_id"))
@@ -122,12 +123,12 @@ def _token(config: Any, name: str, rows: int) -> int | None:
 
 
 def _table_rows(node: fx.Node) -> int | None:
-    """Rows of the table, or slots of the bank, that an input indexes."""
+    """Return the number of rows of the table, or of slots of the bank, that an input indexes; None if there is none."""
     for user in node.users:
         if user.target is aten.index_select.default and user.args[2] is node:
             return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
         if user.target is aten.embedding.default and isinstance(user.args[0], fx.Node):
             return int(user.args[0].meta["val"].shape[0])
-        if user.target in (aten.view.default, aten.reshape.default) and (found := _table_rows(user)) is not None:
-            return found
+        if user.target in (aten.view.default, aten.reshape.default) and (rows := _table_rows(user)) is not None:
+            return rows
     return None

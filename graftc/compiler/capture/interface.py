@@ -1,4 +1,4 @@
-"""What a model's ``forward`` takes: tensors and flags by name, and which values say nothing new.
+"""The arguments of a model's ``forward``: tensors and flags by name, and the values that make no difference.
 
 A flag is any keyword whose value is not a tensor: it becomes a constant of the captured graph. A flag at the value that
 the model would use anyway needs no graph of its own.
@@ -31,66 +31,69 @@ that a number is made a tensor: as a flag, each value would have a graph of its 
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:
-    """Names that the model's ``forward`` takes, in order."""
+    """Return the names that the model's ``forward`` takes, in order."""
     return tuple(n for n, p in declared(model).items() if p.kind in _NAMED)
 
 
 def declared(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the class's ``forward`` by name, without the module itself, whatever that one is called."""
+    """Return the parameters of the class's ``forward`` by name, without the module itself, whatever its name is."""
     function = inspect.getattr_static(type(model), "forward").__get__(model, type(model))
     try:
         return inspect.signature(function, eval_str=True).parameters
-    except (NameError, SyntaxError, TypeError):  # an annotation names what is imported for type checkers only
+    except (NameError, SyntaxError, TypeError):  # an annotation uses an import for type checkers only
         return inspect.signature(function).parameters
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    """Return the device of the model's first parameter or buffer; the CPU if it has none."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter; float32 where it has none."""
+    """Return the dtype of the model's first floating-point parameter, or else of its first packed weight.
+
+    It is float32 if the model has neither.
+    """
     packed = (own.dtype for module in model.modules() for own in packed_types(module).values())
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), next(packed, torch.float32))
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether the model is one of transformers' or derives from one, so that its conventions hold."""
+    """Return whether the model is one of transformers' or derives from one, so that its conventions apply."""
     return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
 
 def config_of(model: nn.Module) -> Any:
-    """The model's config; None where it has none: a child, or a value of its own, may have the name."""
+    """Return the model's config; None if it has none: a submodule, or a value of its own, may have that name."""
     config = getattr(model, "config", None)
     return config if hasattr(config, "to_dict") else None
 
 
 class Interface:
-    """Reads the arguments of calls as a model would.
+    """A reader of the arguments of calls, which interprets them as a model would.
 
     Args:
-        model: its ``forward`` and its config as they are now.
+        model: the model, with its current ``forward`` and config.
 
     Attributes:
         parameters: names that ``forward`` declares, in order.
-        cache: that of them which takes a cache; None where there is none.
+        cache: the parameter that takes a cache; None if there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = declared(model)
+        by_name = declared(model)
         self.model = type(model).__name__
         self.parameters = parameters(model)
-        self._positional = tuple(n for n in self.parameters if found[n].kind is not inspect.Parameter.KEYWORD_ONLY)
-        self._defaults = {n: p.default for n, p in found.items() if p.default is not inspect.Parameter.empty}
+        self._positional = tuple(n for n in self.parameters if by_name[n].kind is not inspect.Parameter.KEYWORD_ONLY)
+        self._defaults = {n: p.default for n, p in by_name.items() if p.default is not inspect.Parameter.empty}
         self._conventional = is_transformers(model)
         self.cache = cache_name(self.parameters) if self._conventional else None
-        rest = next((p for p in found.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+        rest = next((p for p in by_name.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         extra = _keywords(rest, self._conventional) if rest is not None else frozenset()
-        if extra and "labels" in found:  # the rest of the keywords goes to the loss as well
+        if extra and "labels" in by_name:  # remaining keywords are passed to the loss as well
             extra |= _loss_keywords(model)
-        if self._conventional:  # the same sentence for every model, whether it has a cache or not
+        if self._conventional:  # so that every model gives the same error, with a cache or without
             extra = frozenset([*(extra or ()), "use_cache"])
         self._accepted = None if extra is None else frozenset(self.parameters) | extra
         config = getattr(model, "config", None) if self._conventional else None
@@ -103,14 +106,14 @@ class Interface:
         self._plain = getattr(config, "return_dict", None) is False
 
     def optional(self, name: str) -> bool:
-        """Whether ``forward`` can be called without an input."""
+        """Return whether ``forward`` can be called without an input."""
         return name not in self.parameters or name in self._defaults
 
     def examples(self, given: ExampleInputs) -> Mapping[str, Any]:
-        """Example inputs by name: they are given so, in order, or as the one tensor that there is.
+        """Return example inputs by name, from inputs given by name, in order, or as a single tensor.
 
         Raises:
-            GraftError: GC031 for too many, GC073 for what is neither.
+            GraftError: GC031 for too many, GC073 for anything else.
         """
         if isinstance(given, Mapping):
             return as_mapping(given, "example inputs", object)
@@ -121,7 +124,7 @@ class Interface:
         return self.named(tuple(inputs), {})
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name.
+        """Return the arguments of a call by name.
 
         Raises:
             GraftError: GC031 for too many positional arguments, or one that is given twice.
@@ -135,20 +138,20 @@ class Interface:
         return {**named, **kwargs}
 
     def read(self, named: Mapping[str, Any], *, structures: bool = False) -> tuple[dict[str, Any], bool]:
-        """Tensors and flags that make a difference, by name, and whether the outputs are wanted as a plain tuple.
+        """Return the tensors and flags that make a difference, by name, and whether outputs should be a plain tuple.
 
         Usual values count as absent, and so does None. ``return_dict`` needs no graph of its own: only the container
-        differs. By default it is as the source model's config has it.
+        differs. Its default is the one in the source model's config.
 
-        A cache is a value named ``cache``, as it was given, and ``use_cache`` is a flag only where it is True.
+        A cache is returned unchanged under the name ``cache``, and ``use_cache`` is a flag only if it is True.
 
         Args:
-            named: the arguments.
-            structures: take lists, tuples and dicts as they are.
+            named: the arguments by name.
+            structures: whether to accept lists, tuples and dicts, unchanged.
 
         Raises:
             GraftError: GC031 for a name that ``forward`` does not take, or a value that is neither a tensor nor a flag;
-                GC140 for a cache where it takes none.
+                GC140 for a cache if it takes none.
         """
         present: dict[str, Any] = {}
         for name, value in named.items():
@@ -202,14 +205,17 @@ class Interface:
 
 
 def _encoded(value: Any) -> Any:
-    """The hidden state of what an encoder gave: of its own output, or of a tuple."""
+    """Return the hidden state in an encoder's output or in a tuple; any other value is returned unchanged."""
     first = value[0] if isinstance(value, tuple | list) and value else getattr(value, "last_hidden_state", value)
     return first if isinstance(first, Tensor) else value
 
 
 def _sizes_of_kernels(config: Any) -> frozenset[str]:
-    """Keywords that only kernels of flash attention read, where attention is of another kind: the longest text of a
-    packed batch is a number that differs from batch to batch, and each would have a graph of its own."""
+    """Return the keywords that only kernels of flash attention read, if attention is of another kind.
+
+    The longest text of a packed batch is a number that differs from batch to batch, and each number would have a graph
+    of its own.
+    """
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
     kind = str(getattr(config, "_attn_implementation", None))
@@ -217,15 +223,15 @@ def _sizes_of_kernels(config: Any) -> frozenset[str]:
 
 
 def _keywords(rest: inspect.Parameter, conventional: bool) -> frozenset[str] | None:
-    """Names that ``**kwargs`` takes: those of its typed dictionary, transformers' usual ones, or any (None)."""
+    """Return the names that ``**kwargs`` takes: those of its typed dictionary and transformers' own; None for any."""
     if not conventional:
         return None
     from transformers.utils.generic import TransformersKwargs
 
-    found: set[str] = {"return_dict", *TransformersKwargs.__annotations__}
+    names: set[str] = {"return_dict", *TransformersKwargs.__annotations__}
     for described in typing.get_args(rest.annotation):
-        found.update(getattr(described, "__annotations__", {}))
-    return frozenset(found)
+        names.update(getattr(described, "__annotations__", {}))
+    return frozenset(names)
 
 
 def _loss_keywords(model: nn.Module) -> frozenset[str]:

@@ -1,8 +1,8 @@
-"""Graphs are made by one thread at a time, in torch's own default state, whatever state the caller is in.
+"""Graphs are made by one thread at a time, in torch's own default state, whatever the caller's state is.
 
 What a tracer sees of autocast, grad mode, inference mode, default dtype and device, and of modes that intercept calls,
-would become part of the graph, and the graph is used under other states as well. torch.export keeps its state in
-globals of the process, and a capture changes the model for a while, so that two at once get in each other's way.
+would become part of the graph, but the graph is used under other states as well. torch.export keeps its state in
+globals of the process, and a capture changes the model temporarily, so two captures at once would interfere.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from graftc.passes.core.weights.source_lock import source_lock
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Inside, torch's state in this thread is as in a new process; afterwards it is the caller's again.
+    """Run the block with torch's state in this thread as in a new process; restore the caller's state afterwards.
 
     Autocast is off on every device, gradients are recorded, inference mode is off, the default dtype is float32 and the
     default device the CPU, and no mode intercepts functions or operators. Flags that only choose among kernels
-    (deterministic algorithms, ``torch.backends``) and anomaly detection stay as they are.
+    (deterministic algorithms, ``torch.backends``) and anomaly detection are unchanged.
     """
     with ExitStack() as stack:
         stack.enter_context(_no_function_modes())
@@ -43,21 +43,24 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """`isolated`, by one thread of the process at a time; re-entrant. Hooks on every module of the process, which
-    counters of operators and profilers use, hear of the calls of other threads alone."""
+    """Run the block as in `isolated`, by one thread of the process at a time; re-entrant.
+
+    Hooks on every module of the process, which operator counters and profilers use, run for calls of other threads at
+    most.
+    """
     with source_lock(), isolated(), _no_global_hooks():
         yield
 
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Inside, Python looks for cycles of objects that nobody needs seldom, and among new objects alone.
+    """Collect garbage rarely, and among new objects only, while the block runs.
 
     A compile makes many objects that stay, and with the modules of torch and transformers about a fourth of its time
-    would go into looking through all of them, again and again.
+    would go into scanning all of them again and again.
     """
     before = gc.get_threshold()
-    if before[0]:  # 0 is never
+    if before[0]:  # 0 means that collection is off
         gc.set_threshold(*map(max, before, _SELDOM))
     try:
         yield
@@ -69,9 +72,9 @@ _SELDOM = (100_000, 50, 100)
 
 
 def is_traced() -> bool:
-    """Whether a compiler is tracing what this thread does.
+    """Return whether a compiler is tracing what this thread does.
 
-    ``torch.compiler.is_compiling()`` is also true where another thread of the process is in torch.export.
+    ``torch.compiler.is_compiling()`` is also true if another thread of the process is in torch.export.
     """
     if torch.compiler.is_dynamo_compiling():
         return True
@@ -80,7 +83,7 @@ def is_traced() -> bool:
 
 @contextmanager
 def _no_function_modes() -> Iterator[None]:
-    """The default device is such a mode too."""
+    """Suspend function modes while the block runs; the default device is such a mode as well."""
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]  # type: ignore[no-untyped-call]
     try:
         yield
@@ -90,7 +93,7 @@ def _no_function_modes() -> Iterator[None]:
 
 
 class _OfOthers:
-    """A hook on every module, for all threads but one."""
+    """A hook on every module that runs in all threads except one."""
 
     def __init__(self, hook: Any, thread: int) -> None:
         self._hook, self._thread = hook, thread
@@ -101,7 +104,10 @@ class _OfOthers:
 
 @contextmanager
 def _no_global_hooks() -> Iterator[None]:
-    """A backward hook changes what is recorded wherever there is one, so that nobody has any meanwhile."""
+    """Suspend hooks on every module while the block runs: forward hooks in this thread, backward hooks in all threads.
+
+    A backward hook changes what is recorded wherever there is one.
+    """
     forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
     backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
     before: list[dict[int, Any]] = [dict(table) for table in (*forward, *backward)]
@@ -119,7 +125,7 @@ def _no_global_hooks() -> Iterator[None]:
 
 
 def unheard(hook: Any) -> bool:
-    """Whether a hook on every module is silent while this thread makes a graph."""
+    """Return whether a hook on every module is suspended while this thread makes a graph."""
     return isinstance(hook, _OfOthers)
 
 
@@ -141,7 +147,7 @@ def _device_types() -> list[str]:
 
 
 class _DefaultDtype:
-    """float32 while anybody is inside: unlike the rest, the default dtype is one of the whole process."""
+    """A context manager that makes float32 the default dtype while any thread is inside; it is process-wide."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -149,7 +155,7 @@ class _DefaultDtype:
         self._lock = threading.Lock()
 
     def renew(self) -> None:
-        """A lock that nobody holds."""
+        """Replace the lock by a new one, which is not held."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""Watch how operators use a model's parameters while it runs: reads are noted, and writes of other values refused."""
+"""Observation of how operators use a model's parameters: reads are recorded, writes of other values are refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @contextmanager
 def reads_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, writing other values to a parameter of a model is an error, GC030, and does not happen.
+    """Refuse writes of other values to a model's parameters while the block runs: they raise GC030 and have no effect.
 
     Args:
-        model: whose parameters.
+        model: the model whose parameters are protected.
     """
     with observed(ParameterUses(model)):
         yield
@@ -27,22 +27,26 @@ def reads_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def observed(mode: TorchDispatchMode) -> Iterator[None]:
-    """Inside, a mode sees what operators a model calls. What would compile itself then runs as it is: Dynamo keeps what
-    it made of an operator that holds code under a mode, and cannot trace it afterwards."""
+    """Let a mode see the operators that a model calls while the block runs.
+
+    Code that would compile itself runs eagerly meanwhile: under a mode, Dynamo keeps what it made of an operator that
+    holds code, and cannot trace it afterwards.
+    """
     with torch.compiler.set_stance("force_eager"), mode:
         yield
 
 
 class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which parameters of a model operators read while somebody asks; writing other values to
-    one is GC030 and not done.
+    """A dispatch mode that records which parameters of a model operators read while ``asked`` returns true.
+
+    Writing other values to a parameter raises GC030 and has no effect.
 
     Args:
-        model: whose parameters.
-        asked: whether reads are noted now.
+        model: the model whose parameters are observed.
+        asked: a function that returns whether reads are recorded now.
 
     Attributes:
-        read: names of parameters, in order.
+        read: names of the parameters that were read, in order.
     """
 
     supports_higher_order_operators = True
@@ -52,7 +56,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read: dict[str, None] = {}
         self._model, self._asked = type(model).__name__, asked
         by_memory = {_memory(parameter): name for name, parameter in model.named_parameters()}
-        self._names = {memory: name for memory, name in by_memory.items() if memory}  # wrapped and empty ones have none
+        self._names = {memory: name for memory, name in by_memory.items() if memory}  # wrapped and empty ones: 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -68,22 +72,23 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **options)
 
     def _written(self, schema: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
-        """The parameters that an operator writes to, with their names, by the names of its arguments."""
-        found: dict[str, tuple[str, Tensor]] = {}
+        """Return the parameters that an operator writes to, with their names, by the names of its arguments."""
+        written: dict[str, tuple[str, Tensor]] = {}
         for index, argument in enumerate(schema.arguments):
             value = args[index] if index < len(args) else options.get(argument.name)
             if argument.is_write and isinstance(value, Tensor) and (name := self._name(value)) is not None:
-                found[argument.name] = name, value
-        return found
+                written[argument.name] = name, value
+        return written
 
     def _tried(
         self, func: Any, args: tuple[Any, ...], options: Mapping[str, Any], written: Mapping[str, tuple[str, Tensor]]
     ) -> Any:
-        """What an operator gives that would write the values that are there, such as a clamp of weights within its
-        bounds: it writes to copies.
+        """Run an operator that writes to parameters on copies, and return its result if no value changes.
+
+        A clamp of weights within its bounds is such an operator.
 
         Raises:
-            GraftError: GC030, it would write others.
+            GraftError: GC030 if it would write other values.
         """
         copies = {id(tensor): tensor.clone() for _, tensor in written.values()}
         originals = {id(copies[id(tensor)]): tensor for _, tensor in written.values()}
@@ -100,7 +105,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_view(schema: Any) -> bool:
-    """Whether an operator only shows a tensor in another way."""
+    """Return whether an operator only returns another view of a tensor."""
     return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 

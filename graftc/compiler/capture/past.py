@@ -1,8 +1,8 @@
-"""The past of a text as inputs of a graph: what a cache of transformers holds, as tensors with names.
+"""The past of a text as inputs of a graph: the contents of a transformers cache, as tensors with names.
 
-A call with a cache is a call with more tensors: keys and values of every layer, ``past_0_key`` and so on, and, of a
-decoder that attends to an encoder, ``cross_0_key`` and so on. The graph returns them longer by the new tokens. A cache
-object is taken apart before a graph runs and filled again behind it; inside of a capture it is the other way round.
+A call with a cache is a call with more tensors: keys and values of every layer, ``past_0_key`` and so on, and, for a
+decoder that attends to an encoder, ``cross_0_key`` and so on. The graph returns them extended by the new tokens. A
+cache object is taken apart before a graph runs and filled again after it; inside a capture it is the other way round.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ PAST = "past"
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What the cache of a model holds.
+    """The contents of a model's cache.
 
     Attributes:
-        heads: by the name of a tensor its element type, its heads and the width of each; in the order of a cache.
+        heads: the element type, the number of heads and the width of each head, by the name of a tensor; in the order
+            of a cache.
         pairs: whether the model has an encoder, so that its cache is of two kinds.
     """
 
@@ -51,8 +52,8 @@ class Past:
 
     Attributes:
         cache: the object that the call was given, or a new one; it is filled with what a graph returns.
-        tensors: what is in it, ``[batch, heads, length, width]``, by name.
-        length: tokens of the text that are in it.
+        tensors: its tensors, ``[batch, heads, length, width]``, by name.
+        length: the number of tokens of the text that are in it.
     """
 
     cache: Any
@@ -61,25 +62,25 @@ class Past:
 
     @property
     def described(self) -> str:
-        """What tells it from the past of other calls."""
+        """A description that distinguishes it from the past of other calls."""
         return described_past(self.tensors)
 
 
 def described_past(names: Iterable[str]) -> str:
-    """What tells a past with tensors of some names from others."""
+    """Return a description that distinguishes a past with tensors of these names from others."""
     return "cache:past+cross" if any(is_cross(name) for name in names) else "cache:past"
 
 
 def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLayout:
-    """What the cache of a model holds: it is called once, and what it returns is looked at.
+    """Return the layout of a model's cache, found by calling the model once.
 
     Args:
         model: the source model.
-        inputs: small ones that it takes.
-        name: that it has for a cache.
+        inputs: small inputs that it takes.
+        name: the name of its parameter for a cache.
 
     Raises:
-        GraftError: GC140 where it keeps no cache of keys and values.
+        GraftError: GC140 if it keeps no cache of keys and values.
     """
     pairs = has_encoder(model)
     cache = new_cache(pairs)
@@ -94,17 +95,17 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLay
         for module, mode in modes:
             module.training = mode
     heads = {}
-    for held, tensor in tensors_of(cache).items():
+    for tensor_name, tensor in tensors_of(cache).items():
         if tensor.dim() != 4:
-            raise _no_cache(model, f"{held} has {tensor.dim()} axes")
-        heads[held] = (tensor.dtype, int(tensor.shape[1]), int(tensor.shape[3]))
+            raise _no_cache(model, f"{tensor_name} has {tensor.dim()} axes")
+        heads[tensor_name] = (tensor.dtype, int(tensor.shape[1]), int(tensor.shape[3]))
     if not heads:
         raise _no_cache(model, "it leaves nothing in one")
     return CacheLayout(heads, pairs)
 
 
 def require_no_cache(present: Mapping[str, Any], hint: str) -> None:
-    """Refuse a call with a cache where there is to be none.
+    """Raise if an example call has a cache.
 
     Raises:
         GraftError: GC140.
@@ -114,7 +115,7 @@ def require_no_cache(present: Mapping[str, Any], hint: str) -> None:
 
 
 def has_encoder(model: nn.Module) -> bool:
-    """Whether a model has a decoder that attends to an encoder."""
+    """Return whether a model has a decoder that attends to an encoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -127,14 +128,17 @@ def _no_cache(model: nn.Module, reason: str) -> GraftError:
 
 
 def new_cache(pairs: bool) -> Any:
-    """An empty cache whose layers keep all tokens: those with a sliding window too, whose mask leaves out the rest."""
+    """Return an empty cache whose layers keep all tokens.
+
+    This includes layers with a sliding window, whose mask leaves out the rest.
+    """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if pairs else DynamicCache()
 
 
 def kinds_of(cache: Any) -> dict[str, Any]:
-    """The caches of an object by kind."""
+    """Return the caches within a cache object, by kind."""
     from transformers.cache_utils import EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
@@ -143,24 +147,24 @@ def kinds_of(cache: Any) -> dict[str, Any]:
 
 
 def tensors_of(cache: Any) -> dict[str, Tensor]:
-    """What a cache of transformers holds, ``[batch, heads, length, width]``, by name."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors of a transformers cache, ``[batch, heads, length, width]``, by name."""
+    tensors: dict[str, Tensor] = {}
     for kind, own in kinds_of(cache).items():
         for number, layer in enumerate(own.layers):
             for part, tensor in (("key", layer.keys), ("value", layer.values)):
                 if isinstance(tensor, Tensor) and tensor.dim() > 1:
-                    found[past_name(kind, number, part)] = tensor
-    return found
+                    tensors[past_name(kind, number, part)] = tensor
+    return tensors
 
 
 def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device, begins: int = 0) -> Past:
-    """The past that a call is given.
+    """Return the past that a call is given.
 
     Args:
         given: the value of ``cache``; None for a new one.
-        layout: what the model's own cache holds.
-        rows: of the batch.
-        device: of an empty past.
+        layout: the layout of the model's own cache.
+        rows: the number of rows of the batch.
+        device: the device of an empty past.
         begins: the position of a text's first token.
 
     Raises:
@@ -181,13 +185,13 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         raise GraftError("GC140", f"the cache is {kind_of(given)}; the model keeps a {wanted}", hint=f"use a {wanted}")
     for own in kinds.values():
         require_growing(own)
-    held = tensors_of(given)
-    length = _length(held)
+    entries = tensors_of(given)
+    length = _length(entries)
     require_beginning(given, begins)
     tensors: dict[str, Tensor] = {}
-    crossed = any(is_cross(name) for name in held)
+    crossed = any(is_cross(name) for name in entries)
     for name, (dtype, heads, width) in layout.heads.items():
-        tensor = held.pop(name, None)
+        tensor = entries.pop(name, None)
         if tensor is None:
             if is_cross(name) and not crossed:
                 continue
@@ -200,22 +204,22 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
             wanted = f"{str(dtype).removeprefix('torch.')}{[rows, heads, own_length, width]}"
             raise other_cache(f"{shown}, where the model and this batch have {wanted}")
         tensors[name] = tensor
-    if held:
-        raise other_cache(f"it has {next(iter(held))} too")
+    if entries:
+        raise other_cache(f"it has {next(iter(entries))} too")
     return Past(given, tensors, length)
 
 
 def require_beginning(cache: Any, begins: int) -> None:
-    """Refuse a cache whose text stands at other positions than that of a call, and have it say where it stands.
+    """Raise if a cache's text is at other positions than a call's; otherwise record its position in the cache.
 
     Args:
-        cache: of transformers. Of one that no model of ours has filled nothing is known.
+        cache: a transformers cache; nothing is known about one that no graftc model has filled.
         begins: the position of the text's first token.
 
     Raises:
         GraftError: GC140.
     """
-    if hasattr(cache, "_graftc_front"):  # what is in front is a part of it meanwhile
+    if hasattr(cache, "_graftc_front"):  # the front is part of the cache during such a call
         return
     known = getattr(cache, _BEGINS, begins)
     if known != begins and cache.get_seq_length():
@@ -226,7 +230,7 @@ def require_beginning(cache: Any, begins: int) -> None:
 
 
 def require_growing(cache: Any) -> None:
-    """Refuse a cache that does not hold all tokens of a text.
+    """Raise unless a cache holds all tokens of a text.
 
     Raises:
         GraftError: GC140.
@@ -234,8 +238,8 @@ def require_growing(cache: Any) -> None:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     for layer in cache.layers:
-        held = layer.keys.shape[2] if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.dim() > 2 else 0
-        if isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length != held:
+        length = layer.keys.shape[2] if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.dim() > 2 else 0
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length != length:
             message = f"the cache has dropped what is behind its window of {layer.sliding_window} tokens"
             raise GraftError("GC140", message, hint="begin with DynamicCache(), without a config: it keeps all tokens")
         if type(layer) is not DynamicLayer and not isinstance(layer, DynamicSlidingWindowLayer):
@@ -244,7 +248,10 @@ def require_growing(cache: Any) -> None:
 
 
 def _length(held: Mapping[str, Tensor]) -> int:
-    """Tokens of the text in a cache. Sizes stay what they are: of numbers, `torch.compile` makes a graph each."""
+    """Return the number of tokens of the text in a cache.
+
+    Sizes are not converted to numbers, since `torch.compile` would make a graph for each number.
+    """
     lengths = [tensor.shape[2] for name, tensor in held.items() if not is_cross(name)]
     if any(length != lengths[0] for length in lengths):
         raise other_cache(f"its layers have {min(lengths)} to {max(lengths)} tokens")
@@ -252,10 +259,10 @@ def _length(held: Mapping[str, Tensor]) -> int:
 
 
 def other_cache(what: str) -> GraftError:
-    """The error for a cache that is not of this model or this batch.
+    """Return the error for a cache that does not belong to this model or this batch.
 
     Args:
-        what: tells it.
+        what: the evidence for it.
     """
     return GraftError(
         "GC140",
@@ -265,11 +272,11 @@ def other_cache(what: str) -> GraftError:
 
 
 def fill_cache(cache: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put keys and values into a cache, in the place of those that are there; gives the cache.
+    """Replace the keys and values in a cache, and return the cache.
 
     Args:
-        cache: of transformers.
-        tensors: by name; kinds that are missing stay as they are.
+        cache: a transformers cache.
+        tensors: keys and values by name; kinds that are missing are unchanged.
     """
     kinds = kinds_of(cache)
     for name, tensor in tensors.items():
@@ -299,16 +306,17 @@ def _set(layer: Any, keys: Tensor) -> None:
 
 
 def cache_name(parameters: Iterable[str]) -> str | None:
-    """The name that a ``forward`` with some parameters has for a cache; None where it takes none."""
+    """Return the name that a ``forward`` with these parameters has for a cache; None if it takes none."""
     return next((name for name in CACHES if name in parameters), None)
 
 
 def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool) -> dict[str, Any]:
-    """Inputs of a graph as the model takes them: tensors of a cache are put together to one, and what an encoder gave
-    is that encoder's output again.
+    """Return the inputs of a graph in the form that the model takes.
+
+    Tensors of a cache are assembled into a cache, and the encoder's hidden state becomes an encoder output again.
 
     Args:
-        inputs: by name.
+        inputs: the graph's inputs by name.
         parameters: names that the model's ``forward`` takes.
         pairs: whether the model has an encoder.
     """
@@ -324,7 +332,7 @@ def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool)
 
 
 def taken_apart(outputs: Any) -> Any:
-    """Outputs of a model with the tensors of its cache by name in the place of the cache."""
+    """Return a model's outputs with the cache replaced by its tensors, by name."""
     for field in CACHES:
         if hasattr(outputs, "keys") and field in outputs.keys() and outputs[field] is not None:  # noqa: SIM118
             outputs[field] = tensors_of(outputs[field])
@@ -332,7 +340,7 @@ def taken_apart(outputs: Any) -> Any:
 
 
 def with_cache(outputs: Any, cache: Any) -> Any:
-    """Outputs of a graph, which have tensors by name in the place of a cache, with the cache filled by these."""
+    """Return a graph's outputs with ``cache``, filled with the named tensors that the graph returned in its place."""
     for field in CACHES:
         if field in outputs.keys() and isinstance(outputs[field], Mapping):  # noqa: SIM118
             outputs[field] = fill_cache(cache, outputs[field])

@@ -1,7 +1,7 @@
-"""Which sizes a captured graph holds for.
+"""The sizes for which a captured graph is valid.
 
-torch.export makes every axis as dynamic as it can. Where the model's code took a decision that depends on a size, the
-export records a guard; graphs here run without guards, so an axis that one of them binds is held to its captured size.
+torch.export makes every axis as dynamic as it can. If the model's code took a decision that depends on a size, the
+export records a guard; graphs here run without guards, so an axis that a guard binds is fixed to its captured size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class InputSizes:
     """The sizes of a captured graph's inputs.
 
     Args:
-        axes: what was asked for.
+        axes: the axes that were asked for.
         placeholders: the graph's inputs, with their types.
     """
 
@@ -50,12 +50,15 @@ class InputSizes:
 
     @cached_property
     def _bound_and_limits(self) -> tuple[set[Any], dict[Any, int]]:
-        """See `_held`."""
+        """The bound symbols and the limits of others, see `_held`."""
         return _held(self.environment, self.places) if self.places else (set(), {})
 
     def undecided(self) -> dict[str, set[int]]:
-        """Axes that vary in the graph although it holds for their captured size only: to be captured fixed."""
-        found: dict[str, set[int]] = {}
+        """Return the axes, by input, that vary in the graph although it is valid for their captured size only.
+
+        They have to be captured as fixed.
+        """
+        undecided: dict[str, set[int]] = {}
         bound, _ = self._bound_and_limits
         for expr, places in self.places.items():
             name = self._name(expr)
@@ -63,12 +66,12 @@ class InputSizes:
             summed = name is not None and is_sum(name)
             if (not expr.is_symbol and not summed) or expr in bound or repeated:
                 for axis, dim in places:
-                    found.setdefault(axis.name, set()).add(dim)
-        return found
+                    undecided.setdefault(axis.name, set()).add(dim)
+        return undecided
 
     def specs(self) -> tuple[InputSpec, ...]:
-        """The inputs, with the sizes that each axis may have. A named axis that has one size only loses its name."""
-        found = []
+        """Return the inputs, with the sizes that each axis may have; a named axis with only one size loses its name."""
+        specs = []
         _, limits = self._bound_and_limits
         for axis, value in zip(self.axes, self.values, strict=True):
             shape: list[int | str] = []
@@ -79,21 +82,23 @@ class InputSizes:
                 fixed = (captured, captured)
                 own = _range(self.environment, symbol, captured) if symbol is not None else fixed
                 ranges.append(_up_to(own, limits.get(symbol)))
-            found.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
-        if found:
-            found[0] = replace(found[0], apart=tuple(self._apart()))
-        return tuple(found)
+            specs.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
+        if specs:
+            specs[0] = replace(specs[0], apart=tuple(self._apart()))
+        return tuple(specs)
 
     def _apart(self) -> Iterator[tuple[str, str]]:
-        """Pairs of named sizes that a guard wants to be different."""
+        """Yield the pairs of named sizes that a guard requires to be different."""
         for guard in _guards(self.environment) if self.places else ():
             names = [self._name(side) for side in guard.args if side in self.places] if _are_two(guard) else []
             if len(names) == 2 and None not in names:
                 yield str(names[0]), str(names[1])
 
     def _name(self, symbol: Any) -> str | None:
-        """The name of any axis that has this size: equal sizes have one name. One that is longer by a number is named
-        after the other."""
+        """Return the name of any axis that has this size, since equal sizes have one name.
+
+        An axis that is longer than a named one by a number is named after it.
+        """
         names = (axis.axes[dim] for axis, dim in self.places[symbol])
         name = next((name for name in names if isinstance(name, str)), None)
         if name is None or symbol.is_symbol or is_sum(name):
@@ -105,7 +110,7 @@ class InputSizes:
 
 
 def fixed_sizes(asked: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
-    """What to tell people of sizes that a model does not run with others of, so that they are as they were shown."""
+    """Return messages on sizes that are fixed as shown because the model does not run with any others."""
     names = {axis.name: axis.axes for axis in captured}
     return [
         f"size {own} of axis {dim} of {axis.name} is fixed: the model cannot be captured with any other"
@@ -116,7 +121,7 @@ def fixed_sizes(asked: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
 
 
 def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
-    """What to tell people of axes that should vary and do not."""
+    """Return messages on axes that should vary and do not."""
     named = {
         name: spec.shape[dim]
         for axis, spec in zip(axes, inputs, strict=True)
@@ -130,12 +135,12 @@ def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
 
 
 def _expression(size: Any) -> Any:
-    """What a size depends on; None where it is a number."""
+    """Return the expression that a size depends on; None if it is a number."""
     return None if not isinstance(size, torch.SymInt) or size.node.expr.is_number else size.node.expr
 
 
 def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | None]:
-    """From the least size to the largest: on the captured side of single sizes that the graph does not hold for."""
+    """Return the smallest and the largest size, on the captured side of any sizes that the graph does not support."""
     if not symbol.is_symbol:  # a sum, of sizes that have ranges of their own
         return 0, None
     bounds = environment.var_to_range[symbol]
@@ -154,18 +159,19 @@ def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | Non
 
 
 def _held(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[set[Any], dict[Any, int]]:
-    """Symbols that a guard holds to their captured sizes, and the largest sizes of those that a guard only limits.
+    """Return the symbols that guards bind to their captured sizes, and the largest sizes of those that they only limit.
 
-    Unnamed axes: by any guard but a plain range. Named ones: by what remains of a guard, once those have their numbers,
-    where it does not hold for other sizes: divisibility, a product that must be another or may not be too large. Most
-    inequalities only tell sizes from 0 and 1. A table of so many positions, whose last ones are taken, is a limit.
+    An unnamed axis is bound by any guard except a plain range. A named one is bound by what remains of a guard, once
+    bound symbols have their numbers, if that does not hold for other sizes: divisibility, a product that must have
+    another value or may not be too large. Most inequalities only distinguish sizes from 0 and 1. A table of a fixed
+    number of positions, whose last ones are taken, gives a limit.
     """
     captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
     named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
     guards = [guard for guard in _guards(environment) if not (_are_two(guard) and set(guard.args) <= named)]
     bound = {symbol for guard in guards for symbol in guard.free_symbols & (captured.keys() - named)}
     limits: dict[Any, int] = {}
-    guards.sort(key=lambda guard: not isinstance(guard, sympy.Eq))  # what equalities bind may settle others
+    guards.sort(key=lambda guard: not isinstance(guard, sympy.Eq))  # symbols bound by equalities may decide others
     for guard in guards:
         rest = guard.xreplace({symbol: sympy.Integer(captured[symbol]) for symbol in bound})
         if not isinstance(rest, sympy.core.relational.Relational):
@@ -183,7 +189,7 @@ def _held(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[
 
 
 def _limit(environment: Any, guard: Any, captured: int) -> int | None:
-    """The size up to which a guard of one symbol holds, and beyond which it does not; None where there is none."""
+    """Return the size up to which a guard of one symbol holds, and beyond which it does not; None if there is none."""
     (symbol,) = guard.free_symbols
     sizes = [size for size in range(_LEAST, max(_SIZES) + 1) if _is_size(environment, symbol, size)]
     holds = [_holds(guard, (size,)) for size in sizes]
@@ -197,18 +203,18 @@ def _up_to(own: tuple[int, int | None], most: int | None) -> tuple[int, int | No
 
 
 def _guards(environment: Any) -> list[Any]:
-    """What must hold of sizes, beside the range of each."""
+    """Return the conditions on sizes, apart from the range of each."""
     guards = [environment.replace(guard.expr) for guard in environment.guards]
     return [guard for guard in guards if not (guard == sympy.true or _is_range(guard))]
 
 
 def _are_two(guard: Any) -> bool:
-    """Whether a guard says that two sizes are not the same."""
+    """Return whether a guard says that two sizes are not the same."""
     return isinstance(guard, sympy.Ne) and all(side.is_symbol for side in guard.args)
 
 
 def _tried(environment: Any, guard: Any) -> Iterable[tuple[int, ...]]:
-    """Sizes of its symbols to try a guard at: many of each for one or two symbols, a few for more."""
+    """Return sizes of its symbols at which to try a guard: many of each for one or two symbols, a few for more."""
     symbols = _ordered(guard)
     if isinstance(guard, sympy.Eq) or len(symbols) > 2:
         return [tuple(number + step * i for i in range(len(symbols))) for number in _PROBES for step in (2, -2, 0)]
@@ -222,11 +228,11 @@ def _is_size(environment: Any, symbol: Any, size: int) -> bool:
 
 
 def _holds(guard: Any, sizes: tuple[int, ...]) -> bool:
-    """Whether a guard holds with numbers for its symbols."""
+    """Return whether a guard holds with these numbers for its symbols."""
     numbers = {symbol: sympy.Integer(size) for symbol, size in zip(_ordered(guard), sizes, strict=True)}
     try:
         return bool(guard.xreplace(numbers) == sympy.true)
-    except ZeroDivisionError:  # what it divides by is a difference of sizes
+    except ZeroDivisionError:  # the divisor may be a difference of sizes
         return False
 
 

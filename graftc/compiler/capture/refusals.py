@@ -1,4 +1,4 @@
-"""Why there is no graph: the model itself refuses the inputs, or it takes them and the tracer does not."""
+"""The reason why there is no graph: the model itself rejects the inputs, or it accepts them and the tracer does not."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class MixedProductError(TypeError):
-    """A product of different element types, which kernels refuse and the tracer takes."""
+    """Raised for a product of different element types, which kernels reject and the tracer accepts."""
 
 
 def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> GraftError:
-    """The error for a capture that failed, to be called where the model is as it is captured.
+    """Return the error for a capture that failed; to be called while the model is in its capture state.
 
     Args:
         request: what was asked for; the model runs once on the inputs, unless they are on the meta device.
         inputs: the examples that it was captured with.
-        error: what the tracer raised.
+        error: the error that the tracer raised.
     """
     name, called = type(request.model).__name__, str(request)
     own = None if isinstance(error, _OF_TRACERS) else _own_error(request, inputs)
-    if isinstance(own, GraftError):  # a forward of ours says what is missing
+    if isinstance(own, GraftError):  # a forward of graftc's own says what is missing
         return own
     if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
         shown = ", ".join(_shown(axis) for axis in request.axes)
@@ -58,7 +58,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 class UntraceableError(Exception):
-    """A failed trace that neither other sizes nor another way of tracing would change."""
+    """Raised for a failed trace that neither other sizes nor another way of tracing would change."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(*error.args)
@@ -75,12 +75,14 @@ _OF_TRACERS = (
 
 
 def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> bool:
-    """Whether a trace failed for a reason that holds whatever the sizes, and however layers are traced: the model asks
-    for values, or it runs, and fails at the same line on tensors without values of exactly these sizes.
+    """Return whether a trace failed for a reason that depends neither on the sizes nor on how layers are traced.
+
+    Either the model asks for values, or it runs by itself but fails at the same line on tensors without values of
+    exactly these sizes.
 
     Args:
         request, inputs: as for `not_captured`.
-        error: what the tracer raised.
+        error: the error that the tracer raised.
     """
     if by_values(error):
         return True
@@ -100,7 +102,7 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 def by_values(error: BaseException | None) -> bool:
-    """Whether a trace failed for a reason that other sizes and traces do not change, as far as the error says."""
+    """Return whether the error says that a trace failed for a reason that other sizes and traces do not change."""
     while error is not None:
         if isinstance(error, _OF_TRACERS):
             return True
@@ -117,7 +119,7 @@ def told(error: BaseException) -> str:
 
 
 def place_now() -> str:
-    """Where in the model's code this is called from."""
+    """Return the place in the model's code from which this is called; empty if there is none."""
     for frame, line in traceback.walk_stack(inspect.currentframe()):
         if of_the_model(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
@@ -125,21 +127,21 @@ def place_now() -> str:
 
 
 def of_the_model(file: str) -> bool:
-    """Whether a file of code belongs to neither Python, nor torch, nor graftc."""
+    """Return whether a source file belongs to neither Python, nor torch, nor graftc."""
     return not file.startswith(("<", *_OURS)) and ("site-packages" in file or not file.startswith(_PYTHON))
 
 
 def _place(error: BaseException) -> str:
-    """Where in the model's code a trace failed: the innermost line that belongs to neither torch nor graftc."""
-    found = ""
+    """Return where in the model's code a trace failed: the innermost line that belongs to neither torch nor graftc."""
+    place = ""
     each: BaseException | None = error
-    while each is not None and not found:
+    while each is not None and not place:
         for frame, line in traceback.walk_tb(each.__traceback__):
             file = frame.f_code.co_filename
             if of_the_model(file):
-                found = f"{file}:{line} in {frame.f_code.co_name}"
+                place = f"{file}:{line} in {frame.f_code.co_name}"
         each = each.__cause__ or each.__context__
-    return found
+    return place
 
 
 _ASKED: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar("what a model itself raises", default=None)
@@ -147,7 +149,7 @@ _ASKED: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar("what a
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Inside, run a model at most once to see what it raises itself, however many captures of the same inputs fail."""
+    """Find out at most once in the block what a model raises itself, however many captures of the same inputs fail."""
     token = _ASKED.set({})
     try:
         yield
@@ -156,7 +158,7 @@ def asked_once() -> Iterator[None]:
 
 
 def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Exception | None:
-    """What the model itself raises; None where it runs, and where that cannot be tried."""
+    """Return what the model itself raises; None if it runs, or if that cannot be tried."""
     known = _ASKED.get()
     key = (request.mode, request.flags, *((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
     if known is None:
@@ -167,7 +169,7 @@ def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Excepti
 
 
 def _run_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
-    """Run a copy of the inputs through the model, and return what it raises."""
+    """Run the model on a copy of the inputs, and return the error that it raises, or None."""
     tensors = [*model.parameters(), *model.buffers(), *inputs.values()]
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None
@@ -186,10 +188,10 @@ def _shown(axis: Axis) -> str:
 
 
 def require_products(graph: fx.Graph) -> None:
-    """Refuse what kernels refuse and the tracer takes: products of different element types.
+    """Raise for a product of different element types, which kernels reject and the tracer accepts.
 
     Raises:
-        MixedProductError: naming the operator and the types.
+        MixedProductError: with the operator and the types.
     """
     for node in graph.nodes:
         if node.op == "call_function":

@@ -1,4 +1,4 @@
-"""What is asked of a capture: a model, what it is called with, and in which mode."""
+"""A request for a capture: a model, what it is called with, and the mode."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from graftc.passes.core.ir.program_key import Mode
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """A model, and the calls of it that one graph is to hold for.
+    """A model, and the calls of it that one graph has to serve.
 
     Attributes:
-        model: any module; capturing leaves its training flags, config and tensors as they are.
+        model: any module; capturing leaves its training flags, config and tensors unchanged.
         axes: the inputs.
         flags: other keyword arguments; they become constants of the graph.
         mode: train or eval.
-        aliases: tied tensor names to the name that owns the tensor.
+        aliases: tied tensor names, each with the name that owns the tensor.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class CaptureRequest:
         mode: Mode = "train",
         aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> CaptureRequest:
-        """A request; without axes, for the model's main input and its mask.
+        """Return a request; without axes, it is for the model's main input and its mask.
 
         Raises:
             GraftError: GC030 for a model whose inputs cannot be told from its interface.
@@ -51,32 +51,35 @@ class CaptureRequest:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return device_of(self.model)
 
     def examples(self) -> dict[str, Tensor]:
-        """The tensors that the model is captured with, by name: ones, of the sizes that the axes say."""
+        """Return the tensors that the model is captured with, by name: ones of the axes' sizes, or tensors as shown."""
         device = self.device
         return {axis.name: axis.example(device) for axis in self.axes}
 
     def shown(self) -> dict[str, Tensor]:
-        """The tensors that the caller has shown, by name; none unless there are values for every input."""
-        held = {axis.name: axis.shown for axis in self.axes if axis.shown is not None and not axis.shown.is_meta}
-        return {name: value.to(self.device) for name, value in held.items()} if len(held) == len(self.axes) else {}
+        """Return the tensors that the caller has shown, by name; empty unless there are values for every input."""
+        shown = {axis.name: axis.shown for axis in self.axes if axis.shown is not None and not axis.shown.is_meta}
+        return {name: value.to(self.device) for name, value in shown.items()} if len(shown) == len(self.axes) else {}
 
     def in_mode(self, mode: Mode) -> CaptureRequest:
-        """The same in another mode."""
+        """Return the same request in another mode."""
         return replace(self, mode=mode)
 
     def with_inputs(self, axes: Sequence[Axis], flags: Flags) -> CaptureRequest:
-        """The same for other inputs."""
+        """Return the same request for other inputs."""
         return replace(self, axes=tuple(axes), flags=flags)
 
     def less_dynamic(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[CaptureRequest]:
-        """The same inputs with ever fewer sizes that vary: see `graftc.compiler.capture.signature.less_dynamic`."""
+        """Yield the same request with ever fewer sizes that vary.
+
+        See `graftc.compiler.capture.signature.less_dynamic`.
+        """
         for axes in less_dynamic(self.axes, tensors):
             yield replace(self, axes=tuple(axes))
 
     def __str__(self) -> str:
-        """The inputs and flags, for messages."""
+        """Return the inputs and flags, for messages."""
         return described(self.axes, self.flags) or "no inputs"

@@ -1,7 +1,7 @@
-"""Signatures: which inputs and flags a Program takes, and example tensors to capture it with.
+"""Signatures: the inputs and flags that a Program takes, and example tensors to capture it with.
 
 Capture must not see sizes that coincide by chance (batch 1, batch equal to sequence), so example inputs are always
-made here: the caller's tensors only say dtype, rank and fixed sizes.
+created here: the caller's tensors only determine dtype, rank and fixed sizes.
 """
 
 from __future__ import annotations
@@ -30,28 +30,30 @@ _SUM = "+"
 
 
 def is_sum(name: str) -> bool:
-    """Whether an axis is as long as others together."""
+    """Return whether an axis is as long as several others together."""
     return _SUM in name
 
 
 def size_of(name: str, sizes: Mapping[str, int], default: int = _OTHER) -> int:
-    """The size of a named axis, which may be a sum, where those of single names are known. Numbers stand for
-    themselves."""
+    """Return the size of a named axis, which may be a sum, given the sizes of single names.
+
+    Numbers within a name count as themselves.
+    """
     return sum(int(part) if part.isdigit() else sizes.get(part, default) for part in name.split(_SUM))
 
 
 def _any_size(name: str) -> int:
-    """A size for an axis of which the name says nothing, seldom that of another one."""
+    """Return a size for an axis whose name says nothing about it, seldom equal to that of another axis."""
     return _OTHER + zlib.crc32(name.encode()) % 29
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One input's name, element type and axes; a string axis is a size shared by that name.
+    """One input's name, element type and axes; an axis given as a string has the same size wherever that name occurs.
 
     Attributes:
-        shown: what the caller gave for it; None where nobody did.
-        as_shown: capture with what was shown, where that is there: its axes have names of their own.
+        shown: the caller's tensor for the input; None if there is none.
+        as_shown: whether to capture with the caller's tensor, if there is one; the axes then have names of their own.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Axis:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sizes to capture with; those that share a name agree."""
+        """The sizes to capture with; dimensions that share a name get the same size."""
         if self.as_shown and self.shown is not None:
             return tuple(self.shown.shape)
         own = {name: _any_size(name) for name in self.names} if self.as_shown else _SIZES
@@ -70,17 +72,17 @@ class Axis:
 
     @property
     def names(self) -> set[str]:
-        """The names of axes, those within sums too."""
+        """The names of axes, including those within sums."""
         return {part for a in self.axes if isinstance(a, str) for part in a.split(_SUM) if not part.isdigit()}
 
     def example(self, device: torch.device) -> Tensor:
-        """A tensor to capture with: of ones, unless it is to be as shown."""
+        """Return a tensor to capture with: ones, unless the input is captured as shown."""
         if self.as_shown and self.shown is not None:
             return self.shown.to(device, self.dtype)
         return torch.ones(self.sizes, dtype=self.dtype, device=device)
 
     def smallest(self, device: torch.device) -> Tensor:
-        """The same with 1 for every named size."""
+        """Return the same tensor with size 1 for every named axis; an input that is captured as shown is unchanged."""
         if self.as_shown and self.shown is not None:
             return self.example(device)
         sizes = [1 if isinstance(name, str) else size for name, size in zip(self.axes, self.sizes, strict=True)]
@@ -89,17 +91,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Structured(Axis):
-    """An input that is a list, a tuple or a dict: no graph of a whole model takes it, and the model's own Python does.
+    """An input that is a list, a tuple or a dict: the model's own Python takes it, but no graph of a whole model does.
 
     Attributes:
-        structure: what the caller gave.
+        structure: the value that the caller gave.
     """
 
     structure: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, name: str, structure: Any) -> Structured:
-        """The input of a name."""
+        """Return the input with this name and value."""
         return cls(name, torch.float32, (), structure=structure)
 
     def on(self, device: torch.device) -> Any:
@@ -108,7 +110,7 @@ class Structured(Axis):
 
 
 def require_tensors(model: nn.Module, axes: Sequence[Axis]) -> None:
-    """Refuse inputs that no graph takes.
+    """Raise unless a graph can take all inputs.
 
     Raises:
         GraftError: GC030.
@@ -120,39 +122,42 @@ def require_tensors(model: nn.Module, axes: Sequence[Axis]) -> None:
 
 
 def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells one set of inputs from another: names, element types and ranks of tensors, values of flags.
+    """Return what distinguishes one set of inputs from another: names, dtypes and ranks of tensors, values of flags.
 
     A graph depends on all of them: models branch on the rank of a mask and on whether labels are floats.
     """
-    found = []
+    descriptions = []
     for name, value in present.items():
         if isinstance(value, Tensor):
-            found.append(f"{name}:{DTYPE_NAMES.get(value.dtype, 'other')}[{value.dim()}]")
+            descriptions.append(f"{name}:{DTYPE_NAMES.get(value.dtype, 'other')}[{value.dim()}]")
         elif isinstance(value, Past):
-            found.append(value.described)
+            descriptions.append(value.described)
         else:
-            found.append(f"{name}={value!r}")
-    return tuple(sorted(found))
+            descriptions.append(f"{name}={value!r}")
+    return tuple(sorted(descriptions))
 
 
 def inputs_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, ...]:
-    """The same of the calls that a Program serves."""
+    """Return what `inputs_of` returns for the calls that a Program serves."""
     own = [spec for spec in inputs if not is_past(spec.name)]
-    found = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in own]
+    descriptions = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in own]
     if len(own) < len(inputs):
-        found.append(described_past(spec.name for spec in inputs))
-    return tuple(sorted([*found, *(f"{name}={value!r}" for name, value in flags)]))
+        descriptions.append(described_past(spec.name for spec in inputs))
+    return tuple(sorted([*descriptions, *(f"{name}={value!r}" for name, value in flags)]))
 
 
 def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
-    """Whether a graph holds for the sizes of tensors: they are in its ranges, equal where they share a name,
-    and others where the graph took a decision by that."""
+    """Return whether a graph is valid for the sizes of the given tensors.
+
+    Sizes have to be within the graph's ranges, equal if they share a name, and different if the graph took a decision
+    that depends on it.
+    """
     first: dict[str, Any] = {}
     past = present.get(CACHE)
     tensors = past.tensors if isinstance(past, Past) else {}
     seen: set[str] = set()
     for spec in inputs:
-        if is_past(spec.name):  # those of one kind have one length, which has been looked at
+        if is_past(spec.name):  # all of one kind have the same length, so one is enough
             kind = spec.name.partition("_")[0]
             if kind in seen:
                 continue
@@ -172,7 +177,7 @@ def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
 
 
 def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, Tensor]) -> None:
-    """Tell a tracer that axes of one name have one size."""
+    """Tell a tracer that axes with the same name have the same size."""
     first: dict[str, Any] = {}
     for axis in axes:
         for dim, size in enumerate(axis.axes):
@@ -185,7 +190,7 @@ def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, Tensor]) -> None:
 
 
 def split(present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Flags]:
-    """Tensors by name, those of a past among them, and flags in order of their names."""
+    """Return the tensors by name, including those of a past, and the flags sorted by name."""
     past = present.get(CACHE)
     tensors = {name: value for name, value in present.items() if isinstance(value, Tensor)}
     flags = sorted((n, value) for n, value in present.items() if n not in tensors and value is not past)
@@ -193,17 +198,17 @@ def split(present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Flags]:
 
 
 def described(axes: Sequence[Axis], flags: Flags) -> str:
-    """Inputs and flags, for messages."""
+    """Return inputs and flags as text, for messages."""
     own = [axis.name for axis in axes if not is_past(axis.name)]
     past = [CACHE] if len(own) < len(axes) else []
     return ", ".join([*own, *past, *(f"{name}={value!r}" for name, value in flags)])
 
 
 def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Flags]:
-    """Axes and flags for example inputs by name.
+    """Return axes and flags for example inputs by name.
 
     Raises:
-        GraftError: GC031 for what ``forward`` does not take.
+        GraftError: GC031 for what ``forward`` does not take; GC140 for a cache.
     """
     present, _ = Interface(model).read(inputs, structures=True)
     require_no_cache(present, "leave it out: a call with a cache is captured when it comes")
@@ -214,12 +219,13 @@ def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Fl
 
 
 def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis] | None = None) -> list[Axis]:
-    """Axes for the tensors of a call, told from names, ranks and sizes.
+    """Return the axes for the tensors of a call, inferred from names, ranks and sizes.
 
     Args:
         model: the model, for the names that its ``forward`` takes.
         inputs: the caller's tensors by name.
-        like: axes already captured; inputs of the same name are the same, others take batch and sequence from them.
+        like: axes already captured; inputs of the same name get the same ones, others take batch and sequence from
+            them.
 
     Raises:
         GraftError: GC031 for a value that is not a tensor.
@@ -249,8 +255,10 @@ def _axes_of_past(name: str, value: Tensor) -> tuple[int | str, ...]:
 
 
 def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pairs: bool) -> tuple[int | str, ...]:
-    """The axes of an input that a past comes with, by its name: next to a past, sizes say little, since texts of one
-    token are usual. A mask of what is attended to counts the past as well."""
+    """Return the axes of an input that comes with a past, inferred from its name.
+
+    Next to a past, sizes say little, since texts of one token are common. An attention mask covers the past as well.
+    """
     past = next(tensor for other, tensor in inputs.items() if is_past(other))
     own = TARGET if pairs else SEQUENCE
     tokens = own if name.startswith("decoder_") or not pairs or name == "labels" else SEQUENCE
@@ -266,28 +274,28 @@ def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pa
 
 
 def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = None) -> Iterator[list[Axis]]:
-    """The same inputs with ever fewer named axes: as they are, with the batch only, with none.
+    """Yield the same inputs with ever fewer named axes: unchanged, with the batch only, with none.
 
     Args:
-        axes: what to start from.
-        inputs: tensors whose sizes axes get that lose their name; by default what the caller has shown, or the
+        axes: the axes to start from.
+        inputs: tensors whose sizes replace the names that are dropped; by default the caller's tensors, or the
             examples.
     """
     seen: list[list[Axis]] = []
     for kept in (None, (BATCH,), ()):
-        found = [_fixed(axis, kept, _sizes_of(axis, inputs)) for axis in axes]
-        if found not in seen:
-            seen.append(found)
-            yield found
+        candidate = [_fixed(axis, kept, _sizes_of(axis, inputs)) for axis in axes]
+        if candidate not in seen:
+            seen.append(candidate)
+            yield candidate
 
 
 def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> list[Axis]:
-    """Replace named sizes that a graph holds fixed by the sizes of a call.
+    """Return the axes with the sizes of a call instead of the named sizes that a graph holds fixed.
 
     Args:
-        axes: what the graph was captured with.
-        inputs: the graph's.
-        present: the tensors of the call by name; what the graph has beside them, a past for example, stays as it is.
+        axes: the axes that the graph was captured with.
+        inputs: the inputs of the graph.
+        present: the tensors of the call by name; other inputs of the graph, a past for example, are unchanged.
     """
     ranges, bound = {spec.name: spec.ranges for spec in inputs}, dict[str, int]()
     for axis in axes:
@@ -310,7 +318,7 @@ def _fixed(axis: Axis, kept: Container[str] | None, sizes: Sequence[int]) -> Axi
 
 
 def _actual_sizes(ordered: Sequence[tuple[str, Tensor]], known: Mapping[str, tuple[int | str, ...]]) -> dict[str, int]:
-    """What batch and sequence are in this call. One of size 1 beside another may be meant to broadcast."""
+    """Return the sizes of batch and sequence in this call; a size of 1 next to another may be meant to broadcast."""
     sizes: dict[str, int] = {}
     for name, value in ordered:
         for axis, size in zip(known.get(name, ()), value.shape, strict=False):
@@ -334,8 +342,8 @@ def _axes(name: str, value: Tensor, sizes: dict[str, int], pairs: bool) -> tuple
         sequences: tuple[str, ...] = (TARGET, SEQUENCE)
     else:
         sequences = (TARGET,) if labels and pairs else (SEQUENCE,)
-    # Where no input has shown the sequence yet, token ids ([batch, sequence]) and embeddings (one axis more) do. Other
-    # axes keep the size they have: capture still finds out by itself which of them may vary.
+    # If no input has determined the sequence, token ids ([batch, sequence]) and embeddings (one axis more) do. Other
+    # axes keep their size: capture still finds out by itself which of them may vary.
     integers = value.dim() == 2 and not value.is_floating_point() and (pairs or not labels)
     if value.dim() > 1 and sequences[0] not in sizes and (integers or name.endswith("inputs_embeds")):
         sizes[sequences[0]] = value.shape[1]

@@ -1,4 +1,4 @@
-"""What can be adapted: a plain model, and nothing that an adaptation is in already."""
+"""The check that a model can be adapted: it has to be plain, without an adaptation in it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PLAIN = "it has the adaptation in its weights"
 
 
 def require_plain(model: Any) -> None:
-    """Refuse what is not a model, and one that holds adaptations of graftc or peft or is spread over processes.
+    """Raise unless ``model`` is a model without adaptations of graftc or peft that is not spread over processes.
 
     Raises:
-        GraftError: GC073 for what is not a module, or holds a compiled or merged one; GC032 for layers of peft; GC130
-            for a model that is sharded or replicated over processes.
+        GraftError: GC073 for a value that is not a module, or a module that holds a compiled or merged one; GC032 for
+            layers of peft; GC130 for a model that is sharded or replicated over processes.
     """
     if not isinstance(model, nn.Module):
         raise _no_module(model)

@@ -1,8 +1,8 @@
-"""What a graph does not keep of a model: backward passes of its own, and what its code asks of torch's state.
+"""The parts of a model that a graph does not keep: custom backward passes, and checks of torch's state in its code.
 
-A graph has the operators that a forward pass ran, and torch's gradients of them. A forward that brings a backward pass
-of its own, or that asks whether gradients are wanted, is another function there, and no outputs of samples show it.
-Looked at is the user's code, from ``forward`` on through what it mentions by name; libraries are taken at their word.
+A graph has the operators that a forward pass ran, and torch's gradients of them. A forward with a custom backward pass,
+or one that checks whether gradients are wanted, becomes a different function there, and no outputs of samples show it.
+Only the user's code is inspected, from ``forward`` on through what it mentions by name; libraries are trusted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def unkept(model: nn.Module) -> list[str]:
-    """Notes for people on what the graphs of a model leave out, each once."""
+    """Return notes on what the graphs of a model leave out, each once."""
     notes: dict[str, None] = {}
     classes: set[type] = set()
     for path, module in model.named_modules():
@@ -42,7 +42,7 @@ def unkept(model: nn.Module) -> list[str]:
 
 
 def _of_code(cls: type, own: Any) -> Iterator[str]:
-    """Notes on what a graph cannot keep of the forward of a class, or of one that replaces it on an instance."""
+    """Yield notes on what a graph cannot keep of the forward of a class, or of one that replaces it on an instance."""
     pending = [function for function in (_function(own), _function(getattr(cls, "forward", None))) if function]
     seen: set[int] = set()
     while pending:

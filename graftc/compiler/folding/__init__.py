@@ -1,3 +1,4 @@
 """Folding adaptations into base tensors, and the evidence that a fold is right.
 
-`fold_plan` says what folds, `steps` how; `certify` holds the result against the unfolded graph."""
+`fold_plan` decides what folds, `steps` describes how; `certify` compares the result with the unfolded graph.
+"""

@@ -1,8 +1,8 @@
-"""Certificates: evidence that a fold computes the same function, from something other than the fold's own formula.
+"""Certificates: evidence that a fold computes the same function, independent of the fold's own formula.
 
-Numeric: the *unfolded subgraph* between a linear map's input and its output, run in float64 on random probes, against
-the folded tensors, per site (`graftc.compiler.folding.certify`); then the outputs of the whole model in its
-own dtype.
+Numeric: at each site, the *unfolded subgraph* between a linear map's input and its output runs in float64 on random
+probes and is compared with the folded tensors (`graftc.compiler.folding.certify`); then the outputs of the whole model
+are compared in its own dtype.
 Structural: the folded graph's hash equals the base's, up to declared additions.
 """
 
@@ -45,15 +45,16 @@ _WIDER = "dtype=torch.float32 (--dtype float32) keeps it"
 
 @dataclass(frozen=True)
 class SiteEvidence:
-    """What probing showed at one site.
+    """The results of probing one site.
 
     Attributes:
-        site: the SiteKey, or the tensor's name.
-        adaptations: what folds there.
-        change: largest change of the output by the adaptation, so that a vacuous check shows.
-        algebra: difference of unfolded and folded output in float64, before rounding, over the largest output.
-        rounding: largest distance of a folded element from its float64 value, in units in the last place.
-        retention: how much of the update rounding left.
+        site: the SiteKey, or the name of the tensor.
+        adaptations: names of the adaptations that fold there.
+        change: the largest change of the output by the adaptation, which reveals a vacuous check.
+        algebra: the difference of unfolded and folded output in float64, before rounding, relative to the largest
+            output.
+        rounding: the largest distance of a folded element from its float64 value, in units in the last place.
+        retention: how much of the update is left after rounding.
     """
 
     site: str
@@ -65,28 +66,29 @@ class SiteEvidence:
 
     @property
     def finite(self) -> bool:
-        """Whether the evidence is of numbers."""
+        """Whether the evidence consists of finite numbers."""
         return math.isfinite(self.algebra) and math.isfinite(self.rounding)
 
     @property
     def passed(self) -> bool:
-        """The algebra holds and rounding was to nearest."""
+        """Whether the algebra holds and rounding was to nearest."""
         return self.algebra <= ALGEBRA_BOUND and self.rounding <= ROUNDING_BOUND + 1e-7
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON data."""
+        """Return everything as JSON data."""
         return {**asdict(self), "adaptations": list(self.adaptations), "retention": self.retention.to_json()}
 
 
 @dataclass(frozen=True)
 class CollapseEvidence:
-    """How far an adaptation's deployed form is from what it was in training, at one site.
+    """The distance between an adaptation's deployed form and its form in training, at one site.
 
     Attributes:
-        adaptation, site: whose, and where.
-        routings: how many ways there are to draw its routes; all were run.
-        error: largest difference, on random probes in float64, between the mean of all of them and the deployed form,
-            over the largest change that this makes. Within rounding where the two are the same function.
+        adaptation, site: the names of the adaptation and of the site.
+        routings: the number of ways to draw its routes; all of them were run.
+        error: the largest difference, on random probes in float64, between the mean of all of them and the deployed
+            form, relative to the largest change that the deployed form makes. Within rounding if the two are the same
+            function.
     """
 
     adaptation: str
@@ -97,16 +99,16 @@ class CollapseEvidence:
 
 @dataclass(frozen=True)
 class PackingEvidence:
-    """What packing a folded weight again does to it, at one site.
+    """The effect of packing a folded weight again, at one site.
 
     Attributes:
-        site: where, as text.
-        tensor: the weight, of which the site's rows may be a part.
-        packing: its packing, as text.
-        error: root of the mean square of the error over that of the folded values, of the site's rows.
-        largest: the largest error over the largest absolute folded value, of the site's rows.
-        rows: how many rows of the whole weight the fold does not change.
-        disturbed: in how many of these packing changes a value.
+        site: the site, as text.
+        tensor: the name of the weight; the site's rows may be a part of it.
+        packing: the packing of the weight, as text.
+        error: the root mean square of the error relative to that of the folded values, over the site's rows.
+        largest: the largest error relative to the largest absolute folded value, over the site's rows.
+        rows: the number of rows of the whole weight that the fold does not change.
+        disturbed: the number of these rows in which packing changes a value.
     """
 
     site: str
@@ -123,19 +125,20 @@ class Certificate:
     """The evidence for one fold.
 
     Attributes:
-        sites: evidence per site.
-        outputs: largest absolute difference of each output, folded against unfolded, in the model's dtype; none where
-            the whole model was not run. Where the model routes, both sides take the unfolded one's routes.
-        budget: what `outputs` may differ by.
-        structure: hash of the folded graph.
-        base_structure: hash of the base's graph.
-        additions: biases that folding had to add.
-        fingerprint: of the base.
-        collapses: what was drawn while training and is deployed as its mean, folded or not. Nothing is held against it.
-        anchors: how the base's graphs compare with the source model itself; without that, no graph is used.
-        retention: how much of the updates of all sites rounding left, and packing again where that was asked for.
-            Nothing is held against it.
-        requantised: what packing folded weights again did to them.
+        sites: the evidence for each site.
+        outputs: the largest absolute difference of each output, folded against unfolded, in the model's dtype; empty if
+            the whole model was not run. If the model routes, both sides take the routes of the unfolded one.
+        budget: the largest difference that `outputs` may contain.
+        structure: the hash of the folded graph.
+        base_structure: the hash of the base's graph.
+        additions: the biases that folding had to add.
+        fingerprint: the fingerprint of the base.
+        collapses: evidence for what was drawn in training and is deployed as its mean, folded or not. No limit applies
+            to it.
+        anchors: comparisons of the base's graphs with the source model itself; without one, no graph is used.
+        retention: how much of the updates of all sites is left after rounding, and after packing again if that was
+            requested. No limit applies to it.
+        requantised: the effect of packing folded weights again.
         routes: for each place where the model chooses among its own values, as routers do, how often the folded model
             would have chosen differently, and whether rounding explains it.
     """
@@ -157,7 +160,7 @@ class Certificate:
 
     @property
     def unchanged(self) -> tuple[str, ...]:
-        """Sites at which every folded element is the base's."""
+        """The sites at which every folded element equals the base's."""
         return tuple(dict.fromkeys(site.site for site in self.sites if site.retention.unchanged))
 
     @property
@@ -167,20 +170,23 @@ class Certificate:
 
     @property
     def finite(self) -> bool:
-        """Whether there are numbers to hold against one another; where a model gives NaN, there are none."""
+        """Whether all the numbers to compare are finite; they are not if a model returns NaN."""
         return all(map(math.isfinite, (*self.outputs.values(), self.budget))) and all(s.finite for s in self.sites)
 
     @property
     def passed(self) -> bool:
-        """Every site's evidence holds, outputs keep to the budget, rounding explains where routers chose differently,
-        and the structure is the base's."""
+        """Whether all of the evidence holds.
+
+        That is so if every site's evidence holds, the outputs keep to the budget, rounding explains every different
+        choice of a router, and the structure is the base's. There has to be at least one site or collapse.
+        """
         within = all(value <= self.budget for value in self.outputs.values()) and all(r.passed for r in self.routes)
         same = self.structure == self.base_structure
         return bool(self.sites or self.collapses) and within and same and all(site.passed for site in self.sites)
 
     @property
     def summary(self) -> str:
-        """Whether it passed, and by how much, in a line."""
+        """A line that says whether the certificate passed, and by how much."""
         algebra = max((site.algebra for site in self.sites), default=0.0)
         graph = "the" if self.structure == self.base_structure else "not the"
         outputs = (
@@ -192,11 +198,11 @@ class Certificate:
         return f"{state}: {counted(len(self.sites))} within {algebra:.1e} in float64, {outputs}"
 
     def __str__(self) -> str:
-        """The summary, and why it did not pass; ``repr`` and `to_json` have everything."""
+        """Return the summary and the reasons why it did not pass; ``repr`` and `to_json` contain everything."""
         return "\n".join(("certificate " + self.summary, *(f"  {line}" for line in self.failures())))
 
     def failures(self) -> list[str]:
-        """Why it did not pass, for people."""
+        """Return the reasons why the certificate did not pass, as readable messages."""
         reasons = [
             f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), "
             f"rounding {s.rounding:.3f} ulp (at most {ROUNDING_BOUND})"
@@ -218,7 +224,10 @@ class Certificate:
         return reasons or ([] if self.sites or self.collapses else ["nothing was folded"])
 
     def _repr_html_(self) -> str:
-        """For notebooks: whether it passed and why not, the outputs, and the evidence of each site, folded."""
+        """Return HTML for notebooks: the result and the reasons for a failure, the outputs, and the evidence of sites.
+
+        The latter is in a section that is collapsed at first.
+        """
         state = f"Certificate: {'passed' if self.passed else 'not passed'}"
         outputs = [(name, f"{value:.3e}", f"{self.budget:.3e}") for name, value in self.outputs.items()]
         sites = [
@@ -238,7 +247,7 @@ class Certificate:
         return Html("".join(parts))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON data."""
+        """Return everything as JSON data."""
         return {
             "passed": self.passed,
             **asdict(self),
@@ -258,8 +267,9 @@ class Certificate:
 
 
 def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> None:
-    """Refuse a fold after which every folded tensor is the base's, unless that is allowed, and warn (GC105) where
-    rounding has lost more than half of the update.
+    """Refuse a fold after which every folded tensor equals the base's, unless that is allowed.
+
+    Warn (GC105) if rounding has lost more than half of the update.
 
     Raises:
         GraftError: GC104 with the reason.

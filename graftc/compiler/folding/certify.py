@@ -1,15 +1,16 @@
-"""Folding with evidence: every base tensor that folding changes is folded once, probed, rounded, checked and let go.
+"""Folding with evidence: every base tensor that folding changes is folded once, probed, rounded, checked and released.
 
-Tensors are taken one group at a time: what is folded together, or read by one call. In float64 there are at any time
-the group's tensors before or while they are folded, and the same afterwards: at most two tensors of the largest one's
-size, but for what a method's own graph or fold makes beside them. Whatever else is large is looked at in pieces.
+Tensors are processed one group at a time: those that are folded together, or read by one call. At any time, the group's
+tensors are in memory in float64 before or while they are folded, and the same tensors afterwards: at most two tensors
+of the largest one's size, except for what a method's own graph or fold allocates. Anything else that is large is
+processed in pieces.
 
 What the evidence shows. A linear map is run on `PROBES` random inputs, unfolded and folded; a table is looked up at
-every entry (of more than 2**26 numbers, at 4,096 of them, and as many of those that something replaces); a tensor of no
-map is compared as a whole. What is large is multiplied by random vectors before it is compared. A folded tensor that
-differs from the right one in any element changes such products with probability one; differences below `ALGEBRA_BOUND`
-of the largest output are taken for rounding. That folded tensors are rounded to nearest is checked for every element,
-and in the same go it is measured how much of the update is left (`graftc.compiler.folding.retention`).
+every entry (one of more than 2**26 numbers at 4,096 entries, and at as many of those that are replaced); a tensor that
+belongs to no map is compared as a whole. Large results are multiplied by random vectors before they are compared. A
+folded tensor that differs from the right one in any element changes such products with probability one; differences
+below `ALGEBRA_BOUND` of the largest output count as rounding. Every element of the folded tensors is checked for
+rounding to nearest, and the same pass measures how much of the update is left (`graftc.compiler.folding.retention`).
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ Advance = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Folded:
-    """What folding gives.
+    """The result of folding.
 
     Attributes:
-        tensors: the folded tensors by name, each in its base's element type, biases that had to be added among them.
-        additions: names of the latter.
+        tensors: the folded tensors by name, each in its base's element type, including biases that had to be added.
+        additions: names of these biases.
         sites: the evidence, in the order of the graph.
-        retention: how much of the updates of all tensors rounding left.
+        retention: how much of the updates of all tensors is left after rounding.
     """
 
     tensors: dict[str, Tensor]
@@ -62,15 +63,14 @@ def fold_tensors(
     seed: int = 0,
     advance: Advance = lambda _: None,
 ) -> Folded:
-    """Fold every tensor, probe every map that this changes, and compare every other folded tensor to what stands in for
-    it in the graph.
+    """Fold every tensor, probe every map that this changes, and compare every other folded tensor with its replacement.
 
     Args:
-        lazy: the tensors.
-        unfolded: the eval graph with just the adaptations that fold.
-        base: that of the base.
-        seed: of the probes.
-        advance: is told how much has been done.
+        lazy: the tensors to fold.
+        unfolded: the eval graph with only the adaptations that fold.
+        base: the eval graph of the base.
+        seed: the seed of the probes.
+        advance: called with the fraction of the work that is done.
     """
     adapted = Adapted(unfolded)
     uses: list[tuple[int, Use]] = []
@@ -89,27 +89,27 @@ def fold_tensors(
     work = [sum(lazy.store.get(n).numel() for n in group.names if n in lazy.store) for group in groups]
     done = list(itertools.accumulate(work))
     tensors: dict[str, Tensor] = {}
-    found: list[tuple[int, SiteEvidence]] = []
+    evidence: list[tuple[int, SiteEvidence]] = []
     retention = Retention()
     for index, group in enumerate(groups):
-        made = _Group(adapted, lazy, group, uses_of.get(index, []), readers, seed)
-        found += made.evidence
-        tensors |= made.rounded
-        retention += made.retention
+        folded = _Group(adapted, lazy, group, uses_of.get(index, []), readers, seed)
+        evidence += folded.evidence
+        tensors |= folded.rounded
+        retention += folded.retention
         advance(done[index] / max(done[-1], 1))
     order = [name for group in groups for name in group.names]
     additions = tuple(name for name in order if name in tensors and name not in lazy.store)
-    sites = tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
+    sites = tuple(item for _, item in sorted(evidence, key=lambda pair: pair[0]))
     return Folded(tensors, additions, sites, retention)
 
 
 def _tensors_of(use: Use) -> tuple[str, str]:
-    """The tensors that a map reads; a bias by the name that it has where folding adds it."""
+    """Return the names of a map's weight and bias; without a bias, the name of one that folding would add."""
     return use.weight.tensor, added_bias(use.node) if use.bias is None else use.bias.tensor
 
 
 class Adapted:
-    """Where nodes of the base are in the adapted graph.
+    """The nodes of the adapted graph that correspond to nodes of the base.
 
     Args:
         program: the adapted graph.
@@ -120,30 +120,37 @@ class Adapted:
         self._edits = program.edits
 
     def stages(self, node: fx.Node) -> list[fx.Node]:
-        """What stands for a base node's value, from before any edit to after the last."""
-        found = [self._edits.original(self._nodes[node.name])]
-        while (edit := self._edits.replacement(found[-1])) is not None:
-            found.append(edit.after)
-        return found
+        """Return the nodes that represent a base node's value, from before any edit to after the last."""
+        nodes = [self._edits.original(self._nodes[node.name])]
+        while (edit := self._edits.replacement(nodes[-1])) is not None:
+            nodes.append(edit.after)
+        return nodes
 
     def kept(self, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node | None:
-        """The node of the adapted graph that computes what a base node does, of the same inputs and the base's tensors;
-        None where it reads anything else there."""
-        found = self._nodes[node.name]
-        for mine, theirs in zip(found.all_input_nodes, node.all_input_nodes, strict=False):
+        """Return the adapted graph's node that computes what a base node does, from the same inputs and base tensors.
+
+        None if it reads anything else there.
+        """
+        counterpart = self._nodes[node.name]
+        for mine, theirs in zip(counterpart.all_input_nodes, node.all_input_nodes, strict=False):
             known = mine in inputs or mine.op == "get_attr"
             if not known or (mine.name, mine.target) != (theirs.name, theirs.target):
                 return None
-        return found if len(found.all_input_nodes) == len(node.all_input_nodes) else None
+        return counterpart if len(counterpart.all_input_nodes) == len(node.all_input_nodes) else None
 
     def last(self, node: fx.Node) -> fx.Node:
-        """What stands for a base node after every edit."""
+        """Return the node that represents a base node after every edit."""
         return self._edits.current(self._nodes[node.name])
 
 
 class _Group:
-    """Tensors that are folded together: `evidence`, with places in the graph, what they are `rounded` to, and the
-    `retention` of all of them."""
+    """Tensors that are folded together.
+
+    Attributes:
+        evidence: the evidence, with places in the graph.
+        rounded: the folded and rounded tensors, by name.
+        retention: how much of the updates of all of them is left after rounding.
+    """
 
     def __init__(
         self,
@@ -178,8 +185,8 @@ class _Group:
         del self.values, self.kept
 
     def _by_site(self, base: dict[str, Tensor]) -> dict[str, Retention]:
-        """What is left of the update at each site: of its own rows of a weight, and of its bias."""
-        found: dict[str, Retention] = {}
+        """Return what is left of the update at each site: of its own rows of a weight, and of its bias."""
+        left: dict[str, Retention] = {}
         own = {(step.site, part.as_stored): part for step in self.group.steps for part in step.parts}
         for (site, _), part in own.items():
             name = part.tensor
@@ -187,23 +194,23 @@ class _Group:
                 continue
             mine = self.retained[name]
             if not part.whole:
-                mine = retained(*(part.take(held[name]) for held in (base, self.values, self.rounded)))
-            found[site] = found.get(site, Retention()) + mine
-        return found
+                mine = retained(*(part.take(tensors[name]) for tensors in (base, self.values, self.rounded)))
+            left[site] = left.get(site, Retention()) + mine
+        return left
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as it is now: the base's, or the folded one."""
-        for held in (self.values, self.kept):
-            if name in held:
-                return held[name]
+        """Return a tensor in its current state: the base's, or the folded one."""
+        for tensors in (self.values, self.kept):
+            if name in tensors:
+                return tensors[name]
         return self.lazy.store.full(name)
 
 
 class _Probe:
     """One map, unfolded and folded, on the same random inputs in float64.
 
-    Unfolded, the adapted graph between the map's input and its last result runs over the base's tensors and the
-    adapters. Folded, the base's own call runs over the folded ones.
+    Unfolded, the adapted graph between the map's input and its last result runs with the base's tensors and the
+    adapters. Folded, the base's own call runs with the folded tensors.
     """
 
     def __init__(self, group: _Group, use: Use, seed: int) -> None:
@@ -224,7 +231,7 @@ class _Probe:
             self.unfolded.append(seen)
 
     def _unfolded_and_base(self, inputs: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the map gives in the adapted graph, and in the base's."""
+        """Return the results of the map in the adapted graph and in the base's."""
         adapted, node, tensor = self.group.adapted, self.use.node, self.group.tensor
         values = {stage: value for source, value in inputs.items() for stage in adapted.stages(source)}
         kept = adapted.kept(node, values)
@@ -234,7 +241,7 @@ class _Probe:
         return evaluate(adapted.last(node), values, tensor), evaluate(node, inputs, tensor)
 
     def _with_replaced(self, probe: Tensor) -> Tensor:
-        """Of a table that is too large to look all of it up, what stands in for some entries is looked up as well."""
+        """Add some of the replaced entries to the probe of a table that is too large to be looked up in full."""
         if not isinstance(self.use, Lookup) or probe.numel() == self.use.in_features:
             return probe
         table = self.use.weight
@@ -247,7 +254,7 @@ class _Probe:
         return torch.cat([probe, replaced.expand(*probe.shape[:-1], -1)], -1)
 
     def _parts(self) -> Iterator[dict[fx.Node, Tensor]]:
-        """The inputs: all at once, or some entries of a large table at a time."""
+        """Yield the inputs: all at once, or some entries of a large table at a time."""
         if not self.random:
             yield self.inputs
             return
@@ -256,22 +263,21 @@ class _Probe:
             yield {node: part}
 
     def _spans(self) -> list[tuple[str, tuple[str, ...], Tensor]]:
-        """Each site of the map: what folds there, and the columns of the result that are its own."""
+        """Return each site of the map with the adaptations that fold there and its own columns of the result."""
         use = self.use
         mine = {own.tensor for own in (use.weight, use.bias) if own is not None}
         steps = [step for step in self.group.group.steps if step.weight.tensor in mine]
-        who: dict[str, dict[str, None]] = {}
+        adaptations: dict[str, dict[str, None]] = {}
         for step in steps:
-            who.setdefault(step.site, {})[step.adaptation] = None
-        # Equal rows of a weight and of its bias are one.
-        held = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in steps}
-        slices = [(site, own) for (site, *_), own in held.items()] or [(use.weight.tensor, use.weight)]
+            adaptations.setdefault(step.site, {})[step.adaptation] = None
+        # Equal rows of a weight and of its bias count once.
+        distinct = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in steps}
+        slices = [(site, own) for (site, *_), own in distinct.items()] or [(use.weight.tensor, use.weight)]
         columns = ((site, self._columns(own)) for site, own in slices)
-        return [(site, tuple(who.get(site, ())), own) for site, own in columns if own is not None]
+        return [(site, tuple(adaptations.get(site, ())), own) for site, own in columns if own is not None]
 
     def _columns(self, changed: WeightSlice) -> Tensor | None:
-        """Columns of the result that these rows, of the weight or the bias, are; None where this use does not read
-        them."""
+        """Return the result's columns that rows of the weight or bias produce; None if this use does not read them."""
         weight = self.use.weight
         if changed.axis != weight.axis:  # inputs of the map, or experts: any column may change
             return torch.arange(weight.count, device=self.device)
@@ -279,15 +285,15 @@ class _Probe:
         return own.within(weight).index(self.device) if weight.covers(own) else None
 
     def _seen(self, output: Tensor) -> list[Tensor]:
-        """What is compared of an output: every site's columns, and all of them, or random sums of these."""
+        """Return the compared parts of an output: every site's columns and all columns, or random sums of these."""
         axis = self.use.axis
         parts = (own for _, _, own in self.spans)
-        found = [output if len(own) == output.shape[axis] else output.index_select(axis, own) for own in parts]
-        found.append(output)
-        return found if self.vectors is None else [part @ self.vectors[: part.shape[-1]] for part in found]
+        compared = [output if len(own) == output.shape[axis] else output.index_select(axis, own) for own in parts]
+        compared.append(output)
+        return compared if self.vectors is None else [part @ self.vectors[: part.shape[-1]] for part in compared]
 
     def evidence(self, rounding: dict[str, float]) -> list[SiteEvidence]:
-        """What the probes show for each site of the map, from the largest errors of rounding by tensor."""
+        """Return the evidence for each site of the map, given the largest rounding errors by tensor."""
         use = self.use
         ulps = largest(*(rounding.get(name, 0.0) for name in _tensors_of(use)))
         scale = largest(1e-30, *(float(seen[-1].abs().max()) for seen in self.unfolded))
@@ -296,16 +302,16 @@ class _Probe:
             seen = self._seen(self._with_added_bias(evaluate(use.node, inputs, self.group.tensor)))
             errors = [largest(e, furthest(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
         *own, worst = (error / scale for error in errors)
-        found = [
+        sites = [
             SiteEvidence(site, names, change, error, ulps, self.group.retained[site])
             for (site, names, _), change, error in zip(self.spans, self.changes[:-1], own, strict=True)
         ]
-        # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
-        if not found:
+        # Rows that no site owns must not have changed: this also detects a fold that writes to the wrong rows.
+        if not sites:
             return [SiteEvidence(use.weight.tensor, (), self.changes[-1], worst, ulps, Retention())]
         if not worst <= largest(*own):
-            found[0] = replace(found[0], algebra=worst)
-        return found
+            sites[0] = replace(sites[0], algebra=worst)
+        return sites
 
     def _with_added_bias(self, folded: Tensor) -> Tensor:
         name = added_bias(self.use.node)
@@ -315,7 +321,10 @@ class _Probe:
 
 
 class _StandIn:
-    """A tensor that is not a linear map's: what stands for it in the adapted graph, in float64, against the folded."""
+    """A tensor that belongs to no linear map: its replacement in float64 against the folded tensor.
+
+    The replacement is what the adapted graph computes instead of it.
+    """
 
     def __init__(self, group: _Group, name: str, node: fx.Node, seed: int) -> None:
         self.group, self.name = group, name
@@ -329,7 +338,7 @@ class _StandIn:
         return value if self.vectors is None else value @ self.vectors
 
     def evidence(self, rounding: float) -> SiteEvidence:
-        """What comparing shows."""
+        """Return the evidence of the comparison."""
         scale = largest(1e-30, float(self.unfolded.abs().max()) if self.unfolded.numel() else 0.0)
         error = furthest(self.unfolded, self._seen(self.group.tensor(self.name)))
         adaptations = tuple(dict.fromkeys(s.adaptation for s in self.group.lazy.chain(self.name)))
@@ -338,5 +347,5 @@ class _StandIn:
 
 
 def _vectors(width: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """`PROBES` random vectors, as columns."""
+    """Return `PROBES` random vectors, as columns."""
     return torch.randn(width, PROBES, generator=generator, dtype=torch.float64).to(device)

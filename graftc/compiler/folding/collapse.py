@@ -1,7 +1,7 @@
-"""Collapsing: what an adaptation is deployed as where it does not fold, and how far that is from what was trained.
+"""Collapsing: the simpler deployed form of adaptations that do not fold, and its distance from the trained form.
 
-The evidence runs the train Program's own nodes at a site, once for every way in which its routes can be drawn, and
-compares the mean of the results with what the same nodes give in eval mode.
+The evidence runs the train Program's own nodes at a site once for every way in which its routes can be drawn, and
+compares the mean of the results with the result of the same nodes in eval mode.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ aten = torch.ops.aten
 
 
 def collapsing(compilation: Compilation) -> list[Resolved]:
-    """The adaptations that are deployed as simpler ones."""
+    """Return the adaptations that are deployed in a simpler form."""
     return [resolved for resolved in compilation.main.resolved if _simpler(compilation, resolved) is not None]
 
 
 def collapsed_spec(compilation: Compilation, names: Collection[str] | None = None) -> Spec:
-    """The spec with simpler adaptations in the places of those that collapse.
+    """Return the spec with each adaptation that collapses replaced by its simpler form.
 
     Args:
-        compilation: what was trained.
-        names: which adaptations to keep, collapsed or not; all by default.
+        compilation: the compilation that was trained.
+        names: names of the adaptations to keep, collapsed or not; all by default.
     """
     simpler = {resolved.name: _simpler(compilation, resolved) for resolved in compilation.main.resolved}
     spec = compilation.spec
@@ -53,30 +53,30 @@ def collapsed_spec(compilation: Compilation, names: Collection[str] | None = Non
 
 
 def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
-    """What an adaptation is deployed as; None where that is itself."""
+    """Return the spec that an adaptation is deployed as; None if it is deployed unchanged."""
     if resolved.spec.virtual_tokens() and not are_constant(compilation, resolved):
         return None
     method = method_for(resolved.spec.method)
-    made = method.collapse(resolved.spec) if isinstance(method, Collapsing) else None
-    return None if made is None else made.model_copy(update={"dtype": resolved.spec.dtype})
+    simpler = method.collapse(resolved.spec) if isinstance(method, Collapsing) else None
+    return None if simpler is None else simpler.model_copy(update={"dtype": resolved.spec.dtype})
 
 
 def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
-    """The tensors of the simpler adaptations by their full names, rounded once."""
+    """Return the tensors of the simpler adaptations by their full names, rounded once."""
     store = compilation.store
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for resolved in collapsing(compilation):
         if resolved.spec.virtual_tokens():
-            found |= slot_values(compilation, resolved)
+            tensors |= slot_values(compilation, resolved)
             continue
         for prefix, own in _places(compilation, resolved, lambda name: store.full(name).double()):
             dtype = store.get(prefix + next(iter(own.held))).dtype
-            found |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
-    return found
+            tensors |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
+    return tensors
 
 
 def collapsed_parameters(compilation: Compilation) -> dict[str, int]:
-    """How many elements the simpler adaptations have, by name; counted from shapes."""
+    """Return the number of elements of each simpler adaptation, by name; they are counted from shapes."""
     return {resolved.name: _parameters(compilation, resolved) for resolved in collapsing(compilation)}
 
 
@@ -92,7 +92,7 @@ def _parameters(compilation: Compilation, resolved: Resolved) -> int:
 
 
 class _Own:
-    """The tensors of one place: its own, ``held``, and what they collapse to."""
+    """The tensors of one place: its own, ``held``, and those that they collapse to."""
 
     def __init__(self, spec: MethodSpec, held: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.held, self.shared = spec, held, shared
@@ -105,7 +105,7 @@ class _Own:
 
 
 def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
-    """Every place with what its tensors' names begin with."""
+    """Yield the tensors of every place, with the prefix of their names."""
     parts = compilation.parts[resolved.name]
     shared = {part: read(name) for part, name in parts.get(None, {}).items()}
     for site, spec in resolved.places:
@@ -115,26 +115,29 @@ def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator
 
 
 def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple[SiteKey, Mapping[str, Tensor]]]:
-    """The tensors that every place of an adaptation is deployed with, by part: its own, or what these collapse to."""
+    """Yield the tensors that each place of an adaptation is deployed with, by part.
+
+    They are the place's own tensors, or what these collapse to.
+    """
     simpler = _simpler(compilation, resolved)
     for site, (_, own) in zip(resolved.places, _places(compilation, resolved, compilation.store.full), strict=True):
         yield site[0].key, own.held if simpler is None else own.collapsed()
 
 
 def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:
-    """How far each place's deployed function is from the mean of all that training can draw."""
-    found = [resolved for resolved in collapsing(compilation) if not resolved.spec.virtual_tokens()]
-    if not found:
+    """Measure how far each place's deployed function is from the mean of all that training can draw."""
+    drawn = [resolved for resolved in collapsing(compilation) if not resolved.spec.virtual_tokens()]
+    if not drawn:
         return ()
     train = compilation.program("train")
     routed, averaged = to_eval(train, keep={aten.index_select.default}), to_eval(train)
-    places = [(r.name, str(site.key)) for r in found for site, _ in r.places]
+    places = [(r.name, str(site.key)) for r in drawn for site, _ in r.places]
     probe = _Routes(compilation, routed, averaged, places, seed)
     return tuple(probe.evidence(*place) for place in places)
 
 
 class _Routes:
-    """Sites of a Program whose routes are drawn, and of the same with their mean."""
+    """The sites of a Program whose routes are drawn, and those of the same Program with the mean of its routes."""
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class _Routes:
         self.samples = self._sampled(dict.fromkeys(node for nodes in self.read.values() for node in nodes))
 
     def evidence(self, adaptation: str, site: str) -> CollapseEvidence:
-        """What one site shows."""
+        """Return the evidence for one site."""
         start, end = self.spans[adaptation, site]
         inputs = self._inputs(end)
         draws = sorted(self._draws(end, inputs))
@@ -177,8 +180,11 @@ class _Routes:
     def _spans(
         routed: Program, places: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], tuple[fx.Node | None, fx.Node]]:
-        """What each adaptation has put in the place of what, at each site. Within a composition it replaces nothing by
-        itself: then its own result, in the place of None."""
+        """Return the node that each adaptation replaced at each site, and the node that replaces it.
+
+        Within a composition, an adaptation replaces nothing by itself: there, None is paired with the adaptation's own
+        result.
+        """
         edits = {(e.adaptation, e.site): (e.before, e.after) for e in routed.edits if not e.narrow}
         results: dict[tuple[str, str], fx.Node] = {}
         for node in routed.graph.nodes:
@@ -188,8 +194,11 @@ class _Routes:
         return {place: edits.get(place) or (None, results[place]) for place in places}
 
     def _inputs(self, end: fx.Node) -> dict[fx.Node, Any]:
-        """Values for what the adaptation reads at a site, in float64: those that are floating are random, in the sizes
-        that they have for the sample inputs; masks, numbers and sizes are what they are there."""
+        """Return values for the nodes that the adaptation reads at a site, in float64.
+
+        Floating-point values are random, in the sizes that they have for the sample inputs; masks, integers and sizes
+        keep the values that they have for these.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(value: Any) -> Any:
@@ -200,7 +209,7 @@ class _Routes:
         return {node: random(self.samples[node]) for node in self.read[end]}
 
     def _sampled(self, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
-        """The values of nodes of the routed Program for the sample inputs."""
+        """Return the values of nodes of the routed Program for the sample inputs."""
         compilation = self.compilation
         inputs = samples(compilation)
         values = computed(list(nodes), lambda node: inputs[str(node.target)], compilation.store.get, self.device)
@@ -208,9 +217,9 @@ class _Routes:
 
     @staticmethod
     def _boundary(mine: tuple[str, str], start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """What the nodes of an adaptation at a site read from outside, but for tensors and routes."""
-        found: dict[fx.Node, None] = {} if start is None else {start: None}
-        pending, seen = [end], set(found)
+        """Return the outside nodes that an adaptation reads at a site, except tensors and routes."""
+        outside: dict[fx.Node, None] = {} if start is None else {start: None}
+        pending, seen = [end], set(outside)
         while pending:
             node = pending.pop()
             if node in seen or node.op == "get_attr" or is_route(node):
@@ -219,13 +228,13 @@ class _Routes:
             if _owner(node) == mine:
                 pending += node.all_input_nodes
             else:
-                found[node] = None
-        return list(found)
+                outside[node] = None
+        return list(outside)
 
     @staticmethod
     def _draws(end: fx.Node, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
-        """The routes that decide what stands at a site."""
-        found: set[fx.Node] = set()
+        """Return the routes that decide the result at a site."""
+        routes: set[fx.Node] = set()
         pending, seen = [end], set(inputs)
         while pending:
             node = pending.pop()
@@ -233,13 +242,13 @@ class _Routes:
                 continue
             seen.add(node)
             if is_route(node) and any(is_pick(user) for user in node.users):
-                found.add(node)
+                routes.add(node)
             else:
                 pending += node.all_input_nodes
-        return found
+        return routes
 
 
 def _owner(node: fx.Node) -> tuple[str, str]:
-    """The adaptation and the site that a node was inserted for."""
+    """Return the adaptation and the site that a node was inserted for."""
     origin = provenance(node) or {}
     return origin.get("adaptation", ""), origin.get("site", "")

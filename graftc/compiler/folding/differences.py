@@ -1,4 +1,4 @@
-"""How far outputs are apart, where some of them may be infinite: masked scores are, and rows of nothing but padding."""
+"""Differences of outputs that may contain infinities, as masked scores and rows of nothing but padding do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference of two tensors; infinite where their shapes differ.
+    """Return the largest absolute difference of two tensors; infinite if their shapes differ.
 
-    Elements that are the same infinity, or no number in both, do not differ. NaN where only one of the two is a number,
-    and where none of ``a`` is: of such outputs there is nothing to say.
+    Elements that are the same infinity, or NaN in both, do not differ. The result is NaN if an element is NaN in only
+    one of the two, and if no element of ``a`` is finite: nothing can be said about such outputs.
     """
     if a.shape != b.shape:
         return math.inf
@@ -28,7 +28,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 
 
 def largest_number(a: Tensor) -> float:
-    """The largest absolute value of those that are finite; 0 where none is."""
+    """Return the largest absolute value of the finite elements; 0 if there are none."""
     if not a.dtype.is_floating_point and not a.dtype.is_complex:
         return float(a.double().abs().max()) if a.numel() else 0.0
     if a.numel() and math.isfinite(largest := float(a.abs().max())):

@@ -1,8 +1,8 @@
-"""Parts of graphs in float64: what certificates hold folds and collapses against.
+"""Evaluation of parts of graphs in float64, with which certificates compare folds and collapses.
 
-Every floating value is float64, whatever the graph says: tensors that are read, element types among arguments, by place
-or by keyword, and whatever an operator makes by itself (a mask, a constant). What a graph in 16 bits rounds, this does
-not round.
+Every floating-point value is float64, whatever the graph says: tensors that are read, element types among arguments,
+positional or keyword, and whatever an operator creates itself (a mask, a constant). What a graph in 16 bits rounds is
+not rounded here.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ aten = torch.ops.aten
 
 
 def evaluate(output: fx.Node, inputs: Mapping[fx.Node, Any], tensor: Callable[[str], Tensor]) -> Tensor:
-    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read. Args, Raises:
-    as `evaluate_all`."""
+    """Return the value of ``output`` in float64, from the values of other nodes and the tensors that are read.
+
+    Args and errors as for `evaluate_all`.
+    """
     return evaluate_all((output,), inputs, tensor)[0]
 
 
 def evaluate_all(
     outputs: Sequence[fx.Node], inputs: Mapping[fx.Node, Any], tensor: Callable[[str], Tensor]
 ) -> list[Tensor]:
-    """The values of nodes in float64. Any other value is let go when the last node that reads it has been computed.
+    """Return the values of nodes in float64.
+
+    Any other value is released when the last node that reads it has been computed.
 
     Args:
-        outputs: nodes; what they share is computed once.
-        inputs: values of nodes that are not to be computed, floating ones in float64.
-        tensor: gives a tensor of the Store by name; it is widened where it is not float64 already.
+        outputs: the nodes to evaluate; what they share is computed once.
+        inputs: values of nodes that are not to be computed, floating-point ones in float64.
+        tensor: returns a tensor of the Store by name; it is widened unless it is float64 already.
 
     Raises:
-        ValueError: it depends on an input of the graph that has no value.
+        ValueError: if an output depends on an input of the graph that has no value.
     """
     order = sorted({node for output in outputs for node in needed(output, inputs)})
     if unknown := [node for node in order if node.op == "placeholder"]:
@@ -63,24 +67,26 @@ def evaluate_all(
 
 
 def needed(output: fx.Node, inputs: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """What has to be computed for ``output`` where the values of some nodes are known: in graph order."""
-    found: set[fx.Node] = set()
+    """Return the nodes to compute for ``output`` if the values of some nodes are known, in graph order."""
+    nodes: set[fx.Node] = set()
     pending = [output]
     while pending:
         node = pending.pop()
-        if node not in found and node not in inputs:
-            found.add(node)
+        if node not in nodes and node not in inputs:
+            nodes.add(node)
             pending += node.all_input_nodes
-    return sorted(found)
+    return sorted(nodes)
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
-    found = _REFERENCES.get(target, target)(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
-    return [_wide(value) for value in found] if isinstance(found, tuple | list) else _wide(found)
+    result = _REFERENCES.get(target, target)(
+        *map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()}
+    )
+    return [_wide(value) for value in result] if isinstance(result, tuple | list) else _wide(result)
 
 
 def _wide(value: Any) -> Any:
-    """A tensor or an element type as float64 where it is floating; everything else as it is."""
+    """Return a tensor or an element type as float64 if it is floating-point, and everything else unchanged."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
@@ -93,9 +99,11 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``aten._grouped_mm``, whose kernels take at most float32: rows of ``x: [rows, in]`` times the matrix of their
-    expert, ``weight: [experts, in, out]``, each group of rows up to its end in ``offs: int[experts]``. Rows behind the
-    last one are zeros. Without ``offs``, one product for each expert.
+    """Compute ``aten._grouped_mm``, whose kernels take at most float32.
+
+    Rows of ``x: [rows, in]`` are multiplied by the matrix of their expert, ``weight: [experts, in, out]``; each group
+    of rows ends at its entry of ``offs: int[experts]``. Rows after the last group are zeros. Without ``offs``, there
+    is one product for each expert.
 
     Raises:
         NotImplementedError: for groups along other axes, which no forward pass has.
@@ -103,13 +111,13 @@ def grouped_mm(
     if weight.dim() != 3 or (x.dim() == 2) != (offs is not None):
         raise NotImplementedError(f"groups of {tuple(x.shape)} by {tuple(weight.shape)}")
     if offs is None:
-        found = x @ weight
+        result = x @ weight
     else:
-        found = x.new_zeros(x.shape[0], weight.shape[-1])
+        result = x.new_zeros(x.shape[0], weight.shape[-1])
         ends = offs.tolist()
         for start, end, matrix in zip([0, *ends], ends, weight, strict=False):
-            found[start:end] = x[start:end] @ matrix
-    return found if bias is None else found + bias
+            result[start:end] = x[start:end] @ matrix
+    return result if bias is None else result + bias
 
 
 _REFERENCES: Mapping[Any, Callable[..., Any]] = MappingProxyType({aten._grouped_mm.default: grouped_mm})

@@ -1,4 +1,4 @@
-"""Which adaptations of a Compilation fold, and why the others do not."""
+"""The choice of the adaptations of a Compilation that fold, with the reasons why the others do not."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What folds.
+    """The adaptations that fold, and those that stay.
 
     Attributes:
         lazy: the folded tensors.
-        names: whose adaptations fold, in the order in which they were inserted; ``tokens`` and ``trained`` among them.
-        kept: the others, each with the error that says why.
+        names: names of the adaptations that fold, in the order in which they were inserted, ``tokens`` and ``trained``
+            included.
+        kept: the other adaptations, each with the error that says why it stays.
     """
 
     lazy: LazyTensors
@@ -31,21 +32,23 @@ class FoldPlan:
     kept: Mapping[str, GraftError]
 
     def reasons(self) -> dict[str, str]:
-        """Why the others stay, for people."""
+        """Return the reason why each of the other adaptations stays, as a readable message."""
         return {name: error.message for name, error in self.kept.items()}
 
 
 def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> FoldPlan:
-    """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
-    into the weights would apply it first. What stands in for base tensors is on top of nothing. Nothing folds in a
-    graph that a plugin's pass has rewritten.
+    """Try to fold every adaptation, and return which ones do.
+
+    An adaptation that was inserted on top of one that stays has to stay as well: folding it into the weights would
+    apply it first. Replacements of base tensors are on top of nothing. Nothing folds in a graph that a plugin's pass
+    has rewritten.
 
     Args:
-        compilation: what to fold.
-        only: these have to fold, and all others stay; by default all that fold do.
+        compilation: the compilation to fold.
+        only: names of the adaptations that have to fold, while all others stay; by default all that can fold do.
 
     Raises:
-        GraftError: of ``only``, GC091 for an unknown name, GC050 and GC022 for what does not fold.
+        GraftError: for ``only``, GC091 for an unknown name, GC050 and GC022 for an adaptation that does not fold.
     """
     rewritten = _rewritten(compilation)
     units = {unit.name: unit for unit in compilation.units}
@@ -80,7 +83,7 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
                 raise
             kept[name] = error
     lazy = LazyTensors(compilation.store, in_order(steps))
-    for unit in units.values():  # what becomes of a composition becomes of its members
+    for unit in units.values():  # the members of a composition fold or stay together with it
         for member in unit.members:
             if unit.name in kept:
                 kept.setdefault(member.name, kept[unit.name])
@@ -90,8 +93,10 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
 
 
 def _rewritten(compilation: Compilation) -> GraftError | None:
-    """Why nothing folds where a plugin's pass has rewritten a graph: folding takes adaptations out of a graph, and what
-    is left has to be the base's."""
+    """Return why nothing folds if a plugin's pass has rewritten a graph; None if no pass has.
+
+    Folding takes adaptations out of a graph, and what is left has to be the base's graph.
+    """
     edits = [compilation.program(mode).edits for mode in ("train", "eval")]
     for own in compilation.main.passes:
         if own.rewrites and any(edit.adaptation == own.name for each in edits for edit in each):
@@ -101,12 +106,12 @@ def _rewritten(compilation: Compilation) -> GraftError | None:
 
 
 def _present(compilation: Compilation, name: str) -> bool:
-    """Whether there is such an adaptation; the lists of a spec may be empty."""
+    """Return whether there is such an adaptation; the lists of a spec may be empty."""
     return name in compilation.unit_of or bool(compilation.tensor_edits.copies(name))
 
 
 def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:
-    """An adaptation that stays, and a place of its that ``name`` adapts as well."""
+    """Return an adaptation that stays, and a place where ``name`` adapts the same rows; None if there is none."""
     if name not in resolved or method_for(resolved[name].spec.method).stands_in:
         return None
     mine = [site for site, _ in resolved[name].places if isinstance(site, LinearSite)]

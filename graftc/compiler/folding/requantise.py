@@ -1,8 +1,8 @@
-"""Packing folded weights again, and what that takes away from the fold.
+"""Packing of folded weights, and how much of the fold it loses.
 
-A fold on a quantised base is exact in the element type of the weights. Packed again, its values are the nearest that
-the packing has, which is much coarser than an update often is: how much of the update is left, and how far the weights
-are from the folded ones, is measured.
+A fold on a quantised base is exact in the element type of the weights. Packed again, its values become the nearest ones
+that the packing can represent, and the spacing of these is often much coarser than an update. This module measures how
+much of the update is left, and how far the weights are from the folded ones.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ REQUANTISED_MOST = 0.5
 
 @dataclass(frozen=True)
 class Repacked:
-    """What packing folded weights again gives.
+    """The result of packing folded weights again.
 
     Attributes:
-        packed: the parts of what changed, by the weight's name; all others keep theirs.
-        evidence: by site.
-        budget: the default budget of outputs, relative to the largest one; 0 where nothing was packed again.
+        packed: the packed parts of the weights that changed, by the weight's name; all other weights keep theirs.
+        evidence: the evidence by site.
+        budget: the default budget of outputs, relative to the largest one; 0 if nothing was packed again.
     """
 
     packed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -51,18 +51,18 @@ class Repacked:
 
 
 def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, Repacked]:
-    """Pack the folded weights that were packed, each as it was.
+    """Pack the folded weights that were packed before, each in its own packing.
 
     Args:
-        store: holds the base.
-        lazy: says whose rows are whose.
-        made: the fold; of a packed weight, the values that it is rounded to are what is packed.
+        store: the Store of the base.
+        lazy: the lazy tensors, which define the rows that belong to each site.
+        made: the fold; for a packed weight, the values that it is rounded to are packed.
 
     Returns:
-        The fold without these weights, with what packing has left of the updates, and the packed ones.
+        The fold without these weights, with what packing has left of the updates, and the packed weights.
 
     Raises:
-        GraftError: GC166 for a packing that is only read.
+        GraftError: GC166 for a packing that can only be read.
     """
     tensors, packed = dict(made.tensors), dict[str, tuple[Tensor, ...]]()
     evidence: list[PackingEvidence] = []
@@ -99,9 +99,9 @@ def _packed(store: Store, name: str, own: PackedType, folded: Tensor, same: Tens
 
 
 def _parts(name: str, steps: Iterable[FoldStep]) -> list[tuple[str, WeightSlice]]:
-    """Each site's own rows of a weight, once."""
-    found = {step.site: part for step in steps for part in step.parts if part.tensor == name}
-    return list(found.items())
+    """Return each site's own rows of a weight, each site once."""
+    slices = {step.site: part for step in steps for part in step.parts if part.tensor == name}
+    return list(slices.items())
 
 
 def _at_sites(
@@ -113,11 +113,11 @@ def _at_sites(
     untouched = (after == base).all(-1)
     disturbed = untouched & (packed != base).any(-1)
     rows, lost = int(untouched.sum()), int(disturbed.sum())
-    found = []
+    evidence = []
     for site, part in parts:
         mine, theirs = (part.take(each).double() for each in (folded, now))
         error = mine - theirs
-        found.append(
+        evidence.append(
             PackingEvidence(
                 site,
                 name,
@@ -128,7 +128,7 @@ def _at_sites(
                 lost,
             )
         )
-    return found
+    return evidence
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Retention:
-    """What rounding left of an update. Sums over entries, so that parts of tensors, and sites, add up.
+    """The part of an update that rounding left, as sums over entries, so that parts of tensors and sites add up.
 
     Attributes:
         exact: ``<u, u>``.
         applied: ``<u, v>``.
         lost: ``|v - u|^2``.
-        wanted: how many entries the update changes: ``u != 0``.
-        changed: in how many of these rounding left a change: ``v != 0``.
+        wanted: the number of entries that the update changes: ``u != 0``.
+        changed: the number of these in which rounding left a change: ``v != 0``.
     """
 
     exact: float = 0.0
@@ -34,21 +34,23 @@ class Retention:
 
     @classmethod
     def of(cls, base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
-        """Of one tensor, or of a part of it: three tensors of one shape, two more of which are made in float64.
+        """Return the retention of one tensor or of a part of it, from three tensors of one shape.
+
+        Two more tensors of that shape are allocated in float64.
 
         Args:
-            base: the tensor as it was, in any floating type.
-            exact: folded, float64.
-            rounded: folded and rounded, in the type that is deployed.
+            base: the tensor before the fold, in any floating-point type.
+            exact: the folded tensor, in float64.
+            rounded: the folded and rounded tensor, in the type that is deployed.
         """
         return cls.of_error(base, exact, rounded.to(torch.float64, copy=True).sub_(exact))
 
     @classmethod
     def of_error(cls, base: Tensor, exact: Tensor, error: Tensor, spare: Tensor | None = None) -> Retention:
-        """The same where ``rounded - exact`` is known, in float64; it is changed, and so is ``spare``, room of the same
-        type and sizes.
+        """Return the same as `of`, given ``rounded - exact`` in float64.
 
-        Where rounding gives back the base's value, ``error`` is ``-u`` to the bit, so that no change counts as lost.
+        ``error`` is overwritten, and so is ``spare``, a buffer of the same type and sizes. If rounding restores the
+        base's value, ``error`` is ``-u`` to the bit, so that the entry counts as unchanged.
         """
         back = torch.empty_like(error) if spare is None else spare
         back = back.copy_(base).sub_(exact).add_(0.0).reshape(-1)  # -u, without a -0.0
@@ -68,22 +70,22 @@ class Retention:
 
     @classmethod
     def total(cls, found: Iterable[Retention]) -> Retention:
-        """Of several tensors."""
+        """Return the retention of several tensors together."""
         return sum(found, cls())
 
     @property
     def norm(self) -> float:
-        """``<u, v> / <u, u>``: how much of the update is there, 1 where all of it; 1 where there was none."""
+        """``<u, v> / <u, u>``: the share of the update that is left, 1 if all of it is; 1 if there was none."""
         return self.applied / self.exact if self.exact else 1.0
 
     @property
     def error(self) -> float:
-        """``|v - u| / |u|``: how far from the update what was applied is; 0 where there was none."""
+        """``|v - u| / |u|``: the relative distance of what was applied from the update; 0 if there was none."""
         return math.sqrt(self.lost / self.exact) if self.exact else 0.0
 
     @property
     def entries(self) -> float:
-        """Share of the entries that the update changes in which a change is left; 1 where it changes none."""
+        """The share of the entries changed by the update in which a change is left; 1 if it changes none."""
         return self.changed / self.wanted if self.wanted else 1.0
 
     @property
@@ -92,10 +94,13 @@ class Retention:
         return not self.changed
 
     def to_json(self) -> dict[str, float] | None:
-        """The three numbers; None where there was no update to retain."""
+        """Return the three numbers; None if there was no update to retain."""
         return {"norm": self.norm, "error": self.error, "entries": self.entries} if self.wanted else None
 
 
 def _not_zero(values: Tensor) -> int:
-    """How many of contiguous float64 numbers are not 0, none of which is -0.0: whole numbers are counted faster."""
+    """Return how many of contiguous float64 numbers are not 0.
+
+    None of them may be -0.0: they are counted as integers, which is faster.
+    """
     return int(torch.count_nonzero(values.view(torch.int64)))

@@ -1,4 +1,4 @@
-"""Rounding folded tensors to the type that is deployed, in pieces that stay in the processor's cache."""
+"""Rounding of folded tensors to the type that is deployed, in pieces that stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def round_pieces(into: Tensor, exact: Tensor) -> None:
-    """Round a float64 tensor once into a contiguous one of the same shape, to its type."""
+    """Round a float64 tensor once into a contiguous one of the same shape, to the type of the latter."""
     for to, own in pieces(into, exact):
         to.copy_(folds.round_once(own, to.dtype))
 
 
 def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-    """The same, with what it does.
+    """Round like `round_pieces`, and measure the effect.
 
     Args:
         into, exact: as for `round_pieces`.
-        base: what was folded, of the same shape.
+        base: the tensor that was folded, of the same shape.
 
     Returns:
         The largest error in units in the last place, and how much of the update is left.
@@ -38,13 +38,13 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retent
 
 
 def rounding_of(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-    """What `round_into` returns, of a tensor that somebody else has rounded."""
+    """Return what `round_into` returns, for a tensor that has been rounded elsewhere."""
     return _rounding(stored, exact, base, writes=False)
 
 
 def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tuple[float, Retention]:
     worst, left = 0.0, Retention()
-    # The same memory for every piece: what is made anew for each is not in the cache.
+    # Reuse the same memory for every piece: newly allocated memory would not be in the cache.
     spare = torch.empty(2, min(PIECE, into.numel()), dtype=torch.float64, device=into.device)
     for to, own, before in pieces(into, exact, base):
         if writes:
@@ -57,7 +57,7 @@ def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tup
 
 
 def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
-    """How much of an update is left, of tensors of any size and layout."""
+    """Return how much of an update is left, for tensors of any size and layout."""
     left = Retention()
     for parts in pieces(base, exact, rounded):
         left += Retention.of(*parts)
@@ -65,7 +65,7 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
 
 
 def units_in_last_place(found: Tensor, exact: Tensor) -> float:
-    """Largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
+    """Return the largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
     error = found.to(torch.float64, copy=True).sub_(exact)
     return _in_last_place(error, exact, found.dtype, torch.empty_like(error))
 
@@ -78,32 +78,33 @@ def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tens
 
 
 def power_below(values: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The power of two at or below each absolute value, by whose size units in the last place of ``dtype`` go: at least
-    its least normal number, below which units stay as they are.
+    """Return the power of two at or below each absolute value, which determines its unit in the last place.
+
+    The result is at least the smallest normal number of ``dtype``, below which units stay the same.
 
     Args:
-        values: float64.
-        dtype: a floating type.
-        out: where it goes, of the shape and type of ``values``.
+        values: the values, in float64.
+        dtype: a floating-point type.
+        out: the tensor to write to, of the shape and type of ``values``; a new one by default.
     """
     power = torch.empty_like(values) if out is None else out
-    # A float64 of which the exponent is left is that power.
+    # A float64 of which only the exponent is left is that power.
     torch.bitwise_and(values.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
     return power.clamp_min_(torch.finfo(dtype).tiny)
 
 
 def furthest(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference; NaN where there is one, 0 where there are no elements."""
+    """Return the largest absolute difference; NaN if there is one, 0 if there are no elements."""
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
 def largest(*values: float) -> float:
-    """The largest number; NaN where there is one, which Python's ``max`` may pass over."""
+    """Return the largest number; NaN if there is one, which Python's ``max`` may pass over."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape in parts of at most `PIECE` elements, however they are laid out."""
+    """Yield tensors of one shape in parts of at most `PIECE` elements, whatever their layout."""
     first = tensors[0]
     if not first.numel():
         return

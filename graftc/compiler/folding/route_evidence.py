@@ -1,4 +1,4 @@
-"""Where the routers of a folded model choose differently: how often, and how close the scores were."""
+"""Different choices of the routers of a folded model: how often they occur, and how close the scores were."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ twice what a different rounding changes, and each of the two scores may move by 
 
 @dataclass(frozen=True)
 class RouteEvidence:
-    """The choices that one router makes (or whatever else chooses among values by their size), unfolded and folded.
+    """The choices of one router (or of any other node that chooses among values by size), unfolded and folded.
 
     Attributes:
-        choice: the node that chooses, as the base's graph names it.
-        module: the module that it is in.
-        choices: how many were compared: one for each row of scores, such as a token.
-        flips: in how many of them the folded model would have chosen differently.
+        choice: the name of the node that chooses, in the base's graph.
+        module: the module that contains it.
+        choices: the number of choices that were compared: one for each row of scores, such as a token.
+        flips: the number of these in which the folded model would have chosen differently.
         gap: among those, the largest difference between a chosen score and the one that the other model chose instead,
             in either model.
         noise: how far scores move when folded weights are rounded differently, as far as that had to be tried: at least
@@ -48,25 +48,25 @@ class RouteEvidence:
         return not self.flips or self.gap <= self.bound
 
     def failure(self) -> str:
-        """Why it did not pass, for people."""
+        """Return the reason why it did not pass, as a readable message."""
         return (
             f"{self.module or 'the model'} chose differently in {self.flips} of {self.choices} cases ({self.choice}), "
             f"between scores up to {self.gap:.2e} apart; rounding explains at most {self.bound:.2e}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON data."""
+        """Return everything as JSON data."""
         gap = self.gap if math.isfinite(self.gap) else None
         return {**vars(self), "gap": gap, "passed": self.passed}
 
 
 def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
-    """The worse of two comparisons of the same choice."""
+    """Return the worse of two comparisons of the same choice."""
     return max(one, other, key=lambda item: (not item.passed, item.gap, item.flips))
 
 
 def routed(routes: Sequence[RouteEvidence]) -> list[str]:
-    """How often the folded model's routers chose differently, for people: empty where they never did."""
+    """Return a readable line on how often the folded model's routers chose differently; no line if they never did."""
     other = [route for route in routes if route.flips]
     if not other:
         return []
@@ -81,7 +81,7 @@ def routed(routes: Sequence[RouteEvidence]) -> list[str]:
 
 @dataclass(frozen=True)
 class Flips:
-    """How often two runs chose differently from scores that are the same up to rounding.
+    """The number of different choices of two runs, from scores that are the same up to rounding.
 
     Attributes:
         choices, flips, gap: as for `RouteEvidence`.
@@ -93,7 +93,7 @@ class Flips:
 
     @classmethod
     def between(cls, before: RouteChoice, after: RouteChoice) -> Flips:
-        """One choice in two runs; where shapes differ, every row counts as a different choice."""
+        """Compare one choice in two runs; if shapes differ, every row counts as a different choice."""
         rows = before.chosen.shape[:-1].numel()
         if before.scores.shape != after.scores.shape or before.chosen.shape != after.chosen.shape:
             return cls(rows, rows, float("inf"))
@@ -111,17 +111,18 @@ class Flips:
 
 
 def score_noise(scores: Tensor, dtype: torch.dtype) -> float:
-    """The least rounding error of scores: a unit in the last place of the largest.
+    """Return the least rounding error of scores: a unit in the last place of the largest.
 
     Args:
-        scores: what is chosen among.
-        dtype: that the model computes in. Scores may be in a wider one, and are made from values in this one.
+        scores: the scores to choose among.
+        dtype: the type that the model computes in. Scores may be in a wider type, but are computed from values in this
+            one.
     """
     return max(torch.finfo(each).eps for each in (scores.dtype, dtype)) * largest_number(scores)
 
 
 def moved(before: Mapping[str, RouteChoice], after: Mapping[str, RouteChoice]) -> dict[str, float]:
-    """The largest difference between the scores of two runs, by name."""
+    """Return the largest difference between the scores of two runs, by name."""
     both = [name for name in before if name in after and before[name].scores.shape == after[name].scores.shape]
     return {name: largest_difference(before[name].scores, after[name].scores) for name in both}
 
@@ -131,7 +132,7 @@ def _sorted(numbers: Tensor) -> Tensor:
 
 
 def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The largest difference, in any row, between a score that only one side chose and one that only the other did."""
+    """Return the largest gap, in any row, between a score that only one side chose and one that only the other did."""
     mine, theirs = (torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, own, True) for own in (first, second))
     one, other = mine & ~theirs, theirs & ~mine
     inf = float("inf")
@@ -141,5 +142,5 @@ def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _ordered_gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The largest difference between two scores that hold the same place in two orderings."""
+    """Return the largest difference between two scores at the same position of two orderings."""
     return (scores.gather(-1, first) - scores.gather(-1, second)).abs().max()

@@ -1,4 +1,4 @@
-"""What certificates run a model on."""
+"""The inputs on which certificates run a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "posi
 
 
 def beyond_text(program: Program) -> bool:
-    """Whether inputs beside token ids and what goes along with them are taken, such as images: ids say where these
-    stand, so that random ids make no sense beside them."""
+    """Return whether a program takes token ids along with inputs that are not text, such as images.
+
+    The ids mark where these belong, so that random ids make no sense beside them.
+    """
     names = program.signature
     return any(name.endswith("input_ids") for name in names) and not all(name.endswith(_TEXT) for name in names)
 
 
 def remember(compilation: Compilation, signature: Signature, present: Mapping[str, object]) -> None:
-    """Keep the inputs of the first call where random ones make no sense, and nobody has shown any."""
+    """Keep the inputs of the first call if random ones make no sense and no caller has shown any."""
     main, table = compilation.main, compilation.table
     if main.signature != signature or main.shown or table.first_call is not None:
         return
@@ -33,7 +35,7 @@ def remember(compilation: Compilation, signature: Signature, present: Mapping[st
 
 
 def samples(compilation: Compilation) -> dict[str, Tensor]:
-    """Inputs of the first signature: random ones, or what callers gave where random ones make no sense."""
+    """Return inputs of the first signature: random ones, or what callers gave if random ones make no sense."""
     base, store, main = compilation.program("train", "base"), compilation.store, compilation.main
     shown = {**(compilation.table.first_call or {}), **main.shown}
     if (beyond_text(base) or any(axis.as_shown for axis in main.axes)) and shown.keys() >= set(base.signature):

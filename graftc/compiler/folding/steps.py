@@ -1,4 +1,4 @@
-"""Folding: what every adaptation changes of base tensors, as steps in the order in which they apply."""
+"""Folding: the changes that every adaptation makes to base tensors, as steps in the order in which they apply."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ Read = Callable[[str], Tensor]
 
 
 class OwnSteps(NamedTuple):
-    """The steps of one adaptation: what is ``below`` everything that stands at sites, and what is ``above`` that."""
+    """The steps of one adaptation: those that apply ``below`` everything at sites, and those ``above`` them."""
 
     below: list[FoldStep]
     above: list[FoldStep]
 
 
 def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read: Read | None = None) -> list[FoldStep]:
-    """Every adaptation's change of base tensors, in the order in which they apply: what stands in for tensors, and
-    what is made of that, is below everything that stands at sites, and either is in insertion order.
+    """Return every adaptation's changes of base tensors, in the order in which they apply.
+
+    Replacements of tensors, and what is derived from these, come below everything at sites; both are in insertion
+    order.
 
     Args:
-        compilation: what to fold.
-        only: names of adaptations, by default of all.
-        read: gives adapter tensors, by default those of the Store.
+        compilation: the compilation to fold.
+        only: names of adaptations, by default all.
+        read: returns an adapter tensor by name, by default that of the Store.
 
     Raises:
         GraftError: GC050 naming the adaptation that cannot fold and why.
@@ -69,16 +71,16 @@ def own_steps(compilation: Compilation, name: str, read: Read | None = None) -> 
 
 
 def in_order(every: Iterable[OwnSteps]) -> list[FoldStep]:
-    """The steps of several adaptations, in the order in which they apply."""
+    """Return the steps of several adaptations in the order in which they apply."""
     all_steps = list(every)
     return [step for own in all_steps for step in own.below] + [step for own in all_steps for step in own.above]
 
 
 def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -> list[FoldStep]:
-    """What an adaptation, or a composition, changes of its sites' weights. Args as for `fold_steps`.
+    """Return the changes that an adaptation or a composition makes to its sites' weights. Args as for `fold_steps`.
 
     Raises:
-        GraftError: GC050 where it cannot fold, GC022 where something else reads a weight.
+        GraftError: GC050 if it cannot fold, GC022 if something else reads a weight.
     """
     resolved = unit.members[0]
     method = method_for(resolved.spec.method)
@@ -124,14 +126,14 @@ def _tensor_steps(compilation: Compilation, name: str, site: Site, method: str, 
 
 
 def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
-    """A bias that folding may add; None where the call takes none, or the module has another use of it."""
+    """Return a bias that folding may add; None if the call takes none, or the module has another use for it."""
     name = f"{site.key.module}.bias".lstrip(".")
     fixed = not isinstance(site.use, Dense) or site.use.addend is not None or name in compilation.store
     return None if fixed else site.own.companion(name)
 
 
 def _changes_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) -> bool:
-    """Whether a fold does anything to a bias; tried on one of ones, where tensors have values."""
+    """Return whether a fold changes a bias; it is tried on a bias of ones if tensors have values."""
     device = compilation.store.get(site.own.tensor).device
     weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64, device=device)
     ones = torch.ones(site.out_features, dtype=torch.float64, device=device)
@@ -147,17 +149,18 @@ def _overlay_steps(compilation: Compilation, name: str, read: Read) -> list[Fold
 
 
 def lazy_tensors(compilation: Compilation) -> LazyTensors:
-    """The folded tensors: every base tensor that an adaptation changes, computed when asked for."""
+    """Return the folded tensors: every base tensor that an adaptation changes, computed on request."""
     return LazyTensors(compilation.store, fold_steps(compilation))
 
 
 def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
-    """Gives, in float64, how folded tensors change where they are folded from adapter tensors in the types that the
-    adapted graph computes with.
+    """Return a function that says, in float64, how a folded tensor changes if adapter tensors are cast before the fold.
+
+    They are cast to the types that the adapted graph computes with.
 
     Args:
-        compilation: what is folded.
-        names: of which adaptations.
+        compilation: the compilation that is folded.
+        names: names of the adaptations.
     """
     steps = fold_steps(compilation, names)
     cast, exact = as_cast(compilation, names), LazyTensors(compilation.store, steps)
@@ -165,18 +168,18 @@ def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str],
 
 
 def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
-    """Folded tensors as they come out of adapter tensors in the types that the adapted graph computes with.
+    """Return the tensors folded from adapter tensors in the types that the adapted graph computes with.
 
     Args:
-        compilation: what is folded.
-        names: of which adaptations.
+        compilation: the compilation that is folded.
+        names: names of the adaptations.
     """
     steps = fold_steps(compilation, names, _casting(compilation))
     return LazyTensors(compilation.store, steps)
 
 
 def _casting(compilation: Compilation) -> Read:
-    """Gives adapter tensors in the types that the adapted graph computes with."""
+    """Return a function that reads adapter tensors in the types that the adapted graph computes with."""
     graph = compilation.program("eval").graph
     nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
 

@@ -1,4 +1,4 @@
-"""Virtual tokens whose activations are constants at every layer, as keys and values of every attention."""
+"""Virtual tokens whose activations are constant at every layer, as keys and values of every attention."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from graftc.specs.compose import Average, Stack
 
 
 def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
-    """Whether what every attention makes of an adaptation's virtual tokens is the same whatever the text: each layer of
-    the only stack reads vectors of the adaptation's own there, and no map on the way depends on the row, as gated or
-    chosen ones do."""
+    """Return whether the keys and values that every attention computes from virtual tokens do not depend on the text.
+
+    That is so if each layer of the only stack reads vectors of the adaptation's own there, and no map on the way
+    depends on the row, as gated or chosen ones do.
+    """
     main, virtual = compilation.main, compilation.program("train").virtual
     read = {(site.stack, site.layer) for site, _ in resolved.sites}
     attentions = main.attentions
@@ -36,21 +38,23 @@ def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
 
 
 def _may_differ(resolved: Resolved) -> bool:
-    """Whether an adaptation may make another map for each row: one in a map that is not a change of its weight."""
+    """Return whether an adaptation may apply a different map to each row: it adapts a linear map and does not fold."""
     stays = resolved.spec.claims.folds is FoldKind.NONE
     return stays and any(isinstance(site, LinearSite) for site, _ in resolved.sites)
 
 
 def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:
-    """How many numbers the keys and values have."""
+    """Return the number of elements of the keys and values."""
     length = sum(run.length for run in resolved.spec.virtual_tokens())
     return sum(length * (_width(keys) + _width(values)) for _, keys, values in _columns(compilation))
 
 
 @torch.no_grad()
 def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tensor]:
-    """The keys and values, ``[length, width]``, by the names that `prefix` has for them: what the attentions of the
-    adapted graph read at virtual tokens, rotated where the model rotates."""
+    """Return the keys and values, ``[length, width]``, by the names that `prefix` gives them.
+
+    They are what the attentions of the adapted graph read at virtual tokens, rotated if the model rotates them.
+    """
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
     sites = list(_columns(compilation))
@@ -62,14 +66,14 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
         operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
     device = next(iter(inputs.values())).device
     values = iter(computed(operands, lambda node: inputs[str(node.target)], store.get, device))
-    made: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for site, *each in sites:
         for part, columns in zip(("keys", "values"), each, strict=True):
             heads = next(values)[0, :, :length].transpose(0, 1)
             table = heads.new_zeros(length, _width(columns))
             table[:, columns.flatten().to(table.device)] = heads.flatten(1)
-            made[tensor_name(site, resolved.name, part)] = table
-    return made
+            tables[tensor_name(site, resolved.name, part)] = table
+    return tables
 
 
 def _columns(compilation: Compilation) -> Iterator[tuple[AttentionSite, Tensor, Tensor]]:

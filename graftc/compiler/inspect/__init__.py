@@ -1,1 +1,1 @@
-"""A Compilation as data and text: reports, explanations, diffs, trees. Changes nothing."""
+"""Views of a Compilation as data and text: reports, explanations, diffs and trees. They change nothing."""

@@ -1,4 +1,4 @@
-"""What nodes of a graph cost for each token."""
+"""The cost of graph nodes per token."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TOKENS = 512
 
 
 class Costs:
-    """FLOPs and bytes of the nodes of a Program, for each token.
+    """FLOPs and bytes of the nodes of a Program, per token.
 
     Args:
-        program: whose nodes.
+        program: the Program that contains the nodes.
     """
 
     def __init__(self, program: Program) -> None:
@@ -43,7 +43,7 @@ class Costs:
         self._long_tokens = TOKENS if rows else 1
 
     def flops(self, node: fx.Node) -> float:
-        """Multiply-adds of a matrix product, times two; 0 for other nodes."""
+        """Return the multiply-adds of a matrix product, times two; 0 for other nodes."""
         summed = _summed(node)
         value = node.meta.get("val")
         if not summed or not isinstance(value, Tensor):
@@ -52,11 +52,11 @@ class Costs:
         return count / self._tokens
 
     def total_flops(self, nodes: Iterable[fx.Node]) -> float:
-        """`flops` of several nodes."""
+        """Return the sum of `flops` over several nodes."""
         return sum(map(self.flops, nodes))
 
     def value_bytes(self, node: fx.Node) -> float:
-        """Bytes of the value that a call makes, in a row of `TOKENS`; 0 for views, and for what is not a call."""
+        """Return the bytes of a call's result, in a row of `TOKENS`; 0 for views and for nodes that are not calls."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
             return 0.0
@@ -71,7 +71,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _summed(node: fx.Node) -> Sequence[Any]:
-    """Sizes of the axes that a product sums over; empty for other nodes."""
+    """Return the sizes of the axes that a product sums over; empty for other nodes."""
     use = linear_use(node) if node.op == "call_function" else None
     if use is not None:
         return () if isinstance(use, Lookup) else (use.in_features,)

@@ -1,4 +1,4 @@
-"""What changed between two Programs, with layers that changed alike collapsed and counted."""
+"""The changes between two Programs, with layers that changed alike collapsed and counted."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class DiffChange:
     """One change, and the layers that it was made in.
 
     Attributes:
-        layers: their paths; one empty path is what stands outside the layers.
+        layers: paths of the layers; a single empty path means outside the layers.
         lines: a unified diff of canonical text, in which paths and numbers are relative to the layer.
-        added, removed, changed: nodes in each of the layers; a changed one has other arguments.
+        added, removed, changed: number of nodes in each of the layers; a changed node has different arguments.
     """
 
     layers: tuple[str, ...]
@@ -34,7 +34,7 @@ class DiffChange:
 
     @property
     def title(self) -> str:
-        """Which layers, in words."""
+        """The layers of the change, in words."""
         return title(self.layers)
 
 
@@ -47,21 +47,21 @@ class Diff:
 
     @property
     def added(self) -> int:
-        """Nodes added in all layers."""
+        """The number of nodes added in all layers."""
         return sum(c.added * len(c.layers) for c in self.changes)
 
     @property
     def removed(self) -> int:
-        """Nodes removed in all layers."""
+        """The number of nodes removed in all layers."""
         return sum(c.removed * len(c.layers) for c in self.changes)
 
     @property
     def changed(self) -> int:
-        """Nodes with other arguments in all layers."""
+        """The number of nodes with different arguments in all layers."""
         return sum(c.changed * len(c.layers) for c in self.changes)
 
     def text(self) -> str:
-        """For people; empty where nothing changed."""
+        """Return the diff as text for users; empty if nothing changed."""
         if not self.changes:
             return ""
         lines = [f"{self.mode}: {self.added} nodes added, {self.removed} removed, {self.changed} read other values"]
@@ -70,7 +70,7 @@ class Diff:
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the diff as plain values."""
         changes = [
             {
                 "layers": list(c.layers),
@@ -86,31 +86,31 @@ class Diff:
 
 
 def diff_programs(before: Program, after: Program, context: int = 1) -> str:
-    """The text of `diff`."""
+    """Return the text of `diff`."""
     return diff(before, after, context).text()
 
 
 def diff(before: Program, after: Program, context: int = 1) -> Diff:
-    """What changed, by layer; layers of one stack with the same change are shown once.
+    """Return the changes by layer; layers of one stack with the same change are shown once.
 
-    Values are numbered within their layer, and base nodes have the numbers of ``before`` in both. ``%in`` is what
-    enters a layer from another one, or what no other layer of the stack reads.
+    Values are numbered within their layer, and base nodes have the numbers of ``before`` in both Programs. ``%in`` is a
+    value that enters a layer from another one, or one that no other layer of the stack reads.
 
     Args:
         before: the base.
         after: the rewritten Program.
-        context: unchanged lines around a change.
+        context: number of unchanged lines around a change.
     """
     names = _Names(before, after)
     old, new = _by_layer(before, names), _by_layer(after, names)
-    found: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
+    changes: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
     for layer in dict.fromkeys([*new, *old]):
         lines = tuple(_diff(old.get(layer, []), new.get(layer, []), context))
         changed = tuple(line for line in lines if line[0] in "+-")
         if changed:
-            # What stands around a change may be numbered otherwise in the first layer of a stack.
-            found.setdefault((_stack(layer), changed), ([], lines))[0].append(layer)
-    return Diff(after.mode, tuple(_change(layers, lines) for layers, lines in found.values()))
+            # The context of a change may be numbered differently in the first layer of a stack.
+            changes.setdefault((_stack(layer), changed), ([], lines))[0].append(layer)
+    return Diff(after.mode, tuple(_change(layers, lines) for layers, lines in changes.values()))
 
 
 def _change(layers: list[str], lines: tuple[str, ...]) -> DiffChange:
@@ -124,7 +124,7 @@ def _stack(layer: str) -> str:
 
 
 def title(layers: Sequence[str]) -> str:
-    """Layers of one stack as text: ``h.0 ... 3: 4 layers alike``."""
+    """Return the layers of one stack as text: ``h.0 ... 3: 4 layers alike``."""
     if len(layers) == 1:
         return layers[0] or "outside the layers"
     stack, numbers = _stack(layers[0]), [int(layer.rpartition(".")[2]) for layer in layers]
@@ -135,9 +135,9 @@ def title(layers: Sequence[str]) -> str:
 
 
 class _Names:
-    """Names of values in two Programs, the same for layers that compute the same.
+    """The names of values in two Programs, equal for layers that compute the same.
 
-    Nodes of the base keep their fx names when a graph is rewritten, so they are told by them.
+    Nodes of the base keep their fx names when a graph is rewritten, so they are identified by these names.
     """
 
     def __init__(self, before: Program, after: Program) -> None:
@@ -161,11 +161,11 @@ class _Names:
 
     @staticmethod
     def _key(node: fx.Node) -> tuple[str, str]:
-        # An inserted node's fx name may be another's in another Program.
+        # The fx name of an inserted node may belong to a different node in the other Program.
         return node.name, "" if provenance(node) is None else str(provenance(node))
 
     def seen_from(self, layer: str, node: fx.Node) -> str:
-        """What a node is called in the text of a layer."""
+        """Return the name of a node in the text of a layer."""
         if node.op == "get_attr":
             return _relative(printed_tensor(str(node.target)), layer)
         home, local = _layer(node), self._local[self._key(node)]
@@ -185,7 +185,7 @@ class _Names:
 
 
 class _Seen(dict[fx.Node, str]):
-    """Names of nodes as seen from one layer, made when they are asked for."""
+    """The names of nodes as seen from one layer, created on demand."""
 
     def __init__(self, names: _Names, layer: str) -> None:
         super().__init__()
@@ -201,21 +201,21 @@ def _layer(node: fx.Node) -> str:
 
 
 def _by_layer(program: Program, names: _Names) -> dict[str, list[str]]:
-    """The lines of a Program by layer."""
+    """Return the lines of a Program by layer."""
     printer = Printer(program, numbered=False)
     seen: dict[str, _Seen] = {}
-    found: dict[str, list[str]] = defaultdict(list)
+    lines: dict[str, list[str]] = defaultdict(list)
     for node in program.graph.nodes:
         if node.op == "get_attr":
             continue
         layer = _layer(node)
         printer.names = seen.setdefault(layer, _Seen(names, layer))
-        found[layer].append(_relative(printer.line(node), layer))
-    return dict(found)
+        lines[layer].append(_relative(printer.line(node), layer))
+    return dict(lines)
 
 
 def _relative(text: str, layer: str) -> str:
-    """A text with paths relative to the layer."""
+    """Return a text with its paths relative to the layer."""
     return text.replace(f"{layer}.", "") if layer else text
 
 

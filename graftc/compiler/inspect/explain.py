@@ -1,4 +1,4 @@
-"""Why is this here: what a value, a tensor or a place of a rewritten graph is, who put it there and for what reason."""
+"""Explanations of values, tensors and places of a rewritten graph: what they are, and why they are there."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ __all__ = ["Explanation", "explain"]
 
 
 def explain(snapshot: Snapshot, name: str, mode: Mode = "eval") -> Explanation:
-    """Why something is in the adapted graph.
+    """Explain why something is in the adapted graph.
 
     Args:
         snapshot: the Compilation.
         name: a printed value (``%query.down_3``, with or without ``%``), the name of an fx node, a place (a module's
-            path, or a SiteKey's text) or a tensor (``@attention.bert...A``, or its Store name). Of a path, some
-            segments with the last one are enough where only one path has them.
-        mode: which graph.
+            path, or a SiteKey's text) or a tensor (``@attention.bert...A``, or its Store name). For a path, some
+            segments including the last one are enough if only one path has them.
+        mode: the mode of the graph.
 
     Raises:
-        GraftError: GC091 where nothing is called so, or several things are.
+        GraftError: GC091 if nothing has that name, or several things have it.
     """
     index = Index(snapshot, mode)
-    found = index.find(name)
-    if found.node is not None and found.node.op != "get_attr":
-        return _value(index, name, found.node)
-    if found.tensor:
-        return _tensor(index, name, found.tensor)
-    return _place(index, name, found)
+    target = index.find(name)
+    if target.node is not None and target.node.op != "get_attr":
+        return _value(index, name, target.node)
+    if target.tensor:
+        return _tensor(index, name, target.tensor)
+    return _place(index, name, target)
 
 
 def _value(index: Index, name: str, node: fx.Node) -> Explanation:
@@ -58,7 +58,7 @@ def _value(index: Index, name: str, node: fx.Node) -> Explanation:
 
 
 def _at_place_of(index: Index, node: fx.Node, reads: Sequence[str]) -> list[Origin]:
-    """The adaptations at the place that a base node belongs to: of a tensor it reads, or of its result."""
+    """Return the adaptations at the place that a base node belongs to: that of a tensor it reads, or of its result."""
     causes = [cause for tensor in reads for cause in index.on_tensor(tensor)]
     for user in node.users:
         made_by = provenance(user)
@@ -106,18 +106,18 @@ def _place_of(
     below: tuple[int, int] = (0, 0),
 ) -> Explanation:
     facts = tuple(_tensor_fact(index, tensor) for tensor in dict.fromkeys(tensors))
-    found = tuple(_node_fact(index, node) for node in nodes)
-    return Explanation(name, "place", index.mode, title, tuple(causes), found, facts, (), below)
+    node_facts = tuple(_node_fact(index, node) for node in nodes)
+    return Explanation(name, "place", index.mode, title, tuple(causes), node_facts, facts, (), below)
 
 
 def _sites(node: fx.Node) -> tuple[str, ...]:
-    """The place that a node was inserted for, and the same without its use; none for the base's own nodes."""
+    """Return the place that a node was inserted for, with and without its use; empty for nodes of the base."""
     made_by = provenance(node)
     return () if made_by is None else (made_by["site"], made_by["site"].partition("#")[0])
 
 
 def _origin(index: Index, made_by: dict[str, str]) -> Origin:
-    """The origin behind a node's provenance."""
+    """Return the origin behind a node's provenance."""
     adaptation, site = made_by["adaptation"], made_by["site"]
     own = [cause for cause in index.origins if cause.adaptation == adaptation]
     for spelling in (site, site.partition("#")[0], index.canonical(site.partition("#")[0])):

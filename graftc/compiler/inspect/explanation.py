@@ -1,4 +1,4 @@
-"""What explaining gives: facts about nodes, tensors and places, as data and as text."""
+"""The result of an explanation: facts about nodes, tensors and places, as data and as text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from graftc.passes.core.ir.program_key import Mode
 
 @dataclass(frozen=True)
 class TensorFact:
-    """A tensor.
+    """Facts about a tensor.
 
     Attributes:
-        name: as printed.
+        name: the printed name.
         tensor: its Store name.
-        type: its type, as ``"f32[4, 48]"``.
+        type: its type, such as ``"f32[4, 48]"``.
         trainable: whether it trains.
         aliases: other names of a tied tensor.
-        copies: printed names of the trained copies that stand in for it, or for rows of it.
+        copies: printed names of the trained copies that replace it, or rows of it.
     """
 
     name: str
@@ -31,7 +31,7 @@ class TensorFact:
     copies: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fact as plain values."""
         return {
             "name": self.name,
             "tensor": self.tensor,
@@ -44,11 +44,11 @@ class TensorFact:
 
 @dataclass(frozen=True)
 class ValueFact:
-    """A value that is read, or what reads one.
+    """A value that is read, or the reader of one.
 
     Attributes:
-        name: as printed.
-        adaptation: who inserted it; empty for the base's own.
+        name: the printed name.
+        adaptation: the adaptation that inserted it; empty for nodes of the base.
     """
 
     name: str
@@ -58,23 +58,24 @@ class ValueFact:
         return f"{self.name}  + {self.adaptation}" if self.adaptation else self.name
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fact as plain values."""
         return {"name": self.name, "adaptation": self.adaptation}
 
 
 @dataclass(frozen=True)
 class NodeFact:
-    """A node.
+    """Facts about a node.
 
     Attributes:
-        name: as printed.
+        name: the printed name.
         node: its name in the fx graph.
-        op: what kind of node it is there.
+        op: its kind in the fx graph.
         text: its printed line.
-        module: path of the module it belongs to.
-        step: what made it: ``capture``, or the pass that inserted it.
-        adaptation, method, part: who inserted it, and as what; empty for the base's own nodes.
-        reads, read_by: values.
+        module: path of the module that it belongs to.
+        step: the step that created it: ``capture``, or the pass that inserted it.
+        adaptation, method, part: the adaptation that inserted it, with its method and the part; empty for nodes of the
+            base.
+        reads, read_by: the values that it reads, and those that read it.
     """
 
     name: str
@@ -90,7 +91,7 @@ class NodeFact:
     read_by: tuple[ValueFact, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fact as plain values."""
         return {
             "name": self.name,
             "node": self.node,
@@ -109,18 +110,18 @@ class NodeFact:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why something is in a graph.
+    """The reason why something is in a graph.
 
     Attributes:
-        name: what was asked for.
-        kind: what it turned out to be.
-        mode: of the graph.
-        title: the printed line of a value, the name and type of a tensor, the path of a place.
+        name: the requested name.
+        kind: the kind of thing that the name refers to.
+        mode: the mode of the graph.
+        title: the printed line of a value, the name and type of a tensor, or the path of a place.
         origins: the adaptations behind it; for a node or tensor of the base, those at its place.
-        nodes: the value itself; the nodes that read a tensor; the nodes of a place.
-        tensors: what it reads; the tensor itself; the tensors of a place.
-        others: other values of the same name, but for their number.
-        below: for a place, how many nodes modules below it have, and how many of those were inserted.
+        nodes: the value itself, the nodes that read a tensor, or the nodes of a place.
+        tensors: the tensors that a value reads, the tensor itself, or the tensors of a place.
+        others: other values whose names differ only in their number.
+        below: for a place, the number of nodes in modules below it, and how many of those were inserted.
     """
 
     name: str
@@ -134,7 +135,7 @@ class Explanation:
     below: tuple[int, int] = (0, 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the explanation as plain values."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -148,7 +149,7 @@ class Explanation:
         }
 
     def text(self) -> str:
-        """For people."""
+        """Return the explanation as text for users."""
         return "\n".join([self.title, *_body(self)]) + "\n"
 
     def __str__(self) -> str:
@@ -215,7 +216,7 @@ def _place_lines(e: Explanation) -> Iterable[str]:
 
 
 def _adapted_lines(e: Explanation) -> Iterable[str]:
-    """The adaptations at a place; one line each where there are many."""
+    """Yield the adaptations at a place, one line each if there are more than two."""
     for origin in e.origins:
         if len(e.origins) > 2:
             roles = f", {origin.roles[0]}" if origin.roles else ""

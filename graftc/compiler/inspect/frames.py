@@ -1,7 +1,7 @@
-"""A graph at every step of its history, as columns: each node and edge once, with the steps between which it is there.
+"""A graph at every step of its history, as columns: each node and edge once, with the steps between which it exists.
 
-It is worked out backwards from the graph as it is: what a step inserted was not there before it, what it erased was,
-and what it rewired read what its record says.
+The steps are reconstructed backwards from the final graph: what a step inserted did not exist before it, what it erased
+did, and what it rewired read what its record says.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class FrameNode:
     """A node.
 
     Attributes:
-        name: as printed; of a node that a step erased, its name in the fx graph.
-        op: which of `OPERATIONS`.
+        name: the printed name; for a node that a step erased, its name in the fx graph.
+        op: its index in `OPERATIONS`.
         target: the operator, or what is read.
-        type: of its value, as text; empty where that is not known any more.
+        type: type of its value, as text; empty if it is no longer known.
         module: path of the module that it belongs to.
-        origin: adaptation, site and part of an inserted one.
+        origin: adaptation, site and part of an inserted node.
         trainable: whether it reads a tensor that trains.
-        flops, value_bytes: for a token.
-        base: whether the graph before has it: the base's own, or the one that is compared with.
-        unread: the graph has it, and no output is made of it any more.
-        was: what it was there, where that is something else: operator and type.
-        born, gone: it is there from one step until another one.
-        order: where it stands among the others.
+        flops, value_bytes: cost per token.
+        base: whether the earlier graph has it: the base's own graph, or the one that is compared with.
+        unread: whether the graph has it although no output depends on it any more.
+        was: operator and type in the earlier graph, if they are different.
+        born, gone: the step from which it exists, and the step at which it is removed.
+        order: its position among the nodes.
     """
 
     name: str
@@ -67,7 +67,7 @@ class FrameNode:
 
 @dataclass
 class FrameEdge:
-    """A value that a node reads, in which argument; the rest is as in `FrameNode`."""
+    """A value that a node reads, and the argument that it is; the other attributes are as in `FrameNode`."""
 
     source: int
     target: int
@@ -83,10 +83,10 @@ class Frames:
 
     Attributes:
         rows: the steps.
-        rewired: how many nodes each of them rewired.
-        exact: whether the record of every step is there; without it nodes have the step of their adaptation, and what
-            was erased is not known.
-        nodes, edges: all that were ever there.
+        rewired: number of nodes that each step rewired.
+        exact: whether the record of every step exists; without it, nodes get the step of their adaptation, and erased
+            nodes are unknown.
+        nodes, edges: all nodes and edges that ever existed.
     """
 
     rows: tuple[HistoryRow, ...]
@@ -96,7 +96,7 @@ class Frames:
     edges: list[FrameEdge] = field(default_factory=list)
 
     def at(self, step: int) -> tuple[set[int], set[tuple[int, int, str]]]:
-        """The nodes and edges that are there after a step."""
+        """Return the nodes and edges that exist after a step."""
 
         def there(item: FrameNode | FrameEdge) -> bool:
             return item.born <= step and (item.gone == STAYS or step < item.gone)
@@ -105,10 +105,10 @@ class Frames:
         return nodes, {(edge.source, edge.target, edge.position) for edge in self.edges if there(edge)}
 
     def to_json(self, adaptations: Iterable[str]) -> dict[str, Any]:
-        """Columns, with texts as numbers of a table of texts.
+        """Return the frames as columns, with texts as numbers of a table of texts.
 
         Args:
-            adaptations: names, whose places are the numbers of adaptations.
+            adaptations: names of the adaptations; their positions are the numbers of adaptations.
         """
         table: dict[str, int] = {}
         numbers = {name: number for number, name in enumerate(adaptations)}
@@ -150,37 +150,37 @@ class Frames:
 
 
 def frames(snapshot: Snapshot, mode: Mode = "eval", before: Program | None = None) -> Frames:
-    """The adapted graph of a mode at every step, and the graph before.
+    """Return the adapted graph of a mode at every step, together with the earlier graph.
 
     Args:
-        snapshot: whose.
-        mode: which Program.
-        before: what the graph is compared with; by default the base's own.
+        snapshot: the Compilation.
+        mode: the mode of the Program.
+        before: the graph to compare with; by default the base's own.
     """
-    made = _Making(snapshot.program(mode), Frames(history(snapshot, mode)), snapshot)
-    made.rewind()
-    made.add_before(snapshot.program(mode, base=True) if before is None else before)
-    return made.frames
+    builder = _Making(snapshot.program(mode), Frames(history(snapshot, mode)), snapshot)
+    builder.rewind()
+    builder.add_before(snapshot.program(mode, base=True) if before is None else before)
+    return builder.frames
 
 
 def plain_frames(snapshot: Snapshot, mode: Mode = "eval") -> Frames:
-    """The base's own graph of a mode, without steps."""
+    """Return the base's own graph of a mode, without steps."""
     program = snapshot.program(mode, base=True)
-    found = _Making(program, Frames(()), snapshot).frames
-    for node in found.nodes:
+    plain = _Making(program, Frames(()), snapshot).frames
+    for node in plain.nodes:
         node.base = True
-    for edge in found.edges:
+    for edge in plain.edges:
         edge.base = True
-    return found
+    return plain
 
 
 class _Making:
-    """Makes `Frames`, backwards."""
+    """A builder of `Frames` that works backwards from the final graph."""
 
     def __init__(self, program: Program, found: Frames, snapshot: Snapshot) -> None:
         self.program, self.frames, self.snapshot = program, found, snapshot
-        self._now: dict[str, int] = {}  # nodes of the step that has been come to
-        self._reading: dict[int, dict[tuple[str, int], int]] = {}  # their edges
+        self._now: dict[str, int] = {}  # nodes of the step reached so far, by name
+        self._reading: dict[int, dict[tuple[str, int], int]] = {}  # edges by reading node
         printer, costs = Printer(program), Costs(program)
         for order, node in enumerate(program.graph.nodes):
             self._now[node.name] = self._add(self._node(node, printer, costs, float(order)))
@@ -213,16 +213,16 @@ class _Making:
         return len(self.frames.nodes) - 1
 
     def _read(self, reader: int, reads: Reads, gone: int) -> None:
-        """Edges for what a node reads, until a step."""
+        """Add edges for the values that a node reads; they exist until a step."""
         for position, name in reads:
             source = self._now.get(name)
-            if source is None:  # what is read was made and erased within one step
+            if source is None:  # the source was inserted and erased within one step
                 continue
             self._reading[reader][position, source] = len(self.frames.edges)
             self.frames.edges.append(FrameEdge(source, reader, position, gone=gone))
 
     def rewind(self) -> None:
-        """Go through the steps from the last to the first."""
+        """Go back through the steps from the last to the first."""
         rows = self.frames.rows
         entries = [entry for entry in self.program.history if entry.step != "verify"]
         recorded = [None, *(entry.changes for entry in entries)]  # the first row is the capture
@@ -259,13 +259,13 @@ class _Making:
             if number is None:
                 continue
             old = {(position, self._now[source]) for position, source in before if source in self._now}
-            held = self._reading[number]
-            for key in [key for key in held if key not in old]:
-                edges[held.pop(key)].born = step
-            self._read(number, tuple((p, n) for p, n in before if (p, self._now.get(n)) not in held), step)
+            reading = self._reading[number]
+            for key in [key for key in reading if key not in old]:
+                edges[reading.pop(key)].born = step
+            self._read(number, tuple((p, n) for p, n in before if (p, self._now.get(n)) not in reading), step)
 
     def _by_provenance(self) -> None:
-        """Without records: what an adaptation inserted came with its step."""
+        """Assign steps without records: what an adaptation inserted appears with the step of that adaptation."""
         steps = {row.step: number for number, row in enumerate(self.frames.rows)}
         nodes = self.frames.nodes
         for node in nodes:
@@ -275,7 +275,7 @@ class _Making:
             edge.born = max(nodes[edge.source].born, nodes[edge.target].born)
 
     def add_before(self, before: Program) -> None:
-        """Mark what the graph before has, and add what the others lack."""
+        """Mark the nodes and edges of the earlier graph, and add those that no step has."""
         nodes, never = self.frames.nodes, len(self.frames.rows)
         last = {node.name: number for number, node in enumerate(self.program.graph.nodes)}
         earlier = {node.name[1:]: number for number, node in enumerate(nodes) if node.gone != STAYS}
@@ -285,18 +285,18 @@ class _Making:
         for node in before.graph.nodes:
             own = self._node(node, printer, costs, order + 0.25)
             number = last.get(node.name)
-            if number is not None and nodes[number].origin != own.origin:  # another one that has the name
+            if number is not None and nodes[number].origin != own.origin:  # a different node with that name
                 number = None
             number = earlier.get(node.name) if number is None else number
             if number is None:
                 number = self._add(own)
                 nodes[number].born = never
-            found = nodes[number]
-            found.base, order = True, max(order, found.order)
-            if not found.type:
-                found.name, found.type = own.name, own.type
-            if (found.target, found.type) != (own.target, own.type):
-                found.was = f"{own.target}: {own.type}"
+            entry = nodes[number]
+            entry.base, order = True, max(order, entry.order)
+            if not entry.type:
+                entry.name, entry.type = own.name, own.type
+            if (entry.target, entry.type) != (own.target, own.type):
+                entry.was = f"{own.target}: {own.type}"
             numbers[node.name] = number
         known = {(edge.source, edge.target, edge.position): edge for edge in self.frames.edges}
         for node in before.graph.nodes:

@@ -1,4 +1,4 @@
-"""What every step of the pipeline did to a Program, as rows."""
+"""The history of a Program: what every step of the pipeline did to it, as rows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _VERIFY, _INSERT = "verify", "insert("
 
 @dataclass(frozen=True)
 class HistoryRow:
-    """One step.
+    """One step of the pipeline.
 
     Attributes:
-        step: its name.
-        added, removed: how many nodes.
-        nodes: how many there are after it.
-        inserted: how many of them adaptations inserted.
+        step: name of the step.
+        added, removed: number of nodes that the step added and removed.
+        nodes: number of nodes after it.
+        inserted: number of those nodes that adaptations inserted.
         verified: whether the verifier ran on its result.
-        seconds: how long it took; None where that is not known.
+        seconds: time that it took; None if unknown.
     """
 
     step: str
@@ -40,20 +40,20 @@ class HistoryRow:
     seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the row as plain values."""
         return asdict(self)
 
 
 def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -> tuple[HistoryRow, ...]:
-    """The steps from the capture to the adapted Program of a mode. The verifier's runs are marks on other rows.
+    """Return the steps from the capture to the adapted Program of a mode; runs of the verifier are marks on other rows.
 
     Args:
-        snapshot: whose.
-        mode: which Program.
-        lowered: in train mode, also the steps that make what is run of it.
+        snapshot: the Compilation.
+        mode: the mode of the Program.
+        lowered: whether to include, in train mode, the steps that lower the Program to what is run.
     """
     program = snapshot.program(mode)
-    # Both modes start from what was captured in train mode.
+    # Both modes start from the graph captured in train mode.
     before = list(takewhile(lambda entry: entry.step != _VERIFY, program.history))
     captured = len(snapshot.program("train", base=True).graph.nodes) + sum(e.removed - e.added for e in before)
     entries = [HistoryEntry(CAPTURE, captured, 0, 0.0), *program.history]
@@ -66,7 +66,7 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
         nodes += entry.added - entry.removed
         inserted += entry.added if entry.step.startswith(_INSERT) or entry.step in inserting else 0
         if all(later.step == _VERIFY for later in entries[index + 1 :]):
-            # A mode drops inserted nodes as well: how many, the graph itself says.
+            # Changing the mode also removes inserted nodes, so they are counted in the graph itself.
             inserted = sum(provenance(node) is not None for node in program.graph.nodes)
         verified = index + 1 < len(entries) and entries[index + 1].step == _VERIFY
         seconds = entry.seconds if entry.seconds > 0 else None
@@ -81,7 +81,7 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
 
 
 def history_columns(rows: tuple[HistoryRow, ...]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names and lines of a table of `history`; times only where there are any."""
+    """Return the column names and lines of a table of `history`; times are included only if any are known."""
     timed = any(row.seconds is not None for row in rows)
     columns = ("step", "added", "removed", "nodes", "inserted", "verified", *(["seconds"] if timed else []))
     lines = []

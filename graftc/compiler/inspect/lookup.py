@@ -1,4 +1,4 @@
-"""Finding what somebody means by a name: a printed value, an fx node, a place or a tensor."""
+"""Name lookup: the printed value, fx node, place or tensor that a name refers to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Found:
-    """What a name means: one of these."""
+    """What a name refers to; exactly one of the attributes is set."""
 
     node: fx.Node | None = None
     tensor: str = ""
@@ -33,7 +33,7 @@ class Index:
 
     Args:
         snapshot: the Compilation.
-        mode: of the Program.
+        mode: the mode of the Program.
     """
 
     def __init__(self, snapshot: Snapshot, mode: Mode) -> None:
@@ -49,53 +49,53 @@ class Index:
         self.tensors = dict.fromkeys([*snapshot.base, *snapshot.aliases, *snapshot.adapters, *self.attributes])
 
     def canonical(self, tensor: str) -> str:
-        """The name that owns a tensor."""
+        """Return the name that owns a tensor."""
         return self.snapshot.aliases.get(tensor, tensor)
 
     def type_of(self, tensor: str) -> str:
-        """A tensor's type as text."""
+        """Return a tensor's type as text."""
         record = self.snapshot.base.get(tensor) or self.snapshot.adapters.get(tensor)
         if record is not None:
             return str(record)
         return self.printer.symbols.type(self.attributes[tensor].meta.get("val"))
 
     def on_tensor(self, tensor: str) -> list[Origin]:
-        """The adaptations that a tensor belongs to, or at the places that a base tensor is."""
+        """Return the adaptations that a tensor belongs to or, for a base tensor, those at its place."""
         names = {tensor, *(alias for alias, owner in self.snapshot.aliases.items() if owner == tensor)}
         return [o for o in self.origins if tensor in o.tensors or _tensor_of(o.site) in names]
 
     def base_tensor(self, site: str) -> str:
-        """The base tensor that a place is; empty where it is not one."""
+        """Return the base tensor that a place is; empty if it is none."""
         name = self.canonical(_tensor_of(site))
         return name if name in self.snapshot.base else ""
 
     @staticmethod
     def within(module: str, path: str) -> bool:
-        """Whether a module is the one at ``path``, or below it."""
+        """Return whether a module is the one at ``path``, or below it."""
         return module == path or module.startswith(f"{path}.") or not path
 
     @cached_property
     def values(self) -> dict[str, fx.Node]:
-        """Printed names of values."""
+        """The nodes by their printed names."""
         return {self.names[node]: node for node in self.nodes}
 
     @cached_property
     def modules(self) -> dict[str, None]:
-        """Paths of modules that have nodes, tensors or adapted places, and of those above them."""
+        """The paths of modules that have nodes, tensors or adapted places, and of the modules above them."""
         paths = [str(node.meta.get("module") or "") for node in self.nodes]
         paths += [module_of(tensor) for tensor in self.tensors] + [origin.module for origin in self.origins]
-        found: dict[str, None] = {}
+        modules: dict[str, None] = {}
         for path in dict.fromkeys(paths):
             segments = path.split(".")
-            found |= dict.fromkeys(".".join(segments[:end]) for end in range(1, len(segments) + 1))
-        found.pop("", None)
-        return found
+            modules |= dict.fromkeys(".".join(segments[:end]) for end in range(1, len(segments) + 1))
+        modules.pop("", None)
+        return modules
 
     def find(self, name: str) -> Found:
-        """What a name means.
+        """Return what a name refers to.
 
         Raises:
-            GraftError: GC091.
+            GraftError: GC091 if the name is unknown or ambiguous.
         """
         asked = name.strip()
         value = self.values.get(asked if asked.startswith("%") else f"%{asked}")
@@ -128,7 +128,7 @@ class Index:
         return Found(tensor=str(node.target)) if node.op == "get_attr" else Found(node)
 
     def _by_segments(self, asked: str, name: str) -> Found:
-        """What has the asked segments in this order, the last one last."""
+        """Return the module or tensor that has the requested segments in order, ending with the last of them."""
         if not asked or asked.startswith("%"):
             raise self._unknown(name)
         if asked.startswith("@"):
@@ -174,12 +174,12 @@ class Index:
 
 
 def _tensor_of(site: str) -> str:
-    """A SiteKey's text without rows and use."""
+    """Return a SiteKey's text without rows and use."""
     return site.partition("[")[0].partition("#")[0]
 
 
 def _having(asked: str, candidates: Iterable[str]) -> Sequence[str]:
-    """Candidates that have the segments of ``asked`` in order, the last one last."""
+    """Return the candidates that have the segments of ``asked`` in order, ending with the last of them."""
     wanted = asked.split(".")
     return [candidate for candidate in candidates if _in_order(wanted, candidate.split("."))]
 

@@ -1,4 +1,4 @@
-"""What the steps of lowering find in a training graph: which sites they rewrite, and why not the others."""
+"""The outcome of lowering a training graph: the sites that each step rewrites, and why it skips the others."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from graftc.passes.lowering.outcome import LoweringOutcome
 
 @dataclass(frozen=True)
 class Lowered:
-    """What every step found; print it to read it.
+    """The outcomes of every step; printing it shows a table.
 
     Attributes:
-        outcomes: one for each step and site, in the order of the graph's edits.
+        outcomes: one outcome for each step and site, in the order of the graph's edits.
     """
 
     outcomes: tuple[LoweringOutcome, ...]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain values."""
+        """Return the outcomes as plain values."""
         return [asdict(outcome) for outcome in self.outcomes]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Lines of a table: the step, how many sites, what became of them, and the first of them."""
-        found: dict[tuple[str, str], list[str]] = {}
+        """Yield table lines of the step, the number of sites, their outcome, and the first of them."""
+        groups: dict[tuple[str, str], list[str]] = {}
         for outcome in self.outcomes:
-            found.setdefault((outcome.step, outcome.reason if not outcome.done else ""), []).append(outcome.place)
-        for (step, reason), places in found.items():
+            groups.setdefault((outcome.step, outcome.reason if not outcome.done else ""), []).append(outcome.place)
+        for (step, reason), places in groups.items():
             yield step, str(len(places)), f"left as they are: {reason}" if reason else "rewritten", places[0]
 
     def __str__(self) -> str:
@@ -45,5 +45,5 @@ COLUMNS = ("step", "sites", "outcome", "first")
 
 
 def lowering(snapshot: Snapshot) -> Lowered:
-    """What the steps that the spec leaves on find in the training graph of the first signature."""
+    """Return the outcomes of the steps that the spec leaves on, for the training graph of the first signature."""
     return Lowered(tuple(lower(snapshot.program("train"), snapshot.spec)[1]))

@@ -30,20 +30,20 @@ TEXT = 2000
 """Characters of names and of attributes that are written at most."""
 
 _BASE_TENSOR = "#eeeeee"
-# What a namespace is split at, and a look-alike that is not one.
+# Characters that Model Explorer splits namespaces at or that break lines, and harmless replacements.
 _SEPARATORS = str.maketrans({"/": "\N{DIVISION SLASH}", ";": "\N{FULLWIDTH SEMICOLON}", "\n": " ", "\t": " "})
 
 
 def model_explorer(snapshot: Snapshot, mode: Mode = "eval") -> dict[str, Any]:
-    """The rewritten graph and the base's own as a collection of Model Explorer.
+    """Return the rewritten graph and the base's own as a collection for Model Explorer.
 
     Args:
-        snapshot: of a live model or of an artifact.
-        mode: which of the two graphs.
+        snapshot: a snapshot of a live model or of an artifact.
+        mode: the mode of the two graphs.
 
     Returns:
-        JSON data: ``label``, ``graphs`` (``adapted (eval)``, then ``base (eval)``) and ``graphSorting``. Nodes are
-        called what the printed graph calls them, so that those of both graphs can be told to be the same.
+        JSON data with ``label``, ``graphs`` (``adapted (eval)``, then ``base (eval)``) and ``graphSorting``. Nodes have
+        the names of the printed graph, so that nodes of the two graphs can be matched.
 
     Raises:
         GraftError: GC091 for an artifact without graphs.
@@ -56,19 +56,19 @@ def model_explorer(snapshot: Snapshot, mode: Mode = "eval") -> dict[str, Any]:
     }
     base = _graph(snapshot.program(mode, base=True), f"base ({mode})", {})
     base["groupNodeAttributes"] = {"": {"model": _short(snapshot.model), "mode": mode}}
-    found: dict[str, Any] = encodable(
+    collection: dict[str, Any] = encodable(
         {"label": f"{_short(snapshot.model)} by graftc", "graphs": [adapted, base], "graphSorting": "name_asc"}
     )
-    return found
+    return collection
 
 
 def model_explorer_text(snapshot: Snapshot, mode: Mode = "eval") -> str:
-    """The collection of `model_explorer` as the text of a file."""
+    """Return the collection of `model_explorer` as the text of a file."""
     return json.dumps(model_explorer(snapshot, mode), indent=1, allow_nan=False) + "\n"
 
 
 def _adaptations(snapshot: Snapshot) -> list[str]:
-    """Names of all that insert something, in the order of the spec; what trains in full, and new tokens, too."""
+    """Return the names of everything that inserts nodes, in spec order, including full training and new tokens."""
     names = [*snapshot.spec.owners, *(record.owner for record in snapshot.trained)]
     inserted = (origin["adaptation"] for n in snapshot.program().graph.nodes if (origin := provenance(n)) is not None)
     return list(dict.fromkeys([*names, *inserted]))
@@ -83,22 +83,22 @@ def _graph(program: Program, name: str, colours: Mapping[str, str]) -> dict[str,
 
 
 def _unique(names: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
-    """Names that can be shown, and are still those of one node each."""
-    found: dict[fx.Node, str] = {}
+    """Return names that can be displayed, each of them still unique to one node."""
+    unique: dict[fx.Node, str] = {}
     taken: set[str] = set()
     for node, name in names.items():
         own = _short(name)
         if own in taken:
-            own = f"{own} #{len(found)}"
+            own = f"{own} #{len(unique)}"
         taken.add(own)
-        found[node] = own
-    return found
+        unique[node] = own
+    return unique
 
 
 def _node(node: fx.Node, printer: Printer, ids: Mapping[fx.Node, str], colours: Mapping[str, str]) -> dict[str, Any]:
     owner = _owner(node)
     sources = list(positions(node.args, node.kwargs))
-    made: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "id": ids[node],
         "label": _label(node),
         "namespace": _namespace(node, owner if owner in colours else None),
@@ -118,12 +118,12 @@ def _node(node: fx.Node, printer: Printer, ids: Mapping[fx.Node, str], colours: 
     }
     colour = colours.get(owner or "", _BASE_TENSOR if node.op == "get_attr" else None)
     if colour is not None:
-        made["style"] = {"backgroundColor": colour}
-    return made
+        entry["style"] = {"backgroundColor": colour}
+    return entry
 
 
 def _owner(node: fx.Node) -> str | None:
-    """The adaptation that inserted a node, or whose tensor it reads; None for the base's own."""
+    """Return the adaptation that inserted a node, or whose tensor it reads; None for nodes of the base."""
     origin = provenance(node)
     if origin is not None:
         return str(origin["adaptation"])
@@ -145,7 +145,7 @@ def _label(node: fx.Node) -> str:
 
 
 def _namespace(node: fx.Node, adaptation: str | None) -> str:
-    """Modules from the outermost one; ``+ NAME`` below them for what an adaptation inserted."""
+    """Return the modules from the outermost one, and ``+ NAME`` below them for what an adaptation inserted."""
     if node.op == "get_attr":
         tensor = parsed(str(node.target))
         module = module_of(str(node.target)) if tensor is None else tensor.module
@@ -164,12 +164,12 @@ def _added(adaptation: str) -> str:
 
 
 def _group(adaptation: str, colour: str) -> dict[str, Any]:
-    """How groups of what an adaptation inserted look."""
+    """Return the appearance of the groups that contain what an adaptation inserted."""
     return {"namespaceRegex": f"(^|/){_escaped(_added(adaptation))}$", "backgroundColor": colour}
 
 
 def _escaped(text: str) -> str:
-    """The text as a regular expression of JavaScript, which has other escapes than Python's."""
+    """Return the text escaped for a JavaScript regular expression, where escapes differ from Python's."""
     return re.sub(r"[\\^$.*+?()\[\]{}|/]", lambda match: "\\" + match.group(), text)
 
 
@@ -198,23 +198,23 @@ def _types(node: fx.Node, printer: Printer) -> Iterator[str]:
 
 
 def _output_id(reader: fx.Node, source: fx.Node) -> str:
-    """Which output of several: that which a reader takes out."""
+    """Return which of several outputs a reader takes."""
     several = isinstance(source.meta.get("val"), list | tuple)
     taken = several and target_name(reader.target) == "getitem" and len(reader.args) > 1
     return str(reader.args[1]) if taken else "0"
 
 
 def _sites(sites: tuple[SiteRecord, ...]) -> dict[str, dict[str, str]]:
-    """What groups of modules say of the places in them."""
-    found: dict[str, dict[str, str]] = {}
+    """Return the attributes that groups of modules show for the places in them."""
+    groups: dict[str, dict[str, str]] = {}
     for site in sites:
         path = "/".join(_segment(word) for word in site.key.module.split(".") if word)
         what = ", ".join([site.method, *site.roles[:1], *([f"layer {site.layer}"] if site.layer is not None else [])])
-        own = found.setdefault(path, {})
+        own = groups.setdefault(path, {})
         key = _short(f"{site.adaptation}: {'.'.join(word for word in (site.key.name, site.key.part) if word)}")
         own[key] = _short(what, TEXT)
-    found.pop("", None)
-    return found
+    groups.pop("", None)
+    return groups
 
 
 def _pair(key: str, value: str, most: int = NAME) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Why an adaptation is at a place: the line of the spec, the target that selected it, the role and its evidence."""
+"""The reasons for an adaptation at a place: the spec line, the target that selected it, the role and its evidence."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from graftc.specs.roles import widen
 
 @dataclass(frozen=True)
 class Origin:
-    """Why an adaptation is at a place.
+    """The reason why an adaptation is at a place.
 
     Attributes:
-        adaptation, method: whose; the ``train`` list is ``trained``, new tokens are ``tokens``, and a plugin's pass has
-            its own name.
+        adaptation, method: name and method of the adaptation; the ``train`` list is ``trained``, new tokens are
+            ``tokens``, and a plugin's pass has its own name.
         step: the pass that inserted it.
         site: the place; empty for what all places of the adaptation share.
         module: path of its module.
-        kind: what kind of site it is.
-        roles: what it does in the architecture, most specific first.
-        evidence: why it has its role; empty where a target named it by path.
+        kind: the kind of site.
+        roles: its roles in the architecture, most specific first.
+        evidence: why it has its role; empty if a target named it by path.
         layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
-        rows: the own rows of the weight, as text; empty for all of them.
-        selected_by: what of the target matches it, as ``"role attn.q"``.
-        place: where the spec says so.
-        tensors: Store names of what the adaptation has there.
+        rows: its own rows of the weight, as text; empty for all of them.
+        selected_by: the parts of the target that match it, such as ``"role attn.q"``.
+        place: the place in the spec that says so.
+        tensors: Store names of the adaptation's tensors there.
     """
 
     adaptation: str
@@ -53,7 +53,7 @@ class Origin:
     tensors: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the origin as plain values."""
         return {
             "adaptation": self.adaptation,
             "method": self.method,
@@ -77,7 +77,7 @@ class Origin:
 
 
 def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
-    """Every adapted place, in the order of the spec, then what trains in full."""
+    """Return the origins of every adapted place, in the order of the spec, then of the tensors that train in full."""
     sites = tuple(_of_site(snapshot, record) for record in snapshot.sites)
     known = {name for origin in sites for name in origin.tensors}
     trained = tuple(_of_trained(snapshot, record) for record in snapshot.trained if record.tensor not in known)
@@ -85,7 +85,7 @@ def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
 
 
 def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
-    """Of what belongs to an adaptation as a whole."""
+    """Return the origin of what belongs to an adaptation as a whole."""
     method = snapshot.spec.owners.get(adaptation, adaptation)
     place = _spec_place(snapshot, adaptation, "")
     return Origin(adaptation, method, _step(snapshot, adaptation), "", "", "", (), "", None, "", "", (), place, ())
@@ -147,7 +147,7 @@ def _ends(path: str) -> Iterator[int]:
 
 
 def _step(snapshot: Snapshot, adaptation: str) -> str:
-    """The step that inserted it: that of its composition, where it is part of one; of a plugin's pass, the pass."""
+    """Return the step that inserted an adaptation or its composition; for a plugin's pass, the pass itself."""
     if any(own.name == adaptation for own in snapshot.passes):
         return adaptation
     composition = snapshot.spec.composition_of(adaptation)
@@ -156,7 +156,7 @@ def _step(snapshot: Snapshot, adaptation: str) -> str:
 
 
 def _selectors(adaptation: MethodSpec, record: SiteRecord) -> Iterator[tuple[str, str]]:
-    """What of a target matches a place: the path below the target, and the words."""
+    """Yield the parts of a target that match a place, each as the path below the target and as text."""
     target = adaptation.target
     spellings = {spelling for role in record.roles for spelling in widen(role)}
     tests: dict[str, Callable[[str], bool]] = {
@@ -175,8 +175,10 @@ def _selectors(adaptation: MethodSpec, record: SiteRecord) -> Iterator[tuple[str
 
 
 def _spec_place(snapshot: Snapshot, owner: str, below: str) -> Place:
-    """Where the spec names an adaptation's places; ``below`` is the part that selected one. Of a plugin's pass, the
-    package that brings it."""
+    """Return where the spec names an adaptation's places; for a plugin's pass, the package that provides it.
+
+    ``below`` is the part that selected a place.
+    """
     spec = snapshot.spec
     for own in snapshot.passes:
         if own.name == owner:

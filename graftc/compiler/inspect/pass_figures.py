@@ -1,4 +1,4 @@
-"""Figures that passes of plugins report, as rows: those that are the same in several layers are one."""
+"""Figures reported by passes of plugins, as rows; figures that are the same in several layers share one row."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class FigureRow:
     """A figure with one value, at one site of one or several layers.
 
     Attributes:
-        step: the pass.
-        name: of the figure.
-        site: the place, with ``*`` for the layer; empty where it is of the whole model.
-        layers: in which layers; empty outside of them.
-        value: at each of them.
+        step: name of the pass.
+        name: name of the figure.
+        site: the place, with ``*`` for the layer; empty for a figure of the whole model.
+        layers: the layers that have it; empty outside the layers.
+        value: the value at each of them.
     """
 
     step: str
@@ -32,19 +32,19 @@ class FigureRow:
     value: float
 
     def cells(self) -> tuple[str, ...]:
-        """One line of a table, in the order of `COLUMNS`."""
+        """Return one line of a table, in the order of `COLUMNS`."""
         number = f"{self.value:,.0f}" if self.value.is_integer() else f"{self.value:,.6g}"
         return self.step, self.name, self.site or "whole model", self.layers, number
 
 
 def figure_rows(records: Iterable[PassRecord]) -> list[FigureRow]:
-    """All figures, in the order in which they were reported first."""
+    """Return all figures, in the order in which they were first reported."""
     layers: dict[tuple[str, str, str, float], list[int]] = {}
     for record in records:
         for figure in record.figures:
-            found = layers.setdefault((record.name, figure.name, _without_layer(figure), figure.value), [])
-            found += [figure.layer] if figure.layer is not None else []
-    return [FigureRow(*key[:3], format_layers(found), key[3]) for key, found in layers.items()]
+            numbers = layers.setdefault((record.name, figure.name, _without_layer(figure), figure.value), [])
+            numbers += [figure.layer] if figure.layer is not None else []
+    return [FigureRow(*key[:3], format_layers(numbers), key[3]) for key, numbers in layers.items()]
 
 
 def _without_layer(figure: PassFigure) -> str:
@@ -54,5 +54,5 @@ def _without_layer(figure: PassFigure) -> str:
 
 
 def passes_json(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
-    """Plain values."""
+    """Return the records as plain values."""
     return [{**asdict(record), "figures": [asdict(figure) for figure in record.figures]} for record in records]

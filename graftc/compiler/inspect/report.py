@@ -1,6 +1,6 @@
-"""The report: what every adaptation adds, counted from the graph, on the meta device too.
+"""The report of what every adaptation adds, counted from the graph, also for models on the meta device.
 
-The task head is not counted (it trains anyway); a percentage is of base plus added parameters, as PEFT prints it.
+The task head is not counted (it trains anyway); percentages are of base plus added parameters, as PEFT prints them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from graftc.specs.errors.markup import Html, bullets, folded, table
 
 @dataclass(frozen=True)
 class AdaptationReport:
-    """One adaptation.
+    """The cost of one adaptation.
 
     Attributes:
-        name, method: of the adaptation.
-        sites: how many sites it adapts.
-        trainable_parameters: elements that train.
-        frozen_parameters: elements it adds that do not train.
-        bytes: of all tensors it adds and keeps: parameters, and what controllers and selections remember.
-        flops_per_token: added to a forward pass in eval mode, two per multiply-add, over batch times sequence.
+        name, method: name and method of the adaptation.
+        sites: number of sites that it adapts.
+        trainable_parameters: number of elements that train.
+        frozen_parameters: number of elements that it adds and that do not train.
+        bytes: size of all tensors that it adds and keeps: parameters, and the state of controllers and selections.
+        flops_per_token: FLOPs added to a forward pass in eval mode, two per multiply-add, over batch times sequence.
     """
 
     name: str
@@ -54,11 +54,11 @@ class AdaptationReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """How long a step of compiling took, all its runs together.
+    """The time that a step of compiling took, summed over all its runs.
 
     Attributes:
-        name: as in the history of a graph: ``capture``, ``roles``, ``insert(attention)``, ``verify``.
-        seconds: in the graphs of the first signature.
+        name: name of the step, as in the history of a graph: ``capture``, ``roles``, ``insert(attention)``, ``verify``.
+        seconds: time spent in the graphs of the first signature.
     """
 
     name: str
@@ -67,22 +67,23 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A Compilation's cost.
+    """The cost of a Compilation.
 
     Attributes:
-        adaptations: one entry each, the ``train:`` list last.
-        base_parameters: elements of the base's parameters, tied ones once.
-        trainable_parameters: of all adaptations, without the task head and the ``train:`` list.
-        trained_in_full: elements of the modules in ``train:``.
-        deployed_parameters: what has to ship beside the base if nothing is folded; of experts that are averaged,
-            one; of what a later training or the end of this one prunes, what it leaves. Ranks without an effect count
-            (`Compiled.rank_pattern` has them): their tensors ship as well.
+        adaptations: one entry for each adaptation, the ``train:`` list last.
+        base_parameters: number of elements of the base's parameters; tied ones are counted once.
+        trainable_parameters: number of trainable elements of all adaptations, without the task head and the ``train:``
+            list.
+        trained_in_full: number of elements of the modules in ``train:``.
+        deployed_parameters: number of elements to ship beside the base if nothing is folded; of averaged experts, one
+            counts; of adaptations that a later training or the end of this one prunes, what remains counts. Ranks
+            without an effect count (`Compiled.rank_pattern` has them): their tensors ship as well.
         percent: ``100 t / (base + t)``.
-        flops_per_token: of the base's linear maps and attention-free products.
-        capture_seconds, rewrite_seconds: how long compiling took.
-        notes: what capturing had to change, and what could not be looked at.
-        anchors: how the base's graphs compare with the source model itself.
-        steps: how long each step took, in the order in which they began.
+        flops_per_token: FLOPs of the base's linear maps and attention-free products.
+        capture_seconds, rewrite_seconds: time spent capturing and rewriting.
+        notes: what capturing had to change, and what could not be examined.
+        anchors: comparisons of the base's graphs with the source model itself.
+        steps: time spent in each step, in the order in which the steps began.
         passes: passes of plugins that the graphs went through, with the figures that they report.
         stacks: how much of each stack of layers is a graph.
     """
@@ -104,7 +105,7 @@ class Report:
     stacks: tuple[StackReport, ...] = ()
 
     def _repr_html_(self) -> str:
-        """For notebooks: what trains, a table of the adaptations, and folded notes and steps."""
+        """Return HTML for notebooks: what trains, a table of the adaptations, notes and collapsed steps."""
         total = f"{self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,}"
         facts = [f"trainable parameters: {total} ({self.percent:.4f}%)"]
         facts += [f"trained in full: {self.trained_in_full:,}"] if self.trained_in_full else []
@@ -122,13 +123,13 @@ class Report:
         ]
         seconds = self.capture_seconds + self.rewrite_seconds
         steps = table(("step", "seconds"), [(s.name, f"{s.seconds:.2f}") for s in self.steps], ("seconds",))
-        found = [row.cells() for row in figure_rows(self.passes)]
+        figures = [row.cells() for row in figure_rows(self.passes)]
         parts = [bullets(facts), table(headings, rows, headings[2:]), bullets(self.notes)]
-        parts += [table(COLUMNS, found, COLUMNS[-1:])] if found else []
+        parts += [table(COLUMNS, figures, COLUMNS[-1:])] if figures else []
         return Html("".join(parts) + folded(f"compiled in {seconds:.1f} s", steps))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON data."""
+        """Return the whole report as JSON data."""
         return {
             **asdict(self),
             "adaptations": [asdict(a) for a in self.adaptations],
@@ -161,7 +162,7 @@ def report(compilation: Compilation) -> Report:
         full = entry.trainable_parameters
         entries.append(entry)
     added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
-    unheld = [f"not held against the model itself: {each.skipped}" for each in main.anchors if each.skipped]
+    uncompared = [f"not held against the model itself: {each.skipped}" for each in main.anchors if each.skipped]
     return Report(
         tuple(entries),
         base,
@@ -173,7 +174,7 @@ def report(compilation: Compilation) -> Report:
         main.capture_seconds,
         sum(entry.seconds for entry in adapted.history),
         main.cached,
-        tuple(dict.fromkeys([*compilation.notes, *unheld])),
+        tuple(dict.fromkeys([*compilation.notes, *uncompared])),
         main.anchors,
         _steps(main, adapted),
         main.passes,
@@ -182,33 +183,35 @@ def report(compilation: Compilation) -> Report:
 
 
 def _steps(main: Resolution, adapted: Program) -> tuple[StepReport, ...]:
-    """Capturing, comparing with the model, and what the history of the adapted graph of eval mode has, which goes on
-    from that of train mode."""
-    found = {"capture": main.capture_seconds, "anchor": sum(a.seconds for a in main.anchors)}
+    """Return the time of each step: capturing, comparing with the model, and the history of the adapted eval graph.
+
+    That history continues the one of train mode.
+    """
+    times = {"capture": main.capture_seconds, "anchor": sum(a.seconds for a in main.anchors)}
     for entry in adapted.history:
-        found[entry.step] = found.get(entry.step, 0.0) + entry.seconds
-    return tuple(StepReport(name, seconds) for name, seconds in found.items())
+        times[entry.step] = times.get(entry.step, 0.0) + entry.seconds
+    return tuple(StepReport(name, seconds) for name, seconds in times.items())
 
 
 def _left(compilation: Compilation) -> dict[str, int]:
-    """What adaptations say themselves of how many elements they are deployed with, by name."""
-    found: dict[str, int] = {}
+    """Return the number of elements to deploy, by name, for adaptations that determine it themselves."""
+    counts: dict[str, int] = {}
     for item in compilation.main.resolved:
         method = method_for(item.spec.method)
         if not isinstance(method, Resized):
             continue
         count = method.deployed(item.spec, live_places(compilation, item)[0])
         if count is not None:
-            found[item.name] = count
-    return found
+            counts[item.name] = count
+    return counts
 
 
 class _Counts:
-    """What each adaptation has added, from one look through tensors and nodes for all of them.
+    """What each adaptation has added, collected for all of them in one pass over tensors and nodes.
 
     Args:
         program: the adapted graph.
-        store: its tensors.
+        store: the tensors of the graph.
     """
 
     def __init__(self, program: Program, store: Store) -> None:
@@ -223,7 +226,7 @@ class _Counts:
                 self._nodes[origin["adaptation"]].append(node)
 
     def entry(self, name: str, method: str, sites: int) -> AdaptationReport:
-        """The line of an adaptation, a composition, the new tokens or the ``train:`` list."""
+        """Return the entry of an adaptation, a composition, the new tokens or the ``train:`` list."""
         kept = self._tensors.get(name, [])
         tensors = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
         return AdaptationReport(

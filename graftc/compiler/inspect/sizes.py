@@ -1,4 +1,4 @@
-"""How large adaptations are at their places, as the spec says it: ranks, lengths, bottlenecks."""
+"""The sizes of adaptations at their places, as the spec states them: ranks, lengths, bottlenecks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from graftc.specs.roles import widen
 
 
 class StatedSizes:
-    """What the spec says of the size of adaptations at their places, overrides applied.
+    """The sizes that the spec states for adaptations at their places, with overrides applied.
 
     Args:
-        snapshot: whose places.
+        snapshot: the Compilation that has the places.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -29,27 +29,27 @@ class StatedSizes:
                 self._depths[record.stack] = max(self._depths.get(record.stack, 0), record.layer + 1)
 
     def spec(self, record: SiteRecord) -> MethodSpec | None:
-        """What the spec says of an adaptation at a place; None for compositions."""
-        found = self._specs.get(record.adaptation)
-        if found is None or not found.override_list():
-            return found
+        """Return the spec of an adaptation at a place, with overrides applied; None for compositions."""
+        adaptation = self._specs.get(record.adaptation)
+        if adaptation is None or not adaptation.override_list():
+            return adaptation
         roles = {wider for role in record.roles for wider in widen(role)}
         depth = self._depths.get(record.stack)
         parameter = record.key.name if record.kind == str(SiteKind.EXPERTS) else ""
-        return found.for_site(record.key.module, roles, record.layer, depth=depth, parameter=parameter)
+        return adaptation.for_site(record.key.module, roles, record.layer, depth=depth, parameter=parameter)
 
     def at(self, record: SiteRecord) -> tuple[str, str] | None:
-        """How large an adaptation is at a place: ``("rank", "8")``; None where nothing says it."""
+        """Return the size of an adaptation at a place, ``("rank", "8")``; None if the spec states none."""
         own = self.spec(record)
         size = None if own is None else own.stated_size()
         return None if size is None else (size[0].replace("_", " "), str(size[1]))
 
     def text(self, name: str) -> str:
-        """How large an adaptation is, with layers where there are several sizes: ``rank 4 (0-9), rank 8 (10)``."""
-        found: dict[str, list[int]] = defaultdict(list)
+        """Return the size of an adaptation, with layers if there are several sizes: ``rank 4 (0-9), rank 8 (10)``."""
+        sizes: dict[str, list[int]] = defaultdict(list)
         for record in self._sites.get(name, ()):
             if (size := self.at(record)) is not None:
-                found[" ".join(size)] += [] if record.layer is None else [record.layer]
-        if len(found) <= 1:
-            return next(iter(found), "")
-        return ", ".join(f"{size} ({format_layers(layers)})" if layers else size for size, layers in found.items())
+                sizes[" ".join(size)] += [] if record.layer is None else [record.layer]
+        if len(sizes) <= 1:
+            return next(iter(sizes), "")
+        return ", ".join(f"{size} ({format_layers(layers)})" if layers else size for size, layers in sizes.items())

@@ -1,4 +1,4 @@
-"""What a Compilation is, as data: places, tensors and Programs. A live model and an artifact on disk give the same."""
+"""A Compilation as data: places, tensors and Programs. A live model and an artifact on disk give the same data."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from graftc.specs.document import Spec
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor without its values.
+    """A description of a tensor without its values.
 
     Attributes:
-        dtype: its element type, as ``"f32"``.
-        shape: its sizes.
+        dtype: the element type, such as ``"f32"``.
+        shape: the sizes.
         trainable: whether it trains.
-        parameter: whether it is a parameter, trainable or not, and no buffer.
+        parameter: whether it is a parameter, trainable or not, and not a buffer.
     """
 
     dtype: str
@@ -43,7 +43,7 @@ class TensorRecord:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorRecord:
-        """The record of a tensor."""
+        """Return the record of a tensor."""
         dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
         parameter = isinstance(tensor, nn.Parameter)
         return cls(dtype, tuple(tensor.shape), parameter and tensor.requires_grad, parameter)
@@ -53,12 +53,12 @@ class TensorRecord:
 
     @property
     def numel(self) -> int:
-        """How many elements."""
+        """The number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def nbytes(self) -> int:
-        """How many bytes they take; of an element type that graphs have no name for, one each."""
+        """The number of bytes of the elements, one each for an element type that graphs have no name for."""
         return self.numel * DTYPES.get(self.dtype, torch.uint8).itemsize
 
 
@@ -67,15 +67,15 @@ class SiteRecord:
     """One adapted place.
 
     Attributes:
-        adaptation, method: whose.
+        adaptation, method: name and method of the adaptation.
         key: the place; its use is 0.
-        kind: what kind of site it is.
-        roles: what it does in the architecture, most specific first.
+        kind: the kind of site.
+        roles: its roles in the architecture, most specific first.
         layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
-        rows: the own rows of the stored weight, as half-open runs; None is all of them.
-        uses: how often the graph reads it.
-        evidence: why it has its role, for people; empty where a target named it by path.
-        tensors: the adaptation's tensors there, part to Store name.
+        rows: its own rows of the stored weight, as half-open runs; None for all of them.
+        uses: number of times that the graph reads it.
+        evidence: why it has its role, as text for users; empty if a target named it by path.
+        tensors: Store names of the adaptation's tensors there, by part.
     """
 
     adaptation: str
@@ -93,12 +93,12 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class TrainedRecord:
-    """A base tensor, or rows of one, that a trained copy stands in for.
+    """A base tensor, or rows of one, that a trained copy replaces.
 
     Attributes:
         owner: the adaptation, ``trained`` for the spec's ``train`` list, ``tokens`` for new tokens.
         base: Store name of the base tensor.
-        rows: which rows, as half-open runs; None is all of them.
+        rows: the replaced rows, as half-open runs; None for all of them.
         tensor: Store name of the trained copy.
     """
 
@@ -109,7 +109,7 @@ class TrainedRecord:
 
     @classmethod
     def of(cls, edit: TensorEdit) -> TrainedRecord:
-        """The record of a trained copy."""
+        """Return the record of a trained copy."""
         return cls(edit.owner, edit.own.tensor, edit.own.rows, edit.trained)
 
 
@@ -119,14 +119,14 @@ class Snapshot:
 
     Attributes:
         model: name of the source model's class.
-        spec: what it was compiled from.
+        spec: the spec that it was compiled from.
         sites: every adapted place, in the order of the spec's adaptations.
         trained: base tensors that train.
-        base: the base's tensors, in the source model's order; tied ones under the name that owns them.
-        aliases: tied names to the name that owns the tensor.
-        adapters: what graftc added.
+        base: tensors of the base, in the source model's order; tied ones are listed under the name that owns them.
+        aliases: the name that owns the tensor, by tied name.
+        adapters: tensors that graftc added.
         passes: passes of plugins that the graphs went through.
-        read: gives the Program of the first signature for a mode, adapted or the base's own.
+        read: a function that returns the Program of the first signature for a mode, adapted or the base's own.
     """
 
     model: str
@@ -140,12 +140,12 @@ class Snapshot:
     read: Callable[[Mode, bool], Program]
 
     def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
-        """The Program of the first signature: adapted, or the base's own."""
+        """Return the Program of the first signature, adapted or the base's own."""
         return self.read(mode, base)
 
 
 def snapshot(compilation: Compilation) -> Snapshot:
-    """The live Compilation as data."""
+    """Return the live Compilation as data."""
     store = compilation.store
     return Snapshot(
         type(compilation.model).__name__,
@@ -161,12 +161,12 @@ def snapshot(compilation: Compilation) -> Snapshot:
 
 
 def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
-    """A model as data, with nothing adapted.
+    """Return a model as data, with nothing adapted.
 
     Args:
         model: the model.
-        program: its graph in train mode.
-        store: its tensors.
+        program: the model's graph in train mode.
+        store: the model's tensors.
     """
 
     @cache
@@ -179,8 +179,11 @@ def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
 
 
 def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """What has to be kept beside the base: what graftc added, parameters, frozen ones too, and persistent buffers; and
-    the base's tensors that graphs update."""
+    """Yield the tensors that have to be kept beside the base.
+
+    These are the parameters (also frozen ones) and persistent buffers that graftc added, and the base's tensors that
+    graphs update.
+    """
     for name, tensor in store.adapters():
         path, _, last = name.rpartition(".")
         if isinstance(tensor, nn.Parameter) or last not in store.owner(path)._non_persistent_buffers_set:
@@ -190,12 +193,12 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_values(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """The same with whole values, detached, of tensors that are sharded over processes too."""
+    """Return an iterator over `adapter_tensors` with detached full values, also of tensors sharded over processes."""
     return ((name, gathered(tensor)) for name, tensor in adapter_tensors(store))
 
 
 def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
-    """The adapted places."""
+    """Yield the records of the adapted places."""
     for resolved in compilation.main.resolved:
         uses: dict[SiteKey, int] = {}
         for site, _ in resolved.sites:
@@ -227,8 +230,8 @@ def _record(compilation: Compilation, name: str, method: str, site: Site, uses: 
 
 def _evidence(structure: Structure, site: Site) -> str:
     node = site.use.node if isinstance(site, LinearSite) else getattr(site, "node", None)
-    found = (f for f in structure.findings if f.role in site.roles and f.node is node and _same_rows(f, site))
-    return next((f.evidence for f in found), "")
+    findings = (f for f in structure.findings if f.role in site.roles and f.node is node and _same_rows(f, site))
+    return next((f.evidence for f in findings), "")
 
 
 def _same_rows(finding: Finding, site: Site) -> bool:
@@ -238,7 +241,7 @@ def _same_rows(finding: Finding, site: Site) -> bool:
 
 
 def as_plain(record: SiteRecord) -> dict[str, Any]:
-    """A site record as JSON data."""
+    """Return a site record as JSON data."""
     key = record.key
     return {
         "adaptation": record.adaptation,

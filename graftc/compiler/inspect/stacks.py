@@ -1,4 +1,4 @@
-"""How much of each stack of layers is a graph, and what is in the way of more."""
+"""Reports on how much of each stack of layers is a graph, and what prevents more."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class StackReport:
     """A stack of repeated layers.
 
     Attributes:
-        stack: path of the list that holds them.
-        layers: how many.
-        parameters: elements of what they hold, tied tensors once.
-        level: how much of them is a graph.
-        reason: what is in the way of the next level, with the line of code where that is known; empty where nothing
-            is, and in a model that was loaded.
+        stack: path of the list that contains the layers.
+        layers: number of layers.
+        parameters: number of elements in the layers; tied tensors are counted once.
+        level: how much of the layers is a graph.
+        reason: what prevents the next level, with the line of code if it is known; empty if nothing does, and for a
+            model that was loaded.
     """
 
     stack: str
@@ -39,7 +39,7 @@ class StackReport:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the report as plain values."""
         return asdict(self)
 
 
@@ -47,8 +47,8 @@ def stacks(compilation: Compilation, base: Program) -> tuple[StackReport, ...]:
     """Return the stacks of a model in its order; a model without repeated layers has none.
 
     Args:
-        compilation: of the model.
-        base: its graph of the first signature, every layer written out.
+        compilation: the Compilation of the model.
+        base: the base graph of the first signature, with every layer written out.
     """
     model, why = compilation.source, compilation.in_the_way
     elements = elements_in(compilation.flags) if is_live(compilation.model) else None

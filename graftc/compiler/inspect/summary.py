@@ -1,4 +1,4 @@
-"""A Compilation in a few lines: what is adapted, and how much trains."""
+"""A summary of a Compilation in a few lines: what is adapted, and how much trains."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from graftc.specs.errors.markup import Html, bullets, table, tag
 
 @dataclass(frozen=True)
 class AdaptationSummary:
-    """One adaptation.
+    """The summary of one adaptation.
 
     Attributes:
-        name, method: of the adaptation; the ``train`` list is ``trained``, new tokens are ``tokens``.
-        places: how many places it adapts; for what trains in full, how many base tensors.
-        roles: the roles of its places, most specific ones.
-        layers: the layers that they are in, as text; several stacks after another.
-        trainable_parameters, frozen_parameters: elements that it adds.
-        tensors: how many tensors those are.
-        nodes: how many nodes of the eval graph it inserted.
+        name, method: name and method of the adaptation; the ``train`` list is ``trained``, new tokens are ``tokens``.
+        places: number of places that it adapts; for what trains in full, the number of base tensors.
+        roles: the most specific roles of its places.
+        layers: layers that the places are in, as text; several stacks one after another.
+        trainable_parameters, frozen_parameters: number of trainable and of frozen elements that it adds.
+        tensors: number of tensors that it adds.
+        nodes: number of nodes that it inserted into the eval graph.
     """
 
     name: str
@@ -44,17 +44,18 @@ class AdaptationSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A Compilation.
+    """The summary of a Compilation.
 
     Attributes:
         model: class of the source model.
-        adaptations: new tokens first, the ``train`` list last.
-        base_parameters: elements of the base's parameters, tied ones once.
-        base_tensors: how many tensors the base has, buffers included, tied ones once.
-        trainable_parameters: of all adaptations without the ``train`` list.
-        trained_in_full: elements of the ``train`` list.
+        adaptations: summaries of the adaptations, new tokens first, the ``train`` list last.
+        base_parameters: number of elements of the base's parameters; tied ones are counted once.
+        base_tensors: number of tensors of the base, including buffers; tied ones are counted once.
+        trainable_parameters: number of trainable elements of all adaptations without the ``train`` list.
+        trained_in_full: number of elements of the ``train`` list.
         percent: ``100 t / (base + t)``.
-        nodes, inserted: of the eval graph, without reads of tensors: all of them, and those that were inserted.
+        nodes, inserted: number of nodes of the eval graph, without reads of tensors, and how many of those were
+            inserted.
         passes: passes of plugins that the graphs went through, with the figures that they report.
     """
 
@@ -70,7 +71,7 @@ class Summary:
     passes: tuple[PassRecord, ...] = ()
 
     def _repr_html_(self) -> str:
-        """For notebooks: the model, what trains, and a table of the adaptations."""
+        """Return HTML for notebooks: the model, what trains, and a table of the adaptations."""
         total = f"{self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,}"
         facts = [f"trainable parameters: {total} ({self.percent:.4f}%)"]
         facts += [f"trained in full: {self.trained_in_full:,}"] if self.trained_in_full else []
@@ -87,19 +88,19 @@ class Summary:
             )
             for a in self.adaptations
         ]
-        made = table(headings, rows, ("places", "trainable", "frozen"))
-        found = [row.cells() for row in figure_rows(self.passes)]
-        figures = table(COLUMNS, found, COLUMNS[-1:]) if found else ""
-        return Html(tag("b", f"Compiled {self.model}") + bullets(facts) + made + figures)
+        adaptations = table(headings, rows, ("places", "trainable", "frozen"))
+        lines = [row.cells() for row in figure_rows(self.passes)]
+        figures = table(COLUMNS, lines, COLUMNS[-1:]) if lines else ""
+        return Html(tag("b", f"Compiled {self.model}") + bullets(facts) + adaptations + figures)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the summary as plain values."""
         adaptations = [{**asdict(a), "roles": list(a.roles)} for a in self.adaptations]
         return {**asdict(self), "adaptations": adaptations, "passes": passes_json(self.passes)}
 
 
 def summary(snapshot: Snapshot) -> Summary:
-    """The summary of a Compilation."""
+    """Return the summary of a Compilation."""
     entries = [_adaptation(snapshot, name, method) for name, method in snapshot.spec.owners.items()]
     if snapshot.spec.tokens is not None:
         entries.insert(0, _adaptation(snapshot, TOKENS, TOKENS))
@@ -144,7 +145,7 @@ def _adaptation(snapshot: Snapshot, name: str, method: str) -> AdaptationSummary
 
 
 def _layers(sites: Iterable[SiteRecord]) -> str:
-    """The layers of places: ``0-5``, with the stack where there are several."""
+    """Return the layers of places as text, ``0-5``, with the stack if there are several."""
     stacks: dict[str, list[int]] = {}
     for site in sites:
         if site.layer is not None:

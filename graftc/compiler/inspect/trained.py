@@ -1,4 +1,4 @@
-"""What is known of every tensor that trains: whose it is, what it does there, and how deep in the model it is."""
+"""Facts about every tensor that trains: its adaptation, what it does there, and how deep in the model it is."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ class TrainedTensor:
     """A tensor that trains.
 
     Attributes:
-        name, tensor: in the Store.
-        adaptation: whose it is; ``trained`` for the spec's ``train`` list, ``tokens`` for new tokens.
+        name, tensor: its name in the Store, and the tensor.
+        adaptation: the adaptation that it belongs to; ``trained`` for the spec's ``train`` list, ``tokens`` for new
+            tokens.
         part: its name within the adaptation.
         kind: what it does.
         inert: whether the method claims that it may have no gradient at first.
-        site: where it is; None for what an adaptation has once.
-        below: how many layers lie between it and the output side of its stack: 0 outside the layers, 1 in the last one,
-            one more than there are layers for what is read before them.
+        site: the site that it belongs to; None for tensors that an adaptation has once.
+        below: number of layers between it and the output side of its stack: 0 outside the layers, 1 in the last one,
+            one more than there are layers for tensors that are read before them.
     """
 
     name: str
@@ -50,7 +51,7 @@ class TrainedTensor:
 
 
 def trained_tensors(compilation: Compilation) -> Iterator[TrainedTensor]:
-    """Every tensor that trains now, each once, in the order of the Store."""
+    """Return an iterator over the tensors that train now, each once, in the order of the Store."""
     known: dict[str, TrainedTensor] = {}
     depths = _Depths(compilation)
     store = compilation.store
@@ -72,17 +73,17 @@ def trained_tensors(compilation: Compilation) -> Iterator[TrainedTensor]:
 
 
 def _sites(compilation: Compilation, adaptation: str) -> dict[SiteKey, Site]:
-    """The sites of an adaptation, or of the members of a composition, by their keys."""
+    """Return the sites of an adaptation, or of the members of a composition, by key."""
     main = compilation.main
     unit = compilation.unit_of.get(adaptation)
-    found = unit.members if unit is not None else [r for r in main.resolved if r.name == adaptation]
-    return {**{site.key: site for site in main.trained}, **{s.key: s for r in found for s, _ in r.sites}}
+    members = unit.members if unit is not None else [r for r in main.resolved if r.name == adaptation]
+    return {**{site.key: site for site in main.trained}, **{s.key: s for r in members for s, _ in r.sites}}
 
 
 def _stored(
     compilation: Compilation, adaptation: str, sites: Mapping[SiteKey, Site]
 ) -> Mapping[SiteKey | None, dict[str, int]]:
-    """Of an adaptation that stands in for base tensors: how many axes these have, by site and part."""
+    """Return the number of axes of the base tensors that an adaptation replaces, by site and part."""
     resolved = next((r for r in compilation.main.resolved if r.name == adaptation), None)
     if resolved is None or not method_for(resolved.spec.method).stands_in:
         return {}
@@ -91,7 +92,10 @@ def _stored(
 
 
 def _axes(part: str, tensor: Tensor, site: Site | None, stored: Mapping[str, int]) -> int:
-    """How many axes a tensor has, those of experts apart; of entries of a base tensor, how many that one has."""
+    """Return the number of axes of a tensor without those of experts.
+
+    For entries of a base tensor, it is at least that tensor's number.
+    """
     for name, axes in stored.items():
         if part == name or part.startswith(f"{name}_"):
             return max(axes, tensor.dim())
@@ -108,7 +112,7 @@ def _kind(part: str, axes: int, site: Site | None, claims: Claims | None, *, cop
 
 
 class _Depths:
-    """How deep tensors are, by their layers; outside of these by where the graph reads them first."""
+    """The depths of tensors, from their layers or, outside the layers, from where the graph reads them first."""
 
     def __init__(self, compilation: Compilation) -> None:
         program = compilation.program("train")
@@ -125,7 +129,7 @@ class _Depths:
                 self._start = number
 
     def of(self, name: str, key: SiteKey | None) -> int:
-        """See `TrainedTensor.below`."""
+        """Return the value of `TrainedTensor.below` for a tensor."""
         if key is None:
             return 0
         layer, stack = place(key.module)
@@ -140,8 +144,10 @@ class _Depths:
 
 
 def _layers(compilation: Compilation, program: Program) -> dict[str, int]:
-    """How many layers each stack has: of the stacks with residual branches, or, where there are none, of all lists of
-    modules that the graph runs."""
+    """Return the number of layers of each stack.
+
+    The stacks are those with residual branches or, if there are none, all lists of modules that the graph runs.
+    """
     branches = {s.stack for s in compilation.main.structure.sublayers if s.stack}
     stacks = branches or {path.rpartition(".")[0] for path in repeated_layers(program)}
     containers = {stack: compilation.store.container(stack) for stack in stacks}

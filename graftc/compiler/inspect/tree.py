@@ -19,10 +19,11 @@ class TreeTensor:
     """A tensor of a module, or one that an adaptation has there.
 
     Attributes:
-        name: within its module, or within the adaptation.
+        name: name within its module or adaptation.
         record: its type.
-        tied: the name that owns it; None where this one does.
-        rows: the rows of the base tensor that it stands in for, as text; empty for all, and for what is not a copy.
+        tied: the name that owns the tensor; None if this one does.
+        rows: the rows of the base tensor that it replaces, as text; empty for all of them, and for tensors that are not
+            copies.
     """
 
     name: str
@@ -39,7 +40,7 @@ class TreeTensor:
         return f"{self.name}{mark} {self.record}" + (f" ({', '.join(notes)})" if notes else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the tensor as plain values."""
         return {
             "name": self.name,
             "dtype": self.record.dtype,
@@ -56,8 +57,8 @@ class Addition:
     """What one adaptation has in a module.
 
     Attributes:
-        adaptation, method: whose.
-        tensors: its tensors there; none where several places share them.
+        adaptation, method: name and method of the adaptation.
+        tensors: its tensors there; none if several places share them.
     """
 
     adaptation: str
@@ -70,7 +71,7 @@ class Addition:
         return f"+ {whose}: {tensors}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the addition as plain values."""
         return {
             "adaptation": self.adaptation,
             "method": self.method,
@@ -83,14 +84,15 @@ class TreeNode:
     """A module, or several layers that are alike.
 
     Attributes:
-        name: below its parent; the class of the model for the root. Paths without a branch are one name.
-        paths: its path, or those of the layers.
-        roles: roles of what is adapted in the module itself, with rows where those are not all.
-        tensors: the module's own base tensors.
+        name: name below its parent; the class of the model for the root. Paths without a branch are one name.
+        paths: path of the module, or those of the layers.
+        roles: roles of the sites in the module itself, with rows if those are not all.
+        tensors: base tensors of the module itself.
         added: what adaptations have in the module itself.
         children: modules below it, for the first of the layers.
-        base_parameters: elements of base parameters in it and below, in one of the layers; tied ones at their owner.
-        trainable_parameters: elements that were added there and train, in one of the layers.
+        base_parameters: number of elements of base parameters in it and below, for one of the layers; tied ones are
+            counted at their owner.
+        trainable_parameters: number of added elements that train in it and below, for one of the layers.
     """
 
     name: str
@@ -104,11 +106,11 @@ class TreeNode:
 
     @property
     def alike(self) -> int:
-        """How many layers this stands for."""
+        """The number of layers that this node represents."""
         return len(self.paths)
 
     def lines(self) -> list[str]:
-        """The tree as aligned lines: module, base and trained parameters, roles and tensors."""
+        """Return the tree as aligned lines: module, base and trained parameters, roles and tensors."""
         rows = list(self._rows(0))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = []
@@ -118,7 +120,7 @@ class TreeNode:
         return lines
 
     def text(self) -> str:
-        """`lines` under a header, with a legend where something trains."""
+        """Return the `lines` as one text, with a legend if anything trains."""
         legend = ["", "* trains"] if self.trainable_parameters else []
         return "\n".join([*self.lines(), *legend]) + "\n"
 
@@ -138,18 +140,18 @@ class TreeNode:
             yield from child._rows(depth + 1)
 
     def _repr_html_(self) -> str:
-        """For notebooks: the tree, every module with what is in it folded."""
+        """Return HTML for notebooks: the tree, with the contents of every module collapsed."""
         times = f"{self.alike} x " if self.alike > 1 else ""
         base, trained = f"{times}{self.base_parameters:,}", f"{times}{self.trainable_parameters:,}"
         counts = [f"{base} base"] if self.base_parameters else []
         counts += [tag("b", f"{trained} trained")] if self.trainable_parameters else []
         roles = [f"[{', '.join(self.roles)}]"] if self.roles else []
         line = joined([tag("code", self.name), *roles, joined(counts, ", ")], " ")
-        held = bullets([*map(str, self.tensors), *map(str, self.added)])
-        return folded(line, Html(held + "".join(child._repr_html_() for child in self.children)))
+        contents = bullets([*map(str, self.tensors), *map(str, self.added)])
+        return folded(line, Html(contents + "".join(child._repr_html_() for child in self.children)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, children within."""
+        """Return the node as plain values, including its children."""
         return {
             "name": self.name,
             "paths": list(self.paths),
@@ -165,7 +167,7 @@ class TreeNode:
 
 @dataclass
 class _Module:
-    """A module while the tree is made."""
+    """A module while the tree is being built."""
 
     tensors: list[TreeTensor] = field(default_factory=list)
     roles: dict[str, None] = field(default_factory=dict)
@@ -173,7 +175,7 @@ class _Module:
     children: dict[str, _Module] = field(default_factory=dict)
 
     def at(self, path: str) -> _Module:
-        """The module at a path below this one, made where there is none."""
+        """Return the module at a path below this one, creating it if necessary."""
         module = self
         for segment in path.split(".") if path else ():
             module = module.children.setdefault(segment, _Module())
@@ -181,7 +183,7 @@ class _Module:
 
 
 def model_tree(snapshot: Snapshot) -> TreeNode:
-    """The module tree of a Compilation. Modules that hold no tensor and are not adapted are left out."""
+    """Return the module tree of a Compilation, without modules that hold no tensor and are not adapted."""
     root = _Module()
     for name, record in snapshot.base.items():
         path, _, last = name.rpartition(".")
@@ -194,8 +196,8 @@ def model_tree(snapshot: Snapshot) -> TreeNode:
     for name, record in snapshot.adapters.items():
         own = parsed(name)
         assert own is not None
-        held = root.at(own.module).added.setdefault(own.adaptation, [])
-        held.append(TreeTensor(own.part, record, rows=rows.get(name, "")))
+        tensors = root.at(own.module).added.setdefault(own.adaptation, [])
+        tensors.append(TreeTensor(own.part, record, rows=rows.get(name, "")))
     for site in snapshot.sites:
         module = root.at(site.key.module)
         module.added.setdefault(site.adaptation, [])
@@ -221,22 +223,22 @@ def _node(name: str, path: str, module: _Module, methods: Mapping[str, str]) -> 
         else:
             groups[key] = len(children)
             children.append(node)
-    found = tuple(_titled(child, path) for child in children)
-    tensors = [tensor for held in module.added.values() for tensor in held]
+    titled = tuple(_titled(child, path) for child in children)
+    tensors = [tensor for parts in module.added.values() for tensor in parts]
     node = TreeNode(
         name,
         (path,),
         tuple(module.roles),
         tuple(module.tensors),
-        tuple(Addition(owner, methods.get(owner, owner), tuple(held)) for owner, held in module.added.items()),
-        found,
+        tuple(Addition(owner, methods.get(owner, owner), tuple(parts)) for owner, parts in module.added.items()),
+        titled,
         sum(t.record.numel for t in module.tensors if t.tied is None and t.record.parameter)
-        + sum(child.base_parameters * child.alike for child in found),
+        + sum(child.base_parameters * child.alike for child in titled),
         sum(t.record.numel for t in tensors if t.record.trainable)
-        + sum(child.trainable_parameters * child.alike for child in found),
+        + sum(child.trainable_parameters * child.alike for child in titled),
     )
-    if path and not name.isdigit() and len(found) == 1 and not (node.tensors or node.added or node.roles):
-        return replace(found[0], name=f"{name}.{found[0].name}")
+    if path and not name.isdigit() and len(titled) == 1 and not (node.tensors or node.added or node.roles):
+        return replace(titled[0], name=f"{name}.{titled[0].name}")
     return node
 
 
@@ -247,6 +249,6 @@ def _titled(node: TreeNode, parent: str) -> TreeNode:
 
 
 def _alike(node: TreeNode) -> tuple[Any, ...]:
-    """What is the same in layers that are alike: all but the names of the layers themselves."""
+    """Return what layers that are alike have in common: everything except the names of the layers themselves."""
     own = tuple(node.name.split(".")[1:]), node.alike, node.roles, node.tensors, node.added
     return (*own, tuple((child.name.split(".")[0], _alike(child)) for child in node.children))

@@ -1,1 +1,1 @@
-"""Models whose own Python runs between graphs: what of them is a graph, and how it is called."""
+"""Models whose own Python runs between graphs: which parts of them are graphs, and how these are called."""

@@ -21,15 +21,15 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 @dataclass(frozen=True)
 class Component:
-    """A module that a model calls by itself, as a run has called it first.
+    """A module that a model calls by itself, with the first call of it in a run.
 
     Attributes:
-        path: of the module.
-        structure: of the call.
-        tensors: of the call, by names of their own.
-        results: the tensors that it gave, by the names that a graph has for them.
-        given: what each tensor is, by its name: an input of the model, or ``path/output`` of another component; empty
-            where the model's own Python has made it.
+        path: path of the module.
+        structure: structure of the call.
+        tensors: tensors of the call, by their own names.
+        results: tensors that the call returned, by the names that a graph has for them.
+        given: the source of each tensor, by its name: an input of the model, or ``path/output`` of another component;
+            empty if the model's own Python created it.
     """
 
     path: str
@@ -40,17 +40,17 @@ class Component:
 
 
 def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Component], dict[str, str]]:
-    """The components of a model in the order of their calls, and the modules that no graph takes, with the reason.
+    """Return the components of a model in the order of their calls, and the modules that no graph covers, with reasons.
 
-    A component holds one stack of layers at most, and is as large as it can be. What is inside of one and called from
-    outside, as a table of tokens is, is a component too.
+    A component contains at most one stack of layers, and is as large as possible. A module inside a component that is
+    called from outside, such as a table of tokens, is a component as well.
 
     Args:
-        model: is run once, in eval mode, without a cache; it is as before afterwards.
-        inputs: of the call, by name.
+        model: the model, which is run once, in eval mode, without a cache; it is unchanged afterwards.
+        inputs: inputs of the call, by name.
 
     Raises:
-        GraftError: GC060 for a model with one stack of layers, or that does not run on the inputs.
+        GraftError: GC060 for a model with one stack of layers, or one that does not run on the inputs.
     """
     maps = {*maps_of(model)}
     rows = {path.rpartition(".")[0] for path in layers_of(model) if path not in maps}
@@ -73,7 +73,7 @@ def _stacks(rows: Collection[str], path: str) -> int:
 
 
 class _Run:
-    """Hooks that note the calls of the outermost modules that are not composite."""
+    """Hooks that record the calls of the outermost modules that are not composite."""
 
     def __init__(self, model: nn.Module, composite: Collection[str], inputs: Mapping[str, Any]) -> None:
         self.found: dict[str, Component] = {}
@@ -86,10 +86,10 @@ class _Run:
         ]
         self._active: list[str] = []
         self._known = {id(value): name for name, value in inputs.items() if isinstance(value, Tensor)}
-        self._alive: list[Any] = list(inputs.values())  # so that no id is given twice
+        self._alive: list[Any] = list(inputs.values())  # kept alive so that no id is reused
 
     def hooked(self) -> ExitStack:
-        """Inside, calls are noted."""
+        """Register hooks that record calls, and return a stack that removes them on exit."""
         stack = ExitStack()
         for path in self._paths:
             module = self._model.get_submodule(path)
@@ -135,29 +135,29 @@ class _Run:
 
 
 def _names(module: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
-    """Names for the tensors of a call by their identities: those of the parameters of ``forward``."""
+    """Return names for the tensors of a call, by identity, from the parameters of ``forward``."""
     signature = inspect.signature(module.forward)
     bound = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, value in bound.items():
         leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         for index, leaf in enumerate(leaves):
-            found.setdefault(id(leaf), name if len(leaves) == 1 else f"{name}_{index}")
-    return found
+            names.setdefault(id(leaf), name if len(leaves) == 1 else f"{name}_{index}")
+    return names
 
 
 def _named_leaves(result: Any) -> dict[str, Tensor]:
-    """The tensors of an output, by the names that a graph has for them."""
+    """Return the tensors of an output, by the names that a graph has for them."""
     if isinstance(result, Tensor):
         return {"output": result}
     pairs: Iterable[tuple[Any, Any]] = result.items() if isinstance(result, Mapping) else ()
     if isinstance(result, list | tuple):
         pairs = enumerate(result)
-    found: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
     for key, value in pairs:
         inner = _named_leaves(value)
-        found |= {str(key) if name == "output" else f"{key}.{name}": leaf for name, leaf in inner.items()}
-    return found
+        leaves |= {str(key) if name == "output" else f"{key}.{name}": leaf for name, leaf in inner.items()}
+    return leaves

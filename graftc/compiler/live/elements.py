@@ -1,8 +1,8 @@
 """The elements of a live model: its repeated layers, each of which is a graph, and how they are called.
 
 A live model is a Program like any other one. Its source is the union of the elements (`Elements`): a model that is
-called with the tensors of each of them, and calls each by itself. What is adapted, folded, saved and shown is that
-Program; the model's own Python calls its parts (`graftc.runtime.live`).
+called with the tensors of all elements, and calls each by itself. That Program is what is adapted, folded, saved and
+shown; the model's own Python calls its parts (`graftc.runtime.live`).
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ CALL_HOOKS = (
 
 
 class Elements:
-    """The forward of a union of elements, as a class to put in front of the model's own."""
+    """The forward of a union of elements, as a class to put before the model's own."""
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
         """Return the outputs of each element by its path; no element reads the outputs of another.
 
         Args:
-            inputs: `CALLS`, and the tensors that it numbers, by `input_name`.
+            inputs: `CALLS`, and the tensors that it numbers, named by `input_name`.
         """
-        found: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         for path, structure in read_calls(inputs[CALLS]).items():
             tensors = [inputs[name] for name in input_names(path, inputs)]
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
@@ -65,19 +65,19 @@ class Elements:
             in_tables = contents(tables)
             decisions = Decisions(structure.decisions(mode_of(module)))
             with decisions if structure.decides else nullcontext(), written_in_place(module):
-                found[path] = structure.finish(module(*args, **kwargs), module, tensors)
+                outputs[path] = structure.finish(module(*args, **kwargs), module, tensors)
             if before != (_held(args), _held(kwargs)):
                 message = f"{path} puts something into a list or dict that it is called with"
                 raise GraftError("GC030", message, hint="a graph gives nothing but its results")
             if structure.boxed:
-                found[path] = {"result": found[path]}
+                outputs[path] = {"result": outputs[path]}
             if structure.cached:
-                found[path]["new"] = news_of(cache_among(args, kwargs))
+                outputs[path]["new"] = news_of(cache_among(args, kwargs))
             if put := put_since(tables, in_tables):
-                found[path]["put"] = put
+                outputs[path]["put"] = put
             if structure.decides:
-                found[path][DECIDED] = decisions.by
-        return found
+                outputs[path][DECIDED] = decisions.by
+        return outputs
 
 
 def mode_of(module: nn.Module) -> Mode:
@@ -93,16 +93,17 @@ def _held(value: Any) -> Any:
 
 
 def is_live(model: nn.Module) -> bool:
-    """Whether a model is a union of elements."""
+    """Return whether a model is a union of elements."""
     return isinstance(model, Elements)
 
 
 def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
-    """The union of a model's elements, under its class's name; it shares all storage. The model is not changed.
+    """Return the union of a model's elements, under its class's name; it shares all storage. The model is not changed.
 
     Args:
-        model: is taken apart.
-        elements: paths of the layers and maps that are graphs. Their hooks are called in the live model, around these.
+        model: the model to take apart.
+        elements: paths of the layers and maps that are graphs. Their hooks are called in the live model, around the
+            graphs.
     """
     cls = type(model)
     union: nn.Module = sharing_copy(model)
@@ -114,7 +115,7 @@ def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> list[str]:
-    """Paths of the repeated layers that hold tensors, in order."""
+    """Return the paths of the repeated layers that have parameters, in order."""
     rows: dict[str, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         if path and layer_path(path) == path and any(True for _ in module.parameters()):
@@ -123,25 +124,28 @@ def layers_of(model: nn.Module) -> list[str]:
 
 
 def maps_of(model: nn.Module) -> list[str]:
-    """Paths of the modules that hold tensors and no other modules, and of those of torch that read what is in theirs,
-    as ``nn.MultiheadAttention`` does."""
-    found: list[str] = []
+    """Return the paths of the modules that have parameters and no submodules.
+
+    Modules of torch that read the parameters of their submodules, such as ``nn.MultiheadAttention``, are included as
+    well.
+    """
+    maps: list[str] = []
     for path, module in model.named_modules():
         plain = not module._modules or type(module).__module__.startswith("torch.nn.modules.")
-        inside = path.startswith(tuple(f"{outer}." for outer in found[-1:]))
+        inside = path.startswith(tuple(f"{outer}." for outer in maps[-1:]))
         if path and plain and not inside and any(tensor is not None for tensor in module._parameters.values()):
-            found.append(path)
-    return found
+            maps.append(path)
+    return maps
 
 
 def place_in_row(path: str) -> str:
-    """Return a path without its layer number: equal for modules at the same place in all layers of a row."""
+    """Return a path without its layer number, equal for modules at the same place in all layers of a row."""
     layer = layer_path(path)
     return layer.rpartition(".")[0] + path.removeprefix(layer)
 
 
 def hold_all(model: nn.Module, layers: Iterable[str], elements: Collection[str]) -> bool:
-    """Whether elements hold all the tensors that are in layers of a model."""
+    """Return whether elements contain all the parameters that are in layers of a model."""
     known = frozenset(elements)
     names = (f"{layer}.{name}" for layer in layers for name, _ in model.get_submodule(layer).named_parameters())
     return all(innermost(name, known) for name in names)
@@ -152,10 +156,10 @@ Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
 
 
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
-    """Inputs and flags of a union for calls of its elements: sizes above 1 may vary.
+    """Return inputs and flags of a union for calls of its elements; sizes above 1 may vary.
 
     Elements of a row that are called alike share the names of their sizes, so that the tracer runs only one of them
-    (`graftc.compiler.capture.alike`). Each element is still called by itself, with sizes of its own.
+    (`graftc.compiler.capture.alike`). Each element is still called by itself, with its own sizes.
     """
     axes: list[Axis] = []
     first: dict[object, str] = {}
@@ -171,12 +175,12 @@ def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
 
 
 def in_autocast(tensor: Tensor) -> bool:
-    """Whether autocast chooses the type that a tensor is computed with."""
+    """Return whether autocast chooses the dtype that a tensor is computed with."""
     return tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
 
 
 def without_autocast(tensors: Iterable[Tensor], module: nn.Module) -> list[Tensor]:
-    """Copies of the tensors of a call, of the type that they would have without autocast: that of the module."""
+    """Return copies of the tensors of a call, with the dtype they would have without autocast: that of the module."""
     types = (p.dtype for p in module.parameters() if p.is_floating_point())
     dtype = next(types, torch.get_default_dtype())
     return [tensor.detach().to(dtype if in_autocast(tensor) else tensor.dtype, copy=True) for tensor in tensors]

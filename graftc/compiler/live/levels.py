@@ -1,4 +1,4 @@
-"""Choose the elements a model is split into: its layers, and single maps where a layer cannot be captured."""
+"""Selection of the elements that a model is split into: its layers, and single maps if a layer cannot be captured."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class TakenApart:
     """The elements of a model.
 
     Attributes:
-        calls: how a run on the inputs shown calls them.
-        by_parts: rows of layers of which parts are elements, and nothing smaller, each with what is in the way of more.
-        by_maps: rows of layers of which single maps are elements too, each with what is in the way of more.
+        calls: the calls of the elements in a run on the inputs shown.
+        by_parts: rows of layers of which parts are elements, and nothing smaller, each with what prevents more.
+        by_maps: rows of layers of which single maps are elements as well, each with what prevents more.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
         written: names of the buffers that the run wrote to.
         read: names of the parameters that the model's own Python read between elements.
@@ -53,15 +53,15 @@ class TakenApart:
 
 
 def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone: bool = False) -> TakenApart:
-    """Take a model apart by a run.
+    """Take a model apart into elements, based on a run of it.
 
     Args:
-        model: is run, and is as before afterwards.
-        run: what is done with it, such as one call; once more for each depth of layers that are no graphs.
+        model: the model that is run; it is unchanged afterwards.
+        run: what is done with the model, such as one call; repeated for each depth of layers that are not graphs.
         maps_alone: whether no layer, and no part of one, is to be a graph.
 
     Raises:
-        GraftError: GC030 where the model does not run, or has no elements.
+        GraftError: GC030 if the model does not run, or has no elements.
     """
     layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
     seen = record(model, layers, maps, run)
@@ -71,15 +71,15 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     rows = {path.rpartition(".")[0]: None for path in layers}
     called = [row for row in rows if any(path.startswith(f"{row}.") for path in calls)]
     used = {*maps}.intersection(calls)
-    held = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
-    pending = _inside(model, {*layers} - {*whole}, held)
+    map_counts = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
+    pending = _inside(model, {*layers} - {*whole}, map_counts)
     while pending:
-        # Layers that are graphs are watched again: what they read is not read between graphs.
+        # Layers that are graphs are watched again, so that what they read does not count as read between graphs.
         deeper = record(model, [*whole, *pending], maps, run)
         calls, read = {**deeper.calls, **calls}, read | dict.fromkeys(deeper.read)
-        found, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
-        calls, whole = {**calls, **found}, [*whole, *found]
-        pending = _inside(model, {*pending} - {*found}, held)
+        graphs, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
+        calls, whole = {**calls, **graphs}, [*whole, *graphs]
+        pending = _inside(model, {*pending} - {*graphs}, map_counts)
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
     reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}
@@ -100,13 +100,14 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
 
 def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[Recorded, dict[str, str]]:
-    """Calls of the layers, or parts of layers, that can be graphs, and what is in the way of the others, by
-    `place_in_row`.
+    """Return the calls of the layers, or parts of layers, that can be graphs, and what prevents the others.
+
+    The reasons are keyed by `place_in_row`.
 
     Args:
-        union: of the model's elements.
-        seen: a run that called them.
-        paths: where they are.
+        union: the union of the model's elements.
+        seen: a run that called the layers or parts.
+        paths: paths of the layers or parts.
     """
     reasons: dict[str, str] = {}
     known: dict[object, str] = {}
@@ -133,10 +134,10 @@ def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, st
     """Return why a layer cannot be a graph, or an empty string; layers of one kind share the answer.
 
     Args:
-        union: of the model's elements.
-        path: of the layer.
-        calls: how it is called.
-        known: answers by kind; a new one is added.
+        union: the union of the model's elements.
+        path: path of the layer.
+        calls: how the layer is called.
+        known: answers by kind; new answers are added.
     """
     kind = place_in_row(path), _kind(union, calls, path)
     if kind not in known:
@@ -145,7 +146,7 @@ def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, st
 
 
 def _in_order(calls: Recorded) -> list[str]:
-    """The paths of what was called, by when the first of all that is called inside was."""
+    """Return the paths of called modules, sorted by the first call of each module or of anything inside it."""
     first: dict[str, int] = {}
     for index, path in enumerate(calls):
         while path:
@@ -155,12 +156,12 @@ def _in_order(calls: Recorded) -> list[str]:
 
 
 def _inside(model: nn.Module, paths: Collection[str], held: Mapping[str, int]) -> list[str]:
-    """The modules directly inside of some that hold more than one map that is called.
+    """Return the modules directly inside others that contain more than one called map.
 
     Args:
-        model: has them.
-        paths: of those that they are in.
-        held: how many such maps modules hold, by path.
+        model: the model.
+        paths: paths of the outer modules.
+        held: number of called maps that modules contain, by path.
     """
     own = [(path, name) for path in paths for name, _ in model.get_submodule(path).named_children()]
     return sorted(inner for path, name in own if held.get(inner := f"{path}.{name}", 0) > 1)
@@ -175,12 +176,12 @@ def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
 
 
 def _kinds(model: nn.Module, calls: Recorded, paths: Iterable[str]) -> dict[Kind, str]:
-    """One element of each kind."""
+    """Return one element of each kind."""
     return {_kind(model, calls, path): path for path in paths}
 
 
 def _in_the_way(union: nn.Module, call: Recorded) -> str:
-    """Why a layer cannot be one graph; empty where it can."""
+    """Return why a layer cannot be one graph; empty if it can."""
     if reason := tried(union, call):
         return reason
     axes, flags = as_inputs(call)
@@ -202,11 +203,11 @@ READS = "its Python reads the values of tensors"
 
 
 def deciding(union: nn.Module, call: Recorded) -> Recorded:
-    """Return an element's call with the decisions that its Python takes by tensor values, found by a run in each mode.
+    """Return an element's call with the decisions that its Python makes by tensor values, found by a run in each mode.
 
     Args:
-        union: of the model's elements.
-        call: how one is called; decisions that it already has are kept, and later ones follow from the values.
+        union: the union of the model's elements.
+        call: how one element is called; decisions that it already has are kept, and later ones follow from the values.
     """
     ((path, (structure, tensors)),) = call.items()
     union = with_own_buffers(union)
@@ -217,18 +218,18 @@ def deciding(union: nn.Module, call: Recorded) -> Recorded:
         axes, flags = as_inputs({path: (own, tensors)})
         request = CaptureRequest(union, tuple(axes), flags, mode)
         with as_captured(request), torch.random.fork_rng(devices=()), Decisions(structure.decisions(mode)) as decisions:
-            with suppress(Exception):  # it needs other inputs in this mode, or is refused for what it is
+            with suppress(Exception):  # it needs other inputs in this mode, or is refused for another reason
                 union(**request.examples())
             taken[mode] = decisions.taken
     return {path: (structure.deciding(taken), tensors)}
 
 
 def tried(union: nn.Module, call: Recorded) -> str:
-    """Why the Python of an element can be no graph, as runs in either mode show; empty where they show nothing.
+    """Return why the Python of an element cannot be a graph, as runs in either mode show; empty if they show nothing.
 
     Args:
-        union: of the model's elements.
-        call: how one is called.
+        union: the union of the model's elements.
+        call: how one element is called.
     """
     axes, flags = as_inputs(call)
     union = with_own_buffers(union)
@@ -249,7 +250,7 @@ def tried(union: nn.Module, call: Recorded) -> str:
 
 
 class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether Python looks at the values of a tensor: what follows from these would be constant in a graph."""
+    """A mode that notes whether Python reads tensor values; anything derived from them would be constant in a graph."""
 
     supports_higher_order_operators = True
 
@@ -258,7 +259,7 @@ class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read, self.place = False, ""
 
     def note(self) -> None:
-        """A value is looked at."""
+        """Record that a value is read."""
         if not self.read:
             self.read, self.place = True, place_now()
 
@@ -271,7 +272,7 @@ class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _OfMemory(TorchFunctionMode):
-    """Note reads of a tensor's memory that call no operator."""
+    """A mode that notes reads of a tensor's memory that call no operator."""
 
     def __init__(self, values: _ReadValues) -> None:
         super().__init__()

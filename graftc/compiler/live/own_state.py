@@ -1,5 +1,4 @@
-"""Copies of buffers, so that running a model's Python never changes the source's tensors, and buffers that a module
-replaces."""
+"""Copies of buffers that protect the tensors of a source model while its Python runs, and replaced buffers."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from graftc.compiler.resolve.untie import sharing_copy
 
 
 def copies(tensors: Collection[Tensor]) -> list[Tensor]:
-    """Copies of tensors; those that share memory share that of their copies."""
+    """Return copies of tensors; copies share memory with one another if the tensors do."""
     with torch.inference_mode(False):
         return copy.deepcopy([tensor.detach() for tensor in tensors])
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been written to; 0 where torch does not count."""
+    """Return the number of times that a tensor has been written to; 0 if torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def with_own_buffers(model: nn.Module) -> nn.Module:
-    """A copy of a model with buffers of its own, and the source's storage for parameters."""
+    """Return a copy of a model with its own buffers, which shares the storage of parameters with the source."""
     buffers = list(model.buffers())
     own: nn.Module = sharing_copy(model, dict(zip(map(id, buffers), copies(buffers), strict=True)))
     return own
@@ -35,7 +34,7 @@ def with_own_buffers(model: nn.Module) -> nn.Module:
 def written_in_place(module: nn.Module) -> Iterator[None]:
     """Write replacements of a module's buffers into the buffers themselves when its call ends, as a graph does.
 
-    A replacement of another shape or type is left alone: it serves only this call, as a longer position table does.
+    A replacement of a different shape or type is left alone: it serves only this call, as a longer position table does.
     """
     tables = [each._buffers for each in module.modules()]
     before = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]

@@ -1,4 +1,4 @@
-"""Refuse adaptations that need the whole model as one graph."""
+"""Refusal of adaptations that need the whole model as one graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 
 
 def refuse_whole(spec: Spec, name: str) -> None:
-    """Refuse a spec of which a part acts on the model as a whole.
+    """Raise if a part of a spec acts on the model as a whole.
 
     Args:
-        spec: what is to be adapted.
-        name: of the model's class.
+        spec: the spec to check.
+        name: name of the model's class.
 
     Raises:
         GraftError: GC149 naming the first such part.
@@ -49,11 +49,11 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
 
 
 def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
-    """Refuse an adaptation of a tensor that the model's own Python reads between graphs, where it would be the base's.
+    """Raise if a tensor that the model's own Python reads between graphs is adapted; it would read the base's there.
 
     Args:
-        compilation: of a model that is taken apart.
-        names: of parameters that are read there.
+        compilation: the Compilation of a model that is taken apart.
+        names: names of the parameters that are read there.
 
     Raises:
         GraftError: GC149 naming the first of them that is adapted.
@@ -65,9 +65,9 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
 
 
 def adapted_tensors(compilation: Compilation) -> dict[str, tuple[str, ...]]:
-    """Return the adaptations of each tensor of the Store that is adapted, by name.
+    """Return the adaptations of each adapted tensor of the Store, by the tensor's name.
 
-    An adaptation that has tensor edits adapts the tensors that these name, any other one all tensors of its sites.
+    An adaptation with tensor edits adapts the tensors that these name; any other one adapts all tensors of its sites.
     """
     owners: dict[str, dict[str, None]] = defaultdict(dict)
     edits = compilation.tensor_edits

@@ -1,4 +1,4 @@
-"""A run of a model that shows how its elements are called, and what its own Python does with them besides."""
+"""A run of a model that shows how its elements are called, and what else the model's own Python does with them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class RecordedRun:
     Attributes:
         calls: the first call of each element.
         written: names of the buffers that the model wrote to, in order.
-        read: names of the parameters that its own Python read between elements.
-        entered: elements of which that Python knows more than that they are called, each with what it does: it calls
-            a module inside, or sets an attribute.
-        untaken: elements that are called with what no graph takes, each with what that is.
+        read: names of the parameters that the model's own Python read between elements.
+        entered: elements that the model's own Python does more with than call them, each with what it does: it calls a
+            module inside, or sets an attribute.
+        untaken: elements that are called with arguments that no graph accepts, each with what those are.
     """
 
     calls: Recorded
@@ -43,14 +43,14 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
     """Run a copy of a model, and record the inputs that its elements get and what else happens to them.
 
     Args:
-        model: is run in the mode that it is in, and then in the other one for buffers and parameters alone, without
-            gradients.
+        model: the model, which is run in its current mode, and then in the other one for buffers and parameters alone,
+            without gradients.
         parts: paths of layers, or of parts of layers; none of them is inside another.
-        maps: paths of maps, inside of these and outside.
+        maps: paths of maps, inside and outside of these.
         run: what is done with the copy, such as one call.
 
     Raises:
-        GraftError: GC030 where it does not run in the mode that it is in, or writes to a parameter.
+        GraftError: GC030 if it does not run in its current mode, or writes to a parameter.
     """
     own = with_own_buffers(model)
     before = {name: (buffer, version(buffer)) for name, buffer in own.named_buffers()}
@@ -97,7 +97,7 @@ class _State:
         self.modes = [module.training for module in self.modules.values()]
 
     def changed(self) -> str:
-        """What is another since `keep`; empty where nothing is."""
+        """Return the first attribute or mode that has changed since `keep`; empty if none has."""
         for name, attributes, mode in zip(self.modules, self.attributes, self.modes, strict=True):
             changed = attributes.changed() or (["training"] if self.modules[name].training != mode else [])
             if changed:
@@ -105,8 +105,10 @@ class _State:
         return ""
 
     def assigned(self) -> str:
-        """What a call of a class of the user's has assigned; empty where nothing. What layers of libraries remember
-        from call to call are tables that grow with a text and the like."""
+        """Return an attribute that the call of a user-defined class has assigned; empty if there is none.
+
+        Attributes that layers of libraries keep from call to call, such as tables that grow with a text, are ignored.
+        """
         for (name, module), attributes in zip(self.modules.items(), self.attributes, strict=True):
             if is_the_users(module) and (changed := attributes.changed()):
                 return f"{name}.{changed[0]}".lstrip(".")
@@ -114,11 +116,11 @@ class _State:
 
 
 class _Watch:
-    """Hooks that know which elements are running.
+    """Hooks that track which elements are running.
 
     Args:
-        model: is run.
-        parts, maps: see `record`.
+        model: the model that is run.
+        parts, maps: as for `record`.
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[str], maps: Sequence[str]) -> None:
@@ -137,14 +139,14 @@ class _Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Start anew."""
+        """Clear the running elements, and remember the state of all elements."""
         self.active.clear()
         for state in self._states.values():
             state.keep()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Inside, calls are noted."""
+        """Record calls while the block runs."""
         handles = []
         for path in self._inside:
             module = self._model.get_submodule(path)
@@ -157,7 +159,7 @@ class _Watch:
                 handle.remove()
 
     def look_at_all(self) -> None:
-        """Look for what was done to elements behind their last calls."""
+        """Check for changes that were made to elements after their last calls."""
         for path in self._states:
             self._look(path)
 
@@ -179,7 +181,7 @@ class _Watch:
             if wanted and path not in self.calls:
                 try:
                     structure, tensors = CallStructure.of(path, module, args, kwargs)
-                except GraftError as error:  # it stays the model's own Python
+                except GraftError as error:  # it remains part of the model's own Python
                     self.untaken.setdefault(path, error.message)
                     return
                 self.calls[path] = structure, without_autocast(tensors, module)

@@ -1,2 +1,4 @@
-"""From the targets of a spec to the sites of a graph, and what a spec asks for beside targets: compositions, new
-tokens, untied weights, token embeddings. `selection` is what a target selects as a value, before there is a spec."""
+"""Resolution of a spec on a graph: target sites, compositions, added tokens, untied weights and token embeddings.
+
+`selection` offers the places that a target would select as a value, before a spec exists.
+"""

@@ -1,4 +1,4 @@
-"""The sites of a Program whose layers call functions: those of its bodies, and the same at every call."""
+"""The sites of a Program whose layers call functions: those of its bodies, and their counterparts at every call."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from graftc.passes.core.weights.store import Store
 
 
 class CalledSites(SiteTable):
-    """All sites of a Program with calls. What its layers compute is found in a model without those that call.
+    """All sites of a Program with calls.
 
-    A site at a call has the nodes of the body, but for values that layers read and give, which have their own.
+    The sites of its layers are found in a graph from which the layers that are calls have been cut out. A site at a
+    call has the nodes of the body, except for values that layers read and return, which have nodes of their own.
 
     Args:
-        program, store, modules, token_embeddings: as of a `SiteTable`.
-        structure: the roles found in the Program where its calls are cut out.
+        program, store, modules, token_embeddings: as for `SiteTable`.
+        structure: the roles found in the Program with its calls cut out.
     """
 
     def __init__(
@@ -41,9 +42,9 @@ class CalledSites(SiteTable):
         self._calls = calls(program.graph)
         self._call_of = {one.path: one for one in self._calls}
         self._bodies = {one.body for one in self._calls}
-        own = {path: module for path, module in modules.items() if self.call_of(path) is None}
+        outside = {path: module for path, module in modules.items() if self.call_of(path) is None}
         with cut(program.graph) as instead:
-            super().__init__(program, store, structure, own, token_embeddings)
+            super().__init__(program, store, structure, outside, token_embeddings)
         self.modules = modules
         self._moves = {one.path: SiteMove(one.body, one.path, {}) for one in self._calls}
         self._edges = {one.path: SiteMove(one.body, one.path, _edges(one)) for one in self._calls}
@@ -52,17 +53,17 @@ class CalledSites(SiteTable):
         self._repeat()
 
     def call_of(self, module: str) -> FunctionCall | None:
-        """The call that a module belongs to; None for what is written out."""
+        """Return the call that a module belongs to; None if the module is written out."""
         return self._call_of.get(layer_path(module))
 
     def _read_calls(self, layer: str, move: SiteMove) -> None:
-        """Let sites of a layer behind calls have the values that it reads of these."""
+        """Let the sites of a layer that follows calls refer to the values that it reads from these calls."""
         for entry in self.entries:
             if layer and layer_path(entry[0].key.module) == layer:
                 entry[:] = [move.site(site) for site in entry]
 
     def _repeat(self) -> None:
-        """Put the sites of calls behind those of the bodies, in the order of the layers."""
+        """Insert the sites of calls after those of the bodies, in the order of the layers."""
         entries, candidates = self.entries, self.candidates
         self.entries, self.candidates = [], []
         numbered = enumerate(layer_path(entry[0].key.module) in self._bodies for entry in entries)
@@ -81,7 +82,7 @@ class CalledSites(SiteTable):
         self.entries.append(sites)
 
     def _at(self, one: FunctionCall, site: Site) -> Site:
-        """A site of the body, at a call."""
+        """Return the counterpart at a call of a site of the body."""
         if not isinstance(site, ValueSite):
             return self._moves[one.path].site(site)
         if site.node not in (*one.given, *one.made):
@@ -89,47 +90,47 @@ class CalledSites(SiteTable):
         return self._edges[one.path].site(site)
 
     def reads(self, tensor: str) -> bool:
-        """See `SiteTable.reads`."""
+        """Return whether the Program reads a tensor; those of a call are looked up by their names in the body."""
         one = self.call_of(tensor)
         return super().reads(tensor if one is None else renamed(tensor, one.path, one.body))
 
     def same(self, site: Site) -> list[Site]:
-        """See `SiteTable.same`."""
+        """Return the sites at the place of a site of another Program; those of a call are derived from the body's."""
         one = self.call_of(site.key.module)
         if one is None or not isinstance(site, LinearSite):
             return super().same(site)
         spot = site.key.place, site.own
         if spot not in self._same:
-            there = SiteMove(one.path, one.body, {})
-            held = there.site(site)
-            found = self.linear_sites(held.key.place, held.own, like=held)
-            self._same[spot] = [self._moves[one.path].site(each) for each in found]
+            to_body = SiteMove(one.path, one.body, {})
+            body_site = to_body.site(site)
+            body_sites = self.linear_sites(body_site.key.place, body_site.own, like=body_site)
+            self._same[spot] = [self._moves[one.path].site(each) for each in body_sites]
         return self._same[spot]
 
     def readers(self, site: LinearSite) -> list[Site]:
-        """See `SiteTable.readers`.
+        """Refuse to list the readers of a tensor, since only a graph with written-out layers shows them all.
 
         Raises:
-            UnlikeBodyError: layers have to be written out for it.
+            UnlikeBodyError: always, because layers have to be written out for it.
         """
         raise UnlikeBodyError(f"{site.key} may be read anywhere")
 
     def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
-        """See `SiteTable.read_elsewhere`.
+        """Return another reader of these sites' rows, if any; None at a call, since the body's sites decide.
 
         Raises:
             UnlikeBodyError: a weight of a body is read outside of its site.
         """
         if self.call_of(sites[0].key.module) is not None:
-            return None  # as of the body
-        found = super().read_elsewhere(sites)
-        if found is not None and layer_path(sites[0].key.module) in self._bodies:
+            return None  # the body's sites decide
+        reader = super().read_elsewhere(sites)
+        if reader is not None and layer_path(sites[0].key.module) in self._bodies:
             raise UnlikeBodyError(f"{sites[0].key} is read elsewhere")
-        return found
+        return reader
 
 
 def _edges(one: FunctionCall) -> dict[fx.Node, fx.Node]:
-    """What a call is given and gives, for what the body is given and has made."""
+    """Return what a call is given and returns, by what the body is given and computes."""
     results = {one.made[index]: node for node, index in one.results.items()}
     return {**dict(zip(one.given, one.inputs, strict=True)), **results}
 

@@ -13,16 +13,16 @@ class Candidate:
     """One place that a target may select.
 
     Attributes:
-        key: what the caller knows the place by.
+        key: the caller's key for the place.
         module: dotted path of its module.
-        roles: every role that it answers to, prefixed forms included (``graftc.specs.roles.widen``).
+        roles: every role that it matches, including prefixed forms (``graftc.specs.roles.widen``).
         kind: its kind of site.
         layer: its layer from 0 within its stack; None outside of layers.
-        stack: the stack of layers it belongs to.
-        label: how messages name it; default the module path.
-        part: it is some output rows of a fused weight. A target without ``role`` means modules as a whole,
-            and then passes over parts whose whole is a candidate too.
-        parameter: name of its parameter where the module has several of its kind, as experts do; empty elsewhere.
+        stack: the stack of layers that it belongs to.
+        label: its name in messages; the module path by default.
+        part: whether it is some output rows of a fused weight. A target without ``role`` selects modules as a whole,
+            and then skips parts whose whole is a candidate as well.
+        parameter: name of its parameter if the module has several of its kind, as experts do; empty otherwise.
     """
 
     key: Hashable
@@ -37,7 +37,7 @@ class Candidate:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """What a pattern may match: the path of its module, and that of its parameter."""
+        """The paths that a pattern may match: that of its module, and that of its parameter."""
         return (self.module, f"{self.module}.{self.parameter}") if self.parameter else (self.module,)
 
     @property
@@ -47,7 +47,7 @@ class Candidate:
 
 
 def depths(candidates: Iterable[Candidate]) -> dict[str, int]:
-    """How many layers each stack has."""
+    """Return the number of layers of each stack."""
     out: dict[str, int] = {}
     for c in candidates:
         if c.layer is not None:

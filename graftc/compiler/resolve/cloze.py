@@ -1,4 +1,4 @@
-"""Language models that classify by filling blanks: a copy of the source model with another forward."""
+"""Language models that classify by filling blanks: copies of the source model with another forward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DECODERS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embe
 
 
 class Filling:
-    """The forward of a language model that classifies by filling blanks, as a class to put in front of the model's own.
+    """A mixin for the class of a language model, with a forward that classifies by filling blanks.
 
     Attributes:
         cloze: blank, decoder, words and their shares, as plain lists.
@@ -37,13 +37,15 @@ class Filling:
 
     @classmethod
     def can_generate(cls) -> bool:
-        """It classifies."""
+        """Return false, since the model classifies."""
         return False
 
     def fill(self, language_model: Any, given: dict[str, Any]) -> Any:
-        """What a call gives: transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, where there
-        are ``labels`` (``int64[batch]``, or their probabilities, ``[batch, labels]``), the cross-entropy; with
-        ``token_targets`` what the language model gives.
+        """Return the result of a call.
+
+        This is transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, if there are ``labels``
+        (``int64[batch]``, or their probabilities, ``[batch, labels]``), the cross-entropy; with ``token_targets`` it is
+        the language model's own result.
 
         Args:
             language_model: the forward of the model's own class.
@@ -73,7 +75,7 @@ class Filling:
         return SequenceClassifierOutput(loss=loss if count is None else loss / count, logits=scores)
 
     def _places(self, given: dict[str, Any]) -> Tensor:
-        """Where the blanks are, ``int64[batch, blanks]``; the last ones of a row that has fewer are elsewhere in it."""
+        """Return the positions of the blanks, ``int64[batch, blanks]``, padded with others in rows with fewer."""
         ids: Tensor | None = given.get("input_ids")
         blank = self.cloze["blank"]
         if ids is None:
@@ -86,15 +88,15 @@ class Filling:
             mask = given.get("attention_mask")
             last: Tensor = numbers.expand_as(ids) if mask is None else numbers * (mask != 0)
             return last.amax(1, keepdim=True)
-        # From the end, so that the first blank has the highest number of all.
+        # Numbered from the end, so that the first blank has the highest number.
         order, count = torch.where(ids == blank, 2 * length - numbers, length - numbers), self.cloze["blanks"]
         if count == 1:
             return order.argmax(1, keepdim=True)
-        # A text may be shorter than there are blanks, that of a capture for example.
+        # A text may have fewer tokens than there are blanks, for example during capture.
         return F.pad(order, (0, count)).topk(count, dim=1).indices.clamp(max=length - 1)
 
     def _scores(self, logits: Tensor, pattern: Tensor | None) -> Tensor:
-        """Logits of labels, ``[batch, labels]``, from those of tokens at the blanks, ``[batch, blanks, tokens]``."""
+        """Return label logits, ``[batch, labels]``, from token logits at the blanks, ``[batch, blanks, tokens]``."""
         words = torch.tensor(self.cloze["words"], device=logits.device)
         shares = torch.tensor(self.cloze["shares"], dtype=logits.dtype, device=logits.device)
         if len(self.cloze["words"]) == 1:
@@ -106,12 +108,14 @@ class Filling:
             raise GraftError("GC031", message, hint=hint)
         else:
             words, shares = words.index_select(0, pattern), shares.index_select(0, pattern)
-        found = (logits.gather(2, words) * shares).sum(1)
-        return found.view(found.shape[0], len(self.cloze["labels"]), -1).sum(-1)
+        scores = (logits.gather(2, words) * shares).sum(1)
+        return scores.view(scores.shape[0], len(self.cloze["labels"]), -1).sum(-1)
 
 
 def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
-    """A copy of a language model that classifies by filling blanks; it shares all storage. The model is not changed.
+    """Return a copy of a language model that classifies by filling blanks; it shares all storage.
+
+    The model is not changed.
 
     Raises:
         GraftError: GC170 for a model that is not a language model of transformers, or lacks the tokens.
@@ -127,21 +131,23 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
         hint = "blank: the mask token, or, for a model that writes from left to right, blank: last"
         raise GraftError("GC170", message, place=Place(path="cloze.decoder"), hint=hint)
     patched = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
-    if patched is not None:  # it has the tensors of the model itself, and none of the copy's
+    if patched is not None:  # it uses the tensors of the model, not those of a copy
         message = f"the forward of {patched or type(model).__name__} was replaced in the instance, which no copy has"
         raise GraftError("GC170", message, place=_PLACE, hint="replace it in a subclass, or use a hook")
-    made = sharing_copy(model)
-    made.__class__ = _filling_class(cast("Any", type(model)), len(options.verbalizers) > 1, decodes)
-    made.cloze = _plain(options)
-    made.config.num_labels = len(options.labels)
-    made.config.id2label = dict(enumerate(options.labels))
-    made.config.label2id = {label: number for number, label in enumerate(options.labels)}
-    return made  # type: ignore[no-any-return]
+    classifier = sharing_copy(model)
+    classifier.__class__ = _filling_class(cast("Any", type(model)), len(options.verbalizers) > 1, decodes)
+    classifier.cloze = _plain(options)
+    classifier.config.num_labels = len(options.labels)
+    classifier.config.id2label = dict(enumerate(options.labels))
+    classifier.config.label2id = {label: number for number, label in enumerate(options.labels)}
+    return classifier  # type: ignore[no-any-return]
 
 
 def not_filling(error: GraftError, model: nn.Module, options: ClozeOptions) -> GraftError:
-    """Why a model does not run as one that fills blanks: GC170 where its decoder is given nothing, or else the error
-    itself."""
+    """Return the error for a model that does not run as one that fills blanks.
+
+    This is GC170 if its decoder is given nothing, otherwise the error itself.
+    """
     if error.code != "GC030" or options.decoder or not getattr(config_of(model), "is_encoder_decoder", False):
         return error
     message = f"{type(model).__name__} fills no blanks in its input: its decoder is given nothing"
@@ -154,17 +160,17 @@ _PLACE = Place(path="cloze")
 
 def _head(model: Any) -> nn.Module | None:
     try:
-        found: nn.Module | None = model.get_output_embeddings()
+        head: nn.Module | None = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return found
+    return head
 
 
 def _require_tokens(model: Any, options: ClozeOptions) -> None:
-    """Whether the model's table has all tokens.
+    """Check that the model's table has all tokens.
 
     Raises:
-        GraftError: GC170.
+        GraftError: GC170 for a token that it lacks.
     """
     try:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -186,15 +192,18 @@ def _require_tokens(model: Any, options: ClozeOptions) -> None:
 
 
 def _plain(options: ClozeOptions) -> dict[str, Any]:
-    """The options as lists of one size: for each pattern and blank a token of every word of every label, and what share
-    of the label's logit it is; what is filled up has none."""
+    """Return the options as lists of equal size.
+
+    For each pattern and blank they contain one token of every word of every label, with its share of the label's logit;
+    padding has a share of 0.
+    """
     blanks, most = options.blanks, max(len(words) for verbalizer in options.verbalizers for words in verbalizer)
     tokens, shares = list[list[list[int]]](), list[list[list[float]]]()
     for verbalizer in options.verbalizers:
-        own = len(verbalizer[0][0])
+        length = len(verbalizer[0][0])
         filled = [(word, 1 / len(words)) for words in verbalizer for word in (*words, *[()] * (most - len(words)))]
-        tokens.append([[w[at] if w and at < own else 0 for w, _ in filled] for at in range(blanks)])
-        shares.append([[share if w and at < own else 0.0 for w, share in filled] for at in range(blanks)])
+        tokens.append([[w[at] if w and at < length else 0 for w, _ in filled] for at in range(blanks)])
+        shares.append([[share if w and at < length else 0.0 for w, share in filled] for at in range(blanks)])
     return {
         "blank": options.blank,
         "decoder": list(options.decoder),
@@ -207,13 +216,13 @@ def _plain(options: ClozeOptions) -> dict[str, Any]:
 
 @functools.lru_cache
 def _filling_class(cls: type[nn.Module], several: bool, decodes: bool) -> type[nn.Module]:
-    """A subclass of a model's class with the forward of `Filling`, under the same name."""
+    """Return a subclass of a model's class with the forward of `Filling`, under the same name."""
     signature = inspect.signature(cls.forward)
     kept = [p for p in signature.parameters.values() if not (decodes and p.name in _DECODERS)]
     rest = [p for p in kept if p.kind is inspect.Parameter.VAR_KEYWORD]
     kind = inspect.Parameter.KEYWORD_ONLY
     new = [inspect.Parameter(n, kind, default=None) for n in (TOKEN_TARGETS, *([PATTERN] if several else []))]
-    # Without annotations: a cache of captures would have to know all that they name.
+    # Annotations are dropped: the cache of captures would have to know everything that they name.
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in [*(p for p in kept if p not in rest), *new, *rest]]
     signature = inspect.Signature(plain)
 
@@ -226,12 +235,12 @@ def _filling_class(cls: type[nn.Module], several: bool, decodes: bool) -> type[n
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = Filling.fill.__doc__
-    own = {"forward": forward, ROW_INPUTS: (PATTERN,) if several else ()}
-    return type(cls.__name__, (Filling, cls), {**own, "__module__": __name__, "__doc__": cls.__doc__})
+    namespace = {"forward": forward, ROW_INPUTS: (PATTERN,) if several else ()}
+    return type(cls.__name__, (Filling, cls), {**namespace, "__module__": __name__, "__doc__": cls.__doc__})
 
 
 def _logits_of(outputs: Any) -> Tensor:
-    """The logits over the vocabulary, ``[batch, sequence, vocabulary]``."""
+    """Return the logits over the vocabulary, ``[batch, sequence, vocabulary]``."""
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise ValueError("the model gives no logits of tokens")

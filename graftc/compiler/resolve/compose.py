@@ -1,4 +1,4 @@
-"""Which adaptations are inserted together, and as what: the compositions of a spec in one Program."""
+"""The compositions of a spec in one Program: which adaptations are inserted together, and in what form."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Unit:
     """Adaptations that are inserted together.
 
     Attributes:
-        composition: how they work together; None for a single one.
+        composition: the composition that combines them; None for a single adaptation.
         members: the adaptations.
-        index: place of the composition, or of the adaptation, in its list of the spec.
+        index: index of the composition, or of the adaptation, in its list of the spec.
     """
 
     composition: CompositionSpec | None
@@ -44,7 +44,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Who owns its nodes."""
+        """The name of the owner of its nodes."""
         return self.members[0].name if self.composition is None else str(self.composition.name)
 
     @property
@@ -54,36 +54,36 @@ class Unit:
 
     @property
     def path(self) -> str:
-        """Where it is in the spec."""
+        """Its path in the spec."""
         return f"{'adapt' if self.composition is None else 'compose'}[{self.index}]"
 
 
 def is_of_one_shape(composition: CompositionSpec | None) -> bool:
-    """Whether the members of a composition are one adaptation with tensors that are chosen or averaged."""
+    """Return whether a composition's members become one adaptation with tensors that are chosen or averaged."""
     averaged = isinstance(composition, Average) and composition.of == "parameters"
     return averaged or isinstance(composition, Bank | Parallel)
 
 
 def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
-    """The adaptations in the order in which they are inserted, those of a composition together."""
+    """Return the adaptations in the order in which they are inserted, those of a composition together."""
     by_name = {item.name: item for item in resolved}
     places = {
         name: place for place in enumerate(spec.compose) if not isinstance(place[1], Stack) for name in place[1].members
     }
-    found: dict[str, Unit] = {}
+    by_owner: dict[str, Unit] = {}
     for index, adaptation in enumerate(spec.adapt):
         name = str(adaptation.name)
         if name not in places:
-            found[name] = Unit(None, (by_name[name],), index)
+            by_owner[name] = Unit(None, (by_name[name],), index)
             continue
         at, composition = places[name]
-        if composition.name not in found:
-            found[str(composition.name)] = Unit(composition, tuple(by_name[n] for n in composition.members), at)
-    return [found[name] for name in _order(spec, list(found))]
+        if composition.name not in by_owner:
+            by_owner[str(composition.name)] = Unit(composition, tuple(by_name[n] for n in composition.members), at)
+    return [by_owner[name] for name in _order(spec, list(by_owner))]
 
 
 def _order(spec: Spec, names: Sequence[str]) -> list[str]:
-    """The order of the document, in which each stack stands where its first member does."""
+    """Return the names in the order of the document, with each stack at the position of its first member."""
     stacks = {name: c for c in reversed(spec.compose) if isinstance(c, Stack) for name in c.members}
     order: dict[str, None] = {}
     for name in names:
@@ -92,17 +92,20 @@ def _order(spec: Spec, names: Sequence[str]) -> list[str]:
 
 
 def narrow_names(spec: Spec) -> frozenset[str]:
-    """The names of what is kept in the base's element type: adaptations with ``dtype: base``, and compositions of
-    nothing else. What an adaptation beside them has makes no difference, so that it may come and go."""
-    found = {str(a.name) for a in spec.adapt if a.dtype == "base"}
-    return frozenset(found | {str(c.name) for c in spec.compose if found.issuperset(c.members)})
+    """Return the names of what is kept in the base's element type.
+
+    These are adaptations with ``dtype: base``, and compositions of nothing else. The element type of other adaptations
+    makes no difference, so they can be added and removed.
+    """
+    narrow = {str(a.name) for a in spec.adapt if a.dtype == "base"}
+    return frozenset(narrow | {str(c.name) for c in spec.compose if narrow.issuperset(c.members)})
 
 
 def check_units(spec: Spec, found: Sequence[Unit]) -> None:
-    """Whether the members of every composition fit together.
+    """Check that the members of every composition fit together.
 
     Raises:
-        GraftError: GC036 naming the one that differs.
+        GraftError: GC036 naming the member that differs.
     """
     for unit in found:
         if unit.composition is None:
@@ -135,7 +138,7 @@ def _check(unit: Unit) -> None:
 
 
 def _difference(first: Resolved, other: Resolved) -> str | None:
-    """The field in which two specs differ, beside their names."""
+    """Return the field in which two specs differ, apart from their names; None if there is none."""
     fields = type(first.spec).model_fields
     if type(other.spec) is not type(first.spec):
         return "method"
@@ -143,7 +146,7 @@ def _difference(first: Resolved, other: Resolved) -> str | None:
 
 
 def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
-    """An error with its place in the spec; methods and compositions name a field of theirs."""
+    """Return an error with its place in the spec; methods and compositions name only a field of their own."""
     return spec.locate(error.within(unit.path))
 
 
@@ -151,27 +154,27 @@ def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
 
 
 def controls(spec: Spec) -> dict[str, CompositionSpec]:
-    """Inputs that choose among adaptations, by name."""
-    found: dict[str, CompositionSpec] = {}
+    """Return the inputs that choose among adaptations, by name."""
+    inputs: dict[str, CompositionSpec] = {}
     for composition in spec.compose:
         if isinstance(composition, Bank):
-            found |= {composition.ids: composition, composition.mixture: composition}
+            inputs |= {composition.ids: composition, composition.mixture: composition}
         elif isinstance(composition, Parallel):
-            found[f"{composition.name}_ids"] = composition
-    return found
+            inputs[f"{composition.name}_ids"] = composition
+    return inputs
 
 
 def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torch.dtype) -> None:
-    """Give a Program inputs that choose among adaptations.
+    """Add inputs that choose among adaptations to a Program.
 
     Args:
-        program: changed in place.
-        spec: says what there is to choose from.
-        names: which of `controls`.
-        dtype: of weights.
+        program: the Program, changed in place.
+        spec: the spec with the compositions to choose from.
+        names: the names of the `controls` to add.
+        dtype: element type of inputs that are weights.
 
     Raises:
-        GraftError: GC037 where the model has no batch of any size, GC038 for ids and weights of one bank.
+        GraftError: GC037 if the model has no batch of any size, GC038 for ids and weights of one bank.
     """
     known = controls(spec)
     source = batch_input(program) if names else None
@@ -209,10 +212,10 @@ def insert_unit(
     """Insert a composition.
 
     Args:
-        unit: what to insert; its `composition` is not None.
-        program: changed in place.
+        unit: the unit to insert; its `composition` is not None.
+        program: the Program, changed in place.
         spec: the whole document.
-        new: makes a builder: of a name, a method's tag and seams.
+        new: creates a builder from a name, a method's tag and seams.
         insert: inserts one adaptation with a builder.
 
     Returns:
@@ -234,7 +237,7 @@ def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], in
     assert composition is not None
     inputs = {str(node.target): node for node in program.placeholders()}
     rows = inputs.get(composition.ids if isinstance(composition, Bank) else f"{unit.name}_ids")
-    own = new(unit.name, first.spec.method)
+    unit_build = new(unit.name, first.spec.method)
     cls: type[Chosen] = Rows
     mixing: Mixing
     if isinstance(composition, Average):
@@ -244,7 +247,7 @@ def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], in
     elif rows is not None:
         mixing = by_index(rows)
     else:
-        cls, mixing = Chosen, active(own.buffer(ACTIVE, _first_slot))
+        cls, mixing = Chosen, active(unit_build.buffer(ACTIVE, _first_slot))
     seams = cls(composition.members, mixing, getattr(composition, "share", ()))
     build = new(unit.name, first.spec.method, seams=seams)
     insert(build, first)
@@ -253,10 +256,10 @@ def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], in
             site.applied[-1] = _stays(unit)
     unused = sorted(seams.share - seams.shared)
     if unused:
-        parts = sorted({part for held in seams.parts[first.name].values() for part in held} | seams.shared)
+        parts = sorted({part for site_parts in seams.parts[first.name].values() for part in site_parts} | seams.shared)
         message = f"{first.spec.method} has no part {unused[0]!r}"
         raise GraftError("GC036", message, place=Place(path="share"), hint=f"it has: {', '.join(parts)}")
-    return {**seams.parts, unit.name: {**own.parts, **build.parts}}
+    return {**seams.parts, unit.name: {**unit_build.parts, **build.parts}}
 
 
 def _first_slot(device: torch.device) -> Tensor:
@@ -268,27 +271,27 @@ def _insert_added(unit: Unit, new: Callable[..., Builder]) -> dict[str, Parts]:
     assert composition is not None
     build = new(unit.name, composition.kind)
     trains = not (isinstance(composition, Fuse) and composition.train == "fusion")
-    found: dict[str, Member] = {}
+    by_name: dict[str, Member] = {}
     sites: dict[SiteKey, tuple[Site, list[tuple[str, Any]]]] = {}
     shared: dict[str, Any] = {}
     for item in unit.members:
         gates, method = isinstance(composition, Gate), item.spec.method
-        found[item.name] = composed(build, item.name, method, trains=trains, attends=gates)
-        shared[item.name] = prepare(item.spec, [site for site, _ in item.sites], found[item.name].build)
+        by_name[item.name] = composed(build, item.name, method, trains=trains, attends=gates)
+        shared[item.name] = prepare(item.spec, [site for site, _ in item.sites], by_name[item.name].build)
         for site, own in item.sites:
             sites.setdefault(site.key, (site, []))[1].append((item.name, own))
     for site, members in sites.values():
         with build.on(site):
             for name, own in members:
-                insert_at(own, site, shared[name], found[name].build)
-            with ExitStack() as stack:  # a composition may make tensors that are its members'
-                here = [found[name] for name, _ in members]
-                for each in here:
+                insert_at(own, site, shared[name], by_name[name].build)
+            with ExitStack() as stack:  # a composition may create tensors that belong to its members
+                present = [by_name[name] for name, _ in members]
+                for each in present:
                     stack.enter_context(each.build.on(site))
-                insert_composed(composition, build, site, here)
+                insert_composed(composition, build, site, present)
         if isinstance(site, LinearSite):
             site.applied.append(_stays(unit))
-    return {**{name: each.build.parts for name, each in found.items()}, unit.name: build.parts}
+    return {**{name: each.build.parts for name, each in by_name.items()}, unit.name: build.parts}
 
 
 def _stays(unit: Unit) -> Applied:
@@ -296,7 +299,7 @@ def _stays(unit: Unit) -> Applied:
 
 
 def keep_composed(fold: Fold, unit: Unit) -> Fold:
-    """Why a composition stays, or the fold of one that averages parameters."""
+    """Return a `Keep` with the reason why a composition stays; other units and averaged parameters keep their fold."""
     if unit.composition is None or (isinstance(unit.composition, Average) and unit.of_one_shape):
         return fold
     reason = (
@@ -310,15 +313,17 @@ def keep_composed(fold: Fold, unit: Unit) -> Fold:
 def averaged(
     unit: Unit, parts: Mapping[str, Parts], key: SiteKey | None, get: Callable[[str], Tensor]
 ) -> Mapping[str, Tensor]:
-    """The tensors of a unit at a place, by part, float64: its own, or the average of its members'. Each is made when it
-    is read, and not kept."""
+    """Return the tensors of a unit at a place, by part, in float64: its own, or the average of its members'.
+
+    Each tensor is computed when it is read, and not kept.
+    """
     factors = unit.composition.factors if isinstance(unit.composition, Average) else (1.0,)
-    held = [parts.get(member.name, {}) for member, _ in zip(unit.members, factors, strict=False)]
-    return _Widened([{**own.get(None, {}), **own.get(key, {})} for own in held], factors, get)
+    names = [parts.get(member.name, {}) for member, _ in zip(unit.members, factors, strict=False)]
+    return _Widened([{**own.get(None, {}), **own.get(key, {})} for own in names], factors, get)
 
 
 class _Widened(Mapping[str, Tensor]):
-    """Sums of stored tensors, float64, by part."""
+    """A mapping from parts to weighted sums of stored tensors, in float64."""
 
     def __init__(
         self, names: Sequence[Mapping[str, str]], factors: Sequence[float], get: Callable[[str], Tensor]

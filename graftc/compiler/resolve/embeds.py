@@ -36,10 +36,10 @@ Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
 
 
 def require_token_embeddings(spec: Spec, model: nn.Module, table: SiteTable) -> None:
-    """Whether virtual tokens have a place in a graph, where a spec has some.
+    """Check that a graph takes token embeddings if a spec has virtual tokens.
 
     Raises:
-        GraftError: GC019.
+        GraftError: GC019 if it does not.
     """
     given = ", ".join(table.program.signature)
     for index, adaptation in enumerate(spec.adapt):
@@ -53,13 +53,13 @@ def require_token_embeddings(spec: Spec, model: nn.Module, table: SiteTable) -> 
 
 
 def planned(units: Iterable[Unit], vectors: Sequence[TokenEmbeddings]) -> Plan:
-    """Which adaptations have virtual tokens in which sequence, and where.
+    """Return the adaptations that have virtual tokens, with their sites, by the sequence that they lengthen.
 
     Raises:
-        GraftError: GC019 where the sequence of a place cannot be lengthened, GC036 in compositions that cannot have
+        GraftError: GC019 if the sequence of a place cannot be lengthened, GC036 for compositions that cannot have
             virtual tokens.
     """
-    found: dict[str, list[tuple[Unit, list[ValueSite]]]] = {}
+    plan: dict[str, list[tuple[Unit, list[ValueSite]]]] = {}
     for unit in units:
         for member in unit.members:
             if not member.spec.virtual_tokens():
@@ -72,15 +72,15 @@ def planned(units: Iterable[Unit], vectors: Sequence[TokenEmbeddings]) -> Plan:
                 assert isinstance(site, ValueSite)
                 sites.setdefault(_sequence(site, member.sites, vectors).ids, []).append(site)
             for ids, own in sites.items():
-                found.setdefault(ids, []).append((unit, own))
+                plan.setdefault(ids, []).append((unit, own))
             break
-    return found
+    return plan
 
 
 def _sequence(
     site: ValueSite, sites: Iterable[tuple[object, object]], vectors: Sequence[TokenEmbeddings]
 ) -> TokenEmbeddings:
-    """The sequence that a site is a value of: the only one that the first layer of its stack is made from."""
+    """Return the sequence of a site: the only one that the first layer of its stack is computed from."""
     for own in vectors:
         if own.node is site.node:
             return own
@@ -101,17 +101,17 @@ def lengthened(
     plan: Plan,
     capture: Callable[[Sequence[Axis], Flags], Capture],
 ) -> tuple[Program, Capture]:
-    """A Program with room for virtual tokens, and the capture that its layers come from.
+    """Return a Program with room for virtual tokens, and the capture that its layers come from.
 
     Args:
         model: the source model.
         table: the sites of its capture with token ids.
-        plan: what to add; see `planned`.
+        plan: the virtual tokens to add; see `planned`.
         capture: captures the model for other inputs.
 
     Raises:
-        GraftError: GC019 where the model cannot be captured with token embeddings, or its layers' end is not found;
-            GC020 where no room is left for a text.
+        GraftError: GC019 if the model cannot be captured with token embeddings, or the end of its layers is not found;
+            GC020 if no room is left for a text.
     """
     program, vectors = table.program, table.token_embeddings
     streams = [
@@ -137,39 +137,39 @@ def lengthened(
         if error.code != "GC030":
             raise
         raise GraftError("GC019", f"it cannot be called with token embeddings: {error.message}", hint=_HINT) from error
-    found = find_structure(body.program.graph, body.constants)
-    limits = {stream.ids: _most(body.program, stream, found) for stream in streams}
+    body_structure = find_structure(body.program.graph, body.constants)
+    limits = {stream.ids: _most(body.program, stream, body_structure) for stream in streams}
     for stream in streams:
         _check_room(program, stream, limits[stream.ids])
-    own_ends = _ends(found)
-    pairs = [(node, own_ends[stack]) for stack, node in ends.items() if stack in own_ends]
-    counted = _counted(program, table.structure, body.program, found)
+    body_ends = _ends(body_structure)
+    pairs = [(node, body_ends[stack]) for stack, node in ends.items() if stack in body_ends]
+    counted = _counted(program, table.structure, body.program, body_structure)
     return lengthen(program, body.program, streams, pairs, limits, counted), body
 
 
 def _counted(tokens: Program, structure: Structure, body: Program, own: Structure) -> list[tuple[fx.Node, fx.Node]]:
-    """Positions that are counted by ids, and the same positions in the capture with token embeddings: one table's."""
+    """Return the positions counted by ids, each with that of the same table in the capture with token embeddings."""
     numbers = {name: node for name, node in _positions(tokens, structure).items() if counted_inputs(node)}
     return [(numbers[name], node) for name, node in _positions(body, own).items() if name in numbers]
 
 
 def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
-    """Numbers of positions, by the table that they are looked up in."""
-    return {str(found.table.target): found.numbers for found in _look_ups(program, structure) if found.table}
+    """Return the numbers of positions, by the table in which they are looked up."""
+    return {str(lookup.table.target): lookup.numbers for lookup in _look_ups(program, structure) if lookup.table}
 
 
 def _look_ups(program: Program, structure: Structure) -> list[Positions]:
-    """Where numbers of positions are looked up in tables."""
-    return [found for found in position_readers(program.graph, structure.findings) if found.table is not None]
+    """Return the lookups of position numbers in tables."""
+    return [lookup for lookup in position_readers(program.graph, structure.findings) if lookup.table is not None]
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:
-    """What the last sublayer of each stack gives, with an axis for the tokens."""
+    """Return the output of the last sublayer of each stack, with an axis for the tokens."""
     return {sublayer.stack: _by_token(sublayer.output) for sublayer in structure.sublayers if sublayer.roles}
 
 
 def _by_token(value: fx.Node) -> fx.Node:
-    """A value, or, where a layer has put rows and tokens into one axis, what is made of it with an axis for each."""
+    """Return a value, or its view with separate axes for rows and tokens if a layer has merged these into one."""
     while len(value.users) == 1 and value.meta["val"].dim() < 3:
         (user,) = value.users
         if user.target not in _VIEWS or user.meta["val"].dim() <= value.meta["val"].dim():
@@ -179,7 +179,7 @@ def _by_token(value: fx.Node) -> fx.Node:
 
 
 def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Node]) -> list[Axis]:
-    """The inputs that the layers need, with token embeddings in the place of ids."""
+    """Return the inputs that the layers need, with token embeddings instead of ids."""
     needed = set(above(ends))
     by_ids = {stream.ids: stream for stream in streams}
     longer = {s.shape[1]: by_ids[s.name].length for s in program.inputs if s.name in by_ids}
@@ -200,8 +200,10 @@ def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Nod
 
 
 def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None:
-    """How many tokens the layers read at most, by what bounds their graph and by tables of positions; None where
-    nothing does."""
+    """Return the largest number of tokens that the layers can read; None if it is not bounded.
+
+    It is bounded by the ranges of their graph and by tables of positions.
+    """
     spec = next(spec for spec in body.inputs if spec.name == stream.embeds)
     bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
     node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
@@ -213,7 +215,7 @@ def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None
 
 
 def _check_room(program: Program, stream: Lengthened, limit: int | None) -> None:
-    """Whether the text that a model is captured with has room beside virtual tokens."""
+    """Raise GC020 unless the text that a model is captured with has room beside virtual tokens."""
     text = stream.value.meta["val"].shape[1]
     least = text if isinstance(text, int) else int(text.node.hint)
     if limit is not None and least + stream.length > limit:

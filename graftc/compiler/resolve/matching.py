@@ -1,6 +1,6 @@
-"""How the patterns of a target are matched and counted, and what is said where one matches nothing.
+"""Matching and counting of a target's patterns, and the errors for patterns that match nothing.
 
-Torch-free: it sees candidates, not graphs.
+Torch-free: it works on candidates, not graphs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Missing = Callable[[tuple[str, int] | None], Sequence[str]]
 
 @dataclass(frozen=True)
 class _Pattern:
-    """One brace branch of one item of a target, and the places it matches."""
+    """One brace branch of one item of a target, with the places that it matches."""
 
     field: str
     path: str
@@ -59,12 +59,12 @@ class _Pattern:
 
 @dataclass
 class Meant:
-    """What a target means where nothing about it is an error.
+    """What a target selects, with its errors collected instead of raised.
 
     Attributes:
-        chosen: the candidates, in their order.
-        faults: what `select` raises the first one of.
-        gaps: layers without a role that the others have: an error only where no number of sites is stated.
+        chosen: the selected candidates, in their order.
+        faults: errors, the first of which `select` raises.
+        gaps: errors for layers that lack a role which the others have; raised only if no number of sites is stated.
     """
 
     chosen: list[Candidate] = field(default_factory=list)
@@ -86,11 +86,12 @@ class ForMethod:
 
 
 class Matching:
-    """One target on the candidates of one model: arguments as for `graftc.compiler.resolve.select.select`.
+    """The matching of one target against the candidates of one model.
 
     Args:
-        method: that of the adaptation.
-        found: takes what is wrong with the target; where there is none, the first such error is raised.
+        target, candidates, where, matcher: as for `graftc.compiler.resolve.select.select`.
+        method: the method of the adaptation.
+        found: collects the errors of the target; if None, the first error is raised.
         within: keys of the only candidates to choose from; by default all.
     """
 
@@ -114,18 +115,18 @@ class Matching:
         self.depths = depths(self.all)
 
     def takes(self, candidate: Candidate) -> bool:
-        """Whether a candidate is there to be chosen, and of a kind that is."""
+        """Return whether a candidate may be chosen and is of a kind that the method takes."""
         inside = self.within is None or candidate.key in self.within
         return inside and (self.kinds is None or candidate.kind in self.kinds)
 
     def refuse(self, error: GraftError) -> None:
-        """Raise an error, or note it where the target is still being written."""
+        """Raise an error, or record it if the target is still being written."""
         if self.found is None:
             raise error
         self.found.faults.append(error)
 
     def run(self) -> list[Candidate]:
-        """The candidates that the target means, in their order."""
+        """Return the candidates that the target selects, in their order."""
         patterns = [*self.roles(), *self.paths("modules"), *self.paths("regex")]
         chosen = self.conjunction(patterns)
         stages = [("matched", len(chosen))]
@@ -145,7 +146,7 @@ class Matching:
         self.check_count(final, patterns)
         return final
 
-    # What the selectors match
+    # Selectors
 
     def roles(self) -> list[_Pattern]:
         out = []
@@ -246,7 +247,7 @@ class Matching:
     def check_count(self, final: list[Candidate], patterns: list[_Pattern]) -> None:
         expect = self.target.expect
         if expect == len(final):
-            return  # a stated number that holds says that gaps are meant
+            return  # if a stated number is met, gaps are intended
         gaps = [gap for p in patterns if p.field == "role" and (gap := self.gap(p, patterns, len(final)))]
         if expect is not None:
             keys = {c.key for c in final}
@@ -260,26 +261,26 @@ class Matching:
             raise gaps[0]
 
     def gap(self, p: _Pattern, patterns: list[_Pattern], count: int) -> GraftError | None:
-        """Layers that should have a role but do not; not asked where modules are named one by one."""
+        """Return the error for layers that lack an expected role; None if none do or modules are named by path."""
         role = parse_role(p.branch)
         family = role.name.split(".")[0]
         if family not in _LAYERED or self.target.modules is not None or self.target.regex is not None:
             return None
-        found = {spot for c in self.pool if c.key in p.hits and (spot := _spot(c))}
-        stacks = {stack for stack, _ in found}
+        with_role = {spot for c in self.pool if c.key in p.hits and (spot := _spot(c))}
+        stacks = {stack for stack, _ in with_role}
         every = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
-        wanted = {spot for spot in every if spot in found or self.may_have(family, spot)}
+        wanted = {spot for spot in every if spot in with_role or self.may_have(family, spot)}
         if "cross" in role.prefixes:  # a decoder may have cross-attention in some layers only
             stem = ".".join((*role.prefixes, family))
             has_it = (c for c in self.all if any(r == stem or r.startswith(f"{stem}.") for r in c.roles))
             wanted &= {spot for c in has_it if (spot := _spot(c))}
-        if family == "ffn":  # experts stand in for a feed-forward where the target names them as well
+        if family == "ffn":  # experts replace a feed-forward part if the target names them as well
             keys = frozenset[Hashable]().union(*(q.hits for q in patterns if q.branch.endswith("experts")))
-            wanted -= {spot for c in self.pool if c.key in keys and (spot := _spot(c))} - found
-        missing = sorted(wanted - found)
+            wanted -= {spot for c in self.pool if c.key in keys and (spot := _spot(c))} - with_role
+        missing = sorted(wanted - with_role)
         if not missing:
             return None
-        present = sorted(wanted & found)
+        present = sorted(wanted & with_role)
         one = len(stacks) == 1
         names = [str(layer) if one or not stack else f"{stack}.{layer}" for stack, layer in missing]
         these = f"these {len(missing)} have" if len(missing) > 1 else "this one has"
@@ -291,14 +292,16 @@ class Matching:
         return _error("GC015", message, p.path, hint=hint, details=list(reasons)[:_DETAILS])
 
     def may_have(self, family: str, spot: tuple[str, int]) -> bool:
-        """Whether a layer has something of a family of roles, or a place of which nobody knows what it is. One that is
-        all understood and has none, as the state-space layers of a hybrid model, misses nothing. Every layer reads
-        something and gives something."""
+        """Return whether a layer has something of a family of roles, or a place whose role is unknown.
+
+        A layer in which every role is known and none is of the family, such as a state-space layer of a hybrid model,
+        lacks nothing. Every layer has an input and an output.
+        """
         if family == "layer":
             return True
         stems = (family, "experts") if family == "ffn" else (family,)
-        here = (role for c in self.all if _spot(c) == spot for role in c.roles)
-        return any(role.split(".")[0] in stems for role in here) or bool(self.missing(spot))
+        roles = (role for c in self.all if _spot(c) == spot for role in c.roles)
+        return any(role.split(".")[0] in stems for role in roles) or bool(self.missing(spot))
 
     def asked(self, spot: tuple[str, int]) -> bool:
         entries = as_items(self.target.layers)
@@ -333,14 +336,14 @@ class Matching:
         if self.within is not None:
             return self.outside(what, others, path)
         if self.kinds is None or any(self.takes(c) for c in others):
-            # Only rows of fused weights match, and a target by modules alone means whole modules.
+            # Only rows of fused weights match, but a target with modules alone selects whole modules.
             message = f"{what} matches {counted(len(others))}, all of them rows of a fused weight"
             return _error("GC011", message, path, "name the role as well, for example role: attn.q")
         kinds = Counter(str(c.kind) for c in others)
-        found = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        matched = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         *most, last = sorted(str(k) for k in self.kinds)
         wanted = f"{', '.join(most)} and {last}" if most else last
-        message = f"{what} matches {counted(len(others))} ({found}), but {self.method} takes {wanted} sites"
+        message = f"{what} matches {counted(len(others))} ({matched}), but {self.method} takes {wanted} sites"
         return _error("GC016", message, path, hint, fix)
 
     def outside(self, what: str, others: list[Candidate], path: str) -> GraftError:
@@ -361,7 +364,7 @@ class Matching:
         return _error("GC011", message, p.path, hint=hint, fix=fix, details=counts)
 
 
-# Small words
+# Helpers
 
 
 def _error(
@@ -380,7 +383,7 @@ def _spot(c: Candidate) -> tuple[str, int] | None:
 
 
 def _items(value: object, path: str) -> list[tuple[str, Any]]:
-    """The items of a field, each with its path."""
+    """Return the items of a field, each with its path."""
     if isinstance(value, (list, tuple)):
         return [(f"{path}[{i}]", item) for i, item in enumerate(value)]
     return [(path, item) for item in as_items(value)]

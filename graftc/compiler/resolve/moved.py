@@ -1,4 +1,4 @@
-"""Sites of a layer that a graph has written out, as those of a layer that calls it: `SiteMove`."""
+"""`SiteMove`: sites of a layer that a graph has written out, moved to a layer that calls it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = frozenset({int, float, bool, type(None), Tensor})
 
 
 def nodes_within(value: Any) -> bool:
-    """Whether there is a node in a value; in one that cannot be looked into there may be."""
+    """Return whether a value contains a node; values that cannot be inspected count as containing one."""
     if isinstance(value, tuple | list):
         return any(map(nodes_within, value))
     if isinstance(value, dict):
@@ -33,18 +33,18 @@ _NAMES: dict[type, tuple[str, ...]] = {}
 
 
 def _names(kind: type) -> tuple[str, ...]:
-    """The fields of a dataclass that a move looks at, looked up once."""
+    """Return the fields of a dataclass that a move inspects, computed once per class."""
     if kind not in _NAMES:
         _NAMES[kind] = tuple(field.name for field in fields(kind) if field.name != "applied")
     return _NAMES[kind]
 
 
 class SiteMove:
-    """From one layer to another.
+    """A translation of sites from one layer to another.
 
     Args:
         before, after: paths of the layers.
-        nodes: which values take the place of which; others stay.
+        nodes: replacements for nodes; other nodes stay unchanged.
     """
 
     def __init__(self, before: str, after: str, nodes: Mapping[fx.Node, fx.Node]) -> None:
@@ -52,7 +52,7 @@ class SiteMove:
         self._uses: dict[Use, Any] = {}
 
     def site(self, site: S) -> S:
-        """A site there, onto which nothing has been inserted. Rows of one use share it there too."""
+        """Return the site in the other layer, with nothing inserted; rows of one use share it there as well."""
         moved = self._copied(site)
         if self.before != self.after:
             moved.layer, moved.stack = place(moved.key.module)

@@ -1,6 +1,6 @@
-"""A source model with its base quantised, as a spec's ``base`` asks for.
+"""Quantisation of a source model's base, as a spec's ``base`` requests.
 
-Which weights are those of linear maps and experts, and how they are stored, is read off the model's graph.
+The model's graph shows which weights belong to linear maps and experts, and how they are stored.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _GROUPS = {"int8": 0, "int4": 64, "nf4": 64, "fp4": 64}
 
 
 def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
-    """The packing that a spec's options name.
+    """Return the packing that a spec's options name.
 
     Args:
-        options: with a format.
-        transposed: the weight is ``[in, out]``.
+        options: the options, with a format.
+        transposed: whether the weight is ``[in, out]``.
     """
     kind = str(options.quantize)
     group = _GROUPS[kind] if options.group is None else options.group
@@ -45,8 +45,10 @@ def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
 
 
 def linear_maps(found: Capture) -> dict[str, Layout]:
-    """The weights of a graph that only linear maps and experts read, by name, with the way in which they are stored:
-    those in repeated layers, or all where there are none. Routers, whose results decide what is computed, are left out.
+    """Return the weights of a graph that only linear maps and experts read, by name, with their layouts.
+
+    These are the weights in repeated layers, or all of them if there are no repeated layers. Routers, whose results
+    decide what is computed, are left out.
     """
     graph = found.program.graph
     routers = {f.node for f in find_structure(graph, found.constants).findings if f.role.endswith("router")}
@@ -57,24 +59,25 @@ def linear_maps(found: Capture) -> dict[str, Layout]:
             apart = node in routers or use.input_axis is None or use.grouped
             layouts.setdefault(use.weight.tensor, []).append(None if apart else use.weight.layout)
     known: dict[str, Layout] = {}
-    for name, held in layouts.items():
-        if all(layout is Layout.ROWS or layout is Layout.COLUMNS for layout in held) and held[0] is not None:
-            known[name] = held[0]
-    inside = {name: held for name, held in known.items() if place(name)[0] is not None}
+    for name, read_as in layouts.items():
+        if all(layout is Layout.ROWS or layout is Layout.COLUMNS for layout in read_as) and read_as[0] is not None:
+            known[name] = read_as[0]
+    inside = {name: layout for name, layout in known.items() if place(name)[0] is not None}
     return inside if any(place(name)[0] is not None for name in layouts) else known
 
 
 def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]) -> nn.Module:
-    """A copy of ``model`` with packed weights; all else is shared. What is packed already stays as it is. The model is
-    not changed.
+    """Return a copy of ``model`` with packed weights; everything else is shared.
+
+    Weights that are packed already stay unchanged. The model is not changed.
 
     Args:
         model: the source.
-        options: the format, and what is left out.
-        maps: the weights, as `linear_maps` gives them.
+        options: the format, and the modules to leave out.
+        maps: the weights, as returned by `linear_maps`.
 
     Raises:
-        GraftError: GC011 for a pattern of ``skip`` that matches no module, GC160 where nothing can be quantised.
+        GraftError: GC011 for a pattern of ``skip`` that matches no module, GC160 if nothing can be quantised.
     """
     result: nn.Module = sharing_copy(model)
     modules = dict(result.named_modules())
@@ -101,7 +104,7 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
 
 
 def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None:
-    """Pack weights of a model; those that are one tensor stay one, whichever module has them."""
+    """Pack weights of a model; those that are one tensor stay one, in all modules that have them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted = {id(modules[path]._parameters[name]): own for path, part in chosen.items() for name, own in part.items()}
     parts: dict[int, Packed] = {}
@@ -115,6 +118,6 @@ def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None
 
 
 def is_turned(module: nn.Module) -> bool:
-    """Whether a module is a linear map whose weight is ``[in, out]``, as transformers' ``Conv1D``."""
+    """Return whether a module is a linear map whose weight is ``[in, out]``, as transformers' ``Conv1D``."""
     weight, outputs = module._parameters.get("weight"), getattr(module, "nf", None)
     return weight is not None and weight.dim() == 2 and type(outputs) is int and weight.shape[1] == outputs

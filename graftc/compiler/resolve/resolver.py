@@ -1,4 +1,4 @@
-"""From a spec's targets to the sites of one Program, and the conflicts among them."""
+"""Resolution of a spec's targets to the sites of one Program, with checks for conflicts among them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Resolved:
 
     Attributes:
         spec: the adaptation.
-        sites: every use of every place, each with the spec that holds for it.
-        shared: places whose tensor something else reads too, which therefore cannot fold, with what that is.
+        sites: every use of every place, each with the spec that applies to it.
+        shared: places whose tensor has another reader and therefore cannot fold, with a description of that reader.
     """
 
     spec: MethodSpec
@@ -45,47 +45,50 @@ class Resolved:
 
     @property
     def places(self) -> tuple[tuple[Site, MethodSpec], ...]:
-        """The first use of every place: what tensors, folds and counts go by."""
-        found: dict[SiteKey, tuple[Site, MethodSpec]] = {}
+        """The first use of every place, which determines tensors, folds and counts."""
+        first_uses: dict[SiteKey, tuple[Site, MethodSpec]] = {}
         for site, spec in self.sites:
-            found.setdefault(place_of(site), (site, spec))
-        return tuple(found.values())
+            first_uses.setdefault(place_of(site), (site, spec))
+        return tuple(first_uses.values())
 
 
 def place_of(site: Site) -> SiteKey:
-    """Uses of one weight are one place, and so are sublayers that end in one and the values of a layer that runs
-    several times; each use of anything else is its own."""
+    """Return the key of the place that a site belongs to.
+
+    Uses of one weight are one place, and so are sublayers that end in one weight and the values of a layer that runs
+    several times; each use of anything else is a place of its own.
+    """
     return site.key.place if isinstance(site, LinearSite | SublayerSite | ValueSite) else site.key
 
 
 class Resolver:
-    """Resolves a spec on one Program.
+    """A resolver of specs on one Program.
 
     Args:
-        table: its sites.
+        table: the sites of the Program.
     """
 
     def __init__(self, table: SiteTable) -> None:
         self.table = table
 
     def resolve(self, spec: Spec) -> list[Resolved]:
-        """The sites of every adaptation.
+        """Return every adaptation with its sites.
 
         Raises:
             GraftError: GC011 to GC017 for targets, GC021 for rows with two owners, GC023 for sites that no output
                 needs.
         """
-        found: list[Resolved] = []
+        resolved: list[Resolved] = []
         matcher = RegexMatcher()
         for index, adaptation in enumerate(spec.adapt):
             where = f"adapt[{index}]"
             try:
-                found.append(self._one(adaptation, where, matcher))
+                resolved.append(self._one(adaptation, where, matcher))
             except GraftError as error:
                 raise spec.locate(error) from error
-        self._conflicts(spec, found)
-        self._warn(spec, found)
-        return found
+        self._conflicts(spec, resolved)
+        self._warn(spec, resolved)
+        return resolved
 
     def _one(self, adaptation: MethodSpec, where: str, matcher: RegexMatcher) -> Resolved:
         chosen = select(
@@ -123,11 +126,11 @@ class Resolver:
         for site, _ in sites:
             if isinstance(site, LinearSite):
                 groups[place_of(site)].append(site)
-        shared = {key: found for key, group in groups.items() if (found := self._shared(group))}
+        shared = {key: reason for key, group in groups.items() if (reason := self._shared(group))}
         return Resolved(adaptation, tuple(sites), shared)
 
     def _shared(self, sites: Sequence[LinearSite]) -> str | None:
-        """What shares the tensor of a place and is not adapted with it, in words."""
+        """Return a description of what shares a place's tensor without being adapted with it; None if nothing does."""
         reader = self.table.read_elsewhere(sites)
         if reader is None:
             return None
@@ -139,38 +142,38 @@ class Resolver:
     def again(
         self, main: Iterable[Resolved], *, required: Required = "all", edits: TensorEdits | None = None
     ) -> list[Resolved]:
-        """The places that another Program's adaptations have, in this one.
+        """Return the adaptations of another Program with their places in this one.
 
         Args:
-            main: what was found there.
-            required: which of them have to be here; others that are not are left out.
-            edits: what that Program's adaptations do with stored tensors: in a part of a model another module may read
+            main: the adaptations as resolved in the other Program.
+            required: which of the places have to exist here; others that do not are left out.
+            edits: what that Program's adaptations do with stored tensors: in a part of a model, another module may read
                 such a tensor.
 
         Raises:
             GraftError: GC031 naming an adaptation and a place that this Program does not read.
         """
-        found: list[Resolved] = []
+        result: list[Resolved] = []
         for resolved in main:
             sites: list[tuple[Site, MethodSpec]] = []
             for site, spec in resolved.places:
-                here = self.table.same(site)
-                if not here and edits is not None and isinstance(site, LinearSite):
+                matching = self.table.same(site)
+                if not matching and edits is not None and isinstance(site, LinearSite):
                     changed = edits.at(site.own.tensor, CHANGING)
-                    here = self.table.readers(site) if any(e.owner == resolved.name for e in changed) else []
-                if not here and (required == "all" or (required == "called" and self._is_called(site))):
+                    matching = self.table.readers(site) if any(e.owner == resolved.name for e in changed) else []
+                if not matching and (required == "all" or (required == "called" and self._is_called(site))):
                     raise not_read(self.table.program, str(site.key), resolved.name)
-                sites += [(other, spec) for other in here]
-            found.append(self._resolved(resolved.spec, sites))
-        return found
+                sites += [(other, spec) for other in matching]
+            result.append(self._resolved(resolved.spec, sites))
+        return result
 
     def _is_called(self, site: Site) -> bool:
-        """Whether the Program reads a site's tensor, or has anything of the module of one without a tensor."""
+        """Return whether the Program reads a site's tensor or, for a site without one, has nodes of its module."""
         return self.table.reads(site.own.tensor) if isinstance(site, LinearSite) else site.key.module in self._called
 
     @cached_property
     def _called(self) -> frozenset[str]:
-        """Paths of the modules that the Program has anything of, or of what is in them."""
+        """Paths of the modules that have nodes in the Program, or that contain modules which have."""
         graph = self.table.program.graph
         owners = {str(node.meta.get("module", "")) for node in graph.nodes if node.op == "call_function"}
         in_calls = {
@@ -179,27 +182,27 @@ class Resolver:
         return frozenset(path for owner in owners | in_calls for path in accumulate(owner.split("."), "{}.{}".format))
 
     def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
-        """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
+        """Raise GC021 unless rows of one weight belong to one adaptation, or to several with exactly the same rows."""
         owners: dict[tuple[str, str], dict[WeightSlice, list[str]]] = defaultdict(dict)
         for index, resolved in enumerate(found):
             for site, _ in resolved.places:
                 if not isinstance(site, LinearSite):
                     continue
-                held = owners[site.key.module, site.key.name]
-                for own, names in held.items():  # as many as there are parts of a weight, not as adaptations
-                    same = own == site.own and names[-1] != resolved.name
-                    if own.overlaps(site.own) and not same:
+                owners_of_rows = owners[site.key.module, site.key.name]
+                for taken, names in owners_of_rows.items():  # as many as parts of a weight, however many adaptations
+                    same = taken == site.own and names[-1] != resolved.name
+                    if taken.overlaps(site.own) and not same:
                         raise spec.locate(
                             GraftError(
                                 "GC021",
                                 f"{resolved.name!r} adapts {_rows(site.own)} of {site.key.module}, "
-                                f"{names[0]!r} adapts {_rows(own)} of it",
+                                f"{names[0]!r} adapts {_rows(taken)} of it",
                                 place=Place(path=f"adapt[{index}].target"),
                                 hint="adaptations stack on exactly the same rows; leave one of them out, or name "
                                 "the same rows in both",
                             )
                         )
-                held.setdefault(site.own, []).append(resolved.name)
+                owners_of_rows.setdefault(site.own, []).append(resolved.name)
 
     def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
         for index, resolved in enumerate(found):
@@ -218,7 +221,7 @@ Required = Literal["all", "called", "none"]
 
 
 def not_read(program: Program, place: str, owner: str) -> GraftError:
-    """The error for a signature whose graph does not read a place that is adapted."""
+    """Return the error for a signature whose graph does not read an adapted place."""
     return GraftError(
         "GC031",
         f"with the inputs {', '.join(program.signature)} the model does not read {place}, which {owner!r} adapts",

@@ -1,6 +1,6 @@
-"""From a target to sites: all patterns match and all counts hold, or an error says what came closest.
+"""Selection of sites by a target: all patterns match and all counts hold, or an error says what came closest.
 
-Torch-free: it sees candidates, not graphs.
+Torch-free: it works on candidates, not graphs.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ def select(
     missing: Missing = lambda spot: (),
     matcher: RegexMatcher | None = None,
 ) -> list[Candidate]:
-    """The candidates that a target means, in their order.
+    """Return the candidates that a target selects, in their order.
 
     Args:
-        target: what to select.
+        target: the target to resolve.
         candidates: all places of the model, each with its own key.
-        where: path of the target in the spec, for errors: ``adapt[0].target``.
+        where: path of the target in the spec, named in errors: ``adapt[0].target``.
         kinds: the kinds of site that the method takes; None for all.
-        method: the method's tag, for errors.
-        missing: what has no role in a layer (stack and number; None for the whole model) and why: what a near miss is
-            explained with.
-        matcher: matches regular expressions; shared by the targets of a spec, which have their time together.
+        method: the method's tag, named in errors.
+        missing: returns what has no role in a layer (stack and number; None for the whole model) and why, which
+            explains a near miss.
+        matcher: the matcher for regular expressions; the targets of a spec share one, and its time limit.
 
     Raises:
-        GraftError: GC008 where a regular expression takes too long; GC011 where a glob, regex, list item, brace
-            branch, layer or exclusion matches nothing, or narrowing leaves it without a site; GC013 where ``expect``
-            is not met; GC014 where nothing is left; GC015 where the model, or some layers of a stack, have no such
-            role; GC016 where the method does not take what matches. Places hold paths; ``Spec.locate`` adds line and
-            column.
+        GraftError: GC008 if a regular expression takes too long; GC011 if a glob, regex, list item, brace branch, layer
+            or exclusion matches nothing, or narrowing leaves it without a site; GC013 if ``expect`` is not met; GC014
+            if nothing is left; GC015 if the model, or some layers of a stack, have no such role; GC016 if the method
+            does not take what matches. Places contain paths; ``Spec.locate`` adds line and column.
     """
     return Matching(target, candidates, where, ForMethod(kinds, method, missing), matcher or RegexMatcher()).run()
 
@@ -61,20 +60,20 @@ def meant(
     missing: Missing = lambda spot: (),
     within: Collection[Hashable] | None = None,
 ) -> Meant:
-    """What a target means, with what is wrong with it: `select` for one that is still being written.
+    """Return what a target selects, with its errors: `select` for a target that is still being written.
 
     Args:
         target, candidates, where, kinds, method, missing: as for `select`.
         within: keys of the only candidates to choose from; by default all. Layers are counted in all of them.
 
     Raises:
-        GraftError: GC008 where a regular expression takes too long.
+        GraftError: GC008 if a regular expression takes too long.
     """
-    found = Meant()
+    result = Meant()
     asked = ForMethod(kinds, method, missing)
-    resolving = Matching(target, candidates, where, asked, RegexMatcher(), found, within)
-    found.chosen = resolving.run()
-    return found
+    resolving = Matching(target, candidates, where, asked, RegexMatcher(), result, within)
+    result.chosen = resolving.run()
+    return result
 
 
 def check_overrides(
@@ -84,15 +83,15 @@ def check_overrides(
     *,
     depth: Mapping[str, int] | None = None,
 ) -> None:
-    """Make sure that every override of an adaptation, and every pattern in it, is used.
+    """Check that every override of an adaptation, and every pattern in it, is used.
 
     Args:
         spec: the adaptation.
-        selected: what :func:`select` gave for its target.
-        where: path of the adaptation in the spec, for errors: ``adapt[0]``.
-        depth: layers of each stack, from :func:`depths` of all candidates; default from ``selected``.
+        selected: the result of :func:`select` for its target.
+        where: path of the adaptation in the spec, named in errors: ``adapt[0]``.
+        depth: number of layers of each stack, from :func:`depths` of all candidates; by default from ``selected``.
 
     Raises:
-        GraftError: GC011 naming the override, or the pattern of it that matches nothing.
+        GraftError: GC011 naming the override, or its pattern that matches nothing.
     """
     check_used(spec.override_list(), selected, depths(selected) if depth is None else depth, f"{where}.overrides")

@@ -1,4 +1,4 @@
-"""The places of a model as data: what targets select from, with what is known of each, and no graph or tensor."""
+"""The places of a model as data, without graphs or tensors: what targets select from and what is known of it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class SelectedPlace:
     """One place of a model that a target can select.
 
     Attributes:
-        name: the module path, with the part of a fused weight, as in ``transformer.h.0.attn.c_attn[q]``, or with the
-            parameter of experts.
+        name: the module path, followed by the part of a fused weight, as in ``transformer.h.0.attn.c_attn[q]``, or by
+            the parameter of experts.
         module: dotted path of its module.
-        roles: what it does, with all prefixes: ``decoder.cross.attn.k``; several for tied weights, none where only its
+        roles: its roles with all prefixes, as in ``decoder.cross.attn.k``; several for tied weights, none if only its
             name is known.
         kind: the kind of site.
-        layer, stack: index of its layer and path of the list that this is in; None and empty outside of layers.
+        layer, stack: index of its layer and path of the list that contains the layer; None and empty outside of layers.
         tensors: names of its weight and its bias; empty for attentions, sublayers and values.
-        rows: which output rows of the weight these are, as ascending half-open runs; None is all of them.
-        shape: sizes of these rows as they are stored; empty where there is no weight.
-        parameters: elements of its tensors, of these rows only.
-        uses: how often the model computes with it.
-        evidence: why it has its role.
-        blocked: why no method can adapt it; empty for all others.
-        unused: it is blocked because no output needs it.
+        rows: the output rows of the weight that it covers, as ascending half-open runs; None for all of them.
+        shape: sizes of these rows as stored; empty if there is no weight.
+        parameters: number of elements of its tensors, counting only these rows.
+        uses: number of times that the model computes with it.
+        evidence: the reason for its role.
+        blocked: the reason why no method can adapt it; empty for all others.
+        unused: whether it is blocked because no output needs it.
     """
 
     name: str
@@ -63,23 +63,23 @@ class SelectedPlace:
 
     @property
     def role(self) -> str:
-        """The first role; empty where there is none."""
+        """The first role; empty if there is none."""
         return self.roles[0] if self.roles else ""
 
     @property
     def starred(self) -> str:
-        """The name with a star for the layer: what equal layers have in common."""
+        """The name with a star in place of the layer index, which equal layers have in common."""
         number = f"{self.stack}.{self.layer}".lstrip(".")
         same = self.layer is not None and f"{self.name}.".startswith(f"{number}.")
         return f"{self.stack}.*".lstrip(".") + self.name[len(number) :] if same else self.name
 
     @property
     def rows_text(self) -> str:
-        """The rows as text; empty where there is no weight."""
+        """The rows as text; empty if there is no weight."""
         return ("all" if self.rows is None else format_runs(self.rows)) if self.tensors else ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the place as plain values."""
         rows = None if self.rows is None else [list(run) for run in self.rows]
         lists = {"roles": list(self.roles), "tensors": list(self.tensors), "shape": list(self.shape), "rows": rows}
         return {**asdict(self), "kind": str(self.kind), **lists}
@@ -90,10 +90,10 @@ class Selectable:
     """The places of a model that targets select from.
 
     Attributes:
-        model: class of the model.
+        model: name of the model's class.
         candidates: the places as the resolver sees them.
-        places: the same with what is known of each, by key.
-        unresolved: stack, layer and text of what has no role.
+        places: the same places with what is known of each, by key.
+        unresolved: stack, layer and description of everything that has no role.
     """
 
     model: str
@@ -102,11 +102,11 @@ class Selectable:
     unresolved: tuple[tuple[str, int | None, str], ...] = ()
 
     def missing(self, spot: tuple[str, int] | None) -> Sequence[str]:
-        """What has no role in a layer, or in the whole model, and why: see `SiteTable.missing`."""
+        """Return what has no role in a layer, or in the whole model, and why; see `SiteTable.missing`."""
         return [text for stack, layer, text in self.unresolved if spot is None or (stack, layer) == spot]
 
     def require_adaptable(self, place: SelectedPlace) -> None:
-        """Raise what compiling raises for a place that no method can adapt (GC017, GC023)."""
+        """Raise the error that compiling raises for a place that no method can adapt (GC017, GC023)."""
         if place.blocked:
             code = "GC023" if place.unused else "GC017"
             raise GraftError(code, f"{place.module} {place.blocked}", hint="leave it out with exclude")
@@ -117,14 +117,14 @@ class ModelStructure(Structure):
     """The architecture of a model's usual graph, with its places.
 
     Attributes:
-        places: what targets select from.
+        places: the places that targets select from.
     """
 
     places: Selectable = field(kw_only=True, repr=False, compare=False)
 
 
 def selectable(model: nn.Module, program: Program, store: Store, structure: Structure) -> Selectable:
-    """The places of a base model.
+    """Return the places of a base model that targets can select.
 
     Args:
         model: the model that was captured.
@@ -170,22 +170,22 @@ def _place(
 
 
 def _tensors(site: Site, store: Store) -> tuple[tuple[str, ...], Runs | None, tuple[int, ...], int]:
-    """Names of what is stored for a site, its rows and sizes, and how many elements it has."""
+    """Return the names of a site's stored tensors, its rows, its shape and its number of elements."""
     if isinstance(site, LinearSite):
         count = sum(own.size for own in site.slices)
         return tuple(own.tensor for own in site.slices), site.own.rows, site.own.own_shape, count
-    found: tuple[str | None, ...] = ()
+    names: tuple[str | None, ...] = ()
     if isinstance(site, NormSite):
-        found = (site.weight, site.bias)
+        names = (site.weight, site.bias)
     elif isinstance(site, ParameterSite):
-        found = (site.tensor,)
-    shapes = {name: tuple(store.get(name).shape) for name in found if name is not None}
+        names = (site.tensor,)
+    shapes = {name: tuple(store.get(name).shape) for name in names if name is not None}
     count = sum(map(math.prod, shapes.values()))
     return tuple(shapes), None, next(iter(shapes.values()), ()), count
 
 
 def _evidence(site: Site, evidence: Mapping[fx.Node | str, Sequence[Finding]]) -> str:
-    """Why a site has its first role; what the role means, where that is all there is to say."""
+    """Return the reason for a site's first role, or the meaning of the role if nothing else is known."""
     if not site.roles:
         return ""
     at: fx.Node | str | None = None
@@ -196,8 +196,8 @@ def _evidence(site: Site, evidence: Mapping[fx.Node | str, Sequence[Finding]]) -
         at = site.node
     elif isinstance(site, ParameterSite):
         at = site.tensor
-    found = [f for f in evidence.get(at, ()) if f.role == site.roles[0]] if at is not None else []
-    same = [f for f in found if f.rows == rows] or found
+    findings = [f for f in evidence.get(at, ()) if f.role == site.roles[0]] if at is not None else []
+    same = [f for f in findings if f.rows == rows] or findings
     if same:
         return same[0].evidence
     if isinstance(site, SublayerSite):

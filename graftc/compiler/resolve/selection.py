@@ -1,4 +1,4 @@
-"""Selections: the places that a target would select, to count, look at and combine before a spec is written."""
+"""Selections: the places that a target would select, to be counted, inspected and combined before a spec is written."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _HEADINGS = ("role", "place", "rows", "layers", "kind", "shape", "parameters", "
 
 
 class Selection(AsTarget):
-    """Some places of a model. Immutable: every method gives another selection.
+    """Some places of a model. Immutable: every method returns another selection.
 
-    Made by `graftc.select`, which gives all weights of linear maps, embeddings and experts, or all places of the kinds
-    that a method takes. Each method narrows a selection as the field of its name narrows a target; what is meant as an
-    alternative goes into one call (``role("attn.q", "attn.v")``) or is joined with ``|``. ``&`` and ``-`` are those of
-    sets. `len` counts places and iterating gives each as a `SelectedPlace`, in the order of the model.
+    Created by `graftc.select`, which returns all weights of linear maps, embeddings and experts, or all places of the
+    kinds that a method takes. Each method narrows a selection as the field of the same name narrows a target;
+    alternatives go into one call (``role("attn.q", "attn.v")``) or are joined with ``|``. ``&`` and ``-`` work as for
+    sets. `len` counts places, and iterating yields each as a `SelectedPlace`, in the order of the model.
 
-    A role may name any kind of site. A path alone means weights as a whole, as in a target: rows of fused weights are
+    A role may name any kind of site. A path alone selects whole weights, as in a target: rows of fused weights are
     selected by role.
 
-    A pattern that matches nothing is not an error while a selection is built; printing says what came closest, and
-    `to_target` raises it.
+    A pattern that matches nothing is not an error while a selection is built; printing shows what came closest, and
+    `to_target` raises the error.
     """
 
     __slots__ = (
@@ -59,14 +59,14 @@ class Selection(AsTarget):
     )
 
     def __init__(self, places: Selectable, *, method: str | None = None) -> None:
-        """All places that a method takes.
+        """Select all places that a method takes.
 
         Args:
-            places: of a model.
-            method: the tag of the method; None for weights, and whatever a role names.
+            places: the places of a model.
+            method: the tag of the method; None for weights, and for any kind of place that a role names.
 
         Raises:
-            GraftError: GC004 for a method that is unknown.
+            GraftError: GC004 if the method is unknown.
         """
         self._places, self._method = places, method
         self._kinds = None if method is None else kinds_of(method)
@@ -80,42 +80,42 @@ class Selection(AsTarget):
     # --- narrowing -----------------------------------------------------------------------------------------
 
     def role(self, *roles: str) -> Selection:
-        """The places with any of these roles; braces are allowed: ``attn.{q,v}``.
+        """Select the places with any of these roles; braces are allowed: ``attn.{q,v}``.
 
         Raises:
-            GraftError: GC012 for a role that does not exist, GC002 for what is not a role.
+            GraftError: GC012 for a role that does not exist, GC002 for a value that is not a role.
         """
         return self._narrowed("role", roles)
 
     def modules(self, *globs: str) -> Selection:
-        """The places whose module path any of these globs matches: ``*``, ``**`` and ``{a,b}`` as in a target.
+        """Select the places whose module path matches any of these globs: ``*``, ``**`` and ``{a,b}`` as in a target.
 
         Raises:
-            GraftError: GC002 or GC009 for what is not a glob.
+            GraftError: GC002 or GC009 for a value that is not a glob.
         """
         return self._narrowed("modules", globs)
 
     def regex(self, *patterns: str) -> Selection:
-        """The places whose whole module path any of these regular expressions matches.
+        """Select the places whose whole module path matches any of these regular expressions.
 
         Raises:
-            GraftError: GC002 or GC009 for what is not a regular expression, GC008 for one that takes too long.
+            GraftError: GC002 or GC009 for a value that is not a regular expression, GC008 for one that takes too long.
         """
         return self._narrowed("regex", patterns)
 
     def layers(self, *layers: int | str) -> Selection:
-        """The places in these layers of each stack: indices and slices such as ``"0:6"``, negative ones from the end.
+        """Select the places in these layers of each stack: indices and slices (``"0:6"``), negative ones from the end.
 
         Raises:
-            GraftError: GC002 for what is neither a layer nor a slice.
+            GraftError: GC002 for a value that is neither a layer nor a slice.
         """
         return self._narrowed("layers", layers)
 
     def exclude(self, *globs: str) -> Selection:
-        """The places whose module path none of these globs matches.
+        """Drop the places whose module path matches any of these globs.
 
         Raises:
-            GraftError: GC002 or GC009 for what is not a glob.
+            GraftError: GC002 or GC009 for a value that is not a glob.
         """
         return self._narrowed("exclude", globs)
 
@@ -124,18 +124,18 @@ class Selection(AsTarget):
         if not given:
             raise GraftError("GC002", f"{name}() names nothing", hint=f"give what {name} of a target takes")
         items: Any = given[0] if len(given) == 1 else given
-        held = None if self._written is None else getattr(self._written, name)
-        if self._written is None or (held is not None and name != "exclude"):
-            made = self._like(Target(**{name: items}))
-            made._within, made._said, made._before = self._keys, self._expression, self._faults
-            made._match()
-            return made
+        current = None if self._written is None else getattr(self._written, name)
+        if self._written is None or (current is not None and name != "exclude"):
+            narrowed = self._like(Target(**{name: items}))
+            narrowed._within, narrowed._said, narrowed._before = self._keys, self._expression, self._faults
+            narrowed._match()
+            return narrowed
         fields: dict[str, Any] = {f: getattr(self._written, f) for f in self._written.model_fields_set}
-        if held is not None:
-            items = (*as_items(held), *given)
-        made = self._like(Target(**{**fields, name: items}))
-        made._match()
-        return made
+        if current is not None:
+            items = (*as_items(current), *given)
+        narrowed = self._like(Target(**{**fields, name: items}))
+        narrowed._match()
+        return narrowed
 
     # --- combining -----------------------------------------------------------------------------------------
 
@@ -154,17 +154,17 @@ class Selection(AsTarget):
         if not self._same_model(other):
             message = f"one selection is of {self._places.model}, the other of {other._places.model} with other places"
             raise GraftError("GC073", message, hint="select both in the same model")
-        made = self._like(None)
-        made._within, made._found = None, Meant()
-        made._said = f"({self._expression}) {sign} ({other._expression})"
-        made._keys = combine(self._keys, other._keys)
-        made._before = tuple(dict.fromkeys((*self._faults, *other._faults)))
-        made._method = self._method if self._method == other._method else None
-        made._remarks = tuple(dict.fromkeys((*self._remarks, *other._remarks, *self._fused_with(other))))
-        return made
+        combined = self._like(None)
+        combined._within, combined._found = None, Meant()
+        combined._said = f"({self._expression}) {sign} ({other._expression})"
+        combined._keys = combine(self._keys, other._keys)
+        combined._before = tuple(dict.fromkeys((*self._faults, *other._faults)))
+        combined._method = self._method if self._method == other._method else None
+        combined._remarks = tuple(dict.fromkeys((*self._remarks, *other._remarks, *self._fused_with(other))))
+        return combined
 
     def _fused_with(self, other: Selection) -> list[str]:
-        """Says that rows of a fused weight and the whole weight are two places, where each selection has one."""
+        """Return a note if one selection has rows of a fused weight and the other one the whole weight: two places."""
         for one, two in ((self, other), (other, self)):
             whole = {c.module for c in two._chosen if not c.part and c.kind in _WEIGHTS}
             part = next((c for c in one._chosen if c.part and c.module in whole), None)
@@ -181,12 +181,12 @@ class Selection(AsTarget):
         return self._places is other._places or self._places.candidates == other._places.candidates
 
     def _like(self, written: Target | None) -> Selection:
-        """A copy with other fields, not matched yet."""
-        made = object.__new__(type(self))
+        """Return a copy with another target, not matched yet."""
+        copied = object.__new__(type(self))
         for name in self.__slots__:
-            setattr(made, name, getattr(self, name))
-        made._written = written
-        return made
+            setattr(copied, name, getattr(self, name))
+        copied._written = written
+        return copied
 
     def _match(self) -> None:
         assert self._written is not None
@@ -195,7 +195,7 @@ class Selection(AsTarget):
 
     @property
     def _faults(self) -> tuple[GraftError, ...]:
-        """What is wrong with any pattern it was made with."""
+        """The errors of all patterns that the selection was made with."""
         return (*self._before, *self._found.faults)
 
     @property
@@ -220,8 +220,8 @@ class Selection(AsTarget):
         return (self._places.places[c.key] for c in self._chosen)
 
     def __contains__(self, place: object) -> bool:
-        """Whether a place, or any place of a module path, is selected."""
-        return any(place in (own, own.module, own.name) for own in self)
+        """Return whether a place, or any place with that module path or name, is selected."""
+        return any(place in (selected, selected.module, selected.name) for selected in self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selection) and self._keys == other._keys and self._same_model(other)
@@ -231,18 +231,18 @@ class Selection(AsTarget):
 
     @property
     def parameters(self) -> int:
-        """Elements of all tensors in it; those that several places share, as tied ones, count once."""
+        """The number of elements of all tensors in it; tensors of several places, such as tied ones, count once."""
         return sum({(place.tensors, place.rows): place.parameters for place in self}.values())
 
     def expect(self, count: int) -> Selection:
-        """The same selection, if it has so many places.
+        """Return the same selection if it has the expected number of places.
 
         Args:
-            count: from 0.
+            count: the expected number, from 0.
 
         Raises:
-            GraftError: GC013 where it has another number, with the count of each pattern and what came closest; GC073
-                for what is not a number.
+            GraftError: GC013 if it has another number, with the count of each pattern and what came closest; GC073 if
+                ``count`` is not a whole number from 0.
         """
         count = _count(count)
         if len(self) == count:
@@ -250,65 +250,69 @@ class Selection(AsTarget):
         message = f"the selection has {counted(len(self))}, expected {count}"
         details: list[str | GraftError] = [error.message for error in self._notes]
         if self._written is not None and count:
-            found = self._meant(self._written.model_copy(update={"expect": count})).faults
-            details[:0] = [detail for error in found if error.code == "GC013" for detail in error.details]
+            faults = self._meant(self._written.model_copy(update={"expect": count})).faults
+            details[:0] = [detail for error in faults if error.code == "GC013" for detail in error.details]
         raise GraftError("GC013", message, place=Place(path=f"{_WHERE}.expect"), details=list(dict.fromkeys(details)))
 
     def to_target(self, method: str | None = None) -> Target:
-        """A target that selects exactly these places in this model. It is checked by resolving it, and says how many
-        they are (``expect``), so that a method or a model for which it would mean others is an error.
+        """Return a target that selects exactly these places in this model.
 
-        The fields are those of the calls that made the selection. Those of a combined one are chosen: roles, roles in
-        layers, or a list of modules.
+        The target is checked by resolving it. It states the number of places (``expect``), so that it raises an error
+        for another method or model that has a different number of them.
+
+        The fields are those of the calls that made the selection. For a combined selection, suitable fields are chosen:
+        roles, roles in layers, or a list of modules.
 
         Args:
-            method: the method that the target is for; by default that of `graftc.select`, or whichever takes such
+            method: the method that the target is for; by default that of `graftc.select`, or any method that takes such
                 sites.
 
         Raises:
             GraftError: GC014 for an empty selection; GC011, GC014 or GC015 for a pattern that matches nothing; GC016
-                for sites that the method does not take; GC017 and GC023 for a place that no method can adapt; GC093
-                where no target selects exactly these.
+                for sites that the method does not take; GC017 and GC023 for a place that no method can adapt; GC093 if
+                no target selects exactly these places.
         """
         if self._faults:
             raise copy.copy(self._faults[0])
         written = self._written if self._within is None else None
         return exact_target(self._places, self._keys, written, method or self._method)
 
-    # --- looking -------------------------------------------------------------------------------------------
+    # --- inspecting ----------------------------------------------------------------------------------------
 
     @property
     def _expression(self) -> str:
-        """How it was made, in the fields of a target."""
-        own = []
+        """The steps that made the selection, written as fields of a target."""
+        written = []
         for name in Target.model_fields:
             value = None if self._written is None else getattr(self._written, name)
-            own += [f"{name}: {write_items(value)}"] if value is not None else []
-        fields = ", ".join(own)
-        return f"({self._said}) & {fields}" if self._said and own else self._said or fields or "all"
+            written += [f"{name}: {write_items(value)}"] if value is not None else []
+        fields = ", ".join(written)
+        return f"({self._said}) & {fields}" if self._said and written else self._said or fields or "all"
 
     @property
     def _title(self) -> str:
-        whose = f"{counted(len(self))} of {self._places.model}"
-        return f"{whose}, {self.parameters:,} parameters: {one_line(self._expression, 400)}"
+        summary = f"{counted(len(self))} of {self._places.model}"
+        return f"{summary}, {self.parameters:,} parameters: {one_line(self._expression, 400)}"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Lines of a table: role, place, rows, layers, kind, shape, parameters and evidence. Equal layers of a stack
-        share a line, with the parameters of all and the evidence of the first."""
+        """Return the lines of a table: role, place, rows, layers, kind, shape, parameters and evidence.
+
+        Equal layers of a stack share a line, with the parameters of all and the evidence of the first.
+        """
         groups: dict[tuple[str, ...], list[SelectedPlace]] = {}
         for place in self:
             shape = " x ".join(map(str, place.shape))
             key = (", ".join(place.roles), place.starred, place.rows_text, str(place.kind), shape)
             groups.setdefault(key, []).append(place)
-        made: list[tuple[str, ...]] = []
-        for (role, starred, rows, kind, shape), found in groups.items():
-            layers = format_layers(p.layer for p in found if p.layer is not None)
-            count = f"{sum(p.parameters for p in found):,}"
-            made.append((role, starred, rows, layers, kind, shape, count, found[0].evidence))
-        return made
+        result: list[tuple[str, ...]] = []
+        for (role, starred, rows, kind, shape), places in groups.items():
+            layers = format_layers(p.layer for p in places if p.layer is not None)
+            count = f"{sum(p.parameters for p in places):,}"
+            result.append((role, starred, rows, layers, kind, shape, count, places[0].evidence))
+        return result
 
     def notes(self) -> list[str]:
-        """What matched nothing, with what came closest, and layers that lack a role."""
+        """Return the patterns that matched nothing, with what came closest, and the layers that lack a role."""
         return [*(str(error) for error in self._notes), *self._remarks]
 
     def __repr__(self) -> str:
@@ -331,7 +335,7 @@ class Selection(AsTarget):
         return Html(tag("div", title, 1_000) + body + bullets(map(lines, self.notes())))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: the model's class, how the selection was made, its places, and what matched nothing."""
+        """Return plain values: the model's class, how the selection was made, its places, and what matched nothing."""
         return {
             "model": self._places.model,
             "method": self._method,
@@ -345,7 +349,7 @@ class Selection(AsTarget):
 
 
 def _count(value: Any) -> int:
-    """A number of sites (GC073)."""
+    """Return the value if it is a valid number of sites, otherwise raise GC073."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     shown = value if isinstance(value, int) and not isinstance(value, bool) else kind_of(value)

@@ -1,4 +1,4 @@
-"""Every site of one Program, as candidates for targets."""
+"""The table of all sites of one Program, as candidates for targets."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from graftc.specs.roles import widen
 
 @dataclass(eq=False)
 class BlockedSite(Site):
-    """A place that a target may name and no method can adapt.
+    """A place that a target may name but no method can adapt.
 
     Attributes:
-        reason: why.
-        unused: no output needs it.
+        reason: the reason why no method can adapt it.
+        unused: whether no output needs it.
     """
 
     reason: str = ""
@@ -54,7 +54,7 @@ class BlockedSite(Site):
 
 @dataclass(frozen=True)
 class _Weight:
-    """One stored weight under the name that its module has for it, and all its uses there."""
+    """One stored weight under its module's name for it, with all its uses there."""
 
     module: str
     name: str
@@ -64,20 +64,20 @@ class _Weight:
 class SiteTable:
     """All sites of one Program.
 
-    A stored weight is one candidate however often it is used, or one per role where roles own some of its rows only.
+    A stored weight is one candidate however often it is used, or one per role if roles own only some of its rows.
 
     Args:
         program: the base as captured, canonicalised.
         store: its tensors.
         structure: the roles found in it.
         modules: the source model's modules by path, to tell a wrong name from a module that no output needs.
-        token_embeddings: where it looks tokens up.
+        token_embeddings: the places where it looks tokens up.
 
     Attributes:
         entries: the sites of each candidate: one per use of its tensor.
-        candidates: what targets select from; a candidate's key is its position in `entries`.
+        candidates: the places that targets select from; a candidate's key is its index in `entries`.
         weights: stored weights with their uses, by module and parameter name.
-        token_embeddings: where the model looks tokens up.
+        token_embeddings: the places where the model looks tokens up.
     """
 
     def __init__(
@@ -130,8 +130,10 @@ class SiteTable:
         return read
 
     def _owner(self, use: Use) -> tuple[str, str]:
-        """Module and parameter name: the calling module's own name for the tensor, or the first one of all. A module
-        that is registered under several paths goes by the first."""
+        """Return module and parameter name: the calling module's own name for the tensor, or the first name.
+
+        A module that is registered under several paths is named by the first.
+        """
         calling = str(use.node.meta["module"])
         names = [use.weight.tensor, *self.store.tied(use.weight.tensor)]
         chosen = next((n for n in names if n.rpartition(".")[0] == calling), names[0])
@@ -141,7 +143,7 @@ class SiteTable:
         return module, name
 
     def _weight(self, weight: _Weight) -> None:
-        """The whole weight, where a use reads all of it, and the rows that roles own."""
+        """Add the sites of the whole weight, if a use reads all of it, and of the rows that roles own."""
         findings = [f for use in weight.uses for f in self._by_node.get(use.node, ())]
         spans: dict[WeightSlice, list[Finding]] = {}
         whole = weight.uses[0].weight.at(None)
@@ -149,21 +151,23 @@ class SiteTable:
             spans[whole] = []
         for finding in findings:
             spans.setdefault(whole.at(finding.rows), []).append(finding)
-        for use in weight.uses:  # rows that no role owns and no whole covers are reached by name
+        for use in weight.uses:  # rows that no role owns and no whole weight covers are selected by name
             if whole not in spans and not any(own.overlaps(use.weight) for own in spans):
                 spans.setdefault(use.weight, [])
         parts: set[str] = set()
-        for own, found in spans.items():
-            part = "" if own.whole else _unique(found[0].role.rpartition(".")[2] if found else "rows", parts)
-            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), own, found)
+        for own, owners in spans.items():
+            part = "" if own.whole else _unique(owners[0].role.rpartition(".")[2] if owners else "rows", parts)
+            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), own, owners)
             if sites:
                 self._add(sites, part=not own.whole and whole in spans)
 
     def linear_sites(
         self, key: SiteKey, own: WeightSlice, found: Sequence[Finding] = (), like: Site | None = None
     ) -> list[Site]:
-        """The sites of some rows of a weight, one per use that reads all of those rows. A use that reads the tensor the
-        other way round than the first has other rows, and is another reader."""
+        """Return the sites of some rows of a weight, one per use that reads all of those rows.
+
+        A use that reads the tensor in another layout than the first one has other rows, and counts as another reader.
+        """
         weight = self.weights.get((key.module, key.name))
         alike = [u for u in weight.uses if u.weight.layout is weight.uses[0].weight.layout] if weight else []
         uses = [u for u in alike if u.weight.covers(own)]
@@ -175,19 +179,24 @@ class SiteTable:
         return [site_of(use, replace(key, use=index), own, roles, layer, stack) for index, use in enumerate(uses)]
 
     def readers(self, site: LinearSite) -> list[Site]:
-        """Sites at all that reads the rows of a site of another Program here, whatever module calls it: what changes
-        the tensor itself is everywhere."""
+        """Return a site for every use here that reads the rows of a site of another Program, in any module.
+
+        Changes of the tensor itself affect all of these.
+        """
         uses = [use for weight in self.weights.values() for use in weight.uses if use.weight.tensor == site.own.tensor]
         alike = [use for use in uses if use.weight.layout is site.use.weight.layout and use.weight.covers(site.own)]
         where = site.roles, site.layer, site.stack
         return [site_of(use, replace(site.key, use=at), site.own, *where) for at, use in enumerate(alike)]
 
     def reads(self, tensor: str) -> bool:
-        """Whether the Program reads a tensor of the Store."""
+        """Return whether the Program reads a tensor of the Store."""
         return tensor in self._attributes
 
     def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
-        """What else reads the rows of these sites of one weight, so that folding into it would change that too."""
+        """Return another reader of the rows that these sites of one weight adapt; None if there is none.
+
+        Folding into the weight would change the result of that reader as well.
+        """
         adapted = {site.use.node for site in sites}
         own = sites[0].own
         name = own.tensor
@@ -232,7 +241,7 @@ class SiteTable:
         for finding in self.structure.findings:
             if finding.kind == SiteKind.NORM and finding.parameter is not None:
                 norms[finding.parameter].append(finding)
-        for tensor, found in norms.items():
+        for tensor, findings in norms.items():
             module, _, name = tensor.rpartition(".")
             bias = f"{module}.bias".lstrip(".")
             shift = bias if bias != tensor and bias in self._attributes else None
@@ -246,13 +255,15 @@ class SiteTable:
                         weight=tensor,
                         bias=shift,
                     )
-                    for index, finding in enumerate(found)
+                    for index, finding in enumerate(findings)
                 ]
             )
 
     def _sublayers(self) -> None:
-        """Sublayers that end in the same weight are uses of one place; others of their roles in a layer are told apart
-        by number."""
+        """Add the sites of sublayers.
+
+        Sublayers that end in the same weight are uses of one place; others with the same roles in a layer are numbered.
+        """
         places: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
         for sublayer in self.structure.sublayers:
             if not sublayer.roles:
@@ -269,12 +280,15 @@ class SiteTable:
                 self._add(sites)
 
     def _values(self) -> None:
-        """What every layer reads, and what it gives. Runs of one layer are uses of one place."""
+        """Add the input and the output of every layer; runs of one layer are uses of one place."""
         for sites in value_sites(self.program.graph, self.structure, _end):
             self._add(sites)
 
     def _token_embeddings(self, found: Sequence[TokenEmbeddings]) -> None:
-        """The token embeddings of every sequence. Without a prefix the role means the first one's, an encoder's."""
+        """Add the token embeddings of every sequence.
+
+        Without a prefix, the role means those of the first sequence, an encoder's.
+        """
         for own in found:
             key = SiteKey(own.module, own.role)
             named = {own.role} if own.role.startswith("decoder.") else None
@@ -287,7 +301,7 @@ class SiteTable:
         self._add([site])
 
     def _other_modules(self) -> None:
-        """Weights without a site are candidates too, so that naming one says what is wrong."""
+        """Add weights without a site as blocked candidates, so that naming one shows the reason."""
         present = {candidate.module for candidate in self.candidates}
         for path, module in self.modules.items():
             weight = packed_types(module).get("weight", module._parameters.get("weight"))
@@ -316,7 +330,7 @@ class SiteTable:
         )
 
     def missing(self, spot: tuple[str, int] | None) -> list[str]:
-        """What was left without a role in a layer (its stack and number), or in the whole model, and why."""
+        """Return what was left without a role in a layer (its stack and number), or in the whole model, and why."""
         return [
             f"{entry.module}: {entry.reason}"
             for entry in self.structure.unresolved
@@ -324,25 +338,25 @@ class SiteTable:
         ]
 
     def same(self, site: Site) -> list[Site]:
-        """The sites here at the place of a site of another Program; empty where the place is not read here."""
+        """Return the sites here at the place of a site of another Program; empty if the place is not read here."""
         if isinstance(site, LinearSite):
-            # Adaptations that stack on a place share its sites: these know what stands there so far.
+            # Adaptations that stack on a place share its sites, which record what has been inserted so far.
             spot = site.key.place, site.own
             if spot not in self._same:
                 self._same[spot] = self.linear_sites(*spot, like=site)
             return self._same[spot]
         key, shared = site.key, isinstance(site, SublayerSite | ValueSite)
-        here = (s for sites in self.entries for s in sites if type(s) is type(site))
-        found = [s for s in here if (s.key.place == key.place if shared else s.key == key)]
-        if isinstance(site, AttentionSite):  # where keys come from a cache, the graph does not show what gives them
-            return [replace(s, keys=site.keys, values=site.values) for s in found if isinstance(s, AttentionSite)]
-        return found
+        alike = (s for sites in self.entries for s in sites if type(s) is type(site))
+        matching = [s for s in alike if (s.key.place == key.place if shared else s.key == key)]
+        if isinstance(site, AttentionSite):  # if keys come from a cache, the graph does not show their source
+            return [replace(s, keys=site.keys, values=site.values) for s in matching if isinstance(s, AttentionSite)]
+        return matching
 
 
 def site_of(
     use: Use, key: SiteKey, own: WeightSlice, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
 ) -> LinearSite:
-    """The typed site of some rows of a use."""
+    """Return the typed site of some rows of a use."""
     cls, kind = LinearSite, SiteKind.LINEAR
     if isinstance(use, Experts):
         cls, kind = ExpertsSite, SiteKind.EXPERTS
@@ -370,13 +384,13 @@ def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> Sublay
 
 
 def _end(sublayer: Sublayer) -> str | fx.Node:
-    """The weight that a branch ends in, or its sum where several meet: what two runs of one sublayer share."""
+    """Return the weight that a branch ends in, or its sum if several meet; two runs of one sublayer share it."""
     last = _last_map(sublayer.projection)
     return last.weight.tensor if last is not None else sublayer.sum
 
 
 def _last_map(projection: fx.Node) -> Use | None:
-    """The linear map that a branch ends in; None where several meet."""
+    """Return the linear map that a branch ends in; None if several meet."""
     node = projection
     while (use := linear_use(node)) is None:
         sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
@@ -403,7 +417,7 @@ def _unique(word: str, taken: set[str]) -> str:
 
 
 def _readers(node: fx.Node | None) -> Iterator[fx.Node]:
-    """What reads a stored tensor, through views of it."""
+    """Yield the nodes that read a stored tensor, directly or through views of it."""
     for user in node.users if node is not None else ():
         if only_moves(user) and user.args[0] is node:
             yield from _readers(user)

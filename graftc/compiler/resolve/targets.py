@@ -1,4 +1,4 @@
-"""From places to a target that selects exactly these: forms are tried, and the resolver says which one does."""
+"""Targets that select exactly some given places: several forms are tried, and the resolver decides which one does."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Keys = frozenset[Hashable]
 
 
 def kinds_of(method: object) -> frozenset[SiteKind]:
-    """The kinds of site that a method takes.
+    """Return the kinds of site that a method takes.
 
     Raises:
-        GraftError: GC004 for a method that is unknown.
+        GraftError: GC004 if the method is unknown.
     """
     entry = method_specs().get(method) if isinstance(method, str) else None
     if entry is None:
@@ -40,19 +40,21 @@ def kinds_of(method: object) -> frozenset[SiteKind]:
 
 
 def exact_target(places: Selectable, keys: Keys, written: Target | None, method: str | None) -> Target:
-    """A target that selects exactly some places of a model, which the resolver is asked about. It states their number
-    (``expect``), so that another method or model that would have others is an error.
+    """Return a target that selects exactly some places of a model, as verified by the resolver.
+
+    The target states the number of places (``expect``), so that it raises an error for another method or model that
+    has a different number of them.
 
     Args:
         places: all places of the model.
-        keys: those that are meant.
-        written: fields that the user wrote for them, which go before anything else; None where there are none.
-        method: the method that the target is for; None for whichever takes such sites.
+        keys: keys of the places to select.
+        written: fields that the user wrote for them, which take precedence; None if there are none.
+        method: the method that the target is for; None for any method that takes such sites.
 
     Raises:
-        GraftError: GC004 for an unknown method; GC014 where ``keys`` is empty; GC016 for sites that the method does not
-            take; GC017 and GC023 for a place that no method can adapt; GC093 where no target selects exactly these; of
-            ``written``, as `graftc.compiler.resolve.select.select`.
+        GraftError: GC004 for an unknown method; GC014 if ``keys`` is empty; GC016 for sites that the method does not
+            take; GC017 and GC023 for a place that no method can adapt; GC093 if no target selects exactly these places;
+            errors of ``written`` as for `graftc.compiler.resolve.select.select`.
     """
     if not keys:
         raise GraftError("GC014", "the selection is empty", hint="print it: it says what came closest")
@@ -71,54 +73,54 @@ def exact_target(places: Selectable, keys: Keys, written: Target | None, method:
             return target
     others = {e.claims.sites for e in method_specs().values() if present <= e.claims.sites} - {kinds}
     wider = [sites for sites in others if method is None]
-    found: Target | None = None
+    first_exact: Target | None = None
     misses: list[str] = []
     for fields in _forms(chosen, [c for c in places.candidates if c.kind in kinds]):
         try:
             target = Target(**fields, expect=len(keys))
             miss = _miss(places, target, kinds, keys)
-        except GraftError as error:  # of a name that no pattern can hold
+        except GraftError as error:  # for a name that no pattern can contain
             miss = error.message
         if miss is not None:
             misses.append(f"{_said(fields)}: {miss}")
             continue
-        found = found or target
+        first_exact = first_exact or target
         if all(_miss(places, target, sites, keys) is None for sites in wider):
             return target
-    if found is None:
+    if first_exact is None:
         message = f"no target selects exactly these {counted(len(keys))}"
         hint = "split the selection, by role for example, and write an adaptation for each part"
         raise GraftError("GC093", message, hint=hint, details=misses)
-    return found
+    return first_exact
 
 
 def _miss(places: Selectable, target: Target, kinds: Collection[SiteKind], keys: Keys) -> str | None:
-    """Why the resolver would not select exactly these places; None where it would."""
+    """Return the reason why the resolver would not select exactly these places; None if it would."""
     try:
-        found = meant(target, places.candidates, kinds=kinds, missing=places.missing)
+        result = meant(target, places.candidates, kinds=kinds, missing=places.missing)
     except GraftError as error:
         return error.message
-    got = frozenset(c.key for c in found.chosen)
+    got = frozenset(c.key for c in result.chosen)
     if got != keys:
         return _difference(places, keys, got)
-    return found.faults[0].message if found.faults else None
+    return result.faults[0].message if result.faults else None
 
 
 @dataclass(frozen=True)
 class _Cover:
-    """Roles that stand for some places within a part of the model."""
+    """Roles that represent some places within a part of the model."""
 
     chosen: Sequence[Candidate]
     pool: Sequence[Candidate]
 
     def roles(self, inside: Callable[[Candidate], bool]) -> list[str] | None:
-        """The fewest roles that have all of the places and no other one inside; None where there are none."""
+        """Return few roles, chosen greedily, that have all places and no other one inside; None if none do."""
         keys = {c.key for c in self.chosen}
         hits: dict[str, set[Hashable]] = {role: set() for c in self.chosen for role in sorted(c.roles)}
         for c in filter(inside, self.pool):
             for role in c.roles & hits.keys():
                 hits[role].add(c.key)
-        exact = {role: found for role, found in hits.items() if found <= keys}
+        exact = {role: hit for role, hit in hits.items() if hit <= keys}
         roles: list[str] = []
         left = set(keys)
         while left:
@@ -131,7 +133,7 @@ class _Cover:
 
 
 def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
-    """Ways to write some places, the most telling first. None is known to be right."""
+    """Yield ways to write some places, the most descriptive first; none of them has been checked."""
     cover = _Cover(chosen, pool)
     if roles := cover.roles(lambda c: True):
         yield {"role": _one(roles)}
@@ -146,7 +148,7 @@ def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[d
 
 
 def _named(paths: Sequence[str], chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> dict[str, Any]:
-    """Paths as globs, equal layers together; as regular expressions where a name has what globs give a meaning."""
+    """Return paths as globs that combine equal layers, or as regular expressions if a name has glob characters."""
     if any(mark in path for path in paths for mark in "*{},"):
         return {"regex": _one([re.escape(path) for path in paths])}
     deep = depths(pool)
@@ -156,12 +158,14 @@ def _named(paths: Sequence[str], chosen: Sequence[Candidate], pool: Sequence[Can
         layered = c.layer is not None and f"{path}.".startswith(f"{number}.")
         key = (c.stack, path[len(number) :], "") if layered else ("", "", path)
         groups.setdefault(key, {})[c.layer or 0] = path
-    found: list[str] = []
-    for (stack, rest, alone), own in groups.items():
-        numbers = "*" if len(own) == deep.get(stack) else "{" + ",".join(map(str, sorted(own))) + "}"
+    patterns: list[str] = []
+    for (stack, rest, alone), by_layer in groups.items():
+        numbers = "*" if len(by_layer) == deep.get(stack) else "{" + ",".join(map(str, sorted(by_layer))) + "}"
         pattern = f"{stack}.{numbers}{rest}".lstrip(".")
-        found += [alone] if alone else [pattern] if len(own) > 1 and len(pattern) <= TEXT else list(own.values())
-    return {"modules": _one(found)}
+        patterns += (
+            [alone] if alone else [pattern] if len(by_layer) > 1 and len(pattern) <= TEXT else list(by_layer.values())
+        )
+    return {"modules": _one(patterns)}
 
 
 def _one(items: Sequence[Any]) -> Any:
@@ -169,7 +173,7 @@ def _one(items: Sequence[Any]) -> Any:
 
 
 def _said(fields: dict[str, Any]) -> str:
-    """The fields of a target as they may stand in a spec, shortened."""
+    """Return the fields of a target as they may appear in a spec, shortened."""
     return one_line(
         ", ".join(
             f"{name}: {write_items(tuple(value) if isinstance(value, list) else value)}"
@@ -179,18 +183,18 @@ def _said(fields: dict[str, Any]) -> str:
 
 
 def _difference(places: Selectable, keys: Keys, got: Keys) -> str:
-    """What is in one of two sets of places and not in the other."""
+    """Return a description of what is in one of two sets of places and not in the other."""
     parts = []
-    for what, own in (("also selects", got - keys), ("leaves out", keys - got)):
-        names = [one_line(p.name) for key, p in places.places.items() if key in own]
+    for what, only in (("also selects", got - keys), ("leaves out", keys - got)):
+        names = [one_line(p.name) for key, p in places.places.items() if key in only]
         parts += [f"{what} {some(names, _SHOWN)}"] if names else []
     return "; ".join(parts)
 
 
 def _not_taken(chosen: Sequence[Candidate], kinds: Collection[SiteKind], method: str) -> GraftError:
     counts = Counter(str(c.kind) for c in chosen if c.kind not in kinds)
-    found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    unwanted = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     *most, last = sorted(map(str, kinds))
     wanted = f"{', '.join(most)} and {last}" if most else last
     hint = f"graftc.select(model, method={method!r}) selects only what {method} takes"
-    return GraftError("GC016", f"the selection has {found} sites, but {method} takes {wanted} sites", hint=hint)
+    return GraftError("GC016", f"the selection has {unwanted} sites, but {method} takes {wanted} sites", hint=hint)

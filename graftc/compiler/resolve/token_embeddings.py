@@ -1,4 +1,4 @@
-"""Where a model looks its tokens up, and where it takes their vectors instead."""
+"""The places where a model looks its tokens up, and the inputs that take their vectors instead."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TokenEmbeddings:
     Attributes:
         ids: the input with the token ids.
         embeds: the input that takes their vectors instead.
-        role: ``embed.token``, with its stack where there are two.
+        role: ``embed.token``, prefixed with its stack if there are two.
         module: path of the module that looks them up.
-        node: their value.
+        node: the node with their value.
     """
 
     ids: str
@@ -34,11 +34,11 @@ class TokenEmbeddings:
 
 
 def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings]:
-    """Where a Program looks tokens up, for each of its sequences; none where the model takes no vectors instead."""
+    """Return the token lookups of a Program, one per sequence that the model also takes as vectors."""
     pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     known = parameters(model)
     inputs = {str(node.target): node for node in program.placeholders()}
-    found = []
+    lookups = []
     for ids, embeds in _INPUTS.items():
         if ids not in inputs or embeds not in known:
             continue
@@ -48,12 +48,12 @@ def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings
         node = _value(program.graph, paths, inputs[ids])
         if node is not None:
             role = f"{stack}.embed.token".lstrip(".")
-            found.append(TokenEmbeddings(ids, embeds, role, str(node.meta["module"]), node))
-    return found
+            lookups.append(TokenEmbeddings(ids, embeds, role, str(node.meta["module"]), node))
+    return lookups
 
 
 def _looking_up(model: nn.Module, stack: str) -> object:
-    """The module that looks tokens up, by the convention of transformers; None where a model does not follow it."""
+    """Return the module that looks tokens up, by the convention of transformers; None if a model does not follow it."""
     owner: Any = model
     try:
         if stack:
@@ -64,13 +64,13 @@ def _looking_up(model: nn.Module, stack: str) -> object:
 
 
 def _value(graph: fx.Graph, paths: Sequence[str], ids: fx.Node) -> fx.Node | None:
-    """The last value that a module computes from some ids."""
+    """Return the last value that a module computes from some ids; None if there is none."""
     below: set[fx.Node] = {ids}
-    found = None
+    last = None
     for node in graph.nodes:
         if node.op == "call_function" and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
             path = str(node.meta.get("module", ""))
             if any(path == own or path.startswith(f"{own}.") for own in paths):
-                found = node
-    return found
+                last = node
+    return last

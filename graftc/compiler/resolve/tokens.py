@@ -1,4 +1,4 @@
-"""Tokens to add: a source model with room for them, and the sites where their rows are read."""
+"""Added tokens: a source model with room for their rows, and the sites where these rows are read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ TOKENS = OWNERS["tokens"]
 
 
 def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
-    """``model`` itself where its table has the rows; else a copy with a longer table and head, which shares all other
-    storage. New rows start at the mean of the others. The model is not changed.
+    """Return ``model`` itself if its table has the rows, otherwise a copy with a longer table and head.
+
+    The copy shares all other storage. New rows start at the mean of the existing ones. The model is not changed.
 
     Raises:
-        GraftError: GC018 for a model whose table cannot be told or resized.
+        GraftError: GC018 if the model's table cannot be determined or resized, or if the first new id would leave a
+            gap.
     """
     table = _table(model)
     entries = table.shape[0]
@@ -56,13 +58,13 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
 def token_sites(
     model: nn.Module, store: Store, table: SiteTable, tokens: Tokens
 ) -> list[tuple[WeightSlice, list[LinearSite]]]:
-    """The new rows of every tensor that holds them, and everything that reads it in one Program.
+    """Return the new rows of every tensor that contains them, each with all its readers in one Program.
 
     Raises:
-        GraftError: GC018 where a tensor is read in a way that new rows cannot be put into, GC031 where the Program
-            does not look up the table.
+        GraftError: GC018 if a tensor is read in a way that new rows cannot be inserted into, GC031 if the Program does
+            not look up the table.
     """
-    found: list[tuple[WeightSlice, list[LinearSite]]] = []
+    tables: list[tuple[WeightSlice, list[LinearSite]]] = []
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), store.canonical(name))
@@ -84,8 +86,8 @@ def token_sites(
                 hint="call the model with token ids",
             )
         if sites:
-            found.append((rows, sites))
-    return found
+            tables.append((rows, sites))
+    return tables
 
 
 _PLACE = Place(path="tokens")

@@ -1,4 +1,4 @@
-"""The ``train:`` list of a spec: parameters of the base that train as they are, through copies in their place."""
+"""The ``train:`` list of a spec: parameters of the base that train directly, through copies in their place."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TRAIN = OWNERS["train"]
 
 
 def train_sites(table: SiteTable, spec: Spec) -> list[ParameterSite]:
-    """The parameters of the modules that ``train:`` names, as sites.
+    """Return the parameters of the modules that ``train:`` names, as sites.
 
     Raises:
-        GraftError: GC011 for a pattern that matches no module, GC022 for a tensor that is tied to one which does not
+        GraftError: GC011 for a pattern that matches no module, GC022 for a tensor that is tied to one that does not
             train, GC023 for one that no output needs.
     """
     if not spec.train:
@@ -40,12 +40,12 @@ def train_sites(table: SiteTable, spec: Spec) -> list[ParameterSite]:
 
 
 def train_sites_again(table: SiteTable, main: Sequence[ParameterSite], *, every: bool = True) -> list[ParameterSite]:
-    """The parameters that another Program trains, in this one.
+    """Return the parameters that another Program trains, as sites of this one.
 
     Args:
-        table: the sites of this one.
-        main: what the other one trains.
-        every: all have to be here; otherwise those that are not are left out.
+        table: the sites of this Program.
+        main: the parameters that the other Program trains.
+        every: if true, all of them have to be read here; otherwise those that are not are left out.
 
     Raises:
         GraftError: GC031 naming a parameter that this Program does not read.
@@ -57,27 +57,27 @@ def train_sites_again(table: SiteTable, main: Sequence[ParameterSite], *, every:
 
 
 def insert_train(build: Builder, sites: Sequence[ParameterSite]) -> None:
-    """Let copies of the parameters train in their place."""
+    """Insert copies of the parameters, which train in their place."""
     for site in sites:
         with build.on(site):
             build.overlay(site.tensor)
 
 
 def _parameters(table: SiteTable, path: str, trained: Collection[str]) -> list[ParameterSite]:
-    """The parameters of a module, those that it shares with others under one name."""
-    found: list[ParameterSite] = []
+    """Return the parameters of a module; those that it shares with others have one name."""
+    sites: list[ParameterSite] = []
     where, store = Place(path="train"), table.store
     names = (name for name, _ in table.modules[path].named_parameters(path, remove_duplicate=False))
-    for held in dict.fromkeys(store.weight_of.get(name, name) for name in names):
-        others = [other for other in store.tied(held) if not any(other.startswith(f"{each}.") for each in trained)]
+    for stored in dict.fromkeys(store.weight_of.get(name, name) for name in names):
+        others = [other for other in store.tied(stored) if not any(other.startswith(f"{each}.") for each in trained)]
         if others:
             raise GraftError(
                 "GC022",
-                f"{path} would train {held}, which is tied to {', '.join(others)}",
+                f"{path} would train {stored}, which is tied to {', '.join(others)}",
                 place=where,
                 hint="train both, or give the module its own with untie:",
             )
-        name = store.canonical(held)
+        name = store.canonical(stored)
         if not table.reads(name):
             raise GraftError(
                 "GC023",
@@ -88,5 +88,5 @@ def _parameters(table: SiteTable, path: str, trained: Collection[str]) -> list[P
         module, _, last = name.rpartition(".")
         layer, stack = place(module)
         key = SiteKey(module, last)
-        found.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
-    return found
+        sites.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
+    return sites

@@ -1,4 +1,4 @@
-"""Which layers that call one function are to be adapted alike."""
+"""Grouping of the layers that call one function by how they are adapted."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Groups = Mapping[str, Sequence[Sequence[str]]]
 
 
 class TreatedUnlikeError(UnlikeBodyError):
-    """Some calls of a body are to be adapted in another way than the body.
+    """Raised when some calls of a body are to be adapted differently from the body.
 
     Attributes:
-        groups: which are alike.
+        groups: the layers that are adapted alike, by body.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -28,7 +28,7 @@ class TreatedUnlikeError(UnlikeBodyError):
 
 
 def treated_alike(resolved: Sequence[Resolved], found: Sequence[FunctionCall]) -> dict[str, list[list[str]]]:
-    """The calls of each body by what the adaptations are to do there: first those that are to have what the body has.
+    """Group the calls of each body by what adaptations do there; the group of the body itself comes first.
 
     Args:
         resolved: the adaptations with their sites.

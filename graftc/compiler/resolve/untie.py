@@ -20,11 +20,12 @@ from graftc.specs.patterns import modules_by_glob
 
 
 def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType({})) -> Any:
-    """A copy of ``model`` with handles of its own on the same storage: rebinding one does not reach the source.
+    """Return a copy of ``model`` with its own handles on the same storage; rebinding one does not affect the source.
 
     Args:
-        model: is not changed.
-        instead: what the copy has in the place of objects in it, by their ids. Modules there are not looked into.
+        model: the model to copy, which is not changed.
+        instead: replacements in the copy for objects of the model, by the ids of these objects. Modules among them are
+            not inspected.
     """
     with source_lock():
         tensors = (
@@ -44,10 +45,10 @@ def _handle(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | None = None) -> nn.Module:
-    """A copy of ``model`` in which the modules that ``patterns`` name have tensors of their own.
+    """Return a copy of ``model`` in which the modules that ``patterns`` name have tensors of their own.
 
-    Storage is shared until something is folded, so untying costs no memory. A transformers config says afterwards that
-    embeddings are not tied, so that a merged model stays as it is.
+    Storage is shared until something is folded, so untying costs no memory. A transformers config is set to say that
+    embeddings are not tied, so that a merged model stays untied.
 
     Args:
         model: the source, which is not changed.
@@ -80,20 +81,23 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
 
 @torch.no_grad()
 def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | None) -> None:
-    """Some classes scale what goes into a tied head, and ask their config whether it is."""
+    """Raise GC028 if the untied copy computes something else than the model.
+
+    Some classes scale the input of a tied head, and consult their config for whether it is tied.
+    """
     device = device_of(model)
     if device.type == "meta":
         return
     chosen = list(axes) if axes is not None else default_axes(model)
     inputs = {axis.name: axis.example(device) for axis in chosen}
-    found = []
+    outputs = []
     for each in (model, other):
         training = each.training
         try:
-            found.append(pytree.tree_leaves(each.eval()(**inputs)))
+            outputs.append(pytree.tree_leaves(each.eval()(**inputs)))
         finally:
             each.train(training)
-    pairs = [(a, b) for a, b in zip(*found, strict=True) if isinstance(a, torch.Tensor)]
+    pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, torch.Tensor)]
     if not all(torch.equal(a, b) for a, b in pairs):
         raise GraftError(
             "GC028",
@@ -104,14 +108,14 @@ def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | N
 
 
 def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
-    """Give a module's parameters handles of their own where others have them too; whether any did."""
+    """Give a module's parameters their own handles if they are shared with other modules; return whether any was."""
     outside = {
         id(p) for name, p in root.named_parameters(remove_duplicate=False) if not f"{name}.".startswith(f"{path}.")
     }
-    found = False
+    changed = False
     for inner in module.modules():
         for name, parameter in inner._parameters.items():
             if parameter is not None and id(parameter) in outside:
                 inner._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-                found = True
-    return found
+                changed = True
+    return changed

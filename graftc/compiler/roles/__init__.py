@@ -1,1 +1,1 @@
-"""What the parts of a graph do, read off its data flow. Knows no spec and no names."""
+"""Detection of what the parts of a graph do, from its data flow alone, independent of specs and names."""

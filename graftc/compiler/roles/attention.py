@@ -1,4 +1,4 @@
-"""Attention projections, and which attentions look across to another stream."""
+"""Attention projections, and detection of attentions whose keys come from another stream."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_attentions(labels: Labels) -> None:
 
 
 def _pools_stream(labels: Labels, attention: Attention) -> bool:
-    """A constant query without a projection over values of the stream itself weighs layers, not projections."""
+    """Return whether an attention weighs layers by a constant query without projections, and report it if so."""
     if labels.flow.is_data(attention.query) or labels.linear_columns(attention.query):
         return False
     if all(n in labels.flow.linears for n in labels.nearest(attention.key)):
@@ -44,15 +44,15 @@ def _pools_stream(labels: Labels, attention: Attention) -> bool:
 
 
 def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.Node) -> None:
-    found = labels.linear_columns(operand)
-    for node, columns in found.items():
+    projections = labels.linear_columns(operand)
+    for node, columns in projections.items():
         linear = labels.flow.linears[node]
         if linear.experts:
             labels.fail(node, f"a 3-D weight, reaches {letter} of {attention.name}")
             continue
         evidence = f"{letter}: reaches {attention.name}{labels.journey(operand)}"
         labels.linear(f"attn.{letter}", linear, columns, evidence, attention=attention.node)
-    if found:
+    if projections:
         return
     nearest = labels.nearest(operand)
     if not labels.flow.is_data(operand) and not nearest:
@@ -78,7 +78,7 @@ def _output(labels: Labels, attention: Attention) -> None:
 
 
 def _low_rank(labels: Labels, attention: Attention) -> None:
-    """Stages before the projections: linear maps whose columns the projections read."""
+    """Label the stages before the projections: linear maps whose columns the projections read."""
     queries = _stages(labels, (attention.query,))
     keys = _stages(labels, (attention.key, attention.value))
     for role, stages in (("lowrank.q", queries), ("lowrank.kv", keys)):
@@ -92,7 +92,7 @@ def _low_rank(labels: Labels, attention: Attention) -> None:
 
 
 def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tensor]:
-    found: dict[fx.Node, Tensor] = {}
+    stages: dict[fx.Node, Tensor] = {}
     for operand in operands:
         for node in labels.linear_columns(operand):
             for first, columns in labels.linear_columns(labels.flow.linears[node].input).items():
@@ -101,13 +101,17 @@ def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tens
                 if labels.flow.linears[first].mixes:
                     labels.fail(first, f"a convolution over positions before {labels.short(node)}")
                 else:
-                    both = [found[first], columns] if first in found else [columns]
-                    found[first] = torch.unique(torch.cat(both))
-    return found
+                    both = [stages[first], columns] if first in stages else [columns]
+                    stages[first] = torch.unique(torch.cat(both))
+    return stages
 
 
 def _find_crosses(labels: Labels) -> None:
-    """Cross-attention: keys come from a stream that is not the queries' own and that reads nothing of that one."""
+    """Record the cross-attentions and, if there are any, the nodes of the encoder.
+
+    The keys of a cross-attention come from a stream that is not the queries' own and that does not read the queries'
+    stream.
+    """
     lines = _Lines(labels)
     first: Attention | None = None
     for attention in labels.flow.attentions.values():
@@ -126,7 +130,7 @@ def _find_crosses(labels: Labels) -> None:
 
 
 class _Lines:
-    """Residual streams: all adds on one stream, and what the stream starts from, are one line."""
+    """Residual streams as lines: all adds on one stream, and what the stream starts from, form one line."""
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
@@ -137,10 +141,10 @@ class _Lines:
                 self._join(own, labels.columns.number[source])
 
     def of(self, node: fx.Node) -> set[int]:
-        """Lines that ``node`` is read from, through any number of weights."""
+        """Return the lines that ``node`` is computed from, through any number of weights."""
         labels = self.labels
         roots = {*labels.flow.embeddings, *(n for n in labels.columns.sources if n.op == "placeholder")}
-        found: set[int] = set()
+        lines: set[int] = set()
         pending, seen = labels.nearest(node), set()
         while pending:
             source = pending.pop()
@@ -153,11 +157,11 @@ class _Lines:
                 above = [attention.query] if attention else source.all_input_nodes
                 pending += [n for operand in above for n in labels.nearest(operand)]
             else:
-                found.add(self._root(number))
-        return found
+                lines.add(self._root(number))
+        return lines
 
     def depends(self, line: int, other: int) -> bool:
-        """Whether a branch of one line reads what the other line starts from."""
+        """Return whether a branch of one line reads what the other line starts from."""
         flow, sources = self.labels.flow, self.labels.columns.sources
         members = [(self._root(number), sources[number]) for number in self._parent]
         starts = sum(1 << flow.at[n] for root, n in members if root == other and n not in flow.residuals)
@@ -175,19 +179,21 @@ class _Lines:
 
 
 def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
-    """What each head's keys and values are made of, where every position has the same columns."""
-    found = {}
+    """Return the columns of each head's keys and values, for attentions whose positions all have the same columns."""
+    heads = {}
     for node, attention in labels.flow.attentions.items():
         keys, values = (_headed(labels, attention, operand) for operand in (attention.key, attention.value))
         if keys is not None and values is not None:
             operands = AttentionOperands(attention.query, keys[0], values[0])
-            found[node] = Heads(keys[1], values[1], operands)
-    return found
+            heads[node] = Heads(keys[1], values[1], operands)
+    return heads
 
 
 def _headed(labels: Labels, attention: Attention, operand: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """The value ``[rows, heads, keys, width]`` that an operand is a view of (itself, where the call is fused), and each
-    head's columns of it."""
+    """Return the value ``[rows, heads, keys, width]`` that an operand is a view of, and each head's columns of it.
+
+    For a fused call, that value is the operand itself.
+    """
     if not attention.written_out:
         columns = _columns(labels, operand)
         return None if columns is None else (operand, columns)
@@ -214,7 +220,7 @@ def _columns(labels: Labels, operand: fx.Node) -> Tensor | None:
 
 
 def _behind_a_past(index: Tensor) -> Tensor | None:
-    """The tokens of the call stand behind those of its past."""
+    """Return each head's columns, taken from the tokens of the call alone, which follow those of its past."""
     return _of_heads(index[:, :, (index >= 0).any(dim=3).any(dim=1).any(dim=0)])
 
 

@@ -1,10 +1,10 @@
-"""Column indices: which output columns of which source every value of a graph is made of.
+"""Column indices: the sources, and the output columns of each, that every value of a graph consists of.
 
 The graph is run on small ``int64`` tensors. A source (a linear map, an embedding, an attention, a residual add)
-gives ``source << 32 | column``; shape operators run for real on those numbers, so heads may be split, interleaved,
-repeated or permuted in any way; elementwise operators pass their first tracked operand; normalisations pass through;
-statistics are untracked. What reaches a value is kept as a bit set of sources, the nearest ones only.
-What layers that are alike do with their columns is found out once (`patterns`).
+produces ``source << 32 | column``; shape operators actually run on those numbers, so heads may be split, interleaved,
+repeated or permuted in any way; elementwise operators pass on their first tracked operand; normalisations pass columns
+through; statistics are untracked. Only the nearest sources that reach a value are recorded, as a bit set. What similar
+layers do with their columns is computed once (`patterns`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from graftc.passes.core.sites.moves import BREAKS, HOLE, Move, move_of, moved
 
 
 class Through(IntFlag):
-    """What a value has gone through since its nearest sources."""
+    """The kinds of operation that a value has gone through since its nearest sources."""
 
     NOTHING = 0
     NONLINEAR = 1
@@ -53,9 +53,9 @@ class Columns:
 
     Attributes:
         sources: source nodes; their position is their number in bit sets and indices.
-        number: source node to number.
-        front: per node, the nearest sources that reach it, as a bit set.
-        through: per node, what lies between those and it.
+        number: the number of each source node.
+        front: the nearest sources that reach each node, as a bit set.
+        through: the operations between those sources and each node.
         cached: whether the graph takes keys and values of earlier tokens.
     """
 
@@ -82,41 +82,41 @@ class Columns:
     # --- reading ---------------------------------------------------------------------------------------
 
     def columns(self, node: fx.Node) -> dict[int, Tensor]:
-        """Source number to the sorted columns of it that ``node`` holds."""
+        """Return the sorted columns of each source that ``node`` contains, by source number."""
         if node not in self._columns:
             index, sources = self.index(node), self._index[node].sources if node in self._index else None
-            found = {} if index is None else self.once(distinct, index)
-            self._columns[node] = found if sources is None else {sources[at]: own for at, own in found.items()}
+            by_source = {} if index is None else self.once(distinct, index)
+            self._columns[node] = by_source if sources is None else {sources[at]: own for at, own in by_source.items()}
         return self._columns[node]
 
     def tracked(self, node: fx.Node) -> bool:
-        """Whether column indices of ``node`` are known."""
+        """Return whether column indices of ``node`` are known."""
         return self.index(node) is not None
 
     def index(self, node: fx.Node) -> Tensor | None:
-        """The column indices of ``node``, None where they are not known. Sources are told apart in it, and in order."""
-        held = self._index.get(node)
-        return None if held is None else held.index
+        """Return the column indices of ``node``, or None if unknown; they tell sources apart and keep their order."""
+        indexed = self._index.get(node)
+        return None if indexed is None else indexed.index
 
     def once(self, function: Callable[[Tensor], T], index: Tensor) -> T:
-        """What a function gives for indices, which many values have in common."""
+        """Return a function's result for indices, computed once for all values that share them."""
         return self._patterns.once((function, id(index)), (index,), lambda: function(index))
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The small shape of a tensor node; an empty one counts as a failure."""
-        found = self._shapes.get(node)
-        if found is None:
-            found = self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
-            if any(size < 1 for size in found):
+        """Return the shape of a tensor node at small sizes; a shape with an empty axis counts as a failure."""
+        shape = self._shapes.get(node)
+        if shape is None:
+            shape = self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
+            if any(size < 1 for size in shape):
                 self.failures.append(node)
-        return found
+        return shape
 
     # --- propagation -----------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node, is_source: bool) -> None:
         value = node.meta.get("val")
         if node.op == "placeholder" and is_past(str(node.target)) and not is_cross(str(node.target)):
-            # Keys and values of earlier tokens: columns of what gives them are those of the tokens beside.
+            # Keys and values of earlier tokens have the same columns as those of the tokens that follow them.
             self.front[node], self.through[node], self.cached = 0, Through.NOTHING, True
             return
         if is_source or (node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point()):
@@ -135,13 +135,13 @@ class Columns:
         if not isinstance(value, Tensor | list | tuple):
             return
         try:
-            held = self._run(node, name)
+            indexed = self._run(node, name)
         except BREAKS:
-            # Sizes that break an operator say nothing about columns: the value is untracked, never guessed.
+            # Sizes that break an operator say nothing about columns: the value is left untracked instead of guessed.
             self.failures.append(node)
             return
-        if held is not None:
-            self._index[node] = held
+        if indexed is not None:
+            self._index[node] = indexed
 
     def _source(self, node: fx.Node) -> None:
         number = self.number[node] = len(self.sources)
@@ -156,7 +156,7 @@ class Columns:
                 self._index[node] = self._patterns.source(own, number)
 
     def _axes(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes that count a source's columns: the weight says so, an add keeps those of what it adds."""
+        """Return the axes that count a source's columns, from its weight or, for an add, from what it adds."""
         if node in self.flow.linears:
             return self.flow.linears[node].axes
         if node in self.flow.residuals:
@@ -183,7 +183,10 @@ class Columns:
         return through
 
     def _product(self, node: fx.Node, through: Through) -> Through:
-        """A value times its own inverse deviation is normalised; a scale on top of that ends the pattern."""
+        """Return the marks of a product.
+
+        A value times its own inverse deviation is normalised; a further scale ends the pattern.
+        """
         operands = tensor_nodes(node.args[:2])
         if len(operands) != 2:
             return through
@@ -223,23 +226,23 @@ class Columns:
         return None
 
     def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Any]) -> Indexed | None:
-        """What is made of the indices of the first operand."""
-        held = self._index.get(node.args[0])  # type: ignore[arg-type]
-        if held is None or held.index is None:
+        """Return the indices that `run` computes from those of the first operand."""
+        indexed = self._index.get(node.args[0])  # type: ignore[arg-type]
+        if indexed is None or indexed.index is None:
             return None
-        made = run(node, held.index)
-        return None if made is None else Indexed(made, held.sources)
+        result = run(node, indexed.index)
+        return None if result is None else Indexed(result, indexed.sources)
 
     def _moved(self, node: fx.Node, move: Move) -> Indexed | None:
-        """The real result, where the columns of an operand are known whose entries the operator moves."""
+        """Return the indices that the operator itself produces, if columns of an operand that it moves are known."""
         if move in (Move.COPY, Move.CAST):
             return self._index.get(node.args[0])  # type: ignore[arg-type]
         operands = node.all_input_nodes if move in (Move.JOIN, Move.FILL) else nodes_in(node.args[:1])
         if all(n not in self._index for n in operands):
             return None
-        held = {n: self._index[n] for n in node.all_input_nodes if n in self._index}
-        sources = self._patterns.together(held.values())
-        patterns = {n: self._patterns.among(own, sources) for n, own in held.items()}
+        indexed = {n: self._index[n] for n in node.all_input_nodes if n in self._index}
+        sources = self._patterns.together(indexed.values())
+        patterns = {n: self._patterns.among(own, sources) for n, own in indexed.items()}
 
         def operand(leaf: Any) -> Any:
             if isinstance(leaf, fx.Node):
@@ -258,23 +261,23 @@ class Columns:
             return "size", operand(leaf)
 
         key = (node.target, _told(node.args, known), _told(node.kwargs, known))
-        made = self._patterns.once(key, patterns.values(), lambda: moved(node, operand))
-        return None if made is None else Indexed(made, sources)
+        result = self._patterns.once(key, patterns.values(), lambda: moved(node, operand))
+        return None if result is None else Indexed(result, sources)
 
     def _pointwise(self, node: fx.Node) -> Indexed | None:
         shape = self.shape(node)
         for source in node.all_input_nodes:
             index = self.index(source)
             if index is not None:
-                held = self._index[source]
-                return held if index.shape == shape else Indexed(self._expanded(index, shape), held.sources)
+                indexed = self._index[source]
+                return indexed if index.shape == shape else Indexed(self._expanded(index, shape), indexed.sources)
         return None
 
     def _expanded(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         return self._patterns.once(("expanded", shape, id(index)), (index,), lambda: index.expand(shape))
 
     def _pooled(self, node: fx.Node, index: Tensor) -> Any:
-        """Pooling keeps columns, where all that is pooled has the same ones."""
+        """Return the indices after pooling, which keeps columns if everything that is pooled has the same ones."""
         if len(node.args) < 2:
             return None
         dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
@@ -290,15 +293,15 @@ class Columns:
         return (index, None) if pair else index
 
     def _resized_first(self, node: fx.Node, index: Tensor) -> Any:
-        """The same of an operator that gives places beside its values."""
+        """Return the indices after a resize, also of an operator that returns positions beside its values."""
         value = node.meta["val"]
         if not isinstance(value, list | tuple):
             return self._resized(node, index)
-        made = self._resized_to(self.flow.sizes.shape(value[0]), index)
-        return None if made is None else (made, *(None for _ in value[1:]))
+        resized = self._resized_to(self.flow.sizes.shape(value[0]), index)
+        return None if resized is None else (resized, *(None for _ in value[1:]))
 
     def _resized(self, node: fx.Node, index: Tensor) -> Tensor | None:
-        """What changes sizes along other axes than the columns' own keeps columns."""
+        """Return the indices after a resize, which keeps columns if sizes change along other axes only."""
         return self._resized_to(self.shape(node), index)
 
     def _resized_to(self, shape: tuple[int, ...], index: Tensor) -> Tensor | None:
@@ -312,7 +315,7 @@ class Columns:
         return index.expand(shape)
 
     def _rowwise(self, node: fx.Node, index: Tensor) -> Tensor | None:
-        """Picking rows keeps columns, where all rows have the same ones."""
+        """Return the indices after picking rows, which keeps columns if all rows have the same ones."""
         shape = self.shape(node)
         picked = self._picked(node, index)
         if picked is not None:
@@ -328,12 +331,12 @@ class Columns:
         return row.expand(shape) if torch.equal(index, row.expand_as(index)) else None
 
     def _picked(self, node: fx.Node, index: Tensor) -> Tensor | None:
-        """The real result, where the places to pick are known."""
+        """Return the indices that the operator itself picks, if the positions to pick are known."""
         picked: Tensor | None = moved(node, lambda leaf: index if leaf is node.args[0] else self._numbers(leaf))
         return picked
 
     def _numbers(self, node: Any) -> Tensor | int | None:
-        """The value of an integer node that depends on sizes and known constants only."""
+        """Return the value of an integer node if it depends only on sizes and known constants."""
         value = node.meta.get("val") if isinstance(node, fx.Node) else node
         if not isinstance(value, Tensor):
             return self.flow.sizes.size(value) if isinstance(value, torch.SymInt | int) else None
@@ -350,8 +353,8 @@ class Columns:
         known = {n: self._numbers(n) for n in node.all_input_nodes}
         if any(v is None for v in known.values()):
             return None
-        found = node.target(*map_nodes(node.args, known.__getitem__), **map_nodes(node.kwargs, known.__getitem__))
-        return found if isinstance(found, Tensor) and found.device.type != "meta" else None
+        result = node.target(*map_nodes(node.args, known.__getitem__), **map_nodes(node.kwargs, known.__getitem__))
+        return result if isinstance(result, Tensor) and result.device.type != "meta" else None
 
     def _is_written(self, node: fx.Node) -> bool:
         pending, seen = [node], {node}
@@ -365,27 +368,27 @@ class Columns:
         return False
 
     def _copy(self, node: fx.Node) -> Indexed | None:
-        """Writing into a slice changes the tensor that the slice is a view of, here as there."""
+        """Write into the indices of the tensor that a slice is a view of, as the graph writes into the tensor."""
         target, source = node.args[0], node.args[1]
         assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
-        held, written = self.index(target), self.index(source)
-        if held is not None and written is not None and held.shape == written.expand_as(held).shape:
-            held.copy_(written)
+        index, written = self.index(target), self.index(source)
+        if index is not None and written is not None and index.shape == written.expand_as(index).shape:
+            index.copy_(written)
         for base in view_chain(target):
             self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)
             self.through[base] = self.through.get(base, Through.NOTHING) | self.through.get(source, Through.NOTHING)
-        return self._index[target] if held is not None else None
+        return self._index[target] if index is not None else None
 
 
 _COMPLEX: Mapping[str, Callable[[Tensor], Tensor]] = {
-    # Doubles hold every index exactly, so a complex number can carry two of them.
+    # Doubles represent every index exactly, so a complex number can hold two of them.
     "view_as_complex": lambda index: torch.view_as_complex(index.double().contiguous()),
     "view_as_real": lambda index: torch.view_as_real(index.resolve_conj()).round().long(),
 }
 
 
 def _told(value: Any, known: Callable[[Any], Any]) -> Any:
-    """Arguments as something to look results up by."""
+    """Return arguments in hashable form, as a key for looking up results."""
     if isinstance(value, fx.Node | torch.SymInt):
         return known(value)
     if isinstance(value, list | tuple):
@@ -398,7 +401,7 @@ def _told(value: Any, known: Callable[[Any], Any]) -> Any:
 
 
 def _touches_last(node: fx.Node, rank: int) -> bool:
-    """Whether an indexing picks along the last axis of an operand of this rank."""
+    """Return whether an indexing operator picks along the last axis of an operand of this rank."""
     if len(node.args) < 2:
         return True
     dims = node.args[1]

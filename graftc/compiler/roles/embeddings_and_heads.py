@@ -1,4 +1,4 @@
-"""Both ends of a model: embedding tables, output projections; and the normalisations in between."""
+"""Roles at both ends of a model, embedding tables and output projections, and of the normalisations in between."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
     """Label the last linear maps before the outputs, and the ones that feed only those.
 
-    A map that a residual stream starts from is not a head, even if the model also returns what it computes, as models
-    do with the projected features of images.
+    A map that a residual stream starts from is not a head, even if the model also returns its result, as models do with
+    the projected features of images.
 
     Args:
-        labels: get the roles.
-        ends: see `graftc.compiler.roles.structure.find_structure`.
+        labels: the labels that receive the roles.
+        ends: as for `graftc.compiler.roles.structure.find_structure`.
     """
     output = labels.flow.order[-1]
     heads = [n for n in labels.nearest_linears(output) if not labels.has_role(n) and not labels.in_stream(n)]
@@ -58,7 +58,7 @@ def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
 
 @dataclass
 class _Origin:
-    """Where the numbers that look up a table come from."""
+    """The origin of the numbers that look up a table."""
 
     inputs: set[str] = field(default_factory=set)
     stored: list[fx.Node] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _Origin:
 
 
 def read_tables(labels: Labels) -> None:
-    """Label embedding tables by what looks them up: token numbers, or positions."""
+    """Label embedding tables by the numbers that look them up: token numbers, or positions."""
     for node in labels.flow.embeddings:
         table = node.args[0]
         if not isinstance(table, fx.Node) or labels.flow.is_data(table):
@@ -103,13 +103,13 @@ def _table_role(node: fx.Node, table: fx.Node) -> tuple[str, str]:
 
 
 def counts_tokens(index: fx.Node) -> bool:
-    """Whether whole numbers come from counting, or from an input that has positions."""
+    """Return whether integers come from counting, or from an input that contains positions."""
     origin = _origin(index)
     return origin.counted or any("position" in name for name in origin.inputs)
 
 
 def _origin(index: object) -> _Origin:
-    """Follow values, not choices of place: what a gather picks from counts, where it picks does not."""
+    """Return the origin of integers; of a gather, the values that are picked count, not the positions to pick."""
     origin = _Origin()
     pending, seen = [index], set()
     while pending:
@@ -132,7 +132,7 @@ def _origin(index: object) -> _Origin:
 
 
 def _added_positions(labels: Labels) -> None:
-    """A stored matrix added to a stream before its first branch, one row per position."""
+    """Label stored matrices that are added to a stream before its first branch, with one row per position."""
     flow, seen = labels.flow, 0
     adds = sum(1 << flow.at[r] for r in flow.residuals)
     for residual in flow.residuals.values():
@@ -167,7 +167,7 @@ def _stored_matrix(node: fx.Node) -> fx.Node | None:
 
 
 def read_norms(labels: Labels) -> None:
-    """Label normalisation scales, as arguments of a fused call or as a product with a normalised value."""
+    """Label normalisation scales, either arguments of a fused call or factors of a normalised value."""
     for node in labels.flow.order:
         name = op_name(node)
         if name in ("layer_norm", "rms_norm", "native_layer_norm"):
@@ -195,7 +195,7 @@ def _written_norm(labels: Labels, node: fx.Node) -> None:
 
 
 def _vector(node: fx.Node) -> str | None:
-    """Name of the stored vector that ``node`` is, up to casts, reshapes and adding a number."""
+    """Return the name of the stored vector that ``node`` is, up to casts, reshapes and the addition of a number."""
     while node.op == "call_function":
         numeric = op_name(node) == "add" and not isinstance(node.args[1], fx.Node)
         if not (numeric or op_name(node) in PASSING or op_name(node) in RESHAPING):

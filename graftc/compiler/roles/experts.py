@@ -16,20 +16,20 @@ _CHOOSING = frozenset({"topk", "argmax", "max", "sort"})
 def read_experts(labels: Labels) -> None:
     """Label routers, and the 3-D weights that they choose from.
 
-    A router is a linear map whose output is compared within one residual branch, with one column per expert, and
-    does not decide what an attention sees. 3-D weights without a router get no role: they may be heads of anything.
+    A router is a linear map whose output is compared within one residual branch, with one column per expert, and does
+    not affect what an attention sees. 3-D weights without a router get no role: they may be heads of anything.
     """
     experts = [e for e in labels.flow.linears.values() if e.experts]
     choices = [(node, r) for node in labels.flow.order if (r := _chosen_in(labels, node)) is not None]
     choices.sort(key=lambda choice: op_name(choice[0]) in SOFTMAX)
     chosen: set[fx.Node] = set()
     for node, residual in choices:
-        held = [e for e in experts if labels.between(residual.base, e.node, residual.branch)]
+        candidates = [e for e in experts if labels.between(residual.base, e.node, residual.branch)]
         for source in labels.nearest_linears(node):
             linear = labels.flow.linears[source]
-            if labels.between(residual.base, source, node) and _routes(labels, node, linear, held):
+            if labels.between(residual.base, source, node) and _routes(labels, node, linear, candidates):
                 labels.linear("router", linear, None, f"its output chooses the experts in {node.name}")
-                chosen.update(e.node for e in held)
+                chosen.update(e.node for e in candidates)
     for expert in experts:
         if expert.node in chosen:
             labels.linear("experts", expert, None, "a 3-D weight, one matrix per expert")
@@ -38,7 +38,7 @@ def read_experts(labels: Labels) -> None:
 
 
 def _routes(labels: Labels, node: fx.Node, linear: Linear, held: list[Linear]) -> bool:
-    """Whether a choice compares as many columns of a map as there are experts, or chooses among several without."""
+    """Return whether a choice compares one column of a map per expert, or without experts chooses among several."""
     compared = labels.linear_columns(node.args[0]).get(linear.node) if isinstance(node.args[0], fx.Node) else None
     counts = {linear.out, linear.out if compared is None else compared.numel()}
     if held:
@@ -47,13 +47,13 @@ def _routes(labels: Labels, node: fx.Node, linear: Linear, held: list[Linear]) -
 
 
 def _count(labels: Labels, linear: Linear) -> int:
-    """How many experts a 3-D weight has."""
+    """Return the number of experts of a 3-D weight."""
     stored = next(n for n in labels.flow.parameters(linear.weight) if str(n.target) == linear.parameter)
     return int(labels.flow.sizes.size(stored.meta["val"].shape[0]))
 
 
 def _chosen_in(labels: Labels, node: fx.Node) -> Residual | None:
-    """The residual branch that a choice is made in, where no attention depends on it there."""
+    """Return the residual branch that a choice is made in, if any, unless an attention in it depends on the choice."""
     flow = labels.flow
     if op_name(node) not in _CHOOSING and op_name(node) not in SOFTMAX:
         return None

@@ -1,4 +1,4 @@
-"""Feed-forward projections: what else a residual branch is made of beside attention, experts and mixers."""
+"""Feed-forward projections: what a residual branch contains besides attention, experts and mixers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.passes.core.sites.calls import op_name
 
 
 def read_branches(labels: Labels) -> None:
-    """Label what is in each residual branch beside attention, inner branches first."""
+    """Label what each residual branch contains besides attention, inner branches first."""
     read_experts(labels)
     for residual in labels.flow.residuals.values():
         read_mixers(labels, residual)
@@ -25,7 +25,10 @@ def read_branches(labels: Labels) -> None:
 
 
 def _feed_forward(labels: Labels, down: Linear) -> None:
-    """``down`` ends a branch: what it reads must come from one linear map, or from a gated pair or fused one."""
+    """Label the feed-forward that ``down`` ends.
+
+    What ``down`` reads must come from one linear map, or from a gated pair or fused one.
+    """
     inner = labels.nearest(down.input)
     linears = [n for n in inner if n in labels.flow.linears]
     if not linears:
@@ -58,7 +61,7 @@ def _feed_forward(labels: Labels, down: Linear) -> None:
 
 
 def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
-    """Why these cannot be a feed-forward at any one position, or nothing."""
+    """Return why these maps cannot be a position-wise feed-forward, or an empty string."""
     flow = labels.flow
     maps = [down, *(flow.linears[n] for n in linears)]
     if any(m.experts for m in maps):
@@ -73,7 +76,7 @@ def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
 
 
 def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
-    """Label the projections that ``down`` reads; False where they fit no known form."""
+    """Label the projections that ``down`` reads, and return whether they fit a known form."""
     product = _gated_product(labels, down.input)
     if product is None:
         if len(linears) > 1:
@@ -119,7 +122,7 @@ def _nonlinearity(labels: Labels, node: fx.Node) -> str:
 
 
 def _gated_product(labels: Labels, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The product of two values made of different columns that ``node`` is computed from, nearest first."""
+    """Return the factors of the nearest product above ``node`` whose two factors consist of different columns."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop(0)
@@ -128,8 +131,8 @@ def _gated_product(labels: Labels, node: fx.Node) -> tuple[fx.Node, fx.Node] | N
         if op_name(current) == "mul":
             factors = tensor_nodes(current.args[:2])
             if len(factors) == 2:
-                held = [labels.linear_columns(n) for n in factors]
-                if held[0] and held[1] and not _overlap(held[0], held[1]):
+                columns = [labels.linear_columns(n) for n in factors]
+                if columns[0] and columns[1] and not _overlap(columns[0], columns[1]):
                     return factors[0], factors[1]
         for source in current.all_input_nodes:
             if source not in seen and labels.columns.front.get(source):

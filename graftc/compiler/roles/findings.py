@@ -1,4 +1,4 @@
-"""What was found in a graph: roles with their evidence, and what could not be told."""
+"""Results of the analysis of a graph: roles with their evidence, and what could not be resolved."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Finding:
     """One role of one node.
 
     Attributes:
-        role: full role, with ``encoder.``, ``decoder.`` and ``cross.`` where the model has two stacks.
-        kind: what kind of site it is.
+        role: the full role, with ``encoder.``, ``decoder.`` and ``cross.`` if the model has two stacks.
+        kind: the kind of site.
         node: the node of the graph.
         module: path of the node's owning module.
-        parameter: name of the weight, None for attentions and for weights made of several parameters.
-        rows: the own output rows as sorted, disjoint, half-open runs; None is all of them.
-        layer, stack: index of the layer and path of the list it is in; None and empty outside the layers.
-        use: which use of the weight in the module this is, for layers that run several times.
-        evidence: why, for people.
+        parameter: name of the weight; None for attentions and for weights computed from several parameters.
+        rows: its own output rows as sorted, disjoint, half-open runs; None for all of them.
+        layer, stack: index of the layer and path of the list that contains it; None and empty outside the layers.
+        use: index of this use among those of the weight in the module, for layers that run several times.
+        evidence: the reason, as text for users.
     """
 
     role: str
@@ -44,11 +44,11 @@ class Finding:
 
     @property
     def roles(self) -> frozenset[str]:
-        """The role under every subset of its prefixes."""
+        """The role with every subset of its prefixes."""
         return widen(self.role)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the node by name."""
+        """Return the finding as plain values, with the node by name."""
         return {
             "role": self.role,
             "kind": str(self.kind),
@@ -65,12 +65,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Unresolved:
-    """A weight or table without a role, or an operand that no weight could be found for, and why.
+    """A weight or table without a role, or an operand for which no weight was found, with the reason.
 
     Attributes:
         module: path of the module that owns the node.
-        reason: why, for people.
-        layer, stack: index of the layer and path of the list it is in; None and empty outside the layers.
+        reason: the reason, as text for users.
+        layer, stack: index of the layer and path of the list that contains it; None and empty outside the layers.
     """
 
     module: str
@@ -79,27 +79,27 @@ class Unresolved:
     stack: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the entry as plain values."""
         return {"module": self.module, "layer": self.layer, "stack": self.stack, "reason": self.reason}
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A branch of the residual stream, as nodes.
+    """A branch of the residual stream, described by nodes.
 
     Attributes:
-        roles: ``attn.sublayer`` or ``ffn.sublayer``, with prefixes; both where one projection ends an attention and
-            a feed-forward together; none for other branches.
-        stream: what the branch is added to.
-        normed: what the branch reads: the norm's output, or the stream where no norm stands before.
-        projection: output of the last linear map, before dropout and norms; where several meet, what joins them.
-        branch: what is added.
-        sum: the add. Parallel sublayers share it: it is the stream plus all their branches. Where the model weighs
-            the operands in the same call (``lerp``, ``addcmul``), it is that call.
-        post_norm: the norm behind the sum, where the stream goes on from that.
+        roles: ``attn.sublayer`` or ``ffn.sublayer``, with prefixes; both if one projection ends an attention and a
+            feed-forward together; none for other branches.
+        stream: the value that the branch is added to.
+        normed: the value that the branch reads: the norm's output, or the stream if there is no norm before the branch.
+        projection: output of the last linear map, before dropout and norms; if several meet, the node that joins them.
+        branch: the value that is added.
+        sum: the add. Parallel sublayers share it: it is the stream plus all their branches. If the model weights the
+            operands in the same call (``lerp``, ``addcmul``), it is that call.
+        post_norm: the norm after the sum, if the stream continues from that norm.
         module: path of the module that adds.
-        layer, stack: index of the layer and path of the list it is in; None and empty outside the layers.
-        use: which sublayer of these roles in its `owner` this is.
+        layer, stack: index of the layer and path of the list that contains it; None and empty outside the layers.
+        use: index of this sublayer among those with the same roles in its `owner`.
     """
 
     roles: tuple[str, ...]
@@ -116,16 +116,16 @@ class Sublayer:
 
     @property
     def output(self) -> fx.Node:
-        """What the stream goes on from."""
+        """The value that the stream continues from."""
         return self.post_norm or self.sum
 
     @property
     def owner(self) -> str:
-        """Path of the layer, or of the module that adds where there is none."""
+        """The path of the layer, or of the module that adds if there is no layer."""
         return self.module if self.layer is None else f"{self.stack}.{self.layer}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; nodes by name."""
+        """Return the sublayer as plain values, with nodes by name."""
         parts = ("stream", "normed", "projection", "branch", "sum", "post_norm", "output")
         names = {part: getattr(getattr(self, part), "name", None) for part in parts}
         where = {"module": self.module, "layer": self.layer, "stack": self.stack, "use": self.use}
@@ -134,12 +134,12 @@ class Sublayer:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """What the keys and values of an attention are made of, head by head.
+    """The columns that the keys and values of an attention consist of, head by head.
 
     Attributes:
-        keys, values: ``int64[heads, width]``: the columns of what is projected, numbered from 0 in their own order, so
-            that heads that share keys name the same columns.
-        operands: the values that hold them.
+        keys, values: ``int64[heads, width]``: the columns of the projected values, numbered from 0 in their own order,
+            so that heads that share keys have the same column numbers.
+        operands: the values that contain them.
     """
 
     keys: Tensor
@@ -164,18 +164,18 @@ class Structure:
     heads: Mapping[fx.Node, Heads] = field(default_factory=dict, repr=False)
 
     def by_role(self) -> dict[str, list[Finding]]:
-        """Full role to its findings, in graph order."""
-        found: dict[str, list[Finding]] = {}
+        """Return the findings by full role, in graph order."""
+        findings: dict[str, list[Finding]] = {}
         for finding in self.findings:
-            found.setdefault(finding.role, []).append(finding)
-        return found
+            findings.setdefault(finding.role, []).append(finding)
+        return findings
 
     def having(self, role: str) -> list[Finding]:
-        """Findings that answer to ``role``: ``attn.k`` finds ``decoder.cross.attn.k`` too."""
+        """Return the findings that match ``role``: ``attn.k`` also matches ``decoder.cross.attn.k``."""
         return [f for f in self.findings if role in f.roles]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``graftc roles --json``."""
+        """Return plain values for ``graftc roles --json``."""
         return {
             "findings": [f.to_json() for f in self.findings],
             "unresolved": [u.to_json() for u in self.unresolved],
@@ -183,25 +183,28 @@ class Structure:
         }
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Lines of a table: role, place, rows, layers and evidence. Equal layers of a stack share a line."""
+        """Return table lines of role, place, rows, layers and evidence; equal layers of a stack share a line."""
         grouped: dict[tuple[str, str, str], list[Finding]] = {}
         for f in self.findings:
             shape = "all" if f.rows is None else format_runs(f.rows)
             grouped.setdefault((f.role, _starred(f.parameter or f.module, f), shape), []).append(f)
         lines = []
-        for (role, place, shape), found in grouped.items():
-            layers = format_layers(f.layer for f in found if f.layer is not None)
-            lines.append((role, place, shape, layers, found[0].evidence))
+        for (role, place, shape), findings in grouped.items():
+            layers = format_layers(f.layer for f in findings if f.layer is not None)
+            lines.append((role, place, shape, layers, findings[0].evidence))
         return lines
 
     def unresolved_rows(self) -> list[tuple[str, str, str]]:
-        """Lines of a table: module, layers and reason. Equal layers of a stack share a line, with the first reason."""
+        """Return table lines of module, layers and reason.
+
+        Equal layers of a stack share a line, with the first reason.
+        """
         grouped: dict[tuple[str, str], list[Unresolved]] = {}
         for u in self.unresolved:
             grouped.setdefault((_starred(u.module, u), _NUMBER.sub("#", u.reason)), []).append(u)
         return [
-            (module, format_layers(u.layer for u in found if u.layer is not None), found[0].reason)
-            for (module, _), found in grouped.items()
+            (module, format_layers(u.layer for u in entries if u.layer is not None), entries[0].reason)
+            for (module, _), entries in grouped.items()
         ]
 
 
@@ -209,20 +212,20 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _starred(path: str, found: Finding | Unresolved) -> str:
-    """A path with a star for the layer."""
+    """Return the path with the layer number replaced by a star."""
     if found.layer is None:
         return path
     return path.replace(f"{found.stack}.{found.layer}", f"{found.stack}.*", 1)
 
 
 def format_runs(runs: Runs, limit: int = 4) -> str:
-    """Runs as text: ``0:48,96:144``; beyond ``limit`` runs, the first ones and how many there are."""
+    """Return runs as text, ``0:48,96:144``; if there are more than ``limit``, the first ones and the total number."""
     text = ",".join(f"{a}:{b}" for a, b in runs[:limit])
     return text if len(runs) <= limit else f"{text},... ({len(runs)} runs)"
 
 
 def format_layers(layers: Iterable[int]) -> str:
-    """Layer numbers as text: ``0-11``, ``0,2,4``."""
+    """Return layer numbers as text: ``0-11``, ``0,2,4``."""
     numbers = sorted(set(layers))
     spans: list[list[int]] = []
     for number in numbers:
@@ -234,7 +237,7 @@ def format_layers(layers: Iterable[int]) -> str:
 
 
 def place(module: str) -> tuple[int | None, str]:
-    """Layer and stack from a module path: the first number in it, and the path before that."""
+    """Return the layer and stack of a module path: the first number in it, and the path before that number."""
     segments = module.split(".")
     for index, segment in enumerate(segments):
         if segment.isdigit():

@@ -1,7 +1,8 @@
-"""What flows into what in one graph: ancestors, weights in use, attentions and residual adds.
+"""The data flow of one graph: ancestors, weights in use, attentions and residual adds.
 
-Nothing here reads a model type, a class or a parameter's name: a weight is what depends on no input, an attention is
-a fused call or a softmax between two products, a residual add joins a value with something computed from it.
+Nothing here depends on a model type, a class or a parameter's name: a weight is a value that depends on no input, an
+attention is a fused call or a softmax between two products, and a residual add joins a value with something computed
+from it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Attention:
 
     Attributes:
         node: the call, or the product.
-        query, key, value: its operands; those of the product of scores, where it is written out.
-        name: for people.
-        written_out: whether it is not a single call.
+        query, key, value: its operands; if it is written out, query and key are those of the product of scores.
+        name: its name in messages.
+        written_out: whether it consists of several calls.
     """
 
     node: fx.Node
@@ -48,7 +49,7 @@ class Residual:
     Attributes:
         node: the add, or another call that joins the two with fixed weights.
         stream, branch: the operands.
-        base: what the branch is computed from: the stream, up to scaling, or the stream of an add before it.
+        base: the value that the branch is computed from: the stream, up to scaling, or the stream of an earlier add.
     """
 
     node: fx.Node
@@ -58,7 +59,7 @@ class Residual:
 
 
 def bits(mask: int) -> Iterator[int]:
-    """Positions of the set bits, lowest first."""
+    """Yield the positions of the set bits, lowest first."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1
@@ -66,12 +67,12 @@ def bits(mask: int) -> Iterator[int]:
 
 
 def tensor_nodes(values: Iterable[Any]) -> list[fx.Node]:
-    """The nodes among ``values`` that hold a tensor."""
+    """Return the nodes among ``values`` that hold a tensor."""
     return [v for v in values if isinstance(v, fx.Node) and isinstance(v.meta.get("val"), torch.Tensor)]
 
 
 def view_chain(node: fx.Node) -> list[fx.Node]:
-    """A tensor and the ones that it is a view of, nearest first."""
+    """Return a tensor and the tensors that it is a view of, nearest first."""
     chain = [node]
     while op_name(chain[-1]) in VIEWING and isinstance(chain[-1].args[0], fx.Node):
         chain.append(chain[-1].args[0])
@@ -79,19 +80,19 @@ def view_chain(node: fx.Node) -> list[fx.Node]:
 
 
 class Flow:
-    """Facts of one graph that need no values.
+    """Facts about one graph that do not depend on the values of its tensors.
 
     Attributes:
-        order, at: nodes in graph order, and each one's position; bit sets count positions.
-        above: per node, all its ancestors, as a bit set.
+        order, at: nodes in graph order, and the position of each; bit sets count positions.
+        above: all ancestors of each node, as a bit set.
         data: nodes that depend on the values (not only the sizes) of an input, as a bit set.
-        linears: linear maps, convolutions with a stored kernel among them, by node in graph order.
-        depthwise: convolutions of each channel with itself: they pass columns on.
-        convolutions: those whose kernel is computed.
-        attentions, residuals, embeddings: the others that were recognised.
+        linears: linear maps, including convolutions with a stored kernel, by node in graph order.
+        depthwise: convolutions of each channel with itself, which pass columns on.
+        convolutions: convolutions with a computed kernel.
+        attentions, residuals, embeddings: the attentions, residual adds and embeddings that were recognised.
         working: linear maps, convolutions and attentions, as a bit set.
         products: products of two values that both depend on data.
-        scores: those that the softmax of an attention is taken of.
+        scores: products that the softmax of an attention is applied to.
     """
 
     def __init__(self, graph: fx.Graph, sizes: Sizes) -> None:
@@ -116,7 +117,7 @@ class Flow:
         for node in self.order:
             if op_name(node) in SOFTMAX:
                 self._score_nodes(node)
-        # A channel's convolution with itself, with a skip, is not a branch of a stream: the channel passes on.
+        # A depthwise convolution with a skip is not a branch of a stream: its channels are passed on.
         self._weighty = sum(1 << self.at[node] for node in (*self.linears, *self.attentions, *self.convolutions))
         self.working = self._weighty | sum(1 << self.at[node] for node in self.depthwise)
         for node in self.order:
@@ -141,27 +142,27 @@ class Flow:
                 self.data |= 1 << position
 
     def number(self, leaf: Any) -> int | None:
-        """A symbolic size, or the value of a node that is one, as a number; None for a node that is a tensor."""
+        """Return a symbolic size, or the value of a node that is one, as a number; None for a node that is a tensor."""
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
         return self.sizes.size(value) if isinstance(value, torch.SymInt | int) else None
 
     def is_data(self, node: fx.Node) -> bool:
-        """Whether ``node`` depends on the values of an input."""
+        """Return whether ``node`` depends on the values of an input."""
         return bool(self.data >> self.at[node] & 1)
 
     def is_above(self, first: fx.Node, second: fx.Node) -> bool:
-        """Whether ``second`` is computed from ``first``."""
+        """Return whether ``second`` is computed from ``first``."""
         return bool(self.above[self.at[second]] >> self.at[first] & 1)
 
     def parameters(self, weight: fx.Node) -> list[fx.Node]:
-        """Stored matrices that a constant expression is made of."""
+        """Return the stored matrices that a constant expression is computed from."""
         if weight.op == "get_attr":
             return [weight]
-        found = [self.order[i] for i in bits(self.above[self.at[weight]])]
-        return [n for n in found if n.op == "get_attr" and n.meta["val"].dim() >= 2]
+        ancestors = [self.order[i] for i in bits(self.above[self.at[weight]])]
+        return [n for n in ancestors if n.op == "get_attr" and n.meta["val"].dim() >= 2]
 
     def weights(self, value: Any) -> list[fx.Node]:
-        """Stored matrices that a value is made of; none where it depends on data."""
+        """Return the stored matrices that a value is computed from; none if it depends on data."""
         if not isinstance(value, fx.Node) or self.is_data(value):
             return []
         return self.parameters(value)
@@ -191,7 +192,7 @@ class Flow:
         return f"{name}#{len(self.attentions)}"
 
     def _written_out(self, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
-        """``softmax(Q K^T) V``, spelled out: follow the weights back to a softmax, then on to the scores."""
+        """Register a ``softmax(Q K^T) V`` that is spelled out: follow the weights to a softmax, then to the scores."""
         for weights, value in ((first, second), (second, first)):
             softmax = self._softmax(weights) if self.is_data(value) else None
             scores = self._scores(softmax) if softmax is not None else []
@@ -217,8 +218,8 @@ class Flow:
         return None
 
     def _scores(self, softmax: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """Operands of the products that make the scores, in the order met from the softmax upwards."""
-        found: list[tuple[fx.Node, fx.Node]] = []
+        """Return the operands of the products behind the scores, in the order found going up from the softmax."""
+        operands: list[tuple[fx.Node, fx.Node]] = []
         pending, seen = [softmax.args[0]], set()
         while pending:
             node = pending.pop(0)
@@ -232,19 +233,19 @@ class Flow:
                     second = keys_are_second(node, self._between(node, softmax.args[0]), softmax, self.sizes)
                     self.scores.add(node)
                     if second is not None:
-                        found.append(factors if second else factors[::-1])
+                        operands.append(factors if second else factors[::-1])
             elif name not in ("embedding", _SDPA) and not is_convolution(node):
                 pending += node.all_input_nodes
-        return found
+        return operands
 
     def _between(self, first: fx.Node, last: Any) -> list[fx.Node]:
-        """Nodes that are computed from ``first`` and lead to ``last`` or are it, in graph order."""
+        """Return the nodes that are computed from ``first`` and are ``last`` or lead to it, in graph order."""
         above = self.above[self.at[last]] | 1 << self.at[last]
         after = above & ~((1 << self.at[first] + 1) - 1)
         return [self.order[i] for i in bits(after) if self.above[i] >> self.at[first] & 1]
 
     def _score_nodes(self, softmax: fx.Node) -> None:
-        """Sums on the way to a softmax add masks and biases to scores: no residual adds."""
+        """Mark nodes on the way to a softmax: sums there add masks and biases to scores and are not residual adds."""
         pending = [n for n in softmax.all_input_nodes if self.is_data(n)]
         while pending:
             node = pending.pop()
@@ -256,11 +257,11 @@ class Flow:
             pending += [n for n in node.all_input_nodes if self.is_data(n)]
 
     def _share_input(self, first: fx.Node, second: fx.Node) -> bool:
-        """Whether the nearest weights above two values read the same node."""
+        """Return whether the nearest weights above two values read the same node."""
         return bool(self._nearest_inputs(first) & self._nearest_inputs(second))
 
     def _nearest_inputs(self, node: fx.Node) -> set[fx.Node]:
-        found: set[fx.Node] = set()
+        inputs: set[fx.Node] = set()
         pending, seen = [node], set()
         while pending:
             node = pending.pop()
@@ -268,15 +269,15 @@ class Flow:
                 continue
             seen.add(node)
             if node in self.linears:
-                found.add(self._bare(self.linears[node].input))
+                inputs.add(self._bare(self.linears[node].input))
             else:
                 pending += [n for n in node.all_input_nodes if self.is_data(n)]
-        return found
+        return inputs
 
     # --- residual adds ---------------------------------------------------------------------------------
 
     def _bare(self, node: fx.Node) -> fx.Node:
-        """``node`` without casts, reshapes, dropout and scaling by what no input decides on top."""
+        """Return ``node`` without the casts, reshapes, dropout and data-independent scaling on top of it."""
         while node.op == "call_function":
             name = op_name(node)
             sources = tensor_nodes(node.args[:1])
@@ -290,7 +291,7 @@ class Flow:
         return node
 
     def _residual(self, node: fx.Node) -> None:
-        if not isinstance(node.meta["val"], torch.Tensor):  # sizes are added as well
+        if not isinstance(node.meta["val"], torch.Tensor):  # an addition of sizes
             return
         operands = self._joined(node)
         if not operands:
@@ -306,7 +307,7 @@ class Flow:
                 return
 
     def _joined(self, node: fx.Node) -> list[fx.Node]:
-        """The two values that a call adds, each with a weight that no input decides."""
+        """Return the two values that a call adds, each with a data-independent weight; empty for any other call."""
         name = op_name(node)
         if name == "addcmul":
             terms = tensor_nodes(node.args[:3])
@@ -318,14 +319,14 @@ class Flow:
         return operands if len(operands) == 2 else []
 
     def _bases(self, stream: fx.Node) -> list[fx.Node]:
-        """What a branch on ``stream`` may start from: the stream here, and before its last adds (parallel branches)."""
+        """Return where a branch on ``stream`` may start: here, or before the last adds (parallel branches)."""
         bases = [stream, self._bare(stream)]
         while bases[-1] in self.residuals and len(bases) < 4:
             bases.append(self._bare(self.residuals[bases[-1]].stream))
         return bases
 
     def _computed_from(self, base: fx.Node, branch: fx.Node) -> bool:
-        """Whether a weight or an attention lies on the way from ``base`` to ``branch``."""
+        """Return whether a weight or an attention lies on the way from ``base`` to ``branch``."""
         at = self.at[branch]
         if not self.is_above(base, branch):
             return False
@@ -334,7 +335,10 @@ class Flow:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    """A value before casts to the type that it has: to the tracer the two are one, whichever the model adds to."""
+    """Return a value before casts to the dtype that it already has.
+
+    The tracer does not distinguish the two, whichever of them the model adds to.
+    """
     while node.target is torch.ops.aten.to.dtype:
         source = node.all_input_nodes[0]
         if source.meta["val"].dtype != node.args[1]:
@@ -344,7 +348,7 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two operands of a product; the second holds the last axis of the result."""
+    """Return the two operands of a product; the second one provides the last axis of the result."""
     name = op_name(node)
     if name == "einsum":
         equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]

@@ -1,4 +1,4 @@
-"""Tensors of column indices: ``source << 32 | column``, `HOLE` where nothing is known."""
+"""Tensors of column indices: ``source << 32 | column``, or `HOLE` for an unknown column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COLUMN = (1 << SHIFT) - 1
 
 
 def varying(index: Tensor) -> tuple[int, ...]:
-    """Axes along which columns differ."""
+    """Return the axes along which columns differ."""
     axes = []
     for axis, (size, stride) in enumerate(zip(index.shape, index.stride(), strict=True)):
         if size > 1 and stride and not torch.equal(index.narrow(axis, 1, size - 1), index.narrow(axis, 0, size - 1)):
@@ -21,7 +21,7 @@ def varying(index: Tensor) -> tuple[int, ...]:
 
 
 def distinct(index: Tensor) -> dict[int, Tensor]:
-    """Columns by source. Repeated rows are views with stride 0, so they cost nothing."""
+    """Return the distinct columns of each source, sorted; repeated rows are views with stride 0 and cost nothing."""
     if index.is_complex():
         index = torch.view_as_real(index.resolve_conj()).round().long()
     for dim, stride in enumerate(index.stride()):
@@ -30,7 +30,7 @@ def distinct(index: Tensor) -> dict[int, Tensor]:
     flat = index.reshape(-1)
     if flat.numel() and (low := int(flat[0])) >= 0:
         high = low + flat.numel() - 1
-        if low >> SHIFT == high >> SHIFT and torch.equal(flat, torch.arange(low, high + 1)):  # as they mostly are
+        if low >> SHIFT == high >> SHIFT and torch.equal(flat, torch.arange(low, high + 1)):  # the usual case
             return {low >> SHIFT: flat & _COLUMN}
     flat = flat[flat >= 0]
     if not flat.numel():
@@ -38,17 +38,17 @@ def distinct(index: Tensor) -> dict[int, Tensor]:
     numbers = flat >> SHIFT
     low, high = int(numbers.min()), int(numbers.max())
     sources = [low] if low == high else torch.unique(numbers).tolist()
-    found: dict[int, Tensor] = {}
+    by_source: dict[int, Tensor] = {}
     for number in sources:
         columns = (flat if low == high else flat[numbers == number]) & _COLUMN
         present = torch.zeros(int(columns.max()) + 1, dtype=torch.bool)
         present[columns] = True
-        found[number] = torch.nonzero(present).flatten()
-    return found
+        by_source[number] = torch.nonzero(present).flatten()
+    return by_source
 
 
 def renumbered(index: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Indices with other numbers for their sources, which were counted from 0."""
+    """Return the indices with their sources, which are counted from 0, replaced by these numbers."""
     if index.is_complex():
         return torch.view_as_complex(
             renumbered(torch.view_as_real(index.resolve_conj()).round().long(), numbers).double()

@@ -1,4 +1,4 @@
-"""Collecting findings: who has a role already, which stack a node is in, and what was left without one."""
+"""Collection of findings: roles assigned so far, the stack that a node belongs to, and what is left without a role."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from graftc.specs.claims import SiteKind
 
 
 class Labels:
-    """Findings in the making.
+    """The findings of a graph while they are being collected.
 
     Attributes:
-        flow, columns: the facts they are read from.
-        roles: per source node, the roles given so far with their columns (None is all of them).
+        flow, columns: the facts that findings are derived from.
+        roles: the roles assigned so far to each source node, with their columns (None for all of them).
         stream: numbers of the sources that residual streams start from or go through.
-        encoder_only: the graph is that of an encoder alone.
+        encoder_only: whether the graph is that of an encoder alone.
         encoder: nodes of the encoder, as a bit set of positions, in a graph with cross-attention.
-        crosses: attentions whose keys come from another stream than their queries.
-        mixing: nodes that mix positions without attention, as a bit set; None until asked for.
+        crosses: attentions whose keys come from a different stream than their queries.
+        mixing: nodes that mix positions without attention, as a bit set; None until requested.
     """
 
     def __init__(self, flow: Flow, columns: Columns, *, encoder: bool = False) -> None:
@@ -42,59 +42,59 @@ class Labels:
         self.stream = self._stream()
         self._mapped: dict[fx.Node, tuple[Tensor, int] | None] = {}
 
-    # --- asking ----------------------------------------------------------------------------------------
+    # --- queries ---------------------------------------------------------------------------------------
 
     def nearest(self, node: fx.Node) -> list[fx.Node]:
-        """The nearest sources above ``node``, in graph order."""
+        """Return the nearest sources above ``node``, in graph order."""
         return [self.columns.sources[i] for i in bits(self.columns.front.get(node, 0))]
 
     def nearest_linears(self, node: fx.Node) -> list[fx.Node]:
-        """The linear maps among the nearest sources."""
+        """Return the linear maps among the nearest sources."""
         return [n for n in self.nearest(node) if n in self.flow.linears]
 
     def linear_columns(self, node: fx.Node) -> dict[fx.Node, Tensor]:
-        """Linear maps and the columns of them that ``node`` holds."""
-        found = {self.columns.sources[i]: c for i, c in self.columns.columns(node).items()}
-        return {n: c for n, c in found.items() if n in self.flow.linears}
+        """Return the linear maps that ``node`` has columns of, each with those columns."""
+        columns = {self.columns.sources[i]: c for i, c in self.columns.columns(node).items()}
+        return {n: c for n, c in columns.items() if n in self.flow.linears}
 
     def has_role(self, node: fx.Node, columns: Tensor | None = None) -> bool:
-        """Whether any of these columns of a source (default all) has a role."""
-        held = self.roles.get(node, {})
+        """Return whether any of these columns of a source (default all) has a role."""
+        roles = self.roles.get(node, {})
         if columns is None:
-            return bool(held)
-        return any(own is None or bool(torch.isin(columns, own).any()) for own in held.values())
+            return bool(roles)
+        return any(own is None or bool(torch.isin(columns, own).any()) for own in roles.values())
 
     def _stream(self) -> set[int]:
-        """Sources that a residual stream starts from or goes through, through any number of linear maps."""
-        found: set[int] = set()
+        """Return the sources that a residual stream starts from or goes through, across any number of linear maps."""
+        numbers: set[int] = set()
         pending = [r.stream for r in self.flow.residuals.values()]
         while pending:
             for number in bits(self.columns.front.get(pending.pop(), 0)):
                 source = self.columns.sources[number]
-                if number not in found:
-                    found.add(number)
+                if number not in numbers:
+                    numbers.add(number)
                     if source in self.flow.linears:
                         pending.append(self.flow.linears[source].input)
-        return found
+        return numbers
 
     def in_stream(self, node: fx.Node) -> bool:
-        """Whether a source is part of a residual stream, or of what it starts from."""
+        """Return whether a source is part of a residual stream, or of the values that the stream starts from."""
         return self.columns.number.get(node, -1) in self.stream
 
     def inside(self, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
-        """Weights and attentions from ``base`` to ``branch``, in graph order."""
+        """Return the weights and attentions from ``base`` to ``branch``, in graph order."""
         flow, at = self.flow, self.flow.at[base]
         later = (flow.above[flow.at[branch]] | 1 << flow.at[branch]) & flow.working & ~((1 << at + 1) - 1)
         return [flow.order[i] for i in bits(later) if flow.above[i] >> at & 1]
 
     def between(self, base: fx.Node, node: fx.Node, branch: fx.Node) -> bool:
-        """Whether ``node`` lies on the way from ``base`` to ``branch``."""
+        """Return whether ``node`` lies on the way from ``base`` to ``branch``."""
         return self.flow.is_above(base, node) and (node is branch or self.flow.is_above(node, branch))
 
-    # --- telling ---------------------------------------------------------------------------------------
+    # --- recording -------------------------------------------------------------------------------------
 
     def prefix(self, node: fx.Node, attention: fx.Node | None = None) -> str:
-        """``encoder.``, ``decoder.`` or ``decoder.cross.`` in a model of two stacks; empty in others."""
+        """Return ``encoder.``, ``decoder.`` or ``decoder.cross.`` in a model of two stacks; empty for other models."""
         if self.encoder_only:
             return "encoder."
         if not self.crosses:
@@ -104,7 +104,7 @@ class Labels:
         return "encoder." if self.encoder >> self.flow.at[node] & 1 else "decoder."
 
     def module(self, node: fx.Node) -> str:
-        """Path of the node's owning module."""
+        """Return the path of the node's owning module."""
         return str(node.meta.get("module", ""))
 
     def linear(
@@ -117,36 +117,38 @@ class Labels:
         attention: fx.Node | None = None,
         bare: bool = False,
     ) -> None:
-        """Give a linear map a role, for some of its output columns or all."""
+        """Assign a role to a linear map, for some or all of its output columns."""
         if columns is not None and columns.numel() == linear.out:
             columns = None
-        held = self.roles[linear.node]
-        if role in held:
-            before = held[role]
+        roles = self.roles[linear.node]
+        if role in roles:
+            before = roles[role]
             if before is None or (columns is not None and bool(torch.isin(columns, before).all())):
                 return
             self.findings = [f for f in self.findings if f.node is not linear.node or not f.role.endswith(role)]
             columns = None if columns is None else torch.unique(torch.cat([before, columns]))
             columns = None if columns is not None and columns.numel() == linear.out else columns
-        held[role] = columns
+        roles[role] = columns
         kind = SiteKind.EXPERTS if linear.experts else SiteKind.LINEAR
         rows = self._stored_rows(linear, columns)
         parameter = linear.parameter
         if rows is not None:
             evidence += f", rows {format_runs(rows)} of {self.short(linear.node)}"
         if not self._is_stored(linear):
-            made = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
-            self.fail(linear.node, f"is {role}, but its weight is computed from {made}, whose rows cannot be told")
+            parameters = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
+            self.fail(
+                linear.node, f"is {role}, but its weight is computed from {parameters}, whose rows cannot be told"
+            )
             parameter, rows = None, None
         prefix = "" if bare else self.prefix(linear.node, attention)
         self.add(role, kind, linear.node, parameter, evidence, rows=rows, prefix=prefix)
 
     def short(self, node: fx.Node) -> str:
-        """Last part of the owning module's path."""
+        """Return the last part of the owning module's path."""
         return self.module(node).rpartition(".")[2] or node.name
 
     def _is_stored(self, linear: Linear) -> bool:
-        """Whether the rows of the weight are rows of one stored parameter."""
+        """Return whether the rows of the weight are rows of one stored parameter."""
         if linear.parameter is None:
             return False
         return linear.experts or linear.weight.op == "get_attr" or self._map(linear) is not None
@@ -157,7 +159,7 @@ class Labels:
         return self._mapped[linear.node]
 
     def _stored_rows(self, linear: Linear, columns: Tensor | None) -> Runs | None:
-        """Rows of the stored parameter that these output columns are; None is all of them."""
+        """Return the rows of the stored parameter behind these output columns; None for all of them."""
         mapped = self._map(linear)
         if mapped is None:
             return None if columns is None else runs_of(columns)
@@ -176,29 +178,29 @@ class Labels:
         rows: Runs | None = None,
         prefix: str | None = None,
     ) -> None:
-        """Record a finding, whose role has a prefix; by default that of its node."""
+        """Record a finding whose role gets a prefix, by default that of its node."""
         module = self.module(node)
         layer, stack = place(module)
         full = (self.prefix(node, None) if prefix is None else prefix) + role
         self.findings.append(Finding(full, kind, node, module, parameter, rows, layer, stack, 0, evidence))
 
     def fail(self, node: fx.Node, reason: str) -> None:
-        """Record why a weight or table has no role; the first reason stands."""
+        """Record why a weight or table has no role; only the first reason is kept."""
         if node not in self.unresolved:
             module = self.module(node)
             self.unresolved[node] = Unresolved(module, reason, *place(module))
 
-    # --- the rest --------------------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------------
 
     def report_rest(self) -> None:
-        """Every linear map without a role gets a reason; so do the rows of fused ones that nothing claimed."""
+        """Record a reason for every linear map without a role, and for rows of fused maps that no role covers."""
         for node, linear in {**self.flow.linears, **self.flow.depthwise}.items():
-            held = self.roles.get(node)
-            if not held:
+            roles = self.roles.get(node)
+            if not roles:
                 self.fail(node, self._why(node))
-            elif all(c is not None for c in held.values()) and not linear.experts:
+            elif all(c is not None for c in roles.values()) and not linear.experts:
                 taken = torch.zeros(linear.out, dtype=torch.bool)
-                for columns in held.values():
+                for columns in roles.values():
                     taken[columns] = True
                 free = torch.nonzero(~taken).flatten()
                 if free.numel():
@@ -229,7 +231,7 @@ class Labels:
         return "its place in the residual branch is not one of the known ones"
 
     def _gates(self, node: fx.Node, attention: fx.Node) -> bool:
-        """Whether an output projection reads this map beside an attention."""
+        """Return whether an output projection reads this map together with an attention."""
         both = [1 << self.columns.number[n] for n in (node, attention) if n in self.columns.number]
         projections = (n for n, roles in self.roles.items() if "attn.o" in roles)
         fronts = (self.columns.front.get(self.flow.linears[n].input, 0) for n in projections)
@@ -244,7 +246,7 @@ class Labels:
         )
 
     def structure(self, sublayers: Sequence[Sublayer], heads: Mapping[fx.Node, Heads]) -> Structure:
-        """Everything, in graph order."""
+        """Return the collected structure, in graph order."""
         at = self.flow.at
         users: dict[tuple[str, str], set[fx.Node]] = defaultdict(set)
         for node, linear in {**self.flow.linears, **self.flow.depthwise}.items():
@@ -252,19 +254,19 @@ class Labels:
         for finding in self.findings:
             users[finding.module, finding.parameter or ""].add(finding.node)
         order = {key: sorted(nodes, key=at.__getitem__) for key, nodes in users.items()}
-        found = [replace(f, use=order[f.module, f.parameter or ""].index(f.node)) for f in self.findings]
-        found.sort(key=lambda f: at[f.node])
+        findings = [replace(f, use=order[f.module, f.parameter or ""].index(f.node)) for f in self.findings]
+        findings.sort(key=lambda f: at[f.node])
         rest = [u for n, u in sorted(self.unresolved.items(), key=lambda item: at[item[0]]) if not self._settled(n)]
-        return Structure(tuple(found), tuple(rest), tuple(sublayers), heads)
+        return Structure(tuple(findings), tuple(rest), tuple(sublayers), heads)
 
     def _settled(self, node: fx.Node) -> bool:
-        """Whether all of a weight has got a role after all."""
-        held = self.roles.get(node)
+        """Return whether all of a weight has received a role after all."""
+        roles = self.roles.get(node)
         linear = self.flow.linears.get(node)
-        return bool(held) and linear is not None and self._is_stored(linear) and None in (held or {}).values()
+        return bool(roles) and linear is not None and self._is_stored(linear) and None in (roles or {}).values()
 
     def journey(self, node: fx.Node) -> str:
-        """What lies between a value's sources and it, for evidence: `` through rotary and norm``."""
+        """Return the operations between a value's sources and the value, for evidence: `` through norm and rotary``."""
         through = self.columns.through.get(node, Through.NOTHING)
         words = [w for mark, w in ((Through.NORM, "norm"), (Through.ROTARY, "rotary")) if through & mark]
         return " through " + " and ".join(words) if words else ""

@@ -1,4 +1,4 @@
-"""The values that layers start from and end with, with the tokens that they are made of: :func:`value_sites`."""
+"""The values at the start and end of layers, with the tokens that they are computed from: :func:`value_sites`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class LayerRun:
 
     Attributes:
         owner: the layer's path.
-        layer, stack: its index, and the path of the list it is in.
-        sublayers: its residual branches.
-        ends: what tells a sublayer from another run of the same one.
+        layer, stack: index of the layer, and path of the list that contains it.
+        sublayers: residual branches of the run.
+        ends: marks of its sublayers; a mark that appears a second time belongs to another run.
     """
 
     owner: str
@@ -35,17 +35,17 @@ class LayerRun:
 
     @property
     def entry(self) -> fx.Node:
-        """What the layer reads: the stream that its first branch is added to."""
+        """The value that the layer reads: the stream that its first branch is added to."""
         return min(sublayer.stream for sublayer in self.sublayers)
 
     @property
     def exit(self) -> fx.Node:
-        """What the layer gives: what its last branch ends with."""
+        """The value that the layer returns: the output of its last branch."""
         return max(sublayer.output for sublayer in self.sublayers)
 
     @property
     def stem(self) -> str:
-        """``encoder.`` or ``decoder.`` where the model has both stacks; empty elsewhere."""
+        """The prefix ``encoder.`` or ``decoder.`` if the model has both stacks, otherwise empty."""
         roles = [parse_role(role) for sublayer in self.sublayers for role in sublayer.roles]
         return "".join(f"{p}." for p in (roles[0].prefixes if roles else ()) if p != "cross")
 
@@ -53,37 +53,38 @@ class LayerRun:
 def layer_values(
     sublayers: Sequence[Sublayer], end: Callable[[Sublayer], Hashable]
 ) -> dict[str, list[tuple[LayerRun, str]]]:
-    """The runs of every layer, each with its stem, by the layer's path and in graph order.
+    """Return the runs of every layer, each with its stem, by the layer's path and in graph order.
 
     Args:
-        sublayers: residual branches in graph order; those without a role belong to their layers too.
-        end: what a branch ends in. A layer in which one appears a second time has begun to run again.
+        sublayers: residual branches in graph order; those without a role also belong to their layers.
+        end: a function that returns what a branch ends in. If an end appears a second time in a layer, the layer has
+            started another run.
     """
-    found: dict[str, list[LayerRun]] = {}
+    by_owner: dict[str, list[LayerRun]] = {}
     for sublayer in sublayers:
         if sublayer.layer is None:
             continue
-        runs = found.setdefault(sublayer.owner, [])
+        runs = by_owner.setdefault(sublayer.owner, [])
         mark = end(sublayer)
         if not runs or mark in runs[-1].ends:
             runs.append(LayerRun(sublayer.owner, sublayer.layer, sublayer.stack))
         runs[-1].sublayers.append(sublayer)
         runs[-1].ends.add(mark)
     stems: dict[str, str] = {}
-    for run in (run for runs in found.values() for run in runs):
+    for run in (run for runs in by_owner.values() for run in runs):
         stems[run.stack] = stems.get(run.stack) or run.stem
-    return {owner: [(run, stems[run.stack]) for run in runs] for owner, runs in found.items()}
+    return {owner: [(run, stems[run.stack]) for run in runs] for owner, runs in by_owner.items()}
 
 
 def value_sites(
     graph: fx.Graph, structure: Structure, end: Callable[[Sublayer], Hashable]
 ) -> Iterator[list[ValueSite]]:
-    """The sites ``layer.in`` and ``layer.out`` of every layer, one for each of its runs.
+    """Yield the sites ``layer.in`` and ``layer.out`` of every layer, each as a list with one site for each run.
 
     Args:
         graph: the graph.
-        structure: its roles and residual branches.
-        end: see `layer_values`.
+        structure: the roles and residual branches of the graph.
+        end: as for `layer_values`.
     """
     tokens = TokenReaders(graph, structure.findings)
     for owner, runs in layer_values(structure.sublayers, end).items():
@@ -97,7 +98,9 @@ def value_sites(
 
 
 def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | None:
-    """What the sublayer of an attention reads: the first one that ends behind it; None where it is in none.
+    """Return the value that the sublayer of an attention reads, or None if no sublayer contains the attention.
+
+    The sublayer is the first one that ends after the attention.
 
     Args:
         attention: the node of the attention.
@@ -111,11 +114,11 @@ def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | Non
 
 
 class TokenReaders:
-    """Which tokens each value of a graph is made of.
+    """The tokens that each value of a graph is computed from.
 
     Args:
         graph: the graph.
-        findings: its roles: those of tables of token embeddings say where tokens are looked up.
+        findings: the roles of the graph; those of token embedding tables show where tokens are looked up.
     """
 
     def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
@@ -128,19 +131,20 @@ class TokenReaders:
         self._above = marks_above(graph, own)
 
     def of(self, value: fx.Node, stem: str) -> TokenNumbers | None:
-        """The tokens of ``value: [batch, sequence, ...]``: of the largest table, where several are looked up, since
-        others hold languages and the like.
+        """Return the tokens of ``value: [batch, sequence, ...]``, or None if there are none.
+
+        If several tables are looked up, the largest one counts, since others contain languages and the like.
 
         Args:
             value: the value.
-            stem: ``encoder.`` or ``decoder.`` where the model has both stacks.
+            stem: ``encoder.`` or ``decoder.`` if the model has both stacks.
         """
         mark, sizes = self._above[value], [expression(size) for size in value.meta["val"].shape[:2]]
-        found: list[TokenNumbers] = []
+        candidates: list[TokenNumbers] = []
         for number, finding in enumerate(self._lookups):
             table, numbers = finding.node.args[:2]
             assert isinstance(table, fx.Node) and isinstance(numbers, fx.Node)
             own = [expression(size) for size in numbers.meta["val"].shape]
             if mark >> number & 1 and own == sizes and (not stem or finding.role.startswith(stem)):
-                found.append(TokenNumbers(numbers, int(table.meta["val"].shape[0])))
-        return max(found, key=lambda tokens: tokens.entries, default=None)
+                candidates.append(TokenNumbers(numbers, int(table.meta["val"].shape[0])))
+        return max(candidates, key=lambda tokens: tokens.entries, default=None)

@@ -1,7 +1,7 @@
-"""Linear maps: calls that multiply a value by a stored weight, however the product is spelled.
+"""Linear maps: calls that multiply a value by a stored weight, however the product is written.
 
-A product, an index expression and a convolution are one thing here: columns of the output, counted by some of its
-axes, are rows of a weight. Nothing depends on where in memory or along which axis they lie.
+Products, index expressions and convolutions are treated alike: columns of the output, numbered along some of its axes,
+are rows of a weight. Nothing depends on where in memory or along which axis they lie.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Linear:
     """One use of a weight: ``y = x W^T``.
 
     Attributes:
-        node, input, weight: the call, what it reads, and the weight's node (a parameter, or an expression on some).
-        parameter: name of the parameter in it, None where none can be told.
-        out: how many output columns.
-        experts: whether the weight is 3-D, one matrix per expert.
-        axes: output axes, counted from the end, that number the columns, the slowest first.
-        out_axes: the axes of the weight that number them, in the same order.
-        mixes: whether it mixes positions too (a convolution with a kernel).
-        own: whether each column is made of the same column of the input alone (a depthwise convolution).
+        node, input, weight: the call, its input, and the weight's node (a parameter, or an expression of parameters).
+        parameter: name of the parameter in it; None if it cannot be determined.
+        out: number of output columns.
+        experts: whether the weight is 3-D, with one matrix per expert.
+        axes: output axes, counted from the end, that number the columns, slowest first.
+        out_axes: axes of the weight that number the columns, in the same order.
+        mixes: whether it also mixes positions (a convolution with a kernel).
+        own: whether each column is computed from the same column of the input only (a depthwise convolution).
     """
 
     node: fx.Node
@@ -45,12 +45,12 @@ class Linear:
     own: bool = False
 
     def numbers(self, shape: tuple[int, ...]) -> Tensor:
-        """Column number of every entry of the output, as a broadcast view."""
+        """Return the column number of every entry of the output, as a broadcast view."""
         return columns_along(shape, self.axes)
 
 
 def columns_along(shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
-    """Numbers counted by some axes of a tensor of this shape, the slowest first; a broadcast view, ``int64``."""
+    """Return numbers counted along some axes of a tensor of this shape, slowest first; a broadcast ``int64`` view."""
     rank = len(shape)
     places = [axis % rank for axis in axes]
     sizes = [shape[place] for place in places]
@@ -65,7 +65,7 @@ Size = Callable[[Any], int]
 
 
 def read_map(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
-    """The linear map that a call is, or None."""
+    """Return the linear map that a call computes, or None if it computes none."""
     if op_name(node) == "einsum":
         return _index_expression(node, weights, size)
     if is_convolution(node):
@@ -75,11 +75,11 @@ def read_map(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
         if given is None:
             continue
         if operands.flipped:
-            found = _flipped(node, *given, weights, size)
+            linear = _flipped(node, *given, weights, size)
         else:
-            found = _product(node, *given, 0 if operands.out_first else 1, weights, size)
-        if found is not None:
-            return found
+            linear = _product(node, *given, 0 if operands.out_first else 1, weights, size)
+        if linear is not None:
+            return linear
     return None
 
 
@@ -98,25 +98,25 @@ def _product(
         out = size(weight.meta["val"].shape[-1 if out_axis else -2])
         axes = (dims - 1,) if out_axis else (dims - 2,)
         return Linear(node, data, weight, str(stored.target), out, experts=True, out_axes=axes)
-    found = weights(weight) if dims == 2 else []
-    if not found:
+    parameters = weights(weight) if dims == 2 else []
+    if not parameters:
         return None
     out = size(weight.meta["val"].shape[out_axis])
-    return Linear(node, data, weight, _name(found), out, out_axes=(out_axis,))
+    return Linear(node, data, weight, _name(parameters), out, out_axes=(out_axis,))
 
 
 def _flipped(node: fx.Node, data: fx.Node, weight: fx.Node, weights: Weights, size: Size) -> Linear | None:
-    """``W @ x``: the weight comes first, and rows of the result are the columns."""
+    """Return the linear map of ``W @ x``, in which the weight comes first and rows of the result are the columns."""
     if weight.meta["val"].dim() != 2:
         return None
-    found = weights(weight)
-    if not found or weights(data) or data.meta["val"].dim() < 2:
+    parameters = weights(weight)
+    if not parameters or weights(data) or data.meta["val"].dim() < 2:
         return None
-    return Linear(node, data, weight, _name(found), size(weight.meta["val"].shape[0]), axes=(-2,))
+    return Linear(node, data, weight, _name(parameters), size(weight.meta["val"].shape[0]), axes=(-2,))
 
 
 def _selected(weight: fx.Node) -> fx.Node | None:
-    """The stored 3-D tensor that ``weight`` picks one or more matrices from, or is."""
+    """Return the stored 3-D tensor that ``weight`` is, or that it picks one or more matrices from."""
     dims = weight.meta["val"].dim()
     if dims not in (2, 3):
         return None
@@ -130,7 +130,10 @@ def _selected(weight: fx.Node) -> fx.Node | None:
 
 
 def _index_expression(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
-    """``einsum`` of a value and a weight: letters of the weight and the result alone number the columns."""
+    """Return the linear map of an ``einsum`` of a value and a weight.
+
+    Letters that only the weight and the result contain number the columns.
+    """
     inputs, _, output = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
     terms, operands = inputs.split(","), node.args[1]
     if not isinstance(operands, list | tuple) or len(operands) != 2 or not output:
@@ -171,8 +174,8 @@ def _convolution(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
     data, weight = node.args[:2]
     if not (isinstance(data, fx.Node) and isinstance(weight, fx.Node)):
         return None
-    found = weights(weight)
-    if not found:
+    parameters = weights(weight)
+    if not parameters:
         return None
     name = op_name(node)
     shape = [size(s) for s in weight.meta["val"].shape]
@@ -185,4 +188,4 @@ def _convolution(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
     own = 1 < groups == channels == out
     axis = -(len(shape) - 1)
     out_axes = (1,) if transposed else (0,)
-    return Linear(node, data, weight, _name(found), out, axes=(axis,), out_axes=out_axes, mixes=mixes, own=own)
+    return Linear(node, data, weight, _name(parameters), out, axes=(axis,), out_axes=out_axes, mixes=mixes, own=own)

@@ -1,10 +1,10 @@
 """Branches that mix positions without a softmax attention: state-space, linear-attention and convolutional layers.
 
-The rule is one of data flow. A residual branch mixes positions where a value in it is a convolution with a kernel, a
-product of two values of the data, a running sum, a Fourier transform, a shift along positions, a pooling window, or
-a linear map over positions. A plain sum or mean is no such sign by itself: what it runs over cannot always be told.
-Every linear map or convolution before, behind or in such a place, or before one of those, is a ``mixer``, unless an
-attention lies on its way: what that is for cannot be told.
+The rule is based on data flow. A residual branch mixes positions if a value in it is a convolution with a kernel, a
+product of two values of the data, a running sum, a Fourier transform, a shift along positions, a pooling window, or a
+linear map over positions. A plain sum or mean alone is not enough, because the axis that it runs over cannot always be
+determined. Every linear map or convolution before, after or in such a place, or before one of those, is a ``mixer``,
+unless an attention lies on its way, in which case its purpose cannot be determined.
 """
 
 from __future__ import annotations
@@ -60,24 +60,24 @@ def read_mixers(labels: Labels, residual: Residual) -> None:
 
 
 def _met(labels: Labels, node: fx.Node, places: list[int]) -> fx.Node | None:
-    """The first of some places that a node leads to, reads from or is."""
+    """Return the first of these places that a node leads to, reads from or is."""
     others = (labels.flow.order[at] for at in places)
     flow = labels.flow
     return next((n for n in others if n is node or flow.is_above(node, n) or flow.is_above(n, node)), None)
 
 
 def _weighted(labels: Labels, residual: Residual, at: int) -> bool:
-    """Whether a softmax in the branch lies above a node."""
+    """Return whether a softmax in the branch lies above a node."""
     flow = labels.flow
     above = (flow.order[i] for i in bits(flow.above[at] & ~((1 << flow.at[residual.base]) - 1)))
     return any(op_name(n) in _WEIGHING and flow.is_above(residual.base, n) for n in above)
 
 
 def mixing(labels: Labels) -> int:
-    """Nodes that mix positions and are not part of an attention, as a bit set."""
+    """Return the nodes that mix positions and are not part of an attention, as a bit set."""
     if labels.mixing is None:
-        found = (i for i, node in enumerate(labels.flow.order) if _mixes(labels, node))
-        labels.mixing = sum(1 << i for i in found)
+        indices = (i for i, node in enumerate(labels.flow.order) if _mixes(labels, node))
+        labels.mixing = sum(1 << i for i in indices)
     return labels.mixing
 
 
@@ -106,7 +106,7 @@ def _sums(labels: Labels, node: fx.Node) -> bool:
 
 
 def _pools_positions(labels: Labels, node: fx.Node) -> bool:
-    """Whether what is pooled holds the same columns all along: then the axis counts something else."""
+    """Return whether columns are the same along a pooled axis, which then counts something else."""
     value = node.args[0]
     index = labels.columns.index(value) if isinstance(value, fx.Node) else None
     if index is None or len(node.args) < 2:
@@ -117,7 +117,7 @@ def _pools_positions(labels: Labels, node: fx.Node) -> bool:
 
 
 def _along_positions(labels: Labels, value: fx.Node) -> bool:
-    """Whether the last axis of a value counts positions: all of it has the same columns, which another axis counts."""
+    """Return whether the last axis of a value counts positions: its columns differ, but not along that axis."""
     index = labels.columns.index(value)
     if not isinstance(index, Tensor) or index.shape[-1] < 2:
         return False

@@ -1,7 +1,7 @@
 """Names of operators, grouped by what they do to the columns of a value.
 
-Those that only move entries are in the one table of `graftc.passes.core.sites.moves`; what is here says which groups of
-them a question about a graph allows.
+Operators that only move entries are listed in the table of `graftc.passes.core.sites.moves`; this module defines which
+groups of them each analysis of a graph accepts.
 """
 
 from __future__ import annotations

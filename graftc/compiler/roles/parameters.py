@@ -1,4 +1,4 @@
-"""Parameters that belong to no map and to no norm: :func:`other_parameters`."""
+"""Parameters that belong to neither a linear map nor a norm: :func:`other_parameters`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from graftc.specs.claims import SiteKind
 
 
 def other_parameters(store: Store, read: Container[str], entries: Sequence[Sequence[Site]]) -> Iterator[ParameterSite]:
-    """The base's parameters that no site has so far, as wholes.
+    """Yield a site for each whole parameter of the base that no existing site covers.
 
     Args:
         store: the tensors.
-        read: names of those that a graph reads.
-        entries: the sites so far.
+        read: names of the tensors that a graph reads.
+        entries: the existing sites.
     """
     known = {name for sites in entries for site in sites for name in _tensors(site)}
     for name, _ in store.weights():

@@ -1,6 +1,6 @@
-"""Indices of values as patterns, in which sources are counted from 0, beside the numbers that these sources have.
+"""Column indices of values as patterns that count sources from 0, stored beside the actual numbers of these sources.
 
-Layers do the same with the columns of other sources, so what an operator makes of a pattern is found out once.
+Similar layers do the same with the columns of different sources, so each operator is applied to a pattern only once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Indexed:
-    """The indices of a value.
+    """The indices of a value, as a pattern and the numbers of its sources.
 
     Attributes:
         pattern: a tensor, or a list of them, in which sources are counted from 0.
-        sources: their numbers, in order; None where those are in the pattern itself.
+        sources: the numbers of the sources, in order; None if the pattern itself contains them.
     """
 
     pattern: Any
@@ -30,16 +30,16 @@ class Indexed:
 
     @property
     def index(self) -> Tensor | None:
-        """The pattern, where it is one tensor."""
+        """The pattern if it is a single tensor, otherwise None."""
         return self.pattern if isinstance(self.pattern, Tensor) else None
 
 
 class Patterns:
-    """What is made of patterns, each once.
+    """A cache of results computed from patterns.
 
     Args:
-        shared: False where values are written to: then every value has a pattern of its own, with the numbers of its
-            sources in it.
+        shared: false if values are written to: every value then has a pattern of its own, which contains the numbers of
+            its sources.
     """
 
     def __init__(self, shared: bool) -> None:
@@ -47,36 +47,37 @@ class Patterns:
         self._made: dict[Any, tuple[Any, Any]] = {}
 
     def once(self, key: Any, patterns: Iterable[Any], make: Callable[[], T]) -> T:
-        """What is made of some patterns.
+        """Return a result computed from some patterns, computing it only once if patterns are shared.
 
         Args:
-            key: equal where the same is made of the same patterns; these may be in it by identity.
-            patterns: they are kept, so that their identities stay theirs.
-            make: makes it.
+            key: the key of the result, equal for the same computation on the same patterns; it may contain their
+                identities.
+            patterns: the patterns, kept alive so that their identities are not reused.
+            make: the function that computes the result.
         """
         if not self._shared:
             return make()
         if key not in self._made:
             self._made[key] = make(), tuple(patterns)
-        found: T = self._made[key][0]
-        return found
+        result: T = self._made[key][0]
+        return result
 
     def source(self, own: Tensor, number: int) -> Indexed:
-        """The indices of a source.
+        """Return the indices of a source.
 
         Args:
-            own: its columns.
-            number: its own.
+            own: the columns of the source.
+            number: the number of the source.
         """
         return Indexed(own, (number,)) if self._shared else Indexed(own + (number << SHIFT), None)
 
     def together(self, held: Iterable[Indexed]) -> tuple[int, ...] | None:
-        """The sources of several values."""
-        found = {own.sources for own in held}
-        return next(iter(found)) if len(found) == 1 else tuple(sorted({n for own in found for n in own or ()}))
+        """Return the sources of several values."""
+        sources = {own.sources for own in held}
+        return next(iter(sources)) if len(sources) == 1 else tuple(sorted({n for own in sources for n in own or ()}))
 
     def among(self, held: Indexed, sources: tuple[int, ...] | None) -> Any:
-        """A pattern with its sources counted among others."""
+        """Return a value's pattern with its sources renumbered to their positions in `sources`."""
         if sources is None or held.sources is None or held.sources == sources:
             return held.pattern
         places, pattern = tuple(sources.index(number) for number in held.sources), held.pattern

@@ -1,4 +1,4 @@
-"""Where a graph turns the positions of tokens into values: tables of positions, and rotations."""
+"""The places where a graph turns token positions into values: tables of positions, and rotations."""
 
 from __future__ import annotations
 
@@ -23,26 +23,31 @@ _COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Positions]:
-    """The calls that read whole numbers of positions, in graph order: look-ups in a table of positions, and what turns
-    numbers into the angles of a rotary embedding."""
-    found: dict[fx.Node, Positions] = {}
+    """Return the calls that read integer positions, in graph order.
+
+    These are look-ups in a table of positions, and calls that turn positions into the angles of a rotary embedding.
+    """
+    by_reader: dict[fx.Node, Positions] = {}
     for finding in findings:
         if parse_role(finding.role).name == "embed.position" and finding.node.target is aten.embedding.default:
-            found[finding.node] = Positions(finding.node, 1)
+            by_reader[finding.node] = Positions(finding.node, 1)
     for node in graph.nodes:
         if node.target in _ROTATING:
             for reader in _casts(node):
-                found[reader] = Positions(reader, 0)
+                by_reader[reader] = Positions(reader, 0)
     for positions in _look_ups(graph):
-        table = positions.table  # one that is made of positions itself moves with them
-        if table is not None and not any(node in found for node in above([table])):
-            found.setdefault(positions.reader, positions)
-    return [found[node] for node in sorted(found)]
+        table = positions.table  # a table computed from positions moves with them
+        if table is not None and not any(node in by_reader for node in above([table])):
+            by_reader.setdefault(positions.reader, positions)
+    return [by_reader[node] for node in sorted(by_reader)]
 
 
 def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
-    """Look-ups of one row for each token in a table of values that no input has a part in, such as the sines and
-    cosines of every position. Numbers of two axes that count tokens are distances, which stay as they are."""
+    """Yield look-ups of one row per token in a table of values that depend on no input.
+
+    An example is a table of the sines and cosines of every position. Numbers with two axes that count tokens are
+    distances, which stay unchanged.
+    """
     data: set[fx.Node] = set()
     for node in graph.nodes:
         sources = set(filter(gives_tensors, node.all_input_nodes))
@@ -64,7 +69,7 @@ def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
 
 
 def _of_tokens(numbers: fx.Node) -> bool:
-    """Whether numbers differ along one axis at most: distances of tokens differ along two."""
+    """Return whether numbers differ along at most one axis; distances between tokens differ along two."""
     counting = [node for node in above([numbers]) if node.target in _COUNTING]
     lengths = {expression(n.meta["val"].shape[a]) for n in counting for a in range(n.meta["val"].dim())} - {1}
     shape = [expression(size) for size in numbers.meta["val"].shape]
@@ -72,11 +77,11 @@ def _of_tokens(numbers: fx.Node) -> bool:
 
 
 class PositionsAbove:
-    """Which calls that read positions each value of a graph depends on.
+    """The calls reading positions that each value of a graph depends on.
 
     Args:
         graph: the graph.
-        findings: its roles.
+        findings: the roles of the graph.
     """
 
     def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
@@ -85,13 +90,13 @@ class PositionsAbove:
         self._above = marks_above(graph, own)
 
     def of(self, value: fx.Node) -> tuple[Positions, ...]:
-        """Those of a value, in graph order."""
+        """Return the position-reading calls that a value depends on, in graph order."""
         return tuple(positions for number, positions in enumerate(self._all) if self._above[value] >> number & 1)
 
 
 def _casts(node: fx.Node) -> list[fx.Node]:
-    """The calls above a rotation that make numbers of whole ones."""
-    found, pending, seen = [], [node], {node}
+    """Return the calls above a rotation that convert integers to floating-point numbers."""
+    casts, pending, seen = [], [node], {node}
     while pending:
         current = pending.pop()
         for source in current.all_input_nodes:
@@ -102,5 +107,5 @@ def _casts(node: fx.Node) -> list[fx.Node]:
             if value.is_floating_point():
                 pending.append(source)
             elif source is current.args[0]:
-                found.append(current)
-    return found
+                casts.append(current)
+    return casts

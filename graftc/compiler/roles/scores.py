@@ -1,4 +1,4 @@
-"""Which operand of a product of scores holds the queries, and which the keys: a softmax runs over keys."""
+"""Detection of the operands of a product of scores that hold queries and keys: a softmax runs over keys."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ _MOVING = frozenset(MOVES) - names_of(Move.COPY, Move.CAST)
 
 
 def keys_are_second(product: fx.Node, between: Sequence[fx.Node], softmax: fx.Node, sizes: Sizes) -> bool | None:
-    """Whether the last axis of a product is what a softmax further down runs over; None where that cannot be told.
+    """Return whether the softmax below a product runs over the product's last axis; None if that cannot be determined.
+
+    If no operator moves entries, the axis alone decides; otherwise the numbers along the axis are moved like the
+    scores.
 
     Args:
         product: the scores as computed.
-        between: nodes from there to what the softmax reads, in graph order.
-        softmax: the call.
-        sizes: numbers for symbolic sizes. Where no operator moves entries, the axis alone decides; else the numbers
-            of the axis are moved as the scores are.
+        between: nodes from the product to what the softmax reads, in graph order.
+        softmax: the softmax call.
+        sizes: numbers for symbolic sizes.
     """
     dim = softmax.args[1]
     assert isinstance(dim, int)
@@ -50,11 +52,11 @@ def _rank(node: fx.Node) -> int:
 
 
 def _moved(product: fx.Node, numbers: Tensor, between: Sequence[fx.Node], sizes: Sizes) -> Any:
-    """The numbers at the last of some nodes."""
-    held: dict[fx.Node, Any] = {product: numbers}
+    """Return the numbers at the last of these nodes."""
+    values: dict[fx.Node, Any] = {product: numbers}
     for node in between:
-        held[node] = _step(node, held, sizes)
-    return held[between[-1]] if between else numbers
+        values[node] = _step(node, values, sizes)
+    return values[between[-1]] if between else numbers
 
 
 def _step(node: fx.Node, held: Mapping[fx.Node, Any], sizes: Sizes) -> Any:

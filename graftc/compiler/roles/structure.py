@@ -1,8 +1,8 @@
-"""Roles of a captured transformer, from data flow only: :func:`find_structure`.
+"""Detection of roles in a captured transformer from data flow alone: :func:`find_structure`.
 
-A role says what a weight does in the architecture (``attn.q``, ``ffn.down``, ...). It is read from where the columns
-of the weight's output go, never from the model's type or the names of its modules. What does not fit is reported as
-unresolved with a reason; nothing is guessed.
+A role says what a weight does in the architecture (``attn.q``, ``ffn.down``, ...). It is derived from where the columns
+of the weight's output go, never from the model's type or the names of its modules. Anything that does not fit is
+reported as unresolved with a reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def find_structure(
     encoder: bool = False,
     ends: Collection[str] | None = None,
 ) -> Structure:
-    """The roles in a canonical graph.
+    """Return the roles in a canonical graph.
 
     Args:
-        graph: ATen training IR; every node has ``meta["val"]`` (fake tensors, symbolic batch and sequence sizes) and
-            ``meta["module"]`` (dotted path of its owning module). It is not changed; its weights are not read, so a
-            model on ``meta`` will do.
-        constants: integer tensors that the graph mentions beyond the model's own, by name; some models pick heads
-            with them. Default none: columns picked by such a tensor are then unresolved.
-        encoder: the graph is that of a model's encoder alone, whose roles have its prefix.
-        ends: paths of the elements that may be heads, where the graph is a union of elements; see `last_elements`. None
+        graph: an ATen training IR graph; every node has ``meta["val"]`` (fake tensors, symbolic batch and sequence
+            sizes) and ``meta["module"]`` (dotted path of its owning module). The graph is not changed and its weights
+            are not read, so a model on ``meta`` is sufficient.
+        constants: integer tensors that the graph refers to in addition to the model's own, by name; some models pick
+            heads with them. Default none: columns picked by such a tensor are then unresolved.
+        encoder: whether the graph is that of a model's encoder alone, whose roles have its prefix.
+        ends: paths of the elements that may be heads, if the graph is a union of elements; see `last_elements`. None
             for the graph of a whole model.
 
     Returns:
@@ -67,16 +67,16 @@ def roles_of(program: Program, constants: Mapping[str, Tensor] | None = None, *,
 
 
 def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
-    """Small sizes first. Where they break an operator, the sizes that the graph was captured with do not."""
+    """Propagate columns with small sizes, falling back to the sizes of the capture if those break an operator."""
     best: Columns | None = None
     hints = captured_sizes(graph)
     for sizes in (Sizes(lambda _: _SMALL), Sizes(lambda symbol: hints.get(symbol, _SMALL))):
         try:
-            found = Columns(Flow(graph, sizes), constants)
+            columns = Columns(Flow(graph, sizes), constants)
         except ZeroDivisionError:
             continue
-        if best is None or len(found.failures) < len(best.failures):
-            best = found
+        if best is None or len(columns.failures) < len(best.failures):
+            best = columns
         if not best.failures:
             break
     assert best is not None
@@ -84,7 +84,7 @@ def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
 
 
 def captured_sizes(graph: fx.Graph) -> dict[str, int]:
-    """The sizes that the graph was captured with, by symbol name."""
+    """Return the sizes that the graph was captured with, by symbol name."""
     for node in graph.nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
         env = getattr(mode, "shape_env", None)

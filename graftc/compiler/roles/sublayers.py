@@ -1,4 +1,4 @@
-"""Residual branches, with the nodes that methods work at: :func:`read_sublayers`."""
+"""Residual branches, with the nodes that methods adapt: :func:`read_sublayers`."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class _Joint:
 
 
 def read_sublayers(labels: Labels) -> list[Sublayer]:
-    """The branches of all residual adds, in graph order; parallel ones share their stream and their sum."""
+    """Return the branches of all residual adds, in graph order; parallel ones share their stream and their sum."""
     normed = _Norms(labels)
-    found: list[Sublayer] = []
+    sublayers: list[Sublayer] = []
     uses: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
     for joint in _joints(labels):
         post_norm = normed.after(joint)
         for branch in sorted(joint.branches, key=labels.flow.at.__getitem__):
             sublayer = _sublayer(labels, joint, branch, post_norm)
             key = sublayer.owner, sublayer.roles
-            found.append(replace(sublayer, use=uses[key]))
+            sublayers.append(replace(sublayer, use=uses[key]))
             uses[key] += 1
-    return found
+    return sublayers
 
 
 def _joints(labels: Labels) -> list[_Joint]:
-    """Residual adds; a chain of adds whose branches all start from its first operand is one."""
+    """Return the residual adds; a chain of adds whose branches all start from its first operand counts as one."""
     joints: dict[fx.Node, _Joint] = {}
     for residual in labels.flow.residuals.values():
         before = joints.get(residual.stream)
@@ -60,7 +60,7 @@ def _joints(labels: Labels) -> list[_Joint]:
 
 
 def _terms(labels: Labels, residual: Residual, branch: fx.Node) -> list[fx.Node]:
-    """A branch, or the sublayers that it is a sum of."""
+    """Return the sublayers that a branch is a sum of, or the branch itself."""
     node = branch
     while op_name(node) in PASSING and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -82,7 +82,7 @@ def _kinds(labels: Labels, branch: fx.Node) -> set[str]:
 
 
 def _reads_inner(labels: Labels, node: fx.Node) -> bool:
-    """Whether an output projection also reads the inner activation of a feed-forward."""
+    """Return whether an output projection also reads the inner activation of a feed-forward."""
     inner = labels.nearest_linears(labels.flow.linears[node].input)
     return any(role in ("ffn.up", "ffn.gate") for n in inner for role in labels.roles.get(n, ()))
 
@@ -108,7 +108,7 @@ def _sublayer(labels: Labels, joint: _Joint, branch: fx.Node, post_norm: fx.Node
 
 
 def _normed(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
-    """The last value that all of a branch is computed from, before heads, windows or rows are split off."""
+    """Return the last value that the whole branch is computed from, before heads, windows or rows are split off."""
     flow, base = labels.flow, joint.base
     common = -1
     for entry in _entries(labels, base, branch):
@@ -125,10 +125,10 @@ def _normed(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
 
 
 def _entries(labels: Labels, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
-    """What the first weights and attentions after ``base`` read."""
+    """Return the values that the first weights and attentions after ``base`` read."""
     flow = labels.flow
     inside = labels.inside(base, branch)
-    found = []
+    entries = []
     for node in inside:
         attention = flow.attentions.get(node)
         linear = flow.linears.get(node) or flow.depthwise.get(node)
@@ -136,31 +136,31 @@ def _entries(labels: Labels, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
         for operand in [linear.input] if linear else reads:
             starts = operand is base or flow.is_above(base, operand)
             if starts and not any(n is operand or flow.is_above(n, operand) for n in inside):
-                found.append(operand)
-    return found
+                entries.append(operand)
+    return entries
 
 
 def _projection(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
-    """Up from the branch through dropout, norms, scales and shapes to what they work on."""
+    """Return the value that the branch's dropout, norms, scales and shape operators are applied to."""
     path = [branch]
     while path[-1] not in labels.columns.number:
         above = _carried(labels, path[-1])
         if above is None:
             break
         path.append(above)
-    found = path[-1]
+    top = path[-1]
     shape = labels.flow.sizes.shape(branch.meta["val"])
     for node in reversed(path):
-        if node is not found and op_name(node) not in _ARRANGING:
-            return found
-        value = node.meta["val"]  # a split gives a list
+        if node is not top and op_name(node) not in _ARRANGING:
+            return top
+        value = node.meta["val"]  # a list if the node is a split
         if isinstance(value, Tensor) and labels.flow.sizes.shape(value) == shape:
             return node
-    return found
+    return top
 
 
 def _carried(labels: Labels, node: fx.Node) -> fx.Node | None:
-    """The operand that a node passes on, scaled or normalised at most."""
+    """Return the operand that a node passes on, at most scaled or normalised."""
     name = op_name(node)
     if name in PASSING or name in SHAPING or name in PADDING or name in NORMALISING or name == "getitem":
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
@@ -176,7 +176,7 @@ def _carried(labels: Labels, node: fx.Node) -> fx.Node | None:
 
 
 class _Norms:
-    """Norms that stand right behind a residual add."""
+    """The norms directly after residual adds."""
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
@@ -190,7 +190,7 @@ class _Norms:
                 self._behind[front].append(node)
 
     def after(self, joint: _Joint) -> fx.Node | None:
-        """The norm behind a sum that the residual stream goes on from; None where it goes on from the sum."""
+        """Return the norm after a sum if the residual stream continues from it; None if it continues from the sum."""
         labels = self.labels
         number = 1 << labels.columns.number[joint.sum]
         norm = next((n for n in self._behind[number] if self._only_way(joint.sum, n)), None)
@@ -198,13 +198,13 @@ class _Norms:
             return None
         later = [r for r in labels.flow.residuals.values() if labels.columns.front.get(r.stream, 0) == number]
         if later:
-            goes_on = any(r.stream is norm or labels.flow.is_above(norm, r.stream) for r in later)
+            continues = any(r.stream is norm or labels.flow.is_above(norm, r.stream) for r in later)
         else:
             own = labels.nearest(joint.stream)
-            goes_on = len(own) == 1 and own[0] in self.found
-        if goes_on:
+            continues = len(own) == 1 and own[0] in self.found
+        if continues:
             self.found[joint.sum] = norm
-        return norm if goes_on else None
+        return norm if continues else None
 
     def _only_way(self, start: fx.Node, norm: fx.Node) -> bool:
         pending, seen = [start], {start, norm}

@@ -1,7 +1,7 @@
-"""Which rows of a stored parameter the output columns of a linear map are, where the weight is an expression on it.
+"""The rows of a stored parameter behind the output columns of a linear map whose weight is computed from it.
 
 ``nn.MultiheadAttention`` reads slices of one parameter, other models multiply by ``W.T``: the shape operators in
-between are run on row and column numbers, as broadcast views that cost no memory.
+between are run on row and column numbers, as broadcast views that use no memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ _ELEMENTWISE = PASSING | {"mul", "div", "add"}
 
 
 def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
-    """Row of the parameter for each output column, and how many rows the parameter has.
+    """Return the parameter's row for each output column, and the number of rows of the parameter.
 
-    Rows are the ones of the weight seen as ``[out, in]``, however it is stored.
+    Rows are those of the weight viewed as ``[out, in]``, however it is stored.
 
     Returns:
-        ``int64[out]`` and the total; None where the weight is the parameter itself, or where it cannot be told.
+        ``int64[out]`` and the total; None if the weight is the parameter itself or a stack of experts, or if the rows
+        cannot be determined.
     """
     if linear.weight.op == "get_attr" or linear.experts or linear.parameter is None:
         return None
@@ -33,7 +34,7 @@ def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
     if chain is None:
         return None
     shape = tuple(int(size) for size in chain[0].meta["val"].shape)
-    # A matrix may be stored either way round; the first axis of a kernel is its rows.
+    # A matrix may be stored either way round; the rows of a kernel are along its first axis.
     for axis in range(2 if len(shape) == 2 else 1):
         total = shape[axis]
         numbers = moved_along(pairwise(chain), columns_along(shape, (axis,)), flow.number, _ELEMENTWISE)
@@ -49,7 +50,7 @@ def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
 
 
 def _chain(flow: Flow, linear: Linear) -> list[fx.Node] | None:
-    """Nodes from the stored parameter to the weight."""
+    """Return the nodes from the stored parameter to the weight; None if they cannot be traced."""
     chain = [linear.weight]
     while chain[0].op == "call_function":
         sources = [n for n in chain[0].all_input_nodes if _leads_to(flow, n, str(linear.parameter))]

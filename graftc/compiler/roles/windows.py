@@ -1,4 +1,4 @@
-"""Whether a model of transformers has layers that see only the last tokens of a text."""
+"""Detection of layers in a transformers model that see only the last tokens of a text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ __all__ = ["has_windows", "may_have_windows"]
 
 
 def has_windows(config: Any) -> bool:
-    """Whether a layer's cache would drop what a sliding window has passed."""
+    """Return whether a layer's cache would drop the tokens that a sliding window has passed."""
     from transformers.cache_utils import DynamicCache
 
     return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
 
 
 def may_have_windows(model: nn.Module) -> bool:
-    """Whether some layer of a model hides the first token from the last one, by its cache or by a stored mask (GPT-Neo
-    has one); true where the model has no config of transformers, which could tell."""
+    """Return whether a layer may hide the first token from the last one, by its cache or a stored mask (as in GPT-Neo).
+
+    True if the model has no transformers config from which this could be determined.
+    """
     from transformers import PreTrainedConfig
 
     config = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""Passes that plugins add to our pipelines."""
+"""Passes that plugins add to graftc's pipelines."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _RESERVED = frozenset({VERIFY, "capture", "canonicalise", "anchor", "trained", "
 
 @dataclass(frozen=True)
 class AddedPass:
-    """A pass of a plugin and its place.
+    """A pass of a plugin and its place in a pipeline.
 
     Attributes:
         what: the pass: its name has lower-case letters, digits, ``_`` and ``-``. Its origin is filled in.
         pipeline: ``"adapt"``: from a captured base to an adapted Program, in train mode. ``"eval"``: from that to eval
-            mode. ``"lower"``: what is run of it in training.
-        before, after: name of the pass in front of which, or behind which, it runs; one of them. Passes behind the same
-            one run in the order of the names of their entry points.
+            mode. ``"lower"``: to what is run of it in training.
+        before, after: the name of the pass before or after which it runs; exactly one of them is given. Passes after
+            the same one run in the order of the names of their entry points.
     """
 
     what: Pass[PassContext]
@@ -43,12 +43,12 @@ class AddedPass:
 
     @property
     def anchor(self) -> str:
-        """The pass that it is placed by."""
+        """The name of the pass that it is placed before or after."""
         return self.before if self.before is not None else str(self.after)
 
     @property
     def origin(self) -> Plugin:
-        """The plugin that brings it."""
+        """The plugin that provides it."""
         assert self.what.origin is not None
         return self.what.origin
 
@@ -59,16 +59,18 @@ class AddedPass:
 
 @cache
 def added_passes() -> tuple[AddedPass, ...]:
-    """All of them, by the names of their entry points. Looked up once; `reload_passes` looks again.
+    """Return all added passes, in the order of the names of their entry points.
+
+    They are looked up once; `reload_passes` looks again.
 
     Raises:
-        GraftError: GC077 where an entry point names something else, naming its package.
+        GraftError: GC077 if an entry point names something else, naming its package.
     """
     return tuple(_loaded(point, plugin) for point, plugin in plugins().items())
 
 
 def reload_passes() -> None:
-    """Forget what was found, so that a package installed since is seen."""
+    """Forget the passes that were found, so that a package installed since is seen."""
     plugins.cache_clear()
     added_passes.cache_clear()
     extended.cache_clear()
@@ -76,23 +78,23 @@ def reload_passes() -> None:
 
 def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
     try:
-        found = point.load()
+        loaded = point.load()
     except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
         message = f"{origin} cannot be imported: {first_line(error)}"
         raise GraftError("GC077", message, place=origin.place, hint=origin.remedy) from error
     fault: tuple[str, str] | None
-    if isinstance(found, AddedPass) and isinstance(found.what, Pass):
-        fault = _fault(found)
+    if isinstance(loaded, AddedPass) and isinstance(loaded.what, Pass):
+        fault = _fault(loaded)
     else:
-        fault = f"something {kind_of(found)} as a pass", "name an AddedPass(Pass(...), after=...)"
+        fault = f"something {kind_of(loaded)} as a pass", "name an AddedPass(Pass(...), after=...)"
     if fault is not None:
         raise GraftError("GC077", f"{origin} registers {fault[0]}", place=origin.place, hint=fault[1])
-    added: AddedPass = replace(found, what=replace(found.what, origin=origin))
+    added: AddedPass = replace(loaded, what=replace(loaded.what, origin=origin))
     return added
 
 
 def _fault(found: AddedPass) -> tuple[str, str] | None:
-    """What is wrong with a pass, and what its author can do."""
+    """Return what is wrong with a pass, and what its author can do; None if nothing is."""
     own = found.what
     if not _NAME.fullmatch(str(own.name)):
         return f"a pass named {own.name!r}", "a name has lower-case letters, digits, '_' and '-', a letter first"
@@ -114,11 +116,11 @@ C = TypeVar("C", bound=PassHost)
 
 @cache
 def extended(pipeline: Pipeline[C]) -> Pipeline[C]:
-    """A pipeline with the passes that plugins add to it.
+    """Return a pipeline with the passes that plugins add to it.
 
     Raises:
-        GraftError: GC077 for one that cannot be placed: there is no pass of the name that it is placed by, passes are
-            placed by each other in a circle, two have one name, or what one requires is not there.
+        GraftError: GC077 for a pass that cannot be placed: the pass that it is placed by does not exist, passes are
+            placed by each other in a circle, two have the same name, or a fact that one requires is missing.
     """
     waiting = [added for added in added_passes() if added.pipeline == pipeline.name]
     _require_own_facts(pipeline, waiting)
@@ -143,17 +145,17 @@ def extended(pipeline: Pipeline[C]) -> Pipeline[C]:
 
 
 def _chain(name: str, follows: Mapping[str, str]) -> Iterator[str]:
-    """What a pass was placed behind, and what that was placed behind, and so on."""
+    """Yield the pass that a pass was placed after, the one that this was placed after, and so on."""
     while name in follows:
         name = follows[name]
         yield name
 
 
 def _require_own_facts(pipeline: Pipeline[Any], waiting: Sequence[AddedPass]) -> None:
-    """Passes of plugins ensure facts of their own.
+    """Check that passes of plugins ensure only facts of their own.
 
     Raises:
-        GraftError: GC077.
+        GraftError: GC077 if one does not.
     """
     ours = pipeline.given.union(*(each.ensures for each in pipeline))
     for added in waiting:
@@ -163,7 +165,7 @@ def _require_own_facts(pipeline: Pipeline[Any], waiting: Sequence[AddedPass]) ->
 
 
 def _unplaced(pipeline: Pipeline[Any], waiting: Sequence[AddedPass], names: Sequence[str]) -> GraftError:
-    """Why none of these can be placed: they stand in a circle, or one is placed by a pass that does not exist."""
+    """Return the error for passes that cannot be placed: they form a circle, or an anchor of theirs does not exist."""
     by_name = {added.what.name: added for added in waiting}
     circle: list[AddedPass] = []
     added = waiting[0]
@@ -181,7 +183,7 @@ def _unplaced(pipeline: Pipeline[Any], waiting: Sequence[AddedPass], names: Sequ
 
 
 def _hosted(own: Pass[PassContext]) -> Pass[PassHost]:
-    """A pass of a plugin as one of a pipeline of ours."""
+    """Return a plugin's pass as a pass of graftc's pipelines."""
 
     def apply(program: Program, host: PassHost) -> Program | None:
         return PassContext(own, host, program).run()

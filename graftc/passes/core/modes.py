@@ -1,8 +1,9 @@
-"""Modes of torch that intercept operators, which a thread leaves out for a while.
+"""Suspension of torch's modes, which intercept operators, in one thread.
 
-torch has a stack of them for each thread, and one for the whole process, of what traces before autograd. Whoever leaves
-out modes, which printing a tensor does too, takes those of another thread that is in the middle of a trace, which then
-ends in "pop empty mode stack". A thread that works without modes has a stack of its own instead, empty at first.
+torch has a stack of modes for each thread, and one for the whole process, for modes that trace before autograd. Code
+that suspends modes, as printing a tensor does, also removes those of another thread that is in the middle of a trace,
+which then fails with "pop empty mode stack". A thread that works without modes therefore has a stack of its own, empty
+at first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _operators: Any = _ops
 
 
 class _Stacks:
-    """In the place of the stack of the process, which it is for all threads but those that have their own."""
+    """A replacement for the stack of the process, which all threads share except those that have their own."""
 
     def __init__(self, shared: Any) -> None:
         self.shared, self.own = shared, threading.local()
@@ -43,7 +44,7 @@ class _Stacks:
 
     @contextmanager
     def separate(self) -> Iterator[None]:
-        """Inside, this thread has a new stack."""
+        """Use a new stack in this thread while the block runs."""
         before = self.here
         self.own.stack = _operators._ModeStackStateForPreDispatch()
         try:
@@ -58,7 +59,7 @@ _operators._mode_stack_state_for_pre_dispatch = _stacks
 
 @contextmanager
 def no_modes() -> Iterator[None]:
-    """Inside, no mode intercepts operators of this thread, and what other threads trace goes on undisturbed."""
+    """Run the block without modes intercepting operators of this thread, and leave traces of other threads alone."""
     if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
         with _disable_current_modes(), _stacks.separate():  # this thread itself is in the middle of a trace
             yield

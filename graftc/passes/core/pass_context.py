@@ -1,4 +1,4 @@
-"""What a plugin's pass is given, and what it leaves: facts for other passes, and figures for reports."""
+"""The context of a plugin's pass, and what the pass leaves: facts for other passes, and figures for reports."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SITES, PLACES = "sites", "places"
 
 @dataclass(frozen=True)
 class PassFigure:
-    """A number that a plugin's pass found.
+    """A number that a plugin's pass reports.
 
     Attributes:
-        name: of the number.
-        site: the place that it is of; empty where it is of the whole model.
-        layer, stack: index of the site's layer and path of the list of layers; None and empty outside of them.
+        name: the name of the number.
+        site: the site that it belongs to; empty if it belongs to the whole model.
+        layer, stack: the index of the site's layer and the path of the list of layers; None and empty outside of them.
         value: the number.
     """
 
@@ -43,13 +43,13 @@ class PassFigure:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A plugin's pass that a Program has gone through.
+    """A record of a plugin's pass that a Program has gone through.
 
     Attributes:
-        pipeline, name: where it ran, and its name.
-        distribution, version: the package that brings it.
+        pipeline, name: the pipeline in which it ran, and its name.
+        distribution, version: the package that provides it.
         rewrites: whether it may change the graph.
-        figures: what it found, in its order.
+        figures: the numbers that it reported, in order.
     """
 
     pipeline: str
@@ -65,19 +65,19 @@ class PassRecord:
 
 @dataclass
 class Findings:
-    """What plugins' passes leave behind while a pipeline runs.
+    """The facts and figures that plugins' passes leave while a pipeline runs.
 
     Attributes:
-        facts: by name.
-        figures: of every pass that ran, in their order, by name and site.
+        facts: the values of facts, by name.
+        figures: the figures of every pass that ran, in their order, by name and site.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
     figures: dict[Pass[Any], dict[tuple[str, str], PassFigure]] = field(default_factory=dict)
 
     def records(self, pipeline: str) -> tuple[PassRecord, ...]:
-        """The passes that ran."""
-        ran = ((own, own.origin, tuple(found.values())) for own, found in self.figures.items())
+        """Return a record of each pass that ran."""
+        ran = ((own, own.origin, tuple(entries.values())) for own, entries in self.figures.items())
         return tuple(
             PassRecord(pipeline, own.name, origin.distribution, origin.version, own.rewrites, figures)
             for own, origin, figures in ran
@@ -86,11 +86,11 @@ class Findings:
 
 
 class PassHost:
-    """Base of the contexts of pipelines that take passes of plugins: what these may ask for.
+    """Base class of the contexts of pipelines that take passes of plugins: it provides what these may ask for.
 
     Attributes:
-        findings: what they leave.
-        keeps_figures: whether anything reads the figures that they report.
+        findings: the facts and figures that the passes leave.
+        keeps_figures: whether the figures that they report are read.
     """
 
     findings: Findings
@@ -98,37 +98,41 @@ class PassHost:
 
     @property
     def store(self) -> Store | None:
-        """See `HoldsStore`."""
+        """The tensors that Programs name; None unless a subclass has them."""
         return None
 
     @property
     def asked(self) -> Spec:
-        """What the user asked for."""
+        """The spec that the user asked for."""
         raise NotImplementedError
 
     @property
     def every_site(self) -> Sequence[Site]:
-        """Every site, where sites are known."""
+        """Every site, if sites are known."""
         return ()
 
     @property
     def adapted_sites(self) -> Mapping[str, Sequence[Site]]:
-        """The sites of each adaptation, where they are known."""
+        """The sites of each adaptation, if they are known."""
         return {}
 
     def inserting(self, program: Program, owner: str) -> Builder | None:
-        """What inserts nodes in the name of ``owner``; None where graphs are no longer held against the base."""
+        """Return a Builder that inserts nodes in the name of ``owner``.
+
+        None if graphs are no longer compared with the base.
+        """
         return None
 
 
 class PassContext:
-    """What a plugin's pass is given beside the Program. A pass gets what it says it requires, and has to leave what it
-    says it ensures.
+    """The context that a plugin's pass gets beside the Program.
+
+    A pass can read the facts that it declares as required, and has to leave those that it declares as ensured.
 
     Args:
         own: the pass, with its origin.
-        host: the context of our own passes.
-        program: what the pass is applied to.
+        host: the context of graftc's own passes.
+        program: the Program to which the pass is applied.
     """
 
     def __init__(self, own: Pass[PassContext], host: PassHost, program: Program) -> None:
@@ -146,7 +150,7 @@ class PassContext:
         """Every site of the Program, adapted or not; a stored tensor that is used several times has one for each use.
 
         Raises:
-            GraftError: GC077 where the pass does not require ``"sites"``.
+            GraftError: GC077 if the pass does not require ``"sites"``.
         """
         self._required(SITES)
         return tuple(self._host.every_site)
@@ -156,16 +160,16 @@ class PassContext:
         """The sites of each adaptation, by its name, in the order of the spec.
 
         Raises:
-            GraftError: GC077 where the pass does not require ``"places"``.
+            GraftError: GC077 if the pass does not require ``"places"``.
         """
         self._required(PLACES)
         return {name: tuple(sites) for name, sites in self._host.adapted_sites.items()}
 
     def __getitem__(self, fact: str) -> Any:
-        """What another plugin's pass has left under the name of a fact.
+        """Return the value that another plugin's pass has left for a fact.
 
         Raises:
-            GraftError: GC077 where the pass does not require the fact, or where no pass leaves a value for it.
+            GraftError: GC077 if the pass does not require the fact, or if no pass leaves a value for it.
         """
         self._required(fact)
         if fact not in self._host.findings.facts:
@@ -173,10 +177,10 @@ class PassContext:
         return self._host.findings.facts[fact]
 
     def __setitem__(self, fact: str, value: Any) -> None:
-        """Leave a value under the name of a fact that the pass ensures.
+        """Leave a value for a fact that the pass ensures.
 
         Raises:
-            GraftError: GC077 where it does not ensure it.
+            GraftError: GC077 if it does not ensure it.
         """
         if fact not in self._own.ensures:
             raise self._error(f"leaves {fact!r}, and does not say that it ensures it", f"add ensures={{{fact!r}}}")
@@ -184,21 +188,23 @@ class PassContext:
         self._left.add(fact)
 
     def figure(self, name: str, value: float, site: Site | None = None) -> None:
-        """Report a number. `compiled.report`, ``graftc check``, ``compile`` and ``inspect`` show those of the graphs of
-        the first signature.
+        """Report a number.
+
+        `compiled.report`, ``graftc check``, ``compile`` and ``inspect`` show those of the graphs of the first
+        signature.
 
         Args:
-            name: such as ``"multiply_adds"``.
+            name: the name of the number, such as ``"multiply_adds"``.
             value: a finite number.
-            site: the place that it is of; by default it is of the whole model. A later number of the same name and
-                place takes the place of an earlier one.
+            site: the site that it belongs to; by default it belongs to the whole model. A later number of the same name
+                and site replaces an earlier one.
 
         Raises:
-            GraftError: GC077 for what is not a finite number, and in the pipeline ``lower``.
+            GraftError: GC077 for a value that is not a finite number, and in the pipeline ``lower``.
         """
         if not self._host.keeps_figures:
             raise self._error(f"reports {name!r} where nothing reads it", "add it to the pipeline 'adapt' or 'eval'")
-        given: Any = value  # of whatever kind a plugin has
+        given: Any = value  # a plugin may pass a value of any type
         try:
             number = float(given) if not isinstance(given, bool) and isinstance(given, Real) else nan
         except (OverflowError, TypeError, ValueError):
@@ -207,30 +213,30 @@ class PassContext:
             raise self._error(f"reports {value!r} as {name!r}, which is not a finite number", "report an int or float")
         key = str(site.key) if site is not None else ""
         layer, stack = (site.layer, site.stack) if site is not None else (None, "")
-        held = self._host.findings.figures.setdefault(self._own, {})
-        held[name, key] = PassFigure(str(name), key, layer, stack, number)
+        figures = self._host.findings.figures.setdefault(self._own, {})
+        figures[name, key] = PassFigure(str(name), key, layer, stack, number)
 
     def builder(self) -> Builder:
-        """What inserts nodes and tensors, in the name of the pass: ``with build.on(site): ...``.
+        """Return a Builder that inserts nodes and tensors in the name of the pass: ``with build.on(site): ...``.
 
         Raises:
-            GraftError: GC077 for a pass that only looks, in the pipeline ``lower``, or where an adaptation has the name
-                of the pass.
+            GraftError: GC077 for a pass that only looks, in the pipeline ``lower``, or if an adaptation has the name of
+                the pass.
         """
         if not self._own.rewrites:
             raise self._error("asks for a Builder and says that it only looks", "set rewrites=True")
         if self._own.name in self.spec.owners:
             raise self._error("has the name of an adaptation", "give the adaptation another name")
-        made = self._host.inserting(self._program, self._own.name)
-        if made is None:
+        build = self._host.inserting(self._program, self._own.name)
+        if build is None:
             raise self._error("asks for a Builder where none is", "graphs that are lowered are changed with torch.fx")
-        return made
+        return build
 
     def run(self) -> Program | None:
-        """Apply the pass, and hold it to what it ensures.
+        """Apply the pass, and check that it leaves what it ensures.
 
         Raises:
-            GraftError: GC077.
+            GraftError: GC077 if it does not, or if it returns something other than None or a Program.
         """
         self._host.findings.figures[self._own] = {}
         after: Any = self._own.apply(self._program, self)

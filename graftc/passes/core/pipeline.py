@@ -1,5 +1,8 @@
-"""Passes over a Program, and pipelines of them. A pipeline alone keeps times, the history, progress and verification:
-a pass says what it needs, what it leaves behind, and what it does."""
+"""Passes over a Program, and pipelines of them.
+
+Only the pipeline keeps times, the history, progress and verification; a pass declares what it needs, what it leaves
+behind, and what it does.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ VERIFY = "verify"
 
 
 class HoldsStore(Protocol):
-    """What the context of every pipeline has."""
+    """The interface of the context of every pipeline: an implementation has to provide the Store."""
 
     @property
     def store(self) -> Store | None:
-        """The tensors that Programs name; None where Programs are no longer held against them."""
+        """The tensors that Programs name; None if Programs are no longer compared with them."""
 
 
 C = TypeVar("C", bound=HoldsStore)
@@ -43,17 +46,17 @@ class Pass(Generic[G]):
     """One step over a Program.
 
     Attributes:
-        name: in histories, reports and errors; no two passes of a pipeline have the same.
-        apply: takes the Program and the context. It changes the Program in place and gives None, or gives another one
-            in which nodes that are kept have their names. What it finds out it leaves in the context.
-        requires: what has to be there: facts that earlier passes ensure, or that the pipeline starts with.
-        ensures: facts that hold after it.
-        rewrites: whether it may change the graph. A plugin's that only looks is held to that.
-        wanted: whether there is anything to do; by default there always is.
-        verified: whether the verifier runs behind it. Passes in a group are verified by the group, and those of
-            plugins wherever they rewrite.
-        typed: whether the verifier then works out all types anew, as it does behind passes of plugins.
-        origin: the plugin that brings it; None for our own. It is filled in where a plugin is found.
+        name: the name in histories, reports and errors; no two passes of a pipeline have the same.
+        apply: a function of the Program and the context. It changes the Program in place and returns None, or returns
+            another one in which nodes that are kept have their names. It leaves what it finds out in the context.
+        requires: the facts that have to hold: earlier passes ensure them, or the pipeline starts with them.
+        ensures: the facts that hold after it.
+        rewrites: whether it may change the graph. For a plugin's pass that only looks, this is checked.
+        wanted: returns whether there is anything to do; by default there always is.
+        verified: whether the verifier runs after it. Passes in a group are verified by the group, and those of plugins
+            whenever they rewrite.
+        typed: whether the verifier then infers all types again, as it does after passes of plugins.
+        origin: the plugin that provides it; None for graftc's own. It is filled in when a plugin is found.
     """
 
     name: str
@@ -70,7 +73,7 @@ class Pass(Generic[G]):
         _freeze(self)
 
     def __str__(self) -> str:
-        """What it is, on one line."""
+        """Return a description on one line."""
         marks = ["rewrites" if self.rewrites else "looks"]
         marks += [f"verified{' with types' if self.typed else ''}"] if self.verified else []
         marks += ["where wanted"] if self.wanted is not None else []
@@ -80,14 +83,14 @@ class Pass(Generic[G]):
 
 @dataclass(frozen=True)
 class PassGroup(Generic[C]):
-    """Passes of which there are as many as a spec asks for, such as one for each adaptation.
+    """A group of as many passes as a spec asks for, such as one for each adaptation.
 
     Attributes:
-        name: of all of them together.
-        passes: makes them, in order.
-        requires, ensures: as of a `Pass`.
-        each: how many of those that rewrite are verified one by one, so that the one to blame is named; after these the
-            verifier runs whenever the graph has doubled, and behind the last.
+        name: the name of the whole group.
+        passes: returns the passes, in order.
+        requires, ensures: as for a `Pass`.
+        each: how many passes, from the first, are verified one by one if they rewrite, so that the faulty one is named;
+            after these the verifier runs whenever the graph has doubled, and after the last that rewrites.
     """
 
     name: str
@@ -100,12 +103,12 @@ class PassGroup(Generic[C]):
         _freeze(self)
 
     def __str__(self) -> str:
-        """What it is, on one line."""
+        """Return a description on one line."""
         return _line(self.name, ["a group", "verified"], self.requires, self.ensures)
 
 
 def _freeze(each: Pass[Any] | PassGroup[Any]) -> None:
-    """Facts as frozen sets, however they are given: as a set, or as one name."""
+    """Turn facts, which are given as a set or as one name, into frozen sets."""
     for name in ("requires", "ensures"):
         facts = getattr(each, name)
         object.__setattr__(each, name, frozenset({facts} if isinstance(facts, str) else facts))
@@ -119,17 +122,17 @@ def _line(name: str, marks: Sequence[str], requires: Collection[str], ensures: C
 
 @dataclass
 class Log:
-    """What passes did to a Program, in order: the entries of its history.
+    """A record of what passes did to a Program, in order: the entries of its history.
 
     Attributes:
-        entries: so far.
+        entries: the entries so far.
     """
 
     entries: list[HistoryEntry] = field(default_factory=list)
     _recorder: Recorder | None = field(default=None, repr=False)
 
     def rewritten(self, name: str, program: Program, run: Callable[[], Program | None]) -> Program:
-        """Run a step that may change a graph; the Program after it."""
+        """Run a step that may change a graph, and return the Program after it."""
         progress.step(name)
         if self._recorder is None or self._recorder.graph is not program.graph:
             self._recorder = Recorder(program.graph)
@@ -148,7 +151,7 @@ class Log:
         return result
 
     def verified(self, program: Program, store: Store | None, stage: str, *, types: bool = False) -> None:
-        """Run the verifier behind a stage.
+        """Run the verifier after a stage.
 
         Raises:
             GraftError: GC040 or GC023.
@@ -158,15 +161,15 @@ class Log:
 
 
 class Pipeline(Generic[C]):
-    """Passes in order, each of which finds what it requires.
+    """Passes in order, each of which finds the facts that it requires.
 
     Args:
-        name: in errors.
-        passes: in order.
+        name: the name in errors.
+        passes: the passes, in order.
         given: facts that hold before the first.
 
     Raises:
-        GraftError: GC077 where two passes have one name, or a pass requires what none before it ensures.
+        GraftError: GC077 if two passes have the same name, or a pass requires a fact that none before it ensures.
     """
 
     def __init__(
@@ -196,22 +199,22 @@ class Pipeline(Generic[C]):
         return GraftError("GC077", message, place=_place(each), hint=hint)
 
     def without(self, names: Collection[str]) -> Pipeline[C]:
-        """This pipeline without some of its passes."""
+        """Return this pipeline without some of its passes."""
         return Pipeline(self.name, [each for each in self.passes if each.name not in names], self.given)
 
     def run(self, program: Program, context: C, log: Log | None = None) -> Program:
         """Apply every pass that is wanted.
 
         Args:
-            program: what the first one gets.
-            context: for all of them.
-            log: takes the history.
+            program: the Program that the first pass gets.
+            context: the context of all passes.
+            log: the log that receives the history.
 
         Returns:
-            What the last one leaves.
+            The Program that the last pass leaves.
 
         Raises:
-            GraftError: from a pass; GC040 where one of ours leaves a graph that is not sound; GC077 where a plugin's
+            GraftError: from a pass; GC040 if one of graftc's own leaves a graph that is not sound; GC077 if a plugin's
                 does, changes a graph that it says it only looks at, or fails in a way of its own.
         """
         log = Log() if log is None else log
@@ -250,7 +253,7 @@ class Pipeline(Generic[C]):
         return iter(self.passes)
 
     def __str__(self) -> str:
-        """The passes, one on a line."""
+        """Return the passes, one on each line."""
         start = f", from {', '.join(sorted(self.given))}" if self.given else ""
         return "\n".join([f"{self.name}{start}", *(f"  {each}" for each in self.passes)])
 
@@ -263,7 +266,7 @@ def _applied(each: Pass[C], program: Program, context: C, log: Log) -> Program:
 
 
 def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: Log) -> Program:
-    """Apply a plugin's pass, and hold it to what it says.
+    """Apply a plugin's pass, and check that it does what it declares.
 
     Raises:
         GraftError: GC077, or what the pass itself raises.
@@ -297,21 +300,21 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
 
 
 def _shape(program: Program) -> tuple[Any, ...]:
-    """What a `Recorder` does not look at: operators, literals and types of nodes, edits and inputs."""
+    """Return what a `Recorder` does not compare: operators, literals and types of nodes, edits and inputs."""
     nodes = program.graph.nodes
     said = [(n.name, n.target, repr(n.args), repr(n.kwargs), id(n.meta.get("val"))) for n in nodes]
     return said, len(program.edits), len(program.tensor_edits), program.inputs, program.flags, program.mode
 
 
 def two_of_one_name(pipeline: str, one: Pass[C] | PassGroup[C], other: Pass[C] | PassGroup[C]) -> GraftError:
-    """The error for two passes of one name in a pipeline."""
+    """Return the error for two passes of one name in a pipeline."""
     message = f"the pipeline {pipeline!r} has two passes of one name: {_named(one)} and {_named(other)}"
     added = other if _place(other) is not None else one
     return GraftError("GC077", message, place=_place(added), hint=f"rename one, for example '{other.name}-2'")
 
 
 def _named(each: Pass[C] | PassGroup[C]) -> str:
-    """A pass in messages: with the package that brings it."""
+    """Return a pass as messages name it, with the package that provides it."""
     origin = each.origin if isinstance(each, Pass) else None
     return f"the pass {each.name!r}" + (f" of {origin}" if origin is not None else "")
 
@@ -321,5 +324,5 @@ def _place(each: Pass[C] | PassGroup[C]) -> Place | None:
 
 
 def _between(names: Sequence[str]) -> str:
-    """A stage of several passes, in words."""
+    """Return a stage of several passes, in words."""
     return names[0] if len(set(names)) == 1 else f"{names[0]} to {names[-1]}"

@@ -1,7 +1,7 @@
-"""Which packages register passes, from their metadata alone: none of their code is imported.
+"""Packages that register passes, read from their metadata alone: none of their code is imported.
 
-They are found in the entry-point group ``graftc.passes``. An entry point names an `AddedPass`, as
-``macs = "graftc_macs:COUNT"``.
+They use the entry-point group ``graftc.passes``. An entry point names an `AddedPass`, as
+``macs = "graftc_macs:COUNT"`` does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ GROUP = "graftc.passes"
 
 @dataclass(frozen=True)
 class Plugin:
-    """A package that brings a pass.
+    """A package that provides a pass.
 
     Attributes:
-        distribution, version: the installed package; its module and nothing where it has no metadata.
-        entry_point: what registers it, as ``macs = "graftc_macs:COUNT"``.
+        distribution, version: the installed package; if it has no metadata, its module and an empty string.
+        entry_point: the entry point that registers it, such as ``macs = "graftc_macs:COUNT"``.
     """
 
     distribution: str
@@ -32,12 +32,12 @@ class Plugin:
 
     @property
     def place(self) -> Place:
-        """Where errors say that the fault is."""
+        """The place of the fault that errors name."""
         return Place(path=f"entry point {self.entry_point}")
 
     @property
     def remedy(self) -> str:
-        """What a user can do who did not write it."""
+        """The remedy for a user who did not write the plugin."""
         return f"repair or uninstall {self.distribution}"
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Plugin:
 
 @cache
 def plugins() -> Mapping[EntryPoint, Plugin]:
-    """The entry points, in the order of their names. They are looked up once."""
+    """Return the entry points, in the order of their names. They are looked up once."""
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
     return {point: _plugin(point) for point in points}
 
@@ -57,5 +57,5 @@ def _plugin(point: EntryPoint) -> Plugin:
 
 
 def registered() -> list[str]:
-    """Every pass with its package and version: what captures are kept under beside everything else."""
+    """Return every pass with its package and version, which are part of what captures are stored under."""
     return [f"{plugin.entry_point} of {plugin}" for plugin in plugins().values()]

@@ -1,7 +1,7 @@
-"""Progress of long work: what is done, what it is at, and for how long. The standard library only.
+"""Progress of long work: what is done, the current step, and the time taken. It needs the standard library only.
 
-Where nobody listens, a terminal shows one line on the standard error once work has taken two seconds, and keeps it when
-it ends. ``GRAFTC_PROGRESS=off`` turns that off, ``on`` shows the last line where there is no terminal too.
+If there is no listener, a terminal shows one line on the standard error once work has taken two seconds, and keeps it
+when the work ends. ``GRAFTC_PROGRESS=off`` turns that off, ``on`` also shows the last line if there is no terminal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ thread, once it has taken two seconds, and every second from then on."""
 
 @dataclass
 class _Work:
-    """Work that is under way."""
+    """Work in progress."""
 
     name: str
     began: float = field(default_factory=time.monotonic)
@@ -43,7 +43,7 @@ _ASKED: ContextVar[bool | None] = ContextVar("_ASKED", default=None)
 
 
 def step(name: str) -> None:
-    """Say what the work that is under way is at now."""
+    """Set the current step of the work in progress."""
     work = _WORK.get()
     if work is not None:
         work.step = name
@@ -51,7 +51,7 @@ def step(name: str) -> None:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, a listener is told of work in this thread, and nothing else is shown."""
+    """Report work in this thread to a listener while the block runs, and show nothing else."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -61,7 +61,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def asked(shown: bool | None) -> Iterator[None]:
-    """Inside, work in this thread is shown, or not; None leaves that as it is."""
+    """Show or hide work in this thread while the block runs; None leaves that unchanged."""
     if shown is None:
         yield
         return
@@ -74,11 +74,11 @@ def asked(shown: bool | None) -> Iterator[None]:
 
 @contextmanager
 def working(doing: str, name: str) -> Iterator[None]:
-    """Around work that may take long; what is within another is part of that.
+    """Run a block of work that may take long; work within other work is a part of that.
 
     Args:
-        doing: what is done, as ``compiling``.
-        name: to what: the class of a model, or a folder.
+        doing: the activity, such as ``compiling``.
+        name: its object: the class of a model, or a directory.
     """
     listener, line = _LISTENER.get(), None
     if listener is None and _wanted():
@@ -119,13 +119,13 @@ def _wanted() -> bool:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    with suppress(Exception):  # some have no such method, others are closed
+    with suppress(Exception):  # some streams have no such method, others are closed
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     return False
 
 
 class _Line:
-    """A line that is written over until it ends; where there is no terminal it is written once, at the end."""
+    """A line that is overwritten until it ends; without a terminal it is written once, at the end."""
 
     def __init__(self, work: str, stream: TextIO) -> None:
         self._work, self._stream, self._width = work, stream, 0
@@ -137,11 +137,11 @@ class _Line:
             self._write(f"graftc: {self._work}{at}, {seconds:.0f} s")
 
     def end(self, seconds: float) -> None:
-        """Say how long it took."""
+        """Write how long the work took."""
         self._write(f"graftc: {self._work} took {seconds:.1f} s", "\n")
 
     def _write(self, text: str, end: str = "") -> None:
-        with suppress(Exception):  # nothing fails since nobody can be told of it
+        with suppress(Exception):  # work must not fail because progress cannot be shown
             self._stream.write(("\r" + text.ljust(self._width) if self._over else text) + end)
             self._stream.flush()
         self._width = len(text)

@@ -1,4 +1,4 @@
-"""What has to hold of a graph that is about to run, and is no longer held against the base."""
+"""Checks of a graph that is about to run and is no longer compared with the base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def require_runnable(program: Program, step: str) -> None:
     """Check a graph that the pass called ``step`` left.
 
     Raises:
-        GraftError: GC040 where it is not sound, has other inputs or outputs than before, or has a node that gives
+        GraftError: GC040 if it is not sound, has other inputs or outputs than before, or has a node whose value has
             another type than it says.
     """
     fault = _fault(program)
@@ -34,5 +34,5 @@ def _fault(program: Program) -> str:
     untyped = next((n.name for n in program.graph.nodes if n.op == "call_function" and "val" not in n.meta), None)
     if untyped is not None:
         return f"{untyped} does not say the type of its value in meta['val']"
-    found = check_types(program, SIZE_CHOICES[0])
-    return f"{found[0]}: {found[1]}" if found is not None else ""
+    mismatch = check_types(program, SIZE_CHOICES[0])
+    return f"{mismatch[0]}: {mismatch[1]}" if mismatch is not None else ""

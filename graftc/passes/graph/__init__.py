@@ -1,3 +1,4 @@
-"""Passes that know no method: they clean graphs up, cut, lengthen and outline them, and compose adaptations.
+"""Passes that are independent of methods: they clean up, cut, lengthen and outline graphs, and compose adaptations.
 
-Each takes a Program and is verified behind it."""
+Each takes a Program, which is verified afterwards.
+"""

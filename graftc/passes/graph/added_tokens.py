@@ -1,7 +1,7 @@
-"""New tokens: trained rows stand in for some rows of a table of embeddings, where it is looked up and in the head.
+"""New tokens: trained rows replace some rows of an embedding table, where it is looked up and in the head.
 
-The table itself is never copied: a look-up takes new rows where the number asks for one, and the head computes its
-last columns from them. A table tied to the head has one set of new rows, which both read.
+The table itself is never copied: a look-up takes a new row if the token id asks for one, and the head computes its last
+columns from the new rows. A table tied to the head has one set of new rows, which both read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ aten = torch.ops.aten
 
 
 def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) -> None:
-    """Train ``rows`` of a table in place of the base's.
+    """Train ``rows`` of a table instead of reading the base's.
 
     Args:
-        build: builds into one Program.
-        sites: everything that reads the table: look-ups, and the head where it is tied; or the head's own matrix.
-        rows: which entries of the table, ``[entries, width]``, are new, in one run.
+        build: the builder of the Program.
+        sites: all sites that read the table: look-ups, and the head if it is tied; or the matrix of the head alone.
+        rows: the entries of the table, ``[entries, width]``, that are new, in one run.
     """
     ((first, end),) = rows.spans
     for site in sites:

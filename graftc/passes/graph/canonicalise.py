@@ -1,9 +1,9 @@
-"""Canonicalise a captured graph: drop what capture leaves behind and computes nothing, so that equal models print
-and hash alike and roles can be read off.
+"""Canonicalise a captured graph, so that equal models print and hash alike and roles can be read off.
 
-Removed: metadata assertions, casts of integers to the type they have, full slices, ``+ 0``, ``* 1.0``, expansions to
-the same shape, copies of constants, concatenations with empty tensors, dropout that never drops, unused pure
-computations. Literal devices go too: a Program runs where its Store is, and lowering puts the device back.
+What capture leaves behind and computes nothing is removed: metadata assertions, casts of integers to the type they
+have, full slices, ``+ 0``, ``* 1.0``, expansions to the same shape, copies of constants, concatenations with empty
+tensors, dropout that never drops, unused pure computations. Literal devices are removed as well: a Program runs where
+its Store is, and lowering restores the device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def canonicalise(program: Program) -> Program:
     graph, types = program.graph, Inference(program)
     for node in list(graph.nodes):
         _functional(node, types)
-    memory = Memory(graph)  # of what is still written to
+    memory = Memory(graph)  # tracks the writes that are left
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -56,7 +56,7 @@ def canonicalise(program: Program) -> Program:
 
 
 def _is_written_apart(node: fx.Node, source: fx.Node, memory: Memory) -> bool:
-    """Whether a value is a copy of another, and one of the two is changed in place later."""
+    """Return whether a value is a copy of another one, and one of the two is changed in place later."""
     return memory.roots(node).isdisjoint(memory.roots(source)) and not memory.settled(node, source)
 
 
@@ -94,7 +94,7 @@ def _depends_on_input(node: fx.Node) -> bool:
 
 
 def _constant_copy(node: fx.Node) -> fx.Node | None:
-    """Copies and detachments of constants: there is no gradient to stop and nobody writes to the copy."""
+    """Drop copies and detachments of constants: there is no gradient to stop and nothing writes to the copy."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or _depends_on_input(source):
         return None
@@ -136,8 +136,10 @@ def _dropout(node: fx.Node) -> fx.Node | None:
 
 
 def _to(node: fx.Node) -> fx.Node | None:
-    """Casts lose their device, layout and copy arguments, and go where nothing changes. Those of floats stay: under
-    autocast the value may have another type."""
+    """Drop a cast that changes nothing, and the device, layout and copy arguments of the others.
+
+    Casts of floating-point values stay: under autocast the value may have another type.
+    """
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return None
@@ -154,7 +156,7 @@ def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _functional(node: fx.Node, types: Inference) -> None:
-    """An in-place call on a value that nobody else reads is the functional call, cast to the type of that value."""
+    """Replace an in-place call on a value without other readers by the functional call, cast to the value's type."""
     target = node.target
     if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
         return
@@ -167,14 +169,14 @@ def _functional(node: fx.Node, types: Inference) -> None:
     if set(source.users) != {node} or _is_view(source):
         return
     node.target = overload
-    value, found = _value(node), types.call(overload, node.args, node.kwargs)
-    if found.dtype == value.dtype:
+    value, inferred = _value(node), types.call(overload, node.args, node.kwargs)
+    if inferred.dtype == value.dtype:
         return
     with node.graph.inserting_after(node):
         cast = node.graph.call_function(aten.to.dtype, (node, value.dtype))
     cast.meta = dict(node.meta)
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
-    node.meta["val"] = found
+    node.meta["val"] = inferred
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -190,7 +192,7 @@ def _drop_device(node: fx.Node) -> None:
 
 
 def _trim_defaults(node: fx.Node) -> None:
-    """Trailing arguments that equal the schema's defaults are left out, so that spelling does not matter."""
+    """Leave out trailing and keyword arguments that equal the schema's defaults, so that spelling does not matter."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return
@@ -214,7 +216,7 @@ def _trim_defaults(node: fx.Node) -> None:
 
 
 def _share_sizes(program: Program) -> None:
-    """One node per symbol: the size of the first input that has it."""
+    """Keep one node for each symbol: the size of the first input that has it."""
     graph = program.graph
     owners: dict[Any, tuple[fx.Node, int]] = {}
     for node in program.placeholders():
@@ -258,7 +260,7 @@ _CUTTING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
 
 
 def _rejoined(cut: fx.Node, index: Any) -> fx.Node | None:
-    """One of the parts that were concatenated and cut at the same places again."""
+    """Return one of the parts that were concatenated and cut at the same places again; None if they were not."""
     whole = cut.args[0]
     if not (isinstance(whole, fx.Node) and whole.target is aten.cat.default and isinstance(index, int)):
         return None

@@ -1,7 +1,7 @@
 """Compositions of what adaptations add at one place: averages, AdapterFusion, spans of the sequence, gates.
 
-Each adaptation is built as ever, from the same values of the model, by a builder that keeps what it would have added. A
-composition makes one addition of all of these. A gate takes the keys and values of a prefix as well.
+Each adaptation is built as usual, from the same values of the model, by a builder that collects what it would have
+added. A composition makes one addition of all of these. A gate also takes the keys and values of a prefix.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ GATE_READING = Reading(
 
 @dataclass(frozen=True)
 class Delta:
-    """What one adaptation would add at a site.
+    """The addition that one adaptation would make at a site.
 
     Attributes:
-        node: the addition, with the width of what it is added to last.
-        read: the value that it was made from.
-        place: which value of a sublayer it is added to, and from which one it was made; None at a linear map.
+        node: the addition; its last axis has the width of what it is added to.
+        read: the value that it was computed from.
+        place: the value of a sublayer that it is added to, and the one that it was computed from; None at a linear map.
     """
 
     node: fx.Node
@@ -57,7 +57,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Keys and values that one adaptation would put in front of an attention's: ``[rows, heads, length, width]``."""
+    """Keys and values that an adaptation would put in front of an attention's: ``[rows, heads, length, width]``."""
 
     keys: fx.Node
     values: fx.Node
@@ -65,12 +65,12 @@ class Ahead:
 
 
 class Collecting(Seams[Nodes]):
-    """The seams of an adaptation that is built up to what it would add.
+    """The seams of an adaptation whose additions are collected instead of made.
 
     Args:
         into: the name of the composition.
-        trains: whether the adaptation's own tensors train.
-        attends: whether the composition takes keys and values too.
+        trains: whether the adaptation's own tensors are trained.
+        attends: whether the composition also takes keys and values.
     """
 
     composed = True
@@ -81,20 +81,20 @@ class Collecting(Seams[Nodes]):
         self.ahead: list[Ahead] = []
 
     def make(self, nodes: Nodes, new: NewTensor) -> Sequence[str]:
-        """See `Seams.make`.
+        """Make a tensor that is trainable only if the adaptation trains.
 
         Raises:
-            GraftError: GC036 for a trained copy of a base tensor: only what is added can be composed.
+            GraftError: GC036 for a trained copy of a base tensor: only additions can be composed.
         """
         if new.kind == "copy":
             raise self._refusal(nodes, f"it trains {new.base} itself")
         return super().make(nodes, replace(new, trainable=new.trainable and self.trains))
 
     def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
-        """See `Seams.write`: what is added is kept.
+        """Collect an addition instead of making it.
 
         Raises:
-            GraftError: GC036 for every other change, but for one of positions, and of keys where the composition takes
+            GraftError: GC036 for every other change, except one of positions, and one of keys if the composition takes
                 these.
         """
         if change.kind == "sum":
@@ -135,7 +135,7 @@ class Member:
     """An adaptation of a composition.
 
     Attributes:
-        build: builds it.
+        build: the builder of the adaptation.
         added: what it would add.
     """
 
@@ -144,7 +144,7 @@ class Member:
 
 
 def composed(into: Builder, adaptation: str, method: str, *, trains: bool = True, attends: bool = False) -> Member:
-    """An adaptation that ``into`` composes; see `Collecting`."""
+    """Return an adaptation as a member of the composition of ``into``; see `Collecting`."""
     added = Collecting(into.adaptation, trains=trains, attends=attends)
     return Member(into.within(added, adaptation, method), added)
 
@@ -153,16 +153,16 @@ Combine = Callable[[Any, Builder, Sequence[tuple[Builder, Delta]]], fx.Node]
 
 
 def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: Sequence[Member]) -> None:
-    """Add at ``site`` what a composition makes of what its members would have added there.
+    """Add what a composition computes from its members' additions at ``site``.
 
     Args:
         spec: the composition.
-        build: its builder, at ``site``.
-        site: a linear map or a sublayer; with a gate an attention too.
-        members: those that have something there.
+        build: the builder of the composition, at ``site``.
+        site: a linear map or a sublayer; with a gate also an attention.
+        members: the members that have something there.
 
     Raises:
-        GraftError: GC036 where members do not read and add at the same values.
+        GraftError: GC036 if members do not read and add at the same values.
     """
     if isinstance(site, AttentionSite):
         assert isinstance(spec, Gate)
@@ -218,7 +218,7 @@ def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -
 
 
 def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
-    """``delta`` times the gate of its adaptation at its site: a number for each row of the batch."""
+    """Return ``delta`` times the gate of its adaptation at its site: a number for each row of the batch."""
     batch = Batch(build.program, build.call)
     where = str(build.site.key)
     x, own = batch.first(delta.read, where), batch.first(delta.node, where)
@@ -229,17 +229,17 @@ def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
 
 
 def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite, ahead: Ahead) -> None:
-    """Put keys and values, both times one gate that is made from what the attention reads, in front of its own.
+    """Put keys and values in front of an attention's own, both times one gate, which is computed from what it reads.
 
     Args:
-        spec: says which tokens the gate is a mean over.
-        own: makes the gate's tensors.
-        build: changes the attention.
+        spec: the gate's spec, which says over which tokens the gate is a mean.
+        own: the builder that makes the gate's tensors.
+        build: the builder that changes the attention.
         site: the attention.
         ahead: the keys and values.
 
     Raises:
-        GraftError: GC036 where an attention has other rows than the batch, as one in windows has.
+        GraftError: GC036 if the attention has other rows than the batch, as one in windows has.
     """
     batch = Batch(build.program, build.call)
     gate = mean_gate(spec, own, batch.first(build.attended(site), str(site.key)))
@@ -253,10 +253,10 @@ def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite
 
 
 def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
-    """``mean sigmoid(w x + b)`` over the tokens of ``x: [rows, ..., width]``, as ``[rows, 1]``."""
+    """Return ``mean sigmoid(w x + b)`` over the tokens of ``x: [rows, ..., width]``, as ``[rows, 1]``."""
     value = x.meta["val"]
-    held = build.parts.get(build.site.key, {}).get(GATE[0])
-    if held is not None and tuple(build.store.get(held).shape) != (1, int(value.shape[-1])):
+    existing = build.parts.get(build.site.key, {}).get(GATE[0])
+    if existing is not None and tuple(build.store.get(existing).shape) != (1, int(value.shape[-1])):
         message = f"{build.adaptation!r} ({build.method}) has a tensor called {GATE[0]!r} of its own, and so has a gate"
         raise GraftError("GC036", message, hint="average its outputs, or compose another method with a gate")
     weight = build.parameter(GATE[0], (1, int(value.shape[-1])), normal(0.02), dtype=value.dtype)
@@ -275,7 +275,7 @@ def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
 
 
 def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
-    """The input that says which tokens of ``x: [rows, tokens, width]`` are real; None where no input does."""
+    """Return the input that says which tokens of ``x: [rows, tokens, width]`` are real; None if there is none."""
     sizes = [expression(size) for size in x.meta["val"].shape[:-1]]
     for spec, node in zip(build.program.inputs, build.program.placeholders(), strict=True):
         if spec.name.endswith("attention_mask") and [expression(s) for s in node.meta["val"].shape] == sizes:
@@ -284,7 +284,10 @@ def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
 
 
 def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
-    """``V sum_i p_i d_i`` with ``p = softmax_i((Q x + q) (K d_i + k) / T)``: values are linear, so they come last."""
+    """Return ``V sum_i p_i d_i`` with ``p = softmax_i((Q x + q) (K d_i + k) / T)``.
+
+    Values are linear, so they come last.
+    """
     read = deltas[0][1].read
     value = deltas[0][1].node.meta["val"]
     width, inner, dtype = int(value.shape[-1]), int(read.meta["val"].shape[-1]), value.dtype
@@ -329,10 +332,10 @@ class FusionObjective(TensorObjective[Any]):
     """``regularization * sum |V - I|^2`` over the matrices of values (Pfeiffer et al. 2021)."""
 
     def value(self) -> Tensor:
-        """See `TensorObjective.value`."""
+        """Return the sum over all places."""
         terms = []
         for place in self.places:
-            held = place.tensors["value"]
-            terms.append((held - torch.eye(held.shape[0], dtype=held.dtype, device=held.device)).square().sum())
+            matrix = place.tensors["value"]
+            terms.append((matrix - torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)).square().sum())
         result: Tensor = self.spec.regularization * torch.stack(terms).sum()
         return result

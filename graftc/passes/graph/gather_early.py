@@ -1,5 +1,7 @@
-"""Gather rows ahead of what is computed for each row by itself: a head over a vocabulary that is read at a few places
-of a text is computed for these places alone."""
+"""Gather rows before computations on each row by itself.
+
+A head over a vocabulary that is read at a few places of a text is then computed for these places only.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,11 @@ _MAPS = frozenset({aten.linear.default, aten.matmul.default})
 
 
 def gather_early(program: Program) -> Program:
-    """Move gathers of rows, ``x[batch, sequence, width] -> [batch, places, width]``, in front of whatever computes each
-    row from itself alone, but not into the repeated layers, which stay alike. In place; returns the Program."""
+    """Move gathers of rows in front of whatever computes each row from itself alone.
+
+    A gather is ``x[batch, sequence, width] -> [batch, places, width]``. It is not moved into the repeated layers, which
+    stay alike. In place; returns the Program.
+    """
     for node in list(program.graph.nodes):
         places = _places(node)
         if places is not None:
@@ -58,7 +63,7 @@ def gather_early(program: Program) -> Program:
 
 
 def _places(node: fx.Node) -> fx.Node | None:
-    """The places, ``[batch, places]``, of a gather of whole rows; None for other nodes."""
+    """Return the places, ``[batch, places]``, of a gather of whole rows; None for other nodes."""
     if node.target is not aten.gather.default or node.args[1] != 1:
         return None
     source, index = node.args[0], node.args[2]
@@ -70,8 +75,8 @@ def _places(node: fx.Node) -> fx.Node | None:
     assert isinstance(column, fx.Node)
     if column.target is not aten.unsqueeze.default or column.args[1] not in (-1, 2):
         return None
-    found = column.args[0]
-    return found if isinstance(found, fx.Node) else None
+    places = column.args[0]
+    return places if isinstance(places, fx.Node) else None
 
 
 def _move(program: Program, gather: fx.Node, places: fx.Node) -> None:
@@ -97,9 +102,9 @@ def _move(program: Program, gather: fx.Node, places: fx.Node) -> None:
     moved: dict[fx.Node, fx.Node] = {}
 
     def call(target: Any, *args: Any) -> fx.Node:
-        made = graph.call_function(target, args)
-        made.meta = {**gather.meta, "val": types.call(target, args, {})}
-        return made
+        created = graph.call_function(target, args)
+        created.meta = {**gather.meta, "val": types.call(target, args, {})}
+        return created
 
     for node in sorted(inside):
         for each in node.all_input_nodes:
@@ -121,7 +126,7 @@ def _axes(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _of_each_row(node: fx.Node, has_rows: Callable[[Any], bool]) -> bool:
-    """Whether a node gives rows each of which is made from the same row of its inputs, and of what has no rows."""
+    """Return whether each row of a result is computed from the same row of the inputs, and from inputs without rows."""
     if node.op != "call_function" or not has_rows(node):
         return False
     others = [each for each in node.all_input_nodes if not has_rows(each)]

@@ -1,6 +1,6 @@
-"""Numbers that a graph takes out of a tensor which it made of sizes: the sizes themselves are computed with instead.
+"""Replace numbers that a graph takes out of a tensor built from sizes: it computes with the sizes themselves instead.
 
-Of a size in a tensor, taken out again (``torch.tensor(x.shape[1]).item()``), the tracer knows nothing.
+The tracer knows nothing of a size that is put into a tensor and taken out again (``torch.tensor(x.shape[1]).item()``).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _COMPUTED: dict[Any, Callable[[Any, Any], Any]] = {
 
 
 def sizes_for_items(program: Program) -> None:
-    """Compute with sizes in place of numbers that are taken out of tensors made of them; in place.
+    """Compute with sizes instead of numbers that are taken out of tensors built from them; in place.
 
-    Types that depended on those numbers are worked out anew.
+    Types that depended on those numbers are inferred again.
     """
     replaced = False
     types = Inference(program)
@@ -54,7 +54,7 @@ def sizes_for_items(program: Program) -> None:
 
 
 def _number(item: fx.Node, source: Any, types: Inference) -> Any:
-    """What a scalar tensor of whole numbers holds, as a size or a number; None where that is not known."""
+    """Return the value of a scalar tensor of integers, as a size or a number; None if it is not known."""
     if not isinstance(source, fx.Node):
         return source if type(source) is int else None
     value = source.meta.get("val")
@@ -76,9 +76,9 @@ def _number(item: fx.Node, source: Any, types: Inference) -> Any:
     if not list(nodes_in(arguments)):
         return compute(*arguments)
     with item.graph.inserting_before(item):
-        made = item.graph.call_function(compute, arguments)
-    made.meta = {**item.meta, "val": types.call(compute, arguments, {})}
-    return made
+        size = item.graph.call_function(compute, arguments)
+    size.meta = {**item.meta, "val": types.call(compute, arguments, {})}
+    return size
 
 
 def _writes(node: fx.Node) -> bool:

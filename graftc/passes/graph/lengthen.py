@@ -1,9 +1,9 @@
 """A Program whose sequences have room for virtual tokens, composed of two captures of one model.
 
-The model looks its tokens up as it does when it is called with token ids; its layers run as when they are called with
-token embeddings (the entry ``embeds``), so that every size, mask and position follows from the longer sequence; and
-what comes behind the layers, which may look at ids and labels, runs on what real tokens have. Outputs that hold
-something for each token hold it for the real ones.
+The model looks up its tokens as it does when it is called with token ids; its layers run as they do when it is called
+with token embeddings (the entry ``embeds``), so that every size, mask and position follows from the longer sequence;
+and what comes after the layers, which may read ids and labels, runs on the values of real tokens. Outputs with a value
+for each token have one for each real token.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def lengthen(
     limits: Mapping[str, int | None],
     counted: Sequence[tuple[fx.Node, fx.Node]] = (),
 ) -> Program:
-    """The composed Program, in which every virtual token's vector is zeros.
+    """Return the composed Program, in which every virtual token's vector is zeros.
 
     Args:
         tokens: the capture that takes ids.
-        body: the capture that takes token embeddings, of the same outputs but for those that need labels.
-        streams: what to lengthen.
-        ends: where layers end: a value of `tokens` and the same in `body`.
-        limits: how many tokens the layers read at most, by input of token ids; None where nothing bounds them.
+        body: the capture that takes token embeddings, with the same outputs except those that need labels.
+        streams: the sequences to lengthen.
+        ends: the ends of layers: a value of `tokens` and the same in `body`.
+        limits: the largest number of tokens that the layers read, by input of token ids; None if nothing limits it.
         counted: positions in `tokens` that are counted by ids, which token embeddings do not show, and the same in
             `body`.
 
     Raises:
-        GraftError: GC019 where what comes behind the layers reads more than their results.
+        GraftError: GC019 if what comes after the layers reads more than their results.
     """
-    made = _Composer(tokens, body, streams, ends, counted).program()
-    return replace(made, inputs=_narrowed(tokens, streams, limits), updates=tokens.updates | body.updates)
+    lengthened = _Composer(tokens, body, streams, ends, counted).program()
+    return replace(lengthened, inputs=_narrowed(tokens, streams, limits), updates=tokens.updates | body.updates)
 
 
 class _Composer:
@@ -88,18 +88,18 @@ class _Composer:
         leaves = self._outputs(sequences)
         output = self.graph.output(tuple(leaves))
         output.meta = dict(self.tokens.output_node.meta)
-        made = replace(
+        lengthened = replace(
             self.tokens.copy(),
             graph=self.graph,
             entry="embeds",
             virtual=tuple(v for s in sequences for v in s.virtual()),
         )
-        remove_dead(made)
-        return made
+        remove_dead(lengthened)
+        return lengthened
 
     def _sequence(self, stream: Lengthened, inputs: Mapping[str, fx.Node]) -> Sequenced:
         value = self._of_tokens(stream.value)
-        taken = {spec.name for spec in self.body.inputs}  # there, a size that does not vary is that of the longer one
+        taken = {spec.name for spec in self.body.inputs}  # in `body`, a size that does not vary is the longer one
         beside = [s for s in self.tokens.inputs if s.name in taken and _goes_along(s.shape, self.tokens, stream.ids)]
         along = {s.name: inputs[s.name] for s in beside}
         for spec in beside:
@@ -113,7 +113,7 @@ class _Composer:
         return Sequenced(self.call, stream, value, along, inputs[stream.ids], *numbers[:1])
 
     def _recounted(self, numbers: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
-        """Positions that are counted by ids, of the longer ones."""
+        """Return positions that are counted by ids, for the longer sequences."""
         longer = {
             node: s.values[str(node.target)]
             for node in counted_inputs(numbers)
@@ -141,24 +141,27 @@ class _Composer:
             mapping[node] = self.attributes[str(node.target)]
             return mapping[node]
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
-        mapping[node] = made = create_node(self.graph, node.op, node.target, args, kwargs, name=node.name)
-        made.meta = dict(node.meta)
+        mapping[node] = copied = create_node(self.graph, node.op, node.target, args, kwargs, name=node.name)
+        copied.meta = dict(node.meta)
         if node.op == "get_attr":
-            self.attributes[str(node.target)] = made
-            made.meta["val"] = self.types.tensor(node.meta["val"])
+            self.attributes[str(node.target)] = copied
+            copied.meta["val"] = self.types.tensor(node.meta["val"])
         elif mapping is self.second or any(n.meta["val"] is not m.meta["val"] for n, m in _pairs(node, mapping)):
-            made.meta["val"] = self.types.call(node.target, args, kwargs)
-        return made
+            copied.meta["val"] = self.types.call(node.target, args, kwargs)
+        return copied
 
     # --- behind the layers -----------------------------------------------------------------------------
 
     def _outputs(self, sequences: Sequence[Sequenced]) -> list[Any]:
-        """The flat outputs: from the end of the layers where they need nothing else of these, otherwise the body's."""
+        """Return the flat outputs.
+
+        An output is computed from the ends of the layers if it needs nothing else of these; otherwise it is the body's.
+        """
         inside = _below([stream.value for stream in self.streams])
         behind = _below(list(self.ends))
-        held = self.body.output_node.args[0]
-        assert isinstance(held, tuple)
-        found = dict(zip(self.body.outputs.names, held, strict=True))
+        body_leaves = self.body.output_node.args[0]
+        assert isinstance(body_leaves, tuple)
+        body_outputs = dict(zip(self.body.outputs.names, body_leaves, strict=True))
         leaves = self.tokens.output_node.args[0]
         assert isinstance(leaves, tuple)
         result: list[Any] = []
@@ -167,8 +170,8 @@ class _Composer:
             early = [n for n in needed if n in inside and n not in behind and n not in self.ends and not _is_size(n)]
             if not early:
                 result.append(map_nodes(leaf, lambda node: self._behind(node, sequences)))
-            elif isinstance(found.get(name), fx.Node):
-                result.append(_cropped(self.second[found[name]], sequences))
+            elif isinstance(body_outputs.get(name), fx.Node):
+                result.append(_cropped(self.second[body_outputs[name]], sequences))
             else:
                 raise GraftError(
                     "GC019",
@@ -194,7 +197,7 @@ class _Composer:
         return self.first[node]
 
     def _size_of_input(self, node: fx.Node) -> fx.Node:
-        """A size of a value as that of an input: within the layers it is another one now."""
+        """Return a size of a value as that of an input: within the layers, the value has another size now."""
         wanted = expression(node.meta["val"])
         for placeholder in self.tokens.placeholders():
             for axis, size in enumerate(placeholder.meta["val"].shape):
@@ -214,20 +217,20 @@ def _cropped(value: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
 
 
 def _goes_along(shape: Sequence[int | str], tokens: Program, ids: str) -> bool:
-    """Whether an input has an axis that counts the tokens of a sequence."""
+    """Return whether an input has an axis that counts the tokens of a sequence."""
     own = _tokens_of(tokens, ids)
     return own in shape[1:] if isinstance(own, str) else len(shape) > 1 and shape[1] == own
 
 
 def _tokens_of(tokens: Program, ids: str) -> int | str:
-    """The axis of a sequence: its name, or its size."""
+    """Return the axis of a sequence: its name, or its size."""
     return next(spec.shape[1] for spec in tokens.inputs if spec.name == ids)
 
 
 def _narrowed(
     tokens: Program, streams: Sequence[Lengthened], limits: Mapping[str, int | None]
 ) -> tuple[InputSpec, ...]:
-    """The inputs, of no more tokens than leave room for the virtual ones."""
+    """Return the inputs, limited to as many tokens as leave room for the virtual ones."""
     most: dict[str, int] = {}
     for stream in streams:
         own, limit = _tokens_of(tokens, stream.ids), limits[stream.ids]
@@ -245,11 +248,11 @@ def _pairs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[tuple[fx.N
 
 
 def _below(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Some nodes and everything that is made from them."""
-    found, pending = set(nodes), list(nodes)
+    """Return some nodes and everything that is computed from them."""
+    reached, pending = set(nodes), list(nodes)
     while pending:
         for user in pending.pop().users:
-            if user not in found:
-                found.add(user)
+            if user not in reached:
+                reached.add(user)
                 pending.append(user)
-    return found
+    return reached

@@ -25,12 +25,12 @@ from graftc.passes.core.ir.program import Program, is_random, provenance
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """One layer's part of one Program.
+    """The part of a Program that belongs to one call of a layer.
 
     Attributes:
-        path: the layer's module path; its tensors are named relative to it.
-        use: which call of the layer this is, 0 for the first.
-        graph: inputs are what the layer reads from outside, outputs what others read from it.
+        path: the module path of the layer; names of its tensors are relative to it.
+        use: the number of this call of the layer, 0 for the first.
+        graph: the subgraph; its inputs are what the layer reads from outside, its outputs what others read from it.
         inputs, outputs: names of these in the Program.
     """
 
@@ -50,7 +50,7 @@ class Outlined:
 
 
 def outline(program: Program) -> Outlined:
-    """Split a Program into its layers; the Program stays as it is."""
+    """Split a Program into its layers; the Program itself is not changed."""
     groups, needed = _group(program), live(program)
     uses: dict[str, int] = defaultdict(int)
     blocks: list[BlockGraph] = []
@@ -67,15 +67,15 @@ def outline(program: Program) -> Outlined:
         return mapping[node]
 
     written: Written = {}
-    whole: set[str] = set()
+    checked: set[str] = set()
     for path, nodes in groups:
         if not path:
             for node in nodes:
                 if node.target is call:
                     one = FunctionCall(node)
-                    if one.body not in whole:
+                    if one.body not in checked:
                         _require_one_block(one, written, uses)
-                        whole.add(one.body)
+                        checked.add(one.body)
                     block, inputs, results = _called(one, uses[one.path], *written[one.body])
                     uses[one.path] += 1
                     blocks.append(block)
@@ -94,7 +94,7 @@ def outline(program: Program) -> Outlined:
 
 
 def _picked(root: fx.Graph, values: fx.Node, wanted: Mapping[int, fx.Node], count: int) -> dict[fx.Node, fx.Node]:
-    """What stands for the results of a block, by their places, in the root graph."""
+    """Return the nodes that represent results of a block in the root graph, by the nodes of ``wanted``."""
     if count == 1:
         return dict.fromkeys(wanted.values(), values)
     return {node: root.call_function(operator.getitem, (values, index)) for index, node in wanted.items()}
@@ -105,10 +105,10 @@ Written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]
 
 
 def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, int]) -> None:
-    """Whether the body of a call is one block, which reads and gives what calls name.
+    """Raise unless the body of a call is one block that reads and returns what calls name.
 
     Raises:
-        UnlikeBodyError: it is not.
+        UnlikeBodyError: if it is not.
     """
     if uses[one.body] != 1:
         raise UnlikeBodyError(f"{one.body} is not one block")
@@ -120,10 +120,13 @@ def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, i
 def _called(
     one: FunctionCall, use: int, block: BlockGraph, inputs: list[fx.Node], outputs: list[fx.Node]
 ) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
-    """The block of a call, which has the graph of the body's; what it reads, and what picks its results, by place."""
-    given, made = dict(zip(one.given, one.inputs, strict=True)), one.made
+    """Return the block of a call, which has the graph of the body's block.
+
+    Also return the nodes that it reads, and the nodes that pick its results, by index.
+    """
+    given, body_results = dict(zip(one.given, one.inputs, strict=True)), one.made
     read = [given.get(node, node) for node in inputs]
-    results = {outputs.index(made[index]): node for node, index in one.results.items()}
+    results = {outputs.index(body_results[index]): node for node, index in one.results.items()}
     named = [next((node.name for at, node in results.items() if at == place), "") for place in range(len(outputs))]
     names = tuple(n.name for n in read)
     return replace(block, path=one.path, use=use, inputs=names, outputs=tuple(named)), read, results
@@ -133,8 +136,11 @@ Group = tuple[str, list[fx.Node]]
 
 
 def _group(program: Program) -> list[Group]:
-    """Runs of nodes by layer. What stands between and does not need the running layer goes before it, unless it has to
-    keep its place: see `_Order`."""
+    """Return runs of nodes by layer.
+
+    A node that belongs to no layer and does not depend on the running one goes before that layer, unless it has to keep
+    its place (see `_Order`).
+    """
     homes, order = Homes(program), _Order(program)
     done: list[Group] = []
     run: list[fx.Node] = []
@@ -174,44 +180,52 @@ def _group(program: Program) -> list[Group]:
 
 
 class _Order:
-    """The nodes of a Program that must run in its order: those that draw random numbers, those that write to memory,
-    and those that read memory which is written to."""
+    """The nodes of a Program that must run in its order.
+
+    They draw random numbers, call a Function, write to memory, or read memory that is written to.
+    """
 
     def __init__(self, program: Program) -> None:
         self._memory = Memory(program.graph)
 
     def keeps_place(self, node: fx.Node) -> bool:
-        """Whether a node is one of them."""
+        """Return whether a node is one of them."""
         if is_random(node) or node.target is call:
             return True
         return bool(self._memory.writes) and not self._memory.settled(node, *node.all_input_nodes)
 
     def must_follow(self, node: fx.Node, waiting: list[fx.Node]) -> bool:
-        """Whether a node must not run before the nodes that wait."""
+        """Return whether a node must not run before the waiting nodes."""
         return bool(waiting) and self.keeps_place(node) and any(map(self.keeps_place, waiting))
 
 
 def _inserted_between(
     sources: set[fx.Node], run: list[fx.Node], waiting: list[fx.Node], order: _Order
 ) -> list[fx.Node]:
-    """What stands in no layer, is made of what adaptations have inserted in the running one, and is read by that again,
-    as a mask over a prefix: it is a part of the layer, which is called as often as in the source."""
-    found: set[fx.Node] = set()
+    """Return the waiting nodes that become part of the running layer although they belong to none.
+
+    They are computed from what adaptations have inserted in that layer, which reads them again, as a mask over a
+    prefix. The layer is thus called as often as in the source.
+    """
+    between: set[fx.Node] = set()
     pending, inside, known = list(sources), set(run), set(waiting)
     while pending:
         node = pending.pop()
-        if node in known and node not in found:
-            found.add(node)
+        if node in known and node not in between:
+            between.add(node)
             pending += node.all_input_nodes
-    own = (source for node in found for source in node.all_input_nodes if source in inside)
-    moves = all(map(provenance, own)) and not any(map(order.keeps_place, found))
-    return [node for node in waiting if node in found] if moves else []
+    own = (source for node in between for source in node.all_input_nodes if source in inside)
+    moves = all(map(provenance, own)) and not any(map(order.keeps_place, between))
+    return [node for node in waiting if node in between] if moves else []
 
 
 def _ordered(program: Program, homes: Homes, order: _Order) -> list[fx.Node]:
-    """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone, or of what no layer of
-    theirs has computed, comes right before its first reader, not before all layers, where it would be a part of the
-    layer on its own: a layer is called as often as in the source."""
+    """Return the nodes except tensors, in order.
+
+    What a layer's adaptations compute from tensors alone, or from values that no layer of theirs computes, comes right
+    before its first reader. Before all layers, it would form a separate part of its layer, but a layer is called as
+    often as in the source.
+    """
     ordered: list[fx.Node] = []
     settled: set[fx.Node] = set()
     waiting: set[fx.Node] = set()
@@ -242,10 +256,10 @@ def _ordered(program: Program, homes: Homes, order: _Order) -> list[fx.Node]:
 
 
 class Homes:
-    """Which layer nodes belong to: a repeated one, or, of a union of elements, the innermost of these.
+    """The layers that nodes belong to: repeated layers, or, in a union of elements, the innermost element.
 
     Args:
-        program: whose nodes.
+        program: the Program that contains the nodes.
     """
 
     def __init__(self, program: Program) -> None:
@@ -254,7 +268,7 @@ class Homes:
         self._known: dict[str, str] = {}
 
     def of(self, node: fx.Node) -> str:
-        """Path of the layer that a node is in; empty where it is in none."""
+        """Return the path of the layer that a node belongs to; empty if there is none."""
         module = str(node.meta.get("module", ""))
         if module not in self._known:
             self._known[module] = innermost(module, self._elements) if self._elements else layer_path(module)
@@ -262,13 +276,15 @@ class Homes:
         return path if path in self._layers else ""
 
     def computing(self, node: fx.Node) -> str:
-        """The layer that computes a value."""
+        """Return the path of the layer that computes a value; empty if none does."""
         return self.of(node) if node.op == "call_function" else ""
 
 
 def _may_wait(node: fx.Node, homes: Homes, order: _Order) -> bool:
-    """Whether an adaptation's node is for its layer alone, and gives the same wherever it stands: it draws nothing and
-    writes nothing, and reads nothing that is written to."""
+    """Return whether an adaptation's node is read by its layer only and gives the same result at any place.
+
+    It must not draw random numbers, write, or read what is written to.
+    """
     if provenance(node) is None or not node.users or not isinstance(node.target, torch._ops.OpOverload):
         return False
     return not order.keeps_place(node) and all(homes.computing(user) == homes.computing(node) for user in node.users)

@@ -1,7 +1,7 @@
 """Packed weights in graphs.
 
-A Program reads the weight itself, so that sites, roles and methods see a plain tensor. What runs or is exported reads
-its parts, and makes the values beside each reader, where they live no longer than it needs them.
+A Program reads the weight itself, so that sites, roles and methods see a plain tensor. A graph that runs or is exported
+reads the parts, and computes the values next to each reader, so that they are kept no longer than it needs them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graftc.passes.core.weights.store import Store
 
 
 def reading_weights(graph: fx.Graph) -> None:
-    """Let a captured graph read packed weights instead of making them of their parts, in place."""
+    """Make a captured graph read packed weights instead of computing them from their parts, in place."""
     read: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=UNPACK):
         parts = node.args[0]
@@ -36,19 +36,20 @@ def reading_weights(graph: fx.Graph) -> None:
 
 
 def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> Program:
-    """A copy of a Program that reads the parts of packed weights, as it can be run or exported; the Program itself
-    where it reads no such weight.
+    """Return a copy of a Program that reads the parts of packed weights, as needed to run or export it.
+
+    A Program that reads no such weight is returned itself.
 
     Args:
-        program: stays as it is.
-        store: says which weights are packed.
-        but: names of weights that it reads as before.
+        program: the Program, which is not changed.
+        store: the Store, which knows the packed weights.
+        but: names of weights that are still read themselves.
     """
     packed = {name: own for name, own in store.packed.items() if name not in but}
     if not any(str(node.target) in packed for node in program.graph.find_nodes(op="get_attr")):
         return program
-    made = program.copy()
-    graph, types = made.graph, Inference(made)
+    result = program.copy()
+    graph, types = result.graph, Inference(result)
     for node in list(graph.find_nodes(op="get_attr")):
         name = str(node.target)
         if name not in packed:
@@ -68,5 +69,5 @@ def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> 
                 value.meta["custom"] = dict(custom)
             user.replace_input_with(node, value)
         graph.erase_node(node)
-    made.edits = made.edits.within(set(graph.nodes))
-    return made
+    result.edits = result.edits.within(set(graph.nodes))
+    return result

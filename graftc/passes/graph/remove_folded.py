@@ -1,4 +1,4 @@
-"""Take adaptations out of a graph whose effect has gone into base tensors."""
+"""Take adaptations out of a graph after their effect has gone into base tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ aten = torch.ops.aten
 
 
 def take_out(program: Program, adaptations: Collection[str], additions: Collection[str] = ()) -> Program:
-    """A new Program without the nodes of ``adaptations``: every replacement they made is taken back.
+    """Return a new Program without the nodes of ``adaptations``: every replacement that they made is undone.
 
-    The result reads the base's own tensors, so it computes the adapted function over a Store that holds folded ones.
+    The result reads the base's own tensors, so it computes the adapted function with a Store of folded ones.
 
     Args:
-        program: stays as it is.
-        adaptations: what is taken out.
-        additions: names of biases that folding has made, which maps are to do without.
+        program: the Program, which is not changed.
+        adaptations: names of the adaptations to take out.
+        additions: names of biases that folding has added, which maps are not to read.
     """
     result = program.copy(tensor_edits=program.tensor_edits.without(adaptations))
     kept: list[Edit] = []
@@ -44,11 +44,11 @@ def take_out(program: Program, adaptations: Collection[str], additions: Collecti
 
 
 def folded(program: Program, adaptations: Collection[str], additions: Collection[str]) -> Program:
-    """A new Program without what has folded, in which maps read the biases that folding has made.
+    """Return a new Program without what has folded, in which maps read the biases that folding has added.
 
     Args:
-        program: of eval mode; it stays as it is.
-        adaptations: what has folded.
+        program: a Program in eval mode, which is not changed.
+        adaptations: names of the adaptations that have folded.
         additions: names of the biases.
     """
     result = take_out(program, adaptations)
@@ -66,7 +66,7 @@ def folded(program: Program, adaptations: Collection[str], additions: Collection
             bias = graph.get_attr(name)
         value = node.meta["val"]
         bias.meta = {"val": value.new_empty(value.shape[-1]), "module": node.meta["module"]}
-        if looks:  # what stands above looks at a map's bias
+        if looks:  # an adaptation above reads a map's bias
             with graph.inserting_before(node):
                 cast = graph.call_function(aten.to.dtype, (bias, value.dtype))
             cast.meta = dict(node.meta)
@@ -77,7 +77,7 @@ def folded(program: Program, adaptations: Collection[str], additions: Collection
 
 
 def added_bias(node: fx.Node) -> str:
-    """Name of the bias that folding adds to a map that has none."""
+    """Return the name of the bias that folding adds to a map that has none."""
     return f"{node.meta['module']}.bias".lstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""Make a graph's choices among its own values open to `graftc::route`, which records them or imposes others."""
+"""Pass a graph's choices among its own values to `graftc::route`, which records them or imposes others."""
 
 from __future__ import annotations
 
@@ -34,19 +34,22 @@ _GIVES_VALUES: Mapping[Any, bool] = MappingProxyType(
 
 
 def choices_of(program: Program) -> tuple[fx.Node, ...]:
-    """The base's own nodes that choose among floating-point values by their size, in graph order: routers of experts,
-    and whatever else goes on with the numbers of the largest. One of which only the values are read is none."""
-    found = (node for node in program.graph.nodes if node.target in _GIVES_VALUES and provenance(node) is None)
-    return tuple(node for node in found if _scores(node).meta["val"].is_floating_point() and _numbers(node))
+    """Return the base's own nodes that choose among floating-point values by size, in graph order.
+
+    These are routers of experts, and any other such node if its indices are read. A choice of which only the values are
+    read does not count.
+    """
+    nodes = (node for node in program.graph.nodes if node.target in _GIVES_VALUES and provenance(node) is None)
+    return tuple(node for node in nodes if _scores(node).meta["val"].is_floating_point() and _numbers(node))
 
 
 def route_choices(program: Program) -> Program:
-    """A copy in which each choice asks `graftc::route` which to take, by its node's name."""
-    made = program.copy(entry="routes", edits=Edits(), baseline={})
-    for node in choices_of(made):
-        _ask(made.graph, node)
-    remove_dead(made)
-    return made
+    """Return a copy in which `graftc::route` decides on each choice, by the name of its node."""
+    routed = program.copy(entry="routes", edits=Edits(), baseline={})
+    for node in choices_of(routed):
+        _ask(routed.graph, node)
+    remove_dead(routed)
+    return routed
 
 
 def _ask(graph: fx.Graph, node: fx.Node) -> None:
@@ -75,14 +78,14 @@ def _scores(node: fx.Node) -> fx.Node:
 
 
 def _numbers(node: fx.Node) -> bool:
-    """Whether something reads the numbers that a choice gives."""
+    """Return whether the indices that a choice returns are read."""
     return not _GIVES_VALUES[node.target] or any(user.args[1] == 1 and user.users for user in node.users)
 
 
 def _axis(node: fx.Node) -> int | None:
-    """The axis that a choice is made along; None for all elements."""
+    """Return the axis along which a choice is made; None for all elements."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     at, default = next((i, a.default_value) for i, a in enumerate(schema) if a.name == "dim")
-    found = node.kwargs.get("dim", node.args[at] if len(node.args) > at else default)
-    assert found is None or isinstance(found, int)
-    return found
+    axis = node.kwargs.get("dim", node.args[at] if len(node.args) > at else default)
+    assert axis is None or isinstance(axis, int)
+    return axis

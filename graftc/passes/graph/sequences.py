@@ -38,7 +38,7 @@ class Lengthened:
 
     @property
     def length(self) -> int:
-        """How many virtual tokens there are."""
+        """The number of virtual tokens."""
         return sum(run.length for _, _, runs in self.added for run in runs)
 
 
@@ -54,8 +54,8 @@ class Sequenced:
     """A lengthened sequence with the inputs that go along with it.
 
     Attributes:
-        values: the token embeddings and the inputs beside them, as they are so far, by name.
-        numbers: positions that are counted by the ids of tokens, which go along then.
+        values: the token embeddings and the inputs that go along with them, in their present state, by name.
+        numbers: the positions, if they are counted by token ids; the ids are then lengthened as well.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Sequenced:
         self.rows: dict[tuple[int, int], fx.Node] = {}
         self.starts: dict[tuple[int, int], fx.Node | int] = {}
         self.ahead = {"front": 0, "after_bos": 0}
-        self.bounds: list[tuple[fx.Node, int]] = []  # of the runs whose place differs from row to row
+        self.bounds: list[tuple[fx.Node, int]] = []  # for runs whose place differs from row to row
         runs = [((i, j), run) for i, (_, _, own) in enumerate(stream.added) for j, run in enumerate(own)]
         order = ("front", "after_bos")
         for key, run in sorted(runs, key=lambda item: _rank(item[1].where, order)):
@@ -90,16 +90,16 @@ class Sequenced:
         return self.values[self.stream.embeds].meta["val"].shape[1]
 
     def virtual(self) -> list[VirtualTokens]:
-        """Where each adaptation's tokens are."""
-        found = []
+        """Return the places of each adaptation's tokens."""
+        tokens = []
         for i, (owner, sites, own) in enumerate(self.stream.added):
             keys = [(i, j) for j in range(len(own))]
             rows = tuple(self.rows[key] for key in keys)
-            found.append(VirtualTokens(owner, sites, rows, tuple(self.starts[key] for key in keys)))
-        return found
+            tokens.append(VirtualTokens(owner, sites, rows, tuple(self.starts[key] for key in keys)))
+        return tokens
 
     def real(self, value: fx.Node) -> fx.Node:
-        """What ``value`` has for real tokens, on every axis that counts the longer sequence."""
+        """Return ``value`` for real tokens only, on every axis that counts the longer sequence."""
         length, shape = expression(self.length), value.meta["val"].shape
         axes = [axis for axis, size in enumerate(shape) if expression(size) == length]
         if isinstance(length, int):  # other sizes may be the same by chance
@@ -113,14 +113,14 @@ class Sequenced:
     def _insert(self, key: tuple[int, int], run: VirtualRun) -> None:
         where = str(run.where)
         at = self.ahead["front"] + (1 + self.ahead["after_bos"] if where == "after_bos" else 0)
-        made = {}
+        lengthened = {}
         for name, value in self.values.items():
             new = self._new(key, name, value, run.length, self._part(value, at - 1, at) if at else None)
             after = self._part(value, at, _END) if at else value
             if _is_position(name):
                 after = self.call(aten.add.Tensor, after, run.length)
-            made[name] = self.call(aten.cat.default, [*([self._part(value, 0, at)] if at else []), new, after], 1)
-        self.values = made
+            lengthened[name] = self.call(aten.cat.default, [*([self._part(value, 0, at)] if at else []), new, after], 1)
+        self.values = lengthened
         self.starts[key] = at
         self.ahead[where] += run.length
 
@@ -130,7 +130,7 @@ class Sequenced:
         for other, length in self.bounds:
             start = self.call(aten.add.Tensor, start, self._times(length, aten.le.Tensor, other, bound))
         size = self._size(self.values[self.stream.embeds], 1)
-        made = {}
+        lengthened = {}
         index: fx.Node | None = None
         for name, value in self.values.items():
             last = self._gathered(value, 1, self.call(aten.sub.Tensor, start, 1)) if _is_position(name) else None
@@ -143,11 +143,11 @@ class Sequenced:
                 later = self.call(aten.sub.Tensor, numbers, run.length)
                 index = self.call(aten.where.self, self.call(aten.lt.Tensor, numbers, end), inner, later)
                 index = self.call(aten.where.self, self.call(aten.lt.Tensor, numbers, start), numbers, index)
-            made[name] = self._gathered(both, 1, index)
+            lengthened[name] = self._gathered(both, 1, index)
             if _is_position(name):
                 moved = self._times(run.length, aten.ge.Tensor, numbers, end)
-                made[name] = self.call(aten.add.Tensor, made[name], moved)
-        self.values = made
+                lengthened[name] = self.call(aten.add.Tensor, lengthened[name], moved)
+        self.values = lengthened
         for other_key, other_start in self.starts.items():
             if isinstance(other_start, fx.Node):
                 before = self._times(run.length, aten.lt.Tensor, start, other_start)
@@ -156,23 +156,26 @@ class Sequenced:
         self.bounds.append((bound, run.length))
 
     def _bound(self, where: Any) -> fx.Node:
-        """Behind how many tokens of its row a run stands, ``int64[batch, 1]``."""
+        """Return the number of tokens of its row that a run comes after, ``int64[batch, 1]``."""
         number = self.call(aten.add.Tensor, self._count(self.ids), 1)
         mask = next((node for name, node in self.inputs.items() if name.endswith("attention_mask")), None)
         counted = number if mask is None else self.call(aten.mul.Tensor, number, mask)
         end = self.call(aten.amax.default, counted, [1], True)
         if isinstance(where, int):
             same = self.call(aten.eq.Scalar, self.ids, where)
-            found = self.call(aten.any.dim, same, 1, True)
+            present = self.call(aten.any.dim, same, 1, True)
             first = self.call(aten.argmax.default, self.call(aten.to.dtype, same, torch.int64), 1, True)
-            end = self.call(aten.where.self, found, self.call(aten.add.Tensor, first, 1), end)
+            end = self.call(aten.where.self, present, self.call(aten.add.Tensor, first, 1), end)
         return self.call(aten.clamp_min.default, end, 1)
 
     # --- values ----------------------------------------------------------------------------------------
 
     def _new(self, key: tuple[int, int], name: str, value: fx.Node, length: int, last: fx.Node | None) -> fx.Node:
-        """What stands at virtual tokens: vectors of zeros, seen by all, of the first segment, and with the positions
-        that follow those of ``last``."""
+        """Return the values at virtual tokens.
+
+        They are vectors of zeros, visible to all tokens, of the first segment, and with the positions that follow those
+        of ``last``.
+        """
         batch = self._size(value, 0)
         if name == self.stream.embeds:
             width = int(value.meta["val"].shape[-1])
@@ -187,14 +190,14 @@ class Sequenced:
         return self.call(aten.sub.Tensor, steps, 1) if last is None else self.call(aten.add.Tensor, steps, last)
 
     def _count(self, like: fx.Node) -> fx.Node:
-        """The number of each place in its row, from 0: ``int64[batch, n]`` for ``like: [batch, n, ...]``."""
+        """Return the index of each place in its row, from 0: ``int64[batch, n]`` for ``like: [batch, n, ...]``."""
         while like.meta["val"].dim() > 2:
             like = self.call(aten.select.int, like, -1, 0)
         ones = self.call(aten.ones_like.default, like, dtype=torch.int64)
         return self.call(aten.sub.Tensor, self.call(aten.cumsum.default, ones, 1), 1)
 
     def _times(self, number: int, compare: Any, a: fx.Node, b: fx.Node) -> fx.Node:
-        """``number`` where a comparison holds, else 0."""
+        """Return ``number`` where a comparison holds, and 0 elsewhere."""
         holds = self.call(aten.to.dtype, self.call(compare, a, b), torch.int64)
         return self.call(aten.mul.Tensor, holds, number)
 
@@ -220,7 +223,7 @@ class Sequenced:
         return self._gathered(value, axis, index)
 
     def _gathered(self, value: fx.Node, axis: int, index: fx.Node) -> fx.Node:
-        """``value`` at the places ``index: [batch, n]`` of one of its axes."""
+        """Return ``value`` at the places ``index: [batch, n]`` of one of its axes."""
         count, rank = index.meta["val"].shape[1], value.meta["val"].dim()
         sizes: list[Any] = [self._size(value, a) for a in range(rank)]
         sizes[axis] = count if isinstance(expression(count), int) else self.call(aten.sym_size.int, index, 1)

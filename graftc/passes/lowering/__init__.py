@@ -1,1 +1,1 @@
-"""Steps that rewrite a training graph right before it becomes code. The portable Program stays as it is."""
+"""Steps that rewrite a training graph right before it becomes code. The portable Program is not changed."""

@@ -1,4 +1,4 @@
-"""Outputs that a lowered graph does not give any more."""
+"""Outputs that a lowered graph no longer returns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class AbsentOutputError(GraftError, AttributeError):
-    """An output that a training graph does not give: GC150. `hasattr` says that there is none."""
+    """Raised for an output that a training graph does not return (GC150). `hasattr` returns false for it."""
 
 
 def refuse(name: str) -> NoReturn:
-    """Whoever asks for an output is told why there is none."""
+    """Raise an error that says why an output does not exist."""
     raise AbsentOutputError(
         "GC150",
         f"{name} are not there while training: head and loss are computed a few rows at a time (memory: loss)",
@@ -25,14 +25,14 @@ def refuse(name: str) -> NoReturn:
 
 
 def without(spec: OutputSpec, leaves: Collection[int]) -> OutputSpec:
-    """How outputs are put together where some of the flat ones are gone.
+    """Return the structure of the outputs if some of the flat ones are removed.
 
-    Fields of a ``ModelOutput`` are None inside and refused to whoever asks for them (GC150), and so are keys of a
-    mapping; places in a tuple or list hold None.
+    Removed fields of a ``ModelOutput`` are None inside and raise GC150 when they are read, and so do keys of a mapping;
+    places in a tuple or list contain None.
 
     Args:
-        spec: how they were.
-        leaves: the numbers of those that are gone.
+        spec: the structure of all outputs.
+        leaves: the numbers of the flat outputs to remove.
     """
     return _without(spec, leaves, iter(range(len(spec.names))))
 
@@ -51,13 +51,13 @@ def _without(spec: OutputSpec, leaves: Collection[int], numbers: Iterator[int]) 
 
 @cache
 def _lacking(cls: type[Any], gone: tuple[str, ...]) -> type[Any]:
-    """A class of outputs some of whose fields are refused."""
+    """Return a subclass of a class of outputs that refuses some of its fields."""
 
     def absent(name: str) -> property:
         def read(self: Any) -> Any:
             return self[name] if name in self.keys() else refuse(name)
 
-        # What sets a field to a value has put it among the keys already.
+        # Code that sets a field to a value has already added it to the keys.
         return property(read, lambda self, value: None)
 
     def item(self: Any, key: Any) -> Any:
@@ -66,11 +66,11 @@ def _lacking(cls: type[Any], gone: tuple[str, ...]) -> type[Any]:
         return cls.__getitem__(self, key)
 
     def reduced(self: Any) -> Any:
-        """Copies and pickles are of the plain class, with None for what is gone."""
+        """Return what copies and pickles are made of: the plain class, with None for removed fields."""
         return cls, tuple(
             None if f.name in gone and f.name not in self.keys() else getattr(self, f.name) for f in fields(self)
         )
 
     body = {name: absent(name) for name in gone}
-    made = {"__getitem__": item, "__reduce__": reduced, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**body, **made})
+    overrides = {"__getitem__": item, "__reduce__": reduced, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**body, **overrides})

@@ -1,4 +1,4 @@
-"""What `memory: {loss: ...}` of a spec asks for, held against what became of it."""
+"""A comparison of what `memory: {loss: ...}` of a spec asks for with the outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftc.specs.errors.diagnostics import warn
 
 
 def warn_of_whole(spec: Spec, program: Program, outcomes: list[LoweringOutcome]) -> None:
-    """GC151 where a spec asks for a chunked loss, and a graph that has a loss computes it as a whole."""
+    """Warn (GC151) if a spec asks for a chunked loss and a graph that has a loss computes it as a whole."""
     own = [outcome for outcome in outcomes if outcome.step == STEP]
     values = [leaf.meta["val"] for leaf in program.output_node.all_input_nodes]
     scalars = [value for value in values if isinstance(value, Tensor) and not value.dim()]

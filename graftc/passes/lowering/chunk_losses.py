@@ -1,6 +1,6 @@
-"""A head over a vocabulary and the loss behind it become one operator, which makes logits a few rows at a time.
+"""Fuse a head over a vocabulary and the loss after it into one operator, which computes logits a few rows at a time.
 
-What moved rows of the logits moves rows of what they are made from instead.
+What moved rows of the logits moves rows of what they are computed from instead.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def chunk_losses(
     """Rewrite every loss over a vocabulary in place. Logits leave the outputs.
 
     Args:
-        program: one in train mode.
-        wanted: why a head is to stay as it is; empty where it is not. By default none is.
-        scores: the loss has no reduction and is the only output; what `head_scores` gives beside it becomes another.
+        program: a Program in train mode.
+        wanted: returns why a head is to stay unchanged, or an empty string if it is not. By default every head is
+            rewritten.
+        scores: if true, the loss has no reduction and is the only output; the scores of `head_scores` become another
+            one.
     """
     outcomes = []
     for loss in [node for node in program.graph.nodes if loss_of(node) is not None]:
@@ -51,8 +53,8 @@ def chunk_losses(
 
 
 def _write(program: Program, head: LossHead, scores: bool) -> None:
-    found = loss_of(head.loss)
-    assert found is not None
+    loss = loss_of(head.loss)
+    assert loss is not None
     graph, types = program.graph, Inference(program)
     dtype = head.terms[0].x.meta["val"].dtype
 
@@ -85,7 +87,7 @@ def _write(program: Program, head: LossHead, scores: bool) -> None:
         flat = call(aten.reshape.default, term.x, [-1]) if term.x.meta["val"].dim() > 1 else term.x
         own = cast(part(term, flat, 0))
         own = own if term.factor == 1 else call(aten.mul.Tensor, own, term.factor)
-        around = [term.to, width_of(found.logits) - term.end]
+        around = [term.to, width_of(loss.logits) - term.end]
         return call(aten.constant_pad_nd.default, own, around) if any(around) else own
 
     biases = [bias(term) for term in head.biases if term.stop > term.start]
@@ -95,14 +97,14 @@ def _write(program: Program, head: LossHead, scores: bool) -> None:
     xs = [moved(term) for term in head.terms]
     weights = [weight(term, term.weight) for term in head.terms if term.weight is not None]
     starts = [term.to for term in head.terms]
-    given = (xs, weights, total, found.labels, starts, found.ignored)
+    given = (xs, weights, total, loss.labels, starts, loss.ignored)
     if scores:
         both = call(torch.ops.graftc.head_scores.default, *given, head.scale, head.cap)
         program.outputs = OutputSpec("tuple", children=(OutputSpec("leaf"), OutputSpec("leaf")))
         program.output_node.args = ((head.loss, call(operator.getitem, both, 1)),)
         after = call(operator.getitem, both, 0)
     else:
-        form = (found.reduction, found.smoothing, head.scale, head.cap)
+        form = (loss.reduction, loss.smoothing, head.scale, head.cap)
         after = call(torch.ops.graftc.head_loss.default, *given, *form)
     if after.meta["val"].dtype != head.loss.meta["val"].dtype:
         after = call(aten.to.dtype, after, head.loss.meta["val"].dtype)
@@ -111,7 +113,7 @@ def _write(program: Program, head: LossHead, scores: bool) -> None:
 
 
 def _drop(program: Program, head: LossHead) -> None:
-    """Take logits out of the outputs, and what made them out of the graph."""
+    """Remove logits from the outputs, and the nodes that compute them from the graph."""
     leaves = program.output_node.args[0]
     assert isinstance(leaves, tuple | list)
     gone = {at for at, leaf in enumerate(leaves) if leaf in head.chain}

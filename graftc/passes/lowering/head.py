@@ -1,7 +1,7 @@
-"""Finds heads over a vocabulary with a cross-entropy behind them, by data flow, from the loss backwards.
+"""Recognition of heads over a vocabulary with a cross-entropy after them, by data flow, from the loss backwards.
 
 First comes what is done to all logits alike (casts, moves of rows, a scale, a cap), then the sum of linear maps that
-they are made from.
+they are computed from.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ _SUMS = (aten.add.Tensor, aten.sub.Tensor)
 
 
 class NoMatchError(Exception):
-    """Why a loss stays as it is."""
+    """Raised with the reason why a loss is left unchanged."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """A linear map among those whose sum the logits are.
+    """One of the linear maps that the logits are the sum of.
 
     Attributes:
-        x: ``[..., in]``.
-        weight: ``[columns, in]``; None for a bias, which is ``x`` then, ``[..., columns]``.
-        turned: the weight is ``[in, columns]``.
-        factor: of its result.
-        moves: of rows, behind the map, the last one first.
-        start, stop: which part of its columns is taken.
-        to: where that part stands in the vocabulary.
+        x: the input, ``[..., in]``.
+        weight: the matrix, ``[columns, in]``; None for a bias, which is then ``x``, ``[..., columns]``.
+        turned: whether the weight is ``[in, columns]``.
+        factor: the factor of its result.
+        moves: the moves of rows after the map, the last one first.
+        start, stop: the range of its columns that is taken.
+        to: the position of that range in the vocabulary.
     """
 
     x: fx.Node
@@ -70,20 +70,20 @@ class Term:
 
     @property
     def end(self) -> int:
-        """Where its part of the vocabulary ends."""
+        """The end of its range in the vocabulary."""
         return self.to + self.stop - self.start
 
 
 @dataclass
 class LossHead:
-    """What a loss is computed from.
+    """The computation that a loss is the result of.
 
     Attributes:
         loss: the cross-entropy.
-        chain: everything between the maps' inputs and the loss.
-        terms: linear maps, those first that cover the vocabulary.
-        biases: what else is added.
-        scale, cap: see `graftc.passes.core.ops.head_loss`.
+        chain: all nodes between the maps' inputs and the loss.
+        terms: the linear maps; those that cover the vocabulary come first.
+        biases: the other addends.
+        scale, cap: as in `graftc.passes.core.ops.head_loss`.
         place: the path of the module that owns the head.
     """
 
@@ -98,7 +98,7 @@ class LossHead:
 
 @dataclass(frozen=True)
 class Loss:
-    """Arguments of a cross-entropy."""
+    """The arguments of a cross-entropy."""
 
     logits: fx.Node
     labels: fx.Node
@@ -113,7 +113,7 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
 
 
 def loss_of(node: fx.Node) -> Loss | None:
-    """What a cross-entropy is called with; None for other nodes."""
+    """Return the arguments of a cross-entropy; None for other nodes."""
     if node.target is aten.cross_entropy_loss.default:
         return Loss(*_filled(node, (None, MEAN, -100, 0.0)))
     if node.target in (aten.nll_loss.default, aten.nll_loss_nd.default):
@@ -124,7 +124,7 @@ def loss_of(node: fx.Node) -> Loss | None:
 
 
 def _filled(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
-    """Arguments of a loss, given or not."""
+    """Return the arguments of a loss, with defaults for those that are not given."""
     names = ("weight", "reduction", "ignore_index", "label_smoothing")[: len(defaults)]
     named = (
         dict(zip(names, defaults, strict=True)) | dict(zip(names, _args(node)[2:], strict=False)) | dict(node.kwargs)
@@ -133,18 +133,18 @@ def _filled(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
 
 
 def read_head(head: LossHead) -> None:
-    """Find out what a loss is computed from.
+    """Trace a loss back to the linear maps that it is computed from, and fill in ``head``.
 
     Raises:
-        NoMatchError: it is not a head over a vocabulary, or not one that the operator knows.
+        NoMatchError: if it is not a head over a vocabulary, or not one that the operator supports.
     """
-    found = loss_of(head.loss)
-    assert found is not None
-    node, outer = found.logits, 1.0
+    loss = loss_of(head.loss)
+    assert loss is not None
+    node, outer = loss.logits, 1.0
     moves: tuple[fx.Node, ...] = ()
-    if found.weight is not None:
+    if loss.weight is not None:
         raise NoMatchError("classes have weights")
-    if found.labels.meta["val"].is_floating_point() or found.labels.meta["val"].dim() != 1:
+    if loss.labels.meta["val"].is_floating_point() or loss.labels.meta["val"].dim() != 1:
         raise NoMatchError("labels are not numbers of tokens, one for each row")
     if node.target is aten.log_softmax.int:
         head.chain.add(node)
@@ -165,14 +165,14 @@ def read_head(head: LossHead) -> None:
     if head.cap is not None and head.cap <= 0:
         raise NoMatchError("logits are capped at no positive number")
     _collect(head, node, 1.0, moves)
-    _order(head, width_of(found.logits))
+    _order(head, width_of(loss.logits))
     _require_unread(head)
 
 
 def _step(
     node: fx.Node, moves: tuple[fx.Node, ...], factor: float
 ) -> tuple[fx.Node, tuple[fx.Node, ...], float] | None:
-    """The same one operator earlier; None at one that is not a cast, move of rows or factor."""
+    """Go back by one operator; return None if that is not a cast, a move of rows or a factor."""
     source = _args(node)[0] if _args(node) else None
     if not isinstance(source, fx.Node):
         return None
@@ -188,7 +188,7 @@ def _step(
 
 
 def _of_rows(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a move leaves the vocabulary's axis alone."""
+    """Return whether a move leaves the vocabulary's axis unchanged."""
     axes, width = source.meta["val"].dim(), width_of(source)
     if width_of(node) != width:
         return False
@@ -206,10 +206,10 @@ def _of_rows(node: fx.Node, source: fx.Node) -> bool:
 
 
 def width_of(node: fx.Node) -> int:
-    """How many values a row has.
+    """Return the number of values in a row.
 
     Raises:
-        NoMatchError: that is not fixed.
+        NoMatchError: if it is not fixed.
     """
     shape = node.meta["val"].shape
     width = expression(shape[-1]) if len(shape) else None
@@ -219,7 +219,7 @@ def width_of(node: fx.Node) -> int:
 
 
 def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node, ...]) -> None:
-    """Add the linear maps whose sum a node is."""
+    """Add the linear maps that a node is the sum of to ``head``."""
     width = width_of(node)
     if node.meta["val"].dim() == 1 or all(expression(size) == 1 for size in node.meta["val"].shape[:-1]):
         head.biases.append(Term(node, None, factor, (), 0, width))
@@ -243,8 +243,8 @@ def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node,
         source = _args(node)[0]
         start, stop, _ = slice(*_args(node)[2:]).indices(width_of(source))
         _within(head, partial(_cut, start=start, stop=stop), source, factor, moves)
-    elif (found := _linear(node)) is not None:
-        x, weight, bias, turned = found
+    elif (linear := _linear(node)) is not None:
+        x, weight, bias, turned = linear
         head.terms.append(Term(x, weight, factor, moves, 0, width, turned=turned))
         head.place = head.place or str(node.meta.get("module", ""))
         if bias is not None:
@@ -259,7 +259,7 @@ def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node,
 def _within(
     head: LossHead, change: Callable[[Term], Term], node: fx.Node, factor: float, moves: tuple[fx.Node, ...]
 ) -> None:
-    """`_collect` what another part of the vocabulary is made from."""
+    """Run `_collect` on what another part of the vocabulary is computed from, and apply ``change`` to the terms."""
     inner = LossHead(head.loss, head.chain)
     _collect(inner, node, factor, moves)
     head.terms += [change(term) for term in inner.terms]
@@ -268,12 +268,12 @@ def _within(
 
 
 def _put(term: Term, to: int) -> Term:
-    """A term of a part of the vocabulary that begins at a place."""
+    """Return a term of a part of the vocabulary that begins at ``to``."""
     return replace(term, to=term.to + to)
 
 
 def _cut(term: Term, start: int, stop: int) -> Term:
-    """What of a term is between two places of the vocabulary, which begins at the first of them."""
+    """Return what a term has between two places of the vocabulary, relative to the first of them."""
     low, high = max(start, term.to), max(start, term.to, min(stop, term.end))
     return replace(term, start=term.start + low - term.to, stop=term.start + high - term.to, to=low - start)
 
@@ -284,7 +284,10 @@ def _is_last(node: fx.Node, at: int) -> bool:
 
 
 def _linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
-    """Input, weight and bias of a linear map, and whether the weight is ``[in, columns]``."""
+    """Return the input, weight and bias of a linear map, and whether the weight is ``[in, columns]``.
+
+    None for other nodes.
+    """
     x: Any
     weight: Any
     bias: Any = None
@@ -303,16 +306,16 @@ def _linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | No
 
 
 def _order(head: LossHead, vocabulary: int) -> None:
-    """Put those terms first that cover the vocabulary, in its order."""
+    """Put the terms that cover the vocabulary first, in its order."""
     left, filled = [term for term in head.terms if term.stop > term.start], 0
     first: list[Term] = []
     while filled < vocabulary:
-        found = max((t for t in left if t.to == filled), key=lambda t: t.end, default=None)
-        if found is None:
+        widest = max((t for t in left if t.to == filled), key=lambda t: t.end, default=None)
+        if widest is None:
             raise NoMatchError("a part of the logits is not made by linear maps")
-        left.remove(found)
-        first.append(found)
-        filled = found.end
+        left.remove(widest)
+        first.append(widest)
+        filled = widest.end
     head.terms = first + left
     width = max(width_of(term.x) for term in head.terms)
     if vocabulary <= width:
@@ -320,7 +323,7 @@ def _order(head: LossHead, vocabulary: int) -> None:
 
 
 def _require_unread(head: LossHead) -> None:
-    """Logits are read by the loss and the caller alone."""
+    """Raise unless only the loss and the caller read the logits."""
     known = {*head.chain, head.loss}
     for node in sorted(head.chain):
         for user in node.users:

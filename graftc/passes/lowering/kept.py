@@ -1,4 +1,4 @@
-"""What a training graph keeps for its backward pass, by size: an estimate from the graph alone."""
+"""An estimate, from the graph alone, of how much memory a training graph keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ LARGE = 0.1
 
 
 def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str:
-    """Why the logits of a head are not worth leaving out; empty where they are.
+    """Return why the logits of a head are not worth leaving out; empty if they are.
 
-    Counted are the bytes of all values that a graph makes for one row of 512 tokens: logits, in each of the forms in
-    which the loss reads them, and once more for their softmax, against the others. Views count as nothing.
+    The estimate counts the bytes of all values that a graph computes for one row of 512 tokens: logits, in each of the
+    forms in which the loss reads them and once more for their softmax, compared with the others. Views count as
+    nothing.
 
     Args:
-        program: where the head is.
-        head: as it was found.
-        checkpointed: layers keep what they read, and nothing else.
+        program: the Program that contains the head.
+        head: the head, as it was recognised.
+        checkpointed: whether layers keep only what they read.
     """
     sizes = Sizes(_symbols(program))
     chain = [node for node in program.graph.nodes if node in head.chain]
@@ -48,14 +49,14 @@ def _layer(node: fx.Node) -> str:
 
 
 def _symbols(program: Program) -> Any:
-    """One row: sizes of the first axes of inputs are 1, all others `TOKENS`."""
+    """Return a function that sizes one row: 1 for the first axes of inputs, `TOKENS` for all others."""
     inputs = [node.meta["val"] for node in program.placeholders()]
     rows = {str(expression(value.shape[0])) for value in inputs if isinstance(value, Tensor) and value.dim()}
     return lambda symbol: 1 if symbol in rows else TOKENS
 
 
 def _bytes(node: fx.Node, sizes: Sizes, *, view: bool = False) -> int:
-    """Of the floating-point tensors that a call makes."""
+    """Return the bytes of the floating-point tensors that a call creates."""
     if node.op != "call_function" or not (view or _is_new(node)):
         return 0
     value = node.meta.get("val")
@@ -65,7 +66,7 @@ def _bytes(node: fx.Node, sizes: Sizes, *, view: bool = False) -> int:
 
 
 def _is_new(node: fx.Node) -> bool:
-    """Whether a call makes a tensor of its own: casts to the same type and views do not."""
+    """Return whether a call creates a tensor of its own: casts to the same type and views do not."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not any(r.alias_info for r in target._schema.returns):
         return isinstance(target, torch._ops.OpOverload)

@@ -20,12 +20,12 @@ from graftc.specs.document import Spec
 
 @dataclass
 class LoweringContext(PassHost):
-    """What the passes know, and what they say of their work. What is lowered was verified before.
+    """The context of the lowering passes, with what they report. A Program has been verified before it is lowered.
 
     Attributes:
-        spec: of the model.
-        objectives: names of adaptations that compare the outputs of several passes, which they read.
-        outcomes: what became of each place.
+        spec: the spec of the model.
+        objectives: names of adaptations that read and compare the outputs of several passes.
+        outcomes: the outcome at each place.
         findings: what passes of plugins leave.
     """
 
@@ -38,7 +38,7 @@ class LoweringContext(PassHost):
 
     @property
     def asked(self) -> Spec:
-        """See `PassHost`."""
+        """The spec of the model."""
         return self.spec
 
 
@@ -74,11 +74,11 @@ LOWER: Pipeline[LoweringContext] = Pipeline(
 
 
 def lower(program: Program, spec: Spec, objectives: Collection[str] = ()) -> tuple[Program, list[LoweringOutcome]]:
-    """A copy of a training Program as it is run, and what each pass did to it.
+    """Return a copy of a training Program as it is run, and the outcome of each pass.
 
     Args:
-        program: stays as it is.
-        spec: of the model; says which passes are left out.
+        program: the Program, which is not changed.
+        spec: the spec of the model, which says which passes are left out.
         objectives: names of adaptations that compare the outputs of several passes.
     """
     context, lowered = LoweringContext(spec, objectives), program.copy()

@@ -1,4 +1,4 @@
-"""Finds products with matrices in a graph, and the low-rank updates that are added to their results, by data flow."""
+"""Recognition of products with matrices in a graph, and of the low-rank updates of their results, by data flow."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Branch:
     """A product of two factors of a source: ``scale * B A z``.
 
     Attributes:
-        source: what the first factor is applied to.
+        source: the value that the first factor is applied to.
         a, b: the factors.
-        scale: of the product.
-        nodes: what is computed for it.
-        columns: numbers of the columns that it is added to; None where they are ``runs``.
-        runs: the same as half-open runs; none for all columns.
+        scale: the factor of the product.
+        nodes: the nodes that compute it.
+        columns: the indices of the columns that it is added to; None if they are ``runs``.
+        runs: the same columns as half-open runs; empty for all columns.
     """
 
     source: fx.Node
@@ -42,22 +42,22 @@ class Branch:
     runs: Runs = ()
 
     def on(self, *, columns: fx.Node | None = None, runs: Runs = ()) -> Branch:
-        """The same, for some columns."""
+        """Return the same branch for some columns."""
         return replace(self, columns=columns, runs=runs)
 
 
 @dataclass
 class Map:
-    """A product with a matrix, and what is added to its result.
+    """A product with a matrix, and the updates added to its result.
 
     Attributes:
         node: the product.
-        x, weight, bias: what it reads.
+        x, weight, bias: the values that it reads.
         transposed: whether the weight is ``[in, out]``.
         end: the node that has its result with all updates.
-        scale: what the rows of its result are multiplied with; None for nothing.
+        scale: the factors of the columns of its result; None for none.
         branches: the updates, in order.
-        nodes: everything from the product to the end.
+        nodes: all nodes from the product to the end.
     """
 
     node: fx.Node
@@ -71,7 +71,7 @@ class Map:
     nodes: list[fx.Node] = field(default_factory=list)
 
     def inputs(self) -> Iterator[fx.Node]:
-        """Everything that it reads."""
+        """Yield all nodes that it reads."""
         yield from (n for n in (self.x, self.weight, self.bias, self.scale) if n is not None)
         for branch in self.branches:
             yield from (n for n in (branch.source, branch.a, branch.b, branch.columns) if n is not None)
@@ -81,7 +81,7 @@ class Matcher:
     """Finds maps in a Program.
 
     Attributes:
-        live: nodes that something needs.
+        live: the nodes that are needed.
     """
 
     def __init__(self, program: Program) -> None:
@@ -89,22 +89,22 @@ class Matcher:
         self._settled = Memory(program.graph).settled
 
     def map(self, node: fx.Node) -> Map | None:
-        """The map that a product is; None where it is not a product with one matrix."""
-        found = _product(node)
-        if found is None or not self._settled(node, *node.all_input_nodes):
+        """Return the map that starts at a product; None if a node is not a product with one matrix."""
+        match = _product(node)
+        if match is None or not self._settled(node, *node.all_input_nodes):
             return None
-        if (rescaled := self._rescaled(found)) is not None:
+        if (rescaled := self._rescaled(match)) is not None:
             return rescaled
         value, branches, nodes = node, [], [node]
-        while (step := self._step(value, found.x)) is not None:
+        while (step := self._step(value, match.x)) is not None:
             value, added, passed = step
             branches += added
             nodes += passed
-        found.end, found.branches, found.nodes = value, branches, nodes
-        return found if self._settled(value) else None
+        match.end, match.branches, match.nodes = value, branches, nodes
+        return match if self._settled(value) else None
 
     def _rescaled(self, one: Map) -> Map | None:
-        """The map with its rows rescaled, and one update that is scaled already."""
+        """Return the map with its result rescaled and at most one update, already scaled; None for any other map."""
         readers = self.readers(one.node)
         if len(readers) != 1 or readers[0].target is not torch.ops.graftc.rescale.default or readers[0].kwargs:
             return None
@@ -121,8 +121,11 @@ class Matcher:
         return replace(one, end=readers[0], scale=scale, branches=branches, nodes=nodes)
 
     def together(self, maps: list[Map]) -> Iterator[list[Map]]:
-        """Maps of one input in groups of those that can be computed at one place: behind all that they read, in front
-        of all that reads them. A map alone without an update stays as it is."""
+        """Yield groups of maps of one input that can be computed at one place.
+
+        This place is after everything that they read, and in front of everything that reads them. A single map without
+        an update or scale is left out.
+        """
         group: list[Map] = []
         for one in maps:
             if group and not self._fits([*group, one]):
@@ -139,15 +142,15 @@ class Matcher:
         inside = {node for one in group for node in (*one.nodes, *(n for b in one.branches for n in b.nodes))}
         given = [n for one in group for n in one.inputs() if n.op != "get_attr"]
         read = [u for one in group for u in self.readers(one.end)]
-        # What reads tensors alone, such as a prefix's network, runs once and not for every token.
+        # Maps that read only tensors, as in a prefix's network, run once and not for every token.
         return bool(read and given) and not inside.intersection(given) and max(given) < min(read)
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Nodes that read a value, and that something needs."""
+        """Return the nodes that read a value and are needed."""
         return [user for user in node.users if user in self.live]
 
     def _step(self, value: fx.Node, x: fx.Node) -> Step | None:
-        """The next sum behind a value: what has it, what is added, and the nodes on the way."""
+        """Return the next sum after a value: its node, what it adds, and the nodes on the way."""
         readers = self.readers(value)
         if not self._settled(value):
             return None
@@ -156,14 +159,14 @@ class Matcher:
         return self._indexed(value, readers, x) or self._in_columns(value, readers, x)
 
     def added(self, node: fx.Node, value: fx.Node, x: fx.Node) -> Branch | None:
-        """What a sum adds to a value."""
+        """Return what a sum adds to a value; None if that is no product of two factors."""
         if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2 or not _alike(node, value):
             return None
         others = [argument for argument in node.args if argument is not value]
         return self._branch(others[0], value, x) if len(others) == 1 else None
 
     def _branch(self, node: Any, value: fx.Node, x: fx.Node) -> Branch | None:
-        """The product of two factors that a value is, which is added to another one."""
+        """Return the product of two factors that a value is, if it can be added to another one; otherwise None."""
         if not self._own(node, aten.linear.default) or not _alike(node, value):
             return None
         hidden, b = _operands(node)
@@ -183,11 +186,11 @@ class Matcher:
         return Branch(source, a, b, scale, (*nodes, hidden))
 
     def _own(self, node: Any, target: Any) -> bool:
-        """Whether a value is a call of an operator that has one reader."""
+        """Return whether a value is a call of an operator and has one reader."""
         return isinstance(node, fx.Node) and node.target is target and len(self.readers(node)) == 1
 
     def _indexed(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
-        """A sum with columns that are picked by their numbers, which takes their place."""
+        """Match a sum with columns that are picked by their indices and replaced by it."""
         picked = next((n for n in readers if n.target is aten.index_select.default), None)
         put = next((n for n in readers if n.target is aten.index_copy.default), None)
         if picked is None or put is None or len(readers) != 2 or len(put.args) != 4:
@@ -203,7 +206,7 @@ class Matcher:
         return put, [branch.on(columns=columns)], [picked, total, put, *branch.nodes]
 
     def _in_columns(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
-        """Sums with columns that are cut out, all put together again."""
+        """Match sums with columns that are cut out and then all put together again."""
         if not readers or any(node.target is not aten.slice.Tensor for node in readers):
             return None
         passed: set[fx.Node] = set()
@@ -239,9 +242,9 @@ class _Part:
     """Columns of a value, with something added.
 
     Attributes:
-        start, end: which.
-        added: what was added; None for nothing.
-        at: which column of that is the first.
+        start, end: the range of columns.
+        added: the sum that adds something to them; None for none.
+        at: the first column of what is added.
     """
 
     start: int
@@ -250,16 +253,16 @@ class _Part:
     at: int = 0
 
     def cut(self, start: int, end: int) -> _Part:
-        """Some of them, counted from the first."""
+        """Return some of these columns, counted from the first."""
         return _Part(self.start + start, self.start + end, self.added, self.at + start)
 
 
 class _Columns:
-    """Reads what values are made of, column by column.
+    """Traces what values are composed of, column by column.
 
     Attributes:
-        seen: what was read on the way.
-        branches: what is added somewhere, by its node.
+        seen: the nodes that were read on the way.
+        branches: what is added in some columns, by the node of the sum.
     """
 
     def __init__(self, matcher: Matcher, value: fx.Node, x: fx.Node) -> None:
@@ -268,7 +271,7 @@ class _Columns:
         self.branches: dict[fx.Node, Branch] = {}
 
     def of(self, node: Any) -> list[_Part] | None:
-        """The columns of the value that a node has, in order; None where it has others."""
+        """Return the columns of the value that a node has, in order; None if it has others."""
         if not isinstance(node, fx.Node):
             return None
         self.seen.add(node)
@@ -295,17 +298,17 @@ class _Columns:
         parts = self.of(source)
         if parts is None or not (isinstance(start, int) and isinstance(end, int)) or start < 0 or end < 0:
             return None
-        found, at = [], 0
+        selected, at = [], 0
         for part in parts:
             first, last = max(start - at, 0), min(end - at, part.end - part.start)
             if first < last:
-                found.append(part.cut(first, last))
+                selected.append(part.cut(first, last))
             at += part.end - part.start
-        return found
+        return selected
 
 
 def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch] | None:
-    """What is added to which runs of columns, where every column is in its place."""
+    """Return what is added to which runs of columns; None unless every column is in its place."""
     at = 0
     runs: dict[fx.Node, list[tuple[int, int]]] = {}
     taken: dict[fx.Node, int] = {}
@@ -324,7 +327,7 @@ def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch
 
 
 def _product(node: fx.Node) -> Map | None:
-    """A product with a matrix as the base's or an adaptation's node has it."""
+    """Return a product with a matrix, of the base or an adaptation, as a map; None for other nodes."""
     if node.kwargs or node.op != "call_function":
         return None
     if node.target is aten.linear.default and len(node.args) in (2, 3):
@@ -345,14 +348,14 @@ def _product(node: fx.Node) -> Map | None:
 
 
 def _operands(node: fx.Node) -> tuple[Any, fx.Node | None]:
-    """The input and the weight of a product without a bias; None for the weight where it is another kind."""
+    """Return the input and the weight of a product without a bias; None instead of the weight for any other product."""
     x, weight, *rest = node.args
     plain = not node.kwargs and not any(rest) and isinstance(weight, fx.Node) and weight.meta["val"].dim() == 2
     return x, weight if plain else None  # type: ignore[return-value]
 
 
 def _alike(node: Any, other: fx.Node) -> bool:
-    """Whether two values are tensors of one type."""
+    """Return whether two values are tensors of the same shape and dtype."""
     if not isinstance(node, fx.Node):
         return False
     a, b = node.meta["val"], other.meta["val"]

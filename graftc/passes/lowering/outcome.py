@@ -1,4 +1,4 @@
-"""What steps of lowering say of their work."""
+"""The outcomes that steps of lowering report."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoweringOutcome:
-    """What a step found at one place.
+    """The outcome of a step at one place.
 
     Attributes:
-        step: its name.
+        step: the name of the step.
         place: a module path.
         done: whether the place was rewritten.
-        reason: why not, for people; empty where it was.
+        reason: why it was not, as a readable message; empty if it was.
     """
 
     step: str

@@ -1,8 +1,8 @@
-"""Linear maps of one input, with their low-rank updates, become one call of `graftc.passes.core.ops.projections`.
+"""Fuse linear maps of one input, with their low-rank updates, into one call of `graftc.passes.core.ops.projections`.
 
-A map is found by what is computed: a product with a matrix, and behind it sums with products of two factors, over all
-of its columns or over some. Maps that read one value in one layer are computed together, those too that nothing is
-added to: what they say of the value's gradient is then added up in one tensor.
+A map is recognised by what is computed: a product with a matrix, followed by sums with products of two factors, over
+all or some of its columns. Maps that read one value in one layer are computed together, including those that nothing is
+added to: their parts of the value's gradient are then accumulated in one tensor.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
     matcher = Matcher(program)
     groups: dict[tuple[fx.Node, str], list[Map]] = {}
     for node in program.graph.nodes:
-        found = matcher.map(node) if node in matcher.live else None
-        if found is not None:
-            groups.setdefault((found.x, layer_path(node.meta.get("module", ""))), []).append(found)
+        match = matcher.map(node) if node in matcher.live else None
+        if match is not None:
+            groups.setdefault((match.x, layer_path(node.meta.get("module", ""))), []).append(match)
     chosen = [group for members in groups.values() for group in matcher.together(members)]
     passed = {node for group in chosen for one in group for node in one.nodes}
     outcomes = [outcome for edit in program.edits if (outcome := _outcome(edit, program.edits, passed)) is not None]
@@ -48,7 +48,7 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
 
 
 def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.Node, fx.Node]:
-    """One call for a group; returns what has the result of each map now, by what had it."""
+    """Replace a group by one call, and return the node of each map's new result by that of the old one."""
     graph = program.graph
     sources: list[fx.Node] = []
     factors, updates = [], []
@@ -85,8 +85,10 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
 
 
 def _mask(source: fx.Node, group: list[Map], matcher: Matcher) -> tuple[fx.Node, float] | None:
-    """The mask by which a source is what dropout leaves of the group's input, and the probability that it was drawn
-    with; None where it is something else, or is read elsewhere too."""
+    """Return the mask and the probability of a dropout of the group's input, if a source is its result.
+
+    None if the source is something else, or if other nodes read it as well.
+    """
     if source.target is not torch.ops.graftc.masked_dropout.default or source.kwargs or len(source.args) != 3:
         return None
     x, mask, p = source.args
@@ -97,7 +99,7 @@ def _mask(source: fx.Node, group: list[Map], matcher: Matcher) -> tuple[fx.Node,
 
 
 def _erase(program: Program, replaced: dict[fx.Node, fx.Node]) -> None:
-    """Erase what nothing needs now; of edits those are left whose nodes are."""
+    """Erase what is no longer needed, and keep the edits whose nodes are left."""
     needed = live(program)
     for node in reversed(list(program.graph.nodes)):
         if node not in needed:
@@ -107,13 +109,13 @@ def _erase(program: Program, replaced: dict[fx.Node, fx.Node]) -> None:
 
 
 def _common(paths: Iterable[str]) -> str:
-    """The module that modules are all in, or are."""
+    """Return the innermost module that all these modules are, or are in."""
     segments = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, segments))
 
 
 def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> LoweringOutcome | None:
-    """What became of an edit; None where it does not stand at a product with a weight."""
+    """Return the outcome for an edit; None if it does not apply to a product with a weight."""
     product = edits.original(edit.before)
     if edit.narrow or target_name(product.target) not in _PRODUCTS:
         return None

@@ -1,4 +1,4 @@
-"""A Program as far as the losses of single tokens: what objectives read that compare log-probabilities."""
+"""A Program up to the losses of single tokens, which objectives that compare log-probabilities read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def token_losses(program: Program, *, scores: bool = False) -> Program:
-    """The Program as far as its cross-entropy without a reduction, ``[rows]``: zero where there is no label. Head and
-    loss are computed a few rows at a time where that is possible.
+    """Return the Program up to its cross-entropy without a reduction, ``[rows]``: zero where there is no label.
+
+    Head and loss are computed a few rows at a time if possible.
 
     Args:
-        program: one that takes labels.
-        scores: what `graftc.passes.core.ops.head_loss.head_scores` gives is another output, where it is possible.
+        program: a Program that takes labels.
+        scores: whether the scores of `graftc.passes.core.ops.head_loss.head_scores` are another output, if possible.
 
     Raises:
-        GraftError: GC031 where there is no cross-entropy of tokens, or more than one.
+        GraftError: GC031 if there is no cross-entropy of tokens, or more than one.
     """
-    made = program.copy(outputs=OutputSpec("leaf"), entry="scores" if scores else "losses", edits=Edits(), baseline={})
-    losses = [node for node in made.graph.nodes if (found := loss_of(node)) is not None and _of_tokens(found.labels)]
+    copy = program.copy(outputs=OutputSpec("leaf"), entry="scores" if scores else "losses", edits=Edits(), baseline={})
+    losses = [
+        node
+        for node in copy.graph.nodes
+        if (cross_entropy := loss_of(node)) is not None and _of_tokens(cross_entropy.labels)
+    ]
     if len(losses) != 1:
         message = f"the model's outputs have {len(losses)} losses over tokens, and one is needed"
         raise GraftError("GC031", message, hint="call a language model, with labels")
@@ -34,11 +39,11 @@ def token_losses(program: Program, *, scores: bool = False) -> Program:
     weight = loss.args[2] if len(loss.args) > 2 else loss.kwargs.get("weight")
     loss.args = (*loss.args[:2], weight, NONE, *loss.args[4:])
     loss.kwargs = {name: value for name, value in loss.kwargs.items() if name not in ("weight", "reduction")}
-    loss.meta["val"] = Inference(made).call(loss.target, loss.args, loss.kwargs)
-    made.output_node.args = ((loss,),)
-    remove_dead(made)
-    chunk_losses(made, scores=scores)
-    return made
+    loss.meta["val"] = Inference(copy).call(loss.target, loss.args, loss.kwargs)
+    copy.output_node.args = ((loss,),)
+    remove_dead(copy)
+    chunk_losses(copy, scores=scores)
+    return copy
 
 
 def _of_tokens(labels: fx.Node) -> bool:

@@ -1,3 +1,4 @@
-"""The code of the methods: one file for each, named as its spec's; presets have none.
+"""The implementations of the methods: one file for each, named after the file of its spec; presets have none.
 
-A method changes a graph through the Builder only."""
+A method changes a graph only through the Builder.
+"""

@@ -1,4 +1,4 @@
-"""AdaLoRA: updates in the form of a singular value decomposition under one budget of ranks (Zhang et al. 2023)."""
+"""AdaLoRA: updates in the form of a singular value decomposition, with a common budget of ranks (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TRIPLET = ("A", "E", "B")
 
 
 class RankBudget(Controller[AdaLoRA]):
-    """The ranks that all sites share: how many are left after a step, and which.
+    """A controller of the ranks of all sites: how many are left after a step, and which.
 
-    Importance of an entry is the product of two moving averages: of ``I = |w dL/dw|`` with ``beta1``, and of the
-    distance of ``I`` from that average with ``beta2``. A triplet's is its E's, plus the means over its row of A and its
-    column of B.
+    The importance of an entry is the product of two moving averages: of ``I = |w dL/dw|`` with ``beta1``, and of the
+    distance of ``I`` from that average with ``beta2``. The importance of a triplet is that of its E, plus the means
+    over its row of A and its column of B.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -40,10 +40,10 @@ class RankBudget(Controller[AdaLoRA]):
             self.begin(self.spec.total_steps)
 
     def begin(self, total: int) -> None:
-        """See `Controller.begin`. ``total_steps`` of the spec goes before.
+        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence.
 
         Raises:
-            GraftError: GC026 where the phases leave no step to prune in.
+            GraftError: GC026 if the phases leave no step to prune in.
         """
         total = self.spec.total_steps or total
         if self.initial != self.target:
@@ -52,19 +52,19 @@ class RankBudget(Controller[AdaLoRA]):
 
     @property
     def initial(self) -> int:
-        """Triplets of all sites."""
+        """The number of triplets of all sites."""
         return sum(place.tensors["E"].numel() for place in self.places)
 
     @property
     def target(self) -> int:
-        """Triplets that are left in the end."""
+        """The number of triplets that are left in the end."""
         return sum(place.tensors["E"].numel() // place.spec.rank * place.spec.final_rank for place in self.places)
 
     def budget(self, number: int) -> int:
-        """How many triplets are left after the step of this number, from 1.
+        """Return how many triplets are left after step ``number``, counted from 1.
 
         Raises:
-            GraftError: GC026 where the number of steps is not known.
+            GraftError: GC026 if the number of steps is not known.
         """
         start, end = self.spec.warmup_steps, self._last_pruning()
         if number <= start:
@@ -80,10 +80,10 @@ class RankBudget(Controller[AdaLoRA]):
         return self.total - self.spec.final_steps
 
     def step(self, number: int) -> None:
-        """See `Controller.step`.
+        """Update the importance of the triplets, and zero the E of those that the budget excludes.
 
         Raises:
-            GraftError: GC026 where the number of steps is not known, GC035 without gradients.
+            GraftError: GC026 if the number of steps is not known, GC035 without gradients.
         """
         if self.initial == self.target:
             return
@@ -91,8 +91,8 @@ class RankBudget(Controller[AdaLoRA]):
         if number < last:
             self._observe()
         budget = self.budget(number)
-        # The last step that prunes chooses by the last importance, also where the budget was reached before; importance
-        # is as it was from there on, and so is the set.
+        # The last step that prunes chooses by the last importance, even if the budget was reached before; from then on
+        # neither the importance nor the set changes.
         chosen = number > last and sum(int(place.tensors["kept"].sum()) for place in self.places) == budget
         if not chosen and number > self.spec.warmup_steps and (number >= last or number % self.spec.interval == 0):
             self._choose(budget)
@@ -102,7 +102,7 @@ class RankBudget(Controller[AdaLoRA]):
             place.tensors["E"].mul_(place.tensors["kept"])
 
     def _observe(self) -> None:
-        """Take the gradients of the step into the moving averages."""
+        """Update the moving averages with the gradients of the step."""
         seen = False
         for place in self.places:
             for part in TRIPLET:
@@ -119,12 +119,12 @@ class RankBudget(Controller[AdaLoRA]):
             raise GraftError("GC035", f"{self.spec.name!r} weighs gradients, and there are none", hint=hint)
 
     def importance(self, place: AdaptedSite[AdaLoRA]) -> Tensor:
-        """Importance of every triplet of a site, ``f32[..., rank]``."""
+        """Return the importance of every triplet of a site, ``f32[..., rank]``."""
         a, e, b = (place.tensors[f"{part}_sensitivity"] * place.tensors[f"{part}_uncertainty"] for part in TRIPLET)
         return e + a.mean(-1) + b.mean(-2)
 
     def _choose(self, budget: int) -> None:
-        """Keep exactly ``budget`` triplets; among equals those of earlier sites."""
+        """Keep exactly ``budget`` triplets; in case of ties those of earlier sites."""
         scores = torch.cat([self.importance(place).flatten() for place in self.places])
         best = scores.argsort(descending=True, stable=True)[:budget]
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
@@ -136,15 +136,15 @@ class RankBudget(Controller[AdaLoRA]):
 
 
 class Orthogonality(TensorObjective[AdaLoRA]):
-    """``weight * mean over all A and B of ||A A^T - I||`` and ``||B^T B - I||``, Frobenius norms as they are."""
+    """``weight * mean over all A and B of ||A A^T - I||`` and ``||B^T B - I||``, unsquared Frobenius norms."""
 
     @classmethod
     def wanted(cls, spec: AdaLoRA) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether the weight of the term is above zero."""
         return spec.orthogonality > 0
 
     def value(self) -> Tensor:
-        """See `TensorObjective.value`."""
+        """Return the weighted mean distance of the factors from orthogonal ones."""
         return self.spec.orthogonality * torch.cat([norm.flatten() for norm in self._distances()]).mean()
 
     def _distances(self) -> Iterator[Tensor]:
@@ -166,10 +166,10 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
     objective = Orthogonality
 
     def prepare(self, spec: AdaLoRA, sites: Sequence[LinearSite], build: Builder) -> None:
-        """Check what the spec alone says of the schedule.
+        """Check the schedule as far as the spec alone determines it.
 
         Raises:
-            GraftError: GC026 where its phases leave no step of ``total_steps`` to prune in.
+            GraftError: GC026 if its phases leave no step of ``total_steps`` to prune in.
         """
         if spec.total_steps is not None:
             check_phases(spec, spec.total_steps)
@@ -196,7 +196,7 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         build.add(site, build.low_rank(site, x, *gated(build, site, a, b, e), spec.scaling))
 
     def fold(self, spec: AdaLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s B diag(E) A``."""
+        """Fold the update into the weight: ``W' = W + s B diag(E) A``."""
 
         def change(weight: Tensor) -> Tensor:
             gated = tensors["B"] * tensors["E"][..., None, :]
@@ -205,19 +205,19 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         return weight_fold(change)
 
     def row_axes(self, spec: AdaLoRA) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axis of ``B``."""
         return {"B": -2}
 
     def fewest_rows(self, spec: AdaLoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
         return 1 if spec.excess_rank else spec.rank
 
     def figures(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See `Figured.figures`: ``rank``, how many triplets the budget leaves, which are all at first."""
+        """Return ``rank``, the number of triplets that the budget leaves; initially all of them."""
         return {"rank": tensors["kept"].sum(-1).float().mean()}
 
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Triplets whose E is not zero."""
+        """Return a mask of the triplets whose E is not zero."""
         return tensors["E"].detach() != 0
 
 

@@ -1,4 +1,4 @@
-"""AdaMix (Wang et al. 2022, arXiv:2205.12410): bottleneck adapters with experts, one drawn for each forward pass."""
+"""AdaMix: bottleneck adapters with experts, one drawn for each forward pass (Wang et al. 2022, arXiv:2205.12410)."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ M = TypeVar("M", AdaMix, AdaMixLoRA)
 class Agreement(OutputObjective[M]):
     """``weight / 2 (KL(p1 || p2) + KL(p2 || p1))`` of the softmax of two passes' logits.
 
-    Logits are ``[..., classes]``: the output of that name, or else the first that is floating point and no loss. The
-    divergence is summed over classes and averaged over the rest, in float32; of a single class it is zero.
+    The logits ``[..., classes]`` are the output of that name, or otherwise the first floating-point output that is not
+    a loss. The divergence is summed over classes and averaged over the rest, in float32; it is zero for a single class.
     """
 
     passes = 2
 
     @classmethod
     def wanted(cls, spec: M) -> bool:
-        """Whether the term has a weight."""
+        """Return whether the weight of the term is above zero."""
         return spec.consistency.weight > 0
 
     def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
-        """See `OutputObjective.value`."""
+        """Return the weighted divergence between both passes, averaged over all or over the ``counted`` positions."""
         consistency = self.spec.consistency
-        first, second = (torch.log_softmax(_logits(found).float(), -1) for found in outputs)
+        first, second = (torch.log_softmax(_logits(tensors).float(), -1) for tensors in outputs)
         rows = (_divergence(first, second, consistency.detach) + _divergence(second, first, consistency.detach)) / 2
         if counted is not None and counted.shape == rows.shape:
             return consistency.weight * (rows * counted).sum() / counted.sum().clamp_min(1)
@@ -48,28 +48,29 @@ class Agreement(OutputObjective[M]):
 
 
 def _logits(outputs: Mapping[str, Tensor]) -> Tensor:
-    found = outputs.get("logits")
-    if found is not None:
-        return found
+    logits = outputs.get("logits")
+    if logits is not None:
+        return logits
     return next(t for name, t in outputs.items() if name != "loss" and t.is_floating_point())
 
 
 def _divergence(target: Tensor, other: Tensor, detach: bool) -> Tensor:
-    """``KL(target || other)`` of log-probabilities ``[..., classes]``, as ``[...]``."""
+    """Return ``KL(target || other)`` of log-probabilities ``[..., classes]``, as ``[...]``."""
     return functional.kl_div(other, target.detach() if detach else target, reduction="none", log_target=True).sum(-1)
 
 
 class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMix]):
-    """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part, ``D: [experts, bottleneck, width]`` and ``U:
-    [experts, width, bottleneck]``; a shared projection has no leading axis.
+    """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part.
 
-    A projection's weight and bias belong to the same expert. ``i`` and ``j`` are drawn for each site and projection.
+    The projections are ``D: [experts, bottleneck, width]`` and ``U: [experts, width, bottleneck]``; a shared one has no
+    leading axis. A projection's weight and bias belong to the same expert. ``i`` and ``j`` are drawn for each site and
+    projection.
     """
 
     objective = Agreement[AdaMix]
 
     def project(self, spec: AdaMix, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
-        """See `BottleneckAdapter.project`."""
+        """Build a projection that picks one of its experts; a shared projection has none."""
         if part == spec.share:
             return super().project(spec, build, part, x, out, dtype)
         shape = (spec.experts, out, int(x.meta["val"].shape[-1]))
@@ -82,23 +83,23 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMi
         return build.linear(x, pick(build, experts, chosen, part=f"{part} expert"), bias, part=part)
 
     def readings(self, spec: AdaMix) -> Sequence[Reading]:
-        """See `Observed.readings`: the experts that were drawn."""
+        """Return readings of the experts that were drawn for the projections that have experts."""
         return [route_of(part) for part in ("down", "up") if part != spec.share]
 
     def collapse(self, spec: AdaMix) -> MethodSpec:
-        """One bottleneck adapter at the same places."""
+        """Return the spec of one bottleneck adapter at the same places."""
         kept = ("name", "target", "activation", "bias", "init", "init_std", "scale", "dropout", "overrides")
         width = next((f for f in WIDTHS if f in spec.model_fields_set and getattr(spec, f) is not None), "bottleneck")
         values = {field: getattr(spec, field) for field in (*kept, width)}
         return Bottleneck(reads="projection", adds_to="projection", **values)
 
     def collapsed(self, spec: AdaMix, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Every tensor of experts as their mean."""
+        """Return the tensors with the experts of each projection averaged."""
         return {part: mean(tensor, part.removesuffix("_bias"), spec.share) for part, tensor in tensors.items()}
 
 
 def route_of(part: str) -> Reading:
-    """The number of the expert of ``part`` that a forward pass has picked, as the figure ``PART_route``."""
+    """Return the reading ``PART_route``: the number of the expert of ``part`` that a forward pass has picked."""
     return Reading(f"{part}_route", part, (torch.ops.aten.index_select.default,), _chosen)
 
 
@@ -108,5 +109,8 @@ def _chosen(args: Sequence[Any], _: Tensor) -> Tensor:
 
 
 def mean(tensor: Tensor, side: str, share: str) -> Tensor:
-    """The mean over the experts of a projection ``side``, ``up`` or ``down``; what is shared, or neither, as it is."""
+    """Return the mean over the experts of projection ``side``, ``up`` or ``down``; other tensors unchanged.
+
+    A shared projection is returned unchanged as well.
+    """
     return tensor if side == share or side not in ("up", "down") else tensor.mean(0)

@@ -1,4 +1,4 @@
-"""AdaMix of low-rank updates (Wang et al. 2022, arXiv:2205.12410): factors with experts."""
+"""AdaMix of low-rank updates: factors with experts (Wang et al. 2022, arXiv:2205.12410)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], O
         build.add(site, build.low_rank(site, x, a, b, spec.scaling))
 
     def fold(self, spec: AdaMixLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s mean(B) mean(A)``."""
+        """Fold the means of the experts into the weight: ``W' = W + s mean(B) mean(A)``."""
 
         def change(weight: Tensor) -> Tensor:
             factors = self.collapsed(spec, tensors)
@@ -54,16 +54,16 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], O
         return weight_fold(change)
 
     def readings(self, spec: AdaMixLoRA) -> Sequence[Reading]:
-        """See `Observed.readings`: the experts that were drawn."""
+        """Return readings of the experts that were drawn for the factors that have experts."""
         return [route_of(part) for part, side in _SIDES.items() if side != spec.share]
 
     def collapse(self, spec: AdaMixLoRA) -> MethodSpec:
-        """LoRA at the same places."""
+        """Return the spec of a LoRA at the same places."""
         kept = ("name", "target", "rank", "alpha", "dropout", "dropout_mask", "dropout_scope")
         return LoRA(**{field: getattr(spec, field) for field in kept})
 
     def collapsed(self, spec: AdaMixLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Both factors as the mean of their experts."""
+        """Return both factors, each as the mean of its experts."""
         return {part: mean(tensors[part], side, spec.share) for part, side in _SIDES.items()}
 
 
@@ -77,7 +77,7 @@ def _factor(
 
 
 def _alike(init: Initialiser) -> Initialiser:
-    """Every expert starts as the first one."""
+    """Return an initialiser that gives all experts the same values."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         init(tensor[0], generator)

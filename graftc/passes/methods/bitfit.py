@@ -1,4 +1,4 @@
-"""BitFit (Ben-Zaken et al. 2022, arXiv:2106.10199): biases alone train."""
+"""BitFit: training of biases only (Ben-Zaken et al. 2022, arXiv:2106.10199)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from graftc.specs.roles import parse_role
 
 
 class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
-    """Biases train as copies of the base's own; with `add_missing`, linear maps without a bias get ``c: [out]``."""
+    """Training of biases as copies of the base's; with `add_missing`, linear maps without a bias get ``c: [out]``."""
 
     def applies(self, spec: BitFit, site: Site) -> bool:
-        """Where there is a bias, or one is to be added; a head that gives the outputs is passed over."""
+        """Return whether the site has a bias or is to get one; a head that produces the outputs is left out."""
         if any(parse_role(role).name == "head" for role in site.roles):
             return False
         if isinstance(site, LinearSite):
@@ -30,14 +30,14 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
         return isinstance(site, ParameterSite) and site.tensor.rpartition(".")[2].endswith("bias")
 
     def remedy(self, spec: BitFit) -> str | None:
-        """Biases can be added."""
+        """Suggest `add_missing`, unless the spec has it."""
         return None if spec.add_missing else "add_missing: true gives maps without a bias one that starts at zeros"
 
     def insert(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, shared: Any, build: Builder) -> None:
-        """Put a trained copy in the place of the bias, or add one.
+        """Replace the bias with a trained copy, or add one.
 
         Raises:
-            GraftError: GC021 where another adaptation trains it too.
+            GraftError: GC021 if another adaptation also trains it.
         """
         if isinstance(site, LinearSite):
             if site.own_bias is not None:
@@ -51,7 +51,7 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
             build.overlay(site.tensor)
 
     def fold(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """The trained values take the places of the base's; an added bias stays a bias."""
+        """Let trained copies stand in for the base's biases; an added bias remains a bias."""
         if "added" not in tensors:
             return StandIn()
 

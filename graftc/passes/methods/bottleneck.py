@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751): one mechanism, which the named ones are wirings of."""
+"""Bottleneck adapters: one mechanism, which named adapters wire differently (Houlsby et al. 2019, arXiv:1902.00751)."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _ACTIVATIONS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
     """``value + s (U f(D x + b) + c)`` with ``D: [bottleneck, read]``, ``U: [added, bottleneck]``.
 
-    ``x`` is what the adapter reads, over its own layer norm where it has one, and ``value`` what it adds to; the spec's
-    wiring says which values these are. Dropout acts on the bottleneck. The function is not linear, so it stays in the
-    graph.
+    ``x`` is the value that the adapter reads, through its own layer norm if it has one, and ``value`` is the one it
+    adds to; the spec's wiring determines which values these are. Dropout acts on the bottleneck. The function is not
+    linear, so it stays in the graph.
     """
 
     def insert(self, spec: S, site: LinearSite | SublayerSite, shared: Any, build: Builder) -> None:
         """Insert the adapter.
 
         Raises:
-            GraftError: GC017 where the site has no such value, GC020 where no width is left for the bottleneck.
+            GraftError: GC017 if the site has no such value, GC020 if no width is left for the bottleneck.
         """
         wiring = spec.wiring(site.kind, site.roles)
         if isinstance(site, SublayerSite):
@@ -66,8 +66,8 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
             build.add(site, delta)
 
     def branch(self, spec: S, build: Builder, read: fx.Node, width: int, dtype: torch.dtype) -> fx.Node:
-        """The adapter's function of ``read``, ``[..., width]``, worked out in the type of its own tensors."""
-        if read.meta["val"].dtype != dtype:  # experts add up in float32
+        """Build the adapter's function of ``read``, ``[..., width]``, computed in the dtype of its own tensors."""
+        if read.meta["val"].dtype != dtype:  # experts are summed in float32
             read = build.call(aten.to.dtype, read, dtype, part="read")
         norm = spec.wiring(build.site.kind, build.site.roles).norm
         inner = spec.width(_width(read))
@@ -86,13 +86,13 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
         return delta if spec.scale == 1 else build.call(aten.mul.Tensor, delta, spec.scale, part="scale")
 
     def project(self, spec: S, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
-        """One projection, ``down`` or ``up``: its weight ``[out, in]``, and its bias where the adapter has them."""
+        """Build one projection, ``down`` or ``up``: its weight ``[out, in]``, and its bias if adapters have biases."""
         weight = build.parameter(part, (out, _width(x)), initialiser(spec, part), dtype=dtype)
         bias = build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype) if spec.bias else None
         return build.linear(x, weight, bias, part=part)
 
     def fold(self, spec: S, site: LinearSite | SublayerSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """It stays: no weight of the base computes it."""
+        """Keep the adapter in the graph, since no weight of the base can compute it."""
         return Keep("it has an activation function of its own, so that no weight of the base can compute it")
 
 
@@ -122,7 +122,7 @@ def _ones(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
-    """What fills a projection, ``down`` or ``up``, ``[..., out, in]``."""
+    """Return the initialiser of a projection, ``down`` or ``up``, ``[..., out, in]``."""
     if spec.init == "lora":
         return uniform if part == "down" else zeros
     if spec.init == "bert":
@@ -136,7 +136,7 @@ def _xavier(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _truncated(deviation: float) -> Initialiser:
-    """Normal, cut off at twice the deviation."""
+    """Return a normal initialiser, cut off at twice the deviation."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.trunc_normal_(tensor, 0, deviation, -2 * deviation, 2 * deviation, generator=generator)

@@ -1,4 +1,4 @@
-"""Child-Tuning: a part of the network trains, another in every step or one for good (Xu et al. 2021)."""
+"""Child-Tuning: training of a part of the network, redrawn in every step or chosen once (Xu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from graftc.specs.methods.child_tuning import ChildTuning
 
 
 class Steps(Controller[ChildTuning]):
-    """Counts steps, which is all that masks need to be drawn anew."""
+    """A controller that only counts steps, from which new masks are drawn."""
 
     @classmethod
     def wanted(cls, spec: ChildTuning) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether gradients are masked: in variant `F` with ``reserve_p`` below 1."""
         return spec.variant == "F" and spec.reserve_p < 1
 
     def step(self, number: int) -> None:
-        """See `Controller.step`."""
+        """Do nothing, since the step is counted already."""
 
 
 class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
@@ -44,57 +44,60 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
         self._layers = _Layers()
 
     def prepare(self, spec: ChildTuning, sites: Sequence[Stored], build: Builder) -> Any:
-        """The count of steps, None where nothing is masked; what is selected of the layers.
+        """Return the count of steps, None if nothing is masked, or for variant `D` the entries selected in the layers.
 
         Raises:
-            GraftError: GC020 where that is nothing.
+            GraftError: GC020 if variant `D` selects no entry.
         """
         if spec.variant == "D":
             return self._layers.prepare(spec, [site for site in sites if site.layer is not None], build)
         return build.buffer(STEP, no_steps) if Steps.wanted(spec) else None
 
     def insert(self, spec: ChildTuning, site: Stored, shared: Any, build: Builder) -> None:
-        """See `TrainedTensors.insert`, and `SparseTensors.insert` for the layers of the other variant."""
+        """Insert trained copies; in the layers of variant `D`, train the selected entries instead."""
         if spec.variant == "D" and site.layer is not None:
             self._layers.insert(spec, site, shared, build)
         else:
             super().insert(spec, site, shared, build)
 
     def fold(self, spec: ChildTuning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """The trained values, and the sums, are the new ones."""
+        """Let trained copies stand in for the base's tensors; fold the sums in the layers of variant `D`."""
         sparse = spec.variant == "D" and site.layer is not None
         return self._layers.fold(spec, site, tensors) if sparse else super().fold(spec, site, tensors)
 
     def scoring(self, spec: ChildTuning) -> Scoring | None:
-        """Squares of the gradients of whole batches, each clipped tensor by tensor: the authors' code."""
+        """Return the scoring of variant `D`, as in the authors' code.
+
+        Scores are squares of the gradients of whole batches, each clipped tensor by tensor.
+        """
         return self._layers.scoring(spec) if spec.variant == "D" else None
 
     def scored(self, places: Sequence[AdaptedSite[ChildTuning]]) -> Sequence[str]:
-        """See `Scored.scored`."""
+        """Return the names of the base's tensors in the layers."""
         return self._layers.scored(_in_layers(places))
 
     def selected(
         self, spec: ChildTuning, places: Sequence[AdaptedSite[ChildTuning]], scores: Mapping[str, Tensor]
     ) -> Transition[ChildTuning]:
-        """See `Scored.selected`."""
+        """Select the entries of the layers that have the greatest scores."""
         return self._layers.selected(spec, _in_layers(places), scores)
 
     def read(self, spec: ChildTuning, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
-        """See `TrainedTensors.read`: a view that masks the gradient."""
+        """Return a view of the trained tensor that masks its gradient, or the tensor itself if nothing is masked."""
         if not Steps.wanted(spec):
             return trained
         name = str(trained.target)
         part = name.rpartition(".")[2]
-        # A tensor, not a literal: layers that are alike keep code that is alike, and a checkpoint has it.
+        # A tensor instead of a literal, so that equal layers keep equal code and a checkpoint has the seed.
         seed = build.buffer(f"{part}_seed", lambda device: torch.tensor([_seed(build.seed, name)], device=device))
         return build.call(torch.ops.graftc.grad_mask.default, trained, shared, seed, spec.reserve_p, part="mask")
 
 
 class _Layers(ScoredTensors[ChildTuning]):
-    """The layers of the variant that is chosen once."""
+    """The selected entries in the layers of variant `D`."""
 
     def scoring(self, spec: ChildTuning) -> Scoring | None:
-        """See `ChildTuningMethod.scoring`."""
+        """Return the scoring by squared gradients of whole batches, clipped per tensor."""
         return Fisher(single=False, clip=spec.clip)
 
 
@@ -103,5 +106,5 @@ def _in_layers(places: Sequence[AdaptedSite[ChildTuning]]) -> list[AdaptedSite[C
 
 
 def _seed(seed: int, name: str) -> int:
-    """What masks of a tensor are drawn from."""
+    """Return the seed of a tensor's masks, derived from the build's seed and the tensor's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % SEEDS

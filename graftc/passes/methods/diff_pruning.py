@@ -1,4 +1,4 @@
-"""Diff pruning: differences with hard-concrete gates, then training of those that are left (arXiv:2012.07463)."""
+"""Diff pruning: training of gated differences, then of the largest ones alone (arXiv:2012.07463)."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ aten = torch.ops.aten
 
 
 class OpenGates(TensorObjective[DiffPruning]):
-    """``penalty * sum P(z > 0)`` over the gates of all entries, and of all tensors."""
+    """``penalty * sum P(z > 0)`` over the gates of all entries and of all tensors."""
 
     @classmethod
     def wanted(cls, spec: DiffPruning) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether this is the first training run and its penalty is above zero."""
         return spec.stage == 1 and spec.penalty > 0
 
     def value(self) -> Tensor:
-        """See `TensorObjective.value`."""
+        """Return the penalty times the sum of the probabilities that gates are open."""
         terms = [self._of(place.tensors, part) for place in self.places for part in _tensors_of(place.tensors)]
         return self.spec.penalty * torch.stack(terms).sum()
 
     def _of(self, tensors: Mapping[str, Tensor], part: str) -> Tensor:
-        # Worked out again in the backward pass: it would keep as much as the gates take.
+        # Computed again in the backward pass, since keeping it would take as much memory as the gates.
         entries = checkpoint(
             self._open,
             tensors[f"{part}_alpha"],
@@ -67,10 +67,10 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
     objective = OpenGates
 
     def prepare(self, spec: DiffPruning, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """Every entry has a difference at first; later, see `SparseTensors`.
+        """Give every entry a difference in the first training run; select entries for the second.
 
         Raises:
-            GraftError: GC020 where the budget is zero entries of the target, or more than all.
+            GraftError: GC020 if the budget is zero entries of the target, or more than all.
         """
         if spec.stage > 1:
             return super().prepare(spec, sites, build)
@@ -79,10 +79,10 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
         return ChosenEntries(counts, {})
 
     def insert(self, spec: DiffPruning, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """Put the changed tensors of the site in place of the base's.
+        """Replace the base's tensors at the site with the changed ones.
 
         Raises:
-            GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
+            GraftError: GC021 if another adaptation trains one of them as a whole, or takes it as constant.
         """
         if spec.stage > 1:
             super().insert(spec, site, shared, build)
@@ -94,36 +94,36 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
                 build.stand_in(region, partial(_gated, spec, build, region), within=True)
 
     def fold(self, spec: DiffPruning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """The sums are the new values, with gates that have no noise."""
+        """Fold the sums into the base's tensors, with gates that have no noise."""
         if spec.stage > 1:
             return super().fold(spec, site, tensors)
         return TensorFold({p: _added(site, p, partial(difference, spec, tensors, p)) for p in _tensors_of(tensors)})
 
     def stages(self, spec: DiffPruning) -> int:
-        """Two."""
+        """Return two: a training run with gates, and one of the remaining entries."""
         return 2
 
     @torch.no_grad()
     def advance(
         self, spec: DiffPruning, places: Sequence[AdaptedSite[DiffPruning]], shared: Mapping[str, Tensor]
     ) -> Transition[DiffPruning]:
-        """The entries with the largest differences are left, and start from these."""
-        held = list(regions_at(places, biases=self.biases))
-        sizes = [partial(_magnitude, spec, place.tensors, region.part) for place, region in held]
-        found = largest(sizes, budget_of(spec, _entries(places)))
+        """Start the second training run from the entries with the largest differences, at their current values."""
+        regions = list(regions_at(places, biases=self.biases))
+        sizes = [partial(_magnitude, spec, place.tensors, region.part) for place, region in regions]
+        chosen = largest(sizes, budget_of(spec, _entries(places)))
         values: dict[str, Tensor] = {}
-        for (place, region), numbers in zip(held, found, strict=True):
+        for (place, region), numbers in zip(regions, chosen, strict=True):
             own = difference(spec, place.tensors, region.part).reshape(-1)
             values |= entry_values(place, region, numbers, own[numbers])
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values)
 
     def deployed(self, spec: DiffPruning, places: Sequence[AdaptedSite[DiffPruning]]) -> int | None:
-        """The entries that are left after the second training."""
+        """Return the number of entries that remain for the second training run; None if that is the current one."""
         return budget_of(spec, _entries(places)) if spec.stage == 1 else None
 
 
 def difference(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
-    """``z z_group w`` of a tensor, with gates that have no noise."""
+    """Return ``z z_group w`` of a tensor, with gates that have no noise."""
     low, high = spec.stretch
 
     def gate(alpha: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _magnitude(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> T
 
 
 def _tensors_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What tensors of the base have differences among those of a place."""
+    """Return the names of the base's tensors that have differences among the tensors of a place."""
     return [name.removesuffix("_w") for name in tensors if name.endswith("_w")]
 
 
@@ -152,7 +152,7 @@ def _gated(spec: DiffPruning, build: Builder, region: WeightSlice, tensor: fx.No
     w = build.parameter(f"{part}_w", shape, zeros, dtype=dtype)
     alpha = build.parameter(f"{part}_alpha", shape, start, dtype=dtype)
     group = build.parameter(f"{part}_group", (1,), start, dtype=dtype) if spec.structured else None
-    # The seed is drawn beside the weight, so that a recomputed layer keeps its draw.
+    # The seed is drawn beside the weight, so that a recomputed layer uses the same one.
     like = build.call(aten.new_zeros.default, tensor, [1], dtype=torch.int64, part="seed")
     seed = build.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
     return build.call(torch.ops.graftc.gated_weight.default, tensor, w, alpha, group, seed, *spec.stretch, part=part)
@@ -166,8 +166,8 @@ def _constant(value: float) -> Initialiser:
 
 
 def _added(site: Site, part: str, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Adds to the site's own part of a tensor as it is stored."""
-    parts = {held.part: held for held in site.slices} if isinstance(site, LinearSite) else {}
+    """Return a function that adds ``own()`` to the site's own part of a stored tensor."""
+    parts = {region.part: region for region in site.slices} if isinstance(site, LinearSite) else {}
 
     def change(tensor: Tensor) -> Tensor:
         where = parts.get(part) or WeightSlice.every(part, tensor)

@@ -39,21 +39,21 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
     """
 
     def prepare(self, spec: DoRA, sites: Sequence[LinearSite], build: Builder) -> Scales:
-        """The scales of each place, for its later uses."""
+        """Return an empty table for the scale of each place, which all uses of the place share."""
         return {}
 
     def insert(self, spec: DoRA, site: LinearSite, shared: Scales, build: Builder) -> None:
-        """Rescale the site's result, with the update added.
+        """Add the update to the site's result and rescale it.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 where something
-                stands at the site that has no equivalent change of weights.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 if something at the
+                site has no equivalent change of weights.
         """
         base = effective_weight(build, site)
         pair = _factors(spec, site, build) if spec.direction else ()
         scale = _scale(spec, site, base, pair, shared, build)
         delta = lost = None
-        # A result in float16 has no room for what a scale of zero counts as.
+        # float16 cannot represent the value that replaces a scale of zero.
         whole = base.offset is None and build.output(site).meta["val"].dtype != torch.float16
         if pair:
             x = build.input(site)
@@ -69,7 +69,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         build.set_output(site, build.call(ops.rescale.default, *own, part="rescale"))
 
     def fold(self, spec: DoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = m * V / |V|`` with ``V = W + s B A``."""
+        """Fold the magnitudes and the update into the weight: ``W' = m * V / |V|`` with ``V = W + s B A``."""
 
         def change(weight: Tensor) -> Tensor:
             if "A" in tensors:
@@ -81,15 +81,15 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         return weight_fold(change)
 
     def row_axes(self, spec: DoRA) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axes of ``B`` and ``m``."""
         return {"B": -2, "m": -1}
 
     def fewest_rows(self, spec: DoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts that or has no update."""
         return 1 if spec.excess_rank else spec.rank if spec.direction else 1
 
     def from_weight(self, spec: DoRA, weight: Tensor) -> Mapping[str, Tensor]:
-        """See `RowWise.from_weight`."""
+        """Return the squared norms of the weight's rows, which the graph reads as a constant."""
         return {"square": squares(weight)}
 
 
@@ -101,8 +101,11 @@ def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.
 
 
 def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.Node:
-    """``c * B``, smaller than anything that it is multiplied with; ``c`` is a constant where `rescale` counts it, and
-    not zero, since the gradient of ``c`` is recovered from the result."""
+    """Return ``c * B``, which is smaller than anything that it is multiplied with.
+
+    With ``whole``, `rescale` accounts for ``c``: here it is a constant, and zeros are replaced by `TINY`, since the
+    gradient of ``c`` is recovered from the result.
+    """
     factor = scale
     if whole:
         factor = build.call(aten.detach.default, scale, part="scaled up")
@@ -116,7 +119,7 @@ def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.No
 def _scale(
     spec: DoRA, site: LinearSite, base: EffectiveWeight, pair: Sequence[fx.Node], shared: Scales, build: Builder
 ) -> fx.Node:
-    """``m / |V|`` of a place, ``[..., rows]``."""
+    """Return the node of ``m / |V|``, ``[..., rows]``, which all uses of a place share."""
     square = build.constant("square", lambda: squares(base.value())) if base.fixed else None
     magnitude = build.trained("m", lambda: _first_norm(spec, base, square, pair, build))
     if site.key.place not in shared:
@@ -128,17 +131,20 @@ def _scale(
 def _first_norm(
     spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
 ) -> Tensor:
-    """What `_norm` gives before training, by the same arithmetic. A product with zeros changes no bit of a square."""
+    """Return what `_norm` computes before training, by the same arithmetic.
+
+    A product with zeros changes no bit of a square.
+    """
     if square is not None:
         return norm_of_squares(build.held(square))
-    held = [build.held(node) for node in pair]
-    return _norm_with_update(base.value(), *held, scaling=spec.scaling)[0]
+    values = [build.held(node) for node in pair]
+    return _norm_with_update(base.value(), *values, scaling=spec.scaling)[0]
 
 
 def _norm(
     spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
 ) -> fx.Node:
-    """``|W + s B A|``."""
+    """Return the node of ``|W + s B A|``."""
     weight = base.weight
     if spec.norm_gradient == "detached":
         pair = [build.call(aten.detach.default, node, part="norm") for node in pair]
@@ -156,7 +162,7 @@ def _norm_with_update(weight: Tensor, *pair: Tensor, scaling: float) -> list[Ten
     if pair:
         a, b = (factor.to(wide) for factor in pair)
         total = total + scaling * (b @ a)
-    # The order of a sum follows the strides, and the first norms have to be those of the graph to the bit.
+    # The order of a sum follows the strides, and the first norms must equal those of the graph bit for bit.
     return [_direct_norm(total.contiguous())]
 
 

@@ -1,4 +1,4 @@
-"""DyLoRA: one low-rank update for every rank up to its own (Valipour et al. 2023, arXiv:2210.07558)."""
+"""DyLoRA: one low-rank update that works at every rank up to its own (Valipour et al. 2023, arXiv:2210.07558)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DEPLOYED = "deployed"
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rank of a pass, as what sites make of it.
+    """The rank of a forward pass, in the forms that sites use.
 
     Attributes:
-        last: ``bool[rank]``, true at the last of the first ``r``.
-        gates: ``alpha / r`` for the first ``r`` and zero for the others, ``[rank]``, by element type.
+        last: ``bool[rank]``, true only at the last of the first ``r`` ranks.
+        gates: ``alpha / r`` for the first ``r`` ranks and zero for the others, ``[rank]``, by element type.
     """
 
     last: fx.Node
@@ -71,7 +71,7 @@ class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA], RowWise[DyLoRA]):
         build.add(site, build.low_rank(site, x, *gated(build, site, a, b, shared.gates[site.dtype])))
 
     def fold(self, spec: DyLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + (alpha / r) B[:, :r] A[:r]`` at the deployed rank."""
+        """Fold the update of the deployed rank into the weight: ``W' = W + (alpha / r) B[:, :r] A[:r]``."""
         rank = int(tensors[DEPLOYED])
 
         def change(weight: Tensor) -> Tensor:
@@ -81,21 +81,21 @@ class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA], RowWise[DyLoRA]):
         return weight_fold(change)
 
     def row_axes(self, spec: DyLoRA) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axis of ``B``."""
         return {"B": -2}
 
     def fewest_rows(self, spec: DyLoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        """Return the rank, since a rank above the number of rows is refused."""
         return spec.rank
 
     def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The first ranks, as many as are deployed."""
+        """Return a mask of the first ranks, as many as are deployed."""
         a = tensors["A"]
         numbers = torch.arange(spec.rank, device=a.device).expand(a.shape[:-1])
         return numbers < tensors[DEPLOYED]
 
     def deploy_rank(self, spec: DyLoRA, shared: Mapping[str, Tensor], rank: int) -> None:
-        """See `Ranked.deploy_rank`."""
+        """Set the deployed rank, which is at least 1 and at most the rank of the spec."""
         if type(rank) is not int or not 1 <= rank <= spec.rank:
             message = f"{spec.name!r} has the ranks from 1 to {spec.rank}, not {rank!r}"
             raise GraftError("GC055", message, hint=f"the largest is {spec.rank}")
@@ -103,6 +103,6 @@ class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA], RowWise[DyLoRA]):
 
 
 def _only_last(build: Builder, factor: fx.Node, last: fx.Node) -> fx.Node:
-    """``factor`` with gradients for the ranks in ``last`` only; what it computes is the same."""
+    """Return ``factor`` with gradients only for the ranks in ``last``; its values are the same."""
     fixed = build.call(aten.detach.default, factor, part="fixed")
     return build.call(aten.where.self, last, factor, fixed, part="frozen")

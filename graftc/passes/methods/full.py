@@ -1,4 +1,4 @@
-"""Training of base tensors as they are: copies stand in for them."""
+"""Direct training of base tensors, as copies that stand in for them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Stored = LinearSite | NormSite | ParameterSite
 
 
 class TrainedTensors(Method[S, Stored]):
-    """The weight and the bias of a map, the scale and the shift of a norm, or a tensor as a whole, train as copies."""
+    """Training of the weight and bias of a map, of the scale and shift of a norm, or of a whole tensor, as copies."""
 
     stands_in = True
 
     def applies(self, spec: S, site: Site) -> bool:
-        """Where there is a tensor that some output needs."""
+        """Return whether the site is a map, a norm or a parameter."""
         return isinstance(site, LinearSite | NormSite | ParameterSite)
 
     def insert(self, spec: S, site: Stored, shared: Any, build: Builder) -> None:
-        """Put trained copies in the place of the site's tensors.
+        """Replace the site's tensors with trained copies.
 
         Raises:
-            GraftError: GC021 where another adaptation trains them too.
+            GraftError: GC021 if another adaptation also trains them.
         """
         overlay = partial(build.overlay, through=partial(self.read, spec, shared, build))
         if isinstance(site, LinearSite):
@@ -46,13 +46,13 @@ class TrainedTensors(Method[S, Stored]):
             overlay(site.tensor)
 
     def read(self, spec: S, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
-        """What is read in the place of a tensor that trains: itself, or the same value."""
+        """Return the node to read in place of a base tensor: the trained tensor, or one of the same value."""
         return trained
 
     def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """The trained values take the places of the base's."""
+        """Let the trained copies stand in for the base's tensors."""
         return StandIn()
 
 
 class FullMethod(TrainedTensors[Full]):
-    """`TrainedTensors` of all sites."""
+    """`TrainedTensors` at all sites."""

@@ -20,10 +20,10 @@ class HoulsbyMethod(BottleneckAdapter[Houlsby]):
     site_classes = (SublayerSite, NormSite)
 
     def insert(self, spec: Houlsby, site: LinearSite | SublayerSite | NormSite, shared: Any, build: Builder) -> None:
-        """Insert the adapter, or put trained copies in the place of a normalisation's scale and shift.
+        """Insert the adapter, or replace a normalisation's scale and shift with trained copies.
 
         Raises:
-            GraftError: GC020 where no width is left for the bottleneck, GC021 where another adaptation trains a norm.
+            GraftError: GC020 if no width is left for the bottleneck, GC021 if another adaptation trains a norm.
         """
         if not isinstance(site, NormSite):
             super().insert(spec, site, shared, build)
@@ -32,5 +32,5 @@ class HoulsbyMethod(BottleneckAdapter[Houlsby]):
             build.overlay(tensor)
 
     def fold(self, spec: Houlsby, site: LinearSite | SublayerSite | NormSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """The adapters stay; trained normalisations stand in for the base's."""
+        """Keep the adapters in the graph; trained normalisations stand in for the base's."""
         return StandIn() if isinstance(site, NormSite) else super().fold(spec, site, tensors)

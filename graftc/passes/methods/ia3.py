@@ -33,7 +33,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
     """
 
     def insert(self, spec: IA3, site: LinearSite, shared: Any, build: Builder) -> None:
-        """Multiply what the site gives, or what it reads, by the vector.
+        """Multiply the site's output or its input by the vector.
 
         Raises:
             GraftError: GC017 for the input of a table, which is indices, and for that of some rows of a convolution in
@@ -51,7 +51,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
             build.set_output(site, build.call(aten.mul.Tensor, build.output(site), rows, part="scale"))
 
     def fold(self, spec: IA3, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = diag(l) W`` and ``b' = l * b``, or ``W' = W diag(l)``."""
+        """Fold the vector into the weight: ``W' = diag(l) W`` and ``b' = l * b``, or ``W' = W diag(l)``."""
         scale, inward = tensors["l"], _scales_input(spec, site.roles)
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -62,25 +62,27 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
         return WeightFold(apply)
 
     def repeats(self, spec: IA3) -> bool:
-        """See `Method.repeats`."""
+        """Return True, since what is inserted depends only on the spec and the types of the site's tensors."""
         return True
 
     def reads_channels(self, spec: IA3) -> bool:
-        """See `Method.reads_channels`."""
+        """Return whether the vector may scale the input, whose channels count in a convolution."""
         return spec.side != "output"
 
     def row_axes(self, spec: IA3) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axis of ``l``, unless the spec always scales inputs."""
         return {} if spec.side == "input" else {"l": -1}
 
     def standing_alone(self, spec: IA3, roles: Sequence[str]) -> IA3:
-        """See `RowWise.standing_alone`."""
+        """Return the spec with the side that the roles determine."""
         return spec.model_copy(update={"side": "input" if _scales_input(spec, roles) else "output"})
 
 
 def _scaled_columns(weight: Tensor, scale: Tensor, site: LinearSite) -> Tensor:
-    """The weight's columns times what scales them: of a convolution, a channel scales all points of a patch, and each
-    group of rows reads channels of its own."""
+    """Scale the columns of a weight.
+
+    In a convolution, a channel scales all points of a patch, and each group of rows reads its own channels.
+    """
     if site.own.layout is not Layout.KERNEL:
         return weight * scale
     channels = site.own.shape[1]

@@ -11,19 +11,19 @@ from graftc.specs.methods.last_layers import LastLayers
 
 
 class LastLayersMethod(TrainedTensors[LastLayers]):
-    """`TrainedTensors` of the last layers."""
+    """`TrainedTensors` in the last layers."""
 
     def prepare(self, spec: LastLayers, sites: Sequence[Stored], build: Builder) -> None:
-        """Count the layers.
+        """Check that every stack has enough layers.
 
         Raises:
-            GraftError: GC020 where a stack has fewer than are to train.
+            GraftError: GC020 if a stack has fewer layers than are to train.
         """
         layers: dict[str, set[int | None]] = {}
         for site in sites:
             layers.setdefault(site.stack, set()).add(site.layer)
-        for stack, found in layers.items():
-            if len(found) >= spec.count or spec.target.layers != f"-{spec.count}:":
+        for stack, numbers in layers.items():
+            if len(numbers) >= spec.count or spec.target.layers != f"-{spec.count}:":
                 continue
-            message = f"{stack} has {len(found)} layers that the target selects, and {spec.count} are to train"
+            message = f"{stack} has {len(numbers)} layers that the target selects, and {spec.count} are to train"
             raise GraftError("GC020", message, place=Place(path="count"), hint="use full to train all of them")

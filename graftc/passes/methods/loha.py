@@ -40,7 +40,7 @@ class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
         build.add(site, build.map(site, build.input(site), build.call(aten.mul.Tensor, *products, part="delta")))
 
     def fold(self, spec: LoHa, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s (B1 A1) * (B2 A2)``."""
+        """Fold the product into the weight: ``W' = W + s (B1 A1) * (B2 A2)``."""
 
         def change(weight: Tensor) -> Tensor:
             first = tensors["B1"] @ tensors["A1"]
@@ -49,9 +49,9 @@ class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
         return weight_fold(change)
 
     def row_axes(self, spec: LoHa) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axes of ``B1`` and ``B2``."""
         return {"B1": -2, "B2": -2}
 
     def fewest_rows(self, spec: LoHa) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
         return 1 if spec.excess_rank else spec.rank

@@ -45,11 +45,11 @@ class LoKrMethod(Method[LoKr, LinearSite]):
         build.add(site, build.map(site, build.input(site), delta))
 
     def reads_channels(self, spec: LoKr) -> bool:
-        """See `Method.reads_channels`."""
+        """Return True, since a convolution's channels and the points of its kernel count separately."""
         return True
 
     def fold(self, spec: LoKr, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s C ⊗ D``."""
+        """Fold the product into the weight: ``W' = W + s C ⊗ D``."""
 
         def change(weight: Tensor) -> Tensor:
             small, large = (tensors[n] if n in tensors else tensors[f"{n}B"] @ tensors[f"{n}A"] for n in "CD")
@@ -60,10 +60,10 @@ class LoKrMethod(Method[LoKr, LinearSite]):
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
-    """Two numbers whose product is ``size``.
+    """Return two numbers whose product is ``size``.
 
-    The first is ``factor`` where that divides ``size``; otherwise the largest divisor that is at most the root of
-    ``size``, and at most ``factor`` where that is not -1.
+    The first is ``factor`` if that divides ``size``; otherwise the largest divisor that is at most the root of
+    ``size``, and at most ``factor`` if that is not -1.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -73,14 +73,14 @@ def split(size: int, factor: int) -> tuple[int, int]:
 
 
 def _spread(build: Builder, node: fx.Node, *axes: int) -> fx.Node:
-    """A factor with new axes, so that a product with the other one pairs all of their entries."""
+    """Return a factor with new axes, so that a product with the other one pairs all of their entries."""
     for axis in axes:
         node = build.call(aten.unsqueeze.default, node, axis, part="outer")
     return node
 
 
 def _is_full(spec: LoKr, rows: int, columns: int) -> bool:
-    """Whether a factor is one matrix: a product of rank ``rank`` would hardly be smaller."""
+    """Return whether a factor is one matrix, since a product of rank ``rank`` would hardly be smaller."""
     return 2 * spec.rank >= max(rows, columns)
 
 
@@ -94,7 +94,10 @@ def _factor(
     *,
     full: bool,
 ) -> fx.Node:
-    """One factor, full or as a product of rank ``rank``; ``init`` fills the full one or the first of the product."""
+    """Return one factor, in full or as a product of rank ``rank``.
+
+    ``init`` fills the full factor, or the first one of the product.
+    """
     rows, columns = shape
     if full:
         return build.parameter(name, (*site.leading, rows, columns), init, dtype=site.dtype)

@@ -27,24 +27,24 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
     ``kaiming`` and ``gaussian`` start with ``B = 0``, ``orthogonal`` with ``B A = 0``
-    (https://datta0.github.io/posts/rethink-lora-init), ``random`` with another function than the base's. ``pissa``
+    (https://datta0.github.io/posts/rethink-lora-init), ``random`` with a function other than the base's. ``pissa``
     (Meng et al. 2024, arXiv:2404.02948) and ``olora`` (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part
     of ``W``; conventionally they subtract that part from ``W``. Here frozen copies of the initial factors are
     subtracted in the branch instead: the initial function equals the base's bit for bit, and ``W`` stays unchanged.
-    ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from what quantising took from ``W``:
-    ``s B A`` is the nearest matrix of that rank, and stays.
+    ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from the quantisation error of ``W``:
+    ``s B A`` is the nearest matrix of that rank, and is not subtracted.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
 
     Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
     convolution ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
 
-    With ``freeze_a`` (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303) ``A`` does not train, so that the branch's input,
-    which only its gradient needs, is not kept.
+    With ``freeze_a`` (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303) ``A`` does not train, so the branch's input, which
+    is needed only for the gradient of ``A``, is not kept.
     """
 
     def prepare(self, spec: LoRA, sites: Sequence[LinearSite], build: Builder) -> None:
-        """With ``bias: all``, every bias that the Program reads trains beside the factors."""
+        """Train all biases that the Program reads if the spec has ``bias: all``."""
         if spec.bias != "all":
             return
         for name in build.tensors():
@@ -57,18 +57,18 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC002 for groups of a convolution that do not divide the rank, GC020 when the rank exceeds
-                ``min(in, out)`` without ``excess_rank``.
+            GraftError: GC002 if a branch across the groups of a convolution is impossible, as when they do not divide
+                the rank; GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
         down, up = _starts(spec, site, build)
         if _meets_groups(spec, site):
             return self._insert_across(spec, site, build)
-        excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no more directions
+        excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no further directions
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
         x = build.input(site)
         if spec.init in _FROM_WEIGHT:
-            # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
-            # start would not cancel to the bit.
+            # If the input is not contiguous, torch picks another product for a weight that requires a gradient, and the
+            # start would not cancel bit for bit.
             x = build.call(aten.contiguous.default, x, part="contiguous")
         recompute = spec.dropout_mask == "recomputed"
         dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
@@ -106,15 +106,18 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
             build.overlay(site.own_bias)
 
     def repeats(self, spec: LoRA) -> bool:
-        """See `Method.repeats`."""
+        """Return whether what is inserted depends only on the spec and the types of the site's own tensors."""
         return spec.init in ("kaiming", "gaussian", "random") and spec.bias == "none"
 
     def reads_channels(self, spec: LoRA) -> bool:
-        """See `Method.reads_channels`."""
+        """Return whether the branch reads the channels of all groups of a convolution."""
         return spec.across_groups
 
     def fold(self, spec: LoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``; none across groups."""
+        """Fold the update into the weight: ``W' = W + s B A``, less ``s B0 A0`` if the factors started from ``W``.
+
+        An update across groups stays in the graph.
+        """
         if _meets_groups(spec, site):
             return Keep("its update reads the channels of all groups, which the convolution does not")
 
@@ -127,11 +130,11 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
         return weight_fold(change)
 
     def row_axes(self, spec: LoRA) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axes of ``B`` and ``B0``."""
         return {"B": -2, "B0": -2}
 
     def fewest_rows(self, spec: LoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused, unless the spec accepts it."""
+        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
         return 1 if spec.excess_rank else spec.rank
 
 
@@ -140,21 +143,27 @@ def _meets_groups(spec: LoRA, site: LinearSite) -> bool:
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The first ``rank`` singular directions, ``s B A`` their part of the weight, values shared by both factors."""
+    """Return A and B from the first ``rank`` singular directions, so that ``s B A`` is their part of the weight.
+
+    The singular values are shared by both factors.
+    """
     u, s, v = torch.linalg.svd(_single(weight), full_matrices=False)
     root = (s[..., :rank] / scaling).sqrt()
     return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
 
 
 def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The first ``rank`` columns of Q and rows of R, as they are."""
+    """Return the first ``rank`` rows of R and columns of Q, unchanged."""
     q, r = torch.linalg.qr(_single(weight))
     return r[..., :rank, :], q[..., :rank]
 
 
 def _single(weight: Tensor) -> Tensor:
-    """At least float32. Checkpoints of peft lack the initial factors, and what peft subtracts from the base when it
-    loads one comes from a float32 decomposition: a wider one would give another base."""
+    """Return the weight in float32 or wider.
+
+    Checkpoints of peft lack the initial factors, and what peft subtracts from the base when it loads one comes from a
+    float32 decomposition: a wider one would give another base.
+    """
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -162,10 +171,10 @@ _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
 
 
 def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
-    """What fills A and B."""
+    """Return the initialisers of A and B."""
     if spec.init not in _FROM_WEIGHT and spec.init != "loftq":
         if isinstance(site, EmbeddingSite):
-            # As loralib does for tables: a row is looked up alone, so its fan-in is one.
+            # As in loralib: a row of a table is looked up alone, so its fan-in is one.
             if spec.init == "random":
                 return normal(1), normal(1)
             return (normal(1), zeros) if spec.freeze_a else (zeros, normal(1))
@@ -187,7 +196,7 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
 
 
 def _orthogonal(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
-    """Two random maps through the even and the odd rows of one random orthogonal matrix, so that ``B A = 0``.
+    """Return initialisers of maps through the even and the odd rows of a random orthogonal matrix: ``B A = 0``.
 
     Raises:
         GraftError: GC020 for an odd rank.

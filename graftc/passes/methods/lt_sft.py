@@ -1,4 +1,4 @@
-"""LT-SFT: train everything, choose what changed most, rewind, train that (Ansell et al. 2022, arXiv:2110.07560)."""
+"""LT-SFT: train all entries, choose the most changed, rewind, train those (Ansell et al. 2022, arXiv:2110.07560)."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Distance(TensorObjective[LTSFT]):
 
     @classmethod
     def wanted(cls, spec: LTSFT) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether the penalty is above zero."""
         return spec.penalty > 0
 
     def value(self) -> Tensor:
-        """See `TensorObjective.value`."""
+        """Return the penalty times the mean absolute change over all entries of the target."""
         total, size = torch.zeros(()), 0
         for place, region in regions_at(self.places):
-            base, held = place.base[region.tensor], place.tensors
+            base, tensors = place.base[region.tensor], place.tensors
             size += region.size
             if self.spec.dense:
-                own = region.entries(base).to(held[region.part].dtype)
+                own = region.entries(base).to(tensors[region.part].dtype)
                 total = total.to(own.device) + (_own(place, region) - own).abs().sum()
-            elif f"{region.part}_delta" in held:
-                total = total.to(base.device) + held[f"{region.part}_delta"].abs().sum()
+            elif f"{region.part}_delta" in tensors:
+                total = total.to(base.device) + tensors[f"{region.part}_delta"].abs().sum()
         return self.spec.penalty * total / size
 
 
@@ -52,17 +52,17 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
     objective = Distance
 
     def prepare(self, spec: LTSFT, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """See `SparseTensors.prepare`; a dense training selects nothing."""
+        """Select the entries of a sparse training run; a dense one selects none."""
         if not spec.dense:
             return super().prepare(spec, sites, build)
         budget_of(spec, sum(region.size for _, region in self.tensors_of(sites, build.store).values()))
         return ChosenEntries({}, {})
 
     def insert(self, spec: LTSFT, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """Put trained copies, or changed tensors, in place of the base's.
+        """Replace the base's tensors with trained copies, or with changed tensors in a sparse training run.
 
         Raises:
-            GraftError: GC021 where another adaptation trains one of them, or takes it as constant.
+            GraftError: GC021 if another adaptation trains one of them, or takes it as constant.
         """
         if not spec.dense:
             super().insert(spec, site, shared, build)
@@ -74,23 +74,26 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
             build.overlay(region)
             for kind in KEPT:
                 part = f"{region.part}_{kind}"
-                held = build.known(tensor_name(site, build.adaptation, part))
-                if held is not None:
-                    build.keep_buffer(part, partial(_like, held))
+                known = build.known(tensor_name(site, build.adaptation, part))
+                if known is not None:
+                    build.keep_buffer(part, partial(_like, known))
 
     def fold(self, spec: LTSFT, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """The sums, or the trained copies, are the new values."""
+        """Fold the sums into the base's tensors, or let the trained copies stand in for them."""
         return StandIn() if spec.dense else super().fold(spec, site, tensors)
 
     def stages(self, spec: LTSFT) -> int:
-        """A dense and a sparse training for each iteration."""
+        """Return the number of training runs: a dense and a sparse one for each iteration."""
         return 2 * spec.iterations
 
     def advance(
         self, spec: LTSFT, places: Sequence[AdaptedSite[LTSFT]], shared: Mapping[str, Tensor]
     ) -> Transition[LTSFT]:
-        """After a dense training the entries that changed most, with everything rewound; after a sparse one all
-        tensors at what it made of them."""
+        """Start the next training run from the results of the current one.
+
+        After a dense run, the entries that changed most are chosen and everything is rewound; after a sparse run, all
+        tensors start from the values that it has given them.
+        """
         following = spec.model_copy(update={"stage": spec.stage + 1})
         if spec.dense:
             return Transition(following, self._chosen(spec, places), rewind=True)
@@ -100,13 +103,13 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         return Transition(following, values)
 
     def _chosen(self, spec: LTSFT, places: Sequence[AdaptedSite[LTSFT]]) -> dict[str, Tensor]:
-        """What the training after a dense one starts from: entries chosen so far, and those that changed most now."""
-        found = list(regions_at(places))
-        whole = budget_of(spec, sum(region.size for _, region in found))
-        new = whole * spec.iteration // spec.iterations - whole * (spec.iteration - 1) // spec.iterations
-        numbers = largest([partial(_changes, place, region) for place, region in found], new)
+        """Return what a sparse training run starts from: entries chosen so far, and those that changed most now."""
+        regions = list(regions_at(places))
+        budget = budget_of(spec, sum(region.size for _, region in regions))
+        new = budget * spec.iteration // spec.iterations - budget * (spec.iteration - 1) // spec.iterations
+        numbers = largest([partial(_changes, place, region) for place, region in regions], new)
         values: dict[str, Tensor] = {}
-        for (place, region), own in zip(found, numbers, strict=True):
+        for (place, region), own in zip(regions, numbers, strict=True):
             before, start = _before(place, region)
             both = torch.cat([before, own])
             delta = torch.cat([start, start.new_zeros(own.shape)])
@@ -115,22 +118,22 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
 
 
 def _own(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
-    """The trained copy of a part of a tensor, flat, in the order of its own entries."""
+    """Return the trained copy of a part of a tensor, flat, in the order of the part's entries."""
     return place.tensors[region.part].reshape(-1)
 
 
 def _before(place: AdaptedSite[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
-    """The entries that earlier iterations have chosen, and how far these were from the base at the start."""
-    held = place.tensors
-    if f"{region.part}_indices" not in held:
+    """Return the entries that earlier iterations have chosen, and their initial differences from the base."""
+    tensors = place.tensors
+    if f"{region.part}_indices" not in tensors:
         device = place.base[region.tensor].device
         return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
-    indices, start = (held[f"{region.part}_{kind}"] for kind in KEPT)
+    indices, start = (tensors[f"{region.part}_{kind}"] for kind in KEPT)
     return region.numbers(indices), start
 
 
 def _changes(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
-    """How far every entry has moved in a dense training; those that are chosen already are out of it."""
+    """Return how far each entry has moved in a dense training run; -1 for entries that are chosen already."""
     base = place.base[region.tensor].detach()
     before, start = _before(place, region)
     if before.numel():
@@ -140,11 +143,11 @@ def _changes(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
 
 
 def _dense_values(spec: LTSFT, place: AdaptedSite[LTSFT], region: WeightSlice) -> dict[str, Tensor]:
-    """What a dense training after a sparse one starts from at one tensor."""
-    base, held, name = place.base[region.tensor].detach(), place.tensors, str(spec.name)
-    if f"{region.part}_delta" not in held:
+    """Return what a dense training run after a sparse one starts from at one tensor."""
+    base, tensors, name = place.base[region.tensor].detach(), place.tensors, str(spec.name)
+    if f"{region.part}_delta" not in tensors:
         return {}
-    indices, delta = held[f"{region.part}_indices"], held[f"{region.part}_delta"].detach()
+    indices, delta = tensors[f"{region.part}_indices"], tensors[f"{region.part}_delta"].detach()
     trained = region.take(written(base, indices, delta))
     parts = {region.part: trained, f"{region.part}_indices": indices, f"{region.part}_start": delta}
     return {tensor_name(place.site, name, part): value.clone() for part, value in parts.items()}

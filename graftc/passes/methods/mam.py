@@ -1,4 +1,4 @@
-"""MAM adapters (He et al. 2022, arXiv:2110.04366)."""
+"""MAM adapters: a prefix and parallel adapters (He et al. 2022, arXiv:2110.04366)."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from graftc.specs.methods.mam import MAM
 
 
 class MAMMethod(PartsMethod[MAM]):
-    """`PartsMethod` of a prefix and parallel adapters."""
+    """`PartsMethod` with a prefix and parallel adapters."""

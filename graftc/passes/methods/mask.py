@@ -1,4 +1,4 @@
-"""Fixed selections of entries: at random, by magnitude, by movement, by Fisher information (arXiv:2111.09839)."""
+"""Training of fixed entries, selected at random or by magnitude, movement or Fisher information (arXiv:2111.09839)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from graftc.specs.methods.mask import Mask
 
 
 class MaskMethod(ScoredTensors[Mask]):
-    """See `ScoredTensors`."""
+    """`ScoredTensors` whose entries are selected once, as `Mask.selection` specifies."""
 
     def scoring(self, spec: Mask) -> Scoring | None:
-        """Examples choose by Fisher information and by movement."""
+        """Return the scoring by examples for `fish` and `movement`, and None for other selections."""
         return {"fish": Fisher(), "movement": Movement()}.get(spec.selection)
 
     def each(self, spec: Mask) -> bool:
-        """See `ScoredTensors.each`."""
+        """Return whether each tensor gets a number of entries in proportion to its size."""
         return spec.allocation == "per_tensor"
 
     def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """The largest entries by magnitude; random ones for every other selection, until examples are looked at."""
+        """Choose the largest entries for `magnitude`, otherwise random ones until examples have been scored."""
         if spec.selection != "magnitude" or build.without_values:
             return super().choose(spec, regions, build)
         return largest_entries(

@@ -15,17 +15,17 @@ from graftc.specs.methods.norms import Norms
 
 
 class NormsMethod(Method[Norms, NormSite]):
-    """The scale and the shift of a normalisation, ``[width]`` each, train as copies of the base's own."""
+    """Training of the scale and the shift of a normalisation, ``[width]`` each, as copies of the base's."""
 
     def insert(self, spec: Norms, site: NormSite, shared: Any, build: Builder) -> None:
-        """Put trained copies in the place of the scale and of the shift, where there is one.
+        """Replace the scale, and the shift if there is one, with trained copies.
 
         Raises:
-            GraftError: GC021 where another adaptation trains them too.
+            GraftError: GC021 if another adaptation also trains them.
         """
         for tensor in filter(None, (site.weight, site.bias)):
             build.overlay(tensor)
 
     def fold(self, spec: Norms, site: NormSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """The trained values take the places of the base's."""
+        """Let the trained copies stand in for the base's tensors."""
         return StandIn()

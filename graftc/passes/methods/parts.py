@@ -1,4 +1,4 @@
-"""Methods that are made of others, one for each kind of place."""
+"""Methods that are composed of other methods, one for each kind of place."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SHARED = frozenset({"vectors", "hidden", "hidden_bias"})
 
 
 class PartsMethod(Method[S, Site], Collapsing[S]):
-    """At every place what its part does there."""
+    """A method that applies, at each place, the part for that kind of place."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Mapping[SiteKind, Any]:
-        """What the places of each part share.
+        """Prepare each part and return what its places share.
 
         Raises:
-            GraftError: GC016 for a place that no part is for, or a part without a place.
+            GraftError: GC016 for a place without a part, or a part without a place.
         """
         specs = spec.part_specs()
         for site in sites:
@@ -50,22 +50,22 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
         return shared
 
     def insert(self, spec: S, site: Site, shared: Mapping[SiteKind, Any], build: Builder) -> None:
-        """Insert the part that is for the site."""
+        """Insert the part that belongs to the site."""
         own = spec.part_specs()[site.kind]
         with _within(PARTS[site.kind]):
             method_for(own.method).insert(own, site, shared[site.kind], build)
 
     def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-        """As the part at the site folds."""
+        """Return the fold of the part at the site."""
         own = spec.part_specs()[site.kind]
         return method_for(own.method).fold(own, site, tensors)
 
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Keys and values themselves in the place of the network that gives them."""
+        """Return the spec with trained keys and values instead of the network that computes them; None without one."""
         return spec.collapse()
 
     def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What the network gives, where the site has a prefix."""
+        """Return the keys and values that the network of a prefix computes; without a prefix, the site's tensors."""
         if "keys_out" not in tensors:
             return {part: value for part, value in tensors.items() if part not in _SHARED}
         own = spec.part_specs()[SiteKind.ATTENTION]
@@ -76,7 +76,7 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
 
 @contextmanager
 def _within(part: str) -> Iterator[None]:
-    """Errors of a part name fields that stand below the part's own."""
+    """Run the block with errors that name their fields below that of the part."""
     try:
         yield
     except GraftError as error:

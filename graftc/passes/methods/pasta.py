@@ -25,11 +25,11 @@ class PastaMethod(Method[Pasta, ValueSite]):
     """``x_t + Drop(e_j)`` with ``e: [slots, width]``, where token ``t`` is the ``j``-th special one of its row."""
 
     def prepare(self, spec: Pasta, sites: Sequence[ValueSite], build: Builder) -> Slots:
-        """Work out once for each stack of layers which vector every token gets.
+        """Compute, once for each stack of layers, which vector every token gets.
 
         Raises:
-            GraftError: GC017 where a layer reads no tokens that are looked up in a table, GC039 for an id that the
-                table does not have.
+            GraftError: GC017 if a layer reads no tokens that are looked up in a table, GC039 for an id that the table
+                does not have.
         """
         slots: dict[fx.Node, fx.Node] = {}
         for site in sites:
@@ -43,7 +43,7 @@ class PastaMethod(Method[Pasta, ValueSite]):
         """Add the vectors to the value.
 
         Raises:
-            GraftError: GC017 where the value has other positions than the tokens.
+            GraftError: GC017 if the positions of the value are not those of the tokens.
         """
         value, numbers = build.value(site), _tokens(site).numbers
         sizes = [[expression(s) for s in node.meta["val"].shape] for node in (value, numbers)]
@@ -58,7 +58,7 @@ class PastaMethod(Method[Pasta, ValueSite]):
         build.set_value(site, build.call(aten.add.Tensor, value, chosen, part="add"))
 
     def fold(self, spec: Pasta, site: ValueSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """It stays: where the vectors are added depends on the tokens."""
+        """Keep the adaptation in the graph, since the places where the vectors are added depend on the tokens."""
         return Keep("where its vectors are added depends on the tokens, so that no weight can hold them")
 
 
@@ -78,9 +78,9 @@ def _check_ids(spec: Pasta, tokens: TokenNumbers) -> None:
 
 
 def _slots(spec: Pasta, build: Builder, numbers: fx.Node) -> fx.Node:
-    found = [build.call(aten.eq.Scalar, numbers, token, part="special") for token in spec.special_tokens]
-    special = found[0]
-    for other in found[1:]:
+    matches = [build.call(aten.eq.Scalar, numbers, token, part="special") for token in spec.special_tokens]
+    special = matches[0]
+    for other in matches[1:]:
         special = build.call(aten.logical_or.default, special, other, part="special")
     special = build.call(aten.to.dtype, special, torch.int64, part="special")
     counted = build.call(aten.cumsum.default, special, 1, part="slot")

@@ -17,12 +17,12 @@ class PreLayerMethod(VirtualTokenMethod[PreLayer], Collapsing[PreLayer]):
     """``x^l_t = P^l_t`` for every virtual token ``t`` and layer ``l``, with ``P^l: [tokens, width]``."""
 
     def insert(self, spec: PreLayer, site: ValueSite, shared: Any, build: Builder) -> None:
-        """Let a layer read the trained vectors at virtual tokens."""
+        """Replace what a layer reads at virtual tokens with the trained vectors."""
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.hold(site, run, vectors)
 
     def collapse(self, spec: PreLayer) -> MethodSpec | None:
-        """Keys and values of every attention, where all virtual tokens stand in front of the text."""
+        """Return the spec of a prefix; None with infix tokens or a target other than the default."""
         if spec.infix or spec.target != PreLayer.model_fields["target"].default:
             return None
         return Prefix(name=spec.name, length=spec.length, positions="shifted", window="masked")

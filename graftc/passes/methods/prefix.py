@@ -33,7 +33,7 @@ S = TypeVar("S", bound=PrefixSpec)
 
 
 class _FirstValues:
-    """Keys and values that the base has for the tokens to start from, of all places at once, when first asked for."""
+    """The keys and values that the base has for the initial tokens, computed for all places at once on first use."""
 
     def __init__(self, spec: PrefixSpec, sites: Sequence[AttentionSite], build: Builder) -> None:
         self._spec, self._sites, self._build = spec, sites, build
@@ -42,29 +42,29 @@ class _FirstValues:
     def _values(self) -> dict[SiteKey, dict[str, Tensor]]:
         operands = [_operands(site) for site in self._sites]
         nodes = [node for own in operands for node in (own.keys, own.values)]
-        found = read_tokens(self._build.program, self._build.store, self._spec.init_tokens, nodes)
-        pairs = zip(self._sites, found[::2], found[1::2], strict=True)
+        computed = read_tokens(self._build.program, self._build.store, self._spec.init_tokens, nodes)
+        pairs = zip(self._sites, computed[::2], computed[1::2], strict=True)
         return {site.key: {"keys": keys, "values": values} for site, keys, values in pairs}
 
     def initialiser(self, site: AttentionSite, part: str) -> Initialiser:
-        """Fills keys or values of a place, ``[length, width]``, with those that the base's attention has there."""
+        """Return an initialiser of a place's keys or values, ``[length, width]``, from those of the base there."""
         columns = site.keys if part == "keys" else site.values
         assert columns is not None
 
         def fill(tensor: Tensor, generator: torch.Generator) -> None:
-            held = self._values[site.key][part][0].transpose(0, 1).float().cpu()  # [length, heads, width]
-            tensor[:, columns.flatten()] = held.flatten(1)
+            values = self._values[site.key][part][0].transpose(0, 1).float().cpu()  # [length, heads, width]
+            tensor[:, columns.flatten()] = values.flatten(1)
 
         return fill
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all places of a prefix share.
+    """The state that all places of a prefix share.
 
     Attributes:
-        first: what keys and values start from, where that is tokens.
-        hidden: the hidden layer of a reparameterisation; None without.
+        first: the initial keys and values, if they come from tokens.
+        hidden: the hidden layer of a reparameterisation; None without one.
     """
 
     first: _FirstValues
@@ -72,19 +72,20 @@ class Shared:
 
 
 class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
-    """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, which each head
-    takes its own columns of (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
+    """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, of which each
+    head takes its own columns (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
 
-    With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where ``W2`` and ``b2`` are each place's own.
+    With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where each place has its own ``W2`` and ``b2``.
     """
 
     def prepare(self, spec: S, sites: Sequence[AttentionSite], build: Builder) -> Shared:
-        """Move the text behind the prefix, where that is asked for, and make the hidden layer of a reparameterisation,
-        which all places read.
+        """Shift the text behind the prefix if requested, and build the hidden layer of a reparameterisation.
+
+        All places read that layer.
 
         Raises:
-            GraftError: GC020 where places have prefixes of different lengths and a reparameterisation, or positions
-                that are shifted; or where a table has no position left for the text.
+            GraftError: GC020 if places have prefixes of different lengths and a reparameterisation or shifted
+                positions, or if a table has no position left for the text.
         """
         first = _FirstValues(spec, sites, build)
         if spec.positions == "shifted":
@@ -107,31 +108,31 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
         """Put the prefix in front of the attention's keys and values.
 
         Raises:
-            GraftError: GC017 where the attention is written in a form, or has keys, that a prefix cannot be put into.
+            GraftError: GC017 if the form of the attention, or of its keys, does not support a prefix.
         """
         own = _operands(site)
         assert site.keys is not None and site.values is not None
-        made = []
+        prefix = []
         heads = (("keys", site.keys, own.keys), ("values", site.values, own.values))
         for part, columns, like in heads:
             table = _table(spec, site, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
             headed = _headed(build, build.dropout(table, spec.dropout), columns, part)
-            made.append(build.batched(headed, like, part))
-        build.attend(site, *made, window=spec.window)
+            prefix.append(build.batched(headed, like, part))
+        build.attend(site, *prefix, window=spec.window)
 
     def fold(self, spec: S, site: AttentionSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """It stays: what it adds to the softmax depends on the query."""
+        """Keep the adaptation in the graph, since what it adds to the softmax depends on the query."""
         return Keep("what keys and values in front of the text add depends on the query, so that no weight can hold it")
 
     def collapse(self, spec: S) -> MethodSpec | None:
-        """The keys and values themselves, where a network gives them while training."""
+        """Return the spec with trained keys and values instead of the network that computes them; None without one."""
         if spec.reparameterization is None:
             return None
         kept = ("name", "target", "length", "positions", "window", "dropout", "overrides")
         return type(spec)(**{field: getattr(spec, field) for field in kept})
 
     def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What the network gives."""
+        """Return the keys and values that the network computes."""
         hidden = torch.tanh(tensors["vectors"] @ tensors["hidden"].T + tensors["hidden_bias"])
         return {p: hidden @ tensors[f"{p}_out"].T + tensors[f"{p}_out_bias"] for p in ("keys", "values")}
 
@@ -147,26 +148,28 @@ def _same_lengths(spec: PrefixSpec, reason: str) -> None:
 
 
 def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
-    """Where the streams that the sites attend within have their positions: what the first layer of each reads.
+    """Return the positions of the streams that the sites attend within: those that the first layer of each reads.
 
     Raises:
-        GraftError: GC017 where a stream has positions that no call reads as numbers.
+        GraftError: GC017 if a stream has positions that no call reads as numbers.
     """
     first: dict[str, AttentionSite] = {}
     for site in sites:
         if not site.crosses and (site.stack not in first or (site.layer or 0) < (first[site.stack].layer or 0)):
             first[site.stack] = site
     for site in first.values():
-        if not site.positions and (found := _positional(site)) is not None:
-            message = f"queries of {site.key} depend on positions by {found.name}, which cannot be shifted"
+        if not site.positions and (source := _positional(site)) is not None:
+            message = f"queries of {site.key} depend on positions by {source.name}, which cannot be shifted"
             raise GraftError("GC017", message, place=Place(path="positions"), hint="use positions: unshifted")
     return list(dict.fromkeys(positions for site in first.values() for positions in site.positions))
 
 
 def _positional(site: AttentionSite) -> fx.Node | None:
-    """What makes the queries and keys of an attention depend on the positions of tokens: a count of tokens, or stored
-    values, one for each position. None where nothing does. Masks and distances do not count, since they follow a prefix
-    by themselves; nor do values stored for the fixed places of an input without text, such as the patches of an image.
+    """Return the node that makes the queries and keys of an attention depend on token positions, or None.
+
+    It is a count of tokens, or stored values, one for each position. Masks and distances do not count, since they
+    follow a prefix by themselves; nor do values stored for the fixed places of an input without text, such as the
+    patches of an image.
     """
     own = _operands(site)
     length = None if site.read is None else expression(site.read.meta["val"].shape[1])
@@ -188,7 +191,7 @@ def _positional(site: AttentionSite) -> fx.Node | None:
 
 
 def _is_whole(value: fx.Node) -> bool:
-    """Whether a value holds as many places as the stored tensor that it is made of, so that nothing was cut off."""
+    """Return whether a value has as many places as the stored tensor that it comes from, with nothing cut off."""
     places = value.meta["val"].shape[-2]
     while value.op == "call_function" and len(value.all_input_nodes) == 1:
         (value,) = value.all_input_nodes
@@ -213,7 +216,7 @@ def _operands(site: AttentionSite) -> AttentionOperands:
 
 
 def _width(site: AttentionSite) -> int:
-    """The width of the queries, or of the keys where an attention that is written out has these in another shape."""
+    """Return the width of the queries, or of the keys if the attention is written out with queries in another shape."""
     query = _operands(site).query.meta["val"]
     assert site.keys is not None
     return int(query.shape[1]) * int(query.shape[3]) if query.dim() == 4 else site.keys.numel()
@@ -222,7 +225,7 @@ def _width(site: AttentionSite) -> int:
 def _table(
     spec: PrefixSpec, site: AttentionSite, build: Builder, part: str, width: int, shared: Shared, dtype: torch.dtype
 ) -> fx.Node:
-    """Keys or values, ``[length, width]``."""
+    """Build the node of keys or values, ``[length, width]``."""
     if shared.hidden is None:
         init = shared.first.initialiser(site, part) if spec.init_tokens else normal(spec.init_std)
         return build.parameter(part, (spec.length, width), init, dtype=dtype)
@@ -233,7 +236,7 @@ def _table(
 
 
 def _headed(build: Builder, table: fx.Node, columns: Tensor, part: str) -> fx.Node:
-    """A table of ``[..., length, width]`` as ``[..., heads, length, head width]``."""
+    """Reshape a table of ``[..., length, width]`` to ``[..., heads, length, head width]``."""
     heads, width = columns.shape
     if not torch.equal(columns.flatten(), torch.arange(columns.numel())):
         index = build.numbers(f"{part}_columns", columns.flatten())

@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained token embeddings of virtual tokens."""
+"""Prompt tuning: trained embeddings of virtual tokens (Lester et al. 2021, arXiv:2104.08691)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ S = TypeVar("S", bound=VirtualTokenSpec)
 
 
 class VirtualTokenMethod(Method[S, ValueSite]):
-    """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, where tokens are looked up."""
+    """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, used where tokens are looked up."""
 
     def insert(self, spec: S, site: ValueSite, shared: Any, build: Builder) -> None:
         """Give the virtual tokens their vectors.
 
         Raises:
-            GraftError: GC039 for a token to start from that the vocabulary does not have.
+            GraftError: GC039 for an initial token that the vocabulary does not have.
         """
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.fill(site, run, vectors)
 
     def fold(self, spec: S, site: ValueSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """It stays: there are more tokens."""
+        """Keep the adaptation in the graph, since it adds tokens."""
         return Keep("it adds tokens, which no weight of the base can stand for")
 
 
@@ -42,7 +42,7 @@ class PromptMethod(VirtualTokenMethod[Prompt]):
 
 
 def runs(spec: VirtualTokenSpec, site: ValueSite, build: Builder, init: Initialiser) -> list[fx.Node]:
-    """The vectors of each run, ``[length, width]``, of one tensor."""
+    """Return the vectors of each run, ``[length, width]``, as parts of one tensor."""
     tokens = build.parameter("tokens", (spec.total, site.width), init, dtype=site.dtype)
     lengths = [run.length for run in spec.virtual_tokens()]
     if len(lengths) == 1:
@@ -55,7 +55,7 @@ def runs(spec: VirtualTokenSpec, site: ValueSite, build: Builder, init: Initiali
 
 
 def initialiser(spec: VirtualTokenSpec, site: ValueSite, build: Builder) -> Initialiser:
-    """What fills the vectors of virtual tokens.
+    """Return the initialiser of the vectors of virtual tokens.
 
     Raises:
         GraftError: GC039 for a token that the vocabulary does not have.

@@ -41,12 +41,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Start:
-    """What all sites start from.
+    """The state that all sites start from.
 
     Attributes:
-        edges: what is kept at first, by tensor and rows, where that is not decided for each matrix.
+        edges: the initial edges by tensor and rows, unless they are determined for each matrix.
         kept: the entries that a later stage trains, likewise.
-        placed: tensors that have been put in place in this Program.
+        placed: tensors that have been replaced in this Program.
     """
 
     edges: Mapping[WeightSlice, Edge] = field(default_factory=dict)
@@ -68,16 +68,16 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
     objective = Penalty
 
     def applies(self, spec: Pruning, site: Site) -> bool:
-        """At maps, but for a head that gives the outputs and, unless a target names them, those outside of layers."""
+        """Return whether the site is a linear map, in a layer or named by a target, except a head for outputs."""
         head = any(parse_role(role).name == "head" for role in site.roles)
         every = spec.target.modules == "**" and spec.target.role is None and spec.target.regex is None
         return isinstance(site, LinearSite) and not head and (site.layer is not None or not every)
 
     def prepare(self, spec: Pruning, sites: Sequence[Site], build: Builder) -> Start:
-        """Decide what concerns all sites together.
+        """Compute the state that concerns all sites together.
 
         Raises:
-            GraftError: GC026 where the phases leave no step of ``total_steps`` to prune in.
+            GraftError: GC026 if the phases leave no step of ``total_steps`` to prune in.
         """
         if spec.variant == "soft_movement":
             build.keep_buffer(PENALTY, lambda device: torch.zeros(1, device=device))
@@ -93,10 +93,10 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         return Start(edges if spec.stage == 1 else {}, {k: _within(scores[k], [e]) for k, e in edges.items()})
 
     def insert(self, spec: Pruning, site: Site, shared: Start, build: Builder) -> None:
-        """Put what remains of the weight in its place.
+        """Replace the weight with what remains of it.
 
         Raises:
-            GraftError: GC021 where another adaptation trains it too.
+            GraftError: GC021 if another adaptation also trains it.
         """
         assert isinstance(site, LinearSite)
         if spec.stage == 1:
@@ -131,20 +131,20 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
 
     def _sparse(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder) -> fx.Node:
         part, base = part_name(site), _base(site, build)
-        held = build.known(tensor_name(site, build.adaptation, f"{part}_indices"))
-        if held is None:
-            held = shared.kept.get(_key(site))
-        if held is None:
-            held = _largest(_magnitudes(base), math.prod(site.leading), spec.remaining(spec.stage - 1))
-        found: Tensor = held.to(torch.int32 if base.numel() < SMALL else torch.int64)
-        indices = build.buffer(f"{part}_indices", found.to)
-        values = build.trained(f"{part}_values", lambda: base.reshape(-1)[found.to(base.device)], dtype=base.dtype)
+        kept = build.known(tensor_name(site, build.adaptation, f"{part}_indices"))
+        if kept is None:
+            kept = shared.kept.get(_key(site))
+        if kept is None:
+            kept = _largest(_magnitudes(base), math.prod(site.leading), spec.remaining(spec.stage - 1))
+        numbers: Tensor = kept.to(torch.int32 if base.numel() < SMALL else torch.int64)
+        indices = build.buffer(f"{part}_indices", numbers.to)
+        values = build.trained(f"{part}_values", lambda: base.reshape(-1)[numbers.to(base.device)], dtype=base.dtype)
         zero = build.call(aten.new_zeros.default, values, [1] * base.dim(), part="zeros")
         empty = build.call(aten.expand.default, zero, list(base.shape), part="zeros")
         return build.call(torch.ops.graftc.sparse_weight.default, empty, indices, values, part="kept")
 
     def fold(self, spec: Pruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W'`` with its zeros."""
+        """Replace the base's weight with ``W'``, zeros included."""
         assert isinstance(site, LinearSite)
         part = part_name(site)
         sparse = f"{part}_values" in tensors
@@ -156,20 +156,23 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
             if sparse:
                 indices, values = tensors[f"{part}_indices"].long(), tensors[f"{part}_values"]
                 return site.own.put(stored, own.new_zeros(own.numel()).index_put((indices,), values).view(own.shape))
-            scores = tensors.get(f"{part}_scores", own.abs())  # what has been trained stands in already
+            scores = tensors.get(f"{part}_scores", own.abs())  # the trained copy stands in already
             gone = dropped(scores, tensors[f"{part}_threshold"], tensors[f"{part}_last"].long())
             return site.own.put(stored, own.masked_fill(gone, 0))
 
         return TensorFold({part: change})
 
     def stages(self, spec: Pruning) -> int:
-        """A training before each round, and one after the last."""
+        """Return the number of training runs: one more than the rounds of `iterative`, otherwise one."""
         return spec.rounds + 1 if spec.variant == "iterative" else 1
 
     def advance(
         self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]], shared: Mapping[str, Tensor]
     ) -> Transition[Pruning]:
-        """Prune a round: the entries of the next stage are the largest of what is left, and so are their values."""
+        """Prune a round: keep the largest of the remaining entries.
+
+        The next stage trains these from their current values, or from the base's if the spec has ``rewind``.
+        """
         assert spec.name is not None and spec.stage < self.stages(spec)
         values: dict[str, Tensor] = {}
         for place, own, kept in _next(spec, places):
@@ -182,7 +185,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 
     def deployed(self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]]) -> int:
-        """The entries that are kept at the end of the training; with `soft_movement`, those that are kept now."""
+        """Return the number of entries kept at the end of training; with `soft_movement`, of those kept now."""
         sizes = [size_of(place) for place in places]
         if spec.stage > 1:
             return sum(sizes)
@@ -194,9 +197,9 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
 def _next(
     spec: Pruning, places: Sequence[AdaptedSite[Pruning]]
 ) -> Iterator[tuple[AdaptedSite[Pruning], Tensor, Tensor]]:
-    """Each place with its weight and the numbers of the entries that a round leaves of it."""
-    found = [left_of(place) for place in places]
-    scores = [torch.where(left, _magnitudes(own), -1) for own, left in found]
+    """Yield each place with its weight and the numbers of the entries that a round leaves of it."""
+    remaining = [left_of(place) for place in places]
+    scores = [torch.where(left, _magnitudes(own), -1) for own, left in remaining]
     if spec.allocation == "global":
         kept = kept_of(sum(s.numel() for s in scores), spec.remaining(spec.stage))
         edges = edge_of([s.flatten() for s in scores], kept)
@@ -205,12 +208,12 @@ def _next(
         groups = [math.prod(place.site.leading) for place in places if isinstance(place.site, LinearSite)]
         shares = [place.spec.remaining(spec.stage) for place in places]
         numbers = [_largest(s, n, share) for s, n, share in zip(scores, groups, shares, strict=True)]
-    for place, (own, _), kept_numbers in zip(places, found, numbers, strict=True):
+    for place, (own, _), kept_numbers in zip(places, remaining, numbers, strict=True):
         yield place, own, kept_numbers
 
 
 def _is_known(spec: Pruning, sites: Iterable[LinearSite], build: Builder) -> bool:
-    """Whether there is nothing to decide for all sites together, since it has been or all is kept."""
+    """Return whether there is nothing to decide for all sites together, since it is decided already or all is kept."""
     if spec.stage == 1 and spec.initial_density == 1:
         return True
     kind = "last" if spec.stage == 1 else "indices"
@@ -222,13 +225,13 @@ def _magnitudes(weight: Tensor) -> Tensor:
 
 
 def _within(scores: Tensor, edges: Sequence[Edge]) -> Tensor:
-    """The numbers of the entries that edges keep."""
+    """Return the numbers of the entries that the edges keep."""
     threshold, last = (torch.stack([edge[i] for edge in edges]) for i in (0, 1))
     return torch.nonzero(~dropped(scores, threshold, last).flatten()).flatten()
 
 
 def _largest(scores: Tensor, groups: int, share: Fraction) -> Tensor:
-    """The numbers of the largest of each group of scores; on the meta device, as many."""
+    """Return the numbers of the largest scores of each group; on the meta device, as many numbers without values."""
     size = scores.numel() // groups
     kept = kept_of(size, share)
     if scores.is_meta:
@@ -241,5 +244,5 @@ def _key(site: LinearSite) -> WeightSlice:
 
 
 def _base(site: LinearSite, build: Builder) -> Tensor:
-    """The own part of the base's weight, as it is stored."""
+    """Return the site's own part of the base's weight, as stored."""
     return site.own.take(build.store.get(site.own.tensor).detach())

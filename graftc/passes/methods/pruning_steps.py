@@ -1,4 +1,4 @@
-"""What pruning does between the steps of a training, and what it leaves of each place."""
+"""The part of pruning that runs between optimiser steps, and what remains of each place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PENALTY = "penalty"
 
 
 class PruningMasks(Controller[Pruning]):
-    """Says after each step which entries are kept, as their scores are then."""
+    """A controller that determines after each step which entries are kept, from their current scores."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -29,14 +29,14 @@ class PruningMasks(Controller[Pruning]):
 
     @classmethod
     def wanted(cls, spec: Pruning) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether the adaptation, or one of its sites, is pruned between steps."""
         return spec.variant != "iterative" and (prunes(spec) or any(o.density for o in spec.overrides))
 
     def begin(self, total: int) -> None:
-        """See `Controller.begin`. ``total_steps`` of the spec goes before.
+        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence.
 
         Raises:
-            GraftError: GC026 where the phases leave no step to prune in.
+            GraftError: GC026 if the phases leave no step to prune in.
         """
         total = self.spec.total_steps or total
         if self.moves:
@@ -45,17 +45,17 @@ class PruningMasks(Controller[Pruning]):
 
     @property
     def moves(self) -> bool:
-        """Whether anything changes over the training."""
+        """Whether the density, the threshold or the penalty changes during training."""
         specs = [self.spec, *(place.spec for place in self.places)]
         if self.spec.variant == "soft_movement":
             return bool(self.spec.penalty) or any(s.initial_threshold != s.threshold for s in specs)
         return any(s.initial_density != s.density for s in specs)
 
     def fallen(self, number: int) -> Fraction:
-        """How much of its way the density has gone after the step of this number, from 1: ``1 - (1 - progress)^3``.
+        """Return the completed fraction of the schedule after step ``number``, from 1: ``1 - (1 - progress)^3``.
 
         Raises:
-            GraftError: GC026 where the number of steps is not known.
+            GraftError: GC026 if the number of steps is not known.
         """
         if not self.moves:
             return Fraction(1)
@@ -66,26 +66,26 @@ class PruningMasks(Controller[Pruning]):
         return 1 - (1 - progress) ** 3
 
     def density(self, number: int, spec: Pruning | None = None) -> Fraction:
-        """The share that is kept after the step of this number, from 1, by the adaptation or at one of its sites."""
+        """Return the share that is kept after step ``number``, from 1, by the adaptation or, given its spec, a site."""
         spec = spec or self.spec
         first, last = (Fraction(str(value)) for value in (spec.initial_density, spec.density))
         return first + (last - first) * self.fallen(number)
 
     def figures(self, place: AdaptedSite[Pruning]) -> Mapping[str, Tensor | float]:
-        """See `Controller.figures`: ``density``, the share of the entries of a weight that are kept now."""
+        """Return ``density``, the share of a weight's entries that are kept now; empty if the place is not pruned."""
         return {} if part_of(place) is None else {"density": kept_entries(place).float().mean()}
 
     def threshold(self, number: int, spec: Pruning | None = None) -> float:
-        """What sigmoids have to exceed after the step of this number, from 1."""
+        """Return the value that sigmoids must exceed after step ``number``, counted from 1."""
         spec = spec or self.spec
         first, last = (Fraction(str(value)) for value in (spec.initial_threshold, spec.threshold))
         return float(first + (last - first) * self.fallen(number))
 
     def step(self, number: int) -> None:
-        """See `Controller.step`.
+        """Update which entries are kept, and the weight of the penalty.
 
         Raises:
-            GraftError: GC026 where the number of steps is not known.
+            GraftError: GC026 if the number of steps is not known.
         """
         pruned = [place for place in self.places if part_of(place) is not None]
         if self.spec.allocation == "global":
@@ -104,7 +104,7 @@ class PruningMasks(Controller[Pruning]):
             self.shared[PENALTY].fill_(self.spec.penalty * float(self.fallen(number)))
 
     def _soft(self, number: int, spec: Pruning, scores: Tensor) -> Edge:
-        """The threshold, or what keeps the least number where fewer exceed it."""
+        """Return the edge at the threshold, or the edge that keeps the minimum number if fewer entries exceed it."""
         least, last = edge_of([scores], kept_of(scores.numel(), Fraction(str(spec.least_density))))[0]
         soft = scores.new_tensor(logit(self.threshold(number, spec)))
         enough = least > soft
@@ -112,28 +112,28 @@ class PruningMasks(Controller[Pruning]):
 
 
 class Penalty(TensorObjective[Pruning]):
-    """The penalty as it is now times the mean of ``sigmoid(S)``, the mean of the means of all tensors."""
+    """The current penalty times the mean of ``sigmoid(S)``, which is the mean of the means of all tensors."""
 
     @classmethod
     def wanted(cls, spec: Pruning) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether the variant is `soft_movement` and its penalty is above zero."""
         return spec.variant == "soft_movement" and spec.penalty > 0
 
     def value(self) -> Tensor:
-        """See `TensorObjective.value`."""
+        """Return the current penalty times the mean sigmoid of the scores."""
         means = [place.tensors[f"{part_of(place)}_scores"].sigmoid().mean() for place in self.places]
         return (self.shared[PENALTY] * torch.stack(means).mean()).squeeze()
 
 
 def part_of(place: AdaptedSite[Pruning]) -> str | None:
-    """What the tensor of a place is called within its module; None where nothing of it is pruned between steps."""
+    """Return the name of a place's weight within its module; None if it is not pruned between steps."""
     assert isinstance(place.site, LinearSite)
     part = part_name(place.site)
     return part if f"{part}_threshold" in place.tensors else None
 
 
 def kept_entries(place: AdaptedSite[Pruning]) -> Tensor:
-    """Which entries of a place are kept now, ``bool`` of the shape of its weight as it is stored."""
+    """Return which entries of a place are kept now, ``bool`` in the shape of its stored weight."""
     part = part_of(place)
     if part is None:
         return left_of(place)[1]
@@ -142,7 +142,7 @@ def kept_entries(place: AdaptedSite[Pruning]) -> Tensor:
 
 
 def deployed_of(place: AdaptedSite[Pruning], size: int) -> int:
-    """How many of as many entries a place is deployed with."""
+    """Return the number of entries that a place is deployed with, out of ``size``."""
     if part_of(place) is None:
         return size
     groups = place.tensors[f"{part_of(place)}_threshold"].numel()
@@ -153,7 +153,7 @@ def deployed_of(place: AdaptedSite[Pruning], size: int) -> int:
 
 
 def left_of(place: AdaptedSite[Pruning]) -> tuple[Tensor, Tensor]:
-    """The weight of a place and which of its entries are left, in its shape as it is stored."""
+    """Return the weight of a place and a mask of its remaining entries, both in the shape of the stored weight."""
     site = place.site
     assert isinstance(site, LinearSite)
     part = part_name(site)
@@ -168,18 +168,18 @@ def left_of(place: AdaptedSite[Pruning]) -> tuple[Tensor, Tensor]:
 
 
 def size_of(place: AdaptedSite[Pruning]) -> int:
-    """How many entries of a place train."""
+    """Return the number of entries of a place that train."""
     assert isinstance(place.site, LinearSite)
     part = part_name(place.site)
     return place.tensors[part if part in place.tensors else f"{part}_values"].numel()
 
 
 def _groups(place: AdaptedSite[Pruning]) -> list[Tensor]:
-    """The scores of each matrix of a place that has a threshold of its own."""
+    """Return the scores of each matrix of a place that has its own threshold."""
     part = part_of(place)
-    held = place.tensors.get(f"{part}_scores")
+    trained = place.tensors.get(f"{part}_scores")
     edge = place.tensors[f"{part}_threshold"]
-    scores = place.tensors[f"{part}"].abs().to(edge.dtype) if held is None else held
+    scores = place.tensors[f"{part}"].abs().to(edge.dtype) if trained is None else trained
     return list(scores.detach().reshape(edge.numel(), -1))
 
 
@@ -190,20 +190,20 @@ def _set(place: AdaptedSite[Pruning], edges: Sequence[Edge]) -> None:
 
 
 def prunes(spec: Pruning) -> bool:
-    """Whether anything is pruned between steps of a training, by an adaptation or at one of its sites."""
+    """Return whether an adaptation, or one of its sites, is pruned between the steps of a training run."""
     return spec.variant == "soft_movement" or spec.density < 1
 
 
 def logit(p: float) -> float:
-    """The score that has a sigmoid of ``p``; of 0 minus infinity."""
+    """Return the score whose sigmoid is ``p``; minus infinity for 0."""
     return math.log(p / (1 - p)) if p else -math.inf
 
 
 def wide_of(tensor: Tensor) -> torch.dtype:
-    """The type of scores of a weight: float32 or wider."""
+    """Return the dtype of the scores of a weight: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def part_name(site: LinearSite) -> str:
-    """What the weight of a site is called within its module."""
+    """Return the name of a site's weight within its module."""
     return site.own.part

@@ -1,4 +1,4 @@
-"""Which entries of a weight train, decided again and again: the smallest deltas go, others come."""
+"""Repeated choice of the entries of a weight that train: those with the smallest deltas are replaced by others."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Entries:
     """The entries of one weight that train.
 
     Attributes:
-        place: where.
-        region: of which they are.
-        number: counts the weights of the adaptation.
+        place: the place of the weight.
+        region: the part of the weight that they belong to.
+        number: the number of the weight among those of the adaptation.
     """
 
     place: AdaptedSite[SpIEL]
@@ -41,14 +41,15 @@ class Entries:
     number: int
 
     def tensor(self, kind: str) -> Tensor:
-        """A tensor of the adaptation at this weight."""
+        """Return a tensor of the adaptation at this weight."""
         return self.place.tensors[f"{self.region.part}_{kind}"]
 
 
 class Reselection(Controller[SpIEL]):
-    """Replaces entries after the optimiser steps ``t`` with ``t % interval == accumulation_steps``, ``t`` from 1.
+    """A controller that replaces entries after optimiser steps ``t`` with ``t % interval == accumulation_steps``.
 
-    All that a window has gathered is in buffers, so that a training that is resumed within one goes on to the bit.
+    Steps count from 1. Everything that a window has gathered is in buffers, so a training run that is resumed within a
+    window continues bit for bit.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -61,19 +62,21 @@ class Reselection(Controller[SpIEL]):
             self.begin(self.spec.total_steps)
 
     def begin(self, total: int) -> None:
-        """See `Controller.begin`. ``total_steps`` of the spec goes before."""
+        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence."""
         super().begin(self.spec.total_steps or total)
 
     @cached_property
     def entries(self) -> list[Entries]:
-        """Every weight with entries that train, once."""
+        """All weights with entries that train, each once."""
         every = regions_at(self.places, biases=False)
         chosen = [(place, region) for place, region in every if f"{region.part}_indices" in place.tensors]
         return [Entries(place, region, number) for number, (place, region) in enumerate(chosen)]
 
     def figures(self, place: AdaptedSite[SpIEL]) -> Mapping[str, Tensor | float]:
-        """See `Controller.figures`: ``turnover``, the share of the entries of a place's weight that the last
-        replacement has replaced; none before the first one of this process."""
+        """Return ``turnover``, the share of the entries of a place's weight that the last replacement has replaced.
+
+        The result is empty before the first replacement of this process.
+        """
         own = self._turnover.get(self._number_at.get(id(place), -1))
         return {} if own is None else {"turnover": own}
 
@@ -82,15 +85,15 @@ class Reselection(Controller[SpIEL]):
         return {id(entries.place): entries.number for entries in self.entries}
 
     def position(self, number: int) -> int:
-        """Which step of a window the optimiser step of this number is, from 1; 0 outside of windows."""
+        """Return the position of optimiser step ``number`` in its window, from 1; 0 outside of windows."""
         position = (number - 1) % self.spec.interval + 1
         return position if position <= self.spec.accumulation_steps else 0
 
     def fraction(self, number: int) -> Fraction | float:
-        """Which share of the entries is replaced after the optimiser step of this number.
+        """Return the share of the entries that is replaced after optimiser step ``number``.
 
         Raises:
-            GraftError: GC026 where the number of steps is not known.
+            GraftError: GC026 if the number of steps is not known.
         """
         if self.total is None and self.spec.drop_fraction:
             raise unknown_length(f"the share of entries that {self.spec.name!r} replaces")
@@ -106,8 +109,10 @@ class Reselection(Controller[SpIEL]):
         return float(first) * (1 + math.cos(math.pi * number / self.total)) / 2
 
     def check_spread(self, spread: Spread) -> None:
-        """See `Controller.check_spread`. The optimiser keeps moments by entry, and the gradients of the base's weights,
-        which variant AG looks at, are those of one process.
+        """Refuse distributed training in which entries cannot be replaced.
+
+        The optimiser keeps moments by entry, and the gradients of the base's weights, which variant AG reads, are those
+        of one process.
 
         Raises:
             GraftError: GC130 for weights that are sharded, and for variant AG.
@@ -122,9 +127,9 @@ class Reselection(Controller[SpIEL]):
     # Windows
 
     def before_forward(self) -> None:
-        """See `Controller.before_forward`. In a window the base's weights want gradients."""
+        """Request gradients of the base's weights if the next step is in a window."""
         if self.spec.variant == "MA":
-            return  # before the count of steps is read, which waits for the device
+            return  # before the count of steps is read, which would wait for the device
         number = self.steps + 1
         position = self.position(number)
         last = number - position + self.spec.accumulation_steps
@@ -134,37 +139,37 @@ class Reselection(Controller[SpIEL]):
             return
         self._position = position
         if not self._gradients.waiting:
-            self._forget_step()  # where state was kept within a step, that step starts anew
+            self._forget_step()  # a step within which the state was saved starts over
         self._chosen = {i for i, chosen in enumerate(self.shared["seen"].tolist()) if chosen}
         names = (e.region.tensor for e in self.entries if e.tensor("delta").requires_grad)
         self._gradients.want({name: self.places[0].base[name] for name in names})
 
     def pause(self) -> None:
-        """See `Controller.pause`."""
+        """Request no gradients from passes that follow; those of earlier passes are still gathered."""
         self._gradients.pause()
 
     def skip_step(self) -> None:
-        """See `Controller.skip_step`. The step starts anew, and chooses candidates again where it was the first."""
+        """Restart the step, which chooses candidates again if it was the first of its window."""
         self._gradients.release()
 
     _position = 0
 
     @torch.no_grad()
     def _forget_step(self) -> None:
-        """Forget what the optimiser step that is to come has been given so far."""
+        """Discard what has been gathered so far for the next optimiser step."""
         self.shared["seen"].masked_fill_(self.shared["seen"] == self._position, 0)
         for entries in self.entries:
             entries.tensor("gradient").zero_()
 
     @cached_property
     def _by_tensor(self) -> dict[str, list[Entries]]:
-        found: dict[str, list[Entries]] = {}
+        by_tensor: dict[str, list[Entries]] = {}
         for entries in self.entries:
-            found.setdefault(entries.region.tensor, []).append(entries)
-        return found
+            by_tensor.setdefault(entries.region.tensor, []).append(entries)
+        return by_tensor
 
     def _gather(self, name: str, gradient: Tensor) -> None:
-        """Take what a backward pass gives for a weight."""
+        """Add the gradient of a weight from a backward pass, choosing candidates first if it has none."""
         for entries in self._by_tensor[name]:
             candidates = entries.tensor("candidates")
             if entries.number not in self._chosen:
@@ -175,7 +180,7 @@ class Reselection(Controller[SpIEL]):
             entries.tensor("gradient").add_(gradient.reshape(-1).index_select(0, candidates))
 
     def _close_step(self) -> None:
-        """The gradient of an optimiser step is known as a whole, and its square."""
+        """Add the complete gradient of an optimiser step, and its square, to the sums of the window."""
         for entries in self.entries:
             gradient = entries.tensor("gradient")
             entries.tensor("sum").add_(gradient)
@@ -185,11 +190,11 @@ class Reselection(Controller[SpIEL]):
     # Replacement
 
     def step(self, number: int) -> None:
-        """See `Controller.step`.
+        """Replace entries if this step ends a window, and update what the window has gathered.
 
         Raises:
-            GraftError: GC026 where the number of steps is not known, GC045 where new entries are those of the largest
-                second moments, and the optimiser has none by row and column.
+            GraftError: GC026 if the number of steps is not known, GC045 if new entries are those of the largest second
+                moments and the optimiser has none by row and column.
         """
         self._gradients.release()
         share, gathers = self.fraction(number), self.spec.variant == "AG"
@@ -237,7 +242,7 @@ class Reselection(Controller[SpIEL]):
     def _move_by_gradients(
         self, entries: Entries, dropped: Tensor, steps: int, optimiser: SparseOptimiser | None
     ) -> None:
-        """Give the places of dropped entries to candidates; one that is both stays as it is."""
+        """Replace dropped entries with candidates; an entry that is both stays unchanged."""
         active, candidates, total = (entries.tensor(kind) for kind in ("indices", "candidates", "sum"))
         leaves = torch.zeros(active.shape, dtype=torch.bool, device=active.device).index_fill_(0, dropped, True)
         valid = ~torch.isin(candidates, active[~leaves]) & total.isfinite()
@@ -270,7 +275,7 @@ class Reselection(Controller[SpIEL]):
         optimiser: SparseOptimiser | None,
         seen: Seen | None = None,
     ) -> None:
-        """Put entries in the places of others; where they are fewer, of those with the smallest deltas."""
+        """Put incoming entries in the places of outgoing ones; if they are fewer, of those with the smallest deltas."""
         indices, delta = entries.tensor("indices"), entries.tensor("delta")
         if incoming.numel() < outgoing.numel():
             outgoing = outgoing[_largest(-delta.detach()[outgoing].abs(), incoming.numel())]
@@ -281,42 +286,44 @@ class Reselection(Controller[SpIEL]):
             optimiser.replaced(delta, outgoing, seen)
 
     def _optimiser(self, trained: Sequence[Entries]) -> SparseOptimiser | None:
-        """The optimiser, where it is one that is to be told, and trains these."""
-        found = self.optimiser
-        if isinstance(found, SparseOptimiser) and all(found.holds(e.tensor("delta")) for e in trained):
-            return found
+        """Return the optimiser if it has to be notified of replacements and trains these entries; otherwise None."""
+        optimiser = self.optimiser
+        if isinstance(optimiser, SparseOptimiser) and all(optimiser.holds(e.tensor("delta")) for e in trained):
+            return optimiser
         return None
 
     def _first(self, what: str) -> bool:
-        """Whether it has not been said yet."""
+        """Return whether this is the first warning of its kind, and record it."""
         first = what not in self._warned
         self._warned.add(what)
         return first
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """The numbers of the largest scores, ascending; among equals the first."""
+    """Return the numbers of the largest scores, ascending; the first ones in case of ties."""
     return largest([lambda: scores], count)[0]
 
 
 def _largest_sizes(values: Tensor, count: int) -> Tensor:
-    """The numbers of the largest absolute values, ascending; among equals the first. `BLOCK` are looked at at a time,
-    since they are those of a whole weight."""
+    """Return the numbers of the largest absolute values, ascending; the first ones in case of ties.
+
+    The values are those of a whole weight, so only `BLOCK` of them are processed at a time.
+    """
     blocks = [values[start : start + BLOCK] for start in range(0, values.numel(), BLOCK)]
-    found = largest([block.abs for block in blocks], count)
-    return torch.cat([numbers + number * BLOCK for number, numbers in enumerate(found)])
+    by_block = largest([block.abs for block in blocks], count)
+    return torch.cat([numbers + number * BLOCK for number, numbers in enumerate(by_block)])
 
 
 def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
-    """The entries of a weight, of those that are not active, with the largest ``rows[i] * columns[j]``.
+    """Return the entries of a weight, except active ones, with the largest ``rows[i] * columns[j]``.
 
-    Among equals the first are taken. They are worked out in blocks of rows, `BLOCK` at a time.
+    In case of ties the first ones are taken. The products are computed in blocks of rows, `BLOCK` at a time.
 
     Args:
-        region: of which they are.
-        active: indices of entries that do not count.
-        rows, columns: factors for the rows and the columns of the tensor as it is stored, its last axis the columns.
-        count: how many, if there are so many.
+        region: the part of the weight that the entries belong to.
+        active: indices of the entries to exclude.
+        rows, columns: factors for the rows and the columns of the stored tensor, whose last axis counts the columns.
+        count: the number of entries, if there are so many.
 
     Returns:
         Indices into the stored tensor, ``int64``, ascending.
@@ -324,7 +331,7 @@ def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns:
     rows, columns = rows.nan_to_num(0.0), columns.nan_to_num(0.0)  # infinite times zero is not a score
     width, device = columns.numel(), columns.device
     others = None
-    if not region.whole:  # by row and column, of which one has a single value
+    if not region.whole:  # by row and column, one of which has size 1
         mask = ~region.mask(device)
         others = mask.expand(*region.shape[:-1], -1).reshape(-1, mask.shape[-1])
     taken = active.sort().values
@@ -332,14 +339,14 @@ def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns:
 
     def products(start: int) -> Tensor:
         stop = min(start + height, rows.numel())
-        found = torch.outer(rows[start:stop], columns)
+        scores = torch.outer(rows[start:stop], columns)
         if others is not None:
-            found.masked_fill_(others[start:stop], -torch.inf)
+            scores.masked_fill_(others[start:stop], -torch.inf)
         edges = torch.tensor([start * width, stop * width], device=device, dtype=taken.dtype)
         low, high = torch.searchsorted(taken, edges).tolist()
-        flat = found.view(-1)
+        flat = scores.view(-1)
         return flat.index_fill_(0, taken[low:high].long() - start * width, -torch.inf)
 
     starts = range(0, rows.numel(), height)
-    found = largest([partial(products, start) for start in starts], min(count, region.size - active.numel()))
-    return torch.cat([numbers + start * width for start, numbers in zip(starts, found, strict=True)])
+    by_block = largest([partial(products, start) for start in starts], min(count, region.size - active.numel()))
+    return torch.cat([numbers + start * width for start, numbers in zip(starts, by_block, strict=True)])

@@ -1,4 +1,4 @@
-"""Training of rows as they are: named ones, n of every m, or blocks of them."""
+"""Direct training of rows: named ones, n of every m, or blocks of them."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class RowsMethod(Method[RowSelection, LinearSite]):
     stands_in = True
 
     def prepare(self, spec: RowSelection, sites: Sequence[LinearSite], build: Builder) -> Chosen:
-        """Where choices are kept, so that every use of a weight goes by the same one."""
+        """Return an empty table of choices, so that every use of a weight shares the same one."""
         return {}
 
     def insert(self, spec: RowSelection, site: LinearSite, shared: Chosen, build: Builder) -> None:
-        """Put trained rows in the place of the base's.
+        """Replace the base's rows with trained ones.
 
         Raises:
-            GraftError: GC020 for a row that the site does not have, GC021 where another adaptation trains one of them
-                too.
+            GraftError: GC020 for a row that the site does not have, GC021 if another adaptation also trains one of
+                them.
         """
         own = build.every(site.own.tensor) if isinstance(site, EmbeddingSite) else site.own
         key = own.axis, own.as_stored
@@ -59,13 +59,13 @@ class RowsMethod(Method[RowSelection, LinearSite]):
             build.overlay(rows.companion(site.use.bias.tensor), index)
 
     def fold(self, spec: RowSelection, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """The trained rows take the places of the base's."""
+        """Let the trained rows stand in for the base's."""
         return StandIn()
 
     def _chosen(
         self, spec: RowSelection, site: LinearSite, own: WeightSlice, build: Builder
     ) -> tuple[fx.Node | None, Tensor]:
-        """Which of its own rows, in order, and their node where the graph is to read them from one."""
+        """Return the site's own rows that train, in order, and the node of their numbers if the graph reads one."""
         every = own.index()
         if spec.rows is not None:
             return None, every[named_rows(spec.rows, own.count, str(site.key))]
@@ -73,22 +73,22 @@ class RowsMethod(Method[RowSelection, LinearSite]):
         def settle(generator: torch.Generator) -> Tensor:
             return every[chosen_rows(spec, own.count, _scores(spec, site, own.count, build, generator))]
 
-        # Layers whose rows differ have one code as long as it reads the numbers from a tensor of one name.
+        # Layers with different rows share one code if it reads the numbers from a tensor of the same name.
         return build.settled("chosen", settle)
 
 
 def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
-    """Numbers of the rows that a list of numbers and slices names, ascending, each once.
+    """Return the numbers of the rows that a list of numbers and slices names, ascending, each once.
 
     Args:
-        entries: as a spec has them.
-        count: how many rows there are.
-        place: whose, for errors.
+        entries: the numbers and slices of a spec.
+        count: number of rows.
+        place: the place named in errors.
 
     Raises:
         GraftError: GC020 for a number that is not that of a row, and for a slice that takes none.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
     for index, entry in enumerate(entries):
         parsed = parse_slice(entry, "row")
         if isinstance(parsed, slice):
@@ -100,17 +100,17 @@ def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
             message = f"{entry!r} is not a row of {place}, which has {last}"
             hint = "correct it, or leave the place out of the target"
             raise GraftError("GC020", message, place=Place(path=f"rows[{index}]"), hint=hint)
-        found.update(named)
-    return torch.tensor(sorted(found))
+        numbers.update(named)
+    return torch.tensor(sorted(numbers))
 
 
 def chosen_rows(spec: RowSelection, count: int, scores: Scores) -> Tensor:
-    """Numbers of the rows of ``n_of_m`` or of ``density``, ascending: those with the greatest scores.
+    """Return the numbers of the rows of ``n_of_m`` or of ``density``, ascending: those with the greatest scores.
 
     Args:
-        spec: how many.
-        count: how many rows there are.
-        scores: gives them, for single rows or for blocks of `spec.block`.
+        spec: the spec that says how many rows train.
+        count: number of rows.
+        scores: a function that returns the scores of single rows, or of blocks of `spec.block`.
     """
     if spec.n_of_m is not None:
         n, m = spec.n_of_m
@@ -138,8 +138,10 @@ def _scores(spec: RowSelection, site: LinearSite, count: int, build: Builder, ge
 
 
 def row_squares(weight: Tensor) -> Tensor:
-    """Sums of squares of the rows of ``[..., rows, in]``, over experts too: ``float64[rows]``, on the CPU. Equal rows
-    have equal sums."""
+    """Return the sums of squares of the rows of ``[..., rows, in]``, also over experts: ``float64[rows]``, on the CPU.
+
+    Equal rows have equal sums.
+    """
     rows = weight.shape[-2]
     size = max(1, _BLOCK // max(1, weight.numel() // rows))
     parts = [part.double().contiguous().square().sum(-1) for part in torch.split(weight, size, -2)]
@@ -147,7 +149,7 @@ def row_squares(weight: Tensor) -> Tensor:
 
 
 def _means(values: Tensor, size: int) -> Tensor:
-    """Means over blocks of so many consecutive values, of which the last one may have fewer."""
+    """Return the means over blocks of ``size`` consecutive values; the last block may have fewer."""
     blocks = math.ceil(values.numel() / size)
     padded = values.new_zeros(blocks * size)
     padded[: values.numel()] = values

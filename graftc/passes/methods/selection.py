@@ -1,4 +1,4 @@
-"""Training of some entries of base tensors: indices and deltas, of which the deltas alone are parameters."""
+"""Training of some entries of base tensors, as indices and deltas; only the deltas are parameters."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class ChosenEntries:
-    """What an adaptation selects.
+    """The entries that an adaptation selects.
 
     Attributes:
-        counts: how many entries of each tensor.
-        indices: which, where they have to be worked out; otherwise they are there already.
-        placed: tensors that have been put in place in this Program.
+        counts: number of entries of each tensor.
+        indices: the entries of each tensor if they are newly selected; otherwise empty, since they exist already.
+        placed: tensors that have been replaced in this Program.
     """
 
     counts: Mapping[Key, int]
@@ -52,9 +52,9 @@ class ChosenEntries:
 class SparseTensors(Method[S, Stored]):
     """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
 
-    For every tensor with an entry that is selected, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) has
-    the places in the tensor as it is stored, in ascending order, and ``<tensor>_delta: f32[k]`` starts at zeros. A
-    subclass says which entries are selected.
+    For every tensor with a selected entry, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) contains the
+    places in the stored tensor, in ascending order, and ``<tensor>_delta: f32[k]`` starts at zeros. A subclass
+    determines which entries are selected.
     """
 
     stands_in = True
@@ -62,16 +62,16 @@ class SparseTensors(Method[S, Stored]):
     """Whether entries of the biases of maps are selected too."""
 
     def applies(self, spec: S, site: Site) -> bool:
-        """Where there are tensors; a head that gives the outputs is passed over."""
+        """Return whether the site has tensors; a head that produces the outputs is left out."""
         head = any(parse_role(role).name == "head" for role in site.roles)
         return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
 
     def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """Select the entries, or find out which are.
+        """Select the entries, unless they are selected already.
 
         Raises:
-            GraftError: GC020 where the budget is zero entries of the target, or more than all; GC053 for given
-                indices that are not entries of their tensor.
+            GraftError: GC020 if the budget is zero entries of the target, or more than all; GC053 for given indices
+                that are not entries of their tensor.
         """
         if isinstance(self, Scored) and self.scoring(spec) is not None:
             build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
@@ -79,25 +79,25 @@ class SparseTensors(Method[S, Stored]):
         names = {key: tensor_name(site, build.adaptation, f"{r.part}_indices") for key, (site, r) in places.items()}
         known = {key: build.known(name) for key, name in names.items()}
         regions = {key: region for key, (_, region) in places.items()}
-        if not any(held is not None for held in known.values()):
+        if not any(indices is not None for indices in known.values()):
             return self.choose(spec, regions, build)
-        for key, held in known.items():
-            if held is not None and names[key] in build.values:
-                self._check(names[key], regions[key], held)
-        return ChosenEntries({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
+        for key, indices in known.items():
+            if indices is not None and names[key] in build.values:
+                self._check(names[key], regions[key], indices)
+        return ChosenEntries({key: 0 if own is None else own.numel() for key, own in known.items()}, {})
 
     def tensors_of(
         self, sites: Sequence[Stored], store: Store | Mapping[str, Tensor]
     ) -> dict[Key, tuple[Stored, WeightSlice]]:
-        """Every tensor once, with the first site that has it."""
-        found: dict[Key, tuple[Stored, WeightSlice]] = {}
+        """Return all tensors, each once with the first site that has it."""
+        tensors: dict[Key, tuple[Stored, WeightSlice]] = {}
         for site in sites:
             for region in slices_of(site, store, biases=self.biases):
-                found.setdefault(key_of(region), (site, region))
-        return found
+                tensors.setdefault(key_of(region), (site, region))
+        return tensors
 
     def _check(self, name: str, region: WeightSlice, indices: Tensor) -> None:
-        """Kernels take indices as they are."""
+        """Check given indices, since kernels use them unchecked."""
         if indices.device.type == "meta":
             return
         ordered = indices.sort().values if isinstance(self, Reselecting) else indices
@@ -107,16 +107,16 @@ class SparseTensors(Method[S, Stored]):
             raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
 
     def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """The entries that are selected at first: as many of each tensor as its size says, at random."""
+        """Choose the initial entries at random, from each tensor a number in proportion to its size."""
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 
     def insert(self, spec: S, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """Put the changed tensors of the site in place of the base's.
+        """Replace the base's tensors at the site with the changed ones.
 
         Raises:
-            GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
+            GraftError: GC021 if another adaptation trains one of them as a whole, or takes it as constant.
         """
         for region in slices_of(site, build.store, biases=self.biases):
             key = key_of(region)
@@ -135,38 +135,38 @@ class SparseTensors(Method[S, Stored]):
         return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
 
     def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """The sums are the new values."""
+        """Fold the sums into the base's tensors."""
         parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
         return TensorFold({part: partial(_added, tensors, part) for part in parts})
 
 
 class ScoredTensors(SparseTensors[S], Scored[S]):
-    """`SparseTensors` whose entries examples may choose: those with the greatest scores."""
+    """`SparseTensors` whose entries may be chosen by examples: those with the greatest scores."""
 
     def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
-        """See `Scored.scored`."""
+        """Return the names of the base's tensors at the places, each once."""
         return list(dict.fromkeys(region.tensor for _, region in regions_at(places, biases=self.biases)))
 
     def selected(self, spec: S, places: Sequence[AdaptedSite[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
-        """See `Scored.selected`."""
-        found = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
-        regions = {key: region for key, (_, region) in found.items()}
+        """Select the entries with the greatest scores."""
+        placed = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
+        regions = {key: region for key, (_, region) in placed.items()}
         chosen = largest_entries(spec, regions, lambda key: regions[key].entries(scores[key[0]]), each=self.each(spec))
         values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
-        for key, (place, region) in found.items():
+        for key, (place, region) in placed.items():
             values |= entry_values(place, region, chosen.indices[key])
         return Transition(spec, values)
 
     def each(self, spec: S) -> bool:
-        """Whether each tensor has as many entries as its size says."""
+        """Return whether each tensor gets a number of entries in proportion to its size."""
         return False
 
 
 def budget_of(spec: BudgetSpec, total: int) -> int:
-    """How many of ``total`` entries train.
+    """Return the number of entries that train, out of ``total``.
 
     Raises:
-        GraftError: GC020 where that is zero, or more than all.
+        GraftError: GC020 if that is zero, or more than all.
     """
     count = spec.budget(total)
     if 0 < count <= total:
@@ -179,7 +179,7 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
 def regions_at(
     places: Sequence[AdaptedSite[S]], *, biases: bool = True
 ) -> Iterator[tuple[AdaptedSite[S], WeightSlice]]:
-    """Every tensor once, with the first place that has it."""
+    """Yield every tensor once, with the first place that has it."""
     seen: set[Key] = set()
     for place in places:
         for region in slices_of(place.site, place.base, biases=biases):
@@ -191,13 +191,13 @@ def regions_at(
 def entry_values(
     place: AdaptedSite[S], region: WeightSlice, numbers: Tensor, delta: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The tensors for entries of one tensor, by their Store names; none where there are no entries.
+    """Return the tensors for entries of one tensor, by their Store names; none if there are no entries.
 
     Args:
-        place: whose.
-        region: of the tensor.
-        numbers: of its own entries.
-        delta: of these entries; zeros by default.
+        place: the place of the tensor.
+        region: the part of the tensor.
+        numbers: numbers of entries of that part.
+        delta: differences of these entries; zeros by default.
     """
     if not numbers.numel():
         return {}
@@ -214,7 +214,7 @@ def _name(spec: BudgetSpec) -> str:
 
 
 def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice], build: Builder) -> dict[Key, Tensor]:
-    """So many entries of each tensor, drawn from the adaptation's seed and the tensor's name."""
+    """Draw ``counts`` entries of the tensors, from the adaptation's seed and the tensors' names."""
     return {
         key: drawn(count, regions[key].size, build.generator(f"{build.adaptation}:{key[0]}:{key[1]}"))
         for key, count in counts.items()
@@ -225,26 +225,34 @@ def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice]
 def largest_entries(
     spec: BudgetSpec, regions: Mapping[Key, WeightSlice], score: Callable[[Key], Tensor], *, each: bool = False
 ) -> ChosenEntries:
-    """The entries with the greatest scores: of all tensors together, or so many of each as its size says."""
+    """Choose the entries with the greatest scores.
+
+    They are chosen from all tensors together; with ``each``, every tensor gets a number of entries in proportion to its
+    size.
+    """
     sizes = [region.size for region in regions.values()]
     count = budget_of(spec, sum(sizes))
     makers = [partial(score, key) for key in regions]
     if each:
-        found = [largest([m], own)[0] for m, own in zip(makers, shares(count, sizes), strict=True)]
+        chosen = [largest([m], own)[0] for m, own in zip(makers, shares(count, sizes), strict=True)]
     else:
-        found = largest(makers, count)
+        chosen = largest(makers, count)
     return ChosenEntries(
-        {k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True))
+        {k: n.numel() for k, n in zip(regions, chosen, strict=True)}, dict(zip(regions, chosen, strict=True))
     )
 
 
 def key_of(region: WeightSlice) -> Key:
-    """What tells a part of a tensor from others."""
+    """Return the key that distinguishes a part of a tensor from others."""
     return region.tensor, str(region)
 
 
 def _placed(region: WeightSlice, numbers: Tensor | None, count: int) -> Callable[[torch.device], Tensor]:
-    """Makes the indices; without numbers, on the meta device or for tensors that are given, their type alone."""
+    """Return a function that makes the indices.
+
+    Without ``numbers``, on the meta device or for tensors that are given, it makes zeros, of which only the type
+    counts.
+    """
 
     def make(device: torch.device) -> Tensor:
         if numbers is None:
@@ -255,6 +263,6 @@ def _placed(region: WeightSlice, numbers: Tensor | None, count: int) -> Callable
 
 
 def _added(tensors: Mapping[str, Tensor], part: str, tensor: Tensor) -> Tensor:
-    """A tensor of the base, float64, with its deltas."""
+    """Return a tensor of the base, float64, with its deltas added."""
     indices, delta = tensors[f"{part}_indices"].long(), tensors[f"{part}_delta"]
     return tensor.reshape(-1).index_add(0, indices, delta.to(tensor.dtype)).reshape(tensor.shape)

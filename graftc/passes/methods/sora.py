@@ -1,4 +1,4 @@
-"""SoRA: a low-rank update with a gate on every rank, closed by a proximal operator (Ding et al. 2023)."""
+"""SoRA: a low-rank update with a gate for every rank, closed by a proximal operator (Ding et al. 2023)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graftc.specs.methods.sora import SoRA
 
 
 def shrink(gate: Tensor, threshold: float, *, zero_below: float) -> Tensor:
-    """``gate`` with magnitudes less ``threshold``, and zero where they were below ``zero_below``; not below zero.
+    """Return ``gate`` with magnitudes reduced by ``threshold``, at least 0; those below ``zero_below`` become 0.
 
     ``zero_below == threshold`` is the proximal operator of ``threshold * |g|``.
     """
@@ -29,18 +29,18 @@ def shrink(gate: Tensor, threshold: float, *, zero_below: float) -> Tensor:
 
 
 class Prox(Controller[SoRA]):
-    """Shrinks gates after each optimiser step, and closes small ones."""
+    """A controller that shrinks gates after each optimiser step and closes small ones."""
 
     @classmethod
     def wanted(cls, spec: SoRA) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether the threshold is above zero at the start or at the end."""
         return spec.threshold > 0 or bool(spec.final_threshold)
 
     def threshold(self, number: int) -> float:
-        """The threshold after the step of this number, from 1.
+        """Return the threshold after step ``number``, counted from 1.
 
         Raises:
-            GraftError: GC026 where it depends on the number of steps, which is not known.
+            GraftError: GC026 if it depends on the number of steps, which is not known.
         """
         first, last = self.spec.threshold, self.spec.final_threshold
         if last is None:
@@ -51,10 +51,10 @@ class Prox(Controller[SoRA]):
         return first + (last - first) * min(1.0, number / self.total)
 
     def step(self, number: int) -> None:
-        """See `Controller.step`.
+        """Shrink the gates of all places by the threshold of this step.
 
         Raises:
-            GraftError: GC026 as `threshold`.
+            GraftError: GC026 under the same condition as `threshold`.
         """
         threshold = self.threshold(number)
         zero_below = 2 * threshold if self.spec.prox == "reference" else threshold
@@ -64,23 +64,22 @@ class Prox(Controller[SoRA]):
 
 
 class Sparsity(TensorObjective[SoRA]):
-    """``l1`` times the mean absolute gate of all sites."""
+    """``l1`` times the mean absolute gate over all sites."""
 
     @classmethod
     def wanted(cls, spec: SoRA) -> bool:
-        """See `Steering.wanted`."""
+        """Return whether ``l1`` is above zero."""
         return spec.l1 > 0
 
     def value(self) -> Tensor:
-        """See `TensorObjective.value`."""
+        """Return ``l1`` times the mean absolute gate over all sites."""
         return self.spec.l1 * torch.cat([place.tensors["gate"].flatten().float() for place in self.places]).abs().mean()
 
 
 class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA], RowWise[SoRA]):
-    """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]``, ``B: [out, rank]`` and ``s = alpha
-    / rank``.
+    """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]`` and ``B: [out, rank]``.
 
-    ``g`` multiplies the smaller factor. Each expert has its own gates.
+    ``s`` is ``alpha / rank``. ``g`` multiplies the smaller factor. Each expert has its own gates.
     """
 
     controller = Prox
@@ -99,7 +98,7 @@ class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA], RowWise[SoRA]):
         build.add(site, build.low_rank(site, x, *gated(build, site, a, b, gate), spec.scaling))
 
     def fold(self, spec: SoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + s B diag(g) A``."""
+        """Fold the update into the weight: ``W' = W + s B diag(g) A``."""
 
         def change(weight: Tensor) -> Tensor:
             gated = tensors["B"] * tensors["gate"][..., None, :]
@@ -108,13 +107,13 @@ class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA], RowWise[SoRA]):
         return weight_fold(change)
 
     def row_axes(self, spec: SoRA) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axis of ``B``."""
         return {"B": -2}
 
     def fewest_rows(self, spec: SoRA) -> int:
-        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        """Return the rank, since a rank above the number of rows is refused."""
         return spec.rank
 
     def live_ranks(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Ranks whose gate is not zero."""
+        """Return a mask of the ranks whose gate is not zero."""
         return tensors["gate"].detach() != 0

@@ -1,5 +1,4 @@
-"""Products with a weight some of whose entries train become `graftc::sparse_linear`, which makes the weight anew in the
-backward pass instead of keeping it."""
+"""Products with partly trained weights as `graftc::sparse_linear`, whose backward pass computes the weight again."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ WEIGHT = {aten.linear.default: 1, aten.addmm.default: 2}
 
 
 def recompute_weights(build: Builder) -> None:
-    """Take over the products with changed weights in the Program of ``build``."""
+    """Replace the products with changed weights in the Program of ``build``."""
     for node in list(build.program.graph.nodes):
         where = WEIGHT.get(node.target)
         if where is None or node.kwargs or provenance(node) is not None:
@@ -64,7 +63,7 @@ def _redirect(program: Program, before: fx.Node, after: fx.Node, origin: dict[st
 def _is_sampled(
     node: fx.Node, weight: fx.Node, indices: Sequence[fx.Node], origins: Sequence[Mapping[str, str]]
 ) -> bool:
-    """Whether single gradients are worked out one by one: where that costs less, and their indices stay in order."""
+    """Return whether to compute gradients entry by entry: if that costs less and their indices stay in order."""
     wide = node.meta["val"].dtype in (torch.float32, torch.float64)
     share = sum(int(places.meta["val"].numel()) for places in indices) / int(weight.meta["val"].numel())
     methods = [method_for(origin.get("method", "")) for origin in origins]

@@ -1,4 +1,4 @@
-"""SpIEL: entries of weights that train, and leave their places to others (Ansell et al. 2024, arXiv:2401.16405)."""
+"""SpIEL: training of entries that are replaced by others during training (Ansell et al. 2024, arXiv:2401.16405)."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from graftc.specs.roles import parse_role
 
 
 class SpIELMethod(SparseTensors[SpIEL], Reselecting):
-    """See `SparseTensors`: for the weights of linear maps, with `Reselection` between optimiser steps.
+    """`SparseTensors` for the weights of linear maps, with `Reselection` between optimiser steps.
 
-    With ``AG`` every tensor stores what a window gathers: ``<tensor>_candidates``, of the same form as the indices, the
-    sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and ``<tensor>_square``,
-    the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` holds the step of the window in
-    which the candidates were selected, from 1; 0 means none.
+    With ``AG`` every tensor also stores what a window gathers: ``<tensor>_candidates``, in the same form as the
+    indices, the sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and
+    ``<tensor>_square``, the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` contains the
+    step of the window in which the candidates were selected, from 1; 0 means none.
     """
 
     controller = Reselection
     biases = False
 
     def applies(self, spec: SpIEL, site: Site) -> bool:
-        """Where there is a map; by default only the projections of layers, fused ones as a whole."""
+        """Return whether the site is a linear map; by default only projections in layers, fused ones as a whole."""
         if not isinstance(site, LinearSite) or not super().applies(spec, site):
             return False
         if spec.target.modules != "**":
             return True
-        # A fused weight as a whole has no role: its rows have.
+        # A fused weight as a whole has no role; its rows have roles.
         known = not site.roles or any(parse_role(role).name in PROJECTIONS for role in site.roles)
         return site.layer is not None and known
 
     def remedy(self, spec: SpIEL) -> str | None:
-        """Other maps have to be named."""
+        """Suggest naming maps if the target names none."""
         return "name maps in target, with role or modules" if spec.target.modules == "**" else None
 
     def prepare(self, spec: SpIEL, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """See `SparseTensors.prepare`."""
+        """Select the entries and, with ``AG``, make the buffer ``seen``."""
         chosen = super().prepare(spec, sites, build)
         if spec.variant == "AG":
             count = sum(1 for own in chosen.counts.values() if own)
@@ -57,10 +57,10 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         return chosen
 
     def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """As many entries of each tensor as its size says, rounded down, at random.
+        """Choose entries at random, from each tensor a number in proportion to its size, rounded down.
 
         Raises:
-            GraftError: GC020 where that is zero, or more than there are.
+            GraftError: GC020 if that is zero, or more than there are.
         """
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))
@@ -71,7 +71,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 
     def insert(self, spec: SpIEL, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """See `SparseTensors.insert`."""
+        """Replace the base's tensors and, with ``AG``, make the buffers of a window."""
         before = set(shared.placed)
         super().insert(spec, site, shared, build)
         for region in slices_of(site, build.store, biases=self.biases) if spec.variant == "AG" else ():

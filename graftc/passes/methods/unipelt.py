@@ -1,4 +1,4 @@
-"""UniPELT: parts behind gates (Mao et al. 2022, arXiv:2110.07577)."""
+"""UniPELT: several methods as parts, each multiplied by a gate (Mao et al. 2022, arXiv:2110.07577)."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ from graftc.specs.methods.unipelt import UniPELT
 
 @dataclass(frozen=True)
 class _Gated:
-    """What builds the parts up to their gates, and what the places of each share."""
+    """The builder of the parts up to their gates, and what the places of each part share."""
 
     own: Member
     shared: Mapping[SiteKind, Any]
 
 
 class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
-    """Every part is multiplied by the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is
-    the part's input."""
+    """The parts of UniPELT, each multiplied by a gate.
+
+    The gate is the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is the part's input.
+    """
 
     def prepare(self, spec: UniPELT, sites: Sequence[Site], build: Builder) -> Any:
-        """See `PartsMethod.prepare`."""
+        """Prepare the parts with a builder that collects what they would add."""
         own = composed(build, build.adaptation, build.method, attends=True)
         return _Gated(own, super().prepare(spec, sites, own.build))
 
     def insert(self, spec: UniPELT, site: Site, shared: Any, build: Builder) -> None:
-        """Insert the part that is for the site, times its gate.
+        """Insert the part that belongs to the site, multiplied by its gate.
 
         Raises:
-            GraftError: GC036 and GC037 where the site has no rows that a gate could be for.
+            GraftError: GC036 and GC037 if the site has no rows that a gate could apply to.
         """
         with shared.own.build.on(site):
             super().insert(spec, site, shared.shared, shared.own.build)
             insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [shared.own])
 
     def readings(self, spec: UniPELT) -> Sequence[Reading]:
-        """See `Observed.readings`: the value of the part's gate."""
+        """Return a reading of the value of the part's gate."""
         return [GATE_READING]
 
     def fold(self, spec: UniPELT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-        """It stays."""
+        """Keep the adaptation in the graph, since its gates depend on the row."""
         return Keep("its gates depend on the row, so that no weight can hold what they multiply")

@@ -37,7 +37,7 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
     """
 
     def prepare(self, spec: VeRA, sites: Sequence[LinearSite], build: Builder) -> Projections:
-        """Make the two matrices, as large as the largest site needs."""
+        """Create the two matrices, as large as the largest site needs."""
         a_shape = (spec.rank, max(site.in_features for site in sites))
         b_shape = (max(site.out_features for site in sites), spec.rank)
         dtype = sites[0].dtype
@@ -47,7 +47,7 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
         )
 
     def insert(self, spec: VeRA, site: LinearSite, shared: Projections, build: Builder) -> None:
-        """Insert the branch on the site's part of the matrices."""
+        """Insert the branch, which uses the site's part of the matrices."""
         d = build.parameter("d", (spec.rank,), _constant(spec.d_initial), dtype=site.dtype)
         b = build.parameter("b", (site.out_features,), _constant(0), dtype=site.dtype)
         down = build.call(aten.slice.Tensor, shared.a, 1, 0, site.in_features, part="own columns")
@@ -57,7 +57,7 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
         build.add(site, build.call(aten.mul.Tensor, delta, b, part="b"))
 
     def fold(self, spec: VeRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """``W' = W + diag(b) B diag(d) A``."""
+        """Fold the update into the weight: ``W' = W + diag(b) B diag(d) A``."""
         b, d = tensors["b"], tensors["d"]
 
         def change(weight: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
         return weight_fold(change)
 
     def row_axes(self, spec: VeRA) -> Mapping[str, int]:
-        """See `RowWise.row_axes`."""
+        """Return the row axes of ``B`` and ``b``."""
         return {"B": -2, "b": -1}
 
 
@@ -80,7 +80,10 @@ def _fill(tensor: Tensor, value: float) -> None:
 
 
 def _drawn(spec: VeRA, before: tuple[int, ...]) -> Initialiser:
-    """Uniform within ``sqrt(6 / columns)``. From one ``projection_seed`` B is drawn after A, of shape ``before``."""
+    """Return an initialiser that is uniform within ``sqrt(6 / columns)``.
+
+    With a ``projection_seed``, B is drawn from the same generator after A, whose shape is ``before``.
+    """
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         if spec.projection_seed is not None:

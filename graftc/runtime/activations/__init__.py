@@ -1,1 +1,1 @@
-"""Which activations a training step keeps for its backward pass, and which it computes again there."""
+"""The choice of the activations that a training step keeps for its backward pass, and of those that it recomputes."""

@@ -1,4 +1,4 @@
-"""One budget for a model: which of its layers compute how much again."""
+"""One budget for a model, which determines how much each of its layers recomputes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from graftc.runtime.activations.plan import ActivationPlan
 
 
 class Choice(NamedTuple):
-    """How calls of one kind run.
+    """The way in which calls of one kind run.
 
     Attributes:
-        level: which of the plans.
-        without: bytes that autograd would keep of the call that was chosen for.
+        level: the index of the chosen plan.
+        without: bytes that autograd would keep of the call that the choice was made for.
         kept: bytes that are kept of it.
-        given: bytes of what it is given.
+        given: bytes of its inputs.
     """
 
     level: int
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
 
 Choices = dict[Any, Choice]
-"""How each kind of call of a module runs."""
+"""The way in which each kind of call of a module runs."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Call:
     """One call of a graph in a training step.
 
     Attributes:
-        choices: where what is chosen is noted.
-        key: under which key.
-        plans: what there is to choose from; none where the graph has to run as it is.
-        kept: bytes that each of them keeps of this call.
+        choices: the mapping in which the choice is recorded.
+        key: the key of the choice in that mapping.
+        plans: the plans to choose from; empty if the graph has to run unchanged.
+        kept: bytes that each plan keeps of this call.
         without: bytes that autograd would keep of it.
-        given: bytes of what it is given.
+        given: bytes of its inputs.
     """
 
     choices: Choices
@@ -50,29 +50,28 @@ class Call:
     given: int = 0
 
     def choose(self, level: int) -> None:
-        """Note that a plan is chosen."""
+        """Record the choice of a plan."""
         kept = self.kept[level] if self.plans else self.without
         self.choices[self.key] = Choice(level, self.without, kept, self.given)
 
     @property
     def level(self) -> int:
-        """The plan that is chosen."""
+        """The index of the chosen plan."""
         return self.choices[self.key].level
 
 
 def chosen(calls: Sequence[Call], budget: float | None) -> float:
-    """Choose a plan for every call, so that all of them together keep no more than a part of what autograd keeps by
-    itself, at the least cost.
+    """Choose a plan for every call so that they keep at most a fraction of what autograd would, at the least cost.
 
-    The first layers give way first: when the backward pass begins with the last ones, everything else is still kept,
-    and what is computed again comes on top of it.
+    The first layers recompute first: when the backward pass begins with the last ones, everything else is still kept,
+    and what is recomputed comes on top of it.
 
     Args:
-        calls: in the order in which they run. One that has been chosen for already stays as it is.
-        budget: the part; None keeps whatever the cheapest plans keep.
+        calls: the calls in the order in which they run; existing choices are not changed.
+        budget: the fraction of the bytes that autograd keeps by itself; None keeps whatever the cheapest plans keep.
 
     Returns:
-        The part that is kept.
+        The fraction that is kept.
     """
     open_calls = [call for call in calls if call.key not in call.choices]
     for call in open_calls:
@@ -93,6 +92,6 @@ def chosen(calls: Sequence[Call], budget: float | None) -> float:
 
 
 def _gain(call: Call) -> float:
-    """Bytes that the next plan saves for what it costs more."""
+    """Return the bytes that the next plan saves, divided by its additional cost."""
     cost = call.plans[call.level + 1].cost - call.plans[call.level].cost
     return (call.kept[call.level] - call.kept[call.level + 1]) / max(cost, 1.0)

@@ -1,8 +1,8 @@
-"""One call of a graph that keeps less than autograd would: what is not kept is computed again when it is first read.
+"""One call of a graph that keeps less than autograd would: values that are not kept are recomputed when first read.
 
-A frame hears of every tensor that autograd saves while the code runs. Where the code is done with a value that is to be
-computed again, what was saved of its storage is let go. The gradients are autograd's own, of the values that it would
-have kept.
+A frame receives every tensor that autograd saves while the code runs. When the code no longer needs a value that is to
+be recomputed, the tensors saved from its storage are released. The gradients are autograd's own, of the values that it
+would have kept.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-"""Pack and unpack, as `torch.autograd.graph.saved_tensors_hooks` takes them."""
+"""Functions that pack and unpack, as `torch.autograd.graph.saved_tensors_hooks` takes them."""
 
 Casts = tuple[tuple[str, torch.dtype, bool, bool], ...]
-"""Autocast of a call: device, element type, whether it is on, and whether casts are cached."""
+"""The autocast settings of a call: device, element type, whether it is on, and whether casts are cached."""
 
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor that "
@@ -30,12 +30,12 @@ _CHANGED = (
 
 @dataclass(frozen=True)
 class PartCode:
-    """What computes values again.
+    """The code that recomputes values.
 
     Attributes:
-        function: ``f(*roots, *parameters)``, a tuple of values.
-        roots: which of the frame's kept values it reads.
-        parameters: names of those that it reads, as they are in the forward pass.
+        function: ``f(*roots, *parameters)``, which returns a tuple of values.
+        roots: indices of the frame's kept values that it reads.
+        parameters: names of the parameters that it reads, with their values of the forward pass.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -45,13 +45,13 @@ class PartCode:
 
 @dataclass(frozen=True)
 class FrameCode:
-    """A graph's code with marks.
+    """The code of a graph with marks.
 
     Attributes:
         function: ``f(module, frame, *inputs)``, which calls `keep` and `mark` on the frame.
-        parts: what computes values again.
+        parts: the code that recomputes values.
         targets: for each marked value, its part and its place among the part's values.
-        tensor_at: gives a parameter of a module by name.
+        tensor_at: function that returns a parameter of a module by name.
     """
 
     function: Callable[..., Any]
@@ -61,23 +61,23 @@ class FrameCode:
 
 
 class _Part:
-    """Values of one call that are computed again together.
+    """Values of one call that are recomputed together.
 
     Attributes:
-        roots: what they are computed from; None before the forward pass is over, and once they are there.
-        parameters: those that are read, with their versions.
+        roots: the values that they are computed from; None until the forward pass is over, and after they are computed.
+        parameters: the parameters that are read, with their versions.
     """
 
     def __init__(self, code: PartCode, frame: Frame) -> None:
         self.code, self.module, self.casts = code, frame.module, frame.casts
         tensor_at = frame.code.tensor_at
         self.roots: list[Any] | None = None
-        # The tensors themselves: others may have their places when the backward pass comes.
+        # Keep the tensors themselves, since others may have replaced them by the backward pass.
         self.parameters = [(p.detach(), p._version) for p in (tensor_at(self.module, n) for n in code.parameters)]
         self.slots: dict[int, weakref.ref[_Slot]] = {}
 
     def compute(self) -> None:
-        """Fill the slots that are still wanted."""
+        """Fill the slots that still exist."""
         assert self.roots is not None
         if any(parameter._version != version for parameter, version in self.parameters):
             raise RuntimeError(_CHANGED)
@@ -97,7 +97,7 @@ class _Part:
 
 
 class _Slot:
-    """A value that is computed again, for all that autograd saved of it."""
+    """A value that is recomputed, for all tensors that autograd saved of it."""
 
     __slots__ = ("__weakref__", "part", "size", "stride", "value")
 
@@ -107,14 +107,14 @@ class _Slot:
         self.value: Tensor | None = None
 
     def fill(self, value: Tensor) -> None:
-        """Take the value, laid out in memory as it was."""
+        """Store the value with its original memory layout."""
         if value.stride() != self.stride or not _is_whole(value):
             laid = torch.empty_strided(self.size, self.stride, dtype=value.dtype, device=value.device)
             value = laid.copy_(value)
         self.value, self.part = value, None
 
     def get(self) -> Tensor:
-        """The value."""
+        """Return the value, and compute it if necessary."""
         if self.value is None:
             assert self.part is not None
             self.part.compute()
@@ -123,7 +123,7 @@ class _Slot:
 
 
 class _Kept:
-    """A tensor that is kept."""
+    """A tensor that is kept, directly or by the caller's own hooks."""
 
     __slots__ = ("hooks", "tensor", "version")
 
@@ -132,7 +132,7 @@ class _Kept:
         self.tensor: Any = tensor if hooks is None else hooks[0](tensor)
 
     def get(self) -> Tensor:
-        """The tensor, as it was."""
+        """Return the tensor, unless it has been modified since it was kept."""
         if self.hooks is not None:
             return self.hooks[1](self.tensor)
         tensor: Tensor = self.tensor
@@ -142,38 +142,38 @@ class _Kept:
 
 
 class _Saved:
-    """What autograd holds in the place of a tensor: first the tensor, then what it is had again from.
+    """The object that autograd keeps instead of a tensor: first the tensor itself, then the means to get it back.
 
     Attributes:
         held: a tensor, a slot, or what the caller's own hooks keep.
-        version: of the tensor when it was saved.
+        version: the version of the tensor when it was saved.
         view: size, strides and offset of the tensor in a slot's value.
     """
 
     __slots__ = ("held", "version", "view")
 
     def __init__(self, tensor: Tensor) -> None:
-        # An operator's own result, held by the operator, would hold the operator.
+        # A result that its own operator saves would keep the operator alive.
         self.held: Any = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = tensor._version
 
     def become(self, slot: _Slot) -> None:
-        """Let the tensor go: a slot has its value."""
+        """Release the tensor, whose value a slot has."""
         tensor = self.held
         self.view = tensor.shape, tensor.stride(), tensor.storage_offset()
         self.held = slot
 
     def get(self) -> Tensor:
-        """The tensor."""
-        held = self.held
-        if isinstance(held, Tensor):
-            if held._version != self.version:
+        """Return the tensor."""
+        source = self.held
+        if isinstance(source, Tensor):
+            if source._version != self.version:
                 raise RuntimeError(_CHANGED)
-            return held
-        if isinstance(held, _Slot):
-            return held.get().as_strided(*self.view)
-        found: Tensor = held.get()
-        return found
+            return source
+        if isinstance(source, _Slot):
+            return source.get().as_strided(*self.view)
+        tensor: Tensor = source.get()
+        return tensor
 
 
 def _unpack(saved: _Saved) -> Tensor:
@@ -181,18 +181,18 @@ def _unpack(saved: _Saved) -> Tensor:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all that there is in its storage."""
+    """Return whether a tensor covers its entire storage."""
     return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class Frame:
-    """One call.
+    """One call of a graph that keeps less than autograd would.
 
     Args:
-        code: what it runs.
-        module: what it runs on.
-        hooks: the caller's own, which keep what is kept.
-        casts: the caller's autocast.
+        code: the code to run.
+        module: the module to run it on.
+        hooks: the caller's own hooks, which keep what is kept.
+        casts: the caller's autocast settings.
     """
 
     def __init__(self, code: FrameCode, module: nn.Module, hooks: Hooks | None, casts: Casts) -> None:
@@ -202,7 +202,7 @@ class Frame:
         self.parts: dict[int, _Part] = {}
 
     def run(self, inputs: Sequence[Any]) -> Any:
-        """The outputs of the call."""
+        """Return the outputs of the call."""
         with torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack):
             outputs = self.code.function(self.module, self, *inputs)
         if self.hooks is not None:
@@ -214,19 +214,19 @@ class Frame:
         return outputs
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """Take what autograd saves."""
+        """Take a tensor that autograd saves, and return the object to keep instead."""
         saved = _Saved(tensor)
         self.open.setdefault(tensor.untyped_storage()._cdata, []).append(saved)
         return saved
 
     def keep(self, index: int, value: Any) -> None:
-        """A value that others are computed again from is there."""
+        """Keep a value that others are recomputed from."""
         if isinstance(value, Tensor):
             value = _Kept(value.detach(), value._version, self.hooks)
         self.kept[index] = value
 
     def mark(self, index: int, value: Tensor) -> None:
-        """A value that is to be computed again is no longer read by the code."""
+        """Release what was saved of a value that the code no longer reads and that is to be recomputed."""
         waiting = self.open.pop(value.untyped_storage()._cdata, None)
         if waiting is None:
             return
@@ -244,6 +244,6 @@ class Frame:
 
 
 def casts_of(devices: Sequence[str]) -> Casts:
-    """The autocast that is in force here."""
+    """Return the autocast settings that are in force for devices."""
     cached = torch.is_autocast_cache_enabled()
     return tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cached) for d in devices)

@@ -1,7 +1,7 @@
-"""Holding what is kept in the host's memory, while the device goes on.
+"""Offloading of what is kept to the host's memory while the device continues to compute.
 
-Copies have a stream of their own. On the way back, whatever was sent away just before what is asked for is fetched too,
-since the backward pass reads things in the opposite order.
+Copies have a stream of their own. On the way back, the tensors that were sent just before the requested one are fetched
+as well, since the backward pass reads tensors in the opposite order.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 LEAST = 2**20
-"""Bytes of the smallest tensor that is sent away: smaller ones take longer than they are worth."""
+"""Bytes of the smallest tensor that is offloaded; smaller ones are not worth the time."""
 
 AHEAD = 2
-"""How many tensors are fetched before they are asked for."""
+"""Number of tensors that are fetched before they are requested."""
 
 
 class Copies(Protocol):
-    """What copies between a device and the host."""
+    """The interface for copying between a device and the host."""
 
     def away(self, tensor: Tensor) -> Any:
-        """Begin to copy to the host."""
+        """Start a copy to the host."""
 
     def fetch(self, sent: Any) -> Any:
-        """Begin to copy back."""
+        """Start a copy back to the device."""
 
     def arrived(self, fetched: Any) -> Tensor:
-        """The tensor, on the device, for what runs there from now on."""
+        """Return the tensor on the device, for what runs there from now on."""
 
 
 class StreamCopies:
-    """Copies of an accelerator, on a stream of their own.
+    """Copies between an accelerator and the host, on a stream of their own.
 
     Args:
         device: the accelerator.
@@ -45,32 +45,32 @@ class StreamCopies:
         self._stream = torch.Stream(device)
 
     def away(self, tensor: Tensor) -> Any:
-        """See `Copies`."""
-        held = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
+        """Start a copy to pinned memory, after the work that the device has been given so far."""
+        host_copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream:
-            held.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)  # its memory is not given out again before it has been read
-        return held
+            host_copy.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory must not be reused before it has been read
+        return host_copy
 
     def fetch(self, sent: Any) -> Any:
-        """See `Copies`."""
+        """Start a copy back to the device, and return it with an event for its end."""
         with self._stream:
             fetched = sent.to(self._device, non_blocking=True)
         return fetched, self._stream.record_event()
 
     def arrived(self, fetched: Any) -> Tensor:
-        """See `Copies`."""
+        """Return the tensor, after making the current stream wait for the copy."""
         tensor: Tensor
         tensor, event = fetched
-        here = torch.accelerator.current_stream(self._device)
-        here.wait_event(event)
-        tensor.record_stream(here)
+        stream = torch.accelerator.current_stream(self._device)
+        stream.wait_event(event)
+        tensor.record_stream(stream)
         return tensor
 
 
 class _Sent:
-    """A tensor that is away."""
+    """A tensor that has been offloaded."""
 
     __slots__ = ("__weakref__", "before", "fetched", "sent")
 
@@ -81,10 +81,10 @@ class _Sent:
 
 
 class Offload:
-    """Hooks of saved tensors.
+    """Hooks of saved tensors that offload them.
 
     Args:
-        copies: what copies.
+        copies: the object that copies between the device and the host.
     """
 
     def __init__(self, copies: Copies) -> None:
@@ -92,7 +92,7 @@ class Offload:
         self._last: weakref.ref[_Sent] | None = None
 
     def pack(self, own: Collection[int], tensor: Tensor) -> Any:
-        """Send a tensor away. Tensors of the model, whose storages are ``own``, and small ones stay."""
+        """Offload a tensor; tensors of the model, whose storages are ``own``, small ones and those on the CPU stay."""
         storage = tensor.untyped_storage()
         if storage.nbytes() < LEAST or storage._cdata in own or tensor.device.type == "cpu":
             return tensor
@@ -102,7 +102,7 @@ class Offload:
         return sent
 
     def unpack(self, held: Any) -> Tensor:
-        """The tensor; those that will be asked for next are on their way."""
+        """Return the tensor, and start to fetch those that will be requested next."""
         if isinstance(held, Tensor):
             return held
         one: _Sent | None = held
@@ -119,7 +119,7 @@ _OFFLOADS: dict[torch.device, Offload] = {}
 
 
 def offload_of(device: torch.device) -> Offload:
-    """That of an accelerator."""
+    """Return the hooks that offload the tensors of an accelerator."""
     if device not in _OFFLOADS:
         _OFFLOADS[device] = Offload(StreamCopies(device))
     return _OFFLOADS[device]

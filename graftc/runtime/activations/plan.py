@@ -1,7 +1,7 @@
-"""Choosing what is kept: the fewest bytes from which all that the backward pass reads can be had again.
+"""The choice of what is kept: the fewest bytes from which all that the backward pass reads can be recomputed.
 
-Values that are computed again are separated from those that are kept by a minimum cut through the graph: what may be
-computed again needs its operands, what may not has to be kept where it is needed, and keeping costs bytes.
+A minimum cut through the graph separates the values that are recomputed from those that are kept: a value that may be
+recomputed needs its operands, a value that may not has to be kept if it is needed, and keeping costs bytes.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from graftc.passes.core.ops.unpack import unpacked
 from graftc.runtime.activations.recording import Recorded
 
 WORTH = 2**20
-"""Bytes that a call has to save, where there is no budget: following what autograd saves takes time of its own."""
+"""Bytes that a call has to save if there is no budget, since tracking what autograd saves takes time as well."""
 
 FLOPS_PER_BYTE = 16
-"""Floating point operations of a product that take as long as moving a byte."""
+"""Floating-point operations of a product that take as long as moving one byte."""
 
 
 _FUNCTIONS = frozenset({operator.getitem, projections, unpacked})
-"""Functions of Python that give the same again."""
+"""Python functions that return the same result on every call."""
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """Values that are computed again together.
+    """Values that are recomputed together.
 
     Attributes:
         targets: nodes whose values the backward pass reads.
-        roots: nodes that are kept for it.
-        nodes: what is computed again, in order.
+        roots: nodes that are kept to compute them.
+        nodes: the nodes that are recomputed, in order.
     """
 
     targets: tuple[fx.Node, ...]
@@ -51,12 +51,12 @@ class Recomputation:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What is kept of a graph, and what is computed again.
+    """A plan of what is kept of a graph, and what is recomputed.
 
     Attributes:
-        parts: what is computed again; empty where that saves nothing.
+        parts: what is recomputed; empty if recomputing saves nothing.
         kept: bytes that are kept of the run that the plan was made for.
-        cost: what computing again takes, in bytes moved; a product counts for `FLOPS_PER_BYTE` a byte.
+        cost: the cost of recomputing, in bytes moved; `FLOPS_PER_BYTE` operations of a product count as one byte.
     """
 
     parts: tuple[Recomputation, ...]
@@ -65,7 +65,7 @@ class ActivationPlan:
 
 
 def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
-    """Bytes that are kept of a run, of any sizes, where some values are computed again."""
+    """Return the bytes that are kept of a run, of any sizes, if some values are recomputed."""
     again = {recorded.storages[target] for part in parts for target in part.targets}
     roots = {recorded.storages[root] for part in parts for root in part.roots if root in recorded.storages}
     return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | (roots - recorded.own))
@@ -78,49 +78,49 @@ def plans(
     costly: bool = False,
     only: Collection[Any] | None = None,
 ) -> list[ActivationPlan]:
-    """Ways to run a graph, from the one that is cheapest in time to the one that keeps least.
+    """Return ways to run a graph, from the fastest to the one that keeps least.
 
     Args:
-        graph: what runs.
+        graph: the graph to run.
         recorded: a run of it.
-        is_buffer: whether a tensor is a buffer, which may have changed when the backward pass comes.
-        costly: whether products and attentions may be computed again too. Otherwise there is one plan: what is as cheap
-            as moving it is computed again where that saves memory.
-        only: operators that may be called again; None for all that give the same again.
+        is_buffer: function that returns whether a tensor is a buffer, which may have changed by the backward pass.
+        costly: whether products and attentions may be recomputed as well. Otherwise there is one plan: values that are
+            as cheap to compute as to move are recomputed if that saves memory.
+        only: operators that may be called again; None for all that return the same result again.
     """
     choice = _Choice(graph, recorded, is_buffer, only)
     if not costly:
         return [choice.plan(_LEAST, costly=False, worth=WORTH)]
     first = choice.plan(_LEAST, costly=False)
-    found = {first.kept: first}
+    by_bytes = {first.kept: first}
 
     def between(low: float, least: ActivationPlan, high: float, most: ActivationPlan, steps: int) -> None:
-        """Find the plans for prices between two, where these differ."""
+        """Find the plans for prices between two, if the plans for these differ."""
         if not steps or least.kept == most.kept:
             return
         middle = (low + high) / 2
         plan = choice.plan(math.exp(middle), costly=True)
-        if plan.kept not in found or found[plan.kept].cost > plan.cost:
-            found[plan.kept] = plan
+        if plan.kept not in by_bytes or by_bytes[plan.kept].cost > plan.cost:
+            by_bytes[plan.kept] = plan
         between(low, least, middle, plan, steps - 1)
         between(middle, plan, high, most, steps - 1)
 
     least = choice.plan(_LEAST, costly=True)
-    found.setdefault(least.kept, least)
+    by_bytes.setdefault(least.kept, least)
     between(math.log(_LEAST), least, math.log(_MOST), first, _STEPS)
-    ordered = sorted(found.values(), key=lambda plan: -plan.kept)
+    ordered = sorted(by_bytes.values(), key=lambda plan: -plan.kept)
     return [plan for plan in ordered if plan.kept <= first.kept]
 
 
 _LEAST, _MOST = 1e-4, 1e3
-"""Prices of computing a byte again, in bytes that are kept."""
+"""The lowest and the highest price of recomputing a byte, in bytes that are kept."""
 
 _STEPS = 6
-"""How often the range of prices is halved where plans differ."""
+"""Number of times that the range of prices is halved while plans differ."""
 
 
 class _Choice:
-    """A graph as a network whose minimum cuts are choices."""
+    """A graph as a network whose minimum cuts are choices of what to keep."""
 
     def __init__(
         self,
@@ -136,15 +136,15 @@ class _Choice:
         self.needed = {s for s in recorded.saved if s in self.owners and self.owners[s] in self.owned}
 
     def bytes_of(self, node: fx.Node) -> int:
-        """Of the storage that holds a node's value."""
+        """Return the bytes of the storage that contains a node's value."""
         return self.recorded.sizes[self.recorded.storages[node]]
 
     def is_buffer(self, node: fx.Node) -> bool:
-        """Whether a node reads a buffer."""
+        """Return whether a node reads a buffer."""
         return node.op == "get_attr" and self._is_buffer(str(node.target))
 
     def may_repeat(self, node: fx.Node, costly: bool) -> bool:
-        """Whether a value may be computed again; costly ones only where ``costly`` says so."""
+        """Return whether a value may be recomputed; costly ones only if ``costly`` is true."""
         operands = node.all_input_nodes
         if node.op != "call_function" or is_random(node) or mutates(node) or not self.settled(node, *operands):
             return False
@@ -161,13 +161,18 @@ class _Choice:
         return costly or not self.is_costly(node)
 
     def is_costly(self, node: fx.Node) -> bool:
-        """Whether computing a value takes longer than moving it: a product with a small rank is as cheap as a sum."""
+        """Return whether computing a value takes longer than moving it.
+
+        A product with a small rank is as cheap as a sum.
+        """
         flops = self.recorded.flops.get(node, 0)
         return flops > FLOPS_PER_BYTE * (self.bytes_of(node) if node in self.recorded.storages else 0)
 
     def plan(self, price: float, costly: bool, worth: int = 1) -> ActivationPlan:
-        """The choice for which kept bytes, and the cost of computing again times its price, are least; autograd's own
-        where less than ``worth`` bytes are saved."""
+        """Return the plan with the least sum of kept bytes and the cost of recomputing times ``price``.
+
+        It is autograd's own choice if less than ``worth`` bytes are saved.
+        """
         kept = self._cut(price, costly)
         targets = [self.owners[s] for s in self.needed if self.owners[s] not in kept and s not in self.recorded.outputs]
         parts = tuple(self._parts([t for t in targets if t.op == "call_function"], kept))
@@ -181,8 +186,10 @@ class _Choice:
         return moved + self.recorded.flops.get(node, 0) / FLOPS_PER_BYTE
 
     def _cut(self, price: float, costly: bool) -> set[fx.Node]:
-        """Nodes on the smallest cut between what cannot be computed again and what is read in the backward pass: of
-        several, the one nearest to the latter, since it leaves the least to compute."""
+        """Return the nodes on the smallest cut between what cannot be recomputed and what the backward pass reads.
+
+        Of several such cuts it is the one nearest to the latter, since it leaves the least to compute.
+        """
         network: nx.DiGraph[object] = nx.DiGraph()
         source, sink = "source", "sink"
         network.add_nodes_from((source, sink))
@@ -196,7 +203,7 @@ class _Choice:
             elif self._is_held(node):
                 network.add_edge(inner, outer, capacity=0)
             elif self._is_tensor(node):
-                network.add_edge(inner, outer)  # a view is kept by what it is a view of
+                network.add_edge(inner, outer)  # a view is kept by keeping its base
             else:
                 network.add_edge(inner, outer, capacity=0)  # a number
             if self.may_repeat(node, costly):
@@ -210,12 +217,12 @@ class _Choice:
             network.add_edge((self.owners[storage], 1), sink)
         if not self.needed:
             return set()
-        # Of all smallest cuts, networkx finds the one that is nearest to its target.
+        # Of all smallest cuts, networkx finds the one nearest to the sink.
         _, (_, near) = nx.minimum_cut(network, source, sink, flow_func=boykov_kolmogorov)
         return {node for node in self.graph.nodes if (node, 1) in near and (node, 0) not in near}
 
     def _parts(self, targets: list[fx.Node], kept: Collection[fx.Node]) -> Iterator[Recomputation]:
-        """The targets with what is computed again for them, those that share a part of it together."""
+        """Yield the targets with what is recomputed for them, grouping those that share a part of it."""
         links: nx.Graph[fx.Node] = nx.Graph()
         roots: dict[fx.Node, set[fx.Node]] = {}
         pending, seen = list(targets), set(targets)
@@ -242,7 +249,7 @@ class _Choice:
             )
 
     def _is_held(self, node: fx.Node) -> bool:
-        """Whether a call gives a tensor of the model itself, as a mask of gradients does, which is there anyway."""
+        """Return whether a node's value is the model's own and exists anyway, such as a mask of gradients."""
         return self.recorded.storages.get(node) in self.recorded.own
 
     def _is_tensor(self, node: fx.Node) -> bool:

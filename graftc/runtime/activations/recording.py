@@ -1,4 +1,4 @@
-"""What autograd keeps of a graph: the graph is run once on tensors without memory, and autograd is asked."""
+"""A record of what autograd keeps of a graph, from one run of the graph on tensors without memory."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _ATTENTIONS = (
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_fused_attention_overrideable,
 )
-"""Fused attentions that torch has no count for."""
+"""Fused attentions for which torch does not count operations."""
 
 Layer = Callable[..., Any]
-"""What runs a layer on fake tensors: ``layer(module, *inputs)``."""
+"""A function that runs a layer on fake tensors: ``layer(module, *inputs)``."""
 
 
 @dataclass
 class Recorded:
-    """What was seen of one run.
+    """The observations of one run.
 
     Attributes:
-        storages: of every node whose value is one tensor, the storage that holds it, as a number.
+        storages: the storage of every node whose value is one tensor, as a number.
         sizes: bytes of the storages.
-        saved: storages that autograd keeps, those of parameters and buffers not counted.
-        own: storages of parameters and buffers, which are there anyway.
+        saved: storages that autograd keeps, except those of parameters and buffers.
+        own: storages of parameters and buffers, which exist anyway.
         several: nodes whose value is several tensors.
-        flops: of products and attentions, by node.
-        outputs: storages that the graph hands out.
-        results: what it hands out, fake.
+        flops: operations of products and attentions, by node.
+        outputs: storages that the graph returns.
+        results: the values that it returns, fake.
     """
 
     storages: dict[fx.Node, int] = field(default_factory=dict)
@@ -54,19 +54,19 @@ class Recorded:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes that autograd keeps."""
+        """The bytes that autograd keeps."""
         return sum(self.sizes[storage] for storage in self.saved)
 
     def owners(self) -> dict[int, fx.Node]:
-        """The first node that has each storage: what made it."""
-        found: dict[int, fx.Node] = {}
+        """Return the first node with each storage, which is the one that created it."""
+        owners: dict[int, fx.Node] = {}
         for node, storage in self.storages.items():
-            found.setdefault(storage, node)
-        return found
+            owners.setdefault(storage, node)
+        return owners
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts floating point operations."""
+    """Counts floating-point operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,7 +85,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Held:
-    """What autograd keeps in a saved tensor's place."""
+    """The object that autograd keeps instead of a saved tensor."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -94,14 +94,17 @@ class _Held:
 
 
 def fake(value: Any, mode: FakeTensorMode) -> Any:
-    """Tensors without memory in the place of others, new leaves that want gradients where these do. Those on the meta
-    device, of which nobody knows where they will be, are on the CPU, whose operators say most of what they keep."""
+    """Return a value with its tensors replaced by new ones without memory.
+
+    They are leaves that require gradients if the originals do. For tensors on the meta device, whose later device is
+    unknown, they are on the CPU, whose operators show most of what they keep.
+    """
 
     def made(tensor: Tensor) -> Tensor:
         device = "cpu" if tensor.device.type == "meta" else tensor.device
         with mode:
-            found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            return found.requires_grad_(tensor.requires_grad) if tensor.requires_grad else found
+            replacement = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return replacement.requires_grad_(tensor.requires_grad) if tensor.requires_grad else replacement
 
     return tree_map_only(Tensor, made, value)
 
@@ -109,19 +112,19 @@ def fake(value: Any, mode: FakeTensorMode) -> Any:
 def record(
     graph: fx.Graph, module: nn.Module, inputs: Sequence[Any], layers: Mapping[str, Layer], mode: FakeTensorMode
 ) -> Recorded:
-    """Run a graph on fake tensors in grad mode.
+    """Run a graph on fake tensors in grad mode, and return what was observed.
 
     Args:
-        graph: names tensors and layers relative to ``module``.
-        module: has them; its tensors are looked at and not read.
-        inputs: fake, in order.
-        layers: what runs the layers that the graph calls, by path.
-        mode: of the fake tensors.
+        graph: a graph that names tensors and layers relative to ``module``.
+        module: the module that contains them; the values of its tensors are not read.
+        inputs: fake inputs, in order.
+        layers: functions that run the layers that the graph calls, by path.
+        mode: the mode of the fake tensors.
 
     Raises:
-        Exception: whatever an operator has against tensors without values.
+        Exception: any error that an operator raises for tensors without values.
     """
-    found, held = Recorded(), weakref.WeakSet[_Held]()
+    recorded, saved = Recorded(), weakref.WeakSet[_Held]()
     own: set[int] = set()
     values: dict[fx.Node, Any] = {}
     tensors: dict[str, Any] = {}
@@ -129,20 +132,20 @@ def record(
 
     def pack(tensor: Tensor) -> _Held:
         kept = _Held(tensor)
-        held.add(kept)
+        saved.add(kept)
         return kept
 
     def storage_of(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         address: int = storage._cdata
-        found.sizes[address] = storage.nbytes()
+        recorded.sizes[address] = storage.nbytes()
         return address
 
     counting = _Counting()
     with mode, torch.enable_grad(), counting, torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         for node in graph.nodes:
             if node.op == "output":
-                found.results = fx.node.map_arg(node.args[0], values.__getitem__)
+                recorded.results = fx.node.map_arg(node.args[0], values.__getitem__)
                 continue
             before = counting.flops
             if node.op == "placeholder":
@@ -162,13 +165,13 @@ def record(
                     value = node.target(*args, **kwargs)
             values[node] = value
             if counting.flops > before:
-                found.flops[node] = counting.flops - before
+                recorded.flops[node] = counting.flops - before
             if isinstance(value, Tensor):
-                found.storages[node] = storage_of(value)
+                recorded.storages[node] = storage_of(value)
             elif isinstance(value, (tuple, list)):
-                found.several.add(node)
-    found.outputs = frozenset(storage_of(t) for t in tree_flatten(found.results)[0] if isinstance(t, Tensor))
-    # What nothing of the result needs is let go, and with it what autograd kept for it.
+                recorded.several.add(node)
+    recorded.outputs = frozenset(storage_of(t) for t in tree_flatten(recorded.results)[0] if isinstance(t, Tensor))
+    # Release the values that no result needs, and with them what autograd kept for them.
     values.clear()
-    found.saved, found.own = frozenset(storage_of(each.tensor) for each in held) - own, frozenset(own)
-    return found
+    recorded.saved, recorded.own = frozenset(storage_of(each.tensor) for each in saved) - own, frozenset(own)
+    return recorded

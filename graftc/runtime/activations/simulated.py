@@ -1,4 +1,4 @@
-"""What a training step takes, from a run of it on tensors without memory."""
+"""The memory that a training step takes, measured in a run on tensors without memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.utils._pytree import tree_leaves
 from graftc.runtime.activations.workspaces import WORKSPACES
 
 Part = Hashable
-"""What a stretch of a step is called; the first one is None."""
+"""The name of a part of a step; None for the first one."""
 
 Levels = Mapping[Part, list[int]]
-"""Bytes, in order, by part."""
+"""Bytes in the order of time, by part."""
 
 
 class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the bytes of all tensors that are made while it is on.
+    """Tracks the bytes of all tensors that are created while it is active.
 
     Attributes:
-        level: of those that are there.
-        levels: what there was whenever something had been made, in every part of what ran.
+        level: bytes of the tensors that exist now.
+        levels: the levels after each allocation, for every part of what ran.
     """
 
     def __init__(self) -> None:
@@ -43,9 +43,9 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # what asks for a value is given one
+        if func is torch.ops.aten._local_scalar_dense.default:  # return some value to code that reads one
             return 1.0 if args[0].is_floating_point() else 0 if args[0].dtype != torch.bool else False
-        # What is given was there before, or has been seen when it was made.
+        # Arguments existed before, or have been tracked since they were created.
         given = {id(storage) for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
         result = func(*args, **(kwargs or {}))
         for storage in map(_storage, tree_leaves(result)):
@@ -75,5 +75,5 @@ def _storage(value: Any) -> Any:
 
 
 def highest(levels: Levels) -> int:
-    """The most that there was."""
+    """Return the highest level."""
     return max(map(max, levels.values()))

@@ -1,4 +1,4 @@
-"""What a training step keeps, as data."""
+"""The memory that a training step takes, as data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from graftc.runtime.activations.training_code import choices_of
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one part of a model keeps for the backward pass.
+    """The activations that one part of a model keeps for the backward pass.
 
     Attributes:
-        module: path of a layer; empty for what is in none.
+        module: the path of a layer; empty for the part outside layers.
         without: bytes that autograd would keep by itself.
         kept: bytes that are kept.
-        recomputed: how many values are computed again in the backward pass.
-        reason: why nothing could be planned, where that is so: the part keeps what autograd keeps.
+        recomputed: the number of values that are recomputed in the backward pass.
+        reason: why nothing could be planned, if so; the part then keeps what autograd keeps.
     """
 
     module: str
@@ -33,12 +33,12 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a training step takes for given inputs, worked out without computing it.
+    """The memory that a training step takes for given inputs, determined without computing the step.
 
     Attributes:
-        layers: by part of the model.
-        peak: bytes at the highest point of the forward and backward pass, parameters, gradients from before and states
-            of optimisers not counted. What operators use inside is not known.
+        layers: the activations of each part of the model.
+        peak: bytes at the highest point of the forward and backward pass, not counting parameters, earlier gradients
+            and states of optimisers. The internal memory of operators is not known, except that of graftc's own.
     """
 
     layers: tuple[LayerActivations, ...]
@@ -46,16 +46,16 @@ class Activations:
 
     @property
     def without(self) -> int:
-        """Bytes that autograd would keep by itself."""
+        """The bytes that autograd would keep by itself."""
         return sum(layer.without for layer in self.layers)
 
     @property
     def kept(self) -> int:
-        """Bytes that are kept for the backward pass."""
+        """The bytes that are kept for the backward pass."""
         return sum(layer.kept for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the data as plain values for JSON."""
         return {"without": self.without, "kept": self.kept, **asdict(self)}
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Activations:
 
 
 def layers_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[LayerActivations]:
-    """What was chosen for modules that have run."""
+    """Yield the activations of modules that have run, according to the choices made for them."""
     for name, module in modules:
         for (code, kind), choice in choices_of(module).items():
             planned = code.planned[kind]

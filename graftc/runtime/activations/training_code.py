@@ -28,12 +28,13 @@ from graftc.specs.errors.diagnostics import warn
 
 
 class Kind(NamedTuple):
-    """What a plan depends on beside the graph.
+    """The properties of a call that a plan depends on besides the graph.
 
     Attributes:
-        wanted: for every tensor that the graph reads, whether it wants a gradient; of codes, whether the weight does.
-        casts: autocast.
-        size: of the inputs, by powers of four.
+        wanted: for every tensor that the graph reads, whether it requires a gradient; for codes, whether the weight
+            does.
+        casts: the autocast settings.
+        size: the size of the inputs, by powers of four.
     """
 
     wanted: tuple[bool, ...]
@@ -50,15 +51,15 @@ def training_code(
     budget: float | None = None,
     offload: bool = False,
 ) -> TrainingCode:
-    """The code of a graph that trains; equal graphs share what is returned, and their plans.
+    """Return the code of a graph that trains; equal graphs share the result and its plans.
 
     Args:
-        function: the code that `graftc.passes.core.ir.codegen` makes of it.
+        function: the code that `graftc.passes.core.ir.codegen` generates from the graph.
         graph: the graph itself.
-        device: where tensors are that it makes anew.
-        plain: keep what autograd keeps, but for the values of packed weights.
-        budget: bytes of activations to keep, as a part of those that autograd keeps by itself.
-        offload: hold what is kept in the host's memory, where the graph runs on another device.
+        device: the device of the tensors that the graph creates.
+        plain: whether to keep what autograd keeps, except the values of packed weights.
+        budget: bytes of activations to keep, as a fraction of those that autograd keeps by itself.
+        offload: whether to store what is kept in the host's memory, if the graph runs on another device.
     """
     away = device if offload and device.type not in ("cpu", "meta") else None
     return RECENT.get(
@@ -71,10 +72,9 @@ class Planned:
     """Ways to run calls of one kind.
 
     Attributes:
-        plans: from the cheapest in time to the one that keeps least; empty where the graph cannot be run without
-            values.
-        codes: for each of them, None where it is autograd's own choice.
-        reason: why there is no plan.
+        plans: plans from the fastest to the one that keeps least; empty if the graph cannot be run without values.
+        codes: the code of each plan; None for autograd's own choice.
+        reason: the reason why there is no plan.
     """
 
     plans: tuple[ActivationPlan, ...]
@@ -83,16 +83,16 @@ class Planned:
 
 
 class TrainingCode:
-    """``f(module, *inputs)``.
+    """The code of a graph that trains: ``f(module, *inputs)``.
 
     Args:
         function: the plain code.
-        graph: what it was made of.
-        plain, budget: see `training_code`.
-        away: the device from which what is kept is taken to the host's memory.
+        graph: the graph that it was generated from.
+        plain, budget: as for `training_code`.
+        away: the device from which what is kept is moved to the host's memory.
 
     Attributes:
-        planned: by kind of call.
+        planned: ways to run calls, by kind of call.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class TrainingCode:
 
     @property
     def size(self) -> int:
-        """How many values it computes."""
+        """The number of values that the code computes."""
         return sum(node.op == "call_function" for node in self._graph.nodes)
 
     def __deepcopy__(self, memo: Any) -> TrainingCode:
-        return self  # code holds no tensors
+        return self  # code contains no tensors
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         """Run the graph."""
@@ -126,7 +126,7 @@ class TrainingCode:
         choice = choices.get((self, kind))
         if choice is None:
             if hooks is not None:
-                return self.function(module, *inputs)  # what others count on may not change between two calls
+                return self.function(module, *inputs)  # the owner of the hooks relies on calls that save the same
             self.choose(module, inputs, kind)
             choice = choices[self, kind]
         codes = self.planned[kind].codes
@@ -139,20 +139,20 @@ class TrainingCode:
         return Frame(code, module, hooks, kind.casts).run(inputs)
 
     def prepare(self, module: nn.Module, inputs: Sequence[Any]) -> None:
-        """Choose how calls of the kind of one are run, as the first of them would."""
+        """Choose how calls of the kind of this one are run, as the first of them would do."""
         kind = self.kind(module, inputs)
         if not (self.plain and not self._unpacks) and (self, kind) not in choices_of(module):
             self.choose(module, inputs, kind)
 
     def _taken_away(self, module: nn.Module) -> Hooks:
-        """Hooks that take what is kept to the host's memory, but for the model's own tensors."""
+        """Return hooks that move what is kept to the host's memory, except the model's own tensors."""
         assert self._away is not None
         own = {tensor_at(module, name).untyped_storage()._cdata for name in self._names}
         offload = offload_of(self._away)
         return partial(offload.pack, own), offload.unpack
 
     def kind(self, module: nn.Module, inputs: Sequence[Any]) -> Kind:
-        """What plans are made for."""
+        """Return the kind of a call, for which plans are made."""
         given = [value for value in inputs if isinstance(value, Tensor)]
         tensors = [*(tensor_at(module, name) for name in self._names), *given]
         devices = {tensor.device.type for tensor in tensors}
@@ -161,7 +161,7 @@ class TrainingCode:
         return Kind(wanted, casts_of(sorted(devices)), size)
 
     def choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
-        """Choose how this graph runs, and how the layers that it calls do, which share its budget."""
+        """Choose how this graph and the layers that it calls run; they share one budget."""
         mode, calls = FakeTensorMode(), list[Call]()
         with no_modes():
             call, _ = self._call(module, fake(list(inputs), mode), kind, mode, calls)
@@ -173,11 +173,11 @@ class TrainingCode:
     def _call(
         self, module: nn.Module, inputs: Sequence[Any], kind: Kind, mode: FakeTensorMode, calls: list[Call]
     ) -> tuple[Call, Any]:
-        """A call with fake inputs, and its results; adds the layers that it calls to ``calls``."""
+        """Return a call with fake inputs and its results; add the layers that it calls to ``calls``."""
         choices, key = choices_of(module), (self, kind)
         try:
             recorded = self._record(module, inputs, mode, calls)
-        except Exception as error:  # whatever an operator without values raises: such a graph runs as it is
+        except Exception as error:  # any error of an operator without values: such a graph runs unchanged
             calls.clear()
             self.planned.setdefault(kind, Planned((), (), f"{type(error).__name__}: {error}".splitlines()[0]))
             return Call(choices, key, ()), None
@@ -186,14 +186,14 @@ class TrainingCode:
             def is_buffer(name: str) -> bool:
                 return not isinstance(tensor_at(module, name), nn.Parameter)
 
-            own = ActivationPlan((), recorded.saved_bytes)
+            default = ActivationPlan((), recorded.saved_bytes)
             only = (unpacked,) if self.plain else None
-            made = [own]
+            candidates = [default]
             if not self.plain or self._unpacks:
-                made = plans(self._graph, recorded, is_buffer, self._budget is not None, only)
-            found = tuple(made)
-            codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
-            self.planned[kind] = Planned(found, codes)
+                candidates = plans(self._graph, recorded, is_buffer, self._budget is not None, only)
+            available = tuple(candidates)
+            codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in available)
+            self.planned[kind] = Planned(available, codes)
         planned = self.planned[kind].plans
         given = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if isinstance(t, Tensor)}
         kept = tuple(kept_by(plan.parts, recorded) for plan in planned)
@@ -207,7 +207,7 @@ class TrainingCode:
         return record(self._graph, module, inputs, layers, mode)
 
     def results(self, module: nn.Module, inputs: Sequence[Any], mode: FakeTensorMode, calls: list[Call]) -> Any:
-        """Fake results for fake inputs, of a layer, which is added to ``calls``."""
+        """Return a layer's fake results for fake inputs, and add its call to ``calls``."""
         kind = self.kind(module, inputs)
         key = (kind, *(_seen(value) for value in inputs))
         if key not in self._results:
@@ -219,7 +219,7 @@ class TrainingCode:
         return fake(results, mode)
 
     def _framed(self, module: nn.Module, recorded: Recorded, parts: Sequence[Recomputation]) -> FrameCode:
-        """The graph with marks, and code for its parts."""
+        """Return the code of the graph with marks, and the code of its parts."""
         roots = list(dict.fromkeys(root for part in parts for root in part.roots))
         where = {target: (n, at) for n, part in enumerate(parts) for at, target in enumerate(part.targets)}
         marked = _marked(self._graph, recorded, roots, list(where))
@@ -228,9 +228,9 @@ class TrainingCode:
 
 
 def choices_of(module: nn.Module) -> Choices:
-    """How each kind of call of a module runs."""
-    found: Choices = vars(module)[OWN].choices
-    return found
+    """Return the way in which each kind of call of a module runs."""
+    choices: Choices = vars(module)[OWN].choices
+    return choices
 
 
 def _seen(value: Any) -> Any:
@@ -240,10 +240,10 @@ def _seen(value: Any) -> Any:
 
 
 def _hooks() -> Hooks | None:
-    """The hooks of saved tensors that are in force beside those of frames."""
-    found: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    frame = getattr(found[0], "__self__", None) if found is not None else None
-    return frame.hooks if isinstance(frame, Frame) else found
+    """Return the hooks of saved tensors that are in force besides those of frames."""
+    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    frame = getattr(hooks[0], "__self__", None) if hooks is not None else None
+    return frame.hooks if isinstance(frame, Frame) else hooks
 
 
 def _keep(frame: Frame, index: int, value: Any) -> None:
@@ -255,39 +255,39 @@ def _mark(frame: Frame, index: int, value: Tensor) -> None:
 
 
 def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.Graph:
-    """A copy that tells a frame, its first input, of what it keeps and what it need not keep."""
-    made = fx.Graph()
+    """Return a copy of a graph that tells a frame, its first input, what to keep and what need not be kept."""
+    marked = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    frame = made.placeholder("frame")
-    made.output(made.graph_copy(graph, mapping))
+    frame = marked.placeholder("frame")
+    marked.output(marked.graph_copy(graph, mapping))
     place = {node: number for number, node in enumerate(graph.nodes)}
-    first = next(node for node in made.nodes if node.op != "placeholder")
+    first = next(node for node in marked.nodes if node.op != "placeholder")
     sharing: dict[int, list[fx.Node]] = {}
     for node, storage in recorded.storages.items():
         sharing.setdefault(storage, []).append(node)
     for index, target in enumerate(targets):
         readers = [user for node in sharing[recorded.storages[target]] for user in (node, *node.users)]
         last = max((user for user in readers if user.op != "output"), key=place.__getitem__)
-        with made.inserting_after(mapping[last]):
-            made.call_function(_mark, (frame, index, mapping[target]))
+        with marked.inserting_after(mapping[last]):
+            marked.call_function(_mark, (frame, index, mapping[target]))
     for index, root in enumerate(roots):
-        context = made.inserting_before(first) if root.op == "placeholder" else made.inserting_after(mapping[root])
+        context = marked.inserting_before(first) if root.op == "placeholder" else marked.inserting_after(mapping[root])
         with context:
-            made.call_function(_keep, (frame, index, mapping[root]))
-    return made
+            marked.call_function(_keep, (frame, index, mapping[root]))
+    return marked
 
 
 def _part_code(part: Recomputation, roots: Sequence[fx.Node], module: nn.Module) -> PartCode:
-    made = fx.Graph()
-    mapping = {root: made.placeholder(f"r{number}") for number, root in enumerate(part.roots)}
+    graph = fx.Graph()
+    mapping = {root: graph.placeholder(f"r{number}") for number, root in enumerate(part.roots)}
     read = [operand for node in part.nodes for operand in node.all_input_nodes if operand.op == "get_attr"]
-    own = dict.fromkeys(str(operand.target) for operand in read)
-    names = {name: made.placeholder(f"p{number}") for number, name in enumerate(own)}
+    parameters = dict.fromkeys(str(operand.target) for operand in read)
+    names = {name: graph.placeholder(f"p{number}") for number, name in enumerate(parameters)}
 
     def value(node: fx.Node) -> fx.Node:
         return names[str(node.target)] if node.op == "get_attr" else mapping[node]
 
     for node in part.nodes:
-        mapping[node] = made.node_copy(node, value)
-    made.output(tuple(mapping[target] for target in part.targets))
-    return PartCode(code_of(made).function, tuple(roots.index(root) for root in part.roots), tuple(names))
+        mapping[node] = graph.node_copy(node, value)
+    graph.output(tuple(mapping[target] for target in part.targets))
+    return PartCode(code_of(graph).function, tuple(roots.index(root) for root in part.roots), tuple(names))

@@ -1,4 +1,4 @@
-"""What operators of ours take while they run, which tensors without memory do not show."""
+"""The memory that graftc's operators take while they run, which tensors without memory do not show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEVICE: ContextVar[str | None] = ContextVar("device", default=None)
 
 @contextmanager
 def running_on(device: str) -> Iterator[None]:
-    """Inside, operators take what they take on a kind of device, whatever tensors without memory say of theirs."""
+    """Compute workspaces for a kind of device while the block runs, whatever tensors without memory are on."""
     token = _DEVICE.set(device)
     try:
         yield
@@ -26,7 +26,7 @@ def running_on(device: str) -> Iterator[None]:
 
 
 def _of_head_loss(xs: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any) -> int:
-    """Those of a chunk."""
+    """Return the workspace of one chunk of rows, in bytes."""
     labels, cap = rest[1], rest[8]
     dtype = weights[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -37,4 +37,4 @@ def _of_head_loss(xs: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any) -
 
 
 WORKSPACES: Mapping[Any, Callable[..., int]] = {torch.ops.graftc.head_loss_forward.default: _of_head_loss}
-"""Bytes, for an operator's arguments."""
+"""Functions that compute the workspace of an operator in bytes from its arguments."""

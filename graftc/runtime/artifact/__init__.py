@@ -1,4 +1,4 @@
-"""Artifacts: a compiled model on disk as a folder without pickle. Names load when first used."""
+"""Artifacts: compiled models on disk, as folders without pickles. Names are imported when they are first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model was made, as files say it: see `Built`."""
+"""How a model was built, as files record it: see `Built`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graftc.runtime.reference import MOST_LABELS, Built
 
 
 def built_of(model: nn.Module) -> Built:
-    """How a model was made."""
+    """Return how a model was built."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     numbered = isinstance(labels, dict) and list(labels) == list(range(len(labels))) and len(labels) <= MOST_LABELS
     return Built(

@@ -1,6 +1,6 @@
-"""What a state dict says of itself: the spec, the base and the inputs that its tensors belong to, as bytes in a tensor.
+"""The record in a state dict: the spec, the base and the inputs that its tensors belong to, as bytes in a tensor.
 
-Trainers write state dicts to files of their own. With the record in it, such a file is enough to make the model again.
+Trainers write state dicts to files of their own. With the record in it, such a file is enough to build the model again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from graftc.specs.io import dump_spec
 
 RECORD = file_names.STATE_RECORD
 MOST = 16 * 2**20
-"""Bytes of the largest record that is read."""
+"""The size in bytes of the largest record that is read."""
 
 
 class BaseRecord(Record):
@@ -67,12 +67,12 @@ class BaseRecord(Record):
 
     @property
     def built(self) -> Built:
-        """How it was made of what is there."""
+        """How the model was built."""
         return Built(self.model, self.labels, self.dtype, self.settings)
 
     @property
     def place(self) -> Reference:
-        """Where it was."""
+        """Where the model came from."""
         return Reference(self.kind, self.reference, self.revision, built=self.built)
 
 
@@ -109,17 +109,17 @@ class StateRecord(Record):
 
     @property
     def axes(self) -> list[Axis]:
-        """The inputs that graphs are asked for."""
+        """The inputs that graphs are captured for."""
         return axes_of(self.inputs, self.flags)
 
 
 def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> StateRecord:
-    """The record of a Compilation.
+    """Return the record of a Compilation.
 
     Args:
-        compilation: whose.
-        identity: of its base.
-        values: whether the base has any.
+        compilation: the Compilation.
+        identity: the identity of its base.
+        values: whether the base's tensors have values.
     """
     reference, built = Reference.of(compilation.source), built_of(compilation.source)
     main = compilation.main
@@ -147,17 +147,17 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
 
 
 def weights_of(identity: Identity) -> str:
-    """A digest of a base's tensors, whatever its config says."""
+    """Return a digest of a base's tensors, independent of its config."""
     return Identity("", identity.tensors, identity.full).fingerprint
 
 
 def as_tensor(record: StateRecord) -> Tensor:
-    """The record as ``uint8[bytes]``."""
+    """Return a record as ``uint8[bytes]``."""
     return torch.frombuffer(bytearray(record.model_dump_json().encode()), dtype=torch.uint8)
 
 
 def from_tensor(tensor: Tensor, where: str) -> StateRecord:
-    """Read a record back. ``where`` is named in errors.
+    """Read a record from a tensor; ``where`` is the place named in errors.
 
     Raises:
         GraftError: GC081 for a newer format, GC082 for what is not a record.
@@ -183,7 +183,7 @@ def _version(error: Exception, tensor: Tensor) -> int:
     if not isinstance(error, ValidationError):
         return 0
     try:
-        found = json.loads(bytes(tensor.detach().to("cpu", torch.uint8).reshape(-1).numpy()))["schema_version"]
+        version = json.loads(bytes(tensor.detach().to("cpu", torch.uint8).reshape(-1).numpy()))["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return 0
-    return found if isinstance(found, int) else 0
+    return version if isinstance(version, int) else 0

@@ -1,4 +1,4 @@
-"""What differs between two artifacts."""
+"""Differences between two artifacts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from graftc.specs.io import dump_spec
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One adapter tensor that is not the same in both.
+    """One adapter tensor that is not the same in both artifacts.
 
     Attributes:
-        name: its name; ``old -> new`` where it has moved.
-        status: what became of it.
-        largest: largest absolute difference of its values; None where there are no two to compare.
+        name: its name; ``old -> new`` if it has moved.
+        status: what happened to it.
+        largest: the largest absolute difference of its values; None if there are not two tensors of one shape.
     """
 
     name: str
@@ -35,14 +35,14 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs. All of it is empty where the artifacts do the same to the same model.
+    """The differences of two artifacts; all of them are empty if both do the same to the same model.
 
     Attributes:
-        base: in which ways they adapt other models.
+        base: the ways in which the adapted models differ.
         spec: a unified diff of the specs.
         added, removed, changed: adapted places, as text.
-        tensors: adapter tensors.
-        graph: a diff of the eval graphs, equal layers collapsed.
+        tensors: adapter tensors that differ.
+        graph: a diff of the eval graphs, with equal layers collapsed.
     """
 
     base: tuple[str, ...]
@@ -55,21 +55,21 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Nothing differs."""
+        """Whether nothing differs."""
         places = self.added or self.removed or self.changed
         return not (self.base or self.spec or places or self.tensors or self.graph)
 
 
 def nothing() -> Comparison:
-    """No difference."""
+    """Return a comparison without differences."""
     return Comparison((), "", (), (), (), (), "")
 
 
 def compare(a: Artifact, b: Artifact) -> Comparison:
-    """Compare two artifacts, the second with the first. No base is needed.
+    """Compare an artifact with another: the second with the first. No base is needed.
 
     Raises:
-        GraftError: GC084 for tensors that are not what their manifest says, GC091 where an artifact has no graphs.
+        GraftError: GC084 for tensors that are not what their manifest says, GC091 if an artifact has no graphs.
     """
     before, after = _places(a), _places(b)
     old, new = dump_spec(a.spec).splitlines(), dump_spec(b.spec).splitlines()
@@ -89,7 +89,7 @@ def compare(a: Artifact, b: Artifact) -> Comparison:
 
 
 def _places(artifact: Artifact) -> dict[str, str]:
-    """Every adapted place with what can differ there."""
+    """Return every adapted place, with everything that can differ there, as text."""
     return {
         f"{record.adaptation} at {record.key}": ", ".join([record.method, _rows(record), *record.roles])
         for record in artifact.sites()

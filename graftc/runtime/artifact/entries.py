@@ -1,4 +1,4 @@
-"""From a compiled model to the data of its manifest, and the texts of its graphs."""
+"""The data of a compiled model's manifest, and the texts of its graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from graftc.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """What is writing."""
+    """Return the versions of graftc, Python, torch and transformers that write the artifact."""
     import transformers
 
     return {
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def base(compiled: AdaptedRunner, reference: Reference, identity: Identity) -> dict[str, Any]:
-    """The entry for the base."""
+    """Return the entry for the base."""
     source, store = compiled.compilation.source, Store.mirror(compiled.compilation.source)
     built = built_of(source)
     return {
@@ -68,7 +68,7 @@ def base(compiled: AdaptedRunner, reference: Reference, identity: Identity) -> d
 
 
 def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The table of tensors of one file."""
+    """Return the table of tensors of one file."""
     return {
         name: {
             "dtype": record.dtype,
@@ -82,7 +82,7 @@ def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def places(compiled: AdaptedRunner) -> dict[str, Any]:
-    """Adapted places and trained base tensors."""
+    """Return the entries for adapted places and for trained base tensors."""
     shot = compiled.snapshot
     trained = [
         {
@@ -97,13 +97,13 @@ def places(compiled: AdaptedRunner) -> dict[str, Any]:
 
 
 def signatures(compiled: AdaptedRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The entries of all signatures, and the texts of their graphs by file."""
+    """Return the entries for all signatures, and the texts of their graphs by file."""
     texts: dict[str, str] = {}
     compilation = compiled.compilation
     store = compilation.store
     entries = []
-    for number, found in enumerate(compilation.signatures.values()):
-        programs = compilation.graphs(found.signature)
+    for number, compiled_signature in enumerate(compilation.signatures.values()):
+        programs = compilation.graphs(compiled_signature.signature)
         base, adapted = programs["base.train"], programs["train"]
         graphs: dict[str, Any] = {}
         try:
@@ -119,11 +119,11 @@ def signatures(compiled: AdaptedRunner) -> tuple[list[dict[str, Any]], dict[str,
             {
                 "inputs": [
                     {"name": axis.name, "dtype": DTYPE_NAMES[axis.dtype], "axes": list(axis.axes)}
-                    for axis in found.axes
+                    for axis in compiled_signature.axes
                 ],
                 "flags": [list(flag) for flag in base.flags],
                 "choices": [s.name for s in adapted.inputs if s.name in compilation.controls],
-                "captures": [_capture(capture, programs) for capture in found.captures],
+                "captures": [_capture(capture, programs) for capture in compiled_signature.captures],
                 "graphs": graphs,
             }
         )
@@ -140,6 +140,6 @@ def _capture(capture: Capture, programs: Mapping[str, Program]) -> dict[str, Any
 
 
 def constants(compiled: AdaptedRunner) -> dict[str, Tensor]:
-    """Tensors that graphs mention beside the model's and graftc's own."""
-    captures = [c for found in compiled.compilation.signatures.values() for c in found.captures]
+    """Return the tensors that graphs refer to apart from the model's and graftc's own."""
+    captures = [c for signature in compiled.compilation.signatures.values() for c in signature.captures]
     return {name: tensor for c in captures for name, tensor in sorted(c.constants.items())}

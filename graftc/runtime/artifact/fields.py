@@ -1,4 +1,4 @@
-"""Types of what stands in a manifest: nothing is converted, everything is bounded. No torch."""
+"""Types of the fields of a manifest: no value is converted, and every one is bounded. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftc.runtime.reference import MOST_LABELS
 from graftc.runtime.tensors import file_names
 
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = file_names.MANIFEST_BYTES, 2**26, 2**24
-"""What a manifest, a graph, and another text may have."""
+"""The largest sizes in bytes of a manifest, a graph and any other text."""
 
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ def _name(text: str) -> str:
 
 
 def _axis(text: str) -> str:
-    """The name of an axis, or of two that it is as long as together, the second of which may be a number."""
+    """Return the name of an axis, or of the sum of two, the second of which may be a number, after checking it."""
     name, *more = text.split("+")
     if len(more) > 1:
         raise ValueError("no name of an axis")

@@ -1,7 +1,7 @@
-"""The manifest of an artifact: what is in the folder, and what it was made from. No torch.
+"""The manifest of an artifact: what the folder contains, and what it was made from.
 
-It is canonical JSON (one form of every value) that ends with a digest of itself, so that any change of it
-shows. Digests tell damage, not intent: whoever may rewrite the folder may rewrite the manifest too.
+It is canonical JSON (one form of every value) that ends with a digest of itself, so that any change to it is detected.
+Digests detect damage, not intent: anybody who may rewrite the folder may rewrite the manifest as well.
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ class Base(Record):
 
     @property
     def place(self) -> Reference:
-        """Where it was."""
+        """Where the model came from."""
         return Reference(self.kind, self.reference, self.revision, self.relative, self.built)
 
     @property
     def built(self) -> Built:
-        """How it was made of what is there."""
+        """How the model was built."""
         return Built(self.model.rpartition(".")[2], self.labels, self.dtype, self.settings)
 
 
@@ -229,7 +229,7 @@ class Input(Record):
 
 
 def axes_of(inputs: Iterable[Input], flags: Iterable[tuple[str, Flag]]) -> list[Axis]:
-    """The inputs that graphs are asked for. Sizes of a union of elements have names of their own."""
+    """Return the inputs that graphs are captured for; in a union of elements, their axes have names of their own."""
     named = bool(elements_in(flags))
     return [Axis(own.name, DTYPES[own.dtype], own.axes, as_shown=named) for own in inputs]
 
@@ -237,7 +237,7 @@ def axes_of(inputs: Iterable[Input], flags: Iterable[tuple[str, Flag]]) -> list[
 GraphName: TypeAlias = Literal[
     "base.train", "base.eval", "train", "eval", "tokens.train", "tokens.eval", "embeds.train", "embeds.eval"
 ]
-"""A graph of a signature."""
+"""The name of one of a signature's graphs."""
 
 
 class Captured(Record):
@@ -347,7 +347,7 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        """What one part says of another is so."""
+        """Check that the parts of the manifest agree with each other."""
         base, owners = self.base, self.base.tensors.keys()
         for alias, owner in base.aliases.items():
             if alias in owners or owner not in owners:
@@ -375,7 +375,7 @@ class Manifest(Record):
         return self
 
     def named_files(self) -> Iterator[str]:
-        """Every file that a field names."""
+        """Yield every file that a field names."""
         if self.certificate is not None:
             yield self.certificate
         for signature in self.signatures:
@@ -383,22 +383,22 @@ class Manifest(Record):
 
 
 def canonical_json(data: Any) -> str:
-    """The one text of JSON data that graftc writes; keys stay in their order, which is that of the model."""
+    """Return the one text of JSON data that graftc writes; keys keep their order, which is that of the model."""
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sealed(data: dict[str, Any]) -> str:
-    """The text of a manifest: canonical, with its digest."""
+    """Return the text of a manifest: canonical JSON, with its digest."""
     digest = hashlib.sha256(canonical_json(data).encode()).hexdigest()
     return canonical_json({**data, "digest": digest})
 
 
 def read_manifest(text: bytes, where: str) -> Manifest:
-    """The manifest in a text.
+    """Return the manifest in a text.
 
     Raises:
-        GraftError: GC080 where it is not an artifact, GC081 where a newer release wrote it, GC082 where it is damaged,
-            GC085 where it names what it must not.
+        GraftError: GC080 if it is not an artifact's, GC081 if a newer release wrote it, GC082 if it is damaged, GC085
+            if it names what it must not.
     """
     data = unsealed(text, where, "artifact", SCHEMA_VERSION)
     _check_names(data, where)
@@ -416,24 +416,24 @@ def read_manifest(text: bytes, where: str) -> Manifest:
 
 
 def first_error(error: ValidationError) -> str:
-    """Where data is not of its model, and what is wrong there."""
+    """Return the first place where data does not fit its model, and what is wrong there."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(step) for step in first["loc"])
     return f"{place}: {first['msg'].lower()}".removeprefix(": ")
 
 
 def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIFEST) -> dict[str, Any]:
-    """The data of a canonical text that ends with its digest.
+    """Return the data of a canonical text that ends with its digest.
 
     Args:
-        text: what was read.
-        where: the folder, for errors.
-        kind: what it says it is.
-        version: the newest format that is understood.
-        file: the file's name, for errors.
+        text: the text that was read.
+        where: the folder named in errors.
+        kind: the key whose value has to be ``"graftc"``.
+        version: the newest format that is supported.
+        file: the name of the file in errors.
 
     Raises:
-        GraftError: GC080 where it is not of this kind, GC081 of a newer version, GC082 where it was changed.
+        GraftError: GC080 if it is not of this kind, GC081 for a newer version, GC082 if it was changed.
     """
     try:
         data = read_json(text, MANIFEST_BYTES)
@@ -442,9 +442,9 @@ def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIF
         raise damaged(where, file, f"is not plain JSON: {error}") from error
     if not isinstance(data, dict) or data.get(kind) != "graftc":
         raise GraftError("GC080", f"{where} does not say that graftc wrote it", hint="graftc compile writes artifacts")
-    found = data.get("schema_version")
-    if isinstance(found, int) and found > version:
-        message = f"{where} is of format {found}, and this release reads up to {version}"
+    format_version = data.get("schema_version")
+    if isinstance(format_version, int) and format_version > version:
+        message = f"{where} is of format {format_version}, and this release reads up to {version}"
         raise GraftError("GC081", message, hint="upgrade graftc: pip install -U graftc")
     digest = data.pop("digest", None)
     if canonical != text or hashlib.sha256(canonical_json(data).encode()).hexdigest() != digest:
@@ -453,20 +453,20 @@ def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIF
 
 
 def damaged(where: str, file: str, what: str) -> GraftError:
-    """The error for a file whose content is not what was written."""
+    """Return the error for a file whose content is not what was written."""
     return GraftError("GC082", f"{where} is damaged: {file} {what}", hint="copy it again from where it was made")
 
 
 def _check_names(data: dict[str, Any], where: str) -> None:
     for table, pattern in (("files", _FILE), ("adapters", _TENSOR), ("constants", _TENSOR)):
-        found = data.get(table)
-        for name in found if isinstance(found, dict) else ():
+        entries = data.get(table)
+        for name in entries if isinstance(entries, dict) else ():
             if not _is_storable(name, pattern):
                 raise unsafe(where, f"the {'file' if table == 'files' else 'tensor'} name {name!r}")
 
 
 def is_storable(name: str) -> bool:
-    """Whether artifacts may have a tensor of this name."""
+    """Return whether artifacts may contain a tensor of this name."""
     return _is_storable(name, _TENSOR)
 
 
@@ -475,6 +475,6 @@ def _is_storable(name: str, pattern: re.Pattern[str]) -> bool:
 
 
 def unsafe(where: str, what: str) -> GraftError:
-    """The error for what graftc would never have written."""
+    """Return the error for content that graftc would never have written."""
     hint = "graftc writes no such thing: do not use this artifact"
     return GraftError("GC085", f"{where} is not safe to read: {what}", hint=hint)

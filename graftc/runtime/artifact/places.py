@@ -1,4 +1,4 @@
-"""Which folders graftc wrote, so that ``force`` may replace them, and which are adapters of PEFT's. No torch."""
+"""Telling the folders that graftc wrote, which ``force`` may replace, and adapters of PEFT from other folders."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from graftc.specs.foreign.config import CONFIG
 __all__ = ["RECORD", "is_artifact", "is_merged", "is_ours", "is_peft"]
 
 RECORD = "graftc.json"
-"""What the folder of a merged model says of where it comes from."""
+"""The file in the folder of a merged model that records where the model comes from."""
 
 
 def is_artifact(path: Path) -> bool:
-    """An artifact, or an empty folder."""
+    """Return whether a folder is an artifact, or empty."""
     return _holds(path, MANIFEST)
 
 
 def is_merged(path: Path) -> bool:
-    """A merged model of graftc's, or an empty folder."""
+    """Return whether a folder is a merged model that graftc wrote, or empty."""
     return _holds(path, RECORD)
 
 
 def is_ours(path: Path) -> bool:
-    """Either."""
+    """Return whether a folder is an artifact or a merged model that graftc wrote, or empty."""
     return is_artifact(path) or is_merged(path)
 
 
 def is_peft(path: Path) -> bool:
-    """Whether a folder looks like an adapter of PEFT's."""
+    """Return whether a folder looks like an adapter of PEFT."""
     return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
 
 

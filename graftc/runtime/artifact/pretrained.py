@@ -1,4 +1,4 @@
-"""A compiled model in a folder of another library's, as ``save_pretrained`` writes it: a config, and the artifact."""
+"""Writing a compiled model as ``save_pretrained`` does: a folder with a config of transformers and the artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
 FOLDER = "graftc"
-"""Where the artifact is within a folder that ``save_pretrained`` wrote."""
+"""The folder of the artifact within one that ``save_pretrained`` wrote."""
 
 _AS_ALWAYS: Mapping[str, tuple[Any, ...]] = {
     "is_main_process": (True, False),
@@ -27,12 +27,12 @@ _AS_ALWAYS: Mapping[str, tuple[Any, ...]] = {
     "save_original_format": (True, False),
     "save_peft_format": (True, False),
 }
-"""Values that options of ``save_pretrained`` may have; others are to be false or None."""
+"""Values that options of ``save_pretrained`` may have; all other options have to be false or None."""
 
 
 @cache
 def adapted_config() -> Any:
-    """The class of the config of a folder with a compiled model."""
+    """Return the class of the config of a folder with a compiled model."""
     from transformers import PreTrainedConfig
 
     class AdaptedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -52,16 +52,16 @@ def adapted_config() -> Any:
 
 
 def save_pretrained(runner: AdaptedRunner, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
-    """Write a compiled model into a folder that may hold files of another library, as a tokenizer.
+    """Write a compiled model into a folder that may contain files of another library, such as a tokenizer.
 
     Args:
-        runner: of what to write; its base's weights are not written.
-        folder: made where it is missing; ``config.json`` and the folder ``graftc`` in it are replaced.
-        options: of transformers' method.
+        runner: the Runner of the model to write; the base's weights are not written.
+        folder: the folder, created if it is missing; ``config.json`` and the folder ``graftc`` in it are replaced.
+        options: options of transformers' method.
 
     Raises:
         GraftError: as `Compiled.save`; GC032 for a model without a config of transformers, GC063 for the base's own
-            folder, whose config would be lost, GC072 for options that ask for another form.
+            folder, whose config would be lost, GC072 for options that request another form.
     """
     from transformers import PreTrainedConfig
 

@@ -1,4 +1,4 @@
-"""Reading an artifact. Everything is checked before anything of it is used."""
+"""Reading artifacts. Everything in one is checked before it is used."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Artifact:
 
     Attributes:
         path: its folder.
-        manifest: what it says of itself.
+        manifest: its manifest.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -64,7 +64,7 @@ class Artifact:
 
     @cached_property
     def spec(self) -> Spec:
-        """What it was compiled from."""
+        """The spec that it was compiled from."""
         file = self.path / SPEC
         try:
             text = content(file, TEXT_BYTES).decode("utf-8")
@@ -74,25 +74,25 @@ class Artifact:
 
     @property
     def identity(self) -> Identity:
-        """Which base it is for."""
+        """The identity of the base that it is for."""
         base = self.manifest.base
         tensors = {name: TensorIdentity(t.dtype, t.shape, t.sha256, t.parameter) for name, t in base.tensors.items()}
         return Identity(base.config, tensors, base.full, base.settings)
 
     @property
     def updated(self) -> frozenset[str]:
-        """The base's tensors that graphs write to, so that the artifact has values of its own for them."""
+        """Names of the base's tensors that graphs write to, so that the artifact has its own values of them."""
         return frozenset(self.manifest.base.tensors.keys() & self.manifest.adapters.keys())
 
     @property
     def replaced(self) -> frozenset[str]:
-        """The base's tensors whose values do not matter: the artifact has its own of them."""
+        """Names of the base's tensors whose values do not matter, because the artifact has its own."""
         trained = (record.base for record in self.manifest.trained if record.rows is None)
         return replaced_tensors(self.updated, trained, self.manifest.base.aliases)
 
     @cached_property
     def snapshot(self) -> Snapshot:
-        """Places, tensors and Programs as data; no base is needed. Each graph is read once, when it is asked for."""
+        """Places, tensors and Programs as data; no base is needed. Each graph is read once, when it is requested."""
         manifest = self.manifest
         return Snapshot(
             manifest.base.model.rpartition(".")[2],
@@ -112,7 +112,7 @@ class Artifact:
 
     @property
     def passes(self) -> tuple[PassRecord, ...]:
-        """Passes of plugins that its graphs went through."""
+        """The passes of plugins that its graphs went through."""
         return tuple(
             PassRecord(
                 *(own.pipeline, own.name, own.distribution, own.version, own.rewrites),
@@ -122,7 +122,7 @@ class Artifact:
         )
 
     def sites(self) -> Iterator[SiteRecord]:
-        """Every adapted place."""
+        """Yield every adapted place."""
         for place in self.manifest.sites:
             yield SiteRecord(
                 place.adaptation,
@@ -139,15 +139,19 @@ class Artifact:
             )
 
     def program(self, mode: Mode = "eval", *, base: bool = False, signature: int = 0) -> Program:
-        """A graph: adapted, or the base's own.
+        """Return a graph: the adapted one, or the base's own.
 
         Raises:
-            GraftError: GC082 where its file holds none, GC091 where the artifact has none.
+            GraftError: GC082 if its file does not contain it, GC091 if the artifact has none.
         """
         return self.graph(f"{'base.' if base else ''}{mode}", signature)
 
     def graph(self, kind: str, signature: int = 0) -> Program:
-        """A graph by its name in the manifest; raises as `program`."""
+        """Return a graph by its name in the manifest.
+
+        Raises:
+            GraftError: as `program`.
+        """
         entry = self.manifest.signatures[signature]
         graph = {str(name): graph for name, graph in entry.graphs.items()}.get(kind)
         if graph is None:
@@ -155,10 +159,10 @@ class Artifact:
         return self._read(graph.file, kind, entry, torch.device("cpu"))
 
     def _read(self, file: str, kind: str, signature: SignatureRecord, device: torch.device) -> Program:
-        """The graph of a file, which has to be what its signature says.
+        """Read the graph in a file, which has to fit its signature.
 
         Raises:
-            GraftError: GC082.
+            GraftError: GC082 if it does not, or the file contains none.
         """
         try:
             program = program_from_json(read_json(content(self.path / file, GRAPH_BYTES), GRAPH_BYTES), device)
@@ -179,13 +183,13 @@ class Artifact:
             return "one for other inputs"
         base, aliases = self.manifest.base.tensors, self.manifest.base.aliases
         for name in updated(program.graph):
-            held = base.get(aliases.get(name, name))
-            if held is None or held.parameter:
+            tensor = base.get(aliases.get(name, name))
+            if tensor is None or tensor.parameter:
                 return f"one that writes to {name}"
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Adapter tensors by name, each checked.
+        """Return the adapter tensors by name, each checked.
 
         Raises:
             GraftError: GC084 for a tensor that is not what the manifest says.
@@ -193,23 +197,25 @@ class Artifact:
         return self._checked(ADAPTERS, self.manifest.adapters)
 
     def axes(self, signature: int = 0) -> list[Axis]:
-        """The inputs that a signature's graphs were asked for."""
+        """Return the inputs that a signature's graphs were captured for."""
         entry = self.manifest.signatures[signature]
         return axes_of(entry.inputs, entry.flags)
 
     def captures(self, device: torch.device) -> dict[str, Any]:
-        """The base's graphs by their key, each read when asked for; None where its file is not there any more, or is
-        another one now, which is no fault of what was loaded."""
+        """Return functions that read the base's captured graphs, by the graphs' keys.
+
+        A function returns None if its file is missing or has changed since the artifact was opened, which is no error.
+        """
         constants = self._checked(CONSTANTS, self.manifest.constants) if self.manifest.constants else {}
-        found: dict[str, Any] = {}
+        readers: dict[str, Any] = {}
         for entry in self.manifest.signatures:
             for captured in entry.captures:
                 graph = entry.graphs.get(captured.graph)
                 if captured.key is not None and graph is not None:
-                    found[captured.key] = lambda c=captured, f=graph.file, s=entry: self._capture(
+                    readers[captured.key] = lambda c=captured, f=graph.file, s=entry: self._capture(
                         c, f, s, constants, device
                     )
-        return found
+        return readers
 
     def _capture(
         self,
@@ -222,7 +228,7 @@ class Artifact:
         if not self._as_opened(file):
             return None
         program = self._read(file, captured.graph, signature, device)
-        # What comes after capturing writes its own history.
+        # The steps after capturing write their own history.
         program.history = [entry for entry in program.history if entry.step == "canonicalise"]
         own = {name: constants[name].to(device) for name in captured.constants}
         return Capture(program, own, 0.0, cached=True, notes=captured.notes)
@@ -237,14 +243,14 @@ class Artifact:
         where, opened = str(self.path), TensorFolder(self.path / file, Refusal("GC082", hint="copy it again"))
         if other := sorted(opened.entries.keys() ^ table.keys()):
             raise _foreign(where, file, f"its tensors are not those listed: {', '.join(other[:3])}")
-        found = dict(opened)
-        for name, tensor in found.items():
+        tensors = dict(opened)
+        for name, tensor in tensors.items():
             listed, record = table[name], TensorRecord.of(tensor)
             if (record.dtype, record.shape) != (listed.dtype, listed.shape):
                 raise _foreign(where, file, f"{name} has another type or size than listed")
             if tensor_digest(tensor) != listed.sha256:
                 raise _foreign(where, file, f"{name} has other values than listed")
-        return found
+        return tensors
 
 
 def _foreign(where: str, file: str, what: str) -> GraftError:
@@ -252,10 +258,10 @@ def _foreign(where: str, file: str, what: str) -> GraftError:
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """Open an artifact, and check every file of it but the values of tensors, which are checked when they are read.
+    """Open an artifact and check all of its files, except the values of tensors, which are checked when they are read.
 
     Raises:
-        GraftError: GC080 where there is none, GC081 for a newer format, GC082 for changed content, GC083 for a missing
+        GraftError: GC080 if there is none, GC081 for a newer format, GC082 for changed content, GC083 for a missing
             file, GC085 for links, unlisted files and names that lead elsewhere.
     """
     folder = absolute_path(path)
@@ -281,7 +287,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 
 
 def files_of(folder: Path, where: str) -> Iterator[str]:
-    """Paths of all files under a folder.
+    """Yield the paths of all files under a folder.
 
     Raises:
         GraftError: GC085 for anything that is neither a plain file nor a folder.
@@ -297,10 +303,10 @@ def files_of(folder: Path, where: str) -> Iterator[str]:
 
 
 def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int, str]], where: str) -> None:
-    """Hold the files of a folder against a table of sizes and digests.
+    """Check the files of a folder against a table of sizes and digests.
 
     Raises:
-        GraftError: GC082, GC083 or GC085.
+        GraftError: GC082 for a changed file, GC083 for a missing one, GC085 for one that is not listed.
     """
     for name in listed:
         if name not in present:

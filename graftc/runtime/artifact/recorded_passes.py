@@ -1,4 +1,4 @@
-"""What a manifest says of passes of plugins. No torch."""
+"""The passes of plugins, as a manifest records them. Does not import torch."""
 
 from __future__ import annotations
 

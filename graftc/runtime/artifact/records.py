@@ -1,4 +1,4 @@
-"""Other files of an artifact and of a merged model, as far as they are read: certificates and records. No torch."""
+"""Certificates and records: other files of artifacts and of merged models, as far as they are read."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ Read = TypeVar("Read", bound=BaseModel)
 
 
 def read_model(model: type[Read], path: Path, where: str, file: str) -> Read:
-    """A file as a model.
+    """Read a file as a pydantic model.
 
     Raises:
-        GraftError: GC082 where it is not a record.
+        GraftError: GC082 if it is not a record.
     """
     try:
         raw = content(path, TEXT_BYTES)
@@ -67,10 +67,11 @@ def read_model(model: type[Read], path: Path, where: str, file: str) -> Read:
 
 
 def content(path: Path, most: int) -> bytes:
-    """The bytes of a file, of which there may be only so many.
+    """Return the bytes of a file, which may have at most ``most``.
 
     Raises:
-        ValueError: there are more, or it is not a regular file, with the reason and without the path; OSError.
+        ValueError: if it has more, or is not a regular file; the message is the reason, without the path.
+        OSError: if it cannot be read.
     """
     try:
         return read_regular(path, most)

@@ -1,4 +1,4 @@
-"""Writing an artifact: see `graftc.runtime.artifact.manifest` for what is in it."""
+"""Writing artifacts: see `graftc.runtime.artifact.manifest` for what they contain."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec
 
 BUNDLED = "base"
-"""Folder of a base that travels inside its artifact."""
+"""The folder of a base that is stored inside its artifact."""
 
 
 @dataclass(frozen=True)
 class ArtifactEvidence:
-    """What an artifact says of its fold and of its base.
+    """What an artifact records about its fold and its base.
 
     Attributes:
-        certificate: of folding what folds.
-        kept: what does not fold, with the reason.
-        base: the MODEL argument that the base was loaded by; by default what transformers knows.
-        full: digest every value of the base.
+        certificate: the certificate of the adaptations that fold.
+        kept: the adaptations that do not fold, with the reasons.
+        base: the MODEL argument that the base was loaded by; by default what transformers has recorded.
+        full: whether to digest every value of the base.
     """
 
     certificate: Certificate | None = None
@@ -67,14 +67,14 @@ def save(
     force: bool = False,
     bundle: Callable[[Path], object] | None = None,
 ) -> Manifest:
-    """Write an artifact, whose fold has been certified or not. See `Compiled.save`.
+    """Write an artifact, with or without a certificate of its fold. See `Compiled.save`.
 
     Args:
-        compiled: what to save.
-        path: the folder to make.
-        evidence: what it says of its fold and of its base.
-        force: replace an artifact that is there.
-        bundle: writes the base itself into a folder, which then travels inside the artifact.
+        compiled: the model to save.
+        path: the folder to create.
+        evidence: what the artifact records about its fold and its base.
+        force: whether to replace an existing artifact.
+        bundle: a function that writes the base itself into a folder, which is then part of the artifact.
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_values(runner)
@@ -102,7 +102,7 @@ def require_values(compiled: AdaptedRunner) -> None:
 
 
 def require_storable(compiled: AdaptedRunner) -> None:
-    """Refuse names that no artifact may have.
+    """Refuse a model with names of tensors that no artifact may contain.
 
     Raises:
         GraftError: GC064.
@@ -121,7 +121,7 @@ def _write(
     identity: Identity,
     evidence: ArtifactEvidence,
 ) -> str:
-    """Write all files; the text of the manifest."""
+    """Write all files, and return the text of the manifest."""
     compilation, certificate = compiled.compilation, evidence.certificate
     signatures, graphs = entries.signatures(compiled)
     adapters = dict(adapter_tensors(compilation.store))
@@ -156,7 +156,7 @@ def _write(
 
 
 def listed(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every file under a folder with its size and digest, but the manifest and those to skip."""
+    """Yield every file under a folder with its size and digest, except the manifest and those to skip."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
         if name != MANIFEST and name not in skip:
@@ -164,6 +164,6 @@ def listed(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str, dict[
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,3 +1,4 @@
-"""Model cards: what an artifact or a compiled model says to people and to the Hugging Face hub.
+"""Model cards: descriptions of an artifact or a compiled model for people and for the Hugging Face hub.
 
-Reads, and changes nothing."""
+The package reads artifacts and models, and changes nothing.
+"""

@@ -1,4 +1,4 @@
-"""What a model card is about, from an artifact on disk or a compiled model."""
+"""The facts that a model card states, collected from an artifact on disk or a compiled model."""
 
 from __future__ import annotations
 
@@ -53,26 +53,26 @@ class CardCertificate(BaseModel):
 
     @classmethod
     def of(cls, certificate: Certificate) -> CardCertificate:
-        """That of a live one."""
+        """Return the record of a live certificate."""
         data = certificate.to_json()
         return cls.model_validate({**data, **{name: tuple(data[name]) for name in ("sites", "additions", "routes")}})
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made of.
+    """The facts that a card is made of.
 
     Attributes:
-        name: of the artifact's folder; empty for a model in memory.
+        name: the name of the artifact's directory; empty for a model in memory.
         snapshot: places, tensors and graphs.
-        summary: how many of what.
-        bytes: of the tensors that are kept, by adaptation.
-        base: where the base is.
-        fingerprint: of the base.
+        summary: the numbers of places, parameters and nodes.
+        bytes: the size of the stored tensors, by adaptation.
+        base: the location of the base.
+        fingerprint: the fingerprint of the base.
         dtype: the element type that the graphs are for.
-        certificate: of the fold; None where none was made.
-        kept: adaptations that do not fold, with the reason.
-        versions: of what wrote the artifact; empty for a model in memory.
+        certificate: the certificate of the fold; None if none was made.
+        kept: the adaptations that do not fold, with the reason.
+        versions: the versions of the software that wrote the artifact; empty for a model in memory.
     """
 
     name: str
@@ -88,7 +88,7 @@ class CardFacts:
 
     @classmethod
     def of(cls, snapshot: Snapshot, **others: Any) -> CardFacts:
-        """Those of a snapshot, with all fields that it does not say."""
+        """Return the facts of a snapshot; ``others`` are the fields that it does not determine."""
         sizes: dict[str, int] = {}
         for name, record in snapshot.adapters.items():
             owner = owner_of(name)
@@ -97,16 +97,16 @@ class CardFacts:
 
     @property
     def folded(self) -> list[str]:
-        """Adaptations of which the certificate is."""
+        """The adaptations that the certificate covers."""
         names = [adaptation.name for adaptation in self.summary.adaptations]
         return [name for name in names if name not in self.kept] if self.certificate is not None else []
 
 
 def artifact_facts(artifact: Artifact) -> CardFacts:
-    """What an artifact says; its base is not needed.
+    """Return the facts that an artifact contains; its base is not needed.
 
     Raises:
-        GraftError: GC082 for a file that is not a certificate, GC091 where the artifact has no graphs.
+        GraftError: GC082 for a file that is not a certificate, GC091 if the artifact has no graphs.
     """
     manifest = artifact.manifest
     certificate: CardCertificate | None = None

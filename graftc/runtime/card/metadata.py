@@ -1,4 +1,4 @@
-"""The metadata of a model card, as the Hugging Face hub reads it."""
+"""The metadata of a model card, in the form that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _TASKS = {
     "token-classification": ["TOKEN_CLASSIFICATION"],
     "zero-shot-image-classification": ["ZERO_SHOT_IMAGE_CLASSIFICATION"],
 }
-"""The hub's tasks, and which of transformers' mappings of auto classes are theirs. `transformers.modelcard` has the
-same, and imports PEFT and the libraries of quantisers with it."""
+"""The hub's tasks, each with transformers' mappings of auto classes for it. `transformers.modelcard` has the same
+table, but imports PEFT and the libraries of quantisers."""
 
 
 def card_metadata(
@@ -46,17 +46,17 @@ def card_metadata(
     language: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Metadata by field, without those of which nothing is known.
+    """Return metadata by field, without the fields about which nothing is known.
 
     Args:
-        facts: of the model.
+        facts: the facts about the model.
         base_model: the hub's id of the base; by default the one by which it was loaded.
-        license: the hub's id of a license, as ``apache-2.0``.
-        language: codes of languages, as ``en``.
-        tags: more tags.
+        license: the hub's id of a license, such as ``apache-2.0``.
+        language: codes of languages, such as ``en``.
+        tags: additional tags.
 
     Raises:
-        GraftError: GC073 for values that the hub does not take.
+        GraftError: GC073 for values that the hub does not accept.
     """
     if base_model is not None:
         _check("base_model", base_model, is_hub_id, "give the id of a repository: owner/name")
@@ -69,7 +69,7 @@ def card_metadata(
     named = facts.base.text if facts.base.kind == "hub" and base_model is None else base_model
     known = method_specs()
     methods = [a.method for a in facts.summary.adaptations if a.method in known and a.name != TRAIN]
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "library_name": LIBRARY,
         "base_model": named,
         "base_model_relation": "adapter" if named is not None else None,
@@ -78,11 +78,11 @@ def card_metadata(
         "language": list(dict.fromkeys(language)),
         "tags": list(dict.fromkeys([LIBRARY, *methods, *tags])),
     }
-    return {field: value for field, value in found.items() if value}
+    return {field: value for field, value in fields.items() if value}
 
 
 def task_of(model: str) -> str | None:
-    """The hub's task of a class of transformers; None where there is none, or more than one."""
+    """Return the hub's task of a class of transformers; None if there is none, or more than one."""
     from transformers.models.auto import modeling_auto
 
     def names(kind: str) -> Collection[str]:

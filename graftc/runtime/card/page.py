@@ -19,7 +19,7 @@ __all__ = ["render_card"]
 
 MOST_PLACES = 60
 SPEC = 50_000
-"""Characters of a spec that a card shows at most."""
+"""The largest number of characters of a spec that a card shows."""
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _PATH = re.compile(r"[\w./~-]+", re.ASCII)
@@ -33,14 +33,14 @@ def render_card(
     language: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """The card, and its metadata.
+    """Return the card, and its metadata.
 
     Args:
-        facts: what it is of.
+        facts: the facts about the model.
         base_model, license, language, tags: see `card_metadata`.
 
     Raises:
-        GraftError: GC073 for metadata that the hub does not take.
+        GraftError: GC073 for metadata that the hub does not accept.
     """
     import yaml
 
@@ -79,26 +79,26 @@ def _sections(facts: CardFacts, metadata: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _place(base: Reference) -> str | None:
-    """Where a base is, for everybody: of a folder the last name, since the others are those of whoever made it."""
+    """Return the location of a base without private parts: of a directory only the last name."""
     return base.text.replace("\\", "/").rstrip("/").rpartition("/")[2] if base.text is not None else None
 
 
 def _figures(facts: CardFacts) -> Iterator[str]:
-    found = facts.summary
+    totals = facts.summary
     columns = ("adaptation", "method", "places", "trainable", "frozen", "share of the base", "bytes")
     rows = [
         (
             *(code(a.name), code(a.method)),
             *(f"{n:,}" for n in (a.places, a.trainable_parameters, a.frozen_parameters)),
-            *(_share(a.trainable_parameters, found.base_parameters), f"{facts.bytes.get(a.name, 0):,}"),
+            *(_share(a.trainable_parameters, totals.base_parameters), f"{facts.bytes.get(a.name, 0):,}"),
         )
-        for a in found.adaptations
+        for a in totals.adaptations
     ]
     yield table(columns, rows, right=columns[2:])
-    trained = found.trainable_parameters + found.trained_in_full
+    trained = totals.trainable_parameters + totals.trained_in_full
     yield (
-        f"{found.base_parameters:,} parameters of the base, {trained:,} that train "
-        f"({_share(trained, found.base_parameters)}), {sum(facts.bytes.values()):,} bytes of adapter tensors."
+        f"{totals.base_parameters:,} parameters of the base, {trained:,} that train "
+        f"({_share(trained, totals.base_parameters)}), {sum(facts.bytes.values()):,} bytes of adapter tensors."
     )
 
 
@@ -107,7 +107,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _places(sites: Sequence[SiteRecord]) -> Iterator[str]:
-    """Places by adaptation and role."""
+    """Yield the table of places by adaptation and role."""
     groups: dict[tuple[str, str], list[SiteRecord]] = {}
     for site in sites:
         groups.setdefault((site.adaptation, site.roles[0] if site.roles else ""), []).append(site)
@@ -115,13 +115,13 @@ def _places(sites: Sequence[SiteRecord]) -> Iterator[str]:
         yield "None: what trains are tensors of the base."
         return
     rows = []
-    for (adaptation, role), own in list(groups.items())[:MOST_PLACES]:
-        layers = [site.layer for site in own if site.layer is not None]
+    for (adaptation, role), group in list(groups.items())[:MOST_PLACES]:
+        layers = [site.layer for site in group if site.layer is not None]
         rows.append(
             (
                 *(code(adaptation), code(role) if role else "-"),
-                *(format_layers(list(dict.fromkeys(layers))) if layers else "-", f"{len(own):,}"),
-                code(str(own[0].key)),
+                *(format_layers(list(dict.fromkeys(layers))) if layers else "-", f"{len(group):,}"),
+                code(str(group[0].key)),
             )
         )
     yield table(("adaptation", "role", "layers", "places", "the first one"), rows, right=("places",))
@@ -193,7 +193,7 @@ def _use(facts: CardFacts, metadata: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_argument(text: str) -> bool:
-    """Whether a text can stand in a command and in Python as it is."""
+    """Return whether a text can be used unquoted in a command, and in Python."""
     return len(text) <= 200 and not text.startswith("-") and (_PATH.fullmatch(text) is not None)
 
 
@@ -207,5 +207,5 @@ def _warnings(facts: CardFacts, metadata: Mapping[str, Any]) -> Iterator[str]:
     if facts.fingerprint:
         yield f"The adapters are for the base of fingerprint {code(facts.fingerprint)} alone: no other one loads."
     if facts.versions:
-        made = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
-        yield f"Written with {code(made, 200)}."
+        versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
+        yield f"Written with {code(versions, 200)}."

@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that help and listings load no torch."""
+"""The command line. Commands import their dependencies when they run, so that help and listings load no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        arguments: what stands after ``graftc``; those of the process by default, whose streams and interrupts are then
-            looked after as well.
+        arguments: the arguments after ``graftc``; by default those of the process, whose streams and interrupts are
+            then managed as well.
 
     Returns:
-        0 done, 1 the answer is no, 2 a usage or spec error, 3 the files or the model failed, or the output could not
-        be written, 130 interrupted, 141 the reader of the output has gone.
+        0 done, 1 the answer is no, 2 a usage or spec error, 3 the files or the model failed, or the output could not be
+        written, 130 interrupted, 141 the reader of the output has gone.
     """
     import sys
 
@@ -39,16 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with redirect_stdout(out):
             app = build_app()
             started()
-            found = app(given or ["--help"], prog_name="graftc", standalone_mode=False)
-        status = found if isinstance(found, int) else 0
+            returned = app(given or ["--help"], prog_name="graftc", standalone_mode=False)
+        status = returned if isinstance(returned, int) else 0
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except SystemExit as exit:  # what Typer makes of a pipe that nobody reads
+    except SystemExit as exit:  # Typer raises it for a broken pipe
         status = exit.code if isinstance(exit.code, int) else 1
     except Exception as error:
         try:
             with redirect_stdout(out):
                 status = INTERRUPTED if interrupted() else show_failure(error, out, as_json=as_json)
-        except KeyboardInterrupt:  # while the failure was told
+        except KeyboardInterrupt:  # while the failure was being printed
             status = INTERRUPTED
     return finish(out, status)

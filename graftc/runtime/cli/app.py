@@ -1,4 +1,4 @@
-"""The Typer application: its commands and the options that belong to none of them."""
+"""The Typer application: its commands, and the options that belong to no command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _EPILOG = (
 
 
 def build_app() -> typer.Typer:
-    """The application with every command."""
+    """Build the application with every command."""
     app = typer.Typer(
         add_completion=True,
         rich_markup_mode=None if without_colours() else "rich",

@@ -59,7 +59,7 @@ def check(
     from graftc.specs.io import early_spec
 
     with working(json) as warnings, steps(json) as step:
-        # Before torch is there: a misspelt field should not take seconds to be found.
+        # Before torch is imported: a misspelt field should be reported at once.
         early = early_spec(spec)
 
         from graftc.runtime.api import check as check_spec
@@ -78,9 +78,9 @@ def check(
         from graftc.runtime.cli.results import CheckResult
 
         places = {"spec": str(spec), "model": model, "class": type(loaded).__name__}
-        found = {**report.to_json(), "totals": totals(report), "load_seconds": seconds, "warnings": warnings}
-        found["memory"] = None if planned is None else planned.to_json()
-        print_json(CheckResult.model_validate({**places, **found}))
+        data = {**report.to_json(), "totals": totals(report), "load_seconds": seconds, "warnings": warnings}
+        data["memory"] = None if planned is None else planned.to_json()
+        print_json(CheckResult.model_validate({**places, **data}))
     else:
         print_report(str(spec), type(loaded).__name__, report, seconds)
         if planned is not None:
@@ -90,7 +90,7 @@ def check(
 
 
 def totals(report: Report) -> dict[str, Any]:
-    """Sums over the adaptations, the ``train:`` list included."""
+    """Return the sums over the adaptations, including the ``train:`` list."""
     keys = ("sites", "trainable_parameters", "frozen_parameters", "bytes", "flops_per_token")
     return {key: sum(getattr(entry, key) for entry in report.adaptations) for key in keys}
 
@@ -134,7 +134,7 @@ def print_report(spec: str, name: str, report: Report, load_seconds: float) -> N
 
 
 def print_stacks(stacks: Sequence[StackReport]) -> None:
-    """Print how much of each stack is a graph, where the model is not one."""
+    """Print how much of each stack is a graph, unless the whole model is one."""
     from graftc.runtime.cli.output import console, number, print_table
 
     if all(each.level == "graph" for each in stacks):

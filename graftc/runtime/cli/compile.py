@@ -31,7 +31,7 @@ def compile(
 
     to = destination(out, dry_run=dry_run)
     with working(json) as warnings, steps(json) as step:
-        # Before torch is there: a misspelt field should not take seconds to be found.
+        # Before torch is imported: a misspelt field should be reported at once.
         loaded_spec = early_spec(spec)
         if to is not None:
             from graftc.runtime.artifact.places import is_artifact

@@ -1,4 +1,4 @@
-"""What the shell offers for the arguments of commands. Nothing here imports torch or fails: no offer is fine."""
+"""Shell completion for the arguments of commands. It imports no torch and never fails: an empty list is valid."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ _SPECS = (".yaml", ".yml", ".json", ".toml")
 
 
 def specs(incomplete: str) -> list[str]:
-    """Spec files, and folders on the way to them."""
+    """Return spec files, and the folders that lead to them."""
     return _paths(incomplete, lambda path: path.suffix.lower() in _SPECS)
 
 
 def models(incomplete: str) -> list[str]:
-    """Folders, and the ids of models in the hub's cache."""
-    found = _paths(incomplete, lambda path: False)
-    return [*found, *_hub_ids(incomplete)]
+    """Return folders, and the ids of models in the hub's cache."""
+    folders = _paths(incomplete, lambda path: False)
+    return [*folders, *_hub_ids(incomplete)]
 
 
 def artifacts(incomplete: str) -> list[str]:
-    """Folders."""
+    """Return folders."""
     return _paths(incomplete, lambda path: False)
 
 
 def methods(incomplete: str) -> list[tuple[str, str]]:
-    """Methods with what they are."""
+    """Return methods with their summaries."""
     try:
         from graftc.specs.listing import methods as listing
 
         known = [(info.tag, info.summary) for info in listing()]
-    except Exception:  # a broken plugin is told when a command runs, not while somebody types
+    except Exception:  # a broken plugin is reported when a command runs, not during completion
         return []
     return [(tag, summary) for tag, summary in known if tag.startswith(incomplete)]
 
 
 def schemas(incomplete: str) -> list[str]:
-    """Names of published schemas."""
+    """Return the names of published schemas."""
     from graftc.runtime.cli.results.publish import SCHEMA_NAMES
 
     return [name for name in SCHEMA_NAMES if name.startswith(incomplete)]
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    """Files that are wanted, and folders with a slash behind them; hidden ones only where a dot was typed."""
+    """Return the files that match, and folders with a trailing slash; hidden ones only if a dot was typed."""
     head, _, start = incomplete.rpartition("/")
     folder = Path(f"{head}/" if "/" in incomplete else ".").expanduser()
     prefix = incomplete[: len(incomplete) - len(start)]
@@ -71,7 +71,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _hub_ids(incomplete: str) -> Iterable[str]:
-    """The cache's folders by name: huggingface_hub would take longer to import than people wait for a completion."""
+    """Return ids from the names of the cache's folders: importing huggingface_hub takes too long for a completion."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     names = [p.name.removeprefix("models--").replace("--", "/") for p in _listed(cache) if p.name[:8] == "models--"]

@@ -1,4 +1,4 @@
-"""A console of which nothing that is printed can steer the terminal."""
+"""A console whose text cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["PlainConsole"]
 
 
 class PlainConsole(Console):
-    """A console that takes text as it is: brackets are not markup, and what would steer the terminal is written out.
+    """A console that prints text literally: brackets are not markup, and control characters are escaped.
 
-    Colours of its own are in the styles of segments, not in their text, and stay.
+    The console's own colours are in the styles of segments, not in their text, and are kept.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text without markup, emoji codes or highlighting."""
+        """Return text without markup, emoji codes or highlighting."""
         kept = {name: options[name] for name in ("style", "justify", "overflow") if options.get(name)}
         return Text(printable(text), **kept)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As Rich's; the one way by which text gets to the terminal."""
+        """Render like Rich, with the text of every segment escaped; all text reaches the terminal this way."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))

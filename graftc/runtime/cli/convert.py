@@ -1,4 +1,4 @@
-"""``graftc convert``: adaptations to LoRA, and adapter folders from one layout to another."""
+"""``graftc convert``: conversion of adaptations to LoRA, and of adapter folders from one layout to another."""
 
 from __future__ import annotations
 
@@ -99,20 +99,20 @@ def convert(
         if is_peft(directory):
             _require_none(given, _OF_ARTIFACTS, "an adapter folder")
             step("converting")
-            found = _of_folder(_folder(directory, place, to, model, _Layout(source, add, join, split), force))
+            converted = _of_folder(_folder(directory, place, to, model, _Layout(source, add, join, split), force))
         else:
             _require_none(given, _OF_FOLDERS, "an artifact")
             step("loading")
             _require_lora(to)
             wanted = {"names": names, "rank": rank, "error": error, "into_base": into_base or ()}
-            found = _of_artifact(_artifact(directory, place, model, wanted, force, step))
+            converted = _of_artifact(_artifact(directory, place, model, wanted, force, step))
 
     from graftc.runtime.cli.deployed import files_in, print_files
 
     files = files_in(place)
     result = {
         **{"source": str(directory), "out": None if place is None else str(place), "dry_run": dry_run},
-        **{**found, "files": files, "warnings": warnings},
+        **{**converted, "files": files, "warnings": warnings},
     }
     if json:
         from graftc.runtime.cli.results import ConvertResult
@@ -131,7 +131,7 @@ def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> N
 
 @dataclass(frozen=True)
 class _Layout:
-    """How an adapter folder is laid out, and what becomes of its maps: options of the command."""
+    """The options for the layout of an adapter folder, and for joining and splitting its maps."""
 
     source: str | None
     add: list[Path] | None

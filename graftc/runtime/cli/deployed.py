@@ -1,4 +1,4 @@
-"""What the commands that fold and write have to say: certificates, what stays, files."""
+"""The output of the commands that fold and write: certificates, what does not fold, files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["files_in", "print_certificate", "print_files", "print_tensors"]
 
 
 def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The files of a folder, or a file and those beside it, with their sizes; none where nothing was written."""
+    """Return the files of a folder, or a file and its companions, with their sizes; empty if nothing was written."""
     if path is None:
         return []
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -24,7 +24,7 @@ def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str
 
 
 def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) -> None:
-    """Say in a line what the certificate is worth, and what does not fold."""
+    """Print a certificate's summary and evidence, and what does not fold."""
     from graftc.compiler.folding.route_evidence import routed
     from graftc.runtime.cli.output import console
 
@@ -42,14 +42,14 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
 
 
 def _requantised(certificate: Certificate) -> Iterator[str]:
-    """What packing folded weights again did to them."""
-    found = {item.tensor: item for item in certificate.requantised}
-    if not found:
+    """Yield a line about the error of packing folded weights again."""
+    weights = {item.tensor: item for item in certificate.requantised}
+    if not weights:
         return
-    kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in found.values()))
+    kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in weights.values()))
     worst = max(certificate.requantised, key=lambda item: item.error)
-    count = "1 weight" if len(found) == 1 else f"{len(found)} weights"
-    rows, disturbed = (sum(getattr(item, name) for item in found.values()) for name in ("rows", "disturbed"))
+    count = "1 weight" if len(weights) == 1 else f"{len(weights)} weights"
+    rows, disturbed = (sum(getattr(item, name) for item in weights.values()) for name in ("rows", "disturbed"))
     yield (
         f"{'requantised:':<22}{count} ({kinds}), not exact: error at most {_percent(worst.error)} at {worst.site}, "
         f"{disturbed} of {rows} untouched rows changed"
@@ -57,13 +57,13 @@ def _requantised(certificate: Certificate) -> Iterator[str]:
 
 
 def _retained(certificate: Certificate) -> Iterator[str]:
-    """What rounding left of the update, where it was least, and where it changed nothing."""
-    whole = certificate.retention
-    if not whole.wanted:
+    """Yield lines about the share of the update that rounding kept, where it is least, and where nothing changed."""
+    retention = certificate.retention
+    if not retention.wanted:
         return
     yield (
-        f"{'retention:':<22}{_percent(whole.norm)} of the update in {certificate.dtype}, "
-        f"{_percent(whole.entries)} of its entries, error {whole.error:.1e}"
+        f"{'retention:':<22}{_percent(retention.norm)} of the update in {certificate.dtype}, "
+        f"{_percent(retention.entries)} of its entries, error {retention.error:.1e}"
     )
     changed = [site for site in certificate.sites if site.retention.wanted]
     least = min(changed, key=lambda site: site.retention.norm)
@@ -80,15 +80,15 @@ def _percent(share: float) -> str:
 
 
 def _averaged(certificate: Certificate) -> dict[str, float]:
-    """The largest error of averaging experts, for each adaptation that has them."""
-    found: dict[str, float] = {}
+    """Return the largest error of averaging experts, for each adaptation that has them."""
+    errors: dict[str, float] = {}
     for item in certificate.collapses:
-        found[item.adaptation] = max(item.error, found.get(item.adaptation, 0.0))
-    return found
+        errors[item.adaptation] = max(item.error, errors.get(item.adaptation, 0.0))
+    return errors
 
 
 def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
-    """Say what was written."""
+    """Print what was written."""
     from graftc.runtime.cli.output import console, number
 
     if path is None:
@@ -100,14 +100,16 @@ def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], needs: str | None = None, most: int = 40) -> None:
-    """Say which tensor of a PEFT checkpoint is which one here: the first of them, ``--json`` has all; and the option
-    that its server needs."""
+    """Print the tensors of a PEFT checkpoint with their names here, and the option that the server needs.
+
+    Only the first ones are printed; ``--json`` lists all of them.
+    """
     from graftc.runtime.cli.output import console
 
     to = console()
     to.print(f"{title}: {counted(len(tensors), 'tensor')}", soft_wrap=True, markup=False)
-    for own in tensors[:most]:
-        to.print(f"  {own['key']} = {own['tensor']}", soft_wrap=True, markup=False)
+    for pair in tensors[:most]:
+        to.print(f"  {pair['key']} = {pair['tensor']}", soft_wrap=True, markup=False)
     if len(tensors) > most:
         to.print(f"  and {len(tensors) - most} more, which --json lists", soft_wrap=True, markup=False)
     if needs is not None:

@@ -1,4 +1,4 @@
-"""``graftc diff``: what differs between two artifacts, or between the weights of two model folders."""
+"""``graftc diff``: the differences between two artifacts, or between the weights of two model folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def diff(
     json: Json = False,
 ) -> None:
     """Show what differs between two artifacts (base, spec, sites, tensors, graph) or between the weights of two model
-    folders, with what could have made it. Exit status 1 if anything does."""
+    folders, with what could have made it. Exit status 1 if anything does.
+    """
     from graftc.runtime.cli.output import print_json, steps, time_left, working
 
     weights: FolderDifference | None = None
@@ -54,20 +55,20 @@ def diff(
                 raise GraftError("GC090", "--html shows graphs, and these folders hold weights", hint="leave it out")
             from graftc.runtime.compare.folders import compare_folders
 
-            weights, found = compare_folders(a, b, time_left(step, "comparing weights")), nothing()
+            weights, comparison = compare_folders(a, b, time_left(step, "comparing weights")), nothing()
         else:
-            found = compare(open_artifact(a), open_artifact(b))
+            comparison = compare(open_artifact(a), open_artifact(b))
             if html is not None:
                 step("writing the page")
-                _write_page(a, b, found, html, force)
-    same = found.same if weights is None else weights.same
+                _write_page(a, b, comparison, html, force)
+    same = comparison.same if weights is None else weights.same
     if json:
         from graftc.runtime.cli.results import DiffResult
 
-        data = {**_data(found), "same": same, "weights": None if weights is None else _weights(weights)}
+        data = {**_data(comparison), "same": same, "weights": None if weights is None else _weights(weights)}
         print_json(DiffResult.model_validate({**data, "a": str(a), "b": str(b), "warnings": warnings}))
     elif weights is None:
-        _print(found)
+        _print(comparison)
     else:
         _print_weights(weights)
     if not same:
@@ -75,7 +76,7 @@ def diff(
 
 
 def _are_models(a: Path, b: Path) -> bool:
-    """Whether two folders of models are to be compared, rather than artifacts.
+    """Return whether the two folders contain models to compare, and not artifacts.
 
     Raises:
         GraftError: GC090 for one of each.
@@ -130,7 +131,7 @@ def _write_page(a: Path, b: Path, found: Comparison, html: Path, force: bool) ->
     sections = _sections(found)
     sections["spec"] = [
         line for line in sections["spec"] if not line.startswith(("--- ", "+++ "))
-    ]  # paths of this machine
+    ]  # these lines contain paths of this machine
     differences = [{"what": name, "lines": lines} for name, lines in sections.items() if lines]
     title = f"{before.path.name} and {after.path.name} compared"
     evidence = replace(evidence_of_artifact(after), differences=differences, title=title)
@@ -168,7 +169,7 @@ def _print(found: Comparison) -> None:
 
 
 def _capped(lines: list[str], most: int = 5) -> list[str]:
-    """Another base differs everywhere; JSON has all of it."""
+    """Return the first lines and how many follow: another base differs everywhere. JSON lists all of them."""
     return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
@@ -201,8 +202,8 @@ def _print_weights(found: FolderDifference) -> None:
     colours = {"+": "green", "-": "red", "~": "yellow"}
     print_lines(to, ["tensors"], lambda _: "bold")
     print_lines(to, [f"  {line}" for line in lines(found)], lambda line: colours.get(line[2:3], ""))
-    made = summary(found)
-    if made:
+    causes = summary(found)
+    if causes:
         print_lines(to, ["what could have made it"], lambda _: "bold")
-        print_lines(to, [f"  {line}" for line in made], lambda _: "")
+        print_lines(to, [f"  {line}" for line in causes], lambda _: "")
     to.print(f"{len(found.tensors)} of {len(found.tensors) + found.equal} tensors differ", soft_wrap=True, markup=False)

@@ -95,7 +95,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Export to ONNX (onnx-generate: with a cache, to generate), .pt2 or GGUF, folded and certified, or the adapters
-    alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear."""
+    alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear.
+    """
     from graftc.runtime.cli.output import print_json, steps, working
 
     names = inputs or []
@@ -125,18 +126,18 @@ def export(
             require_known(compiled, names)
         if folds:
             step("folding and certifying")
-        made = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
+        deployed = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
         step("exporting")
         from graftc.runtime.export.exporting import ready_export
 
-        ready = ready_export(_exporting(made), format.value, options)
+        ready = ready_export(_exporting(deployed), format.value, options)
         if to is not None:
             ready.write(to, force)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files, print_tensors
 
     files = files_in(to, companions)
-    certificate = made.certificate if folds else None
+    certificate = deployed.certificate if folds else None
     if json:
         from graftc.runtime.cli.results import ExportResult
 
@@ -157,19 +158,19 @@ def export(
 _OPTIONS: Mapping[str, ExportOption] = MappingProxyType(
     {"--inputs": "inputs", "--dtype": "dtype", "--for": "server", "--max-rank": "max_rank"}
 )
-"""Options of exports by the words for them here."""
+"""The options of exports, by the command's options for them."""
 
 
 def _check_options(
     format: ExportFormat, of_format: Mapping[str, Any], of_fold: Mapping[str, Any], merge: bool | None
 ) -> None:
-    """Refuse options that would have no effect.
+    """Raise if an option would have no effect.
 
     Args:
-        format: what is written.
-        of_format: options of exports by their words.
-        of_fold: the same of folding.
-        merge: whether it was asked for.
+        format: the format to write.
+        of_format: the values of the options of exports, by option.
+        of_fold: the values of the options of folding, by option.
+        merge: whether folding was requested; None if neither option was given.
 
     Raises:
         GraftError: GC090.
@@ -190,14 +191,14 @@ def _check_options(
 
 
 def _exporting(made: Compiled | Merged | Partial) -> Exporting:
-    """What exports a model."""
+    """Return the object that exports a model."""
     from graftc.runtime.deploy.partial import Partial
     from graftc.runtime.export.exporting import Exporting
     from graftc.runtime.model.adapted import AdaptedRunner
     from graftc.runtime.model.runner import runner_of
 
-    own = made if isinstance(made, Partial) else runner_of(made)
-    return Exporting(own) if isinstance(own, AdaptedRunner) else own.exporting
+    runner = made if isinstance(made, Partial) else runner_of(made)
+    return Exporting(runner) if isinstance(runner, AdaptedRunner) else runner.exporting
 
 
 def _folded(
@@ -207,19 +208,19 @@ def _folded(
     base: BaseChoice | None,
     allow_unchanged: bool,
 ) -> Merged | Partial:
-    """What folds in the weights; of the rest nothing but what the inputs name.
+    """Fold the adaptations into the weights, except those that become inputs.
 
     Raises:
-        GraftError: GC050 for what does not fold and is not an input; as `Compiled.merge`.
+        GraftError: GC050 for an adaptation that does not fold and is not an input; otherwise as `Compiled.merge`.
     """
     form = cast("BaseForm | None", base)
     if not inputs:
         return compiled.merge(budget=budget, base=form, allow_unchanged=allow_unchanged)
     from graftc.runtime.deploy.partial import merge_what_folds
 
-    made = merge_what_folds(compiled, budget, base=form, allow_unchanged=allow_unchanged)
+    partial = merge_what_folds(compiled, budget, base=form, allow_unchanged=allow_unchanged)
     composed = {composition.name for composition in compiled.compilation.spec.compose}
-    for name, reason in made.kept.items():
+    for name, reason in partial.kept.items():
         if name not in inputs and name not in composed:
             raise GraftError("GC050", reason, hint=f"name it with --inputs {name}, or fold nothing with --no-merge")
-    return made
+    return partial

@@ -1,4 +1,4 @@
-"""What a command prints when it fails, and its exit status. Never a traceback, unless ``GRAFTC_DEBUG=1``."""
+"""The output and exit status of a command that fails. There is no traceback, unless ``GRAFTC_DEBUG=1``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 __all__ = ["Watched", "finish", "show_failure"]
 
 _NO_READER = 141
-"""The exit status of usual tools that write where nobody reads: 128 and SIGPIPE."""
+"""The usual exit status of tools that write to a broken pipe: 128 plus SIGPIPE."""
 _SUGGESTION = re.compile(r"\.? (?:Did you mean:?|\(Possible options:) (.*?)[?)]*$")
 
 
@@ -27,8 +27,8 @@ def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
     """Print a failure and return the exit status.
 
     It goes to the standard error in the text form of diagnostics; with ``as_json`` the standard output ``out`` gets
-    ``{"error": {...}}`` instead. A misused command line is GC090, what graftc does not expect GC099. Where it is the
-    standard output itself that failed, `finish` says so.
+    ``{"error": {...}}`` instead. A misused command line is GC090, an unexpected error GC099. If the standard output
+    itself has failed, nothing is printed here: `finish` reports that.
     """
     if type(error).__name__ == "Abort":
         return INTERRUPTED
@@ -42,7 +42,7 @@ def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
     if as_json:
         from graftc.runtime.cli.results.base import ErrorResult
 
-        with contextlib.suppress(OSError):  # which `finish` tells
+        with contextlib.suppress(OSError):  # `finish` reports it
             print_json(ErrorResult.model_validate({"error": coded.to_json()}))
     else:
         print_coded(coded, "red")
@@ -50,18 +50,18 @@ def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
 
 
 class Watched:
-    """A standard output that remembers why it could not be written. All else is as in the stream behind it."""
+    """A standard output that remembers why it could not be written. Otherwise it behaves like the stream behind it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        """As the stream's."""
+        """Write to the stream."""
         return self._watched(lambda: self.stream.write(text))
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush the stream."""
         self._watched(self.stream.flush)
 
     def _watched(self, act: Callable[[], T]) -> T:
@@ -76,7 +76,7 @@ class Watched:
 
 
 def finish(out: Watched, status: int) -> int:
-    """The exit status, after the output is out; 141 where nobody reads it, 3 where it cannot be written (GC064)."""
+    """Flush the output and return the exit status: 141 if nothing reads it, 3 if it cannot be written (GC064)."""
     with contextlib.suppress(OSError):
         out.flush()
     failure = out.failure
@@ -93,13 +93,13 @@ def finish(out: Watched, status: int) -> int:
         status = coded.exit_code
     try:
         sys.stderr.flush()
-    except OSError:  # there is nobody left to tell
+    except OSError:  # there is nowhere left to report it
         _silence(sys.stderr)
     return status
 
 
 def _silence(stream: TextIO) -> None:
-    """What is left in the buffer must not fail again at exit."""
+    """Redirect a stream to the null device, so that what is left in its buffer does not fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -113,7 +113,7 @@ def _coded(error: Exception) -> GraftError:
 
 
 def _usage(error: Any) -> GraftError:
-    """A command line that Typer refuses."""
+    """Return the error for a command line that Typer refuses."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "graftc"
     message = " ".join(str(error.format_message()).split())

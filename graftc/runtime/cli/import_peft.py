@@ -72,8 +72,8 @@ def import_peft(
             step("writing")
             save(compiled, to, ArtifactEvidence(certificate, kept, model), force=force)
         alone = [compiled] if single else Adapters(runner_of(compiled)).each_alone(names_of(directories))
-        pairs = (pairs_in(given, own.compilation) for given, own in zip(adapters, alone, strict=True))
-        tensors = as_data(list(dict.fromkeys(pair for found in pairs for pair in found)))
+        pairs = (pairs_in(given, part.compilation) for given, part in zip(adapters, alone, strict=True))
+        tensors = as_data(list(dict.fromkeys(pair for group in pairs for pair in group)))
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files, print_tensors
 
@@ -91,6 +91,6 @@ def import_peft(
         }
         print_json(ImportPeftResult.model_validate(result))
         return
-    print_tensors(", ".join(f"{kind} as {own}" for kind, own in zip(types, methods, strict=True)), tensors)
+    print_tensors(", ".join(f"{kind} as {method}" for kind, method in zip(types, methods, strict=True)), tensors)
     print_certificate(certificate, kept)
     print_files(to, files)

@@ -1,4 +1,4 @@
-"""``graftc inspect``: look at a rewritten graph. The base is not needed."""
+"""``graftc inspect``: views of a rewritten graph. The base is not needed."""
 
 from __future__ import annotations
 
@@ -110,21 +110,21 @@ def inspect(
         wanted = {"graph": graph, "diff": diff, "history": history, "lowering": lowering, "tree": tree}
         wanted["explanation"] = explain is not None
         views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
-        made = {name: make() for name, make in views.items()}
+        shown = {name: make() for name, make in views.items()}
         files = _write(_writers(artifact, mode.value, log), targets, force) if targets else []
-        if json or not (made or files):
+        if json or not (shown or files):
             from graftc.compiler.inspect.summary import summary
 
-            made["summary"] = _summary_view(str(directory), summary(snapshot))
+            shown["summary"] = _summary_view(str(directory), summary(snapshot))
     if json:
         from graftc.runtime.cli.results import InspectResult
 
-        data = {name: made[name].data if name in made else None for name in ("summary", *wanted)}
-        found = {"artifact": str(directory), "mode": mode.value, **data, "files": files, "warnings": warnings}
-        print_json(InspectResult.model_validate(found))
+        data = {name: shown[name].data if name in shown else None for name in ("summary", *wanted)}
+        result = {"artifact": str(directory), "mode": mode.value, **data, "files": files, "warnings": warnings}
+        print_json(InspectResult.model_validate(result))
         return
     to = console()
-    for index, view in enumerate(made.values()):
+    for index, view in enumerate(shown.values()):
         if index:
             to.print()
         view.show(to)
@@ -134,14 +134,14 @@ def inspect(
 
 @dataclass(frozen=True)
 class _View:
-    """One thing to look at, as JSON data and for people."""
+    """One view, as JSON data and as a function that prints it."""
 
     data: Any
     show: Callable[[Console], None]
 
 
 def _views(snapshot: Snapshot, mode: Any, name: str | None) -> dict[str, Callable[[], _View]]:
-    """How to make each view; none is made yet."""
+    """Return the functions that make each view; none is made yet."""
     return {
         "graph": lambda: _graph_view(snapshot, mode),
         "diff": lambda: _diff_view(snapshot, mode),
@@ -165,10 +165,10 @@ def _graph_view(snapshot: Snapshot, mode: Any) -> _View:
 def _diff_view(snapshot: Snapshot, mode: Any) -> _View:
     from graftc.compiler.inspect.diff import diff
 
-    found = diff(snapshot.program(mode, base=True), snapshot.program(mode))
-    text = found.text() or f"{mode}: nothing changed\n"
+    changes = diff(snapshot.program(mode, base=True), snapshot.program(mode))
+    text = changes.text() or f"{mode}: nothing changed\n"
     colours = {"+": "green", "-": "red", "@": "cyan"}
-    return _View(found.to_json(), lambda to: _lines(to, text, lambda line: colours.get(line[:1], "")))
+    return _View(changes.to_json(), lambda to: _lines(to, text, lambda line: colours.get(line[:1], "")))
 
 
 def _history_view(snapshot: Snapshot, mode: Any) -> _View:
@@ -188,30 +188,32 @@ def _history_view(snapshot: Snapshot, mode: Any) -> _View:
 def _lowering_view(snapshot: Snapshot) -> _View:
     from graftc.compiler.inspect.lowering import COLUMNS, lowering
 
-    found = lowering(snapshot)
+    outcomes = lowering(snapshot)
 
     def show(to: Console) -> None:
         from graftc.runtime.cli.output import print_table
 
-        print_table(to, COLUMNS, list(found.rows()), right=("sites",))
+        print_table(to, COLUMNS, list(outcomes.rows()), right=("sites",))
 
-    return _View(found.to_json(), show)
+    return _View(outcomes.to_json(), show)
 
 
 def _tree_view(snapshot: Snapshot) -> _View:
     from graftc.compiler.inspect.tree import model_tree
 
-    found = model_tree(snapshot)
+    modules = model_tree(snapshot)
     mark = "  + "
-    return _View(found.to_json(), lambda to: _lines(to, found.text(), lambda line: "green" if mark in line else ""))
+    return _View(modules.to_json(), lambda to: _lines(to, modules.text(), lambda line: "green" if mark in line else ""))
 
 
 def _explanation_view(snapshot: Snapshot, name: str, mode: Any) -> _View:
     from graftc.compiler.inspect.explain import explain
 
-    found = explain(snapshot, name, mode)
-    first = found.title
-    return _View(found.to_json(), lambda to: _lines(to, found.text(), lambda line: "bold" if line == first else ""))
+    explanation = explain(snapshot, name, mode)
+    first = explanation.title
+    return _View(
+        explanation.to_json(), lambda to: _lines(to, explanation.text(), lambda line: "bold" if line == first else "")
+    )
 
 
 def _summary_view(directory: str, found: Summary) -> _View:
@@ -265,15 +267,15 @@ def _write(writers: dict[str, Callable[[], str | bytes]], targets: dict[str, Pat
     """Make the contents of all files, then write them, and return their paths."""
     from graftc.runtime.files import staged
 
-    made = [(path, writers[kind]()) for kind, path in targets.items()]
-    for path, content in made:
+    contents = [(path, writers[kind]()) for kind, path in targets.items()]
+    for path, content in contents:
         with staged(path, force=force) as file:
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return [str(path) for path in targets.values()]
 
 
 def _writers(artifact: Artifact, mode: Any, log: Path | None) -> dict[str, Callable[[], str | bytes]]:
-    """How to make the content of each file; none is made yet."""
+    """Return the functions that make the content of each file; none is made yet."""
     from graftc.compiler.inspect.model_explorer import model_explorer_text
     from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
     from graftc.runtime.view.contents import contents

@@ -1,4 +1,4 @@
-"""``graftc check --memory``: what a training step takes, and what fits."""
+"""``graftc check --memory``: the memory of a training step, and the sizes that fit."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ Methods: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class Asked:
-    """The options.
+    """The options of planning.
 
     Attributes:
         batch, sequence: the size of a step.
-        budget: as it was written.
-        methods: as they were written.
-        options: others, as `graftc.plan` takes them.
+        budget: the budget as written by the user.
+        methods: the methods as written by the user.
+        options: the other options, as `graftc.plan` takes them.
     """
 
     batch: int
@@ -135,23 +135,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """What was worked out.
+    """The result of planning.
 
     Attributes:
-        plan: for the spec.
-        rows: of the table, if there is one.
+        plan: the plan for the spec.
+        rows: the rows of the table, empty without one.
     """
 
     plan: MemoryPlan
     rows: Sequence[Row]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the result as plain data."""
         return {"plan": self.plan.to_json(), "table": [row.to_json() for row in self.rows]}
 
 
 def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable[[str], None]) -> PlannedMemory:
-    """Plan for a spec, and for other methods where they are asked for."""
+    """Plan the memory for a spec, and for other methods if they are requested."""
     from graftc.runtime.planner.plan import fitted, workbench
     from graftc.runtime.planner.sizes import bytes_of
     from graftc.runtime.planner.table import USUAL, Size, rows, specs_of
@@ -170,7 +170,7 @@ def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable
 
 
 def print_memory(found: PlannedMemory) -> None:
-    """Print plan and table."""
+    """Print the plan and the table."""
     from graftc.runtime.cli.output import console, print_table
     from graftc.runtime.planner.sizes import shown
 

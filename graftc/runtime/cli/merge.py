@@ -80,12 +80,12 @@ def merge(
         advance = time_left(step, "folding and certifying")
         options: Any = {"dtype": _element_type(dtype), "base": base, "allow_unchanged": allow_unchanged}
         if partial:
-            made = merge_what_folds(compiled, budget, advance, **options)
+            merged = merge_what_folds(compiled, budget, advance, **options)
         else:
-            made = compiled.merge(budget=budget, progress=advance, **options)
+            merged = compiled.merge(budget=budget, progress=advance, **options)
         if to is not None:
             step("writing")
-            made.save(to, force=force)
+            merged.save(to, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -95,18 +95,18 @@ def merge(
 
         result = {
             **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": dry_run},
-            **{"partial": bool(made.kept), "folded": list(made.folded), "files": files},
-            "kept": [{"name": name, "reason": reason} for name, reason in made.kept.items()],
-            **{"certificate": made.certificate.to_json(), "streamed": None, "warnings": warnings},
+            **{"partial": bool(merged.kept), "folded": list(merged.folded), "files": files},
+            "kept": [{"name": name, "reason": reason} for name, reason in merged.kept.items()],
+            **{"certificate": merged.certificate.to_json(), "streamed": None, "warnings": warnings},
         }
         print_json(MergeResult.model_validate(result))
         return
-    print_certificate(made.certificate, made.kept)
+    print_certificate(merged.certificate, merged.kept)
     print_files(to, files)
 
 
 def _require_files_alone(partial: bool, budget: float | None) -> None:
-    """Refuse what needs the model where that is not loaded.
+    """Raise for options that need the model, which is not loaded.
 
     Raises:
         GraftError: GC090.
@@ -126,14 +126,14 @@ def _merge_files(
     options: Mapping[str, Any],
     json: bool,
 ) -> None:
-    """Merge file by file."""
+    """Merge file by file, without loading the model, and print the result."""
     from graftc.runtime.cli.output import print_json, steps, throughput, working
 
     with working(json) as warnings, steps(json) as step:
         step("reading")
         from graftc.runtime.streaming.merging import merge_checkpoint
 
-        made = merge_checkpoint(directory, model, to, progress=throughput(step, "merging"), **options)
+        merged = merge_checkpoint(directory, model, to, progress=throughput(step, "merging"), **options)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -143,18 +143,18 @@ def _merge_files(
 
         result = {
             **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": to is None},
-            **{"partial": False, "folded": list(made.folded), "kept": [], "files": files},
-            "certificate": made.certificate.to_json(),
-            "streamed": {"untouched_tensors": made.untouched, "resumed_files": made.resumed},
+            **{"partial": False, "folded": list(merged.folded), "kept": [], "files": files},
+            "certificate": merged.certificate.to_json(),
+            "streamed": {"untouched_tensors": merged.untouched, "resumed_files": merged.resumed},
             "warnings": warnings,
         }
         print_json(MergeResult.model_validate(result))
         return
-    print_certificate(made.certificate, {})
+    print_certificate(merged.certificate, {})
     from graftc.runtime.cli.output import console, number
 
-    resumed = f"; {number(made.resumed)} files were done already" if made.resumed else ""
-    console().print(f"{'untouched:':<22}{number(made.untouched)} tensors, bit for bit{resumed}", markup=False)
+    resumed = f"; {number(merged.resumed)} files were done already" if merged.resumed else ""
+    console().print(f"{'untouched:':<22}{number(merged.untouched)} tensors, bit for bit{resumed}", markup=False)
     print_files(to, files)
 
 

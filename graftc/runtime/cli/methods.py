@@ -150,7 +150,7 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _example(entry: SpecEntry) -> str:
-    """An adaptation that can stand in a spec: the method's own placement, or roles of a kind that it takes."""
+    """Return an adaptation that is valid in a spec: with the method's own placement, or with roles that it accepts."""
     import json
 
     from graftc.specs.roles import ROLES

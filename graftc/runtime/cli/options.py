@@ -1,4 +1,4 @@
-"""Arguments and options that commands share: one word and one help text each."""
+"""Arguments and options that commands share, each with one name and one help text."""
 
 from __future__ import annotations
 
@@ -164,10 +164,10 @@ SpecArgument: TypeAlias = Annotated[
 
 
 def destination(out: Path | None, *, dry_run: bool) -> Path | None:
-    """Where to write; None with ``--dry-run``.
+    """Return the path to write to; None with ``--dry-run``.
 
     Raises:
-        GraftError: GC090 where ``--out`` is missing.
+        GraftError: GC090 if ``--out`` is missing.
     """
     if dry_run:
         return None

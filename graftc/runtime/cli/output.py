@@ -1,4 +1,4 @@
-"""How commands print: tables for people, JSON for programs, warnings beside them."""
+"""The output of commands: tables for people, JSON for programs, and warnings on the standard error."""
 
 from __future__ import annotations
 
@@ -40,39 +40,42 @@ _PIPED_WIDTH = 120
 
 
 def console(file: TextIO | None = None) -> Console:
-    """A console on the standard output (or ``file``): colours on a terminal only, 120 columns elsewhere."""
+    """Return a console on the standard output (or ``file``): colours on a terminal only, 120 columns elsewhere."""
     from graftc.runtime.cli.console import PlainConsole
 
     stream = sys.stdout if file is None else file
-    # Rich keeps bold face without colours; whoever sets NO_COLOR wants no escape codes at all.
+    # Rich keeps bold face without colours, but NO_COLOR means no escape codes at all.
     system: Literal["auto"] | None = None if without_colours() else "auto"
-    found = PlainConsole(file=stream, highlight=False, color_system=system)
-    if not found.is_terminal:
-        # Rich would take 80 columns, which folds tables that nobody looks at through a window.
+    plain = PlainConsole(file=stream, highlight=False, color_system=system)
+    if not plain.is_terminal:
+        # Rich would assume 80 columns, which folds tables although there is no window to fit.
         width = int(os.environ.get("COLUMNS", _PIPED_WIDTH))
-        found = PlainConsole(file=stream, highlight=False, color_system=system, width=width)
-    return found
+        plain = PlainConsole(file=stream, highlight=False, color_system=system, width=width)
+    return plain
 
 
 def without_colours() -> bool:
-    """Whether the user wants no escape codes: NO_COLOR is set."""
+    """Return whether NO_COLOR is set, which means that the user wants no escape codes."""
     return bool(os.environ.get("NO_COLOR"))
 
 
 def error_console() -> Console:
-    """A console on the standard error."""
+    """Return a console on the standard error."""
     return console(sys.stderr)
 
 
 def print_json(result: Result | Mapping[str, Any]) -> None:
-    """Print JSON on the standard output, one key a line. What JSON cannot hold is a bug, not null."""
+    """Print JSON on the standard output, one key a line.
+
+    A value that JSON cannot represent is a bug, and does not become null.
+    """
     data = result if isinstance(result, Mapping) else result.to_json()
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(data, indent=2, allow_nan=False)
-    # What JSON leaves as it is may still steer a terminal.
+    # Characters that JSON does not escape may still control a terminal.
     sys.stdout.write(printable(text, r"\u{:04x}") + "\n")
     sys.stdout.flush()
 
@@ -85,14 +88,14 @@ def print_table(
     right: Sequence[str] = (),
     whole: Sequence[str] = (),
 ) -> None:
-    """Print a table. Text is taken as it is, brackets included, and folded where it does not fit.
+    """Print a table. Text is printed literally, including brackets, and folded if it does not fit.
 
     Args:
-        to: where.
-        columns: their names.
-        rows: one text for each column.
-        right: columns that hold numbers.
-        whole: columns that are not folded while they take at most half of the width.
+        to: the console to print to.
+        columns: the names of the columns.
+        rows: rows with one text for each column.
+        right: columns of numbers, which are aligned to the right.
+        whole: columns that are not folded as long as they take at most half of the width.
     """
     from rich import box
     from rich.table import Table
@@ -114,7 +117,7 @@ def print_table(
 
 
 def print_figures(passes: Iterable[PassRecord]) -> None:
-    """Print what passes of plugins report, and an empty line; nothing where they report nothing."""
+    """Print the figures that passes of plugins report, and an empty line; print nothing if there are none."""
     from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows
 
     rows = [row.cells() for row in figure_rows(passes)]
@@ -124,7 +127,7 @@ def print_figures(passes: Iterable[PassRecord]) -> None:
 
 
 def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) -> None:
-    """Print lines as they are, however long, each in its style."""
+    """Print lines without folding them, each in its style."""
     from rich.text import Text
 
     for line in lines:
@@ -132,40 +135,39 @@ def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) 
 
 
 def number(value: float) -> str:
-    """A count for people: 56,098,816; a fraction keeps one digit."""
+    """Format a count for people: 56,098,816; a fraction keeps one digit."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
 
 
 @contextlib.contextmanager
 def working(as_json: bool) -> Iterator[list[dict[str, Any]]]:
-    """Around a command's work: the standard output stays the command's own, and warnings reach people.
+    """Run a command's work with the standard output reserved for the command, and with warnings shown.
 
-    What libraries and the user's model print goes to the standard error. Warnings of graftc go there too, in the
+    What libraries and the user's model print goes to the standard error. Warnings of graftc go there as well, in the
     text form of diagnostics, or, with ``as_json``, into the list that is yielded. Warnings of libraries are dropped.
     """
-    found: list[dict[str, Any]] = []
+    warned: list[dict[str, Any]] = []
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if not isinstance(message, GraftWarning):
             return
         if as_json:
-            found.append(message.to_json())
+            warned.append(message.to_json())
         else:
             print_coded(message, "yellow", prefix="warning ")
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always", GraftWarning)
         warnings.showwarning = show
-        yield found
+        yield warned
 
 
 @contextlib.contextmanager
 def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
-    """Around long work: yields what is called with the name of each step, in lower case, as it begins.
+    """Yield a function for the block to call with the name of each step, in lower case, as the step begins.
 
-    A terminal shows the step on the standard error, beside something that turns, until the next one or the end; of a
-    compile that takes over two seconds also what it is at.
-    With ``as_json``, NO_COLOR or no terminal nothing is shown.
+    A terminal shows the step on the standard error, with a spinner, until the next step or the end; for a compile that
+    takes over two seconds it also shows the current phase. With ``as_json``, NO_COLOR or no terminal nothing is shown.
     """
     if as_json or without_colours() or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         with listening(lambda *_: None):
@@ -195,8 +197,10 @@ def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
 def time_left(
     step: Callable[[str], None], name: str, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[float], None]:
-    """Begin a step; what is given back is told how much of it is done, from 0 to 1. Once the step has taken two seconds
-    its name is shown with the time that is left, no more than twice a second."""
+    """Begin a step, and return a function to call with the share of it that is done, from 0 to 1.
+
+    Once the step has taken two seconds its name is shown with the time that is left, no more than twice a second.
+    """
     begun = shown = clock()
     step(name)
 
@@ -215,8 +219,11 @@ def time_left(
 def throughput(
     step: Callable[[str], None], name: str, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int, int], None]:
-    """Like `time_left` for work on files: what is given back is told how many bytes are done, and how many there are,
-    and the step shows these with their rate and the time that is left. What was done before counts for nothing."""
+    """Begin a step of work on files, and return a function to call with the number of bytes done and their total.
+
+    Like `time_left`, the step shows both with their rate and the time that is left. Bytes that were done before the
+    first call do not count towards the rate.
+    """
     begun = shown = clock()
     first: int | None = None
     step(name)
@@ -238,11 +245,11 @@ def throughput(
 
 
 def print_coded(message: object, style: str, prefix: str = "") -> None:
-    """A diagnostic on the standard error, its code in colour where there are colours."""
+    """Print a diagnostic on the standard error, with its code in colour if there are colours."""
     from rich.text import Text
 
     text = Text(f"{prefix}{message}")
     head = str(text).find(":")
     text.stylize(f"bold {style}", 0, head + 1 if head > 0 else 0)
-    with contextlib.suppress(OSError):  # there is nobody left to tell
+    with contextlib.suppress(OSError):  # there is nowhere left to report it
         error_console().print(text, soft_wrap=True)

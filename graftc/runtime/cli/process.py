@@ -1,6 +1,6 @@
-"""What a command owes to its process: streams that can be written, sizes that are numbers, interrupts without traces.
+"""The set-up of a command's process: writable streams, valid terminal sizes, interrupts without tracebacks.
 
-The standard library's smallest modules only: this runs before anything else is imported.
+It uses only the smallest modules of the standard library, since it runs before anything else is imported.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ INTERRUPTED = 130
 """The exit status after SIGINT."""
 
 _LEAST = 20
-"""Columns and lines of the smallest terminal that is believed."""
+"""The columns and lines of the smallest terminal size that is accepted."""
 
 _state = {"started": False, "interrupted": False}
 
 
 def prepare() -> None:
-    """Make the process of a command ready: called once, before anything that takes time."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+    """Prepare the process of a command; to be called once, before anything that takes time."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored on purpose
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _unraisable
-    # A file that is opened later must not become the standard output. Reading only, so that writing to it fails as it
-    # does where it is closed; what goes to a closed standard error is lost.
+    # A file that is opened later must not become the standard output. It is opened for reading only, so that writing
+    # fails as it does to a closed descriptor; output to a closed standard error is lost.
     for number, how in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -46,12 +46,12 @@ def prepare() -> None:
 
 
 def started() -> None:
-    """From here on an interrupt is an exception, so that what is half done is cleared away."""
+    """Turn interrupts into exceptions from here on, so that unfinished work is cleaned up."""
     _state["started"] = True
 
 
 def interrupted() -> bool:
-    """Whether an interrupt has come, whatever libraries have made of it."""
+    """Return whether an interrupt has arrived, even if a library has turned it into another error."""
     return _state["interrupted"]
 
 
@@ -68,7 +68,7 @@ def _unraisable(found: Any) -> None:
 
 
 def sane_sizes() -> None:
-    """Forget sizes of the terminal that are not numbers, or none that anything fits in: libraries fail on them."""
+    """Remove terminal sizes from the environment that are not numbers or are out of range: libraries fail on them."""
     for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit() and _LEAST <= int(value[:9]) < 100_000):

@@ -1,4 +1,4 @@
-"""``graftc roles``: what a model's weights do, with the evidence."""
+"""``graftc roles``: the roles of a model's weights, with the evidence."""
 
 from __future__ import annotations
 

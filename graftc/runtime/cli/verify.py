@@ -51,24 +51,24 @@ def verify(
 
     with working(json) as warnings, steps(json) as step:
         if adapter is not None:
-            found = _against_adapter(directory, adapter, model, step)
+            verification = _against_adapter(directory, adapter, model, step)
         else:
             from graftc.runtime.loading.verify import verify as verify_folder
 
-            found = verify_folder(directory, model, files_only=files_only, step=step)
+            verification = verify_folder(directory, model, files_only=files_only, step=step)
     if json:
         from graftc.runtime.cli.results import VerifyResult
 
-        checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks]
-        result = {"artifact": str(directory), "passed": found.passed, "checks": checks, "warnings": warnings}
+        checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in verification.checks]
+        result = {"artifact": str(directory), "passed": verification.passed, "checks": checks, "warnings": warnings}
         print_json(VerifyResult.model_validate(result))
     else:
         to = console()
         words = {True: "passed", False: "FAILED", None: "-"}
-        print_table(to, ("check", "", "found"), [(c.name, words[c.passed], c.detail) for c in found.checks])
+        print_table(to, ("check", "", "found"), [(c.name, words[c.passed], c.detail) for c in verification.checks])
         to.print()
-        to.print(f"{directory}: {_verdict(found)}", soft_wrap=True, markup=False)
-    if not found.passed:
+        to.print(f"{directory}: {_verdict(verification)}", soft_wrap=True, markup=False)
+    if not verification.passed:
         raise typer.Exit(1)
 
 

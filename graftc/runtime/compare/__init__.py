@@ -1,2 +1,4 @@
-"""Comparing two model folders tensor by tensor, without loading a model: which differ, by how much, and what could have
-made the difference. `folders` walks, `difference` measures one tensor, `rank` says how many directions it has."""
+"""Comparison of two model folders tensor by tensor, without loading a model: which tensors differ, by how much, and
+what could have caused it. `folders` walks through them, `difference` measures one tensor, and `rank` estimates how
+many directions a difference has.
+"""

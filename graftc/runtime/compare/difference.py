@@ -1,4 +1,4 @@
-"""What one tensor differs by, in passes over blocks of rows: numbers, changed rows and columns, rank, what made it."""
+"""Measurement of how a tensor differs, in passes over blocks of rows: numbers, rows and columns, rank, cause."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = 2**20
 
 
 class Cause(StrEnum):
-    """What could have made a difference."""
+    """A possible cause of a difference."""
 
     LOW_RANK = "low rank"
     """A product of two thin matrices: LoRA and its relatives."""
@@ -42,17 +42,18 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Difference:
-    """What a changed tensor differs by.
+    """The measured difference between two versions of a tensor.
 
     Attributes:
         largest: the largest absolute difference of an element.
-        norm: of the difference, over the base's; infinite where that is zero.
+        norm: norm of the difference, divided by that of the base; infinite if the latter is zero.
         entries: share of the elements that differ.
-        rows, columns: how many of them differ anywhere; None of a vector.
-        rank: of a matrix, how many directions of the difference are above what rounding makes; None where that is more
-            than are looked for, and of what is not a matrix.
+        rows, columns: number of rows and columns that differ anywhere; None if the tensor is not a matrix or the
+            difference is not finite.
+        rank: for a matrix, the number of directions of the difference above what rounding causes; None if there are
+            more than are looked for, if scaling explains the difference, or if the tensor is not a matrix.
         explained: share of the difference's squared norm in those directions, or in the scaling; None without either.
-        cause: what could have made it.
+        cause: what could have caused it.
     """
 
     largest: float
@@ -67,14 +68,14 @@ class Difference:
 
 @dataclass
 class _Sums:
-    """What one pass over two matrices finds, in float64.
+    """The results of one pass over two matrices, in float64.
 
     Attributes:
-        largest, update, base: the largest difference, and squared norms.
-        changed: how many elements differ.
-        rows, columns: which of them differ anywhere.
-        row_noise, column_noise: the variance that rounding has in each.
-        row_products, column_products: ``<base, other>`` and ``|base|^2`` of each.
+        largest, update, base: the largest difference, and the squared norms of the difference and of the base.
+        changed: number of elements that differ.
+        rows, columns: which rows and columns differ anywhere.
+        row_noise, column_noise: variance that rounding causes in each row and column.
+        row_products, column_products: ``<base, other>`` and ``|base|^2`` of each row and column.
     """
 
     largest: float
@@ -93,15 +94,15 @@ class Matrices:
     """The same matrix in two checkpoints; a vector is a single row.
 
     Args:
-        a, b: read rows of either.
-        shape: rows and columns.
+        a, b: functions that read rows of the first and of the second matrix.
+        shape: numbers of rows and columns.
     """
 
     def __init__(self, a: Read, b: Read, shape: tuple[int, int]) -> None:
         self._a, self._b, self.shape = a, b, shape
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The first row of each block, and its rows on both sides as they are stored."""
+        """Yield the first row number of each block, and the block's rows on both sides as they are stored."""
         rows, columns = self.shape
         step = max(1, BLOCK // max(columns, 1))
         for start in range(0, rows, step):
@@ -109,7 +110,7 @@ class Matrices:
             yield start, self._a(start, end), self._b(start, end)
 
     def equal(self) -> bool:
-        """Whether all values are the same, NaN in the same places too; types may differ."""
+        """Return whether all values are equal, with NaN in the same places; types may differ."""
         for _, a, b in self.blocks():
             if a.dtype != b.dtype:
                 a, b = a.double(), b.double()
@@ -119,18 +120,18 @@ class Matrices:
         return True
 
     def times(self, right: Tensor) -> Tensor:
-        """The difference times ``[columns, k]``, in float64."""
+        """Return the product of the difference and ``[columns, k]``, in float64."""
         return torch.cat([(b.double() - a.double()) @ right for _, a, b in self.blocks()])
 
     def transposed_times(self, left: Tensor) -> Tensor:
-        """The difference's transpose times ``[rows, k]``, in float64."""
-        found = torch.zeros(self.shape[1], left.shape[1], dtype=torch.float64)
+        """Return the product of the difference's transpose and ``[rows, k]``, in float64."""
+        product = torch.zeros(self.shape[1], left.shape[1], dtype=torch.float64)
         for start, a, b in self.blocks():
-            found.addmm_((b.double() - a.double()).T, left[start : start + len(a)])
-        return found
+            product.addmm_((b.double() - a.double()).T, left[start : start + len(a)])
+        return product
 
     def sums(self) -> _Sums:
-        """One pass."""
+        """Compute the sums in one pass."""
         rows, columns = self.shape
         by_row = torch.zeros(4, rows, dtype=torch.float64)
         by_column = torch.zeros(4, columns, dtype=torch.float64)
@@ -157,51 +158,55 @@ class Matrices:
         )
 
     def left_by_scaling(self, scale: Tensor) -> float:
-        """Squared norm of what is left of the difference when the base is scaled: ``scale`` is ``[rows, 1]`` or
-        ``[1, columns]``."""
+        """Return the squared norm of what remains of the difference when the base is scaled.
+
+        ``scale`` is ``[rows, 1]`` or ``[1, columns]``.
+        """
         left = 0.0
         for start, a, b in self.blocks():
-            own = scale[start : start + len(a)] if scale.shape[1] == 1 else scale
-            left += float((b.double() - a.double() * own).square_().sum())
+            factors = scale[start : start + len(a)] if scale.shape[1] == 1 else scale
+            left += float((b.double() - a.double() * factors).square_().sum())
         return left
 
 
 def difference(pair: Matrices, *, matrix: bool) -> Difference:
-    """Measure two tensors that are not equal.
+    """Measure the difference between two tensors that are not equal.
 
     Args:
-        pair: them.
-        matrix: whether rows and columns mean something, and a rank is looked for.
+        pair: the two tensors.
+        matrix: whether rows and columns are meaningful, so that a rank is looked for.
     """
     sums = pair.sums()
     rows, columns = pair.shape
     norm = math.sqrt(sums.update / sums.base) if sums.base else math.inf
-    found = Difference(sums.largest, norm, sums.changed / max(1, rows * columns), cause=Cause.VECTOR)
+    result = Difference(sums.largest, norm, sums.changed / max(1, rows * columns), cause=Cause.VECTOR)
     if not math.isfinite(sums.update) or not matrix:
-        return found
-    found = replace(found, rows=int(sums.rows.sum()), columns=int(sums.columns.sum()), cause=Cause.FULL)
-    # Rounding moves nothing in rows and columns that are all equal.
+        return result
+    result = replace(result, rows=int(sums.rows.sum()), columns=int(sums.columns.sum()), cause=Cause.FULL)
+    # Rows and columns that are equal on both sides have no rounding noise.
     row_noise, column_noise = sums.row_noise * sums.rows, sums.column_noise * sums.columns
     noise = min(float(row_noise.sum()), float(column_noise.sum()))
     spread = math.sqrt(float(row_noise.max())) + math.sqrt(float(column_noise.max()))
     scaling = _scaling(pair, sums, noise)
     if scaling is not None:
-        return replace(found, cause=scaling[0], explained=scaling[1])
-    changed = (found.rows or 0, found.columns or 0)
+        return replace(result, cause=scaling[0], explained=scaling[1])
+    changed = (result.rows or 0, result.columns or 0)
     estimate = estimate_rank(pair.times, pair.transposed_times, changed, pair.shape, spread)
     if estimate is not None:
         rank, squares = estimate
         cause = Cause.LOW_RANK if rank else Cause.ROUNDING
-        return replace(found, rank=rank, explained=min(1.0, squares / sums.update), cause=cause)
-    filled = sums.changed / max(1, (found.rows or 0) * (found.columns or 0))
-    if filled >= 0.5 and (found.rows or 0) < rows:
-        return replace(found, cause=Cause.ROWS)
-    return replace(found, cause=Cause.ENTRIES) if filled < 0.5 else found
+        return replace(result, rank=rank, explained=min(1.0, squares / sums.update), cause=cause)
+    filled = sums.changed / max(1, (result.rows or 0) * (result.columns or 0))
+    if filled >= 0.5 and (result.rows or 0) < rows:
+        return replace(result, cause=Cause.ROWS)
+    return replace(result, cause=Cause.ENTRIES) if filled < 0.5 else result
 
 
 def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] | None:
-    """Whether scaling rows, or columns, explains all but what rounding makes; a single row or column is never told from
-    other changes."""
+    """Return the cause and the explained share if scaling rows, or columns, explains all but rounding; None otherwise.
+
+    A single row or column cannot be told from other changes.
+    """
     for cause, changed, (products, squares), shape in (
         (Cause.ROW_SCALING, sums.rows, sums.row_products, (-1, 1)),
         (Cause.COLUMN_SCALING, sums.columns, sums.column_products, (1, -1)),
@@ -209,7 +214,7 @@ def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] |
         if min(pair.shape) < 2 or int(changed.sum()) < 2:
             continue
         scale = torch.where(squares > 0, products / squares.clamp_min(1e-300), 1.0)
-        # |b|^2 - <a, b>^2 / |a|^2 is what is left, up to cancellation: a second pass is worth it where that is little.
+        # |b|^2 - <a, b>^2 / |a|^2 remains, up to cancellation: a second pass is worthwhile only if that is small.
         rough = sums.base + 2 * float((products - squares).sum()) + sums.update - float((scale * products).sum())
         if rough > 0.02 * sums.update + 4 * noise + 1e-9 * sums.base:
             continue
@@ -220,7 +225,7 @@ def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] |
 
 
 def _rounded_to(base: torch.dtype, other: Tensor) -> torch.dtype:
-    """The type that values were rounded to: their own, or that of the base where they all fit into it."""
+    """Return the type that values were rounded to: the base's if all of them fit into it, otherwise their own."""
     if not (base.is_floating_point and other.dtype.is_floating_point):
         return torch.float64
     wider = torch.finfo(other.dtype).eps < torch.finfo(base).eps
@@ -228,6 +233,5 @@ def _rounded_to(base: torch.dtype, other: Tensor) -> torch.dtype:
 
 
 def _rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding adds to the variance of each element, values in float64: a twelfth of the square of a unit in the
-    last place."""
+    """Return the variance that rounding adds to each float64 value: a twelfth of the squared unit in the last place."""
     return power_below(values, dtype).mul_(torch.finfo(dtype).eps).square_().div_(12)

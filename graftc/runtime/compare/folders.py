@@ -1,6 +1,6 @@
-"""Two model folders, tensor by tensor, read where they lie: what differs, and what could have made it.
+"""Comparison of two model folders tensor by tensor, read from disk: what differs, and what could have caused it.
 
-A tensor is read in blocks of rows, some times over, so that the memory that is needed does not grow with the model.
+Tensors are read in blocks of rows, several times over, so that memory use does not grow with the model.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ COMPARED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"
 
 @dataclass(frozen=True)
 class WeightDifference:
-    """One tensor that is not the same in both.
+    """One tensor that differs between two folders.
 
     Attributes:
-        name: its name.
-        status: only the second has it, only the first has it, or both have it: of other sizes, of another element type
-            with the same values, or with other values.
-        base, other: element type and sizes in the first and in the second, as ``BF16[4, 48]``; empty where it is
+        name: name of the tensor.
+        status: whether only the second folder has it, only the first has it, or both have it: with other sizes, with
+            another element type and the same values, or with other values.
+        base, other: element type and sizes in the first and in the second folder, as ``BF16[4, 48]``; empty if it is
             missing.
-        difference: the numbers, where the values differ and can be compared.
+        difference: the measured difference, if the values differ and can be compared.
     """
 
     name: str
@@ -48,11 +48,11 @@ class WeightDifference:
 
 @dataclass(frozen=True)
 class FolderDifference:
-    """What differs between two model folders.
+    """The differences between two model folders.
 
     Attributes:
-        tensors: those that are not the same, by name, layers in the order of their numbers.
-        equal: how many are.
+        tensors: the tensors that differ, by name, layers in the order of their numbers.
+        equal: number of tensors that are equal.
     """
 
     tensors: tuple[WeightDifference, ...]
@@ -60,24 +60,27 @@ class FolderDifference:
 
     @property
     def same(self) -> bool:
-        """Nothing differs."""
+        """Whether nothing differs."""
         return not self.tensors
 
     def alike(self) -> list[tuple[str, list[WeightDifference]]]:
-        """The same with tensors of equal layers together, each under a name with its layers: ``h.0-3.attn.q``."""
-        found: dict[tuple[Any, ...], list[WeightDifference]] = {}
+        """Return the differing tensors, grouped by layers that differ alike.
+
+        Each group has one name with its layers: ``h.{0-3}.attn.q``.
+        """
+        groups: dict[tuple[Any, ...], list[WeightDifference]] = {}
         for item in self.tensors:
-            made = item.difference
+            change = item.difference
             key = (_LAYER.sub(r"\1*\2", item.name, count=1), item.status, item.base, item.other)
-            found.setdefault((*key, made and made.cause), []).append(item)
-        return [(_named([item.name for item in items]), items) for items in found.values()]
+            groups.setdefault((*key, change and change.cause), []).append(item)
+        return [(_named([item.name for item in items]), items) for items in groups.values()]
 
 
 _LAYER = re.compile(r"(\.|^)\d+(\.)")
 
 
 def _named(names: list[str]) -> str:
-    """One name for several tensors that differ in the number of a layer."""
+    """Return one name for several tensors that differ in the number of a layer."""
     layers = [int(match.group().strip(".")) for name in names if (match := _LAYER.search(name))]
     if len(names) == 1 or len(layers) < len(names):
         return names[0]
@@ -85,7 +88,7 @@ def _named(names: list[str]) -> str:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder has weights as transformers keeps them."""
+    """Return whether a folder contains weights as transformers stores them."""
     return any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
@@ -93,27 +96,29 @@ def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda 
     """Compare the weights of two folders, the second with the first.
 
     Args:
-        a: has ``model.safetensors``, or an index with the files that it names.
-        b: the same.
-        advance: is told how much has been compared, from 0 to 1.
+        a: the first folder, with ``model.safetensors``, or an index and the files that it names.
+        b: the second folder, in the same form.
+        advance: function called with the share that has been compared, from 0 to 1.
 
     Raises:
-        GraftError: GC100 where files are missing or damaged, GC101 where names lead out of a folder.
+        GraftError: GC100 if files are missing or damaged, GC101 if names lead out of a folder.
     """
     first, second = TensorFolder(a), TensorFolder(b)
     mine, theirs = first.entries, second.entries
-    whole = max(1, sum(math.prod(stored.shape) for stored in mine.values()))
-    found: list[WeightDifference] = []
+    total = max(1, sum(math.prod(stored.shape) for stored in mine.values()))
+    differences: list[WeightDifference] = []
     done = equal = 0
     with first, second, torch.no_grad():
         for name, stored in mine.items():
             item = _compared(name, stored, theirs.get(name), (first, second))
             equal += item is None
-            found += [] if item is None else [item]
+            differences += [] if item is None else [item]
             done += math.prod(stored.shape)
-            advance(done / whole)
-    found += [WeightDifference(name, "added", "", str(stored)) for name, stored in theirs.items() if name not in mine]
-    return FolderDifference(tuple(sorted(found, key=_by_name)), equal)
+            advance(done / total)
+    differences += [
+        WeightDifference(name, "added", "", str(stored)) for name, stored in theirs.items() if name not in mine
+    ]
+    return FolderDifference(tuple(sorted(differences, key=_by_name)), equal)
 
 
 def _by_name(item: WeightDifference) -> list[tuple[int, str]]:
@@ -121,7 +126,7 @@ def _by_name(item: WeightDifference) -> list[tuple[int, str]]:
 
 
 def _rows(tensor: Tensor) -> Callable[[int, int], Tensor]:
-    """Gives rows of a tensor, seen as a matrix."""
+    """Return a function that reads rows of a tensor, seen as a matrix."""
     if tensor.dim() < 2:
         tensor = tensor.reshape(1, -1)
     return lambda start, end: tensor[start:end].flatten(1)
@@ -130,7 +135,7 @@ def _rows(tensor: Tensor) -> Callable[[int, int], Tensor]:
 def _compared(
     name: str, stored: StoredTensor, other: StoredTensor | None, folders: Iterable[TensorFolder]
 ) -> WeightDifference | None:
-    """How a tensor differs; None where it does not."""
+    """Return how a tensor differs; None if it does not."""
     if other is None:
         return WeightDifference(name, "removed", str(stored), "")
     if stored.shape != other.shape:
@@ -149,7 +154,7 @@ def _compared(
 
 
 def summary(found: FolderDifference) -> list[str]:
-    """What could have made all of it, a line for each cause, most tensors first."""
+    """Return a line for each possible cause of the differences, those of most tensors first."""
     counts: dict[Cause, list[Difference]] = {}
     for item in found.tensors:
         if item.difference is not None:
@@ -178,15 +183,15 @@ def _ranks(items: Iterable[Difference]) -> str:
 
 
 def lines(found: FolderDifference) -> Iterator[str]:
-    """One line for each tensor, or for those of layers that differ alike, with a sign in front."""
+    """Yield one line for each tensor, or for those of layers that differ alike, with a sign in front."""
     signs = {"added": "+", "removed": "-"}
     text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "other sizes"}
     for name, items in found.alike():
         first = items[0]
         count = f" ({len(items)} tensors)" if len(items) > 1 else ""
         types = " -> ".join(dict.fromkeys(filter(None, (first.base, first.other))))
-        made = [item.difference for item in items if item.difference is not None]
-        how = _numbers(made) if made else text.get(first.status, "differs")
+        measured = [item.difference for item in items if item.difference is not None]
+        how = _numbers(measured) if measured else text.get(first.status, "differs")
         yield f"{signs.get(first.status, '~')} {name}{count} {types}: {how}"
 
 

@@ -1,8 +1,9 @@
-"""How many directions of a matrix are above the noise of rounding, by a randomised range finder.
+"""An estimate of how many directions of a matrix are above the noise of rounding, by a randomised range finder.
 
-Halko, Martinsson, Tropp, "Finding structure with randomness" (arXiv:0909.4061): the matrix times random vectors, twice
-more times itself, spans its leading directions. Independent errors of rounding with variances ``s_ij`` have a spectral
-norm of about ``max_i sqrt(sum_j s_ij) + max_j sqrt(sum_i s_ij)`` (Bandeira and van Handel, arXiv:1408.6185).
+Halko, Martinsson, Tropp, "Finding structure with randomness" (arXiv:0909.4061): the product of the matrix with random
+vectors, multiplied by the matrix two more times, spans its leading directions. Independent rounding errors with
+variances ``s_ij`` have a spectral norm of about ``max_i sqrt(sum_j s_ij) + max_j sqrt(sum_i s_ij)`` (Bandeira and van
+Handel, arXiv:1408.6185).
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ def estimate_rank(
     shape: tuple[int, int],
     noise: float,
 ) -> tuple[int, float] | None:
-    """The number of singular values above the noise, and the sum of their squares; None where these are too many, or
-    more than half of those that there can be.
+    """Return the number of singular values above the noise, and the sum of their squares.
+
+    None if there are too many of them, or more than half of those that there can be.
 
     Args:
-        times: the matrix times ``[columns, k]``.
-        transposed_times: its transpose times ``[rows, k]``.
-        changed: rows and columns that are not zero.
-        shape: rows and columns.
-        noise: spectral norm of what rounding makes.
+        times: function that multiplies the matrix by ``[columns, k]``.
+        transposed_times: function that multiplies its transpose by ``[rows, k]``.
+        changed: numbers of rows and columns that are not zero.
+        shape: numbers of rows and columns.
+        noise: spectral norm of what rounding causes.
     """
     most = min(changed)
     wanted = FIRST
@@ -43,11 +45,11 @@ def estimate_rank(
         count = min(wanted + OVERSAMPLING, *shape)
         values = _leading(times, transposed_times, shape[1], count)
         floor = max(MARGIN * noise, 1e-13 * float(values[0]))
-        found = values[values > floor]
-        if len(found) > max(1, most // 2) and most > 2:
+        significant = values[values > floor]
+        if len(significant) > max(1, most // 2) and most > 2:
             return None
-        if len(found) <= count - OVERSAMPLING or count == min(shape):
-            return len(found), float(found.square().sum())
+        if len(significant) <= count - OVERSAMPLING or count == min(shape):
+            return len(significant), float(significant.square().sum())
         if wanted >= LARGEST:
             return None
         wanted *= 4
@@ -56,7 +58,7 @@ def estimate_rank(
 def _leading(
     times: Callable[[Tensor], Tensor], transposed_times: Callable[[Tensor], Tensor], columns: int, count: int
 ) -> Tensor:
-    """The leading singular values, descending, ``float64[count]``."""
+    """Return the leading singular values in descending order, ``float64[count]``."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(columns, count, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(times(start)).Q

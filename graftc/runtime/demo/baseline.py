@@ -1,4 +1,4 @@
-"""What the demo is measured against: logistic regression on frozen sentence embeddings."""
+"""The baseline of the demo: logistic regression on frozen sentence embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["embed", "logistic_regression"]
 
 
 def embed(encoder: nn.Module, data: Encoded, on_batch: Callable[[int], None] | None = None) -> torch.Tensor:
-    """Mean-pooled last hidden states over real tokens, scaled to unit length: float32 ``[examples, hidden]``.
+    """Return mean-pooled last hidden states over real tokens, scaled to unit length: float32 ``[examples, hidden]``.
 
     This is how the encoder's own sentence embeddings are defined.
     """
@@ -39,13 +39,13 @@ def logistic_regression(
     test_labels: Sequence[int],
     classes: int,
 ) -> Scores:
-    """Fit scikit-learn's default (L2 penalty, C = 1) on the training embeddings, score on the test ones.
+    """Fit scikit-learn's default (L2 penalty, C = 1) on the training embeddings, and score it on the test ones.
 
-    The baseline is not a weak one: over C = 1, 3, 10, 30, 100 and 300, and with embeddings not scaled to unit
+    The baseline is not weak: over C = 1, 3, 10, 30, 100 and 300, and with embeddings that are not scaled to unit
     length, no macro-F1 on R8 is more than 0.1 points above it.
 
     Raises:
-        GraftError: GC061, scikit-learn is not installed.
+        GraftError: GC061 if scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression

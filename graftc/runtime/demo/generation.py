@@ -1,4 +1,4 @@
-"""What the tuned model says, in each of its forms."""
+"""Text generation with the tuned model, in each of its forms."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["BATCH", "greedy", "onnx_generator"]
 
 BATCH = 32
-"""Prompts that are continued at once."""
+"""The number of prompts that are continued at once."""
 
 
 def onnx_generator(merged: Merged, path: Path) -> Any:
-    """The merged model in ONNX Runtime, from what this writes to the folder ``path``."""
+    """Export the merged model to the folder ``path``, and return it loaded in ONNX Runtime."""
     from graftc.runtime.generate import load
 
     return load(merged.export(path, "onnx-generate"))
@@ -35,27 +35,29 @@ def greedy(
     least: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """What a model continues each prompt with, the most probable token at each step, up to the end of its turn.
+    """Return the tokens with which a model continues each prompt, up to the end of its turn.
+
+    At each step the most probable token is taken.
 
     Args:
-        model: has transformers' ``generate``.
-        chats: their prompts, which are padded on the left.
-        new: at most so many tokens.
-        least: the end of the turn is not among the choices before so many.
-        on_batch: called after each batch with its number of prompts.
+        model: a model with transformers' ``generate``.
+        chats: conversations with the prompts, which are padded on the left.
+        new: the largest number of tokens.
+        least: the number of tokens before which the end of the turn is not allowed.
+        on_batch: a function that is called after each batch with its number of prompts.
     """
     end = model.generation_config.eos_token_id
-    found: dict[int, list[int]] = {}
+    continued: dict[int, list[int]] = {}
     with torch.no_grad():
         for rows, batch in evaluation_batches(chats, BATCH):
             out = model.generate(
                 **batch, do_sample=False, max_new_tokens=new, min_new_tokens=least, pad_token_id=chats.pad
             )
             added = out[:, batch["input_ids"].shape[1] :].tolist()
-            found |= {i: _until(row, end) for i, row in zip(rows, added, strict=True)}
+            continued |= {i: _until(row, end) for i, row in zip(rows, added, strict=True)}
             if on_batch is not None:
                 on_batch(len(rows))
-    return [found[i] for i in range(len(chats))]
+    return [continued[i] for i in range(len(chats))]
 
 
 def _until(row: list[int], end: int | Sequence[int]) -> list[int]:

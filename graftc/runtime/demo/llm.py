@@ -1,4 +1,4 @@
-"""The whole path on a language model: supervised fine-tuning of a chat model, beside PEFT, and all that follows."""
+"""The whole path on a language model: supervised fine-tuning of a chat model, compared with PEFT, and deployment."""
 
 from __future__ import annotations
 
@@ -75,17 +75,19 @@ _QUICK = _Plan(steps=24, batch=8, lr=2e-3, test=64, peft=False)
 
 
 def run_llm_demo(out: Path, quick: bool = False, console: Console | None = None) -> LLMResult:
-    """Tune SmolLM2-135M-Instruct to name the topics of Reuters R8, in its chat template with the loss on answers alone;
-    the same with PEFT from the same factors with the same batches; fold, certify, save and export it.
+    """Tune SmolLM2-135M-Instruct to name the topics of Reuters R8, then fold, certify, save and export it.
+
+    Training uses the model's chat template, and the loss of answers only. It is repeated with PEFT from the same
+    factors with the same batches.
 
     Args:
         out: a folder that does not exist, is empty, or was written by an earlier demo.
-        quick: fewer steps and test texts, and no PEFT, for a result within four minutes.
+        quick: if true, use fewer steps and test texts, and no PEFT, for a result within four minutes.
         console: where to print; by default the standard output.
 
     Raises:
-        GraftError: GC062, the model or the data is missing; GC061, peft or ONNX Runtime is; GC063, ``out`` holds
-            something else.
+        GraftError: GC062 if the model or the data is missing; GC061 if peft or ONNX Runtime is missing; GC063 if
+            ``out`` contains something else.
     """
     plan = _QUICK if quick else _FULL
     console = Console() if console is None else console
@@ -100,7 +102,7 @@ def run_llm_demo(out: Path, quick: bool = False, console: Console | None = None)
 
 
 class _LLMDemo(Stages):
-    """One run: what its stages share."""
+    """One run of the demo, with the state that its stages share."""
 
     def __init__(self, plan: _Plan, quick: bool, console: Console, out: Path, folder: Path, data: Dataset) -> None:
         from transformers import AutoTokenizer
@@ -112,7 +114,7 @@ class _LLMDemo(Stages):
         self.test = self.topics.chats(data.test.subset(plan.test, SEED))
 
     def run(self, start: Path) -> LLMResult:
-        """Run it; ``start`` is where to put the factors that training starts from, for PEFT."""
+        """Run the demo; ``start`` is the folder for the factors that training starts from, which PEFT reads."""
         plan = self.plan
         self.console.print(
             f"Reuters R8 as conversations: {len(self.training):,} to train on, {len(self.test):,} to test with, "
@@ -165,7 +167,7 @@ class _LLMDemo(Stages):
         return result
 
     def _show_conversation(self) -> None:
-        """Print one as the model reads it, the answer apart."""
+        """Print one conversation as the model reads it, with the answer set apart."""
         decode = self.topics.tokenizer.decode
         text = Text(decode(self.training.prompts[0]), style="cyan")
         text.append(decode(self.training.answers[0]), style="bold green")
@@ -180,10 +182,10 @@ class _LLMDemo(Stages):
         return model
 
     def _scores(self, model: torch.nn.Module, generator: Any) -> tuple[TopicScores, list[str]]:
-        """Of a model, and of what it generates; and the answers."""
+        """Return the scores of a model and of its generated answers, and the answers."""
         model.eval()
         topics, tokens = self.topics, torch.tensor(self.topics.tokens)
-        found = self.predict(
+        likelihoods = self.predict(
             lambda batch: model(**batch).logits[:, -1].log_softmax(-1)[:, tokens],
             self.test,
             label="likelihood",
@@ -193,7 +195,7 @@ class _LLMDemo(Stages):
             said = greedy(generator, self.test, _NEW_TOKENS, on_batch=advance)
         answers: list[str] = topics.tokenizer.batch_decode(said)
         right = [topics.named_in(a) == label for a, label in zip(answers, self.test.labels, strict=True)]
-        likelihood = score(found.argmax(1).tolist(), self.test.labels, len(topics.names))
+        likelihood = score(likelihoods.argmax(1).tolist(), self.test.labels, len(topics.names))
         scores = TopicScores(likelihood, sum(right) / len(right))
         self.console.print(
             f"accuracy {100 * likelihood.accuracy:.1f} % by likelihood, {100 * scores.generation:.1f} % by generation"
@@ -214,8 +216,10 @@ class _LLMDemo(Stages):
         return self.train(model, self.training, steps=self.plan.steps, batch=self.plan.batch, lr=self.plan.lr)
 
     def _beside_peft(self, start: Path, ours: TrainingRun) -> tuple[TopicScores, float]:
-        """What PEFT reaches from the same factors with the same batches, and how far its losses are from ours, relative
-        to the largest."""
+        """Train with PEFT from the same factors and batches; return its scores and how far its losses are from ours.
+
+        The distance is the largest difference of a step's loss, relative to the largest loss.
+        """
         with self.stage("train with PEFT: same start, same batches"):
             peer = self._in_peft(start, trains=True)
             theirs = self._train(peer)
@@ -233,7 +237,7 @@ class _LLMDemo(Stages):
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            # What PEFT reads of a model is about to go from transformers.
+            # PEFT reads attributes of models that transformers is about to remove.
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(self._model(), adapter, is_trainable=trains)
 
@@ -248,30 +252,30 @@ class _LLMDemo(Stages):
         )
 
     def _answers(self, before: list[str], after: list[str]) -> tuple[TopicAnswer, ...]:
-        """The first test text of each topic, as many as there is room for."""
+        """Print and return the answers to the first test text of each topic, at most six."""
         names, labels = self.topics.names, self.test.labels
         rows = sorted(labels.index(label) for label in set(labels))[:_EXAMPLE_ANSWERS]
-        found = tuple(TopicAnswer(self.test.texts[i], names[labels[i]], before[i], after[i]) for i in rows)
+        answers = tuple(TopicAnswer(self.test.texts[i], names[labels[i]], before[i], after[i]) for i in rows)
         table = Table(title="answers", title_justify="left", show_lines=True)
         for column in ("text", "topic", "before", "after"):
             table.add_column(column)
-        for answer in found:
+        for answer in answers:
             table.add_row(*map(Text, (answer.text, answer.topic, answer.before, answer.after)))
         self.console.print(table)
-        return found
+        return answers
 
     def _same_tokens(self, compiled: Compiled, merged: Merged) -> dict[str, TokenAgreement]:
-        """The compiled model's tokens against those of every other form of it."""
+        """Compare the compiled model's tokens with those of every other form of it."""
         chats = self.test.first(self.plan.checked)
         tokens = self.plan.tokens
         wanted = greedy(compiled.eval(), chats, tokens, least=tokens)
-        found = {}
+        agreements = {}
         for name, form in self._forms(compiled, merged):
             said = greedy(form, chats, tokens, least=tokens)
             same = sum(a == b for a, b in zip(said, wanted, strict=True))
-            found[name] = TokenAgreement(len(chats), same, sum(map(len, wanted)))
+            agreements[name] = TokenAgreement(len(chats), same, sum(map(len, wanted)))
             self.console.print(f"{name}: the same tokens for {same} of {len(chats)} prompts")
-        return found
+        return agreements
 
     def _forms(self, compiled: Compiled, merged: Merged) -> Iterator[tuple[str, Any]]:
         from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""What the demo on a language model found, whether that is what it promises, and the page about it."""
+"""The result of the demo on a language model, the check of its promises, and the page about it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from graftc.runtime.demo.training import Scores
 __all__ = ["GAIN", "PEER", "LLMResult", "TokenAgreement", "TopicAnswer", "TopicScores"]
 
 GAIN = 0.20
-"""By how much the tuned model's accuracies are to be above the untuned one's."""
+"""The margin by which the tuned model's accuracies have to exceed the untuned one's."""
 
 PEER = 0.015
-"""How far the accuracies may be from those that PEFT reaches from the same start with the same batches."""
+"""The allowed distance of the accuracies from those of PEFT, with the same start and the same batches."""
 
 
 @dataclass(frozen=True)
 class TopicScores:
-    """How often a model knows the topic of a test text.
+    """How often a model names the right topic of a test text.
 
     Attributes:
-        likelihood: of the topic whose name is the most probable first token of the answer.
-        generation: the fraction of texts where greedily generated answers name the right topic first.
+        likelihood: scores of the topic whose name is the most probable first token of the answer.
+        generation: the fraction of texts for which greedily generated answers name the right topic first.
     """
 
     likelihood: Scores
@@ -31,11 +31,11 @@ class TopicScores:
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """By likelihood, and by generation."""
+        """The accuracies by likelihood and by generation."""
         return self.likelihood.accuracy, self.generation
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the scores as plain data."""
         return {"likelihood": self.likelihood.to_json(), "generation": round(self.generation, 6)}
 
 
@@ -44,9 +44,9 @@ class TokenAgreement:
     """How often another form of the tuned model generates the same tokens.
 
     Attributes:
-        prompts: how many were continued.
-        same: those with the same tokens, all of them.
-        tokens: how many were generated.
+        prompts: the number of prompts.
+        same: the number of prompts that are continued with exactly the same tokens.
+        tokens: the number of generated tokens.
     """
 
     prompts: int
@@ -59,13 +59,13 @@ class TokenAgreement:
         return self.same == self.prompts
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the agreement as plain data."""
         return {"passed": self.passed, "prompts": self.prompts, "same": self.same, "tokens": self.tokens}
 
 
 @dataclass(frozen=True)
 class TopicAnswer:
-    """A test text, its topic, and what the model says about it before and after tuning."""
+    """A test text, its topic, and the model's answers before and after tuning."""
 
     text: str
     topic: str
@@ -73,27 +73,27 @@ class TopicAnswer:
     after: str
 
     def to_json(self) -> dict[str, str]:
-        """Plain data."""
+        """Return the answer as plain data."""
         return {"text": self.text, "topic": self.topic, "before": self.before, "after": self.after}
 
 
 @dataclass(frozen=True)
 class LLMResult:
-    """What the demo on a language model found; :attr:`failures` says what is wrong, if anything is.
+    """The result of the demo on a language model; :attr:`failures` lists the broken promises, if there are any.
 
     Attributes:
         quick: whether it was the short version, without PEFT.
-        examples: conversations to train on and to test with.
-        steps: of training, and how many conversations there are in each.
+        examples: the numbers of conversations for training and for testing.
+        steps: the number of training steps, and of conversations in each.
         untuned, tuned, peft: scores on the test texts; None for PEFT in a quick run.
         losses_apart: the largest difference of a step's loss from PEFT's, relative to the largest loss.
         answers: some test texts with answers.
-        report: the cost of the adaptation, as of ``Compiled.report``.
-        certificate: of the fold, as of ``Merged.certificate``.
-        same_tokens: other forms of the tuned model against the compiled one.
-        seconds: by stage.
-        files: what was written, by purpose.
-        bytes: how large that is, by purpose.
+        report: the cost of the adaptation, in the form of ``Compiled.report``.
+        certificate: the certificate of the fold, in the form of ``Merged.certificate``.
+        same_tokens: the agreement of other forms of the tuned model with the compiled one.
+        seconds: the duration of each stage.
+        files: the names of the written files, by purpose.
+        bytes: the sizes of the written files, by purpose.
     """
 
     quick: bool
@@ -113,20 +113,20 @@ class LLMResult:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What the demo promises and this run did not show."""
-        found = []
+        """The promises of the demo that this run did not keep."""
+        problems = []
         ways = ("by likelihood", "by generation")
         for way, before, after in zip(ways, self.untuned.accuracies, self.tuned.accuracies, strict=True):
             if not after >= before + GAIN:
-                found.append(f"{way}, tuning did not raise the accuracy by {100 * GAIN:.0f} points")
+                problems.append(f"{way}, tuning did not raise the accuracy by {100 * GAIN:.0f} points")
         if self.peft is not None:
             for way, theirs, ours in zip(ways, self.peft.accuracies, self.tuned.accuracies, strict=True):
                 if not abs(theirs - ours) <= PEER:
-                    found.append(f"{way}, the accuracy is more than {100 * PEER:.1f} points from PEFT's")
+                    problems.append(f"{way}, the accuracy is more than {100 * PEER:.1f} points from PEFT's")
         if not self.certificate.get("passed", False):
-            found.append("the certificate of the fold did not pass")
-        found += [f"{name} generates other tokens" for name, form in self.same_tokens.items() if not form.passed]
-        return tuple(found)
+            problems.append("the certificate of the fold did not pass")
+        problems += [f"{name} generates other tokens" for name, form in self.same_tokens.items() if not form.passed]
+        return tuple(problems)
 
     @property
     def passed(self) -> bool:
@@ -135,12 +135,12 @@ class LLMResult:
 
     @property
     def scores(self) -> dict[str, TopicScores]:
-        """By the name of who reached them."""
-        found = {"untuned": self.untuned, "graftc": self.tuned}
-        return found if self.peft is None else {**found, "peft": self.peft}
+        """The scores, by the name of the model or library that reached them."""
+        scores = {"untuned": self.untuned, "graftc": self.tuned}
+        return scores if self.peft is None else {**scores, "peft": self.peft}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as written to ``demo.json``."""
+        """Return the result as plain data, as written to ``demo.json``."""
         return {
             "passed": self.passed,
             "failures": list(self.failures),
@@ -158,7 +158,7 @@ class LLMResult:
         }
 
     def page(self) -> str:
-        """The result as Markdown."""
+        """Return the result as Markdown."""
         lines = [
             "# A language model learns the topics of news",
             "",

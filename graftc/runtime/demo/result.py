@@ -1,4 +1,4 @@
-"""What the demo found, and whether that is what it promises."""
+"""The result of the demo, and the check of its promises."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["DemoResult", "PredictionAgreement"]
 
 @dataclass(frozen=True)
 class PredictionAgreement:
-    """How well another form of the trained model agrees with it on the test split.
+    """The agreement of another form of the trained model with it on the test split.
 
     Attributes:
         same_predictions: the fraction of examples with the same predicted class.
         largest_difference: the largest absolute difference of logits.
-        tolerance: what that may be.
+        tolerance: the largest difference that is allowed.
     """
 
     same_predictions: float
@@ -26,11 +26,11 @@ class PredictionAgreement:
 
     @property
     def passed(self) -> bool:
-        """Whether the logits keep to the tolerance."""
+        """Whether the logits are within the tolerance."""
         return self.largest_difference <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the agreement as plain data."""
         return {
             "passed": self.passed,
             "same_predictions": self.same_predictions,
@@ -41,18 +41,18 @@ class PredictionAgreement:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; :attr:`failures` says what is wrong, if anything is.
+    """The result of the demo; :attr:`failures` lists the broken promises, if there are any.
 
     Attributes:
         quick: whether a subset was used, without a baseline.
-        examples: of the training and the test split.
+        examples: the sizes of the training and the test split.
         before, after: scores on the test split, untrained and trained.
-        baseline: of logistic regression on frozen embeddings; None in a quick run.
-        report: the cost of the adaptation, as of ``Compiled.report``.
-        certificate: of the fold, as of ``Merged.certificate``.
-        transformers, onnx: the folded model reloaded by plain transformers, and in ONNX Runtime.
-        seconds: by stage.
-        files: what was written, by purpose.
+        baseline: scores of logistic regression on frozen embeddings; None in a quick run.
+        report: the cost of the adaptation, in the form of ``Compiled.report``.
+        certificate: the certificate of the fold, in the form of ``Merged.certificate``.
+        transformers, onnx: the agreement of the folded model reloaded by plain transformers, and in ONNX Runtime.
+        seconds: the duration of each stage.
+        files: the names of the written files, by purpose.
     """
 
     quick: bool
@@ -69,19 +69,19 @@ class DemoResult:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What the demo promises and this run did not show."""
-        found = []
+        """The promises of the demo that this run did not keep."""
+        problems = []
         if self.baseline is not None and self.after.macro_f1 <= self.baseline.macro_f1:
-            found.append("the trained model does not beat the baseline in macro-F1")
+            problems.append("the trained model does not beat the baseline in macro-F1")
         if self.after.accuracy <= self.before.accuracy:
-            found.append("training did not raise the accuracy")
+            problems.append("training did not raise the accuracy")
         if not self.certificate.get("passed", False):
-            found.append("the certificate of the fold did not pass")
+            problems.append("the certificate of the fold did not pass")
         if not self.transformers.passed:
-            found.append("the folder reloaded by plain transformers computes something else")
+            problems.append("the folder reloaded by plain transformers computes something else")
         if not self.onnx.passed:
-            found.append("ONNX Runtime computes something else")
-        return tuple(found)
+            problems.append("ONNX Runtime computes something else")
+        return tuple(problems)
 
     @property
     def passed(self) -> bool:
@@ -89,7 +89,7 @@ class DemoResult:
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as written to ``demo.json``."""
+        """Return the result as plain data, as written to ``demo.json``."""
         return {
             "passed": self.passed,
             "failures": list(self.failures),

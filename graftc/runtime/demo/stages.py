@@ -1,4 +1,4 @@
-"""What the demos have in common: stages that are timed, progress, the folder they write, and what they print."""
+"""The parts that the demos share: timed stages, progress bars, the output folder, and what is printed."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ if TYPE_CHECKING:
 __all__ = ["RESULT", "SEED", "Outcome", "Stages", "both_scores", "claim", "require", "size_of"]
 
 RESULT = "demo.json"
-"""The file with the result, by which a folder is known as a demo's."""
+"""The file with the result, which identifies a folder as a demo's."""
 
 SEED = 0
-"""What a demo draws is drawn from this."""
+"""The seed of all random choices of a demo."""
 
 _PACKAGES = {"sklearn": "scikit-learn"}
 
 
 class Outcome(Protocol):
-    """What a demo found."""
+    """The result of a demo."""
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Names in the folder of what was written, by purpose."""
+        """The names in the folder of the files that were written, by purpose."""
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What the demo promises and this run did not show."""
+        """The promises of the demo that this run did not keep."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the outcome as plain data."""
 
 
 class Stages:
-    """One run of a demo: where it prints and writes, and how long its stages take.
+    """One run of a demo: it prints, writes files, and measures how long its stages take.
 
     Attributes:
-        console: where it prints.
+        console: the console that it prints to.
         out: the folder that it writes to.
-        seconds: how long each stage took, by its name.
+        seconds: the duration of each stage, by its name.
     """
 
     def __init__(self, console: Console, out: Path) -> None:
@@ -74,7 +74,10 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Print the name, and note the time under its words before the first colon or comma."""
+        """Run the block as a stage: print its name, and record its time.
+
+        The time is recorded under the words before the first colon or comma.
+        """
         self.console.rule(name, align="left")
         start = time.perf_counter()
         yield
@@ -82,7 +85,7 @@ class Stages:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[..., None]]:
-        """A bar; what is yielded is called with the number of steps done and, if it changes, the label."""
+        """Show a progress bar, and yield a function of the number of steps done and, if it changes, the label."""
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -100,7 +103,7 @@ class Stages:
             yield advance
 
     def train(self, model: torch.nn.Module, data: Batched, *, steps: int, batch: int, lr: float) -> TrainingRun:
-        """Train on batches that `SEED` decides, with the average loss on the bar."""
+        """Train on batches that are determined by `SEED`, and show the average loss on the bar."""
         torch.manual_seed(SEED)
         with self.progress("loss    -", steps) as advance:
             average, kept = 0.0, 1 - min(0.5, 10 / steps)
@@ -122,7 +125,7 @@ class Stages:
         label: str = "test split",
         size: int = 64,
     ) -> torch.Tensor:
-        """`predict` with a bar."""
+        """Return the logits of `predict`, and show a progress bar."""
         with self.progress(label, len(data)) as advance:
             return predict(forward, data, size=size, on_batch=advance)
 
@@ -132,7 +135,7 @@ class Stages:
         (self.out / name).write_text(spec, encoding="utf-8")
 
     def show_report(self, report: dict[str, Any]) -> None:
-        """Print what is added, from the plain data of ``Compiled.report``."""
+        """Print what the adaptations add, from the plain data of ``Compiled.report``."""
         table = Table(title="what is added", title_justify="left")
         for name in ("adaptation", "method", "sites", "trainable", "KiB", "FLOPs per token"):
             table.add_column(name, justify="left" if name in ("adaptation", "method") else "right")
@@ -152,7 +155,7 @@ class Stages:
         )
 
     def show_scores(self, title: str, columns: tuple[str, ...], rows: Mapping[str, tuple[float, ...]]) -> None:
-        """Print fractions as percentages, a row for each model."""
+        """Print fractions as percentages, with a row for each model."""
         table = Table(title=title, title_justify="left")
         table.add_column("model")
         for column in columns:
@@ -171,11 +174,11 @@ class Stages:
         )
 
     def stop_the_clock(self) -> None:
-        """Note how long all took."""
+        """Record the time of the whole run."""
         self.seconds["total"] = time.perf_counter() - self._start
 
     def finish(self, outcome: Outcome) -> None:
-        """Write the result, and print what was written and what was not as promised."""
+        """Write the result, and print the files that were written and the promises that were not kept."""
         text = json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n"
         (self.out / RESULT).write_text(text, encoding="utf-8")
         self.console.rule("not as promised" if outcome.failures else "done", align="left")
@@ -188,12 +191,12 @@ class Stages:
 
 
 def both_scores(scores: Scores) -> tuple[float, float]:
-    """Accuracy and macro-F1, as `Stages.show_scores` takes them."""
+    """Return accuracy and macro-F1, in the form that `Stages.show_scores` expects."""
     return scores.accuracy, scores.macro_f1
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
@@ -203,10 +206,10 @@ def _readable(size: int) -> str:
 
 
 def require(*modules: str) -> None:
-    """Say what is missing before minutes of training, not after.
+    """Raise unless these modules are installed, before minutes of training and not after.
 
     Raises:
-        GraftError: GC061, a module is not installed.
+        GraftError: GC061 if a module is not installed.
     """
     missing = [_PACKAGES.get(module, module) for module in modules if find_spec(module) is None]
     if missing:
@@ -214,11 +217,12 @@ def require(*modules: str) -> None:
 
 
 def claim(out: Path, names: Mapping[str, str]) -> None:
-    """Make the folder, without what an earlier demo left under these names; one that holds anything but an earlier demo
-    is left alone.
+    """Create the folder, and remove what an earlier demo left in it under these names.
+
+    A folder with anything but the files of an earlier demo is left unchanged.
 
     Raises:
-        GraftError: GC063, the folder holds something else, or cannot be written.
+        GraftError: GC063 if the folder contains something else, or cannot be written.
     """
     if out.exists() and not (out.is_dir() and ((out / RESULT).is_file() or not any(out.iterdir()))):
         hint = "choose another folder with --out, or remove this one"
@@ -232,7 +236,7 @@ def claim(out: Path, names: Mapping[str, str]) -> None:
             else:
                 path.unlink(missing_ok=True)
             (out / f"{name}.data").unlink(missing_ok=True)
-        # Marks the folder as the demo's from the start, so that one that was interrupted can be run again.
+        # Mark the folder as the demo's from the start, so that an interrupted demo can be run again.
         (out / RESULT).write_text("{}\n", encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)

@@ -25,32 +25,32 @@ class Scores:
     macro_f1: float
 
     def to_json(self) -> dict[str, float]:
-        """Both, rounded to six digits."""
+        """Return both scores, rounded to six digits."""
         return {"accuracy": round(self.accuracy, 6), "macro_f1": round(self.macro_f1, 6)}
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The loss of every step, and how long all took."""
+    """The loss of every step, and the duration of all steps."""
 
     losses: tuple[float, ...]
     seconds: float
 
 
 def score(predicted: Sequence[int], actual: Sequence[int], classes: int) -> Scores:
-    """Accuracy and macro-F1 over all ``classes``; a class never predicted nor present counts as 0.
+    """Return accuracy and macro-F1 over all ``classes``; a class that is neither predicted nor present counts as 0.
 
     Raises:
-        ValueError: the two sequences differ in length, or are empty.
+        ValueError: if the two sequences differ in length, or are empty.
     """
     if len(predicted) != len(actual) or not actual:
         raise ValueError(f"{len(predicted)} predictions for {len(actual)} examples")
-    right, said, there = [0] * classes, [0] * classes, [0] * classes
+    right, said, present = [0] * classes, [0] * classes, [0] * classes
     for p, a in zip(predicted, actual, strict=True):
         said[p] += 1
-        there[a] += 1
+        present[a] += 1
         right[a] += p == a
-    f1 = [2 * r / (s + t) if s + t else 0.0 for r, s, t in zip(right, said, there, strict=True)]
+    f1 = [2 * r / (s + t) if s + t else 0.0 for r, s, t in zip(right, said, present, strict=True)]
     return Scores(sum(right) / len(actual), sum(f1) / classes)
 
 
@@ -65,18 +65,20 @@ def train(
     *,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainingRun:
-    """Train whatever requires a gradient with AdamW, a linear warm-up over a tenth of the steps and a linear decay to
-    zero. Weights decay where they have two or more dimensions, and all gradients together have a norm of at most 1.
+    """Train all parameters that require a gradient with AdamW.
+
+    The learning rate warms up linearly over a tenth of the steps and decays linearly to zero. Weight decay applies to
+    parameters of two or more dimensions, and the norm of all gradients together is clipped to 1.
 
     Args:
-        model: called as ``model(**batch)``; its output has a scalar ``loss``.
-        batches: at least ``steps`` of them, with labels.
-        steps: optimiser steps.
+        model: a model that is called as ``model(**batch)``; its output has a scalar ``loss``.
+        batches: at least ``steps`` batches, with labels.
+        steps: the number of optimiser steps.
         lr: the highest learning rate.
-        on_step: called after each step with its number, from 1, and its loss.
+        on_step: a function that is called after each step with its number, from 1, and its loss.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: if the loss is no longer finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -115,12 +117,12 @@ def predict(
     size: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """The logits of every example, float32 ``[examples, classes]``, in the order of ``data``.
+    """Return the logits of every example, float32 ``[examples, classes]``, in the order of ``data``.
 
     Args:
-        forward: from a batch without labels to logits ``[batch, classes]``.
-        size: examples in a batch; each is padded to its own longest text.
-        on_batch: called after each batch with its number of examples.
+        forward: a function from a batch without labels to logits ``[batch, classes]``.
+        size: the number of examples in a batch; each batch is padded to its longest text.
+        on_batch: a function that is called after each batch with its number of examples.
     """
     rows: list[int] = []
     parts: list[torch.Tensor] = []

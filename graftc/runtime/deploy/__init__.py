@@ -1,3 +1,4 @@
-"""Folding for deployment: merged models and their folders, partial merges, combined adaptations.
+"""Folding for deployment: merged models and their folders, partial merges, and combined adaptations.
 
-The live model is never changed."""
+The live model is never changed.
+"""

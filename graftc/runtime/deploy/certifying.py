@@ -1,4 +1,4 @@
-"""The certificate of a merge: what the fold showed at every site, and how the models' outputs and graphs compare."""
+"""The certificate of a merge: evidence of the fold at every site, and a comparison of the outputs and the graphs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from graftc.runtime.model.adapted import AdaptedRunner
 
 @dataclass(frozen=True)
 class FoldRequest:
-    """How a fold is asked for.
+    """The options of a fold.
 
     Attributes:
-        budget: as for `Compiled.merge`.
-        base: what becomes of packed weights, see `Compiled.merge`. By default those that change are in full precision,
-            and the others stay packed: what a certificate needs.
-        advance: is told how much of the folding is done, from 0 to 1.
+        budget: the budget, as for `Compiled.merge`.
+        base: the form of packed weights in the result, see `Compiled.merge`. By default those that change are in full
+            precision and the others stay packed, which is what a certificate needs.
+        advance: a callback that receives the share of the folding that is done, from 0 to 1.
         origin: the model that this one was widened from, whose base the certificate names.
     """
 
@@ -43,13 +43,13 @@ def certify(
     repacked: Repacked,
     request: FoldRequest,
 ) -> Certificate:
-    """The certificate of a fold, whether it passes or not.
+    """Return the certificate of a fold, whether it passes or not.
 
     Args:
-        runner: of the adapted model.
-        merged: of the folded one.
-        folded, repacked: what folding gave, and what was packed again.
-        request: how it was asked for.
+        runner: the Runner of the adapted model.
+        merged: the Runner of the folded model.
+        folded, repacked: the results of folding and of packing weights again.
+        request: the options of the fold.
     """
     compilation, additions = runner.compilation, merged.additions
     base, origin = compilation.program("eval", "base"), request.origin or runner
@@ -59,7 +59,7 @@ def certify(
     if budget is None:
         budget = max(DEFAULT_BUDGET.get(runner.dtype, 1e-4), repacked.budget) * max(1.0, comparison.largest)
     worst = max(comparison.differences.values(), default=0.0)
-    # A deep model in 16 bits, or one that goes on from its own outputs, makes much of the last bit of its weights.
+    # A deep model in 16 bits, or one that continues from its own outputs, amplifies the last bit of its weights.
     doubted = chosen is None and budget < worst < math.inf
     notes: tuple[str, ...] = ()
     if doubted or not comparison.explained:
@@ -82,7 +82,7 @@ def certify(
     if origin is not runner:
         notes += (f"the base is in {str(origin.dtype).removeprefix('torch.')}",)
     program = merged.program_of(compilation.key("eval"))
-    bare = take_out(program, merged.kept, additions)  # what has not folded, and what folding has added
+    bare = take_out(program, merged.kept, additions)  # without unfolded adaptations and added biases
     return Certificate(
         sites=folded.sites,
         outputs=comparison.differences,

@@ -1,4 +1,4 @@
-"""Several adaptations combined into one LoRA, with the error that this makes at every site."""
+"""Combination of several adaptations into one LoRA, with the error that this causes at every site."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: tuple[Kind, ...] = ("concatenation", "linear", "svd", "ties", "dare")
 
 @dataclass(frozen=True)
 class _Way:
-    """How adaptations are combined: see `Combining.combine`."""
+    """The options of a combination: see `Combining.combine`."""
 
     kind: Kind
     rank: int | None
@@ -51,9 +51,10 @@ class Combined:
 
     Attributes:
         compiled: the model with the new adaptation instead of the others.
-        name: of the new adaptation.
-        errors: by site, the Frobenius distance of the new update from what the kind of combination asks for, over the
-            norm of that. 0 up to rounding for a concatenation; of ``linear``, from the weighted sum of the updates.
+        name: the name of the new adaptation.
+        errors: by site, the Frobenius distance of the new update from the update that the kind of combination asks for,
+            over the norm of the latter. 0 up to rounding for a concatenation; for ``linear``, the distance is measured
+            from the weighted sum of the updates.
     """
 
     compiled: Any
@@ -62,15 +63,15 @@ class Combined:
 
     @property
     def largest_error(self) -> float:
-        """The worst site's."""
+        """The error of the worst site; 0 if there is no site."""
         return max(self.errors.values(), default=0.0)
 
 
 class Combining:
-    """Makes one adaptation of several.
+    """The operation that combines several adaptations into one.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -89,24 +90,26 @@ class Combining:
         density: float = 0.5,
         seed: int = 0,
     ) -> Combined:
-        """Adaptations combined into one LoRA, with the error of doing so; this model stays as it is. At a place that
-        only some of them adapt, the others' updates count as zero.
+        """Combine adaptations into one LoRA, and measure the error of doing so; this model stays unchanged.
+
+        At a place that only some of them adapt, the updates of the others count as zero.
 
         Args:
-            names: the adaptations.
+            names: names of the adaptations.
             weights: a factor for each; 1 by default.
             kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
-                factors, which is cheap and is not the sum of the updates; ``"svd"`` is the nearest update of a rank;
-                ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al. 2024,
-                Language Models are Super Mario). The last three take every method that folds into the weight alone.
-            name: of the new adaptation.
-            rank: of ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
-            density: share of entries that ``"ties"`` and ``"dare"`` keep.
-            seed: what ``"dare"`` draws from.
+                factors, which is cheap but is not the sum of the updates; ``"svd"`` is the nearest update of a given
+                rank; ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al.
+                2024, Language Models are Super Mario). The last three accept every method that folds into the weight
+                alone.
+            name: the name of the new adaptation.
+            rank: the rank for ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
+            density: the share of entries that ``"ties"`` and ``"dare"`` keep.
+            seed: the seed of the random numbers that ``"dare"`` draws.
 
         Raises:
-            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
-                names that are none.
+            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined in this way,
+                GC091 for unknown names.
         """
         compilation = self.runner.compilation
         chosen = _chosen(compilation, names)
@@ -118,14 +121,14 @@ class Combining:
                 hint=f"the kinds are: {', '.join(KINDS)}",
             )
         way = _Way(kind, rank, density, seed)
-        made: dict[SiteKey, Factors] = {}
+        new_factors: dict[SiteKey, Factors] = {}
         errors: dict[str, float] = {}
         sites = _sites(chosen)
         for site in sites:
-            made[site.key], errors[str(site.key)] = _at(compilation, chosen, factors, site, way)
+            new_factors[site.key], errors[str(site.key)] = _at(compilation, chosen, factors, site, way)
         values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) not in names}
-        values |= values_of(name, made, sites)
-        new = lora_of(name, _target(chosen, sites), made, sites)
+        values |= values_of(name, new_factors, sites)
+        new = lora_of(name, _target(chosen, sites), new_factors, sites)
         spec = _spec(compilation.spec, chosen[0], names, new)
         result = self.runner.sibling(spec, values)
         result.train(self.runner.training)
@@ -133,7 +136,7 @@ class Combining:
 
 
 def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
-    """The adaptations."""
+    """Return the adaptations of these names, and check that they can be combined."""
     known = {r.name: r for r in compilation.main.resolved}
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
@@ -148,18 +151,18 @@ def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
 
 
 def _sites(chosen: Sequence[Resolved]) -> list[LinearSite]:
-    """Every place that one of the adaptations is at, once."""
-    found: dict[SiteKey, LinearSite] = {}
+    """Return every linear site of the adaptations, each once."""
+    sites: dict[SiteKey, LinearSite] = {}
     for item in chosen:
-        found |= {s.key: s for s, _ in item.places if isinstance(s, LinearSite) and s.key not in found}
-    return list(found.values())
+        sites |= {s.key: s for s, _ in item.places if isinstance(s, LinearSite) and s.key not in sites}
+    return list(sites.values())
 
 
 def _target(chosen: Sequence[Resolved], sites: Sequence[LinearSite]) -> Target:
-    """The target of all places: the adaptations' own where they are at the same ones, or else their modules.
+    """Return the target of all places: the adaptations' own if all have the same places, otherwise their modules.
 
     Raises:
-        GraftError: GC029 for some rows of a fused weight, which no list of modules names.
+        GraftError: GC029 for part of the rows of a fused weight, which no list of modules can name.
     """
     places = [{site.key for site, _ in item.places} for item in chosen]
     for item, keys in zip(chosen, places, strict=True):
@@ -186,11 +189,11 @@ def _at(
     site: LinearSite,
     way: _Way,
 ) -> tuple[Factors, float]:
-    """The factors, scaled by 1, and the error at one site, in float64."""
+    """Return the factors of the new LoRA at one site, for a scaling of 1, and the error there, in float64."""
     present = [number for number, item in enumerate(chosen) if _is_at(item, site)]
     if way.kind in ("concatenation", "linear"):
-        own, factors = [chosen[number] for number in present], [weights[number] for number in present]
-        return _of_factors(compilation, own, factors, site, way.kind)
+        adapting, factors = [chosen[number] for number in present], [weights[number] for number in present]
+        return _of_factors(compilation, adapting, factors, site, way.kind)
     updates = [_update(compilation, item, site) for item in chosen]
     scaled = torch.stack([weight * update for weight, update in zip(weights, updates, strict=True)])
     if way.kind == "ties":
@@ -201,12 +204,12 @@ def _at(
         wanted = scaled.sum(0)
     limit = min(wanted.shape[-2:])
     largest = max(_rank(chosen[number], site, limit) for number in present)
-    made = Decomposition(wanted).factors(min(way.rank or largest, limit))
-    return made, distance(made.update, wanted)
+    truncated = Decomposition(wanted).factors(min(way.rank or largest, limit))
+    return truncated, distance(truncated.update, wanted)
 
 
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
-    """What an adaptation alone adds to the site's weight, by its own fold; zero where it is not."""
+    """Return what an adaptation alone adds to the site's weight, by its own fold; zeros if it is not at the site."""
     if not _is_at(item, site):
         own = site.own.operand(compilation.store.full(site.own.tensor).double())
         return torch.zeros_like(own)
@@ -236,7 +239,7 @@ def _rank(item: Resolved, site: LinearSite, limit: int) -> int:
 def _of_factors(
     compilation: Compilation, chosen: Sequence[Resolved], weights: Sequence[float], site: LinearSite, kind: Kind
 ) -> tuple[Factors, float]:
-    """From the factors themselves: side by side, or added up."""
+    """Combine the factors themselves: side by side, or added up."""
     downs, ups, total = [], [], None
     for item, weight in zip(chosen, weights, strict=True):
         spec = next(spec for other, spec in item.places if other.key == site.key)
@@ -247,7 +250,7 @@ def _of_factors(
         a, b = (compilation.store.full(parts[part]).double() for part in ("A", "B"))
         scale = weight * spec.scaling
         total = scale * b @ a if total is None else total + scale * b @ a
-        # Half of the scale on either side; its sign on one.
+        # Each factor gets the square root of the scale, and one of them its sign.
         root = math.sqrt(abs(scale))
         downs.append(root * a)
         ups.append(math.copysign(root, scale) * b)
@@ -261,7 +264,7 @@ def _of_factors(
 
 
 def _ties(updates: Tensor, density: float) -> Tensor:
-    """Yadav et al. 2023: keep each update's largest entries, elect a sign by mass, average what agrees with it."""
+    """Keep each update's largest entries, elect a sign by mass, and average what agrees (Yadav et al. 2023)."""
     kept = torch.stack([_largest(update, density) for update in updates])
     sign = kept.sum(0).sign()
     agree = (kept.sign() == sign) & (kept != 0)
@@ -275,7 +278,7 @@ def _largest(update: Tensor, density: float) -> Tensor:
 
 
 def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
-    """Yu et al. 2024: drop entries at random, scale the rest up, add."""
+    """Drop entries at random, scale the rest up, and add (Yu et al. 2024)."""
     digest = hashlib.sha256(f"{seed}:{place}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     mask = torch.rand(updates.shape, generator=generator, dtype=torch.float64).to(updates.device) < density
@@ -283,20 +286,24 @@ def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
 
 
 def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
-    """Of a bank, all adaptations may become one; what another composition makes of its members is not a LoRA."""
+    """Raise GC029 if an adaptation belongs to a composition that is neither a stack nor a bank to be combined in full.
+
+    All adaptations of a bank without sharing may become one; what another composition computes from its members is not
+    a LoRA.
+    """
     for composition in spec.compose:
         inside = [name for name in composition.members if name in names]
         if not inside or isinstance(composition, Stack):
             continue
-        whole = isinstance(composition, Bank) and not composition.share and len(inside) == len(composition.members)
-        if not whole:
+        whole_bank = isinstance(composition, Bank) and not composition.share and len(inside) == len(composition.members)
+        if not whole_bank:
             message = f"{inside[0]!r} is part of the composition {composition.name!r}"
             hint = "combine all adaptations of a bank, or give compiled.fix a factor for each"
             raise GraftError("GC029", message, hint=hint)
 
 
 def _spec(spec: Spec, like: Resolved, names: Sequence[str], new: LoRA) -> Spec:
-    """The spec with one LoRA in place of the first of the adaptations."""
+    """Return the spec with one LoRA in place of the first of the adaptations, and without the others."""
     adapt = [new if a.name == like.name else a for a in spec.adapt if a.name == like.name or a.name not in names]
     if sum(a.name == new.name for a in adapt) > 1:
         raise GraftError("GC005", f"the name {new.name!r} is taken by another adaptation")

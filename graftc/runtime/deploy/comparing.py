@@ -1,4 +1,4 @@
-"""Two models on the same inputs, the second one with the first one's routes."""
+"""A comparison of two models on the same inputs, with the first one's routes imposed on the second."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Outputs = tuple[Any, ...]
 class OutputComparison:
     """The outputs of two models on the same inputs.
 
-    Where a model chooses among its own values, as a router does among experts, the first model's choices are imposed on
-    the second, so that a difference in outputs is one of numbers and not of another expert.
+    If a model chooses among its own values, as a router does among experts, the first model's choices are imposed on
+    the second, so that a difference in outputs is a numerical one and not that of another expert.
 
     Attributes:
-        before, after: flat outputs of either.
+        before, after: flat outputs of each model.
         differences: the largest absolute difference of every floating-point output, by its name.
         noise: by the names of choices, how far scores have moved in runs of `repeating`.
         allowed: by the names of choices, how far apart scores may be in any case.
@@ -60,7 +60,7 @@ class OutputComparison:
 
     @property
     def largest(self) -> float:
-        """The largest absolute number among the first model's outputs; 1 where it gives none."""
+        """The largest absolute number among the first model's outputs; 1 if it has no tensor output."""
         return max((largest_number(a) for a in self.before if isinstance(a, Tensor)), default=1.0)
 
     @cached_property
@@ -72,8 +72,10 @@ class OutputComparison:
 
     @contextmanager
     def repeating(self) -> Iterator[Callable[[], Outputs]]:
-        """Gives what runs the second model again, with the same routes: its weights may have changed a little. `noise`
-        says how far scores move."""
+        """Yield a function that runs the second model again, with the same routes; its weights may have changed a bit.
+
+        Each run updates `noise`, which says how far scores move.
+        """
 
         def again() -> Outputs:
             routes = Routes(self._imposed)
@@ -106,17 +108,18 @@ class OutputComparison:
 
 @torch.no_grad()
 def compared(before: ModelRunner, after: ModelRunner, difference: float = 0.0, share: float = 0.0) -> OutputComparison:
-    """Two models of the same interface on random inputs, or, where these make no sense, on those of callers, in eval
-    mode.
+    """Compare two models of the same interface in eval mode.
+
+    Their inputs are random or, if random ones make no sense, those of callers.
 
     Args:
         before: the first model.
-        after: the second one. Nobody else has it yet.
-        difference, share: scores that are at most so far apart, or that share of the largest of their choice, count as
-            close.
+        after: the second model, which must not be in use elsewhere yet.
+        difference, share: scores count as close if they are at most ``difference`` apart, or at most ``share`` of the
+            largest score of their choice.
 
     Raises:
-        GraftError: GC051 where the models do not run on random inputs, and nobody gave others.
+        GraftError: GC051 if the models do not run on random inputs, and no caller gave others.
     """
     inputs = samples(before.compilation)
     try:

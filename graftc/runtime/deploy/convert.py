@@ -1,4 +1,4 @@
-"""Adaptations converted to LoRA, with the error of doing so at every site and on the model's outputs."""
+"""Conversion of adaptations to LoRA, with the error that this causes at every site and in the model's outputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from graftc.specs.methods.lora import LoRA
 
 _PROBES = 16
 _SLACK = 1e-6
-"""How far a probe of the made LoRA may be from the wanted update beyond the measured error, relative to the update."""
+"""How far a probe of the new LoRA may be from the wanted update beyond the measured error, relative to the update."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class ConvertedSite:
     """One site of a converted adaptation.
 
     Attributes:
-        adaptation: its name.
-        site: where, as text.
-        rank: of the LoRA there, without zeros that pad it.
-        full_rank: of the wanted update: the number of its singular values above rounding.
+        adaptation: the name of the adaptation.
+        site: the site, as text.
+        rank: the rank of the LoRA there, without the zeros that pad it.
+        full_rank: the rank of the wanted update: the number of its singular values above rounding.
         error: the Frobenius distance of the LoRA's update, its factors rounded as they are stored, from the wanted one,
-            over the norm of that.
+            over the norm of the latter.
         probed: the same, estimated by random vectors through the fold of the LoRA as it was compiled.
     """
 
@@ -74,10 +74,10 @@ class Converted:
 
     Attributes:
         compiled: the model with the new adaptations, under the names of the old ones.
-        sites: what became of every site.
+        sites: the result at every site.
         outputs: by output, the largest absolute difference between the two models on random inputs, in eval mode.
         largest_output: the largest absolute number among these outputs.
-        partial: what was folded into a base of its own first; None where nothing was.
+        partial: the partial merge that was folded into a base of its own first; None if there was none.
     """
 
     compiled: Any
@@ -88,34 +88,34 @@ class Converted:
 
     @property
     def largest_error(self) -> float:
-        """The worst site's."""
+        """The error of the worst site; 0 if there is no site."""
         return max((site.error for site in self.sites), default=0.0)
 
     @property
     def largest_difference(self) -> float:
-        """The worst output's; NaN where one is not a number."""
-        found = list(self.outputs.values())
-        return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
+        """The difference of the worst output; NaN if one of the differences is NaN."""
+        differences = list(self.outputs.values())
+        return math.nan if any(math.isnan(value) for value in differences) else max(differences, default=0.0)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write an artifact, with its base inside where something was folded into that.
+        """Write an artifact, including its base if something was folded into that.
 
         Raises:
             GraftError: as `Compiled.save`.
         """
         if self.partial is None:
-            made: Path = self.compiled.save(path, force=force)
-            return made
+            destination: Path = self.compiled.save(path, force=force)
+            return destination
         merged = self.partial.merged
         save(runner_of(self.compiled), Path(path), force=force, bundle=lambda folder: write_merged(merged, folder))
         return Path(path)
 
 
 class Converting:
-    """Makes LoRA of other adaptations.
+    """The operation that converts other adaptations to LoRA.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -133,32 +133,32 @@ class Converting:
         error: float | None = None,
         into_base: Sequence[str] = (),
     ) -> Converted:
-        """Every adaptation that changes linear maps alone as a LoRA, by singular values; this model stays as it is.
+        """Convert adaptations that change linear maps alone to LoRA, by singular values; this model stays unchanged.
 
-        An adaptation keeps its name, its sites and its place among the others, so that whatever is computed on top of
-        it stays the same. Ranks may differ from site to site (`overrides`); scalings are 1.
+        An adaptation keeps its name, its sites and its place among the others, so that everything computed on top of it
+        stays the same. Ranks may differ from site to site (`overrides`); scalings are 1.
 
         Args:
-            names: the adaptations; all by default.
-            rank: the rank at every site, or the largest where ``error`` is given too. By default the rank of each
-                site's update, which loses nothing but rounding.
-            error: the smallest rank of each site is taken whose error is at most this: Frobenius norm, relative to the
-                update's.
-            into_base: what is folded into a base of its own first, which is saved beside: adaptations, or ``trained``
-                for the ``train:`` list.
+            names: names of the adaptations; all by default.
+            rank: the rank at every site, or the largest allowed one if ``error`` is given as well. By default the rank
+                of each site's update, which loses nothing except rounding.
+            error: a bound on the error of each site, in the Frobenius norm relative to the update's; each site gets the
+                smallest rank within it.
+            into_base: names to fold first into a base of its own, which is saved along with the artifact: adaptations,
+                or ``trained`` for the ``train:`` list.
 
         Raises:
-            GraftError: GC002 for a rank or error out of bounds, GC066 for what is not a change of linear maps alone,
-                GC067 where the error bound cannot be met, GC091 for unknown names, GC050 and GC022 for what does not
-                fold.
+            GraftError: GC002 for a rank or error out of bounds, GC066 for anything that is not a change of linear maps
+                alone, GC067 if the error bound cannot be met, GC091 for unknown names, GC050 and GC022 for anything
+                that does not fold.
         """
         if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):
             raise GraftError("GC002", "converting takes a rank of at least 1, and an error in (0, 1)")
         if into_base:
             partial = Merging(self.runner).merge_partially(only=into_base)
-            made = Converting(runner_of(partial.compiled)).convert(names, rank=rank, error=error)
-            outputs, largest = _outputs(self.runner, runner_of(made.compiled))
-            return Converted(made.compiled, made.sites, outputs, largest, partial)
+            converted = Converting(runner_of(partial.compiled)).convert(names, rank=rank, error=error)
+            outputs, largest = _outputs(self.runner, runner_of(converted.compiled))
+            return Converted(converted.compiled, converted.sites, outputs, largest, partial)
         compilation = self.runner.compilation
         chosen = _chosen(compilation, names)
         conversion = _Conversion(compilation, fold_plan(compilation), chosen, rank, error)
@@ -171,8 +171,10 @@ class Converting:
         return Converted(result, sites, outputs, largest)
 
     def _with_loras(self, conversion: _Conversion) -> Any:
-        """The model with the new adaptations. Targets stay as they were written where a LoRA has the same sites there,
-        and name modules otherwise."""
+        """Return the model with the new adaptations.
+
+        Targets stay as they were written if a LoRA has the same sites with them, and name modules otherwise.
+        """
         kept = {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in conversion.sites}
         for written in (True, False):
             values = dict(kept)
@@ -195,7 +197,7 @@ class Converting:
 
 
 class _Conversion:
-    """The updates of adaptations, one group of tensors at a time, and the factors that were made of them."""
+    """The updates of adaptations, one group of tensors at a time, and the factors computed from them."""
 
     def __init__(
         self, compilation: Compilation, plan: FoldPlan, names: Sequence[str], rank: int | None, error: float | None
@@ -212,11 +214,11 @@ class _Conversion:
         self._probes: dict[tuple[str, SiteKey], tuple[Tensor, Tensor]] = {}
 
     def spec_of(self, name: str) -> MethodSpec:
-        """The adaptation as it was written."""
+        """Return the spec of the adaptation as it was written."""
         return self._resolved[name].spec
 
     def run(self) -> None:
-        """Make the factors.
+        """Compute the factors.
 
         Raises:
             GraftError: GC066.
@@ -236,7 +238,7 @@ class _Conversion:
         return [site for site, _ in self._resolved[name].places if isinstance(site, LinearSite)]
 
     def _take(self, name: str, changed: dict[str, Tensor]) -> None:
-        """Factors for the sites that read the changed tensors; nothing else may have changed."""
+        """Compute factors for the sites that read the changed tensors; nothing else may have changed."""
         specs = dict((site.key, spec) for site, spec in self._resolved[name].places)
         for site in self.sites[name]:
             own = site.own
@@ -244,8 +246,8 @@ class _Conversion:
                 continue
             wanted = own.operand(changed[own.tensor])
             self._factorise(name, site, wanted, specs[site.key])
-            whole = changed[own.tensor]
-            changed[own.tensor] = own.put_operand(None if own.whole else whole, torch.zeros_like(wanted))
+            change = changed[own.tensor]
+            changed[own.tensor] = own.put_operand(None if own.whole else change, torch.zeros_like(wanted))
         for tensor, rest in changed.items():
             if bool(rest.any()):
                 raise _no_lora(name, f"changes {tensor}, which is not the weight of a linear map that it adapts")
@@ -253,25 +255,25 @@ class _Conversion:
     def _factorise(self, name: str, site: LinearSite, wanted: Tensor, spec: MethodSpec) -> None:
         limit = min(wanted.shape[-2:])
         at_most = int(getattr(spec, "rank", limit)) * (2 if "init" in type(spec).model_fields else 1)
-        found = Decomposition(wanted, at_most if isinstance(spec, LoRA) else None)
-        full = found.rank()
-        rank = full if self.error is None else found.rank(self.error)
+        decomposition = Decomposition(wanted, at_most if isinstance(spec, LoRA) else None)
+        full = decomposition.rank()
+        rank = full if self.error is None else decomposition.rank(self.error)
         if self.rank is not None:
             rank = min(self.rank, limit) if self.error is None else min(self.rank, rank)
-        made = found.factors(min(rank, full))
-        stored = made.rounded(stored_dtype(site))
+        factors = decomposition.factors(min(rank, full))
+        stored = factors.rounded(stored_dtype(site))
         exact = Factors(stored.down.double(), stored.up.double())
-        self.made[name][site.key] = made.padded(rank)
+        self.made[name][site.key] = factors.padded(rank)
         generator = torch.Generator().manual_seed(len(self._found))
         probe = torch.randn(wanted.shape[-1], _PROBES, generator=generator, dtype=torch.float64).to(wanted.device)
         self._probes[name, site.key] = probe, wanted @ probe
         self._found.append(ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan")))
 
     def checked(self, result: Any) -> tuple[ConvertedSite, ...]:
-        """The sites with what the LoRAs, as they were compiled, add to the weights there.
+        """Return the sites along with an estimate of the error of the compiled LoRAs, measured through their own fold.
 
         Raises:
-            GraftError: GC067 where that is not what was measured.
+            GraftError: GC067 if that is not the error measured before.
         """
         compilation = runner_of(result).compilation
         places = {(r.name, site.key): site for r in compilation.main.resolved for site, _ in r.places}
@@ -279,16 +281,16 @@ class _Conversion:
         for _, updates in _updates(lazy_tensors_of(compilation), self.sites):
             for name, changed in updates.items():
                 for site in self.sites[name]:
-                    here = places[name, site.key]
-                    assert isinstance(here, LinearSite)
-                    if here.own.tensor in changed:
+                    compiled_site = places[name, site.key]
+                    assert isinstance(compiled_site, LinearSite)
+                    if compiled_site.own.tensor in changed:
                         probe, wanted = self._probes[name, site.key]
-                        found = here.own.operand(changed[here.own.tensor]) @ probe
-                        errors[name, str(site.key)] = distance(found, wanted)
+                        response = compiled_site.own.operand(changed[compiled_site.own.tensor]) @ probe
+                        errors[name, str(site.key)] = distance(response, wanted)
         checked = []
         for item in self._found:
             probed = errors.get((item.adaptation, item.site), 1.0)
-            # The estimate of an error from 16 vectors is within a factor of 3 of it but once in a million times.
+            # The estimate of an error from 16 vectors is off by more than a factor of 3 only once in a million times.
             if not probed <= 3 * item.error + _SLACK:
                 message = f"the LoRA {item.adaptation!r} adds {probed:.1e} of something else at {item.site}"
                 raise GraftError("GC067", message, hint="report it with the spec and the model's class")
@@ -297,7 +299,7 @@ class _Conversion:
 
 
 def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
-    """The folded tensors of what folds; of all where everything does."""
+    """Return the folded tensors of everything if all adaptations fold, otherwise those of the adaptations that do."""
     try:
         return lazy_tensors(compilation)
     except GraftError:
@@ -305,27 +307,27 @@ def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
 
 
 def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGroup, dict[str, dict[str, Tensor]]]]:
-    """What each of some adaptations adds to each tensor, on top of what is below it, one group of tensors at a time."""
+    """Yield, by group of tensors, what each of some adaptations adds to each tensor, on top of those below it."""
     for group in lazy.groups():
         if not any(step.adaptation in names for step in group.steps):
             continue
         values = lazy.widened(lazy.base(group))
-        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, steps in groupby(group.steps, key=lambda step: step.adaptation):
             before = {n: t.clone() for n, t in values.items()} if name in names else {}
             lazy.apply(FoldGroup(group.names, tuple(steps)), values)
             for tensor, after in values.items() if name in names else ():
                 change = after - before[tensor] if tensor in before else after.clone()
-                held = found[name].get(tensor)
-                found[name][tensor] = change if held is None else held + change
-        yield group, found
+                previous = changes[name].get(tensor)
+                changes[name][tensor] = change if previous is None else previous + change
+        yield group, changes
 
 
 def _chosen(compilation: Compilation, names: Sequence[str] | None) -> list[str]:
-    """The adaptations that are meant, in the order of the spec.
+    """Return the names of the adaptations to convert, in the order of the spec.
 
     Raises:
-        GraftError: GC073, GC091; GC066 for members of compositions that are more than a stack.
+        GraftError: GC073, GC091; GC066 for members of compositions other than stacks.
     """
     known = [r.name for r in compilation.main.resolved]
     if isinstance(names, str) or not isinstance(names, Sequence | None):
@@ -351,24 +353,26 @@ def _no_lora(name: str, what: str) -> GraftError:
 
 
 def _spec(spec: Spec, loras: Mapping[str, LoRA], below: Iterable[str]) -> Spec:
-    """The spec with the LoRAs in place of the adaptations of their names. What changed weights below everything that
-    stands at sites stays below it, in front of the others."""
+    """Return the spec with the LoRAs in place of the adaptations of their names.
+
+    Adaptations that changed weights below everything that stands at sites stay below it, in front of the others.
+    """
     first = [loras[name] for name in below]
     rest = [loras.get(str(a.name), a) for a in spec.adapt if a.name not in {lora.name for lora in first}]
     return spec.model_copy(update={"adapt": (*first, *rest)})
 
 
 def _elsewhere(compilation: Compilation, sites: Mapping[str, Sequence[LinearSite]]) -> str | None:
-    """An adaptation that is at other sites than wanted."""
-    found = {r.name: {site.key for site, _ in r.places} for r in compilation.main.resolved}
-    return next((name for name, own in sites.items() if found[name] != {site.key for site in own}), None)
+    """Return the name of an adaptation whose sites are not the wanted ones, or None."""
+    site_keys = {r.name: {site.key for site, _ in r.places} for r in compilation.main.resolved}
+    return next((name for name, wanted in sites.items() if site_keys[name] != {site.key for site in wanted}), None)
 
 
 def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
-    """Refuse what is not within the bound.
+    """Raise unless every site is within the error bound.
 
     Raises:
-        GraftError: GC067 naming every site, the worst one first.
+        GraftError: GC067 naming every such site, the worst one first.
     """
     over = sorted((site for site in sites if site.error > error), key=lambda site: -site.error)
     if over:
@@ -379,7 +383,7 @@ def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
 
 
 def _outputs(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, float], float]:
-    """Differences of two models' outputs on random inputs, and the largest number among them."""
+    """Return the differences of two models' outputs on random inputs, and the first one's largest number among them."""
     compilation = before.compilation
     program = compilation.program("train", "base")
     inputs = samples(compilation)

@@ -24,10 +24,10 @@ class FoldedRunner(ModelRunner):
 
     Attributes:
         certificate: the evidence for the fold.
-        folded: whose adaptations have gone into the weights.
-        kept: those that have not been folded, with the reason; only folding what folds leaves any.
+        folded: names of the adaptations that have gone into the weights.
+        kept: the adaptations that have not been folded, with the reason; empty after a full merge.
         changed: names of the tensors that folding has changed or added.
-        additions: names of biases that folding has made.
+        additions: names of the biases that folding has added.
     """
 
     certificate: Certificate
@@ -46,7 +46,7 @@ class FoldedRunner(ModelRunner):
         super().__init__(compilation, folded_store(compilation, fold, made, packed, full=full))
 
     def program_of(self, key: ProgramKey) -> Program:
-        """See `ModelRunner`."""
+        """Return the Program of a key with the folded adaptations removed; a train mode is refused with GC054."""
         if key.entry != "forward":
             return super().program_of(key)
         if key.mode != "eval":
@@ -54,21 +54,23 @@ class FoldedRunner(ModelRunner):
         return folded(super().program_of(key), self.folded, self.additions)
 
     def applies(self, adaptation: str) -> bool:
-        """See `Runner.applies`."""
+        """Return whether calls run an adaptation, which is true for unfolded ones only."""
         return adaptation in self.kept
 
     def _start_in_modes(self, module: Root) -> None:
-        """See `ModelRunner`. In eval mode, whatever mode the source is in."""
+        """Put every module into eval mode, regardless of the mode of the source."""
         module.eval()
 
     def entering(self, mode: bool) -> bool:
-        """Folded models are for deployment: only eval mode exists."""
+        """Return False; raise GC054 for train mode, since folded models are for deployment and have eval mode only."""
         if mode:
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return False
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """The base's tensors with the folded ones in place, by the source model's names (tied names included). Of a
-        weight that is packed, what is stored of it, as in the state dict of the compiled model."""
+        """Return the base's tensors with the folded ones in place, by the source model's names (tied names included).
+
+        A packed weight is represented by its stored parts, as in the state dict of the compiled model.
+        """
         own = ((name, t) for name, t in self.store.tensors() if name not in self.store.constants)
         return {name: tensor.detach() for name, tensor in own}

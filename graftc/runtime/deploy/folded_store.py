@@ -16,12 +16,13 @@ from graftc.passes.core.weights.store import Store
 def folded_store(
     compilation: Compilation, fold: FoldPlan, made: Folded, packed: Mapping[str, tuple[Tensor, ...]], *, full: bool
 ) -> Store:
-    """A Store with the folded tensors in the places of the base's.
+    """Return a Store with the folded tensors in place of the base's.
 
     Args:
-        compilation, fold, made: what was folded.
-        packed: weights that were packed again.
-        full: no weight stays packed; otherwise those stay that did not change.
+        compilation, fold, made: the compilation, its fold plan and the result of folding.
+        packed: the parts of weights that were packed again.
+        full: if true, no weight stays packed except those in ``packed``; otherwise those stay packed that did not
+            change.
     """
     store, folded = compilation.store, Store()
     folded.shape(compilation.model)
@@ -34,8 +35,8 @@ def folded_store(
                 value = made.tensors[name] if name in made.tensors else store.full(name)
                 folded.add_parameter(name, value, trainable=False)
             else:
-                held = packed.get(name) or [store.get(part).detach() for part in own.names(name)]
-                folded.add_packed(name, own, held)
+                stored = packed.get(name) or [store.get(part).detach() for part in own.names(name)]
+                folded.add_packed(name, own, stored)
         elif name in made.tensors:
             folded.add_like(store, name, made.tensors[name], trainable=False)
         else:

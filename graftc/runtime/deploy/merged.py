@@ -1,4 +1,4 @@
-"""Merged: the model with its adaptations folded into base weights, and the certificate of the fold."""
+"""`Merged`: the model with its adaptations folded into base weights, and the certificate of the fold."""
 
 from __future__ import annotations
 
@@ -32,71 +32,74 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class MergedRunner(FoldedRunner):
-    """All that a `Merged` does."""
+    """The Runner of a `Merged`, which implements its methods."""
 
     def __getattr__(self, name: str) -> Any:
-        """What generates, and what exports."""
+        """Return a method of generation, the export method, or an attribute that transformers' generation needs."""
         if name in GENERATING:
             return getattr(Generating(self), name)
         return self.exporting.export if name == "export" else loop_attribute(self, name)
 
     @property
     def exporting(self) -> ExportingFolded:
-        """What exports the model, with its certificate."""
+        """The object that exports the model, with its certificate."""
         return ExportingFolded(self, FoldEvidence(self.certificate, self.folded))
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *GENERATING, "export"})
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write a folder that transformers loads, with the base's tokenizer, and ``graftc.json``: the certificate, the
-        spec and what the folder holds. Of a model without a config only the weights are written.
+        """Write a folder that transformers loads, with the base's tokenizer and ``graftc.json``.
+
+        The latter contains the certificate, the spec and a list of the folder's files. For a model without a config,
+        only the weights are written.
 
         Args:
-            path: the folder to make; it is complete when it appears.
-            force: replace a merged model that is there, in one step.
+            path: the folder to create; it is complete when it appears.
+            force: if true, replace an existing merged model, in one step.
 
         Raises:
-            GraftError: GC050 where something is left in the graph, GC052 when the class has no place for a folded
-                tensor, GC063 when something else is there, GC064 when it cannot be written.
+            GraftError: GC050 if something is left in the graph, GC052 if the class has no place for a folded tensor,
+                GC063 if something else exists at the path, GC064 if it cannot be written.
         """
         return save_merged(self, as_path(path), force=force)
 
     def export_components(self, path: str | Path, example_inputs: ExampleInputs, *, force: bool = False) -> Path:
-        """Export the parts of a model that has several stacks of layers, such as a vision tower, a projector and a
-        language model, as ONNX files of their own, and ``components.json``, which lists them in the order of their
-        calls: inputs and outputs, where each input comes from, and what could not be exported and why. What the
-        model's own Python does between them is not exported. A cache is not among their inputs.
+        """Export the parts of a model that has several stacks of layers as ONNX files of their own.
+
+        Examples of parts are a vision tower, a projector and a language model. ``components.json`` lists them in the
+        order of their calls: inputs and outputs, the source of each input, and what could not be exported and why. What
+        the model's own Python does between them is not exported. A cache is not among their inputs.
 
         Args:
-            path: the folder to make; it is complete when it appears, and every file has been run in ONNX Runtime.
-            example_inputs: a call that calls the parts, by name; none of its values are written.
-            force: replace such a folder.
+            path: the folder to create; it is complete when it appears, and every file has been run in ONNX Runtime.
+            example_inputs: inputs, by name, of a call that runs the parts; none of their values are written.
+            force: if true, replace such a folder.
 
         Raises:
-            GraftError: GC060 for a model with one stack of layers, or of which no part can be exported; GC061 without
-                the ``export`` extra; GC052, GC032 and GC166 as `to_transformers`; GC063 when something else is there,
-                GC064 when it cannot be written.
+            GraftError: GC060 for a model with one stack of layers, or one of which no part can be exported; GC061
+                without the ``export`` extra; GC052, GC032 and GC166 as `to_transformers`; GC063 if something else
+                exists at the path, GC064 if it cannot be written.
         """
         to, given = as_path(path), dict(self.interface.examples(example_inputs))
         evidence = FoldEvidence(self.certificate, self.folded)
         return export_components(self, to_transformers(self), to, without_labels(self, given), evidence, force=force)
 
     def to_transformers(self) -> Any:
-        """A model of the source's own class with folded weights, which plain transformers saves and loads.
+        """Return a model of the source's own class with folded weights, which plain transformers saves and loads.
 
         Raises:
-            GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
+            GraftError: GC052 if the class has no place for a folded tensor, GC032 for a source without a config.
         """
         return to_transformers(self)
 
 
 class Merged(ModelRoot, Generic[M]):
-    """The folded model, in eval mode: the base's graph over folded tensors. ``Merged[M]`` is that of a source of class
-    ``M``.
+    """The folded model, in eval mode: the base's graph over folded tensors.
 
-    Tensors that folding does not change are shared with the compiled model and the source. As in a `Compiled`, the
-    names below win over those of the source model's children.
+    ``Merged[M]`` is the type for a source of class ``M``. Tensors that folding does not change are shared with the
+    compiled model and the source. As in a `Compiled`, the names below take precedence over those of the source model's
+    children.
     """
 
     _graftc: MergedRunner
@@ -107,13 +110,13 @@ class Merged(ModelRoot, Generic[M]):
     folded_state_dict = Published(MergedRunner.folded_state_dict)
 
     def to_transformers(self) -> M:
-        """A model of the source's own class with folded weights, which plain transformers saves and loads.
+        """Return a model of the source's own class with folded weights, which plain transformers saves and loads.
 
         Raises:
-            GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
+            GraftError: GC052 if the class has no place for a folded tensor, GC032 for a source without a config.
         """
-        made: M = self._graftc.to_transformers()
-        return made
+        model: M = self._graftc.to_transformers()
+        return model
 
     @property
     def certificate(self) -> Certificate:
@@ -122,12 +125,12 @@ class Merged(ModelRoot, Generic[M]):
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Whose adaptations have gone into the weights."""
+        """Names of the adaptations that have gone into the weights."""
         return self._graftc.folded
 
     @property
     def kept(self) -> dict[str, str]:
-        """The adaptations left unfolded, with the reason; only folding what folds leaves any."""
+        """The adaptations left unfolded, with the reason; empty after a full merge."""
         return self._graftc.kept
 
 
@@ -140,7 +143,7 @@ def merge(
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Merged:
-    """Fold and certify. See `Compiled.merge`."""
+    """Fold and certify a model. See `Compiled.merge`."""
     require_decided(runner, base)
     wide = widened(runner, dtype, base)
     merged = fold(wide, FoldRequest(as_budget(budget), base, advance, runner), every=True)
@@ -150,10 +153,10 @@ def merge(
 
 
 def require_passed(certificate: Certificate) -> None:
-    """Refuse a fold whose certificate does not pass.
+    """Raise unless the certificate of a fold passes.
 
     Raises:
-        GraftError: GC051 with what failed.
+        GraftError: GC051 with the failures.
     """
     failures = tuple(certificate.failures())
     if failures:
@@ -165,10 +168,10 @@ def require_passed(certificate: Certificate) -> None:
 
 
 def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
-    """Refuse a merge into packed weights of which it is not said what becomes of them.
+    """Raise unless it has been decided what becomes of packed weights in a merge.
 
     Raises:
-        GraftError: GC073 for what is neither, GC165 where a decision is missing, GC166 where there is none to take.
+        GraftError: GC073 for an unknown value, GC165 if a decision is missing, GC166 if there is none to take.
     """
     store = runner.compilation.store
     if base not in (None, *get_args(BaseForm)):
@@ -185,7 +188,7 @@ def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
 
 
 def require_weights(runner: AdaptedRunner) -> None:
-    """Refuse a model without values.
+    """Raise if the model has no values.
 
     Raises:
         GraftError: GC050 on the meta device.
@@ -201,17 +204,17 @@ def fold(
     every: bool = False,
     only: Sequence[str] | None = None,
 ) -> Merged:
-    """Fold what folds. The certificate may say that it did not pass.
+    """Fold what can be folded, and return the merged model, whether its certificate passes or not.
 
     Args:
-        runner: of the model to fold; it stays as it is.
-        request: how it is asked for; as `Compiled.merge` does by default.
-        every: all adaptations have to fold.
-        only: these have to fold, and no others do; None for all that fold.
+        runner: the Runner of the model to fold, which stays unchanged.
+        request: the options of the fold; by default those of `Compiled.merge`.
+        every: whether all adaptations have to fold.
+        only: names of the adaptations that have to fold, while no others do; None for all that fold.
 
     Raises:
-        GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold;
-            GC091 for an unknown name in ``only``.
+        GraftError: GC050 on the meta device; with ``every`` or ``only``, GC050 or GC022 naming an adaptation that does
+            not fold; GC091 for an unknown name in ``only``.
     """
     with working("folding", runner):
         return _fold(runner, _plan(runner, only, every=every), request or FoldRequest())
@@ -227,7 +230,7 @@ def _plan(runner: AdaptedRunner, only: Sequence[str] | None, *, every: bool) -> 
 
 def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged:
     compilation = runner.compilation
-    # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
+    # Adaptations that stay in the graph are not part of the fold, so its evidence is computed without them.
     with torch.no_grad():
         unfolded = compilation.program("eval")
         if plan.kept:
@@ -242,10 +245,12 @@ def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged
 
 
 def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | None, dict[str, str]]:
-    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason.
+    """Return the certificate of folding what can be folded, passed or not, and the other adaptations with reasons.
+
+    The certificate is None if nothing can be folded.
 
     Raises:
-        GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
+        GraftError: GC051 if the model's outputs are not finite, so that there is nothing to certify.
     """
     merged = fold(runner_of(compiled))
     if merged.folded and not merged.certificate.finite:

@@ -1,4 +1,4 @@
-"""A merged model as a folder: what transformers loads, with the certificate of the fold beside it."""
+"""A merged model as a folder that transformers loads, with the certificate of the fold in a file of its own."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ def save_merged(merged: FoldedRunner, path: Path, *, force: bool = False) -> Pat
 
 
 def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
-    """Write the model itself, with its tokenizer where the base has one, and return it.
+    """Write the model itself, with its tokenizer if the base has one, and return it.
 
-    A model without a config has its folded weights in ``model.safetensors``, by the source's own names.
+    For a model without a config, the folded weights go into ``model.safetensors``, by the source's own names.
 
     Raises:
-        GraftError: GC052 when the class has no place for a folded tensor; OSError: it cannot be written.
+        GraftError: GC052 if the class has no place for a folded tensor.
+        OSError: if it cannot be written.
     """
     runner: FoldedRunner = runner_of(merged)
     require_plain(runner.store)
@@ -76,7 +77,7 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
 
 
 def _repeat_rotation(file: Path) -> None:
-    """Write the base of the rotation where transformers 4 had it, too: there are engines that look nowhere else."""
+    """Write the base of the rotation also where transformers 4 had it, since some engines read it only there."""
     config = json.loads(file.read_text(encoding="utf-8"))
     rotation = config.get("rope_parameters")
     theta = rotation.get("rope_theta") if isinstance(rotation, dict) else None

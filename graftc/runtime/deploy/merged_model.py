@@ -1,4 +1,4 @@
-"""A merged model as a source model, which something else can be compiled on."""
+"""A merged model as a source model, on which another one can be compiled."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from graftc.runtime.model.runner import ModelRoot, runner_of
 
 
 def base_of(merged: ModelRoot | FoldedRunner) -> Any:
-    """A model with the folded weights: of the source's own class as `Merged.to_transformers` gives it, and where
-    weights are packed a copy of the source that holds what is packed.
+    """Return a model with the folded weights.
+
+    It is of the source's own class, as `Merged.to_transformers` returns it; if weights are packed, it is a copy of the
+    source that contains the packed parts.
 
     Raises:
-        GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
+        GraftError: GC052 if the class has no place for a folded tensor, GC032 for a source without a config.
     """
     runner: FoldedRunner = runner_of(merged)
     if not runner.store.packed:
         return to_transformers(runner)
-    made: nn.Module = sharing_copy(runner.compilation.model)
+    model: nn.Module = sharing_copy(runner.compilation.model)
     tensors = runner.folded_state_dict()
-    for path, module in made.named_modules():
+    for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(tensors[f"{path}.{name}".lstrip(".")], requires_grad=False)
-    return made
+    return model

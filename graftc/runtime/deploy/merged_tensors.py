@@ -1,4 +1,4 @@
-"""Merged tensors one after the other, for whoever pushes weights elsewhere: nothing is captured, certified or kept."""
+"""Merged tensors one after the other, for callers that push weights elsewhere; none is captured, certified or kept."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class MergedTensors(Iterator[tuple[str, Tensor]]):
-    """The tensors of the merged model, each with its name in the source model: what `Compiled.merged_state_dict` gives.
+    """An iterator over the tensors of the merged model, as returned by `Compiled.merged_state_dict`.
 
-    Each is folded when it is asked for, from the base as it is, and let go when the next one is. Packed weights are
-    given by their values, in full precision. It goes through the model once; what has been trained since is in what
-    comes after.
+    It yields pairs of a name in the source model and a tensor. Each tensor is folded when it is requested, from the
+    base's current values, and released when the next one is requested. Packed weights are yielded as their values, in
+    full precision. The iterator goes through the model once; tensors that are requested after further training include
+    its effect.
 
     Attributes:
-        digests: SHA-256 of the bytes of each tensor that was given so far, in row-major order, by name; empty where
-            they were not asked for. `graftc.compiler.capture.identity.fingerprint.tensor_digest` gives the same of a
-            tensor.
+        digests: SHA-256 of the bytes of each tensor yielded so far, in row-major order, by name; empty if digests were
+            not requested. `graftc.compiler.capture.identity.fingerprint.tensor_digest` computes the same for a tensor.
     """
 
     digests: dict[str, str]
@@ -62,43 +62,43 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
         for name in [name for name, _ in store.weights() if _kept(store, name)]:
             if name in given:
                 continue
-            made = self._folded(lazy, groups[name]) if name in groups else {name: _own(store, name)}
-            for each in list(made):
-                tensor = made.pop(each)
+            tensors = self._folded(lazy, groups[name]) if name in groups else {name: _own(store, name)}
+            for each in list(tensors):
+                tensor = tensors.pop(each)
                 given.add(each)
                 yield from ((called, tensor) for called in (each, *store.tied(each)) if _kept(store, called))
 
     def _folded(self, lazy: LazyTensors, group: FoldGroup) -> dict[str, Tensor]:
-        """The tensors of a group, rounded.
+        """Return the tensors of a group, rounded.
 
         Raises:
-            GraftError: GC051 where one is not finite, GC052 for a bias that the class has no place for.
+            GraftError: GC051 if one is not finite, GC052 for a bias that the class has no place for.
         """
-        values, made = lazy.fold(group), {}
+        values, rounded = lazy.fold(group), {}
         for name in filter(values.__contains__, group.names):
             if name not in lazy.store:
                 raise no_place([name], self._source)
             exact = values.pop(name)
-            made[name] = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
-            round_pieces(made[name], exact)
-            _require_finite(name, made[name])
-        return made
+            rounded[name] = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
+            round_pieces(rounded[name], exact)
+            _require_finite(name, rounded[name])
+        return rounded
 
 
 def _own(store: Store, name: str) -> Tensor:
-    """A tensor that folding does not change; a copy of what graphs write to."""
+    """Return a tensor that folding does not change; a copy if graphs write to it."""
     value = store.full(name)
     return value.clone() if name in store.updated else value
 
 
 def _kept(store: Store, name: str) -> bool:
-    """Whether the source model's state dict has it."""
+    """Return whether the source model's state dict contains the tensor."""
     path, _, last = name.rpartition(".")
     return name not in store.constants and last not in store.owner(path)._non_persistent_buffers_set
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinite values.
+    """Raise if the tensor has NaN or infinite values.
 
     Raises:
         GraftError: GC051.

@@ -1,4 +1,4 @@
-"""Merging a compiled model: whole, in part, or as a stream of tensors."""
+"""Merging a compiled model: as a whole, in part, or as a stream of tensors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from graftc.specs.errors.arguments import as_names
 
 
 class Merging:
-    """Folds adaptations into base weights.
+    """The operations that fold adaptations into base weights.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -42,7 +42,7 @@ class Merging:
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Merged[Any]:
-        """See `Compiled.merge`."""
+        """Implement `Compiled.merge`."""
         TrainingSteering(self.runner).warn_of_unsteered()
         chosen = self.runner if names is None else self.runner.alone(as_names(names))._graftc
         told = progress or (lambda _: None)
@@ -59,13 +59,13 @@ class Merging:
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Partial[Any, Any]:
-        """See `Compiled.merge_partially`."""
+        """Implement `Compiled.merge_partially`."""
         return merge_partially(self.runner, budget, only=only, base=base, allow_unchanged=allow_unchanged)
 
     @isolated()
     @in_every_process
     @with_every_adaptation
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
-        """See `Compiled.merged_state_dict`."""
+        """Implement `Compiled.merged_state_dict`."""
         TrainingSteering(self.runner).warn_of_unsteered()
         return MergedTensors(self.runner, digests=digests)

@@ -1,4 +1,4 @@
-"""Folding what folds where something does not: a base with folded weights, and the rest compiled on top of it."""
+"""Partial merges: a base with the folded weights, and the adaptations that do not fold compiled on top of it."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ else:
 
 @dataclass(frozen=True)
 class Partial(Generic[M, C]):
-    """What folding some adaptations gives; saved, an artifact that holds its own base.
+    """The result of folding some adaptations; when saved, an artifact that contains its own base.
 
     Attributes:
-        merged: the model with what folds in its weights, and the rest in its graph.
+        merged: the model with the folded weights, and the rest in its graph.
         compiled: the rest, compiled on a base that has the folded weights.
-        certificate: of the fold; its outputs are those of `compiled` too.
+        certificate: the certificate of the fold; its outputs also cover those of `compiled`.
     """
 
     merged: Merged[M]
@@ -66,7 +66,7 @@ class Partial(Generic[M, C]):
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Whose adaptations have gone into the base's weights."""
+        """Names of the adaptations that have gone into the base's weights."""
         return self.merged.folded
 
     @property
@@ -78,7 +78,7 @@ class Partial(Generic[M, C]):
         """Write the artifact.
 
         Raises:
-            GraftError: as `Compiled.save`; GC166 where the base is packed.
+            GraftError: as `Compiled.save`; GC166 if the base is packed.
         """
         return save(
             runner_of(self.compiled), path, force=force, bundle=lambda folder: write_merged(self.merged, folder)
@@ -93,7 +93,7 @@ class Partial(Generic[M, C]):
         inputs: str | Sequence[str] = (),
         force: bool = False,
     ) -> Path:
-        """Export what `compiled` is, with the certificate in the metadata.
+        """Export `compiled`, with the certificate in the metadata.
 
         Args, Raises: as `Compiled.export`.
         """
@@ -105,7 +105,7 @@ class Partial(Generic[M, C]):
 
     @property
     def exporting(self) -> ExportingFolded:
-        """What exports `compiled`, with the certificate."""
+        """The object that exports `compiled`, with the certificate."""
         return ExportingFolded(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
 
 
@@ -117,8 +117,10 @@ def merge_partially(
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Partial[Any, Any]:
-    """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
-    `Compiled.merge_partially`."""
+    """Fold what can be folded, and compile the rest on the result, collapsed if it has a simpler form.
+
+    See `Compiled.merge_partially`.
+    """
     runner: AdaptedRunner = runner_of(compiled)
     require_decided(runner, base)
     request = FoldRequest(as_budget(budget), base)
@@ -137,10 +139,10 @@ def _folded(
 
 
 def _require_any(merged: Merged) -> None:
-    """Refuse where nothing folds and nothing has a simpler form.
+    """Raise if nothing folds and nothing has a simpler form.
 
     Raises:
-        GraftError: GC050 with what stays, and why.
+        GraftError: GC050 with the adaptations that stay, and the reasons.
     """
     if merged.certificate.sites or merged.certificate.collapses:
         return
@@ -155,10 +157,10 @@ def _partial(runner: AdaptedRunner, merged: Merged) -> Partial[Any, Any]:
     spec = _rest(compilation, merged)
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    made = runner.sibling(spec, values, base_of(merged))
-    certificate = _with_outputs(merged._graftc, runner, made._graftc)
+    compiled = runner.sibling(spec, values, base_of(merged))
+    certificate = _with_outputs(merged._graftc, runner, compiled._graftc)
     require_passed(certificate)
-    return Partial(merged, made, certificate)
+    return Partial(merged, compiled, certificate)
 
 
 def merge_what_folds(
@@ -170,12 +172,12 @@ def merge_what_folds(
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Merged | Partial[Any, Any]:
-    """A merged model where everything folds, and otherwise what `merge_partially` gives.
+    """Return a merged model if everything folds, otherwise the result of `merge_partially`.
 
     Args:
-        compiled: what to merge.
-        budget: as for `Compiled.merge`.
-        advance: is told how much of the folding is done, from 0 to 1.
+        compiled: the model to merge.
+        budget: the budget, as for `Compiled.merge`.
+        advance: a callback that receives the share of the folding that is done, from 0 to 1.
         dtype, base, allow_unchanged: as for `Compiled.merge`.
 
     Raises:
@@ -190,10 +192,13 @@ def merge_what_folds(
 
 
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
-    """The spec without what has folded, and the rest in its simplest form. In the base that it is for, what the spec
-    unties is untied already, and what it quantises is so or is in full precision."""
+    """Return the spec without the folded adaptations, and with the rest in its simplest form.
+
+    It is for a base in which the weights that the spec unties are untied already, and those that it quantises are
+    either quantised or in full precision.
+    """
     changes: dict[str, Any] = {"untie": ()}
-    changes["compose"] = tuple(found for c in compilation.spec.compose if (found := _left(c, merged)) is not None)
+    changes["compose"] = tuple(rest for c in compilation.spec.compose if (rest := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()
     if TOKENS not in merged.kept:
@@ -202,7 +207,7 @@ def _rest(compilation: Compilation, merged: Merged) -> Spec:
 
 
 def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:
-    """What is left of a composition: of a stack those that did not fold, in its order; of others all or nothing."""
+    """Return what is left of a composition: of a stack its unfolded members, in order; of others, all or nothing."""
     members = tuple(name for name in composition.members if name in merged.kept)
     if isinstance(composition, Stack) and len(members) > 1:
         return composition.model_copy(update={composition.kind: members})
@@ -211,18 +216,18 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 @torch.no_grad()
 def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner) -> Certificate:
-    """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
+    """Return the certificate with the larger difference of each output: of folding, or of compiling on the result."""
     certificate = merged.certificate
-    found = compared(before, after)
-    found.allowed.update((route.choice, route.bound) for route in certificate.routes)
-    if merged.changed and not found.explained:
+    comparison = compared(before, after)
+    comparison.allowed.update((route.choice, route.bound) for route in certificate.routes)
+    if merged.changed and not comparison.explained:
         weights = {name: after.compilation.store.get(name) for name in merged.changed}
-        with found.repeating() as run:
+        with comparison.repeating() as run:
             recast = recasting(before.compilation, merged.folded)
-            rounding_noise(weights, recast, run, found.after, lambda _: found.explained)
+            rounding_noise(weights, recast, run, comparison.after, lambda _: comparison.explained)
     outputs = dict(certificate.outputs)
-    for name, anew in found.differences.items():
-        outputs[name] = anew if not anew <= outputs[name] else outputs[name]  # NaN stays
+    for name, difference in comparison.differences.items():
+        outputs[name] = difference if not difference <= outputs[name] else outputs[name]  # NaN stays
     folding = {route.choice: route for route in certificate.routes}
-    routes = (worse(route, folding[route.choice]) for route in found.routes)
+    routes = (worse(route, folding[route.choice]) for route in comparison.routes)
     return replace(certificate, outputs=outputs, routes=tuple(routes))

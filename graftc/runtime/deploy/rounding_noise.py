@@ -13,7 +13,7 @@ from graftc.compiler.folding.rounding import NARROW
 __all__ = ["rounding_noise"]
 
 TIMES = 8
-"""How many other roundings are tried at most. A router chooses differently in few of them."""
+"""The largest number of other roundings to try. A router chooses differently in few of them."""
 
 
 def rounding_noise(
@@ -23,22 +23,22 @@ def rounding_noise(
     outputs: Sequence[object],
     enough: Callable[[float], bool] = lambda _: False,
 ) -> float:
-    """The largest difference of outputs over a few runs in which weights are rounded differently.
+    """Return the largest difference of outputs over a few runs in which weights are rounded differently.
 
-    In one, what they are folded from is rounded first, as the adapted graph does. In the others every entry is
-    multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded to its type.
-    Whatever the weights are, they move by rounding alone: a wrong one stays wrong, and explains nothing. They have
-    their own values again afterwards, whatever happens.
+    In one run, the tensors that weights are folded from are rounded first, as in the adapted graph. In the others,
+    every entry is multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded
+    to its type. Weights of any value move by rounding alone: a wrong one stays wrong, and explains nothing. Afterwards
+    they have their own values again, even after an error.
 
     Args:
-        weights: floating point, by name; written to, one after the other.
-        recast: gives the change of one that the first of these roundings makes.
-        run: gives the outputs of the model that has them.
-        outputs: those with the weights as they are.
-        enough: told the largest difference so far; no further run is tried once it says so.
+        weights: floating-point weights by name, which are written to one after the other.
+        recast: a function that returns the change of one of them for the first of these roundings.
+        run: a function that returns the outputs of the model that has the weights.
+        outputs: the outputs with the weights unchanged.
+        enough: a predicate of the largest difference so far; no further run is tried once it returns true.
     """
-    held = {name: weight.detach() for name, weight in weights.items()}
-    kept = {name: weight.clone() for name, weight in held.items()}
+    detached = {name: weight.detach() for name, weight in weights.items()}
+    originals = {name: weight.clone() for name, weight in detached.items()}
 
     def moved() -> float:
         pairs = zip(run(), outputs, strict=True)
@@ -46,20 +46,20 @@ def rounding_noise(
         return max((largest_difference(a, b) for a, b in tensors if a.is_floating_point()), default=0.0)
 
     try:
-        for name, weight in held.items():
-            weight.copy_(kept[name].double().add_(recast(name)))
+        for name, weight in detached.items():
+            weight.copy_(originals[name].double().add_(recast(name)))
         worst = moved()
         for seed in range(TIMES):
             if enough(worst):
                 break
             generator = torch.Generator().manual_seed(seed)
-            for name, own in kept.items():
+            for name, own in originals.items():
                 wide = torch.float32 if own.dtype in NARROW else torch.float64
                 drawn = torch.rand(own.shape, generator=generator, dtype=wide).sub_(0.5)
                 drawn.mul_(torch.finfo(own.dtype).eps).add_(1)
-                held[name].copy_(own.to(wide).mul_(drawn.to(own.device)))
+                detached[name].copy_(own.to(wide).mul_(drawn.to(own.device)))
             worst = max(worst, moved())
     finally:
-        for name, weight in held.items():
-            weight.copy_(kept[name])
+        for name, weight in detached.items():
+            weight.copy_(originals[name])
     return worst

@@ -21,14 +21,14 @@ from graftc.specs.options.base import BaseOptions
 
 
 def widened(runner: AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | None = None) -> AdaptedRunner:
-    """The compiled model with every 16-bit tensor in ``dtype``: the base's values are the same, to the bit.
+    """Return the compiled model with every 16-bit tensor in ``dtype``; the base's values are the same, to the bit.
 
-    The graphs are captured anew, of a copy of the source model, in which packed weights have their values. Where
-    ``dtype`` is None or the model's own, this is the model itself.
+    The graphs are captured again, from a copy of the source model in which packed weights have their values. If
+    ``dtype`` is None or the model's own, the model itself is returned.
 
     Raises:
-        GraftError: GC073 for what is not a dtype, for one that is not wider than the model's, and where weights are to
-            be packed again, as values of their own type.
+        GraftError: GC073 for anything that is not a dtype, for one that is not wider than the model's, and if weights
+            are to be packed again, which requires values of their own type.
     """
     if dtype is None or dtype == runner.dtype:
         return runner
@@ -49,7 +49,7 @@ def widened(runner: AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | N
 
 
 def unquantised(spec: Spec) -> Spec:
-    """The spec for a base that has its values in full precision."""
+    """Return the spec for a base that has its values in full precision."""
     return spec.model_copy(update={"base": BaseOptions()})
 
 

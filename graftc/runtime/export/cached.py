@@ -1,8 +1,9 @@
-"""Graphs with a cache as ONNX files that generate, with the names that Optimum gives them.
+"""Export of graphs with a cache as ONNX files that can generate, with Optimum's names of files, inputs and outputs.
 
-A decoder is one file, ``model.onnx``, for prompts and for the steps behind them. A model with an encoder is three:
-``encoder_model.onnx``; ``decoder_model.onnx``, the first step, which works out keys and values of what the encoder
-gave; and ``decoder_with_past_model.onnx`` for all others. The model's config and generation config lie beside them.
+A decoder is one file, ``model.onnx``, for prompts and for all later steps. A model with an encoder is three:
+``encoder_model.onnx``; ``decoder_model.onnx``, the first step, which computes keys and values of the encoder's output;
+and ``decoder_with_past_model.onnx`` for all other steps. The model's config and generation config are in the same
+folder.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class CachedFile:
     """One of the files.
 
     Attributes:
-        name: of the file.
-        present: the call that its graph is of.
-        inputs, outputs: names in the file by those in the graph; outputs that are not named are left out.
-        empty: inputs of the graph that the file lacks: they have no tokens.
+        name: the file name.
+        present: the call that its graph is for.
+        inputs, outputs: functions from names in the graph to names in the file; outputs without a name are left out.
+        empty: a predicate of inputs of the graph that the file lacks because they have no tokens.
     """
 
     name: str
@@ -66,19 +67,19 @@ class CachedModule(ExportModule):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """See `ExportModule`."""
+        """Names of the outputs that the file has, in order."""
         return tuple(name for name in super().outputs if self._file.outputs(name) is not None)
 
     def input_name(self, name: str) -> str:
-        """See `ExportModule`."""
+        """Return the name of an input in the file, as the `CachedFile` defines it."""
         return self._file.inputs(name)
 
     def output_name(self, name: str) -> str:
-        """See `ExportModule`."""
+        """Return the name of an output in the file, as the `CachedFile` defines it."""
         return str(self._file.outputs(name))
 
     def axis_name(self, name: str) -> str:
-        """See `ExportModule`."""
+        """Return Optimum's name of an axis, or of a sum of axes."""
         return " + ".join(self._axis(part) for part in name.split("+"))
 
     def _axis(self, name: str) -> str:
@@ -88,19 +89,19 @@ class CachedModule(ExportModule):
         return _AXES.get(name, name)
 
     def taken(self, axis: Axis) -> bool:
-        """See `ExportModule`: what nothing in the graph reads is not an input, and neither is what has no tokens."""
+        """Return whether the file has an input: some node of the graph reads it, and it has tokens."""
         node = next(n for n in self.program.placeholders() if str(n.target) == axis.name)
         read = bool(node.users) and not all(user.op == "output" for user in node.users)
         return not self._file.empty(axis.name) and read
 
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """See `ExportModule`."""
+        """Return the module's inputs along with empty tensors for those that the file lacks."""
         like = next(value for value in inputs.values() if isinstance(value, Tensor))
         rows = {BATCH: like.shape[0]}
         absent = [spec for spec in self.program.inputs if spec.name not in inputs]
         shapes = ([size_of(n, rows, 0) if isinstance(n, str) else n for n in spec.shape] for spec in absent)
-        made = {s.name: like.new_zeros(shape, dtype=s.dtype) for s, shape in zip(absent, shapes, strict=True)}
-        return {**inputs, **made}
+        zeros = {s.name: like.new_zeros(shape, dtype=s.dtype) for s, shape in zip(absent, shapes, strict=True)}
+        return {**inputs, **zeros}
 
 
 def export_cached(
@@ -111,14 +112,14 @@ def export_cached(
     folded: Sequence[str] = (),
     force: bool = False,
 ) -> Path:
-    """Write a folder of ONNX files that generate.
+    """Write a folder of ONNX files that can generate.
 
     Args:
-        runner: a compiled model, with its adaptations in the graph, or a merged one.
-        path: the folder; nothing is there until all files are complete and checked in ONNX Runtime.
-        certificate: what the files say of the fold.
-        folded: whose adaptations have gone into the weights.
-        force: replace such a folder.
+        runner: the Runner of a compiled model, with its adaptations in the graph, or of a merged one.
+        path: the folder; nothing exists there until all files are complete and checked in ONNX Runtime.
+        certificate: the certificate of the fold to put into the files.
+        folded: names of the adaptations that have gone into the weights.
+        force: if true, replace such a folder.
 
     Raises:
         GraftError: GC142 for a model that does not generate, GC140 for one that keeps no cache of keys and values,
@@ -145,7 +146,7 @@ def export_cached(
 
 
 def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:
-    """Write what onnxruntime-genai reads beside a graph, where it knows such models."""
+    """Write the config that onnxruntime-genai reads beside a graph, if it supports such models."""
     inputs = [module.input_name(axis.name) for axis in module.axes]
     outputs = [module.output_name(output) for output in module.outputs]
     if generation is not None and (content := genai_config(config, generation, name, inputs, outputs)) is not None:
@@ -153,12 +154,12 @@ def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, 
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is one that `export_cached` wrote, and may replace."""
+    """Return whether `export_cached` wrote a folder, so that it may be replaced."""
     return (path / "config.json").is_file() and any((path / name).is_file() for name in (DECODER, PAIR[0]))
 
 
 def _files(runner: ModelRunner) -> Iterator[CachedFile]:
-    """The files of a model, in the order in which their graphs are made."""
+    """Yield the files of a model, in the order in which their graphs are built."""
     compilation, device = runner.compilation, runner.device
     layout, takes = compilation.cache_layout, runner.interface.parameters
     if not layout.pairs:
@@ -184,7 +185,7 @@ def _files(runner: ModelRunner) -> Iterator[CachedFile]:
 
 
 def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A call with a cache, as its signature is looked up."""
+    """Return a call with a cache, in the form in which its signature is looked up."""
     layout = runner.compilation.cache_layout
     rows = next(iter(given.values())).shape[0]
     cache = fill_cache(new_cache(layout.pairs), past)
@@ -220,7 +221,7 @@ def _pair_output(name: str) -> str | None:
 
 
 def _text_output(name: str) -> str | None:
-    """That of a step which leaves alone what an encoder gave."""
+    """Return the name of an output of a step that does not compute the encoder's keys and values; None for those."""
     return None if is_cross(name.rpartition(".")[2]) else _pair_output(name)
 
 

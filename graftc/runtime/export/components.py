@@ -1,4 +1,4 @@
-"""The components of a model as ONNX files of their own, with a manifest: what serves them calls one after the other."""
+"""The components of a model as ONNX files of their own, with a manifest for servers that call one after the other."""
 
 from __future__ import annotations
 
@@ -47,25 +47,31 @@ class ComponentModule(ExportModule):
     def sample(
         self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """See `ExportModule`: what was shown, since masks and positions are not any numbers, and with other seeds
-        longer by its last entries. What was equally long stays so, such as the rows of a mask and of what it masks."""
+        """Return the tensors of the component's call, lengthened by ``seed`` repeats of their last entries.
+
+        They are not random, since masks and positions cannot be arbitrary numbers. Only axes that vary are lengthened,
+        and sizes that were equal stay equal, such as the number of rows of a mask and of what it masks.
+        """
         return {axis.name: _lengthened(self._shown[axis.name], axis, seed) for axis in self.axes}
 
     def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """See `ExportModule`: kernels differ in what they make of tokens that attend to nothing, such as padding."""
+        """Return the positions that the attention mask selects, or None without such a mask.
+
+        Kernels differ in their results for tokens that attend to nothing, such as padding.
+        """
         mask = inputs.get("attention_mask")
         return None if mask is None or mask.dim() != 2 or mask.is_floating_point() else mask.bool()
 
     def input_name(self, name: str) -> str:
-        """See `ExportModule`."""
+        """Return the component's own name of an input."""
         return self._inputs[name]
 
     def output_name(self, name: str) -> str:
-        """See `ExportModule`."""
+        """Return the name of an output without the component's path."""
         return name.removeprefix(self._prefix) if name.startswith(self._prefix) else "output"
 
     def axis_name(self, name: str) -> str:
-        """See `ExportModule`."""
+        """Return the name of an axis, made of the component's own name of the input and the number of the axis."""
         owner, _, at = name.rpartition("__")
         return f"{self._inputs[owner]}_{at}" if owner in self._inputs else name
 
@@ -82,16 +88,16 @@ def export_components(
     """Write every component of a model that can be a graph as an ONNX file, and ``components.json``.
 
     Args:
-        runner: of the merged model.
-        model: of the source's class, with the folded weights.
-        path: the folder; nothing is there until all files are complete and checked in ONNX Runtime.
-        inputs: of a call that calls the components, by name. None of their values are written.
-        evidence: what the files say of the fold.
-        force: replace such a folder.
+        runner: the Runner of the merged model.
+        model: a model of the source's class, with the folded weights.
+        path: the folder; nothing exists there until all files are complete and checked in ONNX Runtime.
+        inputs: inputs, by name, of a call that runs the components. None of their values are written.
+        evidence: the evidence of the fold to put into the files.
+        force: if true, replace such a folder.
 
     Raises:
-        GraftError: GC060 for a model without components, or of which none can be exported; GC061 when a package is
-            missing; GC063 when ``path`` exists, GC064 when it cannot be written.
+        GraftError: GC060 for a model without components, or one of which none can be exported; GC061 if a package is
+            missing; GC063 if ``path`` exists, GC064 if it cannot be written.
     """
     try:
         components, left_out = components_of(model, _with_rows(inputs))
@@ -128,19 +134,19 @@ def export_components(
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is one that `export_components` wrote, and may replace."""
+    """Return whether `export_components` wrote a folder, so that it may be replaced."""
     return (path / MANIFEST).is_file()
 
 
 def _with_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of one row with that row twice: a size of 1 is special to the tracer, and would be the only one."""
+    """Repeat the row of a call that has one row only, since the tracer treats a size of 1 as fixed."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
     one = all(value.shape[0] == 1 for value in tensors.values())
     return {**inputs, **({name: torch.cat([value, value]) for name, value in tensors.items()} if one else {})}
 
 
 def _file_names(paths: Sequence[str]) -> dict[str, str]:
-    """A file for each component: its last name, where no other has the same."""
+    """Return a file name for each component: its last name if no other component has the same, otherwise its path."""
     short = Counter(path.rpartition(".")[2] for path in paths)
     return {path: f"{last if short[last := path.rpartition('.')[2]] == 1 else path}.onnx" for path in paths}
 
@@ -148,7 +154,7 @@ def _file_names(paths: Sequence[str]) -> dict[str, str]:
 def _write(
     merged: ModelRunner, model: nn.Module, component: Component, file: Path, evidence: FoldEvidence
 ) -> dict[str, Any]:
-    """Write a component, hold it against what the model gave, and return its entry in the manifest."""
+    """Write a component, compare it with the model's own results, and return its entry in the manifest."""
     tensors, results = list(component.tensors.values()), component.results
     axes, flags = as_inputs({component.path: (component.structure, tensors)})
     compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=StartingPoint(0, False))
@@ -162,7 +168,7 @@ def _write(
 
 
 def _lengthened(tensor: Tensor, axis: Axis, more: int) -> Tensor:
-    """A tensor with its last entries repeated along the axes that vary."""
+    """Return a tensor with its last entries repeated along the axes that vary."""
     for dim, name in enumerate(axis.axes):
         if isinstance(name, str):
             size = tensor.shape[dim]

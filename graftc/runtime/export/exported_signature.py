@@ -1,4 +1,4 @@
-"""Which of a model's signatures a graph is written for."""
+"""The choice of the signature that a graph is exported for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from graftc.runtime.model.model_runner import ModelRunner
 
 
 def exported_signature(runner: ModelRunner, example_inputs: ExampleInputs | None) -> Signature:
-    """The signature of a call, without labels; by default of the one that the model was compiled with, at the sizes
-    that were shown then, where a graph holds for one size only."""
+    """Return the signature of a call, without labels.
+
+    By default it is that of the call that the model was compiled with, at the sizes shown then if a graph is valid for
+    one size only.
+    """
     compilation = runner.compilation
     chosen: dict[str, Any] = {}
     if example_inputs is None:
         main = compilation.program("train", "base")
         shown = compilation.main.shown
-        made = ((a, shown.get(a.name, a.example(runner.device))) for a in compilation.main.axes)
-        present: dict[str, Any] = {a.name: value.to(runner.device, a.dtype) for a, value in made}
+        values = ((a, shown.get(a.name, a.example(runner.device))) for a in compilation.main.axes)
+        present: dict[str, Any] = {a.name: value.to(runner.device, a.dtype) for a, value in values}
         present |= dict(main.flags)
         labelled = without_labels(runner, present).keys() != present.keys()
         if not labelled and (not shown or fits(main.inputs, present)):

@@ -1,4 +1,4 @@
-"""The formats of an export, as data: how each one is made ready, and what it may replace."""
+"""The formats of an export, as data: how each one is prepared, and what it may replace."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ __all__ = ["EXPORTERS", "ExportJob", "Exporter", "ReadyExport"]
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What is to be exported.
+    """A model to export, with the options of the format.
 
     Attributes:
-        runner: of a compiled or merged model.
-        options: of the format, as `options_for` gives them.
-        evidence: what the files say of a fold.
+        runner: the Runner of a compiled or merged model.
+        options: the options of the format, as returned by `options_for`.
+        evidence: the evidence of a fold to put into the files.
     """
 
     runner: ModelRunner
@@ -48,20 +48,20 @@ class ExportJob:
 
     @property
     def simplest(self) -> ModelRunner:
-        """What a graph is written of: adaptations are in their simplest form."""
+        """The model that a graph is written from, with adaptations in their simplest form."""
         return deployed(self.runner) if isinstance(self.runner, AdaptedRunner) else self.runner
 
 
 @dataclass(frozen=True)
 class ReadyExport:
-    """An export that has passed whatever can be told before files are written.
+    """An export that has passed all checks that are possible before files are written.
 
     Attributes:
-        write: writes it to a path, with whether to replace what is there.
-        title: what kind of adapters these are, for people; empty for graphs and models.
-        tensors: of adapters alone, the key in the file, and site, part and name of the tensor here.
-        max_rank: the largest rank with which the server has to be started; None where that does not matter.
-        needs: the option that tells the server; None where there is none.
+        write: a function that writes the export, given a path and whether to replace what exists there.
+        title: a readable name of the kind of adapters; empty for graphs and models.
+        tensors: for adapters only, the key in the file, and site, part and name of the tensor in the model.
+        max_rank: the largest rank, with which the server has to be started; None if it does not matter.
+        needs: the option that sets it for the server; None if there is none.
     """
 
     write: Callable[[Path, bool], object]
@@ -76,11 +76,12 @@ class Exporter:
     """One format.
 
     Attributes:
-        prepare: makes a job ready, or refuses it.
-        check: refuses options, before a model is loaded for them.
+        prepare: a function that prepares a job, or raises.
+        check: a function that checks options before a model is loaded for them.
         folds: whether adaptations can be folded first.
-        replaceable: what ``force`` may replace.
-        companions: names of files that may be written beside one, of adaptations that are inputs.
+        replaceable: a predicate of paths that ``force`` may replace.
+        companions: a function that returns names of files that may be written beside an export, given its path and the
+            adaptations that are inputs.
     """
 
     prepare: Callable[[ExportJob], ReadyExport]
@@ -126,7 +127,7 @@ def _graphs_with_cache(job: ExportJob) -> ReadyExport:
 
 
 def _gguf(job: ExportJob) -> ReadyExport:
-    """Of a compiled model its LoRAs, of a merged one all of it."""
+    """Prepare the export of a compiled model's LoRAs, or of a whole merged model."""
     runner, dtype = job.runner, job.options.get("dtype", "f32")
     if not isinstance(runner, AdaptedRunner):
         merged = cast(FoldedModel, runner)
@@ -170,6 +171,6 @@ EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
         "peft": Exporter(_peft, _require_server, folds=False, replaceable=is_peft),
     }
 )
-"""Every format by its name; what options each takes is in `graftc.specs.options.exports`, for who has no torch."""
+"""Every format by its name; the options of each are in `graftc.specs.options.exports`, which does not need torch."""
 
 assert EXPORTERS.keys() == FORMATS.keys()

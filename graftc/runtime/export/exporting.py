@@ -1,4 +1,4 @@
-"""Exporting a compiled or merged model, whatever the format."""
+"""Export of a compiled or merged model in any format."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from graftc.specs.options.exports import FileType, options_for
 
 
 class Exporting:
-    """Exports a model.
+    """The operation that exports a model.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     _evidence: FoldEvidence = UNFOLDED
@@ -44,19 +44,21 @@ class Exporting:
         max_rank: int | None = None,
         force: bool = False,
     ) -> Path:
-        """Export the model in eval mode, a merged one folded, with its certificate in the metadata. Arguments and
-        errors are those of `Compiled.export`."""
+        """Export the model in eval mode; a merged one is exported folded, with its certificate in the metadata.
+
+        Arguments and errors are those of `Compiled.export`.
+        """
         to, given = as_path(path), {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         ready_export(self, format, {**given, "server": server, "max_rank": max_rank}).write(to, force)
         return to
 
 
 class ExportingFolded(Exporting):
-    """Exports a model in which adaptations have been folded.
+    """The operation that exports a model in which adaptations have been folded.
 
     Args:
-        runner: of the model.
-        evidence: what the files say of the fold.
+        runner: the Runner of the model.
+        evidence: the evidence of the fold to put into the files.
     """
 
     def __init__(self, runner: ModelRunner, evidence: FoldEvidence) -> None:
@@ -65,12 +67,12 @@ class ExportingFolded(Exporting):
 
 
 def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) -> ReadyExport:
-    """An export that is still to be written: of every adaptation, those that are disabled as well.
+    """Prepare an export of every adaptation, including disabled ones; it is still to be written.
 
     Args:
-        exporting: has the model.
-        format: of those in `graftc.specs.options.exports`.
-        given: its options, by name.
+        exporting: the export operation of the model.
+        format: one of the formats in `graftc.specs.options.exports`.
+        given: options of the format, by name.
 
     Raises:
         GraftError: for an option or a model that the format does not take.

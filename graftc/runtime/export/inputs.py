@@ -1,4 +1,4 @@
-"""Adaptations as inputs of an exported graph: which tensors these are, and what they are called."""
+"""Adaptations as inputs of an exported graph: their tensors, and the names of these."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 ADAPTER_TENSORS = "adapter_tensors"
-"""The keyword of a ``.pt2`` program under which it takes tensors of adaptations, by their full names."""
+"""The keyword argument of a ``.pt2`` program that takes tensors of adaptations, by their full names."""
 
 
 def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """The file beside an export that has an adaptation's tensors, for each adaptation."""
+    """Return, for each adaptation, the name of the file beside an export that contains its tensors."""
     return {name: f"{path.name}.{name}.safetensors" for name in names}
 
 
 def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None:
-    """Refuse what is not an adaptation or composition.
+    """Raise unless every name is that of an adaptation or composition.
 
     Raises:
         GraftError: GC091 with the nearest names.
     """
     runner = runner_of(runner)
-    tensors = [found for found in adapter_tensors(runner.store) if owner_of(found[0])]
+    tensors = [pair for pair in adapter_tensors(runner.store) if owner_of(pair[0])]
     known = list(dict.fromkeys([*runner.compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
     for name in names:
         if name not in known:
@@ -39,19 +39,19 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
 
 
 def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of adaptations that a Program reads, by adaptation and full name, names in order.
+    """Return the tensors of adaptations that a Program reads, by adaptation and full name, names in order.
 
     Args:
-        runner: whose adaptations.
-        program: what is exported.
-        names: of adaptations.
+        runner: the Runner that has the adaptations.
+        program: the Program to export.
+        names: names of the adaptations.
 
     Raises:
-        GraftError: GC091 where there is no such adaptation, GC065 where the Program reads no tensor of it.
+        GraftError: GC091 if there is no such adaptation, GC065 if the Program reads no tensor of it.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     if not names:
-        return found
+        return tensors
     require_known(runner, names)
     read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
     kept = {name: tensor for name, tensor in adapter_tensors(runner.store) if name in read and owner_of(name)}
@@ -63,8 +63,8 @@ def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> d
                 f"{name!r} cannot be an input: the exported graph reads none of its tensors",
                 hint=_hint(runner, name, kept),
             )
-        found[name] = own
-    return found
+        tensors[name] = own
+    return tensors
 
 
 def _hint(runner: ModelRunner, name: str, kept: Mapping[str, Tensor]) -> str:
@@ -75,30 +75,30 @@ def _hint(runner: ModelRunner, name: str, kept: Mapping[str, Tensor]) -> str:
 
 
 def without(root: Store, program: Program, names: Iterable[str], constants: Mapping[str, Tensor]) -> Store:
-    """A Store of what a Program reads, less the tensors that are inputs.
+    """Return a Store with the tensors that a Program reads, except those that are inputs.
 
     Args:
-        root: has the tensors.
-        program: what reads them.
-        names: of the tensors that are inputs.
-        constants: what it reads beside those of ``root``, by name.
+        root: the Store that has the tensors.
+        program: the Program that reads them.
+        names: names of the tensors that are inputs.
+        constants: tensors that it reads in addition to those of ``root``, by name.
     """
-    found, taken = Store(), set(names)
+    store, taken = Store(), set(names)
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        if name in found or name in taken:
+        if name in store or name in taken:
             continue
         if name in constants:
-            found.add_buffer(name, constants[name], persistent=True)
+            store.add_buffer(name, constants[name], persistent=True)
             continue
         path, _, last = name.rpartition(".")
         owner, tensor = root.owner(path), root.get(name)
         if last in owner._parameters:
-            found.container(path)._parameters[last] = owner._parameters[last]
+            store.container(path)._parameters[last] = owner._parameters[last]
         else:
             persistent = last not in owner._non_persistent_buffers_set
-            found.add_buffer(name, tensor, persistent=persistent)
-    return found
+            store.add_buffer(name, tensor, persistent=persistent)
+    return store
 
 
 __all__ = ["ADAPTER_TENSORS", "companions_of", "require_known", "tensors_of", "without"]

@@ -1,4 +1,4 @@
-"""Exported graphs give no loss: what only a loss is computed from is not an input."""
+"""Removal of labels from calls, since exported graphs compute no loss."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors and flags of a call that asks for no loss.
+    """Return the tensors and flags of a call without those that only a loss needs.
 
-    Labels are what transformers takes for labels of the class, and what nothing but the output ``loss`` reads in the
-    model's first graph; one that ``forward`` needs stays. A decoder that makes its tokens of the labels is given tokens
-    instead; a model that takes them and runs without any gets none.
+    Labels are the arguments that transformers takes for labels of the class, and those that only the output ``loss``
+    depends on in the model's first graph; one that ``forward`` requires stays. A decoder that derives its tokens from
+    the labels is given tokens instead; a model that takes tokens and runs without any gets none.
     """
     from transformers.utils.generic import find_labels
 
@@ -33,18 +33,18 @@ def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str,
     of_the_loss = _of_the_loss(first)
     known = {*labelled(type(model)), _TARGETS, COUNT, *of_the_loss}
     dropped = {name for name in present if name in known and runner.interface.optional(name)}
-    found = {name: value for name, value in present.items() if name not in dropped}
+    inputs = {name: value for name, value in present.items() if name not in dropped}
     labels = present.get("labels") if "labels" in dropped else None
     tokens = {"labels", *_DECODED} - of_the_loss
-    decodes = _DECODED[0] in runner.interface.parameters and not found.keys() & {*_DECODED}
+    decodes = _DECODED[0] in runner.interface.parameters and not inputs.keys() & {*_DECODED}
     decodes = decodes and not tokens.isdisjoint(first.signature)
     if decodes and isinstance(labels, Tensor):
-        found[_DECODED[0]] = torch.ones_like(labels, dtype=torch.int64)
-    return found
+        inputs[_DECODED[0]] = torch.ones_like(labels, dtype=torch.int64)
+    return inputs
 
 
 def _of_the_loss(program: Program) -> set[str]:
-    """Inputs that nothing reads but the loss."""
+    """Return the inputs that only the loss depends on."""
     names, (values, *_) = program.outputs.names, program.output_node.args
     if _LOSS not in names or len(names) < 2 or not isinstance(values, tuple | list):
         return set()

@@ -1,4 +1,4 @@
-"""What an exported file says of itself."""
+"""The metadata of an exported file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def metadata(
     certificate: Certificate | None = None,
     folded: Sequence[str] = (),
 ) -> dict[str, str]:
-    """What an exported file says of itself: spec, base fingerprint, names of classes in the order of logits,
-    certificate, adaptations that are inputs, and where each adaptation is that the file has: ``"folded"`` into the
-    weights, a ``"constant"`` of the graph, or an ``"input"``.
+    """Return the metadata of an exported file.
+
+    It consists of the spec, the base fingerprint, names of classes in the order of logits, the certificate, the
+    adaptations that are inputs, and the place of each adaptation in the file: ``"folded"`` into the weights, a
+    ``"constant"`` of the graph, or an ``"input"``.
 
     Args:
-        runner: what is exported.
+        runner: the Runner of the exported model.
         program: its graph in the file.
-        inputs: adaptations that are inputs.
-        certificate: of the fold.
-        folded: whose adaptations have gone into the weights.
+        inputs: names of the adaptations that are inputs.
+        certificate: the certificate of the fold.
+        folded: names of the adaptations that have gone into the weights.
     """
     compilation = runner.compilation
     places = dict.fromkeys(folded, "folded") | {
@@ -41,7 +43,7 @@ def metadata(
         "graftc.fingerprint": compilation.identity().fingerprint,
     }
     labels = built_of(compilation.model).labels or ()
-    if any(not label.startswith("LABEL_") for label in labels):  # which is what transformers calls those without a name
+    if any(not label.startswith("LABEL_") for label in labels):  # transformers' names of unnamed labels
         entries["graftc.labels"] = json.dumps(labels)
     if inputs:
         entries["graftc.inputs"] = json.dumps(list(inputs))
@@ -51,11 +53,11 @@ def metadata(
 
 
 def adaptations_in(program: Program) -> list[str]:
-    """Adaptations that a graph has something of: nodes, or tensors that it reads."""
-    found: dict[str, None] = {}
+    """Return the adaptations that occur in a graph, by nodes or by tensors that it reads."""
+    names: dict[str, None] = {}
     for node in program.graph.nodes:
-        made = provenance(node)
-        owner = owner_of(str(node.target)) if node.op == "get_attr" else (made or {}).get("adaptation")
+        origin = provenance(node)
+        owner = owner_of(str(node.target)) if node.op == "get_attr" else (origin or {}).get("adaptation")
         if owner:
-            found[owner] = None
-    return list(found)
+            names[owner] = None
+    return list(names)

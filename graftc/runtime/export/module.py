@@ -28,7 +28,7 @@ from graftc.runtime.model.model_runner import ModelRunner
 
 
 def _decomposed(program: Program) -> fx.Graph:
-    """The graph with ``graftc::`` operators replaced by their ATen forms."""
+    """Return the graph with ``graftc::`` operators replaced by their ATen forms."""
     graph = program.copy().graph
     for node in graph.nodes:
         node.target = DECOMPOSITIONS.get(node.target, node.target)
@@ -37,29 +37,29 @@ def _decomposed(program: Program) -> fx.Graph:
 
 @dataclass(frozen=True)
 class PackedWeight(PackedType):
-    """A packed weight of an exported graph, with what makes its form anew."""
+    """A packed weight of an exported graph, with a function that reads its parts."""
 
     parts: Callable[[], Sequence[Tensor]]
 
     @property
     def has_form(self) -> bool:
-        """Whether other software knows it."""
+        """Whether other software supports its packing."""
         return self.packing.has_form(self.dtype)
 
     def form(self) -> EvenSteps | TableEntries:
-        """What other software would have of it."""
+        """Return the weight in a form that other software supports."""
         return self.packing.form(self.parts(), self.shape)
 
 
 def _packed_weights(program: Program, store: Store) -> dict[str, PackedWeight]:
-    """The packed weights that a Program reads, by name."""
+    """Return the packed weights that a Program reads, by name."""
     names = {str(node.target): None for node in program.graph.find_nodes(op="get_attr")}
-    found: dict[str, PackedWeight] = {}
+    weights: dict[str, PackedWeight] = {}
     for name in names:
-        if (own := store.packed.get(name)) is not None:
-            made = partial(_parts, store, own.names(name))
-            found[name] = PackedWeight(own.packing, own.shape, own.dtype, made)
-    return found
+        if (packed := store.packed.get(name)) is not None:
+            parts = partial(_parts, store, packed.names(name))
+            weights[name] = PackedWeight(packed.packing, packed.shape, packed.dtype, parts)
+    return weights
 
 
 def _parts(store: Store, names: Sequence[str]) -> list[Tensor]:
@@ -67,22 +67,22 @@ def _parts(store: Store, names: Sequence[str]) -> list[Tensor]:
 
 
 class ExportModule:
-    """One eval Program as a module, which has nothing else but the tensors that the Program reads.
+    """One eval Program as a module, which has only the tensors that the Program reads.
 
     Args:
-        runner: the compiled or merged model.
-        signature: the one that is exported.
-        names: adaptations whose tensors are inputs.
-        apart: packed weights are inputs too, and constants where their packing is one that other software does not
-            know.
+        runner: the Runner of the compiled or merged model.
+        signature: the signature to export.
+        names: names of the adaptations whose tensors are inputs.
+        apart: if true, packed weights are inputs as well, or constants if other software does not support their
+            packing.
 
     Attributes:
         module: the module.
-        program: what it computes.
+        program: the Program that it computes.
         axes: the model's own inputs.
-        adaptations: the tensors that are inputs too, by adaptation and full name.
-        tensors: the same by full name, in the order of inputs, with packed weights behind them.
-        packed: the types of these weights, with what other software would have of them.
+        adaptations: the tensors that are inputs as well, by adaptation and full name.
+        tensors: the same by full name, in the order of inputs, followed by packed weights.
+        packed: the types of these weights, with their forms for other software.
         inputs: example inputs.
 
     Raises:
@@ -109,7 +109,7 @@ class ExportModule:
         self.config = getattr(runner, "config", None)
         self._base, self._tensors = runner.compilation.program("train", "base", signature), store
         every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
-        self.axes = every  # which of them varies by name is asked below
+        self.axes = every  # an override of `taken` may read all of them
         self.axes = [axis for axis in every if self.taken(axis)]
         self.inputs: Mapping[str, Any] = self._traced(self.sample(sizes=(3, 7)))
         self.module = nn.Module()
@@ -120,7 +120,7 @@ class ExportModule:
             vars(self.module).update(config=self.config)
 
     def _traced(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs, with what has no values and takes no memory in the place of packed weights."""
+        """Return the inputs with tensors that have no values and take no memory in place of packed weights."""
         if not self.packed:
             return inputs
         empty = {name: torch.zeros((), dtype=own.dtype).expand(own.shape) for name, own in self.packed.items()}
@@ -146,33 +146,33 @@ class ExportModule:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the tensors that the module gives, in order."""
+        """Names of the module's output tensors, in order."""
         leaves = self.program.graph.output_node().args[0]
         pairs = zip(self.program.outputs.names, leaves, strict=True)  # type: ignore[arg-type]
         return tuple(name for name, leaf in pairs if leaf is not None)
 
     def input_name(self, name: str) -> str:
-        """The name that a file has for an input."""
+        """Return the name of an input in the file."""
         return name
 
     def output_name(self, name: str) -> str:
-        """The name that a file has for an output."""
+        """Return the name of an output in the file."""
         return name
 
     def axis_name(self, name: str) -> str:
-        """The name that a file has for an axis."""
+        """Return the name of an axis in the file."""
         return name
 
     def taken(self, axis: Axis) -> bool:
-        """Whether the module has an input of the Program."""
+        """Return whether an input of the Program is an input of the module."""
         return True
 
     def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Which positions of outputs count, ``bool`` of their first axes; None for all."""
+        """Return which positions of outputs are compared, as ``bool`` for their first axes; None for all."""
         return None
 
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The module's inputs with those that the Program has beside."""
+        """Return the module's inputs along with the other inputs of the Program."""
         return dict(inputs)
 
     def _taken(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,9 +182,11 @@ class ExportModule:
     def sample(
         self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """Random inputs of batch and sequence ``sizes``, where ``held`` says nothing else of a named size. Tensors of
-        adaptations have their own values with seed 0 and
-        these in reverse with another, which tells a graph that has them as constants."""
+        """Return random inputs of batch and sequence ``sizes``, except for the sizes that ``held`` gives by name.
+
+        Tensors of adaptations have their own values with seed 0, and these in reverse with any other seed, which
+        reveals a graph that has them as constants.
+        """
         inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, held))
         if self.tensors:
             turned = {n: t.flip(0) if seed and t.dim() and n not in self.packed else t for n, t in self.tensors.items()}
@@ -200,7 +202,7 @@ class ExportModule:
         return inputs
 
     def dynamic_shapes(self) -> dict[str, dict[Any, Any]]:
-        """Which axes vary: none of an adaptation's tensors."""
+        """Return the axes that vary, by input; an adaptation's tensors have none."""
         auto = torch.export.Dim.AUTO
         own: dict[str, dict[Any, Any]] = {
             a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in self.axes
@@ -208,7 +210,7 @@ class ExportModule:
         return {**own, **({ADAPTER_TENSORS: {name: {} for name in self.tensors}} if self.tensors else {})}
 
     def flat(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Inputs by the names that a graph without containers has for them."""
+        """Return inputs by the names that they have in a graph without containers."""
         own = {name: value for name, value in inputs.items() if name != ADAPTER_TENSORS}
         given = {name: t for name, t in inputs.get(ADAPTER_TENSORS, {}).items() if name not in self.packed}
         return {**own, **given}

@@ -1,4 +1,4 @@
-"""ONNX through transformers' exporter, which holds the graph fixes; checked by ``onnx.checker`` and ONNX Runtime."""
+"""ONNX export through transformers' exporter, with its graph fixes; checked by ``onnx.checker`` and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from graftc.runtime.export.onnx_packed import OPSET, lower_packed
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
-"""Largest difference from torch, relative to the largest output or 1, for a float32 export."""
+"""The largest allowed difference from torch for a float32 export, relative to the largest output or 1."""
 
 _LIBRARIES = ("torch", "transformers", "onnx_ir", "onnxscript")
-"""They log and warn of their own internals."""
+"""Libraries that log and warn about their own internals."""
 
 LARGE = 64 * 2**20
 """Weights of more bytes than this go into a file of their own."""
@@ -37,10 +37,10 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     """Export to an ONNX model with the model's own input and output names and named dynamic axes.
 
     Returns:
-        What writes the model to a path and checks it there, with GC060 where a check fails.
+        A function that writes the model to a path and checks it there, with GC060 if a check fails.
 
     Raises:
-        GraftError: GC060 when exporting fails, GC061 without the ``export`` extra.
+        GraftError: GC060 if exporting fails, GC061 without the ``export`` extra.
     """
     onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
     try:
@@ -56,7 +56,8 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     _name_axes(ir, model, module)
     lower_packed(model, module.packed)
     for node in model.graph.all_nodes():
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, and half of a small file
+        # Stack traces contain paths of this machine, and make up half of a small file.
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
 
@@ -79,7 +80,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
 
 
 def _no_kernel(module: ExportModule, error: Exception) -> GraftError:
-    """The error where ONNX Runtime does not run what the exporter wrote."""
+    """Return the error for a file that ONNX Runtime does not run."""
     message = f"ONNX Runtime does not run the export: {first_line(error)}"
     dtypes = {tensor.dtype for tensor in module.module.state_dict().values()}
     hint = "export to .pt2, or load the base in float32 or float16: ONNX Runtime has no bfloat16 on CPUs"
@@ -97,9 +98,10 @@ def _package(name: str) -> Any:
 
 @contextmanager
 def _not_verbose() -> Iterator[None]:
-    """Inside, torch's exporter prints no progress unless it is told to; transformers' has no option for it.
+    """Make torch's exporter print no progress by default while the block runs; transformers' has no option for it.
 
-    The standard output belongs to the whole process, where others may print or redirect it meanwhile.
+    Standard output is not redirected, since it belongs to the whole process, where other threads may print or redirect
+    it meanwhile.
     """
     before = torch.onnx.export
     torch.onnx.export = functools.partial(before, verbose=False)
@@ -110,7 +112,7 @@ def _not_verbose() -> Iterator[None]:
 
 
 def _name_tensors(model: Any, module: ExportModule) -> None:
-    """Call inputs that are tensors of adaptations by their full names."""
+    """Name inputs and outputs; inputs that are tensors of adaptations get their full names."""
     for value in [*model.graph.inputs, *model.graph.outputs]:
         renamed = module.input_name if value in model.graph.inputs else module.output_name
         value.name = renamed(value.name)
@@ -120,7 +122,7 @@ def _name_tensors(model: Any, module: ExportModule) -> None:
 
 
 def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
-    """Call dynamic axes what they are, on inputs and outputs."""
+    """Name dynamic axes on inputs and outputs."""
     names: dict[str, str] = {}
     for value, axis in zip(model.graph.inputs, module.axes, strict=False):
         for dim, size in zip(value.shape, axis.axes, strict=True):
@@ -133,12 +135,12 @@ def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
 
 
 def _named(names: Mapping[str, str], size: Any) -> Any:
-    """A size with the names of axes in the places of symbols: it may be a sum of them."""
+    """Return a size with symbols replaced by names of axes; it may be a sum of them."""
     return size if size is None else re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(size))
 
 
 def _compare(ort: Any, module: ExportModule, path: Path) -> None:
-    """Run the file in ONNX Runtime, which optimises it first, against torch, at sizes that were not captured."""
+    """Compare the file's outputs in ONNX Runtime, which optimises it first, with torch's, at sizes not captured."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = module.outputs
     samples = [module.sample(seed, sizes) for seed, sizes in enumerate(((2, 5), (1, 4)))]
@@ -157,15 +159,15 @@ def _compare(ort: Any, module: ExportModule, path: Path) -> None:
 def compare(
     path: Path, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], counting: Tensor | None = None
 ) -> None:
-    """Run a file in ONNX Runtime on inputs, by the names that it has for them, against what a model gave.
+    """Compare a file's outputs in ONNX Runtime with those of a model on the same inputs.
 
     Args:
-        path: of the file.
-        inputs, expected: by name.
-        counting: which positions count, as in `ExportModule.counting`.
+        path: the file.
+        inputs, expected: inputs and expected outputs, by their names in the file.
+        counting: the positions to compare, as in `ExportModule.counting`.
 
     Raises:
-        GraftError: GC060 where it gives something else.
+        GraftError: GC060 if its results differ.
     """
     session = _package("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     known = {value.name for value in session.get_inputs()}
@@ -177,13 +179,13 @@ def _require_close(
 ) -> None:
     values = session.run(list(expected), {name: value.cpu().numpy() for name, value in inputs.items()})
     for (name, wanted), value in zip(expected.items(), values, strict=True):
-        reference, found = wanted.cpu(), torch.from_numpy(value)
+        reference, result = wanted.cpu(), torch.from_numpy(value)
         if counting is not None and reference.shape[: counting.dim()] == counting.shape:
-            reference, found = reference[counting.cpu()], found[counting.cpu()]
+            reference, result = reference[counting.cpu()], result[counting.cpu()]
         if reference.numel() and not bool(reference.isfinite().any()):
             hint = "look for NaN in what was trained and in buffers of the base"
             raise GraftError("GC060", f"{name} is not finite in torch, so nothing can be compared", hint=hint)
-        difference = largest_difference(reference, found)
+        difference = largest_difference(reference, result)
         if not difference <= _bound(wanted.dtype) * max(1.0, largest_number(reference)):
             beyond = f"by {difference:.2e}, more than {_bound(wanted.dtype):.0e}"
             how = beyond if math.isfinite(difference) else "in what is finite"

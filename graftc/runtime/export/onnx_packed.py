@@ -1,8 +1,9 @@
 """Packed weights in ONNX files: codes and scales as they are stored, and operators of ONNX Runtime that read them.
 
-A weight that nothing but linear maps reads is multiplied by ``MatMulNBits`` or ``MatMulBnb4``, which never make it
-whole. Everywhere else it is made by ``DequantizeLinear`` when a call needs it. ONNX Runtime computes what hangs on
-constants alone when it loads a file, and would keep the result in full precision, but leaves that operator out.
+A weight that only linear maps read is multiplied by ``MatMulNBits`` or ``MatMulBnb4``, which never build it in full.
+Any other weight is built by ``DequantizeLinear`` when a call needs it. ONNX Runtime computes everything that depends on
+constants alone when it loads a file, and would keep the result in full precision, but it makes an exception for that
+operator.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from graftc.passes.core.packing.packing import swapped
 from graftc.runtime.export.module import PackedWeight
 
 OPSET = 21
-"""The first in which ``DequantizeLinear`` has blocks, and 4 bits."""
+"""The first opset in which ``DequantizeLinear`` supports blocks and 4 bits."""
 
 _CONTRIB = "com.microsoft"
 _BLOCKS = (256, 128, 64, 32, 16)
-"""Sizes of blocks that ``MatMulNBits`` has."""
+"""The block sizes that ``MatMulNBits`` supports, largest first."""
 
 _WASTE = 1.07
-"""As many times the codes may be there once rows are filled up to whole blocks."""
+"""The largest allowed growth factor of the codes when rows are padded to whole blocks."""
 
 
 def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
-    """Replace inputs of a graph that are packed weights by what is stored of them, in place.
+    """Replace inputs of a graph that are packed weights by their stored parts, in place.
 
     Args:
         model: an ``onnx_ir.Model`` of opset `OPSET` at least.
-        weights: by the names of the inputs.
+        weights: the packed weights by the names of the inputs.
     """
     ir = importlib.import_module("onnx_ir")
     for value in [value for value in model.graph.inputs if value.name in weights]:
@@ -49,12 +50,12 @@ def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product by a weight, as it is in the graph.
+    """A product by a weight, as it occurs in the graph.
 
     Attributes:
-        node: which gives it.
-        bias: what is added, if anything.
-        between: what stands between the weight and it, if anything.
+        node: the node that computes it.
+        bias: the value that is added, if any.
+        between: the node between the weight and the product, if any.
     """
 
     node: Any
@@ -63,7 +64,7 @@ class _Product:
 
 
 class _Lowering:
-    """One weight."""
+    """The replacement of one packed weight in a graph."""
 
     def __init__(self, ir: Any, model: Any, value: Any, weight: PackedWeight) -> None:
         self.ir, self.graph, self.value, self.weight = ir, model.graph, value, weight
@@ -80,19 +81,19 @@ class _Lowering:
             return
         for product in products:
             self.before = product.node
-            found = self._node(*multiply(product.node.inputs[0]), like=product.node.outputs[0])
+            result = self._node(*multiply(product.node.inputs[0]), like=product.node.outputs[0])
             if product.bias is not None:
-                found = self._node("Add", [found, product.bias], like=product.node.outputs[0])
-            self._replace(product.node.outputs[0], found)
+                result = self._node("Add", [result, product.bias], like=product.node.outputs[0])
+            self._replace(product.node.outputs[0], result)
             self.graph.remove(product.node, safe=True)
             if product.between is not None and not list(product.between.outputs[0].uses()):
                 self.graph.remove(product.between, safe=True)
 
     def _products(self) -> list[_Product] | None:
-        """What reads the weight, where all of that multiplies by it; else None."""
+        """Return the products by the weight; None if anything else reads it, or if it is not a float32 matrix."""
         if len(self.weight.shape) != 2 or self.weight.dtype != torch.float32:
             return None
-        found: list[_Product] = []
+        products: list[_Product] = []
         for node, place in self.value.uses():
             if node.op_type == "Transpose" and not self.turned:
                 uses = [(user, at, node) for user, at in node.outputs[0].uses()]
@@ -103,8 +104,8 @@ class _Lowering:
                 product = self._product(user, at, between, turned)
                 if product is None:
                     return None
-                found.append(product)
-        return found
+                products.append(product)
+        return products
 
     def _product(self, node: Any, place: int, between: Any, turned: bool) -> _Product | None:
         if place != 1:
@@ -118,7 +119,7 @@ class _Lowering:
         return _Product(node, node.inputs[2] if len(node.inputs) > 2 else None, between)
 
     def _multiply(self) -> Callable[[Any], tuple[str, list[Any], dict[str, Any], str]] | None:
-        """What multiplies inputs by the weight without making it; None where there is nothing."""
+        """Return a function that gives the node to multiply inputs by the packed weight; None if no operator can."""
         rows, width = self.weight.shape[::-1] if self.turned else self.weight.shape
         sizes = {"K": width, "N": rows}
         if isinstance(self.form, TableEntries):
@@ -131,16 +132,16 @@ class _Lowering:
         if block is None:
             return None
         stored = [self._constant(name, part) for name, part in zip(_STORED, in_blocks(self.form, block), strict=False)]
-        # A level of 1 is float32: the default of what ONNX Runtime fuses itself rounds the inputs to 8 bits.
+        # Level 1 is float32; the level that ONNX Runtime uses by default when it fuses rounds the inputs to 8 bits.
         attributes = {**sizes, "bits": self.form.bits, "block_size": block, "accuracy_level": 1}
         return lambda x: ("MatMulNBits", [x, *stored], attributes, _CONTRIB)
 
     def _make_dense(self) -> None:
-        """Make the weight once, before the first that reads it."""
+        """Build the weight in full once, before the first node that reads it."""
         readers = {node for node, _ in self.value.uses()}
         self.before = next(node for node in self.graph if node in readers)
-        made = self._steps(self.form) if isinstance(self.form, EvenSteps) else self._entries(self.form)
-        self._replace(self.value, made)
+        dense = self._steps(self.form) if isinstance(self.form, EvenSteps) else self._entries(self.form)
+        self._replace(self.value, dense)
 
     def _steps(self, form: EvenSteps) -> Any:
         codes, scales, zeros = form.codes, form.scales, form.zeros
@@ -150,7 +151,7 @@ class _Lowering:
             zeros, axis = None if zeros is None else zeros.transpose(-1, -2), -2
         axis += codes.dim()
         own = self.ir.DataType.UINT4 if form.bits == 4 else self.ir.DataType.UINT8
-        if zeros is None and form.bits == 8:  # without a zero point, which takes room
+        if zeros is None and form.bits == 8:  # signed codes need no stored zero points
             own, codes = self.ir.DataType.INT8, codes ^ 128
         elif zeros is None:
             zeros = torch.full_like(scales, 8, dtype=torch.uint8)
@@ -161,7 +162,7 @@ class _Lowering:
         return self._node("DequantizeLinear", stored, attributes, like=self.value)
 
     def _entries(self, form: TableEntries) -> Any:
-        """The weight looked up in a table, with codes that ONNX Runtime does not take for constants."""
+        """Return the weight looked up in a table, with codes that ONNX Runtime does not treat as constants."""
         size, ir = self.weight.numel, self.ir
         blocks = form.scales.numel()
         pairs = torch.nn.functional.pad(form.codes, (0, -form.codes.numel() % ((blocks * form.group + 1) // 2)))
@@ -177,13 +178,13 @@ class _Lowering:
             flat = self._node("Reshape", [scaled, self._shape("flat", (-1,))])
             ends = [self._shape(name, (number,)) for name, number in (("first", 0), ("last", size))]
             scaled = self._node("Slice", [flat, *ends])
-        found = self._node("Reshape", [scaled, self._shape("shape", shape)])
+        result = self._node("Reshape", [scaled, self._shape("shape", shape)])
         if self.weight.dtype != torch.float32:
-            found = self._node("Cast", [found], {"to": _type(ir, self.weight.dtype).value})
+            result = self._node("Cast", [result], {"to": _type(ir, self.weight.dtype).value})
         if self.turned:
-            found = self._node("Transpose", [found], {"perm": list(swapped(range(len(shape))))})
-        found.shape, found.type = self.value.shape, self.value.type
-        return found
+            result = self._node("Transpose", [result], {"perm": list(swapped(range(len(shape))))})
+        result.shape, result.type = self.value.shape, self.value.type
+        return result
 
     def _node(
         self,
@@ -194,25 +195,25 @@ class _Lowering:
         *,
         like: Any = None,
     ) -> Any:
-        """The result of a new node before the present one."""
-        made = [self.ir.Attr(n, _kind(self.ir, v), v) for n, v in (attributes or {}).items()]
-        node = self.ir.Node(domain, kind, inputs, made)
+        """Insert a new node before the current one, and return its result."""
+        attrs = [self.ir.Attr(n, _kind(self.ir, v), v) for n, v in (attributes or {}).items()]
+        node = self.ir.Node(domain, kind, inputs, attrs)
         self.graph.insert_before(self.before, [node])
-        found = node.outputs[0]
+        result = node.outputs[0]
         if like is not None:
-            found.shape, found.type = like.shape, like.type
-        return found
+            result.shape, result.type = like.shape, like.type
+        return result
 
     def _constant(self, part: str, tensor: Tensor, dtype: Any = None) -> Any:
-        """A constant of the file, by the weight's name."""
+        """Return a constant of the file, created on first use and named after the weight."""
         name = f"{self.name}_{part}"
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        held = tensor.detach().cpu().contiguous()
-        if held.dtype == torch.bfloat16:  # which numpy does not have
-            array = held.view(torch.uint16).numpy().view(importlib.import_module("ml_dtypes").bfloat16)
+        values = tensor.detach().cpu().contiguous()
+        if values.dtype == torch.bfloat16:  # numpy has no bfloat16
+            array = values.view(torch.uint16).numpy().view(importlib.import_module("ml_dtypes").bfloat16)
         else:
-            array = held.numpy()
+            array = values.numpy()
         if dtype is not None and dtype == self.ir.DataType.UINT4:
             array = array.astype(importlib.import_module("ml_dtypes").uint4)
         elif dtype is not None and dtype == self.ir.DataType.INT8:
@@ -226,7 +227,7 @@ class _Lowering:
         return self._constant(part, torch.tensor(sizes, dtype=torch.int64))
 
     def _replace(self, value: Any, by: Any) -> None:
-        """Let everything read another value, which takes the name where that is an output's."""
+        """Make every reader of a value read another one, which takes over the name if that is an output's."""
         outputs = self.graph.outputs
         if value in outputs:
             name = value.name
@@ -238,17 +239,19 @@ _STORED = ("codes", "scales", "zeros")
 
 
 def block_of(group: int, width: int) -> int | None:
-    """The largest size of blocks into which groups fall, so that each block has one scale, and that fills up rows by
-    little; None where there is none."""
-    if group >= width:  # one scale for each row
+    """Return the largest block size with one scale for each block and little padding of rows; None if there is none."""
+    if group >= width:  # each row has one scale
         fitting = [size for size in _BLOCKS if -(-width // size) * size <= _WASTE * width]
         return fitting[0] if fitting else 16
     return next((size for size in _BLOCKS if group % size == 0), None)
 
 
 def in_blocks(form: EvenSteps, block: int) -> tuple[Tensor, ...]:
-    """What ``MatMulNBits`` reads: codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``,
-    and zero points ``uint8[rows, ceil(blocks * bits / 8)]`` where they are not half of the range."""
+    """Return the tensors that ``MatMulNBits`` reads.
+
+    They are codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``, and, unless zero points
+    are half of the range, zero points ``uint8[rows, ceil(blocks * bits / 8)]``.
+    """
     rows, width = form.codes.shape
     blocks = -(-width // block)
     codes = torch.nn.functional.pad(form.codes, (0, blocks * block - width)).reshape(rows, blocks, block)
@@ -261,8 +264,8 @@ def in_blocks(form: EvenSteps, block: int) -> tuple[Tensor, ...]:
 
 
 def _number(node: Any, name: str, default: float) -> float:
-    found = node.attributes.get(name)
-    return default if found is None else float(found.value)
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.value)
 
 
 def _type(ir: Any, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""``.pt2``: torch's own serialised program."""
+"""Export to ``.pt2``, torch's own serialised program."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
     Load it with ``torch.export.load``, which runs code from the file: only load what you trust.
 
     Returns:
-        What writes the archive to a path.
+        A function that writes the archive to a path.
 
     Raises:
-        GraftError: GC060 when torch cannot export the program.
+        GraftError: GC060 if torch cannot export the program.
     """
     try:
         with exclusive(), quiet(["torch"]), torch.no_grad():
@@ -45,20 +45,21 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
 
 
 def _require_names(module: ExportModule, program: torch.export.ExportedProgram) -> None:
-    """See that the names of the model's inputs mean in the file what they mean in the model: torch writes them in lower
-    case there, in code where some names are taken.
+    """Check that the names of the model's inputs have the same meaning in the file as in the model.
+
+    torch writes them in lower case there, in code in which some names are taken.
 
     Raises:
-        GraftError: GC060 where a call by these names fails or gives something else.
+        GraftError: GC060 if a call by these names fails or returns other values.
     """
     changed = [axis.name for axis in module.axes if not keeps_name(axis.name)]
     if not changed:
         return
     try:
         with torch.no_grad():
-            found, expected = program.module()(**module.inputs), module.module(**module.inputs)
-        differs = any(largest_difference(found[name], expected[name]) > 0 for name in module.outputs)
-    except Exception:  # code that torch generates, in which a name may stand for anything
+            actual, expected = program.module()(**module.inputs), module.module(**module.inputs)
+        differs = any(largest_difference(actual[name], expected[name]) > 0 for name in module.outputs)
+    except Exception:  # a name may have any meaning in code that torch generates
         differs = True
     if differs:
         message = f"a .pt2 cannot have inputs called {', '.join(axis.name for axis in module.axes)}"
@@ -67,10 +68,10 @@ def _require_names(module: ExportModule, program: torch.export.ExportedProgram) 
 
 
 def _reserve(path: Path, module: ExportModule) -> None:
-    """See that there is room: torch's writer ends the process when a disk is full.
+    """Check that the disk has room for the file: torch's writer ends the process when a disk is full.
 
     Raises:
-        OSError: there is none.
+        OSError: if there is not enough room.
     """
     if not hasattr(os, "posix_fallocate"):
         return

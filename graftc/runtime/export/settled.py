@@ -1,7 +1,7 @@
-"""What adaptations compute of packed weights and constants alone, as a constant of the exported file.
+"""Constants of an exported file for what adaptations compute from packed weights and other constants alone.
 
-DoRA divides by the norms of rows, which it computes of the whole weight: in a file that is made once they are numbers,
-and nothing but products reads the weight.
+DoRA divides by the norms of rows, which it computes from the whole weight. In a file that is written once, these are
+numbers, so that only products read the weight.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from graftc.passes.core.weights.store import Store
 
 
 def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Program, dict[str, Tensor]]:
-    """A Program that reads such values where they are smaller than the weight, and these by name; the Program itself
-    where there are none.
+    """Return a Program that reads such values as constants if they are smaller than the weight, and these by name.
+
+    If there are none, the Program itself is returned.
 
     Args:
-        program: stays as it is.
-        store: says which weights are packed, and holds their values.
+        program: the Program, which stays unchanged.
+        store: the Store that has the values of all tensors and knows which weights are packed.
         inputs: names of tensors that are not constants.
     """
-    made, found = program.copy(), dict[str, Tensor]()
+    rewritten, new_constants = program.copy(), dict[str, Tensor]()
 
     def tensor(name: str) -> Tensor:
-        return found[name] if name in found else store.get(name)
+        return new_constants[name] if name in new_constants else store.get(name)
 
     weight_of: dict[fx.Node, fx.Node] = {}
     constant: set[fx.Node] = set()
-    for node in made.graph.nodes:
+    for node in rewritten.graph.nodes:
         name = str(node.target)
         if node.op == "get_attr":
             if name not in inputs and name not in store.updated:
@@ -43,7 +44,7 @@ def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Pr
             weight = next((weight_of[source] for source in node.all_input_nodes if source in weight_of), None)
             if weight is not None:
                 weight_of[node] = weight
-    for node in [node for node in made.graph.nodes if node in constant and node in weight_of]:
+    for node in [node for node in rewritten.graph.nodes if node in constant and node in weight_of]:
         weight = weight_of[node]
         value = node.meta.get("val")
         if node is weight or not isinstance(value, Tensor) or constant.issuperset(node.users):
@@ -52,16 +53,16 @@ def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Pr
             continue
         path = str(weight.target).rpartition(".")[0]
         name = f"{path}.{node.name}".lstrip(".")
-        (found[name],) = computed([node], _none, tensor, store.device(path))
-        with made.graph.inserting_before(node):
-            read = made.graph.create_node("get_attr", name)
+        (new_constants[name],) = computed([node], _none, tensor, store.device(path))
+        with rewritten.graph.inserting_before(node):
+            read = rewritten.graph.create_node("get_attr", name)
         read.meta = dict(node.meta)
         node.replace_all_uses_with(read)
-    if not found:
-        return program, found
-    made.graph.eliminate_dead_code()
-    made.edits = made.edits.within(set(made.graph.nodes))
-    return made, found
+    if not new_constants:
+        return program, new_constants
+    rewritten.graph.eliminate_dead_code()
+    rewritten.edits = rewritten.edits.within(set(rewritten.graph.nodes))
+    return rewritten, new_constants
 
 
 def _none(node: fx.Node) -> Tensor:

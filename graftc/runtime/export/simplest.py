@@ -1,4 +1,4 @@
-"""The model that an export writes: adaptations in their simplest form."""
+"""The model that an export writes, with adaptations in their simplest form."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from graftc.runtime.model.runner import runner_of
 
 
 def deployed(compiled: AdaptedRunner) -> AdaptedRunner:
-    """The same model with simpler adaptations in the places of those that collapse; itself where none does."""
+    """Return the same model with simpler adaptations in place of those that collapse; itself if none does."""
     compilation = compiled.compilation
     if not collapsing(compilation):
         return compiled
     values = dict(adapter_values(compilation.store)) | collapsed_values(compilation)
-    made: AdaptedRunner = runner_of(compiled.sibling(collapsed_spec(compilation), values))
-    return made
+    simpler: AdaptedRunner = runner_of(compiled.sibling(collapsed_spec(compilation), values))
+    return simpler

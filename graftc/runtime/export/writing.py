@@ -21,11 +21,11 @@ Format = Literal["onnx", "pt2"]
 
 
 class FoldEvidence(NamedTuple):
-    """What an export says of a fold.
+    """The information about a fold in an export.
 
     Attributes:
-        certificate: of it.
-        folded: whose adaptations have gone into the weights.
+        certificate: the certificate of the fold.
+        folded: names of the adaptations that have gone into the weights.
     """
 
     certificate: Certificate | None = None
@@ -33,7 +33,7 @@ class FoldEvidence(NamedTuple):
 
 
 UNFOLDED = FoldEvidence()
-"""What an export says where nothing has been folded."""
+"""The evidence in an export if nothing has been folded."""
 
 
 def export_model(
@@ -49,18 +49,18 @@ def export_model(
     """Export a compiled or merged model.
 
     Args:
-        runner: what to export, in eval mode.
-        path: the file to write; nothing is there until it is complete and checked.
-        format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
-        signature: the one to export.
-        inputs: adaptations whose tensors are inputs of the graph, each with its values in a file beside ``path``.
-        evidence: what the file says of a fold.
-        force: replace what is there.
+        runner: the Runner of the model to export, in eval mode.
+        path: the file to write; nothing exists there until it is complete and checked.
+        format: ``"onnx"`` (weights in ``<name>.data`` beside it if they are large) or ``"pt2"``.
+        signature: the signature to export.
+        inputs: names of the adaptations whose tensors are inputs of the graph, each with its values in a file beside
+            ``path``.
+        evidence: the evidence of a fold to put into the file.
+        force: if true, replace what exists there.
 
     Raises:
-        GraftError: GC060 when exporting or checking fails, GC061 when a package is missing, GC063 when ``path``
-            exists, GC064 when it cannot be written, GC065 for an input that the graph does not read, GC091 for an
-            unknown one.
+        GraftError: GC060 if exporting or checking fails, GC061 if a package is missing, GC063 if ``path`` exists, GC064
+            if it cannot be written, GC065 for an input that the graph does not read, GC091 for an unknown one.
     """
     prepare = prepare_onnx if format == "onnx" else prepare_pt2
     inputs = list(dict.fromkeys(inputs))

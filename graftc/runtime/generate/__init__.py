@@ -1,6 +1,6 @@
 """Generation over ONNX Runtime, without a torch model: ``load(folder).generate(...)``.
 
-Nothing of torch or transformers is imported before something is loaded.
+Nothing is imported from torch or transformers before a model is loaded.
 """
 
 from __future__ import annotations
@@ -44,22 +44,25 @@ def load(
     threads: int | None = None,
     session_options: Any = None,
 ) -> OnnxModel:
-    """Load the graphs of a language model for generation. No torch model is built, and nothing in the folder is run.
+    """Load the graphs of a language model for generation.
+
+    No torch model is built, and no code in the folder is run.
 
     Args:
         folder: a decoder's ``model.onnx``, or ``encoder_model.onnx``, ``decoder_model.onnx`` and
             ``decoder_with_past_model.onnx``, or an `ExportedModel` of transformers with a decode step; with
             ``config.json``, and ``generation_config.json`` for defaults.
-        providers: execution providers of ONNX Runtime, with options or without; by default CUDA where onnxruntime and
-            the machine have it, else the CPU.
-        threads: of ONNX Runtime within an operator; by default as many as the machine has cores.
+        providers: execution providers of ONNX Runtime, with or without options; by default CUDA if onnxruntime and the
+            machine support it, otherwise the CPU.
+        threads: the number of threads of ONNX Runtime within an operator; by default the number of cores of the
+            machine.
         session_options: ``onnxruntime.SessionOptions`` for everything else.
 
     Returns:
         A model whose ``generate`` is that of transformers. It works in ``transformers.pipeline`` as well.
 
     Raises:
-        GraftError: GC061 without onnxruntime, GC073 for arguments of another kind, GC144 for a folder whose graphs
+        GraftError: GC061 without onnxruntime, GC073 for arguments of the wrong kind, GC144 for a folder whose graphs
             cannot generate.
     """
     from graftc.runtime.generate.folders import open_folder

@@ -1,4 +1,4 @@
-"""transformers' Cache objects as the inputs and outputs of a cached graph."""
+"""Conversion between transformers' Cache objects and the inputs and outputs of a cached graph."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _HINT = "give a DynamicCache that this model has filled, or an empty one"
 
 
 def empty(*, seq2seq: bool) -> Any:
-    """A new cache of plain layers."""
+    """Return a new, empty cache of plain layers."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
 
 
 def _parts(cache: Any, *, seq2seq: bool) -> dict[str, Any]:
-    """The caches of each kind of attention.
+    """Return the caches by kind of attention.
 
     Raises:
-        GraftError: GC140 for what is not a cache, or is of the other kind.
+        GraftError: GC140 for anything that is not a cache, or is a cache of the other kind of model.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -43,21 +43,22 @@ def _parts(cache: Any, *, seq2seq: bool) -> dict[str, Any]:
 
 
 def cross_is_there(cache: Any) -> bool:
-    """Whether keys and values of the encoder's states are in the cache."""
+    """Return whether the cache contains keys and values of the encoder's states."""
     layers = _parts(cache, seq2seq=True)["cross"].layers
     return bool(layers) and bool(layers[0].is_initialized) and layers[0].get_seq_length() > 0
 
 
 def length_of(cache: Any, *, seq2seq: bool) -> int:
-    """How many tokens of each row the cache holds."""
+    """Return the number of tokens in each row of the cache."""
     return int(_parts(cache, seq2seq=seq2seq)["self"].get_seq_length())
 
 
 def _plain(layers: list[Any], count: int) -> None:
-    """Make the layers of a cache such that they hold every token: empty ones of other kinds are replaced.
+    """Make all layers of a cache hold every token: empty ones of other kinds are replaced.
 
     Raises:
-        GraftError: GC140 for layers that hold something and are of another kind, or more of them than the graph has.
+        GraftError: GC140 for layers of another kind that are not empty, or if more layers are not empty than the graph
+            has.
     """
     from transformers import cache_utils
 
@@ -70,8 +71,8 @@ def _plain(layers: list[Any], count: int) -> None:
             message = f"layer {i} of the cache is a {what}, and the graph needs every token"
             raise GraftError("GC140", message, hint=_HINT)
         layers[i] = plain()
-    held = sum(layer.is_initialized for layer in layers[count:])
-    if held:
+    surplus = sum(layer.is_initialized for layer in layers[count:])
+    if surplus:
         message = f"the cache has {len(layers)} layers that hold something, and the graph {count}: another model's"
         raise GraftError("GC140", message, hint=_HINT)
     del layers[count:]
@@ -79,7 +80,7 @@ def _plain(layers: list[Any], count: int) -> None:
 
 
 def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str, Tensor]:
-    """What the graph takes from a cache, by names of inputs; of an empty one, tensors of length 0.
+    """Return a graph's inputs from a cache, by name; an empty cache gives tensors of length 0.
 
     Raises:
         GraftError: GC140 for a cache of another model, batch or type.
@@ -90,7 +91,7 @@ def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str
         if attention == "self" or count:
             _plain(part.layers, count)
     lengths: dict[str, int] = {}
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     for slot, name in graph.past.items():
         heads, width = graph.sizes(slot)
         layer = parts[slot.attention].layers[slot.layer]
@@ -99,8 +100,8 @@ def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str
             tensor = torch.empty((batch, heads, 0, width), dtype=graph.dtype(slot), device=graph.device)
         length = lengths.setdefault(slot.attention, tensor.shape[-2])
         _check(slot, tensor, (batch, heads, length, width), graph.dtype(slot))
-        found[name] = tensor
-    return found
+        inputs[name] = tensor
+    return inputs
 
 
 def _check(slot: Slot, tensor: Tensor, expected: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -111,7 +112,7 @@ def _check(slot: Slot, tensor: Tensor, expected: tuple[int, ...], dtype: torch.d
 
 
 def write(graph: OnnxGraph, cache: Any, outputs: Mapping[str, Tensor], *, seq2seq: bool) -> None:
-    """Put what the graph gave into a cache, in place and without a copy."""
+    """Write a graph's outputs into a cache, in place and without a copy."""
     parts = _parts(cache, seq2seq=seq2seq)
     for slot, name in graph.present.items():
         layer, tensor = parts[slot.attention].layers[slot.layer], outputs[name]

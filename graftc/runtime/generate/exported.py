@@ -1,4 +1,4 @@
-"""Folders of `transformers.exporters.ExportedModel`: written from a decoder's graph, and found when loading."""
+"""Folders of `transformers.exporters.ExportedModel`: writing them from a decoder's graph, and finding their graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 
 def graph_in(folder: Path) -> Path:
-    """The graph of a decode step in an `ExportedModel` folder.
+    """Return the path of the graph of a decode step in an `ExportedModel` folder.
 
     Raises:
         GraftError: GC144 for a manifest that names none, or a file that is not beside it.
@@ -47,23 +47,23 @@ def _transformers_name(slot: Slot, side: str) -> str:
 def write_exported_model(source: str | Path, destination: str | Path, *, force: bool = False) -> Path:
     """Write an `ExportedModel` folder from a folder with a decoder's ``model.onnx`` and its configs.
 
-    The graph is the same, its cache named by the paths that transformers' runner reads: ``cache.layers.0.keys``.
-    ``ExportedModel.from_pretrained(destination)(input_ids=..., attention_mask=..., position_ids=..., cache=...)`` gives
-    a ``CausalLMOutputWithPast``. At first the cache has keys and values ``[batch, heads, 0, head_dim]`` in each layer,
-    put there with ``cache.update``. An `ExportedModel` has no ``generate``; `graftc.runtime.generate.load` reads its
-    folders too, and gives what has one.
+    The graph is the same, except that its cache is named by the paths that transformers' runner reads:
+    ``cache.layers.0.keys``. ``ExportedModel.from_pretrained(destination)(input_ids=..., attention_mask=...,
+    position_ids=..., cache=...)`` returns a ``CausalLMOutputWithPast``. At first, the cache must have keys and values
+    ``[batch, heads, 0, head_dim]`` in each layer, written with ``cache.update``. An `ExportedModel` has no
+    ``generate``; `graftc.runtime.generate.load` reads its folders as well, and returns a model that has one.
 
     Args:
-        source: the folder with ``model.onnx``, ``config.json`` and perhaps ``generation_config.json``.
+        source: the folder with ``model.onnx``, ``config.json`` and optionally ``generation_config.json``.
         destination: the folder to write, with its own copy of the weights.
-        force: replace a folder that this function, or transformers, wrote.
+        force: if true, replace a folder that this function, or transformers, wrote.
 
     Returns:
         The destination.
 
     Raises:
-        GraftError: GC144 where the source cannot be read or has no decoder with a cache, GC063 when the destination
-            exists, GC064 when it cannot be written.
+        GraftError: GC144 if the source cannot be read or has no decoder with a cache, GC063 if the destination exists,
+            GC064 if it cannot be written.
     """
     folder, target = as_path(source), as_path(destination)
     ir = importlib.import_module("onnx_ir")
@@ -113,7 +113,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _structure(layers: int) -> str:
-    """The outputs' structure, as transformers' exporter records it: logits, and a cache of plain layers."""
+    """Return the outputs' structure as transformers' exporter records it: logits, and a cache of plain layers."""
     import torch
     from torch.utils import _pytree
     from transformers import DynamicCache

@@ -1,4 +1,4 @@
-"""Reading a folder of ONNX files with its configs: nothing in it is run."""
+"""Reading a folder of ONNX files with its configs, without running any code in it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _generation_config(folder: Path, config: Any) -> Any:
 
 
 def _named(kind: type, config: Any) -> type:
-    """A class with the source model's name, by which transformers decides what a model can do."""
+    """Return a class with the source model's name, by which transformers decides what a model supports."""
     name = next(iter(getattr(config, "architectures", None) or ()), None)
     return type(name, (kind,), {}) if isinstance(name, str) and name.isidentifier() else kind
 
@@ -53,7 +53,7 @@ def _options(threads: Any, session_options: Any) -> Any:
 
 
 def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int | None, session_options: Any) -> Any:
-    """See `graftc.runtime.generate.load`."""
+    """Implement `graftc.runtime.generate.load`."""
     folder = as_path(folder)
     if not folder.is_dir():
         raise GraftError("GC144", f"{folder} is not a folder")

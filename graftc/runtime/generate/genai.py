@@ -9,8 +9,8 @@ from graftc.runtime.generate.names import optimum_name, slots_of
 
 __all__ = ["genai_config", "genai_obstacle"]
 
-# transformers' model type, and what the library calls it (src/models/model_type.h). Its own GPT-2 is left out: it has
-# keys and values of a layer in one tensor.
+# The library's names of model types (src/models/model_type.h), by transformers' names. Its GPT-2 is left out, since it
+# has keys and values of a layer in one tensor.
 _TYPES = {
     "ernie4_5": "ernie4_5",
     "gemma": "gemma",
@@ -32,7 +32,7 @@ _TYPES = {
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
-# What the library searches by, and its own default.
+# The library's search options and their defaults.
 _SEARCH: dict[str, Any] = {
     "do_sample": False,
     "length_penalty": 1.0,
@@ -48,10 +48,10 @@ _SEARCH: dict[str, Any] = {
 
 
 def genai_obstacle(config: Any, inputs: Sequence[str], outputs: Sequence[str]) -> str | None:
-    """Why onnxruntime-genai cannot run a graph; None where it can.
+    """Return the reason why onnxruntime-genai cannot run a graph, or None if it can.
 
     Args:
-        config: of the model, from transformers.
+        config: the model's config, from transformers.
         inputs: names of the graph's inputs.
         outputs: names of its outputs.
     """
@@ -78,18 +78,18 @@ def genai_config(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> dict[str, Any] | None:
-    """The content of ``genai_config.json`` for a decoder's graph, whose inputs and outputs have Optimum's names.
+    """Return the content of ``genai_config.json`` for a decoder's graph whose inputs and outputs have Optimum's names.
 
     Args:
-        config: of the model, from transformers.
-        generation_config: its defaults, which become those of the search.
-        filename: of the graph, in the same folder as the file and the tokenizer's.
+        config: the model's config, from transformers.
+        generation_config: its generation defaults, which become those of the search.
+        filename: the file name of the graph, in the same folder as the result and the tokenizer.
         inputs: names of the graph's inputs.
         outputs: names of its outputs.
 
     Returns:
-        Plain data for ``json.dumps``; None where `genai_obstacle` gives a reason. Past and present are tensors of their
-        own (``past_present_share_buffer`` is off), and the search ends at the model's ``max_position_embeddings``.
+        Plain data for ``json.dumps``; None if `genai_obstacle` returns a reason. Past and present are separate tensors
+        (``past_present_share_buffer`` is off), and the search ends at the model's ``max_position_embeddings``.
     """
     if genai_obstacle(config, inputs, outputs) is not None:
         return None
@@ -129,15 +129,15 @@ def genai_config(
 
 
 def _value(config: Any, name: str, default: Any) -> Any:
-    found = getattr(config, name, None)
-    return default if found is None else found
+    value = getattr(config, name, None)
+    return default if value is None else value
 
 
 def _special_tokens(config: Any, generation_config: Any) -> dict[str, Any]:
-    """Those that are known; the end of a text pads where nothing else does."""
+    """Return the known special tokens; the end token also serves as padding if there is no padding token."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found = {name: _value(generation_config, name, getattr(config, name, None)) for name in names}
-    end = found["eos_token_id"]
-    if found["pad_token_id"] is None:
-        found["pad_token_id"] = end[0] if isinstance(end, list) and end else end
-    return {name: token for name, token in found.items() if token is not None}
+    tokens = {name: _value(generation_config, name, getattr(config, name, None)) for name in names}
+    end = tokens["eos_token_id"]
+    if tokens["pad_token_id"] is None:
+        tokens["pad_token_id"] = end[0] if isinstance(end, list) and end else end
+    return {name: token for name, token in tokens.items() if token is not None}

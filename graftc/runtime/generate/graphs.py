@@ -1,4 +1,4 @@
-"""One graph in ONNX Runtime: its inputs bound where they lie, its outputs torch tensors on ONNX Runtime's memory."""
+"""One graph in ONNX Runtime: its inputs are bound in place, its outputs are torch tensors on ONNX Runtime's memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Provider = str | tuple[str, Mapping[str, Any]]
 CPU = "CPUExecutionProvider"
 _CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
-# The type's name in a session, and its number in onnx.TensorProto.
+# By a type's name in a session: torch's dtype, and the number in onnx.TensorProto.
 _TYPES: dict[str, tuple[torch.dtype, int]] = {
     "tensor(float)": (torch.float32, 1),
     "tensor(int32)": (torch.int32, 6),
@@ -44,11 +44,11 @@ _OURS = frozenset(
         "encoder_hidden_states",
     }
 )
-"""Inputs besides the cache that a call can give."""
+"""The inputs, except the cache, that a call can give."""
 
 
 class _Input(NamedTuple):
-    """What a graph says of an input: its type and its sizes, of which those that vary are not numbers."""
+    """The type of a graph's input and its sizes, of which those that vary are not numbers."""
 
     dtype: torch.dtype
     number: int
@@ -56,10 +56,10 @@ class _Input(NamedTuple):
 
 
 def runtime() -> Any:
-    """onnxruntime.
+    """Return the package ``onnxruntime``.
 
     Raises:
-        GraftError: GC061 without it.
+        GraftError: GC061 if it is not installed.
     """
     try:
         return importlib.import_module("onnxruntime")
@@ -72,7 +72,7 @@ def runtime() -> Any:
 
 
 def providers_for(asked: Sequence[Provider] | None) -> list[Any]:
-    """The execution providers to use: those asked for, or CUDA where this build and the machine have it.
+    """Return the requested execution providers; by default CUDA, if this build and machine support it, and the CPU.
 
     Raises:
         GraftError: GC073 for one that this build of onnxruntime does not have.
@@ -96,17 +96,17 @@ class OnnxGraph:
 
     Args:
         path: the file; external data is read from its own folder only.
-        providers: execution providers, the first of which is the device.
+        providers: execution providers, the first of which determines the device.
         options: ``onnxruntime.SessionOptions``.
 
     Attributes:
-        inputs: what each input is.
-        past: names of the inputs that hold a cache.
-        present: names of the outputs that hold one.
-        device: where floating-point tensors lie.
+        inputs: the type and sizes of each input, by name.
+        past: names of the inputs that contain a cache, by slot.
+        present: names of the outputs that contain a cache, by slot.
+        device: the device of floating-point tensors.
 
     Raises:
-        GraftError: GC144 for what ONNX Runtime does not load, or for inputs that no call can give.
+        GraftError: GC144 for a file that ONNX Runtime does not load, or for inputs that no call can give.
     """
 
     def __init__(self, path: Path, providers: Sequence[Any], options: Any) -> None:
@@ -138,12 +138,12 @@ class OnnxGraph:
         return torch.device("cuda", int(self.session.get_provider_options()[provider].get("device_id", 0)))
 
     def sizes(self, slot: Slot) -> tuple[int, int]:
-        """Heads and their width in a tensor of the cache."""
+        """Return the number of heads and their width in a tensor of the cache."""
         return self._sizes[slot]
 
     def _fixed(self, slot: Slot) -> tuple[int, int]:
         shape = self.inputs[self.past[slot]].shape
-        # transformers' exporter writes numbers as if they were names.
+        # transformers' exporter writes numbers as names.
         heads, width = (str(shape[i]) if len(shape) == 4 else "" for i in (1, 3))
         if not heads.isdecimal() or not width.isdecimal():
             shown = ", ".join(str(size) for size in shape)
@@ -152,7 +152,7 @@ class OnnxGraph:
         return int(heads), int(width)
 
     def dtype(self, slot: Slot) -> torch.dtype:
-        """The type of a tensor of the cache."""
+        """Return the type of a tensor of the cache."""
         return self.inputs[self.past[slot]].dtype
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,14 +162,14 @@ class OnnxGraph:
             Its outputs by name, on its device, in memory that ONNX Runtime allocated and that they keep alive.
 
         Raises:
-            GraftError: GC145 for an input that is missing or of another type or rank, or where the graph fails.
+            GraftError: GC145 for an input that is missing or of another rank, or if the graph fails.
         """
         binding = self.session.io_binding()
         alive = [self._bind(binding, name, given.get(name)) for name in self.inputs]
         cuda = self.device.type == "cuda"
         for name in self.outputs:
             binding.bind_output(name, self.device.type, self.device.index or 0)
-        if cuda:  # ONNX Runtime has a stream of its own
+        if cuda:  # ONNX Runtime uses a stream of its own
             torch.cuda.current_stream(self.device).synchronize()
         try:
             self.session.run_with_iobinding(binding)
@@ -181,24 +181,24 @@ class OnnxGraph:
         return {name: _as_torch(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
     def _bind(self, binding: Any, name: str, tensor: Tensor | None) -> Tensor:
-        """Bind an input; what is returned has to live until the graph has run."""
+        """Bind an input, and return its buffer, which has to stay alive until the graph has run."""
         expected = self.inputs[name]
         if tensor is None:
             raise GraftError("GC145", f"{self.path.name} takes {name}, which the call does not give")
         if tensor.dim() != len(expected.shape):
             message = f"{name} is {tuple(tensor.shape)}, and {self.path.name} takes {len(expected.shape)} axes"
             raise GraftError("GC145", message)
-        # Integers go into shapes, which are computed on the host.
+        # Integers are used in shapes, which are computed on the host.
         place = self.device if expected.dtype.is_floating_point else torch.device("cpu")
         tensor = tensor.to(place, expected.dtype).contiguous()
-        # An empty tensor has no address, which ONNX Runtime insists on.
+        # An empty tensor has no address, but ONNX Runtime requires one.
         buffer = tensor if tensor.numel() else tensor.new_empty(1)
         binding.bind_input(name, place.type, place.index or 0, expected.number, tuple(tensor.shape), buffer.data_ptr())
         return buffer
 
 
 def _as_torch(value: Any) -> Tensor:
-    """An output without a copy; builds of onnxruntime without DLPack copy it."""
+    """Return an output as a tensor, without a copy unless the build of onnxruntime lacks DLPack."""
     if hasattr(value, "__dlpack__"):
         return from_dlpack(value.__dlpack__())
     return torch.from_numpy(value.numpy())

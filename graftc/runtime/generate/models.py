@@ -17,13 +17,13 @@ from graftc.specs.errors.diagnostics import GraftError
 __all__ = ["OnnxCausalLM", "OnnxModel", "OnnxSeq2SeqLM"]
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What this release of transformers calls the cache of a call and of its outputs."""
+"""The name that this release of transformers has for the cache in a call and in its outputs."""
 
 _IMPLEMENTATIONS = (None, "dynamic", "hybrid")
 
 
 def table_of(config: Any) -> int | None:
-    """How many positions there are in a table of them; None where they are computed, or relative."""
+    """Return the number of positions in a table of them; None if positions are computed, or relative."""
     config = config.get_text_config(decoder=True)
     if getattr(config, "rope_parameters", None) is not None or getattr(config, "alibi", False):
         return None
@@ -32,12 +32,14 @@ def table_of(config: Any) -> int | None:
 
 
 class OnnxModel(GenerationMixin):
-    """What both kinds of model share. `generate` is `transformers.GenerationMixin.generate`, with all that it takes:
-    greedy search, sampling, beams, assisted generation, padding on the left, streamers, stopping criteria.
+    """The base class of both kinds of model.
+
+    `generate` is `transformers.GenerationMixin.generate`, with everything that it supports: greedy search, sampling,
+    beams, assisted generation, padding on the left, streamers, stopping criteria.
 
     Attributes:
-        config: of the source model.
-        generation_config: its defaults.
+        config: the source model's config.
+        generation_config: its generation defaults.
         decoder_graph: the graph of a step.
     """
 
@@ -53,10 +55,10 @@ class OnnxModel(GenerationMixin):
         self._require(graph, "logits", past=True)
 
     def _require(self, graph: OnnxGraph, output: str, *, past: bool) -> None:
-        """Check what a graph gives, and that what it gives it takes back.
+        """Check that a graph has an output and, with ``past``, that it returns the complete cache that it takes.
 
         Raises:
-            GraftError: GC144 where it does not.
+            GraftError: GC144 if it does not.
         """
         name = graph.path.name
         if output not in graph.outputs:
@@ -75,39 +77,39 @@ class OnnxModel(GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the graphs run."""
+        """The device on which the graphs run."""
         return self.decoder_graph.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """The element type of keys and values."""
         return self.decoder_graph.dtype(next(iter(self.decoder_graph.past)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One call."""
+        """Run one call; subclasses implement it."""
         raise NotImplementedError
 
     def can_generate(self) -> bool:
-        """True, for pipelines."""
+        """Return True, for pipelines."""
         return True
 
     def is_remote_code(self) -> bool:
-        """False: no code comes with the files."""
+        """Return False, since no code comes with the files."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """None that could be chosen."""
+        """Return an empty dictionary, since no implementation can be chosen."""
         return {}
 
     def eval(self) -> Self:
-        """The model, which knows no other mode."""
+        """Return the model, which has no other mode."""
         return self
 
     def to(self, device: Any = None) -> Self:
-        """The model, if it is there already.
+        """Return the model if it is on the device already.
 
         Raises:
             GraftError: GC073 for another device.
@@ -129,23 +131,23 @@ class OnnxModel(GenerationMixin):
         return prepare(generation_config, *args, **kwargs)
 
     def _cache(self, given: Mapping[str, Any], use_cache: bool | None) -> tuple[Any, bool]:
-        """The cache to read and write, and whether it is returned."""
+        """Return the cache to read and write, and whether it is returned."""
         cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
         wanted = use_cache is not False
         return (caches.empty(seq2seq=self._seq2seq) if cache is None else cache), wanted
 
     def _refuse(self, given: Mapping[str, Any]) -> None:
-        """Arguments of which a graph knows nothing, unless they ask for nothing."""
+        """Raise if there are arguments that the graphs do not support, unless they are None or False."""
         known = {"cache", "past_key_values", "return_dict"}
         unread = [n for n, value in given.items() if n not in known and value is not None and value is not False]
         if unread:
             raise GraftError("GC145", f"the graphs take and give nothing for {', '.join(sorted(unread))}")
 
     def _within(self, total: int, mask: Tensor | None, positions: Tensor | None) -> None:
-        """Check positions against the table; the tensors are looked at only if there are more tokens than positions.
+        """Check positions against the table; the tensors are read only if there are more tokens than positions.
 
         Raises:
-            GraftError: GC143 beyond it.
+            GraftError: GC143 for a position beyond the table.
         """
         if self._table is None or total <= self._table:
             return
@@ -158,7 +160,7 @@ class OnnxModel(GenerationMixin):
             raise GraftError("GC143", message)
 
     def _run(self, graph: OnnxGraph, given: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-        """Run a graph. ONNX counts ids below zero from the end of a table, so that tokens are looked at before.
+        """Run a graph, after checking its tokens, since ONNX counts ids below zero from the end of a table.
 
         Raises:
             GraftError: GC145 for a token that is not in the vocabulary.
@@ -173,7 +175,7 @@ class OnnxModel(GenerationMixin):
 
 
 def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str) -> Tensor:
-    """A mask over all tokens; without one, all of them are read."""
+    """Return the mask over all tokens; by default it is all ones."""
     if mask is None:
         return torch.ones((batch, length), dtype=torch.int64, device=like.device)
     if tuple(mask.shape) != (batch, length):
@@ -202,20 +204,20 @@ class OnnxCausalLM(OnnxModel):
         """Compute the logits of new tokens.
 
         Args:
-            input_ids: int64 ``[batch, tokens]``, those that are not in the cache.
+            input_ids: int64 ``[batch, tokens]``, the tokens that are not in the cache.
             attention_mask: ``[batch, cached + tokens]``, 0 at padding; by default all ones.
-            position_ids: int64 ``[batch, tokens]``; by default they go on from the cache.
-            token_type_ids: for graphs that take them.
-            use_cache: False returns no cache.
-            logits_to_keep: of so many last tokens; 0 for all.
+            position_ids: int64 ``[batch, tokens]``; by default they continue from the cache.
+            token_type_ids: token types, for graphs that take them.
+            use_cache: if False, no cache is returned.
+            logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
             **kwargs: ``cache`` (once ``past_key_values``): a `DynamicCache`, which is written in place.
 
         Returns:
             ``logits`` ``[batch, tokens, vocabulary]``, and the cache.
 
         Raises:
-            GraftError: GC140 for a cache of another model, GC145 for inputs that do not fit, GC143 for positions
-                beyond the model's table.
+            GraftError: GC140 for a cache of another model, GC145 for inputs that do not fit, GC143 for positions beyond
+                the model's table.
         """
         self._refuse(kwargs)
         if input_ids is None or input_ids.dim() != 2 or not input_ids.numel():
@@ -247,7 +249,7 @@ class OnnxCausalLM(OnnxModel):
 
 
 class Encoder:
-    """The encoder as transformers' loop calls it."""
+    """The encoder in the form in which transformers' loop calls it."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
@@ -260,7 +262,7 @@ class Encoder:
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutput:
-        """The encoder's last states ``[batch, tokens, width]``."""
+        """Compute the encoder's last states ``[batch, tokens, width]``."""
         tokens = input_ids if input_ids is not None else kwargs.get(self.main_input_name)
         if tokens is None:
             raise GraftError("GC145", f"{self.main_input_name} is missing")
@@ -272,8 +274,10 @@ class Encoder:
 
 
 class OnnxSeq2SeqLM(OnnxModel):
-    """An encoder and a decoder: the first decoder call computes keys and values of the encoder's states, later ones
-    take them from the cache."""
+    """An encoder and a decoder.
+
+    The first decoder call computes keys and values of the encoder's states, later ones take them from the cache.
+    """
 
     _seq2seq = True
 
@@ -290,7 +294,7 @@ class OnnxSeq2SeqLM(OnnxModel):
         self.main_input_name = self.encoder.main_input_name
 
     def get_encoder(self, modality: str | None = None) -> Encoder:
-        """The encoder."""
+        """Return the encoder."""
         return self.encoder
 
     def forward(
@@ -309,11 +313,12 @@ class OnnxSeq2SeqLM(OnnxModel):
         Args:
             input_ids: int64 ``[batch, tokens]`` of the encoder; not needed with ``encoder_outputs``.
             attention_mask: ``[batch, tokens]`` of the encoder, 0 at padding; by default all ones.
-            decoder_input_ids: int64 ``[batch, new]``, those that are not in the cache.
-            decoder_attention_mask: ``[batch, cached + new]``, for graphs that take it; others take all ones only.
-            encoder_outputs: what the encoder gave.
-            use_cache: False returns no cache.
-            logits_to_keep: of so many last tokens; 0 for all.
+            decoder_input_ids: int64 ``[batch, new]``, the tokens that are not in the cache.
+            decoder_attention_mask: ``[batch, cached + new]``, for graphs that take it; with others, only all ones are
+                accepted.
+            encoder_outputs: the encoder's outputs.
+            use_cache: if False, no cache is returned.
+            logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
             **kwargs: ``cache`` (once ``past_key_values``): an `EncoderDecoderCache`, which is written in place.
 
         Returns:

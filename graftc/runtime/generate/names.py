@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 __all__ = ["DECODER", "PAIR", "Slot", "optimum_name", "slots_of"]
 
 DECODER = "model.onnx"
-"""The file of a decoder."""
+"""The file name of a decoder."""
 PAIR = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
-"""The files of an encoder and of the decoder behind it: its first step, and all others."""
+"""The file names of an encoder and of its decoder: the first step, and all others."""
 
 
 class Slot(NamedTuple):
@@ -31,10 +31,10 @@ _TRANSFORMERS = re.compile(
 
 
 def _slot(name: str) -> Slot | None:
-    if found := _OPTIMUM.fullmatch(name):
-        layer, attention, part = found.groups()
-    elif found := _TRANSFORMERS.fullmatch(name):
-        attention, layer, part = found.groups()
+    if match := _OPTIMUM.fullmatch(name):
+        layer, attention, part = match.groups()
+    elif match := _TRANSFORMERS.fullmatch(name):
+        attention, layer, part = match.groups()
     else:
         return None
     kind: Literal["self", "cross"] = "cross" if attention in ("encoder", "cross") else "self"
@@ -42,12 +42,12 @@ def _slot(name: str) -> Slot | None:
 
 
 def slots_of(names: Iterable[str]) -> dict[Slot, str]:
-    """Those names that are of a cache, by what they hold, in order of layers."""
-    found = {slot: name for name in names if (slot := _slot(name)) is not None}
-    return dict(sorted(found.items()))
+    """Return the names that belong to a cache, by slot, in order of layers."""
+    slots = {slot: name for name in names if (slot := _slot(name)) is not None}
+    return dict(sorted(slots.items()))
 
 
 def optimum_name(slot: Slot, side: Literal["past_key_values", "present"], *, seq2seq: bool = False) -> str:
-    """The name of a cache's tensor as an input (``past_key_values``) or an output (``present``)."""
+    """Return the name of a cache's tensor as an input (``past_key_values``) or an output (``present``)."""
     middle = {"self": "decoder.", "cross": "encoder."}[slot.attention] if seq2seq else ""
     return f"{side}.{slot.layer}.{middle}{slot.part}"

@@ -1,2 +1,4 @@
-"""Hooks of users on layers and on the table of embeddings of a compiled model: they get, and may change, what they do
-in the source model. Nothing here knows of Runners; `runtime/model` calls it."""
+"""Users' hooks on layers and on the embedding table of a compiled model.
+
+They get, and may change, what they do in the source model. Nothing here depends on Runners; `runtime/model` calls it.
+"""

@@ -1,9 +1,9 @@
-"""Modules below layers as their source's are called: what hooks on any of them see.
+"""Calls of modules below layers in the source's form: the values that hooks on any of them get.
 
-A graph knows which of its nodes belong to a module. Where a module has hooks, code is made that stops where the module
-begins and where it ends: hooks hear of the call there, with the arguments and results that the source's has. What they
-make of results takes their place where all that reads them comes afterwards; arguments they may only read. Where no
-module has hooks, code has no such stops.
+The nodes of a graph record the module that they belong to. If a module has hooks, code is generated that stops where
+the module begins and where it ends: hooks are called there, with the arguments and results of the source's module.
+Changed results are used instead of the original ones if all their readers come afterwards; arguments are read-only. If
+no module has hooks, code has no such stops.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _HINT = "put it on the compiled model, on a whole layer or on the source model"
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a module begins and ends in a graph, by the names of nodes.
+    """The nodes where a module begins and ends in a graph, by name.
 
     Attributes:
-        path: of the module.
-        first, last: its nodes in between which all others stand.
-        inputs: values from outside that are there when it begins: those that it reads, and others that are read later,
-            which the source may hand to the module as well.
-        outputs: values that others read.
+        path: the path of the module.
+        first, last: its first and its last node, between which all others are.
+        inputs: outside values that exist when it begins: those that it reads, and others that are read later, which the
+            source may pass to the module as well.
+        outputs: its values that are read outside.
     """
 
     path: str
@@ -45,16 +45,16 @@ class Boundary:
 
     @property
     def border(self) -> Border:
-        """The same, as that of a layer."""
+        """The same boundary, in the form of a layer's border."""
         return Border(self.path, 0, self.inputs, self.outputs)
 
 
 def boundary_of(program: Program, path: str) -> Boundary | None:
-    """That of a module; None where a graph has nothing of it.
+    """Return the boundary of a module; None if no node of a graph belongs to it.
 
     Args:
         program: the graph.
-        path: of the module.
+        path: the path of the module.
     """
     order = {node: number for number, node in enumerate(program.graph.nodes)}
     inside = [node for node in order if node.op == "call_function" and in_layer(node, path)]
@@ -70,18 +70,18 @@ def boundary_of(program: Program, path: str) -> Boundary | None:
 
 
 def _is_alive(node: fx.Node, order: Mapping[fx.Node, int], start: int) -> bool:
-    """Whether a value is there before a node, and read behind it."""
+    """Return whether a value exists before a node, and is read after it."""
     value = node.op in ("placeholder", "call_function") and isinstance(node.meta.get("val"), Tensor)
     return value and order[node] < start and any(order[user] > start and user.op != "output" for user in node.users)
 
 
 def stopping(program: Program, paths: Iterable[str]) -> Program:
-    """A copy of a Program that stops at the boundaries of modules, those of inner ones within those of outer ones."""
-    made = program.copy()
+    """Return a copy of a Program that stops at the boundaries of modules, with inner modules within outer ones."""
+    stopped = program.copy()
     for path in sorted(paths, key=lambda path: path.count("."), reverse=True):
-        if (boundary := boundary_of(made, path)) is not None:
-            _stop(made.graph, boundary)
-    return made
+        if (boundary := boundary_of(stopped, path)) is not None:
+            _stop(stopped.graph, boundary)
+    return stopped
 
 
 def _stop(graph: fx.Graph, boundary: Boundary) -> None:
@@ -107,7 +107,7 @@ def _stop(graph: fx.Graph, boundary: Boundary) -> None:
 
 
 def _take(graph: fx.Graph, source: fx.Node, number: int, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> None:
-    """Let some users of a value read it as a stop has passed it on."""
+    """Make some users of a value read it in the form that a stop passes on."""
     passed = graph.call_function(_passed_on, (source, number))
     passed.meta = {**node.meta, "module": source.meta["module"]}
     node.replace_all_uses_with(passed, delete_user_cb=wanted)
@@ -118,13 +118,13 @@ def _passed_on(values: Sequence[Any], number: int) -> Any:
 
 
 def begin(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What code calls where a module begins: hooks before a call hear of it."""
+    """Call the forward pre-hooks of a module, from generated code where the module begins."""
     run = running_call()
     module = None if run is None else heard_module(run.module, path)
     if run is None or module is None:
         return values
     call = run.module_calls().get(path)
-    if call is None:  # a list of layers, which nobody calls
+    if call is None:  # a list of layers, which is never called
         return values
     values_at = _reader(values, run.cache)
     args, kwargs = mapped(call.args, values_at), mapped(call.kwargs, values_at)
@@ -136,14 +136,16 @@ def begin(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
             same = kwargs.keys() == before.keys() and all(kwargs[name] is before[name] for name in before)
             _require_unchanged(path, None if same else kwargs, None)
         else:
-            found = hook(module, args)
-            _require_unchanged(path, found if isinstance(found, tuple) or found is None else (found,), args)
+            result = hook(module, args)
+            _require_unchanged(path, result if isinstance(result, tuple) or result is None else (result,), args)
     return values
 
 
 def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool) -> tuple[Any, ...]:
-    """What code calls where a module ends: hooks behind a call hear of it, and may put other values of the same kind in
-    the place of its results, where all that reads these comes afterwards."""
+    """Call the forward hooks of a module, from generated code where the module ends.
+
+    They may replace the results by other values of the same kind if all readers of the results come afterwards.
+    """
     run = running_call()
     if run is None or not run.begun or run.begun[-1][0] != path:
         return values
@@ -153,12 +155,12 @@ def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool)
     results = given(pending, values)
     for number, hook in _tables(module, "forward_hooks"):
         with_kwargs = number in module._forward_hooks_with_kwargs
-        found = hook(module, args, *([kwargs] if with_kwargs else []), results)
-        results = results if found is None else found
-    made: tuple[Any, ...] = taken(pending, results)
-    if not whole and any(one is not other for one, other in zip(made, values, strict=True)):
+        replacement = hook(module, args, *([kwargs] if with_kwargs else []), results)
+        results = results if replacement is None else replacement
+    outputs: tuple[Any, ...] = taken(pending, results)
+    if not whole and any(one is not other for one, other in zip(outputs, values, strict=True)):
         raise _read_only(path)
-    return made
+    return outputs
 
 
 def _reader(values: Sequence[Any], cache: Any) -> Callable[[Any], Any]:
@@ -172,16 +174,16 @@ def _tables(module: nn.Module, name: str) -> list[tuple[int, Any]]:
 
 
 def heard_module(root: nn.Module, path: str) -> nn.Module | None:
-    """A module that has hooks; None where it has none, any more."""
+    """Return a module that has hooks; None if it has none, or none any more."""
     module = root.get_submodule(path)
     return module if module._forward_hooks or module._forward_pre_hooks else None
 
 
 def _require_unchanged(path: str, found: Any, given: Any) -> None:
-    """Refuse what a hook makes of a value that it may only read.
+    """Check that a hook has not changed a value that it may only read.
 
     Raises:
-        GraftError: GC043.
+        GraftError: GC043 if it has.
     """
     same = found is None or found is given
     if not same and isinstance(found, tuple) and isinstance(given, tuple) and len(found) == len(given):
@@ -196,35 +198,39 @@ def _read_only(path: str) -> GraftError:
 
 
 def learn_modules(shown: Shown, key: ProgramKey, paths: Sequence[str]) -> dict[str, LayerCall]:
-    """How modules of the source are called where a graph runs; those that it has nothing of are left out, and so are
-    those that the source does not call.
+    """Return how modules of the source are called where a graph runs, by path.
+
+    Modules without nodes in the graph are left out, and so are those that the source does not call.
 
     Args:
-        shown: the code that runs.
-        key: of the Program.
-        paths: of the modules.
+        shown: the view whose code runs.
+        key: the key of the Program.
+        paths: paths of the modules.
     """
-    program, found = shown.lowered_of(key), dict[str, LayerCall]()
-    own = {path: each for path in paths if (each := original_boundary(program, path)) is not None}
-    calls = source_calls_at(shown.compilation, key, lambda base: _borders(base, own))
+    program, learned = shown.lowered_of(key), dict[str, LayerCall]()
+    boundaries = {path: each for path in paths if (each := original_boundary(program, path)) is not None}
+    calls = source_calls_at(shown.compilation, key, lambda base: _borders(base, boundaries))
     for (path, _), (call, border) in calls.items():
         if call.called:
-            found[path] = in_graph(call, border, own[path].border, program, by_name=True)
-    return found
+            learned[path] = in_graph(call, border, boundaries[path].border, program, by_name=True)
+    return learned
 
 
 def unknown_modules(paths: Iterable[str]) -> dict[str, LayerCall]:
-    """The same where nobody can tell: in a sharded model, whose tensors no process has."""
+    """Return unknown calls of modules, by path, for a sharded model, whose tensors no process has in full."""
     return {path: unknown_call(path) for path in paths}
 
 
 def _borders(base: Program, paths: Mapping[str, Boundary]) -> dict[tuple[str, int], Border]:
-    made = {path: boundary_of(base, path) for path in paths}
-    return {(path, 0): each.border for path, each in made.items() if each is not None}
+    boundaries = {path: boundary_of(base, path) for path in paths}
+    return {(path, 0): each.border for path, each in boundaries.items() if each is not None}
 
 
 def original_boundary(program: Program, path: str) -> Boundary | None:
-    """The boundary of a module in a Program that stops there: names are those of the values that are passed on."""
+    """Return the boundary of a module in a Program that stops there; None if it does not.
+
+    The names are those of the values that are passed on.
+    """
     begun = next((n for n in program.graph.nodes if n.target is begin and n.args[0] == path), None)
     ended = next((n for n in program.graph.nodes if n.target is end and n.args[0] == path), None)
     if begun is None or ended is None:
@@ -234,10 +240,10 @@ def original_boundary(program: Program, path: str) -> Boundary | None:
 
 
 def without_stops(border: Border, program: Program) -> Border:
-    """A border by the names that values have where nothing stops.
+    """Return a border with the names that its values have in a Program without stops.
 
     Args:
-        border: of a part of a Program that stops at boundaries.
+        border: the border of a part of a Program that stops at boundaries.
         program: that Program.
     """
     names = {node.name: _named(node) for node in program.graph.nodes if node.target is _passed_on}

@@ -1,4 +1,4 @@
-"""The table of token embeddings within a compiled model: hooks on it see, and may change, what the graphs look up."""
+"""The table of token embeddings of a compiled model, whose hooks get and may change the values that graphs look up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class _LookedUp(threading.local):
-    """What graphs of this thread have looked up, the innermost call last."""
+    """The values that graphs of the current thread have looked up, those of the innermost call last."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -27,16 +27,16 @@ _looked_up = _LookedUp()
 
 
 class Hooks(Node):
-    """What an `Embeddings` tells of.
+    """The data at an `Embeddings` module.
 
     Attributes:
-        changed: called when it has its first hook; makes graphs call the module.
+        changed: function that is called when a hook is registered; it makes graphs call the module.
     """
 
     changed: Callable[[], None] | None = None
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
-        """See `Node`: the module is called with the ids, as in the source model."""
+        """Call the module with the ids, as the source model does."""
         value, ids = inputs
         _looked_up.values.append(value)
         try:
@@ -46,7 +46,7 @@ class Hooks(Node):
 
 
 class Embeddings(Container):
-    """The module that `get_input_embeddings` gives. Training loops hook it to add noise to embeddings (NEFTune)."""
+    """The module that `get_input_embeddings` returns. Training loops hook it to add noise to embeddings (NEFTune)."""
 
     _graftc: Hooks
 
@@ -55,21 +55,23 @@ class Embeddings(Container):
         self._graftc = Hooks()
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """See `torch.nn.Module.register_forward_hook`. The output is what the graph looks up, adaptations of the table
-        included, ``[batch, sequence, hidden]``; the input is the ids, ``[batch, sequence]``.
+        """Register a forward hook, as `torch.nn.Module.register_forward_hook` does.
+
+        The output is the value that the graph looks up, including adaptations of the table, ``[batch, sequence,
+        hidden]``; the input is the ids, ``[batch, sequence]``.
 
         Raises:
-            GraftError: GC043 where the graph has no one value that is the output.
+            GraftError: GC043 if the output is not a single value of the graph.
         """
         if self._graftc.changed is not None:
             self._graftc.changed()
         return nn.Module.register_forward_hook(self, hook, **options)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Pass on what a graph has looked up.
+        """Return the value that a graph has looked up.
 
         Raises:
-            GraftError: GC043 for a call as of the source's module.
+            GraftError: GC043 for a call in the form of the source's module.
         """
         if options or len(inputs) != 1 or not _looked_up.values:
             return super().forward(*inputs, **options)
@@ -77,21 +79,21 @@ class Embeddings(Container):
 
 
 def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], None]) -> str | None:
-    """Let the table of token embeddings of a compiled model have hooks.
+    """Make the table of token embeddings of a compiled model accept hooks.
 
     Args:
-        store: its tree has the containers of the compiled model.
-        model: the source model, which says where its table is.
-        changed: see `Hooks`.
+        store: the Store, whose tree has the containers of the compiled model.
+        model: the source model, which determines the place of its table.
+        changed: function to call when a hook is registered; see `Hooks`.
 
     Returns:
-        Its path; None where the model has none, or is one.
+        The path of the table; None if the model has none, or is one.
     """
     try:
-        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    path: str = next((path for path, module in model.named_modules() if module is found), "")
+    path: str = next((path for path, module in model.named_modules() if module is table), "")
     if not path:
         return None
     store.replace_container(path, Embeddings)._graftc.changed = changed
@@ -99,29 +101,29 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
 
 
 def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
-    """Let code call a module with what it looks up.
+    """Make code call a module with the value that it looks up.
 
     Args:
-        program: where the value is found.
-        root: the part of its code that is not in layers; changed.
-        path: of the module.
+        program: the Program in which the value is found.
+        root: the part of its code outside layers; it is changed.
+        path: the path of the module.
 
     Raises:
-        GraftError: GC043 where there is no one such value.
+        GraftError: GC043 if there is no single such value.
     """
     calls = program.graph.nodes
     inside = {n for n in calls if n.op == "call_function" and n.meta.get("module", "") == path}
     exits = {n.name for n in inside if any(user not in inside for user in n.users)}
-    if not exits:  # embeddings were given
+    if not exits:  # the call passes embeddings
         return
-    found = [node for node in root.nodes if node.name in exits]
+    outputs = [node for node in root.nodes if node.name in exits]
     indices = {n.args[1].name for n in inside if n.target is torch.ops.aten.embedding.default}
     given = (n for n in root.nodes if n.op == "placeholder" and str(n.target).endswith("input_ids"))
     ids = [node for node in root.nodes if node.name in indices] or list(given)
-    if len(exits) > 1 or not found or not ids:
+    if len(exits) > 1 or not outputs or not ids:
         message = f"a hook on {path} would never be called: its output is not one value of the graph"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
-    (node,) = found
+    (node,) = outputs
     with root.inserting_after(node):
         called = root.call_module(path, (node, ids[0]))
     node.replace_all_uses_with(called, delete_user_cb=lambda user: user is not called)

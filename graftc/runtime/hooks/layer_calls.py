@@ -1,9 +1,10 @@
-"""Layers as their source's are called: what hooks on a layer see, and may change.
+"""Calls of layers in the source's form: the values that hooks on a layer get and may change.
 
-A graph calls a layer with whatever its part of the graph reads, in any order, and gets whatever others read of it: keys
-and values for a cache among them. Hooks are written for the source's layers. Where a layer has hooks, it is therefore
-called with the arguments of the source's, and gives what that gives. Which values of the graph these are is found by
-running the source model once on a sample, with the graph beside it, and comparing values.
+A graph calls a layer with whatever values its part of the graph reads, in any order, and gets whatever values the other
+parts read of it, such as keys and values for a cache. Hooks are written for the source's layers. A layer with hooks is
+therefore called with the arguments of the source's layer, and returns the results of that. The values of the graph that
+correspond to these are found by running the source model once on a sample, with the graph beside it, and comparing
+values.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ _HINT = "put the hook on the compiled model or on the source model"
 
 
 class NotInGraph:
-    """What a hook gets in place of a value of the source's that the graph does not have, or has in another form. It
-    may be passed on; whoever looks into it is refused.
+    """A placeholder that a hook gets for a value of the source that the graph lacks, or has in another form.
+
+    It may be passed on; any other use raises.
 
     Raises:
         GraftError: GC043 for any use.
@@ -57,9 +59,9 @@ class Leaf:
     """A place in the arguments or the results of a layer.
 
     Attributes:
-        name: for messages.
-        at: which value of the graph it is; None where it is not in the graph.
-        held: what it is otherwise.
+        name: the name of the place, for messages.
+        at: the index of its value among those of the graph; None if it is not in the graph.
+        held: the value if it is not in the graph.
         cache: whether it is the cache of the call.
     """
 
@@ -71,11 +73,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How a layer of the source is called, and what of it is which value of a graph.
+    """The form in which the source calls a layer, and the values of a graph in it.
 
     Attributes:
         args, kwargs, results: trees of `Leaf`.
-        called: whether the source calls it at all: a list of layers is not.
+        called: whether the source calls the layer at all; a list of layers is never called.
     """
 
     args: Any
@@ -85,19 +87,19 @@ class LayerCall:
 
 
 def unknown_call(path: str) -> LayerCall:
-    """Of a layer that the source does not call as often as the graph."""
+    """Return the call of a layer that the source does not call as often as the graph does."""
     arguments, results = (Leaf(name, held=NotInGraph(name, path)) for name in ("its arguments", "its results"))
     return LayerCall((arguments,), {}, results)
 
 
 @dataclass
 class Hearing:
-    """Who hears of calls of a model's layers.
+    """The hooks that observe calls of a model's layers.
 
     Attributes:
-        hooked: a layer has hooks of its own.
-        everywhere: there have been hooks on every module of the process.
-        live: the source's own modules call the layers, and their hooks.
+        hooked: whether a layer has hooks of its own.
+        everywhere: whether there have been hooks on every module of the process.
+        live: whether the source's own modules call the layers, and their hooks.
     """
 
     hooked: bool = False
@@ -110,10 +112,10 @@ class Running:
     """A call of a model whose layers have hooks.
 
     Attributes:
-        learn: finds out how layers are called in the graph that runs.
-        module_calls: gives how modules below layers are called there, by their paths.
+        learn: function that finds out how layers are called in the graph that runs.
+        module_calls: function that returns how modules below layers are called there, by their paths.
         module: the model.
-        cache: of the call; None where it has none.
+        cache: the cache of the call; None if it has none.
         begun: modules that have begun and not ended, with their arguments, the innermost last.
     """
 
@@ -126,7 +128,7 @@ class Running:
 
 @dataclass
 class Pending:
-    """A call of a layer between its graph and its hooks."""
+    """The state of a call of a layer between its graph and its hooks."""
 
     owner: Any
     path: str
@@ -140,7 +142,7 @@ class Pending:
 
 
 class _Stacks(threading.local):
-    """Calls of this thread, the innermost last."""
+    """The calls of the current thread, the innermost last."""
 
     def __init__(self) -> None:
         self.running: list[Running] = []
@@ -152,7 +154,7 @@ _stacks = _Stacks()
 
 @contextmanager
 def running(call: Running) -> Iterator[None]:
-    """Inside, layers with hooks are called as the source's, and hooks on other modules hear of calls."""
+    """Call layers with hooks in the source's form while the block runs, and hooks on other modules as well."""
     _stacks.running.append(call)
     try:
         yield
@@ -161,31 +163,31 @@ def running(call: Running) -> Iterator[None]:
 
 
 def running_call() -> Running | None:
-    """The call of a model with hooks that this thread is in."""
+    """Return the innermost call of a model with hooks in this thread; None if there is none."""
     return _stacks.running[-1] if _stacks.running else None
 
 
 def is_running() -> bool:
-    """Whether this thread is in a call of a model whose layers may have hooks."""
+    """Return whether this thread is in a call of a model whose layers may have hooks."""
     return bool(_stacks.running)
 
 
 def hooks_everywhere() -> bool:
-    """Whether there are hooks on every module of the process."""
+    """Return whether there are hooks on every module of the process."""
     return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def is_heard(module: nn.Module) -> bool:
-    """Whether a layer, or what others have put around it, has hooks that look at values."""
+    """Return whether a layer, or a wrapper that other libraries have put around it, has hooks that look at values."""
     if hooks_everywhere():
         return True
-    own = (module, *_within(module))
-    tables = (vars(each)[name] for each in own for name in _TABLES)
+    modules = (module, *_within(module))
+    tables = (vars(each)[name] for each in modules for name in _TABLES)
     return any(not of_fsdp(hook) for table in tables for hook in table.values())
 
 
 def _within(module: nn.Module) -> Iterator[nn.Module]:
-    """The layer that others have put modules around."""
+    """Yield the modules inside a wrapper, down to the layer itself."""
     while OWN not in vars(module) and len(module._modules) == 1:
         (inner,) = module._modules.values()
         if inner is None:
@@ -194,16 +196,16 @@ def _within(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
-    """Call a layer as the source's is called.
+    """Call a layer in the form in which the source calls it.
 
     Args:
-        owner: its code.
-        module: the layer, or what others have put around it.
+        owner: the code of the layer.
+        module: the layer, or the wrapper around it.
         key: the name of its code in the graph.
-        inputs: what that reads.
+        inputs: the values that the code reads.
 
     Returns:
-        What the code gives, with what hooks have changed in it.
+        The results of the code, with the changes that hooks have made.
     """
     run = _stacks.running[-1]
     path = type(module).__name__
@@ -214,30 +216,30 @@ def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
 
     def shown(leaf: Leaf) -> Any:
         at_hand = run.cache if leaf.cache else leaf.held
-        found = at_hand if leaf.at is None else inputs[leaf.at]
-        pending.given.append(found)
-        return found
+        value = at_hand if leaf.at is None else inputs[leaf.at]
+        pending.given.append(value)
+        return value
 
     args, kwargs = mapped(call.args, shown), mapped(call.kwargs, shown)
     _stacks.pending.append(pending)
     try:
-        found = module(*args, **kwargs)
+        result = module(*args, **kwargs)
     finally:
         _stacks.pending.pop()
-    return taken(pending, found)
+    return taken(pending, result)
 
 
 def pending_for(owner: Any) -> Pending | None:
-    """The call that a layer's ``forward`` is to run; None where nobody has prepared one."""
+    """Return the call that a layer's ``forward`` has to run; None if none has been prepared."""
     last = _stacks.pending[-1] if _stacks.pending else None
     return last if last is not None and last.owner is owner and not last.ran else None
 
 
 def inputs_of(pending: Pending, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What a layer's code reads, with what hooks have changed in its arguments.
+    """Return the values that a layer's code reads, with the changes that hooks have made to its arguments.
 
     Raises:
-        GraftError: GC043 where they have changed what the graph does not have.
+        GraftError: GC043 if hooks have changed what the graph does not have.
     """
     inputs = list(pending.inputs)
     before = iter(pending.given)
@@ -252,7 +254,7 @@ def inputs_of(pending: Pending, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def given(pending: Pending, raw: Any) -> Any:
-    """What a layer's ``forward`` returns where its code has given something."""
+    """Return the result of a layer's ``forward``, given the results of its code."""
     outputs = raw if isinstance(raw, tuple | list) else (raw,)
     pending.raw, pending.ran = raw, True
     pending.shown = mapped(pending.call.results, lambda leaf: leaf.held if leaf.at is None else outputs[leaf.at])
@@ -260,7 +262,7 @@ def given(pending: Pending, raw: Any) -> Any:
 
 
 def taken(pending: Pending, found: Any) -> Any:
-    """What the graph goes on with."""
+    """Return the results with which the graph continues, given the result after the hooks."""
     if found is pending.shown:
         return pending.raw
     single = not isinstance(pending.raw, tuple | list)
@@ -294,20 +296,20 @@ def _unchangeable(pending: Pending, name: str) -> GraftError:
 
 
 def mapped(tree: Any, of_leaf: Callable[[Leaf], Any]) -> Any:
-    """A tree of values for a tree of leaves."""
+    """Return the tree of values for a tree of leaves."""
     if isinstance(tree, Leaf):
         return of_leaf(tree)
     if isinstance(tree, dict):
-        made = {name: mapped(each, of_leaf) for name, each in tree.items()}
-        return made if type(tree) is dict else type(tree)(**made)
+        values = {name: mapped(each, of_leaf) for name, each in tree.items()}
+        return values if type(tree) is dict else type(tree)(**values)
     return type(tree)(mapped(each, of_leaf) for each in tree)
 
 
 def _paired(pending: Pending, tree: Any, value: Any, what: str) -> Iterator[tuple[Leaf, Any]]:
-    """Leaves with what stands in their places.
+    """Yield the leaves of a tree, each with the value in its place.
 
     Raises:
-        GraftError: GC043 where it is not put together alike.
+        GraftError: GC043 if the value does not have the structure of the tree.
     """
     if isinstance(tree, Leaf):
         yield tree, value
@@ -322,25 +324,28 @@ def _paired(pending: Pending, tree: Any, value: Any, what: str) -> Iterator[tupl
 
 
 def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> Any:
-    """The tree of leaves of a layer's arguments or results.
+    """Return the tree of leaves for the arguments or results of a layer.
 
     Args:
-        value: tuples, lists and dictionaries with anything in them.
-        of_leaf: makes a leaf of what stands in one place, and the name of the place.
-        name: of all of it.
+        value: tuples, lists and dictionaries that contain any values.
+        of_leaf: function that creates a leaf from the value in a place and the name of the place.
+        name: the name of the tree.
     """
     inner = f"{name}." if name else ""
     if isinstance(value, dict) and (type(value) is dict or is_dataclass(value)):  # or an output class of transformers
-        made = {each: tree_of(item, of_leaf, f"{inner}{each}") for each, item in value.items()}
-        return made if type(value) is dict else type(value)(**made)
+        members = {each: tree_of(item, of_leaf, f"{inner}{each}") for each, item in value.items()}
+        return members if type(value) is dict else type(value)(**members)
     if type(value) in (tuple, list):
         return type(value)(tree_of(item, of_leaf, f"{inner}{at}") for at, item in enumerate(value))
     return of_leaf(value, name or "its result")
 
 
 def apart(one: Tensor, other: Any) -> float:
-    """How far a value of a graph is from one of the source's, over the largest element: infinite where it is not of
-    the same kind. Padding may see nothing, which is not a number in both."""
+    """Return the distance between a value of a graph and one of the source, relative to the largest element.
+
+    It is infinite if the values are not of the same kind. Elements that are not finite in both are ignored: padding may
+    attend to nothing, which gives NaN in both.
+    """
     if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")
     other = other.to(one.device)

@@ -1,4 +1,4 @@
-"""Finding out how the source's layers are called, and which values of a graph their arguments and results are."""
+"""Analysis of how the source's layers are called, and which values of a graph their arguments and results are."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ from graftc.runtime.hooks.layer_calls import LayerCall, Leaf, NotInGraph, apart,
 
 _SIZES = (3, 7, 5)
 _NEAR = 1e-2
-"""Of the largest element. Kernels may be others, and values that are not the same are further apart than that."""
+"""The largest distance of equal values, relative to the largest element.
+
+Kernels may differ; values that are not the same are further apart.
+"""
 
 
 @dataclass(frozen=True)
 class Border:
-    """What a layer's part of a graph reads and gives, by the names of nodes.
+    """The values that a layer's part of a graph reads and returns, by the names of nodes.
 
     Attributes:
-        path: of the layer.
-        use: which of its calls it is.
-        inputs, outputs: in the order of its code.
+        path: the path of the layer.
+        use: the index of the call among the layer's calls.
+        inputs, outputs: names of nodes, in the order of the layer's code.
     """
 
     path: str
@@ -48,29 +51,30 @@ class Border:
 
     @classmethod
     def of(cls, block: BlockGraph) -> Border:
-        """That of a part of an outlined graph."""
+        """Return the border of a part of an outlined graph."""
         return cls(block.path, block.use, block.inputs, block.outputs)
 
 
 class Shown(Protocol):
-    """What layers are learnt about: see `AdaptedView`."""
+    """The view of a model whose layers are analysed; see `AdaptedView`."""
 
     compilation: Compilation
     label: str
 
     def lowered_of(self, key: ProgramKey) -> Program:
-        """What the code of a Program was made of."""
+        """Return the Program that the code of a key was generated from."""
 
 
 def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey) -> None:
-    """Find out how the source's layers are called where a graph runs, and keep it at the layers; of a sharded model,
-    whose tensors no process has, nothing.
+    """Find out how the source's layers are called where a graph runs, and record it at the layers.
+
+    Do nothing for a sharded model, whose tensors no process has in full.
 
     Args:
-        shown: the code that runs.
-        store: its tensors, whose tree has the layers.
+        shown: the view whose code runs.
+        store: the Store of its tensors, whose tree has the layers.
         module: the root of the tree.
-        key: of the Program.
+        key: the key of the Program.
     """
     if is_unit(module):
         return
@@ -83,7 +87,7 @@ def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey)
 
 @dataclass(frozen=True)
 class _Seen:
-    """A call of the source's layer."""
+    """An observed call of a layer of the source."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -91,13 +95,14 @@ class _Seen:
 
 
 def source_calls(compilation: Compilation, key: ProgramKey) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
-    """How the source's layers are called where a graph runs: leaves are numbered by the border of the base's graph.
+    """Return how the source's layers are called where a graph runs.
 
-    The source model is run once on a sample, and is as before afterwards.
+    Leaves are numbered by the border of the base's graph. The source model is run once on a sample, and is unchanged
+    afterwards.
 
     Args:
-        compilation: has the source and its graphs.
-        key: of the graph.
+        compilation: the Compilation with the source and its graphs.
+        key: the key of the graph.
     """
     return source_calls_at(compilation, key, _borders_of_layers)
 
@@ -109,11 +114,11 @@ def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
 def source_calls_at(
     compilation: Compilation, key: ProgramKey, borders_in: Callable[[Program], Mapping[tuple[str, int], Border]]
 ) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
-    """The same for any modules.
+    """Return the same as `source_calls`, for any modules.
 
     Args:
         compilation, key: as for `source_calls`.
-        borders_in: gives the borders of modules in the base's graph, by path and use.
+        borders_in: function that returns the borders of modules in the base's graph, by path and use.
     """
     program = _base_of(compilation, key)
     borders = borders_in(program)
@@ -122,14 +127,14 @@ def source_calls_at(
         names = dict.fromkeys(name for b in borders.values() for name in (*b.inputs, *b.outputs))
         values = _values(compilation, program, list(names), samples)
     bound = max(_NEAR, BOUNDS.get(dtype_of(compilation.model), 0.0))
-    found: dict[tuple[str, int], tuple[LayerCall, Border]] = {}
+    learned: dict[tuple[str, int], tuple[LayerCall, Border]] = {}
     for (path, use), border in borders.items():
         calls = seen.get(path, ())
         uses = sum(other == path for other, _ in borders)
         one = calls[use] if len(calls) == uses else None
         call = _matched(one, border, values, bound)
-        found[path, use] = (call if calls or path not in seen else replace(call, called=False)), border
-    return found
+        learned[path, use] = (call if calls or path not in seen else replace(call, called=False)), border
+    return learned
 
 
 def _base_of(compilation: Compilation, key: ProgramKey) -> Program:
@@ -141,7 +146,7 @@ def _observed(
     compilation: Compilation, key: ProgramKey, program: Program, paths: set[str]
 ) -> tuple[Mapping[str, list[_Seen]], Mapping[str, Tensor]]:
     model = compilation.model
-    # The compiled model may have been moved, and its source not.
+    # The compiled model may have been moved without its source.
     samples = samples_on(device_of(model), program, 0, _SIZES, config_of(model), front=False)
     seen: dict[str, list[_Seen]] = {path: [] for path in paths}
 
@@ -152,12 +157,12 @@ def _observed(
         model.get_submodule(path).register_forward_hook(saw, with_kwargs=True)
 
     axes = compilation.signatures[key.signature].axes
-    with as_captured(CaptureRequest(model, axes, program.flags, "eval")):  # puts tables of hooks back
+    with as_captured(CaptureRequest(model, axes, program.flags, "eval")):  # restores the tables of hooks
         for path in paths:
             watch(path)
         try:
             model(**{name: tensor.clone() for name, tensor in samples.items()})
-        except Exception:  # what is not seen is not there for hooks
+        except Exception:  # calls that were not observed are unknown to hooks
             seen.clear()
     return seen, samples
 
@@ -203,8 +208,10 @@ def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], boun
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
-"""Types of values that are taken to be the same in every call. Anything else, such as an output class with tensors in
-it, would hold the values of the samples."""
+"""Types of values that are assumed to be the same in every call.
+
+Any other value, such as an output class with tensors in it, would contain the values of the samples.
+"""
 
 
 def _is_cache(value: Any) -> bool:
@@ -214,27 +221,27 @@ def _is_cache(value: Any) -> bool:
 
 
 def in_graph(call: LayerCall, base: Border, own: Border, program: Program, *, by_name: bool = False) -> LayerCall:
-    """The same for a graph with adaptations.
+    """Return a call of the base's graph in terms of a graph with adaptations.
 
     Args:
-        call: by the border of the base's graph.
+        call: the call, by the border of the base's graph.
         base: that border.
-        own: of the graph with adaptations.
-        program: that graph.
-        by_name: inputs are the same by their names alone, and not as the only ones that are left.
+        own: the border in the graph with adaptations.
+        program: the graph with adaptations.
+        by_name: if true, inputs correspond by name only, and not because they are the only ones left.
     """
     nodes = {node.name: node for node in program.graph.nodes}
 
     def places(before: Sequence[str], now: Sequence[str], by_name: bool = False) -> dict[int, int]:
-        found: dict[int, int] = {}
+        positions: dict[int, int] = {}
         for at, name in enumerate(before):
             node = nodes.get(name)
             current = program.current(node).name if node is not None else name
-            if (there := next((n for n in (current, name) if n in now), None)) is not None:
-                found[at] = now.index(there)
-        gone = [at for at in range(len(before)) if at not in found]
-        new = [at for at in range(len(now)) if at not in found.values()]
-        return found | (dict(zip(gone, new, strict=True)) if len(gone) == len(new) and not by_name else {})
+            if (present := next((n for n in (current, name) if n in now), None)) is not None:
+                positions[at] = now.index(present)
+        gone = [at for at in range(len(before)) if at not in positions]
+        new = [at for at in range(len(now)) if at not in positions.values()]
+        return positions | (dict(zip(gone, new, strict=True)) if len(gone) == len(new) and not by_name else {})
 
     inputs, outputs = places(base.inputs, own.inputs, by_name), places(base.outputs, own.outputs)
 

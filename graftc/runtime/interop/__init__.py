@@ -1,3 +1,4 @@
 """Models and files of other libraries.
 
-What they wrote is read as data and never trusted."""
+Files are read as data and never trusted.
+"""

@@ -1,4 +1,4 @@
-"""Back to transformers: a model of the source's class with folded weights."""
+"""Conversion of a merged model back to transformers: a model of the source's class with folded weights."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class FoldedModel(Protocol):
-    """A model whose adaptations have been folded into weights."""
+    """A model whose adaptations have been folded into its weights."""
 
     @property
     def compilation(self) -> Compilation:
-        """What was folded."""
+        """The compilation that was folded."""
 
     @property
     def store(self) -> Store:
-        """The tensors."""
+        """The tensors of the folded model."""
 
     @property
     def additions(self) -> Sequence[str]:
-        """Names of biases that folding has made."""
+        """The names of biases that folding has added."""
 
     @property
     def kept(self) -> Mapping[str, str]:
-        """Adaptations that have not been folded, with the reason."""
+        """The adaptations that have not been folded, each with the reason."""
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """The tensors by the source model's names."""
+        """Return the tensors by the source model's names."""
 
 
 def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
-    """The error for biases that folding added and a class cannot hold."""
+    """Return the error for biases that folding added and that the source's class has no place for."""
     return GraftError(
         "GC052",
         f"folding had to add {', '.join(missing[:3])}, which {type(source).__name__} has no place for",
@@ -48,7 +48,7 @@ def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
 
 
 def require_plain(store: Store) -> None:
-    """Refuse a merged model whose weights are packed, for what holds values alone.
+    """Raise if the weights of a merged model are packed, for outputs that only store plain values.
 
     Raises:
         GraftError: GC166.
@@ -60,16 +60,16 @@ def require_plain(store: Store) -> None:
 
 
 def _plain_config(config: Any) -> Any:
-    """A copy of a config that says nothing of how the base was quantised: the weights have their values."""
-    made = copy.deepcopy(config)
-    for own in (made, *vars(made).values()):
-        if getattr(own, "quantization_config", None) is not None:
-            del own.quantization_config
-    return made
+    """Return a copy of a config without its quantisation settings, because the weights are stored as plain values."""
+    plain = copy.deepcopy(config)
+    for part in (plain, *vars(plain).values()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return plain
 
 
 def to_transformers(merged: FoldedModel) -> Any:
-    """See `Merged.to_transformers`. The class is built on the meta device, then given the folded tensors."""
+    """Implement `Merged.to_transformers`: build the class on the meta device, then give it the folded tensors."""
     source = merged.compilation.model
     require_plain(merged.store)
     if config_of(source) is None:
@@ -77,8 +77,8 @@ def to_transformers(merged: FoldedModel) -> Any:
     with torch.device("meta"):
         model: Any = type(merged.compilation.source)(_plain_config(source.config))
     tensors = merged.folded_state_dict()
-    own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-    missing = [name for name in merged.additions if name not in own]
+    known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    missing = [name for name in merged.additions if name not in known]
     if missing:
         raise no_place(missing, source)
     placed: dict[str, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""A compiled model put into a model of peft: refused where it happens, with what to write instead."""
+"""A check that raises when a compiled model is put into a model of peft, with a hint of what to write instead."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ _HINT = (
 
 
 def refuse_wrapping() -> None:
-    """From now on, refuse a compiled model as a part of a model of peft.
+    """Register a hook that raises when a compiled model becomes part of a model of peft.
 
-    peft asks a model for nothing of its own before it changes it: `get_peft_model`, `inject_adapter_in_model`,
+    peft calls no hook of a model before it changes it, but `get_peft_model`, `inject_adapter_in_model`,
     `PeftModel.from_pretrained` and trainers with a ``peft_config`` all register it in a module of peft first.
     """
     register_module_module_registration_hook(_check)
 
 
 def _check(module: nn.Module, name: str, part: Any) -> None:
-    """See `torch.nn.modules.module.register_module_module_registration_hook`.
+    """Raise if a module of peft registers a compiled model.
+
+    The signature is that of the hooks of `torch.nn.modules.module.register_module_module_registration_hook`.
 
     Raises:
         GraftError: GC072.

@@ -1,1 +1,1 @@
-"""Running live models: the source's own Python, which calls graphs."""
+"""Execution of live models: the source's own Python, which calls graphs."""

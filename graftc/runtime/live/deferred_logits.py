@@ -1,9 +1,9 @@
-"""Logits that a head gives when they are read: a loss that follows is one graph with the head instead.
+"""Logits that a head computes when they are read, so that a loss that follows can be one graph with the head.
 
-The model's own Python calls its head, does what it likes with the logits, and takes their cross-entropy. Nothing of it
-is known before it happens. So the head of a model that trains with a chunked loss gives a tensor without values, which
-notes what is done to it. Where that ends in a cross-entropy, head, notes and loss are captured as one function; where
-anything else reads a value, the head is called after all.
+The model's own Python calls its head, processes the logits in any way, and takes their cross-entropy. None of it is
+known in advance. So the head of a model that trains with a chunked loss returns a tensor without values, which records
+the steps applied to it. If these end in a cross-entropy, head, steps and loss are captured as one function; if anything
+else reads a value, the head is called after all.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from graftc.passes.core.elements.behind import FLATTENING, LOSS, FollowingCall, 
 from graftc.specs.errors.diagnostics import GraftError
 
 Run = Callable[[Sequence[FollowingCall]], Any]
-"""Gives what a head gives, and behind it what is done to its result."""
+"""A function that calls a head, applies the given steps to its result, and returns the last result."""
 
 _OF_FORM = frozenset(
     getter
     for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_leaf", "is_sparse")
     if (getter := getattr(getattr(Tensor, name), "__get__", None)) is not None
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point}
-"""What asks for the form of a tensor and reads no value."""
+"""Functions that return the form of a tensor and read no value."""
 
 
 @dataclass
 class _Call:
-    """A call of a head that has not happened.
+    """A call of a head that has not run yet.
 
     Attributes:
-        run: makes the call.
-        x: what the head reads.
-        path: of the head, for messages.
-        autocast: the device, whether it casts there, and to what.
-        forms: tensors on the meta device for its result and that of every step.
-        steps: what was done to its result so far.
-        results: the head's result, and that of every step, once they have been read.
-        versions: of the tensors that are read, which may not change before.
+        run: function that makes the call.
+        x: the input of the head.
+        path: the path of the head, for messages.
+        autocast: the type of the device, whether autocast is on there, and the type that it casts to.
+        forms: tensors on the meta device for the head's result and that of every step.
+        steps: the steps applied to the result so far.
+        results: the head's result and that of every step, once they have been read.
+        versions: the tensors that are read, with their versions, which must not change before.
     """
 
     run: Run
@@ -57,22 +57,22 @@ class _Call:
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def goes_on(self, device: torch.device) -> bool:
-        """Whether what is done now can be a part of it: nothing has been read, and the modes are those of the call."""
+        """Return whether a step can be added now: nothing has been read, and the modes are those of the call."""
         return not self.results and torch.is_grad_enabled() and self.autocast == modes_of(device)
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
-        """Note the versions of tensors."""
+        """Record the versions of tensors."""
         self.versions += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     def add(self, step: FollowingCall, form: Tensor) -> ResultNumber:
-        """Do something to a result later, which will have this form."""
+        """Add a step to run later and the form of its result, and return the number of the result."""
         self.watch([leaf for leaf in pytree.tree_leaves((step.args, dict(step.kwargs))) if isinstance(leaf, Tensor)])
         self.steps.append(step)
         self.forms.append(form)
         return ResultNumber(len(self.steps))
 
     def read(self, result: ResultNumber) -> Any:
-        """The values of a result."""
+        """Return the values of a result, after running the call and all steps if necessary."""
         if not self.results:
             with self._as_called():
                 self.results.append(self.run(()))
@@ -81,10 +81,10 @@ class _Call:
         return self.results[result.number]
 
     def loss(self, result: ResultNumber, labels: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The loss for a result, in one graph with the head.
+        """Return the loss of a result, in one graph with the head.
 
-        Labels for rows that were put one behind the other get the shape back that the head's input has: that a size is
-        the product of two others would hold for a graph of these sizes alone.
+        Labels of flattened rows get back the shape of the head's input, because a size that is the product of two
+        others would make the graph valid for these sizes only.
         """
         steps, target = list(self.steps), cast(Any, labels)
         form = self.forms[self._unflattened(result).number]
@@ -98,17 +98,17 @@ class _Call:
             return self.run((*steps, FollowingCall(LOSS, (result, target, *args), kwargs)))
 
     def _unflattened(self, result: ResultNumber) -> ResultNumber:
-        """The result of which another one is a view."""
+        """Return the result that another one is a flattened view of; the result itself if it is not a view."""
         while result.number and self.steps[result.number - 1].function in FLATTENING:
             result = self.steps[result.number - 1].args[0]
         return result
 
     @contextmanager
     def _as_called(self) -> Iterator[None]:
-        """Inside, modes are those of the call.
+        """Run the block in the modes of the call.
 
         Raises:
-            GraftError: GC031 where a tensor that the call reads has been written to since.
+            GraftError: GC031 if a tensor that the call reads has been written to since.
         """
         if any(tensor._version != version for tensor, version in self.versions):
             message = f"what {self.path} reads was written to before its logits were read"
@@ -119,43 +119,43 @@ class _Call:
 
 
 class DeferredLogits(Tensor):
-    """A tensor whose values are made when they are read. ``[..., vocabulary]`` of the head's type."""
+    """A tensor whose values are computed when they are read. ``[..., vocabulary]`` in the head's type."""
 
     _graftc_call: _Call
     _graftc_result: ResultNumber
 
     @staticmethod
     def of(form: Tensor, device: torch.device, call: _Call, result: ResultNumber) -> DeferredLogits:
-        """Stand for a result of a call.
+        """Create the tensor that represents a result of a call.
 
         Args:
             form: a tensor on the meta device with its shape and type.
-            device: where its values will be.
-            call: the head's.
-            result: which of that.
+            device: the device of its values.
+            call: the call of the head.
+            result: the number of the result in that call.
         """
-        made = Tensor._make_wrapper_subclass(
+        logits = Tensor._make_wrapper_subclass(
             DeferredLogits, form.shape, dtype=form.dtype, device=device, requires_grad=True
         )
-        made._graftc_call, made._graftc_result = call, result
-        return made
+        logits._graftc_call, logits._graftc_result = call, result
+        return logits
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Note what reads no value, and make the values for whatever does."""
+        """Record a function that reads no value, and compute the values for any other function."""
         named = dict(kwargs or {})
         if func in _OF_FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **named)
-        held = [leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, DeferredLogits)]
-        first = held[0]
-        alone = len(held) == 1 and args and args[0] is first
+        operands = [leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, DeferredLogits)]
+        first = operands[0]
+        alone = len(operands) == 1 and args and args[0] is first
         if alone and may_follow(func) and first._graftc_call.goes_on(first.device):
-            found = _noted(first, func, tuple(args[1:]), named)
-            if found is not None:
-                return found
+            result = _noted(first, func, tuple(args[1:]), named)
+            if result is not None:
+                return result
         args, named = pytree.tree_map(lambda leaf: value_of(leaf), (tuple(args), named))
         return func(*args, **named)
 
@@ -163,20 +163,20 @@ class DeferredLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """The same for whoever calls an operator itself."""
+        """Compute the values for code that calls an operator directly."""
         args, named = pytree.tree_map(lambda leaf: value_of(leaf), (tuple(args), dict(kwargs or {})))
         return func(*args, **named)
 
 
 def value_of(value: Any) -> Any:
-    """Logits with their values; anything else as it is."""
+    """Return the values of deferred logits; return anything else unchanged."""
     if isinstance(value, DeferredLogits):
         return value._graftc_call.read(value._graftc_result)
     return value
 
 
 def _noted(first: DeferredLogits, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """What stands for the result of a function; the loss itself where that is it. None where it has to be read."""
+    """Return the deferred result of a function, or the loss if it is one; None if the values have to be read."""
     call, result = first._graftc_call, first._graftc_result
     if func is Tensor.to:
         args = tuple(each for each in args if each != first.device)
@@ -198,23 +198,23 @@ def _noted(first: DeferredLogits, func: Callable[..., Any], args: tuple[Any, ...
 
 
 def modes_of(device: torch.device) -> tuple[str, bool, torch.dtype]:
-    """Type of a device, whether autocast is on there, and the type it casts to."""
+    """Return the type of a device, whether autocast is on there, and the type that it casts to."""
     return device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def is_head(module: nn.Module) -> bool:
-    """Whether a map may be a head over a vocabulary: it gives more values than it reads."""
+    """Return whether a module may be a head over a vocabulary: a linear map with more outputs than inputs."""
     return isinstance(module, nn.Linear) and module.out_features > module.in_features
 
 
 def deferred(run: Run, module: nn.Linear, x: Tensor, path: str) -> DeferredLogits:
-    """What stands for the logits of a head.
+    """Return a tensor that represents the logits of a head.
 
     Args:
-        run: makes the call.
+        run: function that makes the call.
         module: the head.
-        x: ``[..., in_features]``, what it reads.
-        path: of the head, for messages.
+        x: ``[..., in_features]``, the input of the head.
+        path: the path of the head, for messages.
     """
     modes = modes_of(x.device)
     form = torch.empty((*x.shape[:-1], module.out_features), dtype=modes[2] if modes[1] else x.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""The code of single elements of a live model, out of that of their union."""
+"""The code of single elements of a live model, extracted from that of their union."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from graftc.passes.core.ir.program import OutputSpec, Program, above
 
 @dataclass(frozen=True)
 class ElementCode:
-    """What one element runs.
+    """The code of one element.
 
     Attributes:
         inputs: names of the tensors that it reads, in order.
         run: ``run(module, *inputs)``, with the root of the tree.
-        outputs: how the flat results are put together.
+        outputs: the structure of the results, which are flat.
     """
 
     inputs: tuple[str, ...]
@@ -28,29 +28,29 @@ class ElementCode:
 
 
 def parts_of(program: Program, root: fx.Graph) -> dict[str, tuple[fx.Graph, OutputSpec]]:
-    """The part of each element, and how its outputs are put together, by path.
+    """Return the part of each element and the structure of its outputs, by path.
 
     Args:
-        program: of a union: its outputs are a dict of what each element gives, by path.
-        root: its graph, in which layers may be calls of modules; it stays as it is.
+        program: the Program of a union, whose outputs are a dict of the results of each element, by path.
+        root: its graph, in which layers may be calls of modules; unchanged.
     """
     (output,) = root.find_nodes(op="output")
     results: list[Any] = list(output.args[0])
-    found: dict[str, tuple[fx.Graph, OutputSpec]] = {}
+    parts: dict[str, tuple[fx.Graph, OutputSpec]] = {}
     for path, spec in zip(program.outputs.fields, program.outputs.children, strict=True):
         count = len(spec.names)
-        own, results = results[:count], results[count:]
-        found[path] = _part(root, own), spec
-    return found
+        part_results, results = results[:count], results[count:]
+        parts[path] = _part(root, part_results), spec
+    return parts
 
 
 def _part(root: fx.Graph, results: Sequence[Any]) -> fx.Graph:
-    """What leads to some results."""
+    """Return the part of a graph that some results depend on."""
     nodes = [node for node in results if isinstance(node, fx.Node)]
     needed = {*nodes, *above(nodes)}
-    made, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    part, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in root.nodes:
         if node in needed:
-            copies[node] = made.node_copy(node, copies.__getitem__)
-    made.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in results))
-    return made
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in results))
+    return part

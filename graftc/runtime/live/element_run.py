@@ -1,4 +1,4 @@
-"""A call of one element of a live model: the graph that holds for it, made where there is none yet."""
+"""Calls of one element of a live model, which run the graph that is valid for the call or capture a new one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class GraphRunner(Protocol):
-    """What runs graphs: see `graftc.runtime.model.model_runner.ModelRunner`."""
+    """The interface of a Runner of graphs: see `graftc.runtime.model.model_runner.ModelRunner`."""
 
     store: Store
     shown: Any
@@ -39,19 +39,19 @@ class GraphRunner(Protocol):
         """The root of the tree of tensors."""
 
     def key(self, signature: Signature, mode: Modes) -> ProgramKey:
-        """The key of what a call runs."""
+        """Return the key of the Program that a call runs."""
 
     def mode_of(self, signature: Signature) -> Modes:
-        """The mode that a call is in."""
+        """Return the mode of a call."""
 
     def as_run(self, key: ProgramKey) -> Program:
-        """The Program of a key, as code is made of it."""
+        """Return the Program of a key in the form that code is generated from."""
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """Make the code of a Program."""
+        """Generate the code of a Program."""
 
     def applies(self, adaptation: str) -> bool:
-        """Whether calls run an adaptation."""
+        """Return whether calls run an adaptation."""
 
 
 def run_element(
@@ -61,25 +61,25 @@ def run_element(
     kwargs: dict[str, Any],
     steps: Sequence[FollowingCall] = (),
 ) -> Any:
-    """What an element gives.
+    """Return the results of an element.
 
     Args:
-        runner: whose graphs.
+        runner: the Runner whose graphs are run.
         module: the element in the live model.
-        args, kwargs: as the source's layer is called.
-        steps: what is done to the result in the same graph.
+        args, kwargs: arguments as of the source's layer.
+        steps: steps to apply to the result in the same graph.
 
     Raises:
-        GraftError: GC031 for a call that no graph can be made of.
+        GraftError: GC031 for a call that cannot be captured.
     """
     path = str(module._graftc_path)
     if steps:
         vars(module)["_graftc_ran"].chunked = True
     call = _Call(runner, module, *CallStructure.of(path, module, args, kwargs, steps))
-    if not (made := call.from_known()):
+    if not (outcome := call.from_known()):
         with exclusive():
-            made = call.from_known() or call.from_new()
-    result, more = made
+            outcome = call.from_known() or call.from_new()
+    result, more = outcome
     if call.structure.cached:
         write_back(cache_among(args, kwargs), module, more["new"])
     if call.structure.tabled:
@@ -88,17 +88,17 @@ def run_element(
 
 
 Made = tuple[Any, Mapping[str, Any]]
-"""What an element gives, and what comes out beside it."""
+"""The results of an element, and the other outputs of its graph."""
 
 
 class _Call:
     """A call of an element.
 
     Args:
-        runner: whose graphs.
+        runner: the Runner whose graphs are run.
         module: the element.
-        structure: of the call.
-        tensors: its tensors, in order.
+        structure: the structure of the call.
+        tensors: the tensors of the call, in order.
     """
 
     def __init__(self, runner: GraphRunner, module: nn.Module, structure: CallStructure, tensors: list[Tensor]) -> None:
@@ -108,29 +108,32 @@ class _Call:
         self._inputs = {input_name(self._path, index): tensor for index, tensor in enumerate(tensors)}
 
     def from_known(self) -> Made | None:
-        """Return the results of a known graph that is valid for the call, the last such one first; None without one."""
+        """Return the results of a known graph that is valid for the call; None if there is none.
+
+        The graph that was valid for the element's last call is tried first.
+        """
         holding = self._holding()
         if len(holding) > 1:
             holding.sort(key=lambda signature: signature != vars(self._module).get(_LAST))
         for signature in holding:
-            made, _ = self._made(signature)
-            if made is not None:
+            outcome, _ = self._made(signature)
+            if outcome is not None:
                 vars(self._module)[_LAST] = signature
-                return made
+                return outcome
         return None
 
     def from_new(self) -> Made:
-        """What a new graph gives.
+        """Return the results of a new graph.
 
         Raises:
-            GraftError: GC031 where none can be made that holds for the call.
+            GraftError: GC031 if no graph that is valid for the call can be captured.
         """
         structure = self.structure
         for _ in range(_TRIES):
             signature, structure = self._add(structure)
-            made, decided = self._made(signature)
-            if made is not None:
-                return made
+            outcome, decided = self._made(signature)
+            if outcome is not None:
+                return outcome
             mode = mode_of(self._module)
             alike = zip(decided, structure.decisions(mode), strict=False)
             first = next(index for index, (own, taken) in enumerate(alike) if own != taken)
@@ -139,27 +142,27 @@ class _Call:
         raise GraftError("GC031", message, hint="compile with example inputs that show it")
 
     def _holding(self) -> list[Signature]:
-        """The signatures whose graphs are for a call of this kind, whatever it decides."""
+        """Return the signatures whose graphs are for calls of this kind, whatever the call decides."""
         compilation: Compilation = self._runner.shown.compilation
-        found = []
+        signatures = []
         for signature in compilation.signatures:
             base = compilation.program_as_run("train", "base", signature)
             structure = calls_in(base.flags).get(self._path)
             if structure is None or structure.undecided != self.structure:
                 continue
-            own = [spec for spec in base.inputs if spec.name in self._inputs]
-            kinds = [(self._inputs[spec.name], spec) for spec in own]
+            specs = [spec for spec in base.inputs if spec.name in self._inputs]
+            kinds = [(self._inputs[spec.name], spec) for spec in specs]
             alike = all(_of_type(tensor, spec.dtype) and tensor.dim() == len(spec.shape) for tensor, spec in kinds)
-            if alike and len(own) == len(self._inputs) and fits(own, self._inputs):
-                found.append(signature)
+            if alike and len(specs) == len(self._inputs) and fits(specs, self._inputs):
+                signatures.append(signature)
                 if not structure.decides:
                     break
-        return found
+        return signatures
 
     def _made(self, signature: Signature) -> tuple[Made | None, list[bool]]:
         """Run the graph of a signature; return its results and the call's decisions.
 
-        The results are None where the graph is not valid for these decisions; its effects are undone then.
+        The results are None if the graph is not valid for these decisions; its effects are undone then.
         """
         runner = self._runner
         key = runner.key(signature, runner.mode_of(signature))
@@ -173,18 +176,18 @@ class _Call:
         taken = structure.decisions(mode_of(self._module))
         undo = self._undo(executable.once("updated", _updated)) if taken else None
         results = code.run(runner.module, *(self._inputs[name] for name in code.inputs))
-        made = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
-        decided = torch.stack(made[DECIDED]).tolist() if taken and made[DECIDED] else []
+        outputs = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
+        decided = torch.stack(outputs[DECIDED]).tolist() if taken and outputs[DECIDED] else []
         if undo is not None and decided != list(taken[: len(decided)]):
             undo()
             return None, decided
-        return ((made["result"], made) if structure.boxed else (made, {})), decided
+        return ((outputs["result"], outputs) if structure.boxed else (outputs, {})), decided
 
     def _undo(self, names: Iterable[str]) -> Callable[[], None]:
-        """Return a function that restores tensors of the Store and the states of random generators as they are now.
+        """Return a function that restores the current values of tensors and the current states of random generators.
 
         Args:
-            names: of the tensors that the graph may write to.
+            names: names of the Store's tensors that the graph may write to.
         """
         written = [self._runner.store.get(name) for name in names]
         before, devices = copies(written), {tensor.device for tensor in self._tensors if tensor.device.type == "cuda"}
@@ -201,18 +204,18 @@ class _Call:
         return undo
 
     def _add(self, structure: CallStructure) -> tuple[Signature, CallStructure]:
-        """Capture the element, and those of the same row, for a call of another kind than there has been.
+        """Capture the element, and those of the same row, for a call of a new kind.
 
         Args:
-            structure: with decisions that are known.
+            structure: the structure of the call, with the decisions that are known.
 
         Raises:
-            GraftError: GC031 where that cannot be captured.
+            GraftError: GC031 if the call cannot be captured.
         """
         compilation = self._runner.shown.compilation
-        own = without_autocast(self._tensors, compilation.model.get_submodule(self._path))
-        with torch.autocast(own[0].device.type if own else "cpu", enabled=False):
-            call: Recorded = {self._path: (structure, own)}
+        tensors = without_autocast(self._tensors, compilation.model.get_submodule(self._path))
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+            call: Recorded = {self._path: (structure, tensors)}
             reason = tried(compilation.model, call)
             if reason.startswith(READS):
                 call = deciding(self._now(), call)
@@ -223,16 +226,16 @@ class _Call:
                     "GC031", message, hint="compile with example inputs that call it so: its maps are graphs then"
                 )
             structure, _ = call[self._path]
-            alike = {path: (structure, [each.clone() for each in own]) for path in _alike(compilation, self._path)}
+            alike = {path: (structure, [each.clone() for each in tensors]) for path in _alike(compilation, self._path)}
             try:
                 return _captured(compilation, self._path, alike), structure
-            except GraftError as error:  # another of the row is not called so
+            except GraftError as error:  # another element of the row is not called in this way
                 if error.code != "GC031" or len(alike) == 1:
                     raise
             return _captured(compilation, self._path, {self._path: alike[self._path]}), structure
 
     def _now(self) -> nn.Module:
-        """The model with the values that buffers of the element have by now."""
+        """Return the model with the current values of the element's buffers."""
         model = with_own_buffers(self._runner.shown.compilation.model)
         with torch.no_grad():
             for name, buffer in model.get_submodule(self._path).named_buffers():
@@ -241,34 +244,34 @@ class _Call:
 
 
 _LAST = "_graftc_last"
-"""The attribute of an element for the signature that held for its last call."""
+"""The attribute of an element with the signature that was valid for its last call."""
 _TRIES = 4
 
 
 def _updated(program: Program) -> tuple[str, ...]:
-    """Names of the Store's tensors that a Program writes to."""
+    """Return the names of the Store's tensors that a Program writes to."""
     return tuple(updated(program.graph))
 
 
 ELEMENTS = "elements"
-"""What the code of elements is known by."""
+"""The name of the elements' code in `known` of an executable."""
 
 
 def _of_type(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a graph for a type takes a tensor."""
+    """Return whether a graph for a type accepts a tensor."""
     return tensor.dtype == dtype or (dtype.is_floating_point and in_autocast(tensor))
 
 
 def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature:
-    """Capture elements for calls of a new kind.
+    """Capture elements for calls of a new kind, and return the new signature.
 
     Args:
-        compilation: gets the signature.
-        path: of the element that was called, for messages.
-        calls: of it, and of those like it.
+        compilation: the Compilation that gets the signature.
+        path: the path of the element that was called, for messages.
+        calls: the calls of that element and of those like it.
 
     Raises:
-        GraftError: GC031 where that cannot be captured.
+        GraftError: GC031 if they cannot be captured.
     """
     axes, flags = as_inputs(calls)
     try:
@@ -282,8 +285,10 @@ def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature
 
 
 def _alike(compilation: Compilation, path: str) -> list[str]:
-    """Return the elements of a row that are of one class and that the first signature calls alike, with sizes that are
-    the same where they do not vary."""
+    """Return the elements of a row that have one class and that the first signature calls in the same way.
+
+    Their sizes are the same if they do not vary.
+    """
     model = compilation.model
     inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}
 

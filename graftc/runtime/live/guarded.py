@@ -1,4 +1,4 @@
-"""Adapted tensors as the model's own Python sees them between graphs: it may ask for their types, not for their values.
+"""Guards of adapted tensors: between graphs, the model's own Python may read their types, but not their values.
 
 The adaptation is in the graphs, so code that read the values would compute with those of the base.
 """
@@ -19,7 +19,7 @@ from graftc.specs.errors.diagnostics import GraftError
 __all__ = ["RUNNING", "Guarded", "guarded", "runs_base"]
 
 RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
-"""Who calls the live model in this thread."""
+"""The Runner that calls the live model in this thread."""
 
 _PROPERTIES = (
     *("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_quantized", "is_sparse"),
@@ -35,19 +35,22 @@ _ALLOWED: frozenset[object] = frozenset(
     + [getattr(Tensor, name) for name in _METHODS]
     + list(_FUNCTIONS)
 )
-"""Functions that read no values."""
+"""Functions that do not read values."""
 _SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
-"""Functions whose result is the same tensor again."""
+"""Functions that return the same tensor."""
 
 
 def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a function writes to its first argument: holding a weight to bounds that it is within changes nothing."""
+    """Return whether a function writes to its first argument.
+
+    Clamping a weight to bounds that it is within changes nothing.
+    """
     name = getattr(func, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
 
 
 class Guarded(torch.Tensor):
-    """A tensor of the Store whose values nobody may read during a call, unless the base alone is called."""
+    """A tensor of the Store whose values must not be read during a call, unless the base alone is called."""
 
     _graftc_name: str
     _graftc_adaptations: tuple[str, ...]
@@ -63,7 +66,7 @@ class Guarded(torch.Tensor):
         """Call a function of torch.
 
         Raises:
-            GraftError: GC031 where it reads a value that the running model adapts.
+            GraftError: GC031 if it reads a value that the running model adapts.
         """
         options = kwargs or {}
         if func in _SAME:
@@ -82,7 +85,7 @@ def guarded(tensor: Tensor, name: str, adaptations: tuple[str, ...]) -> Tensor:
     Args:
         tensor: a tensor of the Store.
         name: its name there.
-        adaptations: names of those that adapt it.
+        adaptations: names of the adaptations of the tensor.
     """
     guard = tensor.detach().as_subclass(Guarded)
     guard._graftc_name, guard._graftc_adaptations = name, adaptations
@@ -90,7 +93,7 @@ def guarded(tensor: Tensor, name: str, adaptations: tuple[str, ...]) -> Tensor:
 
 
 def runs_base(runner: GraphRunner) -> bool:
-    """Return whether the base alone is called: nothing that a model has updated counts then, and nothing is updated."""
+    """Return whether the base alone is called; a model's updated values are ignored then, and nothing is updated."""
     return bool(getattr(runner, "base_only", False))
 
 

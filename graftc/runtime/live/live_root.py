@@ -1,4 +1,4 @@
-"""The root of a live model: the source's own forward over the Store's tensors, whose layers are graphs."""
+"""The root of a live model: the source's own forward over the Store's tensors, with graphs as its layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from graftc.specs.errors.diagnostics import GraftError, warn
 
 
 class _Ran:
-    """Who has called a live model, for layers that are called again in a backward pass.
+    """The Runners that have called a live model, for layers that are called again in a backward pass.
 
     Attributes:
         chunked: whether the last call had a loss in one graph with its head.
@@ -36,16 +36,16 @@ class _Ran:
         self.chunked = False
 
     def note(self, runner: GraphRunner) -> None:
-        """Somebody calls; one that shows something else by now is forgotten."""
+        """Record a call by a Runner, and forget the Runners that show something else by now."""
         known = {shown: each for shown, each in self._runners.items() if id(each.shown) == shown}
         known.setdefault(id(runner.shown), runner)
         self._runners, self.chunked = known, False
 
     def only(self, path: str) -> GraphRunner:
-        """The one that has called.
+        """Return the only Runner that has called the model.
 
         Raises:
-            GraftError: GC031 where there are several.
+            GraftError: GC031 if there are several.
         """
         if len(self._runners) == 1:
             return next(iter(self._runners.values()))
@@ -54,7 +54,7 @@ class _Ran:
 
 
 class _Part:
-    """Refuses an attribute that is set during a call: the graph of the layer does not read it."""
+    """A module that is part of a graph. Setting an attribute during a call raises, since the graph does not read it."""
 
     _graftc_path: str
 
@@ -69,21 +69,21 @@ class _Part:
 
 
 class _Inside(_Part):
-    """A module inside a layer that is a graph, as a class to put in front of its own."""
+    """A module inside a layer that is a graph, as a class to insert in front of its own class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a call that is not the layer's own."""
+        """Raise GC031, because the layer does not call the module: it is one graph."""
         message = f"{self._graftc_path} is called by itself, and the layer that it is in is one graph"
         raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
 
 
 class _Element(_Part):
-    """A layer that is a graph, as a class to put in front of its own."""
+    """A layer that is a graph, as a class to insert in front of its own class."""
 
     _graftc_ran: _Ran
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the graph gives."""
+        """Return the results of the graph; deferred logits for a head whose loss may follow."""
         runner = RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
         module = cast(nn.Module, self)
         if _may_wait(runner, module, args, kwargs):
@@ -93,12 +93,13 @@ class _Element(_Part):
 
 
 class LiveRoot:
-    """The source's own Python. It shares no module with the source, and all tensors with a Store.
+    """A copy of the source that runs its own Python. It shares no module with the source, and all tensors with a Store.
 
     Args:
         source: the model that was compiled; it is not changed.
         elements: paths of its layers that are graphs.
-        adapted: the adaptations of each tensor whose values its Python may not read between these, by its name.
+        adapted: the adaptations of each tensor whose values the Python between graphs must not read, by the tensor's
+            name.
     """
 
     def __init__(self, source: nn.Module, elements: Collection[str], adapted: Mapping[str, tuple[str, ...]]) -> None:
@@ -119,17 +120,17 @@ class LiveRoot:
 
     @classmethod
     def of(cls, compilation: Compilation) -> LiveRoot | None:
-        """The root of a compiled model; None where it is one graph."""
+        """Return the root of a compiled model; None if the model is one graph."""
         if not is_live(compilation.model):
             return None
         return cls(compilation.source, elements_in(compilation.flags), adapted_tensors(compilation))
 
     def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of a call, as the source model gives them.
+        """Return the outputs of a call, as the source model returns them.
 
         Args:
-            runner: runs the layers.
-            args, kwargs: of the call.
+            runner: the Runner that runs the layers.
+            args, kwargs: arguments of the call.
         """
         with self._running(runner):
             outputs = self.model(*args, **kwargs)
@@ -137,7 +138,7 @@ class LiveRoot:
             return outputs
 
     def _warn_of_whole(self, runner: GraphRunner, outputs: Any) -> None:
-        """GC151, once, where the spec asks for a chunked loss and there is one that no head is in one graph with."""
+        """Warn with GC151, once, if the spec asks for a chunked loss and the loss is not in one graph with a head."""
         asked = runner.shown.compilation.spec.memory.loss == "chunked" and self.model.training
         if not asked or self._ran.chunked or self._warned:
             return
@@ -148,13 +149,13 @@ class LiveRoot:
             warn("GC151", message, hint="leave out memory: {loss: chunked}")
 
     def generate(self, runner: GraphRunner, *args: Any, **kwargs: Any) -> Any:
-        """What the source's own ``generate`` gives."""
+        """Return the result of the source's own ``generate``."""
         with self._running(runner):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     @contextmanager
     def _running(self, runner: GraphRunner) -> Iterator[None]:
-        """Inside, the layers are a Runner's graphs, and the tensors its Store's."""
+        """Run the block with a Runner's graphs as the layers, and its Store's tensors."""
         self._bind(runner)
         self._ran.note(runner)
         token = RUNNING.set(runner)
@@ -166,16 +167,16 @@ class LiveRoot:
                 self._own.keep(runner.store)
 
     def _bind(self, runner: GraphRunner) -> None:
-        """Let the modules between graphs have the Store's tensors and modes, which may have moved and changed."""
+        """Give the modules between graphs the Store's tensors and modes, which may have moved and changed."""
         if is_unit(runner.module):
             message = "FSDP2 shards the modules of a graph, and between graphs this model is its own Python"
             raise GraftError("GC130", message, hint="replicate it with DistributedDataParallel")
         hooked = bool(self._hooked)
         for path, module in self._modules:
-            prefix, held = f"{path}." if path else "", runner.store.nearest(path)
-            vars(module)["training"] = held.training
-            if path and (hooked or any(vars(held)[hooks] for hooks in CALL_HOOKS)):
-                self._hook(path, module, held)
+            prefix, container = f"{path}." if path else "", runner.store.nearest(path)
+            vars(module)["training"] = container.training
+            if path and (hooked or any(vars(container)[hooks] for hooks in CALL_HOOKS)):
+                self._hook(path, module, container)
             for table in (module._parameters, *([module._buffers] if id(module) in self._inside else [])):
                 for name, tensor in table.items():
                     if tensor is not None:
@@ -193,10 +194,10 @@ class LiveRoot:
         return known[1]
 
     def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
-        """Call the hooks of the compiled model's modules where the source's are, beside those that its class has.
+        """Add the hooks of the compiled model's module to the live module, besides those that the latter already has.
 
         Raises:
-            GraftError: GC043 for a hook on a module inside of a layer that is a graph.
+            GraftError: GC043 for a hook on a module inside a layer that is a graph.
         """
         if self._inside.get(id(module)) and any(vars(held)[hooks] for hooks in CALL_HOOKS):
             message = f"{path} has a hook, and the layer that it is in is one graph, which calls none"
@@ -211,14 +212,14 @@ class LiveRoot:
 
 
 def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
-    """Let a class be in front of a module's own."""
+    """Insert a class in front of a module's own class."""
     cls = type(module)
     module.__class__ = type(cls.__name__, (stand_in, cls), {"__module__": __name__, "__doc__": cls.__doc__})
     vars(module)["_graftc_path"] = path
 
 
 def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call may be one of a head whose loss is made in chunks."""
+    """Return whether a call may be that of a head whose loss is computed in chunks."""
     if runner.shown.compilation.spec.memory.loss == "whole" or not is_head(module):
         return False
     training = module.training and torch.is_grad_enabled() and not is_traced()

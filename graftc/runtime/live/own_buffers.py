@@ -1,8 +1,9 @@
 """The buffers that a live model's Python reads and writes between graphs.
 
-The source's are never written to. What is written to, or replaced by another tensor of its shape, becomes the Store's
-own, as where a graph updates a buffer; one of another shape, such as the frequencies of a text longer than any before
-it, stays with the live model, as the attributes do that say so. The base alone sees what the source had.
+The source's buffers are never written to. A buffer that is written to, or replaced by another tensor of its shape,
+becomes the Store's own, as it does when a graph updates it. A replacement of another shape, such as the frequencies of
+a text longer than any before it, stays with the live model, like the attributes that describe it. Calls of the base
+alone see the source's values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from graftc.passes.core.weights.store import Store
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a buffer is in the live model."""
+    """The place of a buffer in the live model."""
 
     name: str
     module: nn.Module
@@ -29,7 +30,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Copied:
-    """A copy, with what it is of, and how often each had been written to."""
+    """A copy of a tensor, with the tensor and the number of writes to each of them at that time."""
 
     source: Tensor
     source_version: int
@@ -37,16 +38,16 @@ class _Copied:
     own_version: int
 
     def holds(self, source: Tensor) -> bool:
-        """Whether it is still what a tensor has."""
+        """Return whether the copy still has the value of a tensor."""
         same = self.source is source and self.source_version == version(source)
         return same and self.own_version == version(self.own)
 
 
 class OwnBuffers:
-    """Copies of the buffers between graphs, in a live model.
+    """Copies of the buffers between graphs in a live model.
 
     Args:
-        modules: the live model's between graphs, by path.
+        modules: the modules of the live model between graphs, with their paths.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -63,11 +64,11 @@ class OwnBuffers:
         self._lock = threading.Lock()
 
     def bind(self, store: Store, *, base: bool) -> None:
-        """Let the modules have the Store's own tensors, and copies of others; anew where the Store has another value.
+        """Give the modules the Store's own tensors, and copies of the others, renewed if the Store has another value.
 
         Args:
-            store: its tensors may have moved and changed.
-            base: whether the base alone is called, which has the source's values and keeps no others.
+            store: the Store, whose tensors may have moved and changed.
+            base: whether the base alone is called, which uses the source's values and keeps no others.
         """
         known = self._of_base if base else self._copied
         with self._lock:
@@ -94,10 +95,10 @@ class OwnBuffers:
         self._bound[place.name] = value, version(value)
 
     def keep(self, store: Store) -> None:
-        """Give the Store what a call has written to or replaced.
+        """Give the Store the buffers that a call has written to or replaced.
 
         Args:
-            store: as in `bind`.
+            store: as for `bind`.
 
         Raises:
             GraftError: GC030 for a buffer that shares memory with another one.
@@ -112,8 +113,10 @@ class OwnBuffers:
                     store.own(place.name, now)
 
     def _changed(self, store: Store) -> Iterator[tuple[_Place, Tensor, bool]]:
-        """What has been written to or replaced since it was bound, and whether the Store owns it; what has another
-        shape is kept here."""
+        """Yield the buffers that have been written to or replaced, with their values and whether the Store owns them.
+
+        Values of another shape or type are stored here instead.
+        """
         for place in self._places:
             (bound, count), now = self._bound[place.name], place.module._buffers.get(place.last)
             owned = store.canonical(place.name) in store.updated

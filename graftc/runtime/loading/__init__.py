@@ -1,2 +1,1 @@
-"""From artifacts and checkpoints back to compiled models, and whether these are what the files say. Reads files, writes
-none."""
+"""Loading compiled models from artifacts and checkpoints, and verifying them. Files are read, and none is written."""

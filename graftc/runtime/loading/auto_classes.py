@@ -1,6 +1,6 @@
-"""Folders that transformers' ``Auto`` classes load: what ``save_pretrained`` of a compiled model writes.
+"""Folders that transformers' ``Auto`` classes load: those that ``save_pretrained`` of a compiled model writes.
 
-Such a folder has a ``config.json`` whose model type is ``graftc``, and the artifact beside it. Importing this module,
+Such a folder has a ``config.json`` with the model type ``graftc``, and the artifact beside it. Importing this module,
 or `graftc.auto`, lets ``AutoConfig`` and the ``AutoModel`` classes load it, as peft's integration does for adapters.
 """
 
@@ -27,21 +27,21 @@ _IGNORED = frozenset(
         *("use_safetensors", "weights_only", "code_revision", "_commit_hash", "_from_auto", "adapter_kwargs"),
     }
 )
-"""Options of ``from_pretrained`` that say where files come from, which do not concern a folder."""
+"""Options of ``from_pretrained`` that determine where files come from, and do not apply to a folder."""
 
 
 AdaptedConfig: Any = adapted_config()
 
 
 def _changed(config: PreTrainedConfig, saved: PreTrainedConfig) -> set[str]:
-    """Fields of a config that are not as they were saved, as ``num_labels`` that was given to an ``Auto`` class."""
+    """Return the fields of a config that differ from the saved one, such as a changed ``num_labels``."""
     given, kept = ({**one.to_dict(), "num_labels": one.num_labels} for one in (config, saved))
     changed = {name for name in given.keys() | kept.keys() if given.get(name) != kept.get(name)}
     return {name for name in changed if not name.startswith("_")}
 
 
 class _Loader:
-    """What an ``Auto`` class takes for the class of the model in such a folder."""
+    """The class that an ``Auto`` class takes for the class of the model in such a folder."""
 
     config_class = AdaptedConfig
     auto: type[_BaseAutoModelClass]
@@ -50,11 +50,11 @@ class _Loader:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, config: Any = None, subfolder: str = "", **options: Any
     ) -> Compiled:
-        """The compiled model in a folder.
+        """Load the compiled model in a folder.
 
         Raises:
-            GraftError: as `graftc.load`; GC072 for options that a compiled model does not have, and where the class of
-                the source model is not one of this ``Auto`` class.
+            GraftError: as `graftc.load`; GC072 for options that a compiled model does not have, and if the class of the
+                source model is not one that this ``Auto`` class loads.
         """
         place = Path(folder) / subfolder
         wanted = {name for name, value in options.items() if value is not None and name not in _IGNORED}
@@ -67,25 +67,25 @@ class _Loader:
         compiled = load(place / FOLDER)
         source = type(compiled.compilation.model)
         mapping: Any = cls.auto._model_mapping
-        found = mapping.get(type(config_of(compiled.compilation.model)), None)
-        if source not in (found if isinstance(found, tuple | list) else (found,)):
+        loadable = mapping.get(type(config_of(compiled.compilation.model)), None)
+        if source not in (loadable if isinstance(loadable, tuple | list) else (loadable,)):
             message = f"{place} has a {source.__name__}, which {cls.auto.__name__} does not load"
             raise GraftError("GC072", message, hint=f"graftc.load({str(place / FOLDER)!r}) loads it")
         return compiled
 
 
 def _auto_classes() -> Iterator[type[_BaseAutoModelClass]]:
-    for found in vars(modeling_auto).values():
+    for candidate in vars(modeling_auto).values():
         if (
-            isinstance(found, type)
-            and issubclass(found, _BaseAutoModelClass)
-            and getattr(found, "_model_mapping", None)
+            isinstance(candidate, type)
+            and issubclass(candidate, _BaseAutoModelClass)
+            and getattr(candidate, "_model_mapping", None)
         ):
-            yield found
+            yield candidate
 
 
 def register() -> None:
-    """Let the ``Auto`` classes load such folders; again, it does nothing."""
+    """Register such folders with the ``Auto`` classes, which can then load them; calling it again does nothing."""
     AutoConfig.register(AdaptedConfig.model_type, AdaptedConfig, exist_ok=True)
     for auto in set(_auto_classes()):
         loader = type(f"Adapted{auto.__name__}", (_Loader,), {"auto": auto})

@@ -1,4 +1,4 @@
-"""The base model that a file names."""
+"""Loading the base model that a file names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def find_base(reference: Reference, artifact: Path) -> nn.Module:
-    """Load the base that an artifact names, as it was built: with the class of transformers, the labels and the dtype
-    that it had. A folder that moved together with the artifact is found.
+    """Load the base that an artifact names, as it was built: with its class of transformers, its labels and its dtype.
+
+    A folder that moved together with the artifact is found.
 
     Raises:
-        GraftError: GC086 where it is not there, or where loading it would run code that the artifact names; GC032 where
-            it is there and cannot be loaded.
+        GraftError: GC086 if it is not there, or if loading it would run code that the artifact names; GC032 if it is
+            there and cannot be loaded.
     """
     hint = "name the base: --model MODEL, or graftc.load(path, model=...)"
     kind, text, relative = reference.kind, reference.text, reference.relative

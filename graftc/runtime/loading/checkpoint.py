@@ -1,7 +1,7 @@
-"""A trainer's checkpoint of a compiled model, as a compiled model again.
+"""Loading a trainer's checkpoint of a compiled model as a compiled model.
 
-Trainers write what `Compiled.state_dict` gives. The record in it says the rest; optimiser, schedule and random state
-are the trainer's.
+Trainers write what `Compiled.state_dict` returns. The record in it contains everything else; optimiser, schedule and
+random state belong to the trainer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WEIGHTS = "model.safetensors"
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
-    """The file of tensors in a checkpoint; None for an artifact, or where there is none."""
+    """Return the file of tensors in a checkpoint; None for an artifact, or if there is none."""
     place = Path(path)
     if os.path.isdir(place) and not os.path.exists(place / MANIFEST):
         place = place / WEIGHTS
@@ -43,7 +43,7 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder holds what a trainer wrote of a compiled model, and no model of transformers."""
+    """Return whether a folder contains a trainer's checkpoint of a compiled model, and not a model of transformers."""
     file = checkpoint_file(path)
     try:
         return file is not None and RECORD in read_shard(file).tensors
@@ -52,16 +52,16 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """Compile the spec of a checkpoint again, with its tensors.
+    """Compile the spec of a checkpoint again, with the checkpoint's tensors.
 
     Args:
-        file: its tensors.
-        model: its base, or where that is; by default where the checkpoint says.
-        cache: look up and keep captured graphs in the user's cache folder.
+        file: the checkpoint's file of tensors.
+        model: its base, or a MODEL argument that names it; by default the base that the checkpoint names.
+        cache: whether to look up and keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC080 where the file is not of a compiled model, GC081 or GC082 where it cannot be read, GC084 for
-            tensors that the spec has no place for, GC086 where the base is not there, GC087 where it is another.
+        GraftError: GC080 if the file is not of a compiled model, GC081 or GC082 if it cannot be read, GC084 for tensors
+            that the spec has no place for, GC086 if the base is not there, GC087 if it is another one.
     """
     state = _read(file)
     record = from_tensor(state[RECORD], str(file))

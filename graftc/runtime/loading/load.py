@@ -1,4 +1,4 @@
-"""From an artifact back to a compiled model: the spec compiled again, at the same places, with the kept tensors."""
+"""Loading compiled models from artifacts: the spec is compiled again, at the same places, with the stored tensors."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """A compiled model from an artifact, its base and its adapter tensors, or from a trainer's checkpoint. See
-    `graftc.load`."""
+    """Load a compiled model from an artifact, its base and its adapter tensors, or from a trainer's checkpoint.
+
+    See `graftc.load`.
+    """
     with progress.working("loading", absolute_path(path).name):
         if (file := checkpoint_file(path)) is not None:
             return load_checkpoint(file, model, cache=cache)
@@ -46,10 +48,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, 
 
 
 def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Module:
-    """The base of an artifact: what is given, or where the artifact says that it is.
+    """Return the base of an artifact: the given one, or by default the one that the artifact names.
 
     Raises:
-        GraftError: GC086 where it is not there, GC087 where it is another model, GC089 where it lacks tensors.
+        GraftError: GC086 if it is not there, GC087 if it is another model, GC089 if it lacks tensors.
     """
     if model is None:
         model = find_base(artifact.manifest.base.place, artifact.path)
@@ -59,13 +61,13 @@ def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Modu
 
 
 def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
-    """Hold a model against the base that an artifact was made from.
+    """Check a model against the base that an artifact was made from.
 
     Returns:
-        The model, packed where that was: see `graftc.compiler.arrivals.recorded.packed_as`.
+        The model, packed if the base was: see `graftc.compiler.arrivals.recorded.packed_as`.
 
     Raises:
-        GraftError: GC087 with what differs, GC089 where its checkpoint lacks tensors.
+        GraftError: GC087 with what differs, GC089 if its checkpoint lacks tensors.
     """
     expected = artifact.identity
     if device_of(model).type == "meta":
@@ -92,16 +94,16 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
 
 
 def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, recapture: bool = False) -> Compiled:
-    """Compile the artifact's spec again.
+    """Compile the spec of an artifact again.
 
     Args:
-        artifact: what to load.
+        artifact: the artifact to load.
         model: its base, checked.
-        cache: look up and keep captured graphs in the user's cache folder.
-        recapture: capture the model anew even where the artifact's own graphs would do.
+        cache: whether to look up and keep captured graphs in the user's cache folder.
+        recapture: whether to capture the model again even if the artifact's own graphs could be used.
 
     Raises:
-        GraftError: GC084 for tensors that the spec has no place for, GC088 where it adapts other places now.
+        GraftError: GC084 for tensors that the spec has no place for, GC088 if it adapts other places now.
     """
     values = artifact.tensors()
     known = {} if recapture else artifact.captures(device_of(model))
@@ -131,8 +133,9 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
 
 
 def check_passes(artifact: Artifact, compilation: Compilation) -> None:
-    """Hold the passes of plugins that rewrite graphs here against those that have rewritten an artifact's. Of another
-    version of a package only the places have to be the same, as of other versions of torch.
+    """Check the plugins' passes that rewrite graphs here against those that have rewritten an artifact's.
+
+    With another version of a package only the places have to be the same, as with other versions of torch.
 
     Raises:
         GraftError: GC077 with what is missing or new.
@@ -154,10 +157,10 @@ def check_passes(artifact: Artifact, compilation: Compilation) -> None:
 
 
 def check_places(artifact: Artifact, compilation: Compilation) -> None:
-    """Hold the places that a spec adapts now against those of an artifact.
+    """Check the places that a spec adapts now against those of an artifact.
 
     Raises:
-        GraftError: GC088 with what is new and what has gone.
+        GraftError: GC088 with those that are new and those that are missing.
     """
     before, now = _places(artifact.sites()), _places(site_records(compilation))
     gone, new = [p for p in before if p not in now], [p for p in now if p not in before]
@@ -181,7 +184,7 @@ def _written_with(artifact: Artifact) -> str:
 
 
 def _take_values(artifact: Artifact, compilation: Compilation, values: Mapping[str, Tensor]) -> None:
-    """Constants that methods keep beside parameters, and a check that nothing is left over or missing."""
+    """Copy the constants that methods keep besides parameters; no tensor may be left over or missing."""
     own = dict(adapter_tensors(compilation.store))
     other = sorted(own.keys() ^ values.keys())
     if other:
@@ -194,22 +197,22 @@ def _take_values(artifact: Artifact, compilation: Compilation, values: Mapping[s
 
 
 def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
-    """The graphs that the artifact's own captures give now are those that it holds.
+    """Check that the artifact's own captures still result in the graphs that it contains.
 
     Raises:
         GraftError: GC088 naming the first that differs.
     """
-    for signature, found in zip(artifact.manifest.signatures, compilation.signatures.values(), strict=True):
-        if [c.key for c in found.captures] != [c.key for c in signature.captures] or not found.captures[0].key:
-            continue  # other versions of the libraries: only the places have to be the same
-        other = different_graph(signature, compilation, found.signature)
+    for signature, current in zip(artifact.manifest.signatures, compilation.signatures.values(), strict=True):
+        if [c.key for c in current.captures] != [c.key for c in signature.captures] or not current.captures[0].key:
+            continue  # with other versions of the libraries only the places have to be the same
+        other = different_graph(signature, compilation, current.signature)
         if other is not None:
             message = f"{artifact.path} has another {other} graph than its spec gives"
             raise GraftError("GC088", message, hint="compile the spec again")
 
 
 def different_graph(kept: SignatureRecord, compilation: Compilation, signature: keys.Signature) -> str | None:
-    """The first graph of a signature that differs from a Compilation's; None where all are the same."""
+    """Return the name of the first graph of a signature that differs from a Compilation's; None if none does."""
     programs, canonical = compilation.graphs(signature), compilation.store.canonical
     for kind, graph in kept.graphs.items():
         if kind not in programs or structural_hash(programs[kind], canonical) != graph.structure:

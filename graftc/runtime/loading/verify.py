@@ -1,4 +1,4 @@
-"""Verifying what graftc wrote: hashes, base, places, graphs and certificate, each worked out anew."""
+"""Verifying what graftc wrote: hashes, base, places, graphs and certificate are all computed again."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        passed: whether it is as it should be; None where it was not looked at.
-        detail: what was found, or why it was not looked at.
+        name: what was checked.
+        passed: whether it is as it should be; None if it was not checked.
+        detail: what was found, or why it was not checked.
     """
 
     name: str
@@ -47,17 +47,21 @@ class Check:
 
 @dataclass
 class Verification:
-    """What verifying found, in order."""
+    """The results of verifying, in order."""
 
     checks: list[Check] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Nothing failed."""
+        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     def add(self, name: str, look: Callable[[], tuple[bool | None, str]]) -> bool:
-        """Look at something, unless something before it failed; a coded error is a no."""
+        """Run a check, unless an earlier one failed; a coded error counts as a failure.
+
+        Returns:
+            False if the check failed or did not run.
+        """
         if not self.passed:
             self.checks.append(Check(name, None, "not looked at: something before it failed"))
             return False
@@ -76,21 +80,21 @@ def verify(
     files_only: bool = False,
     step: Callable[[str], object] = lambda _: None,
 ) -> Verification:
-    """Work out anew what an artifact, or a folder of a merged model, says of itself.
+    """Compute again what an artifact, or the folder of a merged model, says of itself.
 
     Args:
         path: the folder.
-        model: the base, or where it is; by default where the artifact says.
-        files_only: look at the files only, without the base.
-        step: told what is being looked at.
+        model: the base, or a MODEL argument that names it; by default the base that the artifact names.
+        files_only: whether to check the files only, without the base.
+        step: called with the name of each step.
 
     Raises:
-        GraftError: GC080 where there is neither, GC081 for a newer format.
+        GraftError: GC080 if the folder is neither, GC081 for a newer format.
     """
     folder = absolute_path(path)
     if os.path.isfile(folder / RECORD) and not os.path.isfile(folder / MANIFEST):
         return _verify_merged(folder, str(path))
-    found = Verification()
+    verification = Verification()
     state: dict[str, Any] = {}
     step("hashing files")
     opened = _opened(path)
@@ -101,11 +105,11 @@ def verify(
         state["artifact"] = opened
         return True, f"{counted(len(opened.manifest.files), 'file')}, as written"
 
-    found.add("files", files)
-    found.add("tensors", lambda: (True, f"{counted(len(state['artifact'].tensors()), 'tensor')}, as listed"))
-    found.add("graph files", lambda: _graph_files(state["artifact"]))
+    verification.add("files", files)
+    verification.add("tensors", lambda: (True, f"{counted(len(state['artifact'].tensors()), 'tensor')}, as listed"))
+    verification.add("graph files", lambda: _graph_files(state["artifact"]))
     if files_only:
-        return found
+        return verification
     step("loading the base")
 
     def base() -> tuple[bool, str]:
@@ -114,22 +118,22 @@ def verify(
         count, how = counted(len(artifact.manifest.base.tensors), "tensor"), artifact.manifest.base.full
         return True, f"{type(state['base']).__name__}, {count}, {'all' if how else 'sampled'} values compared"
 
-    found.add("base", base)
+    verification.add("base", base)
     step("capturing")
 
     def places() -> tuple[bool, str]:
         state["compiled"] = load_artifact(state["artifact"], state["base"], cache=False, recapture=True)
         return True, f"the spec adapts the same {counted(len(state['artifact'].manifest.sites), 'place')}"
 
-    found.add("places", places)
-    found.add("graphs", lambda: _graphs(state["artifact"], state["compiled"]))
+    verification.add("places", places)
+    verification.add("graphs", lambda: _graphs(state["artifact"], state["compiled"]))
     step("certifying")
-    found.add("certificate", lambda: _certificate(state["artifact"], state["compiled"]))
-    return found
+    verification.add("certificate", lambda: _certificate(state["artifact"], state["compiled"]))
+    return verification
 
 
 def _opened(path: str | os.PathLike[str]) -> Artifact | GraftError:
-    """The artifact, or what is wrong with it.
+    """Return the artifact, or the error that opening it raises.
 
     Raises:
         GraftError: GC080 or GC081, which leave nothing to verify.
@@ -143,7 +147,7 @@ def _opened(path: str | os.PathLike[str]) -> Artifact | GraftError:
 
 
 def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
-    """The graphs in files are the ones whose digests the manifest has."""
+    """Check that the graphs in files are those whose digests the manifest has."""
     canonical = artifact.manifest.base.aliases
     count = 0
     for number, signature in enumerate(artifact.manifest.signatures):
@@ -156,22 +160,22 @@ def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
 
 
 def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
-    """Captured and rewritten anew, the graphs are the artifact's."""
+    """Check that the graphs are the artifact's when they are captured and rewritten again."""
     compilation = compiled.compilation
-    made = compilation.signatures.values()
-    for number, (signature, found) in enumerate(zip(artifact.manifest.signatures, made, strict=True)):
-        programs = compilation.graphs(found.signature)
-        other = different_graph(signature, compilation, found.signature) or _changed(artifact, number, programs)
+    current_signatures = compilation.signatures.values()
+    for number, (signature, current) in enumerate(zip(artifact.manifest.signatures, current_signatures, strict=True)):
+        programs = compilation.graphs(current.signature)
+        other = different_graph(signature, compilation, current.signature) or _changed(artifact, number, programs)
         if other is not None:
-            same = [c.key for c in found.captures] == [c.key for c in signature.captures] and found.captures[0].key
+            same = [c.key for c in current.captures] == [c.key for c in signature.captures] and current.captures[0].key
             if not same and artifact.manifest.versions.model_dump() != versions():
                 return None, "other versions of the libraries give other graphs for the same places"
             return False, f"the {other} graph of signature {number} differs when it is captured anew"
-    return True, f"the same, captured and rewritten anew for {counted(len(made), 'signature')}"
+    return True, f"the same, captured and rewritten anew for {counted(len(current_signatures), 'signature')}"
 
 
 def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -> str | None:
-    """The first graph in a file that is not, node by node and interface and all, one that was made anew."""
+    """Return the name of the first graph in a file that differs from the new one in a node or in its interface."""
     canonical = artifact.manifest.base.aliases
     for kind, program in programs.items():
         graph = artifact.manifest.signatures[number].graphs.get(kind)  # type: ignore[call-overload]
@@ -189,41 +193,41 @@ def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -
 
 
 def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
-    """Folding anew passes as the kept certificate does."""
+    """Check that folding again passes, and agrees with the kept certificate."""
     if artifact.manifest.certificate is None:
         return None, "the artifact has none"
     file = artifact.manifest.certificate
     kept = read_model(KeptCertificate, artifact.path / file, str(artifact.path), file)
-    found, _ = certificate_of(compiled)
-    if found is None:
+    certificate, _ = certificate_of(compiled)
+    if certificate is None:
         return False, "nothing folds any more"
-    other = _disagreement(kept, found)
+    other = _disagreement(kept, certificate)
     if other is not None:
         return False, other
-    if not found.passed:
-        return False, "; ".join(found.failures()[:3])
-    worst = max((site.algebra for site in found.sites), default=0.0)
+    if not certificate.passed:
+        return False, "; ".join(certificate.failures()[:3])
+    worst = max((site.algebra for site in certificate.sites), default=0.0)
     return True, (
-        f"{counted(len(found.sites))} within {worst:.1e} in float64, outputs within "
-        f"{found.largest_difference:.1e} (budget {found.budget:.1e})"
+        f"{counted(len(certificate.sites))} within {worst:.1e} in float64, outputs within "
+        f"{certificate.largest_difference:.1e} (budget {certificate.budget:.1e})"
     )
 
 
 def _disagreement(kept: KeptCertificate, found: Certificate) -> str | None:
-    """What a kept certificate says otherwise, numbers apart: those depend on the machine."""
+    """Return the first difference of a kept certificate, apart from numbers, which depend on the machine."""
     now = found.to_json()
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
-        held = list(kept.additions) if key == "additions" else getattr(kept, key)
-        if held != now[key]:
-            return f"the kept certificate has another {key}: {held}, not {now[key]}"
+        kept_value = list(kept.additions) if key == "additions" else getattr(kept, key)
+        if kept_value != now[key]:
+            return f"the kept certificate has another {key}: {kept_value}, not {now[key]}"
     if [s.site for s in kept.sites] != [s.site for s in found.sites]:
         return "the kept certificate is of other sites"
     return None
 
 
 def _verify_merged(folder: Path, where: str) -> Verification:
-    """Hold the files of a merged model against its record."""
-    found = Verification()
+    """Check the files of a merged model against its record."""
+    verification = Verification()
 
     def record() -> MergedRecord:
         unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION, RECORD)
@@ -237,9 +241,9 @@ def _verify_merged(folder: Path, where: str) -> Verification:
     def certificate() -> tuple[bool, str]:
         kept = record().certificate
         outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept.outputs.items())
-        found = f"outputs differ by at most {outputs}" if outputs else f"{counted(len(kept.sites))} probed"
-        return kept.passed, f"kept from merging: {found}"
+        detail = f"outputs differ by at most {outputs}" if outputs else f"{counted(len(kept.sites))} probed"
+        return kept.passed, f"kept from merging: {detail}"
 
-    found.add("files", files)
-    found.add("certificate", certificate)
-    return found
+    verification.add("files", files)
+    verification.add("certificate", certificate)
+    return verification

@@ -1,7 +1,7 @@
-"""The Runner of a model whose adaptations can be left out, and of whose base other models can be made.
+"""The Runner of a model whose adaptations can be left out, and from whose base other models can be made.
 
 What it computes without some adaptations is an `AdaptedView`: a Compilation of another spec over the model's own Store,
-with its code. Showing one is an assignment; calls then run it, and cost nothing more.
+with its code. Showing a view is an assignment; calls then run it at no extra cost.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from graftc.specs.methods.prefix import PrefixSpec
 
 
 class AdaptedRunner(ModelRunner):
-    """A Runner with adaptations. What folds, saves, exports, inspects and trains a model is given one.
+    """A Runner with adaptations, for everything that folds, saves, exports, inspects or trains a model.
 
     Args:
         compilation, store: see `ModelRunner`.
 
     Attributes:
-        leaving: which adaptations calls leave out.
-        views: without some adaptations.
-        progress: how far the training is.
+        leaving: the adaptations that calls leave out.
+        views: the views without some adaptations.
+        progress: the progress of the training.
         base_only: whether calls run the base's graphs.
         as_reference: whether they run those of eval mode.
-        recompute: how layers recompute activations, and every which of them does; None where none does.
+        recompute: how layers recompute activations, and ``n`` if every ``n``-th one does; None if none does.
     """
 
     def __init__(self, compilation: Compilation, store: Store) -> None:
@@ -72,11 +72,11 @@ class AdaptedRunner(ModelRunner):
     # Other models of the same base
 
     def made(self, compilation: Compilation) -> Any:
-        """The compiled model of a Compilation."""
+        """Return the compiled model of a Compilation."""
         raise NotImplementedError
 
     def over(self, compilation: Compilation) -> AdaptedRunner:
-        """That of another Compilation: the same Programs over another Store."""
+        """Return the Runner of another Compilation: the same Programs over another Store."""
         return cast(AdaptedRunner, self.made(compilation)._graftc)
 
     def sibling(
@@ -86,25 +86,24 @@ class AdaptedRunner(ModelRunner):
         model: nn.Module | None = None,
         axes: Sequence[Axis] | None = None,
     ) -> Any:
-        """Another spec compiled for the same base and first signature, where this model is.
+        """Compile another spec for the same base and first signature, on the device of this model.
 
         Args:
-            spec: what to adapt there.
+            spec: the spec to compile.
             values: adapter tensors to start from, by name.
             model: another base; by default the same.
-            axes: inputs of other element types, where the base is of another one.
+            axes: inputs of other element types, if the base has another one.
         """
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraftWarning)  # they have been given when this one was compiled
-            made = recompile(self.compilation, spec, values, model, axes)
-        return self.made(made).to(self.device)
+            warnings.simplefilter("ignore", GraftWarning)  # they were given when this model was compiled
+            compilation = recompile(self.compilation, spec, values, model, axes)
+        return self.made(compilation).to(self.device)
 
     def alone(self, names: tuple[str, ...]) -> Any:
-        """A compiled model of its own with these adaptations only, and with the ``train:`` list and added tokens; it
-        shares no adapter tensor with this one.
+        """Compile a model with these adaptations only, ``train:`` and added tokens, and adapter tensors of its own.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
         """
         spec = self.compilation.spec
         kept = self.adaptations(names)
@@ -114,11 +113,11 @@ class AdaptedRunner(ModelRunner):
         values = {n: t for n, t in adapter_values(self.store) if owner_of(n) not in gone | composed}
         return self.sibling(left, values)
 
-    # What is in the Compilation
+    # Contents of the Compilation
 
     @property
     def spec(self) -> Spec:
-        """The spec it was compiled from."""
+        """The spec that the model was compiled from."""
         return self.compilation.spec
 
     @property
@@ -128,23 +127,23 @@ class AdaptedRunner(ModelRunner):
 
     @property
     def snapshot(self) -> Snapshot:
-        """Places, tensors and Programs as data: what inspecting looks at."""
+        """Places, tensors and Programs as data, for inspection."""
         return snapshot(self.compilation)
 
     def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
-        """The Program of the first signature: adapted, or the base's own."""
+        """Return the Program of the first signature: the adapted one, or the base's own."""
         return self.compilation.program(mode, "base" if base else "adapted")
 
     @property
     def steering(self) -> Steerings:
-        """What steers the training of what is shown."""
+        """The controllers and objectives that steer the training of the shown view."""
         if self.shown.steering is None:
             self.shown.steering = steerings(self.compilation)
         return self.shown.steering
 
     @property
     def everything(self) -> Steerings:
-        """What steers when nothing is left out."""
+        """The controllers and objectives that steer the training if nothing is left out."""
         view = self.whole
         if view.steering is None:
             view.steering = steerings(self.compilation)
@@ -153,11 +152,11 @@ class AdaptedRunner(ModelRunner):
     # Calls
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `ModelRunner`.
+        """Return the outputs of a call, as `ModelRunner.call` does.
 
         Raises:
-            GraftError: GC044 where a base tensor has been unfrozen, GC130 where FSDP2 computes in another type than the
-                graphs; code of `torch.compile` takes no notice.
+            GraftError: GC044 if a base tensor has been unfrozen, which code of `torch.compile` does not notice; GC130
+                if FSDP2 computes in another type than the graphs.
         """
         if is_unit(self.module) and computes_in(self.module) not in (None, self.dtype):
             own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computes_in(self.module)))
@@ -182,7 +181,7 @@ class AdaptedRunner(ModelRunner):
 
     @property
     def begins(self) -> int:
-        """See `ModelRunner`."""
+        """The position of a text's first token, after shifted prefixes and virtual tokens."""
         if self.base_only:
             return 0
         specs = [resolved.spec for resolved in self.shown.compilation.places().resolved]
@@ -191,7 +190,7 @@ class AdaptedRunner(ModelRunner):
 
     @contextmanager
     def running_base(self) -> Iterator[None]:
-        """Inside, calls run the base's graphs; it may be nested."""
+        """Run the base's graphs in all calls while the block runs; such blocks may be nested."""
         before, self.base_only = self.base_only, True
         try:
             yield
@@ -199,21 +198,24 @@ class AdaptedRunner(ModelRunner):
             self.base_only = before
 
     def of_base(self) -> AdaptedRunner:
-        """A Runner of the same module that runs the base's graphs of eval mode, whatever this one does meanwhile."""
-        made = copy.copy(self)
-        made.base_only = made.as_reference = True
-        return made
+        """Return a Runner of the same module that runs the base's eval graphs, whatever this one does meanwhile."""
+        runner = copy.copy(self)
+        runner.base_only = runner.as_reference = True
+        return runner
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
-        """See `ModelRunner.key`."""
+        """Return the key of what a call runs: an adapted graph, or one of the base."""
         return ProgramKey(entry, mode, signature, "source" if self.base_only else "adapted")
 
     def mode_of(self, signature: Signature) -> Modes:
-        """See `ModelRunner`."""
+        """Return the mode of the modules, or eval for a reference (`as_reference`)."""
         return "eval" if self.as_reference else super().mode_of(signature)
 
     def program_of(self, key: ProgramKey) -> Program:
-        """See `ModelRunner`. Entries that score tokens are made of `forward`; of the base it is as the source's."""
+        """Return the Program of a key that has no code yet, with every layer written out.
+
+        Entries that score tokens are derived from `forward`; the base's Program computes what the source does.
+        """
         if key.entry in ("losses", "scores"):
             return token_losses(self.program_of(key._replace(entry="forward")), scores=key.entry == "scores")
         return self._with_updates(key, super().program_of(key))
@@ -223,25 +225,24 @@ class AdaptedRunner(ModelRunner):
         return as_source(program, self.store.updated) if ours else program
 
     def as_run(self, key: ProgramKey) -> Program:
-        """See `ModelRunner.as_run`. Layers that are alike call functions, until hooks want each."""
+        """Return the Program of a key. Layers that are alike call functions, unless hooks need each of them."""
         compilation = self.shown.compilation
-        found = compilation.table.programs.get(key)
+        program = compilation.table.programs.get(key)
         heard = self.hearing.hooked or self.hearing.everywhere or self.told or self.stops
-        if found is None or not calls(found.graph) or heard:
+        if program is None or not calls(program.graph) or heard:
             return super().as_run(key)
         compilation.signatures[key.signature].add_constants(self.store)
-        return self._with_updates(key, found)
+        return self._with_updates(key, program)
 
     def write_out(self, key: ProgramKey) -> None:
-        """See `Runner.write_out`."""
+        """Install a Program with every layer written out if some of its layers call functions."""
         if calls(self.shown.executables[key].program.graph):
             self.install(key, self.program_of(key))
 
     # Training graphs are lowered before they become code
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """See `Runner.install`. Another signature may have layers that the first one lacks; calls that are not those of
-        one block are written out."""
+        """Lower a Program to code, with its layers written out if calls of a function are not those of one block."""
         try:
             super().install(key, program)
         except UnlikeBodyError:
@@ -249,14 +250,14 @@ class AdaptedRunner(ModelRunner):
         self.tell_blocks()
 
     def tell_blocks(self) -> None:
-        """Tell layers how they recompute activations."""
+        """Set how each layer recomputes activations."""
         recompute, every = self.recompute or (Recompute(), 0)
         for number, block in enumerate(self.blocks.values()):
             code = block._graftc
             code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
-        """See `Runner.lowered`."""
+        """Return the Program that code is made of: lowered if it trains, otherwise unchanged."""
         if not _trains(key):
             return executable.program
         spec = self.shown.compilation.spec
@@ -266,8 +267,8 @@ class AdaptedRunner(ModelRunner):
         return lowered
 
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, executable: Executable) -> Function:
-        """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
-        if self.stops or not _trains(key):  # what hooks hear of is there once
+        """Return the code for a part of a Program; that of training graphs keeps less than autograd would."""
+        if self.stops or not _trains(key):  # hooks see each value once, so none is computed again
             return super().code(key, graph, module, executable)
         memory, off = self.shown.compilation.spec.memory, self.shown.compilation.spec.optimise.off
         plain = "recompute" in off and memory.budget is None and not memory.offload
@@ -279,10 +280,10 @@ class AdaptedRunner(ModelRunner):
 
     @contextmanager
     def without(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Inside, the model computes what it computes without some adaptations.
+        """Leave some adaptations out of the model while the block runs.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
         """
         off, left = self.adaptations(names), self.leaving
         self.show(left.hidden | off)
@@ -290,12 +291,12 @@ class AdaptedRunner(ModelRunner):
         left.within.append(off)
         try:
             yield
-        finally:  # adaptations may have come, gone and changed their names meanwhile
+        finally:  # adaptations may have been added, removed or renamed meanwhile
             del left.within[depth:]
             self.show(left.hidden)
 
     def beside(self, names: Iterable[str]) -> AdaptedRunner:
-        """A Runner of the same module that computes without some adaptations, whatever calls of the module leave out.
+        """Return a Runner of the same module without some adaptations, whatever calls of the module leave out.
 
         Raises:
             GraftError: as `without`.
@@ -305,18 +306,18 @@ class AdaptedRunner(ModelRunner):
             with exclusive():
                 views.setdefault(self.shown.off, self.shown)
                 views[off] = self._view(off)
-        made = copy.copy(self)
-        made.shown = views[off]
-        return made
+        runner = copy.copy(self)
+        runner.shown = views[off]
+        return runner
 
     def complete(self) -> AdaptedRunner:
-        """See `ModelRunner`. A Runner of the same module, where this one leaves something out or runs the base."""
+        """Return a Runner with every adaptation: this one, unless it leaves something out or runs the base."""
         if not (self.shown.off or self.base_only):
             return self
-        made = copy.copy(self)
-        made.leaving, made.shown = Leaving(), self.whole
-        made.base_only = made.as_reference = False
-        return made
+        runner = copy.copy(self)
+        runner.leaving, runner.shown = Leaving(), self.whole
+        runner.base_only = runner.as_reference = False
+        return runner
 
     @property
     def whole(self) -> AdaptedView:
@@ -324,11 +325,11 @@ class AdaptedRunner(ModelRunner):
         return self.views.known.get(frozenset(), self.shown)
 
     def every_view(self) -> list[AdaptedView]:
-        """See `ModelRunner`."""
+        """Return the views that calls may run: the shown one, and all that are known."""
         return list({id(view): view for view in (self.shown, *self.views.known.values())}.values())
 
     def relower(self) -> None:
-        """See `Runner`: the code of views too."""
+        """Make all code again, that of views included."""
         shown = self.shown
         try:
             for view in [*(view for view in self.every_view() if view is not shown), shown]:
@@ -338,20 +339,20 @@ class AdaptedRunner(ModelRunner):
             self.shown = shown
 
     def adaptations(self, names: tuple[str, ...]) -> frozenset[str]:
-        """Adaptations by their names, or by those of their compositions."""
+        """Return the adaptations with these names, or in the compositions with these names."""
         spec = self.compilation.spec
         names = as_names(names) if names else ()
-        found: set[str] = set()
+        resolved: set[str] = set()
         known = [*spec.owners, *([TRAIN] if spec.train else [])]
         for name in names:
             composed = next((c.members for c in spec.compose if c.name == name), None)
             if composed is None and name not in known:
                 raise unknown_name("adaptation", name, known)
-            found |= self.adaptations(tuple(composed)) if composed is not None else {name}
-        return frozenset(found)
+            resolved |= self.adaptations(tuple(composed)) if composed is not None else {name}
+        return frozenset(resolved)
 
     def show(self, off: frozenset[str]) -> None:
-        """Show what the model computes without some adaptations."""
+        """Show the view without some adaptations."""
         if off == self.shown.off:
             return
         views = self.views.known
@@ -364,24 +365,24 @@ class AdaptedRunner(ModelRunner):
         self.shown = views[off]
 
     def _view(self, off: frozenset[str]) -> AdaptedView:
-        """A view without some adaptations; what is shown stays."""
+        """Return a new view without some adaptations; what is shown does not change."""
         spec = leaving(self.compilation.spec, off, train=TRAIN not in off)
-        made = recompile(self.compilation, spec, dict(adapter_values(self.store)))
+        compilation = recompile(self.compilation, spec, dict(adapter_values(self.store)))
         every = self.everything
         left = {str(a.name) for a in spec.adapt} | {str(c.name) for c in spec.compose}
         kept = Steerings(*({n: v for n, v in table.items() if n in left} for table in tables_of(every)))
         tables = Tables(self.store)
         try:
-            for fqn, tensor in made.store.adapters():
-                if fqn not in self.store:  # constants, of what is now directly on a weight of the base
+            for fqn, tensor in compilation.store.adapters():
+                if fqn not in self.store:  # constants of what now reads a weight of the base directly
                     tables.put(fqn, self.here(tensor), persistent=False)
-            return self.view_of(over(made, self.compilation), kept, off)
+            return self.view_of(over(compilation, self.compilation), kept, off)
         except BaseException:
             tables.undo()
             raise
 
     def view_of(self, made: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
-        """Code of its own for a Compilation over the same tensors. Other threads may run this Runner meanwhile."""
+        """Return a view with its own code for a Compilation over the same tensors; other threads may run this."""
         self.views.made += 1
         beside = copy.copy(self)
         beside.shown = AdaptedView(made, {}, f"{self.views.made}: ", off, steering)
@@ -390,7 +391,7 @@ class AdaptedRunner(ModelRunner):
         return beside.shown
 
     def here(self, tensor: Tensor) -> Tensor:
-        """A new tensor where the model is."""
+        """Return a new tensor on the model's device."""
         moved = tensor.detach().to(self.device)
         return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 

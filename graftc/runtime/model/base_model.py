@@ -1,5 +1,7 @@
-"""The base model within a compiled one: callable as far as the last hidden state, as training loops want it that
-compute the head and the loss by themselves."""
+"""The base model within a compiled one, callable as far as the last hidden state.
+
+Training loops that compute the head and the loss themselves call it.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,15 @@ class HiddenStates(Node):
     """What a `BaseModel` runs.
 
     Attributes:
-        call: takes positional and keyword arguments, and returns the last hidden state in its output class.
+        call: a function of positional and keyword arguments that returns the last hidden state in the model's output
+            class.
     """
 
     call: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
 class BaseModel(Container):
-    """The child of a model that has its layers, without the head: ``compiled.model`` of most decoders."""
+    """The child of a model that contains its layers, without the head: ``compiled.model`` in most decoders."""
 
     _graftc: HiddenStates
 
@@ -32,10 +35,10 @@ class BaseModel(Container):
         self._graftc = HiddenStates()
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the model as far as its last hidden state: an output with ``last_hidden_state``.
+        """Run the model up to its last hidden state and return an output with ``last_hidden_state``.
 
         Raises:
-            GraftError: GC031 for inputs that cannot be captured; GC043 where the model returns no hidden states.
+            GraftError: GC031 for inputs that cannot be captured; GC043 if the model returns no hidden states.
         """
         call = self._graftc.call
         if call is None or (inputs and isinstance(inputs[0], UnitCall)):
@@ -49,12 +52,12 @@ def install_base_model(
     """Make the base model within a compiled one callable.
 
     Args:
-        store: its tree has the containers of the compiled model.
-        model: the source model, which says where its base model is (``base_model_prefix``).
-        call: what a call of it does.
+        store: the Store whose tree has the containers of the compiled model.
+        model: the source model, which names its base model (``base_model_prefix``).
+        call: a function that runs a call of it, given the positional and keyword arguments.
 
     Returns:
-        It; None where the model has none, is one itself, or returns no hidden states.
+        The base model; None if the model has none, is one itself, or returns no hidden states.
     """
     prefix = getattr(model, "base_model_prefix", None)
     config = getattr(model, "config", None)
@@ -62,6 +65,6 @@ def install_base_model(
         return None
     if not hasattr(config, "output_hidden_states"):
         return None
-    made = store.replace_container(prefix, BaseModel)
-    made._graftc.call = call
-    return made
+    base = store.replace_container(prefix, BaseModel)
+    base._graftc.call = call
+    return base

@@ -31,18 +31,18 @@ from graftc.runtime.hooks.layer_learning import Border
 
 @dataclass(frozen=True)
 class Recompute:
-    """How a Block recomputes its activations in the backward pass.
+    """Settings by which a Block recomputes its activations in the backward pass.
 
     Attributes:
-        options: keywords of `torch.utils.checkpoint.checkpoint`, beside ``use_reentrant``, which is False.
-        offload: hold what is kept for recomputing in the host's memory.
+        options: keyword arguments of `torch.utils.checkpoint.checkpoint`, besides ``use_reentrant``, which is False.
+        offload: whether to keep what is needed for recomputing in the host's memory.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     offload: bool = False
 
     def __call__(self, function: Function, *inputs: Any) -> Any:
-        """Run a function, keeping its inputs only."""
+        """Run a function and keep only its inputs."""
         with self._kept_elsewhere(inputs):
             return checkpoint(function, *inputs, use_reentrant=False, **self.options)
 
@@ -54,15 +54,15 @@ class Recompute:
 
 
 class LayerCode(Node):
-    """What a Block runs.
+    """The code that a Block runs, and how it runs it.
 
     Attributes:
         functions: the code of its part of each Program, by key.
-        choices: how much of its activations each kind of call computes again.
-        checkpointing: recompute activations in the backward pass instead of keeping them.
-        recompute: how.
-        borders: what its part of each Program reads and gives, by key.
-        calls: how the source's layer is called there, by key, once hooks have asked.
+        choices: the amount of its activations that each kind of call computes again.
+        checkpointing: whether to recompute activations in the backward pass instead of keeping them.
+        recompute: how to recompute them.
+        borders: the inputs and outputs of its part of each Program, by key.
+        calls: how the source's layer is called there, by key, once hooks have requested it.
         hearing: whether any layer of the model has hooks.
     """
 
@@ -76,8 +76,8 @@ class LayerCode(Node):
         self.recompute = Recompute()
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
-        """See `Node`. A layer with hooks is called as the source's is."""
-        if self.hearing.live:  # the module between graphs calls the hooks
+        """Call the module; a layer with hooks is called as the source's layer is."""
+        if self.hearing.live:  # the source's own module calls the hooks
             return module.forward(*inputs) if module._forward_hooks or module._forward_pre_hooks else module(*inputs)
         if self.hearing.hooked or self.hearing.everywhere:
             key, *given = inputs
@@ -87,7 +87,7 @@ class LayerCode(Node):
 
 
 class Block(Container):
-    """One repeated layer: owns its tensors and runs its part of every Program."""
+    """A repeated layer, which owns its tensors and runs its part of every Program."""
 
     _graftc: LayerCode
 
@@ -96,23 +96,28 @@ class Block(Container):
         self._graftc = LayerCode()
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """See `torch.nn.Module.register_forward_hook`. The hook gets and may change what it does in the source model,
-        in calls with a cache too. What the graph does not have in that form raises GC043 when it is looked into."""
+        """Register a hook that gets, and may change, what it does in the source model, also in calls with a cache.
+
+        A value that the graph does not have in the source's form raises GC043 when the hook looks into it.
+        """
         self._hear(hook)
         return nn.Module.register_forward_hook(self, hook, **options)
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """See `register_forward_hook`."""
+        """Register a forward pre-hook, as `register_forward_hook` does."""
         self._hear(hook)
         return nn.Module.register_forward_pre_hook(self, hook, **options)
 
     def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """See `register_forward_hook`: gradients are those of the source's arguments and results."""
+        """Register a backward hook, as `register_forward_hook` does.
+
+        Its gradients are those of the source's arguments and results.
+        """
         self._hear(hook)
         return nn.Module.register_full_backward_hook(self, hook, prepend)
 
     def register_full_backward_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """See `register_full_backward_hook`."""
+        """Register a backward pre-hook, as `register_full_backward_hook` does."""
         self._hear(hook)
         return nn.Module.register_full_backward_pre_hook(self, hook, prepend)
 
@@ -121,10 +126,10 @@ class Block(Container):
             self._graftc.hearing.hooked = True
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run a part of a Program: its key, and what it reads; or what `LayerCode.enter` has prepared.
+        """Run a part of a Program, given its key and inputs, or a call that `LayerCode.enter` has prepared.
 
         Raises:
-            GraftError: GC043 for a call as of the source's layer that no graph makes.
+            GraftError: GC043 for a call like the source layer's that no graph makes.
         """
         code = self._graftc
         key, *values = inputs or (None,)

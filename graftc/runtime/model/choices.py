@@ -1,4 +1,4 @@
-"""What chooses among the adaptations of banks in a call: rows of its batch, by number, name or weight."""
+"""Choices among the adaptations of banks in a call: one for each row of its batch, by number, name or weight."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 
 
 def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a call with those by which it chooses among adaptations.
+    """Return the tensors of a call together with those that choose among adaptations.
 
     Args:
-        compilation: has the banks.
-        present: what the source model is called with, by name.
+        compilation: the Compilation that has the banks.
+        present: the inputs of the source model, by name.
         chosen: inputs of banks as given: tensors, or lists of names and numbers.
 
     Raises:
         GraftError: GC038 for a choice that does not fit its bank or the batch.
     """
-    found = repeated(compilation, present)
+    tensors = repeated(compilation, present)
     for name, composition in compilation.controls.items():
         if not isinstance(composition, Parallel) and chosen.get(name) is not None:
-            found |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, found))
-    return found
+            tensors |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, tensors))
+    return tensors
 
 
 def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a call that chooses nothing: every row once for each adaptation that runs beside others.
+    """Return the tensors of a call without choices, its rows repeated for each adaptation that runs in parallel.
 
     Raises:
-        GraftError: GC038 where there is no batch whose rows could be repeated.
+        GraftError: GC038 if there is no batch whose rows could be repeated.
     """
-    found = dict(present)
+    tensors = dict(present)
     for name, composition in compilation.controls.items():
         if isinstance(composition, Parallel):
-            found = _repeated(compilation, found, name, composition)
-    return found
+            tensors = _repeated(compilation, tensors, name, composition)
+    return tensors
 
 
 def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of banks, as they are given, for each row.
+    """Return inputs of banks, as given, with one entry for each row.
 
     Args:
-        compilation: has the banks.
+        compilation: the Compilation that has the banks.
         chosen: inputs by name, as for `with_choices`; None counts as absent.
-        rows: of the batch.
-        device: of numbers that are given as a list.
+        rows: the number of rows of the batch.
+        device: the device for choices that are given as a list.
 
     Raises:
         GraftError: GC038 for a choice that does not fit its bank or the batch.
     """
-    found: dict[str, Tensor] = {}
+    expanded: dict[str, Tensor] = {}
     for name, composition in compilation.controls.items():
         if not isinstance(composition, Bank) or chosen.get(name) is None:
             continue
         if name == composition.mixture:
             weights = _weights(composition, name, chosen[name], rows, device)
-            found[name] = weights.to(dtype_of(compilation.model))
+            expanded[name] = weights.to(dtype_of(compilation.model))
         else:
-            found[name] = _ids(composition, name, chosen[name], rows, device)
-    return found
+            expanded[name] = _ids(composition, name, chosen[name], rows, device)
+    return expanded
 
 
 def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
-    """The tensors of a call whose first axis is the batch."""
+    """Return the names of a call's tensors whose first axis is the batch."""
     known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program_as_run("train", "base").inputs}
     sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
     rows = present[sure[0]].shape[0] if sure else None
@@ -90,7 +90,7 @@ def _rows(compilation: Compilation, present: Mapping[str, Any]) -> tuple[int, to
 def _repeated(
     compilation: Compilation, present: Mapping[str, Any], name: str, composition: CompositionSpec
 ) -> dict[str, Any]:
-    """Every row once for each adaptation, adaptation by adaptation."""
+    """Repeat all rows once for each adaptation, adaptation by adaptation."""
     count = len(composition.members)
     rows, device = _rows(compilation, present)
     batched = set(_batched(compilation, present))
@@ -128,10 +128,10 @@ def _weights(bank: Bank, name: str, given: Any, rows: int, device: torch.device)
 
 
 def slot_of(bank: CompositionSpec, choice: str | int) -> int:
-    """The number of a slot.
+    """Return the number of a slot.
 
     Raises:
-        GraftError: GC038 where there is no such slot.
+        GraftError: GC038 if there is no such slot.
     """
     members = list(bank.members)
     if isinstance(choice, int) and not isinstance(choice, bool) and 0 <= choice < len(members):

@@ -1,8 +1,9 @@
-"""The cache of a call that asked for none: made when somebody looks into it.
+"""The cache of a call that did not request one, created when it is first used.
 
-Where a source model's config has ``use_cache``, its calls return a cache. Most callers leave it, and a graph that
-returns keys and values is one more to capture, so that a call here runs the graph without. What it returns as its
-cache is a cache of transformers without contents, which it gets, by another pass over the same inputs, when it is used.
+If a source model's config sets ``use_cache``, its calls return a cache. Most callers ignore it, and a graph that
+returns keys and values is one more graph to capture, so such a call runs the graph without them. The cache that it
+returns is a transformers cache without contents, which are computed by a second pass over the same inputs when the
+cache is used.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ _HINT = "call with use_cache=True, which makes the cache at once"
 
 @dataclass(frozen=True)
 class CallState:
-    """What a second pass has to find as the first one did.
+    """The state of a call that a second pass has to reproduce.
 
     Attributes:
         inputs: tensors of the call, by name.
-        versions: of these, and what tells whether adapter tensors have been written to.
-        now: gives `versions` as they are now.
+        versions: the versions of these tensors, and values that show whether adapter tensors have been written to.
+        now: a function that returns the current `versions`.
         grad: whether gradients were recorded.
         inference: whether inference mode was on.
-        autocast: the element type of autocast; None where it was off.
-        device: kind of the device that autocast was for.
+        autocast: the element type of autocast; None if it was off.
+        device: the kind of device that autocast applied to.
     """
 
     inputs: Mapping[str, Any]
@@ -50,29 +51,29 @@ class CallState:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], tensors: Callable[[], tuple[Any, ...]], device: str) -> CallState:
-        """The state of a call.
+        """Record the state of a call.
 
         Args:
-            inputs: of the call, by name. What cannot tell whether it is written to is copied.
-            tensors: tells whether adapter tensors have been written to.
-            device: where the model is.
+            inputs: the inputs of the call, by name. Tensors that do not count writes are copied.
+            tensors: a function that returns values that show whether adapter tensors have been written to.
+            device: the kind of device that the model is on.
         """
-        held = {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
-        watched = [v for v in held.values() if isinstance(v, Tensor) and not v.is_inference()]
+        kept = {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
+        watched = [v for v in kept.values() if isinstance(v, Tensor) and not v.is_inference()]
 
         def now() -> tuple[Any, ...]:
             return (*(tensor._version for tensor in watched), *tensors())
 
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None
-        return cls(held, now(), now, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, device)
+        return cls(kept, now(), now, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, torch is in the state of that call.
+        """Put torch into the state of the recorded call while the block runs.
 
         Raises:
-            GraftError: GC140 where inputs or adapter tensors have been written to since, or hooks have changed.
+            GraftError: GC140 if inputs or adapter tensors have been written to since, or hooks have changed.
         """
         if self.now() != self.versions:
             message = "the cache of a call is made when it is first used, and what the call read has been written to"
@@ -89,22 +90,22 @@ class CallState:
 
 
 class _Deferred:
-    """A cache whose contents are made when one of its attributes is first read; then it is an ordinary one."""
+    """A cache whose contents are created when one of its attributes is first read; then it is an ordinary one."""
 
     def __getattr__(self, name: str) -> Any:
         kind = type(self).__mro__[2]
         if name not in _attributes(kind):
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
         make = vars(self).get("_graftc_make")
-        if make is not None:  # else another thread has made it
-            made = make()
-            vars(self).update({**vars(made), **vars(self)})
+        if make is not None:  # otherwise another thread has created them
+            contents = make()
+            vars(self).update({**vars(contents), **vars(self)})
             self.__class__ = kind
             vars(self).pop("_graftc_make", None)
         return getattr(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and files have an ordinary cache."""
+        """Create the contents first, so that copies and files contain an ordinary cache."""
         getattr(self, next(iter(_attributes(type(self).__mro__[2]))))
         return self.__reduce_ex__(protocol)
 
@@ -125,40 +126,40 @@ def _deferred(kind: Any) -> Any:
 
 
 def deferred_cache(pairs: bool, make: Callable[[], Any]) -> Any:
-    """A cache that is made when it is used.
+    """Return a cache whose contents are created when it is first used.
 
     Args:
         pairs: whether the model has an encoder.
-        make: gives the cache; what it raises is raised at that time, and again at the next.
+        make: a function that returns the cache; its errors are raised on first use, and again on the next one.
     """
-    own: Any = type(new_cache(pairs))
-    kind = _deferred(own)
-    made = kind.__new__(kind)
-    vars(made)["_graftc_make"] = make
-    return made
+    ordinary: Any = type(new_cache(pairs))
+    kind = _deferred(ordinary)
+    deferred = kind.__new__(kind)
+    vars(deferred)["_graftc_make"] = make
+    return deferred
 
 
 def cache_field(outputs: Any) -> str | None:
-    """The field of a call's outputs that is for a cache and has none; None where there is no such field."""
+    """Return the name of the field for a cache if a call's outputs leave it unset; None if there is no such field."""
     fields = getattr(type(outputs), "__dataclass_fields__", ())
     return next((name for name in CACHES if name in fields and name not in outputs), None)
 
 
 def not_at_once(message: str) -> GraftError:
-    """The error for a cache that cannot be made when it is used."""
+    """Return the error for a cache that cannot be created when it is used."""
     return GraftError("GC140", message, hint=_HINT)
 
 
 def may_return_cache(
     interface: Interface, config: Any, named: Mapping[str, Any], present: Mapping[str, Any], training: bool
 ) -> bool:
-    """Whether the source model may return a cache for a call that says nothing of one.
+    """Return whether the source model may return a cache for a call that does not mention one.
 
     Args:
-        interface: of the model.
-        config: its own; None where it has none.
+        interface: the interface of the model.
+        config: the config of the model; None if it has none.
         named: the arguments as given.
-        present: what of them makes a difference.
+        present: the arguments that make a difference.
         training: whether the model is in train mode.
     """
     if interface.cache is None or training:

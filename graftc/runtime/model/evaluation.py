@@ -1,4 +1,4 @@
-"""What a model computes of the same inputs in eval mode, whatever mode it is in and whatever it leaves out."""
+"""Evaluating a model on the same inputs in eval mode, whatever mode it is in and whatever it leaves out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.runtime.model.model_runner import ModelRunner
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, a module is in eval mode; afterwards it and all below are in the modes that they were in."""
+    """Put a module into eval mode while the block runs, then restore its mode and those of all submodules."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -30,14 +30,14 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class Evaluation:
-    """One model on the same inputs, as often as wanted; what it draws is the same each time.
+    """A model on fixed inputs, which can run any number of times and draws the same random numbers each time.
 
     Args:
-        runner: of the model.
-        inputs: tensors by name; flags are those of the first signature, and choices among adaptations the usual ones.
+        runner: the Runner of the model.
+        inputs: tensors by name; flags are those of the first signature, and choices among adaptations the default ones.
 
     Attributes:
-        runner: that of the model with every adaptation.
+        runner: the Runner of the model with every adaptation.
     """
 
     def __init__(self, runner: ModelRunner, inputs: Mapping[str, Tensor]) -> None:
@@ -49,8 +49,10 @@ class Evaluation:
         self._draws = is_live(runner.compilation.model) or any(map(draws, base.graph.nodes))
 
     def outputs(self, routes: Routes | None = None) -> tuple[Any, ...]:
-        """Flat outputs. What the model chooses among its own values is recorded in ``routes``, and what is imposed
-        there is taken."""
+        """Return the flat outputs.
+
+        The model's choices among its own values are recorded in ``routes``, and choices imposed there are taken.
+        """
         if routes is None or not self._chooses:
             return self._run("forward")
         with routes.taken():
@@ -62,13 +64,15 @@ class Evaluation:
             return runner.run(runner.ready(present, entry), present)
 
     def forget(self) -> None:
-        """Let the code go that records choices."""
+        """Discard the code that records choices."""
         self.runner.forget("routes")
 
     @property
     def base(self) -> Program:
-        """The base's graph for such inputs, which may be another one than the first signature's: of other sizes. It is
-        there once the model has run."""
+        """The base's graph for such inputs, which exists once the model has run.
+
+        It may differ from the first signature's, which can have other sizes.
+        """
         signature = self._compilation.find(self._present)
         assert signature is not None
         return self._compilation.program("eval", "base", signature)

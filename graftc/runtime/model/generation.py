@@ -1,7 +1,8 @@
-"""Generating with a compiled model: by transformers' own loop, over graphs with a cache.
+"""Text generation with a compiled model, by transformers' own loop over graphs with a cache.
 
-The loop runs on a *stand-in*: an object of the source model's class whose calls are those of the compiled model. All
-that a class says of generating is therefore its own: how inputs are prepared, which tokens begin, Whisper's segments.
+The loop runs on a *stand-in*: an object of the source model's class whose calls are those of the compiled model.
+Everything that the class defines for generation therefore applies: how inputs are prepared, which tokens begin,
+Whisper's segments.
 """
 
 from __future__ import annotations
@@ -50,23 +51,25 @@ _PADDING = "_graftc_padding"
 
 
 class Generating:
-    """Generates with a compiled or merged model.
+    """Generation with a compiled or merged model.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers' ``generate`` does, with the same arguments and results: greedy, sampled, beams,
-        assisted, streamed. The first call captures graphs with a cache, which serve the prompt and every step.
+        """Generate as transformers' ``generate`` does, with the same arguments and results.
 
-        An ``assistant_model`` may be a compiled model too. Inputs of banks (``adapter_ids``) choose for each row.
+        Greedy, sampled, beam, assisted and streamed generation are supported. The first call captures graphs with a
+        cache, which serve the prompt and every step.
+
+        An ``assistant_model`` may be a compiled model as well. Inputs of banks (``adapter_ids``) choose for each row.
 
         Raises:
-            GraftError: GC140 where the model keeps no cache of keys and values, or the call asks for one that does not
+            GraftError: GC140 if the model keeps no cache of keys and values, or the call asks for one that does not
                 grow; GC141 for an adaptation that a cache cannot hold; GC142 for a model that does not generate.
         """
         self.require_generating()
@@ -79,15 +82,17 @@ class Generating:
             chosen = any(kwargs.get(name) is not None for name in (*CACHES, "cache_implementation"))
             if error.code not in ("GC031", "GC140") or (error.code == "GC140" and chosen):
                 raise
-            try:  # the loop has arguments, or a cache, of its own, which no graph takes
+            try:  # the loop passes arguments or a cache that no graph takes
                 runner = live_view(self.runner)
             except GraftError:
                 raise error from None
         return self._by_layers(runner, args, kwargs)
 
     def _by_layers(self, runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Generate with the class's own loop, whose calls have graphs of layers, or, where a layer is called with a
-        cache that no graph takes, such as one of states, graphs of maps."""
+        """Generate with the class's own loop, whose calls run graphs of layers.
+
+        If a layer is called with a cache that no graph takes, such as one of states, graphs of maps are used instead.
+        """
         assert runner.live is not None
         random = torch.get_rng_state()
         try:
@@ -119,7 +124,10 @@ class Generating:
                 each.let_go()
 
     def _running(self, kwargs: Mapping[str, Any]) -> Any:
-        """What runs the loop. Prefixes and virtual tokens are the first contents of the cache, where they can be."""
+        """Return the object that runs the loop.
+
+        Prefixes and virtual tokens become the first contents of the cache if possible.
+        """
         runner = self.runner
         if not isinstance(runner, AdaptedRunner):
             return stand_in_of(runner)
@@ -130,41 +138,41 @@ class Generating:
             every = (*shown.spec.owners, *([TRAIN] if shown.spec.train else []))
             return stand_in(runner.beside(every), runner.compilation.model)
         config = kwargs.get("generation_config")
-        # Assisted generation counts its masks by the tokens of the text alone.
+        # Assisted generation sizes its masks by the tokens of the text alone.
         ruled_out = any(kwargs.get(name) is not None for name in ("assistant_model", LOOKUP))
         ruled_out = ruled_out or getattr(config, LOOKUP, None) is not None
         ruled_out = ruled_out or False in (kwargs.get(USE_CACHE), getattr(config, USE_CACHE, None))
         if ruled_out or (initial := initial_cache(runner)) is None:
             return stand_in_of(runner)
-        made = stand_in(runner.beside(initial.names), runner.compilation.model)
-        vars(made).update(_graftc_initial=initial, _graftc_whole=runner)
-        return made
+        instance = stand_in(runner.beside(initial.names), runner.compilation.model)
+        vars(instance).update(_graftc_initial=initial, _graftc_whole=runner)
+        return instance
 
     def _by_graphs(self) -> bool:
-        """Whether graphs of whole calls generate, with a cache."""
+        """Return whether graphs of whole calls, with a cache, can generate."""
         return self.runner.interface.cache is not None and self.runner.keeps_cache()
 
     def _live(self) -> ModelRunner:
-        """What generates where they do not.
+        """Return the Runner that generates if graphs of whole calls cannot.
 
         Raises:
-            GraftError: GC140 where that cannot be made either.
+            GraftError: GC140 if it cannot be created either.
         """
         compilation = self.runner.shown.compilation
         try:
             return live_view(self.runner)
         except GraftError as error:
             if self.runner.interface.cache is not None:
-                _ = compilation.cache_layout  # it says why
+                _ = compilation.cache_layout  # raises the reason
             name = type(compilation.source).__name__
             message = f"{name} keeps no cache of keys and values: its forward takes none"
             raise GraftError("GC140", message, hint="call it without a cache: use_cache=False") from error
 
     def require_generating(self) -> None:
-        """Refuse what does not generate.
+        """Check that the model can generate.
 
         Raises:
-            GraftError: GC142, and GC141 for adaptations that give a row several times.
+            GraftError: GC142 if it cannot, GC141 for adaptations that return a row several times.
         """
         if not self.can_generate():
             name = type(self.runner.compilation.model).__name__
@@ -172,10 +180,10 @@ class Generating:
         require_rows_of_one(self.runner.shown.compilation)
 
     def get_encoder(self) -> nn.Module:
-        """The encoder of a model that has one: called, it gives ``encoder_outputs`` as the adapted model has them.
+        """Return the encoder of a model that has one; a call of it gives the adapted model's ``encoder_outputs``.
 
         Raises:
-            GraftError: GC142 where there is none.
+            GraftError: GC142 if there is none.
         """
         model: Any = self.runner.compilation.model
         if not has_encoder(model):
@@ -184,28 +192,28 @@ class Generating:
 
     @property
     def encoder_parameters(self) -> tuple[str, ...]:
-        """Names that the encoder's ``forward`` takes."""
+        """The names of the parameters of the encoder's ``forward``."""
         return _encoder_of(self.runner).parameters
 
     def can_generate(self) -> bool:
-        """Whether the source model's class generates text."""
+        """Return whether the source model's class generates text."""
         model: Any = self.runner.compilation.model
         can = is_transformers(model) and callable(getattr(model, "can_generate", None)) and model.can_generate()
         return bool(can)
 
     @property
     def most_tokens(self) -> int | None:
-        """How many tokens a text has positions for; None where any number has."""
+        """The number of tokens that a text has positions for; None if there is no limit."""
         text = TARGET if has_encoder(self.runner.compilation.model) else SEQUENCE
         tables = self.runner.position_tables(self.runner.shown.compilation.key("eval"))
         return min((table.most for table in tables if table.axis == text), default=None)
 
 
 def loop_attribute(runner: ModelRunner, name: str) -> Any:
-    """What transformers' loop asks a model that assists another one: as the source's class answers it.
+    """Return an attribute that transformers' loop reads from an assistant model, as the source's class gives it.
 
     Raises:
-        AttributeError: for what it does not ask.
+        AttributeError: for an attribute that the loop does not read.
     """
     loop = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
     if not name.startswith("__") and hasattr(loop, name) and Generating(runner).can_generate():
@@ -214,7 +222,10 @@ def loop_attribute(runner: ModelRunner, name: str) -> Any:
 
 
 def _called(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The outputs of a call of the loop: of the module, whose hooks hear of it, unless that runs something else."""
+    """Return the outputs of a call from the loop.
+
+    It goes through the module, whose hooks then run, unless the module runs something else.
+    """
     own: Any = runner.module._graftc
     if own is runner:
         return runner.module(*args, **kwargs)
@@ -222,8 +233,10 @@ def _called(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def encode(runner: ModelRunner, kwargs: dict[str, Any]) -> Any:
-    """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left out,
-    as the encoder's own ``**kwargs`` does."""
+    """Return the outputs of the model's encoder for a call, in its own output class.
+
+    Arguments for other parts of the model are ignored, as by the encoder's own ``**kwargs``.
+    """
     encoder, shown = _encoder_of(runner), runner.shown.compilation
     taken = (*encoder.parameters, "return_dict")
     chosen = {name: kwargs[name] for name in shown.controls if name in kwargs}
@@ -241,7 +254,11 @@ def _encoder_of(runner: ModelRunner) -> Interface:
 
 
 def stand_in_of(runner: ModelRunner) -> Any:
-    """A model's own stand-in. That of a Runner beside is made anew: what it leaves out is its own."""
+    """Return the stand-in of a Runner.
+
+    The one of the module's own Runner is kept; other Runners of the module get a new one, as each leaves out something
+    else.
+    """
     known = runner.derived.get("stand-in")
     if known is None or known._graftc_runner is not runner:
         known = stand_in(runner, runner.compilation.model)
@@ -251,11 +268,11 @@ def stand_in_of(runner: ModelRunner) -> Any:
 
 
 def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
-    """An object of a model's class that generates with the calls of a Runner.
+    """Return an object of a model's class that generates with the calls of a Runner.
 
     Args:
-        runner: what is called.
-        source: the model; the stand-in has its modules, and everything else that it holds.
+        runner: the Runner that is called.
+        source: the model; the stand-in has its modules and all its other attributes.
     """
     own = {
         "__doc__": type(source).__doc__,
@@ -265,15 +282,15 @@ def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
         "generation_config": property(lambda self: self._graftc_runner.module.generation_config),
     }
     cls: Any = type(type(source).__name__, (_StandIn, type(source)), own)
-    made = cls.__new__(cls)
-    held = {
+    instance = cls.__new__(cls)
+    attributes = {
         name: value for name, value in vars(source).items() if name not in ("forward", "config", "generation_config")
     }
-    vars(made).update(held)
-    hooks = [name for name, value in held.items() if name.endswith("_hooks") or "_hooks_" in name]
-    vars(made).update({name: type(held[name])() for name in hooks if isinstance(held[name], dict)})
-    vars(made)["_graftc_runner"] = runner
-    return made
+    vars(instance).update(attributes)
+    hooks = [name for name, value in attributes.items() if name.endswith("_hooks") or "_hooks_" in name]
+    vars(instance).update({name: type(attributes[name])() for name in hooks if isinstance(attributes[name], dict)})
+    vars(instance)["_graftc_runner"] = runner
+    return instance
 
 
 _OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
@@ -281,7 +298,7 @@ _OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
 
 
 def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
-    """A ``forward`` that calls a Runner, with the parameters that the source's has, and those of banks."""
+    """Return a ``forward`` that calls a Runner, with the parameters of the source's and those of banks."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._graftc_runner
@@ -289,13 +306,13 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
         if self._graftc_initial is not None:
             if any(map(is_fronted, kwargs.values())):
                 kwargs = self._graftc_initial.call(kwargs)
-            else:  # a call beside the loop, as guidance makes them: what stands in front is in no cache
+            else:  # a call outside the loop, as in guidance: no cache has the initial contents
                 runner = self._graftc_whole or runner
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
-            kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches
+            kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # so that all batches share a graph
         kept = kwargs.get(KEPT)
-        if isinstance(kept, int) and kept > 1:  # each number would be a graph of its own
+        if isinstance(kept, int) and kept > 1:  # each number would need its own graph
             outputs = _called(runner, args, {**kwargs, KEPT: 0})
             outputs["logits"] = outputs.logits[:, -kept:]
             return outputs
@@ -314,7 +331,7 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
 
 
 class _StandIn:
-    """What of generating goes to a Runner."""
+    """The part of a stand-in that passes generation on to a Runner."""
 
     _graftc_runner: Any
     _graftc_whole: Any = None
@@ -335,13 +352,13 @@ class _StandIn:
         return bool(self._graftc_runner.training)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder, whose calls are those of the Runner."""
+        """Return the encoder, whose calls are those of the Runner."""
         return _Encoder(self._graftc_runner, super().get_encoder(*args, **kwargs))  # type: ignore[misc]
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
-        """What chooses among adaptations is for rows of the prompt, each of which may become several."""
+        """Expand the inputs, and the choices among adaptations with them: each row of the prompt may become several."""
         compilation = self._graftc_runner.shown.compilation
         given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
         prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
@@ -351,16 +368,16 @@ class _StandIn:
         return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **given)
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own. Texts that only their length ends are refused where there are no positions for that."""
-        found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
-        longest = generation_config.max_length if len(found) == 1 else generation_config.min_length
+        """Return the model's own criteria, after checking that the length that every text reaches has positions."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
         most = Generating(self._graftc_runner).most_tokens
-        if most is not None and longest is not None:  # the last token goes into no call
+        if most is not None and longest is not None:  # the last token is not passed to a call
             initial = (
                 self._graftc_initial.length if self._graftc_initial is not None and self._graftc_initial.shifted else 0
             )
             require_positions(int(longest) - 1 - getattr(generation_config, _PADDING, 0), most - initial)
-        return found
+        return criteria
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -374,8 +391,7 @@ class _StandIn:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """A cache whose layers keep all tokens, where the call gives none; in front of it is what stands for
-        adaptations, if anything does."""
+        """Create a cache whose layers keep all tokens unless the call gives one, and put initial contents in front."""
         kind = generation_config.cache_implementation
         if kind not in _GROWING:
             message = f"a compiled model's graphs take no cache of the kind {kind!r}"
@@ -389,22 +405,22 @@ class _StandIn:
             given._is_user_defined = True
         elif generation_config.use_cache is not False and name is not None:
             model_kwargs[name] = new_cache(has_encoder(self))  # type: ignore[arg-type]
-        found = model_kwargs.get(name) if name is not None else None
-        if found is None:
+        cache = model_kwargs.get(name) if name is not None else None
+        if cache is None:
             vars(self).update(_graftc_initial=None, _graftc_runner=self._graftc_whole or self._graftc_runner)
         elif self._graftc_initial is not None:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            self._graftc_initial.put_in_front(found, rows)
-            vars(self)["_graftc_cache"] = found
+            self._graftc_initial.put_in_front(cache, rows)
+            vars(self)["_graftc_cache"] = cache
 
     def let_go(self) -> None:
-        """Called when the loop has ended: whoever has the cache finds the text in it, and nothing else."""
+        """Remove the initial contents from the cache at the end of the loop, so that it contains only the text."""
         if self._graftc_cache is not None:
             taken_away(self._graftc_cache)
 
 
 class _Encoder(nn.Module):
-    """A model's encoder as the loop calls it."""
+    """A model's encoder with the interface that the loop calls."""
 
     def __init__(self, runner: Any, encoder: nn.Module) -> None:
         super().__init__()

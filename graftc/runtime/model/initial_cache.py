@@ -1,9 +1,9 @@
-"""Adaptations as the first contents of a cache: prefixes and virtual tokens, which decoding then pays nothing for.
+"""Adaptations as the first contents of a cache: prefixes and virtual tokens, which then cost nothing while decoding.
 
-A prefix is keys and values in front of those of a text, and so are virtual tokens in front of it where attention is
-causal: what a layer makes of them depends on no token behind. A cache that begins with them, and a graph without these
-adaptations, compute what the adapted graph does. That is tried out on a sample, with the adapted graph, before it is
-used.
+A prefix is keys and values in front of those of a text. Virtual tokens in front of a text are the same if attention is
+causal, because what a layer computes for them depends on no later token. A cache that begins with them and a graph
+without these adaptations compute what the adapted graph does. This is tried out on a sample, with the adapted graph,
+before it is used.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from graftc.specs.methods.prefix import PrefixSpec
 
 @dataclass(frozen=True)
 class InitialCache:
-    """What a cache begins with.
+    """The first contents of a cache, which represent adaptations.
 
     Attributes:
-        names: adaptations that it stands for.
-        length: how many tokens it has.
+        names: the adaptations that it represents.
+        length: the number of its tokens.
         tensors: keys and values, ``[1, heads, length, width]``, by name.
-        shifted: whether the text's positions begin behind it.
+        shifted: whether the text's positions begin after it.
     """
 
     names: tuple[str, ...]
@@ -58,29 +58,31 @@ class InitialCache:
     shifted: bool
 
     def cache(self, rows: int) -> Any:
-        """A cache of that, for a batch."""
+        """Return a cache with these contents, for a batch of that many rows."""
         return fill_cache(new_cache(False), {name: t.expand(rows, -1, -1, -1) for name, t in self.tensors.items()})
 
     def put_in_front(self, cache: Any, rows: int) -> None:
-        """Let a cache begin with that; whoever asks how long it is hears of the text alone. `taken_away` undoes it.
+        """Put the contents in front of a cache, whose reported length remains that of the text alone.
+
+        `taken_away` undoes it.
 
         Args:
-            cache: of a text, which may be empty.
-            rows: of the batch, where it is empty.
+            cache: the cache of a text, which may be empty.
+            rows: the number of rows of the batch, for an empty cache.
 
         Raises:
-            GraftError: GC140 for a cache that does not keep all tokens, or is of another model.
+            GraftError: GC140 for a cache that does not keep all tokens, or that belongs to another model.
         """
         if is_fronted(cache):
             return
         require_growing(cache)
         require_beginning(cache, self.length if self.shifted else 0)
-        held = {name: tensor for name, tensor in tensors_of(cache).items() if tensor.shape[2]}
+        texts = {name: tensor for name, tensor in tensors_of(cache).items() if tensor.shape[2]}
         fronts = {name: front.expand(rows, -1, -1, -1) for name, front in self.tensors.items()}
-        if held:
-            if held.keys() != fronts.keys():
-                raise other_cache(f"it has {len(held)} of {len(fronts)} keys and values")
-            for name, text in held.items():
+        if texts:
+            if texts.keys() != fronts.keys():
+                raise other_cache(f"it has {len(texts)} of {len(fronts)} keys and values")
+            for name, text in texts.items():
                 front = self.tensors[name]
                 if text.dtype != front.dtype or (text.shape[1], text.shape[3]) != (front.shape[1], front.shape[3]):
                     raise other_cache(f"{name} is {list(text.shape)}")
@@ -91,23 +93,23 @@ class InitialCache:
         cache._graftc_front = self.length
 
     def call(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of the loop for a graph to which what stands in front is a part of the text."""
-        found = dict(kwargs)
-        mask, positions = found.get(MASK), found.get(POSITIONS)
+        """Return the arguments of a call from the loop for a graph that counts the contents as a part of the text."""
+        arguments = dict(kwargs)
+        mask, positions = arguments.get(MASK), arguments.get(POSITIONS)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            found[MASK] = torch.cat([mask.new_ones(mask.shape[0], self.length), mask], 1)
+            arguments[MASK] = torch.cat([mask.new_ones(mask.shape[0], self.length), mask], 1)
         if positions is not None and self.shifted:
-            found[POSITIONS] = positions + self.length
-        return found
+            arguments[POSITIONS] = positions + self.length
+        return arguments
 
 
 def is_fronted(value: object) -> bool:
-    """Whether a value is a cache that begins with what stands for adaptations."""
+    """Return whether a value is a cache that begins with initial contents."""
     return "_graftc_front" in getattr(value, "__dict__", ())
 
 
 def taken_away(cache: Any) -> None:
-    """Let a cache hold the text alone again: see `InitialCache.put_in_front`."""
+    """Remove initial contents from a cache, so that it contains only the text; undo `InitialCache.put_in_front`."""
     length = vars(cache).pop("_graftc_front", 0)
     if length:
         cache.__class__ = type(cache).__mro__[2]
@@ -115,12 +117,12 @@ def taken_away(cache: Any) -> None:
 
 
 class _Fronted:
-    """A cache that begins with what stands for adaptations, which is not part of the text."""
+    """A cache that begins with contents that represent adaptations and are not part of the text."""
 
     _graftc_front: int
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens of the text it has."""
+        """Return the number of tokens of the text."""
         return super().get_seq_length(layer_idx) - self._graftc_front  # type: ignore[misc, no-any-return]
 
 
@@ -130,19 +132,23 @@ def _with_front(kind: Any) -> Any:
 
 
 def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
-    """What a cache begins with, so that a model generates with it as it is adapted; None where nothing does, or where
-    the graph has to do it: in several adaptations at once, in compositions, in some of the layers only, behind windows
-    that would hide a prefix."""
+    """Return the first contents of a cache with which a model generates as adapted, or None.
+
+    None means that no adaptation can be represented so, or that the graph has to apply them: several at once, in
+    compositions, in only some of the layers, or behind windows that would hide a prefix.
+    """
     compilation = runner.shown.compilation
     if runner.base_only or runner.training or compilation.cache_layout.pairs:
         return None
     composed = {name for composition in compilation.spec.compose for name in composition.members}
-    held = [r for r in compilation.places().resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]
-    if len(held) != 1 or held[0].name in composed:
+    candidates = [r for r in compilation.places().resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]
+    if len(candidates) != 1 or candidates[0].name in composed:
         return None
-    (resolved,) = held
-    made = _of_prefix(runner, resolved) if isinstance(resolved.spec, PrefixSpec) else _of_tokens(compilation, resolved)
-    return made if made is not None and _is_the_same(runner, made) else None
+    (resolved,) = candidates
+    initial = (
+        _of_prefix(runner, resolved) if isinstance(resolved.spec, PrefixSpec) else _of_tokens(compilation, resolved)
+    )
+    return initial if initial is not None and _is_the_same(runner, initial) else None
 
 
 def _of_prefix(runner: AdaptedRunner, resolved: Resolved) -> InitialCache | None:
@@ -159,15 +165,15 @@ def _of_prefix(runner: AdaptedRunner, resolved: Resolved) -> InitialCache | None
     tensors: dict[str, Tensor] = {}
     for number, site, values in numbered:
         for part, columns in (("key", site.keys), ("value", site.values)):
-            found = _as_heads(compilation.cache_layout, number, part, columns, values[f"{part}s"])
-            if found is None:
+            heads = _as_heads(compilation.cache_layout, number, part, columns, values[f"{part}s"])
+            if heads is None:
                 return None
-            tensors[past_name("past", number, part)] = found
+            tensors[past_name("past", number, part)] = heads
     return InitialCache((resolved.name,), spec.length, tensors, spec.positions == "shifted")
 
 
 def _as_heads(layout: CacheLayout, number: int, part: str, columns: Tensor | None, table: Tensor) -> Tensor | None:
-    """A table of ``[length, width]`` as a cache has it; heads that queries share are there once."""
+    """Return a table of ``[length, width]`` as a cache stores it, with one copy of heads that queries share."""
     kind = layout.heads.get(past_name("past", number, part))
     if kind is None or columns is None:
         return None
@@ -180,7 +186,7 @@ def _as_heads(layout: CacheLayout, number: int, part: str, columns: Tensor | Non
 
 
 def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | None:
-    """What the adapted graph computes for virtual tokens, on a text that they do not depend on."""
+    """Return what the adapted graph computes for virtual tokens, on a text that does not affect them."""
     virtual = compilation.program_as_run("eval").virtual
     if len(virtual) != 1 or virtual[0].starts != (0,) or virtual[0].owner != resolved.name:
         return None
@@ -198,22 +204,22 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
     tensors: dict[str, Tensor] = {}
     for number, site in enumerate(sites):
         for part, columns in (("key", site.keys), ("value", site.values)):
-            found, name = next(values)[:1, :, :length], past_name("past", number, part)
+            tensor, name = next(values)[:1, :, :length], past_name("past", number, part)
             if columns is None or name not in compilation.cache_layout.heads:
                 return None
             first = [at for at in range(len(columns)) if at == 0 or not torch.equal(columns[at], columns[at - 1])]
-            tensors[name] = found[:, first].to(compilation.cache_layout.heads[name][0])
+            tensors[name] = tensor[:, first].to(compilation.cache_layout.heads[name][0])
     return InitialCache((resolved.name,), length, tensors, shifted=True)
 
 
 def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
-    """Attentions as a cache counts them: by layer."""
+    """Yield the attentions in the order in which a cache counts them: by layer."""
     yield from sorted(compilation.main.attentions, key=lambda site: (site.layer is None, site.layer or 0))
 
 
 @torch.no_grad()
 def _is_the_same(runner: AdaptedRunner, made: InitialCache) -> bool:
-    """Whether a text behind the cache gives what the adapted graph gives for it, where that has been asked before."""
+    """Return whether a text after the initial contents gives what the adapted graph gives; the answer is kept."""
     tried: bool | None = runner.derived.get(("initial cache", made.names))
     if tried is None:
         compilation = runner.shown.compilation
@@ -229,7 +235,7 @@ def _is_the_same(runner: AdaptedRunner, made: InitialCache) -> bool:
         if "position_ids" in runner.interface.parameters:
             given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
         beside = runner.beside(made.names)
-        found = beside.within(lambda: beside.call((), given)).logits
+        actual = beside.within(lambda: beside.call((), given)).logits
         bound = BOUNDS.get(runner.dtype, BOUNDS[torch.float32]) * max(1.0, largest_number(expected))
-        tried = runner.derived["initial cache", made.names] = largest_difference(expected, found) <= bound
+        tried = runner.derived["initial cache", made.names] = largest_difference(expected, actual) <= bound
     return tried

@@ -1,4 +1,4 @@
-"""What other libraries look for in a model: what is taken over from the source, and what is done in another way."""
+"""What other libraries look for in a model: attributes copied from the source, and replacements for methods."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ ELSEWHERE = {
 
 
 def taken_over(model: nn.Module) -> dict[str, Any]:
-    """What a source model says of itself, as copies, by name. Names of its children stay theirs."""
-    found = {name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in model._modules}
-    if not isinstance(found.get("accepts_loss_kwargs"), bool):  # as the Trainer tells it
+    """Return copies of what a source model says about itself, by name; names of its children are left out."""
+    attributes = {name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in model._modules}
+    if not isinstance(attributes.get("accepts_loss_kwargs"), bool):  # decided as the Trainer does
         rest = inspect.signature(model.forward).parameters.values()
-        found["accepts_loss_kwargs"] = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
-    return copy.deepcopy(found)
+        attributes["accepts_loss_kwargs"] = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
+    return copy.deepcopy(attributes)
 
 
 class NotHereError(GraftError, AttributeError):
-    """A coded error for an attribute that there is not, so that ``hasattr`` says so."""
+    """A coded error for an attribute that does not exist, so that ``hasattr`` returns False."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.name = ""  # Python would fill in its own, by which a Root tells attributes that nobody has
+        self.name = ""  # otherwise Python fills in the attribute's, which a Root takes to mean that it is missing
 
 
 def refuse_pickling(module: nn.Module) -> NoReturn:
-    """Say how a model is kept, where it was to be pickled.
+    """Raise an error that says how to keep a model instead of pickling it.
 
     Raises:
         GraftError: GC074.
@@ -68,7 +68,7 @@ def refuse_pickling(module: nn.Module) -> NoReturn:
 
 
 def refuse_deepspeed() -> None:
-    """Say that a model does not train with DeepSpeed, where Accelerate, and so the Trainer, was told to use it.
+    """Raise if Accelerate, and so the Trainer, is set to use DeepSpeed, with which a compiled model does not train.
 
     Raises:
         GraftError: GC072.

@@ -1,5 +1,8 @@
-"""A compiled model as its own Python between graphs of its layers, whatever its graphs are: for ``generate`` of classes
-whose calls with a cache are no calls of one graph, such as those that read images with the first tokens only."""
+"""A view of a compiled model that runs the source's Python between graphs of its layers, whatever its own graphs are.
+
+It serves ``generate`` for classes whose calls with a cache do not fit one graph, such as those that read images with
+the first tokens only.
+"""
 
 from __future__ import annotations
 
@@ -27,43 +30,50 @@ _KNOWN, _MAPS = "live view", "live view of maps"
 
 
 def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None = None) -> ModelRunner:
-    """A Runner of the same module that calls graphs of layers; it is made once.
+    """Return a Runner of the same module that calls graphs of layers, which are made once.
 
     Args:
-        runner: of a model that is one graph.
-        shown_by: what is done with the model to see how it calls its maps, for graphs of these alone.
+        runner: the Runner of a model that is one graph.
+        shown_by: a function that calls the model to show how it calls its maps; with it, graphs are of single maps
+            instead of layers.
 
     Raises:
-        GraftError: GC030 where no layer and no map is a graph, GC031 where what is adapted is in none, GC149 for what
-            acts on a whole call.
+        GraftError: GC030 if no layer and no map is a graph, GC031 if something adapted is in none of them, GC149 for
+            anything that acts on a whole call.
     """
     shown = runner.shown
     name = _KNOWN if shown_by is None else _MAPS
     known = runner.derived.get(name)
     if known is None or known[0] is not shown:
         own = shown.compilation
-        made = _taken_apart(own, shown_by)
-        view = AdaptedView(replace(made, store=runner.store), {}, f"{shown.label}live: ", shown.off, shown.steering)
-        known = runner.derived[name] = shown, view, LiveRoot(own.source, elements_in(made.flags), adapted_tensors(made))
+        compilation = _taken_apart(own, shown_by)
+        view = AdaptedView(
+            replace(compilation, store=runner.store), {}, f"{shown.label}live: ", shown.off, shown.steering
+        )
+        known = runner.derived[name] = (
+            shown,
+            view,
+            LiveRoot(own.source, elements_in(compilation.flags), adapted_tensors(compilation)),
+        )
     beside = copy.copy(runner)
     _, beside.shown, beside.live = known
     return beside
 
 
 def _taken_apart(own: Compilation, shown_by: Callable[[nn.Module], Any] | None) -> Compilation:
-    """A Compilation of the layers of a model, adapted at the same places."""
+    """Return a Compilation of the layers of a model, adapted at the same places."""
     values, wanted = dict(adapter_values(own.store)), _places(own)
     level: Level = "layers" if shown_by is None else "modules"
     start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level=level, shown=shown_by)
-    for spec in (own.spec, _by_names(own.spec, wanted)):  # roles are not known where single maps are graphs
+    for spec in (own.spec, _by_names(own.spec, wanted)):  # roles are unknown if single maps are graphs
         try:
-            made = compile_model(spec, own.source, own.main.axes, flags=own.flags, start=start)
+            compiled = compile_model(spec, own.source, own.main.axes, flags=own.flags, start=start)
         except GraftError as error:
             if spec is not own.spec or error.code not in _NOT_THERE:
                 raise
             continue
-        if _places(made) == wanted:
-            return made
+        if _places(compiled) == wanted:
+            return compiled
     hint = "call it without a cache, or merge it"
     raise GraftError("GC031", "what is adapted is not all in layers and maps that are graphs", hint=hint)
 
@@ -73,16 +83,16 @@ _NOT_THERE = ("GC010", "GC011", "GC012", "GC015")
 
 
 def _places(compilation: Compilation) -> dict[str, set[tuple[str, ...]]]:
-    """What is adapted, by the names of adaptations."""
+    """Return the adapted places, by the names of the adaptations."""
     every = ((resolved.name, site.key) for resolved in compilation.main.resolved for site, _ in resolved.places)
-    found: dict[str, set[tuple[str, ...]]] = {}
+    places: dict[str, set[tuple[str, ...]]] = {}
     for name, key in every:
-        found.setdefault(name, set()).add((key.module, key.name, str(key.part)))
-    return found
+        places.setdefault(name, set()).add((key.module, key.name, str(key.part)))
+    return places
 
 
 def _by_names(spec: Spec, places: Mapping[str, set[tuple[str, ...]]]) -> Spec:
-    """A spec with the same places by the paths of their modules."""
+    """Return a spec that selects the same places by the paths of their modules."""
     adapt = []
     for adaptation in spec.adapt:
         paths = tuple(sorted({module for module, *_ in places.get(adaptation.name or adaptation.method, ())}))

@@ -58,13 +58,13 @@ class ModelRunner(Runner):
     """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
 
     Args:
-        compilation: Programs, and the source model's interface.
+        compilation: the Programs, and the source model's interface.
         store: the tensors to run on.
 
     Attributes:
-        compilation: that one.
-        interface: of the source model.
-        derived: what has been worked out of the Compilation as it is, by its name.
+        compilation: the Compilation as given.
+        interface: the interface of the source model.
+        derived: values computed from the Compilation as it is, by name.
     """
 
     config: Any
@@ -88,7 +88,7 @@ class ModelRunner(Runner):
         vars(self).update(copy.deepcopy({name: getattr(model, name) for name in own}))
 
     def adopt(self, module: Root) -> None:
-        """See `Runner.adopt`."""
+        """Make a module the root of the tree, with a callable base model, hooks, and the modes of the source."""
         super().adopt(module)
         self._base_model = install_base_model(self.store, self.compilation.model, self.hidden)
         self._embeddings = install_embeddings(self.store, self.compilation.model, self._call_hooks)
@@ -107,29 +107,31 @@ class ModelRunner(Runner):
                 raise
 
     def _start_in_modes(self, module: Root) -> None:
-        """Put every module into the mode of the source's."""
+        """Put every module into the mode of its source module."""
         module.train(self.compilation.model.training)
         for path, source in self.compilation.model.named_modules(remove_duplicate=False):
             if source.training != module.training:
                 module.get_submodule(path).training = source.training
 
     def entering(self, mode: bool) -> bool:
-        """The mode that the module is put into when one is asked for."""
+        """Return the mode that the module is put into when one is requested."""
         return mode
 
     @property
     def base_model(self) -> nn.Module:
-        """The model without its head, as transformers has it: called, it gives ``last_hidden_state``. The model itself
-        where it has no head."""
+        """The model without its head, as in transformers: a call of it gives ``last_hidden_state``.
+
+        If the model has no head, it is the model itself.
+        """
         return self.module if self._base_model is None else self._base_model
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type that the graphs were captured in."""
+        """The element type in which the graphs were captured."""
         return self._dtype
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of a call, as the source model gives them.
+        """Return the outputs of a call, as the source model gives them.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured, GC143 for more tokens than there are positions.
@@ -143,16 +145,17 @@ class ModelRunner(Runner):
         return self.respond(args, kwargs)
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The last hidden state of a call, ``[batch, sequence, hidden]``, without the head: ``last_hidden_state``
-        of the source model's base model.
+        """Return the last hidden state of a call, ``[batch, sequence, hidden]``, without running the head.
+
+        It is the ``last_hidden_state`` of the source model's base model.
 
         Raises:
-            GraftError: GC031 for inputs that cannot be captured, and where the model returns no hidden states.
+            GraftError: GC031 for inputs that cannot be captured, and if the model returns no hidden states.
         """
         return self.within(lambda: self.respond(args, kwargs, "hidden", **{FLAG: True}))
 
     def respond(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
-        """The outputs of one way into the model."""
+        """Return the outputs of a call through one entry."""
         if self.live is not None:
             return self.live.call(self, args, kwargs)
         chosen = {name: kwargs.pop(name) for name in self.shown.compilation.controls if name in kwargs}
@@ -168,7 +171,7 @@ class ModelRunner(Runner):
         return self._chosen(present, chosen, plain, entry)
 
     def _chosen(self, present: dict[str, Any], chosen: Mapping[str, Any], plain: bool, entry: Entry = "forward") -> Any:
-        """The outputs for what is present in a call, and what chooses among adaptations as it was given."""
+        """Return the outputs for the inputs of a call and its choices among adaptations, as given."""
         if USE_CACHE in present:
             read_past(self.shown.compilation, present, self.begins)
         if self.shown.compilation.controls:
@@ -177,27 +180,27 @@ class ModelRunner(Runner):
 
     @property
     def begins(self) -> int:
-        """The position of a text's first token: adaptations may stand in front of it."""
+        """The position of a text's first token, which adaptations may precede."""
         return 0
 
     def _can_return_cache(self) -> bool:
-        """Whether the model keeps a cache of keys and values, and no adaptation rules one out."""
+        """Return whether the model keeps a cache of keys and values, and no adaptation rules one out."""
         return self.keeps_cache() and not cannot_be_cached(self.shown.compilation)
 
     def keeps_cache(self) -> bool:
-        """Whether the source model keeps a cache of keys and values; it is asked once."""
+        """Return whether the source model keeps a cache of keys and values; the answer is kept."""
         if (known := self.shown.compilation.known_to_keep_cache) is None:
             with exclusive():
                 known = self.shown.compilation.keeps_cache
         return known
 
     def _with_cache_to_come(self, present: dict[str, Any], chosen: Mapping[str, Any], plain: bool) -> Any:
-        """The outputs of a call, whose cache is made when it is used."""
+        """Return the outputs of a call, with a cache that is created when it is used."""
         call = CallState.of({**present, **chosen}, self._written, self.shown.device_type)
         outputs = self._chosen(dict(present), chosen, False)
         field = cache_field(outputs)
         if field is not None and self.keeps_cache():
-            again = copy.copy(self)  # as it is now, whatever calls leave out by then
+            again = copy.copy(self)  # in its present state, whatever calls leave out later
             inputs = {name: call.inputs[name] for name in present}
             choice = {name: call.inputs[name] for name in chosen}
 
@@ -211,13 +214,12 @@ class ModelRunner(Runner):
                 with call.again():
                     return again._chosen({**inputs, USE_CACHE: True}, choice, False)[field]
 
-            made = deferred_cache(self.shown.compilation.cache_layout.pairs, make)
-            outputs = type(outputs)(**{**outputs, field: made})
+            deferred = deferred_cache(self.shown.compilation.cache_layout.pairs, make)
+            outputs = type(outputs)(**{**outputs, field: deferred})
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _written(self) -> tuple[Any, ...]:
-        """A value that differs once the adaptations, their tensors, or the hooks on the table of embeddings have
-        changed."""
+        """Return a value that changes with the adaptations, their tensors, and the hooks on the table of embeddings."""
         key = id(self.compilation), self.shown.device_type
         known = self.derived.get("adapters")
         if known is None or known[0] != key:
@@ -227,7 +229,7 @@ class ModelRunner(Runner):
         return (*key, hooks, sum(tensor._version for tensor in known[1] if not tensor.is_inference()))
 
     def run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
-        """The outputs for tensors and flags by name."""
+        """Return the outputs for tensors and flags by name."""
         past = present.get(CACHE)
         key = self.ready(present, entry)
         if not is_traced():
@@ -239,7 +241,7 @@ class ModelRunner(Runner):
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
-        """Look at a call as far as its sizes and values say what is wrong with it, the first of its kind at all."""
+        """Check the sizes and values of a call; the first one of each signature is checked further and remembered."""
         self._require_positions(key, present)
         if self.device.type != "meta":
             require(self.shown.executables[key].program.checks, present, self.store)
@@ -253,7 +255,7 @@ class ModelRunner(Runner):
         warn_of_packed(present, virtual, partial(gates_over_rows, self.shown.executables[key].program))
 
     def _require_positions(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
-        """Whether every token of a call has a position.
+        """Check that every token of a call has a position.
 
         Raises:
             GraftError: GC143.
@@ -262,7 +264,10 @@ class ModelRunner(Runner):
             table.require(present, self.store)
 
     def position_tables(self, key: ProgramKey) -> tuple[PositionTable, ...]:
-        """Where a Program reads at the positions of tokens; on the meta device there are no values that would tell."""
+        """Return the tables that a Program reads at the positions of tokens.
+
+        There are none on the meta device, where no values could be checked.
+        """
         if self.device.type == "meta":
             return ()
         if key not in self.shown.executables:
@@ -273,14 +278,14 @@ class ModelRunner(Runner):
         return self.shown.executables[key].once("positions", lambda program: position_tables(program, self.store))
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Flat outputs of a call."""
+        """Return the flat outputs of a call."""
         return self.run(key, present)
 
     def ready(self, present: Mapping[str, Any], entry: Entry = "forward") -> ProgramKey:
-        """The key under which `run` has code for a call's tensors and flags; it is captured where it is missing.
+        """Return the key under which `run` has code for a call's tensors and flags; capture the call if there is none.
 
         Raises:
-            GraftError: GC031 where it cannot be.
+            GraftError: GC031 if it cannot be captured.
         """
         signature = self.shown.compilation.find(present)
         key = self.key(signature, self.mode_of(signature), entry) if signature is not None else None
@@ -295,7 +300,10 @@ class ModelRunner(Runner):
         reason="a compiled model captures a call that is new: call it once before compiling it"
     )
     def _captured(self, present: Mapping[str, Any], entry: Entry) -> ProgramKey:
-        """The key of a call that has no code yet, which `torch.compile` leaves to Python the first time."""
+        """Capture a call that has no code yet and return its key.
+
+        Code of `torch.compile` leaves such a call to Python the first time.
+        """
         with exclusive(), seldom_collected():
             signature = signature_for(self.shown.compilation, present)
             key = self.key(signature, self.mode_of(signature), entry)
@@ -304,7 +312,7 @@ class ModelRunner(Runner):
         return key
 
     def run_above(self, key: ProgramKey, graph: fx.Graph) -> None:
-        """See `Runner.run_above`. Of a live model each element has code of its own."""
+        """Make the code that calls the layers; in a live model, each element gets code of its own as well."""
         super().run_above(key, graph)
         if self.live is None:
             return
@@ -316,8 +324,10 @@ class ModelRunner(Runner):
         self.shown.executables[key].known[ELEMENTS] = codes
 
     def mode_of(self, signature: Signature) -> Modes:
-        """The mode that the modules are in, where a dropout that was set to zero is in eval mode; code of
-        `torch.compile` looks at that of the whole model, and at such dropouts once."""
+        """Return the mode that the modules are in; a dropout that was set to zero counts as one in eval mode.
+
+        Code of `torch.compile` looks at the mode of the whole model, and at such dropouts only once.
+        """
         if is_traced():
             return (self._silent(signature) or "train") if self.training else "eval"
         modules = {path: self.store.nearest(path) for path in self.shown.compilation.signatures[signature].moded}
@@ -330,13 +340,15 @@ class ModelRunner(Runner):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _silent(self, signature: Signature) -> frozenset[str]:
-        """Paths of dropouts that were set to zero."""
+        """Return the paths of dropouts that were set to zero."""
         paths = self.shown.compilation.signatures[signature].moded
         return frozenset(silent(path) for path in paths if drops_nothing(self.store.nearest(path)))
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """See `Runner.install`. Dropouts of adaptations have modules that stand for them, for ``eval()`` and for
-        whoever sets ``p`` to zero."""
+        """Lower a Program to code.
+
+        Dropouts of adaptations get modules, so that ``eval()`` and a ``p`` that is set to zero take effect on them.
+        """
         super().install(key, program)
         for path, p in everywhere(program.graph, dropouts(program)).items():
             parent, _, name = path.rpartition(".")
@@ -346,55 +358,57 @@ class ModelRunner(Runner):
                 holder._modules[name] = Container.like(nn.Dropout(p)).train(training)
 
     def shared(self) -> list[Any]:
-        """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
+        """Return what a copy of the module shares with it: graphs, which contain no tensors, and the source model."""
         executables = [executable for view in self.every_view() for executable in view.executables.values()]
         graphs = [graph for each in executables for graph in (each.program, each.lowered)]
-        found: list[Any] = [self.interface, *graphs, self.derived, self.live]
+        items: list[Any] = [self.interface, *graphs, self.derived, self.live]
         for compilation in self.compilations():
             if compilation.store is not self.store:
-                found.append(compilation)
+                items.append(compilation)
                 continue
-            found += [compilation.model, compilation.source, compilation.spec, compilation.known]
-            found.append(compilation.table.first_call)
-            found += [*compilation.table.programs.values(), *compilation.signatures.values()]
+            items += [compilation.model, compilation.source, compilation.spec, compilation.known]
+            items.append(compilation.table.first_call)
+            items += [*compilation.table.programs.values(), *compilation.signatures.values()]
             places = [*compilation.places().resolved, *vars(compilation.main).get("resolved", ())]
-            found += (site for r in places for site, _ in r.sites)
-        return found
+            items += (site for r in places for site, _ in r.sites)
+        return items
 
     def every_view(self) -> list[AdaptedView]:
-        """Those that calls may run."""
+        """Return the views that calls may run."""
         return [self.shown]
 
     def compilations(self) -> list[Compilation]:
-        """Those that calls may run: the model's own, and those of views."""
+        """Return the Compilations that calls may run: the model's own, and those of views."""
         every = (self.compilation, *(view.compilation for view in self.every_view()))
         return list({id(compilation): compilation for compilation in every}.values())
 
     def copied(self) -> None:
-        """Called when the module has been copied, on the copy's Runner."""
-        self.derived = {}  # it is about the original
+        """Reset what belongs to the original; called on the Runner of a copied module."""
+        self.derived = {}  # it describes the original
         self.live = LiveRoot.of(self.compilation)
 
     def complete(self) -> Any:
-        """A Runner that leaves no adaptation out: this one, where it leaves out none."""
+        """Return a Runner that leaves no adaptation out: here this one."""
         return self
 
     def within(self, run: Callable[[], Any]) -> Any:
-        """Run something inside of a call of the module where that is sharded: its hooks gather the tensors. Other hooks
-        are not told of calls that nobody made."""
+        """Call a function, within a call of the module if that is sharded, so that its hooks gather the tensors.
+
+        Other hooks do not run, as no caller has called the module.
+        """
         inside = not is_unit(self.module) or self.module._graftc.entered
         return run() if inside else self.module(UnitCall(run))
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
-        """The key of what a call runs."""
+        """Return the key of what a call runs."""
         return ProgramKey(entry, mode, signature)
 
     def as_run(self, key: ProgramKey) -> Program:
-        """The Program of a key that has no code yet, as code is made of it."""
+        """Return the Program of a key that has no code yet, in the form that code is made of."""
         return self.program_of(key)
 
     def program_of(self, key: ProgramKey) -> Program:
-        """The Program of a key that has no code yet, with every layer written out."""
+        """Return the Program of a key that has no code yet, with every layer written out."""
         if key.entry in FROM_FORWARD:
             return entered(key.entry, self.program_of(key._replace(entry="forward")))
         self.shown.compilation.signatures[key.signature].add_constants(self.store)

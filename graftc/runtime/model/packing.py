@@ -1,4 +1,4 @@
-"""Packed batches: several texts in a row, which positions that begin anew tell apart."""
+"""Packed batches: several texts in one row, each marked by positions that start again."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ POSITIONS, MASK = "position_ids", "attention_mask"
 
 
 def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Callable[[], Sequence[str]]) -> None:
-    """Warn of a call with packed texts where these are not as they would be alone: with a mask, models attend across
-    texts (GC120), virtual tokens stand in front of the first one only (GC121), and gates are those of the row (GC122).
+    """Warn if packed texts are not treated as they would be alone.
+
+    With a mask, models attend across texts (GC120); virtual tokens stand in front of the first text only (GC121); gates
+    are computed over the whole row (GC122).
 
     Args:
-        present: tensors of a call by name; positions are ``[batch, sequence]``, other shapes mean something else.
+        present: tensors of a call by name; positions are ``[batch, sequence]``, and other shapes mean something else.
         virtual: names of adaptations with virtual tokens.
-        gated: gives names of adaptations with gates that are means over a row; asked where texts are packed only.
+        gated: a function that returns the names of adaptations with gates that are means over a row; called only if
+            texts are packed.
     """
     positions, mask = present.get(POSITIONS), present.get(MASK)
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.device.type == "meta":
         return
-    anew = positions[:, 1:] <= positions[:, :-1]
+    restarts = positions[:, 1:] <= positions[:, :-1]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
-        real = mask[:, mask.shape[1] - positions.shape[1] :].bool()  # that of a past stands in front
-        anew = anew & real[:, 1:] & real[:, :-1]  # padding has any positions
-    if not bool(torch.any(anew)):
+        real = mask[:, mask.shape[1] - positions.shape[1] :].bool()  # the mask of a past comes first
+        restarts = restarts & real[:, 1:] & real[:, :-1]  # padding may have any positions
+    if not bool(torch.any(restarts)):
         return
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 2):  # one of pairs may tell texts apart
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 2):  # a mask of pairs may separate texts
         message = f"{POSITIONS} begin anew in a row that has an {MASK} too: tokens attend to the texts before theirs"
         warn("GC120", message, hint=f"leave {MASK} out of packed batches")
     if virtual:

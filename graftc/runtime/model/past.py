@@ -1,4 +1,4 @@
-"""The cache of keys and values that a call is given."""
+"""Reading the cache of keys and values that a call is given."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def read_past(compilation: Compilation, present: dict[str, Any], begins: int) -> None:
-    """Read the cache of a call; it is among what is present from then on.
+    """Read the cache of a call and put it into ``present``.
 
     Args:
-        compilation: what runs.
-        present: tensors and flags of the call, by name; changed.
+        compilation: the Compilation that runs.
+        present: tensors and flags of the call, by name; modified.
         begins: the position of a text's first token.
 
     Raises:
-        GraftError: GC140 where there is none, or it is not of this model; GC141 for an adaptation that it cannot
-            hold; GC031 for a mask of another length.
+        GraftError: GC140 if the model keeps no cache, the call has no tokens, or the cache is not of this model; GC141
+            for an adaptation that a cache cannot hold; GC031 for a mask of another length.
     """
     require_rows_of_one(compilation)
     layout = compilation.known_cache_layout
@@ -45,7 +45,7 @@ def read_past(compilation: Compilation, present: dict[str, Any], begins: int) ->
 
 
 def tokens_of(compilation: Compilation, present: Mapping[str, Any]) -> Tensor | None:
-    """The tokens of a call that a cache goes on with: the decoder's, where there is an encoder; None without."""
+    """Return the tokens with which a call continues a cache, or None; with an encoder, they are the decoder's."""
     pairs = compilation.cache_layout.pairs
     names = ("decoder_input_ids", "decoder_inputs_embeds") if pairs else ("input_ids", "inputs_embeds")
     return next((present[name] for name in names if name in present), None)

@@ -1,4 +1,4 @@
-"""What ``print(compiled)`` shows: the source's modules, what adaptations have in them, and how much of all trains."""
+"""The text of ``print(compiled)``: the source's modules, what adaptations have in them, and how much of it trains."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from graftc.specs.base import MethodSpec
 
 @dataclass
 class _Fact:
-    """What one adaptation is in one module.
+    """A description of one adaptation in one module.
 
     Attributes:
-        sizes: what its spec says of its size there, as text.
+        sizes: the sizes that its spec states there, as text.
         places: what it adapts there, as text: by tensor, with its shape, or by role.
     """
 
@@ -30,17 +30,17 @@ class _Fact:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def text(self) -> list[str]:
-        """Its parts, those that there are."""
+        """Return its parts, without empty ones."""
         return [*self.sizes, *(place for places in self.places.values() for place in dict.fromkeys(places))]
 
 
 def printed(compilation: Compilation, module: nn.Module, trainable: int, total: int) -> str:
-    """The text of a compiled model; its length and cost are linear in the number of modules and tensors.
+    """Return the text of a compiled model; its length and cost are linear in the number of modules and tensors.
 
     Args:
-        compilation: has the places of adaptations, as the first signature has them.
+        compilation: the Compilation with the places of adaptations in the first signature.
         module: the compiled model, over the Compilation's Store or a copy of it.
-        trainable, total: how many elements of its parameters train, and how many there are.
+        trainable, total: the number of elements of its parameters that train, and of all of them.
     """
     facts = _facts(compilation)
     methods = compilation.spec.owners
@@ -48,11 +48,11 @@ def printed(compilation: Compilation, module: nn.Module, trainable: int, total: 
     order = {name: number for number, name in enumerate(methods)}
 
     def notes(path: str, part: nn.Module) -> Iterator[tuple[str, str]]:
-        own, held = facts.get(path, {}), additions(part)
-        for name in sorted({**own, **held}, key=lambda name: order.get(name, -1)):
+        own, containers = facts.get(path, {}), additions(part)
+        for name in sorted({**own, **containers}, key=lambda name: order.get(name, -1)):
             fact = own.get(name) or _shared(specs.get(name))
             method = methods.get(name, name)
-            trains = _trains(held[name]) if name in held else []
+            trains = _trains(containers[name]) if name in containers else []
             yield name, ", ".join([*([] if method == name else [method]), *fact.text(), *trains]) or method
 
     share = 100 * trainable / total if total else 0.0
@@ -60,27 +60,27 @@ def printed(compilation: Compilation, module: nn.Module, trainable: int, total: 
 
 
 def _facts(compilation: Compilation) -> dict[str, dict[str, _Fact]]:
-    """By module and adaptation."""
-    found: dict[str, dict[str, _Fact]] = {}
+    """Return the facts by module and adaptation."""
+    facts: dict[str, dict[str, _Fact]] = {}
     for item in compilation.main.resolved:
         for site, spec in item.places:
-            fact = found.setdefault(site.key.module, {}).setdefault(item.name, _Fact())
+            fact = facts.setdefault(site.key.module, {}).setdefault(item.name, _Fact())
             fact.sizes |= dict.fromkeys(_size(spec))
             name, place = _place(site, compilation.store)
             fact.places.setdefault(name, []).append(place)
     copied: set[tuple[str, str, str]] = set()
     for edit in compilation.tensor_edits.copies():
         owner, own, path = edit.owner, edit.own, module_of(edit.trained)
-        places = found.setdefault(path, {}).setdefault(owner, _Fact()).places
+        places = facts.setdefault(path, {}).setdefault(owner, _Fact()).places
         if (path, owner, own.tensor) not in copied:
             copied.add((path, owner, own.tensor))
-            places[own.tensor] = []  # what trains in place says more than what is adapted
+            places[own.tensor] = []  # the trained copy says more than the adapted place
         places[own.tensor].append(f"{_weight(own.tensor, own.shape, path, own.rows)} (trained copy)")
-    return found
+    return facts
 
 
 def _shared(spec: MethodSpec | None) -> _Fact:
-    """Of tensors that all places of an adaptation share."""
+    """Return the fact about tensors that all places of an adaptation share."""
     return _Fact(dict.fromkeys(_size(spec)) if spec is not None else {})
 
 
@@ -93,7 +93,7 @@ def _size(spec: MethodSpec) -> list[str]:
 
 
 def _place(site: Site, store: Store) -> tuple[str, str]:
-    """The tensor that a site is, or its role; and the text for it."""
+    """Return the tensor that a site is, or its role, and the text for it."""
     if isinstance(site, LinearSite):
         own = site.own
         return own.tensor, _weight(own.tensor, own.shape, site.key.module, own.rows)
@@ -106,7 +106,7 @@ def _place(site: Site, store: Store) -> tuple[str, str]:
 
 
 def _weight(name: str, shape: tuple[int, ...], path: str, rows: Runs | None = None) -> str:
-    """A tensor by its name in a module, in full where it is another's, with its shape as stored."""
+    """Return a tensor's name in a module, in full if it belongs to another one, and its shape as stored."""
     chosen = "" if rows is None else f" rows {format_runs(rows)}"
     return f"{name.removeprefix(f'{path}.')} {list(shape)}{chosen}"
 

@@ -1,7 +1,7 @@
-"""A Runner runs Programs over the Store's tree; a Root is the module that has it.
+"""A Runner runs Programs over the Store's tree; a Root is the module that owns the Runner.
 
-A Root has children, tensors and what every `nn.Module` has, and next to nothing else of its own: what it does is in its
-Runner, which is not a module, so that no name of a source model's child can come between.
+A Root has children, tensors and the attributes of every `nn.Module`, and next to nothing else of its own. Its behaviour
+is in its Runner, which is not a module, so that no child of a source model can clash with it by name.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _CALLS = "calls of modules"
 
 @dataclass
 class Installed:
-    """A Program as code.
+    """A Program and its code.
 
     Attributes:
-        program: what is run.
-        lowered: what the code is made of.
+        program: the Program that is run.
+        lowered: the Program that the code is made of.
         run: the code above the layers, ``run(module, *inputs)``.
         outcomes: what lowering has rewritten, and what it has not.
-        known: what has been worked out of the Program, by its name.
+        known: values computed from the Program, by name.
     """
 
     program: Program
@@ -57,24 +57,24 @@ class Installed:
     known: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[Program], Made]) -> Made:
-        """What follows from the Program, worked out when it is first asked for."""
+        """Return a value that follows from the Program, computed when it is first requested."""
         if name not in self.known:
             self.known[name] = make(self.program)
-        found: Made = self.known[name]
-        return found
+        value: Made = self.known[name]
+        return value
 
 
 @dataclass
 class AdaptedView:
-    """What a Runner runs: a Compilation as code. Several may share a tree of tensors.
+    """A Compilation and its code, which a Runner runs. Several views may share a tree of tensors.
 
     Attributes:
-        compilation: whose Programs.
-        executables: their code, by key.
-        label: what the names of its code begin with in Blocks.
-        off: adaptations that it is without.
-        steering: what steers its training; None before it is asked for.
-        device_type: of the device that its code is for.
+        compilation: the Compilation whose Programs are run.
+        executables: the code of its Programs, by key.
+        label: the prefix of the names of its code in Blocks.
+        off: the adaptations that it leaves out.
+        steering: what steers its training; None until it is requested.
+        device_type: the type of the device that its code is for.
     """
 
     compilation: Compilation
@@ -85,30 +85,30 @@ class AdaptedView:
     device_type: str = ""
 
     def has(self, key: ProgramKey) -> bool:
-        """Whether a Program has its code."""
+        """Return whether a Program has code."""
         return key in self.executables and self.executables[key].run is not None
 
     def lowered_of(self, key: ProgramKey) -> Program:
-        """What the code of a Program was made of."""
-        found = self.executables[key].lowered
-        assert found is not None
-        return found
+        """Return the Program that the code of a key was made of."""
+        lowered = self.executables[key].lowered
+        assert lowered is not None
+        return lowered
 
 
 class Runner:
-    """Runs Programs over a Store's tree, with a Block per repeated layer.
+    """Runs Programs over a Store's tree, with one Block for each repeated layer.
 
     Args:
-        compilation: whose Programs.
-        store: its tree becomes that of the module.
+        compilation: the Compilation whose Programs are run.
+        store: the Store whose tree becomes that of the module.
 
     Attributes:
         module: the root of the tree.
         store: the tensors.
         shown: what calls run.
-        hooked: path of the table of embeddings, once it has hooks.
-        told: paths of other modules that may have hooks, below layers and above.
-        stops: those for which code has been made.
+        hooked: the path of the table of embeddings, once it has hooks.
+        told: the paths of other modules that may have hooks, below layers and above.
+        stops: the paths of those for which code has been made.
         entered: whether a call is within the module, whose hooks have gathered its tensors.
     """
 
@@ -131,43 +131,43 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.store.device()
 
     @property
     def training(self) -> bool:
-        """The mode of the module."""
+        """Whether the module is in train mode."""
         return self.module.training
 
     @property
     def blocks(self) -> dict[str, Block]:
-        """Blocks by module path."""
+        """The Blocks, by module path."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
 
     def applies(self, adaptation: str) -> bool:
-        """Whether calls run an adaptation, by its name in the spec."""
+        """Return whether calls run an adaptation, given by its name in the spec."""
         return adaptation not in self.shown.off
 
     def compile_layers(self, **options: Any) -> None:
-        """Have `torch.compile` compile every repeated layer by itself, in place, when it is called next.
+        """Have `torch.compile` compile every repeated layer by itself, in place, at its next call.
 
         Layers that do the same share their code, so that compiling takes as long for a deep model as for a shallow one;
         what is around them, such as embeddings, the head and the loss, runs as before. A model without repeated layers
-        is compiled as a whole. See `torch.nn.Module.compile`, which compiles the model as one graph.
+        is compiled as a whole. To compile the model as one graph, see `torch.nn.Module.compile`.
 
         Args:
-            options: those of `torch.compile`: ``backend``, ``mode``, ``dynamic`` ...
+            options: the options of `torch.compile`: ``backend``, ``mode``, ``dynamic`` ...
         """
         for module in self.blocks.values() or [self.module]:
             module.compile(**options)
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """Lower a Program to code; `run` runs it under ``key``."""
+        """Lower a Program to code, which `run` runs under ``key``."""
         executable = self.shown.executables[key] = Installed(program)
         self._lower(key, executable)
 
     def forget(self, entry: Entry) -> None:
-        """Let the Programs of one way into the model go, with their code."""
+        """Discard the Programs of one entry, with their code."""
         executables = self.shown.executables
         for key in [key for key in executables if key.entry == entry]:
             del executables[key]
@@ -177,7 +177,7 @@ class Runner:
                     del functions[name]
 
     def write_out(self, key: ProgramKey) -> None:
-        """Have code of a graph with every layer written out, as hooks need it."""
+        """Make code of a graph with every layer written out, as hooks need it, unless there is such code."""
 
     def _lower(self, key: ProgramKey, executable: Installed) -> None:
         executable.known.pop(_CALLS, None)
@@ -205,8 +205,8 @@ class Runner:
         """Make the code that calls the layers.
 
         Args:
-            key: of the Program.
-            graph: of `outline`, which is used up.
+            key: the key of the Program.
+            graph: the root graph that `outline` gives; it is consumed.
         """
         executable = self.shown.executables[key]
         for node in graph.find_nodes(op="call_module"):
@@ -217,21 +217,21 @@ class Runner:
         executable.run = self.code(key, graph, self.module, executable_of(graph, self._code_device()))
 
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, executable: Executable) -> Function:
-        """Code for a part of a Program, whose tensors a module has."""
+        """Return the code for a part of a Program, whose tensors are in ``module``."""
         return executable.over(module)
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
-        """What code is made of for a Program: here the Program itself."""
+        """Return the Program that code is made of: here the Program itself."""
         return executable.program
 
     def _code_device(self) -> torch.device:
-        """Where code makes tensors: where the base is, or where FSDP2 puts it for a pass."""
+        """Return the device on which code creates tensors: the base's, or the one that FSDP2 moves it to for a pass."""
         kind = computes_on(self.module) if is_unit(self.module) else None
         device = self.device
         return device if kind in (None, device.type) else torch.device(str(kind))
 
     def run(self, key: ProgramKey, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Flat outputs of the Program installed as ``key``."""
+        """Run the Program installed as ``key`` and return its flat outputs."""
         if is_unit(self.module) and self._code_device().type != self.shown.device_type:
             self.relower()  # sharding has moved the tensors
         if not is_traced() and hooks_everywhere():
@@ -244,19 +244,22 @@ class Runner:
         program_inputs = self.inputs(key, inputs)
         code = self.shown.executables[key].run
         assert code is not None
-        found: Callable[[], tuple[Any, ...]] = partial(code, self.module, *program_inputs)
+        forward: Callable[[], tuple[Any, ...]] = partial(code, self.module, *program_inputs)
         for unit in self._passive_units():
-            found = partial(unit, UnitCall(found))
+            forward = partial(unit, UnitCall(forward))
         if not heard:
-            return found()
+            return forward()
         past = inputs.get(CACHE)
         learn = partial(learn_layers, self.shown, self.store, self.module, key)
         calls = partial(self._module_calls, key)
         with running(Running(learn, calls, self.module, past.cache if past is not None else None)):
-            return found()
+            return forward()
 
     def _module_calls(self, key: ProgramKey) -> dict[str, LayerCall]:
-        """How modules with hooks are called in a graph; of a sharded model, whose tensors no process has, unknown."""
+        """Return how modules with hooks are called in a graph.
+
+        In a sharded model, whose tensors no process has in full, their calls are unknown.
+        """
         known = self.shown.executables[key].known
         if _CALLS not in known:
             known[_CALLS] = (
@@ -264,15 +267,15 @@ class Runner:
                 if is_unit(self.module)
                 else learn_modules(self.shown, key, sorted(self.stops))
             )
-        found: dict[str, LayerCall] = known[_CALLS]
-        return found
+        calls: dict[str, LayerCall] = known[_CALLS]
+        return calls
 
     def tell(self, path: str) -> None:
-        """Have the next call stop where a module begins and ends, for hooks that are put on it."""
+        """Have the next call stop where a module begins and ends, for hooks that are registered on it."""
         self.told.add(path)
 
     def _stop_where_heard(self) -> None:
-        """Make code anew where other modules have hooks than when it was made."""
+        """Make the code again if other modules have hooks than when it was made."""
         self.told = {path for path in self.told if heard_module(self.module, path)}
         if self.told != self.stops:
             self.stops = frozenset(self.told)
@@ -281,26 +284,28 @@ class Runner:
             self.relower()
 
     def listen(self) -> None:
-        """Let hooks be put on modules of the tree."""
+        """Allow hooks to be registered on modules of the tree."""
         for path, each in self.module.named_modules():
             if isinstance(each, Container) and not isinstance(each, Block):
                 each._graftc.tell = partial(self.tell, path)
 
     def inputs(self, key: ProgramKey, inputs: Mapping[str, Any]) -> list[Any]:
-        """What the Program installed as ``key`` is given, in its order."""
+        """Return the inputs of the Program installed as ``key``, in its order."""
         given = {**inputs, **inputs[CACHE].tensors} if CACHE in inputs else inputs
         return [given[name] for name in self.shown.lowered_of(key).signature]
 
     def _passive_units(self) -> list[nn.Module]:
-        """Modules that FSDP2 has made units by themselves and that compute nothing, as Accelerate does with tables of
-        embeddings and heads: their tensors are whole during a pass."""
+        """Return the modules that FSDP2 has made units by themselves and that compute nothing.
+
+        Accelerate makes such units of tables of embeddings and heads; their tensors are complete during a pass.
+        """
         if not is_unit(self.module):
             return []
         units = sharded_modules(self.module)
         return [unit for unit in units if isinstance(unit, Container) and not isinstance(unit, Block)]
 
     def relower(self) -> None:
-        """Make all code anew, for tensors that have moved to another device."""
+        """Make all code again, for tensors that have moved to another device."""
         for key, executable in self.shown.executables.items():
             self._lower(key, executable)
 
@@ -309,7 +314,7 @@ class Root(Tree):
     """The root of a Store's tree. A name that is neither a child's nor an attribute is looked up in its Runner.
 
     Args:
-        runner: what it runs.
+        runner: the Runner that the module gets.
     """
 
     _graftc: Runner
@@ -322,16 +327,16 @@ class Root(Tree):
         runner.adopt(self)
 
     def __getattr__(self, name: str) -> Any:
-        """A child or tensor of this name, or the Runner's own attribute."""
-        held = vars(self)
+        """Return the child or tensor of this name, or else the Runner's own attribute."""
+        attributes = vars(self)
         for table in ("_parameters", "_buffers", "_modules"):
-            if name in held.get(table, ()):
-                return held[table][name]
-        if OWN in held and not name.startswith("__"):
+            if name in attributes.get(table, ()):
+                return attributes[table][name]
+        if OWN in attributes and not name.startswith("__"):
             try:
-                return getattr(held[OWN], name)
+                return getattr(attributes[OWN], name)
             except AttributeError as error:
-                if error.name != name:  # something that the attribute is made of
+                if error.name != name:  # raised while computing the attribute
                     raise
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
@@ -340,13 +345,13 @@ class Root(Tree):
 
 
 def _tied_once(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A state dict has tied tensors once, by the name that owns them, as file formats want it."""
+    """Keep each tied tensor once in a state dict, by the name that owns it, as file formats require."""
     for alias in module._graftc.store.aliases:
         state.pop(prefix + alias, None)
 
 
 def _tied_again(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Loading finds tied tensors under each of their names."""
+    """Add tied tensors to a state dict under each of their names, for loading."""
     for alias, owner in module._graftc.store.aliases.items():
         if prefix + owner in state:
             state.setdefault(prefix + alias, state[prefix + owner])

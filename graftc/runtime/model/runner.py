@@ -45,18 +45,19 @@ class Published(Generic[P, R]):
 
 
 def runner_of(module: nn.Module | Runner) -> Any:
-    """The Runner of a compiled or merged model. It has everything that graftc offers, also where a child of the source
-    model has taken the name.
+    """Return the Runner of a compiled or merged model.
+
+    It has everything that graftc offers, even if a child of the source model has taken the name.
 
     Raises:
         GraftError: GC073 for anything else.
     """
-    found = module if isinstance(module, Runner) else getattr(module, "__dict__", {}).get(OWN)
-    if found is None:
+    runner = module if isinstance(module, Runner) else getattr(module, "__dict__", {}).get(OWN)
+    if runner is None:
         raise GraftError(
             "GC073", f"what was given is {kind_of(module)}, no compiled model", hint="give what graftc.compile returns"
         )
-    return found
+    return runner
 
 
 class ModelRoot(Root):
@@ -65,23 +66,23 @@ class ModelRoot(Root):
     _graftc: ModelRunner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own outputs, as its class would give them."""
+        """Return the model's own outputs, as its class would give them."""
         return self._graftc.call(args, kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """See `torch.nn.Module.train`."""
+        """Set the mode that the Runner chooses for the requested one."""
         super().train(self._graftc.entering(mode))
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """See `torch.nn.Module`. An attribute that the source model has is a constant of the graphs (GC048)."""
+        """Set an attribute; warn if the source model has it, since graphs have its value as a constant (GC048)."""
         super().__setattr__(name, value)
         own = vars(self).get(OWN)
         if own is not None and name in own.constants and value != own.constants[name]:
             constant(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves between devices retarget the graphs; another dtype needs another capture."""
+        """Move the tensors and retarget the graphs; refuse another dtype, which needs another capture."""
         runner = self._graftc
         moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
         if moved.dtype != runner.dtype:
@@ -95,22 +96,25 @@ class ModelRoot(Root):
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A model with tensors of its own, the base's included; ties are kept. Graphs, which hold none, are shared, and
-        so is the source model, which new signatures are captured from."""
+        """Return a model with tensors of its own, including the base's; ties are kept.
+
+        Graphs, which contain no tensors, are shared, and so is the source model, from which new signatures are
+        captured.
+        """
         memo.update((id(item), item) for item in self._graftc.shared())
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        # What others have put in the place of forward calls this very model.
+        # A forward that has been replaced calls the original model.
         vars(copied).update(copy.deepcopy({n: v for n, v in vars(self).items() if n != "forward"}, memo))
         copied._graftc.copied()
         return copied
 
     def __copy__(self) -> Self:
-        """A second handle on the same tensors and graphs."""
+        """Return a second handle on the same tensors and graphs."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         return copied
 
     def __getstate__(self) -> NoReturn:
-        """Neither `pickle` nor `torch.save` takes a model: GC074 says what keeps one."""
+        """Refuse `pickle` and `torch.save` with GC074, which says what keeps a model."""
         refuse_pickling(self)

@@ -1,8 +1,8 @@
-"""A model that is sharded over processes, as a whole one: what is read, folded, saved and exported is that.
+"""A model that is sharded over processes, treated as a whole one when it is read, folded, saved and exported.
 
-All processes of the mesh gather the adapter tensors together, once and first of all. The base never trains, so its
-values are the source model's, and nobody sends them. What follows is what one process does, on a whole model, and no
-other process is waited for in it.
+All processes of the mesh gather the adapter tensors together, once and before anything else. The base never trains, so
+its values are the source model's and are not sent. Everything that follows runs within one process, on a whole model,
+and waits for no other process.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ _numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.co
 
 @dataclass(frozen=True)
 class Meeting:
-    """Processes that do something together. They tell each other what through the store of the process group, so that
-    one that does something else, or nothing, is an error and no deadlock.
+    """Processes that do something together.
+
+    They exchange what they are doing through the store of the process group, so that a process that does something
+    else, or nothing, causes an error instead of a deadlock.
 
     Attributes:
-        ranks: of the processes.
+        ranks: the ranks of the processes.
         what: the name of what they do.
-        key: of this occasion.
+        key: the key of this occasion.
     """
 
     ranks: tuple[int, ...]
@@ -50,22 +52,24 @@ class Meeting:
 
     @classmethod
     def of(cls, root: nn.Module, what: str) -> Meeting | None:
-        """That of the processes over which a tree of modules is sharded, when all are there; None where it is not.
+        """Wait for all processes over which a tree of modules is sharded, and return their meeting.
+
+        Return None if it is not sharded.
 
         Raises:
-            GraftError: GC131 for one that is not there when the time limit of the process group is over, or that does
-                something else.
+            GraftError: GC131 for a process that is absent when the time limit of the process group is over, or that
+                does something else.
         """
         for module in sharded_modules(root):
-            module.reshard()  # type: ignore[operator]  # passes without gradients leave the root as it was in them
+            module.reshard()  # type: ignore[operator]  # passes without gradients leave the root gathered
         tensor = next((p for p in root.parameters() if is_sharded(p)), None)
         if tensor is None:
             return None
         ranks = ranks_of(tensor)
         name = "-".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}-{ranks[-1]}-{len(ranks)}"
-        made = cls(ranks, what, f"graftc/{name}/{next(_numbers[ranks])}")
-        made._meet()
-        return made
+        meeting = cls(ranks, what, f"graftc/{name}/{next(_numbers[ranks])}")
+        meeting._meet()
+        return meeting
 
     @property
     def _store(self) -> Any:
@@ -94,10 +98,10 @@ class Meeting:
             raise _apart(f"{self.what} was called, and not in process {', '.join(absent[:5])}") from error
 
     def by_first(self, action: Callable[[], object]) -> None:
-        """Do something in the first process, while the others wait; an error there is one in all.
+        """Run an action in the first process while the others wait; an error there is raised in all of them.
 
         Raises:
-            GraftError: of the first process, GC131 for another error there.
+            GraftError: the error of the first process; in the others, GC131 if that is not a `GraftError`.
         """
         key = f"{self.key}/done"
         if self.first:
@@ -121,7 +125,7 @@ class Meeting:
 
 
 def ranks_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The processes over which a tensor is sharded."""
+    """Return the ranks of the processes over which a tensor is sharded."""
     return tuple(sorted(tensor.device_mesh.mesh.flatten().tolist()))  # type: ignore[attr-defined]
 
 
@@ -130,8 +134,9 @@ def _apart(message: str) -> GraftError:
 
 
 def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method of what has a Runner, ``self.runner``, that every process calls where that is sharded: each runs it on a
-    whole model.
+    """Wrap a method of an object with a Runner, ``self.runner``, so that it runs on a whole model in each process.
+
+    If the model is sharded, every process has to call it.
 
     Raises:
         GraftError: GC131 as `Meeting.of`, GC130 as `whole_model`.
@@ -146,10 +151,12 @@ def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Conca
 
 
 def written_once(method: Callable[Concatenate[Any, Any, P], Path]) -> Callable[Concatenate[Any, Any, P], Path]:
-    """The same of a method that writes to a path, its first argument: one process does, the others wait for it.
+    """Wrap a method that writes to a path, its first argument, so that one process runs it on a whole model.
+
+    If the model is sharded, every process has to call it; the others wait for the one that writes.
 
     Raises:
-        GraftError: as `in_every_process`, and what the writing raises, in all.
+        GraftError: as `in_every_process`, and an error of the writing, in all processes.
     """
 
     @functools.wraps(method)
@@ -165,14 +172,14 @@ def written_once(method: Callable[Concatenate[Any, Any, P], Path]) -> Callable[C
 
 
 def whole_model(runner: AdaptedRunner, values: dict[str, torch.Tensor] | None = None) -> AdaptedRunner:
-    """A compiled model with the same graphs over whole tensors, where the source model is.
+    """Return a compiled model with the same graphs over whole tensors, on the device of the source model.
 
     Args:
-        runner: of the one that is sharded.
-        values: its adapter tensors; they are gathered where they are not given.
+        runner: the Runner of the sharded model.
+        values: its adapter tensors; gathered if not given.
 
     Raises:
-        GraftError: GC130 where the source model has no weights in this process.
+        GraftError: GC130 if the source model has no weights in this process.
     """
     compilation, store = runner.compilation, runner.store
     values = dict(adapter_values(store)) if values is None else values
@@ -181,17 +188,17 @@ def whole_model(runner: AdaptedRunner, values: dict[str, torch.Tensor] | None = 
         message = "the model was compiled without the base's weights in this process, and what is asked for needs them"
         raise GraftError("GC130", message, hint="compiled.adapter_state_dict() gathers what was trained")
     device = next((tensor.device for tensor in base.values()), torch.device("cpu"))
-    made = Store()
-    made.shape(compilation.model)
+    whole = Store()
+    whole.shape(compilation.model)
     for name, tensor in store.tensors():
         if name not in store.aliases:
             value = values[name] if name in values else base.get(name, tensor)
-            made.add_like(store, name, value.detach().to(device))
-    made.constants, made.settled, made.updated = set(store.constants), set(store.settled), dict(store.updated)
-    made.packed = {name: own for name, own in store.packed.items() if name not in store.aliases}
+            whole.add_like(store, name, value.detach().to(device))
+    whole.constants, whole.settled, whole.updated = set(store.constants), set(store.settled), dict(store.updated)
+    whole.packed = {name: own for name, own in store.packed.items() if name not in store.aliases}
     for alias, owner in store.aliases.items():
-        made.alias(alias, owner)
-    twin = runner.over(replace(compilation, store=made))
+        whole.alias(alias, owner)
+    twin = runner.over(replace(compilation, store=whole))
     twin.progress.trained.update(runner.progress.trained)
     twin.progress.extra_losses = runner.progress.extra_losses
     return twin

@@ -1,8 +1,8 @@
-"""Leaving out layers that do the same as others: what a deep model takes follows from what two shallow ones take.
+"""Leaving out layers that do the same as others, to derive the memory of a deep model from that of two shallow ones.
 
-Between equal layers, the memory of a step grows by the same bytes from one to the next, in the forward and in the
-backward pass. So whenever something is made before or behind the layers that are left out, what there is then is an
-affine function of their number, and between them it lies between what there is at the ends.
+Between equal layers, the memory of a step grows by the same number of bytes from one to the next, in the forward and in
+the backward pass. So whenever a tensor is created before or after the layers that are left out, the memory in use is an
+affine function of their number; between them, it lies between the values at both ends.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Step(NamedTuple):
     """A part of a training step.
 
     Attributes:
-        backward: of the backward pass.
-        call: which call of a layer begins it.
+        backward: whether it belongs to the backward pass.
+        call: the number of the layer call that begins it.
     """
 
     backward: bool
@@ -39,12 +39,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Calls of layers in which a pattern repeats.
+    """Consecutive calls of layers in which a pattern repeats.
 
     Attributes:
         start: the number of the first call.
-        period: calls of the pattern.
-        count: how often it is there.
+        period: the number of calls in the pattern.
+        count: the number of repetitions.
     """
 
     start: int
@@ -52,35 +52,35 @@ class Run:
     count: int
 
     def left_out(self, count: int) -> range:
-        """The calls that go where it is there less often."""
+        """Return the calls that are left out if the pattern is repeated only ``count`` times."""
         first = self.start + FRONT * self.period
         return range(first, first + (self.count - count) * self.period)
 
 
 def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
-    """Runs that are worth shortening.
+    """Return the runs that are worth shortening.
 
     Args:
-        graph: calls layers.
-        kind: what is equal for calls of layers that do the same.
+        graph: a graph that calls layers.
+        kind: a function whose results are equal for calls of layers that do the same.
     """
     calls = graph.find_nodes(op="call_module")
     number = {call: index for index, call in enumerate(calls)}
     kinds = [kind(call) for call in calls]
 
     def follows(index: int, period: int) -> bool:
-        """Whether a call does the same as one before, with what came so much later."""
+        """Return whether a call does the same as the one ``period`` calls earlier, on correspondingly later inputs."""
         return kinds[index] == kinds[index - period] and _shifted(
             calls[index - period].args, calls[index].args, number, period
         )
 
-    found: list[Run] = []
+    runs: list[Run] = []
     index = 0
     while index < len(calls):
         best = Run(index, 1, 1)
         for period in range(1, _LONGEST + 1):
             end = index + period
-            # Of the first repetition the inputs come from elsewhere.
+            # The inputs of the first repetition come from elsewhere.
             while end < len(calls) and (
                 follows(end, period) if end >= index + 2 * period else kinds[end] == kinds[end - period]
             ):
@@ -89,13 +89,13 @@ def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
             if run.count > 1 and run.period * run.count > best.period * best.count:
                 best = run
         if best.count * best.period > (2 * KEPT + 2) * best.period:
-            found.append(best)
+            runs.append(best)
         index += best.period * best.count
-    return found
+    return runs
 
 
 def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int) -> bool:
-    """Whether values are the same but for calls that come so much later."""
+    """Return whether values are the same except that calls in them come ``period`` calls later."""
     if isinstance(before, fx.Node) or isinstance(after, fx.Node):
         if before is after:
             return True
@@ -121,11 +121,11 @@ def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int
 
 
 def shorten(graph: fx.Graph, counts: Mapping[Run, int]) -> None:
-    """Leave out repetitions, in place.
+    """Remove repetitions from a graph, in place.
 
     Args:
-        graph: calls layers.
-        counts: how many stay of each run.
+        graph: a graph that calls layers.
+        counts: the number of repetitions to keep of each run.
     """
     calls = graph.find_nodes(op="call_module")
     unused = {node for node in graph.nodes if not node.users}
@@ -142,39 +142,39 @@ def shorten(graph: fx.Graph, counts: Mapping[Run, int]) -> None:
 
 
 def deep(short: Levels, longer: Mapping[Run, Levels]) -> int:
-    """The peak of a model in full.
+    """Return the peak of the model with all layers.
 
     Args:
-        short: the levels where of every run `KEPT` repetitions are there.
-        longer: for each run, the levels with one repetition of it more.
+        short: the levels with `KEPT` repetitions of every run.
+        longer: for each run, the levels with one more repetition of it.
     """
     aligned, start = list[tuple[int, Levels]](), 0
     for run in sorted(longer, key=lambda run: run.start):
         more = run.count - KEPT
         aligned.append((more, _aligned(longer[run], run, run.start - start)))
         start += more * run.period
-    return max(_highest(levels, [(more, found[part]) for more, found in aligned]) for part, levels in short.items())
+    return max(_highest(levels, [(more, further[part]) for more, further in aligned]) for part, levels in short.items())
 
 
 def _highest(levels: list[int], longer: Iterable[tuple[int, list[int]]]) -> int:
-    """The highest level of a part, where some repetitions are there more often."""
-    found = list(levels)
+    """Return the highest level of a part in a model with more repetitions of some runs."""
+    totals = list(levels)
     for more, others in longer:
-        if len(others) != len(levels):  # of a part in which something else happens, the peaks alone
-            levels, others, found = [max(levels)], [max(others)], [max(found)]
-        found = [level + more * (there - here) for level, here, there in zip(found, levels, others, strict=True)]
-    return max(found)
+        if len(others) != len(levels):  # parts that differ are compared by their peaks only
+            levels, others, totals = [max(levels)], [max(others)], [max(totals)]
+        totals = [level + more * (there - here) for level, here, there in zip(totals, levels, others, strict=True)]
+    return max(totals)
 
 
 def _aligned(levels: Levels, run: Run, start: int) -> Levels:
-    """The levels by the parts that the model has without the last repetition of the front's.
+    """Return the levels by the parts of the shorter model, which lacks one repetition after those of the front.
 
     Args:
-        levels: with it.
-        run: which is longer.
+        levels: the levels with that repetition.
+        run: the run that is longer.
         start: the number of its first call in the short model.
     """
-    found: dict[Part, list[int]] = {}
+    aligned: dict[Part, list[int]] = {}
     more = range(start + FRONT * run.period, start + (FRONT + 1) * run.period)
     for part, there in levels.items():
         if isinstance(part, Step):
@@ -182,5 +182,5 @@ def _aligned(levels: Levels, run: Run, start: int) -> Levels:
                 continue
             if part.call >= more.stop:
                 part = part._replace(call=part.call - run.period)
-        found[part] = there
-    return found
+        aligned[part] = there
+    return aligned

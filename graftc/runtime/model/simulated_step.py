@@ -25,28 +25,28 @@ from graftc.runtime.model.shortened import KEPT, Run, Step, deep, runs_of, short
 
 
 def simulated_step(runner: AdaptedRunner, signature: Signature, present: Mapping[str, Any]) -> Activations:
-    """What a forward and a backward pass keep and take.
+    """Return what a forward and a backward pass keep, and the memory that they take.
 
     Args:
-        runner: of the model, which stays as it is.
-        signature: of the call.
-        present: tensors and flags of the call, by name; of tensors the sizes count alone.
+        runner: the Runner of the model, which is not changed.
+        signature: the signature of the call.
+        present: tensors and flags of the call, by name; only the sizes of tensors matter.
     """
     return Simulation(runner).step(signature, present)
 
 
 class Simulation:
-    """A model on tensors without memory.
+    """A copy of a model on tensors without memory.
 
     Args:
-        runner: of the model, which stays as it is. Tensors on the meta device are taken to be on a CPU.
-        processes: how many share its gradients: each keeps a shard of them, as FSDP2 does.
+        runner: the Runner of the model, which is not changed. Tensors on the meta device are assumed to be on a CPU.
+        processes: the number of processes that share its gradients: each keeps a shard of them, as FSDP2 does.
 
     Attributes:
-        mode: of its tensors.
+        mode: the mode of its tensors.
         module: the copy.
-        runner: of the copy.
-        trained: what an optimiser is given.
+        runner: the Runner of the copy.
+        trained: the parameters that an optimiser is given.
     """
 
     def __init__(self, runner: AdaptedRunner, processes: int = 1) -> None:
@@ -55,7 +55,7 @@ class Simulation:
         faked = {id(tensor): _faked(tensor, self.mode) for tensor in tensors}
         self.module = copy.deepcopy(runner.module, faked).train()
         self.runner: AdaptedRunner = runner_of(self.module)
-        self.runner.hearing.hooked = self.runner.hearing.everywhere = False  # its own hooks look at nothing in a layer
+        self.runner.hearing.hooked = self.runner.hearing.everywhere = False  # hooks registered here read no values
         stops, self.runner.told, self.runner.stops = self.runner.stops, set(), frozenset()
         if stops or self.runner.device != runner.device:
             self.runner.relower()
@@ -74,23 +74,23 @@ class Simulation:
         accumulated: bool = False,
         steered: bool = False,
     ) -> Activations:
-        """What a forward and a backward pass keep and take.
+        """Return what a forward and a backward pass keep, and the memory that they take.
 
         Args:
-            signature: of the call.
-            present: tensors and flags of the call, by name; of tensors the sizes count alone.
-            whole: run every layer, and not some of those that do the same alone.
-            accumulated: there are gradients from a step before, to which this one adds. They do not count.
-            steered: controllers look at gradients, as they do in their first step.
+            signature: the signature of the call.
+            present: tensors and flags of the call, by name; only the sizes of tensors matter.
+            whole: whether to run every layer, instead of only some of those that do the same.
+            accumulated: whether there are gradients from an earlier step, to which this one adds; they are not counted.
+            steered: whether controllers look at gradients, as they do in their first step.
         """
         self._accumulated, self._steered = accumulated, steered
         for _, part in self._parts:
-            choices_of(part).clear()  # they are of other sizes
+            choices_of(part).clear()  # they are for other sizes
         key = self.runner.key(signature, "train")
         if not self.runner.shown.has(key) or calls(self.runner.shown.executables[key].program.graph):
             self.runner.install(key, self.runner.program_of(key))
         graph = outline(self.runner.shown.lowered_of(key)).root
-        # With a budget, layers that do the same differ in what they keep.
+        # With a budget, layers that do the same may differ in what they keep.
         spec = self.runner.shown.compilation.spec
         runs = [] if whole or spec.memory.budget is not None else runs_of(graph, self._kind_in(key))
         if not runs:
@@ -101,7 +101,7 @@ class Simulation:
         return Activations(tuple(layers_of(self._parts)), peak)
 
     def _short(self, key: ProgramKey, graph: fx.Graph, runs: list[Run], present: Mapping[str, Any]) -> int:
-        """The peak, from models with fewer layers."""
+        """Return the peak, computed from models with fewer layers."""
         kept = dict.fromkeys(runs, KEPT)
 
         def levels(counts: Mapping[Run, int]) -> Levels:
@@ -113,7 +113,7 @@ class Simulation:
 
         short = levels(kept)
         above = dict(choices_of(self.module))
-        found = deep(short, {run: levels({**kept, run: KEPT + 1}) for run in runs})
+        peak = deep(short, {run: levels({**kept, run: KEPT + 1}) for run in runs})
         choices_of(self.module).clear()
         choices_of(self.module).update(above)
         blocks = [self.runner.blocks[str(call.target)] for call in graph.find_nodes(op="call_module")]
@@ -121,19 +121,19 @@ class Simulation:
             for index in run.left_out(KEPT):
                 first = run.start + (index - run.start) % run.period
                 choices_of(blocks[index]).update(choices_of(blocks[first + run.period]))
-        return found
+        return peak
 
     def _run(self, key: ProgramKey, present: Mapping[str, Any]) -> Levels:
-        """The bytes that there are whenever something is made, in each part of a step."""
+        """Return the bytes in use whenever a tensor is created, for each part of a step."""
         own = self.runner
         given = fake(dict(present), self.mode)
         code: Any = own.shown.executables[key].run
-        if code.plain:  # which chooses nothing by itself
+        if code.plain:  # plain code does not choose by itself
             inputs = own.inputs(key, given)
             code.choose(own.module, inputs, code.kind(own.module, inputs))
 
         def loss() -> Tensor:
-            # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.
+            # No other result is alive in the backward pass, as in a training loop that keeps only the loss.
             named = zip(own.shown.lowered_of(key).outputs.names, own.run(key, given), strict=True)
             floats = {name: value for name, value in named if isinstance(value, Tensor) and value.requires_grad}
             return floats["loss"] if "loss" in floats else torch.stack([value.sum() for value in floats.values()]).sum()
@@ -163,19 +163,19 @@ class Simulation:
         return tracking.levels
 
     def give_gradients(self) -> None:
-        """Give everything that trains a gradient."""
+        """Give every trained parameter a gradient."""
         with self.mode:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter)
 
     def _scatter(self, parameter: Tensor) -> None:
-        """Keep this process's shard of a gradient."""
+        """Keep only this process's shard of a gradient."""
         if not self._accumulated:
             self._shards.append(parameter.new_empty(shard_of(parameter, self._processes)))
         parameter.grad = None
 
     def _kind_in(self, key: ProgramKey) -> Callable[[fx.Node], Hashable]:
-        """What is equal for calls of layers that do the same."""
+        """Return a function whose results are equal for calls of layers that do the same."""
 
         def kind(call: fx.Node) -> Hashable:
             block = self.runner.blocks[str(call.target)]
@@ -188,7 +188,7 @@ class Simulation:
 
 
 def _watched(runner: AdaptedRunner, tracking: Tracking) -> Iterator[Any]:
-    """Tell what tracks a step where layers begin, in both passes; gives handles that end it."""
+    """Report to ``tracking`` where layers begin, in both passes, and yield handles that end the reports."""
     calls = -1
 
     def entered(*_: Any) -> None:
@@ -212,13 +212,13 @@ def _watched(runner: AdaptedRunner, tracking: Tracking) -> Iterator[Any]:
 
 
 def shard_of(tensor: Tensor, processes: int) -> tuple[int, ...]:
-    """The shape of the largest shard of a tensor: FSDP2 cuts along the first axis."""
+    """Return the shape of the largest shard of a tensor; FSDP2 cuts along the first axis."""
     if processes == 1 or not tensor.dim():
         return tuple(tensor.shape)
     return (-(-tensor.shape[0] // processes), *tensor.shape[1:])
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    found: Tensor = fake(tensor.detach(), mode)
+    faked: Tensor = fake(tensor.detach(), mode)
     with mode:
-        return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
+        return nn.Parameter(faked, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else faked

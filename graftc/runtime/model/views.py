@@ -1,4 +1,4 @@
-"""What a model is shown without: which adaptations calls leave out, the views of these, and tensors put into a tree."""
+"""Which adaptations calls of a model leave out, the views without them, and tensors added to a tree."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ R = TypeVar("R")
 
 
 class Observing(Protocol):
-    """Reads numbers of forward passes: see `Observer`."""
+    """Protocol of objects that read numbers of forward passes, as `Observer` does."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Around a forward pass."""
+        """Observe a forward pass that runs in the block."""
 
 
 class Waiting(list[Tensor]):
-    """Terms that no loss has yet. A copied model has none: they belong to passes of the other one."""
+    """Terms that are not in a loss yet. A copied model has none, since they belong to passes of the original."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
         return Waiting()
@@ -35,15 +35,15 @@ class Waiting(list[Tensor]):
 
 @dataclass
 class Progress:
-    """How far the training of a model is, beside its tensors.
+    """The progress of a model's training, apart from its tensors.
 
     Attributes:
         trained: adaptations with a controller or an objective whose tensors have had a gradient.
-        warned: of what has been warned.
-        extra_losses: how often the sum of the objectives has been asked for.
-        due: whether it has not been since the last step.
-        waiting: terms that no loss has yet.
-        observer: reads numbers of the forward passes to come, where somebody has asked for them.
+        warned: subjects of the warnings that have been given.
+        extra_losses: the number of times that the sum of the objectives has been requested.
+        due: whether it has not been requested since the last step.
+        waiting: terms that are not in a loss yet.
+        observer: reads numbers of the next forward passes, if that has been requested.
     """
 
     trained: set[str] = field(default_factory=set)
@@ -56,11 +56,11 @@ class Progress:
 
 @dataclass
 class Leaving:
-    """Which adaptations a model leaves out.
+    """The adaptations that a model leaves out.
 
     Attributes:
-        off: those that `disable` has named.
-        within: what each context that is open leaves out, the outermost first.
+        off: the adaptations that `disable` has named.
+        within: the adaptations that each open context leaves out, the outermost context first.
     """
 
     off: frozenset[str] = frozenset()
@@ -68,17 +68,17 @@ class Leaving:
 
     @property
     def hidden(self) -> frozenset[str]:
-        """What calls leave out now."""
+        """The adaptations that calls leave out now."""
         return self.off.union(*self.within)
 
 
 @dataclass
 class Views:
-    """Views of a model.
+    """The views of a model.
 
     Attributes:
-        known: by the adaptations that they are without.
-        made: how many have been made so far.
+        known: the views, by the adaptations that they leave out.
+        made: the number of views that have been made so far.
     """
 
     known: dict[frozenset[str], AdaptedView] = field(default_factory=dict)
@@ -86,10 +86,10 @@ class Views:
 
 
 def with_every_adaptation(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method of what has a Runner, ``self.runner``: it gets one with every adaptation, whatever `disable` and
-    `disabled` leave out of calls meanwhile.
+    """Wrap a method of an object with a Runner, ``self.runner``, so that it gets one with every adaptation.
 
-    Whatever writes a file or makes another model is such a method. Calls in other threads go on as they were.
+    It does so even while `disable` and `disabled` leave adaptations out of calls. Every method that writes a file or
+    makes another model is wrapped. Calls in other threads are not affected.
     """
 
     @functools.wraps(method)
@@ -104,27 +104,27 @@ def tables_of(steering: Steerings) -> tuple[Mapping[str, Any], ...]:
 
 
 def over(made: Compilation, known: Compilation) -> Compilation:
-    """A Compilation that was made of the same source, over the tensors of another one."""
+    """Return a Compilation that was made of the same source, over the tensors of another one."""
     return replace(made, store=known.store, model=known.model, watch=known.watch)
 
 
 class Tables:
-    """Puts tensors into a Store's tree and takes them out again."""
+    """Adds tensors to a Store's tree and removes them again."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._put: list[str] = []
 
     def put(self, fqn: str, tensor: Tensor, *, persistent: bool) -> None:
-        """Put a tensor in by a new name."""
+        """Add a tensor by a new name."""
         self._store.put(fqn, tensor, persistent=persistent)
         self._put.append(fqn)
 
     def drop(self, fqn: str) -> None:
-        """Take a tensor out, and containers that are empty then."""
+        """Remove a tensor, and containers that are empty afterwards."""
         self._store.drop(fqn)
 
     def undo(self) -> None:
-        """Take out all that was put in."""
+        """Remove all tensors that were added."""
         for fqn in self._put:
             self._store.drop(fqn)

@@ -1,6 +1,6 @@
-"""What a compiled model offers beside calls, and which plain object does each: that is given the model's Runner.
+"""The features of a compiled model besides calls, and the plain object that implements each, built from its Runner.
 
-Whatever takes time to import, and is not needed to compile and train, is imported when it is asked for.
+Modules that take time to import and are not needed to compile and train are imported on first use.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ _PARTS: Mapping[Callable[[AdaptedRunner], Any], str] = MappingProxyType(
         "num_parameters print_trainable_parameters save_pretrained tie_weights",
     }
 )
-"""What offers what."""
+"""The functions that create the parts, each with the names of what the part offers."""
 OFFERED: Mapping[str, Callable[[AdaptedRunner], Any]] = MappingProxyType(
     {name: part for part, names in _PARTS.items() for name in names.split()}
 )
-"""What a compiled model offers beside what its Runner does itself: names, with what is made of the Runner for each."""
+"""The names that a compiled model offers besides its Runner's own, each with the function that creates its part."""

@@ -1,7 +1,7 @@
-"""Adaptations of a live model: added, removed, renamed and left out, while the others go on training.
+"""Changes to the adaptations of a live model: add, remove, rename or disable them while the others keep training.
 
-A change is compiled in a Store of its own and then put over the live one. Tensors that stay are the same objects all
-along, which optimisers know them by, and whatever fails does so before anything has changed.
+A change is compiled in a Store of its own and then applied to the live one. Tensors that stay remain the same objects,
+so that optimisers still recognise them, and any failure occurs before anything has changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Adapters:
     """Changes which adaptations a compiled model has, and which of them have an effect.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -46,19 +46,19 @@ class Adapters:
     def add(
         self, adaptation: MethodSpec | Mapping[str, Any], values: Mapping[str, Tensor] | None = None
     ) -> dict[str, nn.Parameter]:
-        """Add an adaptation, on top of those that there are. It has an effect from the next call on.
+        """Add an adaptation on top of the existing ones; it has an effect from the next call on.
 
         Args:
             adaptation: an entry as in a spec's ``adapt`` list.
-            values: tensors to start from, by the names that they have in this model.
+            values: initial tensors, by the names that they have in this model.
 
         Returns:
-            What trains of it, by name, for ``optimizer.add_param_group``;
-            ``graftc.optim.param_groups(compiled, lr, only=[name])`` gives them in groups.
+            The new trainable parameters by name, for ``optimizer.add_param_group``;
+            ``graftc.optim.param_groups(compiled, lr, only=[name])`` returns them in groups.
 
         Raises:
-            GraftError: as `graftc.compile`; GC005 for a name that is taken, GC053 for values that do not fit, GC072
-                where the model's tensors are sharded. Nothing has changed then.
+            GraftError: as `graftc.compile`; GC005 for a name that is taken, GC053 for values that do not fit, GC072 if
+                the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
         spec = adding(self.runner.compilation.spec, adaptation)
@@ -67,54 +67,59 @@ class Adapters:
         other = sorted(fqn for fqn in given if owner_of(fqn) != name)
         if other:
             raise GraftError("GC053", f"{other[0]} is not a tensor of {name!r}", hint="give tensors of what is added")
-        made = recompile(self.runner.compilation, spec, {**dict(adapter_values(self.runner.store)), **given})
-        unknown = sorted(given.keys() - {fqn for fqn, _ in made.store.adapters()})
+        compilation = recompile(self.runner.compilation, spec, {**dict(adapter_values(self.runner.store)), **given})
+        unknown = sorted(given.keys() - {fqn for fqn, _ in compilation.store.adapters()})
         if unknown:
             raise GraftError("GC053", f"{name!r} has no tensor {unknown[0]}")
-        self._take(made, {})
+        self._take(compilation, {})
         added = ((fqn, t) for fqn, t in self.runner.store.adapters() if owner_of(fqn) == name)
         return {fqn: t for fqn, t in added if isinstance(t, nn.Parameter) and t.requires_grad}
 
     def load_adapter(self, folder: str | Path, name: str | None = None) -> dict[str, nn.Parameter]:
-        """Add the adaptation of a folder that PEFT wrote, on top of those that there are. It has an effect from the
-        next call on; ``disable(name)`` switches it off.
+        """Add the adaptation of a folder that PEFT wrote, on top of the existing ones.
+
+        It has an effect from the next call on; ``disable(name)`` switches it off.
 
         Args:
-            folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            name: what the adaptation is called here; by default as the folder is.
+            folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            name: the name of the adaptation in this model; by default the name of the folder.
 
         Returns:
-            What trains of it, by name, as `add`.
+            The new trainable parameters by name, as for `add`.
 
         Raises:
-            GraftError: as `graftc.import_peft` and `add`; GC112 where the adapter also trains modules of the base in
-                full, or rows of a table beside its method: import such with the others. Nothing has changed then.
+            GraftError: as `graftc.import_peft` and `add`; GC112 if the adapter also trains modules of the base in full,
+                or rows of a table besides its method: import such an adapter together with the others. Nothing has
+                changed then.
         """
         self._require_whole()
-        own, path = next(iter(names_of([folder] if name is None else {name: folder}).items()))
+        adaptation, path = next(iter(names_of([folder] if name is None else {name: folder}).items()))
         known = [str(a.name) for a in self.runner.compilation.spec.adapt]
-        if own in known:
-            raise GraftError("GC005", f"the name {own!r} is taken by another adaptation", hint="give another name")
+        if adaptation in known:
+            raise GraftError(
+                "GC005", f"the name {adaptation!r} is taken by another adaptation", hint="give another name"
+            )
         base = self.runner.compilation
         capture, flags = base.main.captures[0], base.program("train", "base").flags
 
         def structure() -> Structure:
             return roles_of(capture.program, capture.constants)
 
-        return self.add(*entry_of(path, own, base.source, base.main.axes, flags, structure))
+        return self.add(*entry_of(path, adaptation, base.source, base.main.axes, flags, structure))
 
     @exclusive()
     def remove(self, name: str) -> None:
-        """Remove an adaptation with its tensors.
+        """Remove an adaptation and its tensors.
 
-        An optimiser still holds these, without gradients, and no step moves them; make another one to free the memory.
+        An optimiser still references the tensors, without gradients, and no step changes them; create a new optimiser
+        to free the memory.
 
         Args:
-            name: of an adaptation.
+            name: the name of an adaptation.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 where it is a part of a composition, GC072 where
-                the model's tensors are sharded. Nothing has changed then.
+            GraftError: GC091 if there is no such adaptation, GC036 if it is part of a composition, GC072 if the model's
+                tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
         spec = self.runner.compilation.spec
@@ -129,15 +134,15 @@ class Adapters:
 
     @exclusive()
     def rename(self, old: str, new: str) -> None:
-        """Give an adaptation another name, and its tensors with it; they stay the same objects.
+        """Rename an adaptation and its tensors, which stay the same objects.
 
         Args:
-            old: its name.
-            new: its new one.
+            old: the current name.
+            new: the new name.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC005 for a name that is taken, GC002 for what is not
-                a name, GC072 where the model's tensors are sharded. Nothing has changed then.
+            GraftError: GC091 if there is no such adaptation, GC005 for a name that is taken, GC002 for a new name that
+                is not valid, GC072 if the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
         spec = self.runner.compilation.spec
@@ -150,16 +155,18 @@ class Adapters:
         self._take(recompile(self.runner.compilation, renaming(spec, old, new), values), {old: new})
 
     def disable(self, *names: str) -> None:
-        """Leave adaptations out of all calls from now on, until `enable`. Their tensors stay: `save` and `merge` have
-        them, and they are not trained, since no loss depends on them. ``compiled.disabled(name)`` does it for a while.
+        """Leave adaptations out of all calls until `enable`; ``compiled.disabled(name)`` does it for one block.
 
-        The first time it takes as long as compiling without a capture; after that it costs next to nothing.
+        Their tensors stay: `save` and `merge` include them. They are not trained meanwhile, since no loss depends on
+        them.
+
+        The first use takes as long as compiling without a capture; after that it costs next to nothing.
 
         Args:
             names: adaptations or compositions; ``trained`` is the ``train:`` list.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition; nothing has changed
+            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition; nothing has changed
                 then.
         """
         left = self.runner.leaving
@@ -168,10 +175,10 @@ class Adapters:
         left.off = off
 
     def enable(self, *names: str) -> None:
-        """Undo `disable` for some adaptations, or for all where none is named.
+        """Undo `disable` for some adaptations, or for all of them if none is named.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation.
+            GraftError: GC091 if there is no such adaptation.
         """
         left = self.runner.leaving
         off = left.off - self.runner.adaptations(names) if names else frozenset()
@@ -180,17 +187,19 @@ class Adapters:
 
     @contextmanager
     def disabled(self, *names: str) -> Iterator[None]:
-        """Inside, the model computes what its base computes, or, with names, what it computes without these. With
-        ``parallel`` it gives the base's rows once for each adaptation, as many as a call gives outside.
+        """Run the block without the named adaptations, or with the base alone if none is named.
+
+        With ``parallel`` the base's rows are returned once for each adaptation, as many as a call returns outside the
+        block.
 
         Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
         after that.
 
         Args:
-            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all.
+            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all of them.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
         """
         if names:
             with self.runner.without(names):
@@ -200,27 +209,26 @@ class Adapters:
             yield
 
     def each_alone(self, names: Collection[str]) -> list[Any]:
-        """Compiled models of one imported folder each, by the names that their adaptations got."""
-        found = [str(own.name) for own in self.runner.spec.adapt]
-        groups = ([name, *(f"{name}_{number}" for number in range(1, len(found)))] for name in names)
-        # A name with a number is that of rows beside, unless it is a folder's own.
-        own = [[n for n in group if n in found and (n == group[0] or n not in names)] for group in groups]
-        return [self.runner.alone(tuple(group)) for group in own]
+        """Return a compiled model for each imported folder, given the names that the folders' adaptations got."""
+        existing = [str(entry.name) for entry in self.runner.spec.adapt]
+        groups = ([name, *(f"{name}_{number}" for number in range(1, len(existing)))] for name in names)
+        # A numbered name belongs to rows of a table in the same folder, unless another folder has that name.
+        members = [[n for n in group if n in existing and (n == group[0] or n not in names)] for group in groups]
+        return [self.runner.alone(tuple(group)) for group in members]
 
     def _take(self, made: Compilation, names: Mapping[str, str]) -> None:
-        """Make a Compilation the model's own: tensors that it has under other names move there, new ones come in, and
-        those that it lacks go."""
+        """Replace the model's Compilation: move renamed tensors, add new ones and drop those that the new one lacks."""
         runner, store, whole, shown = self.runner, self.runner.store, self.runner.everything, self.runner.shown
         fresh = made.store
         wanted = dict(fresh.adapters())
-        held = {_as(fqn, names): (fqn, tensor) for fqn, tensor in store.adapters()}
+        existing = {_as(fqn, names): (fqn, tensor) for fqn, tensor in store.adapters()}
         tables = Tables(store)
         compilation, settled = runner.compilation, set(store.settled)
         try:
             for fqn, tensor in wanted.items():
-                if fqn in held and held[fqn][0] != fqn:
-                    tables.put(fqn, held[fqn][1], persistent=_persists(fresh, fqn))
-                elif fqn not in held:
+                if fqn in existing and existing[fqn][0] != fqn:
+                    tables.put(fqn, existing[fqn][1], persistent=_persists(fresh, fqn))
+                elif fqn not in existing:
                     tables.put(fqn, runner.here(tensor), persistent=_persists(fresh, fqn))
             made = over(made, compilation)
             runner.compilation = made
@@ -233,7 +241,7 @@ class Adapters:
             raise
         self._take_dropouts(names)
         updated = set(store.updated.values())
-        for fqn, (old, tensor) in held.items():
+        for fqn, (old, tensor) in existing.items():
             if old not in wanted and old not in updated:
                 tables.drop(old)
             if fqn not in wanted:
@@ -244,7 +252,7 @@ class Adapters:
         watch_training(runner, {*_steered(steering)} - {names.get(n, n) for n in _steered(whole)})
 
     def _forget(self, names: Mapping[str, str]) -> None:
-        """What was made of the Compilation before, and what it called adaptations."""
+        """Discard everything derived from the previous Compilation, and update the recorded names of adaptations."""
         runner, left, trained = self.runner, self.runner.leaving, self.runner.progress.trained
         runner.views.known.clear()
         runner.derived.clear()
@@ -257,7 +265,7 @@ class Adapters:
         runner.show(left.hidden)
 
     def _take_dropouts(self, names: Mapping[str, str]) -> None:
-        """The modules that stand for dropouts of renamed adaptations take over how these were set."""
+        """Copy the settings of the modules that represent dropouts of renamed adaptations to the new modules."""
         for path, module in list(self._dropouts()):
             name = parsed(path)
             if name is not None and name.adaptation in names:
@@ -265,7 +273,7 @@ class Adapters:
                 new.p, new.training = module.p, module.training
 
     def _tidy(self) -> None:
-        """Let go of modules that stand for dropouts of adaptations that there are no more."""
+        """Remove the modules that represent dropouts of adaptations that no longer exist."""
         programs = [p for c in self.runner.compilations() for p in c.programs.values() if p.mode == "train"]
         wanted = {path for program in programs for path in dropouts(program)}
         for path, _ in list(self._dropouts()):
@@ -273,12 +281,12 @@ class Adapters:
                 self.runner.store.drop_container(path)
 
     def _dropouts(self) -> Iterator[tuple[str, Any]]:
-        """Modules that stand for dropouts of adaptations, with their paths."""
+        """Return the modules that represent dropouts of adaptations, each with its path."""
         modules = self.runner.store.root.named_modules()
         return ((path, m) for path, m in modules if isinstance(m, nn.Dropout) and parsed(path) is not None)
 
     def _prune(self) -> None:
-        """Let the code go that nothing shows any more."""
+        """Delete the code that no view shows any more."""
         label = self.runner.shown.label
         for block in self.runner.blocks.values():
             code = block._graftc
@@ -288,32 +296,33 @@ class Adapters:
                     del table[key]
 
     def _require_whole(self) -> None:
-        """Refuse where tensors are sharded: engines have noted which parameters there are."""
+        """Raise GC072 if tensors are sharded, since engines have already recorded the parameters then."""
         if any(hasattr(tensor, "device_mesh") for _, tensor in self.runner.store.tensors()):
             hint = "add, remove and rename before fully_shard; disable() and disabled() work afterwards too"
             raise GraftError("GC072", "the model's tensors are sharded over processes", hint=hint)
 
 
 def _steered(steering: Steerings) -> list[str]:
-    """Adaptations that have something to be missed."""
+    """Return the names of the adaptations that have a controller or an objective."""
     return [*steering.controllers, *steering.objectives]
 
 
 def _joined(old: Steerings, new: Steerings, names: Mapping[str, str]) -> Steerings:
-    """What steers anew, with what steered adaptations that stay: it knows how far it is."""
+    """Return the new steerings, with the existing objects of adaptations that stay, which keep their progress."""
     before = {new: old for old, new in names.items()}
     for name, controller in new.controllers.items():
         known = old.controllers.get(before.get(name, ""))
         if known is not None:
             controller.total, controller.optimiser = known.total, known.optimiser
-    found = (
-        {n: own.get(n, v) for n, v in each.items()} for own, each in zip(tables_of(old), tables_of(new), strict=True)
+    tables = (
+        {n: old_table.get(n, v) for n, v in new_table.items()}
+        for old_table, new_table in zip(tables_of(old), tables_of(new), strict=True)
     )
-    return Steerings(*found)
+    return Steerings(*tables)
 
 
 def _as(fqn: str, names: Mapping[str, str]) -> str:
-    """A tensor's name where adaptations have other names."""
+    """Return the name of a tensor after adaptations have been renamed."""
     owner = owner_of(fqn)
     return renamed(fqn, names[owner]) if owner in names else fqn
 

@@ -1,4 +1,4 @@
-"""Choosing among the adaptations of banks: for all calls to come, or for good."""
+"""The choice among the adaptations of banks, for later calls or permanently."""
 
 from __future__ import annotations
 
@@ -21,52 +21,57 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 Choice = str | int | Mapping[str, float]
-"""A slot by name or number, or a mixture of slots: a factor for each that takes part."""
+"""A slot by name or number, or a mixture of slots, with a factor for each that takes part."""
 
 
 class Choosing:
-    """Chooses among the adaptations of banks, for calls to come or for good.
+    """Chooses among the adaptations of banks, for later calls or permanently.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def activate(self, choice: str | int, bank: str | None = None) -> None:
-        """Choose the adaptation that calls use which choose none. No graph changes: it may differ from call to call.
+        """Choose the adaptation for calls that do not choose one themselves.
+
+        No graph changes, so the choice may differ from call to call.
 
         Args:
             choice: an adaptation's name, or the number of its slot.
-            bank: the bank's name, where there are several.
+            bank: the bank's name; needed only if there are several.
 
         Raises:
-            GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
+            GraftError: GC038 if there is no such slot, GC091 if there is no such bank.
         """
-        found = _bank(self.runner.compilation.spec, bank)
-        slot = slot_of(found, choice)
-        self.runner.compilation.store.get(adapter_name("", str(found.name), ACTIVE)).fill_(slot)
+        composition = _bank(self.runner.compilation.spec, bank)
+        slot = slot_of(composition, choice)
+        self.runner.compilation.store.get(adapter_name("", str(composition.name), ACTIVE)).fill_(slot)
 
     def active(self, bank: str | None = None) -> str:
-        """The name of the adaptation that calls use which choose none.
+        """Return the name of the adaptation for calls that do not choose one themselves.
 
         Raises:
-            GraftError: GC091 where there is no such bank.
+            GraftError: GC091 if there is no such bank.
         """
-        found = _bank(self.runner.compilation.spec, bank)
-        return found.members[int(self.runner.compilation.store.get(adapter_name("", str(found.name), ACTIVE)))]
+        composition = _bank(self.runner.compilation.spec, bank)
+        return composition.members[
+            int(self.runner.compilation.store.get(adapter_name("", str(composition.name), ACTIVE)))
+        ]
 
     def train_only(self, *names: str) -> None:
-        """Let only these adaptations train from now on, all of them where none is named.
+        """Train only these adaptations from now on, or all of them if none is named.
 
-        The tensors of the others want no gradient then, so that no optimiser moves them, by weight decay neither.
+        The tensors of the others no longer require gradients, so that no optimiser changes them, not even by weight
+        decay.
 
         Args:
             names: adaptations or compositions.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation.
+            GraftError: GC091 if there is no such adaptation.
         """
         known = [*self.runner.compilation.spec.owners, TRAIN]
         for name in names:
@@ -76,7 +81,7 @@ class Choosing:
             tensor.requires_grad_(not names or owner_of(fqn) in names)
 
     def _trainable(self) -> dict[str, Tensor]:
-        """What trains if everything does."""
+        """Return the adapter tensors that train if every adaptation does, by name."""
         if "trainable" not in self.runner.derived:
             adapters = self.runner.store.adapters()
             self.runner.derived["trainable"] = {fqn: tensor for fqn, tensor in adapters if tensor.requires_grad}
@@ -84,27 +89,30 @@ class Choosing:
 
     @in_every_process
     def fix(self, choice: Choice, bank: str | None = None) -> Any:
-        """A compiled model in which a bank is one adaptation for good, with no axis of slots: it folds and exports as
-        any other. This model stays as it is, and shares no adapter tensor with it.
+        """Return a compiled model in which a bank is permanently one adaptation, without an axis of slots.
+
+        The result folds and exports like any other model. This model is unchanged and shares no adapter tensor with it.
 
         Args:
-            choice: an adaptation's name, the number of its slot, or a factor for each adaptation that takes part: their
-                tensors are added up.
-            bank: the bank's name, where there are several.
+            choice: an adaptation's name, the number of its slot, or a factor for each adaptation that takes part; their
+                scaled tensors are added up.
+            bank: the bank's name; needed only if there are several.
 
         Raises:
-            GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
+            GraftError: GC038 if there is no such slot, GC091 if there is no such bank.
         """
         compilation = self.runner.compilation
-        found = _bank(compilation.spec, bank)
-        factors = dict(choice) if isinstance(choice, Mapping) else {found.members[slot_of(found, choice)]: 1.0}
+        composition = _bank(compilation.spec, bank)
+        factors = (
+            dict(choice) if isinstance(choice, Mapping) else {composition.members[slot_of(composition, choice)]: 1.0}
+        )
         for name in factors:
-            slot_of(found, name)
+            slot_of(composition, name)
         if not factors:
-            raise GraftError("GC038", f"nothing is chosen from {found.name!r}")
-        name = next(iter(factors)) if len(factors) == 1 else str(found.name)
-        spec = _without(compilation.spec, found, next(iter(factors)), name)
-        return self.runner.sibling(spec, _values(compilation, found, factors, name))
+            raise GraftError("GC038", f"nothing is chosen from {composition.name!r}")
+        name = next(iter(factors)) if len(factors) == 1 else str(composition.name)
+        spec = _without(compilation.spec, composition, next(iter(factors)), name)
+        return self.runner.sibling(spec, _values(compilation, composition, factors, name))
 
 
 def _bank(spec: Spec, name: str | None) -> CompositionSpec:
@@ -119,7 +127,7 @@ def _bank(spec: Spec, name: str | None) -> CompositionSpec:
 
 
 def _without(spec: Spec, bank: CompositionSpec, like: str, name: str) -> Spec:
-    """The spec with one adaptation called ``name`` in the place of a bank."""
+    """Return the spec with one adaptation called ``name`` instead of a bank."""
     adapt = tuple(
         a.model_copy(update={"name": name}) if a.name == like else a
         for a in spec.adapt
@@ -137,16 +145,16 @@ def _without(spec: Spec, bank: CompositionSpec, like: str, name: str) -> Spec:
 def _values(
     compilation: Compilation, bank: CompositionSpec, factors: Mapping[str, float], name: str
 ) -> dict[str, Tensor]:
-    """The adapter tensors with those of the bank added up under one name."""
-    found: dict[str, Tensor] = {}
+    """Return the adapter tensors, with those of the bank added up under one name."""
+    values: dict[str, Tensor] = {}
     terms: dict[str, list[Tensor]] = {}
     for fqn, tensor in adapter_values(compilation.store):
         owner = owner_of(fqn)
-        own = renamed(fqn, name)
+        target = renamed(fqn, name)
         if owner == bank.name:
-            found |= {} if fqn.endswith(f".{ACTIVE}") else {own: tensor}
+            values |= {} if fqn.endswith(f".{ACTIVE}") else {target: tensor}
         elif owner in factors:
-            terms.setdefault(own, []).append(tensor if factors[owner] == 1 else tensor * factors[owner])
+            terms.setdefault(target, []).append(tensor if factors[owner] == 1 else tensor * factors[owner])
         elif owner not in bank.members:
-            found[fqn] = tensor
-    return found | {own: each[0] if len(each) == 1 else torch.stack(each).sum(0) for own, each in terms.items()}
+            values[fqn] = tensor
+    return values | {target: each[0] if len(each) == 1 else torch.stack(each).sum(0) for target, each in terms.items()}

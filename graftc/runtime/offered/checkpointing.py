@@ -1,4 +1,4 @@
-"""Activation checkpointing by layer, as transformers models offer it."""
+"""Activation checkpointing by layer, with the interface of transformers models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(checkpoint).parameters.items()}
 _OPTIONS = [*(n for n, default in _DEFAULTS.items() if default is not inspect.Parameter.empty), "preserve_rng_state"]
-"""Keywords of `torch.utils.checkpoint.checkpoint`; it reads the last one from its ``**kwargs``."""
+"""Keyword arguments of `torch.utils.checkpoint.checkpoint`, which reads the last one from its ``**kwargs``."""
 
 
 class Checkpointing:
-    """Recomputes activations.
+    """Switches the recomputation of activations on and off.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -36,15 +36,16 @@ class Checkpointing:
         """Recompute each Block's activations in the backward pass instead of keeping them.
 
         Args:
-            activation_checkpointing_kwargs: keywords of `torch.utils.checkpoint.checkpoint`. ``use_reentrant`` is
-                False: inputs of layers need no gradient then.
-            every_n_layers: recompute the first of every so many layers only.
-            offload: hold what is kept for recomputing in the host's memory.
+            activation_checkpointing_kwargs: keyword arguments of `torch.utils.checkpoint.checkpoint`. ``use_reentrant``
+                is always False, so inputs of layers need no gradient.
+            every_n_layers: the interval of recomputation: only the first of every ``every_n_layers`` layers is
+                recomputed.
+            offload: whether to store in the host's memory what is kept for recomputing.
 
         Raises:
-            GraftError: GC034 where the model has no layers, GC072 for what cannot be done.
+            GraftError: GC034 if the model has no repeated layers, GC072 for an option or a value that is not supported.
         """
-        # As in transformers: what wraps the older name, as selective recomputation of TRL does, stays the way in.
+        # As in transformers: a wrapper around the older name, such as TRL's selective recomputation, stays in effect.
         wrapped = vars(self.runner.module).get("gradient_checkpointing_enable")
         enable = self._enable if wrapped is None else wrapped
         enable(activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload)
@@ -71,7 +72,7 @@ class Checkpointing:
         self.runner.tell_blocks()
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Keep activations for the backward pass again instead of recomputing them."""
         self.runner.recompute = None
         self.runner.tell_blocks()
 
@@ -81,11 +82,11 @@ class Checkpointing:
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
+        """Do as `activation_checkpointing_enable`, under the name that transformers used first."""
         self._enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
-        """The older name of `activation_checkpointing_disable`."""
+        """Call `activation_checkpointing_disable`, under the name that transformers used first."""
         self.activation_checkpointing_disable()
 
     @property
@@ -95,5 +96,5 @@ class Checkpointing:
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """The older name of `is_activation_checkpointing`."""
+        """The value of `is_activation_checkpointing`, under the name that transformers used first."""
         return self.is_activation_checkpointing

@@ -1,4 +1,4 @@
-"""What transformers, accelerate and peft ask a model for."""
+"""The methods that transformers, accelerate and peft expect of a model."""
 
 from __future__ import annotations
 
@@ -15,37 +15,44 @@ from graftc.runtime.model.head import head_at
 
 
 class Ecosystem:
-    """What transformers, accelerate and peft ask a model for.
+    """Implements the methods that transformers, accelerate and peft expect of a model.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write this model into a folder of another library's, as sentence-transformers asks for in its checkpoints:
-        ``config.json`` and, in the folder ``graftc``, the artifact, without the base's weights and without a
-        certificate. After ``import graftc.auto``, transformers' ``Auto`` classes load it.
+        """Write this model into a folder of another library, as sentence-transformers does for its checkpoints.
+
+        The folder gets ``config.json`` and, in its folder ``graftc``, the artifact, without the base's weights and
+        without a certificate. After ``import graftc.auto``, transformers' ``Auto`` classes load it.
 
         Args:
-            save_directory: made where it is missing; other files in it stay.
-            options: those of transformers that have a meaning here: ``is_main_process=False`` writes nothing.
+            save_directory: the folder, created if it is missing; other files in it stay.
+            options: options of transformers that apply here: ``is_main_process=False`` writes nothing.
 
         Raises:
-            GraftError: GC032 for a model without a config of transformers, GC064 where it cannot be written, GC072 for
-                options that ask for another form, as ``state_dict`` or ``push_to_hub``.
+            GraftError: GC032 for a model without a config of transformers, GC064 if the folder cannot be written, GC072
+                for options that request another form, such as ``state_dict`` or ``push_to_hub``.
         """
         save_pretrained(self.runner, save_directory, options)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """Where the table of token embeddings is; it holds tensors and computes nothing. None where there is none."""
+        """Return the module with the table of token embeddings; None if there is none.
+
+        It contains tensors and computes nothing.
+        """
         return self._at("get_input_embeddings")
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Where the weights of the head over the vocabulary are, as the model uses them: a `Head` where it is trained;
-        None where there is none. An adapted head is refused when its weight is read."""
+        """Return the module with the weights of the head over the vocabulary, as the model uses them.
+
+        It is a `Head` if the head is trained. If the head is adapted in another way, reading its weight raises. None if
+        there is no head.
+        """
         path = self._path("get_output_embeddings")
         if path is None:
             return None
@@ -56,18 +63,20 @@ class Ecosystem:
         )
 
     def get_decoder(self) -> nn.Module | None:
-        """Where the tensors of the decoder, or of the model below its head, are; it computes nothing by itself. None
-        where the source model has none."""
+        """Return the module with the tensors of the decoder, or of the model below its head.
+
+        It computes nothing by itself. None if the source model has none.
+        """
         return self._at("get_decoder")
 
     def tie_weights(self, *args: Any, **options: Any) -> None:
-        """Nothing to do: tensors that the source model ties are one here."""
+        """Do nothing: tensors that the source model ties are one tensor here."""
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of all parameters, those of the base and of adapters, tied ones once.
+        """Return the bytes of all parameters, of the base and of adapters, counting tied ones once.
 
         Args:
-            return_buffers: count buffers too.
+            return_buffers: whether to count buffers as well.
         """
         counted = [*self.runner.module.parameters(), *(self.runner.module.buffers() if return_buffers else ())]
         return sum(tensor.numel() * tensor.element_size() for tensor in counted)
@@ -79,17 +88,17 @@ class Ecosystem:
     def _path(self, getter: str) -> str | None:
         model = self.runner.compilation.model
         try:
-            found = getattr(model, getter)()
+            target = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             return None
-        return next((path for path, module in model.named_modules() if module is found), None)
+        return next((path for path, module in model.named_modules() if module is target), None)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many elements all parameters have together, those of the base included and tied ones once.
+        """Return the number of elements of all parameters, including the base's and counting tied ones once.
 
         Args:
-            only_trainable: count what trains.
-            exclude_embeddings: leave out tables of embeddings.
+            only_trainable: whether to count only what trains.
+            exclude_embeddings: whether to leave out tables of embeddings.
         """
         tables = set()
         if exclude_embeddings:
@@ -101,29 +110,29 @@ class Ecosystem:
         return sum(p.numel() for name, p in counted if name not in tables)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many elements train, and how many there are."""
+        """Return the number of trainable elements and the number of all elements."""
         return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print `get_nb_trainable_parameters`, as peft does."""
+        """Print the result of `get_nb_trainable_parameters` in the format of peft."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def add_model_tags(self, tags: str | Iterable[str]) -> None:
-        """Add tags to ``model_tags``, for the card of a model, each once."""
+        """Add tags to ``model_tags``, for the model card, without duplicates."""
         new = [tags] if isinstance(tags, str) else list(tags)
         known = getattr(self.runner, "model_tags", None) or []
         vars(self.runner)["model_tags"] = list(dict.fromkeys([*known, *new]))
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: layers that are recomputed need no gradient of their inputs."""
+        """Do nothing: recomputed layers need no gradient of their inputs."""
 
     def disable_input_require_grads(self) -> None:
-        """See `enable_input_require_grads`."""
+        """Do nothing; see `enable_input_require_grads`."""
 
     def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
-        """An estimate for a forward and a backward pass: six per token and parameter, as transformers has it."""
+        """Estimate the operations of a forward and a backward pass: six per token and parameter, as in transformers."""
         tokens = inputs.get(getattr(self.runner, "main_input_name", "input_ids"))
         if not isinstance(tokens, torch.Tensor):
             return 0

@@ -1,4 +1,4 @@
-"""Looking at a compiled model: its report, its graphs as text, why things are in them, what a training step takes."""
+"""Inspection of a compiled model: its report, its graphs as text, explanations, and the memory of a training step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from graftc.runtime.model.simulated_step import simulated_step
 
 
 class Inspecting:
-    """Looks at a compiled model.
+    """Inspects a compiled model.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -31,41 +31,41 @@ class Inspecting:
 
     @property
     def report(self) -> Report:
-        """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
+        """The additions of every adaptation: sites, parameters, bytes, FLOPs per token."""
         if "report" not in self.runner.derived:
             self.runner.derived["report"] = report(self.runner.compilation)
         return cast(Report, self.runner.derived["report"])
 
     def print_graph(self, mode: Mode = "eval") -> str:
-        """The canonical text of the adapted graph."""
+        """Return the canonical text of the adapted graph."""
         return format_program(self.runner.program(mode))
 
     def diff(self, mode: Mode = "eval") -> str:
-        """The graph before and after, with identical layers collapsed and counted."""
+        """Return the graph before and after adaptation as a diff, with identical layers collapsed and counted."""
         return diff_programs(self.runner.program(mode, base=True), self.runner.program(mode))
 
     def explain(self, name: str, mode: Mode = "eval") -> Explanation:
-        """Why something is in the adapted graph: a printed value, a node, a place or a tensor; print it to read it.
+        """Explain why a printed value, node, place or tensor is in the adapted graph; print the result to read it.
 
         Raises:
-            GraftError: GC091 where nothing is called so, or several things are.
+            GraftError: GC091 if nothing has this name, or several things have.
         """
         return explain(self.runner.snapshot, name, mode)
 
     def model_explorer(self, mode: Mode = "eval") -> dict[str, Any]:
-        """The rewritten graph and the base's own as a collection of Google's Model Explorer, JSON data."""
+        """Return the rewritten graph and the base's own as a collection of Google's Model Explorer, in JSON data."""
         return model_explorer(self.runner.snapshot, mode)
 
     def tree(self) -> TreeNode:
-        """The source model's modules with what was added to them, layers that are alike once; print it to read it."""
+        """Return the source model's modules with the additions to them, equal layers once; print it to read it."""
         return model_tree(self.runner.snapshot)
 
     def activations(self, **inputs: Any) -> Activations:
-        """What a training step keeps for its backward pass and takes at its peak, worked out on tensors without memory.
+        """Return what a training step keeps and its peak memory, computed on tensors without memory.
 
         Args:
-            inputs: of a call; of tensors the sizes count alone. Where the outputs have a ``loss``, the step is that of
-                the loss, otherwise that of all outputs.
+            inputs: inputs of a call; only the sizes of tensors matter. If the outputs have a ``loss``, the step is that
+                of the loss, otherwise that of all outputs.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
@@ -75,6 +75,8 @@ class Inspecting:
         return simulated_step(runner, signature_for(runner.shown.compilation, present), present)
 
     def lowering(self) -> Lowered:
-        """Which sites the steps of lowering rewrite in the training graph of the first signature, and why not the
-        others; print it to read it."""
+        """Return the sites that the lowering steps rewrite, and the reason why each of the others is not rewritten.
+
+        The graph is the training graph of the first signature; print the result to read it.
+        """
         return lowering(self.runner.snapshot)

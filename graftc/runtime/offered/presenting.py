@@ -1,4 +1,4 @@
-"""Showing a compiled model to people: a page, pictures, a model card."""
+"""Presentation of a compiled model: a page, pictures and a model card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from graftc.runtime.view.view import ModelView
 
 
 class Presenting:
-    """Shows a compiled model to people.
+    """Presents a compiled model to readers.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -30,15 +30,16 @@ class Presenting:
 
     @with_every_adaptation
     def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:
-        """The rewritten graph to look at, with figures, steps, and what folds: a notebook shows it as a page,
-        ``view().save("view.html")`` writes it, or a picture of it.
+        """Return a view of the rewritten graph, with figures, steps, and what folds.
+
+        A notebook shows it as a page; ``view().save("view.html")`` writes the page, or a picture of the graph.
 
         Args:
-            certify: fold the model and show the certificate, which takes the values of its base.
+            certify: whether to fold the model and show the certificate, which requires the values of its base.
             log: a training log, for curves: a file of `graftc.TrainingLog`, or the Trainer's ``trainer_state.json``.
 
         Raises:
-            GraftError: GC123 for a file that is not a log, when the view is first looked at.
+            GraftError: GC123 for a file that is not a log, when the view is first used.
         """
         runner = self.runner
         return ModelView(lambda: contents(runner.snapshot, evidence_of(runner, certify, log)))
@@ -54,12 +55,12 @@ class Presenting:
         language: Sequence[str] = (),
         tags: Sequence[str] = (),
     ) -> str:
-        """A model card in Markdown with the hub's metadata; ``graftc card DIR`` makes that of an artifact.
+        """Return a model card in Markdown with the hub's metadata; ``graftc card DIR`` creates that of an artifact.
 
         Args:
-            certify: fold what folds, as `save` does, and say what that showed.
-            base_model: the hub's id of the base; by default what transformers knows of the model.
-            license, language, tags: as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
+            certify: whether to fold what folds, as `save` does, and report the result.
+            base_model: the hub's id of the base; by default the one that transformers has recorded for the model.
+            license, language, tags: metadata as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
 
         Raises:
             GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.

@@ -1,4 +1,4 @@
-"""The base of a compiled model as a module of its own, over the same tensors: the reference of DPO and the like."""
+"""The base of a compiled model as a module over the same tensors: the reference model of DPO and similar methods."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SAME = frozenset({*COPIED, "config", "device", "dtype", "main_input_name"})
 class ReferenceModel(nn.Module):
     """A module that computes what the base of a compiled model computes, in eval mode, without a tensor of its own.
 
-    A call runs the base's graph over the tensors of the compiled model, wherever these are by then: moved, or sharded.
-    It has no parameters, so that no optimiser, wrapper or copy takes them for another model's.
+    A call runs the base's graph over the tensors of the compiled model, even after they have been moved or sharded. The
+    module has no parameters, so that no optimiser, wrapper or copy mistakes them for another model's.
 
     Args:
-        runner: of the compiled model.
-        entry: ``"hidden"`` ends at the last hidden state, as `base_model` does.
+        runner: the Runner of the compiled model.
+        entry: the kind of output; ``"hidden"`` ends at the last hidden state, as `base_model` does.
     """
 
     def __init__(self, runner: AdaptedRunner, entry: Literal["forward", "hidden"] = "forward") -> None:
@@ -39,7 +39,7 @@ class ReferenceModel(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's own outputs, as its class would give them.
+        """Return the base's own outputs, as its class would return them.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
@@ -49,71 +49,74 @@ class ReferenceModel(nn.Module):
 
     @property
     def base_model(self) -> ReferenceModel:
-        """The base without its head: called, it gives ``last_hidden_state``."""
+        """The base without its head; a call of it gives ``last_hidden_state``."""
         return ReferenceModel(self._runner, "hidden")
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing to do: a reference is in eval mode, whatever mode the compiled model is in."""
+        """Return the module unchanged: a reference is in eval mode, whatever the mode of the compiled model is."""
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """See `Ecosystem.get_input_embeddings`."""
+        """Return the module with the table of token embeddings; None if there is none."""
         return Ecosystem(self._runner).get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Where the base's own weights of the head over the vocabulary are; None where there is none."""
+        """Return the module with the base's own weights of the head over the vocabulary; None if there is none."""
         return Ecosystem(self._runner.of_base()).get_output_embeddings()
 
     def get_extra_state(self) -> Tensor:
-        """See `torch.nn.Module.get_extra_state`: what the base is, as ``uint8[bytes]``, by which its results are kept
-        apart from those of another."""
+        """Return the record of the base as ``uint8[bytes]``; see `torch.nn.Module.get_extra_state`.
+
+        It distinguishes the base's results from those of another base.
+        """
         return StateDicts(self._runner).record()
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing to do: there is nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def __getattr__(self, name: str) -> Any:
-        """What it has in common with the compiled model."""
+        """Return an attribute that the reference has in common with the compiled model."""
         return getattr(self._runner, name) if name in SAME else super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceModel:
-        """One of the same compiled model: no copy of the base is made."""
+        """Return another reference to the same compiled model, without copying the base."""
         return ReferenceModel(self._runner, self._entry)
 
     def extra_repr(self) -> str:
-        """See `torch.nn.Module.extra_repr`."""
+        """Return the name of the compiled model's class, for the text of the module."""
         return f"of {type(self._runner.module).__name__}"
 
 
 class _Loaded:
-    """Stands for the class that TRL loads a reference by.
+    """A stand-in for the class that TRL loads a reference with.
 
     Args:
-        reference: what it gives for every path.
+        reference: the model to return for every path.
     """
 
     def __init__(self, reference: ReferenceModel) -> None:
         self._reference = reference
 
     def from_pretrained(self, path: str, **settings: Any) -> ReferenceModel:
-        """The reference."""
+        """Return the reference, whatever the path is."""
         return self._reference
 
 
 class Referring:
-    """Runs the base beside a compiled model.
+    """Provides the base of a compiled model as a reference model, for trainers of TRL as well.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def reference(self) -> ReferenceModel:
-        """A module that computes what the base computes, in eval mode, over the tensors of this model: the reference of
-        DPO and KTO, ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No second model is in memory, and it
-        follows this one to another device.
+        """Return a module that computes what the base computes, in eval mode, over the tensors of this model.
+
+        It is the reference model of DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No
+        second model is in memory, and the module follows this model to another device.
 
         It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
         """
@@ -121,18 +124,20 @@ class Referring:
 
     @public("compiled.trainer")
     def trainer(self, kind: Callable[..., T], *, args: Any = None, **arguments: Any) -> T:
-        """A trainer of TRL over this model, with `reference` where it would load the base a second time, of which a
-        base in memory has no file: ``compiled.trainer(GRPOTrainer, args=GRPOConfig(beta=0.04), reward_funcs=...)``.
+        """Return a TRL trainer of this model that uses `reference` instead of loading the base a second time.
+
+        This also works for a base in memory, which has no file to load:
+        ``compiled.trainer(GRPOTrainer, args=GRPOConfig(beta=0.04), reward_funcs=...)``.
 
         Args:
-            kind: the trainer's class: ``DPOTrainer``, ``KTOTrainer``, ``GRPOTrainer``, ``RLOOTrainer`` and their like.
-                One that has no reference is made as it would be anyhow.
-            args: its config. It is as before afterwards.
-            arguments: its other arguments, by name.
+            kind: the trainer's class: ``DPOTrainer``, ``KTOTrainer``, ``GRPOTrainer``, ``RLOOTrainer`` and similar
+                ones. A trainer without a reference is created as usual.
+            args: the trainer's config, unchanged afterwards.
+            arguments: the trainer's other arguments, by name.
 
         Raises:
-            GraftError: GC072 for a ``peft_config``; GC073 for what is not a class of a trainer, and for a ``model``,
-                which is this one.
+            GraftError: GC072 for a ``peft_config``; GC073 for a ``kind`` that is not a class of a trainer, and for a
+                ``model``, since that is always this one.
         """
         if not callable(kind):
             raise GraftError(
@@ -147,7 +152,7 @@ class Referring:
         if not hasattr(args, "model_init_kwargs"):
             return kind(model=self.runner.module, args=args, **arguments)
         before = args.model_init_kwargs
-        if "reward_funcs" in arguments:  # which TRL would load with the same settings
+        if "reward_funcs" in arguments:  # TRL would load them with the changed settings
             arguments["reward_funcs"] = _loaded_rewards(arguments["reward_funcs"], before or {})
         args.model_init_kwargs = {**(before or {}), "architecture": _Loaded(self.reference())}
         try:
@@ -157,7 +162,7 @@ class Referring:
 
 
 def _loaded_rewards(given: Any, settings: Mapping[str, Any]) -> Any:
-    """Reward models that are given by name, loaded as TRL loads them."""
+    """Return the reward models, with those that are given by name loaded as TRL loads them."""
     if isinstance(given, list):
         return [_loaded_rewards(each, settings) for each in given]
     if not isinstance(given, str):

@@ -1,4 +1,4 @@
-"""The Runner of a compiled model: it finds what is offered, and lets that take part in calls."""
+"""The Runner of a compiled model, which resolves the offered features and lets them take part in calls."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from graftc.runtime.training.steering import TrainingSteering, watch_training
 
 
 class CompiledRunner(AdaptedRunner):
-    """All that a `Compiled` does.
+    """The Runner with everything that a `Compiled` does.
 
     Args:
-        compilation: what it runs.
-        make: makes the compiled model of another Compilation.
+        compilation: the Compilation to run.
+        make: function that creates the compiled model of another Compilation.
     """
 
     _keys_to_ignore_on_save = None
@@ -34,7 +34,12 @@ class CompiledRunner(AdaptedRunner):
         vars(self).update(taken_over(compilation.model))
 
     def __getattr__(self, name: str) -> Any:
-        """What is offered, and what does the same where other libraries' models have an attribute of this name."""
+        """Return an offered attribute, or one that transformers' generation loop reads.
+
+        Raises:
+            NotHereError: GC072 for an attribute that other libraries' models have, with a hint at what does the same
+                here.
+        """
         if name in OFFERED:
             return getattr(OFFERED[name](self), name)
         if name in ELSEWHERE:
@@ -46,31 +51,31 @@ class CompiledRunner(AdaptedRunner):
         return sorted({*super().__dir__(), *OFFERED})
 
     def made(self, compilation: Compilation) -> Any:
-        """See `AdaptedRunner`."""
+        """Create the compiled model of another Compilation."""
         return self._make(compilation)
 
     def adopt(self, module: Root) -> None:
-        """See `Runner.adopt`."""
+        """Make a module the root of the tree, and keep the base out of its state dicts."""
         super().adopt(module)
         keep_state(module)
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """See `Runner.install`."""
+        """Lower a Program to code, and determine the outputs that objectives use."""
         super().install(key, program)
         outputs_of(self.shown.executables[key])
 
     def entering(self, mode: bool) -> bool:
-        """In eval mode nothing of a training is prepared for."""
+        """Return the mode; for eval mode, first release what has been prepared for training."""
         if not mode:
             TrainingSteering(self).pause()
         return mode
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """See `ModelRunner`. Controllers and objectives take part in a training."""
+        """Return the flat outputs of a call, with controllers and objectives taking part in training."""
         return TrainingSteering(self).results(key, present)
 
     def copied(self) -> None:
-        """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
+        """Prepare the Runner of a copied module, with copies of what steers its training and of the progress."""
         super().copied()
         watch_training(self)
         TrainingSteering(self).pause()

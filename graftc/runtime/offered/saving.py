@@ -1,4 +1,4 @@
-"""Saving a compiled model as an artifact, with the certificate of what folds."""
+"""Saving of a compiled model as an artifact, with the certificate of what folds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from graftc.specs.errors.arguments import as_path
 
 
 class Saving:
-    """Writes artifacts.
+    """Writes a compiled model as an artifact.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -40,7 +40,7 @@ class Saving:
         certify: bool = True,
         full: bool = False,
     ) -> Path:
-        """See `Compiled.save`."""
+        """Implement `Compiled.save`."""
         require_values(self.runner)
         place = as_path(path)
         check_destination(place, force=force, replaceable=is_ours)

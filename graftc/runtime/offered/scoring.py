@@ -1,4 +1,4 @@
-"""Log-probabilities of single tokens, for objectives that compare them, TRL's among these."""
+"""Log-probabilities of single tokens, for objectives that compare them, such as TRL's."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftError
 
 FUSED = "fused_lm_head"
-"""With this argument the forward that TRL puts in the place of a model's gives log-probabilities in place of logits."""
+"""The argument with which the forward that TRL sets on a model returns log-probabilities instead of logits."""
 
 _IGNORED = -100
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""What TRL calls the columns of `head_scores`."""
+"""TRL's names of the columns of `head_scores`."""
 
 
 class TokenScoring:
     """Scores the tokens of texts.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def token_log_probs(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The log-probability of every label where it is predicted, float32 or better, ``[batch, sequence]``; 0 where
-        there is no label. In causal language models the entry at a position is of the token behind it.
+        """Return the log-probability of every label at the position that predicts it, ``[batch, sequence]``.
 
-        Arguments are those of a call with ``labels``. Adapted heads, caps and scales of logits count. Logits are made a
-        few rows at a time, whatever ``memory`` says, wherever `memory: {loss: chunked}` could be. There are gradients;
-        inside of `disabled` it is the base that scores.
+        Values are in float32 or wider, and 0 where there is no label. In causal language models the entry at a position
+        belongs to the next token.
+
+        The arguments are those of a call with ``labels``. Adapted heads, caps and scales of logits are taken into
+        account. Logits are computed a few rows at a time, whatever ``memory`` says, wherever `memory: {loss: chunked}`
+        is possible. Gradients are supported; inside `disabled` the scores are those of the base.
 
         Raises:
-            GraftError: GC073 without labels, GC031 where the model has no loss over tokens.
+            GraftError: GC073 without labels, GC031 if the model has no loss over tokens.
         """
         labels = self.runner.interface.named(args, kwargs).get("labels")
         if labels is None:
@@ -50,11 +52,11 @@ class TokenScoring:
         return -losses.view(len(labels), -1)
 
     def fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: tuple[str, ...]) -> dict[str, Any] | None:
-        """What TRL's forward gives with `FUSED`, by field; None for a call that it had better answer itself.
+        """Return what TRL's forward returns with `FUSED`, by field; None for a call that it has to answer itself.
 
         Args:
-            args, kwargs: of the call.
-            wanted: fields of single tokens.
+            args, kwargs: arguments of the call.
+            wanted: names of the fields of single tokens to return.
         """
         given = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         labels, count = given.get("labels"), kwargs.get("num_items_in_batch")
@@ -62,13 +64,13 @@ class TokenScoring:
         if labels is None or given.get("shift_labels") is not None or routers:
             return None
         entry: Entry = "scores" if {*wanted} & {*_STATISTICS} else "losses"
-        found = self.runner.within(lambda: self.runner.respond(args, given, entry))
-        found = found if isinstance(found, tuple) else (found,)
+        outputs = self.runner.within(lambda: self.runner.respond(args, given, entry))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         executables = self.runner.shown.executables
         shifts = {outputs_of(each).shift for key, each in executables.items() if key.entry == entry}
-        if (len(found) == 1 and entry == "scores") or found[0].numel() != labels.numel() or shifts != {1}:
+        if (len(outputs) == 1 and entry == "scores") or outputs[0].numel() != labels.numel() or shifts != {1}:
             return None
-        losses, *scores = (t.view(*labels.shape, *t.shape[1:])[:, :-1] for t in found)
+        losses, *scores = (t.view(*labels.shape, *t.shape[1:])[:, :-1] for t in outputs)
         mask = labels[:, 1:] != _IGNORED
         loss = losses.sum() / (mask.sum().clamp(min=1) if count is None else count)
         fields = {name: scores[0][..., at] for at, name in enumerate(_STATISTICS) if name in wanted}
@@ -78,33 +80,33 @@ class TokenScoring:
 
 
 def answering(runner: AdaptedRunner, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward that is put in the place of a model's, with answers of our own to `FUSED` where it is TRL's.
+    """Return the forward to use in place of a model's: if ``forward`` is TRL's, graftc answers calls with `FUSED`.
 
-    TRL's gives gradients of entropies, and takes a temperature and a head in float32. Where it was made for these, or
-    is not as it is known, it stays as it is.
+    TRL's forward supports gradients of entropies, a temperature and a head in float32. If it was created for these, or
+    does not have the known form, it is returned unchanged.
 
     Args:
-        runner: of the model.
-        forward: what is put there.
+        runner: the Runner of the model.
+        forward: the forward that is set on the model.
     """
     function = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
     if function is None or code is None or FUSED not in code.co_varnames:
         return forward
-    held = inspect.getclosurevars(function)
-    wanted: Any = held.nonlocals.get("outputs")
-    output: Any = held.globals.get("FusedCausalLMOutput")
-    plain = held.nonlocals.get("temperature") == 1 and held.nonlocals.get("cast_lm_head_to_fp32") is False
+    closure = inspect.getclosurevars(function)
+    wanted: Any = closure.nonlocals.get("outputs")
+    output: Any = closure.globals.get("FusedCausalLMOutput")
+    plain = closure.nonlocals.get("temperature") == 1 and closure.nonlocals.get("cast_lm_head_to_fp32") is False
     known = isinstance(wanted, tuple) and {*wanted} <= {"log_probs", *_STATISTICS} and output is not None
-    # Whoever asks for entropies beside other metrics has them for a metric; objectives ask for them alone.
+    # Objectives request entropies alone; together with other metrics they are only a metric.
     if not known or not plain or set(wanted) == {"log_probs", "entropy"}:
         return forward
 
     @wraps(forward)
     def answer(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get(FUSED):
-            own = {name: value for name, value in kwargs.items() if name != FUSED and value is not None}
-            if (fields := TokenScoring(runner).fused(args, own, wanted)) is not None:
+            options = {name: value for name, value in kwargs.items() if name != FUSED and value is not None}
+            if (fields := TokenScoring(runner).fused(args, options, wanted)) is not None:
                 return output(**fields)
         return forward(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""State dicts: what trains, steers or is updated, and not the base, which is never written."""
+"""State dicts, which contain what trains, steers or is updated, but not the base, since it is never written to."""
 
 from __future__ import annotations
 
@@ -23,28 +23,34 @@ from graftc.specs.errors.text import counted
 
 
 class StateDicts:
-    """State dicts of a compiled model.
+    """Creates and loads the state dicts of a compiled model.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
-        controllers remember. Of a sharded model they are gathered, so every process calls it."""
+        """Return every tensor that graftc added and that has to be kept, by its full name, detached.
+
+        These are parameters and the state of controllers. The tensors of a sharded model are gathered, so every process
+        has to call this method.
+        """
         Meeting.of(self.runner.module, "adapter_state_dict")
         return dict(adapter_values(self.runner.store))
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`. Of a sharded model every
-        process calls it, and gets its parts of what the first one gives.
+        """Copy adapter tensors into the model; names and shapes have to be those of `adapter_state_dict`.
+
+        For a sharded model every process has to call this method, and gets its parts of the tensors of the first
+        process.
 
         Raises:
-            GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
-                here, GC073 for what is not a mapping of tensors; nothing is copied then.
+            GraftError: GC053 for missing, unknown or misshapen tensors, for values that the dtype here cannot
+                represent, and for tensors of other rows than were chosen here; GC073 for an argument that is not a
+                mapping of tensors. Nothing is copied then.
         """
         as_mapping(tensors, "adapter tensors", Tensor)
         own = dict(adapter_tensors(self.runner.store))
@@ -63,24 +69,26 @@ class StateDicts:
             raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
         Meeting.of(self.runner.module, "load_adapter_state_dict")
         with torch.no_grad():
-            for name in own:  # in the same order everywhere
+            for name in own:  # in the same order in every process
                 copy_whole(own[name], tensors[name])
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them. Of a
-        sharded model they are gathered, so every process calls it."""
+        """Return every tensor, including the base's, by its name, detached; tied ones once, by the name that owns them.
+
+        The tensors of a sharded model are gathered, so every process has to call this method.
+        """
         Meeting.of(self.runner.module, "full_state_dict")
         kept = dict(adapter_tensors(self.runner.store))
         base = {name: tensor for name, tensor in self.runner.store.base() if name not in kept and self.persists(name)}
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}
 
     def record(self) -> Tensor:
-        """What the tensors of a state dict belong to: spec, base and inputs, as ``uint8[bytes]``."""
+        """Return what the tensors of a state dict belong to (spec, base and inputs) as ``uint8[bytes]``."""
         values = self.runner.device.type != "meta"
         return as_tensor(record_of(self.runner.compilation, self.identity(), values=values))
 
     def identity(self) -> Identity:
-        """Of the source model; asked for anew where one of its tensors has been written."""
+        """Return the identity of the source model, computed again after one of its tensors has been written to."""
         source = self.runner.compilation.source
         with source_lock():
             version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
@@ -91,18 +99,20 @@ class StateDicts:
         return cast(Identity, known[1])
 
     def persists(self, name: str) -> bool:
-        """Whether a tensor is in state dicts of the source."""
+        """Return whether a tensor is in state dicts of the source."""
         path, _, last = name.rpartition(".")
         return last not in self.runner.store.owner(path)._non_persistent_buffers_set
 
     def kept(self) -> set[str]:
-        """Names in a state dict."""
+        """Return the names of the tensors in a state dict."""
         trained = (name for name, parameter in self.runner.module.named_parameters() if parameter.requires_grad)
         return {plain(name) for name in [*(name for name, _ in adapter_tensors(self.runner.store)), *trained]}
 
     def stone(self, kept: set[str]) -> str | None:
-        """The base tensor in whose place a state dict has an empty one, so that whoever takes it for the state of a
-        plain model is told: no loader passes over another size."""
+        """Return the name of the base tensor that a state dict contains as an empty one; None if there is none.
+
+        Loading the dict as the state of a plain model fails then, since no loader accepts another size.
+        """
         inner = f"{getattr(self.runner, 'base_model_prefix', '')}."
         names = [name for name, t in self.runner.store.base() if isinstance(t, nn.Parameter) and t.numel()]
         names = [name for name in names if plain(name) not in kept]
@@ -110,7 +120,7 @@ class StateDicts:
 
 
 def keep_state(module: Root) -> None:
-    """Have state dicts of a compiled model without the base."""
+    """Register the hooks that keep the base out of a compiled model's state dicts."""
     module.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(_check_base)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
@@ -123,7 +133,7 @@ def _of(module: Root) -> StateDicts:
 
 
 def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Take the base out of a state dict.
+    """Remove the base from a state dict.
 
     Raises:
         GraftError: GC130 for a base that was sharded on the meta device, to be filled from a state dict.
@@ -144,10 +154,11 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
 
 
 def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Hold what a state dict says of the base against the base here, and take it out: it is never written.
+    """Check what a state dict says about the base against the base here, and remove it, since it is never written to.
 
     Raises:
-        GraftError: GC087 for another base, GC053 for tensors that graphs were made by and that differ.
+        GraftError: GC087 for another base, GC053 if tensors that determined the graphs differ, GC073 for an entry of
+            the base that is not a tensor.
     """
     states = _of(module)
     states.runner.derived["loading"] = prefix
@@ -158,7 +169,7 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     for key in [key for key in state if key.startswith(prefix)]:
         name = plain(key.removeprefix(prefix))
         if name in own and name in kept and isinstance(state[key], Tensor):
-            # As copying does: ``assign`` would put in what graphs cannot take.
+            # Copying casts as well; ``assign`` would set a type that the graphs cannot take.
             state[key] = state[key].to(own[name].dtype)
         if name in own and name not in kept and states.persists(name):
             given = state.pop(key)
@@ -188,7 +199,7 @@ def _check_record(states: StateDicts, state: Any) -> None:
 
 
 def _holds(own: Tensor, given: Tensor) -> bool:
-    """Whether a tensor's type has room for the values of another: rounded where they are floating."""
+    """Return whether a tensor's type can represent the values of another one, rounded if they are floating-point."""
     if not own.is_floating_point() or not given.is_floating_point():
         return own.dtype == given.dtype
     wider = torch.promote_types(own.dtype, given.dtype) != own.dtype
@@ -205,7 +216,7 @@ def _same(own: Tensor, given: Any) -> bool:
 
 
 def _miss_no_base(module: Root, found: Any) -> None:
-    """Base tensors are missing in no state dict."""
+    """Remove base tensors from the missing keys, since no state dict has to contain them."""
     prefix, kept = _of(module).runner.derived.get("loading", ""), _of(module).kept()
     missing: list[str] = found.missing_keys
     missing[:] = [key for key in missing if not key.startswith(prefix) or plain(key.removeprefix(prefix)) in kept]

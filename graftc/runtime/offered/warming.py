@@ -1,4 +1,4 @@
-"""Do what a model's first calls would do, at a time of the user's choosing."""
+"""Preparation of a model for its first calls, at a time of the user's choosing."""
 
 from __future__ import annotations
 
@@ -21,37 +21,39 @@ from graftc.specs.errors.arguments import as_mapping
 from graftc.specs.errors.diagnostics import GraftError
 
 _PROMPT = 4
-"""Tokens of the text that something is generated behind."""
+"""Number of tokens of the text that tokens are generated after."""
 
 
 class Warming:
-    """Makes a model ready for its first calls.
+    """Prepares a model for its first calls.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
-        """Do now what the first calls would do: capture their graphs, hold them against the source model, make code,
-        and plan what a training step keeps. It takes as long as it would then, with progress, and nothing is trained:
-        parameters, gradients, buffers and random states are as before.
+        """Do the work of the first calls now: capture and check their graphs, generate code, and plan a training step.
 
-        Of a model in training mode the call is made ready in eval mode too. Calls with the inputs and flags of the
-        batch start at once from then on; a call with others is captured when it comes.
+        It takes as long as it would in these calls, with progress, and nothing is trained: parameters, gradients,
+        buffers and random states are as before. Graphs are checked against the source model, and the plan says what a
+        training step keeps.
+
+        For a model in training mode, the call is prepared in eval mode as well. Calls with the inputs and flags of the
+        batch start at once from then on; a call with others is captured when it occurs.
 
         Args:
-            batch: arguments of a call by name, such as a batch of the data loader with its ``labels``. Of tensors the
-                names, types and sizes count.
-            generate: also what `generate` needs, for the prompt and for the tokens behind it: two tokens are generated
-                behind the first four of the batch's first text. Prompts with an ``attention_mask`` have graphs of their
-                own, so give one where yours have one.
+            batch: arguments of a call by name, such as a batch of the data loader with its ``labels``. Only the names,
+                types and sizes of tensors matter.
+            generate: whether to prepare `generate` as well, for the prompt and for the tokens after it: two tokens are
+                generated after the first four of the batch's first text. Prompts with an ``attention_mask`` have graphs
+                of their own, so pass one if yours have one.
 
         Raises:
-            GraftError: GC031 for inputs that cannot be captured, GC073 for no mapping or, with ``generate``, no
-                ``input_ids``, and whatever `generate` raises.
+            GraftError: GC031 for inputs that cannot be captured, GC073 if the batch is not a mapping or, with
+                ``generate``, has no ``input_ids``, and any error of `generate`.
         """
         given = as_mapping(batch, "the batch", object)
         with exclusive(), working("warming up", self.runner):
@@ -64,7 +66,7 @@ class Warming:
                     self._generate(given)
 
     def _make_ready(self, given: Mapping[str, Any]) -> None:
-        """Code for a call in the mode that the model is in, and the plan of what a training step keeps."""
+        """Prepare code for a call in the mode that the model is in, and plan what a training step keeps."""
         runner, shown = self.runner, self.runner.shown
         if runner.live is not None:
             self._call(given)
@@ -82,7 +84,7 @@ class Warming:
                 code.prepare(runner.module, runner.inputs(key, present))
 
     def _call(self, given: Mapping[str, Any]) -> None:
-        """A call of a live model, whose own Python says how its layers are called."""
+        """Call a live model, whose own Python decides how its layers are called, and restore what the call updates."""
         store = self.runner.store
         before = {name: store.get(name).clone() for name in store.updated}
         with torch.no_grad(), torch.random.fork_rng():
@@ -92,8 +94,7 @@ class Warming:
                     store.get(name).copy_(before[name])
 
     def _generate(self, given: Mapping[str, Any]) -> None:
-        """One step of generating behind the beginning of a row, so that there is code for a prompt and what follows
-        it."""
+        """Generate two tokens after the beginning of a row, so that there is code for a prompt and for what follows."""
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             hint = "give them"

@@ -32,19 +32,20 @@ def param_groups(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """What trains, as parameter groups for any optimiser of torch's interface.
+    """Return what trains, as parameter groups for any optimiser with torch's interface.
 
-    Each group has ``params``, ``lr``, ``weight_decay``, ``names`` (of its tensors, in the same order) and what else
-    ``overrides`` gives. The Trainer takes them as ``optimizers=(AdamW(groups), None)``, or as
+    Each group has ``params``, ``lr``, ``weight_decay``, ``names`` (of its tensors, in the same order) and any other
+    options in ``overrides``. The Trainer takes them as ``optimizers=(AdamW(groups), None)``, or as
     ``optimizer_cls_and_kwargs=(AdamW, {"params": groups})``, which keeps its own schedule.
 
-    What a tensor is follows from the adaptation, site and layer that it was made for. Tensors that are frozen now
+    The kind of a tensor follows from the adaptation, site and layer that it was made for. Tensors that are frozen now
     (`Compiled.train_only`) are left out.
 
     Args:
         compiled: a compiled model.
         lr: the learning rate.
-        weight_decay: of matrices, prompts and sparse deltas. Biases, norms, scales and gates have none.
+        weight_decay: the weight decay of matrices, prompts and sparse deltas. Biases, norms, scales and gates have
+            none.
         lr_ratio: LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the learning rate of the factor next to the output, B,
             over that of A; the authors recommend 16. As in their code and in PEFT's, vectors (biases, norms, scales,
             gates) train at the rate of B. By default all train at ``lr``.
@@ -52,11 +53,11 @@ def param_groups(
             ``lr_ratio``, as in the authors' code.
         layer_decay: layer-wise decay (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT): the learning rate is
             multiplied by it once for the last layer, twice for the one before, and so on; what is read before the
-            layers counts as one more layer, and all else outside of them is not slowed. An encoder and a decoder count
-            by themselves.
+            layers counts as one more layer, and everything else outside the layers is not slowed down. An encoder and a
+            decoder are counted separately.
         overrides: other values of the arguments above for some adaptations, by name (``trained`` is the ``train:``
             list, ``tokens`` the added tokens), and further options of their groups, such as ``betas``.
-        only: names of the adaptations whose tensors are wanted, for ``optimizer.add_param_group`` after
+        only: the names of the adaptations whose tensors are returned, for ``optimizer.add_param_group`` after
             ``compiled.add``; by default all.
 
     Raises:
@@ -83,12 +84,12 @@ def param_groups(
         decay = 0.0 if item.kind == "vector" else float(settings["weight_decay"])
         group = {"lr": _rate(item, settings), "weight_decay": decay}
         group |= {name: value for name, value in settings.items() if name not in _NUMBERS}
-        # Kinds share a group where no number tells them apart; with LoRA+ they are those of its authors' code.
+        # Kinds share a group if no number distinguishes them; with LoRA+ they are those of its authors' code.
         kind = item.kind if settings["lr_ratio"] is not None else ""
         key = (item.adaptation if item.adaptation in own else "", kind, group["lr"], decay)
-        held = groups.setdefault(key, {"params": [], "names": [], **group})
-        held["params"].append(item.tensor)
-        held["names"].append(item.name)
+        entry = groups.setdefault(key, {"params": [], "names": [], **group})
+        entry["params"].append(item.tensor)
+        entry["names"].append(item.name)
     return list(groups.values())
 
 

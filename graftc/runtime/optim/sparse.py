@@ -1,7 +1,7 @@
 """AdamW with an age for each entry, and SM3 with accumulators by row and column.
 
-They are made from the compiled model, and controllers that replace entries then tell them which. What trains beside
-deltas they treat as AdamW and SM3 do.
+Both are created from the compiled model, whose controllers notify them of the entries that they replace. Parameters
+other than deltas are treated as by AdamW and SM3.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class _Delta:
-    """A sparse delta: which entries of which tensor it is for.
+    """A sparse delta, and the entries of a tensor that it changes.
 
     Attributes:
-        store, indices: where the numbers of its entries are; they are looked up at each step.
-        shape: of the tensor as it is stored.
-        moving: whether other entries may take the places of some.
+        store, indices: the Store, and the name in it, of the numbers of its entries; they are looked up at each step.
+        shape: the shape of the tensor as stored.
+        moving: whether entries may be replaced by others.
     """
 
     store: Store
@@ -47,16 +47,16 @@ class _Delta:
 
     @property
     def columns(self) -> int:
-        """Length of the tensor's last axis."""
+        """The length of the tensor's last axis."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def rows(self) -> int:
-        """How many there are of these."""
+        """The number of rows of that length."""
         return math.prod(self.shape) // self.columns
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The entries in runs: where they are in the delta, their rows and their columns."""
+        """Yield the entries in chunks: their slice of the delta, their rows and their columns."""
         indices = self.store.get(self.indices)
         for own in _slices(indices.numel()):
             yield own, (indices[own] // self.columns).long(), (indices[own] % self.columns).long()
@@ -73,17 +73,17 @@ def _deltas(compiled: Compiled) -> Iterator[tuple[Tensor, _Delta]]:
         for place, region in regions_at(live_places(compilation, resolved)[0], biases=method.biases):
             names = parts.get(place.site.key, {})
             if f"{region.part}_delta" in names:
-                found = _Delta(store, names[f"{region.part}_indices"], region.shape, isinstance(method, Reselecting))
-                yield store.get(names[f"{region.part}_delta"]), found
+                delta = _Delta(store, names[f"{region.part}_indices"], region.shape, isinstance(method, Reselecting))
+                yield store.get(names[f"{region.part}_delta"]), delta
 
 
 class _Attached(SparseOptimiser):
-    """An optimiser that knows a compiled model's deltas.
+    """An optimiser that knows the deltas of a compiled model.
 
     Args:
         params: the compiled model, or parameters, or groups of them.
-        defaults: settings of groups that say nothing else.
-        compiled: the model, where ``params`` are parameters.
+        defaults: settings of groups that do not give them.
+        compiled: the model, if ``params`` are parameters.
     """
 
     def __init__(self, params: Parameters, defaults: dict[str, Any], compiled: Compiled | None) -> None:
@@ -99,7 +99,7 @@ class _Attached(SparseOptimiser):
                 controller.optimiser = self
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer.load_state_dict`. State keeps its element types, whatever the parameters have."""
+        """Load a state dict; state keeps its element types, whatever the parameters have."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, number in zip(group["params"], saved["params"], strict=True):
@@ -112,10 +112,10 @@ class _Attached(SparseOptimiser):
         """Take a step on every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again, with its gradients, and returns it.
+            closure: a function that computes the loss again, with its gradients, and returns it.
 
         Returns:
-            What ``closure`` returns.
+            The result of ``closure``; None without it.
         """
         loss = None
         if closure is not None:
@@ -132,23 +132,23 @@ class _Attached(SparseOptimiser):
 
 
 class AgedAdamW(_Attached):
-    """AdamW (Loshchilov and Hutter 2019) that counts the steps of every entry of a delta that moves by itself.
+    """AdamW (Loshchilov and Hutter 2019) that counts the steps of each entry separately in deltas whose entries move.
 
-    For all that is never replaced it is `torch.optim.AdamW`. An entry that is new starts with the moments that it would
-    have had if it had been there for the ``n`` steps in which its gradients were looked at, ``mean(g) (1 - beta1^n)``
-    and ``mean(g^2) (1 - beta2^n)``, and with the age ``n``, which corrects their bias. Decay pulls deltas towards zero,
+    For everything that is never replaced it is `torch.optim.AdamW`. A new entry starts with the moments that it would
+    have if it had been there for the ``n`` steps in which its gradients were looked at, ``mean(g) (1 - beta1^n)`` and
+    ``mean(g^2) (1 - beta2^n)``, and with the age ``n``, which corrects their bias. Decay pulls deltas towards zero,
     which is the base. Moments and ages are float32, or float64 for parameters of that type.
 
     Args:
-        params: a compiled model, for all that trains in it; or parameters, or groups of them.
+        params: a compiled model, for everything that trains in it; or parameters, or groups of them.
         lr: the step size.
-        betas: how long both moments last.
-        eps: is added to the root of the second moment.
-        weight_decay: times ``lr``, the share of a parameter that is taken away in each step.
-        compiled: the model, where ``params`` are parameters: without it this is AdamW, and not told of new entries.
+        betas: the decay rates of the two moments.
+        eps: the number that is added to the root of the second moment.
+        weight_decay: the share of a parameter, times ``lr``, that is subtracted in each step.
+        compiled: the model, if ``params`` are parameters; without it this is AdamW, and is not notified of new entries.
 
     Raises:
-        ValueError: a setting is out of its bounds.
+        ValueError: if a setting is out of its bounds.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class AgedAdamW(_Attached):
 
     @torch.no_grad()
     def replaced(self, delta: Tensor, places: Tensor, seen: Seen | None = None) -> None:
-        """See `SparseOptimiser.replaced`."""
+        """Start new entries with the moments and the age that ``seen`` gives, or with zeros."""
         state = self._state(delta)
         state["age"].index_fill_(0, places, 0 if seen is None else seen.steps)
         (group,) = (g for g in self.param_groups if any(p is delta for p in g["params"]))
@@ -208,22 +208,22 @@ class AgedAdamW(_Attached):
 
 
 class SM3(_Attached):
-    """SM3 (Anil et al. 2019, arXiv:1901.11150): second moments are bounded by accumulators for every axis of a tensor.
+    """SM3 (Anil et al. 2019, arXiv:1901.11150), which bounds second moments by accumulators for every axis of a tensor.
 
     For an entry in row ``i`` and column ``j``, ``v = min(R_i, C_j) + g^2`` and ``w -= lr g / sqrt(v + eps)``; ``R_i``
-    and ``C_j`` become the largest ``v`` in them. Of the tensor that a sparse delta changes only the entries that train
-    have a part in them, which costs ``rows + columns`` numbers. Accumulators never fall, also where entries are
-    replaced. They are float32, or float64 for parameters of that type.
+    and ``C_j`` become the largest ``v`` in them. Of a tensor that a sparse delta changes, only the entries that train
+    contribute, which costs ``rows + columns`` numbers. Accumulators never decrease, even if entries are replaced. They
+    are float32, or float64 for parameters of that type.
 
     Args:
-        params: a compiled model, for all that trains in it; or parameters, or groups of them.
+        params: a compiled model, for everything that trains in it; or parameters, or groups of them.
         lr: the step size.
-        eps: is added to the bound of the second moment.
-        momentum: share of the step before; 0 keeps none.
-        compiled: the model, where ``params`` are parameters: without it a delta is a vector like any other.
+        eps: the number that is added to the bound of the second moment.
+        momentum: the share of the previous step; 0 keeps none.
+        compiled: the model, if ``params`` are parameters; without it a delta is a vector like any other.
 
     Raises:
-        ValueError: a setting is out of its bounds.
+        ValueError: if a setting is out of its bounds.
     """
 
     factored: ClassVar[bool] = True
@@ -268,18 +268,18 @@ class SM3(_Attached):
 
     @torch.no_grad()
     def replaced(self, delta: Tensor, places: Tensor, seen: Seen | None = None) -> None:
-        """See `SparseOptimiser.replaced`. New entries start without momentum; bounds are those of rows and columns."""
+        """Start new entries without momentum; bounds remain those of their rows and columns."""
         if "momentum" in self.state[delta]:
             self.state[delta]["momentum"].index_fill_(0, places, 0)
 
     def accumulators(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
-        """See `SparseOptimiser.accumulators`."""
+        """Return the accumulators of the rows and columns of a delta's tensor, or None if there are none."""
         state = self.state.get(delta, {})
         return (state["axis_0"], state["axis_1"]) if id(delta) in self._deltas and state else None
 
 
 def _bounds(state: dict[str, Any], p: Tensor, gradient: Tensor) -> Tensor:
-    """The bounds of a tensor's second moments, which the accumulators of its axes take up."""
+    """Return the bounds of a tensor's second moments, and put them into the accumulators of its axes."""
     shape = tuple(p.shape) or (1,)
     now = gradient.to(state["axis_0"].dtype).reshape(shape)
     views = [state[f"axis_{i}"].view(*(-1 if i == j else 1 for j in range(len(shape)))) for i in range(len(shape))]
@@ -294,7 +294,7 @@ def _bounds(state: dict[str, Any], p: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _unbias(age: Tensor, beta: float) -> Tensor:
-    """``1 - beta^age`` without losing what is small."""
+    """Return ``1 - beta^age`` without loss of precision if it is small."""
     return torch.expm1(age * _log(beta)).neg_()
 
 

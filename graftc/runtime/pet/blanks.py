@@ -1,4 +1,4 @@
-"""A tokenizer that knows blanks: a placeholder in a text becomes the blank's token, and nothing else is special."""
+"""A tokenizer that supports blanks: a placeholder in a text becomes the blank's token, and nothing else is special."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from graftc.specs.errors.text import quoted, some
 __all__ = ["BLANK", "BlankKind", "BlankTokenizer", "has_sentinel"]
 
 BLANK = "\ue000"
-"""The character of texts that stands for a blank; of private use, and taken out of data."""
+"""The private-use character that represents a blank in texts; it is removed from data."""
 
 BlankKind: TypeAlias = Literal["mask", "last", "sentinel"]
-"""What a blank is: the mask token; what comes after the text, in models that write from left to right; or the sentinel
-of T5, behind which the decoder writes."""
+"""What a blank is: the mask token; the position after the text, in models that write from left to right; or T5's
+sentinel, after which the decoder writes."""
 
 _SENTINEL = "<extra_id_0>"
 _CLOSE = 8
-"""Tokens like a word that are tried."""
+"""The most tokens similar to a word that are tried."""
 
 _COMPOUND, _SHORTEST = 100, 3
-"""Characters of a word that are looked through for others, and of such a word at least."""
+"""The most characters of a word that are searched for shorter words, and the fewest characters of such a word."""
 
 
 class BlankTokenizer:
     """A copy of a tokenizer for texts with blanks.
 
-    Special tokens that are written out in a text are text. The one that `BLANK` stands for takes the spaces beside it
-    as the tokenizer's own does, and the tokenizer puts its special tokens around the whole.
+    Special tokens that are written out in a text are treated as text. The token that `BLANK` represents takes the
+    spaces beside it as the tokenizer's own does, and the tokenizer puts its special tokens around the whole text.
 
     Args:
-        tokenizer: one of transformers with a backend of the `tokenizers` library; it is left as it is.
-        kind: what a blank is. Default: what the tokenizer has, a mask token, a sentinel, or neither.
+        tokenizer: a tokenizer of transformers with a backend of the `tokenizers` library; it is not changed.
+        kind: what a blank is. By default, what the tokenizer has: a mask token, a sentinel, or neither.
 
     Raises:
-        GraftError: GC179, the tokenizer has no such blank or is of another library.
+        GraftError: GC179 if the tokenizer has no such blank, or belongs to another library.
     """
 
     def __init__(self, tokenizer: Any, kind: BlankKind | None = None) -> None:
@@ -56,8 +56,8 @@ class BlankTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        own = None if self.blank_id is None else self._backend.get_added_tokens_decoder().get(self.blank_id)
-        left, right = (own.lstrip, own.rstrip) if own is not None else (False, False)
+        blank_token = None if self.blank_id is None else self._backend.get_added_tokens_decoder().get(self.blank_id)
+        left, right = (blank_token.lstrip, blank_token.rstrip) if blank_token is not None else (False, False)
         self._backend.add_tokens([AddedToken(BLANK, lstrip=left, rstrip=right, normalized=False, special=False)])
         self._placeholder = self._backend.token_to_id(BLANK)
         self.special_ids = _special_ids(tokenizer)
@@ -67,22 +67,22 @@ class BlankTokenizer:
 
     @property
     def types(self) -> bool:
-        """Whether its models take token types."""
+        """Whether the tokenizer's models take token types."""
         return "token_type_ids" in self.tokenizer.model_input_names
 
     @property
     def pad_id(self) -> int:
-        """What fills a batch: the tokenizer's padding, or else any token."""
-        own = self.tokenizer.pad_token_id
-        own = self.tokenizer.eos_token_id if own is None else own
-        return 0 if own is None else int(own)
+        """The token that fills batches: the tokenizer's padding, or else the end of a text, or else token 0."""
+        token = self.tokenizer.pad_token_id
+        token = self.tokenizer.eos_token_id if token is None else token
+        return 0 if token is None else int(token)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """An ``Encoding`` for each text, special tokens included, whose characters are known by `offsets`."""
+        """Return an ``Encoding`` for each text, with special tokens; `offsets` gives the characters of each token."""
         return list(self._backend.encode_batch([_encodable(text) for text in texts]))
 
     def ids(self, encoding: Any) -> list[int]:
-        """The tokens of an encoding. Where the blank comes after the text, nothing else does."""
+        """Return the tokens of an encoding; if the blank comes after the text, nothing else does."""
         ids = [self.blank_id if i == self._placeholder else i for i in encoding.ids]
         if self.kind == "last":
             special = encoding.special_tokens_mask
@@ -91,49 +91,49 @@ class BlankTokenizer:
         return [int(i) for i in ids if i is not None]
 
     def written_specials(self, encoding: Any) -> list[tuple[int, int]]:
-        """Where a text writes a special token that the vocabulary reads as such, as that of T5 does.
+        """Return where a text writes a special token that the vocabulary reads as such, as T5's does.
 
         Args:
-            encoding: of the text.
+            encoding: the encoding of the text.
 
         Returns:
-            First character and end of each.
+            The first character and the end of each.
         """
-        own = self.special_ids - {self.tokenizer.unk_token_id, self._placeholder}
-        if own.isdisjoint(encoding.ids):
+        special = self.special_ids - {self.tokenizer.unk_token_id, self._placeholder}
+        if special.isdisjoint(encoding.ids):
             return []
-        found = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
-        return [offset for i, added, offset in found if i in own and not added and offset[1] > offset[0]]
+        tokens = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
+        return [offset for i, added, offset in tokens if i in special and not added and offset[1] > offset[0]]
 
     def word_ids(self, word: str, before: str) -> list[int]:
-        """The tokens of a word in a blank.
+        """Return the tokens of a word in a blank.
 
         Args:
-            word: as the verbalizer has it.
-            before: what stands before the blank: nothing, white space, or anything else.
+            word: the word, as written in the verbalizer.
+            before: what comes before the blank: nothing, white space, or anything else.
         """
         lead = "" if not before else "a " if before[-1].isspace() else BLANK
-        made = self._backend.encode(_encodable(lead + word), add_special_tokens=False)
+        encoding = self._backend.encode(_encodable(lead + word), add_special_tokens=False)
         start = len(lead)
-        return [i for i, (_, end) in zip(made.ids, made.offsets, strict=True) if end > start]
+        return [i for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > start]
 
     def knows(self, ids: Iterable[int]) -> bool:
-        """Whether these are all tokens of the vocabulary, and none stands for what is unknown."""
+        """Return whether all of these are ordinary tokens of the vocabulary, and none represents unknown text."""
         unknown = self.tokenizer.unk_token_id
         return all(i != unknown and i not in self.special_ids and i != self._placeholder for i in ids)
 
     def like(self, word: str, before: str) -> list[str]:
-        """At most three words that are one token: those that a word is made of, then what looks like it."""
+        """Return at most three words of one token each: those that a word contains, then those that look similar."""
         start = word[:2].lower()
         vocabulary: dict[str, int] = self._backend.get_vocab()
         plain = {token.lstrip("Ġ▁ ") for token in vocabulary}
         near = [token for token in plain if token.isalpha() and len(token) > 2 and token.lower().startswith(start)]
-        found = difflib.get_close_matches(word, sorted(near), n=_CLOSE, cutoff=0.4)
-        one = (other for other in found if other != word and self._is_one(self.word_ids(other, before)))
+        similar = difflib.get_close_matches(word, sorted(near), n=_CLOSE, cutoff=0.4)
+        one = (other for other in similar if other != word and self._is_one(self.word_ids(other, before)))
         return list(dict.fromkeys([*self._within(word, before, plain), *one]))[:3]
 
     def _within(self, word: str, before: str, plain: Collection[str]) -> list[str]:
-        """Words of one token at the ends of a word's parts, the longest first; none overlaps another."""
+        """Return the words of one token at the ends of a word's parts, the longest first and without overlaps."""
         spans = [
             (first, last)
             for part in re.finditer(r"[^\W\d_]+", word[:_COMPOUND])
@@ -141,7 +141,7 @@ class BlankTokenizer:
             for last in range(first + _SHORTEST, part.end() + 1)
             if first == part.start() or last == part.end()
         ]
-        made: list[str] = []
+        words: list[str] = []
         taken: list[tuple[int, int]] = []
         for first, last in sorted(spans, key=lambda span: span[0] - span[1]):
             piece = word[first:last]
@@ -149,26 +149,26 @@ class BlankTokenizer:
             if piece not in plain or piece == word or any(first < end and last > start for start, end in taken):
                 continue
             if self._is_one(self.word_ids(piece, before)):
-                made.append(piece)
+                words.append(piece)
                 taken.append((first, last))
-        return made
+        return words
 
     def _is_one(self, ids: list[int]) -> bool:
         return len(ids) == 1 and self.knows(ids)
 
     def pieces(self, ids: Sequence[int]) -> str:
-        """Tokens as the vocabulary writes them."""
+        """Return the tokens as the vocabulary writes them, in one string."""
         return some([quoted(str(token)) for token in self.tokenizer.convert_ids_to_tokens(list(ids))], 8)
 
 
 def _encodable(text: str) -> str:
-    """The text without halves of characters, which tokenizers do not read."""
+    """Return the text with lone surrogates replaced, which tokenizers do not read."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _added(tokenizer: Any) -> Mapping[int, Any]:
-    found: Mapping[int, Any] = tokenizer.added_tokens_decoder
-    return found
+    tokens: Mapping[int, Any] = tokenizer.added_tokens_decoder
+    return tokens
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
@@ -177,12 +177,12 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _sentinel(tokenizer: Any) -> int | None:
-    found = tokenizer.convert_tokens_to_ids(_SENTINEL)
-    return None if found is None or found == tokenizer.unk_token_id else int(found)
+    token = tokenizer.convert_tokens_to_ids(_SENTINEL)
+    return None if token is None or token == tokenizer.unk_token_id else int(token)
 
 
 def has_sentinel(tokenizer: Any) -> bool:
-    """Whether a tokenizer has the sentinel of T5."""
+    """Return whether a tokenizer has T5's sentinel."""
     return _sentinel(tokenizer) is not None
 
 
@@ -195,8 +195,8 @@ def _kind_of(tokenizer: Any) -> BlankKind:
 def _blank_id(tokenizer: Any, kind: BlankKind) -> int | None:
     if kind == "last":
         return None
-    found = tokenizer.mask_token_id if kind == "mask" else _sentinel(tokenizer)
-    if found is None:
+    token = tokenizer.mask_token_id if kind == "mask" else _sentinel(tokenizer)
+    if token is None:
         what = "mask token" if kind == "mask" else f"token {_SENTINEL}"
         raise GraftError("GC179", f"the tokenizer has no {what} for blanks", hint="name the model's own tokenizer")
-    return int(found)
+    return int(token)

@@ -1,4 +1,4 @@
-"""The final classifier: a model with a head, or one that fills blanks, trained on what the ensemble says."""
+"""The final classifier: a model with a head, or one that fills blanks, trained on the ensemble's answers."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 CLASSIFIER = "classifier"
-"""The artifact's folder."""
+"""The name of the artifact's folder."""
 
 _DISTILLING = "distilling"
 
 
 def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: int) -> Any:
-    """A classifier of transformers with a language model's own encoder, in eval mode.
+    """Build a classifier of transformers with a language model's own encoder, in eval mode.
 
     Args:
         model: a language model of transformers; the classifier shares its tensors.
         labels: names of the classes, in the order of logits.
-        padding: the token that fills batches, where the model's config has none.
-        seed: of what the language model lacks: the head, and in some a pooler.
+        padding: the token that fills batches, if the model's config has none.
+        seed: the seed of what the language model lacks: the head, and in some classifiers a pooler.
 
     Raises:
-        GraftError: GC182 where transformers has no such classifier, or the model's own layers are not of its form.
+        GraftError: GC182 if transformers has no such classifier, or the model's own layers do not have its form.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -53,7 +53,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    if getattr(config, "pad_token_id", None) is None:  # decoders are to find the last token by it
+    if getattr(config, "pad_token_id", None) is None:  # decoders find the last token by it
         config.pad_token_id = padding
     config.problem_type = "single_label_classification"
     state = torch.random.get_rng_state()
@@ -65,9 +65,9 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}") from error
     finally:
         torch.random.set_rng_state(state)
-    classifier.config._name_or_path = ""  # it is nowhere yet
+    classifier.config._name_or_path = ""  # it is not stored anywhere yet
     prefix = classifier.base_model_prefix
-    # Encoder-decoders have no part of that name, and their tensors have the names that it gives them.
+    # Encoder-decoders have no part of that name; their own tensors are named as in the part.
     source, part = getattr(model, prefix, model), getattr(classifier, prefix, None)
     own = part.state_dict() if part is not None else {}
     known = source.state_dict()
@@ -88,37 +88,38 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors each with its own storage, as those of the class are that it does not tie itself."""
+    """Return the tensors with a storage for each, as a class has it for tensors that it does not tie itself."""
     seen: set[int] = set()
-    made: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
-        made[name] = tensor.clone() if place in seen else tensor
+        separate[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
-    return made
+    return separate
 
 
 def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], model: nn.Module) -> None:
-    """Whether a model's encoder is one that its class makes: what was put into it would be missing in a classifier, and
-    nothing would tell.
+    """Check that a model's encoder is one that its class makes.
+
+    What was added to it would be missing in a classifier without any notice.
 
     Args:
         source: the language model's encoder.
-        part: the classifier's.
-        lost: tensors of the classifier's encoder that the model does not have in this form.
-        model: for messages.
+        part: the classifier's encoder.
+        lost: names of tensors of the classifier's encoder that the model does not have in this form.
+        model: the language model, named in errors.
 
     Raises:
-        GraftError: GC182.
+        GraftError: GC182 if it is not.
     """
     mine, places = dict(source.named_modules(remove_duplicate=False)), {name.rpartition(".")[0] for name in lost}
     for path, module in part.named_modules(remove_duplicate=False):
-        own = mine.get(path)
-        if own is None or own is model:
+        counterpart = mine.get(path)
+        if counterpart is None or counterpart is model:
             continue
-        if type(own) is not type(module):
-            what = f"is a {_class_of(own)}, and in a new classifier a {_class_of(module)}"
-        elif "forward" in vars(own) or own._forward_hooks or own._forward_pre_hooks:
+        if type(counterpart) is not type(module):
+            what = f"is a {_class_of(counterpart)}, and in a new classifier a {_class_of(module)}"
+        elif "forward" in vars(counterpart) or counterpart._forward_hooks or counterpart._forward_pre_hooks:
             what = "has a forward or hooks of its own, which a new classifier would not have"
         elif path in places:
             what = "is stored in another form than in a new classifier"
@@ -137,7 +138,7 @@ class Classifier:
 
     Args:
         task: the run.
-        tokenizer: the language model's.
+        tokenizer: the language model's tokenizer.
     """
 
     def __init__(self, task: Task, tokenizer: Any) -> None:
@@ -152,7 +153,7 @@ class Classifier:
         self._plain = PlainEncoder(task.spec.slots, tokenizer, length, positions)
 
     def tried(self) -> None:
-        """Compile it.
+        """Compile the classifier without training it.
 
         Raises:
             GraftError: as `graftc.compile`.
@@ -160,15 +161,15 @@ class Classifier:
         compile(self._spec(), self._base, self._inputs(self._task.unlabelled.texts[:2]), seed=self._task.seed)
 
     def trained(self, soft: Tensor) -> Compiled:
-        """The classifier, in eval mode: trained on soft labels, or what a finished run has kept.
+        """Return the classifier, in eval mode: trained on soft labels, or loaded if a finished run has stored it.
 
         Args:
-            soft: logits of the ensemble on unlabelled rows, ``[rows, labels]``.
+            soft: the logits of the ensemble on unlabelled rows, ``[rows, labels]``.
         """
         stages = self._task.stages
         place, folder = stages.place(CLASSIFIER), stages.place(_DISTILLING)
         if place is None or not place.exists():
-            made = tune(
+            classifier = tune(
                 self._spec(),
                 self._base,
                 lambda compiled, stage: self._train(compiled, stage, soft),
@@ -178,13 +179,13 @@ class Classifier:
                 seed=self._task.seed_of(CLASSIFIER),
             )
             if place is None:
-                return made
-            self._save(made, place)
+                return classifier
+            self._save(classifier, place)
         stages.forget(_DISTILLING)
         return load(place, self._base).eval()
 
     def answers(self, compiled: Compiled, texts: Sequence[Fields]) -> Tensor:
-        """Its logits, float32 ``[rows, labels]`` on the CPU."""
+        """Return the logits of the classifier, float32 ``[rows, labels]`` on the CPU."""
         progress.step("asking the classifier")
         batches = ((some, self._inputs([texts[row] for row in some])) for some in by_length(texts))
         return logits_of(compiled, batches, len(texts))
@@ -192,20 +193,20 @@ class Classifier:
     def _save(self, compiled: Compiled, place: Path) -> None:
         if self._fills:
             compiled.save(place, certify=False)
-        else:  # a base that is nowhere else
+        else:  # the base is stored nowhere else
             save(compiled, place, bundle=self._save_base)
 
     def _save_base(self, folder: Path) -> None:
         base: Any = self._base
         with quiet_transformers(), writing(folder):
-            for each in (base, self._tokenizer):  # merging copies the tokenizer that is beside a base
+            for each in (base, self._tokenizer):  # merging copies the tokenizer stored beside a base
                 each.save_pretrained(folder)
 
     def _spec(self) -> Spec:
-        own = self._options.spec
+        spec = self._options.spec
         if not self._fills:
-            return own
-        return replacing(own, cloze=self._cloze.options([0]))
+            return spec
+        return replacing(spec, cloze=self._cloze.options([0]))
 
     def _inputs(self, texts: Sequence[Fields]) -> Batch:
         if self._fills:

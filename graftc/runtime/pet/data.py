@@ -1,4 +1,4 @@
-"""Rows of data from JSON Lines, CSV and TSV files, and folders of them."""
+"""Rows of data from JSON Lines, CSV and TSV files, and from folders of them."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from graftc.specs.strict_json import read_json
 __all__ = ["FIELDS", "FILE_BYTES", "ROWS", "TEXT", "PetData", "TextRows", "load_pet_data", "load_rows"]
 
 FILE_BYTES = 4 * 1024**3
-"""Bytes of a file at most."""
+"""The largest size of a file, in bytes."""
 
 ROWS = 10_000_000
-"""Rows of a file at most."""
+"""The most rows that a file may have."""
 
 TEXT = 100_000
-"""Characters of a field at most."""
+"""The most characters that a field may have."""
 
 FIELDS = 1_000
-"""Fields of a row, and columns of a table, at most."""
+"""The most fields that a row may have, and the most columns of a table."""
 
 _LINE = 16 * TEXT
-"""Bytes of a line of JSON at most."""
+"""The most bytes that a line of JSON may have."""
 
 _FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SPLITS = {"train": ("train",), "unlabelled": ("unlabelled", "unlabeled"), "test": ("test",)}
 _MEANT = {"labelled": "train", "labeled": "train"} | {stem: stem for stems in _SPLITS.values() for stem in stems}
-"""What a file may be called, or should be."""
+"""The stems that a misspelt file name may mean, each with the stem to suggest."""
 
 _Source: TypeAlias = str | PathLike[str]
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows of a file.
+    """The rows of a file.
 
     Attributes:
         rows: the fields of each row, without its label.
-        labels: the number of each row's label, by the order of logits; None where rows have none.
+        labels: the number of each row's label, in the order of logits; None if rows have no labels.
         lines: the line of the file on which each row ends, from 1.
-        file: its path.
-        names: the labels that the numbers stand for, in their order; None where rows have none, or nobody has said.
+        file: the path of the file.
+        names: the labels that the numbers represent, in their order; None if rows have no labels, or these are not
+            known.
     """
 
     rows: tuple[Mapping[str, str], ...]
@@ -61,7 +62,7 @@ class TextRows:
         return len(self.rows)
 
     def subset(self, indices: Sequence[int]) -> TextRows:
-        """Some of the rows, in this order."""
+        """Return the rows at these indices, in this order."""
         labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
         lines = tuple(self.lines[i] for i in indices) if self.lines else ()
         return TextRows(tuple(self.rows[i] for i in indices), labels, lines, self.file, self.names)
@@ -69,12 +70,12 @@ class TextRows:
 
 @dataclass(frozen=True)
 class PetData:
-    """What PET reads; a part that is not there is None.
+    """The data that PET reads; a part that is missing is None.
 
     Attributes:
         train: rows with labels.
         unlabelled: rows that the ensemble labels.
-        test: rows with labels that nothing trains on.
+        test: rows with labels that are not used for training.
     """
 
     train: TextRows | None = None
@@ -85,15 +86,15 @@ class PetData:
 def load_pet_data(
     source: _Source | Mapping[str, _Source], labels: Sequence[str], slots: Collection[str] = ()
 ) -> PetData:
-    """The rows of a folder with files ``train``, ``unlabelled`` and ``test``, or of the files of a mapping.
+    """Load the rows of a folder with files ``train``, ``unlabelled`` and ``test``, or of the files of a mapping.
 
     Args:
         source: the folder, whose files are ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``; or a path for each part.
-        labels: in the order of logits.
-        slots: fields that each row has to have; others are left out. Default: all fields are kept.
+        labels: the labels, in the order of logits.
+        slots: fields that each row must have; others are left out. By default all fields are kept.
 
     Raises:
-        GraftError: GC180, there is no such file, two of one part, or what it holds cannot be used.
+        GraftError: GC180 if a file does not exist, a part has two files, or the contents cannot be used.
     """
     files = dict(source) if isinstance(source, Mapping) else _files(Path(source))
     for name in files:
@@ -101,23 +102,24 @@ def load_pet_data(
             close = nearest(name, _SPLITS, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"the parts are: {', '.join(_SPLITS)}"
             raise GraftError("GC180", f"there is no part {quoted(name)} of the data", hint=hint)
-    made = {name: load_rows(file, None if name == "unlabelled" else labels, slots) for name, file in files.items()}
-    return PetData(**made)
+    parts = {name: load_rows(file, None if name == "unlabelled" else labels, slots) for name, file in files.items()}
+    return PetData(**parts)
 
 
 def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Collection[str] = ()) -> TextRows:
-    """The rows of a file. Empty lines are passed over.
+    """Load the rows of a file; empty lines are skipped.
 
     A ``.jsonl`` or ``.ndjson`` file has an object on each line; a ``.csv`` or ``.tsv`` file has a header. Cells of CSV
-    may be quoted and have line breaks then; in TSV a quote is a character like any other.
+    may be quoted and may then contain line breaks; in TSV a quote is an ordinary character.
 
     Args:
-        source: its path.
-        labels: those that the field `label` may have; None where rows are not labelled, and the field is left out.
+        source: the path of the file.
+        labels: the labels that the field `label` may have; None if rows are not labelled, and then the field is left
+            out.
         slots: as for :func:`load_pet_data`.
 
     Raises:
-        GraftError: GC180 with the line.
+        GraftError: GC180, with the line.
     """
     path = Path(source)
     suffix = path.suffix.lower()
@@ -126,7 +128,7 @@ def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Colle
         raise GraftError("GC180", f"the format of {quoted(path.name)} is not known", hint=hint)
     numbers = None if labels is None else {label: index for index, label in enumerate(labels)}
     rows: list[Mapping[str, str]] = []
-    found: list[int] = []
+    row_labels: list[int] = []
     lines: list[int] = []
     try:
         if not path.is_file():
@@ -138,7 +140,7 @@ def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Colle
             if len(rows) == ROWS:
                 _wrong(path, line, f"there are more than {ROWS:,} rows")
             if numbers is not None:
-                found.append(_label(path, line, row, numbers))
+                row_labels.append(_label(path, line, row, numbers))
             rows.append(_fields(path, line, row, slots))
             lines.append(line)
     except UnicodeDecodeError as error:
@@ -153,7 +155,7 @@ def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Colle
         raise GraftError("GC180", f"{quoted(path)} has no rows", place=Place(str(path)), hint=first)
     if numbers is None:
         return TextRows(tuple(rows), None, tuple(lines), str(path))
-    return TextRows(tuple(rows), tuple(found), tuple(lines), str(path), tuple(numbers))
+    return TextRows(tuple(rows), tuple(row_labels), tuple(lines), str(path), tuple(numbers))
 
 
 def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoReturn:
@@ -173,7 +175,7 @@ def _missing(path: Path) -> NoReturn:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of each part that a folder has."""
+    """Return the file of each part that a folder contains."""
     try:
         names = sorted(p.name for p in folder.iterdir())
     except OSError as error:
@@ -181,11 +183,11 @@ def _files(folder: Path) -> dict[str, Path]:
         raise GraftError("GC180", f"the folder {quoted(folder)} cannot be read: {reason}") from None
     files: dict[str, Path] = {}
     for split, stems in _SPLITS.items():
-        found = [n for n in names if Path(n).stem.lower() in stems and Path(n).suffix.lower() in _FORMATS]
-        if len(found) > 1:
-            raise GraftError("GC180", f"{quoted(folder)} has several files of one part: {', '.join(found)}")
-        if found:
-            files[split] = folder / found[0]
+        matches = [n for n in names if Path(n).stem.lower() in stems and Path(n).suffix.lower() in _FORMATS]
+        if len(matches) > 1:
+            raise GraftError("GC180", f"{quoted(folder)} has several files of one part: {', '.join(matches)}")
+        if matches:
+            files[split] = folder / matches[0]
     for name in names:
         if not (folder / name).is_dir():
             _check_name(folder, name, files)
@@ -196,9 +198,9 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _check_name(folder: Path, name: str, files: Mapping[str, Path]) -> None:
-    """Refuse a file that was meant to be a part and is not one: training would go on without it."""
+    """Refuse a file that was meant to be a part but is not one: training would go on without it."""
     stem, suffix = Path(name).stem.lower(), Path(name).suffix.lower()
-    known = {own for stems in _SPLITS.values() for own in stems}
+    known = {each for stems in _SPLITS.values() for each in stems}
     if suffix in _FORMATS:
         if stem not in known and (close := nearest(stem, _MEANT, n=1)):
             better = f"{_MEANT[close[0]]}{suffix}"
@@ -208,13 +210,13 @@ def _check_name(folder: Path, name: str, files: Mapping[str, Path]) -> None:
     first = name.partition(".")[0].lower()
     packed = first in known and not any(first in _SPLITS[split] for split in files)
     if stem in known or packed:
-        own = first if packed else stem
-        hint = f"name it {own}.jsonl, .csv or .tsv if it is one of these, or put it into another folder"
+        intended = first if packed else stem
+        hint = f"name it {intended}.jsonl, .csv or .tsv if it is one of these, or put it into another folder"
         raise GraftError("GC180", f"the format of {quoted(folder / name)} is not known", hint=hint)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The objects of a file, with their lines."""
+    """Yield the objects of a file, with their line numbers."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(_LINE + 1):
@@ -237,7 +239,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a CSV or TSV file, with their lines."""
+    """Yield the rows of a CSV or TSV file, with their line numbers."""
     options: dict[str, Any] = {"strict": True}
     if suffix == ".tsv":
         options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -246,7 +248,7 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         header: list[str] | None = None
         while True:
             start = reader.line_num + 1
-            own = csv.field_size_limit(_LINE)  # of the whole process
+            previous_limit = csv.field_size_limit(_LINE)  # applies to the whole process
             try:
                 cells = next(reader, None)
             except csv.Error as error:
@@ -255,7 +257,7 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     _wrong(path, start, f"a cell has more than {TEXT:,} characters", hint)
                 _wrong(path, start, f"the row cannot be read: {error}", 'a quote within quotes is written twice: ""')
             finally:
-                csv.field_size_limit(own)
+                csv.field_size_limit(previous_limit)
             if cells is None:
                 return
             line = reader.line_num
@@ -287,7 +289,7 @@ def _check_header(path: Path, line: int, header: list[str]) -> None:
 
 
 def _text(value: Any) -> str | None:
-    """A field as text; None for what is not text."""
+    """Return a field as text, or None if it is neither text nor a number."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -309,7 +311,7 @@ def _label(path: Path, line: int, row: Mapping[str, Any], numbers: Mapping[str, 
 
 
 def _fields(path: Path, line: int, row: Mapping[str, Any], slots: Collection[str]) -> dict[str, str]:
-    made: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for name in slots or row:
         if name == LABEL:
             continue
@@ -321,7 +323,7 @@ def _fields(path: Path, line: int, row: Mapping[str, Any], slots: Collection[str
         if text is not None and len(text) > TEXT:
             _wrong(path, line, f"{quoted(name)} has {len(text):,} characters, more than {TEXT:,}")
         if text is not None:
-            made[name] = text
+            fields[name] = text
         elif slots:
             _wrong(path, line, f"{quoted(name)} is {shown(row[name])}, which is not text", "write a text in quotes")
-    return made
+    return fields

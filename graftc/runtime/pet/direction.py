@@ -1,4 +1,4 @@
-"""Where a language model fills blanks: found out by running it."""
+"""Detection of where a language model fills blanks, by running it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["blank_kind", "reads_ahead"]
 
 
 def blank_kind(model: nn.Module, tokenizer: Any) -> BlankKind | None:
-    """What a blank is for a model: the mask token where tokens see those behind them, or else what comes after the
-    text; for encoder-decoders the sentinel, where the tokenizer has one. None where the model does not run on tokens
-    alone.
+    """Return what a blank is for a model; None if the model does not run on tokens alone.
+
+    It is the mask token if tokens see those after them, and otherwise the position after the text. For encoder-decoders
+    it is the sentinel if the tokenizer has one, and otherwise the mask token.
 
     Args:
         model: a language model of transformers.
-        tokenizer: its own.
+        tokenizer: the model's tokenizer.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "sentinel" if has_sentinel(tokenizer) else "mask"
@@ -29,27 +30,27 @@ def blank_kind(model: nn.Module, tokenizer: Any) -> BlankKind | None:
 
 
 def reads_ahead(model: nn.Module) -> bool | None:
-    """Whether the logits of a token depend on the token behind it; None where the model does not run on tokens alone,
-    or gives no numbers.
+    """Return whether the logits of a token depend on the token after it.
 
-    A tokenizer does not tell: that of a model which writes from left to right may have a mask token. The model is run
-    once, on two texts of three tokens.
+    The result is None if the model does not run on tokens alone, or its logits are not finite numbers of three
+    dimensions. A tokenizer cannot tell: that of a model which writes from left to right may have a mask token. The
+    model is run once, on two texts of three tokens.
 
     Args:
-        model: gives ``logits[batch, sequence, vocabulary]``; it is not changed.
+        model: a model that gives ``logits[batch, sequence, vocabulary]``; it is not changed.
     """
-    own = sharing_copy(model).eval()
+    copied = sharing_copy(model).eval()
     try:
-        rows, device = own.get_input_embeddings().weight.shape[0], next(own.parameters()).device
-        padding = getattr(own.config, "pad_token_id", None)
+        rows, device = copied.get_input_embeddings().weight.shape[0], next(copied.parameters()).device
+        padding = getattr(copied.config, "pad_token_id", None)
         plain = [token for token in range(rows) if token != padding][-4:]
         ids = torch.tensor([plain[:3], [plain[0], plain[3], plain[2]]], device=device)
         with torch.no_grad():
-            logits = own(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-    except Exception:  # compiling says what is wrong
+            logits = copied(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    except Exception:  # compiling reports what is wrong
         return None
     if logits.dim() != 3 or not bool(logits.isfinite().all()):
         return None
     one, other = logits[:, 0]
-    # The same sums in another order differ by less, other tokens by more.
+    # Sums in another order differ by less than this, other tokens by more.
     return bool((one - other).abs().max() > 1e-5 * one.abs().max())

@@ -1,4 +1,4 @@
-"""What a classifier learns from soft labels by."""
+"""The loss with which a classifier learns from soft labels."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
-    """``KL(softmax(teacher / T) || softmax(student / T)) T² / batch``, a scalar; 0 for equal logits.
+    """Return ``KL(softmax(teacher / T) || softmax(student / T)) T² / batch``, a scalar; 0 for equal logits.
 
     The factor keeps gradients as large as they are at ``T = 1`` (Hinton et al. 2015).
 
     Args:
-        student: logits ``[batch, labels]``, which get gradients.
-        teacher: logits ``[batch, labels]``, which get none.
+        student: logits ``[batch, labels]`` that receive gradients.
+        teacher: logits ``[batch, labels]`` that receive none.
         temperature: ``T``, positive.
 
     Raises:
-        ValueError: the shapes differ, or the temperature is not positive.
+        ValueError: if the shapes differ, or the temperature is not positive.
     """
     if student.shape != teacher.shape or student.ndim != 2:
         raise ValueError(f"logits {tuple(student.shape)} and {tuple(teacher.shape)}")

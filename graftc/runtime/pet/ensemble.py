@@ -1,4 +1,4 @@
-"""What several members say together: weights, and the weighted mean of their logits."""
+"""The joint answer of several members: weights, and the weighted mean of their logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The fraction of rows whose largest logit is the label's; of equal ones the first counts, 0 without rows.
+    """Return the fraction of rows whose largest logit is the label's, or 0 if there are no rows.
+
+    If several logits are largest, the first one counts.
 
     Args:
         logits: ``[rows, labels]``.
@@ -19,17 +21,17 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def member_weights(accuracies: Sequence[float] | None, members: int) -> Tensor:
-    """Weights of members, float64 ``[members]``, which sum to one.
+    """Return the weights of members, float64 ``[members]``, which sum to one.
 
-    In the paper (Schick & Schütze 2021) a member weighs what its pattern got right on the training set before it was
-    trained.
+    In the paper (Schick & Schütze 2021), the weight of a member is the accuracy of its pattern on the training set
+    before training.
 
     Args:
-        accuracies: of the members before training; None weighs them equally, and so does nothing right at all.
-        members: how many there are.
+        accuracies: the accuracies of the members before training; if None, or if all are 0, the weights are equal.
+        members: the number of members.
 
     Raises:
-        ValueError: accuracies are not one for each member, or negative or not finite.
+        ValueError: if there is not one accuracy for each member, or one is negative or not finite.
     """
     if accuracies is None:
         return torch.full((members,), 1.0 / members, dtype=torch.float64)
@@ -41,14 +43,14 @@ def member_weights(accuracies: Sequence[float] | None, members: int) -> Tensor:
 
 
 def mixed_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of members' logits, ``[rows, labels]`` in their element type; summed in float64.
+    """Return the weighted mean of members' logits, ``[rows, labels]`` in their dtype; it is summed in float64.
 
     Args:
         logits: ``[members, rows, labels]``.
         weights: ``[members]``; they need not sum to one.
 
     Raises:
-        ValueError: the weights are not one for each member, or sum to zero.
+        ValueError: if there is not one weight for each member, or the sum of weights is not positive.
     """
     shares = weights.to(torch.float64)
     if shares.shape != logits.shape[:1] or not shares.sum() > 0:

@@ -1,4 +1,4 @@
-"""Patterns with the fields of a row in their slots, cut to a length: fields only, the longest first."""
+"""Patterns with the fields of a row in their slots, cut to a length: only fields are cut, the longest first."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["FilledPattern", "shortened_counts"]
 
 
 def shortened_counts(counts: Sequence[int], surplus: int) -> list[int]:
-    """How many tokens of each slot stay when so many have to go: always one of the longest, of these the last.
+    """Return how many tokens each slot keeps; each token removed comes from the longest slot, or the last of several.
 
     Args:
-        counts: tokens of each slot.
-        surplus: tokens that are too many; at most all of them go.
+        counts: the number of tokens of each slot.
+        surplus: the number of tokens to remove; at most all of them are removed.
     """
     if surplus >= sum(counts):
         return [0] * len(counts)
@@ -37,15 +37,15 @@ def shortened_counts(counts: Sequence[int], surplus: int) -> list[int]:
 
 
 class FilledPattern:
-    """A pattern ready to be filled.
+    """A pattern that is ready to be filled.
 
     Args:
         pattern: the pattern.
-        tokenizer: what makes tokens of it.
-        limit: tokens that there may be.
+        tokenizer: the tokenizer that encodes it.
+        limit: the most tokens that the text may have.
 
     Raises:
-        GraftError: GC179, it leaves no room for a row, writes a special token, or has its blank where such a model has
+        GraftError: GC179 if it leaves no room for a row, writes a special token, or has a blank where such a model has
             none.
     """
 
@@ -66,12 +66,12 @@ class FilledPattern:
 
     @property
     def slots(self) -> int:
-        """How many slots it has; one field may fill several."""
+        """The number of slots; one field may fill several."""
         return sum(part.kind == "slot" for part in self._parts)
 
     @property
     def before(self) -> str:
-        """What stands before its first blank: the end of a text, or anything for a slot."""
+        """The text before the first blank, empty if there is none; a letter represents a slot."""
         first = next(index for index, part in enumerate(self.pattern.parts) if part.kind == "blank")
         if first == 0:
             return ""
@@ -79,7 +79,7 @@ class FilledPattern:
         return before.text if before.kind == "text" else "x"
 
     def text(self, values: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, a `BLANK` for each blank, and where each slot's value stands in it."""
+        """Return the whole text, with a `BLANK` for each blank, and the span of each slot's value in it."""
         text, spans = "", []
         waiting = iter(values)
         for part in self._parts:
@@ -90,57 +90,60 @@ class FilledPattern:
         return (text.rstrip() if self._tokenizer.kind == "last" else text), spans
 
     def fitted(self, values: Sequence[str], encoding: Any) -> Any:
-        """The encoding of the text with values that fit: cut where it is too long, special tokens taken apart.
+        """Return the encoding of the text with values that fit: cut if it is too long, special tokens broken up.
 
         Args:
-            values: what fills the slots.
-            encoding: of that text.
+            values: the values of the slots.
+            encoding: the encoding of the text with these values.
         """
-        held = list(values)
+        current = list(values)
         while True:
             surplus = len(self._tokenizer.ids(encoding)) - self.limit
-            if (apart := self._apart(held, self._tokenizer.written_specials(encoding))) != held:
-                held = apart
+            if (apart := self._apart(current, self._tokenizer.written_specials(encoding))) != current:
+                current = apart
             elif surplus > 0:
-                if not any(held):
+                if not any(current):
                     raise GraftError("GC179", f"{_named(self.pattern)} has more than {self.limit} tokens without a row")
-                held = self._shorter(held, encoding, surplus)
+                current = self._shorter(current, encoding, surplus)
             else:
                 return encoding
-            encoding = self._tokenizer.encode([self.text(held)[0]])[0]
+            encoding = self._tokenizer.encode([self.text(current)[0]])[0]
 
     def _apart(self, values: list[str], special: Sequence[tuple[int, int]]) -> list[str]:
-        """Values with spaces between the characters of what would be special tokens."""
+        """Return the values with spaces between the characters of what would be read as special tokens."""
         _, spans = self.text(values)
-        made: list[str] = []
+        separated: list[str] = []
         for value, (start, end) in zip(values, spans, strict=True):
             for first, last in sorted(special, reverse=True):
                 low, high = max(first, start) - start, min(last, end) - start
                 if low >= high:
                     continue
-                # Alone between spaces and still special: there is no way to write it.
+                # A single character between spaces that is still special cannot be written at all.
                 alone = high - low == 1 and value[max(0, low - 1) : high + 1].strip() == value[low]
                 piece = " " if alone and low > 0 and high < len(value) else f" {' '.join(value[low:high])} "
                 value = value[:low] + piece + value[high:]
-            made.append(value)
-        return made
+            separated.append(value)
+        return separated
 
     def _shorter(self, values: list[str], encoding: Any, surplus: int) -> list[str]:
-        """Values of fewer tokens; each call takes a character at least, as what is left may be other tokens."""
+        """Return values with fewer tokens.
+
+        Each call removes at least one character, as the rest may be encoded as other tokens.
+        """
         _, spans = self.text(values)
         offsets = [offset for offset in encoding.offsets if offset[1] > offset[0]]
         inside = [[o for o in offsets if o[0] < end and o[1] > start] for start, end in spans]
-        counts = [len(found) for found in inside]
-        made: list[str] = []
-        for value, (start, _), found, kept in zip(
+        counts = [len(tokens) for tokens in inside]
+        shortened: list[str] = []
+        for value, (start, _), tokens, kept in zip(
             values, spans, inside, shortened_counts(counts, surplus), strict=True
         ):
-            if kept == len(found) and found:
-                made.append(value)
+            if kept == len(tokens) and tokens:
+                shortened.append(value)
                 continue
-            stop = found[kept - 1][1] - start if kept else 0
-            made.append(value[: min(stop, len(value) - 1)] if value else "")
-        return made
+            stop = tokens[kept - 1][1] - start if kept else 0
+            shortened.append(value[: min(stop, len(value) - 1)] if value else "")
+        return shortened
 
 
 def _named(pattern: PatternSpec) -> str:
@@ -148,7 +151,7 @@ def _named(pattern: PatternSpec) -> str:
 
 
 def _placed(pattern: PatternSpec, tokenizer: BlankTokenizer) -> tuple[PatternPart, ...]:
-    """The parts that become text."""
+    """Return the parts that become text, if the blanks of the pattern are where such a model fills them."""
     parts = pattern.parts
     if tokenizer.kind == "mask":
         return parts

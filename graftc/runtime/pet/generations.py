@@ -1,4 +1,4 @@
-"""iPET's training sets: each generation of members learns from what the others of the one before are sure of."""
+"""Training sets of iPET: a generation of members learns from confident labels of others in the one before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from graftc.runtime.pet.ensemble import mixed_logits
 
 START_SIZE = 10
-"""Examples of the first generation where none are labelled."""
+"""The number of examples of the first generation if none are labelled."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class NewExamples:
     """Unlabelled rows and the labels that other members gave them.
 
     Attributes:
-        rows: each at most once, by label and by row.
-        labels: of these.
-        teachers: numbers of the members that gave them.
-        missing: by how many each label has fewer rows than it should have.
+        rows: numbers of the rows, each at most once, by label and by row.
+        labels: the labels of these rows.
+        teachers: numbers of the members that gave the labels.
+        missing: how many rows each label has fewer than wanted.
     """
 
     rows: tuple[int, ...]
@@ -33,13 +33,14 @@ class NewExamples:
 
 
 def new_examples_in(generation: int, labelled: int, growth: float, start_size: int = START_SIZE) -> int:
-    """How many examples a generation adds to the labelled ones: ``floor(|T| d^(g+1)) - |T|``.
+    """Return how many examples a generation adds to the labelled ones: ``floor(|T| d^(g+1)) - |T|``.
 
     Args:
         generation: ``g``, from 0.
-        labelled: ``|T|``. Where it is 0, ``start_size / d`` grows in its place, so that the first has ``start_size``.
+        labelled: ``|T|``. If it is 0, ``start_size / d`` grows instead, so that the first generation has
+            ``start_size``.
         growth: ``d``.
-        start_size: see there.
+        start_size: the number of examples of the first generation if none are labelled.
     """
     if labelled:
         return max(0, math.floor(_exactly(labelled * growth ** (generation + 1))) - labelled)
@@ -47,32 +48,32 @@ def new_examples_in(generation: int, labelled: int, growth: float, start_size: i
 
 
 def shares_of_labels(total: int, counts: Sequence[int]) -> tuple[int, ...]:
-    """``total`` examples in the ratio of ``counts``, or balanced where all of these are 0; largest remainders round.
+    """Split ``total`` examples in the ratio of ``counts``, or evenly if these are all 0, rounded by largest remainders.
 
     Args:
-        total: how many.
-        counts: labelled examples of each label.
+        total: the number of examples.
+        counts: the number of labelled examples of each label.
 
     Raises:
-        ValueError: there are no labels.
+        ValueError: if there are no labels.
     """
     if not counts:
         raise ValueError("no labels")
     parts = list(counts) if any(counts) else [1] * len(counts)
     every = sum(parts)
-    whole = [total * part // every for part in parts]
+    shares = [total * part // every for part in parts]
     rest = [total * part % every for part in parts]
-    # Of equal remainders that of the first label goes first; a label without examples has none.
-    for label in sorted(range(len(parts)), key=lambda label: -rest[label])[: total - sum(whole)]:
-        whole[label] += 1
-    return tuple(whole)
+    # Of equal remainders, that of the first label comes first; a label without examples has no remainder.
+    for label in sorted(range(len(parts)), key=lambda label: -rest[label])[: total - sum(shares)]:
+        shares[label] += 1
+    return tuple(shares)
 
 
 def teachers_of(member: int, members: int, share: float, generator: torch.Generator) -> tuple[int, ...]:
-    """Members that label for one: ``share`` of the others, at least one, drawn without replacement; in order.
+    """Draw the members that label for one: ``share`` of the others, at least one, without replacement and in order.
 
     Raises:
-        ValueError: there are no others.
+        ValueError: if there are no others.
     """
     others = [other for other in range(members) if other != member]
     if not others:
@@ -91,25 +92,26 @@ def new_examples(
     most_likely: bool = False,
     generator: torch.Generator,
 ) -> NewExamples:
-    """What a member's next training set has beside the labelled examples (Schick & Schütze 2021, iPET).
+    """Draw the examples that a member's next training set adds to the labelled ones (Schick & Schütze 2021, iPET).
 
-    A random part of the *other* members label: the weighted mean of their logits, softmax at ``T = 1``. Of the rows
-    that a label is the most probable one of, as many as wanted are drawn without replacement, with probability
-    proportional to that largest probability. A label with too few rows gets all that it has.
+    A random subset of the *other* members gives the labels: the weighted mean of their logits, softmax at ``T = 1``.
+    From the rows for which a label is the most probable one, the number that is wanted is drawn without replacement,
+    with probability proportional to that largest probability. A label with too few rows gets all of them.
 
     Args:
-        member: whose set it is.
+        member: the member whose set it is.
         logits: ``[members, rows, labels]``, of all members on the unlabelled rows.
-        weights: ``[members]``, as the ensemble weighs them; teachers that weigh nothing together are equal.
-        wanted: how many of each label.
-        share: of the others that label.
-        most_likely: take for each label the rows that it is most probable of, whatever else is more probable there:
-            where nothing is labelled, untrained patterns may never say some label. A row that several labels want goes
-            to the one that is more probable.
+        weights: ``[members]``, the weights of the ensemble; if those of the teachers sum to 0, teachers have equal
+            weights.
+        wanted: the number of examples of each label.
+        share: the share of the other members that label.
+        most_likely: if true, take for each label the rows for which it is most probable, even if another label is more
+            probable there: if nothing is labelled, untrained patterns may never predict some label. A row that several
+            labels claim goes to the most probable of them.
         generator: a CPU generator; all draws come from it.
 
     Raises:
-        ValueError: there are no other members, or ``wanted`` is not one number for each label.
+        ValueError: if there are no other members, or ``wanted`` is not one number for each label.
     """
     members, _, labels = logits.shape
     if len(wanted) != labels:
@@ -153,5 +155,5 @@ def _most_likely(probable: Tensor, wanted: Sequence[int]) -> list[list[int]]:
 
 
 def _exactly(number: float) -> float:
-    """A product of decimal fractions without its rounding error, which would take one off a whole number."""
+    """Return a product of decimal fractions without its rounding error, which could lower a whole number by one."""
     return round(number, 9)

@@ -1,4 +1,4 @@
-"""Members of an ensemble: their training, apart or in a bank, and what they say of all rows."""
+"""Members of an ensemble: their training, separately or in a bank, and their answers for all rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 Answers = dict[str, Tensor]
-"""Logits ``[members, rows, labels]`` of labelled, unlabelled and test rows, of those that there are."""
+"""Logits ``[members, rows, labels]`` of the labelled, unlabelled and test rows; missing sets are left out."""
 
 
 def untrained_answers(task: Task) -> Answers:
-    """What the language model says before any training, by its patterns: ``[patterns, rows, labels]``."""
+    """Return the answers of the untrained language model for each pattern: ``[patterns, rows, labels]``."""
 
     def make() -> Answers:
         progress.step("asking untrained patterns")
@@ -42,7 +42,7 @@ def untrained_answers(task: Task) -> Answers:
 
 
 def try_members(task: Task) -> None:
-    """Compile what members are.
+    """Compile the members without training them.
 
     Raises:
         GraftError: as `graftc.compile`.
@@ -53,12 +53,12 @@ def try_members(task: Task) -> None:
 
 
 def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> Answers:
-    """What the members of a generation say once they are trained, from the language model on.
+    """Train the members of a generation, each from the language model, and return their answers.
 
     Args:
         task: the run.
-        generation: from 0.
-        sets: what each member learns from.
+        generation: the number of the generation, from 0.
+        sets: the examples that each member learns from.
 
     Raises:
         GraftError: GC182 for a member with nothing to learn from; and as `graftc.compile` and training.
@@ -77,7 +77,7 @@ def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> An
 
 @dataclass(frozen=True)
 class _Group:
-    """Members that train as one model: one alone, or all as slots of banks."""
+    """Members that train as one model: a single one, or all of them as slots of banks."""
 
     task: Task
     generation: int
@@ -85,21 +85,21 @@ class _Group:
 
     @property
     def name(self) -> str:
-        """The stage."""
-        own = "bank" if self._banked else f"member-{self.members[0].number}"
-        return f"generation-{self.generation}/{own}"
+        """The name of the stage."""
+        stage = "bank" if self._banked else f"member-{self.members[0].number}"
+        return f"generation-{self.generation}/{stage}"
 
     @property
     def _banked(self) -> bool:
         return self.task.spec.members == "bank"
 
     def tried(self) -> None:
-        """Compile it."""
+        """Compile the model of the group without training it."""
         example = self.task.encoder.encode(self.task.unlabelled.texts[:2], self.members[0].pattern)
         compile(self._spec(), self.task.model, example, seed=self.task.seed)
 
     def answers(self, sets: Sequence[Examples]) -> Answers:
-        """Train, and answer all rows."""
+        """Return the members' answers for all rows, after training them unless the stage is done already."""
         return self.task.stages.tensors(self.name, lambda: self._make(sets))
 
     def _make(self, sets: Sequence[Examples]) -> Answers:
@@ -119,16 +119,16 @@ class _Group:
 
     @property
     def _said(self) -> str:
-        own = "all members" if self._banked else f"member {self.members[0].number + 1} of {len(self.task.members)}"
-        return f"generation {self.generation}, {own}" if self.task.spec.ipet is not None else own
+        subject = "all members" if self._banked else f"member {self.members[0].number + 1} of {len(self.task.members)}"
+        return f"generation {self.generation}, {subject}" if self.task.spec.ipet is not None else subject
 
     def _known(self) -> Sequence[int]:
         return range(len(self.task.spec.patterns)) if self._banked else [self.members[0].pattern]
 
     def _spec(self) -> Spec:
         spec, cloze = self.task.spec.spec, self.task.encoder.options(self._known())
-        own = banked(spec, len(self.members)) if self._banked else spec
-        return replacing(own, cloze=cloze)
+        grouped = banked(spec, len(self.members)) if self._banked else spec
+        return replacing(grouped, cloze=cloze)
 
     def _asking(self) -> Asking:
         task = self.task
@@ -140,7 +140,7 @@ class _Group:
 
     @staticmethod
     def _example(asking: Asking, rows: Examples) -> dict[str, Tensor]:
-        """A labelled batch, for methods that look at examples before they train."""
+        """Return a labelled batch, for methods that look at examples before they train."""
         some = range(min(len(rows), AT_ONCE))
         inputs = asking.questions([rows.texts[at] for at in some], [0] * len(some))
         return {**inputs, "labels": rows.answers[: len(some)].to(asking.device)}
@@ -159,7 +159,10 @@ class _Group:
         )
 
     def _draws(self, what: str, counts: Sequence[int], size: int) -> list[Iterator[list[int]]]:
-        """Rows of every member's batches: they depend on the seed, the generation and the member alone."""
+        """Return the draws of rows for every member's batches.
+
+        They depend only on the purpose, the seed, the generation and the member.
+        """
         return [
             draws(count, size, self.task.generator(what, self.generation, member.number))
             for member, count in zip(self.members, counts, strict=True)
@@ -188,22 +191,22 @@ class _Group:
             ]
 
     def _own(self, compiled: Compiled) -> list[list[nn.Parameter]]:
-        """What trains of each slot."""
+        """Return the parameters of each slot that train."""
         names = [{slot_name(str(a.name), slot) for a in self.task.spec.spec.adapt} for slot in range(len(self.members))]
         every = list(trained_tensors(runner_of(compiled).compilation))
         return [[item.tensor for item in every if item.adaptation in own] for own in names]  # type: ignore[misc]
 
 
 def slot_name(name: str, slot: int) -> str:
-    """The name of an adaptation in a slot."""
+    """Return the name of an adaptation in a slot."""
     return f"{name}_{slot + 1}"
 
 
 def banked(spec: Spec, slots: int) -> Spec:
-    """A spec with a bank in the place of each adaptation, and that many slots in it.
+    """Return the spec with each adaptation replaced by a bank with that many slots.
 
     Raises:
-        GraftError: GC177 where something trains that slots would share.
+        GraftError: GC177 if something trains that slots would share.
     """
     if spec.train or spec.tokens is not None:
         what = "train" if spec.train else "tokens"
@@ -226,7 +229,7 @@ def banked(spec: Spec, slots: int) -> Spec:
 
 
 def telling(what: str) -> Callable[[int, int], None]:
-    """Shows how far a training is."""
+    """Return a callback that shows the progress of a training."""
 
     def tell(step: int, steps: int) -> None:
         progress.step(f"{what}: step {step} of {steps}")

@@ -1,4 +1,4 @@
-"""PET from rows to a classifier, in stages that a killed run goes on with."""
+"""PET from rows to a classifier, in stages from which a killed run can resume."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from graftc.specs.pet.io import load_pet_spec
 
 _JUDGED = ("labelled", "test")
 _PROBE = "A text of 1,234 Words, some of them un-usual: Übergröße, naïve, 東京!"
-"""By whose tokens a tokenizer is known."""
+"""A text whose tokens identify a tokenizer."""
 
 
 @public("graftc.pet")
@@ -52,28 +52,30 @@ def pet(
     folder: str | Path | None = None,
     seed: int = 0,
 ) -> PetResult:
-    """Pattern-exploiting training (Schick & Schütze 2021): a language model learns to classify from few labelled rows.
+    """Train a classifier from few labelled rows by pattern-exploiting training (Schick & Schütze 2021).
 
     Members, one or more for each pattern, learn the task as cloze questions; their mean labels the unlabelled rows, and
-    a classifier learns from these. With ``ipet``, generations of members learn from more and more rows that others have
-    labelled, each from the language model on. Without labelled rows, untrained patterns begin.
+    a classifier learns from these. With ``ipet``, generations of members learn from more and more rows that other
+    members have labelled, each starting from the language model. Without labelled rows, the first answers are those of
+    untrained patterns.
 
-    With a folder, every stage is kept there before the next one begins: when a run is killed at any moment, the same
-    call goes on, and ends with the same tensors. Members of earlier generations are deleted when they have answered.
+    With a folder, every stage is stored there before the next one begins: if a run is killed at any moment, the same
+    call resumes it and ends with the same tensors. Members of earlier generations are deleted once they have answered.
 
     Args:
         spec: a `PetSpec`, a mapping, or the path of a file.
-        model: a masked, causal or encoder-decoder language model of transformers; never changed.
-        tokenizer: its own.
-        data: rows: labelled, if there are any; unlabelled; and a test set, which nothing is learned from. Or the folder
-            that `load_pet_data` reads.
-        folder: where to keep the stages and the classifier, as an artifact; it is made where there is none.
-        seed: of all random numbers.
+        model: a masked, causal or encoder-decoder language model of transformers; it is never changed.
+        tokenizer: the model's tokenizer.
+        data: the rows: labelled ones, if there are any; unlabelled ones; and a test set, from which nothing is learned.
+            Or the folder that `load_pet_data` reads.
+        folder: the folder in which to keep the stages and the classifier, as an artifact; it is created if it does not
+            exist.
+        seed: the seed of all random numbers.
 
     Raises:
-        GraftError: GC058 for a folder that holds another recipe, GC063 for one in which another run is at work, GC073
-            for arguments of another kind, GC082 where a stage on the disk was changed, GC179 for an auxiliary loss that
-            the model lacks, GC180 for labels that the document lacks, GC181 where a loss is not finite, GC182 where
+        GraftError: GC058 for a folder that contains another recipe, GC063 for one in which another run is at work,
+            GC073 for arguments of another kind, GC082 if a stage on the disk was changed, GC179 for an auxiliary loss
+            that the model lacks, GC180 for labels that the document lacks, GC181 if a loss is not finite, GC182 if
             there is nothing to learn from; and as `graftc.compile`.
     """
     check_spec_and_model("graftc.pet", spec, model, "spec, model, tokenizer, data")
@@ -81,7 +83,7 @@ def pet(
     rows = data if isinstance(data, PetData) else load_pet_data(as_path(data), loaded.labels, loaded.slots)
     _require_kinds(model, tokenizer)
     place = None if folder is None else as_path(folder)
-    # Trainings draw from torch's own random numbers, which all threads share.
+    # Training draws from torch's global random numbers, which all threads share.
     with _RUNNING, as_before(model), progress.working("PET of", type(model).__name__):
         model = arrived(model)
         try:
@@ -101,7 +103,7 @@ _RUNNING = threading.Lock()
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Around a run: random numbers go on afterwards where they were."""
+    """Run the block, and restore the random number generators afterwards."""
     devices = list({tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"})
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices):
@@ -113,10 +115,10 @@ def as_before(model: nn.Module) -> Iterator[None]:
 
 
 def _require_kinds(model: Any, tokenizer: Any) -> None:
-    """Whether there are a model with values and a tokenizer.
+    """Check that the arguments are a model with values and a tokenizer.
 
     Raises:
-        GraftError: GC073.
+        GraftError: GC073 if they are not.
     """
     if not isinstance(model, nn.Module):
         raise GraftError("GC073", f"the model is {kind_of(model)}", hint="give a language model of transformers")
@@ -138,7 +140,7 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
     }
     for each in rows.values():
         encoder.check(each.texts)
-    if spec.training.auxiliary:  # whether there is such a loss is known before anything trains
+    if spec.training.auxiliary:  # fails here, before anything trains, if the model has no such loss
         encoder.token_batch(rows["unlabelled"].texts[:1], 0, torch.Generator())
     probe = dict.fromkeys(spec.slots, _PROBE)
     sample = [encoder.encode([probe], pattern)["input_ids"].tolist() for pattern in range(len(spec.patterns))]
@@ -154,7 +156,7 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
 
 
 def _try_out(task: Task, final: Classifier) -> None:
-    """Compile what members and the classifier are, before anything is written or trained.
+    """Compile the members and the classifier, before anything is written or trained.
 
     Raises:
         GraftError: as `graftc.compile`, with a place in the document.
@@ -171,10 +173,10 @@ def _try_out(task: Task, final: Classifier) -> None:
 
 
 def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
-    """Rows, with the numbers that the document's labels have.
+    """Return the rows, with the numbers that the document's labels have.
 
     Raises:
-        GraftError: GC180 for labels that it does not have.
+        GraftError: GC180 for labels that the document does not have.
     """
     if given is None:
         return Examples((), ())
@@ -205,10 +207,10 @@ def _run(task: Task, final: Classifier) -> PetResult:
         answers = trained_answers(task, generation, [set_of(task, line) for line in lines])
         _forget(task, generation - 1)
         generations.append(_generation(lines, task.spec.labels))
-    mixed = task.stages.tensors("ensemble", lambda: {n: mixed_logits(own, weights) for n, own in answers.items()})
+    mixed = task.stages.tensors("ensemble", lambda: {n: mixed_logits(logits, weights) for n, logits in answers.items()})
     classifier = final.trained(mixed["unlabelled"])
     asked = {name: rows for name, rows in task.asked.items() if name in _JUDGED}
-    said = task.stages.tensors(
+    predictions = task.stages.tensors(
         "answers", lambda: {name: final.answers(classifier, rows.texts) for name, rows in asked.items()}
     )
     after = _judged(task, answers)
@@ -222,7 +224,7 @@ def _run(task: Task, final: Classifier) -> PetResult:
         )
         for member in task.members
     ]
-    made = PetResult(
+    result = PetResult(
         classifier=classifier,
         labels=task.spec.labels,
         soft_labels=torch.softmax(mixed["unlabelled"], dim=1),
@@ -230,20 +232,20 @@ def _run(task: Task, final: Classifier) -> PetResult:
         members=members,
         generations=generations,
         ensemble=_accuracies(task, mixed),
-        final=_accuracies(task, said),
+        final=_accuracies(task, predictions),
     )
-    task.stages.plain("results", made.to_json())
-    return made
+    task.stages.plain("results", result.to_json())
+    return result
 
 
 def _forget(task: Task, generation: int) -> None:
-    """Delete the members of a generation; what they said stays."""
-    for own in ("bank", *(f"member-{member.number}" for member in task.members)):
-        task.stages.forget(f"generation-{generation}/{own}")
+    """Delete the members of a generation; their answers stay."""
+    for stage in ("bank", *(f"member-{member.number}" for member in task.members)):
+        task.stages.forget(f"generation-{generation}/{stage}")
 
 
 def _judged(task: Task, answers: Answers) -> list[Accuracies]:
-    """Accuracies of every member."""
+    """Return the accuracies of every member."""
     return [
         _accuracies(task, {name: logits[member.number] for name, logits in answers.items()}) for member in task.members
     ]

@@ -1,4 +1,4 @@
-"""What a run of PET has made, and how good it is."""
+"""The result of a PET run, and its accuracy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from graftc.runtime.compiled import Compiled
 
 Accuracies = Mapping[str, float | None]
-"""By ``labelled`` and ``test``; None where there are no such rows."""
+"""Accuracies by ``labelled`` and ``test``; None if there are no such rows."""
 
 
 @dataclass(frozen=True)
 class MemberResult:
-    """A member of the ensemble.
+    """The result of one member of the ensemble.
 
     Attributes:
         pattern: the name of its pattern.
-        repetition: which of the pattern's members it is, from 0.
-        weight: in the ensemble; all sum to one.
-        untrained: what its pattern got right before training.
-        trained: what the last generation's member gets right; without labels and generations that of its pattern.
+        repetition: the number of the member among those of the same pattern, from 0.
+        weight: the weight in the ensemble; all weights sum to one.
+        untrained: the accuracies of its pattern before training.
+        trained: the accuracies of the last generation's member; without labels and generations, those of its pattern.
     """
 
     pattern: str
@@ -35,11 +35,11 @@ class MemberResult:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A generation behind the first.
+    """The result of a generation after the first.
 
     Attributes:
         examples: how many unlabelled rows each member learned from.
-        missing: of each label by name, how many rows its members' sets lack on average.
+        missing: how many rows of each label, by name, its members' sets lack on average.
     """
 
     examples: Sequence[int]
@@ -48,17 +48,17 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class PetResult:
-    """A trained classifier, and where it comes from.
+    """A trained classifier, and the ensemble that it comes from.
 
     Attributes:
-        classifier: in eval mode.
+        classifier: the classifier, in eval mode.
         labels: names of the classes, in the order of logits.
         soft_labels: probabilities that the ensemble gives unlabelled rows, ``[rows, labels]``.
-        rows: how many there are: ``labelled``, ``unlabelled``, ``test``.
-        members: of the ensemble.
-        generations: behind the first one.
-        ensemble: what it gets right.
-        final: what the classifier gets right.
+        rows: the number of rows of ``labelled``, ``unlabelled`` and ``test``.
+        members: the members of the ensemble.
+        generations: the generations after the first one.
+        ensemble: the accuracies of the ensemble.
+        final: the accuracies of the classifier.
     """
 
     classifier: Compiled
@@ -71,7 +71,7 @@ class PetResult:
     final: Accuracies
 
     def to_json(self) -> dict[str, Any]:
-        """All but tensors, as plain data."""
+        """Return everything except the classifier and tensors, as plain data."""
         return {
             "labels": list(self.labels),
             "rows": dict(self.rows),

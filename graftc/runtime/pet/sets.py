@@ -1,4 +1,4 @@
-"""What members of each generation learn from, kept as a line for each member."""
+"""The examples that the members of each generation learn from, stored as a line for each member."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from graftc.runtime.pet.task import Examples, Task
 from graftc.specs.pet.training import IpetOptions
 
 Line = Mapping[str, Any]
-"""Of a member: who labelled for it, the unlabelled rows that it learns from, their labels, and how many rows each label
-lacks."""
+"""The set of a member: the members that labelled for it, the unlabelled rows that it learns from, their labels, and how
+many rows each label lacks."""
 
 
 def new_sets(task: Task, generation: int, logits: Tensor, weights: Tensor, options: IpetOptions) -> list[Line]:
-    """iPET's examples for the members of a generation.
+    """Return iPET's examples for the members of a generation.
 
     Args:
         task: the run.
-        generation: from 1.
-        logits: of the one before on unlabelled rows, ``[members, rows, labels]``.
-        weights: of its members.
-        options: of the document.
+        generation: the number of the generation, from 1.
+        logits: the logits of the previous generation on unlabelled rows, ``[members, rows, labels]``.
+        weights: the weights of its members.
+        options: the iPET options of the document.
     """
     counts = [list(task.labelled.labels).count(label) for label in range(logits.shape[2])]
     total = new_examples_in(generation - 1, len(task.labelled), options.growth, options.start_size)
@@ -45,7 +45,7 @@ def _line(
     wanted: Sequence[int],
     options: IpetOptions,
 ) -> Line:
-    made = new_examples(
+    new = new_examples(
         member,
         logits,
         weights,
@@ -56,15 +56,15 @@ def _line(
     )
     return {
         "member": member,
-        "teachers": list(made.teachers),
-        "missing": list(made.missing),
-        "rows": list(made.rows),
-        "labels": list(made.labels),
+        "teachers": list(new.teachers),
+        "missing": list(new.missing),
+        "rows": list(new.rows),
+        "labels": list(new.labels),
     }
 
 
 def set_of(task: Task, line: Line | None) -> Examples:
-    """The labelled rows, and with a line those that it names."""
+    """Return the labelled rows and, if a line is given, the rows that it names."""
     labelled = Examples(task.labelled.texts, task.labelled.labels)
     if line is None:
         return labelled

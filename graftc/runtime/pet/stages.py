@@ -1,4 +1,4 @@
-"""What a recipe has done already: each finished stage is on the disk before the next one begins."""
+"""The finished stages of a recipe: each one is on the disk before the next one begins."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 class KeptStages:
-    """Stages of a recipe by name: made once, and read where they are there already. Without a folder nothing is kept.
+    """Stages of a recipe by name: computed once, and read if they are stored already.
+
+    Without a folder nothing is kept.
 
     Args:
-        folder: need not be there; `begin` makes it.
+        folder: the folder of the recipe; it need not exist, as `begin` creates it.
         identity: what the recipe depends on, as plain data.
 
     Attributes:
-        begun: whether the folder holds the recipe already.
+        begun: whether the folder contains the recipe already.
 
     Raises:
-        GraftError: GC058 where the folder holds another recipe; it names what differs.
+        GraftError: GC058 if the folder contains another recipe; it names what differs.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -52,27 +54,27 @@ class KeptStages:
         self.begun = folder is not None and has_recipe(folder, identity)
 
     def begin(self) -> None:
-        """Make the folder, where there is to be one and there is none yet.
+        """Create the folder of the recipe, if stages are kept and it has not been begun.
 
         Raises:
-            GraftError: GC064 where it cannot be made.
+            GraftError: GC064 if it cannot be created.
         """
         if self.folder is not None and not self.begun:
             begin_recipe(self.folder, self._identity)
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors on the CPU: read from ``NAME.safetensors``, or made and written there."""
+        """Return tensors on the CPU, read from ``NAME.safetensors``, or computed and written there."""
         path = self._path(f"{name}.safetensors")
         if path is None:
             return dict(make())
         if not path.exists():
-            made = {key: tensor.contiguous() for key, tensor in make().items()}
+            tensors = {key: tensor.contiguous() for key, tensor in make().items()}
             with staged(path) as file:
-                save_tensors(made, file, metadata={_DIGEST: _digest_of(made)})
+                save_tensors(tensors, file, metadata={_DIGEST: _digest_of(tensors)})
         return _whole(path)
 
     def lines(self, name: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Plain data, a JSON object a line: read from ``NAME.jsonl``, or made and written there."""
+        """Return plain data, a JSON object a line, read from ``NAME.jsonl``, or computed and written there."""
         path = self._path(f"{name}.jsonl")
         if path is None:
             return [dict(line) for line in make()]
@@ -88,10 +90,10 @@ class KeptStages:
         raise _damaged(path)
 
     def plain(self, name: str, data: Mapping[str, Any]) -> None:
-        """Plain data, in ``NAME.json``; what is there already has to be the same.
+        """Write plain data to ``NAME.json``; if the file exists, its contents must be the same.
 
         Raises:
-            GraftError: GC082 where it is not.
+            GraftError: GC082 if they are not.
         """
         path = self._path(f"{name}.json")
         if path is None:
@@ -103,11 +105,11 @@ class KeptStages:
             raise _damaged(path)
 
     def place(self, name: str) -> Path | None:
-        """The path of a folder for a stage that keeps its own files; None where nothing is kept."""
+        """Return the path of a folder for a stage that stores its own files; None if nothing is kept."""
         return self._path(name)
 
     def forget(self, name: str) -> None:
-        """Delete a folder of a stage; nothing where it is gone."""
+        """Delete the folder of a stage, if it exists."""
         if self.folder is not None and (self.folder / name).exists():
             shutil.rmtree(self.folder / name)
 
@@ -120,16 +122,16 @@ class KeptStages:
 
 
 def _whole(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, as they were written.
+    """Return the tensors of a file, unchanged since they were written.
 
     Raises:
-        GraftError: GC082 where they are not.
+        GraftError: GC082 if they have changed.
     """
     file = TensorFolder(path, Refusal("GC082", hint=_ANEW))
-    found = dict(file)
-    if file.shards[0].metadata.get(_DIGEST) != _digest_of(found):
+    tensors = dict(file)
+    if file.shards[0].metadata.get(_DIGEST) != _digest_of(tensors):
         raise _damaged(path)
-    return found
+    return tensors
 
 
 def _damaged(path: Path) -> GraftError:

@@ -1,4 +1,4 @@
-"""A run of the recipe: what its parts share, and the random numbers of each."""
+"""A run of the recipe: what its parts share, and the random numbers of each part."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from graftc.runtime.pet.stages import KeptStages
 from graftc.specs.pet.document import PetSpec
 
 Fields = Mapping[str, str]
-"""A text, or several, by name."""
+"""The texts of a row, by name."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, and what is known of them.
+    """Texts, with their labels if these are known.
 
     Attributes:
         texts: the fields of each row.
-        labels: numbers of labels; none for rows without.
+        labels: the numbers of the labels; empty for rows without labels.
     """
 
     texts: Sequence[Fields]
@@ -44,12 +44,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One of the ensemble.
+    """A member of the ensemble.
 
     Attributes:
-        number: in the ensemble.
+        number: the number of the member in the ensemble.
         pattern: the number of its pattern.
-        repetition: which of the pattern's members it is.
+        repetition: the number of the member among those of the same pattern.
     """
 
     number: int
@@ -59,15 +59,15 @@ class EnsembleMember:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that stages of a run read.
+    """Everything that the stages of a run read.
 
     Attributes:
         spec: the document.
-        model: the language model; never changed.
-        encoder: puts texts into patterns.
-        labelled, unlabelled, test: rows; those of the test are looked at and never learned from.
-        seed: of all random numbers.
-        stages: what is done.
+        model: the language model; it is never changed.
+        encoder: the encoder that puts texts into patterns.
+        labelled, unlabelled, test: the rows; those of the test set are answered, but never learned from.
+        seed: the seed of all random numbers.
+        stages: the finished stages.
     """
 
     spec: PetSpec
@@ -81,21 +81,21 @@ class Task:
 
     @cached_property
     def members(self) -> tuple[EnsembleMember, ...]:
-        """The ensemble: as many members of each pattern as there are seeds."""
+        """The members of the ensemble: for each pattern, as many as there are seeds."""
         both = [(pattern, each) for pattern in range(len(self.spec.patterns)) for each in range(self.spec.seeds)]
         return tuple(EnsembleMember(number, pattern, each) for number, (pattern, each) in enumerate(both))
 
     @property
     def asked(self) -> dict[str, Examples]:
-        """The rows that members answer, by name; missing ones are left out."""
+        """The rows that members answer, by name; missing sets are left out."""
         every = {"labelled": self.labelled, "unlabelled": self.unlabelled, "test": self.test}
         return {name: rows for name, rows in every.items() if len(rows)}
 
     def seed_of(self, *what: str | int) -> int:
-        """A seed below 2^31 that depends on the run's and on what it is for, and on nothing else."""
+        """Return a seed below 2^31 that depends only on the run's seed and on what it is for."""
         text = "/".join(map(str, (self.seed, *what)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
     def generator(self, *what: str | int) -> torch.Generator:
-        """Random numbers on the CPU, of `seed_of`."""
+        """Return a generator of random numbers on the CPU, with the seed of `seed_of`."""
         return torch.Generator().manual_seed(self.seed_of(*what))

@@ -1,4 +1,4 @@
-"""Training loops of PET: members on cloze questions, and the classifier on what they say."""
+"""Training loops of PET: for members on cloze questions, and for the classifier on the answers of the ensemble."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.training import StepOptions
 
 Batch = Mapping[str, Tensor]
-"""What a model is called with; the first axis of each is the batch."""
+"""The inputs of a model; the first axis of each is the batch."""
 
 OnStep = Callable[[int, int], None]
-"""Is told the step that is done, from 1, and how many there are."""
+"""A callback that gets the number of the finished step, from 1, and the number of steps."""
 
 IGNORED = -100
 """The label of a token that does not count."""
@@ -30,8 +30,8 @@ class Questions:
     """A batch of labelled rows as cloze questions.
 
     Attributes:
-        inputs: what the model is called with.
-        labels: int64 ``[members * batch]``: the rows of one member after the other, as many of each.
+        inputs: the inputs of the model.
+        labels: int64 ``[members * batch]``: the rows of each member in turn, the same number for each.
     """
 
     inputs: Batch
@@ -39,10 +39,10 @@ class Questions:
 
 
 def draws(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Numbers of rows for batches without end: one shuffled epoch after the other, and every batch full.
+    """Yield the row numbers of batches without end: one shuffled epoch after the other, and every batch full.
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: if there are no rows.
     """
     if rows < 1:
         raise ValueError("no rows to draw from")
@@ -66,22 +66,22 @@ def train_members(
 ) -> list[float]:
     """Train members on ``(1 - auxiliary) CE + auxiliary MLM`` (Schick & Schütze 2021), each as if it were alone.
 
-    The losses of members add up, and gradients are clipped for each of them.
+    The losses of the members are summed, and gradients are clipped for each member.
 
     Args:
-        compiled: answers cloze questions, and takes ``token_targets``; it is in train mode.
-        questions: labelled rows of all members, for each step.
-        texts: for each step a batch with ``token_targets`` for each member; not asked for where ``auxiliary`` is 0.
-        pace: steps, and what the optimiser is told.
+        compiled: the model, in train mode, which answers cloze questions and takes ``token_targets``.
+        questions: the labelled rows of all members, for each step.
+        texts: for each step, a batch with ``token_targets`` for each member; not read if ``auxiliary`` is 0.
+        pace: the number of steps and the settings of the optimiser.
         auxiliary: the share of the language model's own loss.
-        own: what trains of each member; by default there is one member, and it has all.
-        on_step: see there.
+        own: the parameters of each member that train; by default there is one member, which has all of them.
+        on_step: the callback after each step; see `OnStep`.
 
     Returns:
         The loss of each step, summed over the members.
 
     Raises:
-        GraftError: GC181 where a loss is not finite.
+        GraftError: GC181 if a loss is not finite.
     """
     members = 1 if own is None else len(own)
 
@@ -91,7 +91,7 @@ def train_members(
         yield (1 - auxiliary) * members * cross_entropy(logits, asked.labels)
         if auxiliary:
             for text in next(texts):
-                if bool((text["token_targets"] != IGNORED).any()):  # else the mean over none of them
+                if bool((text["token_targets"] != IGNORED).any()):  # otherwise the mean would be over no tokens
                     yield auxiliary * compiled(**text).loss.float()
 
     return _train(compiled, losses, pace, own, on_step)
@@ -105,20 +105,20 @@ def train_classifier(
     temperature: float,
     on_step: OnStep = lambda *_: None,
 ) -> list[float]:
-    """Distil: train a classifier on soft labels.
+    """Train a classifier on soft labels, by distillation.
 
     Args:
-        compiled: gives ``logits``, ``[batch, labels]``; it is in train mode.
-        batches: for each step inputs and the ensemble's logits, ``[batch, labels]``.
-        pace: steps, and what the optimiser is told.
-        temperature: see `distillation_loss`.
-        on_step: see there.
+        compiled: the model, in train mode, which gives ``logits``, ``[batch, labels]``.
+        batches: for each step, the inputs and the ensemble's logits, ``[batch, labels]``.
+        pace: the number of steps and the settings of the optimiser.
+        temperature: the temperature of `distillation_loss`.
+        on_step: the callback after each step; see `OnStep`.
 
     Returns:
         The loss of each step.
 
     Raises:
-        GraftError: GC181 where a loss is not finite.
+        GraftError: GC181 if a loss is not finite.
     """
 
     def losses() -> Iterator[Tensor]:
@@ -143,7 +143,7 @@ def _train(
     seen: list[Tensor] = []
     for step in range(1, pace.steps + 1):
         total = torch.zeros((), device=compiled.device)
-        # One after the other, so that activations of one pass at a time are kept.
+        # One loss at a time, so that only the activations of one pass are kept.
         for loss in losses():
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
@@ -158,11 +158,11 @@ def _train(
         optimiser.zero_grad(set_to_none=True)
         seen.append(total)
         on_step(step, pace.steps)
-    found: list[float] = torch.stack(seen).tolist() if seen else []
-    wrong = next((step for step, loss in enumerate(found, 1) if loss - loss != 0), None)
+    values: list[float] = torch.stack(seen).tolist() if seen else []
+    wrong = next((step for step, loss in enumerate(values, 1) if loss - loss != 0), None)
     if wrong is not None:
-        raise GraftError("GC181", f"the loss of step {wrong} of {pace.steps} is {found[wrong - 1]}")
-    return found
+        raise GraftError("GC181", f"the loss of step {wrong} of {pace.steps} is {values[wrong - 1]}")
+    return values
 
 
 def _pacing(steps: int, warmup: float) -> Callable[[int], float]:
@@ -177,24 +177,24 @@ def _pacing(steps: int, warmup: float) -> Callable[[int], float]:
 
 
 def logits_of(compiled: Compiled, batches: Iterator[tuple[list[int], Batch]], rows: int) -> Tensor:
-    """Logits of all rows, float32 ``[rows, labels]`` on the CPU, in eval mode.
+    """Return the logits of all rows, float32 ``[rows, labels]`` on the CPU, computed in eval mode.
 
     Args:
-        compiled: gives ``logits``; it is in eval mode afterwards.
-        batches: which rows, and what the model is called with.
-        rows: how many there are.
+        compiled: the model, which gives ``logits``; it is in eval mode afterwards.
+        batches: the row numbers of each batch, and the inputs of the model.
+        rows: the number of rows.
 
     Raises:
-        ValueError: there are none.
+        ValueError: if there are none.
     """
     compiled.eval()
-    found: Tensor | None = None
+    logits: Tensor | None = None
     with torch.no_grad():
         for some, inputs in batches:
-            made = compiled(**inputs).logits.float().cpu()
-            if found is None:
-                found = made.new_empty(rows, made.shape[1])
-            found[torch.tensor(some)] = made
-    if found is None:
+            batch_logits = compiled(**inputs).logits.float().cpu()
+            if logits is None:
+                logits = batch_logits.new_empty(rows, batch_logits.shape[1])
+            logits[torch.tensor(some)] = batch_logits
+    if logits is None:
         raise ValueError("no rows")
-    return found
+    return logits

@@ -1,1 +1,1 @@
-"""What training takes, worked out before it starts: steps are run on tensors without memory, and nothing is guessed."""
+"""The memory that training takes, computed in advance by running steps on tensors without memory, without guesses."""

@@ -1,4 +1,4 @@
-"""The largest size that fits."""
+"""Search for the largest size that fits."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 
 
 def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1) -> int:
-    """The largest size whose peak is within a budget, 0 where that of 1 is not.
+    """Return the largest size whose peak is within a budget, or 0 if that of size 1 is not.
 
-    Peaks grow with sizes, and nearly in a straight line: sizes are tried where the line through two others meets the
-    budget, and beside that. Every third one halves what is left, as the line may be none.
+    Peaks grow with sizes, almost linearly: each guess is where the line through two other sizes meets the budget, or
+    close to that. Every third guess halves the remaining range, as peaks may not be on a line.
 
     Args:
-        peak: bytes for a size from 1.
-        budget: bytes that there are.
-        limit: the largest size that there is.
+        peak: a function that returns the bytes for a size, from 1.
+        budget: the bytes that are available.
+        limit: the largest size that is possible.
         first: the size to begin with.
     """
     low, high, tries = 0, limit + 1, 0
@@ -27,7 +27,7 @@ def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1)
             low = guess
         else:
             high = guess
-        # Far above what has been tried, sizes cost time and say little.
+        # Sizes far above those tried so far take time and reveal little.
         most = high - 1 if high <= limit else min(limit, 4 * max(low, 1))
         middle = (low + high) // 2 if high <= limit else 2 * max(low, 1)
         guess = middle if tries % 3 == 0 else _where(points, low, high, budget, middle)
@@ -36,7 +36,7 @@ def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1)
 
 
 def _where(points: Mapping[int, int], low: int, high: int, budget: int, otherwise: int) -> int:
-    """Where a line through the two sizes nearest to the budget meets it."""
+    """Return where a line through the two sizes nearest to the budget meets it, or ``otherwise`` if none does."""
     below, above = sorted(n for n in points if n <= low)[-2:], sorted(n for n in points if n >= high)[:2]
     ends = [*below[-1:], *above[:1]] if below and above else [*below, *above]
     if len(ends) < 2 or points[ends[0]] == points[ends[1]]:

@@ -1,4 +1,4 @@
-"""Inputs of a size: what a training loop would call a model with."""
+"""Inputs of a given size, as a training loop would call a model with."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class Inputs:
-    """Makes inputs for the signature that a model was compiled with, and labels where it takes them.
+    """A function that makes inputs for the signature that a model was compiled with, and labels if it takes them.
 
     Args:
-        compilation: of the model.
+        compilation: the compilation of the model.
 
     Attributes:
-        longest: the longest sequence that the model takes; None where there is no end.
-        sequential: whether there is a sequence at all.
+        longest: the longest sequence that the model takes; None if there is no limit.
+        sequential: whether the model takes sequences at all.
     """
 
     def __init__(self, compilation: Compilation) -> None:
@@ -43,11 +43,11 @@ class Inputs:
         self.sequential = bool(axes)
 
     def __call__(self, batch: int, sequence: int) -> dict[str, Any]:
-        """Tensors and flags of a call, by name.
+        """Return the tensors and flags of a call, by name.
 
         Args:
-            batch: rows.
-            sequence: tokens of each; in a model with two sequences, of both.
+            batch: the number of rows.
+            sequence: the number of tokens of each row; in a model with two sequences, of both.
 
         Raises:
             GraftError: GC143 for more tokens than the model has positions.
@@ -56,20 +56,20 @@ class Inputs:
             message = f"sequences of {sequence} tokens, and the model takes {self.longest}"
             raise GraftError("GC143", message, hint=f"plan for at most {self.longest}")
         sizes = {BATCH: batch}
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for spec in self._program.inputs:
             if not is_past(spec.name):
                 shape = [size_of(s, sizes, sequence) if isinstance(s, str) else s for s in spec.shape]
-                found[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self._device)
+                tensors[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self._device)
         if self._labels is not None:
             axes, dtype = self._labels
             shape = [size_of(s, sizes, sequence) if isinstance(s, str) else s for s in axes]
-            found["labels"] = torch.empty(shape, dtype=dtype, device=self._device)
-        return {**found, **self._flags}
+            tensors["labels"] = torch.empty(shape, dtype=dtype, device=self._device)
+        return {**tensors, **self._flags}
 
 
 def _labels_of(program: Program) -> tuple[tuple[int | str, ...], torch.dtype] | None:
-    """The axes and the type of labels, which are for each of the logits' rows; None where there are none."""
+    """Return the axes and the dtype of labels, one for each row of the logits; None if there are no labels."""
     nodes = program.output_node.all_input_nodes
     named = dict(zip(program.outputs.names, nodes, strict=False))
     logits = getattr(named.get("logits"), "meta", {}).get("val")
@@ -83,11 +83,11 @@ def _labels_of(program: Program) -> tuple[tuple[int | str, ...], torch.dtype] | 
 
 
 def _names_of(program: Program) -> Mapping[str, str]:
-    """The names of axes by the symbols that stand for their sizes."""
-    found: dict[str, str] = {}
+    """Return the names of axes by the symbols that represent their sizes."""
+    names: dict[str, str] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             pairs = zip(value.shape, spec.shape, strict=True)
-            found.update({str(size): name for size, name in pairs if isinstance(name, str)})
-    return found
+            names.update({str(size): name for size, name in pairs if isinstance(name, str)})
+    return names

@@ -1,4 +1,4 @@
-"""What a training step takes, as data."""
+"""The memory that a training step takes, as data."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from graftc.runtime.planner.sizes import shown
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What training takes on each device, in bytes, worked out without running it.
+    """The memory that training takes on each device, in bytes, computed without running it.
 
-    ``peak`` is the greater of two: all that stays, with the forward and backward pass (``step``) and FSDP2's buffers
-    (``communication``); or all that stays, with ``gradients`` and what a step of the optimiser takes (``update``).
+    ``peak`` is the greater of two sums: all that stays, with the forward and backward pass (``step``) and FSDP2's
+    buffers (``communication``); or all that stays, with ``gradients`` and what a step of the optimiser takes
+    (``update``).
 
     Attributes:
-        batch: rows of each device.
-        sequence: tokens of each row; None for models without sequences.
-        dtype: of the base.
+        batch: the rows on each device.
+        sequence: the tokens of each row; None for models without sequences.
+        dtype: the dtype of the base.
         checkpoint: whether layers are computed again in the backward pass.
-        optimizer: its name.
-        devices: how many share parameters, gradients and state (FSDP2).
-        device: what kind they are.
+        optimizer: the name of the optimiser.
+        devices: the number of devices that share parameters, gradients and state (FSDP2).
+        device: the kind of device.
         frozen: parameters that do not train.
-        originals: those of them that trained copies stand in for (``train``, ``full``, biases) and that stay beside
-            these.
-        trainable: parameters that do.
+        originals: those frozen parameters that trained copies replace (``train``, ``full``, biases) and that stay
+            beside the copies.
+        trainable: parameters that train.
         buffers: tensors that are not parameters, such as indices of sparse deltas.
-        inputs: the batch.
-        gradients: of everything that trains.
+        inputs: the tensors of the batch.
+        gradients: the gradients of everything that trains.
         optimizer_state: what the optimiser keeps from one step to the next.
         saved: activations that are kept for the backward pass.
-        step: what forward and backward pass take at their peak, over all that stays: activations, gradients so far, and
-            what is computed with; with those of former micro-batches, where gradients are accumulated.
-        communication: whole tensors of gathered layers, and gradients on their way, under FSDP2.
-        update: what a step of the optimiser takes at its peak, over state and gradients.
-        budget: bytes that there are; None where none were given.
+        step: what the forward and backward pass take at their peak, beyond all that stays: activations, gradients so
+            far, and temporary tensors; with the gradients of earlier micro-batches if gradients are accumulated.
+        communication: whole tensors of gathered layers, and gradients that are being sent, under FSDP2.
+        update: what a step of the optimiser takes at its peak, beyond state and gradients.
+        budget: the bytes that are available; None if no budget was given.
         largest_batch: the largest batch of such sequences within the budget; 0 if there is none.
         largest_sequence: the longest sequences of such a batch within the budget, in steps of 64 tokens, or as long as
             the model takes; 0 if there are none.
@@ -76,11 +77,11 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the budget; None where there is none."""
+        """Whether the peak is within the budget; None if there is no budget."""
         return None if self.budget is None else self.peak <= self.budget
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the sizes as plain values."""
         return {**asdict(self), "resident": self.resident, "peak": self.peak, "fits": self.fits}
 
     def __str__(self) -> str:
@@ -98,7 +99,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def parts(self) -> list[tuple[str, int]]:
-        """What there is to print, by name."""
+        """Return the sizes to print, with their names."""
         return [
             ("frozen parameters", self.frozen),
             ("  originals of trained", self.originals),

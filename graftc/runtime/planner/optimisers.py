@@ -1,4 +1,4 @@
-"""Optimisers by name, and what they keep and take: asked of themselves, on tensors without memory."""
+"""Optimisers by name, and the memory that they keep and take, measured on tensors without memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
-"""Makes an optimiser of what trains."""
+"""A function that makes an optimiser of the trained parameters."""
 
 _SMALL = 4096
 _BLOCK = 256
 
 
 class DeclaredAdamW8bit(torch.optim.Optimizer):
-    """The sizes of the state of bitsandbytes' ``AdamW8bit``, which runs on accelerators only: two moments of a byte
-    an entry with a float32 for each block of 256; of tensors of fewer than 4096 entries, two float32 an entry."""
+    """The sizes of the state of bitsandbytes' ``AdamW8bit``, which runs only on accelerators.
+
+    There are two moments of one byte for each entry, with a float32 for each block of 256; for tensors of fewer than
+    4096 entries, there are two float32 for each entry.
+    """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__(parameters, {"lr": 1e-3})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Make the state."""
+        """Create the state."""
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -47,7 +50,7 @@ class DeclaredAdamW8bit(torch.optim.Optimizer):
 
 def _torch(name: str, **options: Any) -> Callable[[list[Tensor], str], torch.optim.Optimizer]:
     def make(parameters: list[Tensor], device: str) -> torch.optim.Optimizer:
-        # By default torch's own go through all tensors at once on accelerators.
+        # By default, torch's optimisers process all tensors at once on accelerators.
         cls: Any = getattr(torch.optim, name)
         return cast(torch.optim.Optimizer, cls(parameters, lr=1e-3, foreach=device != "cpu", **options))
 
@@ -65,18 +68,18 @@ OPTIMISERS: dict[str, Callable[[list[Tensor], str], torch.optim.Optimizer]] = {
     "adafactor": _torch("Adafactor"),
     "adamw8bit": _declared,
 }
-"""Those that take parameters alone."""
+"""Optimisers that take only parameters."""
 
 OWN = {"aged-adamw": "AgedAdamW", "sm3": "SM3"}
-"""Those of `graftc.optim`, which take a compiled model."""
+"""Optimisers of `graftc.optim`, which take a compiled model."""
 
 
 class State(NamedTuple):
-    """What an optimiser takes.
+    """The memory that an optimiser takes.
 
     Attributes:
-        kept: bytes of its state.
-        step: bytes that a step takes at its peak, over state and gradients.
+        kept: the bytes of its state.
+        step: the bytes that a step takes at its peak, beyond state and gradients.
     """
 
     kept: int
@@ -84,30 +87,30 @@ class State(NamedTuple):
 
 
 def usual(spec: Spec) -> str:
-    """The name of the optimiser that a spec is trained with: where its entries move, that which knows of it."""
+    """Return the name of the default optimiser of a spec: if its entries move, one that supports moving entries."""
     variants = [getattr(a, "variant", None) for a in spec.adapt if a.method == "spiel"]
     return "sm3" if "MA" in variants else "aged-adamw" if variants else "adamw"
 
 
 def state_of(simulation: Simulation, optimizer: str | Make, device: str, processes: int) -> State:
-    """What an optimiser keeps and takes.
+    """Return the memory that an optimiser keeps and takes.
 
     Args:
-        simulation: has what trains.
-        optimizer: its name, or what makes it of parameters.
+        simulation: the simulation of the model that trains.
+        optimizer: the name of the optimiser, or a function that makes it of parameters.
         device: the kind of device that it runs on.
-        processes: how many share its state.
+        processes: the number of processes that share its state.
 
     Raises:
-        GraftError: GC091 where there is none of that name, GC073 where it does not run without values.
+        GraftError: GC091 for an unknown name, GC073 if it does not run without values.
     """
     make = _make(simulation, optimizer, device)
     parameters: list[Tensor] = list(simulation.trained)
     if not parameters:
         return State(0, 0)
-    own = simulation.module if isinstance(optimizer, str) and optimizer in OWN and processes == 1 else None
+    module = simulation.module if isinstance(optimizer, str) and optimizer in OWN and processes == 1 else None
     with simulation.mode:
-        if own is None:
+        if module is None:
             shapes = [shard_of(p, processes) for p in parameters]
             parameters = [
                 torch.nn.Parameter(torch.empty(shape, dtype=p.dtype, device=p.device))
@@ -152,5 +155,5 @@ def _make(simulation: Simulation, optimizer: Any, device: str) -> Make:
 
 def _own(cls: Any, compiled: Compiled, parameters: list[Tensor]) -> torch.optim.Optimizer:
     mine = {id(p) for p in compiled.parameters()}
-    found = cls(compiled) if all(id(p) in mine for p in parameters) else cls(parameters)
-    return cast(torch.optim.Optimizer, found)
+    optimiser = cls(compiled) if all(id(p) in mine for p in parameters) else cls(parameters)
+    return cast(torch.optim.Optimizer, optimiser)

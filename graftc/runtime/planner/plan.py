@@ -1,4 +1,4 @@
-"""Memory before training: what a step takes at its peak, and what fits."""
+"""Memory planning before training: the peak of a step, and what fits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.io import early_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-"""Types of a base by name."""
+"""The dtypes that a base may have, by name."""
 
 _MOST = 2**40
-"""Tokens of the largest batch: what lies beyond overflows sizes of tensors."""
+"""The most tokens of a batch: beyond this, sizes of tensors overflow."""
 
 _SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
@@ -49,34 +49,35 @@ def plan(
     budget: int | str | None = None,
     cache: bool = True,
 ) -> MemoryPlan:
-    """What training takes on each device at its peak, before it starts.
+    """Return the memory that training takes on each device at its peak, before it starts.
 
     A training step is run on tensors without memory, with the recomputation, checkpointing and chunked loss of the
     spec, and so is a step of the optimiser. The model may be on the meta device.
 
     Args:
         spec: as for `graftc.compile`.
-        model: a module, or the name of one as the command line takes it, which is made without weights.
+        model: a module, or the name of one as the command line takes it, which is created without weights.
         example_inputs: as for `graftc.compile`.
-        batch: rows of each device.
-        sequence: tokens of each row; needed by models that take sequences.
-        dtype: of the base, ``"bfloat16"`` for example; by default its own.
-        checkpoint: whether layers are computed again in the backward pass; by default what the spec says.
+        batch: the rows on each device.
+        sequence: the tokens of each row; required by models that take sequences.
+        dtype: the dtype of the base, ``"bfloat16"`` for example; by default its own.
+        checkpoint: whether layers are computed again in the backward pass; by default as in the spec.
         optimizer: ``adamw``, ``sgd``, ``sgd-momentum``, ``adafactor``, ``adamw8bit``, ``aged-adamw`` or ``sm3``, or a
             function that makes one of a list of parameters. By default ``adamw``, and for SpIEL that of its variant.
             The state of ``adamw8bit`` is that of bitsandbytes by declaration; it is not run.
-        devices: how many share parameters, gradients and state by FSDP2, a unit for each layer and one for the rest.
-        device: the kind of device: ``cpu`` or an accelerator, on which torch's optimisers go through all tensors at
-            once and chunks of a loss are larger.
-        accumulate: whether gradients of other micro-batches are there already.
-        budget: bytes of each device, ``"24GB"`` for example: the largest batch and sequence that fit are looked for.
-        cache: keep captured graphs in the user's cache folder.
+        devices: the number of devices that share parameters, gradients and state by FSDP2, with a unit for each layer
+            and one for the rest.
+        device: the kind of device: ``cpu`` or an accelerator, on which torch's optimisers process all tensors at once
+            and chunks of a loss are larger.
+        accumulate: whether gradients of other micro-batches exist already.
+        budget: the bytes of each device, ``"24GB"`` for example; the largest batch and sequence that fit are searched
+            for.
+        cache: whether to keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: as `graftc.compile`; GC073 for arguments of another kind, and where nothing trains,
-            GC091 for an unknown optimizer, GC130 for
-            what cannot be sharded, GC143 for sequences that the model does not take, GC154 for a budget that is not
-            a number of bytes, GC155 where not even the smallest step fits.
+        GraftError: as `graftc.compile`; GC073 for arguments of another kind, and if nothing trains, GC091 for an
+            unknown optimizer, GC130 for what cannot be sharded, GC143 for sequences that the model does not take, GC154
+            for a budget that is not a number of bytes, GC155 if not even the smallest step fits.
     """
     check_spec_and_model("graftc.plan", spec, model)
     room = None if budget is None else bytes_of(budget)
@@ -97,8 +98,8 @@ def plan(
             device=device,
             accumulate=accumulate,
         )
-        found = bench.plan(rows, tokens)
-        return found if room is None else fitted(bench, found, room)
+        result = bench.plan(rows, tokens)
+        return result if room is None else fitted(bench, result, room)
 
 
 def workbench(
@@ -111,20 +112,20 @@ def workbench(
     cache: bool = True,
     **training: Any,
 ) -> Workbench:
-    """What plans steps; arguments are those of `plan`."""
+    """Build the workbench that plans steps; arguments are those of `plan`."""
     early = early_spec(Path(spec)) if isinstance(spec, str | Path) else spec
     if isinstance(model, str):
-        made, given = load_model_and_inputs(model, meta=True)
-        model, example_inputs = made, given if example_inputs is None else example_inputs
+        module, given = load_model_and_inputs(model, meta=True)
+        model, example_inputs = module, given if example_inputs is None else example_inputs
     loaded = spec_for(early, model, example_inputs)
     require_plain(model)
-    own = Training(**{**training, "devices": _count("devices", training.get("devices", 1))})
+    options = Training(**{**training, "devices": _count("devices", training.get("devices", 1))})
     spec = checkpointed(loaded, checkpoint)
-    return Workbench(spec, model, example_inputs, own, dtype=_dtype(dtype), cache=cache)
+    return Workbench(spec, model, example_inputs, options, dtype=_dtype(dtype), cache=cache)
 
 
 def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spec:
-    """A spec with or without checkpointing; None leaves it as it is."""
+    """Return the spec with checkpointing switched on or off; None returns it unchanged."""
     if checkpoint is None:
         return spec
     if checkpoint not in (True, False, "layers"):
@@ -133,10 +134,10 @@ def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spe
 
 
 def fitted(bench: Workbench, found: MemoryPlan, room: int) -> MemoryPlan:
-    """A plan with the largest sizes that fit.
+    """Return the plan with the largest sizes that fit.
 
     Raises:
-        GraftError: GC155 where not even one row of the shortest sequences does.
+        GraftError: GC155 if not even one row of the shortest sequences fits.
     """
     fitting = bench.fitted(found, room)
     if not fitting.largest_batch and not fitting.largest_sequence:

@@ -1,4 +1,4 @@
-"""What FSDP2 takes beside shards: whole tensors of the layers in flight, and gradients on their way."""
+"""The memory that FSDP2 takes besides shards: whole tensors of layers in flight, and gradients that are being sent."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from graftc.runtime.model.simulated_step import Simulation, shard_of
 
 
 def shard_bytes(tensor: nn.Parameter, processes: int) -> int:
-    """Bytes of the largest shard."""
+    """Return the bytes of the largest shard."""
     return prod(shard_of(tensor, processes)) * tensor.itemsize
 
 
 def communication(simulation: Simulation, processes: int, device: str) -> int:
-    """Bytes of communication buffers at the peak of a step, a unit for each layer and one for the rest.
+    """Return the bytes of communication buffers at the peak of a step; each layer is a unit, and so is the rest.
 
-    The rest is whole from its forward to its backward pass. Of layers two are: the one that runs, and the one that is
-    gathered meanwhile; on a CPU, gloo has a copy of the latter for itself. Gradients of one unit are there as a whole
-    twice: as they were made, and in the order in which they are sent.
+    The rest is gathered from its forward to its backward pass. Two layers are gathered at a time: the one that runs,
+    and the one that is gathered meanwhile; on a CPU, gloo keeps its own copy of the latter. The whole gradients of one
+    unit exist twice: as they were computed, and in the order in which they are sent.
 
     Args:
-        simulation: has the layers.
-        processes: how many share them.
+        simulation: the simulation with the layers.
+        processes: the number of processes that share them.
         device: the kind of device.
     """
     if processes == 1:

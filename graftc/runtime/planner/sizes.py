@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Numbers of bytes in readable form."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*
 
 
 def bytes_of(given: Any) -> int:
-    """A number of bytes: ``24GB``, ``24 GiB``, ``512MB``, or a number.
+    """Return the number of bytes of ``24GB``, ``24 GiB``, ``512MB``, or of a number.
 
     Raises:
-        GraftError: GC154 for what is not a size, or 0.
+        GraftError: GC154 for what is not a size, or is 0.
     """
-    found = 0
+    count = 0
     if isinstance(given, str):
         match = _PATTERN.fullmatch(given)
         if match is not None and (match[2] or not match[3]):
             unit = match[2].lower()
             factor = 1024 ** list(_UNITS).index(unit) if match[3] else _UNITS[unit]
-            found = int(float(match[1]) * factor)
+            count = int(float(match[1]) * factor)
     elif isinstance(given, int | float) and not isinstance(given, bool) and given < float("inf"):
-        found = int(given)
-    if found <= 0:
+        count = int(given)
+    if count <= 0:
         digits = re.search(r"[0-9]+(\.[0-9]+)?", str(given))
         near = (
             f"did you mean '{digits[0]}GB'?" if digits and float(digits[0]) > 0 else "for example '24GB' or '22.5GiB'"
         )
         raise GraftError("GC154", f"{given!r} is not a number of bytes", hint=near)
-    return found
+    return count
 
 
 def shown(count: int) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes in readable form."""
     for unit, name in ((1000**3, "GB"), (1000**2, "MB"), (1000, "kB")):
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"

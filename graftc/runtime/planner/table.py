@@ -1,4 +1,4 @@
-"""What fits: methods, with and without what saves memory, beside each other."""
+"""A table of what fits: methods side by side, with and without options that save memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_na
 from graftc.specs.registry import method_specs
 
 USUAL = ("lora", "dora", "ia3", "spiel-MA", "spiel-AG", "full")
-"""The methods of a table where none are named."""
+"""The methods of a table if none are named."""
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "spiel-MA": {"method": "spiel", "variant": "MA"},
@@ -29,12 +29,12 @@ class Row:
     """One way to train.
 
     Attributes:
-        method: its name in the table.
-        quantize: how the base is stored; None as it is.
+        method: the name of the method in the table.
+        quantize: how the base is stored; None if it is unchanged.
         checkpoint: whether layers are computed again in the backward pass.
-        chunked: whether head and loss are computed some rows at a time.
-        plan: what it takes; None where it cannot be done.
-        reason: why it cannot.
+        chunked: whether head and loss are computed for some rows at a time.
+        plan: the memory that it takes; None if it is not possible.
+        reason: why it is not possible.
     """
 
     method: str
@@ -45,24 +45,25 @@ class Row:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        found = {"method": self.method, "quantize": self.quantize, "checkpoint": self.checkpoint}
+        """Return the row as plain values."""
+        options = {"method": self.method, "quantize": self.quantize, "checkpoint": self.checkpoint}
         plan = None if self.plan is None else self.plan.to_json()
-        return {**found, "chunked": self.chunked, "plan": plan, "reason": self.reason}
+        return {**options, "chunked": self.chunked, "plan": plan, "reason": self.reason}
 
 
 def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
-    """A spec with nothing but one method, for each name: a tag, ``spiel-MA``, ``spiel-AG``, or ``full:GLOB`` for the
-    modules that train in full.
+    """Return a spec with only one method for each name.
+
+    A name is a tag, ``spiel-MA``, ``spiel-AG``, or ``full:GLOB`` for the modules that train in full.
 
     Args:
-        names: in the order of the rows.
-        like: a spec, whose first target is that of the methods that have none by default.
+        names: the names, in the order of the rows.
+        like: a spec whose first target is used for methods that have none by default.
 
     Raises:
-        GraftError: GC091 for a name that there is not.
+        GraftError: GC091 for an unknown name.
     """
-    found: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for name in names:
         tag, _, modules = name.partition(":")
         if tag not in _VARIANTS and tag not in method_specs():
@@ -73,16 +74,16 @@ def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
             adaptation["target"] = {"modules": modules}
         elif target.is_required() and "target" not in adaptation:
             adaptation["target"] = like.adapt[0].target
-        found[name] = Spec.model_validate({"adapt": [adaptation]})
-    return found
+        specs[name] = Spec.model_validate({"adapt": [adaptation]})
+    return specs
 
 
 class Size(NamedTuple):
-    """What peaks are for.
+    """The size for which peaks are computed.
 
     Attributes:
-        batch, sequence: rows and tokens of a step.
-        budget: bytes; None looks for nothing that fits.
+        batch, sequence: the rows and tokens of a step.
+        budget: the bytes that are available; if None, the largest sizes are not searched for.
     """
 
     batch: int
@@ -98,13 +99,13 @@ def rows(
     told: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Iterator[Row]:
-    """The rows of a table.
+    """Yield the rows of a table.
 
     Args:
-        specs: by the name of a row.
+        specs: the specs, by the name of their row.
         model, example_inputs, options: as for `graftc.plan`.
-        size: what peaks are for.
-        told: is told what is being planned.
+        size: the size for which peaks are computed.
+        told: a callback that gets a message on what is being planned.
     """
     stored: list[str | None] = [None, "nf4"]
     for (name, spec), quantize, chunked, checkpoint in product(specs.items(), stored, (False, True), (False, True)):
@@ -112,7 +113,7 @@ def rows(
         changed = _changed(spec, quantize, chunked)
         try:
             with warnings.catch_warnings():
-                if chunked:  # where a loss is not over a vocabulary, there is no such row
+                if chunked:  # there is no such row if the loss is not over a vocabulary
                     warnings.simplefilter("error", GraftWarning)
                 bench = workbench(changed, model, example_inputs, checkpoint=checkpoint, **options)
                 plan = bench.plan(size.batch, size.sequence)

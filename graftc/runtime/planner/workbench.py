@@ -1,4 +1,4 @@
-"""A spec on a model, made ready once: every size is a simulated step of it."""
+"""A spec on a model, compiled once: the plan of every size is a simulated step of it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 TOKENS = 64
-"""Sequences are looked for in steps of so many tokens."""
+"""The step, in tokens, in which sequence lengths are searched."""
 
 _MOST = 1 << 20
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a step is made.
+    """The settings of a training step.
 
     Attributes:
-        optimizer: a name, what makes one of parameters, or None for the usual one.
-        devices: how many share parameters, gradients and state.
+        optimizer: a name, a function that makes one of parameters, or None for the usual one.
+        devices: the number of devices that share parameters, gradients and state.
         device: the kind of device that is planned for.
-        accumulate: whether there are gradients of other micro-batches.
+        accumulate: whether gradients of other micro-batches exist already.
     """
 
     optimizer: str | Make | None = None
@@ -51,13 +51,13 @@ class Training:
 
 
 class Workbench:
-    """Plans steps of one spec on one model.
+    """A planner of steps of one spec on one model.
 
     Args:
         spec, model, example_inputs: as for `graftc.compile`.
-        training: how a step is made.
-        dtype: of the base; None for its own.
-        cache: keep captured graphs in the user's cache folder.
+        training: the settings of a step.
+        dtype: the dtype of the base; None for its own.
+        cache: whether to keep captured graphs in the user's cache folder.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Workbench:
             model = _without_values(model, dtype)
         device, devices = training.device, training.devices
         self.spec, self._device, self._devices, self._accumulate = spec, device, devices, training.accumulate
-        # Values do not matter, and a seed that is given asks no other process for its own.
+        # Values do not matter, and with a given seed no other process is asked for its own.
         self._compiled = compile(spec, model, example_inputs, seed=0, cache=cache, progress=False)
         self._runner = runner_of(self._compiled)
         if not any(parameter.requires_grad for parameter in self._compiled.parameters()):
@@ -92,14 +92,14 @@ class Workbench:
         self._made: dict[tuple[int, int], MemoryPlan] = {}
 
     def plan(self, batch: int, sequence: int | None) -> MemoryPlan:
-        """What a step of a size takes.
+        """Return the memory that a step of a given size takes.
 
         Args:
-            batch: rows of each device.
-            sequence: tokens of each row; not read for models without sequences.
+            batch: the rows on each device.
+            sequence: the tokens of each row; ignored for models without sequences.
 
         Raises:
-            GraftError: GC073 where there are sequences and none is given, GC143 for one that is too long.
+            GraftError: GC073 if there are sequences and none is given, GC143 for one that is too long.
         """
         if self.inputs.sequential and sequence is None:
             raise GraftError("GC073", "the model takes sequences, and none is given", hint="give sequence, in tokens")
@@ -109,7 +109,7 @@ class Workbench:
         return self._made[key]
 
     def _simulated(self, present: dict[str, Any]) -> tuple[Simulation, Signature]:
-        """The model for a call, whose graphs are captured where they are new."""
+        """Return the simulation and the signature of a call; graphs are captured if the signature is new."""
         signature = signature_for(self._runner.shown.compilation, present)
         if signature not in self._simulations:
             self._simulations[signature] = Simulation(self._runner, self._devices)
@@ -119,8 +119,8 @@ class Workbench:
         present = self.inputs(batch, sequence)
         simulation, signature = self._simulated(present)
         with running_on(self._device):
-            found = simulation.step(signature, present, accumulated=self._accumulate)
-            peak = found.peak
+            simulated = simulation.step(signature, present, accumulated=self._accumulate)
+            peak = simulated.peak
             if self._runner.steering.controllers:
                 steered = simulation.step(signature, present, accumulated=self._accumulate, steered=True)
                 peak = max(peak, steered.peak)
@@ -143,20 +143,25 @@ class Workbench:
             inputs=_bytes(value for value in present.values() if isinstance(value, Tensor)),
             gradients=trainable,
             optimizer_state=self._state.kept,
-            saved=found.kept,
+            saved=simulated.kept,
             step=peak + (trainable if self._accumulate else 0),
             communication=communication(self._simulation, self._devices, self._device),
             update=self._state.step,
         )
 
     def largest_batch(self, sequence: int | None, budget: int, first: int = 1) -> int:
-        """The largest batch of sequences of a length that fits in so many bytes, looked for from one on; 0 if none
-        does."""
+        """Return the largest batch of sequences of a given length that fits in a budget; 0 if none does.
+
+        The search begins with ``first``.
+        """
         return largest(lambda batch: self.plan(batch, sequence).peak, budget, _MOST, first)
 
     def largest_sequence(self, batch: int, budget: int, first: int = TOKENS) -> int | None:
-        """The longest sequences of a batch that fit in so many bytes, in steps of `TOKENS` or as long as the model
-        takes, looked for from one on; 0 if none do, None where there are no sequences."""
+        """Return the length of the longest sequences of a batch that fit in a budget.
+
+        It is in steps of `TOKENS`, or as long as the model takes; 0 if none fit, and None if there are no sequences.
+        The search begins with ``first``.
+        """
         if not self.inputs.sequential:
             return None
         end = self.inputs.longest or TOKENS * _MOST
@@ -170,25 +175,25 @@ class Workbench:
         return tokens(steps) if steps else 0
 
     def fitted(self, found: MemoryPlan, budget: int) -> MemoryPlan:
-        """A plan with the largest sizes that fit in so many bytes."""
+        """Return the plan with the largest sizes that fit in a budget."""
         batch = self.largest_batch(found.sequence, budget, found.batch)
         sequence = self.largest_sequence(found.batch, budget, found.sequence or TOKENS)
         return replace(found, budget=budget, largest_batch=batch, largest_sequence=sequence)
 
 
 def _originals(compilation: Compilation, processes: int) -> int:
-    """Bytes of base parameters that trained copies stand in for; where some rows train, of these alone."""
-    store, found = compilation.store, 0
+    """Return the bytes of base parameters that trained copies replace; if only some rows train, of these alone."""
+    store, originals = compilation.store, 0
     for own in {edit.own.as_stored for edit in compilation.tensor_edits.copies()}:
-        held = [store.get(name) for name in store.parts_of(own.tensor)]
-        size = sum(shard_bytes(part, processes) for part in held if isinstance(part, nn.Parameter))
-        found += size if own.whole else size * own.count // own.total
-    return found
+        tensors = [store.get(name) for name in store.parts_of(own.tensor)]
+        size = sum(shard_bytes(part, processes) for part in tensors if isinstance(part, nn.Parameter))
+        originals += size if own.whole else size * own.count // own.total
+    return originals
 
 
 def _bytes(tensors: Any) -> int:
-    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(found.values())
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _name_of(optimizer: str | Callable[..., Any]) -> str:
@@ -196,11 +201,11 @@ def _name_of(optimizer: str | Callable[..., Any]) -> str:
 
 
 def _without_values(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on the meta device, with parameters of floating-point numbers in another type."""
+    """Return a copy on the meta device, with floating-point parameters in another dtype."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        own = isinstance(tensor, nn.Parameter)
-        cast = dtype if own and tensor.is_floating_point() else tensor.dtype
-        found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast, device="meta")
-        memo[id(tensor)] = nn.Parameter(found, tensor.requires_grad) if own else found
+        is_parameter = isinstance(tensor, nn.Parameter)
+        cast = dtype if is_parameter and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)

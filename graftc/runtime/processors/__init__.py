@@ -1,4 +1,4 @@
-"""Processors of folders: code and sizes of whoever made them, which run in a process of their own.
+"""Processors of folders: third-party code and sizes, which run in a separate process.
 
 `example` starts it and checks what comes back; `worker` is that process and imports nothing of graftc.
 """

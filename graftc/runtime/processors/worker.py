@@ -1,8 +1,8 @@
-"""A process of its own in which the processor of a folder makes an example, in bounded time and memory.
+"""A separate process in which the processor of a folder makes an example, in bounded time and memory.
 
 It is run as a script, by `graftc.runtime.processors.example`, and imports nothing of graftc. Arguments are the folder,
-``image`` or ``audio``, and the file to write: arrays by name, as `numpy.savez` does. On the standard output comes a
-line of JSON: null, or why there is no such file.
+``image`` or ``audio``, and the file to write: arrays by name, as `numpy.savez` does. It writes a line of JSON to the
+standard output: null, or why there is no such file.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 
 _QUESTION = "What is this?"
 _EDGE = 64
-"""Pixels of the image's sides; processors resize."""
+"""The width and height of the image, in pixels; processors resize it."""
 _PIECES = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
-"""Settings of image processors that cut an image into several: one is enough here."""
+"""Settings by which image processors cut an image into several; one is enough here."""
 _ROWS = 2
 _SECONDS, _WAY_SECONDS = 60, 10
-"""Processor seconds of everything, and of one way to call a processor."""
+"""Processor seconds for the whole process, and for one way to call a processor."""
 _MEMORY, _FILE = 6 * 2**30, 2**28
 
 
 def main(folder: str, kind: str, file: str) -> str | None:
-    """Write an example; return why there is none."""
+    """Write an example, and return None; return the reason if there is no example."""
     _limit()
     try:
         arrays = _arrays(folder, kind)
@@ -44,7 +44,7 @@ def _limit() -> None:
 
         limits = {resource.RLIMIT_CPU: _SECONDS, resource.RLIMIT_DATA: _MEMORY, resource.RLIMIT_FSIZE: _FILE}
         for what, most in limits.items():
-            with suppress(ValueError, OSError):  # there is a lower one already
+            with suppress(ValueError, OSError):  # there is a lower limit already
                 resource.setrlimit(what, (most, most))
 
 
@@ -69,10 +69,10 @@ def _arrays(folder: str, kind: str) -> dict[str, Any]:
 
 
 def _in_time(way: Callable[[], Any]) -> Any:
-    """What a call gives.
+    """Return the result of a call.
 
     Raises:
-        TimeoutError: it takes too long.
+        TimeoutError: if it takes too long.
     """
 
     def stop(*_: object) -> None:
@@ -89,7 +89,7 @@ def _in_time(way: Callable[[], Any]) -> Any:
 
 
 def _ways(processor: Any, kind: str) -> Iterator[Callable[[], Any]]:
-    """The calls that processors take, the chat template's first."""
+    """Yield the calls that processors take, that of the chat template first."""
     shown = _image() if kind == "image" else _sound(processor)
     if isinstance(getattr(processor, "chat_template", None), str):
         yield lambda: _chat(processor, kind, shown)
@@ -116,7 +116,7 @@ def _image() -> Any:
 
 
 def _sound(processor: Any) -> Any:
-    """A second of a sine wave."""
+    """Return a second of a sine wave."""
     rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16000)
     return np.sin(np.arange(rate, dtype=np.float32) * 0.05)
 

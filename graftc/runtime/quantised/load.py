@@ -1,8 +1,8 @@
-"""A model of transformers from a quantised folder: plain tensors as transformers loads them, codes as they are stored.
+"""Loading a transformers model from a quantised folder: plain tensors as transformers loads them, codes as stored.
 
-Transformers builds the model without weights, renames and converts what is plain, ties and fills the rest. A quantizer
-of graftc's own takes the quantised weights out of it before, and puts packed ones in afterwards, so that none of them
-is ever there in full and no library that quantises is needed.
+Transformers builds the model without weights, renames and converts plain tensors, ties and fills the rest. A quantizer
+of graftc's own takes the quantised weights out of the model first and puts packed ones in afterwards, so that no
+quantised weight ever exists in full and no library for quantisation is needed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,10 @@ _OURS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """What a config says of how the folder's weights are quantised; None where they are not.
+    """Return what a config says about how the folder's weights are quantised; None if they are not.
 
     Args:
-        config: of transformers.
-
-    Raises:
-        GraftError: GC161 for what is no such thing.
+        config: a config of transformers.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None and hasattr(config, "get_text_config"):
@@ -64,7 +61,7 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
 
 
 def require_read(config: Any, where: str) -> None:
-    """Refuse a config of a method that graftc does not read, before transformers looks for its package.
+    """Refuse a config whose quantisation cannot be read, before transformers looks for a package for it.
 
     Raises:
         GraftError: GC161.
@@ -91,27 +88,27 @@ def _require_package(name: str, where: str) -> None:
 
 
 def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[str, Any], **kwargs: Any) -> Any:
-    """A model with the weights of a quantised folder, and what transformers says of the loading.
+    """Load a model with the weights of a quantised folder, and return it with what transformers reports on the loading.
 
     Args:
-        cls: of transformers.
-        folder: that has been looked at.
-        where: its name, for errors.
+        cls: the transformers class.
+        folder: the folder, which has been checked.
+        where: the name of the folder in errors.
         options: what its config says under ``quantization_config``.
-        kwargs: for ``from_pretrained``, its config among them.
+        kwargs: arguments of ``from_pretrained``, including the config.
 
     Raises:
         GraftError: GC161 for a method or an option that is not read, GC163 for tensors that do not fit.
     """
     tensors = FolderTensors(folder.stored or TensorFolder(folder.path, REFUSAL))
-    found = list(FORMATS[str(options["quant_method"])](tensors, options))
-    if not found:
+    weights = list(FORMATS[str(options["quant_method"])](tensors, options))
+    if not weights:
         damaged(f"the config of {where} says {options['quant_method']}, and none of its weights are quantised")
     _warn_of_activations(where, options)
     config = copy.deepcopy(kwargs.pop("config"))
     for own in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         own.__dict__.pop("quantization_config", None)
-    plan = _plan(lambda model: places_of(model, found), _put)
+    plan = _plan(lambda model: places_of(model, weights), _put)
     model, info = cls.from_pretrained(
         folder.path,
         config=config,
@@ -146,13 +143,13 @@ def _warn_of_activations(where: str, options: Mapping[str, Any]) -> None:
 
 
 def _plan(before: Any, after: Any) -> Any:
-    """What transformers takes for a config of a quantizer."""
+    """Return an object that transformers takes for a config of a quantizer."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Quantizer(HfQuantizer):
-        """Takes weights out before loading, and puts them in afterwards."""
+        """Takes quantised weights out of a model before loading, and puts them in afterwards."""
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
             self.places = before(model)
@@ -175,7 +172,7 @@ def _plan(before: Any, after: Any) -> Any:
 
 def _config(mixin: Any, quantizer: Any) -> Any:
     class Plan(mixin):  # type: ignore[misc]
-        """Names the quantizer."""
+        """A quantization config that names the quantizer."""
 
         def __init__(self) -> None:
             self.quant_method, self.quantizer = _PLAN, quantizer

@@ -1,4 +1,4 @@
-"""Where the quantised weights of a folder go in a model that has no weights yet."""
+"""The places of a folder's quantised weights in a model that has no weights yet."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class PackedPlace:
     """A parameter that is packed.
 
     Attributes:
-        module: has it.
+        module: the module that has it.
         parameter: its name there.
-        read: reads its codes.
+        read: a function that reads its codes.
     """
 
     module: nn.Module
@@ -40,16 +40,17 @@ class PackedPlace:
 
 
 def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
-    """The parameters that quantised weights are for. They are taken out of the model, whose loading then does not miss
-    them; modules that transpose become plain linear maps.
+    """Return the parameters that quantised weights are for, and take them out of the model.
+
+    Loading then does not miss them. Modules that transpose become plain linear maps.
 
     Args:
-        model: of transformers, on the meta device.
+        model: a model of transformers, on the meta device.
         found: the weights.
 
     Raises:
-        GraftError: GC163 where the model has no place for a weight, GC161 where several weights that one is made of
-            cannot be joined without quantising again.
+        GraftError: GC163 if the model has no place for a weight, GC161 if several weights that form one cannot be
+            joined without quantising again.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key
@@ -79,23 +80,23 @@ def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
             sources = {source: converter for converter in converters for source in converter.source_patterns}
             read = _joined(target, weights, sources[str(weights[0][0])], shape, dtype)
         module._parameters[name] = None
-        module.__dict__[name] = parameter.detach()  # for what initialises all that a module has; it is on meta
+        module.__dict__[name] = parameter.detach()  # for code that initialises all tensors of a module; it is on meta
         module._is_hf_initialized = True
         places.append(PackedPlace(module, name, read))
     return places
 
 
 def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """The module itself where it is a linear map ``[out, in]``; one in its place where it is one of ``[in, out]``."""
+    """Return a linear map ``[out, in]``: the module itself, or what replaces it in the model if it is ``[in, out]``."""
     if not is_turned(module):
         return module
     weight = module._parameters["weight"]
     assert weight is not None
-    made = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype, device="meta")
-    made.train(module.training)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype, device="meta")
+    linear.train(module.training)
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, made)
-    return made
+    setattr(model.get_submodule(parent), name, linear)
+    return linear
 
 
 def _single(weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Packed]:
@@ -109,7 +110,7 @@ def _joined(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Callable[[], Packed]:
-    """Reads the weights of experts, which the model has as one."""
+    """Return a function that reads the weights of experts, which are one weight in the model."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     known = len(converter.operations) in (1, 2)
@@ -117,20 +118,20 @@ def _joined(
     parts = [[weight for source, weight in weights if source == pattern] for pattern in converter.source_patterns]
     if not known or len(shape) != 3:
         unread(f"{target} is made of {len(weights)} weights in a way that quantised ones are not")
-    if any(len(found) != shape[0] for found in parts) or shape[1] % len(parts):
-        damaged(f"{target} is of {shape[0]} experts, and {[len(found) for found in parts]} weights are there")
+    if any(len(part) != shape[0] for part in parts) or shape[1] % len(parts):
+        damaged(f"{target} is of {shape[0]} experts, and {[len(part) for part in parts]} weights are there")
 
     def read() -> Packed:
         single = shape[1] // len(parts), shape[2]
-        found = [[weight.read(single, dtype) for weight in weights] for weights in parts]
-        kinds = {own for weights in found for own, _ in weights}
+        packed = [[weight.read(single, dtype) for weight in weights] for weights in parts]
+        kinds = {own for weights in packed for own, _ in weights}
         own = next(iter(kinds))
         if len(kinds) > 1 or not _joins(own, single):
             unread(f"{target} is made of weights that are quantised in ways that do not join")
         packing = own.packing
         if isinstance(packing, Floating) and packing.rows == 0:
             packing = replace(packing, rows=single[0])
-        stacked = [[torch.stack(part) for part in zip(*(p for _, p in weights), strict=True)] for weights in found]
+        stacked = [[torch.stack(part) for part in zip(*(p for _, p in weights), strict=True)] for weights in packed]
         whole = tuple(_cat(part) for part in zip(*stacked, strict=True))
         return PackedType(packing, shape, dtype), whole
 
@@ -138,7 +139,7 @@ def _joined(
 
 
 def _joins(own: PackedType, single: tuple[int, int]) -> bool:
-    """Whether parts are of rows, and blocks end where the rows of one weight end."""
+    """Return whether parts consist of rows, and blocks end at the last row of each weight."""
     if not isinstance(own.packing, _BY_ROWS) or isinstance(own.packing, Ordered):
         return False
     rows = getattr(own.packing, "rows", 1)

@@ -1,4 +1,4 @@
-"""The tensors of a folder by name, read when they are asked for."""
+"""The tensors of a folder by name, read when they are requested."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ REFUSAL = Refusal("GC163", "GC101", _ANEW)
 
 
 class FolderTensors:
-    """What the safetensors of a folder hold.
+    """The tensors in the safetensors files of a folder.
 
     Args:
-        stored: the tensors of a model of transformers.
+        stored: the tensors of a transformers model.
 
     Attributes:
-        stored: the same.
-        read: names of those that have been read.
+        stored: the tensors as given.
+        read: the names of the tensors that have been read.
     """
 
     def __init__(self, stored: TensorFolder) -> None:
@@ -33,43 +33,43 @@ class FolderTensors:
         return name in self.stored
 
     def ending(self, suffix: str) -> Iterator[str]:
-        """What names that end so have before it, in order."""
+        """Return the names that end with a suffix, without it and in order."""
         return (name.removesuffix(suffix) for name in sorted(self.stored) if name.endswith(suffix))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a tensor."""
+        """Return the sizes of a tensor."""
         return self.stored.entries[name].shape
 
     def kind(self, name: str) -> str:
-        """The element type of a tensor as the file has it: ``F8_E4M3``."""
+        """Return the element type of a tensor as the file names it: ``F8_E4M3``."""
         return self.stored.entries[name].dtype
 
     def get(self, name: str, *dtypes: torch.dtype, shape: Sequence[int | None] | None = None) -> Tensor:
-        """A tensor.
+        """Read a tensor.
 
         Args:
             name: its name.
-            dtypes: element types that it may have; any without.
-            shape: sizes that it must have, None where any will do.
+            dtypes: the element types that it may have; any if none are given.
+            shape: the sizes that it must have, None for any size.
 
         Raises:
-            GraftError: GC163 where it is missing or another one.
+            GraftError: GC163 if it is missing, or has another type or shape.
         """
         if name not in self.stored:
             damaged(f"{self.stored.path} has no {name}")
-        found = self.stored[name]
+        tensor = self.stored[name]
         self.read.add(name)
-        if dtypes and found.dtype not in dtypes:
-            damaged(f"{name} is {_named(found.dtype)}, not {' or '.join(map(_named, dtypes))}")
-        fits = shape is None or len(shape) == found.dim()
-        if shape is not None and not (fits and all(w in (None, s) for w, s in zip(shape, found.shape, strict=True))):
+        if dtypes and tensor.dtype not in dtypes:
+            damaged(f"{name} is {_named(tensor.dtype)}, not {' or '.join(map(_named, dtypes))}")
+        fits = shape is None or len(shape) == tensor.dim()
+        if shape is not None and not (fits and all(w in (None, s) for w, s in zip(shape, tensor.shape, strict=True))):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            damaged(f"{name} is {list(found.shape)}, not [{wanted}]")
-        return found
+            damaged(f"{name} is {list(tensor.shape)}, not [{wanted}]")
+        return tensor
 
 
 def damaged(message: str, *, cause: BaseException | None = None) -> NoReturn:
-    """Refuse tensors that do not fit together: GC163."""
+    """Raise GC163 for tensors that do not fit together."""
     raise GraftError("GC163", message, hint=_ANEW) from cause
 
 

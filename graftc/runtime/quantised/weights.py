@@ -1,4 +1,4 @@
-"""A quantised weight of a folder."""
+"""Quantised weights of a folder, and what their formats have in common."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One weight.
+    """One quantised weight of a folder.
 
     Attributes:
-        name: what it would be called if it were not quantised.
-        read: reads it; of the sizes and the element type that the model wants.
+        name: the name that it would have if it were not quantised.
+        read: a function that reads it, for the sizes and the element type that the model wants.
     """
 
     name: str
@@ -41,31 +41,31 @@ Format: TypeAlias = Callable[[FolderTensors, Options], Iterable[StoredWeight]]
 
 
 def unread(message: str, hint: str | None = None) -> NoReturn:
-    """Refuse a format or an option of one: GC161."""
+    """Raise GC161 for a format, or an option of one, that is not read."""
     hint = hint or "take the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}"
     raise GraftError("GC161", message, hint=hint)
 
 
 def whole_number(options: Options, name: str, default: int | None = None) -> int:
-    """A number of a config. GC161 where it is not a number."""
-    found = options.get(name, default)
-    if type(found) is not int:
-        unread(f"the quantization_config has {name}: {shown(found)}, which is not a whole number")
-    return found
+    """Return a whole number from a config; raise GC161 if it is anything else."""
+    value = options.get(name, default)
+    if type(value) is not int:
+        unread(f"the quantization_config has {name}: {shown(value)}, which is not a whole number")
+    return value
 
 
 def affine(
     codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int, order: Tensor | None, dtype: torch.dtype
 ) -> Packed:
-    """A weight of whole numbers.
+    """Pack a weight of whole numbers.
 
     Args:
-        codes: ``uint8[rows, in]`` from 0.
-        scales, zeros: ``[rows, groups]``; zeros as codes are.
-        bits: of a code; those of fewer than 4 are stored in 4, of 5 to 7 in 8.
-        group: inputs in a group.
-        order: the group of each input, where they are not consecutive.
-        dtype: the element type of the weight; values are made in that of ``scales``.
+        codes: ``uint8[rows, in]``, counted from 0.
+        scales, zeros: ``[rows, groups]``; zeros have the form of codes.
+        bits: the number of bits of a code; codes of fewer than 4 are stored in 4, those of 5 to 7 in 8.
+        group: the number of inputs in a group.
+        order: the group of each input, if groups are not consecutive.
+        dtype: the element type of the weight; values are computed in that of ``scales``.
     """
     rows, width = codes.shape
     group = 0 if group >= width else group
@@ -90,10 +90,10 @@ def affine(
 
 
 def order_of(groups: Tensor, name: str, group: int, count: int) -> Tensor | None:
-    """The group of each input as it is stored; None where groups are of consecutive inputs.
+    """Return the group of each input as stored; None if groups consist of consecutive inputs.
 
     Raises:
-        GraftError: GC163 for groups that there are not.
+        GraftError: GC163 for groups that do not exist.
     """
     if bool((groups < 0).any()) or bool((groups >= count).any()):
         damaged(f"{name} has inputs in group {int(groups.max())}; there are {count} groups")

@@ -1,4 +1,4 @@
-"""Codes of a few bits out of the words of 32 bits that they are stored in."""
+"""Unpacking codes of a few bits from the 32-bit words in which they are stored."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _WORD = 32
 
 
 def fields(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes along the last axis, ``uint8[..., count]``.
+    """Return the first ``count`` codes along the last axis, ``uint8[..., count]``.
 
     Args:
-        words: ``int32[..., n]``: a stream of bits, from the lowest bit of the first word on.
-        bits: of a code, 1 to 8.
-        count: at most ``n * 32 / bits``.
+        words: ``int32[..., n]``: a stream of bits that starts at the lowest bit of the first word.
+        bits: the number of bits of a code, 1 to 8.
+        count: the number of codes, at most ``n * 32 / bits``.
     """
     start = torch.arange(count) * bits
     word, bit = start // _WORD, start % _WORD
@@ -24,5 +24,5 @@ def fields(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def words_for(count: int, bits: int) -> int:
-    """How many words hold so many codes."""
+    """Return the number of words that ``count`` codes take."""
     return -(-count * bits // _WORD)

@@ -1,3 +1,4 @@
-"""Merging and verifying checkpoints as files, shard by shard, without a model: `merging` and `verifying` do the work.
+"""Merging and verification of checkpoints as files, shard by shard and without a model; see `merging` and `verifying`.
 
-Nothing is captured or loaded; base files are read where they lie and never written."""
+Nothing is captured or loaded. The base's files are read in place and never written.
+"""

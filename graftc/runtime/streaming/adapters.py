@@ -1,4 +1,4 @@
-"""Which kind of adapter a folder holds, and where its base is."""
+"""Reading adapters of either kind from their folders, and finding their bases."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ Made = Callable[[TensorFolder], AdapterUpdates]
 
 
 def read_updates(path: Path, base: Path | None) -> tuple[Path, Made]:
-    """The base's folder, and what makes the updates of its checkpoint.
+    """Return the base's folder, and a function that makes the updates of the base's checkpoint.
 
     Args:
         path: the adapter's folder.
-        base: the base's folder; None where the adapter is to say.
+        base: the base's folder; None for the one that the adapter names.
 
     Raises:
-        GraftError: GC080 where there is no adapter, GC086 where the base is not known.
+        GraftError: GC080 if there is no adapter, GC086 if the base is not known.
     """
     if is_peft(path):
-        found = base or base_named_by(path)
-        if found is None:
+        folder = base or base_named_by(path)
+        if folder is None:
             hint = "name the base's folder: --model FOLDER"
             raise GraftError("GC086", f"{path} names no base that is in a folder here", hint=hint)
-        return found, lambda checkpoint: peft_updates(path, checkpoint)
+        return folder, lambda checkpoint: peft_updates(path, checkpoint)
     artifact = open_artifact(path)
     return (base or _base_of(artifact)), lambda checkpoint: artifact_updates(artifact, checkpoint)
 
 
 def _base_of(artifact: Artifact) -> Path:
-    """Where an artifact says that its base is.
+    """Return the folder that an artifact names as its base.
 
     Raises:
-        GraftError: GC086.
+        GraftError: GC086 if it names none, or none that is on this machine.
     """
     place = artifact.manifest.base.place
     hint = "name its folder: --model FOLDER"
     if place.kind not in ("folder", "inside") or place.text is None:
         raise GraftError("GC086", f"the base of {artifact.path} is not a folder", hint=hint)
     stated = Path(place.text) if place.kind == "folder" else None
-    for found in (stated, None if place.relative is None else artifact.path / place.relative):
-        if found is not None and (found / "config.json").is_file():
-            return Path(os.path.normpath(found))
+    for candidate in (stated, None if place.relative is None else artifact.path / place.relative):
+        if candidate is not None and (candidate / "config.json").is_file():
+            return Path(os.path.normpath(candidate))
     raise GraftError("GC086", f"the base of {artifact.path} is not at {place.text}", hint=hint)

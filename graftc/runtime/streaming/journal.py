@@ -1,8 +1,8 @@
-"""The journal of a merge: what has been done of it, so that a killed one goes on where it was.
+"""The journal of a merge: the files that are done, so that a killed merge can be resumed.
 
-A file's line is written after the file itself is on the disk. When a merge is resumed, every file is held against the
-digest in its line, and done again where they differ. That tells damage. The journal is not believed otherwise: whoever
-can make one can make a file that fits it, so that merging looks at what is in the file.
+A file's line is written after the file itself is on the disk. When a merge is resumed, every file is compared with the
+digest in its line, and done again if they differ. That detects damage. Beyond that, the journal is not trusted: anybody
+who can write one can also write a file that matches it, so that merging checks what is in the file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class ShardDone:
     """A file that is done.
 
     Attributes:
-        sha256: of what was written.
-        untouched: how many tensors are the base's, bit for bit, whole or in all rows that were not folded.
+        sha256: the digest of what was written.
+        untouched: the number of tensors that equal the base's, bit for bit, in full or in all rows that were not
+            folded.
         sites: the evidence for what was folded.
     """
 
@@ -44,15 +45,15 @@ class Journal:
     """Lines of JSON, one for each file that is done: its name and digest.
 
     Args:
-        staging: the folder in which it is.
-        folder: where the files are.
+        staging: the folder that contains the journal.
+        folder: the folder that contains the files.
     """
 
     def __init__(self, staging: Path, folder: Path) -> None:
         self._path, self._folder = staging / _NAME, folder
 
     def done(self) -> dict[str, str]:
-        """SHA-256 of the files that are said to be done, and are as they were written."""
+        """Return the SHA-256 of each file that the journal lists and that has not changed since, by name."""
         try:
             lines = read_regular(self._path, _BYTES, follow=False).split(b"\n")
         except OSError:
@@ -63,7 +64,7 @@ class Journal:
                 data = read_json(line, _BYTES)
                 listed[os.path.basename(data["file"])] = str(data["sha256"])
             except (ValueError, KeyError, TypeError):
-                continue  # it was killed while it wrote this
+                continue  # the process was killed while it wrote this line
         return {name: digest for name, digest in listed.items() if self._is(name, digest)}
 
     def _is(self, name: str, digest: str) -> bool:
@@ -74,7 +75,7 @@ class Journal:
             return False
 
     def add(self, name: str, done: ShardDone) -> None:
-        """Note that a file is done, and lies on the disk."""
+        """Record that a file is done, and on the disk."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "sha256": done.sha256}) + "\n")
             file.flush()

@@ -40,22 +40,22 @@ from graftc.version import __version__
 __all__ = ["StreamedMerge", "merge_checkpoint"]
 
 BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
-"""Files of a base that its users need and folding does not change."""
+"""Files of a base that its users need and that folding does not change."""
 Progress = Callable[[int, int], None]
-"""Told how many bytes of the base are done, and of how many."""
+"""Called with the number of bytes of the base that are done, and their total."""
 
 
 @dataclass(frozen=True)
 class StreamedMerge:
-    """A merge that was done.
+    """The result of a merge.
 
     Attributes:
-        path: the folder that was written; None where nothing was to be written.
+        path: the folder that was written; None if nothing was to be written.
         certificate: the evidence for every site, and what rounding left of the update.
         folded: names of the adaptations.
-        untouched: how many tensors are the base's, bit for bit.
-        resumed: how many files a run that was killed had done already.
-        dtype: what the weights that were changed are stored in.
+        untouched: the number of tensors that equal the base's, bit for bit.
+        resumed: the number of files that a killed run had done already.
+        dtype: the type that the changed weights are stored in.
     """
 
     path: Path | None
@@ -80,56 +80,55 @@ def merge_checkpoint(
     """Merge an adapter into a folder of safetensors files, without capturing or loading the model.
 
     Every file is copied, and folded weights are written into the copy, some rows at a time: computed in float64 and
-    rounded once. At every site random inputs are run through the unfolded map, which knows nothing of the fold, and
-    through the folded rows. What is not folded is compared with the base after it was written. The folder appears when
-    all of it is done; if the process is killed, the same call goes on where it was, after it has held the files that
-    are there against the base and the adapter.
+    rounded once. At every site random inputs are run through the unfolded map, which does not use the fold, and through
+    the folded rows. What is not folded is compared with the base after it was written. The folder appears when all of
+    it is done; if the process is killed, the same call resumes the merge, after it has compared the existing files with
+    the base and the adapter.
 
     Args:
         adapter: a graftc artifact, or a folder that peft wrote.
-        model: the base's folder; by default where the artifact says.
-        out: the folder to make; None measures without writing.
-        dtype: ``torch.float32`` stores weights of 16 bits in float32, which keeps all of the update.
-        allow_unchanged: write the folder even if no entry differs from the base's.
-        force: replace a merged model that is there.
-        progress: told how many bytes of the base's files are done, and how many there are.
+        model: the base's folder; by default the one that the adapter names.
+        out: the folder to create; None to measure without writing.
+        dtype: ``torch.float32`` to store 16-bit weights in float32, which keeps all of the update.
+        allow_unchanged: whether to write the folder even if no entry differs from the base's.
+        force: whether to replace an existing merged model.
+        progress: called with the number of bytes of the base's files that are done, and their total.
 
     Raises:
-        GraftError: GC050 for what does not fold, GC051 where the evidence fails, GC063 and GC064 for the destination,
-            GC086 and GC087 for the base of an artifact, GC100 and GC101 for the base's files, GC102 where the adapter
-            does not fit, GC103 where the model itself is needed, GC104 where nothing would change. Nothing is written
-            then.
+        GraftError: GC050 for what does not fold, GC051 if the evidence fails, GC063 and GC064 for the destination,
+            GC086 and GC087 for the base of an artifact, GC100 and GC101 for the base's files, GC102 if the adapter does
+            not fit, GC103 if the model itself is needed, GC104 if nothing would change. Nothing is written then.
     """
     check_adapter_and_base("graftc.merge_checkpoint", adapter, model)
     source = as_path(adapter)
     wide = _as_written(dtype)
-    base, made = read_updates(source, None if model is None else as_path(model))
+    base, updates_of = read_updates(source, None if model is None else as_path(model))
     checkpoint = TensorFolder(base)
     with _Watch(checkpoint) as watch:
-        plan = make_plan(checkpoint, made(checkpoint), wide)
+        plan = make_plan(checkpoint, updates_of(checkpoint), wide)
         return _merge(plan, watch, source, None if out is None else as_path(out), progress, allow_unchanged, force)
 
 
 class _Watch:
-    """Refuses a base that somebody changes while it is merged, whatever that leads to."""
+    """A context manager that refuses a base whose files change while it is merged, in place of other errors."""
 
     def __init__(self, checkpoint: TensorFolder) -> None:
         self._paths = [shard.path for shard in checkpoint.shards]
         self.before = self._states()
 
     def _states(self) -> dict[Path, tuple[int, int] | None]:
-        """Size and time of the last change of each file; None for one that is not there."""
-        found: dict[Path, tuple[int, int] | None] = {}
+        """Return the size and the time of the last change of each file; None for a missing one."""
+        states: dict[Path, tuple[int, int] | None] = {}
         for path in self._paths:
             try:
                 stat = path.stat()
-                found[path] = stat.st_size, stat.st_mtime_ns
+                states[path] = stat.st_size, stat.st_mtime_ns
             except OSError:
-                found[path] = None
-        return found
+                states[path] = None
+        return states
 
     def require_unchanged(self) -> None:
-        """Raise GC100 with every file that has changed since the start."""
+        """Raise GC100 if files have changed since the start, naming all of them."""
         now = self._states()
         if wrong := [str(path) for path, state in self.before.items() if now[path] != state]:
             hint = "merge again once nobody writes to the base"
@@ -170,20 +169,20 @@ def _merge(
         folder.mkdir(exist_ok=True)
         journal = Journal(folder.parent.parent, folder)
         before = journal.done()
-        with HeldFolder.open(folder) as held:
-            for left in [name for name in held.names() if name not in before]:
-                held.remove(left)  # what a killed run was at
+        with HeldFolder.open(folder) as opened:
+            for left in [name for name in opened.names() if name not in before]:
+                opened.remove(left)  # files that a killed run had not finished
         tensors, finished, resumed = BaseTensors(plan), 0, 0
         for shard in checkpoint.shards:
             file, advance = folder / shard.name, _within(progress, finished, shard, checkpoint)
             digest = before.get(shard.name)
-            found = None if digest is None else _resumed(plan, shard, file, tensors, advance, digest)
-            resumed += found is not None
-            if found is None:
+            shard_done = None if digest is None else _resumed(plan, shard, file, tensors, advance, digest)
+            resumed += shard_done is not None
+            if shard_done is None:
                 file.unlink(missing_ok=True)
-                found = _merged(plan, shard, file, tensors, advance)
-                journal.add(shard.name, found)
-            done[shard.name] = found
+                shard_done = _merged(plan, shard, file, tensors, advance)
+                journal.add(shard.name, shard_done)
+            done[shard.name] = shard_done
             checkpoint.release()
             finished += shard.size
             progress(finished, checkpoint.size)
@@ -206,7 +205,7 @@ def _within(progress: Progress, before: int, shard: Shard, checkpoint: TensorFol
 
 
 def _measured(plan: MergePlan, shard: Shard, advance: Callable[[float], None]) -> ShardDone:
-    """Fold without writing."""
+    """Fold a file without writing it."""
     dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
     target = RowTarget(shard.tensors, None, dtypes=dtypes)
     report = fold_shard(plan, shard, BaseTensors(plan), target, advance)
@@ -218,7 +217,7 @@ def _measured(plan: MergePlan, shard: Shard, advance: Callable[[float], None]) -
 def _merged(
     plan: MergePlan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]
 ) -> ShardDone:
-    """Make one file, check it, and put it on the disk."""
+    """Create one file, check it, and flush it to the disk."""
     create_file(plan, shard, path)
     with TensorFolder(path, writable=True) as written:
         report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written, writes=True), advance)
@@ -238,17 +237,18 @@ def _merged(
 def _resumed(
     plan: MergePlan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None], digest: str
 ) -> ShardDone | None:
-    """What a file says that a killed run has made; None where it is not, to the bit, what this merge makes. Everything
-    is folded again and compared: nobody knows who wrote the file.
+    """Return the report of a file that a killed run has left; None if it is not, bit for bit, what this merge creates.
+
+    Everything is folded again and compared, because anybody may have written the file.
     """
     try:
         written = TensorFolder(path)
     except GraftError:
         return None
-    (made,) = written.shards
+    (stored_shard,) = written.shards
     wanted = {name: (plan.written(stored), stored.shape) for name, stored in shard.tensors.items()}
-    found = {name: (stored.dtype, stored.shape) for name, stored in made.tensors.items()}
-    if found != wanted or made.metadata != shard.metadata:
+    actual = {name: (stored.dtype, stored.shape) for name, stored in stored_shard.tensors.items()}
+    if actual != wanted or stored_shard.metadata != shard.metadata:
         return None
     with written:
         report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written), advance)
@@ -260,10 +260,10 @@ def _resumed(
 
 
 def _require_passed(sites: Iterable[SiteEvidence]) -> None:
-    """Refuse a fold of which the evidence fails.
+    """Refuse a fold whose evidence fails.
 
     Raises:
-        GraftError: GC051, or GC102 where values are not finite.
+        GraftError: GC051, or GC102 if values are not finite.
     """
     failed = Certificate(tuple(s for s in sites if not s.passed), {}, 0.0, "", "")
     if not failed.sites:
@@ -278,10 +278,10 @@ def _require_passed(sites: Iterable[SiteEvidence]) -> None:
 def _result(
     plan: MergePlan, path: Path | None, done: Mapping[str, ShardDone], resumed: int, *, allow_unchanged: bool
 ) -> StreamedMerge:
-    """Put together what the files say.
+    """Return the result of the merge, from the reports of all files.
 
     Raises:
-        GraftError: GC104 where nothing has changed.
+        GraftError: GC104 if nothing has changed, unless that is allowed.
     """
     sites: dict[str, SiteEvidence] = {}
     for evidence in (evidence for each in done.values() for evidence in each.sites):
@@ -292,9 +292,9 @@ def _result(
     dtypes = {plan.written(plan.checkpoint.entries[p.weight.tensor]) for p in plan.places} or {"F32"}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
     note = "made from files: every site was probed, and the outputs of the whole model were not compared"
-    found = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
+    evidence_in_order = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
     certificate = Certificate(
-        found, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
+        evidence_in_order, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
     )
     require_changed(certificate, allow_unchanged)
     untouched = sum(each.untouched for each in done.values())
@@ -302,13 +302,13 @@ def _result(
 
 
 def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
-    """The evidence for one site from two files as one."""
+    """Return the evidence for one site from two files as one."""
     worst = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
     return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
 
 
 def _identity(plan: MergePlan, watch: _Watch) -> str:
-    """SHA-256 of what determines the result: the base's files, the adapter, the type, and the code's version."""
+    """Return the SHA-256 of what determines the result: the base's files, the adapter, the type, graftc's version."""
     files = [
         (shard.name, watch.before[shard.path], sorted(map(str, shard.tensors.items())))
         for shard in plan.checkpoint.shards
@@ -318,7 +318,7 @@ def _identity(plan: MergePlan, watch: _Watch) -> str:
 
 
 def _copy_beside(plan: MergePlan, folder: Path) -> None:
-    """Copy the index and the files beside the weights; a config says which type the weights are in."""
+    """Copy the index and the files beside the weights; if the type changes, the config states the new one."""
     base = plan.checkpoint.path
     for file in dict.fromkeys(file for pattern in BESIDE for file in sorted(base.glob(pattern))):
         if file.is_symlink() and not leads_inside(file):
@@ -341,15 +341,15 @@ def _write_index(plan: MergePlan, folder: Path) -> None:
     shutil.copyfile(source, folder / name)
     metadata = index.get("metadata")
     if plan.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
-        made = TensorFolder(folder).entries.values()
-        size = sum(tensor.end - tensor.start for tensor in made)
+        tensors = TensorFolder(folder).entries.values()
+        size = sum(tensor.end - tensor.start for tensor in tensors)
         changed = {**index, "metadata": {**metadata, "total_size": size}}
         (folder / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(source, folder / name)
 
 
 def _write_record(plan: MergePlan, folder: Path, result: StreamedMerge, done: Mapping[str, ShardDone]) -> None:
-    """Say beside the weights where they come from: see `graftc.runtime.deploy.merged_folder`."""
+    """Write the record of the weights' origin beside them; see `graftc.runtime.deploy.merged_folder`."""
     known = {name: {"bytes": (folder / name).stat().st_size, "sha256": each.sha256} for name, each in done.items()}
     others = {name: entry for name, entry in listed(folder, skip=known)}
     data: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Names of a model's tensors and of those in files: the same, but for ties and for what a class puts in front."""
+"""Names of a model's tensors in its files: they differ by ties, and by a prefix that a class adds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["FileNames"]
 
 
 class FileNames:
-    """From a model's names to those in a checkpoint.
+    """The names that a model's tensors have in a checkpoint.
 
-    A class with a head calls its body ``model.`` or the like, and a checkpoint may have been saved with or without it:
-    `fit` finds the one prefix that is to be put in front, or left out, so that most names are there.
+    A class with a head calls its body ``model.`` or the like, and a checkpoint may have been saved with or without that
+    prefix: `fit` finds the one prefix to add or to remove so that most names are found.
 
     Args:
         checkpoint: the files.
-        aliases: tied names, each to the name that owns the tensor.
+        aliases: tied names, each mapped to the name that owns the tensor.
     """
 
     def __init__(self, checkpoint: TensorFolder, aliases: Mapping[str, str]) -> None:
@@ -32,7 +32,7 @@ class FileNames:
         self._added, self._removed = "", ""
 
     def fit(self, names: Iterable[str]) -> None:
-        """Find the prefix by which most of these names are in the files."""
+        """Find the prefix with which most of these names are in the files."""
         wanted = list(names)
         known, plain = set(wanted), {name for name in wanted if name in self._stored}
         added, removed = Counter[str](), Counter[str]()
@@ -44,13 +44,13 @@ class FileNames:
             removed[f"{head}."] += (rest in self._stored) - (name in plain)
         options = {("", ""): len(plain)} | {(head, ""): added[head] for head in sorted(added)}
         options |= {("", head): len(plain) + removed[head] for head in sorted(removed)}
-        self._added, self._removed = max(options, key=lambda option: options[option])  # the first of equals: no prefix
+        self._added, self._removed = max(options, key=lambda option: options[option])  # of equals the first: no prefix
 
     def _spelled(self, name: str) -> str:
         return self._added + name.removeprefix(self._removed)
 
     def find(self, name: str) -> str | None:
-        """The name in the files of a model's tensor, or of one that is tied to it; None where there is none."""
+        """Return the name in the files of a model's tensor, or of one that is tied to it; None if there is none."""
         owner = self._owner.get(name, name)
         for each in (name, owner, *self._tied.get(owner, ())):
             for spelled in (self._spelled(each), each):
@@ -59,13 +59,13 @@ class FileNames:
         return None
 
     def of(self, name: str) -> str:
-        """The name in the files.
+        """Return the name of a model's tensor in the files.
 
         Raises:
-            GraftError: GC102 where there is none.
+            GraftError: GC102 if there is none.
         """
-        found = self.find(name)
-        if found is None:
+        stored_name = self.find(name)
+        if stored_name is None:
             message = f"{self._where} has no {name}, which the adapter changes"
             raise GraftError("GC102", message, hint="merge in memory, which knows how the class names its tensors")
-        return found
+        return stored_name

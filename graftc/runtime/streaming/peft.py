@@ -1,4 +1,4 @@
-"""Updates from a folder that peft wrote. How the base stores a weight is asked of its class, on the meta device."""
+"""Updates from a folder that peft wrote; the base's class, on the meta device, tells how each weight is stored."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from graftc.specs.foreign.config import CONFIG, config_bytes, read_config
 __all__ = ["base_named_by", "peft_updates"]
 
 NAME = "adapter"
-"""What the adaptation is called: peft's checkpoints do not say."""
+"""The name of the adaptation, which peft's checkpoints do not contain."""
 _UNTIED = "save a base with tie_word_embeddings false, whose files have both tensors, and merge into that"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Parts(Mapping[str, Tensor]):
-    """The tensors of a module, each read when it is asked for, and not kept."""
+    """The tensors of a module, each read when it is requested, and not kept."""
 
     def __init__(self, names: tuple[str, ...], read: Callable[[], Mapping[str, Tensor]]) -> None:
         self._names, self._read = names, read
@@ -49,20 +49,21 @@ class _Parts(Mapping[str, Tensor]):
 
 
 def base_named_by(path: Path) -> Path | None:
-    """The folder that an adapter's config names as its base; None where it names none that is here."""
+    """Return the folder that an adapter's config names as its base; None if it names none that is on this machine."""
     try:
         named = read_config(config_bytes(path / CONFIG), CONFIG).base_model_name_or_path
         return Path(named) if named and (Path(named) / "config.json").is_file() else None
-    except (OSError, ValueError, GraftError):  # what is wrong with it is said when it is read as an adapter
+    except (OSError, ValueError, GraftError):  # errors in it are reported when it is read as an adapter
         return None
 
 
 def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
-    """The changes that an adapter of peft's makes of a checkpoint.
+    """Return the changes that a peft adapter makes to a checkpoint.
 
     Raises:
-        GraftError: GC022 for a tied weight, GC102 for modules that the base does not have, all at once, GC103 for what
-            is not a change of a stored matrix, GC110 to GC113 for a folder that is not as peft writes it.
+        GraftError: GC022 for a tied weight, GC100 for files that lack tensors, GC102 for modules that the base does not
+            have, all at once, GC103 for what is not a change of a stored matrix, GC110 to GC114 for a folder that is
+            not as peft writes it, or has tensors of another base.
     """
     adapter = read_peft(path)
     model = load_folder(checkpoint.path, meta=True)
@@ -80,9 +81,9 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
     _check_complete(adapter, model, checkpoint, names)
     _check_copies(adapter, model, checkpoint, names)
     tied = {*aliases, *aliases.values()}
-    if whole := [name for name in adapter.trained if name in tied]:
-        message = f"{whole[0]} was trained apart from a tensor that it is tied to in the base: both would change"
-        raise GraftError("GC022", message, hint=_UNTIED, details=whole[1:])
+    if tied_copies := [name for name in adapter.trained if name in tied]:
+        message = f"{tied_copies[0]} was trained apart from a tensor that it is tied to in the base: both would change"
+        raise GraftError("GC022", message, hint=_UNTIED, details=tied_copies[1:])
     shared = adapter.shared()
     updates = tuple(_update(adapter, module, modules[module.path], names, tied, shared) for module in adapter.modules)
     trained = adapter.trained.items()
@@ -91,8 +92,11 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
 
 
 def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:
-    """Refuse a base whose files, or their index, lack tensors of its class that the adapter does not bring. Where the
-    files have others that the class lacks, it calls them differently, and none may be lacking."""
+    """Refuse a base whose files, or their index, lack tensors of its class that the adapter does not supply.
+
+    If the files have other tensors that the class does not have, they may only name them differently, so nothing is
+    refused.
+    """
     lacking = [name for name, _ in model.named_parameters() if names.find(name) is None and name not in adapter.trained]
     own = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     if lacking and not checkpoint.entries.keys() - {names.find(name) for name in own}:
@@ -102,14 +106,15 @@ def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFo
 
 
 def _check_copies(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:
-    """Tensors of the base that were saved too have to be those in its files."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    """Refuse an adapter with copies of the base's tensors that differ from those in the base's files."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
     def read(name: str) -> Tensor | None:
-        found = names.find(name)
-        return None if found is None else checkpoint[found]  # there is none of buffers that a class makes anew
+        stored_name = names.find(name)
+        # Files lack the buffers that a class computes itself.
+        return None if stored_name is None else checkpoint[stored_name]
 
-    check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in held}, read)
+    check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in tensors}, read)
 
 
 def _digest(folder: Path) -> str:
@@ -129,7 +134,7 @@ def _update(
     shared: Mapping[str, Tensor],
 ) -> SiteUpdate:
     layout, method = _layout(module), method_for(found.spec.method)
-    # Of a parameter that the config names itself, peft's first factor is at the last axis.
+    # For a parameter that the config names itself, peft's first factor belongs to the last axis.
     turned = found.named and layout is Layout.COLUMNS
     if found.parameter != "weight" or found.depth or method.stands_in or layout is None or turned:
         what = f"{found.spec.method} at {found.name}, a {type(module).__name__},"
@@ -150,7 +155,7 @@ def _update(
 
 
 def _layout(module: nn.Module) -> Layout | None:
-    """How a layer stores its weight; None for a class that may do anything with it."""
+    """Return how a layer stores its weight; None for a class that may use it in any way."""
     from transformers.pytorch_utils import Conv1D
 
     if type(module) is nn.Linear:

@@ -25,7 +25,7 @@ from graftc.specs.errors.diagnostics import GraftError
 __all__ = ["FoldPlace", "FoldedBlock", "PlaceFold", "ReplacedFold", "places_of"]
 
 BLOCK = 2**20
-"""Entries of a weight that are in memory in float64 at a time, where its adaptations fold row by row."""
+"""The number of entries of a weight in memory in float64 at a time, if its adaptations fold row by row."""
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,39 @@ class FoldPlace:
     """All adaptations of the same rows of one weight, in order.
 
     Attributes:
-        chain: one or more, of equal slices.
+        chain: one or more updates of equal slices.
     """
 
     chain: tuple[SiteUpdate, ...]
 
     @property
     def weight(self) -> WeightSlice:
-        """The rows."""
+        """The adapted rows of the weight."""
         return self.chain[0].weight
 
     @property
     def bias(self) -> WeightSlice | None:
-        """The same of the bias."""
+        """The same rows of the bias; None if there is none."""
         return self.chain[0].bias
 
     @property
     def site(self) -> str:
-        """Where, as text."""
+        """The site, as text."""
         return self.chain[0].site
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adaptations."""
+        """Names of the adaptations."""
         return tuple(update.adaptation for update in self.chain)
 
     @property
     def row_wise(self) -> bool:
-        """Whether every row folds by itself."""
+        """Whether each row folds independently of the others."""
         return all(isinstance(method_for(update.spec.method), RowWise) for update in self.chain)
 
     @property
     def rows_per_block(self) -> int:
-        """How many rows fold at a time: all of them, where they do not fold by themselves."""
+        """The number of rows that fold at a time: all of them unless they fold independently."""
         if not self.row_wise:
             return self.weight.count
         least = 1
@@ -73,30 +73,30 @@ class FoldPlace:
             method = method_for(update.spec.method)
             assert isinstance(method, RowWise)
             least = max(least, method.fewest_rows(update.spec))
-        # Blocks are nearly equal: where there are several, none has less than half of the rows that fit.
+        # Blocks are nearly equal: if there are several, none has less than half of the rows that fit.
         return max(2 * least, BLOCK // max(1, self.weight.in_features))
 
 
 def places_of(updates: Iterable[SiteUpdate]) -> list[FoldPlace]:
-    """Updates by the rows that they change, in order.
+    """Group updates by the rows that they change, in order.
 
     Raises:
         GraftError: GC021 for rows that overlap and are not the same.
     """
-    found: dict[WeightSlice, list[SiteUpdate]] = {}
-    slices: dict[str, list[WeightSlice]] = {}  # of each tensor: those of others need not be looked at
+    chains: dict[WeightSlice, list[SiteUpdate]] = {}
+    slices: dict[str, list[WeightSlice]] = {}  # by tensor: those of other tensors cannot overlap
     for update in updates:
         weight = update.weight
         for own in slices.get(weight.tensor, ()):
             if own != weight and own.overlaps(weight):
-                other = found[own][0].adaptation
+                other = chains[own][0].adaptation
                 message = f"{update.adaptation!r} and {other!r} change overlapping rows of {own.tensor}"
                 raise GraftError("GC021", message)
-        if weight not in found:
-            found[weight] = []
+        if weight not in chains:
+            chains[weight] = []
             slices.setdefault(weight.tensor, []).append(weight)
-        found[weight].append(update)
-    return [FoldPlace(tuple(chain)) for chain in found.values()]
+        chains[weight].append(update)
+    return [FoldPlace(tuple(chain)) for chain in chains.values()]
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class FoldedBlock:
 
     Attributes:
         own: the rows of the stored weight.
-        base: as they were, ``float64[rows, in]``.
-        exact: folded, float64.
-        bias: the same of the bias: its rows, their values before and after; None where folding leaves the bias alone.
+        base: their values before folding, ``float64[rows, in]``.
+        exact: their values after folding, float64.
+        bias: the same rows of the bias, and their values before and after; None if folding does not change the bias.
     """
 
     own: WeightSlice
@@ -118,36 +118,36 @@ class FoldedBlock:
 
 @dataclass
 class Held:
-    """What is stored, held against exact values: the largest error of rounding, and what is left of the update."""
+    """Stored values compared with exact ones: the largest rounding error, and how much of the update is left."""
 
     rounding: float = field(default=0.0, kw_only=True)
     retention: Retention = field(default_factory=Retention, kw_only=True)
 
     def note(self, found: tuple[float, Retention]) -> None:
-        """Take in what was found of some entries."""
+        """Add the results for some entries."""
         self.rounding = largest(self.rounding, found[0])
         self.retention += found[1]
 
 
 @dataclass
 class ReplacedFold(Held):
-    """A trained copy in the place of a tensor, and the evidence."""
+    """A trained copy that replaces a tensor, and the evidence."""
 
     replacement: Replacement
     change: float = 0.0
 
     @property
     def evidence(self) -> SiteEvidence:
-        """What has been found so far: there is no algebra in a copy."""
+        """The evidence so far; copying involves no algebra."""
         return SiteEvidence(
             self.replacement.tensor, (self.replacement.adaptation,), self.change, 0.0, self.rounding, self.retention
         )
 
     def blocks(self, rows: WeightSlice, stored: Tensor) -> Iterator[tuple[WeightSlice, Tensor, Tensor]]:
-        """Rows of the tensor, their values before and after, ``float64``.
+        """Yield rows of the tensor with their values before and after, ``float64``.
 
         Args:
-            rows: those in which nothing else is written.
+            rows: the rows in which nothing else is written.
             stored: the base's tensor.
         """
         for _, own in rows.blocks(max(1, BLOCK // max(1, rows.size // max(1, rows.count)))):
@@ -158,11 +158,11 @@ class ReplacedFold(Held):
 
 @dataclass
 class PlaceFold(Held):
-    """Folding one place, and the evidence that is gathered on the way.
+    """The fold of one place, and the evidence that is gathered on the way.
 
     Attributes:
-        place: which.
-        maps: compile what the evidence is held against.
+        place: the place.
+        maps: compiled maps to compare the fold with.
     """
 
     place: FoldPlace
@@ -174,20 +174,21 @@ class PlaceFold(Held):
 
     @property
     def evidence(self) -> SiteEvidence:
-        """What has been found so far."""
+        """The evidence so far."""
         place = self.place
         error = self.error / self.scale
         return SiteEvidence(place.site, place.names, self.change, error, self.rounding, self.retention)
 
     def blocks(self, weight: Tensor, bias: Tensor | None) -> Iterator[FoldedBlock]:
-        """Fold block by block; every block is probed.
+        """Yield the rows of the place, folded and probed block by block.
 
         Args:
-            weight: the stored weight, or what stands in for it, in any floating type.
-            bias: the same of the bias.
+            weight: the stored weight, or the copy that replaces it, in any floating-point type.
+            bias: the same for the bias.
 
         Raises:
-            GraftError: GC050 where an adaptation cannot fold, GC071 for a method's mistake.
+            GraftError: GC050 if an adaptation cannot fold, GC071 for a method's mistake, GC103 for what is not a change
+                of the place's rows or of a bias that it has.
         """
         place = self.place
         for start, own in place.weight.blocks(place.rows_per_block):
@@ -199,15 +200,15 @@ class PlaceFold(Held):
             if changed and (own_bias is None or base_bias is None):
                 message = f"{place.names[-1]!r} needs a bias, and {place.site} has none"
                 raise GraftError("GC103", message)
-            found = (own_bias, base_bias, exact_bias) if changed else None
-            yield FoldedBlock(own, base, exact, found)  # type: ignore[arg-type]
+            changed_bias = (own_bias, base_bias, exact_bias) if changed else None
+            yield FoldedBlock(own, base, exact, changed_bias)  # type: ignore[arg-type]
         self._parts.clear()
 
     def _probed(self, start: int, own: WeightSlice, base: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         block = self.maps.of(self.place.chain, own.count)
         parts = {update.adaptation: self._cut(update, start, own.count) for update in self.place.chain}
         constants = {update.adaptation: self._constants(update, base) for update in self.place.chain}
-        every = {name: {**constants[name], **held} for name, held in parts.items()}
+        every = {name: {**constants[name], **tensors} for name, tensors in parts.items()}
         unfolded = block.unfolded(base, bias, every)
         before = block.plain(base, bias)
         self.change = largest(self.change, furthest(unfolded, before))
@@ -231,14 +232,14 @@ class PlaceFold(Held):
         raise GraftError("GC103", f"{update.adaptation!r} is not a change of the rows of {update.site}")
 
     def _cut(self, update: SiteUpdate, start: int, count: int) -> dict[str, Tensor]:
-        """The tensors that a block of rows folds with, floating ones in float64."""
+        """Return the tensors that a block of rows folds with, floating-point ones in float64."""
         method = method_for(update.spec.method)
         axes = method.row_axes(update.spec) if isinstance(method, RowWise) else {}
         if update.adaptation not in self._parts:
             read = update.parts.items()
             self._parts[update.adaptation] = {p: t if p in axes else _widened(t) for p, t in read}
-        held = self._parts[update.adaptation]
-        return {p: _widened(t.narrow(axes[p], start, count)) if p in axes else t for p, t in held.items()}
+        tensors = self._parts[update.adaptation]
+        return {p: _widened(t.narrow(axes[p], start, count)) if p in axes else t for p, t in tensors.items()}
 
     def _constants(self, update: SiteUpdate, base: Tensor) -> Mapping[str, Tensor]:
         method = method_for(update.spec.method)
@@ -246,7 +247,7 @@ class PlaceFold(Held):
 
 
 def _rows(own: WeightSlice, stored: Tensor) -> Tensor:
-    """Own rows of a tensor, as the map has them, in float64: a copy."""
+    """Return a copy of a slice's rows in float64, as the map uses them."""
     views = own.views(stored)
     return (views[0] if len(views) == 1 else torch.cat(views, own.row_axis)).to(torch.float64, copy=True)
 

@@ -1,4 +1,4 @@
-"""What a merge will do, checked as a whole before anything is written."""
+"""The plan of a merge, checked as a whole before anything is written."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SHOWN = 30
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge.
+    """A merge that is to be done.
 
     Attributes:
         checkpoint: the base.
         updates: the adapter.
-        places: what folds, by rows.
+        places: the places to fold, by rows.
         dtype: the type that 16-bit tensors are written in; None for their own.
-        maps: compiled maps, which are made once for all places of a kind.
+        maps: compiled maps, each used for all places of a kind.
     """
 
     checkpoint: TensorFolder
@@ -46,11 +46,11 @@ class MergePlan:
 
     @cached_property
     def replacements(self) -> dict[str, Replacement]:
-        """Trained copies by the tensor that they stand in for."""
+        """Trained copies, by the names of the tensors that they replace."""
         return {item.tensor: item for item in self.updates.replacements}
 
     def places_in(self, shard: Shard) -> list[FoldPlace]:
-        """The places whose weight or bias is in a file."""
+        """Return the places whose weight or bias is in a file."""
 
         def touched(place: FoldPlace) -> bool:
             names = {place.weight.tensor} | ({place.bias.tensor} if place.bias is not None else set())
@@ -59,17 +59,17 @@ class MergePlan:
         return [place for place in self.places if touched(place)]
 
     def replaced_in(self, shard: Shard) -> list[Replacement]:
-        """The copies of tensors in a file."""
+        """Return the trained copies that replace tensors of a file."""
         return [item for name, item in self.replacements.items() if name in shard.tensors]
 
     def written(self, stored: StoredTensor) -> str:
-        """The element type that a tensor is written in."""
+        """Return the element type that a tensor is written in."""
         widened = self.dtype is not None and stored.dtype in ("F16", "BF16")
         return self.dtype if widened and self.dtype is not None else stored.dtype
 
 
 def make_plan(checkpoint: TensorFolder, updates: AdapterUpdates, dtype: str | None = None) -> MergePlan:
-    """Check that an adapter and a checkpoint fit.
+    """Return the plan of a merge, after checking that the adapter fits the checkpoint.
 
     Args:
         checkpoint: the base.
@@ -77,7 +77,8 @@ def make_plan(checkpoint: TensorFolder, updates: AdapterUpdates, dtype: str | No
         dtype: ``"F32"``, or None for the base's own types.
 
     Raises:
-        GraftError: GC102 with everything that does not fit, GC103 where the base is quantised.
+        GraftError: GC102 with everything that does not fit, GC103 if the base is quantised, GC104 if the adapter
+            changes no stored tensor.
     """
     _check_floating(checkpoint, updates)
     tensors = checkpoint.entries
@@ -104,10 +105,10 @@ def _raise(checkpoint: TensorFolder, wrong: list[str]) -> None:
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """The config of a model's folder; empty where there is none.
+    """Return the config of a model's folder; empty if there is none.
 
     Raises:
-        GraftError: GC100 where it is not a table.
+        GraftError: GC100 if it cannot be read, or is not a table.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -157,19 +158,23 @@ def _wrong_copy(item: Replacement, tensors: Mapping[str, StoredTensor]) -> Itera
 
 
 def _wrong_parts(plan: MergePlan, place: FoldPlace) -> Iterator[str]:
-    """Tensors of the adapter that are missing, of other sizes than the place gives, or not finite."""
+    """Yield what is wrong with the adapter's tensors at a place: sizes that do not fit, or values that are not finite.
+
+    Raises:
+        GraftError: GC103 for a missing tensor.
+    """
     full = plan.maps.of(place.chain, place.weight.count)
     for update in place.chain:
         where = f"{update.adaptation!r} at {update.site}"
         for part, shape in full.shapes[update.adaptation].items():
-            held = update.parts.get(part)
-            if held is None:
+            tensor = update.parts.get(part)
+            if tensor is None:
                 message = f"{where} has no {part} in its file, which follows from the model"
                 hint = "import it with graftc import-peft, and merge the artifact"
                 raise GraftError("GC103", message, hint=hint)
-            found = tuple(held.shape)
-            least = len(found) == len(shape) and all(a >= b for a, b in zip(found, shape, strict=True))
-            if not (found == shape or (least and part in full.shared[update.adaptation])):
-                yield f"{part} of {where} is {list(found)}, not {list(shape)}"
-            elif held.is_floating_point() and not bool(torch.isfinite(held).all()):
+            actual = tuple(tensor.shape)
+            least = len(actual) == len(shape) and all(a >= b for a, b in zip(actual, shape, strict=True))
+            if not (actual == shape or (least and part in full.shared[update.adaptation])):
+                yield f"{part} of {where} is {list(actual)}, not {list(shape)}"
+            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 yield f"{part} of {where} is not finite"

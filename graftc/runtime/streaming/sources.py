@@ -1,4 +1,4 @@
-"""Updates from a graftc artifact: its manifest says which rows are adapted, its base graph how they are stored."""
+"""Updates from a graftc artifact: the manifest lists the adapted rows, the base's graph tells how they are stored."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = ["artifact_updates", "differing_tensors"]
 
 
 def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpdates:
-    """The changes that an artifact makes of a checkpoint.
+    """Return the changes that an artifact makes to a checkpoint.
 
     Raises:
-        GraftError: GC050 for what does not fold, GC084 for damaged tensors, GC087 where the checkpoint is not the base
-            of the artifact, GC103 where the model itself is needed.
+        GraftError: GC022 for a weight that has other readers, GC050 for what does not fold, GC084 for damaged tensors,
+            GC087 if the checkpoint is not the artifact's base, GC103 if the model itself is needed.
     """
     _check_folds(artifact)
     names = FileNames(checkpoint, artifact.manifest.base.aliases)
@@ -61,7 +61,7 @@ def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpd
 
 
 def _check_folds(artifact: Artifact) -> None:
-    """Refuse what changes more than stored weights."""
+    """Refuse an artifact that changes more than stored weights."""
     spec = artifact.spec
     if artifact.manifest.kept:
         kept = artifact.manifest.kept[0]
@@ -77,26 +77,26 @@ def _check_folds(artifact: Artifact) -> None:
 
 
 def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
-    """The adapter tensors in their file, each held against the manifest."""
+    """Return the adapter tensors in their file, each checked against the manifest."""
     where, listed = f"{artifact.path} is not as it was written", artifact.manifest.adapters
     hint = "copy it again"
-    found = TensorFolder(artifact.path / ADAPTERS, Refusal("GC084", hint=hint))
-    if other := sorted(found.entries.keys() ^ listed.keys()):
+    stored = TensorFolder(artifact.path / ADAPTERS, Refusal("GC084", hint=hint))
+    if other := sorted(stored.entries.keys() ^ listed.keys()):
         raise GraftError("GC084", f"{where}: other tensors than listed: {', '.join(other[:3])}", hint=hint)
     wrong = []
     for name, record in listed.items():
-        tensor = found[name]
+        tensor = stored[name]
         if (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (record.dtype, record.shape):
             wrong.append(f"{name} is of another type or size than listed")
         elif tensor_digest(tensor) != record.sha256:
             wrong.append(f"{name} has other values than listed")
     if wrong:
         raise GraftError("GC084", f"{where}: {wrong[0]}", hint=hint, details=wrong[1:10])
-    return found
+    return stored
 
 
 def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> None:
-    """Hold the checkpoint's tensors against those that the artifact was made from.
+    """Check a checkpoint's tensors against those that the artifact was made from.
 
     Raises:
         GraftError: GC087 with everything that differs.
@@ -111,7 +111,7 @@ def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) 
 
 
 def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> list[str]:
-    """In which ways a checkpoint has other tensors than the base of an artifact, for people."""
+    """Return readable descriptions of the tensors in which a checkpoint differs from the base of an artifact."""
     base, replaced = artifact.manifest.base, artifact.replaced
     differences = []
     for name, record in base.tensors.items():
@@ -131,7 +131,7 @@ def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileN
 
 
 class _Uses:
-    """The linear maps of a graph by the tensors that they read."""
+    """The linear maps of a graph, by the tensors that they read."""
 
     def __init__(self, graph: Program, aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
@@ -145,13 +145,13 @@ class _Uses:
                 self._uses.setdefault(self.canonical(use.weight.tensor), []).append(use)
 
     def canonical(self, name: str) -> str:
-        """The name that owns a tensor."""
+        """Return the name that owns a tensor."""
         return self._aliases.get(name, name)
 
     def of(self, name: str, *, lookup: bool) -> Use | None:
-        """The first map that reads a tensor as a table, or as a matrix."""
-        found = self._uses.get(self.canonical(name), ())
-        return next((use for use in found if isinstance(use, Lookup) is lookup), None)
+        """Return the first map that reads a tensor as a look-up table, or as a matrix; None if there is none."""
+        candidates = self._uses.get(self.canonical(name), ())
+        return next((use for use in candidates if isinstance(use, Lookup) is lookup), None)
 
 
 def _update(
@@ -201,28 +201,28 @@ def _in_file(own: WeightSlice, names: FileNames) -> WeightSlice:
 
 
 def _shared(tensors: Mapping[str, Tensor], adaptation: str) -> dict[str, Tensor]:
-    """What an adaptation has once for all sites."""
+    """Return the tensors that an adaptation has once for all sites, by part."""
     prefix = adapter_name("", adaptation) + "."
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 
 def _replacements(artifact: Artifact, tensors: Mapping[str, Tensor], names: FileNames) -> Sequence[Replacement]:
-    found = []
+    replacements = []
     for record in artifact.manifest.trained:
         if record.rows is not None:
             raise GraftError("GC103", f"{record.owner!r} trains some rows of {record.base}")
-        found.append(Replacement(record.owner, names.of(record.base), tensors[record.tensor]))
-    return found
+        replacements.append(Replacement(record.owner, names.of(record.base), tensors[record.tensor]))
+    return replacements
 
 
 def _depths(artifact: Artifact) -> dict[str, int]:
-    """How many layers each stack has, from the names of the base's tensors."""
-    found: dict[str, int] = {}
+    """Return the number of layers of each stack, from the names of the base's tensors."""
+    depths: dict[str, int] = {}
     for stack in {place.stack for place in artifact.manifest.sites if place.stack}:
         numbers = (
             name[len(stack) + 1 :].partition(".")[0]
             for name in artifact.manifest.base.tensors
             if name.startswith(f"{stack}.")
         )
-        found[stack] = max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
-    return found
+        depths[stack] = max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+    return depths

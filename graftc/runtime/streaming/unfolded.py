@@ -1,7 +1,7 @@
 """The unfolded side of the evidence: one linear map of a block's sizes, compiled with its adaptations without values.
 
-The map is compiled as any model is, on the meta device, so that what a method inserts is what is evaluated, over the
-real rows of the weight and the real tensors of the adapter. Nothing of this uses a fold.
+The map is compiled like any model, on the meta device, so that what is evaluated is what a method inserts, on the real
+rows of the weight and the real tensors of the adapter. None of this uses a fold.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class _OneMap(nn.Module):
     def __init__(self, rows: int, columns: int, *, bias: bool, lookup: bool) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": torch.float64, "device": "meta"}
-        made = nn.Embedding(columns, rows, **options) if lookup else nn.Linear(columns, rows, bias=bias, **options)
-        self.add_module(_MAP, made)
+        module = nn.Embedding(columns, rows, **options) if lookup else nn.Linear(columns, rows, bias=bias, **options)
+        self.add_module(_MAP, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = getattr(self, _MAP)(x)
-        return found
+        result: Tensor = getattr(self, _MAP)(x)
+        return result
 
 
 def _at_map(update: SiteUpdate) -> MethodSpec:
-    """The adaptation of the only map; what it trains beside its own tensors is replaced elsewhere."""
+    """Return the adaptation of the only map, without the biases that it trains, which are replaced elsewhere."""
     changes: dict[str, Any] = {"name": update.adaptation, "target": Target(modules=_MAP)}
     fields = type(update.spec).model_fields
     changes |= {"overrides": ()} if "overrides" in fields else {}
@@ -58,13 +58,14 @@ def _at_map(update: SiteUpdate) -> MethodSpec:
 
 @dataclass
 class BlockMap:
-    """A map of one size with its adaptations.
+    """A linear map of one size with its adaptations.
 
     Attributes:
-        rows: how many it has.
-        site: the place, for folds: its sizes are the block's.
-        shapes: of every part that the graph reads, by adaptation. Of parts that all sites share, the least sizes.
-        shared: these parts, by adaptation.
+        rows: the number of rows.
+        site: the site to fold at; its sizes are the block's.
+        shapes: shapes of every part that the graph reads, by adaptation; for parts that all sites share, the smallest
+            ones.
+        shared: names of the parts that all sites share, by adaptation.
     """
 
     rows: int
@@ -85,12 +86,12 @@ class BlockMap:
         bias: Tensor | None,
         parts: Mapping[str, Mapping[str, Tensor]],
     ) -> Tensor:
-        """What the adapted graph gives.
+        """Return the output of the adapted graph for the probes.
 
         Args:
             weight: rows of the base's weight, ``float64[rows, in]``.
-            bias: the same of the bias.
-            parts: the adaptations' tensors, those of rows cut to the block, and constants.
+            bias: the same rows of the bias.
+            parts: the adaptations' tensors, cut to the block if they have its rows, and constants.
         """
 
         def tensor(name: str) -> Tensor:
@@ -103,7 +104,7 @@ class BlockMap:
         return evaluate(self._adapted.last(self.site.use.node), values, tensor)
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the base's call gives with a weight and a bias."""
+        """Return the output of the base's call for the probes, with a weight and a bias."""
         return evaluate(self.site.use.node, dict(self.probes), lambda name: self._stored(name, weight, bias))
 
     def _stored(self, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,15 +116,15 @@ class BlockMap:
 
 @dataclass
 class BlockMaps:
-    """Maps of all sizes that have been asked for; each is compiled once."""
+    """Maps of all sizes that were requested, each compiled once."""
 
     _made: dict[str, BlockMap] = field(default_factory=dict)
 
     def of(self, chain: Chain, rows: int) -> BlockMap:
-        """The map for a block of so many rows of a place.
+        """Return the map for a block of this many rows of a place.
 
         Raises:
-            GraftError: what compiling says of a spec that does not fit the sizes.
+            GraftError: as `compile_model`, for a spec that does not fit the sizes.
         """
         first = chain[0]
         specs = [_at_map(update) for update in chain]
@@ -147,7 +148,7 @@ def _compiled(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: boo
     assert isinstance(site, LinearSite)
     named = {node.name: node for node in eval_base.graph.nodes}
     parts, shapes, shared = _parts(compilation, resolved, compilation.program("eval"))
-    # Probing runs the base's own call, which the train graph's site has under the same name in the eval graph.
+    # Probing runs the base's own call, whose node in the eval graph has the same name as the site's in the train graph.
     site.use.node = named[site.use.node.name]
     return BlockMap(rows, site, shapes, shared, Adapted(compilation.program("eval")), parts)
 
@@ -155,15 +156,18 @@ def _compiled(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: boo
 def _parts(
     compilation: Any, resolved: Any, program: Any
 ) -> tuple[dict[str, tuple[str, str]], dict[str, Any], dict[str, frozenset[str]]]:
-    """The adaptation and part of every tensor that the graph reads beside the map's own; by adaptation, the sizes of
-    parts, and which of them all sites share."""
+    """Return the tensors that the graph reads besides the map's own, the sizes of their parts, and the shared parts.
+
+    Returns:
+        The adaptation and part of each tensor; by adaptation, the sizes of its parts, and those that all sites share.
+    """
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     parts: dict[str, tuple[str, str]] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     shared: dict[str, frozenset[str]] = {}
     for item in resolved:
-        held: Mapping[Any, Mapping[str, str]] = compilation.parts.get(item.name, {})
-        for own in held.values():
+        names_by_site: Mapping[Any, Mapping[str, str]] = compilation.parts.get(item.name, {})
+        for own in names_by_site.values():
             for part, name in own.items():
                 if name in read:
                     parts[name] = item.name, part
@@ -173,8 +177,8 @@ def _parts(
         parts |= {prefix + part: (item.name, part) for part in constants if prefix + part in read}
         known = {name: part for name, (owner, part) in parts.items() if owner == item.name and part not in constants}
         shapes[item.name] = {part: tuple(compilation.store.get(name).shape) for name, part in known.items()}
-        held_here = frozenset(part for name, part in known.items() if not name.startswith(f"{_MAP}."))
-        shared[item.name] = held_here
+        shared_parts = frozenset(part for name, part in known.items() if not name.startswith(f"{_MAP}."))
+        shared[item.name] = shared_parts
     own_names = {f"{_MAP}.weight", f"{_MAP}.bias"}
     if unknown := sorted(read - parts.keys() - own_names):
         message = f"{resolved[0].name!r} reads {unknown[0]}, which follows from the whole model"

@@ -1,4 +1,4 @@
-"""What an adapter does to a checkpoint, as data that knows no model: changes of rows of stored weights."""
+"""The changes that an adapter makes to rows of stored weights, as data that does not depend on a model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ class SiteUpdate:
 
     Attributes:
         adaptation: its name.
-        spec: the adaptation with the site's values applied; it looks at no role any more.
-        site: where, as text.
-        weight: its rows of the stored weight, by the name that the weight has in the checkpoint.
-        bias: the same of the bias; None where there is none.
-        lookup: the weight is a table of embeddings, whose columns are its entries.
-        parts: the adaptation's tensors there, and those that all sites share, by part: read when they are looked at.
+        spec: the adaptation with the site's values applied; it no longer depends on roles.
+        site: the site, as text.
+        weight: the adapted rows of the stored weight, under the name that the weight has in the checkpoint.
+        bias: the same rows of the bias; None if there is none.
+        lookup: whether the weight is a table of embeddings, whose columns are its entries.
+        parts: the adaptation's tensors at the site, and those that all sites share, by part; each is read when it is
+            accessed.
     """
 
     adaptation: str
@@ -38,10 +39,10 @@ class SiteUpdate:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A trained copy that stands in for a whole stored tensor, below everything that stands at sites.
+    """A trained copy that replaces a whole stored tensor; updates at sites are applied on top of it.
 
     Attributes:
-        adaptation: who trained it.
+        adaptation: the name of the adaptation that trained it.
         tensor: name of the tensor in the checkpoint.
         value: the copy.
     """
@@ -53,15 +54,15 @@ class Replacement:
 
 @dataclass(frozen=True)
 class AdapterUpdates:
-    """An adapter.
+    """All changes that an adapter makes.
 
     Attributes:
         kind: ``artifact`` or ``peft``.
-        updates: in the order in which they apply.
-        replacements: of whole tensors.
-        digest: SHA-256 that tells it from other adapters.
-        base: fingerprint of the base that it is for; empty where it does not say.
-        spec: the document, as text.
+        updates: updates at sites, in the order in which they apply.
+        replacements: replacements of whole tensors.
+        digest: SHA-256 that identifies the adapter.
+        base: fingerprint of the base that the adapter is for; empty if it has none.
+        spec: the spec, or peft's config, as text.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Verifying a merged folder against its base and its adapter: everything is folded again and compared, file by file."""
+"""Verification of a merged folder against its base and its adapter: everything is folded again and compared."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ def verify_checkpoint(
     *,
     progress: Progress = lambda done, size: None,
 ) -> Verification:
-    """Hold a merged folder, whoever wrote it, against the base and the adapter that it was made of.
+    """Check a merged folder, whatever wrote it, against the base and the adapter that it was made from.
 
-    Every site is folded again, probed against the unfolded map, and each stored entry has to be its exact value rounded
-    to nearest. Every other tensor has to be the base's, bit for bit. Files may be split differently from the base's.
+    Every site is folded again and probed against the unfolded map, and each stored entry has to be its exact value
+    rounded to nearest. Every other tensor has to equal the base's, bit for bit. Files may be split differently from the
+    base's.
 
     Args:
         path: the merged folder.
         adapter: a graftc artifact, or a folder that peft wrote.
-        model: the base's folder; by default where the adapter says.
-        progress: told how many bytes of the base's files are done, and how many there are.
+        model: the base's folder; by default the one that the adapter names.
+        progress: called with the number of bytes of the base's files that are done, and their total.
 
     Raises:
-        GraftError: where the base or the adapter cannot be read, or do not fit: as `merge_checkpoint`.
+        GraftError: as `merge_checkpoint`, if the base or the adapter cannot be read, or they do not fit.
     """
     folder = as_path(path)
-    base, made = read_updates(as_path(adapter), None if model is None else as_path(model))
+    base, updates_of = read_updates(as_path(adapter), None if model is None else as_path(model))
     checkpoint = TensorFolder(base)
-    plan = make_plan(checkpoint, made(checkpoint))
+    plan = make_plan(checkpoint, updates_of(checkpoint))
     verification = verify(folder) if (folder / RECORD).is_file() else Verification()
     state: dict[str, TensorFolder] = {}
 
@@ -92,9 +93,9 @@ def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tu
         has = "lacks" if other[0] in ours else "has"
         return False, f"it {has} {other[0]}" + (f", and {len(other) - 1} more differ" if other[1:] else "")
     for name, tensor in ours.items():
-        there = theirs[name]
-        if there.shape != tensor.shape or (there.dtype != tensor.dtype and there.dtype not in FLOATING):
-            return False, f"{name} is {there}, and {tensor} in the base"
+        entry = theirs[name]
+        if entry.shape != tensor.shape or (entry.dtype != tensor.dtype and entry.dtype not in FLOATING):
+            return False, f"{name} is {entry}, and {tensor} in the base"
     return True, f"{counted(len(ours), 'tensor')} with the names and sizes of the base's"
 
 

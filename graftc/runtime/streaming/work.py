@@ -1,6 +1,6 @@
-"""One file of a checkpoint: folded block by block into a copy that lies in place, then read again and compared.
+"""Folding of one file of a checkpoint, block by block into a copy on the disk, which is then read again and compared.
 
-The same work verifies a file that is there, and measures without writing any.
+The same code verifies an existing file, and measures without writing one.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from graftc.runtime.tensors.mapped import DTYPES, MappedFile
 __all__ = ["BaseTensors", "RowTarget", "ShardReport", "create_file", "fold_shard", "untouched"]
 
 _CHUNK = 2**22
-"""Bytes, or entries, that are copied or compared at a time."""
+"""The number of bytes or entries that are copied or compared at a time."""
 Advance = Callable[[float], None]
-"""Told how much of a file is done, from 0 to 1."""
+"""Called with the part of a file that is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What came of a file.
+    """The results of folding one file.
 
     Attributes:
         sites: the evidence for what was folded.
-        changed: what was folded in this file, weights and biases.
+        changed: the slices of weights and biases that were folded in this file.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -46,25 +46,25 @@ class ShardReport:
 
 
 class BaseTensors:
-    """The base's tensors, or what stands in for them."""
+    """The base's tensors, or the trained copies that replace them."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.folder, self._replacements = plan.checkpoint, plan.replacements
 
     def current(self, name: str) -> Tensor:
-        """A tensor with the copy that stands in for it."""
-        held = self._replacements.get(name)
-        return self.folder[name] if held is None else held.value
+        """Return a tensor of the base, or the trained copy that replaces it."""
+        replacement = self._replacements.get(name)
+        return self.folder[name] if replacement is None else replacement.value
 
 
 class RowTarget:
-    """Where folded rows go: files that are written, files that are only read, or nowhere.
+    """The destination of folded rows: files that are written, files that are only compared, or none.
 
     Args:
-        names: the tensors to look at.
+        names: names of the tensors that the target contains.
         tensors: the files; None to measure only.
-        writes: whether to write.
-        dtypes: the element types by tensor, where there are no files.
+        writes: whether to write to the files.
+        dtypes: element types by tensor, needed if there are no files.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class RowTarget:
         return name in self._names
 
     def put(self, own: WeightSlice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        """Store rows, rounded once.
+        """Round rows once and store them, or compare them with the stored ones if the files are not written.
 
         Args:
-            own: which rows of which tensor.
-            exact: ``float64[rows, in]``, or ``[rows]`` of a bias.
-            base: the same before folding.
+            own: the rows, and the tensor that they belong to.
+            exact: their folded values, ``float64[rows, in]``, or ``[rows]`` for a bias.
+            base: their values before folding.
 
         Returns:
-            The largest error of what is stored now, in units in the last place, and how much of the update is left.
+            The largest error of the stored values, in units in the last place, and how much of the update is left.
         """
         if self._tensors is None:
             return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
@@ -108,10 +108,10 @@ def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retentio
 
 
 def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
-    """Make the file that is folded into: a copy, byte for byte, or with tensors in a wider type.
+    """Create the file to fold into: a copy of the base's, byte for byte, or one with tensors in a wider type.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     tensors = shard.tensors.values()
     if all(plan.written(stored) == stored.dtype for stored in tensors):
@@ -122,25 +122,25 @@ def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
         file.write(header)
         source = MappedFile(shard)
         for stored in tensors:
-            held = source.tensor(stored).reshape(-1) if plan.written(stored) != stored.dtype else source.raw(stored)
-            for start in range(0, held.numel(), _CHUNK):
-                piece = held[start : start + _CHUNK]
+            values = source.tensor(stored).reshape(-1) if plan.written(stored) != stored.dtype else source.raw(stored)
+            for start in range(0, values.numel(), _CHUNK):
+                piece = values[start : start + _CHUNK]
                 wide = piece.to(DTYPES[plan.written(stored)]) if piece.dtype != torch.uint8 else piece
                 file.write(wide.contiguous().view(torch.uint8).numpy().data)
 
 
 def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarget, advance: Advance) -> ShardReport:
-    """Fold everything of a file, and hold what is stored then against the unfolded computation.
+    """Fold everything that a file contains, and compare the stored result with the unfolded computation.
 
     Args:
         plan: the merge.
         shard: the base's file.
-        base: the base.
-        target: the file that folded rows go to.
-        advance: told how much has been done.
+        base: the base's tensors.
+        target: the destination of folded rows.
+        advance: called with the part that is done.
 
     Raises:
-        GraftError: where something is not a fold.
+        GraftError: if an update is not a fold.
     """
     sites: list[SiteEvidence] = []
     changed: list[WeightSlice] = []
@@ -151,22 +151,22 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
     for place in places:
         fold = PlaceFold(place, plan.maps)
         weight, bias = place.weight, place.bias
-        here = weight.tensor in target
-        changed += [weight] if here else []
+        has_weight = weight.tensor in target
+        changed += [weight] if has_weight else []
         for block in fold.blocks(base.current(weight.tensor), None if bias is None else base.current(bias.tensor)):
-            if here:
+            if has_weight:
                 fold.note(target.put(block.own, block.exact, block.base))
             if block.bias is not None and block.bias[0].tensor in target:
                 own, before, after = block.bias
                 fold.note(target.put(own, after, before))
                 changed.append(own)
-            elif not here:
-                break  # only the bias is in this file, and folding leaves it alone
+            elif not has_weight:
+                break  # only the bias is in this file, and folding does not change it
             done += block.own.size
             advance(done / total)
         else:
-            sites.append(fold.evidence)  # a bias in a file of its own has evidence of its own
-    for item in copies:  # in the rows that no fold has written, which were folded from the copy
+            sites.append(fold.evidence)  # a bias in another file than its weight has separate evidence
+    for item in copies:  # only the rows that no fold has written, since folds start from the copy
         rest = _complement([own for own in changed if own.tensor == item.tensor], shard.tensors[item.tensor])
         if rest is None:
             continue
@@ -182,24 +182,26 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
 def untouched(
     plan: MergePlan, shard: Shard, written: TensorFolder, base: BaseTensors, changed: Collection[WeightSlice]
 ) -> Iterator[tuple[str, bool]]:
-    """Compare what folding leaves alone with the base: every such tensor by name, and whether it is the same, bit for
-    bit, in what was written; of a tensor of which some rows were folded, the others.
+    """Yield the name of every tensor that folding leaves alone, and whether it equals the base's, bit for bit.
+
+    For a tensor of which some rows were folded, the other rows are compared. One that is missing, or has another shape,
+    counts as different.
 
     Args:
         plan: the merge.
         shard: the base's file.
-        written: what was written.
-        base: the base.
-        changed: what was folded in this file.
+        written: the files that were written.
+        base: the base's tensors.
+        changed: the slices that were folded in this file.
     """
     owned: dict[str, list[WeightSlice]] = {}
     for own in changed:
         owned.setdefault(own.tensor, []).append(own)
     for name, stored in shard.tensors.items():
-        there = written.entries.get(name)
-        if there is None or there.shape != stored.shape:
+        entry = written.entries.get(name)
+        if entry is None or entry.shape != stored.shape:
             yield name, False
-        elif there.dtype == stored.dtype and name not in owned and name not in plan.replacements:
+        elif entry.dtype == stored.dtype and name not in owned and name not in plan.replacements:
             yield name, _same(written.raw(name), base.folder.raw(name))
         elif (rest := _complement(owned.get(name, []), stored)) is not None and name not in plan.replacements:
             pairs = zip(rest.views(written[name]), rest.views(base.folder[name]), strict=True)
@@ -207,7 +209,7 @@ def untouched(
 
 
 def _complement(slices: Sequence[WeightSlice], stored: StoredTensor) -> WeightSlice | None:
-    """The rows of a tensor that none of several slices has; None where there are none."""
+    """Return the rows of a tensor that are in none of several slices; None if there are none."""
     if not slices:
         return WeightSlice(stored.name, stored.shape)
     spans = sorted(span for own in slices for span in own.spans)
@@ -220,7 +222,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _same(found: Tensor, base: Tensor) -> bool:
-    """Whether two tensors have the same bits, looked at in pieces; the second one widened to the first one's type."""
+    """Return whether two tensors have the same bits, piece by piece; the second is widened to the first one's type."""
     if not found.dim():
         found, base = found.reshape(1), base.reshape(1)
     rows = max(1, _CHUNK * len(found) // max(1, found.numel()))

@@ -1,2 +1,1 @@
-"""Files of tensors that anybody may have written: which ones may be read and are a folder's weights, their headers, and
-their tensors."""
+"""Tensor files of any origin: which may be read and are a folder's weights, their headers, and their tensors."""

@@ -1,4 +1,4 @@
-"""Names by which it is told what a folder or a file of tensors holds."""
+"""Names that identify the contents of a folder or of a file of tensors."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a file that cannot be used is refused.
+    """The error for a file that cannot be used.
 
     Attributes:
-        code: of the error for files that are missing or damaged.
+        code: the code of the error for files that are missing or damaged.
         unsafe: the code for names that lead out of a folder; `code` by default.
         hint: what to do about it.
-        located: whether the file is the place of the error.
+        located: whether the error gives the file as its place.
     """
 
     code: str
@@ -39,7 +39,7 @@ class Refusal:
     def error(
         self, path: Path, reason: str, details: Iterable[str] = (), *, unsafe: bool = False, hint: str | None = None
     ) -> GraftError:
-        """The error."""
+        """Return the error for a path and a reason."""
         code = (self.unsafe or self.code) if unsafe else self.code
         place = Place(str(path)) if self.located else None
         return GraftError(code, reason, place=place, hint=hint or self.hint, details=tuple(details))
@@ -51,25 +51,26 @@ _CHECKPOINT = Refusal("GC100", "GC101", "download the whole checkpoint again")
 class TensorFolder(Mapping[str, Tensor]):
     """The tensors of a safetensors file, or of a folder as transformers loads it.
 
-    All headers are read and checked at once. A tensor is mapped into memory when it is asked for, so that the system
-    reads what is looked at; a file is open from then on until `release`, and as long as a tensor of it is in use. A
-    context manager releases at its end.
+    All headers are read and checked at once. A tensor is mapped into memory when it is requested, so that the system
+    reads only what is used; from then on a file is open until `release`, and as long as one of its tensors is in use.
+    Used as a context manager, it releases its files at the end.
 
     Args:
         path: the file, or the folder.
-        refusal: the error's code for what cannot be used.
+        refusal: the error for files that cannot be used.
         strict: whether a folder's index and its files have to agree on every tensor. Otherwise, as in transformers,
             files may have tensors that the index does not list, or lists elsewhere.
-        writable: writing to tensors changes the file; otherwise it changes private copies, and nobody should.
+        writable: whether writing to tensors changes the file; otherwise it changes private copies, and should be
+            avoided.
 
     Attributes:
         path: the file, or the folder.
         shards: the headers of its files, in the order of their names.
-        index: what the index says; None where there is none.
-        index_name: its file's name.
+        index: the contents of the index; None if there is none.
+        index_name: the name of the index file.
 
     Raises:
-        GraftError: of the codes of `refusal`; everything that is wrong at once.
+        GraftError: with the codes of `refusal`; it lists everything that is wrong.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class TensorFolder(Mapping[str, Tensor]):
         self.index: Mapping[str, Any] | None = None
         self.index_name: str | None = None
         if path.is_dir():
-            found = self._weights()
-            self.index, self.index_name = found.index, found.index_name
-            self.shards = self._headers([path / name for name in found.names])
+            files = self._weights()
+            self.index, self.index_name = files.index, files.index_name
+            self.shards = self._headers([path / name for name in files.names])
             if wrong := list(_against_index(self.shards, self.index if strict else None)):
                 self._damaged(wrong)
         else:
@@ -90,19 +91,19 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def _weights(self) -> WeightFiles:
         try:
-            found = weight_files(self.path)
+            files = weight_files(self.path)
         except UnsafeFileError as error:
             raise self._refusal.error(self.path, str(error), unsafe=True) from error
         except OSError as error:
             self._damaged([_reason(error)], error)
         except ValueError as error:
             self._damaged([str(reason) for reason in error.args], error)
-        if found is None:
+        if files is None:
             hint = "give the folder of a transformers model that is stored as safetensors"
             if any(self.path.glob("*.bin")):
                 hint = "its weights are pickles (.bin), which are not read: save the model again, as safetensors"
             raise self._refusal.error(self.path, f"{self.path} has neither {SINGLE} nor {INDEX}", hint=hint)
-        return found
+        return files
 
     def _headers(self, paths: Iterable[Path]) -> tuple[Shard, ...]:
         shards, damage = [], []
@@ -124,17 +125,17 @@ class TensorFolder(Mapping[str, Tensor]):
 
     @cached_property
     def entries(self) -> Mapping[str, StoredTensor]:
-        """How each tensor is stored."""
+        """The type, shape and position of each stored tensor, by name."""
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
     @cached_property
     def shard_of(self) -> Mapping[str, Shard]:
-        """The file that each tensor is in."""
+        """The file that contains each tensor, by name."""
         return {name: shard for shard in self.shards for name in shard.tensors}
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The size of all files, in bytes."""
         return sum(shard.size for shard in self.shards)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -144,7 +145,7 @@ class TensorFolder(Mapping[str, Tensor]):
         return self._file(name).tensor(stored)
 
     def raw(self, name: str) -> Tensor:
-        """The bytes of a tensor, ``uint8``."""
+        """Return the bytes of a tensor, ``uint8``."""
         return self._file(name).raw(self.entries[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -166,7 +167,7 @@ class TensorFolder(Mapping[str, Tensor]):
         return self._files[shard.path]
 
     def release(self) -> None:
-        """Let all files go; what was written to them is on the disk."""
+        """Release all files, after flushing what was written to them to disk."""
         for file in self._files.values() if self._writable else ():
             file.flush()
         self._files.clear()
@@ -179,12 +180,12 @@ class TensorFolder(Mapping[str, Tensor]):
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """Why a file cannot be read, without its path."""
+    """Return why a file cannot be read, without its path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _against_index(shards: Iterable[Shard], index: Mapping[str, Any] | None) -> Iterator[str]:
-    """Names that stand in two files, and what is not as the index says."""
+    """Yield the names that are in two files, and the differences from the index."""
     places: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:

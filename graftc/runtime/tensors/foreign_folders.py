@@ -1,4 +1,4 @@
-"""Folders that somebody else has made, before another library opens what is in them."""
+"""Checks of folders of foreign origin, before another library opens what is in them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _INNER = ("additional_chat_templates",)
 
 
 def require_regular_files(folder: Path, code: str) -> None:
-    """Refuse a folder with files that would not end, such as pipes and devices, or that are too large to be read.
+    """Refuse a folder with files that have no end, such as pipes and devices, or that are too large to be read.
 
     Args:
-        folder: of a model, a tokenizer or an adapter.
-        code: of the error.
+        folder: the folder of a model, a tokenizer or an adapter.
+        code: the code of the error.
 
     Raises:
-        GraftError: of that code.
+        GraftError: with that code.
     """
     hint = "remove it from the folder"
     try:
@@ -59,7 +59,7 @@ def require_regular_files(folder: Path, code: str) -> None:
 
 
 def _most(path: Path) -> int | None:
-    """How many bytes a file may have; None for one that is not read whole."""
+    """Return the number of bytes that a file may have; None for a file that is not read in full."""
     if path.suffix == ".json" and not _READ.search(path.name):
         return None
     if path.name in _LARGER:
@@ -77,5 +77,5 @@ def _files(folder: Path) -> Iterator[Path]:
 def _state(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except OSError:  # a link that leads nowhere, which whoever wants it will say
+    except OSError:  # a dangling link, which raises when it is read
         return None

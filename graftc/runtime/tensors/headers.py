@@ -1,6 +1,6 @@
 """Headers of safetensors files, read strictly and in bounded time. No torch.
 
-A header describes every byte of its file exactly once. How much there is of anything is looked at before it is read.
+A header describes every byte of its file exactly once. Every size and count is checked before the data is read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StoredTensor:
         name: its name in the file.
         dtype: its element type, as the format writes it: ``BF16``.
         shape: its sizes.
-        start, end: its bytes, counted from the start of the file.
+        start, end: the positions of its bytes, counted from the start of the file.
     """
 
     name: str
@@ -63,13 +63,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file.
+    """One file of tensors.
 
     Attributes:
         path: the file.
-        size: of it, in bytes.
-        metadata: what its header says beside tensors.
-        tensors: by name, in the order in which they lie.
+        size: its size, in bytes.
+        metadata: what its header says besides the tensors.
+        tensors: its tensors by name, in the order in which they are stored.
     """
 
     path: Path
@@ -84,11 +84,12 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """The header of a file.
+    """Read the header of a file.
 
     Raises:
-        ValueError: it is not a safetensors file, what it describes is not what the file has, or it has more than a
-            file may have; OSError.
+        ValueError: if it is not a safetensors file, its header does not describe its contents, or it has more than a
+            file may have.
+        OSError: if the file cannot be opened or read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -121,7 +122,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def is_tensor_name(name: str) -> bool:
-    """Whether a tensor may be called so: a module's path is neither that long nor that deep."""
+    """Return whether a tensor may have this name: no module path is longer or deeper."""
     return len(name) <= NAME and name.count(".") < SEGMENTS
 
 
@@ -146,11 +147,11 @@ def _tensor(name: str, entry: Any, offset: int) -> StoredTensor:
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The start of a safetensors file, up to the first tensor.
+    """Return the start of a safetensors file, up to the first tensor.
 
     Args:
-        tensors: name, element type and sizes, in the order in which they are to lie.
-        metadata: what the header says beside them.
+        tensors: the name, element type and sizes of each tensor, in the order in which they are to be stored.
+        metadata: what the header says besides the tensors.
     """
     data: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0

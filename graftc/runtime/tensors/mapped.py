@@ -1,4 +1,4 @@
-"""Tensors of a file in their place: mapped into memory, so that the system reads and writes what is looked at."""
+"""Tensors of a file in place: mapped into memory, so that the system reads and writes only what is used."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ FORMAT_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name
 
 
 class MappedFile:
-    """A file in memory.
+    """A file that is mapped into memory.
 
     Args:
-        shard: its header.
-        writable: writing to tensors changes the file; otherwise it changes private copies, and nobody should.
+        shard: the header of the file.
+        writable: whether writing to tensors changes the file; otherwise it changes private copies, and should be
+            avoided.
 
     Raises:
-        ValueError: the file has another size than its header was read with; OSError.
+        ValueError: if the size of the file has changed since its header was read.
+        OSError: if the file cannot be opened or mapped.
     """
 
     def __init__(self, shard: Shard, *, writable: bool = False) -> None:
@@ -48,7 +50,7 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=access)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """A tensor where it lies; where it is only read and no type lies there, a copy."""
+        """Return a tensor in place, or a copy if it is only read and not aligned for its type."""
         dtype = DTYPES[stored.dtype]
         if stored.end == stored.start:
             return torch.empty(stored.shape, dtype=dtype)
@@ -58,12 +60,12 @@ class MappedFile:
         return raw.view(dtype).view(stored.shape)
 
     def raw(self, stored: StoredTensor) -> Tensor:
-        """Its bytes, ``uint8``."""
+        """Return the bytes of a tensor, ``uint8``."""
         count = stored.end - stored.start
         if not count:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=stored.start)
 
     def flush(self) -> None:
-        """What was written, onto the disk."""
+        """Write to disk what was written to tensors."""
         self._map.flush()

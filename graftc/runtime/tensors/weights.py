@@ -1,8 +1,8 @@
-"""Which files the weights of a folder are: those that transformers loads, and nothing outside the folder. No torch.
+"""The files that a folder's weights are in: those that transformers loads, and nothing outside the folder. No torch.
 
-A folder has ``model.safetensors``, or ``model.safetensors.index.json``, which says in which file each tensor is; where
-there are both, the single file is read. A config may name another of either kind as ``transformers_weights``. Names
-lead to regular files of the folder itself, or to blobs of the hub's cache.
+A folder has ``model.safetensors``, or ``model.safetensors.index.json``, which says in which file each tensor is; if
+there are both, the single file is read. A config may name another file of either kind as ``transformers_weights``.
+Names have to lead to regular files of the folder itself, or to blobs of the hub's cache.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _FILE_NAME = 255
 
 
 class UnsafeFileError(ValueError):
-    """A name leads out of the folder."""
+    """Raised if a name leads out of the folder."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that a folder's weights are in.
+    """The files that contain a folder's weights.
 
     Attributes:
-        names: names of the files, sorted.
-        index_name: the name of the index; None for one file without one.
-        index: what it says.
+        names: the names of the files, sorted.
+        index_name: the name of the index; None for one file without an index.
+        index: the contents of the index.
     """
 
     names: tuple[str, ...]
@@ -47,11 +47,12 @@ class WeightFiles:
 
 
 def weight_files(folder: Path) -> WeightFiles | None:
-    """The files that transformers loads the weights of a folder from; None where there are no safetensors.
+    """Return the files from which transformers loads the weights of a folder; None if there are no safetensors.
 
     Raises:
-        UnsafeFileError: a name leads out of the folder, or to something that is not a regular file.
-        ValueError: the index cannot be read, or files that it names are missing; OSError.
+        UnsafeFileError: if a name leads out of the folder, or to something that is not a regular file.
+        ValueError: if the folder also has an adapter, the index cannot be read, or files that it names are missing.
+        OSError: if a file cannot be opened or read.
     """
     if (adapter := embedded_adapter(folder)) is not None:
         raise ValueError(f"it holds a model and {adapter}, which transformers would put on top of it")
@@ -70,19 +71,19 @@ def weight_files(folder: Path) -> WeightFiles | None:
 
 
 def embedded_adapter(folder: Path) -> str | None:
-    """The config of an adapter that transformers would put on top of a folder's model; None where there is none."""
+    """Return the config of an adapter that transformers would put on top of a folder's model; None if there is none."""
     return _ADAPTER if (folder / _ADAPTER).exists() and (folder / "config.json").exists() else None
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a file; links are followed only where that is safe."""
+    """Return whether there is a file; links are followed only if that is safe."""
     if path.is_symlink() and not leads_inside(path):
         raise UnsafeFileError(f"{path} is a link that leads out of the folder")
     return path.is_file()
 
 
 def _named(folder: Path) -> str | None:
-    """The file that the config names; None where it names none."""
+    """Return the file that the config names; None if it names none."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -118,8 +119,8 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     if unsafe := sorted({file for file in table.values() if not _is_plain(file)}):
         more = f", and {len(unsafe) - 1} more" if unsafe[1:] else ""
         raise UnsafeFileError(f"{name} of {folder} names files that are not in the folder: {_shown(unsafe[0])}{more}")
-    found: dict[str, Any] = data
-    return found
+    index: dict[str, Any] = data
+    return index
 
 
 def _shown(name: str) -> str:
@@ -127,15 +128,15 @@ def _shown(name: str) -> str:
 
 
 def _is_plain(name: str, endings: tuple[str, ...] = (".safetensors",)) -> bool:
-    """Whether a name is that of a file in the folder itself."""
+    """Return whether a name is that of a file in the folder itself."""
     strange = any(character in name for character in "/\\:") or not name.isprintable()
     short = len(name.encode("utf-8", "surrogatepass")) <= _FILE_NAME
     return short and not strange and name not in endings and name.endswith(endings)
 
 
 def leads_inside(path: Path) -> bool:
-    """Whether a link leads to a file of the same folder, or, in the cache of the hub, to one of its blobs."""
-    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))  # which take a circle of links
+    """Return whether a link leads to a file of the same folder or, in the hub's cache, to one of its blobs."""
+    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))  # these tolerate circular links
     cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     return target.parent == folder or cached
 

@@ -1,1 +1,1 @@
-"""Text from models: folders with a tokenizer, prompts, answers as they are made, conversations."""
+"""Text from models: folders with a tokenizer, prompts, answers as they are generated, conversations."""

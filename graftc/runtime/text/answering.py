@@ -1,4 +1,4 @@
-"""Answers: from a prompt to text, piece by piece, with what it took."""
+"""Answers: from a prompt to text, piece by piece, with the tokens and the time that it took."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from graftc.specs.errors.diagnostics import GraftError
 __all__ = ["Answer", "Message", "Settings", "answer", "prepare", "prompt_ids"]
 
 Message = Mapping[str, str]
-"""What somebody says in a chat: ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
+"""A message of a chat: its ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
 
 Finish = Literal["stop", "length", "interrupted"]
-"""Why an answer ends: the model ended it, it is as long as it may be, or somebody stopped it."""
+"""Why an answer ends: the model ended it, it has the maximum length, or it was stopped."""
 
 _WARM = 4
-"""Tokens that graphs are made ready with."""
+"""The most prompt tokens with which graphs are prepared."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate. What is None is as the model's ``generation_config`` says.
+    """Settings of generation; None means the value of the model's ``generation_config``.
 
     Attributes:
-        max_new_tokens: tokens of an answer at most.
-        sample: draw tokens, or always take the most likely one.
-        temperature: what logits are divided by before tokens are drawn.
-        top_k: draw from so many tokens only.
-        top_p: draw from the fewest tokens that have this probability together.
-        num_beams: beams of a beam search.
-        seed: of what is drawn, for each answer.
-        use_cache: keep keys and values of tokens, or compute the whole text at every step.
+        max_new_tokens: the most tokens of an answer.
+        sample: whether to draw tokens; otherwise the most likely one is taken.
+        temperature: the number by which logits are divided before tokens are drawn.
+        top_k: the number of the most likely tokens to draw from.
+        top_p: the probability that the fewest tokens to draw from have together.
+        num_beams: the number of beams of a beam search.
+        seed: the seed of what is drawn, for each answer.
+        use_cache: whether to keep keys and values of tokens; otherwise the whole text is computed at every step.
     """
 
     max_new_tokens: int = 256
@@ -55,26 +55,26 @@ class Settings:
     use_cache: bool = True
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``generate``."""
-        found = {
+        """Return the arguments of ``generate``."""
+        arguments = {
             **{"do_sample": self.sample, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
             **{"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens},
         }
-        return {**{name: value for name, value in found.items() if value is not None}, "use_cache": self.use_cache}
+        return {**{name: value for name, value in arguments.items() if value is not None}, "use_cache": self.use_cache}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """The answer of a model.
 
     Attributes:
-        text: without special tokens.
-        ids: the new tokens, those that end a text included.
-        prompt_tokens: tokens of the prompt.
-        cached: how many of these a cache had from before.
-        finish: why it ends.
-        first: seconds until the first token was there; None where all came at once.
-        seconds: of the whole answer.
+        text: the text, without special tokens.
+        ids: the new tokens, including those that end a text.
+        prompt_tokens: the number of tokens of the prompt.
+        cached: how many of these were in a cache already.
+        finish: why the answer ends.
+        first: seconds until the first token was available; None if all tokens came at once.
+        seconds: seconds of the whole answer.
     """
 
     text: str
@@ -87,14 +87,14 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens behind the first one, which waits for the prompt; None for a single token."""
+        """The rate of the tokens after the first one, which waits for the prompt; None for a single token."""
         if self.first is None:
             return len(self.ids) / self.seconds if self.ids and self.seconds > 0 else None
         took = self.seconds - self.first
         return (len(self.ids) - 1) / took if len(self.ids) > 1 and took > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the answer as plain data."""
         return {
             **{"text": self.text, "ids": list(self.ids), "prompt_tokens": self.prompt_tokens, "cached": self.cached},
             **{"new_tokens": len(self.ids), "finish": self.finish, "first_token_seconds": self.first},
@@ -103,11 +103,12 @@ class Answer:
 
 
 def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:
-    """The tokens of a prompt, int64 ``[1, length]``: of a text that the model goes on with, or of a chat, whose next
-    message is the assistant's.
+    """Return the tokens of a prompt, int64 ``[1, length]``.
+
+    The prompt is a text that the model continues, or a chat whose next message is the assistant's.
 
     Raises:
-        GraftError: GC147 where there is no chat template, or it does not take such messages; GC090 for an empty text;
+        GraftError: GC147 if there is no chat template, or it does not take such messages; GC090 for an empty text;
             GC146 for tokens that the model does not have.
     """
     tokenizer = model.tokenizer
@@ -147,7 +148,10 @@ def _table(model: TextModel) -> int | None:
 
 
 def prepare(model: TextModel, settings: Settings) -> None:
-    """Capture the graphs of a compiled model, so that answers begin at once and their times are those of the model."""
+    """Capture the graphs of a compiled model in advance.
+
+    Answers then begin at once, and their times are those of the model.
+    """
     if model.compiled is None:
         return
     ids = prompt_ids(model, [{"role": "user", "content": "a"}] if _chats(model) else "a")[:, :_WARM]
@@ -172,16 +176,17 @@ def answer(
     """Generate what follows a prompt.
 
     Args:
-        model: what generates.
-        ids: of the prompt, ``[1, length]``.
-        settings: how.
-        say: given the text piece by piece as it is made; at once with beams.
-        stopped: asked after every token whether to stop.
-        past: a cache that has the first ``cached`` tokens of the prompt; it is filled with the others and the answer.
-        cached: how many these are.
+        model: the model that generates.
+        ids: the tokens of the prompt, ``[1, length]``.
+        settings: how to generate.
+        say: a callback that gets the text piece by piece as it is generated; all at once with beams.
+        stopped: a function that returns whether to stop, called after every token.
+        past: a cache that contains the first ``cached`` tokens of the prompt; the others and the answer are added to
+            it.
+        cached: the number of these tokens.
 
     Raises:
-        GraftError: GC031 for a prompt that fills all positions of the model; as the model's ``generate``.
+        GraftError: GC031 for a prompt that fills all positions of the model; and as the model's ``generate``.
     """
     length = int(ids.shape[1])
     room = None if model.positions is None else model.positions - length
@@ -215,7 +220,7 @@ def answer(
             input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[ask], **options
         )
     seconds = time.perf_counter() - begun
-    if not isinstance(generated, Tensor):  # the settings ask for more than tokens
+    if not isinstance(generated, Tensor):  # the settings request more than tokens
         generated = generated.sequences
     new = generated[0, 1 if model.has_encoder else length :].tolist()
     text = model.tokenizer.decode(new, skip_special_tokens=True)
@@ -228,9 +233,12 @@ def answer(
 
 
 def _ends(model: TextModel) -> dict[str, Any]:
-    """Tokens that end a text: those of the model, and that of its tokenizer, which may end the turns of a chat."""
-    own = model.source.generation_config.eos_token_id
-    listed = [own] if isinstance(own, int) else list(own or [])
+    """Return the end and padding tokens for ``generate``.
+
+    The tokenizer's end token, which may end the turns of a chat, is one of the end tokens besides the model's.
+    """
+    eos = model.source.generation_config.eos_token_id
+    listed = [eos] if isinstance(eos, int) else list(eos or [])
     end = model.tokenizer.eos_token_id
     ends = list(dict.fromkeys([*listed, *([end] if end is not None else [])]))
     pad = model.source.generation_config.pad_token_id
@@ -244,7 +252,7 @@ def _streamer_class() -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Gives text away as it is made, and knows when the first token was there."""
+        """A streamer that passes text on as it is generated, and records when the first token arrives."""
 
         def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Conversations: messages, and the cache of what was computed of them."""
+"""Conversations: messages, and the cache of what was computed for them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Conversation:
     """A chat with a model that has a chat template.
 
     Args:
-        model: who answers.
-        settings: how.
-        system: what the system says first; nothing by default.
+        model: the model that answers.
+        settings: how to generate.
+        system: the first message, of the system; none by default.
 
     Raises:
-        GraftError: GC147 where there is no chat template, or it takes no message of the system.
+        GraftError: GC147 if there is no chat template, or it takes no message of the system.
     """
 
     def __init__(self, model: TextModel, settings: Settings, system: str | None = None) -> None:
@@ -35,31 +35,33 @@ class Conversation:
     def say(
         self, text: str, hear: Callable[[str], None] = lambda _: None, stopped: Callable[[], bool] = lambda: False
     ) -> Answer:
-        """Say something, and give the model's answer, which is part of the conversation then, stopped ones too.
+        """Add a message of the user and the model's answer to the conversation, and return the answer.
+
+        Answers that were stopped are added as well.
 
         Args:
-            text: what the user says.
-            hear: given the answer piece by piece.
-            stopped: asked after every token whether to stop.
+            text: the message of the user.
+            hear: a callback that gets the answer piece by piece.
+            stopped: a function that returns whether to stop, called after every token.
 
         Raises:
-            GraftError: as `graftc.runtime.text.answering.answer`; the conversation is as before then.
+            GraftError: as `graftc.runtime.text.answering.answer`; the conversation is then unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = prompt_ids(self._model, messages)
         past, cached = (None, 0) if self._kept is None else self._kept.before(ids)
         try:
-            found = answer(self._model, ids, self._settings, say=hear, stopped=stopped, past=past, cached=cached)
+            reply = answer(self._model, ids, self._settings, say=hear, stopped=stopped, past=past, cached=cached)
         except BaseException:
             self._forget()
             raise
         if self._kept is not None:
-            self._kept.after([*ids[0].tolist(), *found.ids])
-        self.messages = [*messages, {"role": "assistant", "content": found.text}]
-        return found
+            self._kept.after([*ids[0].tolist(), *reply.ids])
+        self.messages = [*messages, {"role": "assistant", "content": reply.text}]
+        return reply
 
     def reset(self) -> None:
-        """Forget everything but what the system said."""
+        """Remove everything except the message of the system."""
         self.messages = [*self._begin]
         self._forget()
 
@@ -69,7 +71,7 @@ class Conversation:
 
 
 class _Kept:
-    """A cache of keys and values, kept as long as texts begin with the tokens that it holds."""
+    """A cache of keys and values, kept as long as texts begin with the tokens in it."""
 
     def __init__(self, model: TextModel) -> None:
         self._model = model
@@ -77,12 +79,14 @@ class _Kept:
         self._cache: Any = None
 
     def before(self, ids: Tensor) -> tuple[Any, int]:
-        """A cache for a prompt, and how many of its first tokens that holds; the cache is None where the model keeps
-        none that tokens could be taken away from."""
+        """Return a cache for a prompt, and how many of the prompt's first tokens it contains.
+
+        The cache is None if the model has none from which tokens can be removed.
+        """
         wanted = ids[0].tolist()
         same = next((i for i, (a, b) in enumerate(zip(self._ids, wanted, strict=False)) if a != b), None)
         common = min(len(self._ids), len(wanted)) if same is None else same
-        common = min(common, len(wanted) - 1)  # something has to be computed
+        common = min(common, len(wanted) - 1)  # at least one token has to be computed
         if self._cache is None or common < 1:
             self._cache, self._ids = _fresh(self._model), []
             return self._cache, 0
@@ -91,20 +95,22 @@ class _Kept:
         return self._cache, common
 
     def after(self, ids: list[int]) -> None:
-        """Note what the cache holds: all tokens of a text but the last one. A cache of another length has more than
-        the text in it, and is dropped."""
+        """Record that the cache contains all tokens of a text except the last one.
+
+        A cache of another length contains more than the text, and is dropped.
+        """
         if self._cache is not None and self._cache.get_seq_length() == len(ids) - 1:
             self._ids = ids[:-1]
         else:
             self.forget()
 
     def forget(self) -> None:
-        """Drop it."""
+        """Drop the cache."""
         self._cache, self._ids = None, []
 
 
 def _fresh(model: TextModel) -> Any:
-    """An empty cache all of whose layers keep all tokens; None where the model's own is of another kind."""
+    """Return an empty cache all of whose layers keep all tokens; None if the model's own is of another kind."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     if model.has_encoder or model.cache_name is None:

@@ -1,4 +1,4 @@
-"""Opening what generates text: an artifact, a folder of transformers, or an adapter of PEFT's, with its tokenizer."""
+"""Loading of what generates text: an artifact, a folder of transformers, or a PEFT adapter, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 __all__ = ["Kind", "TextModel", "moved", "open_text_model", "tokenizer_of"]
 
 Kind = Literal["artifact", "model", "onnx", "peft"]
-"""What a folder holds: an artifact, a whole model, graphs for ONNX Runtime, or an adapter of PEFT's."""
+"""The contents of a folder: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
 
 _TOKENIZER = ("tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
 
@@ -42,10 +42,10 @@ class TextModel:
     """A model that generates, with its tokenizer.
 
     Attributes:
-        kind: what the folder holds.
-        model: what is called: a compiled model, or one of transformers.
+        kind: the contents of the folder.
+        model: the model to call: a compiled model, or one of transformers.
         source: the model of transformers that it is, or is made from.
-        tokenizer: of transformers.
+        tokenizer: the tokenizer, of transformers.
         compiled: the compiled model; None for a whole model.
     """
 
@@ -57,43 +57,43 @@ class TextModel:
 
     @property
     def generate(self) -> Callable[..., Any]:
-        """As transformers' ``generate``."""
-        found: Callable[..., Any] = self.model.generate
-        return found
+        """The model's ``generate``, as in transformers."""
+        method: Callable[..., Any] = self.model.generate
+        return method
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        found: torch.device = self.model.device
-        return found
+        """The device of the model."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def text_config(self) -> Any:
-        """The config of the part that makes text."""
+        """The config of the part that generates text."""
         return self.source.config.get_text_config()
 
     @property
     def has_encoder(self) -> bool:
-        """Whether it is an encoder and a decoder."""
+        """Whether the model consists of an encoder and a decoder."""
         return bool(getattr(self.source.config, "is_encoder_decoder", False))
 
     @property
     def positions(self) -> int | None:
-        """How many tokens a text may have; None where the model sets no limit."""
-        found = None if self.has_encoder else getattr(self.text_config, "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        """The most tokens that a text may have; None if the model sets no limit."""
+        limit = None if self.has_encoder else getattr(self.text_config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
     def cache_name(self) -> str | None:
-        """The name by which a call is given a cache; None where it takes none."""
+        """The name of the argument that takes a cache; None if the model takes none."""
         forward = getattr(type(self.source), "forward", None)
         return None if forward is None else cache_name(inspect.signature(forward).parameters)
 
     def choose(self, adapter: str) -> None:
-        """Let calls use one adaptation of a bank.
+        """Make calls use one adaptation of a bank.
 
         Raises:
-            GraftError: GC091 where the model has no bank; GC038 for a name that none has.
+            GraftError: GC091 if the model has no bank; GC038 for a name that no bank contains.
         """
         banks = [c for c in self.compiled.spec.compose if isinstance(c, Bank)] if self.compiled is not None else []
         if not banks or self.compiled is None:
@@ -103,10 +103,10 @@ class TextModel:
             self.compiled.activate(adapter, bank.name)
 
     def base_only(self) -> AbstractContextManager[None]:
-        """Inside, the model computes what its base computes.
+        """Return a context manager under which the model computes what its base computes.
 
         Raises:
-            GraftError: GC090 where it has no adaptations.
+            GraftError: GC090 if it has no adaptations.
         """
         if self.compiled is None:
             raise GraftError("GC090", "a whole model has no base beside it", hint="leave out --base")
@@ -120,25 +120,26 @@ def open_text_model(
     *,
     device: str | None = None,
 ) -> TextModel:
-    """The model of a folder, in eval mode, with its tokenizer.
+    """Load the model of a folder, in eval mode, with its tokenizer.
 
     Args:
-        folder: an artifact, a model of transformers, graphs for ONNX Runtime, or an adapter of PEFT's.
-        model: the base of an artifact or adapter, as the command line takes it; by default what an artifact says.
+        folder: an artifact, a model of transformers, graphs for ONNX Runtime, or a PEFT adapter.
+        model: the base of an artifact or adapter, as the command line takes it; by default the one that an artifact
+            names.
         tokenizer: a folder or hub id that has one; by default that of the folder or of the base.
-        device: where the model goes; it stays where it is loaded by default.
+        device: the device to move the model to; by default it stays where it is loaded.
 
     Raises:
-        GraftError: GC032 for a folder that holds no model, GC089 where it lacks tensors of the model, GC142 for a model
-            that does not generate, GC146 where there is no tokenizer; and as `graftc.load`.
+        GraftError: GC032 for a folder that contains no model, GC089 if it lacks tensors of the model, GC142 for a model
+            that does not generate, GC146 if there is no tokenizer; and as `graftc.load`.
     """
-    kind, made, compiled = _loaded(folder, model)
-    source = made if compiled is None else compiled.compilation.source
+    kind, text_model, compiled = _loaded(folder, model)
+    source = text_model if compiled is None else compiled.compilation.source
     _require_generating(source, compiled)
-    found = tokenizer_of(tokenizer, [folder, local_folder(source)])
+    text_tokenizer = tokenizer_of(tokenizer, [folder, local_folder(source)])
     if device is not None:
-        made = moved(made, device)
-    return TextModel(kind, made.eval(), source, found, compiled)
+        text_model = moved(text_model, device)
+    return TextModel(kind, text_model.eval(), source, text_tokenizer, compiled)
 
 
 def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None]:
@@ -180,10 +181,10 @@ def _require_generating(source: Any, compiled: Compiled | None) -> None:
 
 
 def moved(model: Any, device: str) -> Any:
-    """A model on a device.
+    """Move a model to a device and return it.
 
     Raises:
-        GraftError: GC090 where there is none of this name.
+        GraftError: GC090 if there is no device of this name.
     """
     try:
         where = torch.device(device)
@@ -195,10 +196,10 @@ def moved(model: Any, device: str) -> Any:
 
 
 def tokenizer_of(named: str | None, places: Sequence[Path | None]) -> Any:
-    """A tokenizer: of what a user names, else of the first folder that has one.
+    """Load the tokenizer that a user names, or else that of the first folder that has one.
 
     Raises:
-        GraftError: GC146 where there is none, or it cannot be read.
+        GraftError: GC146 if there is none, or it cannot be read.
     """
     if named is not None:
         return _read(named)
@@ -218,7 +219,7 @@ def _read(place: str) -> Any:
 
     if (folder := Path(place).expanduser()).is_dir():
         place = str(folder)
-        if not _has_tokenizer(folder):  # transformers would make an empty one
+        if not _has_tokenizer(folder):  # transformers would create an empty one
             raise GraftError("GC146", f"there is no tokenizer in {place!r}", hint="give a folder with a tokenizer.json")
         require_regular_files(folder, "GC146")
     hint = "name a folder or hub id: --tokenizer NAME"
@@ -228,7 +229,7 @@ def _read(place: str) -> Any:
 
 @contextmanager
 def adapted(model: TextModel, *, adapter: str | None, base: bool) -> Iterator[None]:
-    """Inside, calls run the adaptation of a bank that is named, or the base alone.
+    """Run the block with the named adaptation of a bank, or with the base alone.
 
     Raises:
         GraftError: as `TextModel.choose` and `TextModel.base_only`.

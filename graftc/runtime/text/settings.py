@@ -1,4 +1,4 @@
-"""Settings of generation that come with a model: what they may ask for, and who is to blame if they do not work."""
+"""Generation settings that come with a model: checks of their values, and of errors that they cause."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from graftc.specs.errors.text import quoted
 __all__ = ["generation_errors", "require_settings"]
 
 _BEAMS = 1_000
-"""Beams and texts at most: each takes as much memory as a text does."""
+"""The most beams, and the most returned texts: each takes as much memory as a text."""
 _STOPS, _STOP = 100, 1_000
-"""Texts that end an answer, and characters of one, at most."""
+"""The most texts that end an answer, and the most characters of one."""
 _HINT = "mend generation_config.json in the model's folder"
 _OWN = Path(__file__).parents[2]
 
 
 def require_settings(config: Any, beams: int | None) -> None:
-    """Refuse settings that are of another kind, or ask for more than generating is bounded to.
+    """Refuse settings of another kind, or beyond the limits of generation.
 
     Args:
         config: the model's ``generation_config``.
-        beams: how many the user asks for; None for as many as the model says.
+        beams: the number of beams that the user requests; None for that of the model.
 
     Raises:
-        GraftError: GC148.
+        GraftError: GC148 for such settings.
     """
     for name in ("num_beams", "num_return_sequences"):
         value = beams if name == "num_beams" and beams is not None else getattr(config, name, None)
@@ -62,29 +62,30 @@ def _refused(name: str, value: object, wanted: str) -> GraftError:
 
 @contextlib.contextmanager
 def generation_errors() -> Iterator[None]:
-    """Around ``generate``: what other libraries raise there, for a temperature of 0 for instance, is GC148. What
-    graftc's own code raises passes.
+    """Run the block, which calls ``generate``, and raise the errors of other libraries in it as GC148.
+
+    A temperature of 0 causes one, for instance. Errors that graftc's own code raises pass unchanged.
 
     Raises:
-        GraftError: GC148.
+        GraftError: GC148 for an error of another library.
     """
-    own: list[BaseException] = []
+    graftc_errors: list[BaseException] = []
     try:
         with library_errors("GC148", "the model cannot generate with its settings", hint=_HINT):
             try:
                 yield
             except Exception as error:
                 if _raised_here(error.__traceback__):
-                    own.append(error)
+                    graftc_errors.append(error)
                 raise
     except GraftError:
-        if own:
-            raise own[0] from own[0].__cause__
+        if graftc_errors:
+            raise graftc_errors[0] from graftc_errors[0].__cause__
         raise
 
 
 def _raised_here(trace: TracebackType | None) -> bool:
-    """Whether the innermost frame is graftc's."""
+    """Return whether the innermost frame belongs to graftc."""
     last = None
     while trace is not None:
         last, trace = trace, trace.tb_next

@@ -1,7 +1,8 @@
-"""A process of its own that tries chat templates, which are programs of others, in bounded time and memory.
+"""A separate process that tries chat templates, which are third-party programs, in bounded time and memory.
 
-It is run as a script, by `graftc.runtime.text.templates`, and imports nothing of graftc. A line of JSON comes in: the
-template, what it is given, and how much text, time and memory it may take. A line goes out: null, or why not.
+It is run as a script, by `graftc.runtime.text.templates`, and imports nothing of graftc. It reads a line of JSON: the
+template, what it is given, and how much text, time and memory it may take. It writes a line: null, or why the template
+fails.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if sys.platform != "win32":
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, which marks what an assistant says, and renders as what is in it."""
+    """The block ``{% generation %}``, which marks what an assistant says, and renders as its contents."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
@@ -40,20 +41,20 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What transformers renders chat templates in."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    """Return an environment like the one in which transformers renders chat templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = _to_json
-    made.globals["raise_exception"] = _raise
-    made.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    return made
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    return environment
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """So much more than now."""
+    """Limit processor time and memory to this much more than is in use now."""
     if sys.platform == "win32":
-        return  # who waits for the answer has a limit of his own
+        return  # the process that waits for the answer has its own time limit
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))

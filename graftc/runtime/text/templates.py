@@ -1,4 +1,4 @@
-"""Chat templates, which are programs of whoever made the tokenizer: tried in a process of their own before they run."""
+"""Chat templates, which are third-party programs: tried in a separate process before they run."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ __all__ = ["require_bounded"]
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _SECONDS, _WAIT = 2, 20.0
-"""Processor seconds that rendering may take, and how long an answer is waited for, while the process starts too."""
+"""Processor seconds that rendering may take, and seconds to wait for an answer, including the start of the process."""
 _ENDING = 0.2
 _MEMORY = 2**28
 _CHARACTERS = 2**20
-"""That a template may make of nothing; it may repeat the messages a few times beside."""
+"""Characters that a template may add of its own; it may also repeat the messages `_REPEATED` times."""
 _REPEATED = 8
 
 
 def require_bounded(template: str, messages: Sequence[Mapping[str, str]], given: Mapping[str, Any]) -> None:
-    """Refuse a chat template that fails, or takes much time, memory or text, on these messages.
+    """Refuse a chat template that fails, or takes too much time, memory or text, on these messages.
 
     Args:
-        template: as the tokenizer has it.
-        messages: what it is to render.
-        given: whatever else it is given; what is not plain data is given as text.
+        template: the template, as in the tokenizer.
+        messages: the messages to render.
+        given: all other variables of the template; what is not plain data is passed as text.
 
     Raises:
-        GraftError: GC147.
+        GraftError: GC147 for such a template.
     """
     listed = [dict(message) for message in messages]
     size = len(json.dumps(listed))
@@ -55,7 +55,7 @@ def require_bounded(template: str, messages: Sequence[Mapping[str, str]], given:
 
 
 class _Worker:
-    """The process, which starts when something is asked and again after it died."""
+    """The process, which starts on the first request, and again after it has died."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class _Worker:
         self._owner = os.getpid()
 
     def ask(self, line: str) -> str | None:
-        """Why a template cannot be used; None if it can."""
+        """Return why a template cannot be used; None if it can."""
         with self._lock:
             process, answer = self._running(), ""
             assert process.stdin is not None and process.stdout is not None
@@ -76,11 +76,11 @@ class _Worker:
             if not answer.endswith("\n"):
                 failed = self.stop()
                 return "jinja2 cannot be imported" if failed else f"it takes more than {_SECONDS} seconds"
-        found: str | None = json.loads(answer)
-        return found
+        reason: str | None = json.loads(answer)
+        return reason
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._owner != os.getpid():  # in a fork: the process is another's
+        if self._owner != os.getpid():  # after a fork, the process belongs to the parent
             self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self.stop()
@@ -91,18 +91,18 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # an interrupt is for who waits
+                start_new_session=True,  # an interrupt is only for the waiting process
             )
         return self._process
 
     def stop(self) -> bool:
-        """End the process, if there is one; whether it had failed by itself, without a limit."""
+        """End the process, if there is one, and return whether it had failed by itself, without a limit."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return False
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(OSError):
-            process.stdin.close()  # at which it ends, unless it is at work
+            process.stdin.close()  # the process ends at this, unless it is busy
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_ENDING)
         process.kill()

@@ -1,3 +1,4 @@
-"""What training does beside the graph: controllers, objectives, callbacks and choices by examples.
+"""Training beside the graph: controllers, objectives, callbacks and selection by examples.
 
-Values of the Store change here; graphs do not."""
+Training changes values in the Store; it never changes graphs.
+"""

@@ -1,4 +1,4 @@
-"""Reading training logs as curves: those of `TrainingLog` and the Trainer's ``trainer_state.json``. No torch."""
+"""Training logs read as curves: files of `TrainingLog` and the Trainer's ``trainer_state.json``. Needs no torch."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ class Curve(TypedDict):
 
 @public("graftc.read_log")
 def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list[Curve]:
-    """The curves of a training log, in the order in which their names first come.
+    """Return the curves of a training log, in the order in which their names first appear.
 
-    Where a training was resumed from an earlier step, what the log has of that step and later ones is replaced. Long
-    logs are thinned: evenly by lines, the last one included. Lines that cannot be understood are left out with a
-    warning (GC124); a last line that was not written to its end is left out without one.
+    If a training was resumed from an earlier step, the log's entries for that step and later ones are replaced. Long
+    logs are thinned evenly by lines; the last line is always kept. Lines that cannot be understood are left out with a
+    warning (GC124); a last line that was not written completely is left out without one.
 
     Args:
         path: a file of `TrainingLog`, or ``trainer_state.json`` of the transformers Trainer.
-        points: how many points a curve has at most, from 2.
+        points: the largest number of points of a curve, at least 2.
 
     Raises:
-        GraftError: GC123 where there is no such file, or nothing in it is a line of a log; GC073 for arguments of
-            another kind.
+        GraftError: GC123 if there is no such file, or it contains no line of a log; GC073 for arguments of another
+            type.
     """
     given: Any = points
     if isinstance(given, bool) or not isinstance(given, int) or given < 2:
@@ -83,7 +83,7 @@ def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the last line of a log that can be read, from its last 16 MiB; None where there is none."""
+    """Return the step of the last readable line in the last 16 MiB of a log; None if there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -115,7 +115,7 @@ def _step_of(entry: Any) -> int | None:
 
 
 def _state_entries(path: Path) -> list[Any] | None:
-    """The entries of a Trainer's state; None for a file of lines."""
+    """Return the entries of a Trainer's state; None for a file of lines."""
     with path.open("rb") as file:
         if _step_of(_parsed(file.readline(LINE_BYTES))) is not None:
             return None
@@ -123,21 +123,21 @@ def _state_entries(path: Path) -> list[Any] | None:
         if size > STATE_BYTES:
             return None
         file.seek(0)
-        try:  # transformers writes NaN and Infinity as Python does, and they are gaps
+        try:  # transformers writes NaN and Infinity like Python; curves have gaps there
             data = json.loads(file.read(size), parse_constant=lambda _: None, parse_int=_whole)
         except (ValueError, RecursionError):
             return None
-    found = data.get("log_history") if isinstance(data, dict) else None
-    return found if isinstance(found, list) else None
+    history = data.get("log_history") if isinstance(data, dict) else None
+    return history if isinstance(history, list) else None
 
 
 def _whole(text: str) -> int | None:
-    """A whole number that a log may have; None for others, which nobody counts to."""
+    """Return an integer that a log may contain; None for 20 characters or more, which no count of steps reaches."""
     return int(text) if len(text) < 20 else None
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Lines, and whether each is complete; those that are too long are empty."""
+    """Yield lines, each with whether it is complete; lines that are too long come out empty."""
     with path.open("rb") as file:
         while line := file.readline(LINE_BYTES):
             if line.endswith(b"\n"):
@@ -158,7 +158,7 @@ def _read_lines(path: Path, read: _Reader) -> None:
 
 
 class _Reader:
-    """Collects points of entries in the order of the log."""
+    """Collects the points of a log's entries, in the order of the log."""
 
     def __init__(self, points: int) -> None:
         self._points = points
@@ -170,24 +170,24 @@ class _Reader:
         self.ignored_count = 0
 
     def take(self, number: int, entry: Any) -> None:
-        """Add an entry of the log, which is that of this number."""
+        """Add the entry with this number."""
         step = _step_of(entry)
-        found = None if step is None else _numbers(entry)
-        if step is None or found is None or not self._follows(step):
+        numbers = None if step is None else _numbers(entry)
+        if step is None or numbers is None or not self._follows(step):
             self._ignore(number)
             return
         self.entries += 1
-        for (group, name, held), value in found.items():
+        for (group, name, holds), value in numbers.items():
             series = self._series.get((group, name))
             if series is None:
                 if len(self._series) >= MOST_CURVES:
                     self._ignore(number)
                     break
-                series = self._series[group, name] = _Series(self._points, held)
+                series = self._series[group, name] = _Series(self._points, holds)
             series.add(step, value, self._before)
 
     def _follows(self, step: int) -> bool:
-        """Whether an entry can be of this step; what it replaces is gone."""
+        """Return whether an entry can belong to this step, and remove the points that it replaces."""
         if step > self._step:
             self._before = self._step
         elif step < self._step:
@@ -206,31 +206,31 @@ class _Reader:
             self.ignored.append(number)
 
     def curves(self) -> list[Curve]:
-        """The curves; figures go on to the last step, since lines have changes only."""
+        """Return the curves; figures are extended to the last step, since lines contain only changes."""
         return [series.curve(name, group, self._step) for (group, name), series in self._series.items() if series.last]
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[tuple[str, str, bool], float] | None:
-    """Numbers by group, name, and whether they hold until they change; None for an entry that is not of a log."""
-    found: dict[tuple[str, str, bool], float] = {}
+    """Return numbers by group, name and whether they hold until they change; None if the entry is not one of a log."""
+    numbers: dict[tuple[str, str, bool], float] = {}
     for key, value in entry.items():
         if key in _NO_CURVES:
             continue
         if _is_number(value):
-            found["evaluation" if key.startswith("eval_") else "training", key, False] = float(value)
+            numbers["evaluation" if key.startswith("eval_") else "training", key, False] = float(value)
     figures = entry.get("figures", {})
     if not isinstance(figures, dict):
         return None
     for adaptation, sites in figures.items():
         if not isinstance(sites, dict):
             return None
-        for site, own in sites.items():
-            if not isinstance(own, dict):
+        for site, values in sites.items():
+            if not isinstance(values, dict):
                 return None
-            for figure, value in own.items():
+            for figure, value in values.items():
                 if _is_number(value):
-                    found[f"{adaptation}: {figure}", site, True] = float(value)
-    return found
+                    numbers[f"{adaptation}: {figure}", site, True] = float(value)
+    return numbers
 
 
 def _is_number(value: Any) -> bool:
@@ -238,22 +238,22 @@ def _is_number(value: Any) -> bool:
 
 
 class _Series:
-    """The points of a curve, thinned as they come: while there are too many, every second one goes.
+    """The points of a curve, thinned as they arrive: whenever there are too many, every second one is dropped.
 
     Args:
-        most: how many points there may be.
-        held: whether a value holds until another one comes.
+        most: the largest number of points.
+        held: whether a value holds until the next one.
     """
 
     def __init__(self, most: int, held: bool) -> None:
-        self._most, self._held = most - 1, held  # the last point stands beside those that are kept
+        self._most, self._held = most - 1, held  # the last point is stored separately
         self._kept: list[tuple[int, float]] = []
         self._stride = 1
         self._seen = 0
         self.last: tuple[int, float] | None = None
 
     def add(self, step: int, value: float, before: int) -> None:
-        """Add a point; ``before`` is the step of the entry before."""
+        """Add a point; ``before`` is the step of the previous entry."""
         if self._held and self.last is not None and self.last[0] < before and self.last[1] != value:
             self._put(before, self.last[1])
         self._put(step, value)
@@ -271,7 +271,7 @@ class _Series:
         self._seen += 1
 
     def cut(self, step: int) -> None:
-        """Forget points from this step on."""
+        """Remove the points from this step on."""
         while self._kept and self._kept[-1][0] >= step:
             self._kept.pop()
         if self.last is not None and self.last[0] >= step:
@@ -279,7 +279,7 @@ class _Series:
             self._seen = len(self._kept) * self._stride
 
     def curve(self, name: str, group: str, end: int) -> Curve:
-        """The points as a curve."""
+        """Return the points as a curve."""
         assert self.last is not None
         last = (end, self.last[1]) if self._held else self.last
         every = [*self._kept, last] if not self._kept or self._kept[-1][0] < last[0] else self._kept

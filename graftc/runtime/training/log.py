@@ -1,4 +1,4 @@
-"""Training logs: what a training gives and does to each site, as lines of JSON in a file."""
+"""Training logs: the loss of a training and its figures at each site, as lines of JSON in a file."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ _OWN = ("step", "time", "figures")
 
 
 class TrainingLog:
-    """Records a training: the loss, whatever else a loop gives it, and what the training does at each site.
+    """Records a training: the loss, other values that the loop passes, and what the training does at each site.
 
-    Every ``every``-th optimiser step, and the first one, appends a line of JSON: ``{"step": 10, "time": 1766000000.0,
-    "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures`` has the numbers of
-    `Compiled.site_figures`, and of the forward pass the mean values of gates (UniPELT, ``compose: gate``) and the
-    numbers of experts that were drawn (AdaMix), which code of `torch.compile` does not show. A line has those that have
-    changed since the line before. Nothing is computed at other steps.
+    The first optimiser step and every ``every``-th one append a line of JSON: ``{"step": 10, "time": 1766000000.0,
+    "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures`` contains the numbers of
+    `Compiled.site_figures`, and from the forward pass the mean values of gates (UniPELT, ``compose: gate``) and the
+    numbers of experts that were drawn (AdaMix); code of `torch.compile` does not show the latter two. A line contains
+    the figures that have changed since the previous line. Nothing is computed at other steps.
 
-    An existing file is continued. `read_log` reads it back. Under several processes each one has to make a log; the
-    first one writes.
+    An existing file is continued. `read_log` reads it back. With several processes each one has to create a log; only
+    the first one writes.
 
     Args:
         compiled: the model that trains.
-        path: the file, which is made if it is missing. It cannot be inside of an artifact, which holds no other files.
-        every: how many optimiser steps there are between two lines.
+        path: the file, which is created if it is missing. It cannot be inside an artifact, which contains no other
+            files.
+        every: the number of optimiser steps between two lines.
 
     Raises:
-        GraftError: GC063 for a file inside of an artifact, GC064 where it cannot be written, GC073 for arguments of
-            another kind.
+        GraftError: GC063 for a file inside an artifact, GC064 if it cannot be written, GC073 for arguments of another
+            type.
     """
 
     def __init__(
@@ -82,19 +83,20 @@ class TrainingLog:
         self.expect(self._number + 1)
 
     def step(self, number: int | None = None, /, **values: Any) -> bool:
-        """Say that an optimiser step has been taken; call it after ``compiled.after_step()``.
+        """Record that an optimiser step has been taken; call it after ``compiled.after_step()``.
 
         Args:
-            number: of the step, from 1; by default one more than the last. After resuming from a checkpoint in the
-                middle of the log, give the checkpoint's: the steps that are taken again replace those of the log.
-            values: numbers, or tensors of one element, which are read only where a line is written: ``loss=loss``.
-                Those that are not finite are written as null.
+            number: the number of the step, counted from 1; by default one more than the last. After resuming from a
+                checkpoint in the middle of the log, pass the checkpoint's number: the repeated steps replace those of
+                the log.
+            values: numbers, or tensors of one element, which are read only when a line is written: ``loss=loss``.
+                Values that are not finite are written as null.
 
         Returns:
             Whether a line was written.
 
         Raises:
-            GraftError: GC064 where the file cannot be written, GC073 for what is not a number.
+            GraftError: GC064 if the file cannot be written, GC073 for a value that is not a number.
         """
         number = self._number + 1 if number is None else number
         if not _is_count(number) or number < 0:
@@ -108,24 +110,26 @@ class TrainingLog:
         return due
 
     def note(self, number: int, /, **values: Any) -> None:
-        """Write a line of values alone, whatever ``every`` says: those of an evaluation.
+        """Write a line with these values only, regardless of ``every``, for example those of an evaluation.
 
         Args:
-            number: the optimiser step that they are of.
-            values: as for `step`.
+            number: the optimiser step that they belong to.
+            values: the same as for `step`.
 
         Raises:
-            GraftError: as `step`.
+            GraftError: under the same conditions as `step`.
         """
         self._record(number, values, None)
 
     def callback(self) -> TrainerCallback:
-        """A callback for the transformers Trainer that does all of this, and writes what the Trainer logs as well. It
-        goes after ``compiled.callback()``."""
+        """Return a callback that keeps this log for the transformers Trainer, and adds what the Trainer itself logs.
+
+        Pass it after ``compiled.callback()``.
+        """
         return logging_callback(self)
 
     def close(self) -> None:
-        """Stop looking at forward passes."""
+        """Stop observing forward passes."""
         self._runner.progress.observer = None
 
     def __enter__(self) -> Self:
@@ -140,11 +144,11 @@ class TrainingLog:
         return self._first or number % self.every == 0
 
     def expect(self, number: int) -> None:
-        """Say that the forward passes to come are those of the step of this number, where that is not the next one."""
+        """Announce the step that the coming forward passes belong to, if it is not the next one."""
         self._runner.progress.observer = self._observer if self._due(number) else None
 
     def _changes(self) -> Figures | None:
-        """Figures that differ from those of the lines before; None in a process that does not write."""
+        """Return the figures that differ from the previous lines; None in a process that does not write."""
         self._first = False
         if not self._writes and not any(sharded_modules(self._runner.compilation.store.root)):
             return None
@@ -168,7 +172,7 @@ class TrainingLog:
         line |= {name: _plain(name, value) for name, value in values.items()}
         if figures is not None:
             line["figures"] = {
-                a: {s: {n: _rounded(v) for n, v in own.items()} for s, own in sites.items()}
+                a: {s: {n: _rounded(v) for n, v in numbers.items()} for s, numbers in sites.items()}
                 for a, sites in figures.items()
             }
         self._append(json.dumps(encodable(line), allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n")
@@ -189,7 +193,7 @@ def _is_count(value: Any) -> bool:
 def _plain(name: str, value: Any) -> float | int | None:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.detach().item()
-    if hasattr(value, "item") and not isinstance(value, Tensor):  # a scalar of numpy's
+    if hasattr(value, "item") and not isinstance(value, Tensor):  # a NumPy scalar
         value = value.item()
     if isinstance(value, bool | int):
         return int(value)
@@ -199,12 +203,12 @@ def _plain(name: str, value: Any) -> float | int | None:
 
 
 def _rounded(value: float) -> float | None:
-    """To seven digits, which are those of float32."""
+    """Round to seven digits, the precision of float32; return None for a number that is not finite."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _ends_well(path: Path) -> bool:
-    """Whether the last line is complete; a process that is killed may leave half of one."""
+    """Return whether the last line is complete; a process that is killed may leave half of one."""
     try:
         with path.open("rb") as file:
             if not file.seek(0, os.SEEK_END):
@@ -216,7 +220,7 @@ def _ends_well(path: Path) -> bool:
 
 
 def _require_outside(path: Path) -> None:
-    """Refuse a file inside of an artifact, which would not open with a file that its manifest does not list.
+    """Raise if the file is inside an artifact, which does not open with files that its manifest does not list.
 
     Raises:
         GraftError: GC063.

@@ -1,4 +1,4 @@
-"""Reading numbers of a forward pass that no tensor keeps, without another graph: see `Reading`."""
+"""Reading of numbers that exist only during a forward pass, without another graph (see `Reading`)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from graftc.compiler.figures import Figure, SiteReading, live_readings
 
 
 class Observer:
-    """Reads what forward passes make of some parameters. The last pass counts. Compiled code is not looked into."""
+    """Reads the numbers that forward passes compute from some parameters.
+
+    The last pass counts. Compiled code is not observed.
+    """
 
     def __init__(self, compilation: Compilation) -> None:
         self._compilation = compilation
         self._found: dict[tuple[str, str, str], Tensor] = {}
 
     def figures(self) -> list[Figure]:
-        """What the passes have given."""
+        """Return the figures of the observed passes."""
         return [Figure(*whose, value) for whose, value in self._found.items()]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a forward pass."""
-        # A mode is part of what compiled code is guarded by: it would be compiled anew, with nothing in it to read.
+        """Observe a forward pass while the block runs."""
+        # Compiled code is guarded by the active modes: it would be recompiled, with nothing in it to observe.
         if any(module._compiled_call_impl is not None for module in self._compilation.store.root.modules()):
             yield
             return
@@ -43,7 +46,7 @@ class Observer:
 
 
 class _Mode(TorchFunctionMode):
-    """Looks at the operators that read a parameter."""
+    """A mode that observes the operators that read a parameter."""
 
     def __init__(self, wanted: dict[int, list[SiteReading]], found: dict[tuple[str, str, str], Tensor]) -> None:
         super().__init__()
@@ -52,9 +55,9 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
         for argument in args:
-            for own in self._wanted.get(id(argument), ()):
-                if operator in own.reading.operators:
+            for item in self._wanted.get(id(argument), ()):
+                if operator in item.reading.operators:
                     with torch.no_grad():
-                        number = own.reading.number(args, result).detach()
-                    self._found[own.adaptation, own.site, own.reading.figure] = number
+                        number = item.reading.number(args, result).detach()
+                    self._found[item.adaptation, item.site, item.reading.figure] = number
         return result

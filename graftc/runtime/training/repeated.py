@@ -21,18 +21,18 @@ from graftc.runtime.model.views import Progress, Waiting
 aten = torch.ops.aten
 LABELS = "labels"
 IGNORED = -100
-"""The label that transformers' losses leave out."""
+"""The label that transformers' losses ignore."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a train Program's flat outputs are to objectives.
+    """The flat outputs of a train Program, as objectives see them.
 
     Attributes:
-        names: of all.
-        loss: which one is the loss; None where there is none.
-        shift: how many positions after the one that predicts it a label stands.
-        counted: whether the loss is the mean over the labels of the whole step, which the call is told.
+        names: the names of all outputs.
+        loss: the position of the loss; None if there is none.
+        shift: the number of positions between a label and the earlier position that predicts it.
+        counted: whether the loss is the mean over the labels of the whole step, whose number the call is given.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Outputs:
 
 
 def outputs_of(executable: Installed) -> Outputs:
-    """What the flat outputs of a train Program are to objectives."""
+    """Return the description of a train Program's flat outputs that objectives use."""
     return executable.once("outputs", _outputs)
 
 
@@ -53,18 +53,18 @@ def _outputs(program: Program) -> Outputs:
 
 
 class Repeating:
-    """Runs a Program several times in one call, where objectives compare the passes.
+    """Runs a Program several times in one call, if objectives compare the passes.
 
     Args:
-        runner: of the model.
-        missed: is called when a term has gone without its gradient.
+        runner: the Runner of the model.
+        missed: the function to call when a term has been left without its gradient.
     """
 
     def __init__(self, runner: AdaptedRunner, missed: Callable[[], None]) -> None:
         self.runner, self._missed = runner, missed
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Flat outputs of the first pass, with the terms of the others in the loss where there is one."""
+        """Return the flat outputs of the first pass; if they contain a loss, the objectives' terms are added to it."""
         runner = self.runner
         first = runner.run(key, present)
         objectives = runner.steering.outputs
@@ -75,10 +75,10 @@ class Repeating:
             return first
         count = max(objective.passes for objective in objectives.values())
         shape = outputs_of(runner.shown.executables[key])
-        found = [_named(shape.names, first)]
-        found += [_named(shape.names, runner.run(key, present)) for _ in range(count - 1)]
+        passes = [_named(shape.names, first)]
+        passes += [_named(shape.names, runner.run(key, present)) for _ in range(count - 1)]
         counted = _counted(present.get(LABELS), shape.shift)
-        terms = [objective.value(found[: objective.passes], counted) for objective in objectives.values()]
+        terms = [objective.value(passes[: objective.passes], counted) for objective in objectives.values()]
         term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         term = term * share(present, shape.shift) if shape.counted else term
         loss = first[shape.loss] if shape.loss is not None else None
@@ -90,7 +90,7 @@ class Repeating:
         return first
 
     def _wait(self, term: Tensor, outputs: tuple[Any, ...]) -> None:
-        """Keep a term for the next `extra_loss`, until the passes that it belongs to have had their backward pass."""
+        """Keep a term for the next `extra_loss`, until the backward pass of the passes that it belongs to."""
         progress, missed = self.runner.progress, self._missed
         progress.waiting.append(term)
         if is_traced():
@@ -101,13 +101,13 @@ class Repeating:
                 progress.waiting[:] = [waiting for waiting in progress.waiting if waiting is not term]
                 missed()
 
-        own = next((t for t in outputs if isinstance(t, Tensor) and t.requires_grad), None)
-        if own is not None:
-            own.register_hook(gone)  # type: ignore[no-untyped-call]
+        output = next((t for t in outputs if isinstance(t, Tensor) and t.requires_grad), None)
+        if output is not None:
+            output.register_hook(gone)  # type: ignore[no-untyped-call]
 
 
 def waited(progress: Progress) -> list[Tensor]:
-    """The mean of the terms since the last time, which are forgotten; nothing where there are none."""
+    """Return the mean of the terms since the last call, and forget them; an empty list if there are none."""
     terms, progress.waiting = list(progress.waiting), Waiting()
     return [torch.stack(terms).mean()] if terms else []
 
@@ -117,7 +117,7 @@ def _named(names: tuple[str, ...], outputs: tuple[Any, ...]) -> dict[str, Tensor
 
 
 def _counted(labels: Any, shift: int) -> Tensor | None:
-    """Which positions predict a label; None where labels are not those of positions."""
+    """Return a mask of the positions that predict a label; None if labels do not belong to positions."""
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
     counted = labels != IGNORED
@@ -129,7 +129,7 @@ def _reads(program: Program, name: str) -> bool:
 
 
 def share(present: Mapping[str, Any], shift: int) -> Tensor | float:
-    """Which part of the step's labels this call has: where several calls make a step, their losses are added up."""
+    """Return this call's share of the step's labels: if several calls make a step, their losses are added up."""
     items, labels = present.get(COUNT), present.get("shift_labels", present.get(LABELS))
     if not isinstance(items, Tensor) or not isinstance(labels, Tensor):
         return 1.0
@@ -151,12 +151,14 @@ _ALIKE = frozenset(
         aten._to_copy.default,
     }
 )
-"""Operators after which labels stand where they stood, or have others behind them."""
+"""Operators that leave labels at their positions, or append others after them."""
 
 
 def label_shift(program: Program) -> int:
-    """How many positions after the one that predicts it a label stands, as the graph's loss reads them: 1 in causal
-    language models, otherwise 0."""
+    """Return the number of positions between a label and the position that predicts it, as the graph's loss reads them.
+
+    It is 1 in causal language models, otherwise 0.
+    """
     starts = {0}
     pending = [node for node in program.placeholders() if str(node.target) == LABELS]
     while pending:

@@ -1,4 +1,4 @@
-"""What examples choose, and what one training hands to the next."""
+"""Selection of entries by examples, and the transition from one training to the next."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
-"""From a model's outputs and the example to a scalar."""
+"""A function of a model's outputs and the example that returns a scalar."""
 
 
 class Selecting:
-    """Makes the model of the next training.
+    """Makes the model for the next training.
 
     Args:
-        runner: of this one.
+        runner: the Runner of the current model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
@@ -43,19 +43,19 @@ class Selecting:
 
     @in_every_process
     def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Any:
-        """A model whose adaptations train the entries that examples choose, at their initial values; this one stays as
-        it is.
+        """Return a model whose adaptations train the entries that examples select, at their initial values.
 
-        Gradients are those of the whole model in eval mode, without dropout, one tensor at a time: what they say of
-        each entry is added up in float32, and they are let go.
+        This model stays unchanged. Gradients are those of the whole model in eval mode, without dropout, one tensor at
+        a time: the scores of each entry are summed in float32, and the gradients are freed.
 
         Args:
-            examples: inputs by name, with labels; batches of any size. Where a selection is about single examples, a
-                batch is taken apart along its first axis.
-            loss: from the outputs and the example to a scalar; the loss that the model gives by default.
+            examples: inputs by name, with labels; batches of any size. If a selection needs single examples, a batch is
+                split along its first axis.
+            loss: a function of the outputs and the example that returns a scalar; by default the loss that the model
+                returns.
 
         Raises:
-            GraftError: GC056 where no adaptation chooses by examples, there are none, or there is no loss.
+            GraftError: GC056 if no adaptation selects by examples, there are no examples, or there is no loss.
         """
         names = TrainingSteering(self.runner).unselected
         chosen = [r for r in self.runner.compilation.main.resolved if r.name in names]
@@ -67,7 +67,7 @@ class Selecting:
                 "GC056", "there is nothing to choose by on the meta device", hint="load the base's weights"
             )
         examples = list(examples) if len(chosen) > 1 else examples
-        found: dict[str, Transition[Any]] = {}
+        transitions: dict[str, Transition[Any]] = {}
         for resolved in chosen:
             method = method_for(resolved.spec.method)
             assert isinstance(method, Scored)
@@ -75,8 +75,8 @@ class Selecting:
             scoring = method.scoring(resolved.spec)
             assert scoring is not None
             scores = self._scores(method.scored(places), scoring, examples, loss)
-            found[resolved.name] = method.selected(resolved.spec, places, scores)
-        return self._after(found)
+            transitions[resolved.name] = method.selected(resolved.spec, places, scores)
+        return self._after(transitions)
 
     def _scores(
         self, names: Iterable[str], scoring: Scoring, examples: Iterable[Mapping[str, Any]], loss: Loss | None
@@ -101,7 +101,7 @@ class Selecting:
 
     @contextmanager
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
+        """Pass the gradients of base tensors to ``take`` while the block runs; a backward pass computes no others."""
         trained = [p for p in self.runner.module.parameters() if p.requires_grad]
         gradients = BaseGradients(take)
         try:
@@ -117,7 +117,7 @@ class Selecting:
 
     @property
     def stages_left(self) -> int:
-        """How many trainings are to follow the one that this model is for."""
+        """The number of trainings that follow the one that this model is for."""
         return max((self._left(resolved) for resolved in self.runner.compilation.main.resolved), default=0)
 
     @staticmethod
@@ -129,36 +129,36 @@ class Selecting:
 
     @in_every_process
     def advance(self, start: Mapping[str, Tensor] | None = None) -> Any:
-        """The model of the next training, after the one that this model is for; this one stays as it is.
+        """Return the model of the next training, after the one that this model is for; this one stays unchanged.
 
         Args:
             start: adapter tensors as this training started, by name: some methods rewind everything that trains to
-                there. Initial values by default, which is where a first training starts.
+                these values. By default the initial values, at which a first training starts.
 
         Raises:
-            GraftError: GC057 where no adaptation takes another training.
+            GraftError: GC057 if no adaptation has another training.
         """
         due = [resolved for resolved in self.runner.compilation.main.resolved if self._left(resolved) > 0]
         if not due:
             raise GraftError("GC057", "no adaptation takes another training", hint="merge, save or export the model")
-        found: dict[str, Transition[Any]] = {}
+        transitions: dict[str, Transition[Any]] = {}
         for resolved in due:
             method = method_for(resolved.spec.method)
             assert isinstance(method, Staged)
             places, shared = live_places(self.runner.compilation, resolved)
             with torch.no_grad():
-                found[resolved.name] = method.advance(resolved.spec, places, shared)
-        return self._after(found, start)
+                transitions[resolved.name] = method.advance(resolved.spec, places, shared)
+        return self._after(transitions, start)
 
     def joined(self, *others: ModelRoot) -> Any:
-        """One model with the adaptations of several of the same base, on one another: this model's first, then those of
-        the others in order. Modules that the others train in full, their heads, are left out; the models stay as they
-        are.
+        """Return one model with the adaptations of several models of the same base, this model's first.
 
-        Sparse fine-tunes add up, so that one of a task and one of a language are one model.
+        Those of the others follow in order. Modules that the others train in full, their heads, are left out; the
+        models stay unchanged. Sparse fine-tunes add up, so that the fine-tunes of a task and of a language become one
+        model.
 
         Raises:
-            GraftError: GC087 where another has another base, GC005 where two adaptations have one name.
+            GraftError: GC087 if another model has another base, GC005 if two adaptations have the same name.
         """
         mine = identify(self.runner.compilation.source).fingerprint
         spec, values = self.runner.compilation.spec, dict(self._others(()))
@@ -178,12 +178,12 @@ class Selecting:
         return self._made(spec, values)
 
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors of adaptations other than these."""
+        """Return the tensors of all adaptations except these."""
         gone = set(names)
         return {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in gone}
 
     def _after(self, found: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Any:
-        """The model after transitions of some adaptations; the others go on, or start again where one rewinds."""
+        """Return the model after transitions of some adaptations; others continue, or start again if one rewinds."""
         others, spec = self._others(found), self.runner.compilation.spec
         if any(transition.rewind for transition in found.values()):
             others = {name: start[name] for name in others if name in start} if start is not None else {}
@@ -198,8 +198,8 @@ class Selecting:
 
 
 def _single(example: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A batch as single examples."""
+    """Yield the examples of a batch one by one."""
     count = next((v.shape[0] for v in example.values() if isinstance(v, Tensor) and v.dim()), 1)
     for row in range(count):
-        own = {n: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == count for n, v in example.items()}
-        yield {name: value[row : row + 1] if own[name] else value for name, value in example.items()}
+        batched = {n: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == count for n, v in example.items()}
+        yield {name: value[row : row + 1] if batched[name] else value for name, value in example.items()}

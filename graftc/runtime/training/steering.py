@@ -1,4 +1,4 @@
-"""Training beside the graph: what a loop, or the transformers Trainer, has to call for controllers and objectives."""
+"""Steering of a training: the calls that a loop, or the transformers Trainer, makes for controllers and objectives."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ _NO_CONTROLLER = "{names} was trained without what it does between optimiser ste
 
 
 def watch_training(runner: AdaptedRunner, names: Iterable[str] | None = None) -> None:
-    """Notice when an adaptation is trained, so that its steering can be missed: of some, by default of all."""
+    """Record when adaptations are trained, so that missing steering can be reported; by default all of them."""
     every = {*runner.steering.controllers, *runner.steering.objectives}
     for name in every if names is None else every & {*names}:
-        own = (t for n, t in runner.compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
-        first = next(own, None)
+        tensors = (t for n, t in runner.compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
+        first = next(tensors, None)
         if first is not None:
-            # A hook, since zeroing gradients leaves no trace of them.
+            # A hook is needed, since no trace of gradients is left after they have been zeroed.
             first.register_hook(partial(_note, runner.progress.trained, name))  # type: ignore[no-untyped-call]
 
 
 class TrainingSteering:
-    """Steers the training of a compiled model: what a loop has to call for controllers and objectives.
+    """Steers the training of a compiled model: a loop calls it for controllers and objectives.
 
     Args:
-        runner: of the model.
+        runner: the Runner of the model.
     """
 
     def __init__(self, runner: AdaptedRunner) -> None:
         self.runner = runner
 
     def begin(self, total_steps: int) -> None:
-        """Say how many optimiser steps the training has, for adaptations with a schedule.
+        """Announce how many optimiser steps the training has, for adaptations with a schedule.
 
         Args:
-            total_steps: in all, those before a resume included.
+            total_steps: the number of steps in all, including those before a resume.
 
         Raises:
-            GraftError: GC026 where a schedule does not fit into that many, GC073 for what is not a number of steps.
+            GraftError: GC026 if a schedule does not fit into that many steps, GC073 if it is not a number of steps.
         """
         given: Any = total_steps
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
@@ -76,24 +76,23 @@ class TrainingSteering:
             controller.begin(total_steps)
 
     def steps_left(self, steps: int) -> None:
-        """`begin`, counted from now.
+        """Announce how many optimiser steps are left; like `begin`, but counted from now.
 
         Args:
-            steps: how many optimiser steps are still to come.
+            steps: the number of optimiser steps that are left.
 
         Raises:
-            GraftError: GC026 where a schedule does not fit.
+            GraftError: GC026 if a schedule does not fit.
         """
         for controller in self.runner.steering.controllers.values():
             controller.begin(controller.steps + steps)
 
     def extra_loss(self) -> Tensor:
-        """The sum of the objectives of all adaptations, a float32 scalar to add to the loss once per optimiser step; 0
-        where there are none.
+        """Return the sum of all objectives, a float32 scalar to add to the loss once per optimiser step; 0 without any.
 
-        Objectives that compare several passes of a call are part of the loss that the model gives, and not of this.
-        Where it gave none, because there were no labels, their mean over the calls since the last `extra_loss` is in
-        here: add it before the backward pass of these calls.
+        Objectives that compare several passes of a call are part of the loss that the model returns, and not of this
+        sum. If the model returned no loss, because there were no labels, the sum includes their mean over the calls
+        since the last `extra_loss`: add it before the backward pass of these calls.
         """
         progress = self.runner.progress
         progress.extra_losses += 1
@@ -107,18 +106,19 @@ class TrainingSteering:
         return torch.stack([term.float() for term in terms]).sum()
 
     def after_step(self) -> None:
-        """What adaptations do between optimiser steps: call it after ``optimizer.step()`` and before
-        ``optimizer.zero_grad()``.
+        """Run what adaptations do between optimiser steps.
+
+        Call it after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
 
         Raises:
-            GraftError: GC026 where an adaptation has a schedule and nobody has called `begin`, GC035 where it looks at
+            GraftError: GC026 if an adaptation has a schedule and `begin` has not been called, GC035 if it reads
                 gradients and they have been zeroed.
         """
         if self.runner.progress.due or not self.runner.progress.extra_losses:
             self.warn_once(
                 self.runner.steering.objectives, _NO_OBJECTIVE, "add compiled.extra_loss() to the loss of each step"
             )
-        if self.runner.progress.waiting:  # compiled code has no hooks to notice it earlier
+        if self.runner.progress.waiting:  # compiled code has no hooks that could detect it earlier
             waited(self.runner.progress)
             self._miss()
         self.runner.progress.due = bool(self.runner.steering.objectives)
@@ -127,7 +127,7 @@ class TrainingSteering:
                 controller.after_step()
 
     def _whole(self, names: Collection[str], *, write: bool) -> AbstractContextManager[None]:
-        """Inside, tensors of these adaptations that are sharded are whole; see `all_whole`."""
+        """Return a context in which the sharded tensors of these adaptations are whole; see `all_whole`."""
         store = self.runner.compilation.store
         if not names or not any(sharded_modules(store.root)):
             return nullcontext()
@@ -135,20 +135,24 @@ class TrainingSteering:
         return all_whole([store.owner(path)._parameters for path in sorted(owners)], write=write)
 
     def skip_step(self) -> None:
-        """Say that the gradients since the last `after_step` have been thrown away, as a gradient scaler does with
-        infinite ones: instead of `after_step`."""
+        """Record that the gradients since the last `after_step` have been discarded; call it instead of `after_step`.
+
+        A gradient scaler discards infinite gradients.
+        """
         for controller in self.runner.steering.controllers.values():
             controller.skip_step()
 
     def pause(self) -> None:
-        """Let go of what is prepared for a training."""
+        """Release what has been prepared for a training."""
         if self.runner.shown.steering is not None:
             for controller in self.runner.shown.steering.controllers.values():
                 controller.pause()
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Flat outputs of a call. Controllers are asked before; compiled code has no hooks, so they are not asked
-        there."""
+        """Return the flat outputs of a call, after the controllers have prepared it.
+
+        Compiled code has no hooks, so controllers are not called there.
+        """
         runner, controllers = self.runner, self.runner.steering.controllers
         repeating = Repeating(runner, self._miss)
         if not is_traced() and controllers:
@@ -167,11 +171,11 @@ class TrainingSteering:
             return repeating.results(key, present)
 
     def callback(self) -> TrainerCallback:
-        """A callback for the transformers Trainer that does all of this."""
+        """Return a callback for the transformers Trainer that does all of this."""
         return steering_callback(self.runner)
 
     def warn_of_unsteered(self) -> None:
-        """Warn (GC025) of adaptations trained and never steered: their method works differently without it."""
+        """Warn (GC025) about adaptations trained without steering: their method works differently without it."""
         trained = self.runner.progress.trained
         hint = "call compiled.after_step() after each optimiser step, or give the Trainer compiled.callback()"
         idle = [name for name, c in self.runner.steering.controllers.items() if name in trained and c.steps == 0]
@@ -181,43 +185,43 @@ class TrainingSteering:
             self.warn_once([name for name in self.runner.steering.objectives if name in trained], _NO_OBJECTIVE, hint)
         store, parts = self.runner.compilation.store, self.runner.compilation.parts
         for name in self.unselected:
-            deltas = (n for own in parts[name].values() for part, n in own.items() if part.endswith("_delta"))
+            deltas = (n for tensors in parts[name].values() for part, n in tensors.items() if part.endswith("_delta"))
             if any(bool(store.get(delta).any()) for delta in deltas):
                 hint = "train compiled.select(examples) instead, or let graftc.tune do both"
                 self.warn_once([name], "{names} was trained at random entries, before examples had chosen", hint)
 
     @property
     def unselected(self) -> tuple[str, ...]:
-        """Adaptations whose entries examples have yet to choose."""
+        """The adaptations whose entries have yet to be selected by examples."""
         store = self.runner.compilation.store
-        found = []
+        names = []
         for resolved in self.runner.compilation.main.resolved:
             flag = self.runner.compilation.parts.get(resolved.name, {}).get(None, {}).get(SELECTED)
             if flag is not None and not bool(store.get(flag)):
-                found.append(resolved.name)
-        return tuple(found)
+                names.append(resolved.name)
+        return tuple(names)
 
     def _miss(self) -> None:
-        """A term that compares passes has gone without its gradient."""
+        """Warn that a term that compares passes has been left without its gradient."""
         hint = "give the model its labels, or add compiled.extra_loss() to the loss before its backward pass"
         self.warn_once(self.runner.steering.outputs, _NO_OBJECTIVE, hint)
 
     def warn_once(self, names: Iterable[str], text: str, hint: str) -> None:
-        """Warn once of each adaptation."""
+        """Warn about each adaptation once."""
         new = [name for name in names if f"{name}: {text}" not in self.runner.progress.warned]
         self.runner.progress.warned.update(f"{name}: {text}" for name in new)
         if new:
             warn("GC025", text.format(names=", ".join(map(repr, new))), hint=hint)
 
     def deploy_rank(self, name: str, rank: int) -> None:
-        """Choose the rank that an adaptation has in eval mode, in exports and where it folds.
+        """Choose the rank that an adaptation has in eval mode, in exports and when it is folded.
 
         Args:
             name: an adaptation whose method trains for many ranks at once.
-            rank: from 1 to the rank of its spec. It is kept with the tensors: saving and loading keep it.
+            rank: the rank, from 1 to the rank of its spec. It is stored with the tensors: saving and loading keep it.
 
         Raises:
-            GraftError: GC055 for another method or rank, GC091 where there is no such adaptation.
+            GraftError: GC055 for another method or rank, GC091 if there is no such adaptation.
         """
         resolved = self._named(name)
         _, shared = live_places(self.runner.compilation, resolved)
@@ -227,17 +231,19 @@ class TrainingSteering:
         method.deploy_rank(resolved.spec, shared, rank)
 
     def rank_pattern(self, name: str) -> dict[str, Tensor]:
-        """Which ranks of an adaptation have an effect now: pruned triplets, gates at zero and ranks that are not
-        deployed have none.
+        """Return a mask of an adaptation's ranks that have an effect now.
+
+        Pruned triplets, gates at zero and ranks that are not deployed have none.
 
         Args:
             name: an adaptation of low rank.
 
         Returns:
-            ``bool[..., rank]`` by site; experts lead. Empty for methods whose ranks all have an effect.
+            ``bool[..., rank]`` by site; the axis of experts comes first. Empty for methods whose ranks all have an
+            effect.
 
         Raises:
-            GraftError: GC091 where there is no such adaptation.
+            GraftError: GC091 if there is no such adaptation.
         """
         resolved = self._named(name)
         places, shared = live_places(self.runner.compilation, resolved)
@@ -248,13 +254,15 @@ class TrainingSteering:
             return {str(p.site.key): method.live_ranks(p.spec, {**shared, **p.tensors}) for p in places}
 
     def site_figures(self) -> Figures:
-        """What training has made of every site so far: ranks that have an effect (AdaLoRA, SoRA, DyLoRA), the share of
-        entries that the last replacement has replaced (SpIEL) or that pruning keeps. Values of gates and routes are
-        those of a forward pass: `TrainingLog` records them.
+        """Return the figures that training has given every site so far.
+
+        These are the ranks that have an effect (AdaLoRA, SoRA, DyLoRA), the share of entries that the last replacement
+        has replaced (SpIEL), and the share that pruning keeps. Values of gates and routes belong to a forward pass:
+        `TrainingLog` records them.
 
         Returns:
             Numbers by adaptation, site and name: ``{"adalora": {"encoder.layer.0...": {"rank": 4.0}}}``. Adaptations
-            without any are not in it.
+            without figures are left out.
         """
         return as_numbers(self.figures())
 

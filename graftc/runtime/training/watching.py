@@ -1,4 +1,4 @@
-"""A check of the first optimiser steps: which tensors had no gradient, or did not move."""
+"""A check of the first optimiser steps for tensors that have no gradient, or do not move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 SAMPLE = 256
-"""Of how many entries of a tensor, those with the largest gradients, it is seen whether they move."""
+"""The number of entries of a tensor, those with the largest gradients, that are watched for movement."""
 
 _ABSENT = "is in no optimiser"
 _FROZEN = "has been frozen since the optimiser was made"
@@ -33,15 +33,15 @@ _ROUNDED = "lost most of its step to rounding: {dtype} is too narrow for steps o
 
 @dataclass
 class _Seen:
-    """What has been seen of a tensor.
+    """The observations of one tensor.
 
     Attributes:
-        item: which.
-        gradient, moved: whether it has had one that is not zero, and has moved.
-        wrong: what was wrong at the last step; empty where nothing was.
-        sure: whether later steps can change nothing about that.
-        entries, before: those that are looked at, and their values before the step.
-        visible: whether plain descent would have moved one of them.
+        item: the tensor.
+        gradient, moved: whether it has had a gradient that is not zero, and has moved.
+        wrong: the problem at the last step; empty if there was none.
+        sure: whether later steps cannot change the problem.
+        entries, before: the observed entries, and their values before the step.
+        visible: whether plain gradient descent would have moved one of them.
     """
 
     item: TrainedTensor
@@ -56,11 +56,11 @@ class _Seen:
 
 @dataclass
 class Watch:
-    """A check of the first steps of a training: see `watch`.
+    """A check of the first steps of a training, as `watch` starts it.
 
     Attributes:
-        findings: what is wrong, by the Store names of the tensors; empty at first, and where nothing is.
-        done: whether it has ended.
+        findings: the problems, by the Store names of the tensors; empty at first, and if there are none.
+        done: whether the check has ended.
     """
 
     findings: dict[str, str] = field(default_factory=dict)
@@ -74,11 +74,11 @@ class Watch:
 
     @property
     def watched(self) -> int:
-        """How many tensors are looked at."""
+        """The number of tensors that are observed."""
         return len(self._seen)
 
     def remove(self) -> None:
-        """End the check without a word. It ends by itself after its last step."""
+        """End the check without a warning. It ends by itself after its last step."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -88,7 +88,7 @@ class Watch:
     def _begin(
         self, optimizers: Sequence[Optimizer], turn: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Look at gradients before the step; with a closure, when it has been called first."""
+        """Inspect gradients before the step; if the step has a closure, after the closure's first call."""
         place = "closure" in kwargs
         closure = kwargs.get("closure") if place else next(iter(args[1:]), None)
         if not callable(closure):
@@ -109,14 +109,14 @@ class Watch:
     @torch.no_grad()
     def _before(self, optimizers: Iterable[Optimizer], turn: Optimizer) -> None:
         groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
-        own = {id(p) for group in turn.param_groups for p in group["params"]}
+        stepped = {id(p) for group in turn.param_groups for p in group["params"]}
         for seen in self._seen:
             tensor = seen.item.tensor
             group = groups.get(id(tensor))
             seen.entries = seen.before = None
             if group is None:
                 seen.wrong, seen.sure = _ABSENT, True
-            elif id(tensor) in own:
+            elif id(tensor) in stepped:
                 _look(seen, group)
 
     @torch.no_grad()
@@ -129,12 +129,12 @@ class Watch:
             self._tell()
 
     def _tell(self) -> None:
-        """Warn of what is sure, and after the last step of all that is wrong."""
+        """Warn about problems that are sure, and after the last step about all problems."""
         ended = self._left <= 0
         present = self._present()
         wrong = [s for s in self._seen if s.wrong and (s.sure or ended) and id(s.item.tensor) in present]
-        found = {s.item.name: s.wrong for s in wrong if not self._excused(s)}
-        new = {name: text for name, text in found.items() if name not in self.findings}
+        problems = {s.item.name: s.wrong for s in wrong if not self._excused(s)}
+        new = {name: text for name, text in problems.items() if name not in self.findings}
         self.findings |= new
         if new:
             _warn(new, len(self._seen))
@@ -142,8 +142,11 @@ class Watch:
             self.remove()
 
     def _excused(self, seen: _Seen) -> bool:
-        """Whether a method says that a tensor may be without a gradient at first, or no call has chosen its slot; or
-        whether zeros come of another tensor of the adaptation that stands still at a rate of 0."""
+        """Return whether a tensor may be without a gradient.
+
+        It may if its method says so for the start, if no call has chosen its slot, or if its zeros come from another
+        tensor of the adaptation that does not move because of a learning rate of 0.
+        """
         if seen.wrong not in (_ZERO, _UNREACHED):
             return False
         owner = seen.item.adaptation
@@ -154,24 +157,26 @@ class Watch:
 
 
 def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) -> Watch:
-    """Look at the first optimiser steps, and warn (GC059) of tensors that train in name only.
+    """Observe the first optimiser steps, and warn (GC059) about tensors that should train and do not.
 
-    These are tensors that are in none of the optimisers, that have no gradient (at once) or one of zeros only (in all
+    These are tensors that are in none of the optimisers, that have no gradient (at once) or only zero gradients (in all
     of the steps: B of LoRA starts as zeros, so that A has no gradient in the first one), and that do not move, because
-    their learning rate is 0 (in all of the steps, where a schedule may warm up) or because the step is lost in rounding
-    to 16 bits. What a method claims to be inert at first is passed over, and so are the slots of a bank that no call
-    has chosen. At each step the entries with the largest gradients are compared; nothing is left after the last one.
+    their learning rate is 0 (in all of the steps if a schedule may warm up) or because the step is lost in rounding to
+    16 bits. Tensors that a method declares inert at first are excused, and so are the slots of a bank that no call has
+    chosen. At each step the entries with the largest gradients are compared; the check leaves nothing behind after the
+    last one.
 
     Args:
-        compiled: a compiled model. Tensors that are frozen now (`Compiled.train_only`) are not looked at.
-        optimizers: all optimisers that train it, or wrappers of them with an attribute ``optimizer``, as Accelerate's.
-        steps: how many steps of the last optimiser are looked at.
+        compiled: a compiled model. Tensors that are frozen now (`Compiled.train_only`) are not observed.
+        optimizers: all optimisers that train it, or wrappers of them with an attribute ``optimizer``, such as
+            Accelerate's.
+        steps: the number of steps of the last optimiser to observe.
 
     Returns:
-        The check: ``findings`` has what was found so far, ``remove()`` ends it.
+        The check: ``findings`` contains the problems found so far, ``remove()`` ends it.
 
     Raises:
-        GraftError: GC073 where there is no optimiser of torch's interface, and for ``steps`` below 1.
+        GraftError: GC073 if there is no optimiser with torch's interface, or ``steps`` is below 1.
     """
     if steps < 1:
         raise GraftError("GC073", f"steps is {steps!r}", hint="give how many steps to look at, from 1")
@@ -195,19 +200,19 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
 
 
 def is_plain(optimizer: Any) -> bool:
-    """Whether an optimiser, or what is in its wrapper, has the hooks of torch's."""
+    """Return whether an optimiser, or the one in its wrapper, has the hooks of torch's optimisers."""
     return isinstance(_unwrapped(optimizer), Optimizer)
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """What is in a wrapper; those of Accelerate are optimisers without the hooks of one."""
+    """Return the optimiser inside wrappers; those of Accelerate are optimisers that lack the hooks."""
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _look(seen: _Seen, group: dict[str, Any]) -> None:
-    """What is to be seen of a tensor before the step that it is in."""
+    """Record the observations of a tensor before its step."""
     tensor, gradient = local(seen.item.tensor), seen.item.tensor.grad
     if not seen.item.tensor.requires_grad:
         seen.wrong, seen.sure = _FROZEN, True
@@ -233,12 +238,12 @@ def _look(seen: _Seen, group: dict[str, Any]) -> None:
         return
     before = tensor.detach().reshape(-1)[entries]
     seen.entries, seen.before = entries, before
-    # While B is small, so is the gradient of A: without an optimiser that scales it, the step may be lost in float32.
+    # While B is small, so is the gradient of A: unless the optimiser scales it, the step may be lost in float32.
     seen.visible = bool((before - float(group["lr"]) * flat[entries].to(before.dtype) != before).any())
 
 
 def _compare(seen: _Seen) -> None:
-    """What has become of the entries of a tensor that are looked at."""
+    """Compare the observed entries of a tensor with their values before the step."""
     assert seen.entries is not None and seen.before is not None
     tensor = local(seen.item.tensor).detach().reshape(-1)
     moved = int((tensor[seen.entries] != seen.before).sum())
@@ -269,8 +274,8 @@ def _more(names: list[str], few: int) -> str:
 
 
 def _hint(reasons: Iterable[str]) -> str | None:
-    found = [hint for text, hint in _HINTS.items() if any(r.startswith(text) for r in reasons)]
-    return "\n".join(found) or None
+    hints = [hint for text, hint in _HINTS.items() if any(r.startswith(text) for r in reasons)]
+    return "\n".join(hints) or None
 
 
 _HINTS = {

@@ -1,1 +1,1 @@
-"""What people look at: the page of a rewritten model, and pictures of its graph. `assets` has what runs in browsers."""
+"""Views of a rewritten model: its page, and pictures of its graph. `assets` contains the code for browsers."""

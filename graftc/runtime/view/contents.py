@@ -1,4 +1,4 @@
-"""All that a page shows, as JSON data: figures, sites, the module tree, and graphs at every step."""
+"""The contents of a page as JSON data: figures, sites, the module tree, and the graphs at every step."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from graftc.version import __version__
 
 FORMAT = 1
 PALETTE = ("#3b82c4", "#d9772b", "#2f9e6e", "#b5498f", "#8a6fd1", "#b08a1e", "#2aa3a3", "#c8534f")
-"""Colours of adaptations, in their order; they begin again where there are more."""
+"""Colours of adaptations, in their order; they repeat if there are more adaptations."""
 
 MODES: tuple[Mode, ...] = ("eval", "train")
 CURVES = 1000
-"""How many curves of a log are shown."""
+"""The largest number of curves of a log that are shown."""
 
 _NEAR = 50
-"""How many places that a target nearly matches are listed."""
+"""The largest number of nearly matching places that are listed for a target."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a compiled model beyond its `Snapshot`.
+    """The facts about a compiled model that its `Snapshot` does not contain.
 
     Attributes:
-        certificate: of its fold, as JSON data; None where none was made.
-        kept: adaptations that do not fold, with the reason; None where that was not tried.
+        certificate: the certificate of its fold, as JSON data; None if none was made.
+        kept: the adaptations that do not fold, with the reason; None if folding was not tried.
         structure: the roles in the base; by default they are found in its graph.
-        curves: of its training, each with ``name``, ``group``, ``steps`` and ``values``.
-        figures: what controllers have come to, by adaptation and site: ``{"rank": 4}``.
-        warnings: what compiling it warned of, each with ``code`` and ``text``.
-        artifact: its folder.
-        title: of the page; by default the model's class.
-        differences: how it differs from what it is compared with, each with ``what`` and ``lines``.
+        curves: the curves of its training, each with ``name``, ``group``, ``steps`` and ``values``.
+        figures: the current figures of controllers, by adaptation and site: ``{"rank": 4}``.
+        warnings: the warnings from compiling it, each with ``code`` and ``text``.
+        artifact: the name of its directory.
+        title: the title of the page; by default the model's class.
+        differences: the differences from the model that it is compared with, each with ``what`` and ``lines``.
     """
 
     certificate: Mapping[str, Any] | None = None
@@ -64,28 +64,28 @@ class Evidence:
 
 
 def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snapshot | None = None) -> dict[str, Any]:
-    """The data of a page.
+    """Return the data of a page.
 
     Args:
-        snapshot: what is shown.
-        evidence: what else is known of it.
-        before: another compiled model that it is compared with; by default the base is what was before.
+        snapshot: the compiled model to show.
+        evidence: further facts about it.
+        before: another compiled model to compare it with; by default it is compared with its base.
     """
-    known, found = evidence or Evidence(), summary(snapshot)
+    known, overview = evidence or Evidence(), summary(snapshot)
     graphs = {mode: frames(snapshot, mode, None if before is None else before.program(mode)) for mode in MODES}
-    names = [entry.name for entry in found.adaptations]
+    names = [entry.name for entry in overview.adaptations]
     numbers = {name: number for number, name in enumerate(names)}
     gone = [] if before is None else [e for e in summary(before).adaptations if e.name not in names]
     costs, stated = _Costs(graphs["eval"], snapshot), StatedSizes(snapshot)
     text = dump_spec(snapshot.spec)
-    total = found.base_parameters + found.trainable_parameters + found.trained_in_full
+    total = overview.base_parameters + overview.trainable_parameters + overview.trained_in_full
     return {
         **_header(snapshot, "adaptations", known.title or f"{snapshot.model}, adapted", known.artifact),
-        "summary": found.to_json(),
+        "summary": overview.to_json(),
         "spec": {"text": text, "lines": spec_lines(snapshot.spec, text)},
         "adaptations": [
             _adaptation(number, entry, costs, known, total, stated.text(entry.name))
-            for number, entry in enumerate([*found.adaptations, *gone])
+            for number, entry in enumerate([*overview.adaptations, *gone])
         ],
         "layers": costs.by_layer(stated, known.figures),
         "sites": [_site(record, numbers, stated, known) for record in snapshot.sites],
@@ -100,10 +100,10 @@ def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snaps
 
 
 def role_contents(snapshot: Snapshot, structure: Structure) -> dict[str, Any]:
-    """The data of a page that shows a model itself with the roles of its parts.
+    """Return the data of a page that shows a model without adaptations, with the roles of its parts.
 
     Args:
-        snapshot: of the model with nothing adapted.
+        snapshot: a snapshot of the model with nothing adapted.
         structure: the roles.
     """
     by_role = structure.by_role()
@@ -112,8 +112,8 @@ def role_contents(snapshot: Snapshot, structure: Structure) -> dict[str, Any]:
     graphs = {}
     for mode in MODES:
         graph = plain_frames(snapshot, mode)
-        for node, own in zip(snapshot.program(mode, base=True).graph.nodes, graph.nodes, strict=True):
-            own.origin = places.get(node.name)
+        for node, item in zip(snapshot.program(mode, base=True).graph.nodes, graph.nodes, strict=True):
+            item.origin = places.get(node.name)
         graphs[mode] = graph.to_json(roles)
     text = "\n".join(f"{left.module}: {left.reason}" for left in structure.unresolved)
     return {
@@ -183,7 +183,7 @@ def _left_out(curves: int) -> list[dict[str, str]]:
 
 
 def spec_lines(spec: Spec, text: str) -> dict[str, int]:
-    """The line of every adaptation in the spec's YAML text, from 1."""
+    """Return the line of every adaptation in the spec's YAML text, counted from 1."""
     source = read_yaml(text)[1]
     paths = {adaptation.name or "": f"adapt[{number}]" for number, adaptation in enumerate(spec.adapt)}
     paths |= {item.name or "": f"compose[{number}]" for number, item in enumerate(spec.compose)}
@@ -198,8 +198,8 @@ def _adaptation(
 ) -> dict[str, Any]:
     reason = (known.kept or {}).get(entry.name, "")
     added = entry.trainable_parameters
-    figures = _ranges([held for (name, _), held in known.figures.items() if name == entry.name])
-    # What training has made of a size that was asked for, as of a rank.
+    figures = _ranges([values for (name, _), values in known.figures.items() if name == entry.name])
+    # The current value of a requested size, such as a rank.
     now = [f"{name} {value} now" for name, value in figures if size.startswith(f"{name} ")]
     return {
         "name": entry.name,
@@ -221,13 +221,13 @@ def _adaptation(
 
 
 def _ranges(figures: Iterable[Mapping[str, float]]) -> list[list[str]]:
-    """The least and the greatest value of every figure over sites."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for own in figures:
-        for name, value in own.items():
-            found[name].append(value)
+    """Return the least and the greatest value of every figure over sites."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for site in figures:
+        for name, value in site.items():
+            values[name].append(value)
     return [
-        [name, f"{min(v):.6g}" if min(v) == max(v) else f"{min(v):.6g} to {max(v):.6g}"] for name, v in found.items()
+        [name, f"{min(v):.6g}" if min(v) == max(v) else f"{min(v):.6g} to {max(v):.6g}"] for name, v in values.items()
     ]
 
 
@@ -256,11 +256,11 @@ def _site(record: SiteRecord, numbers: Mapping[str, int], stated: StatedSizes, k
 
 
 class _Costs:
-    """What adaptations add, as a whole and in each layer.
+    """The costs that adaptations add, in total and in each layer.
 
     Args:
         graph: the eval graph.
-        snapshot: whose tensors.
+        snapshot: the snapshot with the tensors.
     """
 
     def __init__(self, graph: Frames, snapshot: Snapshot) -> None:
@@ -269,24 +269,24 @@ class _Costs:
         )
         for name, tensor in snapshot.adapters.items():
             layer = layer_path(_home(name))
-            own = self._found[owner_of(name), layer]
-            own["trainable_parameters"] += tensor.numel if tensor.trainable else 0
-            own["bytes"] += tensor.nbytes
+            costs = self._found[owner_of(name), layer]
+            costs["trainable_parameters"] += tensor.numel if tensor.trainable else 0
+            costs["bytes"] += tensor.nbytes
         for node in graph.nodes:
             if node.origin is not None and node.gone < 0:
-                own = self._found[node.origin[0], layer_path(node.module)]
-                own["flops_per_token"] += node.flops
-                own["value_bytes_per_token"] += node.value_bytes
+                costs = self._found[node.origin[0], layer_path(node.module)]
+                costs["flops_per_token"] += node.flops
+                costs["value_bytes_per_token"] += node.value_bytes
 
     def of(self, name: str) -> dict[str, float]:
-        """Of an adaptation, without its parameters."""
+        """Return the costs of an adaptation, without its number of parameters."""
         mine = [costs for (own, _), costs in self._found.items() if own == name]
         return {key: sum(c[key] for c in mine) for key in ("bytes", "flops_per_token", "value_bytes_per_token")}
 
     def by_layer(
         self, stated: StatedSizes, figures: Mapping[tuple[str, str], Mapping[str, float]]
     ) -> list[dict[str, Any]]:
-        """Of every adaptation in every layer, with its size there; what stands outside of layers has an empty one."""
+        """Return the costs and the size of every adaptation in every layer; the layer is empty outside of layers."""
         sizes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         for record in stated.snapshot.sites:
             if (size := stated.at(record)) is not None:
@@ -300,13 +300,13 @@ class _Costs:
 
 
 def _home(name: str) -> str:
-    """The module of the base that an adaptation's tensor is for."""
-    found = parsed(name)
-    return module_of(name) if found is None else found.module
+    """Return the module of the base that an adaptation's tensor belongs to."""
+    parts = parsed(name)
+    return module_of(name) if parts is None else parts.module
 
 
 def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, Any]]:
-    """What every target asked for, what it matched, and what has its role or nearly one and was not matched."""
+    """Return what every target requests, how many places match, and which ones nearly match."""
     if structure is None:
         structure = roles_of(snapshot.program(base=True))
     targets = []

@@ -1,4 +1,4 @@
-"""What is known of a compiled model beyond its places and graphs: of one on disk, and of one in memory."""
+"""Facts about a compiled model beyond its places and graphs, from an artifact on disk or a model in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from graftc.runtime.view.contents import Evidence
 from graftc.specs.errors.diagnostics import GraftError
 
 LOGS = ("training_log.jsonl", "trainer_state.json")
-"""Names of logs that are looked for beside an artifact."""
+"""Names of logs that are looked up in the directory that contains an artifact."""
 
 
 class _Shown(BaseModel):
@@ -88,60 +88,60 @@ def _shown(certificate: ShownCertificate) -> dict[str, Any]:
 
 
 def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidence:
-    """What an artifact says of its fold, and a training log of its training.
+    """Return an artifact's evidence of its fold, and a training log's evidence of its training.
 
     Args:
         artifact: the artifact.
-        log: by default a log that lies beside it (`LOGS`).
+        log: the training log; by default one in the same directory as the artifact (`LOGS`).
 
     Raises:
-        GraftError: GC082 where its certificate cannot be read, GC123 for a file that is not a log.
+        GraftError: GC082 if its certificate cannot be read, GC123 for a file that is not a log.
     """
     manifest, certificate = artifact.manifest, None
     if manifest.certificate is not None:
         where = str(artifact.path)
-        held = read_model(ShownCertificate, artifact.path / manifest.certificate, where, manifest.certificate)
-        certificate = _shown(held)
+        loaded = read_model(ShownCertificate, artifact.path / manifest.certificate, where, manifest.certificate)
+        certificate = _shown(loaded)
     kept = {record.name: record.reason for record in manifest.kept}
     tried = manifest.certificate is not None or bool(kept)
     beside = (artifact.path.absolute().parent / name for name in LOGS)
-    found = log or next((path for path in beside if path.is_file()), None)
+    chosen = log or next((path for path in beside if path.is_file()), None)
     figures = _figures_of_artifact(artifact)
     known = Evidence(certificate, kept if tried else None, figures=figures, artifact=artifact.path.name)
     try:
-        return replace(known, curves=_curves(found))
+        return replace(known, curves=_curves(chosen))
     except GraftError as error:
         if log is not None:
             raise
-        # Nobody asked for what happens to lie there.
+        # The log was not requested: it only happens to be in the directory.
         return replace(known, warnings=[{"code": error.code, "text": error.message}])
 
 
 def _figures_of_artifact(artifact: Artifact) -> dict[tuple[str, str], Mapping[str, float]]:
-    """What the stored tensors say of every site: ranks that have an effect, shares of entries that are left."""
-    snapshot, found = artifact.snapshot, dict[tuple[str, str], Mapping[str, float]]()
+    """Return the figures that follow from the stored tensors: effective ranks, shares of entries that are left."""
+    snapshot, figures = artifact.snapshot, dict[tuple[str, str], Mapping[str, float]]()
     figured = {m: method for m in {r.method for r in snapshot.sites} if isinstance(method := _method(m), Figured)}
     values = artifact.tensors() if figured else {}
     stated = StatedSizes(snapshot)
     placed = {name for record in snapshot.sites for name in record.tensors.values()}
-    shared: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by adaptation, what all of its places have
+    shared: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by adaptation: tensors that all of its places share
     for full in values.keys() - placed:
         if (name := parsed(full)) is not None:
             shared[name.adaptation][name.part] = values[full]
     for record in snapshot.sites:
-        own = stated.spec(record)
-        if record.method not in figured or own is None:
+        spec = stated.spec(record)
+        if record.method not in figured or spec is None:
             continue
         at_place = {part: values[name] for part, name in record.tensors.items() if name in values}
         tensors = {**shared[record.adaptation], **at_place}
-        with suppress(LookupError, RuntimeError, ValueError):  # of tensors that do not fit there are none
-            made = figured[record.method].figures(own, tensors)
-            found[record.adaptation, str(record.key)] = {name: float(value) for name, value in made.items()}
-    return found
+        with suppress(LookupError, RuntimeError, ValueError):  # tensors that do not fit have no figures
+            numbers = figured[record.method].figures(spec, tensors)
+            figures[record.adaptation, str(record.key)] = {name: float(value) for name, value in numbers.items()}
+    return figures
 
 
 def _method(tag: str) -> Any:
-    """The method of a tag; None for compositions."""
+    """Return the method of a tag; None for compositions."""
     try:
         return method_for(tag)
     except GraftError:
@@ -153,12 +153,13 @@ def _curves(log: str | Path | None) -> list[Curve]:
 
 
 def evidence_of(compiled: AdaptedRunner, certify: bool = False, log: str | Path | None = None) -> Evidence:
-    """What a compiled model says of its fold and of its sites, and a training log of its training.
+    """Return a compiled model's evidence of its fold and of its sites, and a training log's evidence of its training.
 
     Args:
         compiled: the model.
-        certify: fold it and certify that, which takes the values of its base; otherwise only say what folds.
-        log: the log.
+        certify: whether to fold it and certify the fold, which needs the values of its base; if false, only say what
+            folds.
+        log: the training log.
 
     Raises:
         GraftError: GC123 for a file that is not a log.
@@ -171,13 +172,13 @@ def evidence_of(compiled: AdaptedRunner, certify: bool = False, log: str | Path 
     shown = None
     if certificate is not None:
         data = {**certificate.to_json(), "failures": certificate.failures()}
-        held = ShownCertificate.model_validate(data, strict=False)
-        shown = _shown(held)
+        record = ShownCertificate.model_validate(data, strict=False)
+        shown = _shown(record)
     return replace(known, certificate=shown, kept=kept)
 
 
 def _figures(compiled: AdaptedRunner) -> dict[tuple[str, str], Mapping[str, float]]:
-    """What training has made of every site; nothing where tensors have no values."""
+    """Return the figures that training has given every site; empty if tensors have no values."""
     if any(tensor.is_meta for _, tensor in compiled.compilation.store.adapters()):
         return {}
     every = TrainingSteering(compiled).site_figures()
@@ -185,7 +186,7 @@ def _figures(compiled: AdaptedRunner) -> dict[tuple[str, str], Mapping[str, floa
 
 
 def _finite(value: Any) -> Any:
-    """The same with text in the place of numbers that JSON does not have."""
+    """Return the value with text instead of numbers that JSON does not support."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

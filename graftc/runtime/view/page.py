@@ -1,4 +1,4 @@
-"""One self-contained HTML file that shows a rewritten model: it opens from disk, and asks nothing of any network."""
+"""A self-contained HTML file that shows a rewritten model: it opens from disk, and makes no network requests."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SCRIPTS = (
     "search.js",
     "main.js",
 )
-"""What runs in the page, in this order, as one script."""
+"""The files that run in the page, in this order, as one script."""
 
 LAYOUT = ("vendor/dagre.js", "layout.js", "worker.js")
-"""What runs in its worker."""
+"""The files that run in its worker."""
 
 PICTURES = ("vendor/dagre.js", "model.js", "layout.js", "svg.js")
-"""What makes a picture without a browser."""
+"""The files that draw a picture without a browser."""
 
 _POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; worker-src blob:; img-src data: blob:; "
@@ -40,24 +40,24 @@ _POLICY = (
 
 @cache
 def asset(name: str) -> str:
-    """The text of a file in ``assets``."""
+    """Return the text of a file in ``assets``."""
     return (importlib.resources.files(__package__) / "assets" / name).read_text(encoding="utf-8")
 
 
 def script(names: tuple[str, ...]) -> str:
-    """Several files of ``assets`` as one script that leaves no names behind."""
+    """Return several files of ``assets`` as one script that leaves no global names behind."""
     body = "\n".join(asset(name) for name in names)
     return f"(() => {{\n{body}\n}})();"
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """The HTML of a page.
+    """Return the HTML of a page.
 
-    Its content security policy knows every script and style by its digest, and lets no other run. Data is packed, so
-    that nothing in it is ever read as markup.
+    Its content security policy lists every script and style by its digest, and lets no others run. Data is compressed
+    and encoded, so that no part of it is ever read as markup.
 
     Args:
-        data: what `graftc.runtime.view.contents.contents` gives.
+        data: the result of `graftc.runtime.view.contents.contents`.
     """
     code, style = script(SCRIPTS), asset("page.css")
     policy = _POLICY.format(script=_digest(code), style=_digest(style))
@@ -70,7 +70,7 @@ def page(data: Mapping[str, Any]) -> str:
         "script": code,
     }
     text, rest = "", asset("page.html")
-    for name in parts:  # in the order of the skeleton, so that no marker in a part is ever filled
+    for name in parts:  # in the order of the skeleton, so that a marker inside a part is never filled
         before, marker, rest = rest.partition(f"{{{{{name}}}}}")
         assert marker, name
         text += before + parts[name]
@@ -78,7 +78,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def packed(data: Mapping[str, Any]) -> str:
-    """JSON data, compressed, as letters; equal data gives equal letters."""
+    """Return JSON data, compressed and encoded as letters; equal data gives equal letters."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
@@ -88,7 +88,7 @@ def _digest(text: str) -> str:
 
 
 def _inert(code: str) -> str:
-    """Code that stands in a page as text: it must not end its own element."""
+    """Return code that a page contains as text, after checking that it cannot end its own element."""
     assert "</script" not in code.lower()
     return code
 

@@ -1,4 +1,4 @@
-"""Pictures of a rewritten graph, laid out as the page does it: the page's own code runs without a browser."""
+"""Pictures of a rewritten graph, laid out like the page: they are drawn by the page's own code, without a browser."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from graftc.runtime.view.page import PICTURES, asset
 from graftc.specs.errors.diagnostics import GraftError
 
 FONTS = "Roboto, Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', 'Segoe UI', 'Helvetica Neue', sans-serif"
-"""Fonts that text is written with, the first that is there."""
+"""Fonts for text; the first one that is installed is used."""
 
 Shown = Literal["after", "before", "diff"]
 LARGEST = 30_000_000
-"""Pixels that a PNG picture has at most: of larger graphs it has fewer a unit of length."""
+"""The largest number of pixels of a PNG picture: a larger graph has fewer pixels per unit of length."""
 
 
 def svg(data: Mapping[str, Any], mode: str = "eval", shown: Shown = "diff", opened: Any = "layer") -> str:
-    """The graph as an SVG file.
+    """Return the graph as an SVG file.
 
     Args:
-        data: what `graftc.runtime.view.contents.contents` gives.
-        mode: which graph.
-        shown: the rewritten graph, the base's own, or both with what differs marked.
-        opened: paths of the modules whose contents are shown; ``layer`` opens the first of layers that are alike, and
-            what holds inserted nodes in it.
+        data: the result of `graftc.runtime.view.contents.contents`.
+        mode: the mode of the graph to draw.
+        shown: the rewritten graph, the base's own, or both with the differences marked.
+        opened: paths of the modules whose contents are shown; ``layer`` opens the first of several equal layers, and
+            the modules in it that contain inserted nodes.
 
     Raises:
-        GraftError: GC061 where QuickJS is missing.
+        GraftError: GC061 if QuickJS is missing.
     """
     try:
         import quickjs
@@ -45,14 +45,14 @@ def svg(data: Mapping[str, Any], mode: str = "eval", shown: Shown = "diff", open
 
 
 def png(text: str, zoom: float = 2.0) -> bytes:
-    """An SVG file as a PNG file.
+    """Return an SVG file as a PNG file.
 
     Args:
-        text: what `svg` gives.
-        zoom: pixels a unit of length.
+        text: the result of `svg`.
+        zoom: pixels per unit of length.
 
     Raises:
-        GraftError: GC061 where resvg is missing, or there is no font to write with.
+        GraftError: GC061 if resvg is missing, or there is no font for text.
     """
     try:
         import resvg_py
@@ -67,7 +67,7 @@ def png(text: str, zoom: float = 2.0) -> bytes:
 
 @cache
 def _has_fonts() -> bool:
-    """Whether a letter leaves any trace: resvg passes over text that it has no font for."""
+    """Return whether a letter leaves any pixels: resvg omits text that it has no font for."""
     import resvg_py
 
     words = f"<text y='9' font-family=\"{FONTS}\">M</text>"
@@ -79,7 +79,7 @@ def _has_fonts() -> bool:
 
 
 def _size(text: str) -> tuple[float, float]:
-    """Width and height of an SVG file."""
+    """Return the width and height of an SVG file."""
     from xml.etree import ElementTree
 
     box = ElementTree.fromstring(text).attrib["viewBox"].split()

@@ -1,4 +1,4 @@
-"""A rewritten model to look at: in a notebook, in a browser, and as files."""
+"""A view of a rewritten model, for notebooks, browsers and files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from graftc.runtime.view.pictures import Shown, png, svg
 from graftc.specs.errors.diagnostics import GraftError
 
 HEIGHT = 640
-"""Pixels that a page is high in a notebook."""
+"""The height of a page in a notebook, in pixels."""
 
 
 class ModelView:
-    """What a page shows: see `graftc.runtime.view.contents.contents`.
+    """A view of a model, with the data that `graftc.runtime.view.contents.contents` describes.
 
-    A notebook shows the page where it is the value of a cell.
+    A notebook shows the page if it is the value of a cell.
 
     Args:
-        make: makes the data, when they are first asked for.
+        make: a function that creates the data, called when they are first needed.
     """
 
     def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
@@ -31,32 +31,32 @@ class ModelView:
 
     @cached_property
     def data(self) -> Mapping[str, Any]:
-        """All that the page shows, as JSON data."""
+        """All data that the page shows, as JSON data."""
         return self._make()
 
     @cached_property
     def html(self) -> str:
-        """The page: one self-contained file."""
+        """The page, as one self-contained file."""
         return page(self.data)
 
     def svg(self, mode: str = "eval", shown: Shown = "diff", opened: Any = "layer") -> str:
-        """The graph as an SVG file: see `graftc.runtime.view.pictures.svg`."""
+        """Return the graph as an SVG file, with the options of `graftc.runtime.view.pictures.svg`."""
         return svg(self.data, mode, shown, opened)
 
     def png(self, mode: str = "eval", shown: Shown = "diff", opened: Any = "layer") -> bytes:
-        """The graph as a PNG file: see `svg`."""
+        """Return the graph as a PNG file, with the options of `svg`."""
         return png(self.svg(mode, shown, opened))
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the page, or a picture: the name's ending says which, ``.html``, ``.svg`` or ``.png``.
+        """Write the page, or a picture; the file's suffix selects the format: ``.html``, ``.svg`` or ``.png``.
 
         Args:
             path: the file.
-            force: replace one that is there.
+            force: whether to replace an existing file.
 
         Raises:
-            GraftError: GC091 for another ending, GC061 where a package is missing, GC063 and GC064 where the file
-                cannot be written.
+            GraftError: GC091 for another suffix, GC061 if a package is missing, GC063 and GC064 if the file cannot be
+                written.
         """
         place = Path(path)
         makers: dict[str, Callable[[], str | bytes]] = {
@@ -69,12 +69,12 @@ class ModelView:
             message = f"{place.name!r} has an ending that says no format"
             raise GraftError("GC091", message, hint=f"name it {place.stem}.html, .svg or .png")
         with staged(place, force=force) as file:
-            made = make()
-            file.write_bytes(made.encode() if isinstance(made, str) else made)
+            content = make()
+            file.write_bytes(content.encode() if isinstance(content, str) else content)
         return place
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, which no other script of the notebook can reach."""
+        """Return the page in a frame of its own, which no other script of the notebook can reach."""
         inner = html.escape(self.html, quote=True)
         size = f'width="100%" height="{HEIGHT}"'
         return f'<iframe {size} sandbox="allow-scripts allow-downloads" title="graph" srcdoc="{inner}"></iframe>'

@@ -1,3 +1,4 @@
-"""Coded errors and warnings, and how values look in messages and in notebooks. The standard library only.
+"""Coded errors and warnings, and the format of values in messages and in notebooks. The standard library only.
 
-A new code goes into `catalogue`, from which ``docs/errors.md`` is made."""
+A new code is added to `catalogue`, from which ``docs/errors.md`` is generated.
+"""

@@ -1,4 +1,4 @@
-"""Arguments of the Python interface: what is of another kind than a function takes is a coded error."""
+"""Checks of arguments of the Python interface: one of the wrong type is a coded error."""
 
 from __future__ import annotations
 
@@ -14,32 +14,27 @@ __all__ = ["absolute_path", "as_budget", "as_mapping", "as_names", "as_path", "a
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a value, for messages: ``"of type int"``."""
+    """Return the type of a value, for messages: ``"of type int"``."""
     return f"of type {type(value).__name__}" if value is not None else "None"
 
 
 def as_path(path: Any) -> Path:
-    """A path.
+    """Return the argument as a path.
 
     Raises:
-        GraftError: GC073 for what is neither text nor a path, or empty.
+        GraftError: GC073 if it is neither text nor a path, is empty, or has a NUL character.
     """
-    if (
-        isinstance(path, str | os.PathLike)
-        and isinstance(found := os.fspath(path), str)
-        and found
-        and "\0" not in found
-    ):
-        return Path(found)
+    if isinstance(path, str | os.PathLike) and isinstance(text := os.fspath(path), str) and text and "\0" not in text:
+        return Path(text)
     shown = repr(path) if isinstance(path, str) else kind_of(path)
     raise GraftError("GC073", f"the path is {shown}", hint="give a text or a pathlib.Path")
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """An absolute path without ``..``.
+    """Return an absolute path without ``..``.
 
-    Each ``..`` leads to the folder above the one before it, as it does when a file is opened: where that one is a link,
-    above what the link leads to. Links with no ``..`` behind them stay.
+    Each ``..`` leads to the parent of the folder before it, as when a file is opened: if that folder is a link, to the
+    parent of the link's target. Links that no ``..`` follows are kept.
     """
     parts = Path(path).absolute().parts
     if ".." not in parts or "\0" in os.fspath(path):  # no file can have such a path
@@ -49,10 +44,10 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
 
 
 def as_seed(seed: Any) -> int:
-    """A seed.
+    """Return the argument as a seed.
 
     Raises:
-        GraftError: GC073 for what is not a whole number of 64 bits.
+        GraftError: GC073 if it is not an integer of 64 bits.
     """
     if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64:
         return seed
@@ -61,7 +56,7 @@ def as_seed(seed: Any) -> int:
 
 
 def as_budget(budget: Any) -> float | None:
-    """A budget of a certificate: None, or a number from 0.
+    """Return the argument as a budget of a certificate: None, or a number from 0.
 
     Raises:
         GraftError: GC073 for anything else.
@@ -76,7 +71,7 @@ def as_budget(budget: Any) -> float | None:
 
 
 def as_names(names: Any) -> tuple[str, ...]:
-    """Names of adaptations: one, or several.
+    """Return the argument, one name or several, as a tuple of names of adaptations.
 
     Raises:
         GraftError: GC073 for anything else, and for none.
@@ -89,7 +84,7 @@ def as_names(names: Any) -> tuple[str, ...]:
 
 
 def as_mapping(values: Any, what: str, kind: type) -> Mapping[str, Any]:
-    """A mapping from names to values of one kind.
+    """Return the argument after checking that it maps names to values of one type.
 
     Raises:
         GraftError: GC073 for anything else.

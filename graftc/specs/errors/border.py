@@ -1,4 +1,4 @@
-"""Where other libraries read what somebody else wrote: whatever they raise there has a code. Standard library only."""
+"""Conversion of errors that other libraries raise on untrusted files to coded errors. The standard library only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ __all__ = ["is_failure", "library_errors"]
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether something that was raised says that work failed: any `Exception`, and a panic of a library in Rust, which
-    is no `Exception`. What ends a program, a generator or a task says something else.
+    """Return whether a raised exception means that work failed.
+
+    Failures are any `Exception`, and a panic of a library in Rust, which is not an `Exception`. An exception that ends
+    a program, a generator or a task is not a failure.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
@@ -25,17 +27,17 @@ def library_errors(
     hint: str | None = None,
     codes: Mapping[type[BaseException], str] | None = None,
 ) -> Iterator[None]:
-    """Around a call of another library on files that anybody may have written: its failures become a `GraftError`.
+    """Run a call of another library on untrusted files, and turn its failures into a `GraftError`.
 
-    A `GraftError` passes as it is; so do `KeyboardInterrupt`, `SystemExit`, `GeneratorExit` and whatever else is no
-    failure. `MemoryError` and `RecursionError` are failures of the file.
+    A `GraftError` passes unchanged; so do `KeyboardInterrupt`, `SystemExit`, `GeneratorExit` and anything else that is
+    not a failure. `MemoryError` and `RecursionError` are failures of the file.
 
     Args:
-        code: of the error.
+        code: the code of the error.
         message: what could not be done, such as ``"the tokenizer of 'x' cannot be read"``; the library's reason is
-            added behind a colon. A function is called only when something failed.
+            appended after a colon. A function is called only after a failure.
         hint: what to try; the code's remedy by default.
-        codes: other codes for some kinds of failures.
+        codes: other codes for some classes of exceptions.
 
     Raises:
         GraftError: as the arguments say.
@@ -47,10 +49,10 @@ def library_errors(
     except BaseException as error:
         if not is_failure(error):
             raise
-        found = next((own for kind, own in (codes or {}).items() if isinstance(error, kind)), code)
+        chosen = next((own for kind, own in (codes or {}).items() if isinstance(error, kind)), code)
         said = message if isinstance(message, str) else message()
-        raise GraftError(found, f"{said}: {first_line(error)[:_LONGEST].rstrip('. ')}", hint=hint) from error
+        raise GraftError(chosen, f"{said}: {first_line(error)[:_LONGEST].rstrip('. ')}", hint=hint) from error
 
 
 _LONGEST = 500
-"""Characters of a library's reason that are shown."""
+"""The largest number of characters of a library's reason in a message."""

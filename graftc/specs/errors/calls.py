@@ -1,4 +1,4 @@
-"""Calls of public functions that do not fit their signatures: coded errors that say what is missing."""
+"""Coded errors for calls of public functions that do not match their signatures; they name what is missing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def public(name: str) -> Callable[[F], F]:
-    """Makes a call that lacks an argument, or has one that the function does not take, a GC073.
+    """Return a decorator that raises GC073 for a call with a missing argument, or one that the function does not take.
 
     Args:
-        name: what users call the function, such as ``graftc.compile`` or ``compiled.trainer``.
+        name: the name that users call the function by, such as ``graftc.compile`` or ``compiled.trainer``.
     """
 
     def decorate(function: F) -> F:

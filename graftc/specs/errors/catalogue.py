@@ -1,6 +1,6 @@
 """The catalogue of errors and warnings: every stable code, once. The standard library only.
 
-``docs/errors.md`` is made from it.
+``docs/errors.md`` is generated from it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Code:
     """One stable code.
 
     Attributes:
-        code: ``GC`` and three digits; never given to something else.
+        code: ``GC`` and three digits; never assigned to another error.
         title: a few words, lower case.
-        explanation: what it means.
+        explanation: the meaning.
         remedy: what to do, in one or two sentences.
         exit_code: exit status of the command line: 1 the answer is no, 2 usage or spec, 3 files or model; 0 for a
             warning.
@@ -32,7 +32,7 @@ class Code:
 
     @property
     def severity(self) -> Literal["error", "warning"]:
-        """An error ends what was asked for; a warning does not."""
+        """The severity: an error ends the operation; a warning does not."""
         return "error" if self.exit_code else "warning"
 
 
@@ -41,7 +41,7 @@ _WARNING, _NO, _SPEC, _FAILED = 0, 1, 2, 3
 # One entry: code and exit status, title, explanation, remedy.
 # fmt: off
 _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
-    # What is written in a spec.
+    # The text of a spec.
     ("GC001", _SPEC, "the spec cannot be read",
      "The text is not valid YAML, JSON or TOML, it is not UTF-8, or it does not contain a mapping.",
      "Correct the line that the message shows. Quote patterns that start with `*`, indent with blanks, and give each "
@@ -79,7 +79,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "A lone surrogate, such as `\\ud800`, is not a character and cannot be stored in a file.",
      "Write the character itself, or both halves of its escape together."),
 
-    # What a spec says of a model.
+    # References of a spec to a model.
     ("GC011", _SPEC, "a pattern matches nothing",
      "Every list item, brace branch, layer entry, exclusion and override must match a site, and one of them does not.",
      "Correct the pattern or remove it. `graftc roles MODEL` lists the sites of a model."),
@@ -113,7 +113,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "(`inputs_embeds`), and whatever follows its layers must not need anything else about them.",
      "Use a method that adds no virtual tokens, for example `prefix`; or leave out the input that the message names."),
 
-    # Where a spec and a model do not go together.
+    # A spec that does not fit the model.
     ("GC020", _SPEC, "the rank exceeds the layer",
      "A rank above the smaller dimension of a weight adds parameters but no expressive power.",
      "Lower `rank`, or lower it for these sites only with `overrides`."),
@@ -380,7 +380,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "which is useful only if the whole tensor is trained, as a new head is.",
      "Give a complete checkpoint, or train the new tensors in full: `train: [classifier]`."),
 
-    # The command line, and looking at graphs.
+    # The command line, and views of graphs.
     ("GC090", _SPEC, "the command line is misused",
      "A command, argument or option is missing, is unknown, or contradicts another.",
      "`graftc COMMAND --help` shows how the command is used."),

@@ -1,7 +1,7 @@
 """Coded errors and warnings: the lowest layer, the standard library only.
 
-Every failure that a user can cause is a :class:`GraftError` with a stable code, the place in the spec and,
-where one can be guessed, the corrected line. :data:`CATALOGUE` holds all codes.
+Every failure that a user can cause is a :class:`GraftError` with a stable code, the place in the spec and, if one can
+be guessed, the corrected line. :data:`CATALOGUE` contains all codes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from graftc.specs.errors.user_line import issue
 
 _LONGEST = 200
 _MOST_CANDIDATES = 20_000
-"""Characters of a word that similar ones are looked for."""
+"""The largest number of candidates that a word is compared with."""
 
 __all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "first_line", "nearest", "warn"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a spec is wrong: file, line and column from 1, and a path such as ``adapt[0].target.role``.
+    """The place of an error in a spec: file, line and column from 1, and a path such as ``adapt[0].target.role``.
 
-    ``text`` is the source line, kept so that the error can show it beside the corrected one.
+    ``text`` is the source line, kept so that the error can show it next to the corrected one.
     """
 
     file: str | None = None
@@ -47,7 +47,7 @@ class Place:
 
 
 class _Coded(Exception):  # noqa: N818
-    """What errors and warnings share."""
+    """The common base of errors and warnings."""
 
     code: str
     message: str
@@ -79,10 +79,10 @@ class _Coded(Exception):  # noqa: N818
         return _rebuild, (type(self), self.code, self.message, self._others())
 
     def within(self, path: str) -> Self:
-        """The same, with its place at ``path``; where it names a place already, at that place below ``path``.
+        """Return the same error with its place at ``path``; if it has a place already, with that place below ``path``.
 
         Args:
-            path: such as ``adapt[0]``.
+            path: a path such as ``adapt[0]``.
         """
         inner = self.place.path if self.place is not None else ""
         joined = path + (f".{inner}" if inner and not inner.startswith("[") else inner)
@@ -94,11 +94,11 @@ class _Coded(Exception):  # noqa: N818
         return CATALOGUE[self.code].exit_code
 
     def __str__(self) -> str:
-        """What people read, safe for a terminal: what would steer it is written out."""
+        """Return the text for users, safe for a terminal: control characters are escaped."""
         return printable("\n".join(self._lines()))
 
     def _lines(self, *, nested: bool = False) -> list[str]:
-        """The text by lines. A detail has no hint that is only the remedy of its code."""
+        """Return the lines of the text. A nested detail omits a hint that is only the remedy of its code."""
         lines = [f"{self.code}: {self.message}"]
         if self.place is not None and str(self.place):
             lines.append(f"  --> {self.place}")
@@ -117,7 +117,7 @@ class _Coded(Exception):  # noqa: N818
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data, details included; what is not known is None."""
+        """Return the same as plain data, including details; unknown values are None."""
         place = self.place or Place()
         return {
             "code": self.code,
@@ -134,7 +134,7 @@ class _Coded(Exception):  # noqa: N818
         }
 
     def _others(self) -> dict[str, Any]:
-        """What it was made with beside its code and its message."""
+        """Return the arguments that it was created with, except its code and its message."""
         return {name: getattr(self, name) for name in ("place", "hint", "details", "fix", "corrected")}
 
 
@@ -144,19 +144,19 @@ class GraftError(_Coded):
     Args:
         code: a key of :data:`CATALOGUE`.
         message: one sentence, lower case, no full stop.
-        place: where in the spec.
+        place: the place in the spec.
         hint: what to try; may span lines. Default: the code's remedy.
-        details: further facts as strings, or further errors found in the same go.
+        details: further facts as strings, or further errors found at the same time.
         fix: the wrong word and the right one, from which the corrected line is made once the source is known.
         corrected: the whole source line, corrected.
 
     Raises:
-        KeyError: ``code`` is not in the catalogue.
+        KeyError: if ``code`` is not in the catalogue.
     """
 
 
 class GraftWarning(_Coded, UserWarning):
-    """Like :class:`GraftError`, for what works but deserves a look. Same arguments."""
+    """Like :class:`GraftError`, for something that works but deserves attention. Same arguments."""
 
 
 def _rebuild(
@@ -168,19 +168,21 @@ def _rebuild(
 def warn(
     code: str, message: str, *, place: Place | None = None, hint: str | None = None, details: Sequence[str] = ()
 ) -> None:
-    """Issue a :class:`GraftWarning` at the line of the user's code that led here."""
+    """Issue a :class:`GraftWarning` at the line of the user's code that caused it."""
     issue(GraftWarning(code, message, place=place, hint=hint, details=details))
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
+    """Return the class of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """The at most ``n`` candidates that look most like ``word``, best first; empty if none comes close, and for a word
-    that is longer than names are. Of very many candidates the first ones are looked at."""
+    """Return at most ``n`` candidates that are most similar to ``word``, best first; empty if none is similar enough.
+
+    It is also empty for a word that is longer than any name. Of very many candidates only the first ones are compared.
+    """
     if len(word) > _LONGEST:
         return []
     by_lower: dict[str, str] = {}
@@ -191,19 +193,19 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def alternatives(word: str, known: Iterable[str], what: str) -> str:
-    """The hint for a word that is not among a few: the nearest of them, or ``what`` they are and all of them."""
+    """Return the hint for a word that is not among a few: the nearest of them, or ``what`` they are and all of them."""
     names = list(known)
     close = nearest(word, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"the {what} are {', '.join(names)}"
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> GraftError:
-    """GC091 for a name that nothing of a kind has, with the nearest one, which also is its correction.
+    """Return the error GC091 for a name that nothing of a kind has, with the nearest one as its correction.
 
     Args:
-        kind: what was looked for, as ``"adaptation"``.
-        name: what was asked for.
-        known: the names that there are.
+        kind: the kind that was looked up, such as ``"adaptation"``.
+        name: the name that was requested.
+        known: the existing names.
     """
     names = list(known)
     close = nearest(name, names, n=1) if isinstance(name, str) else []

@@ -1,4 +1,4 @@
-"""HTML for notebooks: escaped text, tables and parts that fold. No script, and no colour: what shows it has its own.
+"""HTML for notebooks: escaped text, tables and parts that fold. No script, and no colours: the notebook has its own.
 
 The standard library only, so that every layer can use it.
 """
@@ -13,19 +13,19 @@ from graftc.specs.errors.text import one_line
 __all__ = ["Html", "bullets", "escaped", "folded", "joined", "lines", "table", "tag"]
 
 LONGEST = 120
-"""Characters of a name; the middle of a longer one is left out."""
+"""The largest number of characters of a name; the middle of a longer one is left out."""
 
 LINE = 1_000
-"""Characters of a line of text."""
+"""The largest number of characters of a line of text."""
 
 ROWS = 200
-"""Rows that a table shows at first; the others are folded."""
+"""The number of rows that a table shows at first; the others are folded."""
 
 _LEFT, _RIGHT = "text-align: left; vertical-align: top", "text-align: right; vertical-align: top"
 
 
 class Html(str):
-    """Text that is HTML already; any other text is escaped where it becomes a part of some."""
+    """Text that is HTML already; any other text is escaped when it is inserted into HTML."""
 
     __slots__ = ()
 
@@ -34,7 +34,10 @@ class Html(str):
 
 
 def escaped(value: object, most: int = LONGEST) -> Html:
-    """Any value as HTML text: on one line, without control characters, its direction its own, and not too long."""
+    """Return any value as HTML text on one line, of limited length and without control characters.
+
+    Text that is not ASCII is isolated in its direction.
+    """
     if isinstance(value, Html):
         return value
     text = one_line(str(value), most)
@@ -43,27 +46,27 @@ def escaped(value: object, most: int = LONGEST) -> Html:
 
 
 def joined(parts: Iterable[object], between: str = "") -> Html:
-    """Parts one after the other, each escaped."""
+    """Return the parts one after the other, each escaped."""
     return Html(html.escape(between).join(escaped(part) for part in parts))
 
 
 def lines(text: str) -> Html:
-    """Text of several lines."""
+    """Return a text of several lines as HTML."""
     return Html("<br>".join(escaped(line, LINE) for line in text.split("\n")))
 
 
 def tag(name: str, content: object, most: int = LONGEST) -> Html:
-    """An element without attributes around some content, which is escaped."""
+    """Return an element without attributes around some content, which is escaped."""
     return Html(f"<{name}>{escaped(content, most)}</{name}>")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]], numbers: Collection[str] = ()) -> Html:
-    """A table; empty text where there are no rows. Rows beyond the first 200 are folded.
+    """Return a table; empty text if there are no rows. Rows beyond the first 200 are folded.
 
     Args:
-        headings: of the columns.
-        rows: their cells, which are escaped.
-        numbers: headings of the columns that hold numbers.
+        headings: headings of the columns.
+        rows: rows of cells, which are escaped.
+        numbers: headings of the columns that contain numbers.
     """
     if not rows:
         return Html()
@@ -72,18 +75,18 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], numbers: Co
     head = "".join(f'<th style="{s}">{escaped(h)}</th>' for h, s in zip(headings, styles, strict=True))
     lines = ("".join(f'<td style="{s}">{escaped(c)}</td>' for c, s in zip(row, styles, strict=True)) for row in shown)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    made = Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    result = Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     if rest:
         more = table(headings, rest, numbers) if len(rest) <= 10 * ROWS else Html()
-        made = Html(made + folded(f"and {len(rest):,} more", more))
-    return made
+        result = Html(result + folded(f"and {len(rest):,} more", more))
+    return result
 
 
 def folded(summary: object, content: object, *, shown: bool = False) -> Html:
-    """Content under a line that opens and closes it; the line alone where there is no content.
+    """Return content under a line that opens and closes it; the line alone if there is no content.
 
     Args:
-        summary, content: escaped.
+        summary, content: the line and the content, which are escaped.
         shown: whether it is open at first.
     """
     if not content:
@@ -95,6 +98,6 @@ def folded(summary: object, content: object, *, shown: bool = False) -> Html:
 
 
 def bullets(items: Iterable[object], most: int = LINE) -> Html:
-    """A list; empty text where there are no items."""
+    """Return a list; empty text if there are no items."""
     lines = "".join(f"<li>{escaped(item, most)}</li>" for item in items)
     return Html(f"<ul>{lines}</ul>") if lines else Html()

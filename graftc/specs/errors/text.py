@@ -1,4 +1,4 @@
-"""Values in messages: short, on one line, and free of what steers a terminal. The standard library only."""
+"""Formatting of values in messages: short, on one line, and free of control characters. The standard library only."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 __all__ = ["abridged", "counted", "encodable", "one_line", "printable", "quoted", "shortened", "shown", "some"]
 
 _MOST = 100
-"""Characters of a value that a message shows."""
+"""The largest number of characters of a value in a message."""
 
-# C0 and C1 controls but tab and newline, separators that break lines, bidirectional controls, lone surrogates.
+# C0 and C1 controls except tab and newline, separators that break lines, bidirectional controls, lone surrogates.
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BREAKS = {"\n": r"\n", "\t": r"\t"}
 
 
 def printable(text: str, form: str | None = None) -> str:
-    r"""The text with what steers a terminal written out, as ``\x1b`` and ``\u202e``. Tabs and newlines stay.
+    r"""Return the text with terminal controls escaped, as ``\x1b`` and ``\u202e``. Tabs and newlines stay.
 
     Args:
         text: any text.
-        form: how a character is written out, from its number; by default as in Python.
+        form: the format of an escaped character, given its number; by default as in Python.
     """
     return _STEERS.sub(lambda match: (form or _form(ord(match.group()))).format(ord(match.group())), text)
 
@@ -33,7 +33,7 @@ def _form(code: int) -> str:
 
 
 def encodable(data: Any) -> Any:
-    """Plain data in which lone surrogates, as those of names of files that are not UTF-8, are written out."""
+    """Return plain data with lone surrogates escaped, which occur in file names that are not UTF-8."""
     if isinstance(data, str):
         return data if data.isascii() else data.encode("utf-8", "backslashreplace").decode()
     if isinstance(data, Mapping):
@@ -42,34 +42,34 @@ def encodable(data: Any) -> Any:
 
 
 def shortened(text: str, most: int = _MOST) -> str:
-    """The text, or its beginning and how long it is."""
+    """Return the text, or its beginning and its length."""
     return text if len(text) <= most else f"{text[: most - 3]}... ({len(text):,} characters)"
 
 
 def abridged(text: str, most: int = _MOST) -> str:
-    """The text, or its beginning and its end with an ellipsis between them: a path is told by both."""
+    """Return the text, or its beginning and its end around an ellipsis: both are needed to recognise a path."""
     left = (most - 3 + 1) // 2
     return text if len(text) <= most else f"{text[:left]}...{text[len(text) - (most - 3 - left) :]}"
 
 
 def one_line(text: str, most: int = _MOST) -> str:
-    """The text on one line and printable, `abridged`."""
+    """Return the text on one line and printable, `abridged`."""
     return "".join(_BREAKS.get(char, char) for char in printable(abridged(text, most)))
 
 
 def counted(number: int, noun: str = "site") -> str:
-    """A number with its noun, which has an s where it is not one: ``1 site``, ``1,200 sites``."""
+    """Return a number with its noun, in the plural unless the number is one: ``1 site``, ``1,200 sites``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:
-    """A name or a pattern as messages show it: in single quotes, on one line, short and printable."""
+    """Return a name or a pattern as messages show it: in single quotes, on one line, short and printable."""
     line = "".join(_BREAKS.get(char, char) for char in printable(shortened(str(text), most)))
     return f"'{line}'"
 
 
 class _Short(reprlib.Repr):
-    """Representations of bounded size."""
+    """A `reprlib.Repr` with representations of bounded size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,11 +89,11 @@ _SHORT = _Short()
 
 
 def shown(value: object, most: int = _MOST) -> str:
-    """Any value as messages show it: as in YAML where it is simple, short and printable.
+    """Return any value as messages show it: as in YAML if it is simple, short and printable.
 
     Args:
-        value: anything, however large; nested and long values are shown in part.
-        most: at most so many characters.
+        value: any value, however large; nested and long values are shown in part.
+        most: the largest number of characters.
     """
     if value is None:
         return "null"
@@ -104,6 +104,6 @@ def shown(value: object, most: int = _MOST) -> str:
 
 
 def some(words: Sequence[str], most: int = 40) -> str:
-    """The first words of a list, and how many more there are."""
+    """Return the first words of a list, and how many more there are."""
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")

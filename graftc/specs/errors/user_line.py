@@ -1,4 +1,4 @@
-"""Warnings are issued at the user's own line, however deep below it the package notices something."""
+"""Warnings that are issued at the user's own line, however deep in the package they arise."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"
 
 
 def issue(warning: Warning) -> None:
-    """Issue a warning at the innermost frame outside of this package, Python's library and installed packages: a step
-    of a model is called by torch, and that by a trainer. Where there is no such frame, at the innermost one outside of
-    this package."""
+    """Issue a warning at the innermost frame outside of this package, Python's library and installed packages.
+
+    A step of a model is called by torch, and that by a trainer. If there is no such frame, it is issued at the
+    innermost one outside of this package.
+    """
     frame = _user_frame(sys._getframe(1))
     module = frame.f_globals.get("__name__") or "<unknown>"
     registry = frame.f_globals.setdefault("__warningregistry__", {})
@@ -26,7 +28,7 @@ def issue(warning: Warning) -> None:
 
 
 def again(caught: warnings.WarningMessage) -> None:
-    """Issue a warning that was caught, at the line that it was issued at."""
+    """Issue a caught warning again, at the line that it was issued at."""
     assert isinstance(caught.message, Warning)
     _at(caught.message, (caught.filename, caught.lineno), Path(caught.filename).stem)
 
@@ -48,17 +50,19 @@ def _user_frame(start: FrameType) -> FrameType:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """Whether a frame is of this package, or of code without a file that it or a library has made: methods of data
-    classes, and graphs, which are in no module."""
+    """Return whether a frame belongs to this package, or to generated code without a file.
+
+    Generated code is that of methods of data classes, and of graphs, which belong to no module.
+    """
     name = str(frame.f_globals.get("__name__") or "")
     file = frame.f_code.co_filename
-    made = file.startswith("<") and (not name or file.startswith(("<frozen", "<eval_with_key>")))
-    return made or name.partition(".")[0] == "graftc" or file.startswith(_PACKAGE)
+    generated = file.startswith("<") and (not name or file.startswith(("<frozen", "<eval_with_key>")))
+    return generated or name.partition(".")[0] == "graftc" or file.startswith(_PACKAGE)
 
 
 @cache
 def _installed() -> tuple[str, ...]:
-    """The folders of Python's library and of installed packages."""
+    """Return the folders of Python's library and of installed packages."""
     import sysconfig
 
     paths = sysconfig.get_paths()

@@ -1,4 +1,4 @@
-"""Configs of peft: read as data by the tables of methods, and the spec that says the same. No torch, and no peft."""
+"""Configs of peft: reading by the tables of methods, and conversion to the equivalent spec. No torch, and no peft."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["check_config", "is_foreign", "translated"]
 
 
 def is_foreign(source: object) -> bool:
-    """Whether something is a config of peft, as an object or as data, or several by name."""
-    found = [source, *source.values()] if isinstance(source, Mapping) else [source]
-    return any(_kind(config) is not None for config in found)
+    """Return whether something is a config of peft, as an object or as data, or a mapping with several by name."""
+    configs = [source, *source.values()] if isinstance(source, Mapping) else [source]
+    return any(_kind(config) is not None for config in configs)
 
 
 def _kind(config: object) -> Any:
@@ -21,10 +21,10 @@ def _kind(config: object) -> Any:
 
 
 def check_config(source: object, where: str) -> None:
-    """Refuse what is not a config of peft, and what has no equivalent here whatever the model.
+    """Raise unless the source is a config of peft that has an equivalent here, for any model.
 
     Raises:
-        GraftError: as `translated`.
+        GraftError: the same as for `translated`.
     """
     from graftc.specs.foreign.config import read_config
     from graftc.specs.foreign.starts import starts_of
@@ -34,10 +34,10 @@ def check_config(source: object, where: str) -> None:
 
 
 def translated(source: object, where: str = "the config") -> dict[str, Any]:
-    """The spec that says the same as a config of peft, as plain data.
+    """Return the spec that is equivalent to a config of peft, as plain data.
 
     Raises:
-        GraftError: GC073 for several configs, GC111 and GC112 as `graftc.specs.foreign.config.read_config`.
+        GraftError: GC073 for several configs, GC111 and GC112 as for `graftc.specs.foreign.config.read_config`.
     """
     from graftc.specs.foreign.translate import translate
 

@@ -1,8 +1,8 @@
 """``adapter_config.json`` as data: read strictly, and compared with the tables of methods.
 
 A field is a hyper-parameter of the method, a pattern of modules, or one of two kinds of option: those that change
-nothing about what has been trained are passed over, and those that make another function of the tensors are refused
-unless they are off. What names code, such as the base's class, is passed over: nothing is imported.
+nothing about what has been trained are ignored, and those that change the function of the tensors are refused unless
+they are off. Fields that name code, such as the base's class, are ignored: nothing is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["CONFIG", "AdapterConfig", "beside", "config_bytes", "formats", "matc
 
 CONFIG = "adapter_config.json"
 MOST = 16 * 2**20
-"""Bytes that the file may have: AdaLoRA writes a flag for each rank of each layer."""
+"""The largest size of the file in bytes: AdaLoRA writes a flag for each rank of each layer."""
 
 _VALUES = 2**20
 _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
@@ -62,12 +62,12 @@ class AdapterConfig(BaseModel):
 
     @property
     def matcher(self) -> RegexMatcher:
-        """Matches its regular expressions, which have their time together."""
+        """The matcher of its regular expressions, which share one time limit."""
         return self._matcher
 
     @property
     def own(self) -> Mapping[str, Any]:
-        """The fields of its type."""
+        """The fields that are specific to its type."""
         return self.model_extra or {}
 
     @property
@@ -77,10 +77,10 @@ class AdapterConfig(BaseModel):
 
     @property
     def format(self) -> tuple[type[MethodSpec], PeftFormat]:
-        """The method that says the same, with its table.
+        """The equivalent method, with its table.
 
         Raises:
-            GraftError: GC112 for a type that no method is written as.
+            GraftError: GC112 for a type that has no equivalent method.
         """
         kinds = formats().get(self.peft_type, ())
         for spec_class, table in kinds:
@@ -93,23 +93,23 @@ class AdapterConfig(BaseModel):
         raise GraftError("GC112", what, hint=f"the types that work are {', '.join(supported_types())}")
 
     def value(self, field: str, default: Any = None) -> Any:
-        """A field of any kind."""
+        """Return the value of a field, common or specific to the type."""
         return getattr(self, field) if field in type(self).model_fields else self.own.get(field, default)
 
 
 def formats() -> dict[str, list[tuple[type[MethodSpec], PeftFormat]]]:
-    """The methods that peft has as well, by peft's type."""
-    found: dict[str, list[tuple[type[MethodSpec], PeftFormat]]] = {}
+    """Return the methods that peft also has, by peft's type."""
+    methods: dict[str, list[tuple[type[MethodSpec], PeftFormat]]] = {}
     for entry in method_specs().values():
         table = vars(entry.spec_class).get("peft")
         if isinstance(table, PeftFormat):
             for kind in table.types:
-                found.setdefault(kind, []).append((entry.spec_class, table))
-    return found
+                methods.setdefault(kind, []).append((entry.spec_class, table))
+    return methods
 
 
 def beside() -> tuple[type[MethodSpec], PeftFormat, str]:
-    """The method whose tensors may stand beside those of another one, its table, and its key there."""
+    """Return the method whose tensors may accompany those of another one, its table, and its key there."""
     pairs = (pair for kinds in formats().values() for pair in kinds)
     return next(
         (spec_class, table, part.nested)
@@ -120,15 +120,15 @@ def beside() -> tuple[type[MethodSpec], PeftFormat, str]:
 
 
 def supported_types() -> list[str]:
-    """Names of peft's types that work."""
+    """Return the names of peft's types that are supported."""
     return sorted(formats())
 
 
 def config_bytes(path: Path) -> bytes:
-    """The bytes of a config's file.
+    """Return the bytes of a config's file.
 
     Raises:
-        GraftError: GC111 where it cannot be read, or is larger than a config is.
+        GraftError: GC111 if it cannot be read, or is larger than a config may be.
     """
     try:
         return read_regular(path, MOST)
@@ -138,15 +138,15 @@ def config_bytes(path: Path) -> bytes:
 
 
 def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
-    """A config from the bytes of its file, or from plain data.
+    """Read a config from the bytes of its file, or from plain data.
 
     Args:
         raw: JSON or a mapping.
-        where: the file's path, for errors.
+        where: the path of the file, for errors.
 
     Raises:
-        GraftError: GC111 for what is not a config or has an unknown field, GC112 for a type or an option that
-            has no equivalent here.
+        GraftError: GC111 if it is not a config or has an unknown field, GC112 for a type or an option that has no
+            equivalent here.
     """
     try:
         data = read_json(raw, MOST, values=_VALUES) if isinstance(raw, bytes) else dict(raw)
@@ -194,17 +194,22 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
 
 
 _NUMBERS = ("r", "lora_alpha", "alpha", "init_r", "num_virtual_tokens")
-"""Fields of which PEFT makes sizes and scales."""
+"""Fields from which PEFT computes sizes and scales."""
 
 
 def _same(given: Any, value: Any) -> bool:
-    """Whether an option is at its value. Null is an option that is not set, and what is off may be any nothing."""
+    """Return whether an option has its supported value.
+
+    Null means that the option is not set; one that is off may have any empty value.
+    """
     return given is None or given == value or (not value and not given)
 
 
 def matching(pattern_keys: Sequence[str], module: str, matcher: RegexMatcher) -> str | None:
-    """The first key of peft's `rank_pattern` or `alpha_pattern` that means a module; None where none does. Keys are
-    regular expressions for the end of a path; those that are plain names are compared as such."""
+    """Return the first key of peft's `rank_pattern` or `alpha_pattern` that matches a module; None if none does.
+
+    Keys are regular expressions for the end of a path; keys that are plain names are compared as such.
+    """
     for key in pattern_keys:
         plain = key.replace(".", "").replace("_", "").replace("-", "").isalnum()
         if module == key or (plain and module.endswith(f".{key}")):

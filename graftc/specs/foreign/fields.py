@@ -1,4 +1,4 @@
-"""From a peft config to the spec that says the same: fields, patterns of ranks, lists of modules, trained rows."""
+"""Conversion of a peft config to the fields of a spec: values, patterns of ranks, lists of modules, trained rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["fields_of", "is_listed", "method_at", "rows_of", "table_rows", "take
 
 
 def fields_of(config: AdapterConfig) -> dict[str, Any]:
-    """Fields of our spec, without target and name.
+    """Return the fields of our spec, without target and name.
 
     Raises:
         GraftError: GC112 for a value that has no equivalent.
     """
     spec_class, table = config.format
-    found: dict[str, Any] = {"method": spec_class.tag(), **table.constant, **table.absent}
+    fields: dict[str, Any] = {"method": spec_class.tag(), **table.constant, **table.absent}
     for theirs, ours in table.fields.items():
         value = config.value(theirs)
         if value is None:
@@ -33,23 +33,23 @@ def fields_of(config: AdapterConfig) -> dict[str, Any]:
                 hint = f"the values that work are {known}; convert the adapter to a plain one in PEFT"
                 raise GraftError("GC112", message, place=Place(CONFIG, path=theirs), hint=hint)
             value = meanings[value]
-        found[ours] = value
-    final, first = found.get("target_rank"), found.get("rank")
+        fields[ours] = value
+    final, first = fields.get("target_rank"), fields.get("rank")
     if isinstance(final, int) and isinstance(first, int):
-        found["target_rank"] = min(final, first)
-    if "rows" in found:
-        found["rows"] = sorted(found["rows"]) if isinstance(found["rows"], list) else []
-    return found
+        fields["target_rank"] = min(final, first)
+    if "rows" in fields:
+        fields["rows"] = sorted(fields["rows"]) if isinstance(fields["rows"], list) else []
+    return fields
 
 
 def method_at(config: AdapterConfig, module: str) -> MethodSpec:
-    """The spec that holds at a module, or at a parameter of one.
+    """Return the spec that applies to a module, or to a parameter of one.
 
     Raises:
-        GraftError: GC112 for a value that has no equivalent, or that our method does not take.
+        GraftError: GC112 for a value that has no equivalent, or that our method does not accept.
     """
     spec_class, table = config.format
-    found = {**fields_of(config), "target": {"modules": "**"}}
+    fields = {**fields_of(config), "target": {"modules": "**"}}
     for theirs, ours in table.patterns.items():
         given = config.value(theirs) or {}
         if not isinstance(given, Mapping):
@@ -58,17 +58,17 @@ def method_at(config: AdapterConfig, module: str) -> MethodSpec:
             )
         key = matching(list(given), module, config.matcher)
         if key is not None:
-            found[ours] = given[key]
+            fields[ours] = given[key]
     for theirs, own in table.lists.items():
-        found[own.field] = own.listed if is_listed(config, theirs, module) else own.otherwise
+        fields[own.field] = own.listed if is_listed(config, theirs, module) else own.otherwise
     try:
-        return spec_class.model_validate(found)
+        return spec_class.model_validate(fields)
     except GraftError as error:
         raise GraftError("GC112", error.message, place=Place(CONFIG), hint=error.hint) from None
 
 
 def is_listed(config: AdapterConfig, field: str, module: str) -> bool:
-    """Whether a list of modules in the config names one: by the end of its path, or by a regular expression."""
+    """Return whether a list in the config names a module: by the end of its path, or by a regular expression."""
     given = config.value(field)
     if isinstance(given, str):
         return bool(config.matcher.matching(given, [module]))
@@ -76,16 +76,18 @@ def is_listed(config: AdapterConfig, field: str, module: str) -> bool:
 
 
 def takes_bias(config: AdapterConfig, adapted: Collection[str], module: str) -> bool:
-    """Whether the bias of a module trains beside the method."""
+    """Return whether the bias of a module trains along with the method."""
     policy = config.value("bias", "none")
     return policy == "all" or (policy == "lora_only" and module in adapted)
 
 
 def rows_of(config: AdapterConfig, module: str) -> tuple[list[int], tuple[int, ...] | None]:
-    """Which rows of an embedding table train, ascending, and where each of them is in the file.
+    """Return the rows of an embedding table that train, ascending, and the position of each in the file.
+
+    The positions are None if the file has the same order.
 
     Raises:
-        GraftError: GC112 for rows that are named twice or counted from the end, or that no list names.
+        GraftError: GC112 for rows that are named twice or counted from the end, or if no list names any.
     """
     given = config.value("token_indices") if "token_indices" in config.own else config.trainable_token_indices
     if isinstance(given, Mapping):
@@ -102,6 +104,6 @@ def rows_of(config: AdapterConfig, module: str) -> tuple[list[int], tuple[int, .
 
 
 def table_rows(rows: list[int], module: str) -> MethodSpec:
-    """The spec of rows of a table that train beside another method."""
+    """Return the spec of rows of a table that train along with another method."""
     spec_class = beside()[0]
     return spec_class.model_validate({"rows": rows, "target": {"modules": module}})

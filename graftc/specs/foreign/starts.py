@@ -1,4 +1,4 @@
-"""How training starts by a config of peft that nothing has been trained of yet, as fields of the spec."""
+"""Initial values of a peft config that is used as a spec, as fields of the spec."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["starts_of"]
 
 
 def starts_of(config: AdapterConfig, where: str) -> dict[str, Any]:
-    """Fields of our spec about initial values.
+    """Return the fields of our spec about initial values.
 
-    A checkpoint may have any of them, since nothing of it remains in what has been trained; where a config stands for a
-    spec, what has no equivalent would start training from other values.
+    A checkpoint may have any of them, since nothing of them remains in what has been trained; if a config is used as a
+    spec, one without an equivalent would start training from other values.
 
     Raises:
-        GraftError: GC112 for a way to start that there is not here.
+        GraftError: GC112 for an initialisation that has no equivalent.
     """
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for theirs, meanings in config.format[1].starts.items():
         value = config.value(theirs, UNSET)
         if value is UNSET:
@@ -31,9 +31,9 @@ def starts_of(config: AdapterConfig, where: str) -> dict[str, Any]:
             hint = f"the values that work are {words}" if words else "train by PROMPT_TUNING, or by a spec"
             message = f"{theirs}: {shown(value)} starts training from values that there are not here"
             raise GraftError("GC112", message, place=Place(where, path=theirs), hint=hint)
-        found |= meanings[known]
-    return found
+        fields |= meanings[known]
+    return fields
 
 
 UNSET: Any = object()
-"""Stands for a field that a config does not have."""
+"""The value of a field that a config does not have."""

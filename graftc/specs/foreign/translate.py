@@ -1,4 +1,4 @@
-"""From a config of peft to the spec that says the same, before there is a model."""
+"""Conversion of a config of peft to the equivalent spec, before there is a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLAIN = re.compile(r"[\w.-]+")
 
 
 def translate(source: object, where: str) -> dict[str, Any]:
-    """See `graftc.specs.foreign.translated`."""
+    """Return the spec that is equivalent to a config of peft, as plain data."""
     config = read_config(as_data(source), where)
     starts = starts_of(config, where)
     sides = {own.field: own.otherwise for own in config.format[1].lists.values()}
@@ -36,7 +36,7 @@ def translate(source: object, where: str) -> dict[str, Any]:
 
 
 def as_data(source: object) -> dict[str, Any]:
-    """The fields of a config; of several by name, that of the only one.
+    """Return the fields of a config; of a mapping of configs by name, those of the only one.
 
     Raises:
         GraftError: GC073 for several.
@@ -48,7 +48,7 @@ def as_data(source: object) -> dict[str, Any]:
             raise GraftError("GC073", f"there are configs of {len(configs)} adapters: {some(list(source))}", hint=hint)
         source = configs[0]
     fields = source if isinstance(source, Mapping) else vars(source)
-    if is_dataclass(source):  # peft notes more on the object than what it says
+    if is_dataclass(source):  # peft stores more on the object than the config's fields
         fields = {field.name: fields[field.name] for field in dataclass_fields(source) if field.name in fields}
     return {str(name): _plain(value) for name, value in fields.items() if not str(name).startswith("_")}
 
@@ -68,7 +68,7 @@ def _refused(what: str, where: str, field: str, hint: str) -> GraftError:
 
 
 def _target(config: AdapterConfig, where: str) -> dict[str, Any]:
-    """The target of the adaptation; nothing where the method's own holds."""
+    """Return the target of the adaptation; empty if the method's own default applies."""
     spec_class, table = config.format
     if table.joined is not None:
         return {}
@@ -105,7 +105,7 @@ def _places_itself(spec_class: type[MethodSpec]) -> bool:
 
 
 def _overrides(config: AdapterConfig, where: str) -> list[dict[str, Any]]:
-    """Other values for some modules; the keys that say more of a path come first, since the first that fits holds."""
+    """Return the values that differ for some modules; longer keys come first, since the first match applies."""
     _, table = config.format
     given = {ours: config.value(theirs) or {} for theirs, ours in table.patterns.items()}
     keys = list(dict.fromkeys(key for own in given.values() for key in own))
@@ -114,21 +114,21 @@ def _overrides(config: AdapterConfig, where: str) -> list[dict[str, Any]]:
         hint = "write the names of modules, or the spec's overrides"
         field = next(theirs for theirs in table.patterns if strange[0] in (config.value(theirs) or {}))
         raise _refused(f"{field} has the regular expression {quoted(strange[0])}", where, field, hint)
-    found = []
+    overrides = []
     for key in sorted(keys, key=lambda key: -len(key)):
         hits = {ours: matching(list(own), key, config.matcher) for ours, own in given.items()}
         changes = {ours: given[ours][hit] for ours, hit in hits.items() if hit is not None}
-        found.append({"modules": f"**.{key}", **changes})
+        overrides.append({"modules": f"**.{key}", **changes})
     for theirs, own in table.lists.items():
         listed: Sequence[str] = as_items(config.value(theirs))
         if isinstance(config.value(theirs), str):
             raise _refused(f"{theirs} is a regular expression", where, theirs, "list the names of modules")
-        found += [{"modules": f"**.{name}", own.field: own.listed} for name in listed]
-    return found
+        overrides += [{"modules": f"**.{name}", own.field: own.listed} for name in listed]
+    return overrides
 
 
 def _rows(config: AdapterConfig) -> list[dict[str, Any]]:
-    """Rows of tables that train beside the method."""
+    """Return the adaptations for rows of tables that train along with the method."""
     given = config.trainable_token_indices
     tag = beside()[0].tag()
     if isinstance(given, Mapping):

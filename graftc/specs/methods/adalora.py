@@ -133,7 +133,7 @@ class AdaLoRA(MethodSpec):
 
     @property
     def final_rank(self) -> int:
-        """What a site adds to the budget that is left in the end: `target_rank`, or what stands for it."""
+        """The contribution of a site to the final budget: `target_rank`; by default 8, or `rank` if that is smaller."""
         return self.target_rank if self.target_rank is not None else min(8, self.rank)
 
     @property

@@ -16,7 +16,7 @@ from graftc.specs.target import Target
 __all__ = ["AdaMix", "Consistency", "Share"]
 
 Share = Literal["up", "down", "none"]
-"""Which of the two projections all experts have in common."""
+"""The projection, if any, that all experts share."""
 
 
 class Consistency(SpecModel):
@@ -95,5 +95,5 @@ class AdaMix(BottleneckSpec):
     """The loss term that keeps forward passes with different experts consistent."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads and changes the result of the last map, before the dropout."""
         return Wiring("projection", "projection")

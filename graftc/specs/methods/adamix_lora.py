@@ -35,7 +35,7 @@ class AdaMixLoRA(MethodSpec):
         sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
         identity_at_init=True,
         folds=FoldKind.EXACT,
-        inert=frozenset({"A"}),  # while the copies of B that are drawn are zeros
+        inert=frozenset({"A"}),  # as long as the copies of B that are drawn are zeros
         up=frozenset({"B"}),
     )
     paper: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""AdapterL: one bottleneck in every layer, behind the feed-forward part, with a layer norm of its own"""
+"""AdapterL: one bottleneck in every layer, after the feed-forward part, with a layer norm of its own."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ class AdapterL(BottleneckSpec):
     """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads and changes the output, with a layer norm before the bottleneck."""
         return Wiring("output", "output", "before")

@@ -1,4 +1,4 @@
-"""Bapna-Firat adapters: one bottleneck behind every layer, with a layer norm of its own"""
+"""Bapna-Firat adapters: one bottleneck after every layer, with a layer norm of its own."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ class BapnaFirat(BottleneckSpec):
     """How the projections are initialised: `xavier`, uniform in ±sqrt(6 / (in + out))."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads and changes the output, with a layer norm before the bottleneck."""
         return Wiring("output", "output", "before")

@@ -1,4 +1,4 @@
-"""BitFit: biases train, and nothing else."""
+"""BitFit: training of biases only."""
 
 from __future__ import annotations
 

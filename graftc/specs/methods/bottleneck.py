@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer function beside a part of the model, with every knob."""
+"""Bottleneck adapters: a small two-layer function beside a part of the model, with all options."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", 
 """The function between the two projections; `silu` is also called swish, `gelu_tanh` is GELU's tanh approximation."""
 
 Init = Literal["lora", "bert", "houlsby", "xavier"]
-"""How the projections start."""
+"""The initialisation of the projections."""
 
 Norm = Literal["none", "before", "after", "both"]
-"""Where a layer norm of its own stands."""
+"""The position of the adapter's own layer norm."""
 
 Place = Literal["stream", "normed", "inner", "projection", "branch", "sum", "output", "input"]
-"""A value of a sublayer, or an end of a linear map."""
+"""A value of a sublayer, or the input or output of a linear map."""
 
 _ORDER: tuple[Place, ...] = ("stream", "normed", "inner", "projection", "branch", "sum", "output")
 WIDTHS = ("bottleneck", "reduction")
-"""The two ways to say how wide a bottleneck is."""
+"""The two fields that can set the width of a bottleneck."""
 _GOALS: frozenset[Place] = frozenset({"inner", "projection", "branch", "output"})
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """What an adapter reads, and where it adds its result.
+    """The value that an adapter reads, and the one that it adds its result to.
 
     Attributes:
-        reads: of a sublayer ``stream`` (what the residual goes on from), ``normed`` (what the sublayer reads),
-            ``inner`` (what its last linear map reads), ``projection`` (that map's result), ``branch`` (the same after
-            dropout, before the residual is added), ``sum`` or ``output`` (the sum, its norm where one follows); of a
-            linear map ``input`` or ``output``.
-        adds_to: ``inner``, ``projection``, ``branch`` or ``output``; of a linear map ``input`` or ``output``. Where it
-            comes before what is read, what lies between is computed a second time.
+        reads: in a sublayer ``stream`` (the residual stream), ``normed`` (the input of the sublayer), ``inner`` (the
+            input of its last linear map), ``projection`` (the result of that map), ``branch`` (the same after dropout,
+            before the residual is added), ``sum`` or ``output`` (the sum, or its norm if one follows); of a linear map
+            ``input`` or ``output``.
+        adds_to: ``inner``, ``projection``, ``branch`` or ``output``; of a linear map ``input`` or ``output``. If it
+            precedes the value that is read, everything in between is computed a second time.
         norm: a layer norm of the adapter's own, before its first projection, after its second, or both.
     """
 
@@ -110,7 +110,7 @@ class BottleneckSpec(MethodSpec):
         return self
 
     def _given(self) -> set[str]:
-        """Which of the two widths the user gave."""
+        """Return the width fields that the user set."""
         return {f for f in WIDTHS if f in self.model_fields_set and getattr(self, f) is not None}
 
     @model_validator(mode="after")
@@ -121,22 +121,22 @@ class BottleneckSpec(MethodSpec):
         return self
 
     def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
-        """An override's width takes the place of the adaptation's, whichever way each is given."""
+        """Return both widths if an override sets either: it replaces the adaptation's, whichever way each is given."""
         return WIDTHS if changes.keys() & set(WIDTHS) else ()
 
     def width(self, read: int) -> int:
-        """The width of the bottleneck where ``read`` entries are read; 0 where `reduction` leaves none."""
+        """Return the width of the bottleneck if ``read`` entries are read; 0 if `reduction` leaves none."""
         given = self._given()
         values = {f: getattr(self, f) if f in given else type(self).model_fields[f].default for f in WIDTHS}
-        held = next((f for f in WIDTHS if f in given), None) or next(f for f in WIDTHS if values[f] is not None)
-        return int(values[held]) if held == "bottleneck" else int(read // values[held])
+        chosen = next((f for f in WIDTHS if f in given), None) or next(f for f in WIDTHS if values[f] is not None)
+        return int(values[chosen]) if chosen == "bottleneck" else int(read // values[chosen])
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """What the adapter reads at a site and where it adds.
+        """Return the value that the adapter reads at a site, and the one that it adds to.
 
         Args:
-            kind: of the site: a sublayer or a linear map.
-            roles: of the site.
+            kind: the kind of the site: a sublayer or a linear map.
+            roles: the roles of the site.
         """
         raise NotImplementedError
 
@@ -202,7 +202,7 @@ class Bottleneck(BottleneckSpec):
         return self
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return the wiring by `reads`, `adds_to` and `norm`, with defaults that depend on the kind of site."""
         if kind is SiteKind.LINEAR:
             return Wiring(self.reads or "input", self.adds_to or "output", self.norm)
         return Wiring(self.reads or "branch", self.adds_to or "branch", self.norm)

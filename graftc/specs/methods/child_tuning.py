@@ -1,4 +1,4 @@
-"""Child-Tuning: every step trains another random part of the network (Xu et al. 2021)."""
+"""Child-Tuning: training of another random part of the network in every step (Xu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class ChildTuning(BudgetSpec):
     """Maximum norm of a tensor's gradient when selecting by examples; `null` for no limit."""
 
     def budget(self, total: int) -> int:
-        """See `BudgetSpec.budget`."""
+        """Return the share `reserve_p` of the entries."""
         return share(self.reserve_p, total)
 
     @property
     def budget_field(self) -> str:
-        """See `BudgetSpec.budget_field`."""
+        """The field that sets the budget, `reserve_p`."""
         return "reserve_p"

@@ -1,4 +1,4 @@
-"""Fine-tuning of cross-attention alone."""
+"""Fine-tuning of cross-attention only."""
 
 from __future__ import annotations
 

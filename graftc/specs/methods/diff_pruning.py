@@ -1,4 +1,4 @@
-"""Diff pruning: a difference to the base's tensors with gates, of which few entries are left in the end."""
+"""Diff pruning: a difference to the base's tensors with gates, of which few entries remain in the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graftc.specs.methods.selection import StagedSpec
 __all__ = ["DiffPruning"]
 
 Stretch = Annotated[tuple[Annotated[float, Field(lt=0)], Annotated[float, Field(gt=1)]], Strict(False)]
-"""Two numbers around 0 and 1; a list in a document."""
+"""Two numbers, below 0 and above 1; a list in a document."""
 
 
 class DiffPruning(StagedSpec):
@@ -46,7 +46,7 @@ class DiffPruning(StagedSpec):
         sites=TENSORS,
         identity_at_init=True,
         folds=FoldKind.EXACT,
-        # Gates have a gradient where they are not clipped, once there is a difference.
+        # Gates get a gradient only while they are not clipped and the difference is not zero.
         inert=frozenset({"bias_w", "bias_delta", "*_alpha", "*_group"}),
         undecayed=frozenset({"*_alpha", "*_group"}),
     )
@@ -83,6 +83,6 @@ class DiffPruning(StagedSpec):
 
     @property
     def shift(self) -> float:
-        """What is taken off `alpha` for the logit of `P(z > 0)`: `log(-low / high)`."""
+        """The number that is subtracted from `alpha` to get the logit of `P(z > 0)`: `log(-low / high)`."""
         low, high = self.stretch
         return math.log(-low / high)

@@ -1,4 +1,4 @@
-"""DoRA: a weight taken apart into magnitudes and directions, with a low-rank update of the directions."""
+"""DoRA: a weight decomposed into magnitudes and directions, with a low-rank update of the directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter trains."""
+"""Full fine-tuning: training of every parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftc.specs.target import Target
 __all__ = ["TENSORS", "Full"]
 
 TENSORS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS, SiteKind.NORM, SiteKind.PARAMETER})
-"""The kinds of place that have tensors of the base."""
+"""The kinds of site that have tensors of the base."""
 
 
 class Full(MethodSpec):

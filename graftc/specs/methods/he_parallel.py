@@ -1,4 +1,4 @@
-"""Parallel adapters: a bottleneck beside the feed-forward part or the attention of every layer"""
+"""Parallel adapters: a bottleneck beside the feed-forward part or the attention of every layer."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ class HeParallel(BottleneckSpec):
     trainable scalar, initialised to 1."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads the residual stream and adds to the branch, or to the heads of an attention."""
         attention = any(role.endswith("attn.sublayer") for role in roles)
         return Wiring("stream", "inner" if attention else "branch")

@@ -1,4 +1,4 @@
-"""Sequential adapters: a bottleneck behind the feed-forward part or the attention of every layer"""
+"""Sequential adapters: a bottleneck after the feed-forward part or the attention of every layer."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ class HeSequential(BottleneckSpec):
     """How the projections are initialised: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads and changes the branch."""
         return Wiring("branch", "branch")

@@ -1,4 +1,4 @@
-"""Houlsby adapters: two bottlenecks in every layer, behind its attention and behind its feed-forward part"""
+"""Houlsby adapters: two bottlenecks in every layer, after its attention and after its feed-forward part."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ class Houlsby(BottleneckSpec):
         return self
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads and changes the branch."""
         return Wiring("branch", "branch")

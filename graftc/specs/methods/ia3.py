@@ -14,7 +14,7 @@ from graftc.specs.target import Target
 __all__ = ["IA3", "IA3Override", "Side"]
 
 Side = Literal["auto", "output", "input"]
-"""Which end of a linear map is scaled."""
+"""The side of a linear map that is scaled."""
 
 
 class IA3Override(Override):
@@ -69,7 +69,7 @@ class IA3(MethodSpec):
     """Other sides for some sites; the first override that matches a site applies."""
 
     def side_at(self, roles: Sequence[str]) -> Literal["output", "input"]:
-        """Which side is scaled at a site of these roles, if the spec holds there."""
+        """Return the side that is scaled at a site with these roles, if the spec applies to it."""
         if self.side != "auto":
             return self.side
         return "input" if any(parse_role(role).name == "ffn.down" for role in roles) else "output"

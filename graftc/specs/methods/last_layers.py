@@ -1,4 +1,4 @@
-"""Fine-tuning of the last layers alone."""
+"""Fine-tuning of the last layers only."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LastLayers(MethodSpec):
     @model_validator(mode="before")
     @classmethod
     def _layers_by_count(cls, data: Any) -> Any:
-        """Layers that the user leaves open are the last ones."""
+        """Select the last `count` layers unless the target gives layers."""
         if not isinstance(data, Mapping):
             return data
         fields, count = written_fields(data.get("target", {})), data.get("count", 2)

@@ -1,4 +1,4 @@
-"""LLM-Adapters: bottlenecks in series with single linear maps, or parallel to them"""
+"""LLM-Adapters: bottlenecks in series with single linear maps, or parallel to them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LLMAdapters(BottleneckSpec):
     """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return the wiring of the placement; `series` depends on whether the map ends a sublayer."""
         if self.placement == "parallel":
             return Wiring("input", "output")
         last = not roles or any(parse_role(role).name in ("ffn.down", "attn.o") for role in roles)

@@ -16,7 +16,7 @@ __all__ = ["LoRA", "LoRAOverride"]
 
 
 Initialiser: TypeAlias = Literal["kaiming", "gaussian", "random", "orthogonal", "pissa", "olora", "loftq"]
-"""See `LoRA.init`."""
+"""An initialiser, as described in `LoRA.init`."""
 
 
 class LoRAOverride(Override):

@@ -44,10 +44,10 @@ class LTSFT(StagedSpec):
 
     @property
     def dense(self) -> bool:
-        """Whether this training is a dense one."""
+        """Whether this training run is a dense one."""
         return self.stage % 2 == 1
 
     @property
     def iteration(self) -> int:
-        """Which iteration this training belongs to, from 1."""
+        """The number of the iteration that this training run belongs to, counted from 1."""
         return (self.stage + 1) // 2

@@ -1,4 +1,4 @@
-"""MAM adapters: a prefix at every attention and a parallel adapter beside every feed-forward part."""
+"""MAM adapters: a prefix at every attention and an adapter parallel to every feed-forward part."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ class MAM(PartsSpec):
     """The adapters parallel to the feed-forward parts."""
 
     def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
-        """See `PartsSpec.part_specs`."""
+        """Return a prefix for attentions and a parallel adapter for sublayers."""
         adapter = HeParallel(**self.adapter.fields({"bottleneck": 512}))
         return {SiteKind.ATTENTION: Prefix(**self.prefix.fields()), SiteKind.SUBLAYER: adapter}

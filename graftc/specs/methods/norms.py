@@ -1,4 +1,4 @@
-"""Tuning of normalisations: their scales and shifts train, and nothing else."""
+"""Tuning of normalisations: training of their scales and shifts only."""
 
 from __future__ import annotations
 

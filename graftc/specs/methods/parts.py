@@ -1,4 +1,4 @@
-"""Methods that are made of others, one for each kind of place: what their specs have in common."""
+"""The common base of methods that are composed of others, one for each kind of site."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.specs.target import written_fields
 __all__ = ["AdapterPart", "PartsSpec", "PrefixPart"]
 
 PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTION: "prefix", SiteKind.LINEAR: "lora"}
-"""The part that stands at each kind of place."""
+"""The part at each kind of site."""
 
 
 class AdapterPart(SpecModel):
@@ -48,7 +48,7 @@ class AdapterPart(SpecModel):
         return self
 
     def fields(self, default: Mapping[str, Any]) -> dict[str, Any]:
-        """The values for the spec of an adapter; ``default`` is its width where none is given."""
+        """Return the values for the spec of an adapter; ``default`` is its width if none is given."""
         values = {f: getattr(self, f) for f in type(self).model_fields}
         given = {f: values.pop(f) for f in ("bottleneck", "reduction")}
         widths = {f: v for f, v in given.items() if v is not None} or dict(default)
@@ -78,13 +78,14 @@ class PrefixPart(SpecModel):
     """Probability of dropping an entry of the prefix during training."""
 
     def fields(self) -> dict[str, Any]:
-        """The values for the spec of a prefix."""
+        """Return the values for the spec of a prefix."""
         return {f: getattr(self, f) for f in type(self).model_fields}
 
 
 class PartsSpec(MethodSpec):
     """A method composed of others: adapters at sublayers, a prefix at attentions, low-rank updates at linear maps.
-    Without a target, every part is at its own sites."""
+    Without a target, every part is at its own sites.
+    """
 
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     """The default sites of each part."""
@@ -95,7 +96,7 @@ class PartsSpec(MethodSpec):
     @model_validator(mode="before")
     @classmethod
     def _every_part_at_its_places(cls, data: Any) -> Any:
-        """What the user leaves open of a target is where the parts that are there stand."""
+        """Select the default sites of the parts in use unless the target selects sites."""
         if not isinstance(data, Mapping):
             return data
         fields = written_fields(data.get("target", {}))
@@ -107,15 +108,15 @@ class PartsSpec(MethodSpec):
 
     @classmethod
     def named_parts(cls, value: Any) -> Collection[str]:
-        """The parts that a spec has, from what stands in ``parts``; none where that is not valid."""
+        """Return the parts of a spec with this value of ``parts``; empty if the value is not valid."""
         return tuple(cls.roles)
 
     def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
-        """What stands at each kind of place."""
+        """Return the spec of the part for each kind of place."""
         raise NotImplementedError
 
     def collapse(self) -> Self | None:
-        """The same with keys and values in the place of the network that gives them; None where there is none."""
+        """Return the spec with trained keys and values instead of the network that produces them; None without one."""
         if SiteKind.ATTENTION not in self.part_specs() or self.prefix.reparameterization is None:
             return None
         return self.model_copy(update={"prefix": self.prefix.model_copy(update={"reparameterization": None})})

@@ -1,4 +1,4 @@
-"""PASTA: trained vectors added to what every layer reads at the special tokens."""
+"""PASTA: trained vectors added to the input of every layer at the special tokens."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ class Pasta(MethodSpec):
 
     @property
     def vectors(self) -> int:
-        """How many vectors a layer trains."""
+        """The number of vectors that a layer trains."""
         return 1 if self.shared else self.slots

@@ -1,4 +1,4 @@
-"""Pfeiffer adapters: one bottleneck in every layer, behind the feed-forward part and its norm"""
+"""Pfeiffer adapters: one bottleneck in every layer, after the feed-forward part and its norm."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ class Pfeiffer(BottleneckSpec):
     """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """See `BottleneckSpec.wiring`."""
+        """Return a wiring that reads the output, after the norm, and adds to the branch, before it."""
         return Wiring("output", "branch")

@@ -26,7 +26,7 @@ class InfixSpec(VirtualTokenSpec):
     the last real token."""
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
-        """See `MethodSpec.virtual_tokens`."""
+        """Return the run in front of the text, and the one within it if there is one."""
         front = VirtualRun(self.length, "front")
         where: Where = "suffix" if self.infix_after is None else self.infix_after
         return (front, VirtualRun(self.infix, where)) if self.infix else (front,)

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: an update that is a product of small matrices, with a rank and a scaling."""
+"""Base of LoHa and LoKr: an update that is a product of small matrices, with a rank and a scaling."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class ProductSpec(MethodSpec):
 
     @property
     def scaling(self) -> float:
-        """The factor of the update."""
+        """The factor of the update: `alpha / rank`."""
         return self.alpha / self.rank

@@ -50,7 +50,7 @@ class VirtualTokenSpec(MethodSpec):
 
     @property
     def total(self) -> int:
-        """How many virtual tokens there are in all."""
+        """The total number of virtual tokens."""
         return sum(run.length for run in self.virtual_tokens())
 
     @model_validator(mode="after")
@@ -104,5 +104,5 @@ class Prompt(VirtualTokenSpec):
     `suffix`: after the last real token of each row, according to the attention mask."""
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
-        """See `MethodSpec.virtual_tokens`."""
+        """Return one run of `length` tokens at its placement."""
         return (VirtualRun(self.length, self.placement),)

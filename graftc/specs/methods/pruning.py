@@ -1,4 +1,4 @@
-"""Pruning: weights train and most of them become zeros, by magnitude, by movement, or in rounds."""
+"""Pruning: training of weights most of which become zero, by magnitude, by movement, or in rounds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FIELDS: dict[str, frozenset[str]] = {
     "rewind": _ROUNDS,
     "stage": _ROUNDS,
 }
-"""The variants that each field is for."""
+"""The variants that each field applies to."""
 
 
 class PruningOverride(Override):
@@ -179,11 +179,11 @@ class Pruning(MethodSpec):
 
     @property
     def scored(self) -> bool:
-        """Whether scores train beside the weights."""
+        """Whether scores train along with the weights."""
         return self.variant in ("movement", "soft_movement")
 
     def remaining(self, rounds: int) -> Fraction:
-        """The share that is left after so many rounds of `iterative`. Numbers count as they are written."""
+        """Return the share that is left after ``rounds`` rounds of `iterative`; decimals count exactly as written."""
         if self.fraction is not None:
             return (1 - Fraction(str(self.fraction))) ** rounds
         end = Fraction(str(self.density))
@@ -191,5 +191,5 @@ class Pruning(MethodSpec):
 
 
 def kept_of(total: int, share: Fraction) -> int:
-    """How many of ``total`` entries a share is: rounded down, at least one."""
+    """Return how many of ``total`` entries a share keeps: rounded down, at least one."""
     return max(1, math.floor(share * total))

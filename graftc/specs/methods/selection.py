@@ -1,4 +1,4 @@
-"""What specs of methods have in common that train some entries of tensors."""
+"""Base of the specs of methods that train some entries of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BudgetSpec", "SelectionSpec", "StagedSpec", "share"]
 
 
 def share(density: float, total: int) -> int:
-    """A share of ``total``, rounded down. It counts as it is written: 0.07 of 100 is 7."""
+    """Return a share of ``total``, rounded down. The density counts as it is written: 0.07 of 100 is 7."""
     return math.floor(Fraction(str(density)) * total)
 
 
@@ -25,12 +25,12 @@ class BudgetSpec(MethodSpec):
     """Base of methods that train a given number of entries of the base's tensors."""
 
     def budget(self, total: int) -> int:
-        """How many of ``total`` entries train."""
+        """Return how many of ``total`` entries train."""
         raise NotImplementedError
 
     @property
     def budget_field(self) -> str:
-        """The field that says so."""
+        """The name of the field that sets the budget."""
         return "density"
 
 
@@ -57,14 +57,14 @@ class SelectionSpec(BudgetSpec):
         return self
 
     def budget(self, total: int) -> int:
-        """See `BudgetSpec.budget`."""
+        """Return `entries`, or the share `density` of the total, by default `usual_density`."""
         if self.entries is not None:
             return self.entries
         return share(self.density if self.density is not None else self.usual_density, total)
 
     @property
     def budget_field(self) -> str:
-        """See `BudgetSpec.budget_field`."""
+        """The field that sets the budget: `entries` if it is given, otherwise `density`."""
         return "entries" if self.entries is not None else "density"
 
 

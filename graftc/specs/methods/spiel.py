@@ -1,4 +1,4 @@
-"""SpIEL: sparse fine-tuning whose entries move while training."""
+"""SpIEL: sparse fine-tuning whose entries move during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.specs.target import Target
 __all__ = ["PROJECTIONS", "SpIEL"]
 
 PROJECTIONS = frozenset({"attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"})
-"""Roles of the maps that the default target means."""
+"""The roles of the maps that the default target selects."""
 
 
 class SpIEL(SelectionSpec):

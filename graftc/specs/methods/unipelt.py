@@ -1,4 +1,4 @@
-"""UniPELT: adapters, a prefix and low-rank updates together, each behind gates of its own."""
+"""UniPELT: adapters, a prefix and low-rank updates together, each with gates of its own."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ class UniPELT(PartsSpec):
 
     @classmethod
     def named_parts(cls, value: Any) -> Collection[str]:
-        """See `PartsSpec.named_parts`."""
+        """Return the named parts, or all of them if none are named; empty if the value is not valid."""
         if value is None:
             return tuple(cls.roles)
         named = isinstance(value, list | tuple) and all(isinstance(part, str) and part in cls.roles for part in value)
         return tuple(value) if named else ()
 
     def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
-        """See `PartsSpec.part_specs`."""
+        """Return the specs of the parts in use, by the kind of their sites."""
         lora = {"rank": self.lora.rank, "alpha": float(self.lora.rank), "dropout": self.lora.dropout}
         specs: Mapping[str, MethodSpec] = {
             "adapter": Pfeiffer(**self.adapter.fields({"reduction": 16.0})),

@@ -1,4 +1,4 @@
-"""VeRA: random matrices that all sites share, with trained vectors between and behind them."""
+"""VeRA: random matrices that all sites share, with trained vectors between and after them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a spec has the base's weights stored."""
+"""Options of a spec for how the base's weights are stored."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from graftc.specs.spec_errors import reject
 from graftc.specs.target import PatternList
 
 QuantizationName: TypeAlias = Literal["int8", "int4", "nf4", "fp4"]
-"""A format that a base's weights can be quantised to: see `BaseOptions.quantize`."""
+"""A format that a base's weights can be quantised to, as described in `BaseOptions.quantize`."""
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Sizes of groups that `nf4` and `fp4` have, as bitsandbytes."""
+"""The group sizes that `nf4` and `fp4` support, as in bitsandbytes."""
 
 
 class BaseOptions(SpecModel):
     """How the base's weights are stored. Those of the linear maps and experts in the repeated layers are quantised;
-    biases, norms, embeddings, routers and heads are not."""
+    biases, norms, embeddings, routers and heads are not.
+    """
 
     quantize: QuantizationName | None = None
     """The format. `nf4`, `fp4`: the codes of bitsandbytes (QLoRA, arXiv:2305.14314). `int8`, `int4`: whole numbers with
@@ -40,7 +41,7 @@ class BaseOptions(SpecModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """What `_fits` asks for, as far as a schema can say it: all of it."""
+        """Add the conditions of `_fits` to the schema, which can express all of them."""
         written = handler(schema)
         unset = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
         blocks = {"properties": {"quantize": {"enum": ["nf4", "fp4"]}}, "required": ["quantize"]}

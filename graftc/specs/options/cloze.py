@@ -1,4 +1,4 @@
-"""How a spec makes a language model classify by filling blanks."""
+"""Options of a spec that make a language model classify by filling blanks."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class ClozeOptions(SpecModel):
 
     @property
     def blanks(self) -> int:
-        """How many blanks the pattern with the most of them has."""
+        """The largest number of blanks in any pattern."""
         return max(len(verbalizer[0][0]) for verbalizer in self.verbalizers)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Either `blank` or `decoder`."""
+        """Require either `blank` or `decoder` in the schema."""
         written = handler(schema)
-        there = {"properties": {"blank": {"not": {"type": "null"}}}, "required": ["blank"]}
+        has_blank = {"properties": {"blank": {"not": {"type": "null"}}}, "required": ["blank"]}
         handler.resolve_ref_schema(written)["allOf"] = [
             {
-                "if": there,
+                "if": has_blank,
                 "then": {"properties": {"decoder": {"maxItems": 0}}},
                 "else": {"properties": {"decoder": {"minItems": 1}}, "required": ["decoder"]},
             }

@@ -1,4 +1,4 @@
-"""What each format of an export takes: an option that a format does not declare is refused, never ignored. No torch."""
+"""The options of each export format: one that a format does not declare is refused, never ignored. No torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FileType = Literal["f32", "f16", "bf16"]
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """One format.
+    """The options of one format.
 
     Attributes:
-        options: what it takes.
-        instead: what to do instead, for options that may well be expected of it.
+        options: the options that it takes.
+        instead: what to do instead, for options that users may well expect of it.
     """
 
     options: tuple[ExportOption, ...] = ()
@@ -50,24 +50,24 @@ FORMATS: Mapping[str, FormatOptions] = MappingProxyType(
 
 
 def format_of(name: Any) -> FormatOptions:
-    """A format by its name.
+    """Return a format by its name.
 
     Raises:
-        GraftError: GC060 for one that there is not.
+        GraftError: GC060 if the format is unknown.
     """
-    found = FORMATS.get(name) if isinstance(name, str) else None
-    if found is None:
+    options = FORMATS.get(name) if isinstance(name, str) else None
+    if options is None:
         hint = "graphs are onnx, onnx-generate or pt2; adapters and merged models may also be peft or gguf"
         raise GraftError("GC060", f"format {name!r} is unknown", hint=hint)
-    return found
+    return options
 
 
 def misplaced(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Options that a format does not take though they are given, and the way out of each.
+    """Yield the options that are given although the format does not take them, each with a remedy.
 
     Args:
-        name: of the format.
-        given: options by name; what is None, empty or False is not given.
+        name: name of the format.
+        given: options by name; one that is None, empty or False counts as not given.
     """
     format = format_of(name)
     for option, value in given.items():
@@ -79,23 +79,23 @@ def misplaced(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an export, checked.
+    """Return the options of an export, checked.
 
     Raises:
-        GraftError: GC060 for an unknown format, GC073 for an option that it does not take, or a value that is none of
-            the option's.
+        GraftError: GC060 for an unknown format, GC073 for an option that it does not take, or for a value that the
+            option does not allow.
     """
     for option, hint in misplaced(name, given):
         raise GraftError("GC073", f"the format {name!r} takes no {option}", hint=hint)
-    found: dict[str, Any] = {
+    options: dict[str, Any] = {
         option: given[option] for option in format_of(name).options if given.get(option) is not None
     }
-    if "inputs" in found:
-        found["inputs"] = as_names(found["inputs"]) if found["inputs"] else ()
-    rank = found.get("max_rank", 1)
+    if "inputs" in options:
+        options["inputs"] = as_names(options["inputs"]) if options["inputs"] else ()
+    rank = options.get("max_rank", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         shown = kind_of(rank) if not isinstance(rank, int) else repr(rank)
         raise GraftError("GC073", f"max_rank is {shown}", hint="give a whole number from 1")
-    if "max_rank" in found and "server" not in found:
+    if "max_rank" in options and "server" not in options:
         raise GraftError("GC073", "max_rank is a limit of a server", hint='name it: server="vllm"')
-    return found
+    return options

@@ -1,4 +1,4 @@
-"""What a training step may keep in memory."""
+"""Options of a spec for what a training step may keep in memory."""
 
 from __future__ import annotations
 

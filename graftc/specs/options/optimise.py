@@ -1,4 +1,4 @@
-"""How training graphs are lowered to code. Nothing here changes what a model computes."""
+"""Options of a spec for how training graphs are lowered to code. Nothing here changes what a model computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from graftc.specs.base import Items, SpecModel
 
 LoweringName: TypeAlias = Literal["projections", "recompute"]
-"""A step of lowering: see `OptimiseOptions.off`."""
+"""A step of lowering, as described in `OptimiseOptions.off`."""
 
 
 class OptimiseOptions(SpecModel):

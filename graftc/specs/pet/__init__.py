@@ -1,1 +1,1 @@
-"""PET spec files: patterns, verbalizers, and how the models of an ensemble and the final one train. No torch."""
+"""PET spec files: patterns, verbalizers, and the training of an ensemble's models and the final one. No torch."""

@@ -1,4 +1,4 @@
-"""The PET spec: the document that says how an ensemble of patterns becomes a classifier."""
+"""The PET spec: the document that describes how an ensemble of patterns becomes a classifier."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from graftc.specs.spec_errors import reject
 __all__ = ["PATTERNS", "SEEDS", "PetSpec"]
 
 PATTERNS = 100
-"""Patterns of a document at most."""
+"""The largest number of patterns of a document."""
 
 SEEDS = 100
-"""Members of a pattern at most."""
+"""The largest number of members of a pattern."""
 
 _Problem = tuple[tuple[str | int, ...], GraftError]
 
@@ -92,7 +92,7 @@ class PetSpec(SpecModel):
         names: dict[str, int] = {}
         texts: dict[tuple[str, Verbalizer | None], int] = {}
         for index, pattern in enumerate(named):
-            # Of two names that differ by case only, some file systems make one folder.
+            # Some file systems use one folder for two names that differ only by case.
             first = names.setdefault(str(pattern.name).lower(), index)
             same = texts.setdefault((pattern.text, pattern.verbalizer), index)
             if first != index:
@@ -139,7 +139,7 @@ class PetSpec(SpecModel):
             yield from self._bank_problems()
 
     def _bank_problems(self) -> Iterator[_Problem]:
-        """What keeps members from being slots of one bank."""
+        """Yield the reasons why members cannot be slots of one bank."""
         spec = self.spec
         example = "for example spec: {adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]}"
         if "spec" not in self.model_fields_set:
@@ -170,29 +170,29 @@ class PetSpec(SpecModel):
 
     @property
     def verbalizers(self) -> tuple[Verbalizer, ...]:
-        """That of each pattern, all with the labels in the same order."""
+        """The verbalizer of each pattern, all with the labels in the same order."""
         return tuple(self.verbalizer_of(index) for index in range(len(self.patterns)))
 
     def verbalizer_of(self, index: int) -> Verbalizer:
-        """The verbalizer of a pattern by its number from 0, with the labels in the order of logits."""
+        """Return the verbalizer of a pattern by its index, counted from 0, with the labels in the order of logits."""
         first = self.verbalizer if self.verbalizer is not None else self.patterns[0].verbalizer
         own = self.patterns[index].verbalizer
         if first is None or own is None:
-            assert first is not None  # one of them is there, as validated
+            assert first is not None  # validation ensures that one of them is given
             return first
         return own.ordered(first.labels)
 
     def place(self, path: str) -> Place:
-        """The place of a path such as ``patterns[0].text``; with line and column if it was a file."""
+        """Return the place of a path such as ``patterns[0].text``, with line and column if it comes from a file."""
         return self._source.place(path)
 
     def locate(self, error: GraftError) -> GraftError:
-        """The error with file, line, column and corrected line filled in from the path of its place."""
+        """Return the error with file, line, column and corrected line filled in from the path of its place."""
         return self._source.locate(error)
 
 
 def _free(number: int, taken: set[str]) -> str:
-    """``pattern-3`` for the third one, or the next free name, which is taken from now on."""
+    """Return ``pattern-3`` for the third one, or the next free name, and mark it as taken."""
     name, more = f"pattern-{number}", number
     while name in taken:
         more += 1
@@ -202,7 +202,7 @@ def _free(number: int, taken: set[str]) -> str:
 
 
 def _other_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> GraftError:
-    """The error of a verbalizer whose labels are not those of another."""
+    """Return the error for a verbalizer whose labels differ from those of another."""
     missing = [label for label in wanted if label not in own]
     more = [label for label in own if label not in wanted]
     said = [f"lacks {some([quoted(m) for m in missing], 5)}"] if missing else []

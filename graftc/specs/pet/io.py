@@ -1,4 +1,4 @@
-"""PET specs from files and text, and back."""
+"""Reading of PET specs from files and text, and writing of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["dump_pet_spec", "load_pet_spec", "parse_pet_spec"]
 
 
 def load_pet_spec(source: PetSpec | Mapping[str, Any] | str | PathLike[str]) -> PetSpec:
-    """The PET spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``), a mapping, or a PetSpec as is.
+    """Return the PET spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``) or a mapping; a PetSpec unchanged.
 
     Raises:
-        GraftError: GC006 where there is no such file, GC001 where it cannot be read, GC002 to GC012 and GC175 to GC177
-            where it is wrong; with file, line and column, and the corrected line where one can be guessed.
+        GraftError: GC006 if there is no such file, GC001 if it cannot be read, GC002 to GC012 and GC175 to GC177 if it
+            is invalid; with file, line and column, and the corrected line if one can be guessed.
     """
     if isinstance(source, PetSpec):
         return source
@@ -28,10 +28,10 @@ def load_pet_spec(source: PetSpec | Mapping[str, Any] | str | PathLike[str]) -> 
 
 
 def parse_pet_spec(text: str, *, format: Format = "yaml", file: str | None = None) -> PetSpec:
-    """The PET spec in a text. ``file`` is named in errors.
+    """Parse the PET spec in a text. ``file`` is named in errors.
 
     Raises:
-        GraftError: as :func:`load_pet_spec`.
+        GraftError: the same as for :func:`load_pet_spec`.
     """
     data, source = parse_document(text, format, file, "patterns: [...] and verbalizer: {...}")
     spec = checked(PetSpec, data, source)
@@ -40,8 +40,10 @@ def parse_pet_spec(text: str, *, format: Format = "yaml", file: str | None = Non
 
 
 def dump_pet_spec(spec: PetSpec) -> str:
-    """The PET spec as YAML that :func:`parse_pet_spec` reads back to an equal one. Defaults are left out, names of
-    patterns are not."""
+    """Return the PET spec as YAML that :func:`parse_pet_spec` reads back to an equal one.
+
+    Defaults are left out, except names of patterns.
+    """
     data = {"version": spec.version, **plain(spec)}
     data["patterns"] = [plain(pattern, "name") for pattern in spec.patterns]
     if "spec" in data:

@@ -1,4 +1,4 @@
-"""Patterns: a text with slots for a row's fields and blanks that a language model fills."""
+"""Patterns: texts with slots for a row's fields and blanks that a language model fills."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from graftc.specs.spec_errors import reject
 __all__ = ["BLANKS", "LABEL", "Pattern", "PatternPart", "PatternSpec", "parse_pattern"]
 
 BLANKS = 16
-"""Blanks of a pattern at most."""
+"""The largest number of blanks of a pattern."""
 
 LABEL = "label"
-"""The field of a row that holds its label, which no pattern shows."""
+"""The field of a row that contains its label, which no pattern shows."""
 
 _BLANK = "blank"
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
@@ -41,10 +41,11 @@ class PatternPart(NamedTuple):
 
 
 def parse_pattern(text: str) -> tuple[PatternPart, ...]:
-    """The parts of a pattern, in order; texts beside each other are one.
+    """Return the parts of a pattern, in order; adjacent texts are joined.
 
     Raises:
-        GraftError: GC175, it has no blank, no slot, or braces that are neither.
+        GraftError: GC175 if it has no blank, no slot, more than 16 blanks, or braces that are neither a slot nor a
+            blank.
     """
     parts: list[PatternPart] = []
     literal = ""
@@ -74,22 +75,22 @@ def parse_pattern(text: str) -> tuple[PatternPart, ...]:
 
 
 def _pieces(text: str) -> Iterator[tuple[Literal["text", "slot", "blank"], str]]:
-    for found in _PIECE.finditer(text):
-        piece, name = found.group(), found.group(1)
+    for match in _PIECE.finditer(text):
+        piece, name = match.group(), match.group(1)
         if piece in ("{{", "}}"):
             yield "text", piece[0]
         elif name is not None:
             yield ("blank", "") if name == _BLANK else ("slot", _field(name))
         elif piece in ("{", "}"):
             other = "}" if piece == "{" else "{"
-            message = f"a brace at character {found.start() + 1} has no '{other}'"
+            message = f"a brace at character {match.start() + 1} has no '{other}'"
             raise GraftError("GC175", f"{message}: {quoted(text)}", hint=_BETTER)
         else:
             yield "text", piece
 
 
 def _field(name: str) -> str:
-    """The name of a slot."""
+    """Return the name of a slot, after checking it."""
     if name.strip().lower() == _BLANK:
         fix = (f"{{{name}}}", "{blank}")
         raise GraftError("GC175", f"{{{name}}} is neither a slot nor a blank", hint="did you mean {blank}?", fix=fix)
@@ -104,7 +105,8 @@ def _field(name: str) -> str:
 
 class PatternSpec(SpecModel):
     """A pattern, and the words of its own if it has any: a pattern-verbalizer pair (Schick & Schütze 2021, Exploiting
-    Cloze Questions for Few Shot Text Classification and Natural Language Inference)."""
+    Cloze Questions for Few Shot Text Classification and Natural Language Inference).
+    """
 
     name: str | None = Field(default=None, min_length=1, max_length=NAME)
     """Unique name, which results and folders carry. Default: `pattern-1`, `pattern-2`, ..."""
@@ -138,17 +140,17 @@ class PatternSpec(SpecModel):
 
     @cached_property
     def parts(self) -> tuple[PatternPart, ...]:
-        """The text's parts, in order."""
+        """The parts of the text, in order."""
         return parse_pattern(self.text)
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The fields that it shows, each once, in order."""
+        """The fields that the pattern shows, each once, in order."""
         return tuple(dict.fromkeys(part.text for part in self.parts if part.kind == "slot"))
 
     @property
     def blanks(self) -> int:
-        """How many blanks it has."""
+        """The number of blanks."""
         return sum(part.kind == "blank" for part in self.parts)
 
 
@@ -161,4 +163,4 @@ def _from_text(value: Any) -> Any:
 
 
 Pattern: TypeAlias = Annotated[PatternSpec, BeforeValidator(_from_text, json_schema_input_type=str | PatternSpec)]
-"""A pattern as documents write it: its text alone, or a mapping."""
+"""A pattern as written in documents: its text alone, or a mapping."""

@@ -1,4 +1,4 @@
-"""How the models of PET train: members of the ensemble, generations, and the final classifier."""
+"""The training of PET's models: members of the ensemble, generations, and the final classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ClassifierSpec", "DistillationOptions", "IpetOptions", "StepOptions"
 
 
 def everything() -> Spec:
-    """The document that trains every weight, as Schick & Schütze do."""
+    """Return the document that trains every weight, like Schick & Schütze."""
     return Spec.model_validate({"adapt": [{"method": "full"}]})
 
 
@@ -63,7 +63,8 @@ class DistillationOptions(StepOptions):
 
 class IpetOptions(SpecModel):
     """iPET: generations of members, each trained on what others of the generation before it labelled (Schick & Schütze
-    2021)."""
+    2021).
+    """
 
     generations: int = Field(default=3, ge=1, le=20)
     """Generations after the first one."""

@@ -1,4 +1,4 @@
-"""Verbalizers: the words that stand for labels."""
+"""Verbalizers: the words that represent labels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from graftc.specs.spec_errors import reject
 __all__ = ["LABELS", "WORDS", "Verbalizer"]
 
 LABELS = 1_000
-"""Labels of a verbalizer at most."""
+"""The largest number of labels of a verbalizer."""
 
 WORDS = 100
-"""Words of a label at most."""
+"""The largest number of words of a label."""
 
 _Problem = tuple[tuple[str | int, ...], GraftError]
 
@@ -29,10 +29,11 @@ class Verbalizer(Mapping[str, tuple[str, ...]]):
     """The words of each label, in order; frozen and hashable.
 
     Args:
-        words: a word, or a list of words, for each label. Two labels may share some of their words, and not all.
+        words: a word, or a list of words, for each label. Two labels may share some of their words, but not all.
 
     Raises:
-        GraftError: GC002 for what is not text, GC176 for labels that it cannot tell apart, or that have no word.
+        GraftError: GC002 for values that are not text, GC176 for labels that it cannot distinguish, or that have no
+            word.
     """
 
     __slots__ = ("_words",)
@@ -66,11 +67,11 @@ class Verbalizer(Mapping[str, tuple[str, ...]]):
         return tuple(self._words)
 
     def ordered(self, labels: Sequence[str]) -> Verbalizer:
-        """The same words with the labels in another order."""
+        """Return the same words with the labels in another order."""
         return Verbalizer({label: self._words[label] for label in labels})
 
     def to_plain(self) -> dict[str, str | list[str]]:
-        """As documents write it."""
+        """Return the words as a document contains them."""
         return {label: own[0] if len(own) == 1 else list(own) for label, own in self._words.items()}
 
     @classmethod
@@ -100,7 +101,7 @@ def _listed(words: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _problems(value: Any) -> Iterator[_Problem]:
-    """What is wrong, each with its path."""
+    """Yield each problem with its path."""
     if not isinstance(value, Mapping):
         yield (), GraftError("GC002", f"a verbalizer is a mapping from labels to words, not {shown(value)}")
         return

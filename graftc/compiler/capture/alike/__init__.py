@@ -1,1 +1,1 @@
-"""Find layers that are alike, trace one of each kind, and write the others as calls of it."""
+"""Layers that are alike: one of each kind is traced, and the others are written as calls of it."""

@@ -1,8 +1,8 @@
-"""The part of a cache that a layer owns: keys and values of one place, which the layer's number tells.
+"""The part of a cache that a layer owns: the keys and values of one place, selected by the layer's number.
 
-A layer is called with the whole cache. What it does with its own part is the same in all layers that are alike, with
-other tensors, so that a call can stand for that of another layer. While a layer runs, its number is an object that
-notices what it is used for; to find the layer's part is the one use in which layers may differ.
+A layer is called with the whole cache. All layers that are alike do the same with their own parts, only with other
+tensors, so a call can represent that of another layer. While a layer runs, its number is an object that records its
+uses; selecting the layer's part is the only use in which layers may differ.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class LayerNumber:
 
     Args:
         number: its value.
-        read: is called where it is used for anything else than to find a part.
-        found: is called where it has been used to find one.
+        read: a function that is called when the number is used for anything except selecting a part.
+        found: a function that is called when the number has been used to select a part.
     """
 
     def __init__(self, number: int, read: Callable[[], None], found: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ for _name in _OPERATORS.split():
 
 
 class _Parts(list[Any]):
-    """The layers of a cache, where a slot finds its own; any other use tells that more is looked at."""
+    """The layers of a cache, from which a `LayerNumber` selects a layer's own; any other access calls ``more``."""
 
     def __init__(self, held: list[Any], more: Callable[[], None]) -> None:
         super().__init__(held)
@@ -69,7 +69,7 @@ class _Parts(list[Any]):
 
 
 class _Flags(dict[Any, Any]):
-    """What a cache knows of its layers by number, in the same way."""
+    """The flags that a cache has for its layers, by number; accesses are handled as in `_Parts`."""
 
     def __init__(self, held: dict[Any, Any], more: Callable[[], None]) -> None:
         super().__init__(held)
@@ -79,7 +79,7 @@ class _Flags(dict[Any, Any]):
         return super().__getitem__(_place(at, self._more))
 
     def get(self, at: Any, default: Any = None) -> Any:
-        """As a dictionary's."""
+        """Return the flag of a layer, as `dict.get` does."""
         return super().get(_place(at, self._more), default)
 
     def __setitem__(self, at: Any, value: Any) -> None:
@@ -102,14 +102,14 @@ def _place(at: Any, more: Callable[[], None]) -> Any:
 
 
 class CrossedCache:
-    """A cache that a layer is called with, as it is then.
+    """The state of a cache at the time when a layer is called with it.
 
     Args:
-        cache: one of those that `crossed` takes.
+        cache: a cache that `crossed` accepts.
 
     Attributes:
-        cache: itself.
-        described: what two of them have in common, beside their parts.
+        cache: the cache itself.
+        described: what two such caches have in common, apart from their parts.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -123,21 +123,22 @@ class CrossedCache:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors that were in it."""
-        values = (value for held in self._held.values() for layer in held for value in layer.values())
+        """All tensors that were in the cache."""
+        values = (value for layers in self._held.values() for layer in layers for value in layer.values())
         return [value for value in values if isinstance(value, Tensor)]
 
     def part(self, number: int) -> dict[str, Any]:
-        """What a layer's part was: attributes of the layers of the cache by kind, and what the cache knew of it."""
-        found: dict[str, Any] = {k: dict(h[number]) if number < len(h) else None for k, h in self._held.items()}
-        return {**found, "known": self._flags.get(number)}
+        """Return the recorded part of a layer: attributes of the cache's layers by kind, and the cache's flag."""
+        parts: dict[str, Any] = {k: dict(h[number]) if number < len(h) else None for k, h in self._held.items()}
+        return {**parts, "known": self._flags.get(number)}
 
     def written(self, number: int | None) -> dict[str, Any] | None:
-        """What the part of a layer is now; None where anything else of the cache is other than it was, and where there
-        was none: it begins with constants, which every layer has of its own.
+        """Return the current part of a layer; None if the rest of the cache has changed or the part was empty.
+
+        A part that was empty begins with constants, which every layer has of its own.
 
         Args:
-            number: the layer's; None where it has looked for no part.
+            number: the layer's number; None if it has not looked for a part.
         """
         for kind, own in self._kinds.items():
             before, now = self._layers[kind], own.layers
@@ -159,22 +160,22 @@ class CrossedCache:
         return None if begun else after
 
     def put(self, number: int, part: dict[str, Any]) -> None:
-        """Make the part of a layer another."""
+        """Replace the part of a layer."""
         for kind, own in self._kinds.items():
             if part[kind] is None:
                 continue
             while len(own.layers) <= number:
                 own.layers.append(own.layer_class_to_replicate())
-            held = vars(own.layers[number])
-            held.clear()
-            held.update(part[kind])
+            attributes = vars(own.layers[number])
+            attributes.clear()
+            attributes.update(part[kind])
         if part["known"] is not None:
             self.cache.is_updated[number] = part["known"]
 
     @contextmanager
     def watched(self, more: Callable[[], None]) -> Iterator[None]:
-        """Inside, slots find parts of it, and ``more`` is called where other parts are looked at."""
-        held = {kind: own.layers for kind, own in self._kinds.items()}
+        """Let slots select parts of the cache while the block runs, and call ``more`` when other parts are accessed."""
+        originals = {kind: own.layers for kind, own in self._kinds.items()}
         flags = vars(self.cache).get("is_updated")
         for own in self._kinds.values():
             own.layers = _Parts(own.layers, more)
@@ -184,15 +185,15 @@ class CrossedCache:
             yield
         finally:
             for kind, own in self._kinds.items():
-                held[kind][:] = list.__iter__(own.layers)
-                own.layers = held[kind]
+                originals[kind][:] = list.__iter__(own.layers)
+                own.layers = originals[kind]
             if flags is not None:
                 flags.update(dict.items(self.cache.is_updated))
                 self.cache.is_updated = flags
 
 
 def crossed(value: Any) -> CrossedCache | None:
-    """A cache whose layers keep all tokens and nothing else; None for any other value."""
+    """Return the state of a cache whose layers keep all tokens and nothing else; None for any other value."""
     if type(value).__module__ != _CACHES:
         return None
     from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache

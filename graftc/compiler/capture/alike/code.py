@@ -1,9 +1,10 @@
-"""Whether code of the user's may tell layers apart by what no layer holds.
+"""Detection of user code that may tell layers apart by something that no layer holds.
 
-Layers that are alike are traced once because all that they hold is known, and reads of what differs are noticed. Code
-that goes around attributes (``vars``, ``__dict__``), asks which object it has (``id``), or reads and writes what lives
-outside of the model (globals, closures, context variables), may do something else in each of them, and what it does
-need not show in an output on samples: a gradient that is stopped, a bound on large values. Libraries' code is trusted.
+Layers that are alike are traced once because everything that they hold is known, and reads of what differs are
+recorded. Code that bypasses attributes (``vars``, ``__dict__``), asks for the identity of an object (``id``), or reads
+and writes state outside of the model (globals, closures, context variables) may do something else in each layer, and
+the difference need not show in an output on samples: a gradient that is stopped, a bound on large values. Library code
+is trusted.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _SEEN_BY_THE_TRACER = (type, ModuleType, nn.Module, torch.Tensor)
 
 
 class LooksElsewhere:
-    """Check classes of modules, each once."""
+    """A check of the classes of modules for such code, made once for each class."""
 
     def __init__(self) -> None:
         self._classes: dict[type, bool] = {}
 
     def of(self, module: nn.Module) -> bool:
-        """Whether a class has such code outside of ``__init__``, or slots, whose values nothing lists."""
+        """Return whether a module's class has such code outside of ``__init__``, or slots with unlisted values."""
         kind = type(module)
         if kind not in self._classes:
             self._classes[kind] = any(map(_class_does, kind.__mro__))
@@ -84,7 +85,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _mentioned(function: FunctionType, codes: list[CodeType]) -> Iterator[Any]:
-    """Values of closures and globals, and of modules of the user's among these, that code names."""
+    """Yield the closure values and the globals that code names, and what it names in user modules among them."""
     names = {name for code in codes for name in code.co_names}
     for cell in function.__closure__ or ():
         try:
@@ -99,7 +100,7 @@ def _mentioned(function: FunctionType, codes: list[CodeType]) -> Iterator[Any]:
 
 
 def _may_change(value: Any, met: set[CodeType]) -> bool:
-    """Whether a value may be another one, or give another one, from one layer to the next."""
+    """Return whether a value may change, or may return something else, from one layer to the next."""
     if isinstance(value, FunctionType | MethodType):
         inner = value.__func__ if isinstance(value, MethodType) else value
         return isinstance(inner, FunctionType) and _does(inner, met)

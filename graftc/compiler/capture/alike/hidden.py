@@ -1,9 +1,9 @@
-"""Hide tensors of layers that the tracer is not expected to run: torch.export pays for every tensor of a model, and for
-every input.
+"""Tensors of layers that the tracer is not expected to run, hidden because torch.export pays for each of them.
 
-It makes a stand-in, an input and a node for each of them, about 8 milliseconds for a layer of a Llama, whether or not
-anything reads it, and twice that for keys and values of a cache. Which layers run is known only afterwards, so every
-look at something hidden is noticed, and the capture starts again with everything in sight (`Hidden.missed`).
+It makes a stand-in, an input and a node for each tensor of a model and each input, about 8 milliseconds for a layer of
+a Llama, whether or not anything reads it, and twice that for keys and values of a cache. Which layers run is known only
+afterwards, so every access to something hidden is recorded, and the capture starts again with nothing hidden
+(`Hidden.missed`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _TABLES = ("_parameters", "_buffers")
 
 
 class Hidden:
-    """Layers whose tensors are out of sight while the model is traced.
+    """Layers whose tensors are hidden while the model is traced.
 
     Args:
-        layers: of which some are hidden.
-        inputs: what the model is called with, by name.
+        layers: the layers, of which some are hidden.
+        inputs: the model's inputs, by name.
 
     Attributes:
-        stand_ins: for inputs that are out of sight, the one that is there in their place: keys or values of another
-            layer's part of the cache, of the same type.
-        running: whether the model's own code runs: torch.export goes through all tables by itself.
-        missed: whether something looked for one of the tensors.
+        stand_ins: for each hidden input, the visible one that is passed in its place: keys or values of another layer's
+            part of the cache, of the same type.
+        running: whether the model's own code is running: torch.export itself iterates over all tables.
+        missed: whether something accessed one of the tensors.
     """
 
     def __init__(self, layers: Sequence[Layer], inputs: Mapping[str, Tensor]) -> None:
@@ -49,11 +49,11 @@ class Hidden:
         return len(self._layers)
 
     def note_miss(self) -> None:
-        """Something looked for a tensor that is hidden."""
+        """Record that something accessed a hidden tensor."""
         self.missed = True
 
     def watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's forward, inside of which even going through the tables is noticed."""
+        """Return the model's forward, wrapped so that iterating over the tables is recorded as well while it runs."""
 
         @functools.wraps(forward)
         def watching(*args: Any, **kwargs: Any) -> Any:
@@ -67,20 +67,23 @@ class Hidden:
 
     @contextmanager
     def out_of_sight(self) -> Iterator[None]:
-        """Inside, the layers have no parameters and no buffers; afterwards they have the same as before."""
+        """Hide the parameters and buffers of the layers while the block runs."""
         modules = [module for layer in self._layers for module in layer.module.modules()]
         tables = [(vars(module), name, vars(module)[name]) for module in modules for name in _TABLES]
         try:
-            for held, name, table in tables:
-                held[name] = _HiddenTable(self, table)
+            for attributes, name, table in tables:
+                attributes[name] = _HiddenTable(self, table)
             yield
         finally:
-            for held, name, table in tables:
-                held[name] = table
+            for attributes, name, table in tables:
+                attributes[name] = table
 
 
 def _slot(layer: Layer) -> set[int]:
-    """The place of a layer's part of a cache, where all numbers in which it differs from the first one say the same."""
+    """Return the place of a layer's part of a cache, in a set.
+
+    The set is empty unless all numbers in which the layer differs from the first one agree.
+    """
     first = layer.group[0].numbers
     own = {number for place, number in layer.numbers.items() if number != first[place]}
     return own if len(own) == 1 else set()
@@ -88,17 +91,17 @@ def _slot(layer: Layer) -> set[int]:
 
 def _stand_ins(slots: set[int], inputs: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
-    found: dict[str, str] = {}
+    stand_ins: dict[str, str] = {}
     for name, tensor in inputs.items():
         if is_past(name) and past_place(name)[1] in slots:
             kind, _, part = past_place(name)
-            there = first.setdefault((kind, part, tensor.dtype, tensor.shape), name)
-            found |= {name: there} if there != name else {}
-    return found
+            stand_in = first.setdefault((kind, part, tensor.dtype, tensor.shape), name)
+            stand_ins |= {name: stand_in} if stand_in != name else {}
+    return stand_ins
 
 
 class _HiddenTable(dict[str, Tensor | None]):
-    """An empty table that notices who looks for one of the names that it had."""
+    """An empty table that records accesses to the names that it had."""
 
     def __init__(self, hidden: Hidden, table: Mapping[str, Any]) -> None:
         super().__init__()
@@ -113,11 +116,11 @@ class _HiddenTable(dict[str, Tensor | None]):
         return super().__getitem__(name)
 
     def __setitem__(self, name: str, tensor: Tensor | None) -> None:
-        self._hidden.note_miss()  # what is put here is lost when the tensors come back
+        self._hidden.note_miss()  # a tensor that is set here is lost when the table is restored
         super().__setitem__(name, tensor)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The default; that somebody asked is noticed."""
+        """Return the default, and record the access."""
         self._look(name)
         return super().get(name, default)
 
@@ -130,17 +133,17 @@ class _HiddenTable(dict[str, Tensor | None]):
         return super().__len__()
 
     def keys(self) -> Any:
-        """None; that somebody asked is noticed, as for the rest."""
+        """Return an empty view; the access is recorded, as for the other methods."""
         self._go_through()
         return super().keys()
 
     def values(self) -> Any:
-        """None."""
+        """Return an empty view, and record the access."""
         self._go_through()
         return super().values()
 
     def items(self) -> Any:
-        """None."""
+        """Return an empty view, and record the access."""
         self._go_through()
         return super().items()
 

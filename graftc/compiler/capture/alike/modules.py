@@ -1,4 +1,4 @@
-"""Which layers of a model are alike: modules beside each other that hold the same."""
+"""The layers of a model that are alike: sibling modules that hold the same."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Place = tuple[str, str]
 
 @dataclass(eq=False)
 class Layer:
-    """One of some layers that hold the same.
+    """One of several layers that hold the same.
 
     Attributes:
-        path: of its module.
-        module: itself.
-        numbers: the whole numbers that it holds, in which it may differ from the others.
-        group: it and the others, in the order of the model.
+        path: the path of its module.
+        module: the module itself.
+        numbers: the integers that it holds, in which it may differ from the others.
+        group: this layer and the others, in the order of the model.
     """
 
     path: str
@@ -37,39 +37,39 @@ class Layer:
 
     @property
     def is_last(self) -> bool:
-        """Whether none of the others comes behind it."""
+        """Whether it is the last layer of its group."""
         return self.group[-1] is self
 
 
 def alike(model: nn.Module) -> list[Layer]:
-    """Layers of which there are several that hold the same: classes, values of attributes, types of tensors.
+    """Return the layers of which several hold the same: classes, values of attributes, types of tensors.
 
-    Only modules that have modules count, and none that is within another one that does. What another module has as
-    well, or holds something that cannot be written down or a module that is not its own, is like no other, and neither
-    is what has code that may look elsewhere (`code`).
+    Only modules that have submodules count, and none inside of another layer that is returned. A layer is like no other
+    if it shares something with another module, if it holds something that cannot be written down or a module that is
+    not its own, or if it has code that may look elsewhere (`code`).
     """
     if any(count > 1 for count in Counter(id(m) for _, m in model.named_modules(remove_duplicate=False)).values()):
-        return []  # the tracer tells apart the paths of a shared module by how it was reached
+        return []  # the tracer distinguishes the paths of a shared module by how it is reached
     both = (model.named_parameters, model.named_buffers)
     tensors = Counter(id(tensor) for named in both for _, tensor in named(remove_duplicate=False))
     modules = dict(model.named_modules())
-    held = held_by_modules(model)
+    holdings = held_by_modules(model)
     elsewhere = LooksElsewhere()
-    known = {path: own for path, own in held.items() if not (_names_modules(own[2]) or elsewhere.of(modules[path]))}
-    found: list[Layer] = []
+    known = {path: own for path, own in holdings.items() if not (_names_modules(own[2]) or elsewhere.of(modules[path]))}
+    repeated: list[Layer] = []
     pending = [("", model)]
     while pending:
         path, module = pending.pop()
         children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
         layers = _among(children, known, tensors) if len(children) >= FEWEST else []
         taken = {id(layer.module) for layer in layers}
-        found += layers
+        repeated += layers
         pending += [(at, child) for at, child in children if id(child) not in taken]
-    return found
+    return repeated
 
 
 def _names_modules(held: Any) -> bool:
-    """Whether there is a module of the model in what another one holds beside its own: it may ask which one it is."""
+    """Return whether what a module holds refers to another module of the model: it may check which one it is."""
     if not isinstance(held, list | tuple):
         return False
     return (len(held) == 2 and held[0] == "module") or any(map(_names_modules, held))
@@ -91,7 +91,7 @@ def _among(
 
 
 def _described(name: str, module: nn.Module, held: Sequence[Any], numbers: dict[Place, int]) -> list[Any]:
-    """What a module within a layer holds; whole numbers that can be watched go to ``numbers``."""
+    """Return what a module within a layer holds; integers that can be watched go to ``numbers``."""
     kind, children, values, buffers = held
     rest: list[Any] = []
     for attribute, value in values:
@@ -110,6 +110,6 @@ def _described(name: str, module: nn.Module, held: Sequence[Any], numbers: dict[
 
 
 def _can_be_watched(kind: type, name: str) -> bool:
-    """Whether every read of an instance's attribute would come to a descriptor of its class."""
+    """Return whether every read of an instance's attribute would go through a descriptor of its class."""
     own = [base for base in kind.__mro__ if base not in (object, nn.Module)]
     return not any("__getattribute__" in vars(base) or name in vars(base) for base in own)

@@ -1,14 +1,15 @@
-"""Layers that are alike are traced once: what the tracer records of one is put in the place of the others.
+"""Layers that are alike are traced once: what the tracer records for one of them replaces the others.
 
-Where a layer is called with arguments of the same types, and in the same state of torch, as one before that holds the
-same (`modules`), its ``forward`` does not run. An operator that computes nothing stands for the call while the tracer
-is at work (`traced_once`); afterwards `written` puts the nodes of the first call there, over the layer's own tensors.
+If a layer is called with arguments of the same types, and in the same state of torch, as an earlier one that holds the
+same (`modules`), its ``forward`` does not run. While the tracer is at work, an operator that computes nothing
+represents the call (`traced_once`); afterwards `written` replaces it by the nodes of the first call, over the layer's
+own tensors.
 
-Whole numbers may differ between layers that are alike, since most know their own place, unless ``forward`` reads them:
-reads are watched. What a forward pass does beside giving its result is looked for, and nothing is taken over then:
-attributes and arguments that it changes; values that something outside of the layer uses; values that are neither
-arguments nor the layer's tensors; sizes that depend on data. Of a cache, a layer may read and write its own part
-(`caches`). The last layer is traced as well, and has to do the same as the one that was taken over.
+Integers may differ between layers that are alike, since most know their own position, unless ``forward`` reads them:
+reads are recorded. A call is not reused if its forward pass does anything besides returning its result, or depends on
+anything else: attributes and arguments that it changes; values that something outside of the layer uses; values that
+are neither arguments nor the layer's tensors; sizes that depend on data. Of a cache, a layer may read and write its own
+part (`caches`). The last layer is traced as well, and has to do the same as the one that was reused.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ END: Any = torch.ops.graftc_capture.end.default
 AGAIN: Any = torch.ops.graftc_capture.again.default
 """Stands for a call that is not traced: the number of the one that was, the layer's, the tensors that it is given."""
 for _mark in (BEGIN, END):
-    fx.node.has_side_effect(_mark)  # kept, though nobody uses what it gives
+    fx.node.has_side_effect(_mark)  # keeps it in the graph although its result is unused
 
 
 @dataclass(eq=False)
@@ -48,18 +49,19 @@ class TracedCall:
     """A call of a layer.
 
     Attributes:
-        number: of the call.
-        layer: whose.
-        arguments: how many tensors it was called with, those in caches aside.
-        key: what another call has to have in common with it, numbers aside.
+        number: the number of the call.
+        layer: the layer that is called.
+        arguments: the number of tensors that it was called with, except those in caches.
+        key: what another call must have in common with it, apart from numbers.
         read: the numbers of the layer that were read.
-        caches: those that it was called with.
-        result: how it is put together from the tensors given and made.
-        parts: the same of its own part of each cache, after it.
-        made: types of the tensors that it made.
-        given: how many tensors it was given as arguments, and which of those in caches belong to its part.
-        slots: the numbers of the layer that tell which part of a cache is its own.
-        reusable: whether it changed nothing else that can be seen from outside.
+        caches: the caches that it was called with.
+        result: how its result is assembled from given and created tensors.
+        parts: how its own part of each cache is assembled after the call.
+        made: the types of the tensors that it created.
+        given: the indices, among all tensors that it was given, of its arguments and of the tensors in caches that
+            belong to its part.
+        slots: the numbers of the layer that select its own part of a cache.
+        reusable: whether it changed nothing else that is visible from outside.
     """
 
     number: int
@@ -76,7 +78,7 @@ class TracedCall:
     reusable: bool = False
 
     def stands_for(self, other: TracedCall) -> bool:
-        """Whether this one, of which it is known what it reads, says what another one does."""
+        """Return whether this call, whose reads are known, describes what another one does."""
         same = all(self.layer.numbers[place] == other.layer.numbers[place] for place in self.read)
         if not same or self is other or self.layer.group is not other.layer.group or self.key != other.key:
             return False
@@ -84,25 +86,27 @@ class TracedCall:
         return own is None or (others is not None and self.told_parts(own)[0] == other.told_parts(others)[0])
 
     def slot(self, layer: Layer) -> int | None:
-        """The place of a layer's part of each cache, as this call tells; None where it has looked for none, or where
-        its numbers do not agree."""
+        """Return the place of a layer's part of each cache, according to this call.
+
+        It is None if the call has looked for no part, or if the layer's numbers disagree.
+        """
         numbers = {layer.numbers[place] for place in self.slots}
         return next(iter(numbers)) if len(numbers) == 1 else None
 
     def told_parts(self, number: int) -> tuple[Any, list[Tensor]]:
-        """The parts of a place as data, and their tensors."""
+        """Return the parts at a place as data, and their tensors."""
         tensors: list[Tensor] = []
         return [_told(cache.part(number), tensors) for cache in self.caches], tensors
 
 
 class Repeats:
-    """What was traced once, and what stands for what.
+    """The calls that were traced once, and the calls that they represent.
 
     Attributes:
-        layers: those that are like others.
-        hidden: those among them whose tensors the tracer does not see.
-        calls: what was traced of them, by number.
-        reused: how many calls were not traced.
+        layers: the layers that are like others.
+        hidden: the layers among them whose tensors are hidden from the tracer.
+        calls: their traced calls, by number.
+        reused: the number of calls that were not traced.
     """
 
     def __init__(self, layers: Sequence[Layer], hidden: Hidden) -> None:
@@ -113,11 +117,11 @@ class Repeats:
         self._open: TracedCall | None = None
 
     def restart(self) -> None:
-        """Forget what was traced: the tracer begins anew."""
+        """Forget what was traced, because the tracer starts again."""
         self.calls, self.reused, self._open = [], 0, None
 
     def call(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of a layer while the model is traced."""
+        """Run a call of a layer while the model is traced, or reuse one that was traced before."""
         tensors: list[Tensor] = []
         caches: list[CrossedCache] = []
         given = [list(args), kwargs]
@@ -125,7 +129,7 @@ class Repeats:
             told = _told(given, tensors, caches)
         except _UntoldError:
             return forward(*args, **kwargs)
-        if self._open is not None:  # a layer within a layer is part of that
+        if self._open is not None:  # a layer within a layer is part of the outer one
             return forward(*args, **kwargs)
         call = TracedCall(len(self.calls), layer, len(tensors), [told, _state(layer.module)], caches)
         known = next((one for one in self.calls if one.reusable and one.stands_for(call)), None)
@@ -135,15 +139,15 @@ class Repeats:
         return self._put(known, call, tensors)
 
     def _put(self, known: TracedCall, call: TracedCall, tensors: list[Tensor]) -> Any:
-        """What a call gives, and leaves in caches, from one that was traced."""
+        """Return the result of a call, and update its caches, from a call that was traced."""
         self.reused += 1
         number = known.slot(call.layer)
         given = tensors if number is None else [*tensors, *call.told_parts(number)[1]]
-        made = AGAIN(known.number, self._number[id(call.layer)], given)
+        outputs = AGAIN(known.number, self._number[id(call.layer)], given)
         if number is not None:
             for cache, part in zip(call.caches, known.parts, strict=True):
-                cache.put(number, _put_together(part, given, made, call.caches))
-        return _put_together(known.result, given, made, call.caches)
+                cache.put(number, _put_together(part, given, outputs, call.caches))
+        return _put_together(known.result, given, outputs, call.caches)
 
     def _traced(self, call: TracedCall, tensors: list[Tensor], given: Any, run: Callable[[], Any]) -> Any:
         modules = list(call.layer.module.modules())
@@ -159,7 +163,7 @@ class Repeats:
                 result = run()
         finally:
             self._open = None
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
         after: list[Tensor] = []
         try:
             number = call.slot(call.layer)
@@ -167,21 +171,21 @@ class Repeats:
             at = [next(i for i, tensor in enumerate(inside) if tensor is each) for each in own]
             call.given = [*range(len(tensors)), *(len(tensors) + i for i in at)]
             operands = [*tensors, *own]
-            call.result = _taken_apart(result, operands, made, call.caches)
+            call.result = _taken_apart(result, operands, outputs, call.caches)
             written = [cache.written(number) for cache in call.caches]
-            call.parts = [_taken_apart(part, operands, made, call.caches) for part in written if part is not None]
+            call.parts = [_taken_apart(part, operands, outputs, call.caches) for part in written if part is not None]
             same = _told(given, after, []) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
-            kept = [not held.changed() and _same(module._buffers, buffers) for module, held, buffers in before]
+            kept = [not snapshot.changed() and _same(module._buffers, buffers) for module, snapshot, buffers in before]
             call.reusable = same and all(kept) and not more and len(call.parts) == len(written)
             call.reusable &= number is not None or not call.slots
         except _UntoldError:
-            made.clear()
-        call.made = [(t.dtype, t.device, tuple(t.shape), t.stride()) for t in made]
-        END(call.number, made)
+            outputs.clear()
+        call.made = [(t.dtype, t.device, tuple(t.shape), t.stride()) for t in outputs]
+        END(call.number, outputs)
         return result
 
     def read(self, place: Place, value: Any) -> Any:
-        """A number of a layer is read; gives what stands for it."""
+        """Record that a number of a layer is read, and return the value that represents it."""
         call = self._open
         if call is None or not call.caches or type(value) is not int:
             if call is not None:
@@ -198,8 +202,8 @@ def _nothing(call: int, tensors: list[Tensor]) -> None:
 
 
 def _again(call: int, layer: int, inputs: list[Tensor]) -> list[Tensor]:
-    made = _TRACING[-1].calls[call].made
-    return [torch.empty_strided(size, stride, dtype=dtype, device=device) for dtype, device, size, stride in made]
+    types = _TRACING[-1].calls[call].made
+    return [torch.empty_strided(size, stride, dtype=dtype, device=device) for dtype, device, size, stride in types]
 
 
 for _name, _fake in (("begin", _nothing), ("end", _nothing), ("again", _again)):
@@ -208,11 +212,11 @@ for _name, _fake in (("begin", _nothing), ("end", _nothing), ("again", _again)):
 
 @contextmanager
 def traced_once(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Iterator[Repeats]:
-    """Inside, the tracer runs one of the layers that are alike, and operators stand for the others.
+    """Let the tracer run one of the layers that are alike while the block runs; operators represent the others.
 
     Args:
-        model: any module, in the state in which it is captured; as before afterwards.
-        inputs: what it is called with, by name, where tensors of the others are to be kept from the tracer, see
+        model: any module, in its capture state; it is restored afterwards.
+        inputs: the model's inputs by name, if tensors of the other layers are to be hidden from the tracer, see
             `graftc.compiler.capture.alike.hidden`.
     """
     layers = alike(model)
@@ -242,7 +246,7 @@ def _called_through(repeats: Repeats, layer: Layer) -> Iterator[None]:
 
 
 class _Watched:
-    """Stands for an attribute of a class's instances, which keep its value, and tells of reads."""
+    """A descriptor for an attribute whose value the instances of a class keep; it reports every read."""
 
     def __init__(self, name: str, read: Callable[[nn.Module, str, Any], Any]) -> None:
         self._name, self._read = name, read
@@ -263,7 +267,7 @@ class _Watched:
 
 @contextmanager
 def _watched(repeats: Repeats) -> Iterator[None]:
-    """Inside, reads of the numbers in which layers of a group differ are noted."""
+    """Record reads of the numbers in which layers of a group differ while the block runs."""
     paths: dict[int, str] = {}
     watched: set[tuple[type, str]] = set()
     for layer in repeats.layers:
@@ -283,19 +287,21 @@ def _watched(repeats: Repeats) -> Iterator[None]:
             delattr(kind, name)
 
 
-# --- what a call depends on, and what it gives -------------------------------------------------------------
+# --- what a call depends on, and what it returns -----------------------------------------------------------
 
 
 class _UntoldError(Exception):
-    """A value of a kind that is not looked into."""
+    """Raised for a value of a kind that cannot be inspected."""
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None = None) -> Any:
-    """A value as data; tensors by their types and by which of them are one object, and collected in order, as caches
-    are where they may be in it."""
+    """Return a value as data, in which tensors are described by their types and by which of them are the same object.
+
+    Tensors are collected in order, and so are caches if ``caches`` is given.
+    """
     if type(value) in _PLAIN:
         return [type(value), value]
     if isinstance(value, Tensor):
@@ -319,7 +325,7 @@ def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None =
 
 
 def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
-    """A result as data; tensors by their place among those given, or among those made, which are collected."""
+    """Return a result as data; tensors become indices among the given or the created ones, which are collected."""
     if isinstance(value, Tensor):
         for kind, known in (("given", given), ("made", made)):
             at = next((i for i, tensor in enumerate(known) if tensor is value), None)
@@ -351,8 +357,10 @@ def _put_together(data: Any, given: Sequence[Tensor], made: Sequence[Tensor], ca
 
 
 def _state(module: nn.Module) -> Any:
-    """What else a forward pass depends on: the state of torch, the modes of modules, how many hooks there are within.
-    Those of the layer itself run in any case."""
+    """Return what else a forward pass depends on: the state of torch, the modes of modules, the number of inner hooks.
+
+    Hooks of the layer itself run in any case.
+    """
     autocast = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda", "mps", "xpu")

@@ -1,4 +1,4 @@
-"""The nodes of a layer that was traced, put in the place of the calls of those that are like it.
+"""Replacement of untraced calls by the nodes of a traced layer that is like theirs.
 
 See `graftc.compiler.capture.alike.repeats`.
 """
@@ -27,22 +27,23 @@ FEWEST_CALLS = 2
 
 
 class NotAlikeError(Exception):
-    """What a layer does cannot be put in the place of another one's call."""
+    """Raised if the nodes of one layer cannot replace the call of another."""
 
 
 def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], inputs: Sequence[str]) -> None:
-    """Write the traced nodes of a layer out for the second one that is like it, and make the layers between that one
-    and the last calls of a function (`graftc.passes.core.ir.functions`).
+    """Write out the traced nodes for the second layer of each kind, and turn those up to the last into function calls.
+
+    The calls are those of `graftc.passes.core.ir.functions`.
 
     Args:
-        graph: as it was exported, with the model's tensors as attributes; changed in place.
-        repeats: what `traced_once` gave while it was.
-        names: of the model's tensors, by those of attributes.
-        inputs: names of the graph's inputs, in order. Those that others stood in for are put into it.
+        graph: the exported graph, with the model's tensors as attributes; changed in place.
+        repeats: the result of `traced_once` during the export.
+        names: the names of the model's tensors, by attribute name.
+        inputs: the names of the graph's inputs, in order. Inputs that others stood in for are added to the graph.
 
     Raises:
-        NotAlikeError: what was traced is not all that a layer does, or the last one does something else; or an input
-            that stood in for others is read by more than calls that are not traced.
+        NotAlikeError: if a layer does more than what was traced, if the last one does something else, or if an input
+            that stood in for others is read by anything except untraced calls.
     """
     writing = _Writing(graph, repeats, names)
     writing.bring_back(inputs)
@@ -51,7 +52,7 @@ def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], in
 
 @dataclass(eq=False)
 class _Segment:
-    """What was traced of a call: what it was given, its nodes without sizes and tensors of the model, what it made."""
+    """The traced part of a call: its inputs, its nodes except sizes and tensors of the model, and its outputs."""
 
     call: TracedCall
     given: list[fx.Node]
@@ -100,17 +101,17 @@ class _Writing:
         for node in self._again:
             waiting[_number(node)].append(node)
         for again in waiting.values():
-            given, body, made = self._write_out(again[0])
+            given, body, outputs = self._write_out(again[0])
             for node in again[1:]:
                 if len(again) > FEWEST_CALLS:
-                    self._call(node, given, body, made)
+                    self._call(node, given, body, outputs)
                 else:
                     self._write_out(node)
         for node in self._marks:
             self._graph.erase_node(node)
 
     def bring_back(self, inputs: Sequence[str]) -> None:
-        """Put the inputs that were hidden into the graph, and let calls that are not traced read their own."""
+        """Add the inputs that were hidden to the graph, and let untraced calls read their own."""
         hidden = self._repeats.hidden.stand_ins
         shown = [name for name in inputs if name not in hidden]
         placeholders = dict(zip(shown, self._graph.find_nodes(op="placeholder"), strict=True))
@@ -139,8 +140,11 @@ class _Writing:
                     raise NotAlikeError(f"{user} reads {name}, which stood in for others")
 
     def _read_uncast(self, segment: _Segment) -> None:
-        """Rewire readers outside of a layer from a cast that changes nothing to what was cast. Such a cast returns the
-        tensor itself, so that the tracer records the cast as the source of hidden states that the model has kept."""
+        """Rewire readers outside of a layer from a cast that changes nothing to its source.
+
+        Such a cast returns the tensor itself, so the tracer records the cast as the source of hidden states that the
+        model has kept.
+        """
         inside = {*segment.nodes, *self._marks}
         for node in segment.nodes:
             source = node.args[0] if node.target is _CAST and node not in segment.made else None
@@ -150,7 +154,7 @@ class _Writing:
                 user.replace_input_with(node, source)
 
     def _require_closed(self, segment: _Segment) -> None:
-        """Whether a call depends on nothing but its arguments and its own tensors, and gives nothing but its result."""
+        """Check that a call reads only its arguments and its own tensors, and that only its result is used outside."""
         inside, path = set(segment.nodes), segment.call.layer.path
         for node in segment.nodes:
             for source in node.all_input_nodes:
@@ -164,7 +168,7 @@ class _Writing:
                 raise NotAlikeError(f"sizes in {path} depend on data")
 
     def _require_same(self, a: _Segment, b: _Segment) -> None:
-        """Whether two calls do the same."""
+        """Check that two calls do the same."""
         same = dict(zip(a.given, b.given, strict=True))
 
         def tensor(source: fx.Node, segment: _Segment) -> Any:
@@ -188,7 +192,7 @@ class _Writing:
             raise NotAlikeError(f"{b.call.layer.path} does not do what {a.call.layer.path} does")
 
     def _write_out(self, again: fx.Node) -> tuple[list[fx.Node], str, list[fx.Node]]:
-        """Replace a call by nodes; return what they are given, the path of the layer, and what they make."""
+        """Replace a call by nodes; return its inputs, the path of the layer, and the nodes of its result."""
         inputs, segment, layer = self._read(again)
         copies: dict[fx.Node, fx.Node] = dict(zip(segment.given, inputs, strict=True))
 
@@ -201,14 +205,14 @@ class _Writing:
             for node in segment.nodes:
                 new = copies[node] = copy_node(self._graph, node, copied)
                 new.meta.update(val=node.meta.get("val"), nn_module_stack=_moved(node, segment, layer.path))
-        made = [copies[node] for node in segment.made]
+        outputs = [copies[node] for node in segment.made]
         picked: Any
-        for user in list(again.users):  # each picks one of the tensors that it made
+        for user in list(again.users):  # each selects one of the outputs
             _, picked = user.args
-            user.replace_all_uses_with(made[picked])
+            user.replace_all_uses_with(outputs[picked])
             self._graph.erase_node(user)
         self._graph.erase_node(again)
-        return inputs, layer.path, made
+        return inputs, layer.path, outputs
 
     def _call(self, again: fx.Node, given: list[fx.Node], body: str, made: list[fx.Node]) -> None:
         inputs, _, layer = self._read(again)
@@ -218,14 +222,14 @@ class _Writing:
             user.meta = {"val": user.meta.get("val")}
 
     def _read(self, again: fx.Node) -> tuple[list[fx.Node], _Segment, Layer]:
-        """The inputs of a call, the segment that was traced instead of it, and its layer."""
+        """Return the inputs of a call, the segment that was traced instead of it, and its layer."""
         args: Any = again.args
         number, position, inputs = args
         return list(inputs), self._segments[number], self._repeats.layers[position]
 
 
 def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, Any]]:
-    """A node's stack of modules in another layer, from the layer on."""
+    """Return a node's module stack as it is in another layer, from the layer on."""
     before = segment.call.layer.path
     stack = (node.meta.get("nn_module_stack") or {}).items()
     inside = [
@@ -235,7 +239,7 @@ def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, 
 
 
 def _told(value: Any, name: Callable[[fx.Node], Any]) -> Any:
-    """Arguments as data that is equal where they are."""
+    """Return arguments as data that compares equal if the arguments do; ``name`` is called for nodes."""
     if isinstance(value, fx.Node):
         return name(value)
     if isinstance(value, list | tuple):

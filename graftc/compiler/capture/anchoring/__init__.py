@@ -1,1 +1,1 @@
-"""What the anchor looks at: a source model and its graph, run on the same inputs."""
+"""The runs that the anchor compares: a source model and its graph, on the same inputs."""

@@ -1,4 +1,4 @@
-"""How far an output of a graph is from the model's."""
+"""The difference between an output of a graph and the model's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def difference_of(a: Any, b: Any) -> tuple[float, str]:
-    """How far two outputs are from each other, over the largest element, and in words."""
+    """Return the difference of two outputs, relative to the largest element, and a description of it."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         same = type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
         return (0.0, "") if same else (float("inf"), f"is {_brief(b)} and the model's {_brief(a)}")

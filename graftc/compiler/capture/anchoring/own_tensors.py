@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 
 def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Put tensors in the model's tables that a pass may write to: copies of buffers, of what attributes hold and of
-    parameters that are written to, and other parameters that want no gradient, since kernels are chosen by that.
-    Whoever calls puts the tables back.
+    """Replace the tensors of a model by ones that a pass may write to, and return the copies by name.
 
-    Gives the copies by name.
+    Buffers, tensors in attributes and parameters in ``written`` are copied. Other parameters are replaced by ones that
+    do not require a gradient, since kernels are chosen by that. The caller restores the tables.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     own_copy = {id(parameter) for name, parameter in named if aliases.get(name, name) in written}
@@ -29,8 +28,8 @@ def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mappin
         if type(parameter) is not nn.Parameter or not (parameter.requires_grad or writes):
             return parameter
         if id(parameter) not in copies:
-            held = parameter.detach().clone() if writes else parameter.detach()
-            copies[id(parameter)] = nn.Parameter(held, requires_grad=False)
+            data = parameter.detach().clone() if writes else parameter.detach()
+            copies[id(parameter)] = nn.Parameter(data, requires_grad=False)
         return copies[id(parameter)]
 
     for module in model.modules():
@@ -43,5 +42,5 @@ def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mappin
 
 
 def is_written(tensor: Tensor) -> bool:
-    """Whether a copy has been written to."""
+    """Return whether a copy has been written to."""
     return not tensor.is_inference() and tensor._version > 0

@@ -1,8 +1,8 @@
-"""Products with stored weights that a model has computed, for whatever computes the same ones after it.
+"""Products with stored weights that a model has computed, kept for later computations of the same ones.
 
-They are most of what a pass over a model takes. The same operator, called on the same weight with operands that are
-equal to the bit and lie in memory in the same way, gives the same result: to a graph that is held against the model,
-and to the model itself, in another mode.
+They take most of the time of a pass over a model. The same operator, called on the same weight with operands that are
+equal to the bit and have the same layout in memory, gives the same result: for a graph that is compared with the model,
+and for the model itself in another mode.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _Known = tuple[Sequence[Any], list[int], Tensor, int]
 
 
 class Products:
-    """Results of products with the tensors of a model.
+    """The results of matrix products with a model's tensors.
 
     Args:
-        model: whose parameters count as stored.
+        model: the model whose parameters count as stored.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,7 +43,7 @@ class Products:
         self._most = max(_LEAST, size // _SHARE)
 
     def fit(self, model: nn.Module) -> bool:
-        """Whether they are of a model as it is now: it may have been moved, or have other parameters."""
+        """Return whether the results still apply to a model: it may have been moved, or have other parameters."""
         return self._stored == _addresses(model)
 
     def keep(self, operator: Any, args: Sequence[Any], result: Tensor) -> None:
@@ -52,13 +52,13 @@ class Products:
             self._known[key].append((args, _versions(args), result, result._version))
             self._order.append((key, result.numel() * result.element_size()))
             self._bytes += self._order[-1][1]
-            while self._bytes > self._most and len(self._order) > 1:  # the oldest of a key comes first
+            while self._bytes > self._most and len(self._order) > 1:  # the oldest result of a key is its first
                 first, size = self._order.popleft()
                 self._known[first].pop(0)
                 self._bytes -= size
 
     def again(self, operator: Any, args: Sequence[Any]) -> Tensor | None:
-        """The result of a call, where the same was made before."""
+        """Return the result of a call if the same one was made before, otherwise None."""
         if operator not in _KEPT or (key := self._key(operator, args)) is None:
             return None
         for before, versions, result, version in self._known.get(key, ()):
@@ -68,8 +68,10 @@ class Products:
         return None
 
     def _key(self, operator: Any, args: Sequence[Any]) -> Any:
-        """What a call has in common with those that may be the same; None where it has other operands than tensors, or
-        none that is stored."""
+        """Return what a call has in common with those that may be the same.
+
+        It is None if the call has operands other than tensors, or none that is stored.
+        """
         if not all(map(_is_plain, args)):
             return None
         stored = [arg.data_ptr() if arg.data_ptr() in self._stored else 0 for arg in args]
@@ -77,10 +79,10 @@ class Products:
 
 
 class Computing(TorchFunctionMode):
-    """Inside, a model takes products that are known, and keeps the others.
+    """A function mode in which a model reuses the products that are known and keeps the others.
 
     Args:
-        products: those of the model.
+        products: the products of the model.
     """
 
     def __init__(self, products: Products) -> None:
@@ -91,7 +93,7 @@ class Computing(TorchFunctionMode):
         operator = None if kwargs else _OPERATORS.get(func)
         if operator is None:
             return func(*args, **(kwargs or {}))
-        given = args[:-1] if args[-1] is None else args  # a bias that there is not
+        given = args[:-1] if args[-1] is None else args  # without a bias
         known = self._products.again(operator, given)
         if known is not None:
             return known
@@ -104,11 +106,14 @@ _KNOWN: WeakKeyDictionary[nn.Module, Products] = WeakKeyDictionary()
 
 
 def products_of(model: nn.Module) -> Products:
-    """Those that are kept of a model as long as there is one: its next signature is looked at on the same texts."""
-    found = _KNOWN.get(model)
-    if found is None or not found.fit(model):
-        found = _KNOWN[model] = Products(model)
-    return found
+    """Return the products that are kept for a model as long as it exists.
+
+    Its next signature is compared on the same texts.
+    """
+    products = _KNOWN.get(model)
+    if products is None or not products.fit(model):
+        products = _KNOWN[model] = Products(model)
+    return products
 
 
 def _addresses(model: nn.Module) -> set[int]:
@@ -120,7 +125,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)  # of shapes and strides that are equal
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)  # shapes and strides are equal here
 
 
 def _versions(args: Sequence[Any]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A source model and its graph, run on the same inputs: what the anchor looks at."""
+"""Runs of a source model and its graph on the same inputs, for the anchor to compare."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ RunInputs = Literal["samples", "ones", "shown"]
 
 
 class NoRunError(Exception):
-    """The model raises where its graph is to be held against it."""
+    """Raised if the model itself raises on inputs on which its graph is to be compared with it."""
 
 
 @dataclass
 class ModelRun:
-    """One pass of the model: what went in, what came out, and the buffers that it updated."""
+    """One pass of the model: its inputs, its outputs, and the buffers that it updated."""
 
     inputs: Mapping[str, Tensor]
     spec: Any
@@ -55,7 +55,7 @@ class ModelRun:
 
 
 class Runs:
-    """The model and its graph, and what both run on."""
+    """The model and its graph, and the inputs that both run on."""
 
     def __init__(self, request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> None:
         self._request, self._program = request, program
@@ -77,14 +77,17 @@ class Runs:
         self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
 
     def first(self) -> tuple[ModelRun, RunInputs]:
-        """The model's outputs on samples, or, where it takes none such, on what it was captured with or was shown."""
+        """Run the model on samples or, if it takes none, on what it was captured with or what the caller showed.
+
+        The kind of the inputs is returned as well.
+        """
         failure: NoRunError | None = None
         while self._length >= _SHORT:
             try:
                 return self.model(self._text() if self._generates_alike else self.sample(0)), "samples"
             except NoRunError as error:
                 failure = failure or error
-                self._length //= 2  # a table of positions may have no more rows
+                self._length //= 2  # a table of positions may have fewer rows
         as_shown, shown = any(axis.as_shown for axis in self._request.axes), self._request.shown()
         others: dict[RunInputs, Mapping[str, Tensor]] = {"samples" if as_shown else "ones": self._request.examples()}
         if shown and fits(self._program.inputs, shown):
@@ -98,11 +101,11 @@ class Runs:
         raise failure
 
     def special_ones(self, bound: float) -> tuple[str, ...]:
-        """Named sizes at 1 of which the model computes something else than its graph.
+        """Return the named sizes for which the model, at 1, computes something else than its graph.
 
-        The tracer takes every size for greater than 1, and records nothing where a model asks whether one is. Each is
-        tried alone and all together; where the class is a library's, which asks for no more than a single token, all
-        together in eval mode: a pass over the weights takes as long for a token as for a text.
+        The tracer assumes that every size is greater than 1, and records nothing if a model checks for 1. Each size is
+        tried alone, and all together; for a library's class, which checks for nothing more than a single token, they
+        are only tried all together and in eval mode: a pass over the weights takes as long for a token as for a text.
         """
         names, library = self._ones, self._is_of_a_library
         if (
@@ -113,15 +116,17 @@ class Runs:
             return ()
         if len(names) == 1:
             return names if library or self._differs_at(names, bound) else ()
-        found: list[str] = []
+        special: list[str] = []
         for together in self._independent(names):
             if len(together) == 1 or self._differs_at(together, bound):
-                found += (name for name in together if self._differs_at([name], bound))
-        return tuple(found) or (names if library or self._differs_at(names, bound) else ())
+                special += (name for name in together if self._differs_at([name], bound))
+        return tuple(special) or (names if library or self._differs_at(names, bound) else ())
 
     def _independent(self, names: Sequence[str]) -> list[list[str]]:
-        """Sizes in groups, of which each is tried alone by trying all: elements of a live model have sizes of their
-        own, and none reads what another one gives."""
+        """Return the sizes in groups; trying all sizes of a group together tries each of them alone.
+
+        Elements of a live model have sizes of their own, and none reads the results of another one.
+        """
         own = {f"{axis.name}__{at}" for axis in self._request.axes if axis.as_shown for at in range(len(axis.axes))}
         groups: dict[tuple[str, ...], list[str]] = {}
         for name in names:
@@ -131,13 +136,13 @@ class Runs:
 
     @property
     def _is_of_a_library(self) -> bool:
-        """Whether nothing in the model's class asks for both its mode and how many tokens there are."""
+        """Whether the model's class is a library's: nothing in it checks for both the mode and the number of tokens."""
         own = next(cls for cls in type(self._model).__mro__ if not cls.__module__.startswith("graftc."))
         return home_of_module(own.__module__) == "library"
 
     @property
     def _ones(self) -> tuple[str, ...]:
-        """Named sizes that may be 1."""
+        """The named sizes that may be 1."""
         named = (
             size
             for spec in self._program.inputs
@@ -148,8 +153,11 @@ class Runs:
 
     @property
     def _generates_alike(self) -> bool:
-        """Whether the calls of generating tell as much as any: in eval mode, of a library's class, whose cache grows
-        with the text alone. Train mode is held against calls with a past and several tokens."""
+        """Whether the calls of text generation are as informative as any.
+
+        They are in eval mode, for a library's class whose cache grows with the text alone. Train mode is compared on
+        calls with a past and several tokens.
+        """
         signature, library = self._program.signature, self._is_of_a_library
         return library and self._program.mode == "eval" and self._grows and not any(map(is_cross, signature))
 
@@ -160,19 +168,21 @@ class Runs:
     def _differs_at(self, ones: Sequence[str], bound: float) -> bool:
         try:
             ours = self.model(self.sample(0, ones))
-        except NoRunError:  # there is nothing to hold a graph against
+        except NoRunError:  # there is nothing to compare the graph with
             return False
         return bool(self.against(ours, bound)[1])
 
     def steps(self, before: ModelRun, bound: float) -> tuple[float, list[str]]:
-        """`against` for calls that follow one another, as in generating: a text without a past, where the graph takes
-        one, and a single token behind it, with the cache that the model returned. A graph for a past of one length has
-        the first alone, and the train mode of a library's class none.
+        """Compare successive calls, as in text generation, and return what `against` returns.
+
+        The calls are a text without a past, if the graph takes one, and a single token after it, with the cache that
+        the model returned. For a graph with a past of one length, only the first call is compared; for a library's
+        class in train mode, none is.
 
         Args:
-            before: the model's outputs on the first samples. Of a library's class in eval mode these are such a text,
-                and the token comes behind one token of one of its rows, so that all sizes that may be 1 are.
-            bound: as there.
+            before: the model's outputs on the first samples. For a library's class in eval mode these are such a text,
+                and the token follows one token of one of its rows, so that all sizes that may be 1 are.
+            bound: as for `against`.
         """
         if self._is_of_a_library and self._program.mode == "train":
             return 0.0, []
@@ -186,12 +196,12 @@ class Runs:
                 return worst, []
         tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
         crosses = any(map(is_cross, self._program.signature))
-        held = {} if crosses else {PAST: 0}
-        worst, given = 0.0, self.sample(0, held=held)
+        sizes = {} if crosses else {PAST: 0}
+        worst, given = 0.0, self.sample(0, held=sizes)
         for _ in range(_STEPS if self._grows else 1):
             try:
                 run = self.model(given)
-            except NoRunError:  # there is nothing to hold a graph against
+            except NoRunError:  # there is nothing to compare the graph with
                 break
             difference, differing = self.against(run, bound)
             worst = max(worst, difference)
@@ -203,7 +213,10 @@ class Runs:
         return worst, []
 
     def _text(self) -> dict[str, Tensor]:
-        """Inputs of a text without a past, at its own positions: products of signatures without a cache are known."""
+        """Return inputs of a text without a past, at its own positions.
+
+        Their products are known from signatures without a cache.
+        """
         inputs = self.sample(0, held={PAST: 0})
         if POSITIONS in inputs:
             numbers = torch.arange(inputs[POSITIONS].shape[-1], device=self._device)
@@ -211,12 +224,12 @@ class Runs:
         return inputs
 
     def _token_behind(self, before: ModelRun) -> dict[str, Tensor]:
-        """Inputs whose sizes are 1 where they may be, with the beginning of the cache that the model returned."""
+        """Return inputs whose sizes are 1 wherever allowed, with the beginning of the cache that was returned."""
         past = {name: tensor[:1, :, :1].contiguous() for name, tensor in _returned_past(before).items()}
         return {**self.sample(1, self._ones), **past}
 
     def sample(self, seed: int, ones: Collection[str] = (), held: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """Random inputs; the larger the model, the fewer tokens. Named sizes in ``ones`` are 1."""
+        """Return random inputs, with fewer tokens for larger models; named sizes in ``ones`` are 1."""
         length = self._length
         sizes = (4 if length > 8 else 3, length, length - 2 if length > _SHORT else length - 1)  # no two are the same
         config = getattr(self._model, "config", None)
@@ -224,10 +237,10 @@ class Runs:
         return samples_on(self._device, self._program, seed, sizes, config, held=held)
 
     def model(self, inputs: Mapping[str, Tensor]) -> ModelRun:
-        """What the model gives.
+        """Run the model, and return its outputs and the tensors that it updated.
 
         Raises:
-            NoRunError: it raises something.
+            NoRunError: if the model raises, or if no output is a number.
         """
         model = self._model
         given = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -247,19 +260,19 @@ class Runs:
         return run
 
     def _updated(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Buffers that the model wrote to, or put another tensor in the place of."""
-        found: dict[str, Tensor] = {}
+        """Return the tensors that the model wrote to or replaced, by name."""
+        updated: dict[str, Tensor] = {}
         named = [*self._model.named_parameters(remove_duplicate=False)]
         for name, now in [*named, *self._model.named_buffers(remove_duplicate=False)]:
             before, declared = kept.get(name), self._aliases.get(name, name) in self._program.updates
             if before is None or before.shape != now.shape:
                 continue
             if now is not before or declared or is_written(before):
-                found[self._aliases.get(name, name)] = now
-        return found
+                updated[self._aliases.get(name, name)] = now
+        return updated
 
     def against(self, run: ModelRun, bound: float) -> tuple[float, list[str]]:
-        """The largest difference of the graph's results, and what is beyond the bound."""
+        """Return the largest difference of the graph's results from a run, and what exceeds the bound."""
         program = self._program
         if run.spec != program.outputs:
             return float("inf"), [f"it gives {_shown(program.outputs)} and the model {_shown(run.spec)}"]
@@ -275,13 +288,13 @@ class Runs:
         updated = {name: written.get(name, self._tensors.get(name)) for name in [*run.buffers, *written]}
         names = [f"output {name}" for name in program.outputs.names] + [f"the update of {name}" for name in updated]
         ours = [*run.leaves, *(run.buffers.get(name, self._tensors.get(name)) for name in updated)]
-        worst, found = 0.0, []
+        worst, exceeding = 0.0, []
         for name, a, b in zip(names, ours, [*leaves, *updated.values()], strict=True):
             difference, text = difference_of(a, b)
             worst = max(worst, difference)
             if difference > bound:
-                found.append(f"{name} {text}")
-        return worst, found
+                exceeding.append(f"{name} {text}")
+        return worst, exceeding
 
     def _read(self) -> dict[str, Tensor]:
         graph = self._program.graph
@@ -299,7 +312,7 @@ def _interpret(
     products: Products,
     bodies: Bodies,
 ) -> list[Any]:
-    """The flat outputs of a graph; every node runs in order, and values go when they have been read."""
+    """Return the flat outputs of a graph; every node runs in order, and values are released after their last use."""
     values: dict[fx.Node, Any] = {}
 
     def sources(node: fx.Node) -> list[fx.Node]:
@@ -322,7 +335,7 @@ def _interpret(
         return operator(*args, **kwargs)
 
     def called(one: FunctionCall) -> list[Any]:
-        body, path, made = one.body, one.path, one.made
+        body, path, outputs = one.body, one.path, one.made
         own = dict(zip(one.given, (values[node] for node in one.inputs), strict=True))
 
         def value(node: fx.Node) -> Any:
@@ -332,7 +345,7 @@ def _interpret(
 
         for node in bodies.region(one):
             own[node] = computed(node, value)
-        return [value(node) for node in made]
+        return [value(node) for node in outputs]
 
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -353,13 +366,13 @@ def _interpret(
 
 
 def _returned_past(run: ModelRun) -> dict[str, Tensor]:
-    """The cache behind a call: what the model returned of it, and what it was given of the rest."""
+    """Return the cache after a call: the tensors that the model returned, and the given ones for the rest."""
     returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
     return {name: returned.get(name, given) for name, given in run.inputs.items() if is_past(name)}
 
 
 def _says_something(leaves: Sequence[Any]) -> bool:
-    """Whether any output has finite numbers."""
+    """Return whether any output has finite numbers."""
     return any(bool(leaf.isfinite().any()) if isinstance(leaf, Tensor) else leaf is not None for leaf in leaves)
 
 

@@ -1,1 +1,1 @@
-"""What tells one model, and the code that it runs, from another."""
+"""Identification of models and of the code that they run."""

@@ -1,9 +1,10 @@
-"""What the capture of a model depends on, as data: everything that its modules hold, and the code that they reach.
+"""Everything that the capture of a model depends on, as data: what its modules hold, and the code that they reach.
 
-The walk starts at the modules of the tree. Values are written down as they are; functions by their code, their
-defaults, what they close over, and the globals that they mention, and so on; of classes, what reached code mentions by
-name. torch and Python are known by their versions and not walked, unless something of theirs was replaced. Where
-anything is met that cannot be written down, two models could differ in it unseen, and the walk says what and where.
+The walk starts at the modules of the tree. Plain values are recorded directly; functions are recorded by their code,
+their defaults, what they close over and the globals that they mention, recursively; classes by the members that reached
+code mentions by name. torch and Python are identified by their versions and not walked, unless something of theirs was
+replaced. If anything is found that cannot be written down, two models could differ in it unnoticed, and the walk
+reports what it is and where.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ _METHODS = (types.FunctionType, staticmethod, classmethod, functools.partialmeth
 
 
 class UnknownHoldingError(Exception):
-    """Something that a capture may depend on and that cannot be written down.
+    """Raised for something that a capture may depend on and that cannot be written down.
 
     Attributes:
         where: the module's path and the attribute.
-        what: why not.
+        what: the reason.
     """
 
     def __init__(self, where: str, what: str) -> None:
@@ -103,12 +104,12 @@ class UnknownHoldingError(Exception):
 
 
 def holdings(model: nn.Module) -> list[Any]:
-    """Everything that a capture of ``model`` depends on beside the request and versions, as JSON data.
+    """Return everything that a capture of ``model`` depends on besides the request and versions, as JSON data.
 
-    Values of parameters and buffers do not belong to it, nor does the mode: graphs read them.
+    Values of parameters and buffers are not part of it, and neither is the mode: graphs read them.
 
     Raises:
-        UnknownHoldingError: something cannot be written down: an object of unknown kind, a hook, a replaced method.
+        UnknownHoldingError: if something cannot be written down: an object of unknown kind, a hook, a replaced method.
     """
     known = _KNOWN.get()
     if known is None:
@@ -123,7 +124,7 @@ def _holdings(model: nn.Module) -> list[Any]:
         return _Walk(model).run()
     except UnknownHoldingError:
         raise
-    except Exception as error:  # what modules hold may be of any kind, and looking at it may run its code
+    except Exception as error:  # attributes may be of any type, and inspecting them may run their code
         raise UnknownHoldingError(type(model).__name__, f"{type(error).__name__} while it was looked at") from error
 
 
@@ -132,7 +133,7 @@ _KNOWN: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("_KNOWN", def
 
 @contextmanager
 def walked_once() -> Iterator[None]:
-    """Inside, nobody changes a model, and `holdings` looks at each once."""
+    """Let `holdings` inspect each model only once while the block runs; models must not change meanwhile."""
     token = _KNOWN.set({})
     try:
         yield
@@ -141,48 +142,50 @@ def walked_once() -> Iterator[None]:
 
 
 def held_by(model: nn.Module) -> dict[str, str] | None:
-    """Digests of what the modules of a model hold, by the path of each attribute, and of the code that they reach; None
-    where something cannot be written down. Of a config it is what tells one base from another; which tensors want a
-    gradient is up to the user.
+    """Return digests of what the modules of a model hold, by the path of each attribute, and of the code they reach.
+
+    The result is None if something cannot be written down. Of a config, only what distinguishes one base from another
+    counts; which tensors require a gradient is up to the user and does not count.
     """
     try:
         tensors, modules, code = holdings(model)
     except UnknownHoldingError:
         return None
     classes = {path: repr(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
-    found: dict[str, Any] = {"config": config_digest(getattr(model, "config", None))}
+    contents: dict[str, Any] = {"config": config_digest(getattr(model, "config", None))}
     for path, cls, *rest in modules:
         if cls == "is":
-            found[f"the module {path}"] = rest
+            contents[f"the module {path}"] = rest
             continue
         children, values, buffers = rest
-        found[f"the module {path}".rstrip()] = [classes[path], children, buffers]
-        found |= {_join(path, name): value for name, value in values if name != "config"}
-    found["set of tensors"] = [tensor for tensor in tensors if isinstance(tensor, tuple)]
-    found["code"] = code
-    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
+        contents[f"the module {path}".rstrip()] = [classes[path], children, buffers]
+        contents |= {_join(path, name): value for name, value in values if name != "config"}
+    contents["set of tensors"] = [tensor for tensor in tensors if isinstance(tensor, tuple)]
+    contents["code"] = code
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in contents.items()}
 
 
 def held_by_modules(model: nn.Module) -> dict[str, list[Any]]:
-    """What each module of a model holds, as JSON data that is equal where they hold the same: its class, the names of
-    its modules, its attributes, and the buffers that no checkpoint has. Modules that hold something which cannot be
-    written down are left out. By path.
+    """Return what each module of a model holds, by path, as JSON data that is equal for modules that hold the same.
+
+    The data is the module's class, the names of its submodules, its attributes, and the buffers that are not in
+    checkpoints. Modules that hold something that cannot be written down are left out.
     """
     walk = _Walk(model)
-    found: dict[str, list[Any]] = {}
+    contents: dict[str, list[Any]] = {}
     for path, module in model.named_modules():
         with suppress(UnknownHoldingError):
-            found[path] = walk.module(path, module)[1:]
-    return found
+            contents[path] = walk.module(path, module)[1:]
+    return contents
 
 
 def _is_own(hook: Any) -> bool:
-    """Whether a hook on every module is graftc's, which looks at compiled models alone."""
+    """Return whether a hook on every module is graftc's own; those inspect compiled models only."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] == "graftc"
 
 
 class _Walk:
-    """One walk. What was met is numbered in the order of meeting, so that equal models give equal data."""
+    """One walk over a model. Objects are numbered in the order of the walk, so that equal models give equal data."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -201,7 +204,7 @@ class _Walk:
         self._fresh: set[str] = set()
 
     def run(self) -> list[Any]:
-        """See `holdings`."""
+        """Return what `holdings` returns for the model."""
         for kind, hooks in vars(torch_module).items():
             ours = kind.startswith("_global_") and kind.endswith("_hooks") and "state" not in kind
             if ours and not all(unheard(hook) or _is_own(hook) for hook in hooks.values()):
@@ -214,43 +217,43 @@ class _Walk:
         return [tensors, modules, code]
 
     def _stored(self) -> list[Any]:
-        found: list[Any] = []
+        stored: list[Any] = []
         for kind, named in (("parameter", self._model.named_parameters), ("buffer", self._model.named_buffers)):
             for name, tensor in named(remove_duplicate=False):
                 owner = self._tensors.setdefault(id(tensor), name)
                 cls = type(tensor)
                 laid_out = None if tensor.layout != torch.strided or tensor.is_contiguous() else list(tensor.stride())
-                found.append(
+                stored.append(
                     (
                         *(kind, name, owner, str(tensor.dtype), list(tensor.shape), cls.__qualname__),
                         *(tensor.device.type, laid_out),
                     )
                 )
-        return found
+        return stored
 
     def module(self, path: str, module: nn.Module) -> list[Any]:
         if self._paths[id(module)] != path:
             return [path, "is", self._paths[id(module)]]
-        held = vars(module)
+        attributes = vars(module)
         for table in _RUN_BY_CALLS:
-            for hook in held[table].values():
+            for hook in attributes[table].values():
                 if getattr(hook, "__module__", None) != _RECORDING or not isinstance(hook, types.FunctionType):
                     raise UnknownHoldingError(path or "the model", f"a hook ({table.strip('_')})")
         if module._compiled_call_impl is not None:
             raise UnknownHoldingError(path or "the model", "a compiled call")
         number = self._class(type(module))
         known = self._classes[type(module)]
-        for name in held:
+        for name in attributes:
             if name not in _MODULE and any(isinstance(value, _METHODS) for value in known.get(name, ())):
                 raise UnknownHoldingError(_join(path, name), "replaces a method of the class")
         values = [
-            [name, self._value(held[name], _join(path, name), strict=True)]
-            for name in sorted(held.keys() - _MODULE - _ASIDE)
+            [name, self._value(attributes[name], _join(path, name), strict=True)]
+            for name in sorted(attributes.keys() - _MODULE - _ASIDE)
         ]
         return [path, number, list(module._modules), values, sorted(module._non_persistent_buffers_set)]
 
     def _value(self, value: Any, where: str, *, strict: bool) -> Any:
-        """A value as JSON data. What cannot be written down is refused, or just its type where not ``strict``."""
+        """Return a value as JSON data; one that cannot be written down raises if ``strict``, or is just its type."""
         if type(value) in _PLAIN:
             return [type(value).__name__, repr(value)]
         if isinstance(value, nn.Module):
@@ -305,15 +308,15 @@ class _Walk:
             return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
         if isinstance(value, logging.Filterer):  # loggers, and handlers with their streams: neither is in a graph
             return ["logging"]
-        held = getattr(value, "__dict__", None)
-        if isinstance(held, dict) and "__wrapped__" in held:
-            return [kind, inner(held["__wrapped__"])]
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict) and "__wrapped__" in attributes:
+            return [kind, inner(attributes["__wrapped__"])]
         if not is_plain(type(value)):
             return self._opaque(value, where, "", strict)
         data = [kind, self._class(type(value))]
         if isinstance(value, dict | types.MappingProxyType):
             items = list(dict.items(value) if isinstance(value, dict) else value.items())
-            if type(value).__module__ == _RECORDING:  # grows with every class that the process makes a model of
+            if type(value).__module__ == _RECORDING:  # grows with every model class used in the process
                 items = [(k, v) for k, v in items if k in self._kinds]
             pairs = [[inner(k), inner(v, f"[{k!r:.40}]")] for k, v in items]
             data.append(pairs if strict else sorted(pairs, key=repr))
@@ -324,7 +327,7 @@ class _Walk:
             data.append([inner(item, f"[{i}]") for i, item in enumerate(value)])
         elif isinstance(value, VALUES):
             data.append(next(base for base in VALUES if isinstance(value, base)).__repr__(value))
-        state = {**(held or {}), **slots_of(value)}
+        state = {**(attributes or {}), **slots_of(value)}
         data.append([[name, inner(state[name], f".{name}")] for name in sorted(state.keys() - _ASIDE)])
         return data
 
@@ -359,8 +362,11 @@ class _Walk:
         return self._numbers[id(function)]
 
     def _class(self, cls: type, *, made: bool = False) -> Any:
-        """A class's number. Where only code mentions it, instances may be ``made``; those of a library's are what the
-        library makes of them."""
+        """Return a class's number, or its name if versions or its library identify it.
+
+        ``made`` means that the class is only mentioned by code, which may create instances of it; how a library's class
+        creates them is up to the library.
+        """
         if cls not in self._classes:
             home = home_of_module(cls.__module__)
             if (home == "fixed" and (made or not issubclass(cls, nn.Module))) or (home == "library" and made):
@@ -375,8 +381,8 @@ class _Walk:
         return self._numbers[id(cls)]
 
     def _reached(self) -> list[Any]:
-        """Code of everything that calls of the modules may reach, until nothing new is."""
-        found = self._found
+        """Return the code of everything that calls of the modules may reach, until nothing new is found."""
+        code = self._found
         while self._functions or self._pending or self._fresh:
             pending, self._pending = self._pending, []
             functions, self._functions = self._functions, []
@@ -385,15 +391,15 @@ class _Walk:
             for cls in list(self._classes) if fresh else ():
                 pending.append((cls, fresh))
             for cls, names in pending:
-                found += self._members(cls, names)
-            found += [self._code(function, where) for function, where in functions]
-        return found
+                code += self._members(cls, names)
+            code += [self._code(function, where) for function, where in functions]
+        return code
 
     def _members(self, cls: type, names: Set[str]) -> list[Any]:
-        """What a class and its bases define under these names."""
+        """Return what a class and its bases define under these names."""
         known, number = self._classes[cls], self._numbers[id(cls)]
         strict = home_of_module(cls.__module__) == "user"
-        found: list[Any] = []
+        members: list[Any] = []
         for name in sorted(known.keys() & names):
             if name in _UNTOLD:
                 continue
@@ -403,8 +409,8 @@ class _Walk:
                 for part in parts_of(value):
                     if not (isinstance(part, types.FunctionType) and is_fixed(part)):
                         told = self._value(part, f"{cls.__qualname__}.{name}", strict=strict)
-                        found.append([number, name, told])
-        return found
+                        members.append([number, name, told])
+        return members
 
     def _code(self, function: types.FunctionType, where: str) -> Any:
         home, code = home_of(function), function.__code__
@@ -415,7 +421,7 @@ class _Walk:
         outside = sorted(_OUTSIDE & set(names)) if strict else ()
         if outside:
             raise UnknownHoldingError(label, f"what {outside[0]} gives")
-        held = [
+        parts = [
             self._value(vars(function), where, strict=strict) if vars(function) else None,
             function.__name__,
             self._value(function.__defaults__, where, strict=strict),
@@ -427,7 +433,7 @@ class _Walk:
         for name in names:
             if name in scope:
                 self._global(name, scope[name], label, names, strict, reached, entered)
-        return ["code", self._numbers[id(function)], label, digest_of(code), held, sorted(reached.items())]
+        return ["code", self._numbers[id(function)], label, digest_of(code), parts, sorted(reached.items())]
 
     def _cell(self, cell: types.CellType, where: str, strict: bool) -> Any:
         try:
@@ -446,7 +452,7 @@ class _Walk:
         reached: dict[str, Any],
         entered: set[int],
     ) -> None:
-        """A global that a function mentions; of a module, what the function mentions of it."""
+        """Record a global that a function mentions; for a module, record what the function mentions of it."""
         if name in reached:
             return
         if isinstance(value, types.ModuleType):

@@ -1,4 +1,4 @@
-"""What identifies a base: its config, and names, types and values of its tensors, all or a sample of each."""
+"""The identity of a base: its config, and the names, types and values (all or a sample) of its tensors."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ tensors."""
 
 @dataclass(frozen=True)
 class TensorIdentity:
-    """One base tensor.
+    """The identity of one base tensor.
 
     Attributes:
-        dtype: its element type, as ``"f32"``; of the codes of a packed weight, the packing and the weight's element
+        dtype: its element type, as ``"f32"``; for the codes of a packed weight, the packing and the weight's element
             type, as ``"nf4 group=64; f32"``.
         shape: its sizes.
-        digest: SHA-256 of its values, or of a sample; empty on the meta device.
-        parameter: a parameter, or else a buffer.
+        digest: the SHA-256 of its values, or of a sample; empty on the meta device.
+        parameter: whether it is a parameter; otherwise it is a buffer.
     """
 
     dtype: str
@@ -54,13 +54,13 @@ class TensorIdentity:
 
 @dataclass(frozen=True)
 class Identity:
-    """A base.
+    """The identity of a base.
 
     Attributes:
-        config: SHA-256 of the model's config without what passes; empty where there is none.
-        tensors: each by the name that owns it.
-        full: whether digests are of every value instead of `SAMPLES` evenly spaced ones.
-        settings: what its config has of plain values, by name, to say where two configs differ.
+        config: the SHA-256 of the model's config without incidental settings; empty if there is none.
+        tensors: the identity of each tensor, by the name that owns it.
+        full: whether digests cover every value instead of `SAMPLES` evenly spaced ones.
+        settings: the plain values of its config by name, to say where two configs differ.
     """
 
     config: str
@@ -70,7 +70,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """One digest of it all."""
+        """One digest of the config and all tensors."""
         digest = hashlib.sha256(self.config.encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"|{name}|{tensor.dtype}|{tensor.shape}|{tensor.digest}".encode())
@@ -78,7 +78,7 @@ class Identity:
 
     @property
     def packings(self) -> dict[str, str]:
-        """How packed weights are stored, as `described`, by their names."""
+        """The storage formats of packed weights, in the format of `described`, by their names."""
         return {
             weight_name(name): tensor.dtype
             for name, tensor in self.tensors.items()
@@ -86,22 +86,22 @@ class Identity:
         }
 
     def differences(self, other: Identity) -> list[str]:
-        """In which ways ``other`` differs from this base, for people; empty where it is the same."""
-        found = [] if self.config == other.config else [self.other_config(other)]
-        found += [f"it has no {name}" for name in self.tensors if name not in other.tensors]
-        found += [f"it has a {name}, which was not there" for name in other.tensors if name not in self.tensors]
+        """Return descriptions of how ``other`` differs from this base; empty if it is the same."""
+        differences = [] if self.config == other.config else [self.other_config(other)]
+        differences += [f"it has no {name}" for name in self.tensors if name not in other.tensors]
+        differences += [f"it has a {name}, which was not there" for name in other.tensors if name not in self.tensors]
         for name, mine in self.tensors.items():
             theirs = other.tensors.get(name)
             if theirs is None or theirs == mine:
                 continue
             if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
-                found.append(f"{name} is {_type(theirs)}, not {_type(mine)}")
+                differences.append(f"{name} is {_type(theirs)}, not {_type(mine)}")
             else:
-                found.append(f"{name} has other values")
-        return found
+                differences.append(f"{name} has other values")
+        return differences
 
     def other_config(self, other: Identity) -> str:
-        """How another base's config differs, for people."""
+        """Return a description of how another base's config differs."""
         names = [*self.settings, *(name for name in other.settings if name not in self.settings)]
         pairs = [(name, self.settings.get(name), other.settings.get(name)) for name in names]
         shown = [f"{name} {theirs!r}, not {mine!r}" for name, mine, theirs in pairs if mine != theirs]
@@ -114,24 +114,25 @@ def _type(tensor: TensorIdentity) -> str:
 
 
 def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] = ()) -> Identity:
-    """The identity of a base.
+    """Return the identity of a base.
 
     Args:
         model: the source model.
-        full: digest every value instead of `SAMPLES` of each tensor. Scales and zero points of packed weights always
-            have every value: codes that are nearly those of another quantiser would differ in few of them.
-        replaced: tensors whose values say nothing of which base it is: see `replaced_tensors`.
+        full: whether to digest every value instead of `SAMPLES` of each tensor. Scales and zero points of packed
+            weights are always digested in full: codes that are nearly those of another quantiser would differ in few of
+            them.
+        replaced: tensors whose values do not identify the base: see `replaced_tensors`.
     """
     store = Store.mirror(model)
     packed = {own.names(name)[0]: described(own) for name, own in store.packed.items()}
-    whole = {part for name, own in store.packed.items() for part in own.names(name)[1:]}
+    in_full = {part for name, own in store.packed.items() for part in own.names(name)[1:]}
     tensors = {
         name: TensorIdentity(
             packed.get(name) or _short(tensor.dtype),
             tuple(tensor.shape),
             tensor_digest(tensor[:0] if tensor.dim() else tensor.new_empty(0), full=full)
             if name in replaced
-            else tensor_digest(tensor, full=full or name in whole),
+            else tensor_digest(tensor, full=full or name in in_full),
             isinstance(tensor, nn.Parameter),
         )
         for name, tensor in store.base()
@@ -141,7 +142,7 @@ def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] 
 
 
 def described(own: PackedType) -> str:
-    """A packing and the element type of the weight, as ``"nf4 group=64; f32"``."""
+    """Return a packing and the element type of the weight as text, such as ``"nf4 group=64; f32"``."""
     return f"{own.packing.text}; {_short(own.dtype)}"
 
 
@@ -150,20 +151,23 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def replaced_tensors(updated: Iterable[str], trained: Iterable[str], aliases: Mapping[str, str]) -> frozenset[str]:
-    """Base tensors in whose place a compiled model has its own, so that any values of them will do.
+    """Return the base tensors that a compiled model replaces by its own, so that any values of them will do.
 
     Args:
-        updated: those that graphs write to.
-        trained: those that train in full, as a head does that is random in every base.
-        aliases: tied names, each to the name that owns the tensor. What is tied counts with its values: a spec may
-            untie it and train one of the two.
+        updated: names of the tensors that graphs write to.
+        trained: names of the tensors that are trained in full, such as a head that is random in every base.
+        aliases: tied names, each with the name that owns the tensor. The values of a trained tensor that is tied count:
+            a spec may untie it and train one of the two.
     """
     tied = {*aliases, *aliases.values()}
     return frozenset({*updated, *(name for name in trained if name not in tied)})
 
 
 def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
-    """SHA-256 of a tensor's bytes in row-major order, or of `SAMPLES` evenly spaced elements; empty on meta."""
+    """Return the SHA-256 of a tensor's bytes in row-major order, or of `SAMPLES` evenly spaced elements.
+
+    It is empty for a tensor on the meta device.
+    """
     if tensor.device.type == "meta":
         return ""
     flat = tensor.detach().reshape(-1)
@@ -175,15 +179,15 @@ def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
 
 
 def config_digest(config: Any) -> str:
-    """SHA-256 of a config without what passes; empty where there is none."""
+    """Return the SHA-256 of a config without incidental settings; empty if there is none."""
     settings = _all_settings(config)
     return "" if settings is None else hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(config: Any) -> dict[str, Setting]:
-    """Plain values of a config by name: numbers, words and truth values, but for what passes."""
-    found = (_all_settings(config) or {}).items()
-    return {k: v for k, v in found if isinstance(v, bool | int | float | str) and _is_short(v)}
+    """Return the plain values of a config by name: numbers, strings and booleans, except incidental settings."""
+    settings = (_all_settings(config) or {}).items()
+    return {k: v for k, v in settings if isinstance(v, bool | int | float | str) and _is_short(v)}
 
 
 def _is_short(value: Setting) -> bool:
@@ -194,7 +198,7 @@ def _all_settings(config: Any) -> dict[str, Any] | None:
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None:
         return None
-    # Through JSON first: a config that was read from a file has text where one made in Python may have numbers.
+    # Through JSON first: a config read from a file has strings where one created in Python may have numbers.
     settings: dict[str, Any] = _without_passing(json.loads(json.dumps(to_dict(), default=str)))
     return settings
 

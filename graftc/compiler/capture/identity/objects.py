@@ -1,4 +1,4 @@
-"""What can be seen of functions, classes and objects without running any of their code."""
+"""Inspection of functions, classes and objects without running any of their code."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _HEAP = 1 << 9
 
 
 def is_fixed(function: types.FunctionType) -> bool:
-    """Whether a function is torch's or Python's and nothing else: what decorates may have a user's function inside."""
+    """Return whether a function is entirely torch's or Python's; a decorated one may contain a user's function."""
     return home_of(function) == "fixed" and not function.__closure__
 
 
 def is_foreign(value: Any) -> bool:
-    """Whether something in a module of torch's or Python's is not theirs: it was put there."""
+    """Return whether an object in a module of torch's or Python's is not theirs but was put there."""
     if isinstance(value, types.FunctionType):
         return not is_fixed(value)
     if isinstance(value, types.ModuleType):
@@ -37,18 +37,21 @@ def is_foreign(value: Any) -> bool:
 
 
 def defined(cls: type) -> dict[str, list[Any]]:
-    """What a class and its bases define, each name with all its definitions: a method may call the one that it
-    overrides. Python's own classes are the same everywhere; those of `nn.Module` may have had something replaced."""
-    found: dict[str, list[Any]] = {}
+    """Return what a class and its bases define, with all definitions of each name.
+
+    A method may call the one that it overrides. Python's own classes are left out, since they are the same everywhere;
+    in those of `nn.Module`, something may have been replaced.
+    """
+    definitions: dict[str, list[Any]] = {}
     for base in cls.__mro__:
         if home_of_module(base.__module__) != "fixed" or issubclass(base, nn.Module):
             for name, value in vars(base).items():
-                found.setdefault(name, []).append(value)
-    return found
+                definitions.setdefault(name, []).append(value)
+    return definitions
 
 
 def parts_of(value: Any) -> list[Any]:
-    """The functions behind an attribute of a class."""
+    """Return the functions behind an attribute of a class."""
     if isinstance(value, staticmethod | classmethod):
         return [value.__func__]
     if isinstance(value, property):
@@ -65,7 +68,7 @@ def closure_of(function: types.FunctionType) -> Iterable[tuple[str, types.CellTy
 
 
 def is_plain(cls: type) -> bool:
-    """Whether all that an object of this class holds can be seen: its attributes, and its items."""
+    """Return whether everything that an object of this class holds is visible: its attributes, and its items."""
     for base in cls.__mro__:
         if base in _TRANSPARENT:
             continue
@@ -78,12 +81,12 @@ def is_plain(cls: type) -> bool:
 
 
 def slots_of(value: Any) -> dict[str, Any]:
-    """What an object has in the slots of its classes."""
-    found: dict[str, Any] = {}
+    """Return what an object has in the slots of its classes, by name."""
+    contents: dict[str, Any] = {}
     for base in type(value).__mro__:
         if base not in _TRANSPARENT:
             for name, slot in vars(base).items():
                 if isinstance(slot, types.MemberDescriptorType):
                     with suppress(AttributeError):
-                        found[name] = slot.__get__(value)
-    return found
+                        contents[name] = slot.__get__(value)
+    return contents

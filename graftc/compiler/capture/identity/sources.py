@@ -1,7 +1,7 @@
-"""Code as part of a key: digests of functions, the names that they mention, where they come from, graftc's own files.
+"""Code as part of a key: digests of functions, the names that they mention, who wrote them, and graftc's own files.
 
-What is digested is what Python runs, not a file: a class of a notebook has no file, and a function that was put in the
-place of another is in the wrong one.
+Digests are of what Python runs, not of files: a class in a notebook has no file, and a function that replaces another
+one is in a different file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BY_NAME = ("getattr", "hasattr", "attrgetter", "methodcaller")
 
 @lru_cache(maxsize=32768)
 def home_of_file(file: str) -> Home:
-    """Whose code a file has."""
+    """Return who wrote the code in a file."""
     if file.startswith((_TORCH, _GRAFTC, "<frozen ")):
         return "fixed"
     if any(part in file for part in _INSTALLED):
@@ -40,7 +40,7 @@ def home_of_file(file: str) -> Home:
 
 @lru_cache(maxsize=4096)
 def home_of_module(name: str) -> Home:
-    """Whose code a module has, by its name."""
+    """Return who wrote the code of a module, by its name."""
     root = name.partition(".")[0]
     if root == "transformers":
         return "library"
@@ -54,7 +54,7 @@ def home_of_module(name: str) -> Home:
 
 
 def home_of(function: FunctionType) -> Home:
-    """Whose code a function has: that of its file, and for code that was generated that of the module it runs in."""
+    """Return who wrote a function: decided by its file, or, for generated code, by the module in which it runs."""
     return _home(function.__code__.co_filename, str(function.__globals__.get("__name__", "")))
 
 
@@ -77,8 +77,8 @@ def _digest(number: int, code: CodeType) -> str:
 
 
 def digest_of(code: CodeType) -> str:
-    """A digest of what a function does, whatever file and line it stands in."""
-    return _digest(id(code), code)  # equal code in other places is equal to Python, but its constants may be NaN
+    """Return a digest of what a function does, whatever its file and line."""
+    return _digest(id(code), code)  # Python takes equal code in other places as equal, but constants may be NaN
 
 
 def _constant(value: Any) -> str:
@@ -94,23 +94,22 @@ def _constant(value: Any) -> str:
 @lru_cache(maxsize=32768)
 def _names(number: int, code: CodeType) -> tuple[str, ...]:
     nested = [value for value in code.co_consts if isinstance(value, CodeType)]
-    found = dict.fromkeys(code.co_names)
-    if not found.keys().isdisjoint(_BY_NAME):
-        found.update(dict.fromkeys(v for v in code.co_consts if isinstance(v, str) and v.isidentifier()))
+    names = dict.fromkeys(code.co_names)
+    if not names.keys().isdisjoint(_BY_NAME):
+        names.update(dict.fromkeys(v for v in code.co_consts if isinstance(v, str) and v.isidentifier()))
     for inner in nested:
-        found.update(dict.fromkeys(names_of(inner)))
-    return tuple(found)
+        names.update(dict.fromkeys(names_of(inner)))
+    return tuple(names)
 
 
 def names_of(code: CodeType) -> tuple[str, ...]:
-    """Globals and attributes that a function mentions, and the functions within it."""
+    """Return the globals and attributes that a function and the functions within it mention."""
     return _names(id(code), code)
 
 
 @cache
 def own_digest() -> str:
-    """A digest of graftc's own code that takes part in making and reading captures: a change makes old ones
-    unreachable."""
+    """Return a digest of the graftc code that makes and reads captures; a change makes old captures unreachable."""
     digest = hashlib.sha256()
     for path in own_files(Path(__file__).parents[3]):
         digest.update(path.read_bytes())
@@ -137,5 +136,5 @@ _OWN = (
 
 
 def own_files(package: Path) -> list[Path]:
-    """Files under ``package`` of which `own_digest` is made, sorted."""
+    """Return the files under ``package`` that `own_digest` covers, sorted."""
     return sorted(path for folder in _OWN for path in package.glob(f"{folder}/*.py"))

@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works at attentions."""
+"""The part of the `Builder` that works on attentions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Attentions(Part):
         self._widened: dict[tuple[fx.Node, int, Window, bool], fx.Node] = {}
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
-        """``[heads, length, width]`` for every row of ``like: [rows, heads, keys, width]``."""
+        """Expand ``[heads, length, width]`` to every row of ``like: [rows, heads, keys, width]``."""
         value = node.meta["val"]
         if value.dim() == 3:
             node = self.call(aten.unsqueeze.default, node, 0, part=part)
@@ -45,7 +45,10 @@ class Attentions(Part):
         return self.call(aten.expand.default, node, [size, -1, -1, -1], part=part)
 
     def shift(self, positions: Positions, length: int) -> None:
-        """Let the tokens' positions begin at ``length``; the Program takes no more tokens than a table has rows for."""
+        """Make the tokens' positions begin at ``length``.
+
+        The Program then takes no more tokens than a table has rows for.
+        """
         self._write(Change("positions"), lambda: self._shift(positions, length))
 
     def _shift(self, positions: Positions, length: int) -> None:
@@ -56,7 +59,7 @@ class Attentions(Part):
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
 
     def _later(self, numbers: fx.Node, length: int) -> fx.Node:
-        """Numbers of positions behind ``length`` tokens."""
+        """Return the numbers of positions after ``length`` tokens."""
         inputs = counted_inputs(numbers)
         if not inputs:
             return self.call(aten.add.Tensor, numbers, length, part="positions")
@@ -68,18 +71,21 @@ class Attentions(Part):
         return call(aten.slice.Tensor, every, 1, length, _END)
 
     def _leave_room(self, positions: Positions, numbers: fx.Node, length: int) -> None:
-        """Narrow the axis that counts the positions. Where a call gives their numbers, only it can know."""
+        """Limit the axis that counts the positions to the rows that are left in their table.
+
+        If a call passes position numbers itself, only the caller can know their range.
+        """
         rows, table = positions.rows, positions.table
         if rows is None or table is None:
             return
         try:
-            (found,) = read_tokens(self.program, self.store, _ANY, [numbers])
+            (sample,) = read_tokens(self.program, self.store, _ANY, [numbers])
         except GraftError:
             return
-        if found.is_meta:
+        if sample.is_meta:
             return
         taken = numbers.meta.get(_TAKEN, 0) + length
-        most = rows - 1 - taken - int(found.max()) + len(_ANY)
+        most = rows - 1 - taken - int(sample.max()) + len(_ANY)
         why = f"{self.adaptation!r} takes {length} of the {rows} positions of {table.target}"
         for spec, node in zip(self.program.inputs, self.program.placeholders(), strict=True):
             for name, size in zip(spec.shape, node.meta["val"].shape, strict=True):
@@ -88,32 +94,32 @@ class Attentions(Part):
                     self.program.inputs = limited(self.program.inputs, {name: most})
 
     def attended(self, site: AttentionSite) -> fx.Node:
-        """What an attention reads now, ``[batch, sequence, width]``, before its projections.
+        """Return the value that an attention reads now, ``[batch, sequence, width]``, before its projections.
 
         Raises:
-            GraftError: GC017 where it is in no residual branch.
+            GraftError: GC017 if the attention is in no residual branch.
         """
         if site.read is None:
             message = f"{site.key} is in no residual branch, so that nobody knows what it reads"
             raise GraftError("GC017", message, hint="leave it out with exclude")
-        found = self.program.current(site.read)
-        return self._read(found, "attended", site)
+        value = self.program.current(site.read)
+        return self._read(value, "attended", site)
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
-        """Let every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
+        """Make every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
 
-        A mask or bias is worked out anew for keys in front of the text (`longer`), so that a bias of positions goes on
-        there. Where that cannot be done, it gets columns that let everything through. A causal attention without a mask
-        stays one: queries of zeros stand in front as well, whose results are cut off, so that the fused kernel keeps
-        its mask. An attention that is written out is so again, from keys and values on.
+        A mask or bias is recomputed for keys in front of the text (`longer`), so that a bias of positions extends to
+        them. If that is not possible, it gets columns that let everything through. A causal attention without a mask
+        stays causal: zero queries are put in front as well and their results are cut off, so that the fused kernel
+        keeps its mask. An attention that is written out is computed again, starting from keys and values.
 
         Args:
             site: the attention.
-            keys, values: what stands in front.
-            window: whether a window that slides leaves them out as it would tokens there.
+            keys, values: the keys and values in front.
+            window: whether a sliding window hides them as it would hide tokens there.
 
         Raises:
-            GraftError: GC017 where the attention cannot be written anew, or where its window cannot be followed.
+            GraftError: GC017 if the attention cannot be rewritten, or if its window cannot be followed.
         """
         change = Change("keys", (keys, values), window=window)
         self._write(change, lambda keys, values: self._attend(site, keys, values, window))
@@ -144,7 +150,7 @@ class Attentions(Part):
         return after
 
     def _current_attention(self, site: AttentionSite) -> fx.Node:
-        """The call that stands at the site now: that of the last prefix, where there is one."""
+        """Return the call that is now at the site: that of the last prefix, if there is one."""
         node = self.program.current(site.node)
         tag = provenance(node)
         if node.target is _SDPA or tag is None or tag["part"] == "attend":
@@ -155,21 +161,21 @@ class Attentions(Part):
     # --- masks -----------------------------------------------------------------------------------------
 
     def _wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool = True) -> fx.Node:
-        """A mask with columns for ``length`` keys in front.
+        """Return a mask with columns for ``length`` keys in front.
 
-        A bias is what it would be for tokens there. Nothing can be told of a mask of pairs that is an input, or that is
-        made from activations: zeros stand in front of a bias, and a mask of bools lets everything through. Where sizes
-        are fixed, zeros stand in front of a bias that hides and does nothing else.
+        A bias gets the values that it would have for tokens there. For a mask of pairs that is an input, or that is
+        computed from activations, these are unknown: zeros are put in front of a bias, and a boolean mask lets
+        everything through. If sizes are fixed, zeros are put in front of a bias that only hides keys.
 
         Args:
             site: the attention.
-            mask: ``[..., rows, keys]``, of bools, or added to scores.
-            length: how many keys.
-            window: see `attend`.
-            sees: the bool that lets a key be seen.
+            mask: the mask, ``[..., rows, keys]``, either boolean or added to scores.
+            length: the number of keys in front.
+            window: the window of `attend`.
+            sees: the boolean value that makes a key visible.
 
         Raises:
-            GraftError: GC017 for a bias of fixed size that depends on places.
+            GraftError: GC017 for a bias of fixed size that depends on positions, or if the window cannot be followed.
         """
         key = (mask, length, window, sees)
         if key not in self._widened:
@@ -194,7 +200,7 @@ class Attentions(Part):
         return wide if own or window == "masked" else self._unhidden(site, wide)
 
     def _keys(self, site: AttentionSite) -> Any:
-        """How many keys the base has."""
+        """Return the number of keys in the base."""
         assert site.operands is not None
         return site.operands.keys.meta["val"].shape[2]
 
@@ -205,7 +211,7 @@ class Attentions(Part):
         return self.call(aten.cat.default, [front, mask], -1, part="mask")
 
     def _unhidden(self, site: AttentionSite, wide: fx.Node) -> fx.Node:
-        """A bias in which nothing hides what stands in front of the text: zero where it is about the least number."""
+        """Return a bias that hides nothing in front of the text: values near the least number become zero there."""
         value = wide.meta["val"]
         count = surplus(value.shape[-1], self._keys(site), most_of(self.program))
         assert count is not None
@@ -221,7 +227,7 @@ class Attentions(Part):
     def _written_out(
         self, site: AttentionSite, node: fx.Node, keys: fx.Node, values: fx.Node, window: Window
     ) -> fx.Node:
-        """From keys and values on, all is computed again with what stands in front: scores, caps, masks, softmax."""
+        """Recompute an attention, starting from keys and values with others in front: scores, caps, masks, softmax."""
         assert site.operands is not None
         now = self.program.current
         own = [self._foremost(site, now(n)) for n in (site.operands.keys, site.operands.values)]
@@ -246,7 +252,7 @@ class Attentions(Part):
         return again[node]
 
     def _foremost(self, site: AttentionSite, operand: fx.Node) -> fx.Node:
-        """Keys or values with what earlier prefixes have put in front of them."""
+        """Return keys or values together with those that earlier prefixes have put in front of them."""
         mine = str(site.key)
         while True:
             joined = [n for n in operand.users if n.target is aten.cat.default and nodes_in(n.args)[-1] is operand]
@@ -256,7 +262,10 @@ class Attentions(Part):
             operand = joined[-1]
 
     def _leaf(self, spot: _Spot, source: fx.Node, reader: fx.Node) -> fx.Node:
-        """An operand of a written-out attention that depends on no keys: a mask or a bias, if it has their axis."""
+        """Return an operand of a written-out attention that does not depend on the keys.
+
+        It is a mask or a bias, and is made longer, if it has an axis for the keys.
+        """
         site, value = spot.site, source.meta["val"]
         assert site.operands is not None
         if not isinstance(value, Tensor) or value.dim() == 0 or source is site.operands.query:
@@ -276,7 +285,7 @@ class Attentions(Part):
 
 @dataclass(frozen=True)
 class _Spot:
-    """An attention that is written again: how many keys come in front of how many, and the calls that are written."""
+    """An attention being rewritten: how many keys are put in front of how many, and the calls to write again."""
 
     site: AttentionSite
     length: int
@@ -291,14 +300,14 @@ _DEFAULTS = (None, None, None, None, 0.0, False)
 
 
 def _is_input(mask: fx.Node) -> bool:
-    """Whether a mask is one that a call is given, up to its type."""
+    """Return whether a mask of pairs is an input of the graph, up to calls with a single operand."""
     while mask.op == "call_function" and len(mask.all_input_nodes) == 1:
         mask = mask.all_input_nodes[0]
     return mask.op == "placeholder" and mask.meta["val"].dim() > 2
 
 
 def _between(last: fx.Node, first: list[fx.Node], query: fx.Node) -> list[fx.Node]:
-    """Calls from some operands to ``last``, in graph order; the queries lead to none of them."""
+    """Return the calls from some operands to ``last``, in graph order, except those on the way to the query."""
     above: set[fx.Node] = set()
     pending = [last]
     while pending:
@@ -306,8 +315,8 @@ def _between(last: fx.Node, first: list[fx.Node], query: fx.Node) -> list[fx.Nod
         if node not in above and node not in first and node is not query:
             above.add(node)
             pending += node.all_input_nodes
-    found: set[fx.Node] = set(first)
+    below: set[fx.Node] = set(first)
     for node in sorted(above):
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return sorted(found.difference(first))
+        if not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    return sorted(below.difference(first))

@@ -1,7 +1,8 @@
-"""Seams of adaptations of one shape of which one, or a mixture, is computed: banks and averages of parameters.
+"""The seams of several adaptations of one shape of which one, or a mixture, is computed: banks and parameter averages.
 
-A method asks for its tensors as ever. What it gets is made from the tensors of all members: for the whole call a tensor
-of the shape that it asked for, so that nothing else is different; or one tensor for each row of the batch, which leads.
+A method requests its tensors as usual. The tensors that it gets are computed from those of all members: either for the
+whole call, with the shape that it requested, so that nothing else differs; or with one tensor for each row of the
+batch, along a leading axis.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Mixing = Callable[[Nodes, list[fx.Node]], fx.Node]
 
 
 class Chosen(Seams[Nodes]):
-    """The seams of several adaptations of one shape of which one is built: for the whole call.
+    """The seams of several adaptations of one shape that are built as one: chosen, or mixed, for the whole call.
 
     Args:
         members: names of the adaptations, in the order of their slots.
-        mixing: makes one tensor from those of the members.
-        share: parts of which there is one for all.
+        mixing: a function that computes one tensor from those of the members.
+        share: names of the parts that all members share.
     """
 
     composed = True
@@ -42,11 +43,11 @@ class Chosen(Seams[Nodes]):
         self._mixed: dict[tuple[fx.Node, ...], fx.Node] = {}
 
     def make(self, nodes: Nodes, new: NewTensor) -> Sequence[str]:
-        """See `Seams.make`: a parameter for each member.
+        """Create a parameter for each member; constants and shared parts are created once.
 
         Raises:
             GraftError: GC036 for state, which belongs to one adaptation alone, and for a trained copy of a base tensor,
-                which can stand in for it once only.
+                which can be replaced only once.
         """
         if new.kind == "state":
             raise self._refusal(nodes, f"it keeps state ({new.part})")
@@ -54,40 +55,40 @@ class Chosen(Seams[Nodes]):
             raise self._refusal(nodes, f"it trains {new.base} itself")
         if new.kind == "constant" or new.part in self.share:
             return super().make(nodes, new)
-        found: list[str] = []
+        names: list[str] = []
         for member, parts in self.parts.items():
             with nodes.owned(member, parts):
-                found += super().make(nodes, new)
-        return found
+                names += super().make(nodes, new)
+        return names
 
     def mix(self, nodes: Nodes, new: NewTensor, names: Sequence[str]) -> fx.Node:
-        """See `Seams.mix`."""
+        """Return the node that mixes a tensor of all members; constants and shared parts are not mixed."""
         if new.kind == "constant":
             return super().mix(nodes, new, names)
         if new.part in self.share:
             self.shared.add(new.part)
             return self._one(nodes, super().mix(nodes, new, names))
-        found = []
+        tensors = []
         for name, (member, parts) in zip(names, self.parts.items(), strict=True):
             with nodes.owned(member, parts):
-                found.append(super().mix(nodes, new, [name]))
-        key = tuple(found)
+                tensors.append(super().mix(nodes, new, [name]))
+        key = tuple(tensors)
         if key not in self._mixed:
-            self._mixed[key] = self.mixing(nodes, found)
+            self._mixed[key] = self.mixing(nodes, tensors)
         return self._mixed[key]
 
     def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
-        """See `Seams.write`.
+        """Change values of the model other than base tensors.
 
         Raises:
-            GraftError: GC036 for a base tensor, in whose place something can be put once only.
+            GraftError: GC036 for a base tensor, which can be replaced only once.
         """
         if change.kind == "tensor":
             raise self._refusal(nodes, "it puts something in the place of a tensor of the base")
         super().write(nodes, change, put)
 
     def _one(self, nodes: Nodes, node: fx.Node) -> fx.Node:
-        """A tensor that all rows have."""
+        """Return a tensor that all rows share, with the axes of the mixed ones."""
         return node
 
     def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
@@ -99,7 +100,7 @@ class Chosen(Seams[Nodes]):
 
 
 class Rows(Chosen):
-    """The seams of several adaptations of one shape of which one is built: for each row of the batch.
+    """The seams of several adaptations of one shape that are built as one: chosen, or mixed, for each row of the batch.
 
     Every tensor of the method has the batch, or 1, as an axis before its own, and every value of the model is given
     with the rows of the batch first.
@@ -108,10 +109,11 @@ class Rows(Chosen):
     _batch: Batch | None = None
 
     def read(self, nodes: Nodes, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
-        """See `Seams.read`: rows come first.
+        """Return a value of the model with the rows of the batch first.
 
         Raises:
-            GraftError: GC037 where no axis counts rows, and for what convolutions, tables and experts read.
+            GraftError: GC037 if no axis counts rows, and for the inputs of convolutions, tables, experts and all other
+                maps that are not `Dense`.
         """
         if kind == "input" and isinstance(site, LinearSite) and not isinstance(site.use, Dense):
             message = f"{site.key} is not a product with a matrix that stands behind its input"
@@ -119,7 +121,7 @@ class Rows(Chosen):
         return self._rows(nodes).first(node, str(site.key))
 
     def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
-        """See `Seams.write`: rows go back to where they are in the model."""
+        """Change values of the model, with the rows moved back to their axis there."""
         like, batch = change.like, self._rows(nodes)
         given = change.given if like is None else tuple(batch.home(node, like) for node in change.given)
         super().write(nodes, replace(change, given=given), put)
@@ -133,11 +135,11 @@ class Rows(Chosen):
         return nodes.call(aten.unsqueeze.default, node, 0, part="rows")
 
 
-# --- how members become one -----------------------------------------------------------------------------------
+# --- mixings --------------------------------------------------------------------------------------------------
 
 
 def by_index(index: fx.Node) -> Mixing:
-    """One member for each entry of ``index: int64[n]``: ``[n, ...]``."""
+    """Return a mixing that picks one member for each entry of ``index: int64[n]``: ``[n, ...]``."""
 
     def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
         stacked = nodes.call(aten.stack.default, found, 0, part="slots")
@@ -147,7 +149,7 @@ def by_index(index: fx.Node) -> Mixing:
 
 
 def active(index: fx.Node) -> Mixing:
-    """The member of the single entry of ``index: int64[1]``."""
+    """Return a mixing that picks the member of the single entry of ``index: int64[1]``."""
     choose = by_index(index)
 
     def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
@@ -157,7 +159,7 @@ def active(index: fx.Node) -> Mixing:
 
 
 def by_weights(weights: fx.Node) -> Mixing:
-    """A mixture of the members for each row of ``weights: [n, slots]``: ``[n, ...]``."""
+    """Return a mixing that computes a mixture of the members for each row of ``weights: [n, slots]``: ``[n, ...]``."""
 
     def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
         shape = [int(size) for size in found[0].meta["val"].shape]
@@ -170,7 +172,7 @@ def by_weights(weights: fx.Node) -> Mixing:
 
 
 def average(factors: Sequence[float]) -> Mixing:
-    """The sum of the members, each times its factor."""
+    """Return a mixing that adds up the members, each multiplied by its factor."""
 
     def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
         terms = [nodes.call(aten.mul.Tensor, n, f, part="average") for n, f in zip(found, factors, strict=True)]

@@ -1,4 +1,4 @@
-"""What a base computes when it reads given tokens: for tensors that start from activations."""
+"""The values that a base computes for given tokens, for tensors that are initialised from activations."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 
 
 def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: Sequence[fx.Node]) -> list[Tensor]:
-    """Values of nodes when the base, in eval mode, reads one row of tokens: without anything that was inserted so far.
+    """Return the values of nodes when the base, in eval mode, reads one row of tokens.
 
-    Both stacks of an encoder-decoder model read them.
+    Nothing that has been inserted so far is included. Both stacks of an encoder-decoder model read the tokens.
 
     Args:
         program: the base's graph, with or without adaptations.
-        store: its tensors.
-        tokens: their ids.
+        store: the Store of its tensors.
+        tokens: the token ids.
         wanted: nodes of the base.
 
     Raises:
-        GraftError: GC039 for a token that the vocabulary does not have; GC017 where the graph takes something else than
-            tokens, or no row of so many.
+        GraftError: GC039 for a token that is not in the vocabulary; GC017 if the graph takes something other than
+            tokens, or no row of that length.
     """
-    made = to_eval(program)
-    origin = {edit.after: edit.before for edit in made.edits}
-    names = {node.name: node for node in made.graph.nodes}
+    eval_program = to_eval(program)
+    origin = {edit.after: edit.before for edit in eval_program.edits}
+    names = {node.name: node for node in eval_program.graph.nodes}
     device = store.device()
     inputs = {
-        node: _input(spec, tokens).to(device) for spec, node in zip(made.inputs, made.placeholders(), strict=True)
+        node: _input(spec, tokens).to(device)
+        for spec, node in zip(eval_program.inputs, eval_program.placeholders(), strict=True)
     }
     targets = [follow(names[node.name], origin) for node in wanted]
     try:
         return computed(targets, inputs.__getitem__, store.get, device, origin)
     except IndexError as error:
-        _check_ids(made, tokens)
+        _check_ids(eval_program, tokens)
         raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
     except RuntimeError as error:
         raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
@@ -56,14 +57,14 @@ def computed(
     device: torch.device | None = None,
     links: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """The values of some nodes.
+    """Return the values of some nodes.
 
     Args:
-        nodes: what to compute, with everything that it is made from.
-        given: the value of an input of the graph.
-        tensor: gives a tensor of the Store by name.
-        device: where they are; by default torch's.
-        links: nodes in whose places others are read, for example from *after* to *before* of edits.
+        nodes: the nodes to compute, along with everything that they depend on.
+        given: a function that returns the value of an input of the graph.
+        tensor: a function that returns a tensor of the Store by name.
+        device: the device of the values; by default torch's.
+        links: the nodes that are read in place of others, for example from *after* to *before* of edits.
     """
     values: dict[fx.Node, Any] = {}
     for node in _needed(nodes, links):
@@ -79,23 +80,23 @@ def computed(
 
 
 def _needed(nodes: Sequence[fx.Node], links: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    found: set[fx.Node] = set()
+    needed: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node not in found:
-            found.add(node)
+        if node not in needed:
+            needed.add(node)
             pending += [follow(source, links) for source in node.all_input_nodes]
-    return sorted(found)
+    return sorted(needed)
 
 
 def unknown_token(number: int, entries: int, path: str) -> GraftError:
-    """The error for a token that the vocabulary does not have.
+    """Return the error for a token that is not in the vocabulary.
 
     Args:
-        number: its id.
-        entries: how many the vocabulary has.
-        path: where in the adaptation it stands.
+        number: the token's id.
+        entries: the size of the vocabulary.
+        path: the token's place in the adaptation.
     """
     message = f"token {number} is not in the vocabulary, whose ids end at {entries - 1}"
     return GraftError("GC039", message, place=Place(path=path))
@@ -113,7 +114,7 @@ def _input(spec: InputSpec, tokens: Sequence[int]) -> Tensor:
 
 
 def _check_ids(program: Program, tokens: Sequence[int]) -> None:
-    """Raise GC039 for a token that the first table, which the tokens are looked up in, has no row for."""
+    """Raise GC039 for a token that has no row in the smallest of the tables that tokens are looked up in."""
     lookups = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
     rows = min((int(node.args[0].meta["val"].shape[0]) for node in lookups if _reads_tokens(node)), default=None)
     for index, number in enumerate(tokens):

@@ -1,4 +1,4 @@
-"""Which axis of a value counts the rows of the batch, and how to put that axis first."""
+"""The axis of a value that counts the rows of the batch, and its move to the front and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH = "batch"
 
 
 def batch_input(program: Program) -> fx.Node | None:
-    """An input whose first axis counts the rows of the batch; None where there is none."""
+    """Return an input whose first axis counts the rows of the batch, or None if there is none."""
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         if spec.shape[:1] == (BATCH,):
             return node
@@ -32,11 +32,11 @@ class Batch:
     """The batch of one Program.
 
     Args:
-        program: where the values are.
-        call: inserts nodes.
+        program: the Program that the values belong to.
+        call: a function that inserts nodes.
 
     Raises:
-        GraftError: GC037 where no input has a batch.
+        GraftError: GC037 if no input has a batch.
     """
 
     def __init__(self, program: Program, call: Call) -> None:
@@ -51,14 +51,14 @@ class Batch:
 
     @property
     def size(self) -> Any:
-        """How many rows there are, a symbolic size."""
+        """The number of rows, a symbolic size."""
         return self._source.meta["val"].shape[0]
 
     def first(self, node: fx.Node, where: str) -> fx.Node:
-        """``node`` as ``[batch, ...]``.
+        """Return ``node`` as ``[batch, ...]``.
 
         Raises:
-            GraftError: GC037 where no axis counts rows, or positions row by row.
+            GraftError: GC037 if no axis counts rows, or positions row by row.
         """
         if node not in self._first:
             self._first[node] = self._put_first(node, where)
@@ -78,7 +78,7 @@ class Batch:
         return self._call(aten.view.default, node, [rows, -1, *rest], part="rows first")
 
     def home(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        """The way back from `first` to the axes of ``like``, whose last axis may be of another size."""
+        """Move the rows from the front back to their axis in ``like``, whose last axis may be of another size."""
         axis = self._axis(like)
         if axis == 0:
             return node
@@ -91,7 +91,7 @@ class Batch:
         return next((i for i, size in enumerate(sizes) if size == self._size), None)
 
     def _folded(self, node: fx.Node) -> bool:
-        """Whether the first axis counts rows of the batch and, within each, something else, as a view left it."""
+        """Return whether a view has folded the rows of the batch and something within each into the first axis."""
         size = expression(node.meta["val"].shape[0])
         if isinstance(size, int) or not size.has(self._size):
             return False

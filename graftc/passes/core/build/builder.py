@@ -1,8 +1,8 @@
-"""The Builder: the only thing that changes a graph.
+"""The Builder, the only class that changes a graph.
 
-It inserts nodes where their arguments are ready, creates tensors with an initialiser, keeps ``meta["val"]`` right,
-tags every node with its provenance, and records each replacement so that folding can take it back. Its parts do the
-work; what compositions intercept of it are its `Seams`.
+It inserts nodes where their arguments are available, creates tensors with an initialiser, keeps ``meta["val"]``
+correct, tags every node with its provenance, and records each replacement so that folding can undo it. Its parts do the
+work; the operations that compositions intercept are its `Seams`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ R = TypeVar("R")
 
 
 class _Forwarded(Generic[P, R]):
-    """A method of a part, as one of the Builder.
+    """A descriptor that makes a method of a part available on the Builder.
 
     Args:
-        method: as the part's class defines it.
+        method: the method as the part's class defines it.
     """
 
     def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
@@ -54,21 +54,21 @@ class _Forwarded(Generic[P, R]):
     def __get__(self, build: Builder | None, owner: type[Builder]) -> Callable[Concatenate[Any, P], R] | Callable[P, R]:
         if build is None:  # for help(), which then shows the arguments
             return self.method
-        found: Callable[P, R] = getattr(build.part_of[self._part], self._name)
-        return found
+        bound: Callable[P, R] = getattr(build.part_of[self._part], self._name)
+        return bound
 
 
 class Builder:
     """Builds one adaptation into one Program.
 
     Args:
-        program: changed in place.
-        store: new tensors go here; one that exists already is used again, so that Programs share tensors.
+        program: the Program, changed in place.
+        store: the Store that new tensors are added to; an existing one is reused, so that Programs share tensors.
         adaptation: the adaptation's name.
         method: its method's tag.
-        initial: where new tensors get their values.
-        seams: how the adaptation is composed with others; by default it is not.
-        within: the builder of what composes it.
+        initial: the source of the values of new tensors.
+        seams: the composition of the adaptation with others; by default there is none.
+        within: the builder of the composing adaptation, if any.
 
     Attributes:
         part_of: its parts, by the names of their classes.
@@ -104,25 +104,28 @@ class Builder:
         self.part_of: Mapping[str, Any] = {type(part).__name__: part for part in parts}
 
     def within(self, seams: Seams[Nodes], adaptation: str, method: str) -> Builder:
-        """A builder of an adaptation that this one composes. One of its own name has its tensors among this one's."""
-        made = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
+        """Return a builder of an adaptation that this one composes.
+
+        If it has the same name as this one's adaptation, both record their tensors together.
+        """
+        builder = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
         if adaptation == self.adaptation:
-            made.nodes.parts = self.parts
-        return made
+            builder.nodes.parts = self.parts
+        return builder
 
     @property
     def adaptation(self) -> str:
-        """Whose tensors are made now."""
+        """The adaptation whose tensors are being created."""
         return self.nodes.adaptation
 
     @property
     def parts(self) -> dict[SiteKey | None, dict[str, str]]:
-        """The tensors that the adaptation has, by site and part; those of all sites together by None."""
+        """The adaptation's tensors, by site and part; those that all sites share are under None."""
         return self.nodes.parts
 
     @property
     def starts(self) -> dict[str, ParameterStart]:
-        """How the parameters begin that were created here, by name."""
+        """The initial states of the parameters that were created here, by name."""
         return self.nodes.starts
 
     @property
@@ -132,22 +135,22 @@ class Builder:
 
     @property
     def site(self) -> Site:
-        """The site that nodes are made for now."""
+        """The current site, which new nodes belong to."""
         assert self.nodes.current is not None
         return self.nodes.current
 
     @property
     def without_values(self) -> bool:
-        """Whether the base is on the meta device, where tensors have sizes and no values."""
+        """Whether the base is on the meta device, where tensors have sizes but no values."""
         return self.store.device().type == "meta"
 
     def call(self, target: Any, *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
         """Insert a call after the latest of its arguments and return its node.
 
         Args:
-            target: an operator.
-            args, kwargs: its arguments; nodes and literals.
-            part: what the node is within the adaptation, for people (``"down"``).
+            target: the operator to call.
+            args, kwargs: its arguments: nodes and literals.
+            part: a readable label of the node within the adaptation (for example ``"down"``).
         """
         return self.nodes.call(target, *args, part=part, **kwargs)
 

@@ -1,8 +1,8 @@
-"""What a site computes so far, as one weight and one offset in the graph.
+"""The weight and the offset that a site computes so far, as nodes of the graph.
 
-Where nothing stands at the site, that is the base's own weight. Otherwise the folds of what stands there are written as
-nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the weight as adapted so far
-works on top of every method that folds, without knowing any.
+If nothing has been inserted at the site, the weight is the base's own. Otherwise the folds of the adaptations there are
+written as nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the weight as
+adapted so far works on top of every method that folds, without depending on any of them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ NO_BIAS = "no bias"
 
 @dataclass(frozen=True)
 class EffectiveWeight:
-    """What a site computes so far.
+    """The weight and the offset that a site computes so far.
 
     Attributes:
-        weight: ``[..., rows, in]``: the base's in its dtype, an adapted one in float32 or better.
-        offset: what is added to ``W x``, as it broadcasts to the site's output; None where nothing is.
-        fixed: nothing trains in the weight, and it is the base's.
-        value: makes the weight's value now, in the dtype of the node.
+        weight: the weight, ``[..., rows, in]``: the base's in its dtype, an adapted one in float32 or better.
+        offset: the addend of ``W x``, as it broadcasts to the site's output; None if there is none.
+        fixed: whether nothing trains in the weight and it is the base's.
+        value: a function that computes the current value of the weight, in the dtype of the node.
     """
 
     weight: fx.Node
@@ -47,10 +47,11 @@ class EffectiveWeight:
 
 
 def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
-    """What ``site`` computes before the adaptation that ``build`` builds.
+    """Return what ``site`` computes before the adaptation that ``build`` builds.
 
     Raises:
-        GraftError: GC017 where something stands there that has no equivalent change of weights.
+        GraftError: GC017 if anything inserted there has no equivalent change of weights, or if ``build`` builds a bank
+            where anything is inserted.
     """
     weight, offset = build.weight(site), build.offset(site)
     _check_known(build, site)
@@ -60,36 +61,39 @@ def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
         return EffectiveWeight(weight, offset, not build.is_overlaid(site.own.tensor), lambda: build.read_weight(site))
     wide = torch.promote_types(weight.meta["val"].dtype, torch.float32)
     bias = build.bias(site)
-    made = _widened(build, weight, wide), None if bias is None else _widened(build, bias, wide)
+    adapted = _widened(build, weight, wide), None if bias is None else _widened(build, bias, wide)
     for item in site.applied:
-        made = _after(build, site, item, *made, wide)
-    if made[1] is not None:
-        offset = made[1]
+        adapted = _after(build, site, item, *adapted, wide)
+    if adapted[1] is not None:
+        offset = adapted[1]
     names = [name for item in site.applied for name in item.parts.values()]
     function = _chain(build, site, site.applied, bias is not None)
 
     def value() -> Tensor:
-        held = [build.store.get(name).detach() for name in names]
+        tensors = [build.store.get(name).detach() for name in names]
         own = [build.read_weight(site)]
         if site.own_bias is not None:
             own.append(site.own_bias.take(build.store.get(site.own_bias.tensor).detach()))
-        cast = [t.to(wide) if t.is_floating_point() else t for t in (*own, *held)]
+        cast = [t.to(wide) if t.is_floating_point() else t for t in (*own, *tensors)]
         with torch.no_grad():
             result: Tensor = function(*cast)[0]
         return result
 
-    return EffectiveWeight(made[0], offset, False, value)
+    return EffectiveWeight(adapted[0], offset, False, value)
 
 
 def _after(
     build: Builder, site: LinearSite, item: Applied, weight: fx.Node, bias: fx.Node | None, wide: torch.dtype
 ) -> tuple[fx.Node, fx.Node | None]:
-    """Weight and bias after one adaptation. Edits say so, and thereby what these are without it, once it has gone into
-    the base's tensors."""
+    """Return weight and bias after one adaptation.
+
+    Edits record both, together with their values without the adaptation, which are needed once it has been folded into
+    the base's tensors.
+    """
     tensors = [_widened(build, build.attribute(name), wide) for name in item.parts.values()]
     sources = [weight, *([bias] if bias is not None else []), *tensors]
-    made, *biases = trace(build, _chain(build, site, [item], bias is not None), sources, "weight so far")
-    changes = [(weight, made)]
+    adapted, *biases = trace(build, _chain(build, site, [item], bias is not None), sources, "weight so far")
+    changes = [(weight, adapted)]
     if biases:
         size = list(biases[0].meta["val"].shape)
         before = bias or build.call(aten.new_zeros.default, weight, size, part=NO_BIAS)
@@ -98,23 +102,24 @@ def _after(
         if after is not before:
             where = f"{site.key} of {build.adaptation}"
             build.program.edits.add(Edit(item.adaptation, where, before, after, narrow=True))
-    return made, biases[0] if biases else None
+    return adapted, biases[0] if biases else None
 
 
 def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node], part: str) -> list[fx.Node]:
-    """Write what ``function`` computes from the values of ``nodes`` into the graph; returns the nodes of its results.
+    """Write what ``function`` computes from ``nodes`` into the graph and return the nodes of its results.
 
     Args:
-        build: inserts them.
-        function: takes tensors and returns a sequence of them; it may look at their types only, not at their values.
-        nodes: its arguments.
-        part: of the new nodes, for people.
+        build: the builder that inserts the calls.
+        function: a function that takes tensors and returns a sequence of them; it may inspect their types only, not
+            their values.
+        nodes: the nodes of its arguments.
+        part: the part that the new nodes are labelled with.
 
     Raises:
-        RuntimeError: the function decides by a value.
+        RuntimeError: if the function depends on a value in its control flow, or creates a constant of its own.
     """
     with build.fake():
-        # Equal types share one value, and tracing tells its arguments apart by that.
+        # Nodes of equal types share one value, but tracing needs a distinct one for each argument.
         values = [torch.empty_like(node.meta["val"]) for node in nodes]
         traced = make_fx(function, pre_dispatch=True)(*values).graph
     known: dict[fx.Node, fx.Node] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
@@ -132,7 +137,7 @@ def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node]
 
 
 def _chain(build: Builder, site: LinearSite, applied: Sequence[Applied], biased: bool) -> Callable[..., list[Tensor]]:
-    """The folds of ``applied`` as one function of the weight, the bias where there is one, and all their tensors."""
+    """Return the folds of ``applied`` as one function of the weight, the bias if any, and all their tensors."""
 
     def function(weight: Tensor, *rest: Tensor) -> list[Tensor]:
         bias, tensors = (rest[0], list(rest[1:])) if biased else (None, list(rest))
@@ -159,7 +164,7 @@ def _apply(
 
 
 def _check_known(build: Builder, site: LinearSite) -> None:
-    """Rows that something other than an adaptation has replaced, new tokens, are not part of any fold."""
+    """Raise GC017 if anything but the site's adaptations, such as new tokens, replaces rows: no fold includes that."""
     names = {item.adaptation for item in site.applied}
     tensor, node = str(site.key.whole), site.use.node
     while (edit := build.program.edits.replacement(node)) is not None:

@@ -1,4 +1,4 @@
-"""Where the tensors that a compilation adds get their first values."""
+"""The initial values of the tensors that a compilation adds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Initial:
-    """What the first values of tensors depend on.
+    """The settings that determine the first values of tensors.
 
     Attributes:
-        seed: initial values depend on it and on a tensor's name, never on the order of creation.
-        values: tensors that are there already, by name: they take the place of initial values.
-        originals: weights of the base as they were before the spec packed them, by name, for initialisers.
-        narrow: names of adaptations whose tensors are kept in the element type that they are computed with. Those of
-            the others are at least float32, and graphs cast them: steps that are small beside a value are lost in 16
-            bits.
+        seed: the seed; an initial value depends on it and on the tensor's name, never on the order of creation.
+        values: existing tensors by name, which are used instead of initial values.
+        originals: weights of the base before the spec packed them, by name, for initialisers.
+        narrow: names of adaptations whose tensors are stored in the element type that they are computed with. Tensors
+            of other adaptations are at least float32 and graphs cast them, because steps that are small compared with a
+            value are lost in 16 bits.
     """
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works at linear maps."""
+"""The part of the `Builder` that works on linear maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dro
 
 
 class LinearMaps(Part):
-    """Reads what maps read and give, applies other weights as they apply theirs, and changes their results."""
+    """Reads the inputs and results of maps, applies other weights as a map applies its own, and changes results."""
 
     def __init__(self, nodes: Nodes, tensors: Tensors, operations: Operations) -> None:
         super().__init__(nodes)
@@ -27,10 +27,10 @@ class LinearMaps(Part):
         self._along, self._product = operations.along, operations.product
 
     def input(self, site: LinearSite) -> fx.Node:
-        """What the site reads, in the base's own layout: `map` and `low_rank` know what to make of it.
+        """Return the input of the site in the base's own layout, which `map` and `low_rank` can handle.
 
-        What `set_input` has put in front of the map so far is not part of it: adaptations of a site add up in the order
-        of insertion, so one that comes later does not pass through what an earlier one does to the input.
+        It does not include what `set_input` has put in front of the map so far: adaptations of a site add up in the
+        order of insertion, so a later one does not pass through an earlier one's change of the input.
         """
         return self._read(self._input(site), "input", site)
 
@@ -38,11 +38,11 @@ class LinearMaps(Part):
         return self.program.edits.unchanged_input(site.use.input, str(site.key))
 
     def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
-        """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
+        """Return ``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
 
         Raises:
-            GraftError: GC017 at a convolution in groups, where a row's place says what it reads, for other than the
-                site's own rows.
+            GraftError: GC017 at a convolution in groups, where the position of a row determines what it reads, for
+                anything but the site's own rows.
         """
         if _has_rows(site, weight, 2):
             return self._product(x, weight, part)
@@ -54,7 +54,7 @@ class LinearMaps(Part):
         return self._own_columns(site, site.use.map(self.call, x, self._every_row(site, weight), part))
 
     def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
-        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
+        """Return ``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
         if _has_rows(site, a, 2) or _has_rows(site, b, 2):
             hidden = self._product(x, a, "down")
             if scale != 1:
@@ -67,7 +67,10 @@ class LinearMaps(Part):
         return self._own_columns(site, site.use.low_rank(self.call, x, a, self._every_row(site, b), scale))
 
     def _every_row(self, site: LinearSite, own: fx.Node) -> fx.Node:
-        """Groups are counted over all rows of a use: those that are not the site's are zeros."""
+        """Return the site's own rows with zeros for the other rows of the use.
+
+        Groups are counted over all rows of a use.
+        """
         columns = site.columns
         if columns.whole:
             return own
@@ -80,13 +83,13 @@ class LinearMaps(Part):
         return columns.read(self._emit("own rows"), found, lambda: self._index(columns), axis=-1)
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
-        """``value: [..., rows]`` (experts lead), one for each of the site's own rows, as it broadcasts to `output`."""
+        """Return ``value: [..., rows]`` (experts lead), one for each own row, as it broadcasts to `output`."""
         if _has_rows(site, value, 1):
             return self._along(value, self.output(site))
         return site.use.per_row(self.call, site.use.input, value)
 
     def offset(self, site: LinearSite) -> fx.Node | None:
-        """What the base adds to ``W x`` at the site, as it broadcasts to `output`: a bias; None where there is none."""
+        """Return the bias that the base adds to ``W x`` at the site, as it broadcasts to `output`, or None."""
         addend = site.use.addend
         if addend is None:
             return self.bias(site)
@@ -95,16 +98,16 @@ class LinearMaps(Part):
         return site.use.columns_last(self.call, own)
 
     def output(self, site: LinearSite) -> fx.Node:
-        """The site's own rows of the result so far, ``[..., rows]``."""
+        """Return the site's own rows of the current result, ``[..., rows]``."""
         return self._read(site.use.columns_last(self.call, self._own(site)), "output", site)
 
     def _own(self, site: LinearSite) -> fx.Node:
-        """The own part of the result, in the base's layout."""
+        """Return the site's own part of the result, in the base's layout."""
         columns, use = site.columns, site.use
         return columns.read(self._emit("own rows"), use.output, lambda: self._index(columns), axis=use.axis)
 
     def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
-        """Make ``own`` (``[..., rows]``) the site's result for everything that read it."""
+        """Make ``own`` (``[..., rows]``) the site's result for everything that reads it."""
         change = Change("output", (own,), site.use.output)
         self._write(change, lambda node: self._put(site, site.use.columns_home(self.call, node), part))
 
@@ -114,7 +117,7 @@ class LinearMaps(Part):
         self._finish(site, before, after)
 
     def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
-        """Add ``delta`` to the site's result: ``[..., rows]`` as `output` is, or ``[rows]``."""
+        """Add ``delta``, ``[..., rows]`` as `output` is or ``[rows]``, to the site's result."""
         change = Change("sum", (delta,), source=lambda: self.input(site))
         self._write(change, lambda node: self._add(site, node, part))
 
@@ -136,8 +139,10 @@ class LinearMaps(Part):
         site.use.output = after
 
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
-        """Put ``node``, made from `input` and in its layout, in its place for the site, with all that is inserted there
-        so far."""
+        """Replace the input of the site, and of everything inserted there so far, with ``node``.
+
+        The node is computed from `input` and has its layout.
+        """
         self._write(Change("input", (node,), self._input(site)), lambda own: self._set_input(site, own))
 
     def _set_input(self, site: LinearSite, node: fx.Node) -> None:
@@ -153,17 +158,20 @@ class LinearMaps(Part):
             self._put_first(site, own)
 
     def _shared_dropouts(self, x: fx.Node, site: str) -> list[fx.Node]:
-        """Inserted dropouts of ``x`` that nodes of a site read, and nodes of other sites too."""
+        """Return the inserted dropouts of ``x`` that a site does not have for itself.
+
+        Nodes of other sites read them as well, or another site inserted them.
+        """
         drops = [u for u in x.users if u.target in DROPOUTS and provenance(u) is not None]
         return [u for u in drops if len({_is_at(reader, site) for reader in u.users}) > 1 or not _is_at(u, site)]
 
     def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
-        """The base's own map of ``x`` for the site's rows alone, in the output's layout."""
+        """Return the base's own map of ``x`` for the site's rows alone, in the output's layout."""
         weight = self.weight(site)
         narrow = torch.finfo(weight.meta["val"].dtype).bits == 16
         plain = narrow and isinstance(site.use, Dense) and not _has_rows(site, weight, 2)
         if plain and (bias := self.bias(site)) is not None:
-            # A sum behind the product would be rounded twice, as the base's is not.
+            # A separate addition would round a second time, unlike the base's own call.
             own = self.call(aten.linear.default, x, weight, bias, part="own rows")
             return site.use.columns_home(self.call, own)
         own, offset = self.map(site, x, weight, part="own rows"), self.offset(site)
@@ -172,7 +180,7 @@ class LinearMaps(Part):
         return site.use.columns_home(self.call, own)
 
     def _put_first(self, site: LinearSite, own: fx.Node) -> None:
-        """Make ``own`` the site's part of the base's result, below everything that is inserted there."""
+        """Make ``own`` the site's part of the base's result, before everything that is inserted there."""
         use, columns = site.use, site.columns
         before = use.node
         after = columns.write(self._emit("write rows"), before, own, lambda: self._index(columns), axis=use.axis)
@@ -180,11 +188,12 @@ class LinearMaps(Part):
         use.output = after if use.output is before else use.output
 
     def scale_input(self, site: LinearSite, scale: fx.Node) -> None:
-        """Multiply what the site reads by ``scale: [entries]``, with all that is inserted on the site so far: ``[in]``,
-        or a number for each channel of a convolution.
+        """Multiply the input of the site, and of everything inserted there so far, by ``scale: [entries]``.
+
+        The entries are ``[in]``, or one number for each channel of a convolution.
 
         Raises:
-            GraftError: GC017 where no axis of the input counts columns of the weight: tables.
+            GraftError: GC017 if no axis of the input counts columns of the weight, as for tables.
         """
         x, axis = self.input(site), site.use.scaled_axis
         if axis is None:
@@ -198,30 +207,30 @@ class LinearMaps(Part):
         self.set_input(site, self.call(aten.mul.Tensor, x, scale, part="scale"))
 
     def weight(self, site: LinearSite) -> fx.Node:
-        """The site's own rows of the weight, ``[..., rows, in]``."""
+        """Return the site's own rows of the weight, ``[..., rows, in]``."""
         return site.own.read_operand(self.call, self._current(site.own.tensor), lambda: self._index(site.own))
 
     def bias(self, site: LinearSite) -> fx.Node | None:
-        """The site's own rows of the bias, ``[rows]``; None where there is none."""
+        """Return the site's own rows of the bias, ``[rows]``, or None if there is none."""
         own = site.own_bias
         if own is None:
             return None
         return own.read(self._emit("bias rows"), self._current(own.tensor), lambda: self._index(own))
 
     def is_overlaid(self, name: str) -> bool:
-        """Whether something trained stands in for a base tensor, or for some of its rows."""
+        """Return whether anything trained replaces a base tensor or some of its rows."""
         return self._current(name) is not self._attributes[name]
 
     def _current(self, name: str) -> fx.Node:
-        """What stands for a base tensor now: its overlay, where it has one."""
+        """Return the node that represents a base tensor now: its overlay if it has one."""
         return self.program.current(self._attributes[name])
 
 
 def _is_at(node: fx.Node, site: str) -> bool:
-    """Whether a node was inserted at a site."""
+    """Return whether a node was inserted at a site."""
     return (provenance(node) or {}).get("site") == site
 
 
 def _has_rows(site: LinearSite, tensor: fx.Node, axes: int) -> bool:
-    """Whether the rows of the batch lead a tensor with so many axes of its own, behind those of experts."""
+    """Return whether a tensor has an axis of batch rows, besides those of experts and ``axes`` of its own."""
     return bool(tensor.meta["val"].dim() > axes + len(site.leading))

@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works out masks and biases anew for keys that stand in front of a text."""
+"""The part of the `Builder` that recomputes masks and biases for keys in front of a text."""
 
 from __future__ import annotations
 
@@ -34,54 +34,56 @@ _HIDDEN = -1e3
 
 
 class Masks(Part):
-    """Replays the calls that make a mask, as if the text were longer in front."""
+    """Replays the calls that compute a mask, as if the text had more tokens in front."""
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(nodes)
         self._replayed: dict[tuple[Any, int], dict[fx.Node, fx.Node]] = {}
 
     def longer(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:
-        """``mask`` as the model would make it, had the text ``length`` more tokens in front that are not padding; rows
-        of those are cut off again, so that only columns come in.
+        """Return ``mask`` as the model would compute it with ``length`` more tokens in front that are not padding.
 
-        All that it is made of is worked out again: sizes are greater, masks of tokens that are inputs have ones in
-        front, numbers of positions begin at ``length``, stored tensors stay. That holds for windows, causal masks,
-        tables of relative positions and ALiBi alike, with no need to know which it is. Masks of one size share what
-        they have in common.
+        The rows of these tokens are cut off again, so that only columns are added.
+
+        Everything that the mask is computed from is computed again: sizes are greater, masks of tokens that are inputs
+        have ones in front, the text's position numbers begin at ``length``, stored tensors stay the same. This covers
+        windows, causal masks, tables of relative positions and ALiBi alike, without a need to distinguish them. Masks
+        of one size share their common parts.
 
         Args:
-            mask: ``[..., rows, size]``, made from sizes, stored tensors, masks of tokens and their positions.
-            size: the number of keys: a symbol of the graph, or the tokens of a cache and those of the call together.
-            length: how many tokens stand in front.
+            mask: the mask, ``[..., rows, size]``, computed from sizes, stored tensors, masks of tokens and their
+                positions.
+            size: the number of keys: a symbol of the graph, or the sum of the tokens in a cache and those of the call.
+            length: the number of tokens in front.
 
         Returns:
-            ``[..., rows, size + length]``; None where something else goes in (activations, token ids, an input that is
-            a mask of pairs already), where sizes are fixed, or where the result is not a mask of that shape.
+            ``[..., rows, size + length]``; None if the mask depends on anything else (activations, token ids, an input
+            that is already a mask of pairs), if sizes are fixed, or if the result is not a mask of that shape.
         """
         symbol = self._growing(expression(size))
         if symbol is None:
             return None
-        held = self._replayed.setdefault((symbol, length), {})
+        replayed = self._replayed.setdefault((symbol, length), {})
         cone = _cone(mask, symbol)
         if cone is None:
             return None
-        made: list[fx.Node] = []
+        added: list[fx.Node] = []
         try:
             for node in cone:
-                if node not in held and (again := self._longer(node, symbol, length, held)) is not None:
-                    held[node] = again
-                    made.append(node)
-            return self._cut(mask, held[mask], symbol, length) if mask in held else None
-        except (RuntimeError, IndexError, ValueError):  # sizes that do not fit: some were numbers when captured
-            for node in reversed(made):
-                del held[node]
+                if node not in replayed and (again := self._longer(node, symbol, length, replayed)) is not None:
+                    replayed[node] = again
+                    added.append(node)
+            return self._cut(mask, replayed[mask], symbol, length) if mask in replayed else None
+        except (RuntimeError, IndexError, ValueError):  # sizes do not fit: some were captured as numbers
+            for node in reversed(added):
+                del replayed[node]
             return None
 
     def hides_only(self, bias: fx.Node) -> bool:
-        """Whether a bias of one size is known to be zero where it hides nothing.
+        """Return whether a bias of fixed size is known to be zero except where it hides a key.
 
-        One that depends on activations, token ids or a mask of pairs counts as one, since what it is for other keys is
-        not up to their places alone. So does that of a model of images, where nothing is in front.
+        A bias that depends on activations, token ids or a mask of pairs counts as such, since its values for other keys
+        do not depend on their positions alone. So does the bias of an image model, where nothing is in front.
         """
         if _cone(bias, None) is None or all(len(spec.shape) > 3 for spec in self.program.inputs):
             return True
@@ -93,7 +95,7 @@ class Masks(Part):
         return not values.is_meta and bool(((values == 0) | (values <= _HIDDEN)).all())
 
     def _growing(self, size: Any) -> Any:
-        """The symbol that is greater in a text with more tokens in front; None where there is none."""
+        """Return the symbol that is greater for a text with more tokens in front, or None if there is none."""
         if isinstance(size, int):
             return None
         if size.is_symbol:
@@ -102,12 +104,12 @@ class Masks(Part):
         return past if past is not None and _growth(size, past) == 1 else None
 
     def _longer(self, node: fx.Node, symbol: Any, length: int, held: dict[fx.Node, fx.Node]) -> fx.Node | None:
-        """What stands for ``node`` in the longer text; None where it is the same."""
+        """Return the node that replaces ``node`` in the longer text, or None if it is unchanged."""
         if node.op == "placeholder":
             return self._longer_input(node, symbol, length)
         if node.target is aten.sym_size.int:
-            found = _growth(expression(node.meta["val"]), symbol) == 1
-            return self._like(node, self.call(operator.add, node, length, part="mask")) if found else None
+            grows = _growth(expression(node.meta["val"]), symbol) == 1
+            return self._like(node, self.call(operator.add, node, length, part="mask")) if grows else None
         if not any(source in held for source in _read(node)):
             return None
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: held.get(n, n))
@@ -131,7 +133,10 @@ class Masks(Part):
         return self._like(node, self.call(aten.cat.default, [front, later], axis, part="mask"))
 
     def _like(self, node: fx.Node, again: fx.Node) -> fx.Node:
-        """It is where the model makes the mask, not in the layer that is adapted: other layers read it too."""
+        """Return the recomputed node, assigned to the module of the original.
+
+        The mask belongs to that module, not to the adapted layer: other layers read it as well.
+        """
         again.meta["module"] = node.meta.get("module", "")
         return again
 
@@ -150,7 +155,7 @@ class Masks(Part):
         return again
 
     def _leave_room(self, found: Any, wanted: Any, symbol: Any, length: int) -> None:
-        """Narrow the axis that counts the tokens to where a mask is as long as the keys: some are cut from a table."""
+        """Limit the axis that counts tokens to sizes for which the mask covers all keys: some are cut from a table."""
         rest = expression(found) - expression(wanted)
         if isinstance(rest, int) or rest.free_symbols != {symbol} or rest.subs(symbol, _LEAST) != 0:
             return
@@ -171,7 +176,7 @@ class Masks(Part):
 
 
 def _named_sizes(program: Program) -> Iterator[tuple[str, Any, int | None]]:
-    """Axes of the inputs that have a name, with their sizes and the greatest of these."""
+    """Yield the name, the size and the maximum size of each named axis of the inputs."""
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         ranges = spec.ranges or [(0, None)] * len(spec.shape)
         for name, size, (_, high) in zip(spec.shape, node.meta["val"].shape, ranges, strict=True):
@@ -180,18 +185,20 @@ def _named_sizes(program: Program) -> Iterator[tuple[str, Any, int | None]]:
 
 
 def most_of(program: Program) -> dict[Any, int]:
-    """The greatest sizes that a graph holds for, by symbol."""
+    """Return the maximum sizes that a graph is valid for, by symbol."""
     return {size: high for _, size, high in _named_sizes(program) if high is not None}
 
 
 def same_size(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> bool:
-    """Whether two sizes are one: by their expressions, or by the numbers that these give."""
+    """Return whether two sizes are equal, by their expressions or by the numbers that these evaluate to."""
     return surplus(first, second, most) == 0
 
 
 def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> int | None:
-    """How much greater a size is than another, where no symbol is greater than in ``most``; None where that is not a
-    number."""
+    """Return how much greater one size is than another, or None if the difference is not a fixed number.
+
+    No symbol is taken to be greater than in ``most``.
+    """
     difference = expression(first) - expression(second)
     if isinstance(difference, int) or difference.is_number:
         return int(difference)
@@ -200,16 +207,16 @@ def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType(
 
 
 def _at(size: Any, start: int, most: Mapping[Any, int]) -> int:
-    """An expression with numbers from ``start`` for its symbols, no two the same if they may be as great."""
+    """Evaluate an expression with numbers from ``start`` for its symbols, all different unless ``most`` limits them."""
     symbols = sorted(size.free_symbols, key=str)
     numbers = {symbol: start + 3 * i for i, symbol in enumerate(symbols)}
     return int(size.subs({symbol: min(number, most.get(symbol, number)) for symbol, number in numbers.items()}))
 
 
 def _sample(node: fx.Node) -> Tensor:
-    """A value of an input of which a bias may depend: masks that hide nothing, positions, sizes."""
+    """Return a sample of an input that a bias may depend on: masks that hide nothing, positions, sizes."""
     value = node.meta["val"]
-    sizes = [surplus(size, 0) or _ROWS for size in value.shape]  # None for those that vary
+    sizes = [surplus(size, 0) or _ROWS for size in value.shape]  # `surplus` is None for sizes that vary
     if _is_positions(node):
         return torch.arange(sizes[-1], dtype=value.dtype).expand(sizes)
     return torch.ones(sizes, dtype=value.dtype)
@@ -224,14 +231,14 @@ def _axes(node: fx.Node, symbol: Any) -> list[int]:
 
 
 def _growth(size: Any, symbol: Any) -> int | None:
-    """How much greater a size is where a symbol is greater by 1; None where that is not a number."""
+    """Return how much a size grows when a symbol grows by 1, or None if that is not a fixed number."""
     if isinstance(size, int) or symbol not in size.free_symbols:
         return 0
     return surplus(size.subs(symbol, symbol + 1), size)
 
 
 def _read(node: fx.Node) -> Iterable[fx.Node]:
-    """What a call's values depend on."""
+    """Return the nodes that a call's values depend on."""
     if node.op != "call_function":
         return ()
     if node.target is aten.sym_size.int:
@@ -244,22 +251,22 @@ def _read(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def _cone(mask: fx.Node, symbol: Any) -> list[fx.Node] | None:
-    """All that a mask is made of, in graph order; None where it cannot be made longer."""
-    found: set[fx.Node] = set()
+    """Return everything that a mask is computed from, in graph order, or None if it cannot be made longer."""
+    cone: set[fx.Node] = set()
     pending = [mask]
     while pending:
         node = pending.pop()
-        if node in found:
+        if node in cone:
             continue
-        found.add(node)
+        cone.add(node)
         if not _known_in_front(node, symbol):
             return None
         pending += _read(node)
-    return sorted(found)
+    return sorted(cone)
 
 
 def _known_in_front(node: fx.Node, symbol: Any) -> bool:
-    """Whether it can be told what stands in front: ones of a mask of tokens, numbers of positions, sizes."""
+    """Return whether the values in front are known: ones of a mask of tokens, position numbers, sizes."""
     if is_random(node):
         return False
     if node.target is aten.sym_size.int:

@@ -1,4 +1,4 @@
-"""What all parts of the `Builder` share: they insert nodes of one adaptation into one Program."""
+"""The insertion of nodes of one adaptation into one Program, which all parts of the `Builder` share."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class Nodes:
     """Inserts nodes of one adaptation into one Program.
 
     Args:
-        program: changed in place.
-        store: new tensors go here; one that exists already is used again, so that Programs share tensors.
+        program: the Program, changed in place.
+        store: the Store that new tensors are added to; an existing one is reused, so that Programs share tensors.
         adaptation: the adaptation's name.
         method: its method's tag.
-        initial: where new tensors get their values.
-        seams: how the adaptation is composed with others; by default it is not.
-        within: what composes it. Nodes at a site are then that one's own, which go on reading what was there before.
+        initial: the source of the values of new tensors.
+        seams: the composition of the adaptation with others; by default there is none.
+        within: the `Nodes` of the composing adaptation, if any. Nodes inserted at a site then count as that
+            adaptation's own, which keep reading what was there before.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Nodes:
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
-        """Nodes made inside belong to ``site``."""
+        """Run the block with ``site`` as the current site, which new nodes belong to."""
         previous = self.current, self._emitted
         self.current, self._emitted = site, set() if self._within is None else self._within._emitted
         try:
@@ -73,7 +74,7 @@ class Nodes:
 
     @contextmanager
     def owned(self, adaptation: str, parts: dict[SiteKey | None, dict[str, str]]) -> Iterator[None]:
-        """Tensors that are made inside belong to another adaptation, whose ``parts`` they are entered in."""
+        """Run the block with another adaptation as the owner of new tensors, which are recorded in its ``parts``."""
         previous = self.adaptation, self.parts
         self.adaptation, self.parts = adaptation, parts
         try:
@@ -82,7 +83,7 @@ class Nodes:
             self.adaptation, self.parts = previous
 
     def call(self, target: Any, *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
-        """See `Builder.call`."""
+        """Implement `Builder.call`."""
         graph = self.program.graph
         sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
@@ -102,7 +103,10 @@ class Nodes:
         return node
 
     def _writes_before(self, sources: Sequence[fx.Node]) -> list[fx.Node]:
-        """What writes to the memory of values before the site's map reads it, which sees them as they are then."""
+        """Return the calls that write to the memory of values before the site's map reads it.
+
+        The map reads the values as these calls leave them.
+        """
         memory = memory_of(self.program)
         if not memory.writes or not isinstance(self.current, LinearSite):
             return []
@@ -111,7 +115,7 @@ class Nodes:
         return [write for write, roots in memory.writes.items() if own & roots and write < reader]
 
     def _first_call(self) -> fx.Node:
-        """The node behind inputs and tensors; looked for once, since there may be thousands of tensors."""
+        """Return the first node after inputs and tensors, cached because there may be thousands of tensors."""
         if self._first is None or self._first._erased:
             self._first = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
         return self._first
@@ -123,11 +127,11 @@ class Nodes:
         return {"module": module, "custom": {"graftc": origin}}
 
     def fake(self) -> FakeTensorMode:
-        """The fake mode that the nodes' values live in."""
+        """Return the fake mode that the nodes' values belong to."""
         return self._types.fake
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
-        """The node that reads a tensor of the Store."""
+        """Return the node that reads a tensor of the Store."""
         known: fx.Node | None = self.attributes.get(name)
         if known is not None:
             return known
@@ -139,28 +143,28 @@ class Nodes:
         return node
 
     def kept_in(self, dtype: torch.dtype) -> torch.dtype:
-        """The element type in which a tensor of the adaptation is kept that the graph computes with in ``dtype``."""
+        """Return the element type that a tensor of the adaptation is stored in if the graph computes in ``dtype``."""
         if self.adaptation in self.initial.narrow or not dtype.is_floating_point:
             return dtype
         return torch.promote_types(dtype, torch.float32)
 
     def cast(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
-        """A tensor of the adaptation, or what is made of it, in the element type that the graph computes with."""
+        """Return a tensor of the adaptation, or a node computed from it, in the type that the graph computes with."""
         if dtype is None or node.meta["val"].dtype == dtype:
             return node
         return self.call(aten.to.dtype, node, dtype, part="cast")
 
     def emit(self, part: str) -> Callable[..., fx.Node]:
-        """`call` for functions that insert calls by target and arguments alone."""
+        """Return `call` as a function of the target and its positional arguments alone."""
         return lambda target, *args: self.call(target, *args, part=part)
 
     def size(self, node: fx.Node, axis: int) -> Any:
-        """The size of an axis: a number, or a node that gives it."""
+        """Return the size of an axis: a number, or a node that computes it."""
         size = node.meta["val"].shape[axis]
         return size if isinstance(expression(size), int) else self.call(aten.sym_size.int, node, axis, part="size")
 
     def device(self) -> torch.device:
-        """Where tensors of the current site are."""
+        """Return the device of the current site's tensors."""
         if isinstance(self.current, LinearSite):
             return self.store.get(self.current.own.tensor).device
         return self.store.device(self.current.key.module if self.current is not None else "")
@@ -168,7 +172,7 @@ class Nodes:
     def redirect(
         self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool], *, narrow: bool = False
     ) -> None:
-        """Let users of a node that ``take`` chooses read another one, as an edit; inside `Seams.write` only."""
+        """Make the users of a node that ``take`` selects read another one, as an edit; only inside `Seams.write`."""
         if after is before:
             return
         before.replace_all_uses_with(
@@ -179,7 +183,7 @@ class Nodes:
 
 
 class Part:
-    """A part of the `Builder`: what it does, it does with the nodes that all parts share."""
+    """A part of the `Builder`; it works with the nodes that all parts share."""
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
@@ -190,12 +194,12 @@ class Part:
 
     @property
     def adaptation(self) -> str:
-        """Whose tensors are made now."""
+        """The adaptation whose tensors are being created."""
         return self._nodes.adaptation
 
     @property
     def parts(self) -> dict[SiteKey | None, dict[str, str]]:
-        """Where tensors that are made now are entered: their Store names, by site and part."""
+        """The Store names of the tensors created so far, by site and part; new ones are recorded here."""
         return self._nodes.parts
 
     @property
@@ -203,15 +207,15 @@ class Part:
         return self._nodes.current
 
     def _read(self, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
-        """A value of the model, through the seam."""
+        """Return a value of the model, obtained through the seams."""
         return self._nodes.seams.read(self._nodes, node, kind, site)
 
     def _write(self, change: Change, put: Callable[..., None]) -> None:
-        """Change values of the model, through the seam.
+        """Change values of the model through the seams.
 
         Raises:
-            TypeError: what is given is of a type that the values would become, or cannot hold. In a sum, a narrower one
-                is widened: a stream may be in float32 although the weights are in 16 bits.
+            TypeError: if the types of the given and the model's values differ. In a sum, a narrower one is widened: a
+                stream may be in float32 although the weights are in 16 bits.
         """
         if change.like is not None and change.given:
             mine, theirs = change.given[0].meta["val"].dtype, change.like.meta["val"].dtype

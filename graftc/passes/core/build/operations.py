@@ -1,7 +1,7 @@
 """The part of the `Builder` that computes: products, look-ups, norms and dropout.
 
-Tensors of an adaptation may have the rows of the batch as an axis before their own, where each row has tensors of its
-own; 1 there counts for all rows. What they meet then has the rows first.
+If each row of the batch has tensors of its own, a tensor of an adaptation has the rows of the batch as an axis before
+its own; a size of 1 there applies to all rows. The values that it is combined with then have the rows first.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ DropoutScope = Literal["input", "target"]
 
 
 class Operations(Part):
-    """Inserts operations that know no site."""
+    """Inserts operations that do not depend on the kind of site."""
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(nodes)
         self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
 
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, part: str = "") -> fx.Node:
-        """``weight x + bias`` over the last axis of ``x``: ``weight`` is ``[out, in]``, ``bias`` is ``[out]``."""
+        """Return ``weight x + bias`` over the last axis of ``x`` for ``weight: [out, in]`` and ``bias: [out]``."""
         if weight.meta["val"].dim() == 2:
             return self.call(aten.linear.default, x, weight, bias, part=part)
         result = self.product(x, weight, part)
         return result if bias is None else self.call(aten.add.Tensor, result, self.along(bias, result), part=part)
 
     def product(self, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """``weight: [rows, out, in]`` applied to ``x: [rows, ..., in]``; one without rows is applied to all."""
+        """Return ``weight: [rows, out, in]`` applied to ``x: [rows, ..., in]``; one without rows is applied to all."""
         across = self.call(aten.transpose.int, weight, -1, -2, part=part)
         dims = x.meta["val"].dim()
         if dims == 2:
@@ -46,14 +46,14 @@ class Operations(Part):
         return self.call(aten.squeeze.dim, result, 1, part=part) if dims == 2 else result
 
     def along(self, vector: fx.Node, x: fx.Node) -> fx.Node:
-        """``vector: [width]``, one value for each entry of the last axis of ``x``, as it broadcasts to ``x``."""
-        held = vector.meta["val"].dim()
-        for _ in range(x.meta["val"].dim() - held if held > 1 else 0):
+        """Return ``vector: [width]``, one value for each entry of the last axis of ``x``, as it broadcasts to ``x``."""
+        axes = vector.meta["val"].dim()
+        for _ in range(x.meta["val"].dim() - axes if axes > 1 else 0):
             vector = self.call(aten.unsqueeze.default, vector, 1, part="rows")
         return vector
 
     def look_up(self, table: fx.Node, index: fx.Node, part: str = "") -> fx.Node:
-        """Entries of ``table: [entries, width]`` by ``index: int64[batch, sequence]``: ``[batch, sequence, width]``."""
+        """Look up ``index: int64[batch, sequence]`` in ``table: [entries, width]``: ``[batch, sequence, width]``."""
         if table.meta["val"].dim() == 2:
             return self.call(aten.embedding.default, table, index, part=part)
         rows, entries = table.meta["val"].shape[:2]
@@ -66,9 +66,9 @@ class Operations(Part):
         return self.call(aten.embedding.default, flat, index, part=part)
 
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
-        """Layer normalisation over the last axis, ``weight`` and ``bias`` ``[width]``, with an epsilon of 1e-5.
+        """Normalise over the last axis with ``weight`` and ``bias``, both ``[width]``, and an epsilon of 1e-5.
 
-        Scale and shift stand apart from the kernel, so that those of single rows give the same bits.
+        Scale and shift are separate from the kernel, so that those of single rows give the same bits.
         """
         width = [int(x.meta["val"].shape[-1])]
         normed = self.call(aten.layer_norm.default, x, width, None, None, 1e-5, part=part)
@@ -76,15 +76,16 @@ class Operations(Part):
         return self.call(aten.add.Tensor, scaled, self.along(bias, x), part=part)
 
     def dropout(self, node: fx.Node, p: float, *, recompute: bool = False, scope: DropoutScope = "input") -> fx.Node:
-        """Dropout of an activation.
+        """Apply dropout to an activation.
 
         Args:
-            node: what to drop from.
-            p: probability of dropping an element; 0 inserts nothing. Indices of a table have nothing to drop.
-            recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops.decompositions`);
-                a mask rounds ``p`` to a multiple of ``1 / 65536`` (`graftc.passes.core.ops.dropout`).
-            scope: ``"input"``: sites of the adaptation that read the same input share one mask; ``"target"``: each
-                site has its own.
+            node: the activation.
+            p: probability of dropping an element; 0 inserts nothing. Indices of a table are returned unchanged.
+            recompute: whether to keep a seed instead of the mask for the backward pass
+                (`graftc.passes.core.ops.decompositions`); a mask rounds ``p`` to a multiple of ``1 / 65536``
+                (`graftc.passes.core.ops.dropout`).
+            scope: ``"input"``: sites of the adaptation that read the same input share one mask; ``"target"``: each site
+                has its own.
         """
         if p == 0 or not node.meta["val"].is_floating_point():
             return node
@@ -92,7 +93,7 @@ class Operations(Part):
         key = (node, p, recompute, own)
         if key not in self._dropouts:
             if recompute:
-                # The seed is drawn beside the activation, so that a recomputed layer keeps its draw.
+                # The seed is drawn next to the activation, so that a recomputed layer uses the same one.
                 like = self.call(aten.new_zeros.default, node, [1], dtype=torch.int64, part="seed")
                 seed = self.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
                 dropped = self.call(torch.ops.graftc.seeded_dropout.default, node, seed, p, part="dropout")

@@ -1,4 +1,4 @@
-"""Positions that a model counts by its tokens, as RoBERTa numbers what is not padding, for longer inputs."""
+"""Positions that a model counts by its tokens, as RoBERTa numbers those that are not padding, for longer inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ aten = torch.ops.aten
 
 
 def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
-    """The inputs whose values decide on positions, ids of tokens among them; none where sizes and masks alone do, which
-    go along with a longer sequence by themselves, or where positions are given."""
+    """Return the inputs whose values determine the positions, if token ids are among them.
+
+    Otherwise the list is empty: the positions are given, or depend on sizes and masks alone, which adjust to a longer
+    sequence by themselves.
+    """
     read = {
         source
         for node in above([numbers])
@@ -28,7 +31,7 @@ def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
 
 
 def tokens_in_front(call: Call, numbers: fx.Node, ids: fx.Node, length: int) -> fx.Node:
-    """``[batch, length]`` tokens that count as ones, of the type of ``ids: [batch, n]``."""
+    """Return ``[batch, length]`` tokens that are counted, of the type of ``ids: [batch, n]``."""
     ones = call(aten.new_ones.default, ids, [call(aten.sym_size.int, ids, 0), length])
     token = 1 if _is_mask(ids) else _counted_token(numbers)
     return ones if token == 1 else call(aten.mul.Tensor, ones, token)
@@ -37,29 +40,29 @@ def tokens_in_front(call: Call, numbers: fx.Node, ids: fx.Node, length: int) -> 
 def recounted(
     numbers: fx.Node, longer: Mapping[fx.Node, fx.Node], call: Call, same: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
-    """``numbers`` made from other inputs.
+    """Return ``numbers`` computed from other inputs.
 
     Args:
         numbers: the positions.
-        longer: what stands in for inputs.
-        call: emits a call.
-        same: what stands for a node that none of these inputs is above of.
+        longer: the replacements of inputs.
+        call: a function that inserts a call.
+        same: a function that returns the replacement of a node that depends on none of these inputs.
     """
-    made = dict(longer)
+    replaced = dict(longer)
     for node in above([numbers]):
-        if node in made:
+        if node in replaced:
             continue
-        if not any(source in made for source in node.all_input_nodes):
+        if not any(source in replaced for source in node.all_input_nodes):
             continue
         args, kwargs = map_nodes(
-            (node.args, dict(node.kwargs)), lambda source: made[source] if source in made else same(source)
+            (node.args, dict(node.kwargs)), lambda source: replaced[source] if source in replaced else same(source)
         )
-        made[node] = call(node.target, *args, **kwargs)
-    return made[numbers]
+        replaced[node] = call(node.target, *args, **kwargs)
+    return replaced[numbers]
 
 
 def _counted_token(numbers: fx.Node) -> int:
-    """A token id that no comparison above looks for, as they do for padding."""
+    """Return a token id that does not occur in the calls above ``numbers``, as the padding id does."""
     literals = {value for node in above([numbers]) for value in node.args if type(value) is int}
     return next(token for token in count() if token not in literals)
 

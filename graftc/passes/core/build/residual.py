@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works at residual branches, and at what layers read and give."""
+"""The part of the `Builder` that works on residual branches, and on the inputs and outputs of layers."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ AGAIN = "again"
 
 
 class Branches(Part):
-    """Reads the values of a sublayer, and adds to them; replaces those that layers read and give."""
+    """Reads the values of a sublayer and adds to them, and replaces the inputs and outputs of layers."""
 
     def value(self, site: ValueSite) -> fx.Node:
-        """A value now, with what has been inserted there so far."""
+        """Return the current value of a site, with everything inserted there so far."""
         return self._read(self._value(site), "value", site)
 
     def _value(self, site: ValueSite) -> fx.Node:
         return self.program.current(site.node)
 
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
-        """Put ``node``, made from `value` and of its sizes, in its place for everything that reads it: projections, the
-        residual, and the outputs where the value is one of them."""
+        """Replace a value with ``node``, computed from `value` and of the same sizes, for everything that reads it.
+
+        That includes projections, the residual, and the outputs if the value is one of them.
+        """
         before = self._value(site)
         change = Change("value", (node,), before)
         self._write(change, lambda after: self._redirect(before, after, lambda user: True))
 
     def at(self, site: SublayerSite, place: str) -> fx.Node:
-        """A value of a sublayer now, with what has been inserted there so far.
+        """Return the current value at a place of a sublayer, with everything inserted there so far.
 
         Args:
             site: the sublayer.
-            place: one of its values, by the name that `SublayerSite` has for it.
+            place: the name of one of its values in `SublayerSite`.
 
         Raises:
-            GraftError: GC017 where the sublayer has no such value.
+            GraftError: GC017 if the sublayer has no such value.
         """
         return self._read(self._at(site, place), "branch", site)
 
@@ -58,17 +60,17 @@ class Branches(Part):
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         """Add ``delta`` to a value of a sublayer.
 
-        Where ``delta`` was made from a value further down (the norm behind the sum), what lies between is computed a
-        second time, with the result, and everything that read the value reads that instead.
+        If ``delta`` was computed from a value further down (the norm after the sum), everything in between is computed
+        a second time from the result, and everything that read that value reads the recomputed one instead.
 
         Args:
             site: the sublayer.
-            place: which of its values.
-            delta: of its sizes, or of the same in a batch that is folded into one axis.
-            read: which of its values ``delta`` was made from.
+            place: the name of the value to add to.
+            delta: the addend, of the same sizes; one of the two may have batch and sequence folded into one axis.
+            read: the name of the value that ``delta`` was computed from.
 
         Raises:
-            GraftError: GC017 where something random lies between, or where ``delta`` does not fit.
+            GraftError: GC017 if anything random is in between, or if ``delta`` does not fit.
         """
 
         def source() -> fx.Node:
@@ -99,14 +101,14 @@ class Branches(Part):
                 raise GraftError("GC017", message, hint=hint)
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part=AGAIN, **kwargs)
-        # What reads the value on the way to ``delta`` goes on reading it; what comes here later starts from these.
+        # Readers on the way to ``delta`` keep the old values; later insertions here start from the recomputed ones.
         for before, now in again.items():
             if before is not source:
                 self.program.edits.add(Edit(self.adaptation, str(site.key), before, now, narrow=True))
         self._redirect(source, again[source], lambda user: True)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
-        """``delta`` with batch and sequence in one axis where ``value`` has them so."""
+        """Return ``delta`` with batch and sequence in one axis or in two, as ``value`` has them."""
         have, want = delta.meta["val"], value.meta["val"]
         if have.dim() == want.dim():
             return delta
@@ -117,24 +119,24 @@ class Branches(Part):
 
 
 def _between(start: fx.Node, end: fx.Node, edits: Edits) -> list[fx.Node]:
-    """Nodes after ``start`` on its ways to ``end``, ``end`` included, in graph order; none where no way leads there.
+    """Return the nodes after ``start`` on the paths to ``end``, including ``end``, in graph order.
 
-    No way leads through what replaced a value that is not behind ``start``: a parallel branch whose adapter reads the
-    sum of both is a branch of its own.
+    The list is empty if there is no path. No path goes through the replacement of a value that does not depend on
+    ``start``: a parallel branch whose adapter reads the sum of both is a separate branch.
     """
     below, node = {start}, start
     while node < end:
         node = node.next
         tag = provenance(node)
-        made = edits.origin(node)
-        own = made is None or made.before in below or (tag is not None and tag["part"] == AGAIN)
+        edit = edits.origin(node)
+        own = edit is None or edit.before in below or (tag is not None and tag["part"] == AGAIN)
         if own and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
-    found: set[fx.Node] = set()
+    between: set[fx.Node] = set()
     pending = [end]
     while pending:
         node = pending.pop()
-        if node in below and node is not start and node not in found:
-            found.add(node)
+        if node in below and node is not start and node not in between:
+            between.add(node)
             pending += node.all_input_nodes
-    return sorted(node for node in found if isinstance(node.meta.get("val"), Tensor | tuple | list))
+    return sorted(node for node in between if isinstance(node.meta.get("val"), Tensor | tuple | list))

@@ -1,8 +1,8 @@
-"""What a composition of adaptations intercepts of the `Builder`: its seams.
+"""The seams: the operations of the `Builder` that a composition of adaptations intercepts.
 
-There are two. A tensor of an adaptation comes into being through `Seams.make` and is put into the graph by
-`Seams.mix`; a value of the model is taken by `Seams.read` and changed through `Seams.write`. All that lies between is
-written once, for tensors with and without an axis of rows before their own.
+There are two pairs. A tensor of an adaptation is created through `Seams.make` and put into the graph by `Seams.mix`; a
+value of the model is obtained from `Seams.read` and changed through `Seams.write`. Everything in between is written
+once, for tensors with and without an axis of rows before their own.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ vectors of virtual tokens; keys and values in front of an attention's; numbers o
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor that an adaptation asks for.
+    """A tensor that an adaptation requests.
 
     Attributes:
         part: its name within the adaptation.
-        kind: what it is.
-        create: puts it into the Store under the name that it has in the adaptation built now, unless it is there
-            already, and returns that name; its argument says whether a parameter trains.
+        kind: the kind of tensor.
+        create: a function that puts the tensor into the Store under the name that it has in the adaptation being built,
+            unless it is there already, and returns that name; the argument says whether a parameter trains.
         trainable: whether the method lets it train.
         base: the base tensor that it is a copy of.
-        dtype: element type that the method computes with; None for the one that it is kept in.
+        dtype: the element type that the method computes with; None for the one that it is stored in.
     """
 
     part: str
@@ -56,12 +56,13 @@ class Change:
     """A change of the model's values.
 
     Attributes:
-        kind: of what.
-        given: what the adaptation has made: one node, keys and values, or none for ``positions``.
-        like: the value whose axes they have in the model; None where they need no way there.
-        source: gives the value that a sum was made from.
-        place: which value of a sublayer a sum is for, and which one it was made from; None at a linear map.
-        window: of keys, see `Attentions.attend`.
+        kind: the kind of value that is changed.
+        given: the nodes that the adaptation has computed: one, keys and values, or none for ``positions``.
+        like: the value whose axes these nodes have to get in the model; None if their axes need no change.
+        source: a function that returns the value that a sum was computed from.
+        place: the names of two values of a sublayer: the one that a sum is added to, and the one that it was computed
+            from; None at a linear map.
+        window: for keys, the window of `Attentions.attend`.
     """
 
     kind: Writing
@@ -73,13 +74,13 @@ class Change:
 
 
 class Casting(Protocol):
-    """What a single adaptation needs of the `Nodes` that are built."""
+    """The operations that a single adaptation needs from the `Nodes` being built."""
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
-        """The node that reads a tensor of the Store."""
+        """Return the node that reads a tensor of the Store."""
 
     def cast(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
-        """A tensor in the element type that the graph computes with."""
+        """Return a tensor in the element type that the graph computes with."""
 
 
 N = TypeVar("N", bound=Casting)
@@ -88,43 +89,43 @@ N = TypeVar("N", bound=Casting)
 class Seams(Generic[N]):
     """The seams of a single adaptation: every tensor is one tensor, and every value is the model's own.
 
-    A composition is a subclass. It may replace these four functions and nothing else of the Builder.
+    A composition is a subclass. It may override these four methods and nothing else of the Builder.
     """
 
     composed: ClassVar[bool] = False
     """Whether several adaptations are built at once."""
 
     def make(self, nodes: N, new: NewTensor) -> Sequence[str]:
-        """Let a tensor of the adaptation come into being.
+        """Create a tensor of the adaptation.
 
         Args:
-            nodes: say whose tensor it is.
+            nodes: the `Nodes` of the adaptation that the tensor belongs to.
             new: the tensor.
 
         Returns:
-            The Store names of what it becomes: one, or one for each member.
+            The Store names of the tensors that are created: one, or one for each member.
         """
         return [new.create(new.trainable)]
 
     def mix(self, nodes: N, new: NewTensor, names: Sequence[str]) -> fx.Node:
-        """The node that the method gets for a tensor.
+        """Return the node that the method gets for a tensor.
 
         Args:
-            nodes: insert what it is made of.
+            nodes: the `Nodes` that insert the calls that compute it.
             new: the tensor.
-            names: what `make` returned.
+            names: the names that `make` returned.
         """
         (name,) = names
         return nodes.cast(nodes.attribute(name, new.part), new.dtype)
 
     def read(self, nodes: N, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
-        """A value of the model as the method gets it.
+        """Return a value of the model in the form that the method gets.
 
         Args:
-            nodes: insert what it is made of.
+            nodes: the `Nodes` that insert the calls that compute it.
             node: the value in the model's own axes.
-            kind: what it is.
-            site: whose.
+            kind: the kind of value.
+            site: the site that the value belongs to.
         """
         return node
 
@@ -132,8 +133,8 @@ class Seams(Generic[N]):
         """Change values of the model.
 
         Args:
-            nodes: insert what it takes.
-            change: what is to be changed.
-            put: does so, with nodes in the places of those that are ``given``.
+            nodes: the `Nodes` that insert the calls that this needs.
+            change: the change to make.
+            put: a function that makes the change; takes one node for each of those that are ``given``.
         """
         put(*change.given)

@@ -1,4 +1,4 @@
-"""The part of the `Builder` that makes tensors: parameters, state, and trained copies of the base's."""
+"""The part of the `Builder` that creates tensors: parameters, state, and trained copies of base tensors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Initialiser = Callable[[Tensor, torch.Generator], None]
 
 @dataclass(frozen=True)
 class ParameterStart:
-    """How a parameter begins.
+    """The initial state of a parameter.
 
     Attributes:
         shape: its sizes.
-        init: fills a float32 CPU tensor.
-        dtype: the element type that it is kept in.
+        init: a function that fills a float32 CPU tensor with its first values.
+        dtype: the element type that it is stored in.
         trains: whether it trains.
     """
 
@@ -40,23 +40,26 @@ class ParameterStart:
 
 
 def _is_exact(held: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a type has every value of another one. Files of earlier releases have 16 bits where there are 32 now."""
+    """Return whether ``wanted`` represents every value of ``held``.
+
+    Files of earlier releases contain 16-bit tensors where 32 bits are stored now.
+    """
     floating = held.is_floating_point and wanted.is_floating_point
     return held == wanted or (floating and torch.promote_types(held, wanted) == wanted)
 
 
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
-    """The name of a tensor of an adaptation at a site; or of one that all its sites share."""
+    """Return the name of a tensor of an adaptation at a site, or of one that all its sites share if that is None."""
     if site is None:
         return adapter_name("", adaptation, part)
     return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
 class Tensors(Part):
-    """Makes the tensors of one adaptation, each once: Programs share them."""
+    """The part of the `Builder` that creates the tensors of one adaptation, each once: Programs share them."""
 
     def _new(self, new: NewTensor) -> fx.Node:
-        """The node of a tensor, made through the seam."""
+        """Create a tensor through the seams and return its node."""
         nodes = self._nodes
         return nodes.seams.mix(nodes, new, nodes.seams.make(nodes, new))
 
@@ -69,14 +72,14 @@ class Tensors(Part):
         dtype: torch.dtype,
         trainable: bool = True,
     ) -> fx.Node:
-        """A tensor of the current site (or of the whole adaptation, outside `on`), created once.
+        """Return the node of a parameter of the current site (or of the whole adaptation, outside `on`), created once.
 
         Args:
-            part: its name within the adaptation, as ``"A"``.
+            part: the parameter's name within the adaptation, for example ``"A"``.
             shape: its sizes.
-            init: fills a float32 CPU tensor; not called on the meta device.
-            dtype: element type of the node. One of 16 bits is kept as float32 and cast in the graph, unless the spec
-                has ``dtype: base``.
+            init: a function that fills a float32 CPU tensor with its first values; not called on the meta device.
+            dtype: element type of the node. A 16-bit parameter is stored as float32 and cast in the graph, unless the
+                spec has ``dtype: base``.
             trainable: False for constants that the method reads.
         """
 
@@ -86,11 +89,11 @@ class Tensors(Part):
         return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
 
     def begin(self, part: str, start: ParameterStart) -> str:
-        """A tensor of the current site, created once, without a node; its Store name.
+        """Create a tensor of the current site once, without a node, and return its Store name.
 
         Args:
-            part: its name within the adaptation.
-            start: its type and its first value.
+            part: the tensor's name within the adaptation.
+            start: its sizes, its type and its first value.
         """
         name = self._enter(part)
         if name not in self.store:
@@ -100,12 +103,13 @@ class Tensors(Part):
         return name
 
     def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
-        """A trainable tensor of the current site that starts at a value which is worked out, created once.
+        """Return the node of a trainable tensor of the current site whose first value is computed, created once.
 
         Args:
-            part: its name within the adaptation, as ``"m"``.
-            value: makes its first value, on the site's device; sizes are those for good.
-            dtype: element type of the node, as for `parameter`; by default that of the value, which is kept.
+            part: the tensor's name within the adaptation, for example ``"m"``.
+            value: a function that computes its first value on the site's device; the sizes are final.
+            dtype: element type of the node, stored as for `parameter`; by default that of the value, which is also the
+                stored one.
         """
 
         def create(trains: bool) -> str:
@@ -119,18 +123,19 @@ class Tensors(Part):
         return self._new(NewTensor(part, "parameter", create, dtype=dtype))
 
     def _enter(self, part: str) -> str:
-        """The Store name of a tensor of the current site, which is entered among the adaptation's."""
+        """Record a tensor of the current site among those of the adaptation and return its Store name."""
         name = self._name(part)
         self.parts.setdefault(self._site.key if self._site is not None else None, {})[part] = name
         return name
 
     def constant(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
-        """A constant of the current site that follows from its rows of the base's weight: worked out once, never kept
-        in files. Nothing that is inserted later may train these rows.
+        """Return the node of a constant that is derived from the current site's rows of the base weight.
+
+        It is computed once and never saved to files. Nothing that is inserted later may train these rows.
 
         Args:
-            part: its name within the adaptation.
-            value: makes it, on the site's device.
+            part: the constant's name within the adaptation.
+            value: a function that computes it, on the site's device.
         """
         return self._new(NewTensor(part, "constant", lambda trains: self._constant(part, value)))
 
@@ -143,21 +148,23 @@ class Tensors(Part):
         return name
 
     def numbers(self, part: str, value: Tensor) -> fx.Node:
-        """A constant of the current site that follows from the architecture alone."""
+        """Return the node of a constant of the current site that depends on the architecture alone."""
         return self.constant(part, lambda: value.to(self._device()))
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
-        """State of the current site (or of the whole adaptation, outside `on`), kept with the parameters.
+        """Return the node of state of the current site (or of the whole adaptation, outside `on`).
+
+        It is saved with the parameters.
 
         Args:
-            part: its name within the adaptation.
-            value: makes its first value on a device; element type and sizes are those for good.
+            part: the state's name within the adaptation.
+            value: a function that computes its first value on a device; element type and sizes are final.
         """
         name = self.keep_buffer(part, value)
         return self.attribute(name, part)
 
     def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
-        """`buffer` without a node: state that only a controller reads. Returns its Store name."""
+        """Create state as `buffer` does, but without a node, for a controller alone to read; return its Store name."""
 
         def create(trains: bool) -> str:
             name = self._enter(part)
@@ -169,8 +176,11 @@ class Tensors(Part):
         return name
 
     def drawn(self, deployed: fx.Node, low: int, high: int, part: str = "draw") -> fx.Node:
-        """A whole number of ``[low, high)``, drawn anew in every forward pass while training; in eval mode it is
-        ``deployed``, an ``int64`` buffer of the adaptation."""
+        """Return the node of a random integer in ``[low, high)``.
+
+        It is drawn again in every forward pass while training; in eval mode it is ``deployed``, an ``int64`` buffer of
+        the adaptation.
+        """
         return self.call(aten.randint_like.low_dtype, deployed, low, high, part=part)
 
     def _initial(self, name: str, shape: tuple[int, ...], init: Initialiser, dtype: torch.dtype) -> Tensor:
@@ -184,53 +194,53 @@ class Tensors(Part):
         return value.to(device=device, dtype=dtype)
 
     def _first(self, name: str, own: Tensor) -> Tensor:
-        """The value that is given for a tensor, of the type of its own first one; that one where none is given."""
+        """Return the value given for a tensor, in the type of its own first value, or that one if none is given."""
         return self._given(name, tuple(own.shape), own.dtype, own.device) if name in self.initial.values else own
 
     def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         value = self.initial.values[name]
         if tuple(value.shape) != shape or not _is_exact(value.dtype, dtype):
-            found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
-            raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
+            actual, expected = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
+            raise GraftError("GC053", f"{name} is {actual}, it must be {expected}")
         return value.detach().to(device, dtype, copy=True)
 
     def held(self, node: fx.Node) -> Tensor:
-        """The value that the node of a tensor of the adaptation has now."""
+        """Return the current value of a tensor of the adaptation, given its node."""
         if node.target is aten.to.dtype:
             return self.held(node.all_input_nodes[0]).to(node.meta["val"].dtype)
         return self.store.get(str(node.target)).detach()
 
     def tensors(self) -> tuple[str, ...]:
-        """Base tensors that the Program reads, in the order of the graph."""
+        """Return the names of the base tensors that the Program reads, in the order of the graph."""
         return tuple(name for name in self._attributes if not self.store.is_adapter(name))
 
     def read_weight(self, site: LinearSite) -> Tensor:
-        """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
+        """Return the values of the site's own rows of the base weight, ``[..., rows, in]``, for initialisers."""
         return site.own.operand(self.store.full(site.own.tensor))
 
     def read_original(self, site: LinearSite) -> Tensor:
-        """The same of the weight before it was quantised, for initialisers.
+        """Return the values of the same rows before the weight was quantised, for initialisers.
 
         Raises:
-            GraftError: GC167 where it is not known.
+            GraftError: GC167 if the original weight is not known.
         """
-        held = self.initial.originals.get(site.own.tensor)
-        if held is None:
+        original = self.initial.originals.get(site.own.tensor)
+        if original is None:
             message = f"what quantising took from the weight of {site.key} is not known"
             hint = "let the spec quantise the base: base: {quantize: nf4}, or choose another init"
             raise GraftError("GC167", message, hint=hint)
-        return site.own.operand(held)
+        return site.own.operand(original)
 
     def _name(self, part: str) -> str:
         return tensor_name(self._site, self.adaptation, part)
 
     def generator(self, name: str) -> torch.Generator:
-        """What random values called ``name`` are drawn from."""
+        """Return the generator for the random values called ``name``, seeded by the name and `Initial.seed`."""
         digest = hashlib.sha256(f"{self.initial.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def every(self, tensor: str) -> WeightSlice:
-        """All of a tensor of the Store."""
+        """Return a slice that covers all of a tensor of the Store."""
         return WeightSlice.every(tensor, self.store.get(tensor))
 
     def overlay(
@@ -239,17 +249,17 @@ class Tensors(Part):
         index: fx.Node | None = None,
         through: Callable[[fx.Node], fx.Node] = lambda trained: trained,
     ) -> fx.Node:
-        """Train a copy of a base tensor, or of rows of one, in its place; the base is never written.
+        """Train a copy of a base tensor, or of some of its rows, in place of the original; the base is never written.
 
-        Returns the node of the trained tensor, which has the sizes that the base's rows are stored in. It folds by
-        standing in for them. A copy of 16 bits is float32, unless the spec has ``dtype: base``, and what takes the
-        base's place is cast.
+        Returns the node of the trained tensor, which has the sizes that the base's rows are stored in. Folding replaces
+        these rows with it. A copy of a 16-bit tensor is float32, unless the spec has ``dtype: base``, and the value
+        that replaces the base's is cast.
 
         Args:
-            base: rows of it; all of the tensor that a Store name names.
-            index: their numbers, where the graph has them; by default constants of it.
-            through: makes what is read in its place of the trained tensor, of the same type. Where the value is
-                another, the method folds what has been made of it.
+            base: the rows of the base tensor, or a Store name for the whole tensor.
+            index: the numbers of the rows, if the graph contains them; by default they become constants of the graph.
+            through: a function that computes from the trained tensor what is read in place of the base's rows, of the
+                same type. If the values differ, the method folds the computed ones.
         """
         own = self.every(base) if isinstance(base, str) else base
         is_new = self.program.tensor_edits.copy_of(own.as_stored, self.adaptation) is None
@@ -257,14 +267,17 @@ class Tensors(Part):
         current = self._attributes.get(own.tensor)
         if is_new and current is not None:
             numbers = index if index is not None else lambda: self.index(own)
-            made = self._nodes.cast(through(trained), current.meta["val"].dtype)
-            after = own.write(self._emit("overlay"), current, made, numbers)
+            replacement = self._nodes.cast(through(trained), current.meta["val"].dtype)
+            after = own.write(self._emit("overlay"), current, replacement, numbers)
             self._replace(current, after)
         return trained
 
     def trained_rows(self, own: WeightSlice) -> fx.Node:
-        """The node of a trained copy of rows of a base tensor, in the sizes that they are stored in and at least in
-        float32 (see `overlay`). The caller puts it in place wherever they are read."""
+        """Return the node of a trained copy of rows of a base tensor.
+
+        It has the sizes that the rows are stored in and is at least float32 (see `overlay`). The caller puts it in
+        place wherever the rows are read.
+        """
         new = NewTensor(own.part, "copy", lambda trains: self._trained_rows(own), base=own.tensor)
         return self._new(new)
 
@@ -275,22 +288,23 @@ class Tensors(Part):
             return known
         name = self._enter(part)
         if name not in self.store:
-            held = own.take(self.store.get(own.tensor).detach())
-            held = held.to(self._nodes.kept_in(held.dtype))
-            first = self._first(name, held)
-            self.store.add_parameter(name, first.clone() if first is held else first, trainable=True)
+            rows = own.take(self.store.get(own.tensor).detach())
+            rows = rows.to(self._nodes.kept_in(rows.dtype))
+            first = self._first(name, rows)
+            self.store.add_parameter(name, first.clone() if first is rows else first, trainable=True)
         self._edit_tensor(own, EditMode.TRAINED, name)
         return name
 
     def instead(self, own: WeightSlice, make: Callable[[], fx.Node]) -> None:
-        """Put something in place of rows of a base tensor, of which nothing remains.
+        """Replace rows of a base tensor completely.
 
         Args:
             own: the rows.
-            make: gives a node of their type. Where it is `graftc::sparse_weight`, products with it are taken over.
+            make: a function that returns a node of the same type. If it is `graftc::sparse_weight`, products with it
+                are replaced as well.
 
         Raises:
-            GraftError: GC021 where another adaptation trains them, or takes them as constants.
+            GraftError: GC021 if another adaptation trains the rows, or uses them as constants.
         """
         self._edit_tensor(own, EditMode.REPLACED)
         node, current = make(), self._attributes.get(own.tensor)
@@ -299,20 +313,22 @@ class Tensors(Part):
             self._replace(current, after)
 
     def known(self, name: str) -> Tensor | None:
-        """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
+        """Return a tensor of the adaptation by its Store name if it exists: created for another Program, or given."""
         return self.store.get(name) if name in self.store else self.initial.values.get(name)
 
     def stand_in(self, own: WeightSlice, make: Callable[[fx.Node], fx.Node], *, within: bool = False) -> None:
-        """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is
-        what it is made of.
+        """Replace a base tensor, wherever it is read, with something that is computed from it.
+
+        The input of that computation includes what other adaptations have put in the tensor's place.
 
         Args:
-            own: the rows that it is made of.
-            make: from the tensor's node to one of the same type, which adds to entries of these rows.
-            within: ``make`` has these rows alone.
+            own: the rows that the replacement is computed from.
+            make: a function that computes from the tensor's node one of the same type, which adds to entries of these
+                rows.
+            within: whether ``make`` gets these rows alone.
 
         Raises:
-            GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
+            GraftError: GC021 if another adaptation trains the rows in another way, or uses them as constants.
         """
         self._edit_tensor(own, EditMode.ADDED)
         read = self._attributes.get(own.tensor)
@@ -322,7 +338,7 @@ class Tensors(Part):
             self._replace(current, changed)
 
     def _replace(self, current: fx.Node, after: fx.Node) -> None:
-        """Let everything that reads a base tensor, as it stands now, read ``after``."""
+        """Make everything that reads the current form of a base tensor read ``after``."""
         self._write(Change("tensor", (after,)), lambda node: self._redirect(current, node, lambda user: True))
 
     def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: WeightSlice) -> fx.Node:
@@ -330,13 +346,15 @@ class Tensors(Part):
         return own.write(self._emit("write rows"), tensor, make(part), lambda: self.index(own))
 
     def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
-        """Numbers by which the graph is made: worked out once and kept with the parameters, so that every graph, and
-        one that is made from a file, goes by the same ones.
+        """Return numbers that determine how the graph is built.
+
+        They are computed once and saved with the parameters, so that every graph, including one that is built from a
+        file, uses the same numbers.
 
         Args:
-            part: their name within the adaptation.
-            value: works them out, on the CPU, drawing from the generator only, which depends on the seed and the
-                tensor's name; sizes are those for good. On the meta device it is asked for every graph.
+            part: the numbers' name within the adaptation.
+            value: a function that computes them on the CPU, drawing only from the generator, which depends on the seed
+                and the tensor's name; the sizes are final. On the meta device it is called for every graph.
 
         Returns:
             Their node, and the numbers themselves on the CPU.
@@ -344,16 +362,16 @@ class Tensors(Part):
         name = self._name(part)
         self.keep_buffer(part, lambda device: value(self.generator(name)).to(device))
         self.store.settled.add(name)
-        held = self.store.get(name)
-        return self.attribute(name, part), value(self.generator(name)) if held.is_meta else held.cpu()
+        numbers = self.store.get(name)
+        return self.attribute(name, part), value(self.generator(name)) if numbers.is_meta else numbers.cpu()
 
     def _edit_tensor(self, own: WeightSlice, mode: EditMode, trained: str = "") -> None:
-        """Enter what the adaptation does with rows of a base tensor; GC021 where another one excludes that."""
+        """Record what the adaptation does with rows of a base tensor; raise GC021 if another one excludes that."""
         site = self._site.key if self._site is not None else None
         self.program.tensor_edits.add(TensorEdit(self.adaptation, own, mode, site, trained))
 
     def index(self, own: WeightSlice) -> fx.Node:
-        """A constant with the numbers of rows; shared by everything that selects the same ones."""
+        """Return the node of a constant with row numbers, shared by everything that selects the same rows."""
         digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None
         name = adapter_name(self._site.key.module, self.adaptation, f"rows_{digest}")

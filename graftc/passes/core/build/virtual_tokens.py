@@ -19,16 +19,16 @@ aten = torch.ops.aten
 
 
 class Virtual(Part):
-    """Fills virtual tokens, where words are looked up and at any layer."""
+    """Fills virtual tokens, both where words are looked up and at any layer."""
 
     def __init__(self, nodes: Nodes, tensors: Tensors, branches: Branches) -> None:
         super().__init__(nodes)
         self._numbers, self._value, self._set_value = tensors.numbers, branches.value, branches.set_value
 
     def virtual(self, site: ValueSite) -> VirtualTokens:
-        """The adaptation's virtual tokens in the sequence of a site."""
-        held = self.program.virtual
-        return next(v for v in held if v.owner == self.adaptation and site.key in v.sites)
+        """Return the adaptation's virtual tokens in the sequence of a site."""
+        candidates = self.program.virtual
+        return next(v for v in candidates if v.owner == self.adaptation and site.key in v.sites)
 
     def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
         """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
@@ -37,37 +37,39 @@ class Virtual(Part):
         self._write(change, lambda own: self._redirect(rows, own, lambda user: True))
 
     def hold(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
-        """Put ``vectors: [length, width]``, or ``[batch, length, width]``, in the place of what the virtual tokens of a
-        run have at a value of a layer."""
+        """Replace the values that a run's virtual tokens have at a layer with ``vectors``.
+
+        These are ``[length, width]``, or ``[batch, length, width]``.
+        """
         value, start = self._value(site), self.virtual(site).starts[run]
-        made = self._for_rows(vectors, value, part)
-        length = int(made.meta["val"].shape[1])
+        expanded = self._for_rows(vectors, value, part)
+        length = int(expanded.meta["val"].shape[1])
         if isinstance(start, fx.Node):
             index = self.call(aten.add.Tensor, start, self._numbers(f"offsets_{run}", torch.arange(length)), part=part)
             width = int(value.meta["val"].shape[-1])
             index = self.call(aten.expand.default, self.call(aten.unsqueeze.default, index, -1), [-1, -1, width])
-            self._set_value(site, self.call(aten.scatter.src, value, 1, index, made, part=part))
+            self._set_value(site, self.call(aten.scatter.src, value, 1, index, expanded, part=part))
             return
-        pieces = [made, self.call(aten.slice.Tensor, value, 1, start + length, 2**63 - 1, part=part)]
+        pieces = [expanded, self.call(aten.slice.Tensor, value, 1, start + length, 2**63 - 1, part=part)]
         if start:
             pieces.insert(0, self.call(aten.slice.Tensor, value, 1, 0, start, part=part))
         self._set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
 
     def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
-        """``[length, width]``, or ``[1, length, width]``, for every row of ``like``."""
-        held, rows = vectors.meta["val"], like.meta["val"].shape[0]
-        if held.dim() == 3 and (expression(held.shape[0]) != 1 or expression(rows) == 1):
+        """Expand ``[length, width]``, or ``[1, length, width]``, to every row of ``like``."""
+        value, rows = vectors.meta["val"], like.meta["val"].shape[0]
+        if value.dim() == 3 and (expression(value.shape[0]) != 1 or expression(rows) == 1):
             return vectors
         sizes = [self._size(like, 0), -1, -1]
-        if held.dim() == 2:
+        if value.dim() == 2:
             vectors = self.call(aten.unsqueeze.default, vectors, 0, part=part)
         return self.call(aten.expand.default, vectors, sizes)
 
     def vocabulary(self, site: ValueSite) -> int:
-        """How many tokens there are to look up.
+        """Return the number of tokens that can be looked up.
 
         Raises:
-            GraftError: GC019 where they are not looked up in a table.
+            GraftError: GC019 if they are not looked up in a table.
         """
         tables = [n.args[0] for n in above([site.node]) if n.target is aten.embedding.default]
         sizes = [int(t.meta["val"].shape[0]) for t in tables if isinstance(t, fx.Node)]
@@ -76,6 +78,6 @@ class Virtual(Part):
         return min(sizes)
 
     def embedded(self, site: ValueSite, ids: Tensor) -> Tensor:
-        """What the model looks up for some tokens: ``ids: int64[n]`` to ``[n, width]``, float32 on the CPU."""
+        """Return the vectors that the model looks up for ``ids: int64[n]``: ``[n, width]``, float32 on the CPU."""
         given = ids[None].to(self._device())
         return computed([site.node], lambda node: given, self.store.get, given.device)[0][0].float().cpu()

@@ -1,1 +1,1 @@
-"""How the elements of a model that is taken apart are called: by the text of a flag, and with a cache of their own."""
+"""Calls of the elements of a model that is taken apart: by the text of a flag, and with a cache of their own."""

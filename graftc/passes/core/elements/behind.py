@@ -42,18 +42,18 @@ _FUNCTIONS: dict[str, Any] = {name: function for function, name in _NAMES.items(
 
 @dataclass(frozen=True)
 class ResultNumber:
-    """Stands for the element's result (0), or for that of a step behind it (from 1 on)."""
+    """A placeholder for the element's result (0), or for the result of a step after it (from 1 on)."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class FollowingCall:
-    """A call of a function behind an element.
+    """A call of a function that follows an element.
 
     Attributes:
-        function: one that has a name.
-        args, kwargs: tensors, plain values, types, slices and `ResultNumber`, in tuples and lists.
+        function: a function that has a name.
+        args, kwargs: its arguments: tensors, plain values, types, slices and `ResultNumber`, in tuples and lists.
     """
 
     function: Callable[..., Any]
@@ -62,21 +62,21 @@ class FollowingCall:
 
     @property
     def name(self) -> str:
-        """The function, as text; see `function_of`."""
+        """The name of the function; see `function_of`."""
         return _NAMES[self.function]
 
     def run(self, results: Sequence[Any]) -> Any:
-        """Call the function, given the results so far."""
+        """Call the function with the results so far."""
         return self.function(*put_in(self.args, results), **put_in(dict(self.kwargs), results))
 
 
 def may_follow(function: Callable[..., Any]) -> bool:
-    """Whether a call of a function may be such a step."""
+    """Return whether a call of a function may be such a step."""
     return function in _IN_BETWEEN or function is LOSS
 
 
 def function_of(name: str) -> Any:
-    """The function of a step with this name."""
+    """Return the function of a step with this name."""
     return _FUNCTIONS[name]
 
 

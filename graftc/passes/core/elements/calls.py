@@ -1,4 +1,4 @@
-"""How an element of a live model is called: its arguments, with tensors numbered and everything else as it is."""
+"""Calls of a live model's elements as text: their arguments, with tensors numbered and everything else unchanged."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PLAIN = (bool, int, float, str)
 
 @dataclass(frozen=True)
 class CallStructure:
-    """The arguments of a call, as text: equal where two calls differ in their tensors alone.
+    """The arguments of a call, as text: equal for two calls that differ only in their tensors.
 
     Attributes:
-        text: JSON of the positional arguments, of the others, of what is done to the result, and of what is decided by
-            values; the last two are left out where there is nothing.
+        text: JSON of the positional arguments, of the keyword arguments, of the operations on the result, and of the
+            decisions by tensor values; the last two are left out if there are none.
     """
 
     text: str
@@ -44,13 +44,13 @@ class CallStructure:
         kwargs: dict[str, Any],
         steps: Sequence[FollowingCall] = (),
     ) -> tuple[CallStructure, list[Tensor]]:
-        """The structure of a call, and its tensors in order; one that comes twice is there once.
+        """Return the structure of a call, and its tensors in order; a tensor that occurs twice is listed once.
 
         Args:
-            path: of the module, for messages.
-            module: that is called.
-            args, kwargs: what it is called with.
-            steps: what is done to its result as a part of the call.
+            path: the path of the module, for messages.
+            module: the module that is called.
+            args, kwargs: the arguments of the call.
+            steps: operations on its result that are a part of the call.
 
         Raises:
             GraftError: GC031 for an argument that is neither a tensor, nor a plain value, nor a container of these, nor
@@ -91,18 +91,18 @@ class CallStructure:
             hint = "a graph takes tensors, plain values, and tuples, lists and dicts of these"
             raise GraftError("GC031", f"{path} is called with a {type(value).__name__}", hint=hint)
 
-        found = [described(tuple(args)), described(kwargs)]
+        parts = [described(tuple(args)), described(kwargs)]
         if steps:
-            found.append([[step.name, described(step.args), described(dict(step.kwargs))] for step in steps])
-        return cls(json.dumps(found)), [tensor for _, tensor in tensors.values()]
+            parts.append([[step.name, described(step.args), described(dict(step.kwargs))] for step in steps])
+        return cls(json.dumps(parts)), [tensor for _, tensor in tensors.values()]
 
     def build(self, module: nn.Module, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call of a module with these tensors."""
+        """Return the arguments of a call of a module with these tensors."""
         args, kwargs = _parsed(self.text)[:2]
         return _built(args, module, tensors), _built(kwargs, module, tensors)
 
     def finish(self, result: Any, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """What the call gives, for what the module gives."""
+        """Return the result of the call, given the result of the module."""
         results = [result]
         for name, args, kwargs in _parsed(self.text)[2] if self.goes_on else ():
             step = FollowingCall(function_of(name), _built(args, module, tensors), _built(kwargs, module, tensors))
@@ -111,14 +111,14 @@ class CallStructure:
 
     @property
     def goes_on(self) -> bool:
-        """Whether something is done to the module's result."""
+        """Whether operations on the module's result follow."""
         return any(_parsed(self.text)[2:3])
 
     def deciding(self, decisions: Mapping[str, Sequence[bool]]) -> CallStructure:
         """Return the same call with other decisions by tensor values.
 
         Args:
-            decisions: in order, by mode: "train", "eval".
+            decisions: the decisions in order, by mode: "train", "eval".
         """
         args, kwargs, *rest = _parsed(self.text)
         steps = rest[0] if rest else []
@@ -128,7 +128,7 @@ class CallStructure:
 
     @property
     def undecided(self) -> CallStructure:
-        """This call with its decisions removed."""
+        """The same call without its decisions."""
         return self.deciding({}) if self.decides else self
 
     def decisions(self, mode: str) -> tuple[bool, ...]:
@@ -137,44 +137,44 @@ class CallStructure:
 
     @property
     def decides(self) -> bool:
-        """Whether the call takes decisions by tensor values; these values come out beside the result."""
+        """Whether the call takes decisions by tensor values; these values are returned beside the result."""
         return len(_parsed(self.text)) > 3
 
     @property
     def boxed(self) -> bool:
-        """Whether more comes out than the result."""
+        """Whether more than the result is returned."""
         return self.cached or self.tabled or self.decides
 
     @property
     def cached(self) -> bool:
-        """Whether a cache is among the arguments: what is new in it comes out beside the result."""
+        """Whether a cache is among the arguments; what is new in it is returned beside the result."""
         return '{"cache": ' in self.text
 
     @property
     def tabled(self) -> bool:
-        """Whether a table is among the arguments: what is put into it comes out beside the result."""
+        """Whether a table is among the arguments; what is put into it is returned beside the result."""
         return '{"table": ' in self.text
 
 
 def _built(node: dict[str, Any], module: nn.Module, tensors: Sequence[Tensor]) -> Any:
-    """A value out of its description; see `CallStructure.of`."""
-    ((kind, held),) = node.items()
+    """Return the value that a description represents; see `CallStructure.of`."""
+    ((kind, content),) = node.items()
 
     def inner(item: dict[str, Any]) -> Any:
         return _built(item, module, tensors)
 
     readers: dict[str, Callable[[], Any]] = {
-        "tensor": lambda: tensors[held],
-        "value": lambda: held,
-        "cache": lambda: stand_in(module, held, tensors),
-        "result": lambda: ResultNumber(held),
-        "dtype": lambda: DTYPES[held],
-        "slice": lambda: slice(*map(inner, held)),
+        "tensor": lambda: tensors[content],
+        "value": lambda: content,
+        "cache": lambda: stand_in(module, content, tensors),
+        "result": lambda: ResultNumber(content),
+        "dtype": lambda: DTYPES[content],
+        "slice": lambda: slice(*map(inner, content)),
         "ellipsis": lambda: Ellipsis,
-        "dict": lambda: {key: inner(item) for key, item in held},
-        "table": lambda: UserDict({key: inner(item) for key, item in held}),
-        "tuple": lambda: tuple(map(inner, held)),
-        "list": lambda: list(map(inner, held)),
+        "dict": lambda: {key: inner(item) for key, item in content},
+        "table": lambda: UserDict({key: inner(item) for key, item in content}),
+        "tuple": lambda: tuple(map(inner, content)),
+        "list": lambda: list(map(inner, content)),
     }
     return readers[kind]()
 
@@ -189,24 +189,27 @@ CALLS = "graftc_calls"
 
 
 def calls_in(flags: Iterable[tuple[str, Any]]) -> dict[str, CallStructure]:
-    """The elements that a graph with these flags calls, by their paths, and how; none where it is a model's own."""
+    """Return how a graph with these flags calls its elements, by their paths; empty for a model's own graph."""
     return next((read_calls(str(value)) for name, value in flags if name == CALLS), {})
 
 
 def innermost(path: str, elements: Collection[str]) -> str:
-    """Return the innermost element that holds the module at a path; empty where none does."""
+    """Return the innermost element that contains the module at a path; empty if none does."""
     while path and path not in elements:
         path = path.rpartition(".")[0]
     return path
 
 
 def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
-    """Paths of the elements that a graph with these flags calls, each by itself; none where it is a model's own."""
+    """Return the paths of the elements that a graph with these flags calls; empty for a model's own graph.
+
+    Each element is called by itself.
+    """
     return tuple(calls_in(flags))
 
 
 def input_name(path: str, index: int) -> str:
-    """The name of an element's tensor among the inputs of a graph, of characters that a parameter's name may have."""
+    """Return the name of an element's tensor among a graph's inputs; its characters are valid in a parameter's name."""
     name = re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", path.replace(".", "__"))
     return f"{name}__{index}"
 
@@ -217,7 +220,7 @@ def input_names(path: str, known: Container[str]) -> list[str]:
 
 
 def write_calls(calls: Iterable[tuple[str, CallStructure]]) -> str:
-    """The value of `CALLS`: elements by the structure of their calls."""
+    """Return the value of `CALLS`: elements by the structure of their calls."""
     by_structure: dict[str, list[str]] = {}
     for path, structure in calls:
         by_structure.setdefault(structure.text, []).append(path)
@@ -226,5 +229,5 @@ def write_calls(calls: Iterable[tuple[str, CallStructure]]) -> str:
 
 @lru_cache(maxsize=64)
 def read_calls(text: str) -> dict[str, CallStructure]:
-    """The structure of every element's call, by its path."""
+    """Return the structure of every element's call, by its path."""
     return {path: CallStructure(structure) for structure, paths in json.loads(text) for path in paths}

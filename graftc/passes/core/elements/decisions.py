@@ -1,9 +1,8 @@
 """Decisions that an element's Python takes by tensor values. A graph is valid for one sequence of decisions.
 
-The graph returns the values that decisions were taken by, and whoever runs it compares them: where a call would have
-decided differently, its results are dropped and another graph runs. This suits only decisions that rarely change
-(`varying`): those by buffers and masks, and by whether numbers are finite. A layer that decides by hidden states
-cannot be a graph.
+The graph returns the values that decisions were taken by, and its caller compares them: if a call would have decided
+differently, its results are dropped and another graph runs. This suits only decisions that rarely change (`varying`):
+those by buffers and masks, and by whether numbers are finite. A layer that decides by hidden states cannot be a graph.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ DECIDED = "decided"
 
 
 class Decisions(TorchFunctionMode):
-    """Inside, code that branches on a tensor takes the given decisions, and the tensors are recorded.
+    """A mode in which code that branches on a tensor takes the given decisions, while the tensors are recorded.
 
     Args:
-        taken: decisions, in order; later ones follow from the actual values.
+        taken: the decisions, in order; later ones follow from the actual values.
 
     Attributes:
         by: the value that each decision was taken by: ``bool[]``.
@@ -64,7 +63,7 @@ def varying(program: Program) -> bool:
     """Return whether a decision depends on random numbers or on hidden states, other than on whether these are finite.
 
     Args:
-        program: of a union of elements.
+        program: the Program of a union of elements.
     """
     by = [node for node in _decided(program) if isinstance(node, fx.Node)]
     stop = [node for node in above(by) if node.target in _FINITE]
@@ -82,14 +81,14 @@ _FINITE = (
 
 
 def _decided(program: Program) -> list[Any]:
-    """Return the outputs of a union's Program that hold what decisions were taken by."""
+    """Return the outputs of a union's Program that contain the values by which decisions were taken."""
     (output,) = program.graph.find_nodes(op="output")
-    results, found = list(output.args[0]), list[Any]()
+    results, values = list(output.args[0]), list[Any]()
     for outer in program.outputs.children:
         for name, child in zip(outer.fields, outer.children, strict=False):
             count = len(child.names)
-            found += results[:count] if name == DECIDED else []
+            values += results[:count] if name == DECIDED else []
             results = results[count:]
         if not outer.fields:
             results = results[len(outer.names) :]
-    return found
+    return values

@@ -1,4 +1,4 @@
-"""A model's cache as one layer sees it: the layer's own keys, values and states go in, and what is new comes out."""
+"""A model's cache as one layer sees it: the layer's own keys, values and states go in, and the new ones come out."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Pair = tuple[Tensor, Tensor]
 
 
 class LayerCache:
-    """Stands for the cache of a model in a call of one layer.
+    """A replacement for the cache of a model in a call of one layer.
 
     Args:
-        layer: the number by which the layer asks.
-        past: the keys and values of earlier tokens; None where there are none.
-        states: of a layer that keeps convolutions' inputs and recurrent states; None elsewhere.
+        layer: the number by which the layer asks for its part.
+        past: the keys and values of earlier tokens; None if there are none.
+        states: the states of a layer that keeps convolutions' inputs and recurrent states; None for any other layer.
         sliding: whether the cache forgets all but the last tokens.
 
     Attributes:
-        new: the keys and values of the call's own tokens, once the layer has given them.
-        states: as the layer leaves them, which may also write to them in place.
+        new: the keys and values of the call's own tokens, once the layer has passed them.
+        states: the states as the layer leaves them; it may also write to them in place.
     """
 
     def __init__(self, layer: int | None, past: Pair | None, states: Any = None, sliding: bool = False) -> None:
@@ -36,7 +36,7 @@ class LayerCache:
         """Take the keys and values of the call, and return those of all tokens.
 
         Raises:
-            LookupError: the layer asks for another layer's, or a second time.
+            LookupError: if the layer asks for another layer's, or asks a second time.
         """
         if layer_idx != self._layer or self.new is not None:
             raise LookupError("a layer updates the cache once, at its own number")
@@ -46,27 +46,27 @@ class LayerCache:
         return torch.cat([self._past[0], keys], dim=-2), torch.cat([self._past[1], values], dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many earlier tokens there are.
+        """Return the number of earlier tokens.
 
         Raises:
-            LookupError: the layer has states or the last tokens alone, which do not say how many there were.
+            LookupError: if the layer has states or only the last tokens, which do not say how many there were.
         """
         if self.states is not None or self._sliding:
             raise LookupError("a layer asks how many earlier tokens there were, of which not all are kept")
         return 0 if self._past is None else self._past[0].shape[-2]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the inputs of a convolution that earlier tokens left; None where there are none."""
+        """Return the inputs of a convolution that earlier tokens left; None if there are none."""
         states = self._states_of(layer_idx)
         return states.conv_states[state_idx] if states.has_previous_state[state_idx] else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the state that earlier tokens left; None where there is none."""
+        """Return the state that earlier tokens left; None if there is none."""
         states = self._states_of(layer_idx)
         return states.recurrent_states[state_idx] if states.has_previous_state[state_idx] else None
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Any:
-        """Take the inputs of a convolution, and return them behind those of earlier tokens."""
+        """Take the inputs of a convolution, and return them after those of earlier tokens."""
         return self._states_of(layer_idx).update_conv_state(conv_states, state_idx, **options)
 
     def update_recurrent_state(
@@ -88,7 +88,7 @@ class LayerCache:
         """Return the layer's states.
 
         Raises:
-            LookupError: it asks for another layer's, or has none.
+            LookupError: if it asks for another layer's states, or has none.
         """
         if layer != self._layer or self.states is None:
             raise LookupError("a layer reads and updates its own states")
@@ -96,12 +96,12 @@ class LayerCache:
 
     @property
     def layers(self) -> Mapping[int | None, Any]:
-        """The layer's own keys and values, which it reads instead of computing them anew; empty where it has none."""
+        """The layer's own keys and values, which it reads instead of computing them again; empty if it has none."""
         return {self._layer: SimpleNamespace(keys=self._past[0], values=self._past[1])} if self._past else {}
 
 
 def cache_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The model's cache among the arguments of a call of a layer; None where there is none."""
+    """Return the model's cache among the arguments of a call of a layer; None if there is none."""
 
     def is_cache(value: Any) -> bool:
         return hasattr(value, "update") and (hasattr(value, "layers") or hasattr(value, "self_attention_cache"))
@@ -110,16 +110,16 @@ def cache_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> Any:
-    """What a cache has for a layer, as plain values; the inverse of `stand_in`.
+    """Return what a cache contains for a layer, as plain values; the inverse of `stand_in`.
 
     Args:
-        cache: of the model.
+        cache: the cache of the model.
         module: the layer.
-        number: gives each tensor a number.
+        number: assigns a number to each tensor.
 
     Raises:
-        TypeError: for a layer without one number of its own, and a cache that does more than to put new tokens behind
-            earlier ones.
+        TypeError: for a layer without a single number of its own, and for a cache that does more than append new tokens
+            to earlier ones.
     """
     from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache, LinearAttentionLayer
 
@@ -128,13 +128,13 @@ def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> 
         raise TypeError(type(module).__name__)
 
     def numbered(part: Any) -> Any:
-        held = _layer_in(part, layer)
-        past = [number(tensor) for tensor in _past_in(held) or ()]
+        entry = _layer_in(part, layer)
+        past = [number(tensor) for tensor in _past_in(entry) or ()]
         more: dict[str, Any] = {}
-        if isinstance(held, DynamicSlidingWindowLayer):
+        if isinstance(entry, DynamicSlidingWindowLayer):
             more["sliding"] = True
-        if isinstance(held, LinearAttentionLayer):
-            more["states"] = [[number(state) for state in states] for states in _states_in(held)]
+        if isinstance(entry, LinearAttentionLayer):
+            more["states"] = [[number(state) for state in states] for states in _states_in(entry)]
         return {"past": past, **more} if more else past
 
     if type(cache) is EncoderDecoderCache:
@@ -145,28 +145,28 @@ def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> 
 
 
 def stand_in(module: nn.Module, held: Any, tensors: Sequence[Tensor]) -> Any:
-    """What stands for a cache in a call of a layer.
+    """Return the replacement for a cache in a call of a layer.
 
     Args:
         module: the layer.
-        held: what `describe` gave.
-        tensors: by number.
+        held: the description that `describe` returned.
+        tensors: the tensors, by number.
     """
     layer = number_of(module)
 
     def own(part: Any) -> LayerCache:
-        held = part if isinstance(part, dict) else {"past": part}
-        past = tuple(tensors[each] for each in held["past"])
+        entry = part if isinstance(part, dict) else {"past": part}
+        past = tuple(tensors[each] for each in entry["past"])
         states = (
-            _with_states([[tensors[each] for each in pair] for pair in held["states"]]) if "states" in held else None
+            _with_states([[tensors[each] for each in pair] for pair in entry["states"]]) if "states" in entry else None
         )
-        return LayerCache(layer, (past[0], past[1]) if past else None, states, held.get("sliding", False))
+        return LayerCache(layer, (past[0], past[1]) if past else None, states, entry.get("sliding", False))
 
     if isinstance(held, list) or "past" in held:
         return own(held)
     from transformers.cache_utils import EncoderDecoderCache
 
-    # Layers ask for the class; its constructor takes nothing but caches of its own library.
+    # Layers check the class, whose constructor accepts only caches of its own library.
     pair = EncoderDecoderCache.__new__(EncoderDecoderCache)
     vars(pair).update(self_attention_cache=own(held["own"]), cross_attention_cache=own(held["cross"]))
     vars(pair)["is_updated"] = {layer: held["updated"]}
@@ -174,7 +174,7 @@ def stand_in(module: nn.Module, held: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def news_of(cache: Any) -> Any:
-    """The new keys and values of what stands for a cache, behind the call, and its states; None where it has none."""
+    """Return the new keys and values, and the states, in a cache's replacement after the call; None if it has none."""
     if isinstance(cache, LayerCache):
         return cache.new if cache.states is None else {"new": cache.new, "states": _states_in(cache.states)}
     if isinstance(own := getattr(cache, "self_attention_cache", None), LayerCache):
@@ -183,7 +183,7 @@ def news_of(cache: Any) -> Any:
 
 
 def write_back(cache: Any, module: nn.Module, news: Any) -> None:
-    """Give a model's cache what `news_of` the call found."""
+    """Write what `news_of` returned for a call into a model's cache."""
     layer = number_of(module)
     if not isinstance(news, dict):
         if news is not None:
@@ -200,18 +200,18 @@ def write_back(cache: Any, module: nn.Module, news: Any) -> None:
 
 
 def number_of(module: nn.Module) -> int | None:
-    """The number by which a layer asks for its part of a cache; None where it has none, or several."""
-    held = (getattr(each, "layer_idx", None) for each in module.modules())
-    numbers = {number for number in held if isinstance(number, int)}
+    """Return the number by which a layer asks for its part of a cache; None if it has none, or several."""
+    indices = (getattr(each, "layer_idx", None) for each in module.modules())
+    numbers = {number for number in indices if isinstance(number, int)}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def _layer_in(cache: Any, layer: int) -> Any:
-    """What a cache has for a layer; None where that is nothing.
+    """Return what a cache contains for a layer; None if it contains nothing.
 
     Raises:
-        TypeError: for a cache that a graph does not take, and a layer of one that does more than to put new tokens
-            behind earlier ones, or to replace its states.
+        TypeError: for a cache that a graph does not support, and for a part of one that does more than append new
+            tokens to earlier ones, or replace its states.
     """
     from transformers import cache_utils
     from transformers.cache_utils import DynamicCache
@@ -220,13 +220,13 @@ def _layer_in(cache: Any, layer: int) -> Any:
         raise TypeError(type(cache).__name__)
     if layer >= len(cache.layers):
         return None
-    held: Any = cache.layers[layer]
-    if type(held) is getattr(cache_utils, "DummyLayer", None):  # of a layer that reads another's keys and values
+    entry: Any = cache.layers[layer]
+    if type(entry) is getattr(cache_utils, "DummyLayer", None):  # for a layer that reads another's keys and values
         return None
     taken = [getattr(cache_utils, name, None) for name in _TAKEN]
-    if type(held) not in taken or getattr(held, "record_past", False):
-        raise TypeError(type(held).__name__)
-    return held
+    if type(entry) not in taken or getattr(entry, "record_past", False):
+        raise TypeError(type(entry).__name__)
+    return entry
 
 
 _TAKEN = (
@@ -240,14 +240,17 @@ _TAKEN = (
 
 
 def _past_in(held: Any) -> Pair | None:
-    """The keys and values that a cache has of a layer's earlier tokens; None where there are none."""
+    """Return the keys and values that a cache has of a layer's earlier tokens; None if there are none."""
     if held is None or not hasattr(held, "keys"):
         return None
     return (held.keys, held.values) if held.get_seq_length() else None
 
 
 def _states_in(held: Any) -> list[list[Tensor]]:
-    """What earlier tokens left in each state of a layer: nothing, a convolution's inputs, or these and a state."""
+    """Return what earlier tokens left in each state of a layer.
+
+    That is nothing, a convolution's inputs, or these and a recurrent state.
+    """
     numbers = range(held.number_of_states)
     pairs = [(held.conv_states[number], held.recurrent_states[number]) for number in numbers]
     return [

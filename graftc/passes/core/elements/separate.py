@@ -1,9 +1,9 @@
-"""Let each element of a union compute for itself what it makes of tensors and sizes alone.
+"""Make each element of a union compute for itself what depends on tensors and sizes alone.
 
-Where a conversion changes nothing, such as that of a ``float32`` weight to ``float32``, torch gives the weight itself,
-and the tracer takes whatever reads that weight later for a reader of the conversion. With a weight that several
-elements hold, one of them then reads a value of another, whose inputs a call of it does not have. Sizes of one name
-are read from the first input that has them, which may be another element's.
+If a conversion changes nothing, such as that of a ``float32`` weight to ``float32``, torch returns the weight itself,
+and the tracer takes every later reader of that weight for a reader of the conversion. With a weight that several
+elements share, one of them then reads a value of another, whose inputs a call of it does not have. Sizes of one name
+are read from the first input that has them, which may belong to another element.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SIZE = torch.ops.aten.sym_size.int
 
 
 def separate(program: Program) -> None:
-    """Compute anew, in each element that reads it, what another element has made of tensors and sizes alone.
+    """Recompute, in each element that reads it, what another element has computed from tensors and sizes alone.
 
     Args:
-        program: of a union of elements, which is changed; a Program of a model's own stays as it is.
+        program: a Program of a union of elements, which is changed in place; a model's own Program is not changed.
     """
     elements = frozenset(elements_in(program.flags))
     if elements:
@@ -32,7 +32,7 @@ def separate(program: Program) -> None:
 
 
 class _Separation:
-    """See `separate`."""
+    """One run of `separate` on a Program."""
 
     def __init__(self, program: Program, elements: Collection[str]) -> None:
         self._graph, self._elements = program.graph, elements
@@ -48,7 +48,7 @@ class _Separation:
             self._homes[node] = self._module_of(node) or self._only_reader(node)
 
     def run(self) -> None:
-        """Change the Program."""
+        """Change the Program in place."""
         for node in list(self._graph.nodes):
             home = self._home(node)
             for source in node.all_input_nodes if home else ():
@@ -57,7 +57,7 @@ class _Separation:
             self._settle(node)
 
     def _settle(self, node: fx.Node) -> None:
-        """Note a value that follows from tensors and sizes alone, with the inputs whose sizes it reads."""
+        """Record a value that depends on tensors and sizes alone, with the inputs whose sizes it reads."""
         sources = node.all_input_nodes
         if node.op == "get_attr":
             self._settled[node] = frozenset()
@@ -69,11 +69,11 @@ class _Separation:
             self._settled[node] = frozenset[fx.Node]().union(*(self._settled[source] for source in sources))
 
     def _is_anothers(self, source: fx.Node, home: str) -> bool:
-        """Whether a value is computed in another element, or from sizes of another one's inputs."""
+        """Return whether a value is computed in another element, or from sizes of another one's inputs."""
         return self._home(source) not in ("", home) or any(self._owner[n] != home for n in self._settled[source])
 
     def _home(self, node: fx.Node) -> str:
-        """Return the innermost element that computes a node; empty where none does."""
+        """Return the innermost element that computes a node; empty if none does."""
         return self._homes.get(node) or self._module_of(node)
 
     def _module_of(self, node: fx.Node) -> str:
@@ -82,12 +82,12 @@ class _Separation:
         return innermost(str(node.meta.get("module", "")), self._elements)
 
     def _only_reader(self, node: fx.Node) -> str:
-        """Return the element that alone reads a value that no module computes: states of its cache are made so."""
+        """Return the only element that reads a value of no module, such as a state of its cache; otherwise empty."""
         readers = {self._homes[user] for user in node.users} if node.op == "call_function" else set()
         return readers.pop() if len(readers) == 1 else ""
 
     def _copied(self, source: fx.Node, home: str, reader: fx.Node) -> fx.Node:
-        """A value of tensors and sizes alone as an element's own, before the first of its readers there."""
+        """Return an element's own copy of a value of tensors and sizes alone, placed before its first reader there."""
         if source.op == "get_attr" or not self._is_anothers(source, home):
             return source
         if (home, source) not in self._copies:

@@ -1,3 +1,4 @@
-"""Programs: what a graph is, and how it is checked, printed and hashed; `stored` writes them to files.
+"""Programs: their graphs, and how these are checked, printed and hashed; `stored` writes them to files.
 
-Nothing here changes what a Program computes, but for deriving eval mode."""
+Nothing here changes what a Program computes, except the derivation of eval mode.
+"""

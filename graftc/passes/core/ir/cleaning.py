@@ -1,4 +1,4 @@
-"""What passes share that clean graphs up."""
+"""Helpers for passes that clean up graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HAS_DEVICE: dict[Any, bool] = {}
 
 
 def remove_dead(program: Program) -> None:
-    """Erase computations that nothing uses and that change nothing. Inputs stay, and what an edit replaced."""
+    """Erase computations that nothing uses and that change nothing. Inputs and nodes that an edit replaced stay."""
     kept = {edit.before for edit in program.edits}
     for node in reversed(list(program.graph.nodes)):
         unused = not node.users and node not in kept
@@ -23,26 +23,29 @@ def remove_dead(program: Program) -> None:
 
 
 def live(program: Program) -> set[fx.Node]:
-    """What an output needs, inputs, and what changes a tensor: what an edit has replaced may have no reader left."""
-    found: set[fx.Node] = set()
+    """Return what outputs need, the inputs, and what changes a tensor.
+
+    A node that an edit has replaced may have no reader left, and is then not among them.
+    """
+    nodes: set[fx.Node] = set()
     pending = [n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)]
     while pending:
         node = pending.pop()
-        if node not in found:
-            found.add(node)
+        if node not in nodes:
+            nodes.add(node)
             pending += node.all_input_nodes
-    return found
+    return nodes
 
 
 def on_device(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Arguments with which an operator makes its tensor on a device: where it names one, this one takes its place.
+    """Return arguments with which an operator creates its tensor on a device, instead of any device that they name.
 
     Args:
-        target: an operator, or any other function, whose arguments stay as they are.
-        args, kwargs: its arguments.
-        device: None for what the arguments say.
+        target: an operator, or any other function, whose arguments are returned unchanged.
+        args, kwargs: arguments of the operator.
+        device: the device; None to keep what the arguments say.
     """
     if device is None or not takes_device(target):
         return args, kwargs
@@ -53,7 +56,7 @@ def on_device(
 
 
 def takes_device(target: Any) -> bool:
-    """Whether an operator makes a tensor on a device named by a ``device`` argument."""
+    """Return whether an operator creates a tensor on a device named by a ``device`` argument."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target not in _HAS_DEVICE:

@@ -1,7 +1,7 @@
 """Code for graphs: functions over a module tree, so that one tree of tensors serves many graphs.
 
-Graphs with equal code share one function object: identical layers compile once. Tensors and modules are read from the
-tables that modules keep them in, and never as attributes: a model may call its children as it likes.
+Graphs with equal code share one function object, so that identical layers compile once. Tensors and modules are read
+from the tables that modules keep them in, never as attributes: a model may name its children as it likes.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Value = TypeVar("Value")
 
 
 class RecentCode:
-    """What has been made of graphs, so that equal ones share it: the most recently used, up to a number of entries.
+    """A cache of what is made from graphs, shared by equal ones: the most recently used entries, up to a maximum.
 
-    Code that a model runs goes on working when it is no longer in here; only what is made later does not share it.
+    Code that a model runs keeps working when it is no longer in the cache, but results made later do not share it.
 
     Args:
-        most: how many entries.
+        most: the maximum number of entries.
     """
 
     def __init__(self, most: int) -> None:
@@ -51,15 +51,15 @@ class RecentCode:
         return len(self._held)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What a key stands for, which is made where it is not there."""
+        """Return the value of a key, which is created with ``make`` if it is missing."""
         with self._lock:
             if key not in self._held:
                 self._held[key] = make()
             self._held.move_to_end(key)
-            found: Value = self._held[key]
+            value: Value = self._held[key]
             while len(self._held) > self.most:
                 self._held.popitem(last=False)
-        return found
+        return value
 
 
 RECENT = RecentCode(512)
@@ -68,11 +68,11 @@ RECENT = RecentCode(512)
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """A graph as code: ``executable(tensors, inputs)``, wherever the tensors come from. `over` has a module's own.
+    """A graph as code: ``executable(tensors, inputs)``, wherever the tensors come from. `over` uses a module's own.
 
     Attributes:
-        function: takes tensors, then modules of layers, then inputs.
-        tensors: names of those that it reads, in order.
+        function: a function of tensors, then modules of layers, then inputs.
+        tensors: names of the tensors that it reads, in order.
         layers: paths of the modules that it calls, in order.
     """
 
@@ -81,39 +81,45 @@ class Executable:
     layers: tuple[str, ...] = ()
 
     def __call__(self, tensors: Mapping[str, Tensor], inputs: Sequence[Any]) -> Any:
-        """Run a graph without layers of their own."""
+        """Run a graph that calls no modules of layers."""
         return self.function(*(tensors[name] for name in self.tensors), *inputs)
 
     def over(self, module: nn.Module) -> Function:
-        """``f(module, *inputs)``, which reads the tensors and layers of a module, or of one like it, in every call."""
+        """Return ``f(module, *inputs)``, which reads the tensors and layers of a module, or of one like it, on every
+        call.
+        """
         values = [_tensor(module, name) for name in self.tensors] + [_module(module, path) for path in self.layers]
         return RECENT.get((self.function, *values), lambda: _reading(self.function, values))
 
 
 def executable_of(graph: fx.Graph, device: torch.device) -> Executable:
-    """The code of a graph.
+    """Return the code of a graph.
 
     Args:
-        graph: names tensors and modules relative to what it is to run over.
-        device: where tensors are that the graph makes anew.
+        graph: a graph that names tensors and modules relative to the module that it is to run over.
+        device: the device of tensors that the graph creates.
     """
     key = _digest(device, [_of_node(node) for node in graph.nodes])
     return RECENT.get(key, lambda: code_of(placed(graph, device)))
 
 
 def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
-    """``f(module, *inputs)``, which runs ``graph`` on the tensors under ``module``.
+    """Return ``f(module, *inputs)``, which runs ``graph`` on the tensors under ``module``.
 
     Args:
-        graph: names tensors relative to the module.
-        module: one on which the function is to run; it says which tensors are parameters and which are buffers.
-        device: where tensors are that the graph makes anew.
+        graph: a graph that names tensors relative to the module.
+        module: a module on which the function is to run; it determines which tensors are parameters and which are
+            buffers.
+        device: the device of tensors that the graph creates.
     """
     return executable_of(graph, device).over(module)
 
 
 def _of_node(node: fx.Node) -> tuple[str, ...]:
-    """All of a node that code depends on, as text. A target is told by where it is: code holds it."""
+    """Return everything in a node that code depends on, as text.
+
+    A target is identified by its address, since code keeps it alive.
+    """
     target: Any = node.target if isinstance(node.target, str) else f"{node.target}@{id(node.target)}"
     return node.op, node.name, target, repr(node.args), repr(node.kwargs)
 
@@ -123,11 +129,11 @@ def _digest(*parts: object) -> str:
 
 
 def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
-    """A copy of a graph for one device, with the operators that run there."""
-    made = fx.Graph()
-    output = made.graph_copy(graph, {})
-    made.output(output)
-    for node in made.nodes:
+    """Return a copy of a graph for one device, with the operators that run there."""
+    result = fx.Graph()
+    output = result.graph_copy(graph, {})
+    result.output(output)
+    for node in result.nodes:
         if node.op == "call_function" and takes_device(node.target) and not _follows_input(node.target):
             node.kwargs = {**node.kwargs, "device": device}
         if node.op == "call_function" and node.target in _OF_A_BATCH and node.args[5]:
@@ -135,14 +141,14 @@ def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
             node.args = (x, mean, variance, weight, bias, *settings)
             node.target = _OF_A_BATCH[node.target]
         if node.op == "placeholder":
-            node.target = node.name  # one of its own: what a model or a file calls an input may be the name of a value
+            node.target = node.name  # unique: the name of an input in a model or file may be that of a value
     if device.type == "cpu":
-        share_heads(made)
-    return made
+        share_heads(result)
+    return result
 
 
 def code_of(graph: fx.Graph) -> Executable:
-    """`executable_of` for what `placed` gives, which is used up."""
+    """Return the code of a graph that `placed` returned, as `executable_of` does; the graph is used up."""
     tensors, layers = _read_first(graph)
     graph.set_codegen(_Reading([*tensors.values(), *layers.values()]))
     code = graph.python_code("self", verbose=False)
@@ -155,7 +161,7 @@ _numbers = itertools.count()
 
 
 def _compiled(source: str, names: Mapping[str, Any]) -> Function:
-    """A function of its source, which tracebacks show for as long as it is there."""
+    """Return the function that source code defines; tracebacks show the source as long as the function exists."""
     filename, scope = f"<graftc {next(_numbers)}>", dict(names)
     exec(compile(source, filename, "exec"), scope)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -165,24 +171,27 @@ def _compiled(source: str, names: Mapping[str, Any]) -> Function:
 
 
 def _reading(function: Function, values: Sequence[str]) -> Function:
-    """A function of a module and inputs: that of values which are read of the module, as expressions, and inputs."""
+    """Return a function of a module and inputs that passes values of the module, then the inputs, to ``function``.
+
+    The values are given as expressions that read the module.
+    """
     source = f"def forward(self, *inputs):\n    return function({', '.join([*values, '*inputs'])})\n"
     return _compiled(source, {"function": function})
 
 
 def _follows_input(target: Any) -> bool:
-    """Whether the new tensor is where an input is, unless told otherwise."""
+    """Return whether an operator creates its tensor on the device of an input by default."""
     return any(isinstance(a.type, torch.TensorType) for a in target._schema.arguments)
 
 
 def call(module: nn.Module, *inputs: Any) -> Any:
-    """What generated code calls a layer by."""
+    """Call a layer from generated code."""
     own = getattr(module, OWN, None)
     return module(*inputs) if own is None else own.enter(module, *inputs)
 
 
 class _Reading(fx.graph.CodeGen):
-    """Code of a function whose first parameters are tensors and layers, and which has no ``self``.
+    """A generator of functions whose first parameters are tensors and layers, and which have no ``self``.
 
     Args:
         values: names of these parameters.
@@ -193,14 +202,16 @@ class _Reading(fx.graph.CodeGen):
         self._values = values
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
-        """See `torch.fx.graph.CodeGen`."""
+        """Return the first line of the function: its parameters are tensors and layers, then inputs."""
         inputs = [name for name in free_vars if name not in self._values]
         return f"def forward({', '.join([*self._values, *inputs])}){maybe_return_annotation}:"
 
 
 def _read_first(graph: fx.Graph) -> tuple[dict[str, str], dict[str, str]]:
-    """Make parameters of a graph's tensors and modules; returns the parameter of each, by names and by paths. Layers
-    that are called several times are one."""
+    """Turn a graph's tensors and modules into parameters; return the parameter of each, by name and by path.
+
+    A layer that is called several times has one parameter.
+    """
     tensors: dict[str, str] = {}
     layers: dict[str, str] = {}
     start = next(iter(graph.nodes))
@@ -235,13 +246,13 @@ def _tensor(module: nn.Module, name: str) -> str:
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer that code reads by a name."""
+    """Return the parameter or buffer that code reads by a name."""
     path, _, last = name.rpartition(".")
     owner = _owner(module, path)
     parameter = owner._parameters.get(last)
-    found = owner._buffers[last] if parameter is None else parameter
-    assert found is not None
-    return found
+    tensor = owner._buffers[last] if parameter is None else parameter
+    assert tensor is not None
+    return tensor
 
 
 def _owner(module: nn.Module, path: str) -> nn.Module:

@@ -1,6 +1,7 @@
-"""Edits: what adaptations have put in the place of what, with an index by node.
+"""The edits of a Program: the replacements of nodes that adaptations have made, indexed by node.
 
-A Program has one `Edits`. All changes go through it, so that the index holds whatever is inserted, rebased or copied.
+A Program has one `Edits`. All changes go through it, so that the index stays valid when edits are inserted, rebased or
+copied.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ class Edit:
     """One replacement that an adaptation made: every use of ``before`` now reads ``after``.
 
     Attributes:
-        adaptation, site: who made it, and where.
-        before, after: what was replaced, and by what.
-        narrow: only the readers at ``site`` read ``after``: what goes into the site was replaced, not a result; or, of
-            a sublayer, what is inserted there later does, since an adapter still reads what it replaced.
+        adaptation, site: the adaptation that made the edit, and the site at which it did.
+        before, after: the node that was replaced, and its replacement.
+        narrow: if true, only the readers at ``site`` read ``after``: the input of the site was replaced, not a result.
+            For a sublayer, only what is inserted there later reads ``after``, since an adapter still reads what it
+            replaced.
     """
 
     adaptation: str
@@ -31,18 +33,18 @@ class Edit:
 
     @property
     def _scope(self) -> str | None:
-        """The site that alone sees it; None where every reader does."""
+        """The only site that sees the edit; None if every reader does."""
         return self.site if self.narrow else None
 
 
 class Edits(Sequence[Edit]):
     """The edits of one Program, in the order in which they were made.
 
-    Of several edits that start from one node, look-ups see the last one. They take constant time, however many edits
-    there are; `current` does so on average, since it remembers how far it has come.
+    If several edits start from one node, look-ups see the last one. They take constant time, however many edits there
+    are; `current` does so on average, since it remembers the paths that it has followed.
 
     Args:
-        edits: taken as they are; none of them rebases another.
+        edits: the first edits, recorded unchanged: none of them rebases another.
     """
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
@@ -71,44 +73,47 @@ class Edits(Sequence[Edit]):
         return iter(self._edits)
 
     def add(self, edit: Edit) -> None:
-        """Record an edit. Where it is not narrow, edits that started from its ``before``, narrow ones too, start from
-        its ``after`` now: what was put there earlier stands above it."""
+        """Record an edit.
+
+        Unless it is narrow, edits that started from its ``before``, including narrow ones, now start from its
+        ``after``: earlier replacements stay above it.
+        """
         if not edit.narrow:
             self._rebase(edit.before, edit.after)
         self._record(edit)
 
     def mapped(self, change: Callable[[fx.Node], fx.Node]) -> Edits:
-        """The same edits with other nodes: in a copy of the graph, or behind those that have been erased."""
+        """Return the same edits with other nodes, such as their copies or the nodes that replace erased ones."""
         return Edits(replace(e, before=change(e.before), after=change(e.after)) for e in self._edits)
 
     def within(self, nodes: Collection[fx.Node]) -> Edits:
-        """Those of which both ends are among some nodes: others have been erased."""
+        """Return the edits whose two ends are both among ``nodes``; the ends of the others have been erased."""
         return Edits(e for e in self._edits if e.before in nodes and e.after in nodes)
 
     def replacement(self, node: fx.Node, site: str | None = None) -> Edit | None:
-        """The edit that starts from a node; None where it has not been replaced.
+        """Return the edit that starts from a node; None if the node has not been replaced.
 
         Args:
-            node: what may have been replaced.
-            site: a site whose narrow edits count as well; by default none do.
+            node: the node that may have been replaced.
+            site: a site whose narrow edits count as well; by default, none do.
         """
-        found = self._next.get((node, None))
+        index = self._next.get((node, None))
         if site is not None:
             narrow = self._next.get((node, site))
-            found = narrow if found is None else max(found, -1 if narrow is None else narrow)
-        return None if found is None else self._edits[found]
+            index = narrow if index is None else max(index, -1 if narrow is None else narrow)
+        return None if index is None else self._edits[index]
 
     def origin(self, node: fx.Node) -> Edit | None:
-        """The edit, narrow or not, that put a node in its place; None where none did."""
-        found = self._made.get(node)
-        return None if found is None else self._edits[found]
+        """Return the edit, narrow or not, that a node is the replacement of; None if there is none."""
+        index = self._made.get(node)
+        return None if index is None else self._edits[index]
 
     def current(self, node: fx.Node, site: str | None = None) -> fx.Node:
-        """What stands in the place of a node now, after every edit.
+        """Return the node that replaces a node after all edits, which is the node itself if there are none.
 
         Args:
-            node: what may have been replaced.
-            site: see `replacement`.
+            node: the node that may have been replaced.
+            site: a site whose narrow edits count as well; see `replacement`.
         """
         ahead = self._ahead.setdefault(site, {})
         passed: list[fx.Node] = []
@@ -125,21 +130,21 @@ class Edits(Sequence[Edit]):
         return node
 
     def original(self, node: fx.Node) -> fx.Node:
-        """What stood in the place of a node before any edit."""
+        """Return the node that a node replaces, traced back through all edits."""
         while (edit := self.origin(node)) is not None:
             node = edit.before
         return node
 
     def unchanged_input(self, node: fx.Node, site: str) -> fx.Node:
-        """What a site would read in the place of a node without its own narrow edits."""
-        while (found := self._made_for.get((node, site))) is not None:
-            node = self._edits[found].before
+        """Return the node that a site would read instead of a node without its own narrow edits."""
+        while (index := self._made_for.get((node, site))) is not None:
+            node = self._edits[index].before
         return node
 
     def _record(self, edit: Edit) -> None:
         at, scope = len(self._edits), edit._scope
         if scope is not None and edit.before in self._ahead.get(scope, ()):
-            del self._ahead[scope]  # from here on the site goes another way
+            del self._ahead[scope]  # the site's path branches off here
         self._edits.append(edit)
         self._starting.setdefault(edit.before, []).append(at)
         self._next[edit.before, scope] = at
@@ -148,7 +153,10 @@ class Edits(Sequence[Edit]):
             self._made_for[edit.after, scope] = at
 
     def _rebase(self, before: fx.Node, after: fx.Node) -> None:
-        """What is ahead of other nodes stays so: ``after`` comes between ``before`` and what stood there."""
+        """Let the edits that start from ``before`` start from ``after``.
+
+        The ends of paths from other nodes remain the same: ``after`` comes between ``before`` and what replaced it.
+        """
         if after in self._starting:
             self._ahead.clear()
         for at in self._starting.pop(before, ()):

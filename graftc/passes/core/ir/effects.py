@@ -1,8 +1,8 @@
-"""What a graph writes to: which of its nodes change a value in place, and whose memory that is.
+"""The writes of a graph: which of its nodes change a value in place, and whose memory that is.
 
-Operators state in their schemas which arguments they change, and whose memory their results share. A few say nothing of
-it and are listed here. Along these a written value is followed back to where its memory came from: an input, a tensor
-of the Store, or a value that the graph made itself.
+Operators declare in their schemas which arguments they change, and whose memory their results share. A few do not
+declare it and are listed here. With these, a written value is traced back to the origin of its memory: an input, a
+tensor of the Store, or a value that the graph made itself.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _STATISTICS = {
 
 
 class Memory:
-    """Whose memory the values of a graph are, where one of its operators may write to it; in most graphs none does, and
-    it does not matter.
+    """The owners of the memory of a graph's values, if one of its operators may write to it.
+
+    In most graphs no operator writes, and the owners do not matter.
 
     Attributes:
         writes: every node that changes a value in place, with the nodes whose memory that may be, in graph order.
@@ -58,33 +59,33 @@ class Memory:
         self._written = frozenset[fx.Node]().union(*self.writes.values())
 
     def roots(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The nodes whose memory a value may be: its own where it is new."""
+        """Return the nodes whose memory a value may share; for a new value, only itself."""
         return self._roots.get(node, frozenset({node}))
 
     def settled(self, *nodes: fx.Node) -> bool:
-        """Whether nobody writes to the memory of values, so that it does not matter when they are read."""
+        """Return whether nothing writes to the memory of values, so that it does not matter when they are read."""
         return all(self._written.isdisjoint(self.roots(node)) for node in nodes)
 
     def _of(self, values: Iterable[Any]) -> frozenset[fx.Node]:
-        found: set[fx.Node] = set()
-        fx.map_arg(tuple(values), lambda source: found.update(self._roots[source]))
-        return frozenset(found)
+        nodes: set[fx.Node] = set()
+        fx.map_arg(tuple(values), lambda source: nodes.update(self._roots[source]))
+        return frozenset(nodes)
 
 
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Tensors of the Store that a graph writes to, by name, each with the first node that does."""
-    found: dict[str, fx.Node] = {}
+    """Return the tensors of the Store that a graph writes to, by name, each with the first node that does."""
+    tensors: dict[str, fx.Node] = {}
     for node, roots in Memory(graph).writes.items():
         for root in roots:
             if root.op == "get_attr":
-                found.setdefault(str(root.target), node)
-    return found
+                tensors.setdefault(str(root.target), node)
+    return tensors
 
 
 def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple[fx.Node, str] | None:
-    """The first write that no graph may make, with what is wrong with it; None where there is none.
+    """Return the first write that no graph may make, with what is wrong with it; None if there is none.
 
-    A graph may change values that it made itself, and, in train mode, buffers.
+    A graph may change values that it made itself and, in train mode, buffers.
     """
     for node, roots in Memory(graph).writes.items():
         for root in sorted(roots):
@@ -98,7 +99,7 @@ def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    """Arguments of a call by the names in its schema; of functions of Python by their place."""
+    """Yield the arguments of a call by the names in its schema; for Python functions, by position."""
     target = node.target
     if node.op != "call_function":
         return
@@ -123,7 +124,10 @@ _ALIASES: dict[Any, Collection[str]] = {}
 
 
 def _is_product(node: fx.Node, operands: Any) -> bool:
-    """Whether it is an einsum of several operands, which makes a new value; that of one may be a view of it."""
+    """Return whether a node is an einsum of several operands, which makes a new value.
+
+    The result of an einsum of one operand may be a view of it.
+    """
     return node.target is aten.einsum.default and isinstance(operands, (list, tuple)) and len(operands) > 1
 
 

@@ -1,4 +1,4 @@
-"""Derive the eval Program from the train Program: what torch's ``eval()`` would have changed."""
+"""Derivation of the eval Program from the train Program: the changes that torch's ``eval()`` would have made."""
 
 from __future__ import annotations
 
@@ -32,34 +32,35 @@ _SILENT = ":dropout"
 
 
 def silent(path: str) -> str:
-    """What stands for the dropouts of a module that trains where they were set to zero, among paths of modules that
-    are in eval mode."""
+    """Return the entry for a module in train mode whose dropouts were set to zero, in a set of paths in eval mode."""
     return path + _SILENT
 
 
 def moded(program: Program) -> set[str]:
-    """Return paths of the modules whose mode affects a train Program; dropouts of probability 0 have no effect."""
+    """Return the paths of the modules whose mode affects a train Program; dropouts of probability 0 have no effect."""
     calls = (n for n in program.graph.nodes if n.op == "call_function" and n.target in RULES)
     return {_place(node)[0] for node in calls if dropout_probability(node) != 0}
 
 
 def dropout_probability(node: fx.Node) -> object:
-    """Return the dropout probability of a dropout or an attention of ATen; None for other nodes."""
+    """Return the dropout probability of an ATen dropout or attention; None for other nodes."""
     if (position := _PROBABILITY.get(node.target)) is None:
         return None
     return node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
 
 
 def dropouts(program: Program) -> dict[str, float]:
-    """Where the dropouts of adaptations are, by the paths of modules that stand for them, with their probabilities."""
-    found = (n for n in program.graph.nodes if n.op == "call_function" and n.target in _DROPOUTS)
-    held = ((_place(n), float(n.args[2])) for n in found)
-    return {path: p for (path, inserted), p in held if inserted}
+    """Return the probabilities of the dropouts of adaptations, by the paths of the modules that represent them."""
+    nodes = (n for n in program.graph.nodes if n.op == "call_function" and n.target in _DROPOUTS)
+    placed = ((_place(n), float(n.args[2])) for n in nodes)
+    return {path: p for (path, inserted), p in placed if inserted}
 
 
 def _place(node: fx.Node) -> tuple[str, bool]:
-    """Path of the module whose mode a node depends on, and whether the node is an adaptation's: a dropout of one has a
-    path of its own, below that of its site."""
+    """Return the path of the module whose mode a node depends on, and whether the node belongs to an adaptation.
+
+    A dropout of an adaptation has its own path, below that of its site.
+    """
     module, owner = str(node.meta.get("module", "")), provenance(node)
     dropped = owner is not None and node.target in (*_DROPOUTS, torch.ops.graftc.rescale.default)
     path = adapter_name(module, owner["adaptation"], "dropout") if owner is not None and dropped else module
@@ -69,25 +70,26 @@ def _place(node: fx.Node) -> tuple[str, bool]:
 def to_eval(
     program: Program, *, keep: Collection[object] = (), only: Collection[str] | None = None, base: bool = True
 ) -> Program:
-    """A new Program in eval mode.
+    """Return a new Program in eval mode.
 
     Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
     counts no batch. A test asserts that the result hash-equals a direct capture in eval mode.
 
     Args:
-        program: stays as it is.
-        keep: operators that are left as they are in train mode.
-        only: paths of modules that are in eval mode while the others train, and `silent` ones; by default all are.
-        base: whether the base's nodes are of train mode too; otherwise what was inserted among them is alone.
+        program: the train Program, which is not changed.
+        keep: operators that are left in train mode.
+        only: paths of modules that are in eval mode while the others train, and `silent` ones; by default, all modules
+            are in eval mode.
+        base: whether the base's nodes are in train mode as well; otherwise, only the nodes inserted among them are.
     """
     result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
         place, inserted = _place(node)
-        here = only is None or place in only
-        here = here or (node.target in _DROPPING and only is not None and silent(place) in only)
-        here = here and node.op == "call_function" and (base or inserted)
-        rule = RULES.get(node.target) if here and node.target not in keep else None
+        applies = only is None or place in only
+        applies = applies or (node.target in _DROPPING and only is not None and silent(place) in only)
+        applies = applies and node.op == "call_function" and (base or inserted)
+        rule = RULES.get(node.target) if applies and node.target not in keep else None
         if rule is _erase:
             erased[node] = node.all_input_nodes[0]
         if rule is not None:
@@ -124,7 +126,7 @@ def _batch_norm(node: fx.Node) -> None:
 
 
 def _counter(node: fx.Node) -> None:
-    """The in-place count of batches: a buffer plus one."""
+    """Remove the in-place count of batches: a buffer plus one."""
     source = node.args[0]
     if isinstance(source, fx.Node) and str(source.target).endswith("num_batches_tracked"):
         node.replace_all_uses_with(source)
@@ -132,7 +134,7 @@ def _counter(node: fx.Node) -> None:
 
 
 def _drop_path(node: fx.Node) -> dict[fx.Node, fx.Node]:
-    """Stochastic depth: ``(x / keep) * floor(uniform + keep)`` is ``x``, which is returned for the product."""
+    """Replace stochastic depth, ``(x / keep) * floor(uniform + keep)``, by ``x``, which is returned for the product."""
     erased: dict[fx.Node, fx.Node] = {}
     source = node.args[0]
     operands = source.args if isinstance(source, fx.Node) and source.target is aten.add.Tensor else ()
@@ -150,27 +152,29 @@ def _drop_path(node: fx.Node) -> dict[fx.Node, fx.Node]:
 
 
 def _drawn(node: fx.Node) -> None:
-    """A number that an adaptation draws while training, in the likeness of the one that it is deployed with."""
+    """Replace a number that an adaptation draws while training by the one that it is deployed with."""
     source = node.args[0]
     if provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr":
         _erase(node)
 
 
 def _mean_of_experts(node: fx.Node) -> None:
-    """What picks one expert while training."""
+    """Replace the choice of one expert while training by the mean of the experts."""
     if is_pick(node):
         node.target, node.args = aten.mean.dim, (node.args[0], [0], True)
 
 
 def _detached(node: fx.Node) -> None:
-    """Where an adaptation chooses to stop a gradient: no choice is drawn in eval mode. What is always a constant for
-    the backward pass stays one."""
+    """Remove a stopped gradient that an adaptation chooses at random: eval mode draws no choice.
+
+    A value that is always a constant for the backward pass remains one.
+    """
     if provenance(node) is not None and any(user.target is aten.where.self for user in node.users):
         _erase(node)
 
 
 def _alike(node: fx.Node) -> None:
-    """A choice of an adaptation between a value and the same without its gradient."""
+    """Remove the choice of an adaptation between a value and the same value without its gradient."""
     _, a, b = node.args
     if provenance(node) is not None and a is b and isinstance(a, fx.Node):
         node.replace_all_uses_with(a)
@@ -178,7 +182,7 @@ def _alike(node: fx.Node) -> None:
 
 
 def _lost(node: fx.Node) -> None:
-    """Nothing is lost to a dropout, and gates have no noise."""
+    """Clear the argument for what is lost to a dropout, or for the noise of gates: eval mode has neither."""
     node.args = (*node.args[:4], None, *node.args[5:])
 
 

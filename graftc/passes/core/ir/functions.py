@@ -1,11 +1,11 @@
-"""Functions: a layer that a graph repeats is written out once, and called by the others that do the same.
+"""Functions: a layer that a graph repeats is written out once, and the layers that do the same call it.
 
-The body of a function is a part of the graph: what lies between some values, which it is `given`, and others, which it
-has `made`. A call says that the same is computed from other values, over the tensors of another module. The first layer
-of a row, the second one and the last are written out, since what a layer does may depend on what stands before it and
-behind; the second is the body that those between call.
+The body of a function is a part of the graph: the nodes between the values that it is `given` and those that it has
+`made`. A call says that the same is computed from other values, with the tensors of another module. The first, the
+second and the last layer of a row are written out, since what a layer does may depend on what comes before and after
+it; the second one is the body that the layers in between call.
 
-`inlined` writes every call out.
+`inlined` writes out every call.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from graftc.passes.core.ir.program import Program
 
 
 class UnlikeBodyError(Exception):
-    """A layer that calls a function is to do something else than its body, or what is asked for says nothing of calls:
-    its layers have to be written out."""
+    """Raised if the layers that call a function have to be written out.
+
+    Either such a layer has to do something other than the body of the function, or a request cannot be met with calls.
+    """
 
 
 def call(path: str, body: str, inputs: Sequence[Any], given: Sequence[Any], made: Sequence[Any]) -> list[Any]:
-    """A call of a function, as the target of a node. Run by itself it gives values of the right types and nothing else.
+    """Represent the call of a function, as the target of a node; run by itself, only return values of the right types.
 
     Args:
-        path: of the module whose tensors the call reads.
-        body: of the module whose layer is written out.
-        inputs: what the call is given.
-        given, made: what the body is given and what it has made.
+        path: path of the module whose tensors the call reads.
+        body: path of the module whose layer is written out.
+        inputs: values that the call is given.
+        given, made: values that the body is given, and values that it has made.
     """
     return list(made)
 
@@ -48,42 +50,42 @@ class FunctionCall:
 
     @property
     def path(self) -> str:
-        """Path of the module whose tensors it reads."""
+        """The path of the module whose tensors the call reads."""
         return str(self.node.args[0])
 
     @property
     def body(self) -> str:
-        """Path of the module whose layer is written out."""
+        """The path of the module whose layer is written out."""
         return str(self.node.args[1])
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """What it is given."""
+        """The values that the call is given."""
         return list(self.node.args[2])  # type: ignore[arg-type]
 
     @property
     def given(self) -> list[fx.Node]:
-        """What the body is given."""
+        """The values that the body is given."""
         return list(self.node.args[3])  # type: ignore[arg-type]
 
     @property
     def made(self) -> list[fx.Node]:
-        """What the body has made."""
+        """The values that the body has made."""
         return list(self.node.args[4])  # type: ignore[arg-type]
 
     @property
     def results(self) -> dict[fx.Node, int]:
-        """The nodes that pick what it gives, with the place among what the body has made."""
+        """The nodes that pick results of the call, each with its index among the values that the body has made."""
         return {user: int(user.args[1]) for user in self.node.users}  # type: ignore[arg-type]
 
 
 def calls(graph: fx.Graph) -> list[FunctionCall]:
-    """The calls of a graph, in order."""
+    """Return the calls of a graph, in order."""
     return [FunctionCall(node) for node in graph.find_nodes(op="call_function", target=call)]
 
 
 def is_sound(one: FunctionCall) -> bool:
-    """Whether a call is one, whatever a file has made of it."""
+    """Return whether a call is well-formed; one that was read from a file need not be."""
     args = one.node.args
     if len(args) != 5 or one.node.kwargs or not all(type(text) is str and text for text in args[:2]):
         return False
@@ -100,28 +102,33 @@ def is_sound(one: FunctionCall) -> bool:
 
 
 def renamed(name: str, before: str, after: str) -> str:
-    """The path of a module or tensor within one layer as that within another one; any other path as it is."""
+    """Return a path in the layer ``before`` as the path in the layer ``after``; any other path is unchanged.
+
+    The path is that of a module or tensor.
+    """
     return after + name[len(before) :] if is_within(name, before) else name
 
 
 def is_within(name: str, layer: str) -> bool:
-    """Whether a path is that of a layer, or of something in it."""
+    """Return whether a path is that of a layer or of something in it."""
     return name == layer or name.startswith(f"{layer}.")
 
 
 def region(
     given: Collection[fx.Node], made: Sequence[fx.Node], body: str, writes: Collection[fx.Node] = ()
 ) -> list[fx.Node]:
-    """What the body of a function computes, in graph order: all that leads to what it has made and belongs to its
-    layer, or depends on what it is given or on its own tensors. Tensors are none of it.
+    """Return the nodes that the body of a function computes, in graph order.
+
+    These are the nodes that lead to what the body has made and that belong to its layer, or depend on what it is given
+    or on its own tensors. Tensors are not among them.
 
     Args:
-        given, made: what it is given and has made.
+        given, made: values that the body is given, and values that it has made.
         body: path of its layer.
-        writes: nodes that change values in place. Those of the layer are part of it, although nothing that it has made
-            names them.
+        writes: nodes that change values in place. Those of the layer are part of the body, although nothing that it has
+            made refers to them.
     """
-    found: set[fx.Node] = set()
+    computed: set[fx.Node] = set()
     above: set[fx.Node] = set(given)
     pending = [node for node in (*made, *(w for w in writes if in_layer(w, body))) if node not in above]
     while pending:
@@ -130,17 +137,17 @@ def region(
             above.add(node)
             pending += node.all_input_nodes
     for node in sorted(above.difference(given)):
-        own = (s in found or s in given or (s.op == "get_attr" and _is_own(s, body)) for s in node.all_input_nodes)
+        own = (s in computed or s in given or (s.op == "get_attr" and _is_own(s, body)) for s in node.all_input_nodes)
         if node.op == "call_function" and (in_layer(node, body) or any(own)):
-            found.add(node)
-    return sorted(found)
+            computed.add(node)
+    return sorted(computed)
 
 
 class Bodies:
-    """The bodies that the calls of a graph name, each looked through once.
+    """The bodies that the calls of a graph name, each analysed once.
 
     Args:
-        writes: see `region`.
+        writes: nodes that change values in place; see `region`.
     """
 
     def __init__(self, writes: Collection[fx.Node] = ()) -> None:
@@ -149,14 +156,14 @@ class Bodies:
         self._tensors: dict[tuple[Any, ...], list[str]] = {}
 
     def region(self, one: FunctionCall) -> list[fx.Node]:
-        """What the body of a call computes: see the function `region`."""
+        """Return the nodes that the body of a call computes; see the function `region`."""
         key = _body_key(one)
         if key not in self._regions:
             self._regions[key] = region(set(one.given), one.made, one.body, self._writes)
         return self._regions[key]
 
     def tensors(self, one: FunctionCall) -> list[str]:
-        """Names of the tensors that a call reads as the body reads its own."""
+        """Return the names of the tensors that a call reads where the body reads its own."""
         key = _body_key(one)
         if key not in self._tensors:
             read = (source for node in self.region(one) for source in node.all_input_nodes if source.op == "get_attr")
@@ -174,14 +181,17 @@ def _is_own(attribute: fx.Node, body: str) -> bool:
 
 
 def in_layer(node: fx.Node, body: str) -> bool:
-    """Whether a node belongs to a layer, or to another module, or to something in it."""
+    """Return whether a node belongs to a layer, or to any other module, or to something in it."""
     return is_within(str(node.meta.get("module") or ""), body)
 
 
 @dataclass
 class _Attributes:
-    """The tensors that a graph reads, by name; those of a call come behind those of the body, in the same order, and
-    behind those of layers of other kinds with lower numbers."""
+    """The tensors that a graph reads, by name.
+
+    Those of a call come after those of the body, in the same order, and after those of layers of other kinds with lower
+    numbers.
+    """
 
     graph: fx.Graph
     nodes: dict[str, fx.Node] = field(init=False)
@@ -191,7 +201,7 @@ class _Attributes:
         self.nodes = {str(node.target): node for node in self.graph.find_nodes(op="get_attr")}
 
     def add(self, body: str, path: str) -> None:
-        """Read the tensors of another layer as those of the body are read."""
+        """Read the tensors of another layer, in the order in which those of the body are read."""
         own = [node for node in self.nodes.values() if _is_own(node, body)]
         for run in _runs(own):
             last = self._behind_lower(self._last.get((body, run[-1]), run[-1]), path)
@@ -206,7 +216,7 @@ class _Attributes:
             self._last[body, run[-1]] = last
 
     def _behind_lower(self, last: fx.Node, path: str) -> fx.Node:
-        """The last of the tensors behind a node that belong to layers beside another one with lower numbers."""
+        """Return the last of the tensors after a node that belong to sibling layers with lower numbers."""
         row, _, number = path.rpartition(".")
         while number.isdecimal() and last.next.op == "get_attr":
             own, _, _ = str(last.next.target).removeprefix(f"{row}.").partition(".")
@@ -218,7 +228,7 @@ class _Attributes:
 
 
 def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Nodes of a graph, in order, in groups that stand together."""
+    """Yield the nodes, which are in graph order, in groups of adjacent ones."""
     run: list[fx.Node] = []
     for node in nodes:
         if run and node.prev is not run[-1]:
@@ -230,7 +240,7 @@ def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
 
 
 def moved_meta(node: fx.Node, body: str, path: str) -> dict[str, Any]:
-    """The metadata of a node for its copy in another layer."""
+    """Return the metadata of a node for its copy in another layer."""
     meta = {**node.meta, "module": renamed(str(node.meta.get("module", "")), body, path)}
     if (custom := meta.get("custom")) is not None:
         origin = dict(custom["graftc"])
@@ -242,23 +252,23 @@ def moved_meta(node: fx.Node, body: str, path: str) -> dict[str, Any]:
 def expand(
     graph: fx.Graph, chosen: Collection[fx.Node] | None = None, writes: Collection[fx.Node] = ()
 ) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
-    """Write calls out where they stand.
+    """Write out calls in place.
 
     Args:
-        graph: changed in place.
-        chosen: nodes of calls; by default all.
-        writes: see `region`.
+        graph: the graph, which is changed in place.
+        chosen: nodes of the calls to write out; by default, all of them.
+        writes: nodes that change values in place; see `region`.
 
     Returns:
-        For each call what stands for the body's values there.
+        For each call, the nodes that replace the body's values there, by the body's nodes.
     """
     attributes = _Attributes(graph)
     bodies = Bodies(writes)
-    found: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
+    replacements: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
     for one in calls(graph):
         if chosen is not None and one.node not in chosen:
             continue
-        given, made, body, path = one.given, one.made, one.body, one.path
+        given, body_values, body, path = one.given, one.made, one.body, one.path
         inside = bodies.region(one)
         attributes.add(body, path)
         copies: dict[fx.Node, fx.Node] = dict(zip(given, one.inputs, strict=True))
@@ -273,38 +283,38 @@ def expand(
                 new = copies[node] = copy_node(graph, node, copied)
                 new.meta = moved_meta(node, body, path)
         for user, index in one.results.items():
-            user.replace_all_uses_with(copied(made[index]))
+            user.replace_all_uses_with(copied(body_values[index]))
             graph.erase_node(user)
-        found[one.node] = copies
+        replacements[one.node] = copies
         graph.erase_node(one.node)
-    return found
+    return replacements
 
 
 def inlined(program: Program) -> Program:
-    """A Program with every call written out; the same one where there is none."""
+    """Return a Program with every call written out; the same Program if it has none."""
     if not calls(program.graph):
         return program
     if program.edits:
         raise ValueError("a Program that has been adapted is adapted again where its layers are written out")
     flat = program.copy()
     order = [(one.node, one.body, one.path, set(one.given)) for one in calls(flat.graph)]
-    found = expand(flat.graph)
+    replacements = expand(flat.graph)
     for node, body, path, given in order:
-        read = {before.name: after.name for before, after in found[node].items()}
-        copied = {before.name: after.name for before, after in found[node].items() if before not in given}
+        read = {before.name: after.name for before, after in replacements[node].items()}
+        copied = {before.name: after.name for before, after in replacements[node].items() if before not in given}
         flat.history = [_repeated(entry, read, copied, Layers(body, path)) for entry in flat.history]
     return flat
 
 
 class Layers(NamedTuple):
-    """Paths of two layers that do the same: of the body, and of a call."""
+    """The paths of two layers that do the same: that of the body and that of a call."""
 
     body: str
     call: str
 
 
 def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str, str], at: Layers) -> HistoryEntry:
-    """What a step did to a body, done in the layer of a call as well."""
+    """Return an entry in which the changes of a step to a body are also made in the layer of a call."""
     if entry.changes is None:
         return entry
     changes, (body, path) = entry.changes, at
@@ -314,80 +324,80 @@ def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str,
     def reads(before: Reads) -> Reads:
         return tuple((position, names.get(name, name)) for position, name in before)
 
-    there = {
+    moved = {
         names[name]: replace(e, module=renamed(e.module, body, path), reads=reads(e.reads))
         for name, e in erased.items()
     }
     inserted = tuple(copied[name] for name in changes.inserted if name in copied)
     rewired = {copied[name]: reads(before) for name, before in changes.rewired.items() if name in copied}
-    merged = Changes((*changes.inserted, *inserted), {**changes.erased, **there}, {**changes.rewired, **rewired})
-    return replace(entry, added=entry.added + len(inserted), removed=entry.removed + len(there), changes=merged)
+    merged = Changes((*changes.inserted, *inserted), {**changes.erased, **moved}, {**changes.rewired, **rewired})
+    return replace(entry, added=entry.added + len(inserted), removed=entry.removed + len(moved), changes=merged)
 
 
 def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Program:
-    """A Program with more bodies, for layers that are to become different.
+    """Return a Program with more bodies, for layers that are to become different.
 
     Args:
-        program: stays as it is.
-        groups: by body, the paths of layers that go on being alike; the first group is the body's own. The first layer
-            of every other one becomes the body of the rest of it.
+        program: the Program to split, which is not changed.
+        groups: by body, groups of paths of layers that remain alike; the first group is the body's own. The first layer
+            of every other group becomes the body of the rest of the group.
     """
-    made = program.copy()
-    nodes = {one.path: one.node for one in calls(made.graph)}
+    result = program.copy()
+    nodes = {one.path: one.node for one in calls(result.graph)}
     for _, *others in groups.values():
         for path, *rest in others:
             one = FunctionCall(nodes[path])
             results, inputs = one.made, one.inputs
-            copies = expand(made.graph, {one.node})[one.node]
+            copies = expand(result.graph, {one.node})[one.node]
             for other in rest:
                 node = nodes[other]
                 node.args = (other, path, node.args[2], inputs, [copies[each] for each in results])
-    return made
+    return result
 
 
 def prune(graph: fx.Graph) -> None:
-    """Let bodies make only what some call or anything else reads, and be given only what some call is not."""
+    """Let bodies make only what is read of some call, and be given only what differs in some call."""
     bodies: dict[tuple[Any, ...], list[FunctionCall]] = {}
     for one in calls(graph):
         bodies.setdefault((one.body, *one.made), []).append(one)
-    for found in bodies.values():
-        differs = [any(a is not b for a, b in pairs) for pairs in zip(*map(_pairs, found), strict=True)]
-        for one in found:
+    for group in bodies.values():
+        differs = [any(a is not b for a, b in pairs) for pairs in zip(*map(_pairs, group), strict=True)]
+        for one in group:
             kept = [pair for pair, varies in zip(_pairs(one), differs, strict=True) if varies]
             given, inputs = [a for a, _ in kept], [b for _, b in kept]
             one.node.args = (one.path, one.body, inputs, given, one.made)
-        used = sorted({index for one in found for index in one.results.values()})
-        if len(used) == len(found[0].made):
+        used = sorted({index for one in group for index in one.results.values()})
+        if len(used) == len(group[0].made):
             continue
-        for one in found:
-            results, made = one.results, one.made
-            one.node.args = (one.path, one.body, one.inputs, one.given, [made[index] for index in used])
+        for one in group:
+            results, body_values = one.results, one.made
+            one.node.args = (one.path, one.body, one.inputs, one.given, [body_values[index] for index in used])
             one.node.meta["val"] = [one.node.meta["val"][index] for index in used]
             for user, index in results.items():
                 user.args = (one.node, used.index(index))
 
 
 def _pairs(one: FunctionCall) -> list[tuple[fx.Node, fx.Node]]:
-    """What the body is given, and the call in its place."""
+    """Return each value that the body is given, with the one that the call is given instead."""
     return list(zip(one.given, one.inputs, strict=True))
 
 
 @contextmanager
 def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
-    """Inside, a graph is that of a model without the layers that are calls: what reads a call reads the body.
+    """Treat a graph as if calls were not in the model while the block runs: nodes that read a call read the body.
 
-    Gives, by the path of the module that reads it, which value is read of a call outside, for each of the body's that
-    is read inside.
+    Yield, by the path of the module that reads it, the value of a call that is read outside the block for each of the
+    body's values that is read inside it.
     """
     kept: list[tuple[fx.Node, Any, Any]] = []
     instead: dict[str, dict[fx.Node, fx.Node]] = {}
     for one in calls(graph):
-        made = one.made
+        body_values = one.made
         for user, index in one.results.items():
             for reader in list(user.users):
                 kept.append((reader, reader.args, reader.kwargs))
-                instead.setdefault(str(reader.meta.get("module", "")), {})[made[index]] = user
-                reader.replace_input_with(user, made[index])
+                instead.setdefault(str(reader.meta.get("module", "")), {})[body_values[index]] = user
+                reader.replace_input_with(user, body_values[index])
         kept.append((one.node, one.node.args, one.node.kwargs))
         one.node.args = (one.path, one.body, [], [], [])
     try:
@@ -398,8 +408,8 @@ def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
 
 
 def everywhere(graph: fx.Graph, paths: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the paths of modules, with those of the layers that a graph calls: equal to those of the body."""
-    found = dict(paths)
+    """Return values by module path, with those of the layers that a graph calls, which equal those of the body."""
+    values = dict(paths)
     for one in calls(graph):
-        found |= {renamed(p, one.body, one.path): v for p, v in paths.items() if is_within(p, one.body)}
-    return found
+        values |= {renamed(p, one.body, one.path): v for p, v in paths.items() if is_within(p, one.body)}
+    return values

@@ -1,4 +1,4 @@
-"""Whether gradients of the outputs reach every trainable tensor, through layers that call functions as well."""
+"""The check that gradients of the outputs reach every trainable tensor, also through layers that call functions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
 
 
 def require_gradient_paths(program: Program, store: Store) -> None:
-    """Refuse a trainable tensor of an adaptation that no gradient reaches.
+    """Raise if no gradient reaches a trainable tensor of an adaptation.
 
     Raises:
-        GraftError: GC023 naming it.
+        GraftError: GC023 naming the tensor.
     """
     bodies = Bodies()
     reached = _Reached(program, bodies)
     for name in _tensors(program, bodies):
-        if not store.is_adapter(name) or name not in store:  # those of calls are made behind those of the bodies
+        if not store.is_adapter(name) or name not in store:  # those of calls are created after those of bodies
             continue
         if store.get(name).requires_grad and name not in reached.tensors:
             raise GraftError(
@@ -40,7 +40,7 @@ def require_gradient_paths(program: Program, store: Store) -> None:
 
 
 def _tensors(program: Program, bodies: Bodies) -> Iterator[str]:
-    """The tensors that a Program reads, those of calls behind the others."""
+    """Yield the names of the tensors that a Program reads, those of calls last."""
     yield from (str(node.target) for node in program.graph.find_nodes(op="get_attr"))
     for one in calls(program.graph):
         yield from bodies.tensors(one)
@@ -58,7 +58,7 @@ class _Reached:
     """The tensors from which a gradient path leads to an output.
 
     Attributes:
-        tensors: their names.
+        tensors: names of the tensors.
     """
 
     def __init__(self, program: Program, bodies: Bodies) -> None:
@@ -78,16 +78,19 @@ class _Reached:
             pending += [source for source in self._sources(node) if _carries_gradient(source)]
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
-        """What a value is made from. Of what picks a result of a call: what the call is given that leads to this one;
-        its own tensors that do are reached."""
+        """Return the values that a value is computed from.
+
+        For a node that picks a result of a call, these are the inputs of the call that lead to this result; the tensors
+        of the call that lead to it are added to `tensors`.
+        """
         source = node.args[0] if node.target is operator.getitem else None
         if not isinstance(source, fx.Node) or source.target is not call:
             return [] if node.target is call else [*node.all_input_nodes, *self._writers.of(node)]
         one, index = FunctionCall(source), node.args[1]
         key = (one.body, *one.given, *one.made, index)
         if key not in self._known:
-            made: fx.Node = one.made[index]  # type: ignore[index]
-            self._known[key] = _leading_to(one, made, self._bodies.region(one), self._writers)
+            result: fx.Node = one.made[index]  # type: ignore[index]
+            self._known[key] = _leading_to(one, result, self._bodies.region(one), self._writers)
         sources, tensors = self._known[key]
         self.tensors |= {renamed(str(tensor.target), one.body, one.path) for tensor in tensors}
         inputs = dict(zip(one.given, one.inputs, strict=True))
@@ -95,7 +98,7 @@ class _Reached:
 
 
 class _Writers:
-    """What is written in place to the memory of values: ``x[:, :4] *= y`` makes ``x`` depend on ``y``."""
+    """The nodes that write in place to the memory of values: ``x[:, :4] *= y`` makes ``x`` depend on ``y``."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._memory = Memory(graph)
@@ -105,14 +108,14 @@ class _Writers:
                 self._by_root[root].append(node)
 
     def of(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that write to a value, or to what it is a view of."""
+        """Return the nodes that write to a value, or to the value that it is a view of."""
         return [writer for root in self._memory.roots(node) for writer in self._by_root.get(root, ())]
 
 
 def _leading_to(
     one: FunctionCall, made: fx.Node, computed: Sequence[fx.Node], writers: _Writers
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Values from outside of a body, and tensors, from which a gradient path leads to one of those that it has made."""
+    """Return values from outside a body, and tensors, from which a gradient path leads to a value that it has made."""
     inside, given = set(computed), set(one.given)
     sources: dict[fx.Node, None] = {}
     tensors: dict[fx.Node, None] = {}

@@ -1,7 +1,7 @@
-"""A Program as a graph for other tools: networkx, GraphML, DOT. The same on every run and machine.
+"""A Program as a graph for other tools: networkx, GraphML, DOT. The result is the same on every run and machine.
 
-Nodes are called what the printed text calls them; tensors of the Store are nodes too. An edge goes from a value to what
-reads it and says in which argument.
+Nodes have the names of the printed text; tensors of the Store are nodes as well. An edge goes from a value to its
+reader and names the argument.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PALETTE = ("#9dc3e6", "#f4b183", "#a9d18e", "#f19ca7", "#c9a6e4", "#ffd966")
 
 
 def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
-    """The Program as a networkx graph.
+    """Return the Program as a networkx graph.
 
     Nodes are keyed by their printed names and have plain attributes: ``order`` in the graph, ``op`` (placeholder,
     get_attr, call_function, output), ``target`` (the operator, the input's or the Store's name), ``type``, ``module``,
-    ``text`` (the printed line), and, where an adaptation inserted them, ``adaptation``, ``method``, ``site`` and
-    ``part``. Edges are keyed by ``position``: the index of the argument, or its keyword, with the index in a list
-    after a dot. There is one for every time that a value is read.
+    ``text`` (the printed line), and, if an adaptation inserted them, ``adaptation``, ``method``, ``site`` and ``part``.
+    Edges are keyed by ``position``: the index of the argument, or its keyword, with the index in a list after a dot.
+    There is one edge for every time that a value is read.
     """
     printer = Printer(program)
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(entry=program.entry, mode=program.mode)
@@ -43,7 +43,7 @@ def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
 
 
 def _attributes(node: fx.Node, printer: Printer) -> dict[str, str]:
-    own = {
+    attributes = {
         "op": node.op,
         "target": target_name(node.target),
         "type": "" if node.op == "output" else printer.symbols.type(node.meta.get("val")),
@@ -53,11 +53,11 @@ def _attributes(node: fx.Node, printer: Printer) -> dict[str, str]:
         else printer.line(node),
     }
     origin = provenance(node)
-    return own if origin is None else {**own, **{key: origin[key] for key in _PROVENANCE}}
+    return attributes if origin is None else {**attributes, **{key: origin[key] for key in _PROVENANCE}}
 
 
 def graph_data(program: Program) -> dict[str, Any]:
-    """The graph of `to_networkx` as JSON data: nodes with the same attributes, None where they have none, and edges."""
+    """Return the graph of `to_networkx` as JSON data: edges, and nodes with the same attributes, None if absent."""
     graph = to_networkx(program)
     absent = dict.fromkeys(_PROVENANCE)
     nodes = [{"name": name, **absent, **data} for name, data in graph.nodes(data=True)]
@@ -66,7 +66,7 @@ def graph_data(program: Program) -> dict[str, Any]:
 
 
 def graphml_text(program: Program) -> str:
-    """The graph of `to_networkx` as GraphML, with names for its edges, which the format wants to be unique."""
+    """Return the graph of `to_networkx` as GraphML, with names for its edges, which must be unique in this format."""
     named: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     plain = to_networkx(program)
     named.graph.update(plain.graph)
@@ -78,7 +78,7 @@ def graphml_text(program: Program) -> str:
 
 
 def dot_text(program: Program) -> str:
-    """The Program in Graphviz' language: repeated layers are clusters, every adaptation has its own colour."""
+    """Return the Program in Graphviz's language: repeated layers are clusters, each adaptation has its own colour."""
     graph = to_networkx(program)
     layers = repeated_layers(program)
     colours: dict[str, str] = {}
@@ -106,7 +106,7 @@ def dot_text(program: Program) -> str:
 
 
 def _home(data: dict[str, Any]) -> str:
-    """The module that a node stands in; a tensor stands with the module that holds it."""
+    """Return the module in which a node is drawn; for a tensor, the module that contains it."""
     if data["op"] != "get_attr":
         return str(data["module"]) if data["op"] == "call_function" else ""
     return module_of(str(data["target"]))
@@ -136,6 +136,6 @@ def _legend(colours: dict[str, str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    r"""A quoted string: every character stands for itself, a line break is ``\n``."""
+    r"""Return a quoted string: every character represents itself, and a line break is ``\n``."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -1,7 +1,7 @@
-"""Attention behind a cache whose heads share keys and values, without copies of these.
+"""Attention over a cache whose heads share keys and values, without copies of these.
 
-A model repeats keys and values for every head that reads them, since kernels of some devices need that where there is a
-mask. That of CPUs does not, and a step of decoding is then spared a copy of the whole past in every layer.
+A model repeats keys and values for every head that reads them, since kernels of some devices need that if there is a
+mask. The kernel for CPUs does not, so that a decoding step need not copy the whole past in every layer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ _HEADS = 1
 
 
 def share_heads(graph: fx.Graph) -> None:
-    """Let attention read the keys and values of a cache, which are repeated head by head, from where they are. In
-    place; the values are the same to the bit on a CPU.
+    """Let attention read the keys and values of a cache directly instead of copies repeated for each head.
+
+    The graph is changed in place; the values are bitwise the same on a CPU.
 
     Args:
-        graph: that of code, not a Program's.
+        graph: the graph of code, not of a Program.
     """
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         if node.kwargs.get("enable_gqa") or len(node.args) < 3:
@@ -38,7 +39,7 @@ def share_heads(graph: fx.Graph) -> None:
 
 
 def _repeated(node: Any) -> tuple[fx.Node, int] | None:
-    """What is repeated along the axis of heads, each so many times in a row; None where nothing is."""
+    """Return the node whose heads are each repeated in a row, and how many times they are; None if there is none."""
     merged = _call(node, aten.reshape.default, aten.view.default)
     expanded = _call(merged and merged.args[0], aten.expand.default)
     spread = _call(expanded and expanded.args[0], aten.unsqueeze.default)
@@ -54,7 +55,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
 
 
 def _is_cached(keys: fx.Node) -> bool:
-    """Whether keys are those of a cache with the new ones behind them."""
+    """Return whether keys are those of a cache followed by the new ones."""
     joined = _call(keys, aten.cat.default)
     return joined is not None and any(source.op == "placeholder" for source in joined.all_input_nodes)
 
@@ -64,7 +65,7 @@ def _call(node: Any, *targets: Any) -> fx.Node | None:
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and what only that read."""
+    """Erase a node without readers, and the nodes that only it read."""
     while not node.users and node.op == "call_function":
         source: Any = node.args[0]
         graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""What every step did to a graph: how many nodes it added and removed, and which."""
+"""The history of a graph: how many nodes every step added and removed, and which ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ErasedNode:
     """A node that a step removed.
 
     Attributes:
-        target: what it called.
+        target: the target that it called.
         module: path of the module that it belonged to.
-        reads: what it read.
+        reads: the values that it read.
     """
 
     target: Any
@@ -29,12 +29,14 @@ class ErasedNode:
 
 @dataclass(frozen=True)
 class Changes:
-    """Which nodes a step changed, by name. From these and the graph after the step follows the graph before it.
+    """The nodes that a step changed, by name.
+
+    Together with the graph after the step, they determine the graph before it.
 
     Attributes:
         inserted: new nodes.
-        erased: nodes that are gone.
-        rewired: nodes that read other values than before, with what they read before.
+        erased: removed nodes.
+        rewired: nodes that read other values than before, with the values that they read before.
     """
 
     inserted: tuple[str, ...] = ()
@@ -44,13 +46,13 @@ class Changes:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """What one step did to a Program.
+    """The changes that one step made to a Program.
 
     Attributes:
-        step: its name.
-        added, removed: how many nodes.
-        seconds: how long it took; 0 where it came from a file.
-        changes: which nodes; None where a file does not say.
+        step: the name of the step.
+        added, removed: numbers of nodes added and removed.
+        seconds: the duration of the step; 0 if the entry was read from a file.
+        changes: the nodes that changed; None if a file does not contain them.
     """
 
     step: str
@@ -61,17 +63,17 @@ class HistoryEntry:
 
     @property
     def modified(self) -> bool:
-        """Whether the step changed the number of nodes either way."""
+        """Whether the step added or removed any nodes."""
         return bool(self.added or self.removed)
 
 
 class Recorder:
-    """Remembers a graph as it is, to say later what a step has changed.
+    """Records the state of a graph, to determine afterwards what a step has changed.
 
     It keeps the arguments of nodes, which fx replaces as a whole whenever one changes, and copies none of them.
 
     Args:
-        graph: before the first step.
+        graph: the graph before the first step.
 
     Attributes:
         graph: the graph as of the last step.
@@ -86,12 +88,13 @@ class Recorder:
         self._kwargs: dict[fx.Node, dict[str, Any]] = {node: node.kwargs for node in graph.nodes if node.kwargs}
 
     def entry(self, step: str, graph: fx.Graph, seconds: float) -> HistoryEntry:
-        """The entry of a step: what has changed since the one before.
+        """Return the entry of a step: what has changed since the previous one.
 
         Args:
-            step: its name.
-            graph: after the step: the same graph, or another one in which nodes that are kept have their names.
-            seconds: how long it took.
+            step: the name of the step.
+            graph: the graph after the step: the same graph, or another one in which the nodes that are kept have the
+                same names.
+            seconds: the duration of the step.
         """
         changes = self._changes(graph)
         return HistoryEntry(step, len(changes.inserted), len(changes.erased), seconds, changes)
@@ -103,7 +106,7 @@ class Recorder:
         inserted: list[str] = []
         rewired: dict[str, Reads] = {}
         count = 0
-        for node in graph.nodes:  # most are as they were, and take no more than being looked at
+        for node in graph.nodes:  # most nodes are unchanged, and cost one comparison
             count += 1
             args, kwargs = node.args, node.kwargs
             before = known.get(node)
@@ -127,7 +130,7 @@ class Recorder:
         return Changes(tuple(inserted), erased, rewired)
 
     def _changes_of_another(self, graph: fx.Graph) -> Changes:
-        """Nodes are told by name, and all their arguments are compared."""
+        """Return the changes in another graph, whose nodes are matched by name; all their arguments are compared."""
         named = {node.name: node for node in self._args}
         nodes = {node.name: node for node in graph.nodes}
         before = {name: self._reads(named[name]) for name in nodes if name in named}
@@ -140,7 +143,7 @@ class Recorder:
         return changes
 
     def _reads(self, node: fx.Node) -> Reads:
-        """What a node read before."""
+        """Return the values that a node read before."""
         return names_read(self._args[node], self._kwargs.get(node, {}))
 
     def _erased(self, node: fx.Node) -> ErasedNode:
@@ -148,13 +151,15 @@ class Recorder:
 
 
 def names_read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reads:
-    """The positions and names of the nodes in arguments, as often as they stand there."""
+    """Return the positions and names of the nodes in arguments, once for each occurrence."""
     return tuple((position, node.name) for position, node in positions(args, kwargs))
 
 
 def positions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
-    """Every node in arguments, as often as it stands there, with its position: the index of the argument, or its
-    keyword, with the index in a list after a dot."""
+    """Yield every node in arguments with its position, once for each occurrence.
+
+    A position is the index of the argument, or its keyword, with the index in a list after a dot.
+    """
     for index, argument in enumerate(args):
         yield from _within(str(index), argument)
     for name, argument in kwargs.items():
@@ -176,17 +181,17 @@ def _within(position: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
 
 
 def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
-    """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
+    """Return ``value`` (arguments of a node) with ``fn`` applied to every node in it."""
     return fx.node.map_arg(value, fn)
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
-    """Every node in ``value`` (arguments of a node), in order, as often as it stands there."""
-    found: list[fx.Node] = []
+    """Return every node in ``value`` (arguments of a node), in order, once for each occurrence."""
+    nodes: list[fx.Node] = []
 
     def note(node: fx.Node) -> fx.Node:
-        found.append(node)
+        nodes.append(node)
         return node
 
     map_nodes(value, note)
-    return found
+    return nodes

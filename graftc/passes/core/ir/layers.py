@@ -1,4 +1,4 @@
-"""Layers: numbered segments of module paths."""
+"""Layers, which are identified by numbered segments of module paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graftc.passes.core.ir.program import Program
 
 
 def layer_path(module: str) -> str:
-    """The path up to and including its first numbered segment; empty where there is none."""
+    """Return a path up to and including its first numbered segment; empty if there is none."""
     segments = module.split(".")
     for index, segment in enumerate(segments):
         if segment.isdigit():
@@ -17,7 +17,7 @@ def layer_path(module: str) -> str:
 
 
 def repeated_layers(program: Program) -> set[str]:
-    """Layer paths that have a sibling: a numbered path alone is not a repeated layer."""
+    """Return the layer paths that have a sibling; a numbered path alone is not a repeated layer."""
     siblings: dict[str, set[str]] = defaultdict(set)
     for node in program.graph.nodes:
         path = layer_path(node.meta.get("module", ""))

@@ -1,4 +1,4 @@
-"""Calls of operators on the meta device, with numbers for sizes: what graphs are verified by."""
+"""Calls of operators on the meta device, with numbers for sizes, which are used to verify graphs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from graftc.passes.core.ir.shapes import Sizes
 
 @dataclass
 class MetaCall:
-    """What a call gives on the meta device.
+    """The outcome of a call on the meta device.
 
     Attributes:
-        mixed: see `mixed_product`.
-        result: its result; None where it was refused.
-        error: why it was.
+        mixed: the types that `mixed_product` returns.
+        result: the result of the call; None if it was refused.
+        error: the exception with which it was refused.
     """
 
     mixed: str
@@ -36,13 +36,13 @@ _MOST = 20_000
 
 
 class MetaCalls:
-    """Calls on the meta device, each kind made once: layers that are alike make the same ones.
+    """Calls on the meta device, each kind made once: layers that are alike make the same calls.
 
     Args:
-        sizes: numbers for sizes.
+        sizes: the numbers for sizes.
 
     Attributes:
-        values: by node; those of one type are one object.
+        values: values by node; values of one type are the same object.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -52,7 +52,10 @@ class MetaCalls:
         self._alike: set[tuple[int, int]] = set()
 
     def concrete(self, value: Any) -> Any:
-        """A value of a graph with numbers for sizes; graphs hold theirs, so that they are known by identity."""
+        """Return a value of a graph with numbers for sizes.
+
+        Values are looked up by identity, since the graph keeps them alive.
+        """
         if id(value) not in self._concrete:
             self._concrete[id(value)] = self._new(value)
         return self._concrete[id(value)]
@@ -65,22 +68,22 @@ class MetaCalls:
         return value if value is None or isinstance(value, bool | float) else self._sizes.size(value)
 
     def _one(self, value: Any) -> Any:
-        """The one object for all values of a type."""
+        """Return the one object for all values of a type."""
         if isinstance(value, Tensor):
             return _TENSORS.setdefault((value.dtype, value.shape, value.stride()), value)
         return type(value)(map(self._one, value)) if type(value) in (list, tuple) else value
 
     def made(self, node: fx.Node) -> MetaCall:
-        """What the call of a node gives."""
+        """Return the outcome of the call of a node."""
         key = (node.target, self._key(node.args), self._key(node.kwargs))
-        found = _MADE.get(key)
-        if found is None:
-            found = self._run(node)
+        outcome = _MADE.get(key)
+        if outcome is None:
+            outcome = self._run(node)
             if len(_MADE) >= _MOST:
                 _MADE.clear()
                 _TENSORS.clear()
-            _MADE[key] = found
-        return found
+            _MADE[key] = outcome
+        return outcome
 
     def _run(self, node: fx.Node) -> MetaCall:
         def number(value: Any) -> Any:
@@ -99,7 +102,7 @@ class MetaCalls:
         return call
 
     def _key(self, argument: Any) -> Any:
-        """An argument as something to look calls up by: equal for values of one type, as far as that is known."""
+        """Return an argument as a key for calls: equal for values of one type, as far as the type is known."""
         if isinstance(argument, fx.Node):
             argument = self.values[argument]
             if isinstance(argument, Tensor):
@@ -115,7 +118,7 @@ class MetaCalls:
         return (type(argument), argument)
 
     def alike(self, value: Any, expected: Any) -> bool:
-        """Whether two values are of one type."""
+        """Return whether two values are of the same type."""
         known = (id(value), id(expected))
         if known not in self._alike and _kind(value) == _kind(expected):
             self._alike.add(known)
@@ -126,7 +129,10 @@ _META = torch.device("meta")
 
 
 def mixed_product(target: Any, args: Sequence[Any]) -> str:
-    """The types of a product whose factors differ in theirs, which kernels refuse and the meta device takes."""
+    """Return the types of a product whose factors differ in type, or an empty string.
+
+    Kernels refuse such products and the meta device accepts them.
+    """
     if target not in _PRODUCTS:
         return ""
     dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
@@ -141,7 +147,7 @@ _REFUSALS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, 
 
 
 def _kind(value: Any) -> Any:
-    """The type of a value: sizes count, numbers that are made of sizes by division and roots do not."""
+    """Return the type of a value: sizes count, numbers computed from sizes by division and roots do not."""
     return float if isinstance(value, float) else plain(value)
 
 

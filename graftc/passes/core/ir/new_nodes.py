@@ -1,7 +1,7 @@
-"""New nodes of a graph, without what `torch.fx` looks into for each: whole graphs are copied many times.
+"""Creation of graph nodes without the checks that `torch.fx` makes for each one: whole graphs are copied many times.
 
-`fx.Graph.create_node` flattens all arguments in search of symbolic sizes, which ours have as nodes. So a node is made
-without arguments, and they are set afterwards.
+`fx.Graph.create_node` flattens all arguments in search of symbolic sizes, which are nodes in these graphs. Nodes are
+therefore created without arguments, which are set afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def create_node(
     kwargs: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> fx.Node:
-    """A new node at the graph's place of insertion: see `fx.Graph.create_node`."""
+    """Create a node at the graph's insertion point; see `fx.Graph.create_node`."""
     node = graph.create_node(op, target, (), None, name)
     if args:
         _ARGS.fset(node, args)
@@ -33,14 +33,14 @@ def create_node(
 
 
 def copy_node(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], Any], name: str | None = None) -> fx.Node:
-    """A node of another graph, or of another place in this one, without its metadata.
+    """Copy a node of another graph, or of another place in this one, without its metadata.
 
     Args:
-        graph: takes the copy.
-        node: what is copied.
-        value: what its arguments are there.
-        name: of the copy; that of the node by default.
+        graph: the graph that the copy is added to.
+        node: the node to copy.
+        value: a function from the nodes in its arguments to the values in the arguments of the copy.
+        name: the name of the copy; by default, that of the node.
     """
     args, kwargs = fx.node.map_arg(node.args, value), node.kwargs and fx.node.map_arg(node.kwargs, value)
-    made: Any = args
-    return create_node(graph, node.op, node.target, made, kwargs, node.name if name is None else name)
+    copied: Any = args
+    return create_node(graph, node.op, node.target, copied, kwargs, node.name if name is None else name)

@@ -1,7 +1,7 @@
-"""The canonical text of a Program and its structural hash: stable across runs and machines.
+"""The canonical text of a Program and its structural hash, both stable across runs and machines.
 
-Symbols are renumbered, paths and addresses never printed. The hash numbers values by what computes them (target,
-ordered arguments, literals), in linear time, so node order and names do not matter.
+Symbols are renumbered; paths and addresses are never printed. The hash numbers values by what computes them (target,
+ordered arguments, literals), in linear time, so the order and the names of nodes do not matter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROWS = re.compile(r"\[([^\[\]]*)\](?:#\d+)?$")
 
 
 def target_name(target: Any) -> str:
-    """A call target as text: ``aten.linear``, ``aten.add.Tensor``, ``getitem``."""
+    """Return a call target as text: ``aten.linear``, ``aten.add.Tensor``, ``getitem``."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, name = target.namespace, target._schema.name.split("::")[1]
         overload = target._overloadname
@@ -37,7 +37,7 @@ def target_name(target: Any) -> str:
 
 
 def printed_tensor(fqn: str) -> str:
-    """A Store name as text: ``@base.q.weight``, or ``@attention.q.A`` for a tensor of the adaptation *attention*."""
+    """Return a Store name as text: ``@base.q.weight``, or ``@attention.q.A`` for the adaptation *attention*."""
     name = parsed(fqn)
     if name is None:
         return f"@base.{fqn}"
@@ -45,7 +45,7 @@ def printed_tensor(fqn: str) -> str:
 
 
 def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames) -> str:
-    """An argument as text."""
+    """Return an argument as text."""
     if isinstance(value, fx.Node):
         return node_text(value)
     if isinstance(value, list | tuple):
@@ -63,16 +63,19 @@ def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames)
 
 
 def _stem(node: fx.Node) -> str:
-    """What a value is called: ``query`` for the result of the module *query*'s own weight, ``query.down`` for a part of
-    an adaptation there, and otherwise the operator's name."""
+    """Return the name of a value.
+
+    The name is ``query`` for the result of the module *query*'s own weight, ``query.down`` for a part of an adaptation
+    there, and otherwise the operator's name.
+    """
     if node.op == "placeholder":
         return str(node.target)
     module = str(node.meta.get("module", ""))
     leaf = module.rpartition(".")[2]
     origin = provenance(node)
     if origin is not None:
-        found = _ROWS.search(origin["site"].rpartition(".")[2])
-        rows = found[1] if found is not None else ""
+        match = _ROWS.search(origin["site"].rpartition(".")[2])
+        rows = match[1] if match is not None else ""
         return ".".join(word for word in (leaf, rows, origin["part"].replace(" ", "_")) if word)
     if leaf and any(n.op == "get_attr" and module_of(str(n.target)) == module for n in node.all_input_nodes):
         return leaf
@@ -81,11 +84,11 @@ def _stem(node: fx.Node) -> str:
 
 
 class Printer:
-    """Prints nodes of one Program, naming values by what computes them.
+    """A printer of the nodes of one Program, which names values by what computes them.
 
     Args:
-        program: whose nodes.
-        numbered: tell values of one name apart by number; without, equal layers print alike.
+        program: the Program whose nodes are printed.
+        numbered: whether to tell values of the same name apart by number; otherwise, equal layers print alike.
     """
 
     def __init__(self, program: Program, *, numbered: bool = True) -> None:
@@ -99,7 +102,7 @@ class Printer:
                 self.names[node] = printed_tensor(str(node.target))
                 continue
             name = base = f"%{_stem(node)}"
-            # A module may be called like a numbered value: ln and ln_1.
+            # A module may have the name of a numbered value: ln and ln_1.
             while numbered and name in taken:
                 counts[base] += 1
                 name = f"{base}_{counts[base]}"
@@ -107,7 +110,7 @@ class Printer:
             self.names[node] = name
 
     def line(self, node: fx.Node) -> str:
-        """One node as one line; `get_attr` nodes have none of their own."""
+        """Return one node as one line; `get_attr` nodes have none of their own."""
         if node.op == "placeholder":
             return f"{self.names[node]}: {self.symbols.type(node.meta.get('val'))} = input"
         if node.op == "output":
@@ -117,33 +120,33 @@ class Printer:
         return f"{text}  # {self.comment(node)}"
 
     def arguments(self, node: fx.Node) -> str:
-        """The arguments of a call, in order, keywords last."""
+        """Return the arguments of a call, in order, keywords last."""
         parts = [literal(a, self.names.__getitem__, self.symbols) for a in node.args]
         parts += [f"{k}={literal(v, self.names.__getitem__, self.symbols)}" for k, v in node.kwargs.items()]
         return ", ".join(parts)
 
     @staticmethod
     def comment(node: fx.Node) -> str:
-        """Who the node belongs to: its module, or the adaptation that inserted it."""
+        """Return what the node belongs to: its module, or the adaptation that inserted it."""
         origin = provenance(node)
         if origin is None:
             return str(node.meta.get("module") or "(root)")
         return f"+ {origin['adaptation']} ({origin['method']}) {origin['part']} @ {origin['site']}"
 
     def lines(self, nodes: Iterable[fx.Node] | None = None) -> list[str]:
-        """The lines of ``nodes``, the whole graph by default."""
+        """Return the lines of ``nodes``, by default of the whole graph."""
         chosen = self.program.graph.nodes if nodes is None else nodes
         return [self.line(node) for node in chosen if node.op != "get_attr"]
 
 
 def format_program(program: Program) -> str:
-    """The canonical text of a Program."""
+    """Return the canonical text of a Program."""
     header = f"program {program.entry} ({program.mode})"
     return "\n".join([header, *Printer(program).lines()]) + "\n"
 
 
 def format_around(program: Program, node: fx.Node, context: int = 4) -> str:
-    """The lines around a node, the node marked: what an error shows."""
+    """Return the lines around a node, with the node marked, as shown in errors."""
     nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
     printer = Printer(program)
     at = nodes.index(node) if node in nodes else 0
@@ -152,18 +155,20 @@ def format_around(program: Program, node: fx.Node, context: int = 4) -> str:
 
 
 def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> dict[fx.Node, str]:
-    """A digest for every node of what it computes: target, arguments in order, literals.
+    """Return a digest for every node of what it computes: target, arguments in order, literals.
 
     Args:
         program: the Program to number.
-        canonical: maps a tensor's name to the name that owns it, so that tied names count as one.
+        canonical: a function from a tensor's name to the name that owns it, so that tied names count as one.
     """
     return _numbered(program, canonical)[0]
 
 
 def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[fx.Node, str], list[str]]:
-    """The numbers, and those of the nodes that change a value in place. What reads a value depends on what changed it
-    before, and not only on what made it."""
+    """Return the digests of all nodes, and those of the nodes that change a value in place.
+
+    The digest of a node that reads a value depends on what changed the value before, not only on what made it.
+    """
     names = SymbolNames(program)
     digests: dict[fx.Node, str] = {}
     draws = 0
@@ -196,8 +201,8 @@ def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[f
 
 
 def structural_hash(program: Program, canonical: Callable[[str], str] = str) -> str:
-    """A digest of everything that a Program's outputs depend on, and of what it changes in place."""
+    """Return a digest of everything that a Program's outputs depend on, and of what it changes in place."""
     interface = ",".join(sorted(f"{s.name}:{s.dtype}:{s.shape}" for s in program.inputs))
     digests, writes = _numbered(program, canonical)
-    whole = "|".join([interface, digests[program.output_node], *writes])
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    content = "|".join([interface, digests[program.output_node], *writes])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

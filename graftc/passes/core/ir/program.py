@@ -29,11 +29,11 @@ class InputSpec:
     """One input of a Program.
 
     Attributes:
-        name: the model's own name for it.
+        name: the model's own name for the input.
         dtype: element type, as ``torch.int64``.
         shape: sizes; a string is a symbol shared by name with other inputs (``"batch"``, ``"sequence"``).
-        ranges: the sizes that the graph holds for, least and greatest, per axis; empty where nothing was recorded.
-        apart: pairs of named sizes that the graph does not hold for where they are equal.
+        ranges: the least and greatest sizes for which the graph is valid, per axis; empty if nothing was recorded.
+        apart: pairs of named sizes for which the graph is not valid if they are equal.
     """
 
     name: str
@@ -44,7 +44,7 @@ class InputSpec:
 
 
 def from_two(inputs: Iterable[InputSpec], names: Collection[str]) -> tuple[InputSpec, ...]:
-    """Inputs whose axes of some names have sizes of 2 and more."""
+    """Return inputs whose axes with some names have sizes of at least 2."""
 
     def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
         return (max(2, low), high) if size in names else (low, high)
@@ -53,7 +53,7 @@ def from_two(inputs: Iterable[InputSpec], names: Collection[str]) -> tuple[Input
 
 
 def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:
-    """Inputs whose axes of some names have no greater sizes than given."""
+    """Return inputs whose axes with some names have at most the given sizes."""
 
     def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
         if not isinstance(size, str) or size not in most:
@@ -67,14 +67,14 @@ def _bounded(
     inputs: Iterable[InputSpec], bounds: Callable[[int | str, int, int | None], tuple[int, int | None]]
 ) -> tuple[InputSpec, ...]:
     return tuple(
-        replace(spec, ranges=tuple(bounds(size, *held) for size, held in zip(spec.shape, spec.ranges, strict=True)))
+        replace(spec, ranges=tuple(bounds(size, *limits) for size, limits in zip(spec.shape, spec.ranges, strict=True)))
         for spec in inputs
     )
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """How the flat outputs are put together again: a leaf, a container, or a ``ModelOutput`` class with fields."""
+    """The structure for rebuilding the outputs: a leaf, a container, or a ``ModelOutput`` class with fields."""
 
     kind: Literal["leaf", "none", "tuple", "list", "dict", "class"]
     fields: tuple[str, ...] = ()
@@ -83,15 +83,15 @@ class OutputSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A name for every flat output, in order: field names, numbered where a field holds several."""
+        """The names of the flat outputs, in order: field names, numbered if a field contains several."""
         return tuple(self._names(""))
 
     def _names(self, prefix: str) -> Iterable[str]:
         if self.kind == "leaf":
             yield prefix or "output"
         for index, child in enumerate(self.children):
-            own = self.fields[index] if self.fields else str(index)
-            yield from child._names(f"{prefix}.{own}" if prefix else own)
+            name = self.fields[index] if self.fields else str(index)
+            yield from child._names(f"{prefix}.{name}" if prefix else name)
 
     def build(self, leaves: Iterable[Any]) -> Any:
         """Rebuild the model's own output object from flat values."""
@@ -111,11 +111,11 @@ class OutputSpec:
         if self.kind == "dict":
             return mapping
         assert self.cls is not None
-        made = self.cls(**mapping)
-        if isinstance(made, OrderedDict) and tuple(made) != self.fields:  # fields that were set later come last
-            for name in filter(made.__contains__, self.fields):
-                made.move_to_end(name)
-        return made
+        output = self.cls(**mapping)
+        if isinstance(output, OrderedDict) and tuple(output) != self.fields:  # fields set after construction come last
+            for name in filter(output.__contains__, self.fields):
+                output.move_to_end(name)
+        return output
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class VirtualTokens:
     Attributes:
         owner: the adaptation.
         sites: the values of that sequence that it adapts.
-        rows: their vectors for each run, ``[batch, length, width]``: zeros until a method fills them.
-        starts: where each run begins in the lengthened sequence: a number, or ``int64[batch, 1]``.
+        rows: the vectors of each run, ``[batch, length, width]``: zeros until a method fills them.
+        starts: the positions at which each run begins in the lengthened sequence: a number, or ``int64[batch, 1]``.
     """
 
     owner: str
@@ -135,7 +135,7 @@ class VirtualTokens:
     starts: tuple[fx.Node | int, ...]
 
     def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> VirtualTokens:
-        """The same in a copy of the graph."""
+        """Return the same virtual tokens in a copy of the graph."""
         starts = tuple(mapping[s] if isinstance(s, fx.Node) else s for s in self.starts)
         return replace(self, rows=tuple(mapping[row] for row in self.rows), starts=starts)
 
@@ -191,26 +191,26 @@ class Program:
         return self.graph.output_node()
 
     def placeholders(self) -> list[fx.Node]:
-        """Input nodes in order."""
+        """Return the input nodes, in order."""
         return self.graph.find_nodes(op="placeholder")
 
     def current(self, node: fx.Node, site: str | None = None) -> fx.Node:
-        """What stands in the place of a node now, after every edit.
+        """Return the node that replaces a node after all edits, which is the node itself if there are none.
 
         Args:
-            node: what may have been replaced.
-            site: a site, as text, whose narrow edits count as well; by default none do.
+            node: the node that may have been replaced.
+            site: a site, as text, whose narrow edits count as well; by default, none do.
         """
         return self.edits.current(node, site)
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
-        """The graph for networkx, nodes by their printed names: see `graph_formats.to_networkx`."""
+        """Return the graph for networkx, with nodes by their printed names; see `graph_formats.to_networkx`."""
         from graftc.passes.core.ir.graph_formats import to_networkx
 
         return to_networkx(self)
 
     def copy(self, **changes: Any) -> Program:
-        """A Program with its own copy of the graph; metadata values and Store tensors are shared."""
+        """Return a Program with its own copy of the graph; metadata values and Store tensors are shared."""
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -233,11 +233,11 @@ class Program:
 
 @dataclass(frozen=True)
 class InputCheck:
-    """A condition on the inputs of a call: see `graftc.compiler.input_checks`.
+    """A condition on the inputs of a call; see `graftc.compiler.input_checks`.
 
     Attributes:
-        program: gives a tensor of truth values, all of which have to be true.
-        message: what is wrong where one is not.
+        program: the Program that computes a tensor of truth values, all of which have to be true.
+        message: the error message if one of them is not.
     """
 
     program: Program
@@ -245,76 +245,76 @@ class InputCheck:
 
 
 def provenance(node: fx.Node) -> dict[str, str] | None:
-    """Who inserted a node: ``adaptation``, ``method``, ``site`` and ``part``; None for the base's own nodes."""
+    """Return what inserted a node: ``adaptation``, ``method``, ``site`` and ``part``; None for the base's own nodes."""
     custom = node.meta.get("custom") or {}
-    found: dict[str, str] | None = custom.get("graftc")
-    return found
+    origin: dict[str, str] | None = custom.get("graftc")
+    return origin
 
 
 def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The end of a chain of replacements, for example from *before* to *after* of edits."""
+    """Return the end of a chain of replacements, for example from *before* to *after* of edits."""
     while node in links:
         node = links[node]
     return node
 
 
 def gives_tensors(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, or several at once as a split does; sizes are numbers."""
+    """Return whether a node gives a tensor, or several at once as a split does; sizes are numbers."""
     value = node.meta.get("val")
     return any(isinstance(each, torch.Tensor) for each in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.Node]:
-    """Some nodes and everything that they are made from, in graph order, not beyond those of ``stop``."""
-    found = set(nodes)
-    pending = [node for node in found if node not in stop]
+    """Return some nodes and everything that they are computed from, in graph order, not going beyond ``stop``."""
+    reached = set(nodes)
+    pending = [node for node in reached if node not in stop]
     while pending:
         for source in pending.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
+            if source not in reached:
+                reached.add(source)
                 pending += [source] if source not in stop else []
-    return sorted(found)
+    return sorted(reached)
 
 
 def marks_above(graph: fx.Graph, marks: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-    """For every node the marks, as bits, of itself and of everything that it is made from."""
-    found: dict[fx.Node, int] = {}
+    """Return for every node the marks, as bits, of itself and of everything that it is computed from."""
+    combined: dict[fx.Node, int] = {}
     for node in graph.nodes:
         mark = marks.get(node, 0)
         for source in node.all_input_nodes:
-            mark |= found[source]
-        found[node] = mark
-    return found
+            mark |= combined[source]
+        combined[node] = mark
+    return combined
 
 
 def is_above(node: fx.Node, other: fx.Node) -> bool:
-    """Whether a node is made from another one; what stands in front of that one is not looked at."""
-    found, pending = {node}, [node]
+    """Return whether a node is computed from another one; nodes before the other one are not visited."""
+    reached, pending = {node}, [node]
     while pending:
         current = pending.pop()
         if current is other:
             return True
         for source in current.all_input_nodes:
-            if source not in found and not source < other:
-                found.add(source)
+            if source not in reached and not source < other:
+                reached.add(source)
                 pending.append(source)
     return False
 
 
 def memory_of(program: Program) -> Memory:
-    """The memory of a Program's graph as it was when it was first asked for: adaptations write to nothing."""
+    """Return the memory of a Program's graph as of the first request: adaptations write to nothing."""
     if program.memory is None:
         program.memory = Memory(program.graph)
     return program.memory
 
 
 def mutates(node: fx.Node) -> bool:
-    """Whether a call changes one of its arguments in place."""
+    """Return whether a call changes one of its arguments in place."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers, so that no two such calls may be merged."""
+    """Return whether a call draws random numbers, so that no two such calls may be merged."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

@@ -1,4 +1,4 @@
-"""Keys: which graph of a Compilation is meant."""
+"""Keys that identify the graphs of a Compilation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ Stage = Literal["source", "base", "adapted"]
 
 
 class Signature(NamedTuple):
-    """What tells one call from another. Keys are tuples: code of ``torch.compile`` looks graphs up by them.
+    """The kind of a call, which distinguishes it from other calls.
+
+    Keys are tuples, since code of ``torch.compile`` looks graphs up by them.
 
     Attributes:
         inputs: names, element types and ranks of tensors, and values of flags, sorted: ``input_ids:int64[2]``,
             ``output_attentions=True``.
-        sizes: axes that have one size in the graph, ``input_ids.0=1``, or bounds where others have graphs of their own.
+        sizes: axes that have one size in the graph, ``input_ids.0=1``, or bounds if other sizes have their own graphs.
     """
 
     inputs: tuple[str, ...]
@@ -38,7 +40,7 @@ class Signature(NamedTuple):
 class ProgramKey(NamedTuple):
     """The one key of graphs: of Programs, and of the code that runs them.
 
-    The same place in the model has one `SiteKey` in all of them.
+    A place in the model has the same `SiteKey` in all of them.
     """
 
     entry: Entry

@@ -1,4 +1,4 @@
-"""Nodes that route among experts of an adaptation: how a graph is told to have them."""
+"""Predicates for the nodes that route among experts of an adaptation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def is_pick(node: fx.Node) -> bool:
-    """Whether a node picks an expert by a route."""
+    """Return whether a node picks an expert by a route."""
     if node.target is not aten.index_select.default or provenance(node) is None:
         return False
     chosen = node.args[2]
@@ -19,5 +19,5 @@ def is_pick(node: fx.Node) -> bool:
 
 
 def is_route(node: fx.Node) -> bool:
-    """Whether a node is a random whole number."""
+    """Return whether a node draws a random integer."""
     return node.target is aten.randint_like.low_dtype

@@ -1,4 +1,4 @@
-"""Types of values: printing symbolic shapes, evaluating them at chosen sizes, and making them anew from text."""
+"""Types of values: printing symbolic shapes, evaluating them at chosen sizes, and recreating them from text."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.ite
 
 
 def expression(size: Any) -> Any:
-    """The sympy expression of a symbolic size, or the plain number where it is one."""
-    found = size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
-    return int(found) if isinstance(found, sympy.Integer) else found
+    """Return the sympy expression of a symbolic size, or the plain number if it is one."""
+    value = size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
+    return int(value) if isinstance(value, sympy.Integer) else value
 
 
 class SymbolNames:
-    """Stable names ``s0, s1, ...`` for the symbols of a Program, in the order in which its inputs show them."""
+    """Stable names ``s0, s1, ...`` for the symbols of a Program, in the order in which its inputs contain them."""
 
     def __init__(self, program: Program) -> None:
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -58,11 +58,11 @@ class SymbolNames:
 
     @property
     def symbols(self) -> dict[sympy.Symbol, str]:
-        """Captured symbol to stable name."""
+        """The stable names, by captured symbol."""
         return {symbol: str(name) for symbol, name in self._names.items()}
 
     def size(self, size: Any) -> str:
-        """One size as text."""
+        """Return one size as text."""
         expr = expression(size)
         text = self._memo.get(expr)
         if text is None:
@@ -72,7 +72,7 @@ class SymbolNames:
         return text
 
     def type(self, value: Any) -> str:
-        """A value's type as text: ``f32[s0, s1, 384]``, a symbolic size, or a tuple of those."""
+        """Return a value's type as text: ``f32[s0, s1, 384]``, a symbolic size, or a tuple of those."""
         if isinstance(value, torch.Tensor):
             dims = ", ".join(self.size(size) for size in value.shape)
             return f"{DTYPE_NAMES.get(value.dtype, str(value.dtype))}[{dims}]"
@@ -86,26 +86,26 @@ class SymbolNames:
 
 
 class Sizes:
-    """Evaluates symbolic sizes with numbers put in for the symbols; remembers every expression it has seen."""
+    """Evaluates symbolic sizes with numbers for the symbols; every expression is evaluated once."""
 
     def __init__(self, assign: Callable[[str], int]) -> None:
         self._assign = assign
         self._memo: dict[Any, Any] = {}
 
     def size(self, size: Any) -> Any:
-        """One size as a number; what is made of sizes by division or roots, as a `float`."""
+        """Return one size as a number; numbers computed from sizes by division or roots are `float`."""
         expr = expression(size)
         if isinstance(expr, int | float):
             return expr
-        found = self._memo.get(expr)
-        if found is None:
+        result = self._memo.get(expr)
+        if result is None:
             values = {symbol: self._assign(str(symbol)) for symbol in expr.free_symbols}
             number = expr.subs(values)
-            found = self._memo[expr] = float(number) if isinstance(size, torch.SymFloat) else int(number)
-        return found
+            result = self._memo[expr] = float(number) if isinstance(size, torch.SymFloat) else int(number)
+        return result
 
     def shape(self, value: torch.Tensor) -> tuple[int, ...]:
-        """A tensor's shape as numbers."""
+        """Return a tensor's shape as numbers."""
         return tuple(self.size(size) for size in value.shape)
 
 
@@ -129,8 +129,10 @@ _SYMBOLS = 256
 
 
 def _fake_mode() -> FakeTensorMode:
-    """One that does not remember calls, which costs more than it saves where sizes are symbols: a tenth of a compile, a
-    third where sequences are lengthened."""
+    """Return a fake mode without a cache of calls, which costs more than it saves if sizes are symbols.
+
+    The cost is a tenth of a compile, and a third if sequences are lengthened.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     mode.cache_enabled = False
     return mode
@@ -138,9 +140,9 @@ def _fake_mode() -> FakeTensorMode:
 
 @dataclass
 class FakeContext:
-    """Makes fake tensors and symbolic sizes anew from their text, all in one shape environment.
+    """Recreates fake tensors and symbolic sizes from their text, all in one shape environment.
 
-    Text is parsed by hand: names, whole numbers, ``+ - * // % **`` and four functions, nothing else.
+    Text is parsed by hand: names, integers, ``+ - * // % **`` and four functions, nothing else.
     """
 
     mode: FakeTensorMode = field(default_factory=_fake_mode)
@@ -149,7 +151,7 @@ class FakeContext:
     _tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def symbol(self, name: str) -> Any:
-        """The symbol called ``name``, created at its first mention with a hint of its own."""
+        """Return the symbol called ``name``, which is created with its own hint when it is first mentioned."""
         if name not in self._symbols:
             if len(self._symbols) >= _SYMBOLS:
                 raise ValueError("not a size: too many symbols")
@@ -167,7 +169,7 @@ class FakeContext:
         return self._symbols[name]
 
     def size(self, text: str) -> Any:
-        """A size: an `int`, or a symbolic one."""
+        """Return a size: an `int`, or a symbolic one."""
         if text not in self._sizes:
             if len(text) > _LONGEST:
                 raise ValueError(f"not a size: {text[:20]}...")
@@ -186,13 +188,16 @@ class FakeContext:
         return int(env.backed_var_to_val[symbol])
 
     def _parse(self, node: ast.expr, depth: int = 0) -> tuple[Any, int]:
-        """An expression, and what it is for the hints of its symbols: text must not make numbers without end."""
+        """Return an expression, and its value for the hints of its symbols.
+
+        Depth and value are limited, so that text cannot make numbers of any size.
+        """
         if depth > _DEEPEST:
             raise ValueError("not a size: too deep")
-        made = self._made(node, depth)
-        if abs(made[1]) >= _LARGEST:
+        parsed = self._made(node, depth)
+        if abs(parsed[1]) >= _LARGEST:
             raise ValueError("not a size: too large")
-        return made
+        return parsed
 
     def _made(self, node: ast.expr, depth: int) -> tuple[Any, int]:
         if isinstance(node, ast.Name) and _SYMBOL.fullmatch(node.id):
@@ -225,7 +230,7 @@ class FakeContext:
         raise ValueError(f"not a size: {ast.unparse(node)[:40]}")
 
     def tensor(self, dtype: torch.dtype, shape: tuple[str, ...], device: torch.device) -> torch.Tensor:
-        """A fake tensor; the same object for the same type."""
+        """Return a fake tensor; the same object for the same type."""
         key = (dtype, shape, device)
         if key not in self._tensors:
             sizes = [self.size(text) for text in shape]
@@ -235,7 +240,7 @@ class FakeContext:
 
 
 def types_of(value: Any) -> Any:
-    """Arguments of a call with types for values, as something to look results up by."""
+    """Return the arguments of a call with types instead of values, as a key to look results up by."""
     if isinstance(value, torch.fx.Node):
         return _type(value.meta["val"])
     if isinstance(value, list | tuple):
@@ -254,7 +259,7 @@ def _type(value: Any) -> Any:
 
 
 def fake_mode_of(program: Program) -> FakeTensorMode:
-    """The fake mode that a Program's values live in."""
+    """Return the fake mode that a Program's values belong to."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
         mode = getattr(value, "fake_mode", None)
@@ -264,6 +269,6 @@ def fake_mode_of(program: Program) -> FakeTensorMode:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of a tensor that is not on the meta device, as they are in memory, in order."""
+    """Return the elements of a tensor that is not on the meta device, in order, as the bytes in memory."""
     view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return view

@@ -1,5 +1,7 @@
-"""Which tensors of the Store a graph writes to: running statistics, counters, moving averages, vectors of power
-iterations."""
+"""The tensors of the Store that a graph writes to.
+
+These are running statistics, counters, moving averages and vectors of power iterations.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,19 @@ aten = torch.ops.aten
 
 
 def updates(graph: fx.Graph) -> frozenset[str]:
-    """Names of the tensors that a graph writes to."""
+    """Return the names of the tensors that a graph writes to."""
     return frozenset(updated(graph))
 
 
 def as_source(program: Program, names: dict[str, str]) -> Program:
-    """A Program that reads some tensors under other names and writes to copies of them alone.
+    """Return a Program that reads some tensors under other names and writes only to copies of them.
 
     Args:
-        program: stays as it is.
-        names: of tensors, to the names that are read in their place.
+        program: the original Program, which is not changed.
+        names: names of tensors, mapped to the names that are read instead.
     """
-    found = program.copy(updates=frozenset())
-    graph = found.graph
+    result = program.copy(updates=frozenset())
+    graph = result.graph
     for node in list(graph.nodes):
         if node.op != "get_attr" or str(node.target) not in names:
             continue
@@ -34,4 +36,4 @@ def as_source(program: Program, names: dict[str, str]) -> Program:
             copied = graph.call_function(aten.clone.default, (node,))
         copied.meta = dict(node.meta)
         node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
-    return found
+    return result

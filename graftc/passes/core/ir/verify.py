@@ -1,8 +1,8 @@
-"""The verifier: run at every pass boundary, on by default.
+"""The verifier, which runs at every pass boundary by default.
 
-It holds a Program against the base as it was captured: the graph is sound, the interface is as it was, base nodes are
-untouched, every inserted node says who inserted it, every replacement keeps its type, and every trainable tensor
-has a gradient path. Once, at the end, all types are worked out anew at two different sizes.
+It checks a Program against the base as it was captured: the graph is sound, the interface is unchanged, base nodes are
+untouched, every inserted node has a provenance, every replacement keeps its type, and every trainable tensor has a
+gradient path. Once, at the end, all types are computed again at two different sizes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
 
 
 def record_baseline(program: Program) -> Program:
-    """Remember the base's nodes as they are now; later passes are held against them."""
+    """Record the base's nodes as they are now; later passes are checked against them."""
     names = SymbolNames(program)
     program.baseline = {n.name: _fingerprint(n, names, Edits()) for n in program.graph.nodes if _is_call(n)}
     return program
@@ -42,28 +42,28 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
 
     Args:
         program: the Program as the pass left it.
-        store: where its tensors live.
-        step: named in the error.
-        types: also work out all types anew, at two sizes.
+        store: the Store that contains its tensors.
+        step: the name of the pass, for error messages.
+        types: if true, all types are also computed again, at two sizes.
 
     Raises:
-        GraftError: GC040 naming the pass and the node, with the graph around it; GC030 for types that follow from
-            values, which cannot be worked out anew; GC023 for a trainable tensor that reaches no output in train mode.
+        GraftError: GC040 naming the pass and the node, with the graph around it; GC030 for types that depend on values,
+            which cannot be computed again; GC023 for a trainable tensor that reaches no output in train mode.
     """
     for rule in _RULES:
-        found = rule(program, store)
-        if found is not None:
-            _fail(program, step, *found)
+        finding = rule(program, store)
+        if finding is not None:
+            _fail(program, step, *finding)
     if program.mode == "train":
         require_gradient_paths(program, store)
     if types:
         for sizes in SIZE_CHOICES:
-            found = check_types(program, sizes)
-            if found is not None and _has_sizes_of_values(program):
+            finding = check_types(program, sizes)
+            if finding is not None and _has_sizes_of_values(program):
                 hint = "torch.export keeps such sizes as numbers; without capture: graph, layers are graphs instead"
-                raise GraftError("GC030", f"sizes in the graph follow from values: {found[1]}", hint=hint)
-            if found is not None:
-                _fail(program, step, *found)
+                raise GraftError("GC030", f"sizes in the graph follow from values: {finding[1]}", hint=hint)
+            if finding is not None:
+                _fail(program, step, *finding)
 
 
 Finding = tuple[fx.Node | None, str]
@@ -80,7 +80,7 @@ _OF_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.defau
 
 
 def _has_sizes_of_values(program: Program) -> bool:
-    """Whether an operator gives a number, or as many elements, as the values of a tensor say."""
+    """Return whether an operator gives a number, or a number of elements, that depends on the values of a tensor."""
     targets = (node.target for node in program.graph.nodes)
     return any(t in _OF_VALUES or torch.Tag.data_dependent_output in getattr(t, "tags", ()) for t in targets)
 
@@ -90,7 +90,10 @@ def _is_call(node: fx.Node) -> bool:
 
 
 def _same_type(value: Tensor, held: Tensor, store: Store) -> bool:
-    """FSDP2 keeps parameters in one type of floating point and computes in another."""
+    """Return whether two element types agree.
+
+    FSDP2 stores parameters in one floating-point type and computes in another.
+    """
     cast = is_unit(store.root) and value.is_floating_point() and held.is_floating_point()
     return cast or value.dtype == held.dtype
 
@@ -104,13 +107,13 @@ def _sound(program: Program, store: Store) -> Finding | None:
         name = str(node.target)
         if name not in store:
             return node, f"{name} is not in the Store"
-        held, value = store.get(name), node.meta.get("val")
+        stored, value = store.get(name), node.meta.get("val")
         if (
             not isinstance(value, Tensor)
-            or tuple(value.shape) != tuple(held.shape)
-            or not _same_type(value, held, store)
+            or tuple(value.shape) != tuple(stored.shape)
+            or not _same_type(value, stored, store)
         ):
-            return node, f"{name} is {held.dtype} {list(held.shape)} in the Store, the graph says otherwise"
+            return node, f"{name} is {stored.dtype} {list(stored.shape)} in the Store, the graph says otherwise"
     return None
 
 
@@ -152,7 +155,7 @@ def _base_untouched(program: Program, store: Store) -> Finding | None:
 
 
 def _fingerprint(node: fx.Node, names: SymbolNames, edits: Edits) -> tuple[Any, ...]:
-    """Target and arguments, with every replacement traced back to what it replaced."""
+    """Return the target and arguments of a node, with every replacement traced back to what it replaced."""
 
     def text(source: fx.Node) -> str:
         return edits.original(source).name
@@ -186,16 +189,17 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
     """Run the graph on the meta device with numbers for the symbols, and compare every type.
 
     Args:
-        program: whose.
+        program: the Program to check.
         choice: numbers for the symbols.
-        strict: hold the base's own nodes to it as well, but for what depends on values.
+        strict: if true, the base's own nodes are checked as well, except those that depend on values.
     """
     numbers, assigned, ranges = count(), {}, _ranges(program)
     given = {str(symbol) for symbol in SymbolNames(program).symbols}
 
     def assign(symbol: str) -> int:
         if symbol not in assigned:
-            # No input has it: how many rows the data select. It is free, but graphs divide it by other sizes.
+            # Symbols that no input has, such as the number of rows that the data select, are free, but graphs
+            # divide them by other sizes.
             free = choice[next(numbers) % len(choice)] if symbol in given else math.prod(choice)
             low, high = ranges.get(symbol, (0, None))
             free = free if free >= low else low + free
@@ -217,26 +221,26 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
                 return node, f"it does not run on the meta device: {call.error}"
             calls.values[node] = expected
             continue
-        calls.values[node] = found = call.result
-        if type(found) is int and abs(found) >= _LARGEST:
+        calls.values[node] = result = call.result
+        if type(result) is int and abs(result) >= _LARGEST:
             return node, "it gives a number without end"
-        if not calls.alike(found, expected):
-            return node, f"it gives {plain(found)}, the graph says {plain(expected)}"
+        if not calls.alike(result, expected):
+            return node, f"it gives {plain(result)}, the graph says {plain(expected)}"
     return None
 
 
 def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
-    """The sizes that each symbol of the inputs may have."""
-    found: dict[str, tuple[int, int | None]] = {}
+    """Return the least and greatest size of each symbol of the inputs."""
+    ranges: dict[str, tuple[int, int | None]] = {}
     for node, spec in zip(program.placeholders(), program.inputs, strict=False):
         value = node.meta["val"]
         for size, bounds in zip(value.shape if isinstance(value, Tensor) else (), spec.ranges, strict=False):
-            found.setdefault(str(expression(size)), bounds)
-    return found
+            ranges.setdefault(str(expression(size)), bounds)
+    return ranges
 
 
 def _depends_on_values(node: fx.Node, error: Exception) -> bool:
-    """Whether a call cannot be made on the meta device for no fault of its own."""
+    """Return whether a call fails on the meta device only because it depends on values or is not implemented there."""
     target = node.target
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
     return (

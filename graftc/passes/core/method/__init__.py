@@ -1,3 +1,4 @@
-"""What a method is: its base class, what it may do beside the graph, and how it is found by its tag.
+"""The interface of methods: their base class, what they may do beside the graph, and how they are found by tag.
 
-Methods themselves are in `graftc.passes.methods`."""
+The methods themselves are in `graftc.passes.methods`.
+"""

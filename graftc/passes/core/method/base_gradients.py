@@ -1,5 +1,4 @@
-"""Gradients of base tensors as a whole, for controllers that look at them now and then: none outlives its backward
-pass."""
+"""Gradients of whole base tensors, for controllers that need them now and then; none outlives its backward pass."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from graftc.passes.core.packing.packed_tensor import PackedTensor
 
 
 class BaseGradients:
-    """Hands over the gradients of base tensors, each as soon as it is there, and lets it go.
+    """Hands over the gradients of base tensors, each as soon as it is available, and releases it.
 
-    The tensors want a gradient from `want` until `release`. Several may want those of one tensor, if all of them
-    release them before any other wants them again.
+    The tensors require a gradient from `want` until `release`. Several instances may want those of one tensor, if all
+    of them release them before any other wants them again.
 
     Args:
-        receive: gets a tensor's name and its gradient, once for each backward pass.
+        receive: a function that is called with a tensor's name and its gradient, once for each backward pass.
     """
 
     def __init__(self, receive: Callable[[str, Tensor], None]) -> None:
@@ -34,15 +33,15 @@ class BaseGradients:
         """Let tensors, by name, have gradients in the passes that follow."""
         for name, given in tensors.items():
             tensor = given.parts[0] if isinstance(given, PackedTensor) else given
-            held, handles = self._held.get(name, (None, []))
+            previous, handles = self._held.get(name, (None, []))
             if not tensor.is_floating_point():  # the codes of a packed weight
-                if held is not tensor or not handles:
+                if previous is not tensor or not handles:
                     self._held[name] = tensor, [listen(tensor, partial(self._hand_over, name))]
                 _let_want(tensor, True)
                 continue
             _let_want(tensor, True)
-            if held is not tensor or not handles:
-                # The first hook gets the gradient even where another holder's second one has been there already.
+            if previous is not tensor or not handles:
+                # The first hook gets the gradient even if another holder's second hook has already run.
                 first = tensor.register_hook(partial(self._hand_over, name))  # type: ignore[no-untyped-call]
                 second = tensor.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
                 self._held[name] = tensor, [first, second]
@@ -53,18 +52,18 @@ class BaseGradients:
 
     @property
     def waiting(self) -> bool:
-        """Whether there has been a `want` since the last `release`."""
+        """Whether `want` has been called since the last `release`."""
         return bool(self._held)
 
     def pause(self) -> None:
-        """No further pass shall give gradients; those of passes that have been run are still handed over."""
+        """Stop further passes from giving gradients; those of passes that have been run are still handed over."""
         for name, (tensor, handles) in list(self._held.items()):
             _let_want(tensor, False)
             if not handles:
                 del self._held[name]
 
     def release(self) -> None:
-        """Want nothing any more."""
+        """Stop wanting gradients of any tensor, and remove the hooks."""
         self.pause()
         for _, handles in self._held.values():
             for handle in handles:
@@ -72,14 +71,14 @@ class BaseGradients:
         self._held.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseGradients:
-        """A copied model has no passes whose gradients could come, and its tensors have no hooks."""
+        """Return a copy for a copied model, which has no passes to give gradients and no hooks on its tensors."""
         copied = BaseGradients(copy.deepcopy(self._receive, memo))
         copied._held = {name: (copy.deepcopy(tensor, memo), []) for name, (tensor, _) in self._held.items()}
         return copied
 
 
 def wanted(tensor: Tensor) -> bool:
-    """Whether a base tensor wants a gradient because graftc does, and not because somebody has unfrozen it."""
+    """Return whether a base tensor requires a gradient because graftc wants it, not because it has been unfrozen."""
     return bool(getattr(tensor, "_graftc_wanted", False))
 
 

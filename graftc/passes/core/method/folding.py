@@ -1,5 +1,7 @@
-"""What the fold of a method gives, held against what it may give. Methods come from other packages too, and a mistake
-there is an error that names the method."""
+"""Folds of methods, checked against what a fold may give.
+
+Methods may come from other packages, so a mistake in one becomes an error that names the method.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,17 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-    """`Method.fold`, whose functions look at what they get and give.
+    """Call `Method.fold`, and return its fold with functions that check their results.
 
     Args:
         method: the method.
         spec: the adaptation with the site's overrides applied.
-        site: where.
+        site: the adapted site.
         tensors: the site's own tensors by part, and those that all sites share.
 
     Raises:
-        GraftError: GC071 naming the method where it gives no fold, and later, from the fold's functions, where they ask
-            for a part that there is not, or give something of another shape.
+        GraftError: GC071 naming the method if it gives no fold, and later, from the fold's functions, if they request a
+            part that does not exist, or give something of another shape.
     """
     check = _Check(spec.method, site, tensors)
     with check.running():
@@ -46,7 +48,7 @@ def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Map
 
 
 def wrong_fold(method: str, site: Site, reason: str) -> GraftError:
-    """The error for a fold that does not fit a site."""
+    """Return the error for a fold that does not fit a site."""
     message = f"the fold of {method!r} at {site.key} {reason}"
     return GraftError("GC071", message, hint="correct the method's fold; nothing has been folded")
 
@@ -60,7 +62,10 @@ class _Check:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, what goes wrong is the method's mistake. Who traces a fold looks at what torch says of it himself."""
+        """Raise errors in the block as mistakes of the method.
+
+        While a fold is traced, the code that traces it handles torch's errors itself.
+        """
         try:
             yield
         except KeyError as error:
@@ -83,16 +88,16 @@ class _Check:
     def weight(self, apply: Callable[..., Any]) -> Callable[..., Any]:
         def checked(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             shapes, dtype = (weight.shape, weight.shape[:-1] if bias is None else bias.shape), weight.dtype
-            only = [weight]  # who changes it can let it go
+            only = [weight]  # a list lets the callee release the weight
             del weight
             with self.running():
-                found = apply(only.pop(), bias)
-            if not isinstance(found, tuple) or len(found) != 2:
+                result = apply(only.pop(), bias)
+            if not isinstance(result, tuple) or len(result) != 2:
                 raise self.wrong("gives no pair of a weight and a bias")
-            self._same(found[0], shapes[0], dtype, "a weight")
-            if found[1] is not None:
-                self._same(found[1], shapes[1], dtype, "a bias")
-            return found
+            self._same(result[0], shapes[0], dtype, "a weight")
+            if result[1] is not None:
+                self._same(result[1], shapes[1], dtype, "a bias")
+            return result
 
         return checked
 
@@ -102,9 +107,9 @@ class _Check:
             only = [tensor]
             del tensor
             with self.running():
-                found = change(only.pop())
-            self._same(found, shape, dtype, repr(part))
-            return found
+                result = change(only.pop())
+            self._same(result, shape, dtype, repr(part))
+            return result
 
         return checked
 

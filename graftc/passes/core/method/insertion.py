@@ -1,5 +1,7 @@
-"""Inserting a method: what an adaptation has once for all of its sites, and its part at one. Methods come from other
-packages too, and an exception there is an error that names the method."""
+"""Insertion of a method: what an adaptation has once for all of its sites, and its part at one of them.
+
+Methods may come from other packages, so an exception in one becomes an error that names the method.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def prepare(spec: MethodSpec, sites: Sequence[Site], build: Builder) -> Any:
-    """What the method of an adaptation makes for all of its sites (`Method.prepare`), and the count of optimiser steps,
-    where something happens between them.
+    """Return what the method of an adaptation makes for all of its sites (`Method.prepare`).
+
+    If its controller has anything to do, the count of optimiser steps is created as well.
 
     Raises:
         GraftError: GC071 naming the method for every exception that is not a coded error.
@@ -30,10 +33,10 @@ def prepare(spec: MethodSpec, sites: Sequence[Site], build: Builder) -> Any:
 
 
 def insert_at(spec: MethodSpec, site: Site, shared: Any, build: Builder) -> None:
-    """`Method.insert`, inside ``build.on(site)``.
+    """Call `Method.insert`, inside ``build.on(site)``.
 
     Raises:
-        GraftError: as `prepare`, naming the site too.
+        GraftError: as `prepare`, also naming the site.
     """
     with build.on(site), _inserting(spec.method, f" at {site.key}"):
         method_for(spec.method).insert(spec, site, shared, build)
@@ -45,6 +48,6 @@ def _inserting(method: str, where: str = "") -> Iterator[None]:
         yield
     except GraftError:
         raise
-    except Exception as error:  # whatever a method does wrong, its message has to name it
+    except Exception as error:  # the message has to name the method, whatever fails in it
         message = f"{method!r} cannot be inserted{where}: {first_line(error)}"
         raise GraftError("GC071", message, hint="correct the method; nothing has been compiled") from error

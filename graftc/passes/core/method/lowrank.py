@@ -1,4 +1,4 @@
-"""What methods with a pair of factors share: their sizes, their start, and a gate between them."""
+"""Helpers for methods with a pair of factors: their sizes, their first values, and a gate between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def check_rank(site: LinearSite, rank: int) -> None:
-    """Refuse a rank that a site has no use for: one above ``min(in, out)``.
+    """Check that a site has a use for a rank, which is at most ``min(in, out)``.
 
     Raises:
         GraftError: GC020 when it exceeds ``min(in, out)``.
@@ -41,8 +41,10 @@ def factors(
     freeze_down: bool = False,
     excess_rank: bool = False,
 ) -> tuple[fx.Node, fx.Node]:
-    """``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; experts lead. ``number`` follows their
-    names where a site has several pairs. With ``freeze_down`` the first one does not train.
+    """Create ``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; axes of experts come first.
+
+    ``number`` is appended to their names if a site has several pairs. With ``freeze_down``, the first one does not
+    train.
 
     Raises:
         GraftError: GC020 when the rank exceeds ``min(in, out)``, unless ``excess_rank`` accepts that.
@@ -57,8 +59,10 @@ def factors(
 
 
 def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The factors of ``B diag(gate) A``: ``gate: [..., rank]`` goes into the smaller one, which works for every kind of
-    site, experts and convolutions included."""
+    """Return the factors of ``B diag(gate) A``, with ``gate: [..., rank]`` multiplied into the smaller one.
+
+    This works for every kind of site, including experts and convolutions.
+    """
     if site.in_features < site.out_features:
         column = build.call(aten.unsqueeze.default, gate, -1, part="gate")
         return build.call(aten.mul.Tensor, a, column, part="gated"), b
@@ -67,18 +71,18 @@ def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Nod
 
 
 def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
-    """``weight + scale * b @ a`` for ``weight: [..., out, in]``; nothing else of its size is made beside the result."""
+    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``; no other tensor of its size is created."""
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     return product(weight, b, a, alpha=scale)
 
 
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
+    """Fill a tensor uniformly within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
     within(1 / math.sqrt(tensor.shape[-1]))(tensor, generator)
 
 
 def within(bound: float) -> Initialiser:
-    """Uniform between ``-bound`` and ``bound``."""
+    """Return an initialiser that is uniform between ``-bound`` and ``bound``."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.uniform_(-bound, bound, generator=generator)
@@ -87,7 +91,7 @@ def within(bound: float) -> Initialiser:
 
 
 def normal(deviation: float) -> Initialiser:
-    """Normal with mean 0."""
+    """Return an initialiser that is normal with mean 0."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0, deviation, generator=generator)
@@ -96,5 +100,5 @@ def normal(deviation: float) -> Initialiser:
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:
-    """Zeros."""
+    """Fill a tensor with zeros."""
     tensor.zero_()

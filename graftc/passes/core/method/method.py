@@ -1,4 +1,4 @@
-"""Method: the code of a PEFT method. One subclass per method, in a file of the spec's name."""
+"""`Method`, the base class for the code of a PEFT method: one subclass per method, in a file of the spec's name."""
 
 from __future__ import annotations
 
@@ -46,14 +46,18 @@ class Method(ABC, Generic[S, P]):
     everything that is inserted at sites, so that it always folds: copies that train, sums with differences."""
 
     def repeats(self, spec: S) -> bool:
-        """Whether what it inserts at a site, and how its tensors begin, follow from the spec and from the types of the
-        site's own tensors alone, and all that it makes is made by `Builder.parameter`. In layers that repeat another
-        one, nothing but these tensors is made then."""
+        """Return whether what is inserted at a site follows from the spec and the types of its own tensors alone.
+
+        This includes the first values of the method's tensors, and everything has to be made by `Builder.parameter`. In
+        layers that repeat another one, only these tensors are then created.
+        """
         return False
 
     def reads_channels(self, spec: S) -> bool:
-        """Whether a convolution is more to it than a map of patches: its channels and the points of its kernel count
-        apart, or its groups meet."""
+        """Return whether the method treats a convolution as more than a map of patches.
+
+        This is so if its channels and the points of its kernel count separately, or if its groups are combined.
+        """
         return False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -73,17 +77,18 @@ class Method(ABC, Generic[S, P]):
         return None
 
     def applies(self, spec: S, site: Site) -> bool:
-        """Whether there is something for the method at a site that its target selects. Others are passed over, as maps
-        without a bias are where biases train.
+        """Return whether the method has anything to do at a site that its target selects.
+
+        Other sites are skipped, such as maps without a bias if biases train.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            site: where; it may be one that no method can adapt, which is an error unless it is passed over.
+            site: the site; it may be one that no method can adapt, which is an error unless it is skipped.
         """
         return True
 
     def remedy(self, spec: S) -> str | None:
-        """What to do where no site that the target selects has anything for the method."""
+        """Return what to do if the method has nothing to do at any site that the target selects."""
         return None
 
     @abstractmethod
@@ -92,24 +97,24 @@ class Method(ABC, Generic[S, P]):
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            site: where.
-            shared: what `prepare` returned.
-            build: makes the nodes and tensors.
+            site: the site to adapt.
+            shared: the result of `prepare`.
+            build: the builder that makes the nodes and tensors.
         """
 
     @abstractmethod
     def fold(self, spec: S, site: P, tensors: Mapping[str, Tensor]) -> Fold:
-        """The adaptation of one site as a change of base tensors, or the reason why it has to stay.
+        """Return the adaptation of one site as a change of base tensors, or the reason why it has to stay.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            site: where; only its sizes and name may be used.
+            site: the adapted site; only its sizes and name may be used.
             tensors: the site's own tensors by part, float64, and those that all sites share.
         """
 
 
 def _classes(site: Any) -> tuple[type[Site], ...]:
-    """The classes of a site, or of a union of them; none where it is a variable."""
+    """Return the classes of a site, or of a union of them; none if it is a type variable."""
     if isinstance(site, UnionType):
         return get_args(site)
     return (site,) if isinstance(site, type) else ()

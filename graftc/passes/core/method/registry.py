@@ -1,4 +1,4 @@
-"""Methods by tag: the pass file beside each spec file, that of its mechanism for a preset, and installed plugins."""
+"""Methods by tag: the pass file next to each spec file, that of its mechanism for a preset, and installed plugins."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from graftc.specs.registry import SpecEntry, with_code
 
 
 def method_for(tag: str) -> Method[Any, Any]:
-    """The method with this tag.
+    """Return the method with this tag.
 
     Raises:
-        GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when the
+        GraftError: GC004 for an unknown tag; GC071 when its module contains no `Method` for its spec, or when the
             mechanism that a preset names is not a method with code of its own.
     """
     return _checked(*with_code(tag))
@@ -37,7 +37,7 @@ def method_for(tag: str) -> Method[Any, Any]:
 
 @cache
 def _checked(entry: SpecEntry, mechanism: SpecEntry) -> Method[Any, Any]:
-    """The method of a mechanism, whose sites are held against those that a tag claims."""
+    """Return the method of a mechanism, with its sites checked against those that a tag claims."""
     method = _method(mechanism)
     wrong = [kind for kind in sorted(entry.claims.sites) if not issubclass(_SITES[kind], method.site_classes)]
     if wrong:

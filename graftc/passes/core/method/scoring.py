@@ -1,4 +1,4 @@
-"""Scoring: what examples say of every entry of a tensor, for methods that choose entries by them."""
+"""Scores that examples give to every entry of a tensor, for methods that choose entries by them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Scoring(ABC):
 
     @abstractmethod
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
-        """Add to the scores of a tensor what one backward pass says.
+        """Add the scores of one backward pass to the scores of a tensor.
 
         Args:
-            scores: float32 or wider, changed in place.
-            tensor: the values.
-            gradient: of the loss; it may be changed.
+            scores: the scores so far, float32 or wider, changed in place.
+            tensor: the values of the tensor.
+            gradient: the gradient of the loss; it may be changed.
         """
 
 
@@ -31,15 +31,16 @@ class Fisher(Scoring):
     """The diagonal of the empirical Fisher information: squares of gradients.
 
     Attributes:
-        single: of single examples. Of whole batches it is the square of a mean, which is smaller.
-        clip: largest norm of a tensor's gradient, which is scaled down to it before; None for no limit.
+        single: whether the gradients are those of single examples. With whole batches, the score is the square of a
+            mean, which is smaller.
+        clip: largest norm of a tensor's gradient, which is first scaled down to it; None for no limit.
     """
 
     single: bool = True
     clip: float | None = None
 
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
-        """See `Scoring.add`."""
+        """Add the squares of the gradient, which is first scaled down to `clip`."""
         gradient = gradient.to(scores.dtype)
         if self.clip is not None:
             norm = torch.linalg.vector_norm(gradient)
@@ -51,5 +52,5 @@ class Movement(Scoring):
     """``-W dL/dW``: positive where a step of descent moves an entry away from zero (Sanh et al. 2020)."""
 
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
-        """See `Scoring.add`."""
+        """Add ``-W dL/dW``."""
         scores.addcmul_(tensor.to(scores.dtype), gradient.to(scores.dtype), value=-1)

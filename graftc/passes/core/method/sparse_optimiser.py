@@ -1,4 +1,4 @@
-"""Optimisers that know which entries of a tensor a sparse delta holds, and are told when others take their places."""
+"""Optimisers that know which entries of a tensor a sparse delta contains, and are notified when others replace them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of the gradients of entries that are new.
+    """Statistics of the gradients of new entries.
 
     Attributes:
-        mean: of their gradients, ``f32[k]``.
+        mean: mean of their gradients, ``f32[k]``.
         square: mean of their squares.
-        steps: over how many optimiser steps.
+        steps: number of optimiser steps that the means cover.
     """
 
     mean: Tensor
@@ -32,20 +32,22 @@ class SparseOptimiser(torch.optim.Optimizer, ABC):
     """Whether it has `accumulators` of the deltas that it trains."""
 
     def holds(self, delta: Tensor) -> bool:
-        """Whether it is this optimiser that trains ``delta``."""
+        """Return whether this optimiser trains ``delta``."""
         return any(p is delta for group in self.param_groups for p in group["params"])
 
     @abstractmethod
     def replaced(self, delta: Tensor, places: Tensor, seen: Seen | None = None) -> None:
-        """Forget what is remembered at some places of a delta, which other entries have taken.
+        """Forget the state for some places of a delta, which other entries have taken.
 
         Args:
-            delta: a parameter.
-            places: ``int64[n]``.
+            delta: the delta, a parameter.
+            places: the places, ``int64[n]``.
             seen: what is known of the new entries.
         """
 
     def accumulators(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Bounds of the second moments by row and by column of the tensor that ``delta`` changes, ``f32[rows]`` and
-        ``f32[columns]``; None where there are none."""
+        """Return bounds of the second moments by row and by column of the tensor that ``delta`` changes.
+
+        These are ``f32[rows]`` and ``f32[columns]``; None if there are none.
+        """
         return None

@@ -1,7 +1,7 @@
-"""What happens beside the graph while training: controllers between optimiser steps, and objectives beside the loss.
+"""Work outside the graph during training: controllers between optimiser steps, and objectives in addition to the loss.
 
-Their state lives in persistent buffers of the Store, so that a checkpoint or an artifact holds it and a resumed run
-goes on to the bit.
+Their state is stored in persistent buffers of the Store, so that a checkpoint or an artifact contains it and a resumed
+run continues with bitwise the same values.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class Phased(Protocol):
 
     @property
     def name(self) -> str | None:
-        """The adaptation's."""
+        """The name of the adaptation."""
 
     @property
     def warmup_steps(self) -> int:
-        """Those at its beginning."""
+        """The number of steps in the phase at the beginning."""
 
     @property
     def final_steps(self) -> int:
-        """Those at its end."""
+        """The number of steps in the phase at the end."""
 
 
 def check_phases(spec: Phased, total: int) -> None:
-    """Hold the phases of a schedule against the number of optimiser steps.
+    """Check that the phases of a schedule fit into the number of optimiser steps.
 
     Raises:
-        GraftError: GC026 where they leave no step to prune in.
+        GraftError: GC026 if they leave no step to prune in.
     """
     if spec.warmup_steps + spec.final_steps >= total:
         raise GraftError(
@@ -58,13 +58,13 @@ def check_phases(spec: Phased, total: int) -> None:
 
 
 def unknown_length(what: str) -> GraftError:
-    """The error of a schedule, of ``what`` falls over the training, where nobody has said how long that is."""
+    """Return the error for a schedule of ``what`` over a training whose length has not been set."""
     hint = "call compiled.begin(total_steps) before training, or set total_steps in the spec"
     return GraftError("GC026", f"{what} falls over the whole training", hint=hint)
 
 
 def no_steps(device: torch.device) -> Tensor:
-    """The first value of the buffer `STEP`."""
+    """Return the first value of the buffer `STEP`."""
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 
@@ -73,9 +73,9 @@ class AdaptedSite(Generic[S]):
     """One adapted place with its live tensors.
 
     Attributes:
-        site: where.
+        site: the adapted site.
         spec: the adaptation with the site's overrides applied.
-        tensors: its parameters and buffers, by part; looked up anew each time, since moving a model replaces buffers.
+        tensors: its parameters and buffers, by part; looked up again each time, since moving a model replaces buffers.
         base: the base's tensors by their Store names.
     """
 
@@ -102,15 +102,15 @@ class Steering(ABC, Generic[S]):
 
     @classmethod
     def wanted(cls, spec: S) -> bool:
-        """Whether there is anything to do for an adaptation; False where its weight or threshold is 0."""
+        """Return whether there is anything to do for an adaptation; False if its weight or threshold is 0."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """That of a copied model, which has no optimiser yet."""
+        """Return a copy for a copied model, which has no optimiser yet."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        held = {name: value for name, value in vars(self).items() if name != "optimiser"}
-        vars(copied).update(copy.deepcopy(held, memo))
+        state = {name: value for name, value in vars(self).items() if name != "optimiser"}
+        vars(copied).update(copy.deepcopy(state, memo))
         return copied
 
 
@@ -125,45 +125,52 @@ class Controller(Steering[S]):
     """How many optimiser steps there will be; None until `begin` says so."""
 
     def begin(self, total: int) -> None:
-        """Say how many optimiser steps the whole training has, those before a resume included.
+        """Set the number of optimiser steps of the whole training, including those before a resume.
 
         Raises:
-            GraftError: GC026 where a schedule does not fit into that many.
+            GraftError: GC026 if a schedule does not fit into that many.
         """
         self.total = total
 
     @property
     def steps(self) -> int:
-        """How many optimiser steps there have been, those before a resume included."""
+        """The number of optimiser steps that have been taken, including those before a resume."""
         return int(self.shared[STEP])
 
     def check_spread(self, spread: Spread) -> None:
-        """A forward pass of a training over several processes follows. Tensors that are sharded are whole in `step`.
+        """Check that training over several processes is possible; called before each forward pass of one.
+
+        Tensors that are sharded are whole in `step`.
 
         Raises:
-            GraftError: GC130 where that cannot be.
+            GraftError: GC130 if it is not possible.
         """
 
     def figures(self, place: AdaptedSite[S]) -> Mapping[str, Tensor | float]:
-        """Numbers by name that say what it has done at a place and that no tensor says; see `Figured`. By default
-        none."""
+        """Return numbers by name that describe its work at a place and that no tensor contains; see `Figured`.
+
+        By default, there are none.
+        """
         return {}
 
     def before_forward(self) -> None:
-        """A forward pass of a training follows: what has to be there for its backward pass. Compiled code comes without
-        it."""
+        """Prepare the backward pass of the next forward pass of a training; compiled code does not call this."""
 
     def pause(self) -> None:
-        """Something else than training follows: evaluation, copying, passes of the base. Backward passes of what was
-        run before may still come."""
+        """Prepare for something other than training: evaluation, copying, passes of the base.
+
+        Backward passes of forward passes that were run before may still follow.
+        """
 
     def skip_step(self) -> None:
-        """The gradients since the last optimiser step have been thrown away, as a gradient scaler does with infinite
-        ones."""
+        """Respond to the discarding of the gradients since the last optimiser step.
+
+        A gradient scaler discards infinite ones, for example.
+        """
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Count an optimiser step, and do what is to be done after it."""
+        """Count an optimiser step, and do the work that is due after it."""
         self.shared[STEP].add_(1)
         self.step(self.steps)
 
@@ -173,11 +180,11 @@ class Controller(Steering[S]):
 
 
 class TensorObjective(Steering[S]):
-    """A term beside the loss that depends on adapter tensors only, so that it counts once per optimiser step."""
+    """A term in addition to the loss that depends on adapter tensors only, so it counts once per optimiser step."""
 
     @abstractmethod
     def value(self) -> Tensor:
-        """The term, a scalar with a gradient."""
+        """Return the term, a scalar with a gradient."""
 
 
 class OutputObjective(Steering[S]):
@@ -192,11 +199,11 @@ class OutputObjective(Steering[S]):
 
     @abstractmethod
     def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
-        """The term, a scalar with a gradient.
+        """Return the term, a scalar with a gradient.
 
         Args:
-            outputs: tensors by name for each of `passes`, as ``logits``; numbered where a field of the output has
+            outputs: tensors by name for each of `passes`, such as ``logits``; numbered if a field of the output has
                 several.
-            counted: which positions predict a label, ``bool[batch, sequence]``; None where no labels for positions
-                were given.
+            counted: the positions that predict a label, ``bool[batch, sequence]``; None if no labels for positions were
+                given.
         """

@@ -1,3 +1,4 @@
 """The ``graftc::`` operators: kernels, gradients and decompositions into ATen.
 
-An operator knows tensors and numbers: no graph, no site, no method."""
+Operators take tensors and numbers only: no graph, no site, no method.
+"""

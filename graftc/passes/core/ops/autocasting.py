@@ -1,4 +1,4 @@
-"""What autocast does to the factors of a product, for functions that cast by themselves."""
+"""The casts that autocast applies to the factors of a product, for functions that cast by themselves."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The element type that products have now; None where it is that of their factors."""
+    """Return the element type that autocast gives to products now; None if it is that of their factors."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As autocast does it, which leaves float64 alone."""
+    """Cast a tensor as autocast does, which leaves float64 unchanged."""
     if dtype is None or tensor.dtype == dtype or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
     return tensor.to(dtype)
 
 
 def without_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """A context in which what is cast by hand is left alone."""
+    """Return a context without autocast, which leaves tensors that were cast by hand unchanged."""
     return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,6 @@
-"""The ``graftc::`` operators: what ATen has no word for.
+"""The ``graftc::`` operators, for which ATen has no equivalent.
 
-Each has an eager kernel, a fake kernel, a gradient, and a decomposition into ATen that exports use in its place.
+Each has an eager kernel, a fake kernel, a gradient, and a decomposition into ATen that exports use instead.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ aten = torch.ops.aten
 
 
 def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Which elements stay, ``bool`` of ``like``'s shape: a hash of each element's number, keyed by the seed.
+    """Return the mask of elements that stay, ``bool`` of ``like``'s shape: a hash of their numbers, keyed by the seed.
 
     Args:
-        like: gives the shape and device.
+        like: tensor that determines the shape and device.
         seed: ``int64[1]``.
         p: probability of dropping an element.
     """
@@ -39,13 +39,13 @@ def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def seeded_dropout_decomposed(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """`seeded_dropout` in ATen."""
+    """Compute `seeded_dropout` in ATen."""
     return x * dropout_mask(x, seed, p).to(x.dtype) * (1 / (1 - p))
 
 
 @torch.library.custom_op("graftc::seeded_dropout", mutates_args=())
 def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Dropout that keeps only its seed for the backward pass and makes the mask anew there.
+    """Apply dropout, keeping only its seed for the backward pass, where the mask is computed again.
 
     Args:
         x: floating point, any shape.

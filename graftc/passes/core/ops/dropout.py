@@ -1,7 +1,7 @@
-"""Dropout that keeps one byte an element for the backward pass: the mask is drawn by one operator, applied by another.
+"""Dropout that keeps one byte per element for the backward pass: one operator draws the mask, another applies it.
 
-`random_mask` is the only one that draws. `masked_dropout` is a function of its arguments, so that any number of values
-can lose the same entries.
+Only `random_mask` draws. `masked_dropout` is a function of its arguments, so that any number of values can lose the
+same entries.
 """
 
 from __future__ import annotations
@@ -23,31 +23,34 @@ _SHARED = 4
 
 
 def level(p: float) -> int:
-    """How many of `LEVELS` numbers drop an element: the nearest to ``p``, and never all."""
+    """Return how many of `LEVELS` numbers drop an element: the nearest to ``p``, but never all."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
 def factor(p: float) -> float:
-    """What kept elements are multiplied with: by the probability that is used, so that the expectation is exact."""
+    """Return the factor of kept elements, from the rounded probability, so that the expectation is exact."""
     return LEVELS / (LEVELS - level(p))
 
 
 def random_mask_decomposed(like: Tensor, p: float) -> Tensor:
-    """`random_mask` in ATen: other draws of the same distribution."""
+    """Compute `random_mask` in ATen, with other draws of the same distribution."""
     return torch.rand_like(like, dtype=torch.float32) >= level(p) / LEVELS
 
 
 @torch.library.custom_op("graftc::random_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_mask(like: Tensor, p: float) -> Tensor:
-    """Which elements stay, drawn from torch's generator of the device: ``bool`` of ``like``'s shape, contiguous.
+    """Draw the mask of elements that stay from torch's generator of the device.
 
     Args:
-        like: gives the shape and device.
+        like: tensor that determines the shape and device.
         p: probability of dropping an element, in ``[0, 1)``; rounded to a multiple of ``1 / 65536``, below one.
+
+    Returns:
+        ``bool`` of ``like``'s shape, contiguous.
     """
     if like.device.type != "cpu":
         return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - level(p) / LEVELS)
-    # Drawing 64 bits for four elements and comparing 16 takes a fifth of what `bernoulli_` does.
+    # Drawing 64 bits for four elements and comparing 16 each takes a fifth of the time of `bernoulli_`.
     count, least = like.numel(), level(p) - LEVELS // 2
     mask = torch.empty(count, dtype=torch.bool)
     drawn = torch.empty(-(-min(count, _PART) // _SHARED), dtype=torch.int64)
@@ -64,25 +67,25 @@ def _(like: Tensor, p: float) -> Tensor:
 
 
 def masked_dropout_decomposed(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """`masked_dropout` in ATen."""
+    """Compute `masked_dropout` in ATen."""
     return torch.where(mask, x, 0.0) * factor(p)
 
 
 @torch.library.custom_op("graftc::masked_dropout", mutates_args=(), tags=(torch.Tag.pointwise,))
 def masked_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """``x`` with elements dropped and the rest scaled up; the backward pass keeps the mask alone.
+    """Return ``x`` with elements dropped and the rest scaled up; only the mask is kept for the backward pass.
 
     Args:
         x: floating point, any shape.
-        mask: which elements stay, ``bool`` of ``x``'s shape, as `random_mask` gives it.
-        p: the probability that the mask was drawn with; kept elements are divided by what is left of one after it was
-            rounded as there.
+        mask: mask of the elements that stay, ``bool`` of ``x``'s shape, as returned by `random_mask`.
+        p: probability with which the mask was drawn; kept elements are divided by one minus this probability, rounded
+            as in `random_mask`.
 
     Returns:
         A tensor like ``x``, also under autocast.
     """
-    # In the layout of x, which what reads the result may have been made for; one new tensor, since getting a second
-    # would take longer than filling it.
+    # Keep the layout of x, which readers of the result may have been compiled for. Allocate only one tensor, since
+    # allocating a second would take longer than filling it.
     result = torch.empty_like(x)
     return torch.where(mask, x, x.new_zeros(()), out=result).mul_(factor(p))
 

@@ -1,8 +1,8 @@
-"""Gradients that are masked on their way to a tensor that trains.
+"""Operators that mask the gradient of a trained tensor.
 
-`grad_mask` is a view of the tensor, and what comes back through it is masked by `masked_gradient`. A mask is a hash of
-the seed, the step and each element's number. So it is kept nowhere, it is the same for every micro-batch of a step, for
-a layer that is computed again and on every device, and it is another one in the next step.
+`grad_mask` returns a view of the tensor, and the gradient that comes back through it is masked by `masked_gradient`. A
+mask is a hash of the seed, the step and each element's number. It is therefore not stored; it is the same for every
+micro-batch of a step, for a layer that is recomputed and on every device, and it differs in the next step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _PART, _LARGE_PART = 2**16, 2**22
 
 
 def _level(p: float) -> int:
-    """The least of the 2**32 signed numbers that keep an element."""
+    """Return the least of the 2**32 signed numbers that keep an element."""
     return 2**31 - max(1, round(p * 2**32))
 
 
 def _parts(tensor: Tensor, most: int, first: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Views of at most so many elements that are all of a tensor, each with the number of its first element."""
+    """Yield views of at most ``most`` elements that make up a tensor, each with the number of its first element."""
     if tensor.numel() <= most:
         yield tensor, first
         return
@@ -50,16 +50,16 @@ def _masked(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def _wrapped(number: int) -> int:
-    """The ``int32`` that has the lower 32 bits of a number: elements of large tensors are counted further."""
+    """Return the ``int32`` with the lower 32 bits of a number; elements of large tensors are numbered beyond it."""
     return (number + 2**31) % 2**32 - 2**31
 
 
 @torch.library.custom_op("graftc::masked_gradient", mutates_args=())
 def masked_gradient(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    """``grad`` with some elements kept and divided by ``p``, and zeros elsewhere, whatever was there.
+    """Return ``grad`` with some elements kept and divided by ``p``, and zeros elsewhere, whatever their values were.
 
-    Beside the result it takes a few numbers for each element of a part of fixed size, and nothing else. The result is
-    a new tensor, since autograd may have given ``grad`` to others as well.
+    It allocates the result and a few numbers for each element of a part of fixed size, and nothing else. The result is
+    a new tensor, since autograd may have passed ``grad`` to others as well.
 
     Args:
         grad: floating point, any shape and layout. Elements are numbered by their place in the shape. Masks repeat
@@ -104,12 +104,12 @@ class _GradMask(torch.autograd.Function):
 
 
 def _grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    """``graftc::grad_mask``: a view of ``weight`` whose gradient goes through `masked_gradient`.
+    """Implement ``graftc::grad_mask``: return a view of ``weight`` whose gradient goes through `masked_gradient`.
 
     Args:
-        weight: what trains; any floating-point type and shape.
-        step: ``int64[1]``, what counts optimiser steps. It may not change between the forward and the backward pass.
-        seed: ``int64[1]``, of this tensor alone.
+        weight: the trained tensor; any floating-point type and shape.
+        step: ``int64[1]``, the count of optimiser steps. It must not change between the forward and the backward pass.
+        seed: ``int64[1]``, for this tensor alone.
         p: probability of keeping an element's gradient, in ``(0, 1]``.
     """
     result: Tensor = _GradMask.apply(weight, step, seed, p)  # type: ignore[no-untyped-call, unused-ignore]
@@ -117,12 +117,12 @@ def _grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def grad_mask_decomposed(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    """`grad_mask` in ATen, for graphs that are not trained: the value alone."""
+    """Compute `grad_mask` in ATen, for graphs that are not trained: the value alone."""
     return weight.view_as(weight)
 
 
-# A custom_op may not return a view of what it gets. A composite operator may: whatever traces it sees what it is made
-# of, which is a view, and autograd sees the function above.
+# A custom_op may not return a view of its input. A composite operator may: tracers see the view that it consists of,
+# and autograd sees the function above.
 _LIBRARY = torch.library.Library("graftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "grad_mask(Tensor(a) weight, Tensor step, Tensor seed, float p) -> Tensor(a)"

@@ -1,8 +1,8 @@
-"""The operator on a weight whose differences have gates: ``W' = W + z z_group w`` (hard concrete, arXiv:1712.01312).
+"""The operator on a weight with gated differences: ``W' = W + z z_group w`` (hard concrete, arXiv:1712.01312).
 
-A gate is ``z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`` with ``u`` uniform, or without its
-noise. The noise is a hash of an entry's number, keyed by a seed, so that parameters and the seed are all that is kept
-for the backward pass. All is worked out part by part: what lies between is never as large as the weight.
+A gate is ``z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`` with ``u`` uniform, or without this
+noise. The noise is a hash of an entry's number, keyed by a seed, so that only the parameters and the seed are kept for
+the backward pass. Everything is computed part by part: intermediate tensors are never as large as the weight.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ _GROUP = -1
 
 
 def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tensor:
-    """``log(u / (1 - u))`` of entries ``start`` to ``start + count``, with ``u`` uniform in ``(EDGE, 1 - EDGE)``.
+    """Return ``log(u / (1 - u))`` for entries ``start`` to ``start + count``.
+
+    ``u`` is uniform in ``(EDGE, 1 - EDGE)``.
 
     Args:
-        count: how many.
-        seed: ``int64[1]``; gives the device.
-        dtype: what it is worked out in.
-        start: the first entry's number. Numbers that are equal modulo ``2**32`` have the same noise.
+        count: number of entries.
+        seed: ``int64[1]``; determines the device.
+        dtype: dtype of the computation and of the result.
+        start: number of the first entry. Numbers that are equal modulo ``2**32`` have the same noise.
     """
     first = (start + 2**31) % 2**32 - 2**31
     numbers = torch.arange(count, device=seed.device, dtype=torch.int32) + first
@@ -45,20 +47,20 @@ def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tenso
 
 
 def _unclipped(alpha: Tensor, seed: Tensor | None, low: float, high: float, start: int = 0) -> Tensor:
-    """What is clipped to get the gates: a new tensor of ``alpha``'s shape."""
+    """Return the values that are clipped to get the gates: a new tensor of ``alpha``'s shape."""
     noisy = alpha if seed is None else alpha + noise(alpha.numel(), seed, alpha.dtype, start).view(alpha.shape)
     return noisy.sigmoid().mul_(high - low).add_(low)
 
 
 def _slope(raw: Tensor, low: float, high: float) -> Tensor:
-    """The derivative of gates by alpha, from what is clipped: ``(high - low) s (1 - s)``, zero where it is clipped."""
+    """Return the derivative of gates by alpha, given ``raw``: ``(high - low) s (1 - s)``, zero where it is clipped."""
     return ((raw - low) * (high - raw) / (high - low)).masked_fill_((raw <= 0) | (raw >= 1), 0)
 
 
 def gated_weight_decomposed(
     weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
 ) -> Tensor:
-    """`gated_weight` in ATen."""
+    """Compute `gated_weight` in ATen."""
     delta = _unclipped(alpha, seed, low, high).clamp(0, 1) * w
     if group is not None:
         delta = delta * _unclipped(group, seed, low, high, _GROUP).clamp(0, 1)
@@ -74,17 +76,17 @@ def _parts(size: int, device: torch.device) -> Iterator[slice]:
 def gated_weight(
     weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
 ) -> Tensor:
-    """``weight + z z_group w``, where gates ``z`` follow from ``alpha``, and ``z_group`` from ``group``.
+    """Return ``weight + z z_group w``, where gates ``z`` follow from ``alpha``, and ``z_group`` from ``group``.
 
     Args:
         weight: any shape.
-        w: differences, of the weight's shape, in a dtype at least as wide, which all is worked out in.
-        alpha: where the gates are, like ``w``.
-        group: ``[1]`` in the dtype of ``w``: one more gate, of all entries; None for none.
+        w: differences, of the weight's shape, in a dtype at least as wide, in which everything is computed.
+        alpha: locations of the gates, like ``w``.
+        group: ``[1]`` in the dtype of ``w``: the location of one more gate, for all entries; None for no such gate.
         seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own and recomputation the same one;
             None for gates without noise.
-        low: what gates are stretched to before they are clipped, below 0.
-        high: likewise, above 1.
+        low: lower end of the range that gates are stretched to before they are clipped, below 0.
+        high: upper end of that range, above 1.
 
     Returns:
         A contiguous tensor of the weight's shape and dtype, each entry rounded once, also under autocast.
@@ -112,15 +114,15 @@ def _(
 def gated_gradients(
     grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``w``, ``alpha`` and ``group`` from that of `gated_weight`'s result.
+    """Return the gradients of ``w``, ``alpha`` and ``group``, given that of `gated_weight`'s result.
 
     Args:
-        grad: of the result's shape.
-        w: as for `gated_weight`, as are all others.
+        grad: gradient of the result, of its shape.
+        w: as for `gated_weight`, like all other arguments.
 
     Returns:
-        ``g z z_group``, ``g w z_group dz/dalpha`` and the sum of ``g w z dz_group/dgroup``, like what they are of; the
-        last has no entries without a group. A gate that is clipped has none.
+        ``g z z_group``, ``g w z_group dz/dalpha`` and the sum of ``g w z dz_group/dgroup``, each like the tensor that
+        it belongs to; the last is empty without a group. The derivative of a clipped gate is zero.
     """
     grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
     grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
@@ -164,8 +166,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     own: tuple[Tensor | None, ...] = (None, None, None)
     if any(needs[1:4]):
-        found = torch.ops.graftc.gated_gradients(grad, w, alpha, group, seed, ctx.low, ctx.high)
-        own = tuple(value if need else None for value, need in zip(found, needs[1:4], strict=True))
+        grads = torch.ops.graftc.gated_gradients(grad, w, alpha, group, seed, ctx.low, ctx.high)
+        own = tuple(value if need else None for value, need in zip(grads, needs[1:4], strict=True))
     return grad if needs[0] else None, *own, None, None, None
 
 

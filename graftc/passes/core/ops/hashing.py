@@ -10,10 +10,10 @@ SEEDS = 2**62
 
 
 def hashed(numbers: Tensor, seed: Tensor) -> Tensor:
-    """Random bits for each number, keyed by the seed: the low 31 of ``int32``, of ``numbers``' shape.
+    """Return random bits for each number, keyed by the seed: the low 31 of ``int32``, of ``numbers``' shape.
 
-    A multiplier and an offset come from the two halves of the seed; the mixing is a 32-bit avalanche, so the bits are
-    the same on every device and whether it runs eagerly, compiled or exported.
+    The two halves of the seed give a multiplier and an offset; the mixing is a 32-bit avalanche, so the bits are the
+    same on every device and in eager, compiled and exported runs.
 
     Args:
         numbers: ``int32``.
@@ -24,14 +24,14 @@ def hashed(numbers: Tensor, seed: Tensor) -> Tensor:
 
 
 def avalanche(z: Tensor) -> Tensor:
-    """``int32`` numbers mixed, each on its own, so that every bit depends on all of its bits."""
+    """Mix ``int32`` numbers, each on its own, so that every bit of a result depends on all bits of its number."""
     z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
     z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return z ^ ((z >> 16) & 0xFFFF)
 
 
 def counted(seed: Tensor, count: Tensor) -> Tensor:
-    """The number after ``count`` others of the SplitMix64 that starts at ``seed``: ``int64``, as both are."""
+    """Return the number after ``count`` others of the SplitMix64 that starts at ``seed``: ``int64``, as both are."""
     z = seed + count * (0x9E3779B97F4A7C15 - 2**64)
     z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
@@ -39,5 +39,5 @@ def counted(seed: Tensor, count: Tensor) -> Tensor:
 
 
 def halves(key: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower 62 bits of an ``int64`` as two ``int32`` numbers, the lower half first."""
+    """Return the lower 62 bits of an ``int64`` as two ``int32`` numbers, the lower half first."""
     return (key & 0x7FFFFFFF).to(torch.int32), ((key >> 31) & 0x7FFFFFFF).to(torch.int32)

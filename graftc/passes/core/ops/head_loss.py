@@ -1,8 +1,8 @@
-"""A head over a vocabulary and its cross-entropy in one operator: logits are there for a few rows at a time.
+"""A vocabulary head and its cross-entropy in one operator: logits exist for a few rows at a time only.
 
-Rows without a label are left out. Gradients are made in the forward pass, while a chunk's logits are at hand, and wait
-for the backward pass as they are for a loss that is summed, so that 16-bit gradients are as large as with a loss that
-is scaled; only the losses of single rows that are to reach a weight need their logits twice.
+Rows without a label are left out. Gradients are computed in the forward pass, while a chunk's logits are available, and
+stored until the backward pass as they are for a summed loss, so that 16-bit gradients are as large as with a scaled
+loss; logits are computed twice only if the losses of single rows have to reach a weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OTHER_BYTES, _OTHER_ROWS = 256 * 2**20, 512
 
 
 class Form(NamedTuple):
-    """What is computed from products: see `head_loss`."""
+    """The options of the loss that is computed from products; see `head_loss`."""
 
     starts: Sequence[int]
     ignored: int
@@ -42,32 +42,33 @@ class Form(NamedTuple):
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> int:
-    """How many rows of logits are made at a time from products in a dtype, on a kind of device."""
+    """Return the number of rows of logits to compute at a time, from products in a dtype, on a kind of device."""
     row = vocabulary * torch.promote_types(dtype, torch.float32).itemsize
     return max(CHUNK_ROWS.get(device, _OTHER_ROWS), CHUNK_BYTES.get(device, _OTHER_BYTES) // row)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Products of rows, ``[n, 1]``, without a tensor of all of their terms."""
+    """Return the dot products of matching rows, ``[n, 1]``, without a tensor of all of their terms."""
     return torch.bmm(a[:, None], b[:, :, None])[:, 0]
 
 
 def vocabulary_of(weights: Sequence[Tensor], starts: Sequence[int]) -> int:
-    """How many logits a row has."""
+    """Return the number of logits of a row."""
     return max(start + len(weight) for weight, start in zip(weights, starts, strict=True))
 
 
 class _Chunks:
-    """Buffers for the logits of a chunk, and what is computed in them.
+    """Buffers for the logits of a chunk, and the computations on them.
 
     Args:
         weights: ``[columns, in]`` each.
         bias: ``[vocabulary]``.
-        form: what is computed.
-        rows: how many there are at most in a chunk.
+        form: options of the loss.
+        rows: maximum number of rows in a chunk.
 
     Attributes:
-        statistics: of the rows that `loss` has seen last, ``[n, 4]``, where the form asks for them: see `head_scores`.
+        statistics: statistics of the rows in the last call of `loss`, ``[n, 4]``, if the form requests them: see
+            `head_scores`.
     """
 
     statistics: Tensor
@@ -81,7 +82,7 @@ class _Chunks:
         self._slope = torch.empty_like(self._logits) if form.cap is not None else None
 
     def loss(self, xs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of rows, ``[n, 1]``, and the factor from exponentials to their gradient."""
+        """Return the losses of rows, ``[n, 1]``, and the factor from exponentials to their gradient."""
         form, logits = self.form, self._made(xs)
         most = logits.amax(-1, keepdim=True)
         logits.sub_(most)
@@ -97,13 +98,13 @@ class _Chunks:
             squares = _dots(logits, logits).log() - 2 * log
             mean = self._shifted.mean(-1, keepdim=True) + most
             self.statistics = torch.cat([entropy, squares, mean, top.to(mean.dtype)], dim=1)
-        found = log - torch.lerp(own, average, form.smoothing)
+        losses = log - torch.lerp(own, average, form.smoothing)
         factor = total.reciprocal()
         if form.square:
-            whole = log + most
-            found = torch.addcmul(found, whole, whole, value=form.square)
-            factor = factor * (1 + 2 * form.square * whole)
-        return found, factor
+            logsumexp = log + most
+            losses = torch.addcmul(losses, logsumexp, logsumexp, value=form.square)
+            factor = factor * (1 + 2 * form.square * logsumexp)
+        return losses, factor
 
     def _made(self, xs: Sequence[Tensor]) -> Tensor:
         count = len(xs[0])
@@ -129,26 +130,27 @@ class _Chunks:
         return logits.mul_(form.cap)
 
     def gradient(self, labels: Tensor, factor: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradient of losses for the products, in the dtype of losses and in that of products, where `loss` has
-        left exponentials.
+        """Return the gradient of the losses for the products, in the dtype of losses and in that of products.
+
+        It is computed in place, from the exponentials that `loss` has left in the buffer.
 
         Args:
             labels: ``int64[n, 1]``.
-            factor: what `loss` gave.
+            factor: the factor that `loss` returned.
             outer: gradients of the losses, ``[n, 1]``; by default ones.
         """
         count, form = len(labels), self.form
-        found = self._logits[:count].mul_(factor)
+        grad = self._logits[:count].mul_(factor)
         if form.smoothing:
-            found.sub_(form.smoothing / found.shape[-1])
-        found.scatter_add_(1, labels, torch.full_like(factor, form.smoothing - 1))
+            grad.sub_(form.smoothing / grad.shape[-1])
+        grad.scatter_add_(1, labels, torch.full_like(factor, form.smoothing - 1))
         if self._slope is not None:
-            found.mul_(self._slope[:count].neg_().add_(1))
+            grad.mul_(self._slope[:count].neg_().add_(1))
         if outer is not None:
-            found.mul_(outer * form.scale)
+            grad.mul_(outer * form.scale)
         elif form.scale != 1:
-            found.mul_(form.scale)
-        return found, found if found.dtype == self._narrow.dtype else self._narrow[:count].copy_(found)
+            grad.mul_(form.scale)
+        return grad, grad if grad.dtype == self._narrow.dtype else self._narrow[:count].copy_(grad)
 
 
 @torch.library.custom_op("graftc::head_loss_forward", mutates_args=())
@@ -168,15 +170,15 @@ def head_loss_forward(
     statistics: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """`head_loss` without a gradient of its own: losses, how many rows have a label, and gradients that are asked for.
+    """Compute `head_loss` without autograd: the losses, the number of rows with a label, and the requested gradients.
 
     Args:
         outer: gradients of the losses of rows, ``[rows]``; by default ones.
-        needed: for each of ``xs``, each of ``weights`` and the bias, whether its gradient is made.
+        needed: for each of ``xs``, each of ``weights`` and the bias, whether its gradient is computed.
 
     Returns:
-        The losses, summed with any reduction but `NONE`; the number of labels; with ``statistics`` those of rows; the
-        gradients.
+        The losses, summed with any reduction except `NONE`; the number of labels; with ``statistics`` those of rows;
+        the gradients.
     """
     form = Form(starts, ignored, reduction, smoothing, scale, cap, square, statistics)
     with torch.autocast(labels.device.type, enabled=False):
@@ -199,13 +201,13 @@ def _all_chunks(given: Any, labels: Tensor, outer: Tensor | None, form: Form, ne
     for start in range(0, count, size):
         at = places[start : start + size]
         own, label = [x.index_select(0, at) for x in xs], labels.index_select(0, at)[:, None]
-        found, factor = chunks.loss(own, label)
+        chunk_losses, factor = chunks.loss(own, label)
         if form.statistics:
             scores.index_copy_(0, at, chunks.statistics)
         if form.reduction == NONE:
-            losses.index_copy_(0, at, found[:, 0])
+            losses.index_copy_(0, at, chunk_losses[:, 0])
         else:
-            losses += found.sum()
+            losses += chunk_losses.sum()
         if not any(needed):
             continue
         wide, narrow = chunks.gradient(label, factor, outer.index_select(0, at)[:, None] if outer is not None else None)
@@ -247,20 +249,20 @@ def _(
     result = [weights[0].new_empty(labels.shape if reduction == NONE else (), dtype=wide)]
     result.append(result[0].new_empty(()))
     result += [result[0].new_empty(len(labels), 4)] if statistics else []
-    made = [torch.empty_like(x) for x in xs]
-    made += [w.new_empty(w.shape, dtype=wide) for w in weights]
-    made.append(weights[0].new_empty(vocabulary_of(weights, starts), dtype=wide))
-    return result + [grad for grad, need in zip(made, needed, strict=True) if need]
+    grads = [torch.empty_like(x) for x in xs]
+    grads += [w.new_empty(w.shape, dtype=wide) for w in weights]
+    grads.append(weights[0].new_empty(vocabulary_of(weights, starts), dtype=wide))
+    return result + [grad for grad, need in zip(grads, needed, strict=True) if need]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss` of rows, with its gradient. Its tensors are ``xs``, ``weights`` and the bias where there is one."""
+    """The autograd function of `head_loss`. Its tensors are ``xs``, ``weights`` and the bias, which may be None."""
 
     @staticmethod
     def forward(
         ctx: Any, form: Form, needed: tuple[bool, ...], count: int, labels: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See `torch.autograd.Function.forward`; ``count`` is the number of ``xs``."""
+        """Implement `torch.autograd.Function.forward`; ``count`` is the number of ``xs``."""
         ctx.form, ctx.needed, ctx.count = form, needed, count
         ctx.dtypes = [t if t is None else t.dtype for t in tensors]
         ctx.again = form.reduction == NONE and any(needed[count:])
@@ -273,26 +275,29 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """See `torch.autograd.Function.backward`. What it gives was made in the forward pass and has no gradient.
+        """Implement `torch.autograd.Function.backward`.
+
+        The gradients were computed in the forward pass, except where losses of single rows reach a weight, and have no
+        gradient themselves.
 
         Raises:
-            GraftError: GC152 where one is asked for.
+            GraftError: GC152 if a gradient of the gradients is requested.
         """
         if torch.is_grad_enabled():
             message = "gradients of gradients (create_graph=True) of a loss that is computed in chunks"
             raise GraftError("GC152", message, hint="use memory: {loss: whole}")
-        labelled, *held = ctx.saved_tensors
+        labelled, *saved = ctx.saved_tensors
         if ctx.again:
-            labels, *tensors = held
-            _, _, *held = _forward(ctx.form._replace(statistics=False), ctx.needed, ctx.count, labels, grad, *tensors)
+            labels, *tensors = saved
+            _, _, *saved = _forward(ctx.form._replace(statistics=False), ctx.needed, ctx.count, labels, grad, *tensors)
             factor = None
         elif ctx.form.reduction == NONE:
             factor = grad[:, None]
         else:
             factor = grad / labelled.clamp_min(1) if ctx.form.reduction == MEAN else grad
-        made = iter(held)
+        unscaled = iter(saved)
         grads = (
-            _scaled(next(made), factor, dtype) if need else None
+            _scaled(next(unscaled), factor, dtype) if need else None
             for need, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
         )
         return None, None, None, None, *grads
@@ -302,12 +307,12 @@ def _forward(
     form: Form, needed: Sequence[bool], count: int, labels: Tensor, outer: Tensor | None, *tensors: Tensor | None
 ) -> list[Tensor]:
     xs, weights, bias = tensors[:count], tensors[count:-1], tensors[-1]
-    found: list[Tensor] = torch.ops.graftc.head_loss_forward(xs, weights, bias, labels, outer, *form, needed)
-    return found
+    outputs: list[Tensor] = torch.ops.graftc.head_loss_forward(xs, weights, bias, labels, outer, *form, needed)
+    return outputs
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A factor may be too large for 16 bits, as that of a loss that is scaled is."""
+    """Return a gradient times a factor, which may be too large for 16 bits, such as that of a scaled loss."""
     if factor is None:
         return grad.to(dtype)
     return (grad.to(torch.promote_types(grad.dtype, torch.float32)) * factor).to(dtype)
@@ -334,29 +339,32 @@ def head_loss(
     cap: float | None = None,
     square: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of labels with logits ``cap * tanh(scale / cap * u)`` for ``u = sum(x @ w.mT) + bias``, or
-    ``scale * u`` without a cap, in float32 or better: what `torch.nn.functional.cross_entropy` gives, some rows at a
-    time. Products are in the dtype of their factors, or that of autocast.
+    """Return the cross-entropy of labels with the logits of a head, computed some rows at a time.
 
-    There is a gradient for ``xs``, ``weights`` and ``bias``, and no second one.
+    Logits are ``cap * tanh(scale / cap * u)`` for ``u = sum(x @ w.mT) + bias``, or ``scale * u`` without a cap, in
+    float32 or better. The result is that of `torch.nn.functional.cross_entropy`. Products are in the dtype of their
+    factors, or that of autocast.
+
+    ``xs``, ``weights`` and ``bias`` have a gradient, but no second one.
 
     Args:
-        xs: ``[rows, in]`` each: the hidden states and, for a head with a product of two factors beside its weight, what
-            the first of them gives.
+        xs: ``[rows, in]`` each: the hidden states and, for a head with a product of two factors beside its weight, the
+            result of the first factor.
         weights: ``[columns, in]`` for each of ``xs``, of one dtype.
         bias: ``[vocabulary]``.
         labels: ``int64[rows]``.
-        starts: for each weight, which part of the vocabulary its columns begin at. The first weights cover all of it in
-            order; those that begin where there is something already are added to that.
-        ignored: the label of rows that are left out.
+        starts: for each weight, the place in the vocabulary at which its columns begin. The first weights cover all of
+            it in order; those that begin at a place that is covered already are added there.
+        ignored: label of the rows that are left out.
         reduction: `NONE`, `MEAN` over the rows that have a label, or `SUM`, as torch numbers them.
-        smoothing: label smoothing, which gives so much of a label to all of the vocabulary alike.
-        scale: of the products.
-        cap: of the logits.
-        square: adds so much of the square of the logarithm of the sum of exponentials (z-loss).
+        smoothing: label smoothing: the share of a label that is spread evenly over the vocabulary.
+        scale: scale of the products.
+        cap: cap of the logits; None for no cap.
+        square: weight of the squared logarithm of the sum of exponentials (z-loss), which is added to the loss.
 
     Returns:
-        A scalar, or ``[rows]`` without a reduction: zero for rows that are left out. float32, for float64 in that.
+        A scalar, or ``[rows]`` without a reduction: zero for rows that are left out. float32, or float64 for float64
+        products.
     """
     return _recorded(xs, weights, bias, labels, Form(starts, ignored, reduction, smoothing, scale, cap, square))[0]
 
@@ -371,8 +379,8 @@ def _recorded(
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     recorded = torch.is_grad_enabled()
     needed = tuple(t is not None and recorded and t.requires_grad for t in tensors)
-    found: tuple[Tensor, Tensor] = _HeadLoss.apply(form, needed, len(xs), labels, *tensors)  # type: ignore[no-untyped-call]
-    return found
+    outputs: tuple[Tensor, Tensor] = _HeadLoss.apply(form, needed, len(xs), labels, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 torch.library.define(
@@ -393,11 +401,10 @@ def head_scores(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`head_loss` without a reduction, and what metrics tell of each row.
+    """Return the losses of `head_loss` without a reduction, and statistics of each row for metrics.
 
     Returns:
         The losses, ``[rows]``, and without a gradient ``[rows, 4]``: the entropy, the logarithm of the sum of squared
-        probabilities, the mean of the logits, and 1 where no logit is larger than the label's. Zero where a row has no
-        label.
+        probabilities, the mean of the logits, and 1 if no logit is larger than the label's. Zero if a row has no label.
     """
     return _recorded(xs, weights, bias, labels, Form(starts, ignored, NONE, 0.0, scale, cap, 0.0, True))

@@ -1,10 +1,10 @@
-"""Operators on the rows of a weight: the norms of an adapted weight, and rescaling a result row by row.
+"""Operators on the rows of a weight: the norms of an adapted weight, and rescaling of a result row by row.
 
-`row_norm` does not make the adapted weight: a row of ``W + s B A`` has the square
+`row_norm` does not compute the adapted weight: a row of ``W + s B A`` has the square
 ``|W|^2 + 2 s <W, B A> + s^2 |B A|^2`` with two terms that are sums over products of the size of ``B``. Only rows in
-which these terms cancel are made, since rounding would be most of what is left of the sum. `rescale` keeps one tensor
-of its result's size for the backward pass, and where there is no offset that is the result itself, which whatever reads
-it often keeps too.
+which these terms cancel are computed in full, since rounding errors would dominate what is left of the sum. `rescale`
+keeps one tensor of its result's size for the backward pass; with ``whole``, that is the result itself, which its
+readers often keep as well.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ TINY = 1e-30
 
 
 def squares(weight: Tensor) -> Tensor:
-    """Sums of squares of the rows of ``[..., rows, in]`` in float64, as the float32 sum of two: ``[2, ..., rows]``.
+    """Return the sums of squares of the rows of ``[..., rows, in]``, each as two float32 numbers: ``[2, ..., rows]``.
 
-    The first is the sum rounded to float32, the second the rest, so that float32 arithmetic sees the first alone and
-    float64 arithmetic all of it. For a float64 weight both are float64.
+    The sum is computed in float64. The first number is the sum rounded to float32, the second the rest, so that float32
+    arithmetic uses the first alone and float64 arithmetic all of it. For a float64 weight both are float64.
     """
     kept = torch.promote_types(weight.dtype, torch.float32)
     exact = torch.cat([part.double().square().sum(-1) for part in _blocks(weight, weight)], dim=-1)
@@ -44,19 +44,19 @@ def squares(weight: Tensor) -> Tensor:
 
 
 def _blocks(tensor: Tensor, weight: Tensor) -> list[Tensor]:
-    """Blocks of rows of a tensor that has the rows of ``weight``."""
+    """Split a tensor that has the rows of ``weight`` into blocks of rows."""
     rows = weight.shape[-2]
     size = max(1, _BLOCK * rows // max(1, weight.numel()))
     return [tensor.narrow(-2, start, min(size, rows - start)) for start in range(0, rows, size)]
 
 
 def norm_of_squares(square: Tensor) -> Tensor:
-    """Norms of rows from what `squares` gives: ``[..., rows]``, in its dtype."""
+    """Return the norms of rows from the result of `squares`: ``[..., rows]``, in its dtype."""
     return square.sum(0).clamp_min(SMALLEST).sqrt()
 
 
 def wide_product(weight: Tensor, a: Tensor) -> Tensor:
-    """``weight @ a.mT`` in ``a``'s dtype, widening a 16-bit weight a few rows at a time: ``[..., rows, rank]``."""
+    """Return ``weight @ a.mT`` in ``a``'s dtype, ``[..., rows, rank]``, widening a 16-bit weight in blocks of rows."""
     other = a.transpose(-1, -2)
     if weight.dtype == a.dtype:
         return weight @ other
@@ -64,7 +64,7 @@ def wide_product(weight: Tensor, a: Tensor) -> Tensor:
 
 
 def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
-    """``rows.mT @ weight`` in the dtype of ``rows: [..., rows, rank]``: ``[..., rank, in]``."""
+    """Return ``rows.mT @ weight`` in the dtype of ``rows: [..., rows, rank]``: ``[..., rank, in]``."""
     if weight.dtype == rows.dtype:
         return rows.transpose(-1, -2) @ weight
     total = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], weight.shape[-1])
@@ -74,7 +74,7 @@ def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`row_norm` in ATen, without a look at values: every row is made, and taken where terms cancel."""
+    """Compute `row_norm` in ATen without inspecting values: every row is computed, and used where terms cancel."""
     a, b = a.to(square.dtype), b.to(square.dtype)
     total, cancels = _expanded(square, weight, a, b, scale)
     direct = torch.cat([row.square().sum(-1) for row in _adapted(weight, a, b, scale)], dim=-1)
@@ -82,7 +82,7 @@ def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, sc
 
 
 def _expanded(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Squares of the norms from the three terms, and where these cancel: ``[..., rows]`` both."""
+    """Return the squares of the norms from the three terms, and a mask of where these cancel: both ``[..., rows]``."""
     base, update = square.sum(0), b @ (a @ a.transpose(-1, -2))
     both = torch.add(wide_product(weight, a), update, alpha=scale / 2)
     total = torch.add(base, (both * b).sum(-1), alpha=2 * scale)
@@ -90,7 +90,7 @@ def _expanded(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
 
 
 def _adapted(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> list[Tensor]:
-    """``weight + scale * b @ a`` in the dtype of ``a``, in blocks of rows."""
+    """Return ``weight + scale * b @ a`` in the dtype of ``a``, in blocks of rows."""
     blocks = zip(_blocks(weight, weight), _blocks(b, weight), strict=True)
     return [torch.add(part.to(a.dtype), own @ a, alpha=scale) for part, own in blocks]
 
@@ -98,8 +98,11 @@ def _adapted(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> list[Tensor]
 def _cancelling(
     cancels: Tensor, weight: Tensor, a: Tensor, b: Tensor
 ) -> Iterator[tuple[tuple[int, ...], Tensor, tuple[Tensor, Tensor, Tensor]]]:
-    """The rows in which terms cancel, for one matrix after another: its index, the rows' numbers, and in float64 what
-    they are of the weight, all of ``a``, and what they are of ``b``."""
+    """Yield the rows in which terms cancel, one matrix after another.
+
+    Each item has the matrix's index, the rows' numbers and, in float64, these rows of the weight, all of ``a``, and
+    these rows of ``b``.
+    """
     if not cancels.any():
         return
     leading = cancels.shape[:-1]
@@ -112,25 +115,25 @@ def _cancelling(
 
 @torch.library.custom_op("graftc::row_norm", mutates_args=())
 def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Norms of the rows of ``weight + scale * b @ a``, in the dtype of ``square`` also under autocast.
+    """Return the norms of the rows of ``weight + scale * b @ a``, in the dtype of ``square`` also under autocast.
 
-    Rows that nearly vanish are as exact as others. With ``b = 0`` the result is that of `norm_of_squares`, to the bit.
-    There is a gradient for ``a`` and ``b``; detach them where the norm is to be a constant for the backward pass. The
-    gradient itself has none: torch refuses a second backward pass through it.
+    Rows that nearly vanish are as exact as others. With ``b = 0`` the result equals that of `norm_of_squares` bit for
+    bit. ``a`` and ``b`` have gradients; detach them if the norm is to be a constant in the backward pass. The gradient
+    itself has none: torch refuses a second backward pass through it.
 
     Args:
-        square: what `squares` gives for the weight, ``[2, ..., rows]``, float32 or float64.
+        square: the result of `squares` for the weight, ``[2, ..., rows]``, float32 or float64.
         weight: ``[..., rows, in]``, a constant.
         a: ``[..., rank, in]``.
         b: ``[..., rows, rank]``.
-        scale: of the product.
+        scale: scale of the product.
 
     Returns:
         ``[..., rows]``.
     """
     device = weight.device.type
     with torch.autocast(device, enabled=False):
-        if device != "cpu":  # looking at values would wait for the device, and cannot be captured there
+        if device != "cpu":  # inspecting values would wait for the device, and cannot be captured there
             return row_norm_decomposed(square, weight, a, b, scale)
         a, b = a.to(square.dtype), b.to(square.dtype)
         total, cancels = _expanded(square, weight, a, b, scale)
@@ -160,9 +163,9 @@ def _norm_backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor, 
 def row_norm_backward(
     grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `row_norm` for ``a`` and ``b``, all in the dtype of ``square``."""
-    held = norm.square() <= 1.000001 * SMALLEST
-    each = torch.where(held, 0, scale * grad / norm)[..., None]
+    """Return the gradients of `row_norm` for ``a`` and ``b``, both in the dtype of ``square``."""
+    clamped = norm.square() <= 1.000001 * SMALLEST
+    each = torch.where(clamped, 0, scale * grad / norm)[..., None]
     if weight.device.type != "cpu":
         adapted = torch.cat(_adapted(weight, a, b, scale), dim=-2)
         return (each * b).transpose(-1, -2) @ adapted, each * (adapted @ a.transpose(-1, -2))
@@ -191,7 +194,7 @@ row_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
 def rescale_decomposed(
     x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
 ) -> Tensor:
-    """`rescale` in ATen."""
+    """Compute `rescale` in ATen."""
     result = x * scale if delta is None else x * scale + delta
     fixed = _fixed(offset, lost)
     return (result if fixed is None else result + (1 - scale) * fixed).to(x.dtype)
@@ -207,27 +210,29 @@ def _fixed(offset: Tensor | None, lost: Tensor | None) -> Tensor | None:
 def rescale(
     x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
 ) -> Tensor:
-    """``scale * x + delta + (1 - scale) * (offset + lost)``: a result is scaled, but for what in it is fixed, and
-    something that is scaled already is added. With a scale of one and a delta of zero no bit of ``x`` changes.
+    """Return ``scale * x + delta + (1 - scale) * (offset + lost)``.
 
-    Arithmetic is in the wider dtype of ``x`` and ``scale``, the result in that of ``x``, also under autocast.
+    A result is scaled, except for what is fixed in it, and something that is scaled already is added. With a scale of
+    one and a delta of zero, no bit of ``x`` changes. Arithmetic is in the wider dtype of ``x`` and ``scale``, the
+    result in that of ``x``, also under autocast.
 
     Args:
         x: any shape.
         scale: broadcasts to ``x``.
         delta: like ``x``.
         offset: broadcasts to ``x``; a bias, in train and eval mode alike.
-        lost: broadcasts to ``x``; what a dropout has taken from ``x`` while training. There is none in eval mode.
-        whole: ``delta`` was made with the detached ``scale`` as a factor, and the gradient of ``scale`` is to count
-            both its places. That needs the result alone. Nothing may be fixed then; a scale of zero counts as `TINY`,
-            here and in ``delta``, which 16-bit floats with five bits of exponent cannot hold.
+        lost: broadcasts to ``x``; what a dropout has removed from ``x`` in training. None in eval mode.
+        whole: whether ``delta`` was computed with the detached ``scale`` as a factor, so that the gradient of ``scale``
+            has to account for both of its uses, which takes the result alone. Neither ``offset`` nor ``lost`` may be
+            given then; a scale of zero counts as `TINY`, here and in ``delta``, which 16-bit floats with five bits of
+            exponent cannot represent.
 
     Returns:
         A tensor like ``x``.
     """
     if whole:
         scale = _nonzero(scale)
-    result = torch.empty_like(x)  # in the layout of x, which what reads it may have been made for
+    result = torch.empty_like(x)  # in the layout of x, which readers may have been compiled for
     if delta is None:
         torch.mul(x, scale, out=result)
     else:
@@ -284,9 +289,9 @@ def _rescale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of ``grad * other`` and of ``grad`` over the axes along which ``like`` was broadcast."""
+    """Return the sums of ``grad * other`` and of ``grad`` over the axes along which ``like`` was broadcast."""
     if like.dim() == 1 and grad.dtype == other.dtype == like.dtype:
-        # The gradients of a layer norm's gain and shift are these sums, in one pass and without the product.
+        # The gradients of a layer norm's gain and shift are these sums, in one pass and without a tensor of products.
         rows = [t.reshape(-1, like.shape[0]) for t in (grad, other)]
         ones = like.new_ones(rows[0].shape[0], 1)
         _, products, sums = aten.native_layer_norm_backward(
@@ -297,7 +302,7 @@ def column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tens
 
 
 def _sum_to(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The sum of ``value`` over the axes along which something of ``shape`` was broadcast to it."""
+    """Sum ``value`` over the axes along which a tensor of ``shape`` was broadcast to it."""
     leading = value.dim() - len(shape)
     wide = torch.promote_types(dtype, torch.float32)
     if leading:

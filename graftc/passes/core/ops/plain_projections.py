@@ -1,4 +1,4 @@
-"""What `graftc.passes.core.ops.projections` computes, in ATen."""
+"""The plain ATen form of `graftc.passes.core.ops.projections`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plain_projections(
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> tuple[Tensor, ...]:
-    """`projections` as the graph had it."""
+    """Compute `projections` in ATen, one product at a time."""
     linear = nn.functional.linear
     drop = torch.ops.graftc.masked_dropout
     read = [x, *(z if p is None else drop(x, z, p) for z, p in zip(sources, dropped, strict=True))]

@@ -15,7 +15,11 @@ from graftc.passes.core.ops.projection_plan import Given, LowRankUpdate, Plan, a
 
 
 class Backward:
-    """The gradients of one call. Sums are made in place, of products that nothing has kept: all of it has gradients."""
+    """The gradients of one call.
+
+    Sums are accumulated in place, in products that nothing has kept, so that all gradients are differentiable
+    themselves.
+    """
 
     def __init__(self, ctx: Any, grads: Sequence[Tensor | None]) -> None:
         self._plan: Plan = ctx.plan
@@ -39,7 +43,7 @@ class Backward:
         self._factors: list[list[Tensor | None]] = [[None] * 3 for _ in self._plan.updates]
 
     def gradients(self) -> list[Tensor | None]:
-        """For the input and for all that `flat` gives, in order."""
+        """Return the gradients of the input and of all tensors that `flat` lists, in order."""
         weights = [grad for number in range(len(self._plan.transposed)) for grad in self._of_map(number)]
         for source, below in enumerate(self._below):
             if below and self._plan.of[source]:
@@ -60,7 +64,7 @@ class Backward:
         self._sums[0] = product if self._sums[0] is None else self._sums[0] + product
 
     def _down(self, source: int, grad: Tensor) -> Tensor:
-        """The gradient of the first factors of a source's updates, from that of ``A z``."""
+        """Return the gradient of the first factors of a source's updates, given that of ``A z``."""
         own = rows(self._given.sources[source])
         if not self._plan.masked[source]:
             return grad.t() @ own
@@ -68,8 +72,10 @@ class Backward:
         return grad.t() @ masked(x, own) if torch.is_grad_enabled() else product_of_masked(grad, x, own)
 
     def _of_map(self, number: int) -> list[Tensor | None]:
-        """Of a weight, its bias and its scale, and of the factors of its updates; what the map says of the input's is
-        added up."""
+        """Return the gradients of a map's weight, bias and scale, and compute those of its updates.
+
+        The map's contribution to the gradient of the input is added up.
+        """
         grad, transposed = self._results[number], self._plan.transposed[number]
         if grad is None:
             return [None, None, None]
@@ -92,7 +98,7 @@ class Backward:
         return [weight_grad, grad.sum(0) if self._needs.weights[number][1] else None, scale_grad]
 
     def _of_update(self, number: int, grad: Tensor) -> None:
-        """Of the second factor, and of ``A z``, ``[rows, rank]``."""
+        """Compute the gradients of an update's second factor and of ``A z``, ``[rows, rank]``."""
         update, (_, b, columns) = self._plan.updates[number], self._given.factors[number]
         own = _own(grad, columns, update)
         if self._second[update.source] or self._needs.factors[number][0]:
@@ -100,19 +106,22 @@ class Backward:
         if self._needs.factors[number][1]:
             hidden = self._hidden[number]
             assert hidden is not None
-            # The wide side last: twice as fast on a CPU.
+            # With the wide side last, this is twice as fast on a CPU.
             self._factors[number][1] = ((hidden * update.scale).t() @ own).t()
 
     def _of_source(self, source: int) -> None:
-        """Of the first factors of its updates; what they say of the source's is added up."""
+        """Compute the gradients of the first factors of a source's updates.
+
+        Their contribution to the gradient of the source is added up.
+        """
         numbers, grad = self._plan.of[source], self._of_hidden[source]
-        whole = grad is not None
+        has_own = grad is not None
         sizes = [self._ranks[number] for number in numbers]
         parts = [self._narrow[number] for number in numbers]
         like = next((part for part in parts if part is not None), None)
         if like is not None:
-            missing = like.new_zeros
-            every = [missing(len(like), n) if p is None else p for p, n in zip(parts, sizes, strict=True)]
+            zeros = like.new_zeros
+            every = [zeros(len(like), n) if p is None else p for p, n in zip(parts, sizes, strict=True)]
             grad = joined(every, 1) if grad is None else grad + joined(every, 1)
         if grad is None:
             return
@@ -120,14 +129,14 @@ class Backward:
             down = stacked(numbers, self._given, self._dtype)
             (self._add_masked if self._plan.masked[source] else self._add)(source, grad, down)
         if self._first[source]:
-            made = self._down(source, grad)
-            for number, part in zip(numbers, torch.split(made, sizes), strict=True):
-                if self._needs.factors[number][0] and (self._narrow[number] is not None or whole):
+            grads = self._down(source, grad)
+            for number, part in zip(numbers, torch.split(grads, sizes), strict=True):
+                if self._needs.factors[number][0] and (self._narrow[number] is not None or has_own):
                     self._factors[number][0] = part
 
 
 def _own(grad: Tensor, columns: Tensor | None, update: LowRankUpdate) -> Tensor:
-    """The columns of a result's gradient that an update is for: ``[rows, out]``."""
+    """Return the columns of a result's gradient that an update is added to: ``[rows, out]``."""
     if columns is not None:
         return grad.index_select(1, columns)
     if not update.runs:

@@ -1,4 +1,4 @@
-"""What `graftc.passes.core.ops.projections` is told, and what its two passes share."""
+"""The plan of a call to `graftc.passes.core.ops.projections`, and helpers that its two passes share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LowRankUpdate(NamedTuple):
 
     Attributes:
         of: number of the map.
-        source: number of what the first factor is applied to: 0 for the maps' input.
-        scale: of the product.
-        runs: columns of the result that it is for.
+        source: number of the source that the first factor is applied to: 0 for the maps' input.
+        scale: scale of the product.
+        runs: columns of the result that the product is added to.
     """
 
     of: int
@@ -34,11 +34,11 @@ class LowRankUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a call before it is made.
+    """The structure of a call, known before any tensor is computed.
 
     Attributes:
-        transposed, updates: of the call; scales make up for what dropout takes.
-        masked: for each source, the maps' input included, whether it is a mask of that.
+        transposed, updates: the arguments of the call; scales compensate for dropout.
+        masked: for each source, including the maps' input, whether it is a mask of that input.
         of: numbers of the updates of each source.
         at: numbers of the updates of each map.
     """
@@ -51,11 +51,11 @@ class Plan:
 
     @property
     def sources(self) -> int:
-        """How many there are."""
+        """The number of sources, including the maps' input."""
         return len(self.masked)
 
     def read(self, source: int) -> int:
-        """The source that the gradient of one is for: a mask has none."""
+        """Return the source that the gradient of one belongs to: a mask has none, so it is the maps' input."""
         return 0 if self.masked[source] else source
 
 
@@ -65,13 +65,13 @@ def plan_of(
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> Plan:
-    """The `Plan` of a call."""
+    """Return the `Plan` of a call."""
     given = (None, *dropped)
     factors = [1.0 if p is None else factor(p) for p in given]
-    made = tuple(LowRankUpdate(of, source, scale * factors[source], runs) for of, source, scale, runs in updates)
-    of = tuple(tuple(i for i, u in enumerate(made) if u.source == s) for s in range(len(given)))
-    at = tuple(tuple(i for i, u in enumerate(made) if u.of == m) for m in range(len(transposed)))
-    return Plan(transposed, made, tuple(p is not None for p in given), of, at)
+    scaled = tuple(LowRankUpdate(of, source, scale * factors[source], runs) for of, source, scale, runs in updates)
+    of = tuple(tuple(i for i, u in enumerate(scaled) if u.source == s) for s in range(len(given)))
+    at = tuple(tuple(i for i, u in enumerate(scaled) if u.of == m) for m in range(len(transposed)))
+    return Plan(transposed, scaled, tuple(p is not None for p in given), of, at)
 
 
 def flat(
@@ -79,12 +79,12 @@ def flat(
     weights: Weights,
     factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
 ) -> list[Tensor | None]:
-    """All tensors of a call but the maps' input, in order."""
+    """Return all tensors of a call except the maps' input, in order."""
     return [*sources, *(t for three in (*weights, *factors) for t in three)]
 
 
 class Given(NamedTuple):
-    """What `flat` has made flat, or as much of anything else."""
+    """The values of a list made by `flat`, or other values in the same structure."""
 
     sources: list[Any]
     weights: list[list[Any]]
@@ -92,38 +92,38 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, x: Any, flat: Sequence[Any]) -> Given:
-        """The way back from `flat`, with the maps' input."""
+        """Return the values that `flat` has flattened in their structure, with the maps' input."""
         start = plan.sources - 1
         threes = [list(flat[i : i + 3]) for i in range(start, len(flat), 3)]
         return cls([x, *flat[:start]], threes[: len(plan.transposed)], threes[len(plan.transposed) :])
 
 
 def stacked(numbers: Sequence[int], given: Given, dtype: torch.dtype | None) -> Tensor:
-    """First factors of some updates, ``[ranks, in]``."""
+    """Return the first factors of some updates in one tensor, ``[ranks, in]``."""
     return joined([cast(given.factors[number][0], dtype) for number in numbers], 0)
 
 
 def apart(plan: Plan, stacked: Sequence[Tensor | None], ranks: Sequence[int]) -> list[Tensor | None]:
-    """What each update has of values that all updates of a source have side by side, ``[rows, rank]``."""
-    found: list[Tensor | None] = [None] * len(ranks)
+    """Split values that all updates of a source have side by side into those of each update, ``[rows, rank]``."""
+    narrow: list[Tensor | None] = [None] * len(ranks)
     for numbers, value in zip(plan.of, stacked, strict=True):
         if value is not None:
             parts = torch.split(value, [ranks[n] for n in numbers], 1) if len(numbers) > 1 else (value,)
             for number, part in zip(numbers, parts, strict=True):
-                found[number] = part
-    return found
+                narrow[number] = part
+    return narrow
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Tensors side by side."""
+    """Concatenate tensors along an axis; a single one is returned unchanged."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """A scale by which can be divided."""
+    """Return a scale that is safe to divide by: zeros become `TINY`."""
     return torch.where(scale == 0, TINY, scale)
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """``[..., width]`` as ``[rows, width]``."""
+    """Reshape ``[..., width]`` to ``[rows, width]``."""
     return tensor.reshape(-1, tensor.shape[-1])

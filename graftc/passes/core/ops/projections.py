@@ -1,8 +1,8 @@
 """Linear maps of one input, with low-rank updates, in one step.
 
-In plain ATen every map of an input and every update of its result makes a tensor of the result's or of the input's size
-that is added up and thrown away. Here updates are added in place to the results that they are for, in the product that
-makes them, and what maps and updates say of the input's gradient is added up in one tensor.
+In plain ATen, every map of an input and every update of its result allocates a tensor of the size of the result or of
+the input, which is added up and discarded. Here, each update is added in place to its result by the product that
+computes it, and the contributions of maps and updates to the input's gradient are accumulated in one tensor.
 """
 
 from __future__ import annotations
@@ -43,23 +43,26 @@ def projections(
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> tuple[Tensor, ...]:
-    """``y_i = W_i x + b_i``, plus ``scale * B A z`` for each update of it, where ``z`` is ``x`` or another source.
+    """Compute ``y_i = W_i x + b_i``, plus ``scale * B A z`` for each update of it.
 
-    Gradients are those of the plain products, for everything that wants one, and have gradients themselves. Under
-    autocast all is computed in its element type, as products are. Where something else than autograd looks at what is
-    computed (`torch.compile`, `torch.func`, forward-mode gradients, tensor subclasses), plain products are taken.
+    ``z`` is ``x`` or another source. All tensors that require a gradient get that of the plain products, which is
+    differentiable itself. Under autocast, everything is computed in its element type, as products are. If anything but
+    autograd observes the computation (`torch.compile`, `torch.func`, forward-mode gradients, tensor subclasses), plain
+    products are used.
 
     Args:
         x: ``[..., in]``.
-        sources: other inputs of updates, of ``x``'s shape; or masks of what dropout leaves of ``x``, ``bool``.
-        weights: of each map, ``[out, in]`` or ``[in, out]``, with its bias, ``[out]``, and with a scale of its rows,
-            ``[out]``, that it and the bias are multiplied with. The scale is a factor of ``B`` too, detached, and its
-            gradient counts both its places; as in `graftc::rescale`, one of zero counts as `TINY`.
-        factors: of each update: ``A: [rank, in]``, ``B: [rows, rank]``, and where ``B``'s rows are not all columns of
-            the result or runs of them, which they are, ``int64[rows]``.
+        sources: other inputs of updates, of ``x``'s shape; or masks of the elements of ``x`` that dropout keeps,
+            ``bool``.
+        weights: for each map, its weight, ``[out, in]`` or ``[in, out]``, its bias, ``[out]``, and a scale of its rows,
+            ``[out]``, by which the weight and the bias are multiplied. The scale is a factor of ``B`` as well,
+            detached, and its gradient accounts for both uses; as in `graftc::rescale`, a scale of zero counts as
+            `TINY`.
+        factors: for each update, ``A: [rank, in]``, ``B: [rows, rank]`` and, if ``B``'s rows are neither all columns of
+            the result nor runs of them, the columns that they are, ``int64[rows]``.
         transposed: for each of ``weights``, whether it is ``[in, out]``.
-        updates: an `LowRankUpdate` for each of ``factors``.
-        dropped: for each of ``sources`` that is a mask, the probability that it was drawn with; None for others.
+        updates: a `LowRankUpdate` for each of ``factors``.
+        dropped: for each of ``sources`` that is a mask, the probability with which it was drawn; None for others.
 
     Returns:
         ``[..., out]`` for each map.
@@ -72,12 +75,12 @@ def projections(
     if dtype is not None:
         x, *others = (cast(t, dtype) for t in (x, *sources))
         tensors[: len(others)] = others
-    found: tuple[Tensor, ...] = _Projections.apply(plan, dtype, x, *tensors)  # type: ignore[no-untyped-call]
-    return found[: len(transposed)]
+    results: tuple[Tensor, ...] = _Projections.apply(plan, dtype, x, *tensors)  # type: ignore[no-untyped-call]
+    return results[: len(transposed)]
 
 
 def _watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether something looks at what is computed that an autograd function would hide it from."""
+    """Return whether anything but autograd observes the computation, which an autograd function would hide from it."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None
@@ -90,8 +93,10 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 class _Projections(torch.autograd.Function):
-    """`projections`, whose results also are ``A z`` for the updates of each source, ``[rows, ranks]``: as results they
-    can be kept for the backward pass and have gradients there.
+    """The autograd function of `projections`.
+
+    Its results also include ``A z`` for the updates of each source, ``[rows, ranks]``: as results, they can be kept for
+    the backward pass and have gradients there.
     """
 
     @staticmethod
@@ -141,7 +146,7 @@ def _mapped(x: Tensor, transposed: bool, weight: Tensor, bias: Tensor | None, dt
 
 
 def _narrowed(plan: Plan, given: Given, source: int, down: Tensor) -> Tensor:
-    """``z @ down`` for a source: ``[rows, ranks]``."""
+    """Return ``z @ down`` for a source: ``[rows, ranks]``."""
     own = rows(given.sources[source])
     return masked_product(rows(given.sources[0]), own, down) if plan.masked[source] else own @ down
 
@@ -159,8 +164,10 @@ def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, u
 
 
 def _kept(plan: Plan, given: Given, needs: Given) -> list[Tensor | None]:
-    """What gradients that are wanted are made of, as `_given` reads it; each input once. Weights stay as they are
-    stored: under autocast they are cast again, which is less than keeping them."""
+    """Return the tensors that the requested gradients depend on, each input once, in the order that `Given.of` reads.
+
+    Weights are kept as they are stored: under autocast they are cast again, which takes less than keeping the casts.
+    """
     first = [any(needs.factors[n][0] for n in numbers) for numbers in plan.of]
     read = [a or (plan.masked[s] and needs.sources[0]) for s, a in enumerate(first)]
     read[0] = any(a for s, a in enumerate(first) if plan.read(s) == 0) or any(wants[0] for wants in needs.weights)

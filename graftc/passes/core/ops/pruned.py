@@ -1,8 +1,8 @@
-"""Pruned weights: a weight with zeros wherever its scores are small, without a mask that is kept.
+"""Pruned weights: a weight with zeros wherever its scores are small, without a mask being stored.
 
-Which entries stay is said by two numbers for each group of entries: a *threshold* that scores have to exceed, and,
-since equal scores are common (zeros, 16 bits), the place of the *last* entry that stays among those that equal it. So
-exactly as many stay as are asked for, and both passes make the same mask from scores that are there anyway.
+Two numbers for each group of entries determine which ones stay: a *threshold* that scores have to exceed and, since
+equal scores are common (zeros, 16 bits), the position of the *last* entry that stays among those that equal it. Thus
+exactly as many entries stay as requested, and both passes compute the same mask from scores that exist anyway.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Edge = tuple[Tensor, Tensor]
 
 
 def dropped(scores: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
-    """Which entries do not stay, ``bool`` of the shape of ``scores``. What is not a number stays, so that it shows.
+    """Return the mask of entries that do not stay, ``bool`` of the shape of ``scores``. NaN stays, so that it shows.
 
     Args:
-        scores: at least two axes; groups are equal parts of it along the first ones.
+        scores: at least two axes; groups are equal parts along the first ones.
         threshold: ``[groups]``.
-        last: ``int64[groups]``, counted from 0 within each group; -1 for none of the equal ones.
+        last: ``int64[groups]``, counted from 0 within each group; -1 if none of the equal entries stay.
     """
     own = scores.reshape(threshold.shape[0], -1, scores.shape[-1])
     edge, end = threshold.view(-1, 1, 1), last.view(-1, 1, 1) + 1
-    # Rows and columns apart: numbers for all entries would take eight times the memory of the mask.
+    # Rows and columns are compared separately: numbers for all entries would take eight times the memory of the mask.
     width = own.shape[-1]
     row = torch.arange(own.shape[1], device=own.device).view(-1, 1)
     column = torch.arange(width, device=own.device)
@@ -37,22 +37,23 @@ def dropped(scores: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
 
 
 def pruned_weight_decomposed(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
-    """`pruned_weight` in ATen."""
+    """Compute `pruned_weight` in ATen."""
     used = weight.abs() if scores is None else scores
     return weight.masked_fill(dropped(used.to(threshold.dtype), threshold, last), 0)
 
 
 @torch.library.custom_op("graftc::pruned_weight", mutates_args=())
 def pruned_weight(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
-    """``weight`` with zeros where `dropped` says so.
+    """Return ``weight`` with zeros where `dropped` is true.
 
-    The gradient of the weight is the result's where entries stay, and zero elsewhere. That of the scores goes straight
-    through the choice: the result's times the weight, for all entries. The mask is made anew for it.
+    The gradient of the weight is that of the result where entries stay, and zero elsewhere. The gradient of the scores
+    passes straight through the choice: it is the result's gradient times the weight, for all entries. The mask is
+    computed again in the backward pass.
 
     Args:
         weight: floating point, at least two axes.
-        scores: of the same shape; None for magnitudes of the weight, which then are constants.
-        threshold: ``[groups]``, in a dtype that holds every score.
+        scores: of the same shape; None for magnitudes of the weight, which are constants then.
+        threshold: ``[groups]``, in a dtype that can represent every score.
         last: ``int64[groups]``.
 
     Returns:
@@ -85,11 +86,13 @@ pruned_weight.register_autograd(_backward, setup_context=_setup)
 
 
 def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
-    """What keeps exactly ``kept`` of all entries, those with the largest scores; among equals the first ones.
+    """Return the edges that keep exactly ``kept`` of all entries, those with the largest scores.
+
+    Among equal scores, the first ones are kept.
 
     Args:
         scores: for each group ``[n]``; NaN is smaller than anything.
-        kept: from 1 to how many there are.
+        kept: number of entries to keep, from 1 to all of them.
 
     Returns:
         For each group a threshold, the same for all, and a last place, scalars on the scores' device.
@@ -101,13 +104,13 @@ def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
     threshold = every.kthvalue(every.numel() - kept + 1).values
     left = kept - (every > threshold).sum()
     del every
-    found: list[Edge] = []
+    edges: list[Edge] = []
     for own in ordered:
         equal = (own == threshold).cumsum(0)
-        last = (equal < left).sum()  # where the count reaches what is left, without reading a number from a device
-        found.append((threshold, torch.where(left > 0, last, _number(-1, own))))
+        last = (equal < left).sum()  # where the count reaches ``left``, computed without waiting for the device
+        edges.append((threshold, torch.where(left > 0, last, _number(-1, own))))
         left = left - equal[-1]
-    return found
+    return edges
 
 
 def _number(value: int, like: Tensor) -> Tensor:

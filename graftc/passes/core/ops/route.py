@@ -1,8 +1,7 @@
-"""``graftc::route``: choices among values, such as a router's among experts, recorded in one run of a graph and imposed
-in another.
+"""``graftc::route``, which records choices among values, such as a router's experts, and imposes them on another run.
 
-Where two scores differ by no more than rounding, two ways of computing the same function may choose differently, and
-everything downstream then comes from other experts. Runs with the same choices can be compared number by number.
+If two scores differ by no more than rounding, two ways of computing the same function may choose differently, and
+everything downstream then comes from different experts. Runs with the same choices can be compared number by number.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouteChoice:
-    """What one choice of a graph saw and took in one run.
+    """The scores and the outcome of one choice of a graph in one run.
 
     Attributes:
-        scores: what was chosen among, ``[..., n]`` with the axis of the choice last; floating point.
-        chosen: the numbers of the chosen on that axis, the first one first: ``int64[..., k]``.
+        scores: the values that the choice was made from, ``[..., n]`` with the axis of the choice last; floating point.
+        chosen: indices of the chosen values on that axis, the first choice first: ``int64[..., k]``.
     """
 
     scores: Tensor
@@ -34,8 +33,9 @@ class Routes:
     """The choices of one run.
 
     Attributes:
-        imposed: by name, those that the run has to take, whatever its own are; a choice that is not there is its own.
-        seen: by name, what the run would have chosen by its own scores; filled as it runs.
+        imposed: by name, the choices that the run has to take instead of its own; it takes its own if a name is
+            missing.
+        seen: by name, what the run would have chosen by its own scores; filled during the run.
     """
 
     imposed: Mapping[str, RouteChoice] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Routes:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Inside, graphs with `route` record here, and take what is imposed."""
+        """Record here what `route` chooses, and impose the given choices, while the block runs."""
         token = _CURRENT.set(self)
         try:
             yield
@@ -56,29 +56,29 @@ _CURRENT: ContextVar[Routes | None] = ContextVar("routes", default=None)
 
 @torch.library.custom_op("graftc::route", mutates_args=())
 def route(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[Tensor, Tensor]:
-    """The choice that a run is to take: its own, or what is imposed on it (`Routes.taken`).
+    """Return the choice that a run has to take: its own, or the one imposed on it (`Routes.taken`).
 
     Args:
-        scores: what is chosen among; floating point.
-        chosen: ``int64``, the run's own choice, with the axis or, of a single number, without.
-        dim: the axis; None for a number among all elements.
-        name: of the choice in the graph.
+        scores: the values to choose from; floating point.
+        chosen: ``int64``, the run's own choice, with the axis or, for a single index, without it.
+        dim: the axis; None for an index among all elements.
+        name: name of the choice in the graph.
 
     Returns:
-        The scores of what is taken, and its numbers, both of the shape of ``chosen``.
+        The scores of the taken values and their indices, both of the shape of ``chosen``.
     """
     rows, axis = (scores.reshape(-1), 0) if dim is None else (scores, dim)
-    whole = dim is not None and chosen.dim() == scores.dim()
+    keeps_axis = dim is not None and chosen.dim() == scores.dim()
     rows = rows.movedim(axis, -1)
-    own = chosen.movedim(axis, -1) if whole else chosen.reshape(*rows.shape[:-1], 1)
+    own = chosen.movedim(axis, -1) if keeps_axis else chosen.reshape(*rows.shape[:-1], 1)
     taken, routes = own, _CURRENT.get()
     if routes is not None:
         routes.seen[name] = RouteChoice(rows.clone(), own.clone())
         imposed = routes.imposed.get(name)
         if imposed is not None and imposed.chosen.shape == own.shape:
             taken = imposed.chosen.to(own.device)
-    found = rows.gather(-1, taken), taken.clone()
-    values, numbers = (each.movedim(-1, axis) if whole else each.reshape(chosen.shape) for each in found)
+    pair = rows.gather(-1, taken), taken.clone()
+    values, numbers = (each.movedim(-1, axis) if keeps_axis else each.reshape(chosen.shape) for each in pair)
     return values.contiguous(), numbers.contiguous()
 
 

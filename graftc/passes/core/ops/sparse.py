@@ -1,8 +1,8 @@
-"""Operators on a weight some of whose entries train: ``W' = W + scatter(indices, delta)``.
+"""Operators on a weight of which only some entries are trained: ``W' = W + scatter(indices, delta)``.
 
-Only ``delta`` is a parameter, so what an optimiser does to it, decay and momentum included, cannot reach another entry.
-`sparse_linear` keeps its input for the backward pass and makes ``W'`` again there; `sparse_weight` gives ``W'`` to
-whatever else reads a tensor. Indices count the entries of the tensor as it is stored, row by row.
+Only ``delta`` is a parameter, so nothing that an optimiser does to it, decay and momentum included, can reach another
+entry. `sparse_linear` keeps its input for the backward pass and computes ``W'`` again there; `sparse_weight` returns
+``W'`` for all other readers of a tensor. Indices count the entries of the tensor as it is stored, row by row.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SAMPLED_BELOW = 1 / 16
 same time at about an eighth (weights of 2048 by 768, 512 tokens); what is left is for the memory that is saved."""
 
 
-# Said once by torch of every layout of this kind; a user of ours has not asked for one.
+# torch warns once about every layout of this kind; graftc's users did not ask for one.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 def written(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
-    """``W'`` in the dtype and layout of ``weight``, each entry rounded once."""
+    """Return ``W'`` in the dtype of ``weight``, stored row by row, with each entry rounded once."""
     result = weight.clone(memory_format=torch.contiguous_format)
     _write(result, indices, delta)
     return result
@@ -40,12 +40,12 @@ def _write(weight: Tensor, indices: Tensor, delta: Tensor) -> None:
     values = (flat.index_select(0, indices).to(delta.dtype) + delta).to(weight.dtype)
     if torch.are_deterministic_algorithms_enabled():
         flat.scatter_(0, indices.long(), values)
-    else:  # half the time on a CPU; no index is there twice, so there is nothing to be in doubt about
+    else:  # takes half the time on a CPU; indices have no duplicates, so the result is the same
         flat.put_(indices.long(), values)
 
 
 def sparse_weight_decomposed(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
-    """`sparse_weight` in ATen."""
+    """Compute `sparse_weight` in ATen."""
     flat, places = weight.reshape(-1), indices.long()
     wide = torch.promote_types(weight.dtype, delta.dtype)
     values = (flat.gather(0, places).to(wide) + delta.to(wide)).to(weight.dtype)
@@ -54,14 +54,14 @@ def sparse_weight_decomposed(weight: Tensor, indices: Tensor, delta: Tensor) -> 
 
 @torch.library.custom_op("graftc::sparse_weight", mutates_args=())
 def sparse_weight(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
-    """``weight`` with ``delta`` added at some of its entries.
+    """Return ``weight`` with ``delta`` added at some of its entries.
 
-    The gradient of ``delta`` is that of these entries; the gradient of ``weight`` is the result's, made only where it
-    is asked for.
+    The gradient of ``delta`` is that of the result at these entries; the gradient of ``weight`` is that of the result,
+    computed only if it is needed.
 
     Args:
         weight: any shape, stored row by row.
-        indices: ``int32[k]`` or ``int64[k]``, each once.
+        indices: ``int32[k]`` or ``int64[k]``, without duplicates.
         delta: ``[k]``, in a dtype at least as wide.
 
     Returns:
@@ -100,14 +100,14 @@ def sparse_linear_decomposed(
     transposed: bool,
     sampled: bool,
 ) -> Tensor:
-    """`sparse_linear` in ATen."""
+    """Compute `sparse_linear` in ATen."""
     for places, delta in zip(indices, deltas, strict=True):
         weight = sparse_weight_decomposed(weight, places, delta)
     return _product(x, weight, bias, transposed)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """By the operator that the base itself uses, so that equal weights give equal bits."""
+    """Multiply with the operator that the base itself uses, so that equal weights give equal bits."""
     if not transposed:
         return torch.nn.functional.linear(x, weight, bias)
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
@@ -123,23 +123,23 @@ def sparse_linear(
     transposed: bool,
     sampled: bool,
 ) -> Tensor:
-    """A linear map by ``W'``, that is ``weight`` with each of ``deltas`` added at its ``indices``, in order.
+    """Apply a linear map with ``W'``: ``weight`` with each of ``deltas`` added at its ``indices``, in order.
 
-    ``W'`` is made anew in the backward pass. The gradient of the weight as a whole exists only while those of its
-    entries are taken from it, and not at all with ``sampled``.
+    ``W'`` is computed again in the backward pass. The gradient of the full weight exists only while the gradients of
+    its entries are taken from it, and not at all with ``sampled``.
 
     Args:
         x: ``[..., in]``; ``[n, in]`` with ``transposed``.
         weight: ``[out, in]``, or ``[in, out]`` with ``transposed``.
         bias: ``[out]``.
         indices: for each change, the entries of the stored weight, ``int32[k]`` or ``int64[k]``.
-        deltas: for each change ``[k]``, in a dtype at least as wide as the weight's.
-        transposed: how the weight is stored.
-        sampled: work out the gradients of the entries one by one, which needs their indices in ascending order and is
-            done for 32 and 64 bits; for other element types, and under autocast, it is as without.
+        deltas: for each change, ``[k]``, in a dtype at least as wide as the weight's.
+        transposed: whether the weight is stored as ``[in, out]``.
+        sampled: whether to compute the gradients of the entries one by one, which requires their indices in ascending
+            order and is supported for 32 and 64 bits; ignored for other element types and under autocast.
 
     Returns:
-        ``[..., out]``, in the dtype of autocast where there is one.
+        ``[..., out]``, in the dtype of autocast if it is enabled.
     """
     for places, delta in zip(indices, deltas, strict=True):
         weight = written(weight, places, delta)
@@ -173,7 +173,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     indices, deltas = rest[: ctx.count], rest[ctx.count :]
     need_x, need_weight, need_bias, _, need_deltas, *_ = ctx.needs_input_grad
     transposed, grad_x = ctx.transposed, None
-    own: list[Tensor | None] = [None] * ctx.count
+    delta_grads: list[Tensor | None] = [None] * ctx.count
     if need_x:
         changed = weight
         for places, delta in zip(indices, deltas, strict=True):
@@ -183,21 +183,21 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         del changed
     rows, columns = x.reshape(-1, x.shape[-1]).to(grad.dtype), grad.reshape(-1, grad.shape[-1])
     left, right = (rows, columns) if transposed else (columns, rows)
-    whole = None
+    weight_grad = None
     wanted = need_deltas if isinstance(need_deltas, list | tuple) else [need_deltas] * ctx.count
     sampled = ctx.sampled and grad.dtype in (torch.float32, torch.float64) and not need_weight
     for number, (places, delta) in enumerate(zip(indices, deltas, strict=True)):
         if not wanted[number]:
             continue
         if sampled:
-            own[number] = torch.ops.graftc.sampled_product(left, right, places).to(delta.dtype)
+            delta_grads[number] = torch.ops.graftc.sampled_product(left, right, places).to(delta.dtype)
             continue
-        whole = left.mT @ right if whole is None else whole
-        own[number] = whole.reshape(-1).index_select(0, places).to(delta.dtype)
+        weight_grad = left.mT @ right if weight_grad is None else weight_grad
+        delta_grads[number] = weight_grad.reshape(-1).index_select(0, places).to(delta.dtype)
     if need_weight:
-        whole = (left.mT @ right if whole is None else whole).to(weight.dtype)
+        weight_grad = (left.mT @ right if weight_grad is None else weight_grad).to(weight.dtype)
     grad_bias = columns.sum(0).to(ctx.bias) if need_bias else None
-    return grad_x, whole if need_weight else None, grad_bias, [None] * ctx.count, own, None, None
+    return grad_x, weight_grad if need_weight else None, grad_bias, [None] * ctx.count, delta_grads, None, None
 
 
 sparse_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -205,7 +205,7 @@ sparse_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 @torch.library.custom_op("graftc::sampled_product", mutates_args=())
 def sampled_product(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
-    """Some entries of ``left.mT @ right``, without the others.
+    """Compute some entries of ``left.mT @ right`` without the others.
 
     Args:
         left: ``[n, rows]``, float32 or float64.

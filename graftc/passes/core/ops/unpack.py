@@ -1,4 +1,4 @@
-"""The operator that makes a weight's values of what is stored of it."""
+"""The operator that computes the values of a packed weight from its stored parts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ FAMILIES = (affine, blockwise, floating, half_quadratic, ordered, row_scaled)
 
 
 def unpack_decomposed(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`unpack` in ATen."""
+    """Compute `unpack` in ATen."""
     return packing_of(packing).values(parts, shape, dtype)
 
 
 @torch.library.custom_op("graftc::unpack", mutates_args=())
 def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The values of a packed weight. It has no gradient: codes do not train.
+    """Return the values of a packed weight. They have no gradient: codes are not trained.
 
     Args:
-        parts: what is stored, ``uint8``, in the order of the packing's parts.
-        packing: the text of it, see `graftc.passes.core.packing.packing.Packing.text`.
-        shape: of the weight.
-        dtype: of its values.
+        parts: the stored tensors, ``uint8``, in the order of the packing's parts.
+        packing: the text form of the packing, see `graftc.passes.core.packing.packing.Packing.text`.
+        shape: shape of the weight.
+        dtype: dtype of its values.
     """
     return packing_of(packing).values(parts, shape, dtype, traced=False)
 
@@ -50,22 +50,24 @@ UNPACK = torch.ops.graftc.unpack.default
 def unpacked(
     parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
 ) -> Tensor:
-    """`unpack` as graphs that run call it. Where `torch.compile` traces a training step it is marked to be called again
-    in the backward pass, which would otherwise keep the values.
+    """Call `unpack` from a graph that runs.
+
+    When `torch.compile` traces a training step, the call is marked for recomputation in the backward pass, since the
+    values would be kept for it otherwise.
 
     Args:
-        parts, packing, shape, dtype: as there.
-        alone: the weight is read here only, which its gradient depends on where somebody wants it.
+        parts, packing, shape, dtype: as for `unpack`.
+        alone: whether this is the only read of the weight, so that its gradient, if requested, comes from here alone.
     """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
-        made: Tensor = checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False)
-        return made
+        values: Tensor = checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False)
+        return values
     return tapped(UNPACK(parts, packing, shape, dtype), parts[0], alone)
 
 
 def _unpack_tensors(packing: str, shape: Sequence[int], dtype: torch.dtype, *parts: Tensor) -> Tensor:
-    found: Tensor = UNPACK(parts, packing, shape, dtype)
-    return found
+    values: Tensor = UNPACK(parts, packing, shape, dtype)
+    return values
 
 
 def _plainly(

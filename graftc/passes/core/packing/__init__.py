@@ -1,1 +1,1 @@
-"""Packed weights: how a weight is stored in fewer bits, and how its values are made of that."""
+"""Packed weights: formats that store a weight in fewer bits, and the computation of its values."""

@@ -1,5 +1,6 @@
-"""Whole numbers of 8 or 4 bits with a scale, and a zero point where they have one, for each group of inputs of a row:
-torchao's ``int8`` and grouped ``int4`` weights, and those of GPTQ, AWQ and compressed-tensors, laid out alike."""
+"""Integers of 8 or 4 bits with a scale, and a zero point if they have one, for each group of inputs of a row: torchao's
+``int8`` and grouped ``int4`` weights, and those of GPTQ, AWQ and compressed-tensors, laid out alike.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +19,17 @@ from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes, re
 
 @dataclass(frozen=True)
 class Affine(Packing):
-    """``(code - zero) * scale``, computed in the element type of the weight, or of `via`. ``int8``: codes of -128 to
-    127, symmetric. ``int8z``: the same with zero points. ``int4``: codes and zero points of 0 to 15.
+    """``(code - zero) * scale``, computed in the element type of the weight, or of `via`.
+
+    ``int8``: codes from -128 to 127, symmetric. ``int8z``: the same with zero points. ``int4``: codes and zero points
+    from 0 to 15.
 
     Attributes:
-        group: how many consecutive inputs of a row share a scale; 0 is all of them. The last group may be shorter.
+        group: the number of consecutive inputs of a row that share a scale; 0 means all of them. The last group may be
+            shorter.
         parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, ceil(in / 2)]`` with the first of two in the lower
-            half of a byte; ``scales``, bytes of float32 or of `via`, ``[..., rows, groups * bytes]``; but for ``int8``
-            ``zeros`` ``[..., rows, groups]``.
+            half of a byte; ``scales``, bytes of float32 or of `via`, ``[..., rows, groups * bytes]``; except for
+            ``int8``, ``zeros`` ``[..., rows, groups]``.
     """
 
     group: int = 0
@@ -39,11 +43,11 @@ class Affine(Packing):
 
     @property
     def is_wide(self) -> bool:
-        """Codes are of 8 bits, and signed."""
+        """Whether codes have 8 bits and are signed."""
         return self.kind.startswith("int8")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `Packing.pack`."""
+        """Return the parts of a weight; scales span zero and the values of a group."""
         width = weight.shape[-1]
         grouped = _grouped(weight, self.group)
         low, high = (-128, 127) if self.is_wide else (0, 15)
@@ -65,12 +69,12 @@ class Affine(Packing):
         return halves(code.to(torch.uint8)), scales, zeros.to(torch.uint8)
 
     def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """See `Packing.keeping`. Whole rows are kept."""
+        """Keep the rows in which no value has changed."""
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps:
-        """See `Packing.form`."""
+        """Return the codes and zero points as unsigned integers in even steps."""
         width = shape[-2] if self.transposed else shape[-1]
         scales, group = from_bytes(parts[1], self.scales_type).float(), self.group or width
         if self.is_wide:
@@ -78,7 +82,7 @@ class Affine(Packing):
         return EvenSteps(4, from_halves(parts[0], width), scales, parts[2], group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.unpack`."""
+        """Compute ``(code - zero) * scale`` in each group."""
         scales = from_bytes(parts[1], self.scales_type).to(dtype)
         grouped = _grouped(self.numbers(parts[0], shape[-1], dtype), self.group)
         if self.kind != "int8":
@@ -86,7 +90,7 @@ class Affine(Packing):
         return (grouped * scales.unsqueeze(-1)).flatten(-2)[..., : shape[-1]].reshape(tuple(shape))
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.run`."""
+        """Return the values of `unpack`, computed in place for float32 and whole groups."""
         width = shape[-1]
         if width % (self.group or width) or width % 2 or dtype != torch.float32 or self.via:
             return self.unpack(parts, shape, dtype)
@@ -98,37 +102,37 @@ class Affine(Packing):
         return grouped.mul_(scales.unsqueeze(-1)).view(tuple(shape))
 
     def numbers(self, codes: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """The codes as numbers ``[..., rows, width]``."""
+        """Return the codes as numbers, ``[..., rows, width]``."""
         if self.is_wide:
             return codes.view(torch.int8).to(dtype)
         return from_halves(codes, width).to(dtype)
 
     def zeros(self, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-        """The zero points as numbers."""
+        """Return the zero points as numbers."""
         return (zeros.view(torch.int8) if self.is_wide else zeros).to(dtype)
 
 
 def halves(codes: Tensor) -> Tensor:
-    """Two codes of 4 bits in a byte along the last axis, the first in the lower half."""
+    """Pack two 4-bit codes into each byte along the last axis, the first in the lower half."""
     pairs = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return pairs[..., ::2] | (pairs[..., 1::2] << 4)
 
 
 def from_halves(codes: Tensor, width: int) -> Tensor:
-    """The way back from `halves`, of which the last axis had ``width`` codes."""
+    """Return the codes that `halves` has packed, ``width`` of them along the last axis."""
     return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width]
 
 
 @cache
 def _pairs() -> Tensor:
-    """The numbers of both codes of a byte, ``float32[256, 2]``."""
+    """Return the numbers of both codes of each byte, ``float32[256, 2]``."""
     with real_values():
         byte = torch.arange(256)
         return torch.stack([byte & 15, byte >> 4], dim=1).float()
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:
-    """``[..., groups, group]`` of ``[..., in]``, with zeros behind the last ones."""
+    """Reshape ``[..., in]`` to ``[..., groups, group]``, with zeros after the last ones."""
     width = values.shape[-1]
     group = group or width
     if width % group:

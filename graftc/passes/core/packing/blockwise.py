@@ -1,7 +1,7 @@
-"""4-bit codes of a table, with one scale for each block of consecutive values: NF4 and FP4, as bitsandbytes has them.
+"""4-bit codes of a table, with one scale for each block of consecutive values: NF4 and FP4, as in bitsandbytes.
 
 NF4's values are quantiles of a normal distribution (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs",
-2023, arXiv:2305.14314); "double quantisation" there stores the scales in 8 bits, with a scale for 256 of them.
+2023, arXiv:2305.14314); its "double quantisation" stores the scales in 8 bits, with one scale for 256 of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EXPONENTS = 7
 
 
 def table_of(kind: str) -> Tensor:
-    """The values of the 16 codes, ``float32[16]`` on the CPU."""
+    """Return the values of the 16 codes, ``float32[16]`` on the CPU."""
     if kind == "nf4":
         return torch.tensor(NF4)
     half = torch.tensor(_FP4)
@@ -47,29 +47,31 @@ def table_of(kind: str) -> Tensor:
 
 
 def dynamic_values() -> Tensor:
-    """The 256 values of an 8-bit scale, ascending, ``float32`` on the CPU: the middles of equal steps through each of
-    seven decades, twice as many in each as in the one below (Dettmers, "8-Bit Approximations for Parallelism in Deep
-    Learning", 2016, arXiv:1511.04561)."""
-    found = [0.0, 1.0]
+    """Return the 256 values of an 8-bit scale, ascending, ``float32`` on the CPU.
+
+    They are the middles of equal steps through each of seven decades, twice as many in each as in the one below
+    (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016, arXiv:1511.04561).
+    """
+    values = [0.0, 1.0]
     for number in range(_EXPONENTS):
         edges = torch.linspace(0.1, 1, 2**number + 1)
         middles = (edges[:-1] + edges[1:]) / 2
         decade = 10.0 ** (number - _EXPONENTS + 1)
-        found += (decade * middles).tolist()
-        found += (-decade * middles).tolist()
-    return torch.tensor(sorted(found))
+        values += (decade * middles).tolist()
+        values += (-decade * middles).tolist()
+    return torch.tensor(sorted(values))
 
 
 @cache
 def _dynamic_table() -> Tensor:
-    """The same, once."""
+    """Return `dynamic_values`, which are computed once."""
     with real_values():
         return dynamic_values()
 
 
 @cache
 def _pairs(kind: str) -> Tensor:
-    """The values of both codes of a byte, ``float32[256, 2]``."""
+    """Return the values of both codes of each byte, ``float32[256, 2]``."""
     with real_values():
         table, byte = table_of(kind), torch.arange(256)
         return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
@@ -80,17 +82,17 @@ def _moved(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:
-    """The same as a constant of the graph that is traced."""
+    """Return values as a constant of the graph that is traced."""
     return torch.tensor(values.tolist(), dtype=values.dtype, device=like.device)
 
 
 @dataclass(frozen=True)
 class Blockwise(Packing):
-    """NF4 or FP4.
+    """The formats NF4 and FP4.
 
     Attributes:
-        group: values in a block, over the whole weight row by row; the last block may be shorter.
-        double: scales are in 8 bits.
+        group: the number of values in a block, over the whole weight row by row; the last block may be shorter.
+        double: whether scales are stored in 8 bits.
         parts: ``codes`` ``[ceil(n / 2), 1]``, the first of two in the upper half of a byte; ``scales``, the bytes of
             float32 or the codes of 8 bits, ``[blocks, ...]``; with ``double`` also ``nested``, the scales of these as
             bytes of float32, and ``offset``, which is added to them.
@@ -107,7 +109,7 @@ class Blockwise(Packing):
         return ("codes", "scales", "nested", "offset") if self.double else ("codes", "scales")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `Packing.pack`. The codes are those whose values are nearest."""
+        """Return the parts of a weight, with the codes whose values are nearest."""
         table = table_of(self.kind).to(weight.device)
         values, order = table.sort()
         largest, scaled = _scaled(weight.reshape(-1).float(), self.group)
@@ -123,7 +125,11 @@ class Blockwise(Packing):
         return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
 
     def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """See `Packing.keeping`. Blocks are kept, but with ``double``, where all scales are made of one another."""
+        """Keep unchanged blocks.
+
+        None are kept with ``double``, where all scales depend on one another, and with an odd ``group``, where blocks
+        share bytes.
+        """
         if self.double or self.group % 2:
             return made
         size = same.numel()
@@ -134,20 +140,20 @@ class Blockwise(Packing):
         return [torch.where(mask, old, new) for mask, old, new in zip(each, parts, made, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> TableEntries:
-        """See `Packing.form`."""
+        """Return the codes as entries of a table."""
         scales = self._scales(parts[1:], _constant)
         return TableEntries(self.kind, parts[0].reshape(-1), table_of(self.kind), scales, self.group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.unpack`."""
+        """Look the values of the codes up in the table, and scale them."""
         codes, size = parts[0], math.prod(shape)
         pairs = torch.nn.functional.embedding(codes.reshape(-1).int(), _constant(_pairs(self.kind), codes))
         values = pairs.reshape(-1)[:size]
-        found = _times(values, self._scales(parts[1:], _constant), self.group)
-        return found.reshape(tuple(shape)).to(dtype)
+        scaled = _times(values, self._scales(parts[1:], _constant), self.group)
+        return scaled.reshape(tuple(shape)).to(dtype)
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.run`. On CUDA, bitsandbytes makes the values where it is installed."""
+        """Return the values of `unpack`; on CUDA, bitsandbytes computes them if it is installed."""
         codes, size = parts[0], math.prod(shape)
         scales = self._scales(parts[1:], _moved)
         kernel = dequantize_4bit() if codes.is_cuda else None
@@ -169,7 +175,7 @@ class Blockwise(Packing):
 
 
 def pairs_by_byte(table: Tensor, codes: Tensor) -> Tensor:
-    """The two values of each byte, flat; both are read as one number of 64 bits.
+    """Return the two values of each byte, flat; both are read as one number of 64 bits.
 
     Args:
         table: ``float32[256, 2]`` on the CPU.
@@ -181,20 +187,22 @@ def pairs_by_byte(table: Tensor, codes: Tensor) -> Tensor:
 
 @cache
 def dequantize_4bit() -> Callable[..., Tensor] | None:
-    """The operator of bitsandbytes; None where it is not installed.
+    """Return the operator of bitsandbytes; None if it is not installed.
 
     It takes codes, float32 scales, the size of a block, ``nf4`` or ``fp4``, and the shape and dtype of the result.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     importlib.import_module("bitsandbytes")
-    found: Callable[..., Tensor] = torch.ops.bitsandbytes.dequantize_4bit.default
-    return found
+    operator: Callable[..., Tensor] = torch.ops.bitsandbytes.dequantize_4bit.default
+    return operator
 
 
 def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The largest absolute value of each block, and the values as parts of it. In the last block, where it is shorter,
-    they are divided and not multiplied by the reciprocal, as bitsandbytes does."""
+    """Return the largest absolute value of each block, and the values relative to it.
+
+    The values of a shorter last block are divided by it instead of multiplied by its reciprocal, as in bitsandbytes.
+    """
     whole = values.numel() // group * group
     blocks = values[:whole].reshape(-1, group)
     largest = blocks.abs().amax(1)
@@ -207,7 +215,7 @@ def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _times(values: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Values times the scale of their block."""
+    """Return values times the scale of their block."""
     size = values.numel()
     missing = -size % group
     if missing:

@@ -1,6 +1,7 @@
 """Small floating-point numbers with a scale for each block of rows and columns: FP8 (e4m3, Micikevicius et al., "FP8
 Formats for Deep Learning", 2022, arXiv:2209.05433) and MXFP4 (e2m1 with e8m0 scales for 32 values, OCP Microscaling
-Formats 1.0, arXiv:2310.10537)."""
+Formats 1.0, arXiv:2310.10537).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _EXPONENT_BIAS = 127
 
 @cache
 def _by_byte(kind: str) -> list[list[float]]:
-    """The values that a byte stands for."""
+    """Return the values that each byte represents."""
     with real_values():
         byte = torch.arange(256, dtype=torch.uint8)
         if kind == "e4m3":
@@ -37,7 +38,7 @@ def _by_byte(kind: str) -> list[list[float]]:
 
 
 def _values(codes: Tensor, kind: str) -> Tensor:
-    """``float32[..., width]`` of ``uint8[..., bytes]``."""
+    """Decode ``uint8[..., bytes]`` to ``float32[..., width]``."""
     table = torch.tensor(_by_byte(kind), dtype=torch.float32, device=codes.device)
     return torch.nn.functional.embedding(codes.int(), table).flatten(-2)
 
@@ -47,8 +48,8 @@ class Floating(Packing):
     """``value of code * scale``, computed in the element type of the weight, or of `via`.
 
     Attributes:
-        rows, group: how many rows and inputs a block has; 0 is all. The last ones may have fewer.
-        exponents: scales are powers of two, stored as e8m0.
+        rows, group: the numbers of rows and inputs in a block; 0 means all. The last blocks may have fewer.
+        exponents: whether scales are powers of two, stored as e8m0.
         parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, in / 2]`` with the first of two in the lower half
             of a byte; ``scales`` for each block, bytes of float32 or of `via`, or exponents,
             ``[..., row blocks, blocks * bytes]``.
@@ -62,8 +63,10 @@ class Floating(Packing):
     parts = ("codes", "scales")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `Packing.pack`. Scales are the largest value of a block by that of the codes; exponents as the paper on
-        Microscaling has them."""
+        """Return the parts of a weight.
+
+        Scales are the largest value of a block divided by that of the codes; exponents follow the Microscaling paper.
+        """
         blocks = self._blocks(weight.float())
         largest = blocks.abs().amax(dim=(-3, -1), keepdim=True).clamp(min=2.0**-100)
         if self.exponents:
@@ -73,25 +76,25 @@ class Floating(Packing):
         else:
             scale = (largest / _LARGEST[self.kind]).to(self.scales_type)
             stored, scale = scale, scale.float()
-        found = self._whole(blocks / scale, weight.shape).clamp(-_LARGEST[self.kind], _LARGEST[self.kind])
+        scaled = self._whole(blocks / scale, weight.shape).clamp(-_LARGEST[self.kind], _LARGEST[self.kind])
         stored = stored.squeeze(-1).squeeze(-2)
         scales = stored if self.exponents else as_bytes(stored)
         if self.kind == "e4m3":
-            return found.to(torch.float8_e4m3fn).view(torch.uint8), scales
+            return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
         table = torch.tensor(E2M1[:8], device=weight.device)
-        codes = torch.bucketize(found.abs(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
-        codes = codes | (torch.signbit(found).to(torch.uint8) << 3)
+        codes = torch.bucketize(scaled.abs(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        codes = codes | (torch.signbit(scaled).to(torch.uint8) << 3)
         return halves(codes), scales
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.unpack`."""
+        """Return the values of the codes times the scales of their blocks."""
         scales = _values(parts[1], "e8m0") if self.exponents else from_bytes(parts[1], self.scales_type)
         blocks = self._blocks(_values(parts[0], self.kind).to(dtype))
         scaled = blocks * scales.to(dtype).unsqueeze(-1).unsqueeze(-3)
         return self._whole(scaled, shape).reshape(tuple(shape))
 
     def _blocks(self, values: Tensor) -> Tensor:
-        """``[..., row blocks, rows, blocks, group]`` of ``[..., rows, in]``, with zeros behind the last ones."""
+        """Reshape ``[..., rows, in]`` to ``[..., row blocks, rows, blocks, group]``, padded with zeros."""
         height, width = values.shape[-2:]
         rows, group = self.rows or height, self.group or width
         if width % group or height % rows:
@@ -99,5 +102,5 @@ class Floating(Packing):
         return values.reshape(*values.shape[:-2], values.shape[-2] // rows, rows, values.shape[-1] // group, group)
 
     def _whole(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
-        """The way back from `_blocks`."""
+        """Return a weight of ``shape`` from its blocks: the inverse of `_blocks`."""
         return blocks.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]]

@@ -1,4 +1,4 @@
-"""What packed weights are to other software: whole numbers in steps, or entries of a table."""
+"""Packed weights as other software represents them: integers in even steps, or entries of a table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class EvenSteps:
     """``(code - zero) * scale``, with scales and zero points for groups of the last axis.
 
     Attributes:
-        bits: of a code, 4 or 8.
-        codes: ``uint8[..., rows, in]``, 0 to ``2**bits - 1``, one of them in each byte.
+        bits: the number of bits of a code, 4 or 8.
+        codes: ``uint8[..., rows, in]``, 0 to ``2**bits - 1``, one in each byte.
         scales: ``float32[..., rows, groups]``.
-        zeros: ``uint8`` of the shape of ``scales``; None is half of the range everywhere.
-        group: how many inputs share a scale; the last group may be shorter.
+        zeros: ``uint8`` of the shape of ``scales``; None means half of the range everywhere.
+        group: the number of inputs that share a scale; the last group may be shorter.
     """
 
     bits: int
@@ -35,7 +35,7 @@ class TableEntries:
         codes: ``uint8``, two of 4 bits in a byte, the first of them in its upper half.
         table: ``float32[16]``.
         scales: ``float32[blocks]``.
-        group: how many values share a scale; the last block may be shorter.
+        group: the number of values that share a scale; the last block may be shorter.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Gradients of packed weights as wholes, for who looks at them now and then: codes have none."""
+"""Gradients of whole packed weights, for callers that need them occasionally: codes have none."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TAP = "_graftc_tap"
 
 
 class Tap:
-    """Hands over the gradients of one packed weight.
+    """Passes the gradients of one packed weight on to receivers.
 
     Attributes:
-        receivers: who gets them, also those of passes that have been run.
-        open: whether the passes that follow give any.
+        receivers: the functions that get them, also for passes that have already run.
+        open: whether the passes that follow provide any.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,10 @@ class Tap:
         self._sum: Tensor | None = None
 
     def give(self, gradient: Tensor, alone: bool) -> None:
-        """Take the gradient of one use of the weight. That of one with several uses is handed over when all have been
-        added up, at the end of the backward pass."""
+        """Take the gradient of one use of the weight.
+
+        If the weight has several uses, their sum is handed over at the end of the backward pass.
+        """
         if alone:
             self._hand_over(gradient)
         elif self._sum is None:
@@ -40,9 +42,9 @@ class Tap:
             self._sum += gradient
 
     def _finish(self) -> None:
-        found, self._sum = self._sum, None
-        if found is not None:
-            self._hand_over(found)
+        total, self._sum = self._sum, None
+        if total is not None:
+            self._hand_over(total)
 
     def _hand_over(self, gradient: Tensor) -> None:
         with torch.no_grad():
@@ -51,31 +53,31 @@ class Tap:
 
 
 class Removable:
-    """What `listen` gives: ends it."""
+    """The handle that `listen` returns: its `remove` ends the listening."""
 
     def __init__(self, tap: Tap, receive: Receive) -> None:
         self._tap, self._receive = tap, receive
 
     def remove(self) -> None:
-        """Hand over nothing any more."""
+        """Stop passing gradients on to the receiver."""
         if self._receive in self._tap.receivers:
             self._tap.receivers.remove(self._receive)
 
 
 def tap_of(codes: Tensor) -> Tap | None:
-    """That of the weight with these codes, where somebody has listened to it."""
-    found: Tap | None = getattr(codes, _TAP, None)
-    return found
+    """Return the tap of the weight with these codes; None if there has been no receiver."""
+    tap: Tap | None = getattr(codes, _TAP, None)
+    return tap
 
 
 def is_open(codes: Tensor) -> bool:
-    """Whether passes give the gradient of the weight with these codes."""
+    """Return whether passes provide the gradient of the weight with these codes."""
     tap = tap_of(codes)
     return tap is not None and tap.open
 
 
 def listen(codes: Tensor, receive: Receive) -> Removable:
-    """Let somebody have the gradients of the weight with these codes."""
+    """Register a receiver of the gradients of the weight with these codes."""
     tap = tap_of(codes)
     if tap is None:
         tap = Tap()
@@ -85,26 +87,26 @@ def listen(codes: Tensor, receive: Receive) -> Removable:
 
 
 def pass_on(codes: Tensor, copied: Tensor) -> Tensor:
-    """Let what stands for codes, without values, be as open as they are."""
+    """Return a replacement for codes, without values, after giving it their tap if that is open."""
     if is_open(codes):
         setattr(copied, _TAP, tap_of(codes))
     return copied
 
 
 def tapped(value: Tensor, codes: Tensor, alone: bool) -> Tensor:
-    """The values of a weight, whose gradient is handed over where somebody wants it.
+    """Return the values of a weight, so that their gradient is passed on if a receiver wants it.
 
     Args:
-        value: made of the codes.
-        codes: of the weight.
-        alone: this is its only use in a pass.
+        value: the values, computed from the codes.
+        codes: the codes of the weight.
+        alone: whether this is the weight's only use in a pass.
     """
     tap = tap_of(codes)
     if tap is None or not tap.open or not torch.is_grad_enabled():
         return value
     wants = torch.zeros((), device=value.device, requires_grad=True)
-    made: Tensor = _Tapped.apply(value, wants, tap, alone)  # type: ignore[no-untyped-call]
-    return made
+    result: Tensor = _Tapped.apply(value, wants, tap, alone)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Tapped(Function):

@@ -1,5 +1,6 @@
-"""Whole numbers with fractional zero points: HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large
-Machine Learning Models", 2023)."""
+"""Integers with fractional zero points: HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning
+Models", 2023).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 @dataclass(frozen=True)
 class HalfQuadratic(Packing):
-    """``(code - zero) * scale``. Codes are whole numbers from 0, in 8 or 4 bits each.
+    """``(code - zero) * scale``. Codes are integers from 0, in 8 or 4 bits each.
 
     Attributes:
-        group: how many values share a scale, over the whole weight; 0 is a row, or with ``across`` a column.
-        across: the values of a group are the ones in the same column of the weight as ``[group, rest]``, not those in a
-            row of it as ``[rest, group]``: ``axis=0`` there.
+        group: the number of values that share a scale, over the whole weight; 0 means a row, or with ``across`` a
+            column.
+        across: if true, the values of a group are in one column of the weight as ``[group, rest]``, instead of in one
+            row of it as ``[rest, group]``: ``axis=0`` in HQQ.
         parts: ``codes`` ``[rows, in]``, of 4 bits ``[rows, ceil(in / 2)]`` with the first of two in the lower half of a
             byte; ``scales`` and ``zeros``, bytes of float32 or of `via`, ``[groups, bytes]``.
     """
@@ -32,7 +34,7 @@ class HalfQuadratic(Packing):
     parts = ("codes", "scales", "zeros")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `Packing.pack`. Scales span the values of a group; HQQ's search for better ones is not done."""
+        """Return the parts of a weight; scales span the values of a group, without HQQ's search for better ones."""
         grouped, axis = self._grouped(weight)
         least, most = grouped.amin(axis, keepdim=True), grouped.amax(axis, keepdim=True)
         levels = 255 if self.kind == "hqq8" else 15
@@ -43,7 +45,7 @@ class HalfQuadratic(Packing):
         return codes if self.kind == "hqq8" else halves(codes), *stored
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.unpack`."""
+        """Compute ``(code - zero) * scale`` in each group."""
         codes = parts[0]
         if self.kind == "hqq4":
             codes = from_halves(codes, shape[-1])
@@ -52,7 +54,7 @@ class HalfQuadratic(Packing):
         return ((grouped - zeros) * scales).reshape(tuple(shape))
 
     def _grouped(self, values: Tensor) -> tuple[Tensor, int]:
-        """Values by groups, and the axis along which those of a group are."""
+        """Return values by groups, and the axis along which the values of a group lie."""
         rows, width = values.shape
         if self.across:
             return values.reshape(self.group or rows, -1), 0

@@ -1,4 +1,4 @@
-"""Modules with packed weights: they hold the parts, and give the weight that is made of them."""
+"""Modules with packed weights: they store the parts, and compute a weight from them when it is read."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _TYPES = "_graftc_packed"
 
 
 def packed_types(module: nn.Module | type) -> Mapping[str, PackedType]:
-    """The packed weights of a module itself, by their names in it; none of most modules."""
-    found: Mapping[str, PackedType] = getattr(module, _TYPES, types.MappingProxyType({}))
-    return found
+    """Return the packed weights of a module itself, by their names in it; most modules have none."""
+    packed: Mapping[str, PackedType] = getattr(module, _TYPES, types.MappingProxyType({}))
+    return packed
 
 
 def held_weight(module: nn.Module, name: str) -> Tensor:
-    """The value of a packed weight of a module, made anew."""
+    """Compute the value of a packed weight of a module."""
     own = packed_types(module)[name]
     return own.value([_part(module, part) for part in own.names(name)])
 
 
 def _part(module: nn.Module, name: str) -> Tensor:
-    found = module._parameters[name]
-    assert found is not None
-    return found
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
 
 
 def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
-    """Let a module hold parts in the place of weights. It stays of its class, whose code reads the weights as before.
+    """Make a module store parts instead of weights. The code of its class reads the weights as before.
 
     Args:
-        module: is changed.
-        packed: types and parts, by names of its parameters. Parts that are parameters are held as they are, so that
-            several modules can have the same ones.
+        module: the module to change.
+        packed: types and parts, by names of its parameters. Parts that are parameters are stored themselves, so that
+            several modules can share them.
     """
     parameters = dict(module._parameters)
     module._parameters.clear()
@@ -56,17 +56,17 @@ def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
         for part, value in zip(own.names(name), parts, strict=True):
             own_part = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
             module._parameters[part] = own_part
-    held = {**packed_types(module), **{name: own for name, (own, _) in packed.items()}}
+    all_types = {**packed_types(module), **{name: own for name, (own, _) in packed.items()}}
     cls: Any = type(module)
-    module.__class__ = _class_of(cls, tuple(held.items()))
+    module.__class__ = _class_of(cls, tuple(all_types.items()))
 
 
 def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """The way back from `hold_packed`: let a module hold its packed weights' values as frozen parameters.
+    """Undo `hold_packed`: make a module store its packed weights' values as frozen parameters.
 
     Args:
-        module: is changed.
-        dtype: of the values, each of which it holds; by default the weights' own.
+        module: the module to change.
+        dtype: the element type of the values, which can represent each of them; by default the weights' own.
     """
     packed = packed_types(module)
     if not packed:
@@ -99,8 +99,8 @@ def _class_of(cls: Any, held: tuple[tuple[str, PackedType], ...]) -> type[nn.Mod
     space: dict[str, Any] = {_TYPES: dict(held), "__module__": cls.__module__, "__doc__": cls.__doc__}
     for name, _ in held:
         space[name] = property(partial(_read, name))
-    made: type[nn.Module] = types.new_class(cls.__name__, (cls,), {}, lambda own: own.update(space))
-    return made
+    packed_class: type[nn.Module] = types.new_class(cls.__name__, (cls,), {}, lambda own: own.update(space))
+    return packed_class
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
@@ -108,7 +108,7 @@ def _read(name: str, module: nn.Module) -> Tensor:
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
-    """The packed weights of a model by their names, of those that are tied under each."""
+    """Return the packed weights of a model by their names; tied ones are listed under each of their names."""
     return {
         f"{path}.{name}".lstrip("."): PackedTensor(own, [_part(module, part) for part in own.names(name)])
         for path, module in model.named_modules(remove_duplicate=False)
@@ -117,7 +117,7 @@ def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
 
 
 def packed_parameter(weight: Tensor, packing: Packing) -> Packed:
-    """What a module holds in the place of a weight: see `hold_packed`."""
+    """Return what a module stores instead of a weight: see `hold_packed`."""
     with torch.no_grad():
         parts = tuple(nn.Parameter(part, requires_grad=False) for part in packing.packed(weight))
     return PackedType(packing, tuple(weight.shape), weight.dtype), parts

@@ -1,6 +1,7 @@
-"""Whole numbers whose groups are of any inputs, not of consecutive ones: GPTQ's with ``desc_act`` (Frantar et al.,
+"""Integers whose groups consist of any inputs, not of consecutive ones: GPTQ's with ``desc_act`` (Frantar et al.,
 "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, arXiv:2210.17323), which
-quantises inputs in the order of their activations."""
+quantises inputs in the order of their activations.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from graftc.passes.core.packing.packing import as_bytes, from_bytes
 
 @dataclass(frozen=True)
 class Ordered(Affine):
-    """`Affine` with zero points, and with the group of each input in a part of its own.
+    """`Affine` with zero points, and with the group of each input in an additional part.
 
     Attributes:
         parts: those of `Affine`, and ``groups``, bytes of int32, ``[1, in * 4]``.
@@ -27,23 +28,23 @@ class Ordered(Affine):
     parts = ("codes", "scales", "zeros", "groups")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `Packing.pack`. Groups are of consecutive inputs."""
+        """Return the parts of a weight, with groups of consecutive inputs."""
         alike = Affine("int8z" if self.is_wide else "int4", self.group, via=self.via)
         width = weight.shape[-1]
         groups = torch.arange(width, device=weight.device) // (self.group or width)
         return *alike.pack(weight), as_bytes(groups.to(torch.int32).unsqueeze(0))
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.unpack`."""
+        """Compute ``(code - zero) * scale`` with the scale and zero point of each input's group."""
         groups = from_bytes(parts[3], torch.int32).reshape(-1)
         scales = from_bytes(parts[1], self.scales_type).to(dtype).index_select(-1, groups)
         zeros = self.zeros(parts[2], dtype).index_select(-1, groups)
         return ((self.numbers(parts[0], shape[-1], dtype) - zeros) * scales).reshape(tuple(shape))
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.run`."""
+        """Call `unpack`: there is no faster way."""
         return self.unpack(parts, shape, dtype)
 
     def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """See `Packing.keeping`. New rows have groups of consecutive inputs, which are those of all rows."""
+        """Keep nothing: new rows have groups of consecutive inputs, and groups are the same for all rows."""
         return made

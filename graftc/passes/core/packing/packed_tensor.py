@@ -1,4 +1,4 @@
-"""A packed weight as a tensor: its sizes and types are known, its values are made when something computes with them."""
+"""A packed weight as a tensor: its sizes and types are known, its values are computed when an operator reads them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ aten = torch.ops.aten
 
 
 class PackedTensor(Tensor):
-    """What the Store gives for a packed weight. Each operator that reads it makes the values anew, and gives plain
-    tensors; whoever needs them more than once calls `dense`.
+    """The tensor that the Store returns for a packed weight.
+
+    Each operator that reads it computes the values again and returns plain tensors; callers that need them more than
+    once use `dense`.
 
     Args:
-        own: its type.
-        parts: what is stored.
-        read: gives the whole value of a part; where parts are sharded over processes, all of them have to call it.
+        own: the type of the packed weight.
+        parts: the stored tensors.
+        read: returns the whole value of a part; if parts are sharded over processes, all of them have to call it.
     """
 
     own: PackedType
@@ -34,12 +36,12 @@ class PackedTensor(Tensor):
     def __new__(
         cls, own: PackedType, parts: Sequence[Tensor], read: Callable[[Tensor], Tensor] = Tensor.detach
     ) -> PackedTensor:
-        """See the class."""
-        found: PackedTensor = Tensor._make_wrapper_subclass(
+        """Create a tensor without values that has the sizes and types of the weight."""
+        tensor: PackedTensor = Tensor._make_wrapper_subclass(
             cls, own.shape, strides=own.strides, dtype=own.dtype, device=parts[0].device
         )
-        found.own, found.parts, found.read = own, tuple(parts), read
-        return found
+        tensor.own, tensor.parts, tensor.read = own, tuple(parts), read
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedTensor({self.own.packing.text!r}, {list(self.shape)}, {self.dtype})"
@@ -51,7 +53,7 @@ class PackedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> Any:
-        """Make the values, but where nothing reads them."""
+        """Call the operator with the values; ``detach``, which reads none, is called without them."""
         if func is aten.detach.default:
             (tensor,) = args
             return cls(tensor.own, tensor.parts, tensor.read)
@@ -60,7 +62,7 @@ class PackedTensor(Tensor):
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values of a tensor: those of a packed one are made anew, any other is returned as it is."""
+    """Return the values of a tensor: a packed one's are computed again, any other tensor is returned unchanged."""
     if not isinstance(tensor, PackedTensor):
         return tensor
     return tensor.own.value([tensor.read(part) for part in tensor.parts])

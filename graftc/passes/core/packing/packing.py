@@ -1,4 +1,4 @@
-"""What a packing is, and how packings are written as text, which graphs and files have."""
+"""The base class of packings, and the text of a packing, which graphs and files contain."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ VIA = (None, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Packing(ABC):
-    """How a weight is stored in fewer bits. A subclass is one family of formats; its fields are whole numbers, flags
-    and words, so that the text of a packing says all of it.
+    """A format that stores a weight in fewer bits.
+
+    A subclass is one family of formats; its fields are integers, flags and words, so that the text of a packing
+    describes it in full.
 
     Attributes:
-        kind: which one of the family.
-        transposed: the codes are of the weight with its last two axes swapped, so that groups lie along the inputs.
-        via: the values are made in this element type of `VIA` and rounded to it, before they are of the weight's.
-        parts: names of what is stored, each ``uint8``: what casts floating-point tensors leaves it as it is, and FSDP2
-            shards it along its first axis.
+        kind: the member of the family.
+        transposed: if true, the codes are of the weight with its last two axes swapped, so that groups lie along the
+            inputs.
+        via: the index in `VIA` of the element type that values are computed in and rounded to, before they are
+            converted to the weight's.
+        parts: names of the stored tensors, each ``uint8``: casts of floating-point tensors leave them unchanged, and
+            FSDP2 shards them along their first axis.
     """
 
     kind: str
@@ -48,54 +52,58 @@ class Packing(ABC):
 
     @abstractmethod
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The parts of a weight, which is as its codes are: see `transposed`."""
+        """Return the parts of a weight, which has the axes of its codes (see `transposed`)."""
 
     @abstractmethod
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The values of ``parts``, in ATen operators, as a tensor of ``shape``, which is that of the codes: see
-        `transposed`."""
+        """Return the values of ``parts``, in ATen operators.
+
+        The result has ``shape``, which is that of the codes (see `transposed`).
+        """
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The same values as `unpack` gives, to the bit, as fast as there is a way; it need not be one for graphs."""
+        """Return the same values as `unpack`, to the bit, by the fastest way there is; graphs need not support it."""
         return self.unpack(parts, shape, dtype)
 
     def packed(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """What is stored of a weight."""
+        """Return the stored parts of a weight."""
         turned = weight.detach().transpose(-1, -2) if self.transposed else weight.detach()
         turned = turned.to(VIA[self.via] or weight.dtype)
         return tuple(part.contiguous() for part in self.pack(turned.contiguous()))
 
     def repacked(self, weight: Tensor, parts: Sequence[Tensor], same: Tensor) -> tuple[Tensor, ...]:
-        """What is stored of a weight that has changed.
+        """Return the stored parts of a weight that has changed.
 
         Args:
-            weight: its new values.
-            parts: what is stored of the old ones.
-            same: which values are as they were, ``bool`` of the weight's shape. Groups of these keep their codes to the
-                bit, in packings where that is possible.
+            weight: the new values.
+            parts: the stored parts of the old values.
+            same: a mask of the values that have not changed, ``bool`` of the weight's shape. Groups of these keep their
+                codes to the bit, in packings where that is possible.
         """
         turned = same.transpose(-1, -2) if self.transposed else same
-        made = self.keeping(self.packed(weight), parts, turned.contiguous())
-        return tuple(part.contiguous() for part in made)
+        updated = self.keeping(self.packed(weight), parts, turned.contiguous())
+        return tuple(part.contiguous() for part in updated)
 
     def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """New parts, with the old ones in the place of groups that are the ``same``, which is as the codes are."""
+        """Return the new parts, with the old ones for groups that are unchanged; ``same`` has the axes of the codes."""
         return made
 
     HAS_FORM: ClassVar[bool] = False
     """Other software knows weights of this family: see `form`."""
 
     def has_form(self, dtype: torch.dtype) -> bool:
-        """Whether other software makes the values of a weight of this element type as graftc does: it rounds them once,
-        to that type."""
+        """Return whether other software computes the values of a weight of this element type as graftc does.
+
+        It rounds them once, to that type.
+        """
         return self.HAS_FORM and VIA[self.via] in (None, torch.float32, dtype)
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | TableEntries:
-        """What other software would have of a weight, in the axes of its codes (see `transposed`).
+        """Return a weight as other software represents it, in the axes of its codes (see `transposed`).
 
         Args:
-            parts: as `packed` gives them.
-            shape: of the weight.
+            parts: the parts as `packed` returns them.
+            shape: the shape of the weight.
 
         Raises:
             NotImplementedError: in families without `HAS_FORM`.
@@ -105,12 +113,12 @@ class Packing(ABC):
     def values(
         self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, *, traced: bool = True
     ) -> Tensor:
-        """The weight.
+        """Return the weight.
 
         Args:
-            parts: as `packed` gives them.
-            shape, dtype: of the weight.
-            traced: in ATen operators that exports know.
+            parts: the parts as `packed` returns them.
+            shape, dtype: the shape and the element type of the weight.
+            traced: whether to use ATen operators that exports support.
         """
         make, made_in = self.unpack if traced else self.run, VIA[self.via] or dtype
         if not self.transposed:
@@ -119,12 +127,12 @@ class Packing(ABC):
 
     @property
     def scales_type(self) -> torch.dtype:
-        """The element type of scales where a family stores them in that of `via`: float32 without one."""
+        """The element type of scales in families that store them in that of `via`: float32 without one."""
         return VIA[self.via] or torch.float32
 
     @property
     def text(self) -> str:
-        """All of it, as `packing_of` reads it: ``nf4 group=64 double=1``."""
+        """The full description, which `packing_of` reads: ``nf4 group=64 double=1``."""
         fields = [field for field in dataclasses.fields(self) if field.name != "kind"]
         given = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
         return " ".join([self.kind, *(f"{name}={int(value)}" for name, value in given)])
@@ -132,7 +140,7 @@ class Packing(ABC):
 
 @cache
 def packing_of(text: str) -> Packing:
-    """The packing that a text says. `ValueError` where there is none."""
+    """Return the packing that a text describes. Raise `ValueError` if there is none."""
     kind, *given = text.split(" ")
     if kind not in PACKINGS:
         raise ValueError(f"no packing is called {kind!r}")
@@ -151,10 +159,10 @@ def packing_of(text: str) -> Packing:
 
 @dataclasses.dataclass(frozen=True)
 class PackedType:
-    """What is known of a packed weight without its values.
+    """The properties of a packed weight that are known without its values.
 
     Attributes:
-        packing: how it is stored.
+        packing: the format in which it is stored.
         shape: its sizes as a weight.
         dtype: the element type of its values.
     """
@@ -165,54 +173,57 @@ class PackedType:
 
     @property
     def numel(self) -> int:
-        """How many values it has."""
+        """The number of values."""
         return math.prod(self.shape)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Those of its values, which lie in memory in the order of the codes."""
+        """The strides of the values, which lie in memory in the order of the codes."""
         sizes = swapped(self.shape) if self.packing.transposed else self.shape
         strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
         return swapped(strides) if self.packing.transposed else strides
 
     def names(self, weight: str) -> tuple[str, ...]:
-        """Names of the parts of a weight of this name."""
+        """Return the names of the parts of a weight of this name."""
         return tuple(f"{weight}_{part}" for part in self.packing.parts)
 
     def value(self, parts: Sequence[Tensor]) -> Tensor:
-        """The weight, made anew."""
-        found: Tensor = torch.ops.graftc.unpack(list(parts), self.packing.text, list(self.shape), self.dtype)
-        return found
+        """Compute the weight from its parts."""
+        weight: Tensor = torch.ops.graftc.unpack(list(parts), self.packing.text, list(self.shape), self.dtype)
+        return weight
 
 
 def weight_name(codes: str) -> str:
-    """The name of the weight whose first part is called so: see `PackedType.names`."""
+    """Return the name of the weight whose first part has this name: see `PackedType.names`."""
     return codes.removesuffix("_codes")
 
 
 def swapped(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes with the last two in each other's place."""
+    """Return sizes with the last two swapped."""
     return (*sizes[:-2], sizes[-1], sizes[-2])
 
 
 @contextmanager
 def real_values() -> Iterator[None]:
-    """What is made inside has values, and can be kept for other calls, also where a graph is traced."""
+    """Run the block so that its tensors have values and can be kept for other calls, even if a graph is traced."""
     with no_modes(), torch.inference_mode(False):
         yield
 
 
 def as_bytes(numbers: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Numbers as ``uint8``: their bytes along the last axis, which one without axes is given, or in another shape."""
-    found = (numbers if numbers.dim() else numbers.reshape(1)).detach().contiguous().view(torch.uint8)
-    return found if shape is None else found.reshape(tuple(shape))
+    """Return numbers as ``uint8``: their bytes along the last axis, or in another shape.
+
+    A number without axes gets one.
+    """
+    stored = (numbers if numbers.dim() else numbers.reshape(1)).detach().contiguous().view(torch.uint8)
+    return stored if shape is None else stored.reshape(tuple(shape))
 
 
 def via_of(dtype: torch.dtype) -> int:
-    """The number of an element type in `VIA`. `ValueError` for others."""
+    """Return the index of an element type in `VIA`. Raise `ValueError` for others."""
     return VIA.index(dtype)
 
 
 def from_bytes(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The way back from `as_bytes`."""
+    """Return the numbers that `as_bytes` has stored."""
     return stored.view(dtype)

@@ -1,5 +1,6 @@
-"""8 bits with the largest value of each row: LLM.int8 (Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for
-Transformers at Scale", 2022, arXiv:2208.07339), as bitsandbytes stores it."""
+"""8-bit codes scaled by the largest value of each row: LLM.int8 (Dettmers et al., "LLM.int8(): 8-bit Matrix
+Multiplication for Transformers at Scale", 2022, arXiv:2208.07339), as bitsandbytes stores it.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +18,23 @@ STEP = 7.874015718698502e-3
 
 @dataclass(frozen=True)
 class RowScaled(Packing):
-    """``code * largest * STEP`` in this order, in float32.
+    """``code * largest * STEP``, in this order and in float32.
 
     Attributes:
-        parts: ``codes`` ``[rows, in]`` of -127 to 127; ``scales``, bytes of float32, ``[rows, 4]``.
+        parts: ``codes`` ``[rows, in]`` from -127 to 127; ``scales``, bytes of float32, ``[rows, 4]``.
     """
 
     KINDS = ("int8_rows",)
     parts = ("codes", "scales")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `Packing.pack`."""
+        """Round the values of each row to 8 bits, relative to the largest absolute one."""
         values = weight.float()
         largest = values.abs().amax(-1, keepdim=True)
         codes = torch.round(values * (127 / largest.clamp(min=1e-38))).clamp(-127, 127)
         return codes.to(torch.int8).view(torch.uint8), as_bytes(largest)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Packing.unpack`."""
+        """Scale the codes of each row by its largest value."""
         codes, largest = parts[0].view(torch.int8).float(), from_bytes(parts[1])
         return (codes * largest * STEP).to(dtype).reshape(tuple(shape))

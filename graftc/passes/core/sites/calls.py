@@ -1,4 +1,4 @@
-"""Calls that multiply a value by a weight: one table of where their operands stand, for roles and for sites."""
+"""Calls that multiply a value by a weight: one table of the positions of their operands, for roles and for sites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES: dict[Any, str] = {}
 
 
 def op_name(node: fx.Node) -> str:
-    """Name of the operator without namespace, overload and in-place mark; empty for other nodes."""
+    """Return a node's operator name without namespace, overload and in-place mark; empty if it calls none."""
     if node.op != "call_function":
         return ""
     name = _NAMES.get(node.target)
@@ -30,12 +30,13 @@ def op_name(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class ProductOperands:
-    """Where the operands of a product stand among the arguments of a call.
+    """The positions of a product's operands among the arguments of a call.
 
     Attributes:
-        data, weight: the value and the matrix; the other way round, where the matrix stands first.
-        out_first: whether rows of the map are the first of the matrix's last two axes, and not the last.
-        bias: what is added, one number for each row of the map; None where the call adds nothing of this kind.
+        data, weight: positions of the value and of the matrix; in reverse order if the matrix comes first.
+        out_first: whether the first of the matrix's last two axes, rather than the last, counts the rows of the map.
+        bias: position of the addend that has one number for each row of the map; None if the call adds nothing of this
+            kind.
     """
 
     data: int
@@ -45,11 +46,11 @@ class ProductOperands:
 
     @property
     def flipped(self) -> bool:
-        """Whether the matrix stands before the value: the columns of the result are then its rows."""
+        """Whether the matrix comes before the value: the map's output columns are then the rows of the result."""
         return self.weight < self.data
 
     def given(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The value and the matrix of a call; None where one of them is not a node."""
+        """Return the value and the matrix of a call, or None if one of them is not a node."""
         if len(node.args) <= max(self.data, self.weight):
             return None
         data, weight = node.args[self.data], node.args[self.weight]
@@ -70,16 +71,19 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_tr
 
 
 def products(node: fx.Node) -> tuple[ProductOperands, ...]:
-    """The ways in which a call may be the product of a value with a matrix, most likely first; none where it is not."""
+    """Return the ways in which a call may be the product of a value with a matrix, most likely first.
+
+    The result is empty if the call is no product.
+    """
     name = op_name(node)
     return _GROUPED if is_grouped(node) else _PRODUCTS.get(name, ())
 
 
 def is_grouped(node: fx.Node) -> bool:
-    """Whether a call multiplies groups of rows, each by a matrix of its own."""
+    """Return whether a call multiplies groups of rows, each by a matrix of its own."""
     return "grouped_mm" in op_name(node)
 
 
 def is_convolution(node: fx.Node) -> bool:
-    """Whether a call is a convolution: of its first argument, with its second one as the kernel."""
+    """Return whether a call is a convolution of its first argument, with the second one as the kernel."""
     return op_name(node) in _CONVOLUTIONS

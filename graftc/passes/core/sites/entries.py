@@ -1,4 +1,4 @@
-"""Entries of stored tensors that an adaptation may choose from, and choices of exactly so many of them."""
+"""Entries of stored tensors that an adaptation may choose from, and selections of an exact number of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice
 
 
 def slices_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool = True) -> tuple[WeightSlice, ...]:
-    """The tensors of a site, each with what of it is the site's own.
+    """Return the tensors of a site, each as the slice that belongs to the site.
 
     Args:
         site: a map, a norm or a parameter.
-        store: has the tensors by their Store names.
-        biases: also what is added to a map.
+        store: the tensors by their Store names.
+        biases: whether to include the bias of a map.
     """
     if isinstance(site, LinearSite):
         return site.slices if biases else (site.own,)
@@ -28,19 +28,20 @@ def slices_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool =
         names = site.weight, site.bias
     elif isinstance(site, ParameterSite):
         names = (site.tensor,)
-    held = ((name, store.get(name)) for name in names if name is not None)
-    return tuple(WeightSlice.every(name, tensor) for name, tensor in held if tensor is not None)
+    tensors = ((name, store.get(name)) for name in names if name is not None)
+    return tuple(WeightSlice.every(name, tensor) for name, tensor in tensors if tensor is not None)
 
 
 def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """The numbers of the ``count`` largest of all scores, for each group in ascending order.
+    """Return the indices of the ``count`` largest of all scores, for each group in ascending order.
 
-    Exactly that many: among equals the first ones are taken. Of all groups no more than one, and ``count`` values, are
-    in memory at a time.
+    Exactly that many are returned: among equal scores the first ones are taken. At most one group, and ``count``
+    values, are in memory at a time.
 
     Args:
-        scores: for each group, what makes its scores, one axis. It is called twice; NaN is smaller than anything.
-        count: at most how many there are.
+        scores: for each group, a function that computes its scores, along one axis. It is called more than once; NaN is
+            smaller than anything.
+        count: the number of scores to select, at most as many as there are.
     """
     if scores and isinstance(scores[0](), FakeTensor):
         return _as_many(scores, count)
@@ -48,30 +49,33 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
     for make in scores:
         own = _ordered(make())
         if count and best.numel() == count:
-            own = own[own > best.min()]  # the others change nothing
+            own = own[own > best.min()]  # smaller scores cannot change the result
         best = torch.cat([best.to(own), own.topk(min(count, own.numel()), sorted=False).values])
         best = best.topk(min(count, best.numel()), sorted=False).values
     if not count:
         return [torch.empty(0, dtype=torch.int64, device=best.device) for _ in scores]
     least = best.min()
     left = count - int((best > least).sum())
-    found: list[Tensor] = []
+    chosen: list[Tensor] = []
     for make in scores:
         own = _ordered(make())
         equal = torch.nonzero(own == least).flatten()[:left]
         left -= equal.numel()
-        found.append(torch.cat([torch.nonzero(own > least).flatten(), equal]).sort().values)
-    return found
+        chosen.append(torch.cat([torch.nonzero(own > least).flatten(), equal]).sort().values)
+    return chosen
 
 
 def _as_many(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """Numbers for scores that have no values, as many of each group as there may be, with what ordering them takes."""
-    found: list[Tensor] = []
+    """Return indices for scores that have no values, as many of each group as possible.
+
+    Computing them has the cost of ordering real scores.
+    """
+    chosen: list[Tensor] = []
     for make in scores:
         own = _ordered(make())
-        found.append(own.topk(min(count, own.numel()), sorted=False).indices.sort().values)
-        count -= found[-1].numel()
-    return found
+        chosen.append(own.topk(min(count, own.numel()), sorted=False).indices.sort().values)
+        count -= chosen[-1].numel()
+    return chosen
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -79,22 +83,23 @@ def _ordered(scores: Tensor) -> Tensor:
 
 
 def shares(count: int, sizes: Sequence[int], *, exact: bool = True) -> list[int]:
-    """``count`` shared out in proportion to sizes.
+    """Divide ``count`` in proportion to sizes.
 
     Args:
-        count: at most the sum of the sizes.
-        sizes: of the groups.
-        exact: what rounding down leaves goes to those that lost most, so that all of ``count`` is shared out.
+        count: the number to divide, at most the sum of the sizes.
+        sizes: sizes of the groups.
+        exact: whether the remainder of rounding down goes to the groups that lost most, so that all of ``count`` is
+            divided.
     """
     total = sum(sizes)
-    found = [count * size // total for size in sizes]
+    portions = [count * size // total for size in sizes]
     lost = sorted(range(len(sizes)), key=lambda i: (-(count * sizes[i] % total), i))
-    for index in lost[: count - sum(found)] if exact else ():
-        found[index] += 1
-    return found
+    for index in lost[: count - sum(portions)] if exact else ():
+        portions[index] += 1
+    return portions
 
 
 def drawn(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """``count`` of the numbers below ``size``, each at most once."""
+    """Draw ``count`` of the numbers below ``size``, each at most once."""
     dtype = torch.int32 if size < SMALL else torch.int64
     return torch.randperm(size, generator=generator, dtype=dtype)[:count].long()

@@ -1,9 +1,9 @@
-"""Operators that only move entries: one table of them, and one way to run them on numbers that stand for the entries.
+"""Operators that only move entries: one table of them, and one way to run them on numbers that represent the entries.
 
-Where the entries of a value come from is asked in several places: which columns of a projection a head has, which rows
-of a stored weight a product reads, which operand of a product of scores holds the keys. The answer is always to number
-the entries and to run the same operators on the numbers. What differs is what is numbered, what is known of the other
-operands, and which groups of operators may occur; those are the callers'.
+The origin of a value's entries is needed in several places: to find the columns of a projection that belong to a head,
+the rows of a stored weight that a product reads, or the operand of a product of scores that contains the keys. In each
+case the entries are numbered and the same operators run on the numbers. Callers decide what is numbered, what is known
+about the other operands, and which groups of operators may occur.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOLE = -1
 
 
 class Move(Enum):
-    """What an operator does with the entries of its first operand."""
+    """The effect of an operator on the entries of its first operand."""
 
     COPY = auto()
     """Leaves them where they are."""
@@ -94,30 +94,31 @@ BREAKS = (RuntimeError, IndexError, TypeError, ValueError)
 
 
 def names_of(*moves: Move) -> frozenset[str]:
-    """The names of all operators of some groups."""
+    """Return the names of all operators in some groups."""
     return frozenset(name for name, move in MOVES.items() if move in moves)
 
 
 def move_of(node: fx.Node) -> Move | None:
-    """The group of the operator that a node calls; None where it does more than move entries, or calls none."""
+    """Return the group of the operator that a node calls, or None if it calls none or does more than move entries."""
     return MOVES.get(op_name(node))
 
 
 def moved(node: fx.Node, operand: Callable[[Any], Any]) -> Any:
-    """The numbers of a node's entries.
+    """Return the numbers of a node's entries.
 
     Args:
-        node: calls an operator of `MOVES`.
-        operand: for a node (or symbolic size) among the arguments, the numbers that stand for its entries: a tensor of
-            its shape, ``int64`` or complex, or a list of those; for a size, the size as a number; None where nothing
-            is known of it. It is asked for no more than the operator reads: of a copy, for the first argument only.
+        node: a call of an operator in `MOVES`.
+        operand: a function that returns, for a node (or symbolic size) among the arguments, the numbers that represent
+            its entries: a tensor of its shape, ``int64`` or complex, or a list of those; for a size, the size as a
+            number; None if nothing is known about it. It is called only for what the operator reads: for a copy, only
+            for the first argument.
 
     Returns:
-        A tensor of the node's shape, or a list of them, with `HOLE` where padding is; it may share memory with the
-        operands'. None where the operator is not in the table or something is known of no operand that it reads.
+        A tensor of the node's shape, or a list of them, with `HOLE` in place of padding; it may share memory with the
+        operands'. None if the operator is not in the table, or if nothing is known about an operand that it reads.
 
     Raises:
-        RuntimeError, IndexError, TypeError, ValueError: as the operator itself where sizes do not fit (`BREAKS`).
+        RuntimeError, IndexError, TypeError, ValueError: raised by the operator itself if sizes do not fit (`BREAKS`).
     """
     move, name = move_of(node), op_name(node)
     if move is None:
@@ -125,15 +126,15 @@ def moved(node: fx.Node, operand: Callable[[Any], Any]) -> Any:
     if move in (Move.COPY, Move.CAST):
         return operand(node.args[0])
     if move is Move.ITEM:
-        held, at = operand(node.args[0]), node.args[1]
-        return held[at] if isinstance(held, list | tuple) and isinstance(at, int) else held
+        parts, at = operand(node.args[0]), node.args[1]
+        return parts[at] if isinstance(parts, list | tuple) and isinstance(at, int) else parts
     unknown: list[Any] = []
 
     def known(leaf: Any) -> Any:
-        found = operand(leaf)
-        if found is None:
+        numbers = operand(leaf)
+        if numbers is None:
             unknown.append(leaf)
-        return found
+        return numbers
 
     args, kwargs = _replaced(node.args, known), _replaced(node.kwargs, known)
     if unknown:
@@ -151,36 +152,37 @@ def moved_along(
     size: Callable[[Any], int | None] = lambda leaf: None,
     passing: Collection[str] = (),
 ) -> Tensor | None:
-    """The numbers at the end of a chain of calls.
+    """Return the numbers at the end of a chain of calls.
 
     Args:
-        steps: each call, with the operand of it that the numbers so far stand for.
-        numbers: at the beginning.
-        size: of what else a call reads, as a number; None where it is none. By default nothing else may be read.
+        steps: the calls, each with the one of its operands that the numbers so far represent.
+        numbers: the numbers at the beginning.
+        size: a function that returns the value of anything else that a call reads, as a number; None if it is not one.
+            By default nothing else may be read.
         passing: names of other operators that leave entries where they are.
 
     Returns:
-        None where a call is not in the table, reads something else, or does not run.
+        The numbers; None if a call is not in the table, reads anything else, or does not run.
     """
-    held: Any = numbers
+    current: Any = numbers
     for source, node in steps:
         if op_name(node) in passing:
             continue
 
-        def operand(leaf: Any, source: Any = source, held: Any = held) -> Any:
+        def operand(leaf: Any, source: Any = source, held: Any = current) -> Any:
             return held if leaf is source else size(leaf)
 
         try:
-            held = moved(node, operand)
+            current = moved(node, operand)
         except BREAKS:
             return None
-        if held is None:
+        if current is None:
             return None
-    return held if isinstance(held, Tensor) else None
+    return current if isinstance(current, Tensor) else None
 
 
 def _replaced(value: Any, known: Callable[[Any], Any]) -> Any:
-    """Arguments with what stands for their nodes and symbolic sizes in the place of those."""
+    """Return arguments with the numbers that represent them in place of nodes and symbolic sizes."""
     if isinstance(value, fx.Node | torch.SymInt):
         return known(value)
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Readers: which use of a stored weight a call is."""
+"""The recognition of calls that use a stored weight as a linear map."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from graftc.passes.core.weights.weight_slice import Layout
 
 
 def linear_use(node: fx.Node) -> Use | None:
-    """How ``node`` uses a stored weight; None where it is not a linear map, or where more than views of a stored tensor
-    compute its weight."""
+    """Return how ``node`` uses a stored weight.
+
+    Returns None if it is not a linear map, or if its weight is computed by more than views of a stored tensor.
+    """
     if node.op != "call_function" or getattr(node.target, "_overloadname", "default") not in ("default", "padding"):
         return None
     name = op_name(node)
@@ -21,21 +23,21 @@ def linear_use(node: fx.Node) -> Use | None:
         return _embedding(node)
     if name in ("conv1d", "conv2d", "conv3d"):
         return _conv(node)
-    found = (_product(node, operands) for operands in products(node)) if not node.kwargs else ()
-    return next((use for use in found if use is not None), None)
+    uses = (_product(node, operands) for operands in products(node)) if not node.kwargs else ()
+    return next((use for use in uses if use is not None), None)
 
 
 def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
-    """A product of a value with a matrix, or with one matrix per expert."""
+    """Return the use for a product of a value with a matrix, or with one matrix per expert, else None."""
     given = operands.given(node)
     if given is None:
         return None
     data, operand = given
     view = view_of(operand)
     if view is None or (view_of(data) is not None and op_name(node) != "linear"):
-        return None  # of two stored tensors none is the weight, unless the operator says which
+        return None  # of two stored tensors, neither is the weight unless the operator determines it
     at = operands.data, operands.weight
-    if view.source.meta["val"].dim() == 3:  # the operand picks experts and swaps the matrix axes, nothing else
+    if view.source.meta["val"].dim() == 3:  # the operand may only pick experts and swap the matrix axes
         stack = None if operands.flipped else view.matrices(out_first=operands.out_first)
         return None if stack is None else Experts(node, stack, None, *at, output=node, view=view)
     bias = node.args[operands.bias] if operands.bias is not None and len(node.args) > operands.bias else None
@@ -44,16 +46,16 @@ def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
         return None
     addend = None
     if isinstance(bias, fx.Node):
-        held = view_of(bias)
-        addend = None if held is None else held.vector()
+        bias_view = view_of(bias)
+        addend = None if bias_view is None else bias_view.vector()
         stored = addend is not None and addend == weight.companion(addend.tensor)
         if not stored and (op_name(node) != "linear" or not _of_tensors_alone(bias)):
             return None
         addend = addend if stored else None
     if operands.flipped and data.meta["val"].dim() < 2:
         return None
-    made = LeftProduct if operands.flipped else Dense
-    return made(node, weight, addend, *at, output=node)
+    use_class = LeftProduct if operands.flipped else Dense
+    return use_class(node, weight, addend, *at, output=node)
 
 
 def _of_tensors_alone(node: fx.Node) -> bool:

@@ -41,10 +41,10 @@ class Site:
     """A place in one Program.
 
     Attributes:
-        key: the place, the same in every Program.
-        roles: what it does in the architecture, most specific first; empty where only its name is known.
-        layer: index of its layer, None outside the layers.
-        stack: path of the layer list it belongs to.
+        key: the place's key, the same in every Program.
+        roles: its roles in the architecture, most specific first; empty if only its name is known.
+        layer: index of its layer; None outside the layers.
+        stack: path of the layer list that it belongs to.
     """
 
     key: SiteKey
@@ -55,18 +55,18 @@ class Site:
 
     @property
     def scope(self) -> str:
-        """What tells its tensors from those of other sites of its module; empty where nothing has to."""
+        """The name part that separates its tensors from those of other sites of its module; empty if not needed."""
         return ""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What one adaptation has inserted at a place.
+    """The insertion of one adaptation at a place.
 
     Attributes:
-        adaptation: its name.
-        fold: its fold there, from its tensors by part.
-        parts: the Store names of these.
+        adaptation: the adaptation's name.
+        fold: a function that returns its fold there, given its tensors by part.
+        parts: the Store names of these tensors, by part.
     """
 
     adaptation: str
@@ -76,13 +76,14 @@ class Applied:
 
 @dataclass(eq=False)
 class LinearSite(Site):
-    """Rows of a linear map. Orientation, fusion, convolution and bias are hidden: the weight is always the site's own
-    rows of ``[out, in]``.
+    """Rows of a linear map.
+
+    Orientation, fusion, convolution and bias are hidden: the weight is always the site's own rows of ``[out, in]``.
 
     Attributes:
         use: the map in this Program.
-        own: the own rows of the stored weight.
-        applied: what has been inserted here so far, in order.
+        own: the site's own rows of the stored weight.
+        applied: the adaptations inserted here so far, in order.
     """
 
     use: Use = field(kw_only=True)
@@ -91,59 +92,62 @@ class LinearSite(Site):
 
     @property
     def scope(self) -> str:
-        """See `Site.scope`. A module may hold several weights: experts, `nn.MultiheadAttention`."""
+        """The name of the weight; empty if that is ``weight``.
+
+        A module may have several weights: experts, `nn.MultiheadAttention`.
+        """
         return "" if self.key.name == "weight" else self.key.name
 
     @property
     def own_bias(self) -> WeightSlice | None:
-        """The own entries of the bias; None where there is none."""
+        """The site's own entries of the bias; None if there is none."""
         return None if self.use.bias is None else self.use.bias.at(self.own.rows)
 
     @property
     def slices(self) -> tuple[WeightSlice, ...]:
-        """What belongs to it of stored tensors: of the weight, and of the bias where there is one."""
+        """The slices of stored tensors that belong to the site: of the weight, and of the bias if there is one."""
         return (self.own,) if self.own_bias is None else (self.own, self.own_bias)
 
     @property
     def columns(self) -> WeightSlice:
-        """The own rows among those of the use: the own columns of its output."""
+        """The site's own rows among those of the use, which are its own columns of the output."""
         return self.own.within(self.use.weight)
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Sizes of the axes before ``out`` and ``in``; empty but for experts."""
+        """The sizes of the axes before ``out`` and ``in``; empty except for experts."""
         return self.use.leading
 
     @property
     def in_features(self) -> int:
-        """Width of the input; for a convolution the entries of a patch, for a table its entries."""
+        """The width of the input; for a convolution the entries of a patch, for a table its number of entries."""
         return self.use.in_features
 
     @property
     def out_features(self) -> int:
-        """Number of the site's own output rows."""
+        """The number of the site's own output rows."""
         return self.own.count
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the result."""
+        """The element type of the result."""
         dtype: torch.dtype = self.use.node.meta["val"].dtype
         return dtype
 
 
 @dataclass(eq=False)
 class ExpertsSite(LinearSite):
-    """The matrices of all experts, ``[experts, out, in]``: one linear map for each along a leading axis."""
+    """The matrices of all experts, ``[experts, out, in]``: one linear map for each, along a leading axis."""
 
     @property
     def experts(self) -> int:
-        """How many."""
+        """The number of experts."""
         return self.use.leading[0]
 
 
 @dataclass(eq=False)
 class EmbeddingSite(LinearSite):
-    """A table of embeddings, as the linear map of one-hot vectors: ``in`` counts its entries, ``out`` its width."""
+    """A table of embeddings, as the linear map of one-hot vectors: ``in`` counts its entries, ``out`` is its width."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class Positions:
 
     Attributes:
         reader: the call.
-        index: which of its arguments they are; of a look-up in a table, that is the first.
+        index: the index of the argument that contains them; in a look-up, the table is argument 0.
     """
 
     reader: fx.Node
@@ -160,26 +164,26 @@ class Positions:
 
     @property
     def numbers(self) -> fx.Node:
-        """The positions."""
-        found = self.reader.args[self.index]
-        numbers = found[0] if isinstance(found, list | tuple) else found
+        """The node of the positions."""
+        argument = self.reader.args[self.index]
+        numbers = argument[0] if isinstance(argument, list | tuple) else argument
         assert isinstance(numbers, fx.Node)
         return numbers
 
     @property
     def table(self) -> fx.Node | None:
-        """The table that they are looked up in; None of what computes with them."""
+        """The table that they are looked up in; None if the call computes with them instead."""
         table = self.reader.args[0] if self.index else None
         return table if isinstance(table, fx.Node) else None
 
     @property
     def rows(self) -> int | None:
-        """How many positions a stored table has."""
+        """The number of positions in the table if that is a stored tensor, else None."""
         return None if self.table is None or self.table.op != "get_attr" else self.size
 
     @property
     def size(self) -> int | None:
-        """How many positions the table has, stored or not; None without one."""
+        """The number of positions in the table, stored or not; None without a table."""
         if self.table is None:
             return None
         axis: Any = self.reader.args[1] if self.index > 1 else 0
@@ -188,12 +192,12 @@ class Positions:
 
 @dataclass(frozen=True)
 class AttentionOperands:
-    """What an attention is made of.
+    """The operands of an attention.
 
     Attributes:
         query: the queries, as the call or the product of scores reads them.
-        keys, values: ``[rows, heads, keys, width]``: as a fused call reads them; where the attention is written out,
-            the nearest above the products that are laid out so.
+        keys, values: ``[rows, heads, keys, width]``: the keys and values as a fused call reads them; if the attention
+            is written out, the nearest values above the products that have this layout.
     """
 
     query: fx.Node
@@ -203,15 +207,15 @@ class AttentionOperands:
 
 @dataclass(eq=False)
 class AttentionSite(Site):
-    """An attention node.
+    """An attention.
 
     Attributes:
-        node: the call that gives the heads, before the output projection.
-        keys, values: ``int64[heads, width]``: the columns of the projected keys and values that each head has, numbered
-            from 0; heads that share keys name the same ones. None where they cannot be followed.
-        operands: the values that hold these; None where `keys` is.
-        positions: where the positions of what it reads come from; in later layers those of other streams too.
-        read: what its sublayer reads, which queries are made of; None where it is in none.
+        node: the call that computes the heads, before the output projection.
+        keys, values: ``int64[heads, width]``: the columns of the projected keys and values that belong to each head,
+            numbered from 0; heads that share keys list the same ones. None if they cannot be traced.
+        operands: the values that contain these columns; None if `keys` is.
+        positions: the origins of the positions of its input; in later layers those of other streams as well.
+        read: the value that its sublayer reads and that queries are computed from; None if it is in no sublayer.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -223,22 +227,22 @@ class AttentionSite(Site):
 
     @property
     def crosses(self) -> bool:
-        """Whether queries and keys are of different streams."""
+        """Whether queries and keys are from different streams."""
         return any("cross" in parse_role(role).prefixes for role in self.roles)
 
     @property
     def scope(self) -> str:
-        """See `Site.scope`."""
+        """``cross_attn`` if queries and keys are from different streams, else ``attn``."""
         return "cross_attn" if self.crosses else "attn"
 
 
 @dataclass(eq=False)
 class NormSite(Site):
-    """A normalisation's scale and shift.
+    """The scale and the shift of a normalisation.
 
     Attributes:
         node: the call that applies the scale.
-        weight, bias: Store names; bias is None where there is no shift.
+        weight, bias: Store names; bias is None if there is no shift.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -248,18 +252,18 @@ class NormSite(Site):
 
 @dataclass(eq=False)
 class SublayerSite(Site):
-    """A residual branch with its add: an attention, a feed-forward, or both side by side.
+    """A residual branch with its addition: an attention, a feed-forward, or both side by side.
 
     Attributes:
         stream: the residual input.
-        normed: what the sublayer reads: the norm's output before it, or the stream itself.
-        inner: what the last linear map reads: the heads of an attention, the inner activation of a feed-forward; None
-            where the branch ends in more than one map.
+        normed: the value that the sublayer reads: the output of the norm before it, or the stream itself.
+        inner: the value that the last linear map reads: the heads of an attention, the inner activation of a
+            feed-forward; None if the branch ends in more than one map.
         projection: the last linear map's result, before dropout.
-        branch: what is added, after dropout, scaling and a norm within the branch.
-        sum: the add.
-        post_norm: the norm of the sum, where there is one.
-        output: what the next sublayer starts from: `post_norm` or `sum`.
+        branch: the addend, after dropout, scaling and a norm within the branch.
+        sum: the addition.
+        post_norm: the norm of the sum, if there is one.
+        output: the value that the next sublayer starts from: `post_norm` or `sum`.
     """
 
     stream: fx.Node = field(kw_only=True)
@@ -273,25 +277,25 @@ class SublayerSite(Site):
 
     @property
     def scope(self) -> str:
-        """See `Site.scope`: ``attn``, ``cross_attn``, ``ffn``, or ``attn_ffn`` for both in one."""
+        """``attn``, ``cross_attn``, ``ffn``, or ``attn_ffn`` for both in one."""
         names = (parse_role(role) for role in self.roles)
         words = ("_".join((*(p for p in r.prefixes if p == "cross"), r.name.partition(".")[0])) for r in names)
         return "_".join(words)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the residual stream's branch."""
+        """The element type of the residual stream's branch."""
         dtype: torch.dtype = self.branch.meta["val"].dtype
         return dtype
 
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """The numbers of tokens as a table of embeddings is looked up by them.
+    """The numbers by which tokens are looked up in a table of embeddings.
 
     Attributes:
         numbers: ``[batch, sequence]``, whole numbers.
-        entries: how many tokens the table has.
+        entries: the number of tokens in the table.
     """
 
     numbers: fx.Node
@@ -300,13 +304,13 @@ class TokenNumbers:
 
 @dataclass(eq=False)
 class ValueSite(Site):
-    """An activation by its place: what a layer reads, or what it gives.
+    """An activation that is identified by its place: the input or the output of a layer.
 
-    What one layer gives and the next one reads is one value with two sites.
+    The output of one layer and the input of the next one are a single value with two sites.
 
     Attributes:
         node: the value, ``[batch, sequence, width]`` in most models.
-        tokens: those that its stack of layers reads; None where it is not made of any.
+        tokens: the tokens that its stack of layers reads; None if the value is not computed from tokens.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -314,24 +318,24 @@ class ValueSite(Site):
 
     @property
     def scope(self) -> str:
-        """See `Site.scope`: ``layer_in`` or ``layer_out``."""
+        """``layer_in`` or ``layer_out``."""
         return parse_role(self.roles[0]).name.replace(".", "_")
 
     @property
     def width(self) -> int:
-        """How many entries it has for each token."""
+        """The number of entries for each token."""
         return int(self.node.meta["val"].shape[-1])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the value."""
+        """The element type of the value."""
         dtype: torch.dtype = self.node.meta["val"].dtype
         return dtype
 
 
 @dataclass(eq=False)
 class ParameterSite(Site):
-    """A base tensor as a whole.
+    """A whole base tensor.
 
     Attributes:
         tensor: its Store name.

@@ -1,8 +1,8 @@
-"""Uses: what one call computes from a stored weight, and how another weight of the same inputs is applied there.
+"""Uses: what one call computes from a stored weight, and how another weight with the same inputs is applied there.
 
-Every use is a linear map ``y = W x + b`` over the rows and columns of its *oriented* weight ``[..., out, in]``,
-whatever operator computes it and however the tensor is stored: a product, a convolution (``in`` counts the entries
-of a patch), one matrix per expert (a leading axis), a look-up in a table (the map of a one-hot vector).
+Every use is a linear map ``y = W x + b`` over the rows and columns of its *oriented* weight ``[..., out, in]``, for any
+operator that computes it and any way of storing the tensor: a product, a convolution (``in`` counts the entries of a
+patch), one matrix per expert (a leading axis), a look-up in a table (the map of a one-hot vector).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Use(ABC):
 
     Attributes:
         node: the base's own call.
-        weight: the rows of the stored weight that the output's columns are, in order.
-        bias: the same of the bias; None where there is none.
-        input_index: which argument of `node` is the input.
-        weight_index: which argument of `node` the weight arrives at.
-        output: the node that stands for the result now, after the edits so far.
+        weight: the rows of the stored weight that correspond to the output's columns, in order.
+        bias: the same entries of the bias; None if there is none.
+        input_index: the index of the argument of `node` that is the input.
+        weight_index: the index of the argument of `node` that is the weight, or is computed from it.
+        output: the node that represents the result now, after the edits so far.
     """
 
     node: fx.Node
@@ -57,93 +57,92 @@ class Use(ABC):
 
     @property
     def grouped(self) -> bool:
-        """Whether each column sees a group of inputs only, so that columns cannot be computed a few at a time."""
+        """Whether each column reads a group of inputs only, so that some columns cannot be computed separately."""
         return False
 
     @property
     def input_axis(self) -> int | None:
-        """The axis of the input that counts the weight's columns; None where those are not entries of the input."""
+        """The axis of the input that counts the weight's columns; None if those are not entries of the input."""
         return self.axis
 
     @property
     def scaled_axis(self) -> int | None:
-        """Which axis of the input can be scaled so that the weight's columns are; None where none can."""
+        """The axis of the input whose scaling scales the weight's columns; None if there is none."""
         return self.input_axis
 
     @property
     def entries(self) -> int:
-        """How many entries that axis has: a column of the weight each, or a channel, which is several in a patch."""
+        """The number of entries along `scaled_axis`: columns of the weight, or channels of several columns each."""
         return self.in_features
 
     @property
     def input(self) -> fx.Node:
-        """What the map reads now."""
+        """The value that the map reads now."""
         source = self.node.args[self.input_index]
         assert isinstance(source, fx.Node)
         return source
 
     @property
     def addend(self) -> fx.Node | None:
-        """What the call itself adds to its product, in the output's layout, beside a bias that the Store holds."""
+        """The value that the call itself adds to its product, in the output's layout, apart from a stored bias."""
         return None
 
     @property
     def addend_tensors(self) -> tuple[str, ...]:
-        """Names of the stored tensors that a bias is computed from."""
+        """The names of the stored tensors that a bias is computed from."""
         return ()
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Sizes of the weight's axes before ``out`` and ``in``: the number of experts, or nothing."""
+        """The sizes of the weight's axes before ``out`` and ``in``: the number of experts, or nothing."""
         return self.weight.leading
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """The number of columns of the weight."""
         return self.weight.in_features
 
     @property
     def out_features(self) -> int:
-        """Columns of the output."""
+        """The number of columns of the output."""
         return self.weight.count
 
     @abstractmethod
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
+        """Return ``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
+        """Return ``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
         hidden = _scaled(call, self.map(call, x, a, "down"), scale)
         return self.widen(call, hidden, b)
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
-        """``b`` applied to what `map` gave."""
+        """Return ``b`` applied to a result of `map`."""
         return call(aten.linear.default, hidden, b, part="up")
 
     def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
-        """``value: [..., rows]``, one for each row of the weight, as it meets ``[..., rows]`` of the output: it
-        broadcasts there."""
+        """Return ``value: [..., rows]``, one per row of the weight, as it broadcasts to the output, ``[..., rows]``."""
         return value
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
-        """A value in the output's layout as ``[..., columns]``."""
+        """Return a value in the output's layout as ``[..., columns]``."""
         return value
 
     def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
-        """The way back from `columns_last`."""
+        """Convert a value back to the output's layout: the inverse of `columns_last`."""
         return value
 
     @abstractmethod
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Random values, float64, for everything that the call reads from the data."""
+        """Return random values, float64 unless they are indices, for everything that the call reads from the data."""
 
 
 class Dense(Use):
-    """A product with a matrix. A bias that the model computes from several tensors is an addend."""
+    """A product with a matrix; a bias that the model computes from several tensors is an addend."""
 
     @property
     def addend(self) -> fx.Node | None:
-        """See `Use.addend`."""
+        """The bias of a linear call if it is not a stored tensor, else None."""
         if self.bias is not None or self.node.target is not aten.linear.default or len(self.node.args) < 3:
             return None
         bias = self.node.args[2]
@@ -151,95 +150,98 @@ class Dense(Use):
 
     @property
     def addend_tensors(self) -> tuple[str, ...]:
-        """See `Use.addend_tensors`."""
+        """The names of the stored tensors that the addend is computed from."""
         nodes = above([self.addend]) if self.addend is not None else []
         return tuple(str(node.target) for node in nodes if node.op == "get_attr")
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """See `Use.map`."""
+        """Return the linear map of ``x`` with the weight."""
         return call(aten.linear.default, x, weight, part=part)
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """See `Use.probe`."""
+        """Return `PROBES` random rows for the input."""
         leading = (1,) * (self.input.meta["val"].dim() - 2)
         return {self.input: torch.randn(*leading, PROBES, self.in_features, generator=generator, dtype=torch.float64)}
 
 
 class LeftProduct(Use):
-    """A product with a matrix that stands before its input: the columns of the result are its rows."""
+    """A product with a matrix that comes before its input: the map's output columns are the rows of the result."""
 
     axis = -2
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """See `Use.map`. What product torch picks for other strides depends on whether the weight wants a gradient."""
+        """Return the linear map of the columns of ``x``, made contiguous: torch selects other products otherwise."""
         rows = call(aten.contiguous.default, self.columns_last(call, x), part=part)
         return call(aten.linear.default, rows, weight, part=part)
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
-        """See `Use.columns_last`."""
+        """Return a value with its last two axes swapped."""
         return call(aten.transpose.int, value, -1, -2, part="columns last")
 
     def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
-        """See `Use.columns_home`."""
+        """Return a value with its last two axes swapped back."""
         return call(aten.transpose.int, value, -1, -2, part="columns home")
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """See `Use.probe`."""
+        """Return `PROBES` random columns for the input."""
         leading = (1,) * (self.input.meta["val"].dim() - 2)
         return {self.input: torch.randn(*leading, self.in_features, PROBES, generator=generator, dtype=torch.float64)}
 
 
 class Convolution(Use):
-    """A convolution: the map of a patch, at every place."""
+    """A convolution: the linear map of a patch, at every place."""
 
     axis = 1
 
     @property
     def input_axis(self) -> int | None:
-        """See `Use.input_axis`. A column is a channel where a patch is a single point."""
+        """The channel axis if a patch is one point and there are no groups: a column is then a channel; else None."""
         return 1 if self.groups == 1 and math.prod(self._kernel[1:]) == 1 else None
 
     @property
     def scaled_axis(self) -> int | None:
-        """See `Use.scaled_axis`."""
+        """The channel axis."""
         return 1
 
     @property
     def entries(self) -> int:
-        """See `Use.entries`."""
+        """The number of input channels."""
         return self._kernel[0] * self.groups
 
     @property
     def groups(self) -> int:
-        """Groups of channels that do not meet."""
+        """The number of groups of channels, which are convolved separately."""
         return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
 
     @property
     def grouped(self) -> bool:
-        """See `Use.grouped`."""
+        """Whether there is more than one group of channels."""
         return self.groups > 1
 
     @property
     def _kernel(self) -> tuple[int, ...]:
-        """Channels of a group, and sizes."""
+        """The number of channels in a group, and the sizes of the kernel."""
         return self.weight.shape[1:]
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """See `Use.map`."""
+        """Return the convolution of ``x`` with the weight as its kernel, channels last."""
         kernel = self.weight.restore(call, weight, part)
-        found = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
-        return self.columns_last(call, found)
+        result = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
+        return self.columns_last(call, result)
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-        """See `Use.low_rank`. With groups the factors are multiplied first: they meet every group alike."""
+        """Return the low-rank map of a patch at every place; with groups, the factors are multiplied first."""
         if self.groups == 1:
             return super().low_rank(call, x, a, b, scale)
         product = call(aten.matmul.default, _scaled(call, b, scale), a, part="product")
         return self.map(call, x, product, "up")
 
     def across(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-        """``a: [rank, all channels and their points]`` applied without groups, then ``b: [rows, rank / groups]``, of
-        which the rows of each group read their share of the ranks. As ``[..., rows]``."""
+        """Return a low-rank map whose first factor spans all groups, as ``[..., rows]``.
+
+        ``a: [rank, all channels and their points]`` has no groups; each group of rows of ``b: [rows, rank / groups]``
+        reads its share of the ranks.
+        """
         target: Any = self.node.target
         points = self._kernel[1:]
         down = call(aten.view.default, a, [int(a.meta["val"].shape[0]), self.entries, *points], part="down")
@@ -250,20 +252,21 @@ class Convolution(Use):
         return self.columns_last(call, call(plain, hidden, up, None, ones, zeros, ones, self.groups, part="up"))
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
-        """See `Use.widen`. Where the hidden values are not contiguous, torch multiplies a factor that wants a gradient
-        another way than one that does not, and equal factors would not cancel to the bit."""
+        """Return ``b`` applied to the hidden values, made contiguous."""
+        # Otherwise torch multiplies by a factor that requires a gradient in a different way from one that does not,
+        # and equal factors would not cancel to the bit.
         return super().widen(call, call(aten.contiguous.default, hidden, part="contiguous"), b)
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
-        """See `Use.columns_last`."""
+        """Return a value with its channels moved last."""
         return call(aten.movedim.int, value, 1, -1, part="channels last")
 
     def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
-        """See `Use.columns_home`."""
+        """Return a value with its channels moved back to the second axis."""
         return call(aten.movedim.int, value, -1, 1, part="channels first")
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """See `Use.probe`."""
+        """Return two random inputs that are three strides longer than the kernel along each axis."""
         dims = len(self._kernel) - 1
         stride, dilation = (_spread(self._setting(i, 1), dims) for i in (3, 5))
         sizes = [d * (k - 1) + 1 + 3 * s for k, s, d in zip(self._kernel[1:], stride, dilation, strict=True)]
@@ -279,27 +282,29 @@ class Experts(Use):
     """A product with one matrix per expert.
 
     Attributes:
-        view: how the operand is made from the stored tensor: which experts are picked, in which order of axes.
+        view: the view that makes the operand from the stored tensor: the picked experts and the order of axes.
     """
 
     view: View | None = None
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """See `Use.map`."""
+        """Return the product with one matrix per expert, aligned as the kernel requires."""
         rows = int(weight.meta["val"].shape[-2])
         weight = self._aligned(call, self._aligned(call, weight, -1, part), -2, part)
-        found = self._product(call, self._aligned(call, x, -1, part), weight, part)
-        return found if found.meta["val"].shape[-1] == rows else call(aten.slice.Tensor, found, -1, 0, rows, part=part)
+        result = self._product(call, self._aligned(call, x, -1, part), weight, part)
+        return (
+            result if result.meta["val"].shape[-1] == rows else call(aten.slice.Tensor, result, -1, 0, rows, part=part)
+        )
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-        """See `Use.low_rank`."""
+        """Return the low-rank map of each expert, with the rank aligned as the kernel requires."""
         return super().low_rank(call, x, self._aligned(call, a, -2, "down"), self._aligned(call, b, -1, "up"), scale)
 
     def _aligned(self, call: Call, value: fx.Node, axis: int, part: str) -> fx.Node:
-        """A value with zeros behind an axis, where the kernel wants rows of 16 bytes and the axis counts others."""
-        held = value.meta["val"]
-        unit = _ALIGNMENT // held.element_size() if self.node.target is aten._grouped_mm.default else 1
-        missing = -held.shape[axis] % unit
+        """Return a value with zeros after an axis, as long as the kernel requires (rows of 16 bytes)."""
+        tensor = value.meta["val"]
+        unit = _ALIGNMENT // tensor.element_size() if self.node.target is aten._grouped_mm.default else 1
+        missing = -tensor.shape[axis] % unit
         if not missing:
             return value
         return call(aten.constant_pad_nd.default, value, [0, 0] * (-axis - 1) + [0, missing], part=part)
@@ -316,18 +321,21 @@ class Experts(Use):
         return call(self.node.target, x, operand, *rest, part=part)
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
-        """See `Use.widen`."""
+        """Return ``b`` applied to a result of `map`, with one matrix per expert."""
         return self.map(call, hidden, b, "up")
 
     @property
     def addend(self) -> fx.Node | None:
-        """See `Use.addend`."""
-        found = self.node.args[0] if self.node.target is aten.baddbmm.default else None
-        return found if isinstance(found, fx.Node) else None
+        """The first argument of ``baddbmm``; None for other calls."""
+        added = self.node.args[0] if self.node.target is aten.baddbmm.default else None
+        return added if isinstance(added, fx.Node) else None
 
     def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
-        """See `Use.per_row`. The call alone knows which expert a row of the output is from, so it multiplies the values
-        by ones. More than one of them, since kernels want rows of 16 bytes."""
+        """Return the values of each output row's expert, as they broadcast to the output.
+
+        Only the call has the assignment of output rows to experts, so it multiplies the values by ones. There is more
+        than one of them, since kernels require rows of 16 bytes.
+        """
         dtype = x.meta["val"].dtype
         if value.meta["val"].dtype != dtype:
             value = call(aten.to.dtype, value, dtype, part="per expert")
@@ -338,7 +346,10 @@ class Experts(Use):
         return self.map(call, ones, padded, "per expert")
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """See `Use.probe`. Rows are shared out evenly among the experts where the call counts them."""
+        """Return random values for the input and for the choice of experts.
+
+        Rows are divided evenly among the experts if the call counts them.
+        """
         sizes = Sizes(lambda symbol: PROBES)
         values: dict[fx.Node, Tensor] = {}
         for node in self._data():
@@ -361,20 +372,20 @@ class Experts(Use):
 
 
 class Lookup(Use):
-    """Rows of a table: the map of a one-hot vector, whose columns are the table's rows."""
+    """A look-up of rows in a table: the map of a one-hot vector, whose columns are the table's rows."""
 
     @property
     def input_axis(self) -> int | None:
-        """See `Use.input_axis`."""
+        """None, since the columns are not entries of the input."""
         return None
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """See `Use.map`."""
+        """Return the columns of ``weight`` that the indices ``x`` select."""
         table = call(aten.t.default, weight, part=part)
         return call(aten.embedding.default, table, x, *self.node.args[2:3], part=part)
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """See `Use.probe`."""
+        """Return the indices of the table in random order, at most 4096 of them if the table is large."""
         shape = (1,) * (self.input.meta["val"].dim() - 1)
         count = self.in_features if self.in_features * self.out_features <= 2**26 else 2**12
         return {self.input: torch.randperm(self.in_features, generator=generator)[:count].reshape(*shape, -1)}

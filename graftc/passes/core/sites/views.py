@@ -1,4 +1,4 @@
-"""Views: how an operand is made from one stored tensor by operators that only move its entries."""
+"""Views: operands that are made from one stored tensor by operators that only move its entries."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class View:
 
     Attributes:
         chain: nodes from the ``get_attr`` of the stored tensor to the operand. Each is the first argument of the next;
-            the second's may have been replaced since, by a copy that trains.
+            that of the second may have been replaced since, by a copy that trains.
     """
 
     chain: tuple[fx.Node, ...]
 
     @property
     def source(self) -> fx.Node:
-        """The ``get_attr`` node."""
+        """The ``get_attr`` node of the stored tensor."""
         return self.chain[0]
 
     def slice(self, layout: Layout, rows: Runs | None = None) -> WeightSlice:
-        """Rows of the stored tensor."""
+        """Return a slice with rows of the stored tensor."""
         return WeightSlice(str(self.source.target), self._shape, layout, rows)
 
     @property
@@ -49,20 +49,23 @@ class View:
 
     @property
     def others(self) -> tuple[fx.Node, ...]:
-        """What the chain reads beside the stored tensor: the numbers of picked experts."""
+        """The nodes that the chain reads besides the stored tensor: the numbers of picked experts."""
         return tuple(n for node in self.chain[1:] for n in nodes_in((node.args[1:], node.kwargs)))
 
     def is_whole(self) -> bool:
-        """Whether the operand is the stored tensor, shape and order and all."""
+        """Return whether the operand is the stored tensor, with its shape and order."""
         if len(self.chain) == 1:
             return True
         numbers = torch.arange(math.prod(self._shape)).reshape(self._shape)
-        held = self._run(numbers)
-        return held is not None and torch.equal(held, numbers)
+        moved = self._run(numbers)
+        return moved is not None and torch.equal(moved, numbers)
 
     def matrix(self, out_axis: int) -> WeightSlice | None:
-        """For a matrix: its rows that ``out_axis`` of the operand counts. None where they are permuted, or some columns
-        are missing or permuted."""
+        """Return the rows of a stored matrix that ``out_axis`` of the operand counts.
+
+        Returns None if the stored tensor is not a matrix, if the rows are permuted, or if some columns are missing or
+        permuted.
+        """
         if len(self._shape) != 2:
             return None
         first, second = self._shape
@@ -71,7 +74,7 @@ class View:
         if any(op_name(node) in _PICKING for node in self.chain):
             return None
         numbers = torch.arange(first)[:, None].expand(first, second), torch.arange(second).expand(first, second)
-        by_row, by_column = (self._run(held) for held in numbers)
+        by_row, by_column = (self._run(grid) for grid in numbers)
         if by_row is None or by_column is None or by_row.dim() != 2:
             return None
         if not (_is_grid(by_row, out_axis) and _is_grid(by_column, out_axis)):
@@ -87,17 +90,23 @@ class View:
         return None
 
     def vector(self) -> WeightSlice | None:
-        """For a vector: those of its entries that the operand holds; None where they are permuted."""
+        """Return the entries of a stored vector that the operand contains.
+
+        Returns None if the stored tensor is not a vector, or if the entries are permuted.
+        """
         if len(self._shape) != 1:
             return None
-        held = self._run(torch.arange(*self._shape))
-        if held is None or held.dim() != 1 or not bool((held[1:] > held[:-1]).all()):
+        entries = self._run(torch.arange(*self._shape))
+        if entries is None or entries.dim() != 1 or not bool((entries[1:] > entries[:-1]).all()):
             return None
-        return self.slice(Layout.PLAIN, runs_of(held))
+        return self.slice(Layout.PLAIN, runs_of(entries))
 
     def matrices(self, *, out_first: bool) -> WeightSlice | None:
-        """For one matrix per expert: all of them, whose rows the first or the second of the operand's last two axes
-        counts. None where the chain does more than swap these two and pick experts."""
+        """Return all matrices of a stored tensor with one matrix per expert.
+
+        The first or the second of the operand's last two axes counts their rows. Returns None if the chain does more
+        than swap these two axes and pick experts.
+        """
         swapped = False
         for before, node in pairwise(self.chain):
             name = op_name(node)
@@ -110,18 +119,18 @@ class View:
         return self.slice(Layout.ROWS if out_first != swapped else Layout.COLUMNS)
 
     def replay(self, call: Callable[..., fx.Node], stored: fx.Node) -> fx.Node:
-        """The same operators on another tensor, which has the stored one's leading axis."""
-        held = stored
+        """Apply the same operators to another tensor, which has the stored one's leading axis."""
+        operand = stored
         for node in self.chain[1:]:
-            held = call(node.target, held, *node.args[1:], **node.kwargs)
-        return held
+            operand = call(node.target, operand, *node.args[1:], **node.kwargs)
+        return operand
 
     def _run(self, numbers: Tensor) -> Tensor | None:
         return moved_along(((node.args[0], node) for node in self.chain[1:]), numbers)
 
 
 def view_of(node: Any) -> View | None:
-    """The view of a stored tensor that ``node`` is, or None."""
+    """Return the view of a stored tensor that ``node`` is, or None if it is not one."""
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node):
         chain.insert(0, node)
@@ -136,7 +145,7 @@ def view_of(node: Any) -> View | None:
 
 
 def _is_grid(numbers: Tensor, out_axis: int) -> bool:
-    """Whether numbers vary along one axis only, judged by the first, middle and last line each way."""
+    """Return whether numbers vary along one axis only, judging by the first, middle and last line each way."""
     for axis in (out_axis, 1 - out_axis):
         size = numbers.shape[axis]
         lines = [numbers.select(axis, at) for at in (0, size // 2, size - 1)]
@@ -146,7 +155,7 @@ def _is_grid(numbers: Tensor, out_axis: int) -> bool:
 
 
 def only_moves(node: fx.Node) -> bool:
-    """Whether ``node`` is a view of its first argument, or picks from it."""
+    """Return whether ``node`` is a view of its first argument, or picks from it."""
     return node.op == "call_function" and op_name(node) in _MOVING
 
 
@@ -155,7 +164,7 @@ def _swaps_last(node: fx.Node, rank: int) -> bool:
 
 
 def _picks_first(node: fx.Node) -> bool:
-    """Whether an indexing works on the first axis only."""
+    """Return whether an indexing works on the first axis only."""
     where = node.args[1]
     if op_name(node) == "index":
         return isinstance(where, list | tuple) and len(where) == 1 and isinstance(where[0], fx.Node)

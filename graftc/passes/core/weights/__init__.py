@@ -1,3 +1,4 @@
-"""What holds tensors and changes their values: the Store, weight slices and folds.
+"""The Store, weight slices and folds: tensors, and changes of their values.
 
-The Store alone owns tensors; base tensors are never written."""
+Only the Store owns tensors; base tensors are never written.
+"""

@@ -1,4 +1,4 @@
-"""Modules of the Store's tree, which have the class and the plain attributes of the source's and compute nothing."""
+"""Modules of the Store's tree, which have the class and plain attributes of their source, but compute nothing."""
 
 from __future__ import annotations
 
@@ -38,22 +38,25 @@ C = TypeVar("C", bound="Container")
 
 
 class Tree(nn.Module):
-    """A module whose children and tensors may have any name, those of methods as well. None of them can be taken away,
-    nor another put in the place of a child: graphs compute what the children of the source do."""
+    """A module whose children and tensors may have any name, including those of methods.
+
+    None of them can be removed, and a child can only be replaced by a module that wraps it: graphs compute what the
+    children of the source do.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        held = vars(self)
-        if OWN in held:
-            child = held["_modules"].get(name)
+        own = vars(self)
+        if OWN in own:
+            child = own["_modules"].get(name)
             if child is not None and value is not child and not _wraps(value, child):
                 raise _fixed(self, name)
-            if value is None and (held["_parameters"].get(name) is not None or held["_buffers"].get(name) is not None):
+            if value is None and (own["_parameters"].get(name) is not None or own["_buffers"].get(name) is not None):
                 raise _fixed(self, name)
         nn.Module.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        held = vars(self)
-        if OWN in held and any(name in held[table] for table in ("_modules", "_parameters", "_buffers")):
+        own = vars(self)
+        if OWN in own and any(name in own[table] for table in ("_modules", "_parameters", "_buffers")):
             raise _fixed(self, name)
         nn.Module.__delattr__(self, name)
 
@@ -61,7 +64,7 @@ class Tree(nn.Module):
         return module_text(self)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """See `torch.nn.Module.get_submodule`."""
+        """Return the module at the path ``target``, whose segments may be names of methods."""
         module: nn.Module = self
         for segment in target.split(".") if target else ():
             child = module._modules.get(segment)
@@ -71,26 +74,26 @@ class Tree(nn.Module):
         return module
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """See `torch.nn.Module.get_parameter`."""
+        """Return the parameter called ``target``, which may be the name of a method."""
         path, _, name = target.rpartition(".")
-        found = self.get_submodule(path)._parameters.get(name)
-        if found is None:
+        parameter = self.get_submodule(path)._parameters.get(name)
+        if parameter is None:
             raise AttributeError(f"there is no parameter {target!r}")
-        return found
+        return parameter
 
     def get_buffer(self, target: str) -> torch.Tensor:
-        """See `torch.nn.Module.get_buffer`."""
+        """Return the buffer called ``target``, which may be the name of a method."""
         path, _, name = target.rpartition(".")
-        found = self.get_submodule(path)._buffers.get(name)
-        if found is None:
+        buffer = self.get_submodule(path)._buffers.get(name)
+        if buffer is None:
             raise AttributeError(f"there is no buffer {target!r}")
-        return found
+        return buffer
 
 
 def additions(module: nn.Module) -> dict[str, nn.Module]:
-    """What adaptations have in a module itself, by their names: containers of their tensors."""
-    held = module._modules.get(RESERVED)
-    return {n: c for n, c in held._modules.items() if c is not None and n != SOURCE} if held is not None else {}
+    """Return the containers of the tensors that adaptations have in a module itself, by adaptation name."""
+    reserved = module._modules.get(RESERVED)
+    return {n: c for n, c in reserved._modules.items() if c is not None and n != SOURCE} if reserved is not None else {}
 
 
 Notes = Callable[[str, nn.Module], Iterable[tuple[str, str]]]
@@ -98,21 +101,24 @@ Notes = Callable[[str, nn.Module], Iterable[tuple[str, str]]]
 
 
 def tensor_notes(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The names and sizes of the tensors that each adaptation has in a module, and how many elements train."""
-    for name, held in additions(module).items():
-        tensors = [f"{part} {list(tensor.shape)}" for part, tensor in (*held.named_parameters(), *held.named_buffers())]
-        trains = sum(tensor.numel() for tensor in held.parameters() if tensor.requires_grad)
+    """Yield each adaptation in a module, with the names and sizes of its tensors and its number of trained elements."""
+    for name, added in additions(module).items():
+        tensors = [
+            f"{part} {list(tensor.shape)}" for part, tensor in (*added.named_parameters(), *added.named_buffers())
+        ]
+        trains = sum(tensor.numel() for tensor in added.parameters() if tensor.requires_grad)
         yield name, ", ".join([*tensors, f"{trains:,} trainable"])
 
 
 def module_text(module: nn.Module, notes: Notes = tensor_notes, path: str = "") -> str:
-    """A tree of modules as torch prints it, with what adaptations have in each. Neighbours in a list that are alike are
-    one, as in torch, and so are adaptations that a module has the same of.
+    """Return a tree of modules as torch prints it, with what adaptations have in each module.
+
+    Identical neighbours in a list are merged, as in torch, and so are adaptations of which a module has the same.
 
     Args:
-        module: its root.
-        notes: what to say of each module.
-        path: of the root.
+        module: root of the tree.
+        notes: function that returns the notes on a module.
+        path: path of the root.
     """
     alike: dict[str, list[str]] = {}
     for name, text in notes(path, module):
@@ -143,19 +149,20 @@ def _named(names: list[str]) -> str:
 
 
 def _wraps(value: Any, child: nn.Module) -> bool:
-    """Whether a module is one around a child, as libraries for training in parallel put there."""
+    """Return whether a module is a wrapper around a child, as libraries for parallel training create them."""
     return isinstance(value, nn.Module) and any(module is child for module in value.modules())
 
 
 def require_types(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Refuse what would change the element type of a tensor in a module: graphs are of these types, and what trains is
-    float32 for a reason.
+    """Check that ``fn`` keeps the element types of the floating-point tensors in a module.
+
+    Graphs are made for these types, and what is trained is float32 for a reason.
 
     Raises:
-        GraftError: GC033.
+        GraftError: GC033 if it would change one.
     """
-    held = {(t.dtype, t.device) for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
-    for dtype, device in held:
+    kinds = {(t.dtype, t.device) for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
+    for dtype, device in kinds:
         moved = fn(torch.empty(0, dtype=dtype, device=device)).dtype
         if moved != dtype:
             message = f"tensors of {dtype} would become {moved}, and the graphs were made for them as they are"
@@ -169,31 +176,34 @@ def _fixed(module: nn.Module, name: str) -> GraftError:
 
 
 class Node:
-    """What graftc keeps at a container.
+    """The data that graftc keeps at a container.
 
     Attributes:
-        constants: attributes that the source module has, with the values that graphs have taken.
-        tell: makes code that tells hooks of calls of the source's module; None where there is none.
+        constants: attributes of the source module, with the values that are constants in the graphs.
+        tell: function that makes code which calls hooks when the source's module is called; None if there is none.
     """
 
     constants: Mapping[str, Any] = MappingProxyType({})
     tell: Callable[[], None] | None = None
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
-        """Call the container, or what others have put around it, from the code of a graph."""
+        """Call the container, or the wrapper that a library has put around it, from the code of a graph."""
         return module(*inputs)
 
 
 @dataclass(frozen=True)
 class UnitCall:
-    """A run of graphs, around which a module is entered that FSDP2 has made a unit: its hooks gather tensors."""
+    """A run of graphs within a call of a module that FSDP2 has made a unit, whose hooks gather tensors."""
 
     run: Callable[[], Any]
 
 
 class Container(Tree):
-    """A node of the Store's tree: holds tensors and containers, computes nothing. `like` makes one whose class is also
-    that of a source module, so that ``isinstance``, ``len`` and indices are as they are there."""
+    """A node of the Store's tree: contains tensors and containers, computes nothing.
+
+    `like` creates one whose class is also that of a source module, so that ``isinstance``, ``len`` and indexing work as
+    they do there.
+    """
 
     _graftc: Node
 
@@ -203,19 +213,19 @@ class Container(Tree):
 
     @classmethod
     def like(cls, module: nn.Module) -> Self:
-        """A container with the class, the mode and the plain attributes of a module, and without its tensors."""
-        made: Self = _class_like(cls, _source_class(type(module)))()  # type: ignore[arg-type]
-        held = plain_attributes(module)
-        vars(made).update(held)
-        made._graftc.constants = module._graftc.constants if isinstance(module, Container) else dict(held)
-        vars(made)["training"] = module.training
-        made._modules.update((name, None) for name, child in module._modules.items() if child is None)
-        made._parameters.update((name, None) for name, tensor in module._parameters.items() if tensor is None)
-        made._buffers.update((name, None) for name, tensor in module._buffers.items() if tensor is None)
-        return made
+        """Return a container with the class, the mode and the plain attributes of a module, without its tensors."""
+        container: Self = _class_like(cls, _source_class(type(module)))()  # type: ignore[arg-type]
+        attributes = plain_attributes(module)
+        vars(container).update(attributes)
+        container._graftc.constants = module._graftc.constants if isinstance(module, Container) else dict(attributes)
+        vars(container)["training"] = module.training
+        container._modules.update((name, None) for name, child in module._modules.items() if child is None)
+        container._parameters.update((name, None) for name, tensor in module._parameters.items() if tensor is None)
+        container._buffers.update((name, None) for name, tensor in module._buffers.items() if tensor is None)
+        return container
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """What source classes do with their subclasses is not for containers."""
+        """Skip what source classes do with their subclasses, which does not apply to containers."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         Tree.__setattr__(self, name, value)
@@ -224,16 +234,17 @@ class Container(Tree):
             constant(self, name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """See `torch.nn.Module`. Raises: GC033 where tensors would become of another type."""
+        """Implement `torch.nn.Module._apply`. Raises GC033 if the type of a tensor would change."""
         require_types(self, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Refused: what a module computes is a part of the graphs of the whole model. One that FSDP2 has made a unit is
-        entered around them, for its hooks: a `UnitCall` is run.
+        """Run a `UnitCall`; refuse any other call, since the graphs of the whole model compute what a module does.
+
+        A module that FSDP2 has made a unit is called around the graphs, for its hooks.
 
         Raises:
-            GraftError: GC043.
+            GraftError: GC043 for any input but a `UnitCall`.
         """
         if len(inputs) == 1 and isinstance(inputs[0], UnitCall):
             return inputs[0].run()
@@ -241,10 +252,11 @@ class Container(Tree):
         raise GraftError("GC043", f"{name} computes nothing by itself", hint="call the compiled model")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """See `torch.nn.Module.register_parameter`.
+        """Implement `torch.nn.Module.register_parameter`.
 
         Raises:
-            GraftError: GC130 for an adaptation's, which tensor parallelism would take for one of the map.
+            GraftError: GC130 for a sharded parameter of an adaptation, which tensor parallelism would mistake for one
+                of the map.
         """
         if param is not None and "." in name and is_sharded(param):
             message = f"{name} of {type(self).__name__} cannot be sharded by itself"
@@ -253,8 +265,10 @@ class Container(Tree):
         nn.Module.register_parameter(self, name, param)
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        """See `torch.nn.Module.register_buffer`. No graph reads or writes a buffer that is put here: what counts in one
-        what a module does (thop) is warned that it counts nothing (GC076)."""
+        """Implement `torch.nn.Module.register_buffer`, and warn that no graph reads or writes the buffer (GC076).
+
+        A library that counts what a module does in such a buffer (thop) would count nothing.
+        """
         nn.Module.register_buffer(self, name, tensor, persistent)
         message = (
             f"{name} of {type(self).__name__} stays as it is: the graphs of the whole model do what it would count"
@@ -270,18 +284,21 @@ class Container(Tree):
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
 
     def register_forward_hook(self, hook: Any, **options: Any) -> Any:
-        """See `torch.nn.Module.register_forward_hook`. The hook gets what it does in the source model, and may not
-        change it. What the graph does not have in that form raises GC043 when it is looked into."""
+        """Implement `torch.nn.Module.register_forward_hook`.
+
+        The hook gets the same values as in the source model, and may not change them. A value that the graph does not
+        have in that form raises GC043 when it is accessed.
+        """
         self._tell(hook)
         return nn.Module.register_forward_hook(self, hook, **options)
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
-        """See `register_forward_hook`."""
+        """Register a hook that is called before the module, under the conditions of `register_forward_hook`."""
         self._tell(hook)
         return nn.Module.register_forward_pre_hook(self, hook, **options)
 
     def _tell(self, hook: Any) -> None:
-        """Have hooks hear of calls; those of FSDP2 are called around all graphs: see `forward`."""
+        """Make code that calls a hook; those of FSDP2 are called around all graphs: see `forward`."""
         if of_fsdp(hook):
             return
         if self._graftc.tell is None or _library_of(hook) in _CHANGING:
@@ -295,13 +312,15 @@ class Container(Tree):
 
 
 def is_silent(module: nn.Module) -> bool:
-    """Whether a module is a dropout whose probability has been set to zero, which is the same as its eval mode."""
+    """Return whether a module is a dropout with a probability of zero, which is the same as its eval mode."""
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
 
 
 def drops_nothing(module: nn.Module) -> bool:
-    """Whether a module is silent, or all dropouts are that it has itself: an attention drops probabilities by the
-    number of such a child, which it never calls."""
+    """Return whether a module is silent, or all dropouts among its own children are.
+
+    An attention reads the dropout probability of such a child and never calls it.
+    """
     own = [child for child in module._modules.values() if isinstance(child, nn.modules.dropout._DropoutNd)]
     return is_silent(module) or (bool(own) and all(map(is_silent, own)))
 
@@ -315,30 +334,30 @@ def _library_of(hook: Any) -> str:
 
 
 def of_fsdp(hook: Any) -> bool:
-    """Whether a hook is one of FSDP2's, which gathers tensors around a pass and looks at no values."""
+    """Return whether a hook is one of FSDP2's, which gathers tensors around a pass and reads no values."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 for _name, _value in vars(nn.Module).items():
-    # A source class may override what modules have in common, in ways that need what only its own constructor makes.
+    # A source class may override methods common to all modules in ways that depend on its own constructor.
     if _name not in vars(Container) and _name not in vars(Tree) and _name not in _OF_THE_SOURCE:
         setattr(Container, _name, _value)
 
 
 def deepspeed() -> GraftError:
-    """The error for a model that DeepSpeed was given."""
+    """Return the error for a model that was passed to DeepSpeed."""
     hint = "train with DDP or FSDP2, which the Trainer and Accelerate start in the same way"
     return GraftError("GC072", "a compiled model does not train with DeepSpeed", hint=hint)
 
 
 def constant(module: nn.Module, name: str) -> None:
-    """Warn that an attribute has been set which graphs have taken the value of."""
+    """Warn that an attribute was set whose value is a constant of the graphs."""
     message = f"{name} of {type(module).__name__} is a constant of the graphs: setting it changes nothing"
     warn("GC048", message, hint="set it on the source model and compile that")
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that are numbers, text and the like: graphs have them as constants."""
+    """Return the attributes of a module that are numbers, text and the like, which are constants in graphs."""
     return {name: value for name, value in vars(module).items() if _is_plain(name, value)}
 
 
@@ -351,13 +370,13 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _source_class(cls: type) -> type:
-    """The class of a source module, where it is that of a container as well."""
+    """Return the class of a source module, also if it is combined with that of a container."""
     return next(c for c in cls.__mro__ if not issubclass(c, Container) and c is not Tree)
 
 
 @functools.cache
 def _class_like(kind: type[C], source: type) -> type[C]:
-    """A subclass of a kind of container and of a source class; the kind itself where the two do not go together."""
+    """Return a subclass of a kind of container and of a source class; the kind itself if they cannot be combined."""
     space: dict[str, Any] = {"__module__": source.__module__, "__doc__": source.__doc__}
     if issubclass(source, nn.ModuleList | nn.Sequential):
 
@@ -369,8 +388,8 @@ def _class_like(kind: type[C], source: type) -> type[C]:
 
         space["__getitem__"] = item
     try:
-        found: type[C] = types.new_class(source.__name__, (kind, source), {}, lambda own: own.update(space))
-        found()
+        subclass: type[C] = types.new_class(source.__name__, (kind, source), {}, lambda own: own.update(space))
+        subclass()
     except Exception:
         return kind
-    return found
+    return subclass

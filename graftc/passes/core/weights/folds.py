@@ -1,4 +1,4 @@
-"""Folds: what an adaptation does to base weights, as algebra on lazy tensors.
+"""Folds: the changes that adaptations make to base weights, as algebra on lazy tensors.
 
 A fold step is a pure function of the oriented rows of a site, ``(W, b) -> (W', b')`` with ``W: [..., rows, in]`` in
 float64. Steps compose in insertion order (LoRA then a scaling is not a scaling then LoRA) and round once, at the end.
@@ -23,22 +23,23 @@ WeightFunction = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor | Non
 
 @dataclass(frozen=True)
 class WeightFold:
-    """Fold by changing the site's weight and bias.
+    """A fold that changes the site's weight and bias.
 
     Attributes:
-        apply: ``(W, b) -> (W', b')``; ``W`` is ``[..., rows, in]`` (experts lead) and ``b`` is ``[rows]`` or None,
-            both float64. A bias may be made where there was none: it is then a declared addition of the folded model.
-            They are the function's own, which may write to them; what it makes beside its results, it lets go.
+        apply: ``(W, b) -> (W', b')``; ``W`` is ``[..., rows, in]`` (experts lead) and ``b`` is ``[rows]`` or None, both
+            float64. A bias may be returned where there was none: it is then a declared addition of the folded model.
+            The function owns its arguments and may write to them; it releases everything that it allocates except its
+            results.
     """
 
     apply: WeightFunction
 
 
 def weight_fold(change: Callable[[Tensor], Tensor]) -> WeightFold:
-    """Fold by changing the site's weight alone: ``W' = change(W)``; see `WeightFold.apply`."""
+    """Return a fold that changes the site's weight alone: ``W' = change(W)``; see `WeightFold.apply`."""
 
     def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        only = [weight]  # who changes it can let it go
+        only = [weight]  # the only reference, so that `change` can release it
         del weight
         return change(only.pop()), bias
 
@@ -47,22 +48,23 @@ def weight_fold(change: Callable[[Tensor], Tensor]) -> WeightFold:
 
 @dataclass(frozen=True)
 class Keep:
-    """The adaptation stays in the graph; ``reason`` says why it cannot fold."""
+    """A fold result for an adaptation that stays in the graph; ``reason`` says why it cannot fold."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """What the adaptation trains stands in for base tensors (overlays); there is nothing else to fold."""
+    """A fold of an overlay: what the adaptation trains replaces base tensors, and there is nothing else to fold."""
 
 
 @dataclass(frozen=True)
 class TensorFold:
-    """Fold by changing tensors of the base wherever they are read, below everything that stands at sites.
+    """A fold that changes tensors of the base wherever they are read, before all adaptations at sites.
 
     Attributes:
-        changes: for a tensor by its name within its module, from its values as stored, float64, to new ones.
+        changes: for each tensor, by its name within its module, the function from its stored values, in float64, to new
+            ones.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
@@ -76,10 +78,10 @@ class FoldStep:
     """One adaptation's change of one site's tensors.
 
     Attributes:
-        adaptation: who changes them.
-        site: where, as text.
-        weight: the site's own rows of its weight, or what is replaced of a single tensor.
-        bias: the same of the bias, also where a fold would have to add it; None for a single tensor.
+        adaptation: name of the adaptation.
+        site: the site, as text.
+        weight: the site's own rows of its weight, or the part of a single tensor that is replaced.
+        bias: the same rows of the bias, also if a fold would have to add it; None for a single tensor.
         apply: the function on the weight's operand.
     """
 
@@ -91,17 +93,17 @@ class FoldStep:
 
     @classmethod
     def of_tensor(cls, adaptation: str, site: str, own: WeightSlice, change: Callable[[Tensor], Tensor]) -> FoldStep:
-        """The change of a single tensor, from its values as stored to new ones."""
+        """Return the step that changes a single tensor, from its stored values to new ones."""
         return cls(adaptation, site, own, None, weight_fold(change).apply)
 
     @property
     def parts(self) -> tuple[WeightSlice, ...]:
-        """What it changes."""
+        """The slices that the step changes."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of what it changes."""
+        """The names of the tensors that the step changes."""
         return tuple(part.tensor for part in self.parts)
 
 
@@ -110,8 +112,8 @@ class FoldGroup:
     """Tensors that are folded together: those that one step changes, or that one map reads.
 
     Attributes:
-        names: the tensors, biases that folding may add among them.
-        steps: what changes them, in insertion order.
+        names: names of the tensors, including biases that folding may add.
+        steps: the steps that change them, in insertion order.
     """
 
     names: tuple[str, ...]
@@ -119,13 +121,13 @@ class FoldGroup:
 
 
 class LazyTensors:
-    """Folded tensors that are computed when asked for: a base reference and a chain of steps.
+    """Folded tensors that are computed on request, from base tensors and a chain of steps.
 
-    Nothing is kept: whoever needs a tensor more than once, or many of them, goes through `groups`. A tensor that has
-    other names changes under all of them.
+    Nothing is cached: callers that need a tensor more than once, or many of them, go through `groups`. A tensor that
+    has other names changes under all of them.
 
     Args:
-        store: holds the base tensors, which are read and never written.
+        store: the store of the base tensors, which are read and never written.
         steps: fold steps in insertion order.
     """
 
@@ -139,24 +141,24 @@ class LazyTensors:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Base tensors that folding may change, each once, in order."""
+        """The base tensors that folding may change, each once, in order."""
         return tuple(name for name in self._chains if name in self.store)
 
     def additions(self) -> tuple[str, ...]:
-        """Biases that folding has to add because the base has none; what may need one is folded to find out."""
+        """Return the biases that folding has to add because the base has none; groups that may need one are folded."""
         missing = (group for group in self.groups() if any(name not in self.store for name in group.names))
-        made = {name for group in missing for name in self.fold(group) if name not in self.store}
-        return tuple(name for name in self._chains if name in made)
+        added = {name for group in missing for name in self.fold(group) if name not in self.store}
+        return tuple(name for name in self._chains if name in added)
 
     def chain(self, name: str) -> tuple[FoldStep, ...]:
-        """The steps that touch the tensor called ``name``."""
+        """Return the steps that change the tensor called ``name``."""
         return tuple(self._chains.get(name, ()))
 
     def groups(self, together: Iterable[Iterable[str]] = ()) -> tuple[FoldGroup, ...]:
-        """Every tensor that folding may change or add, in one group each, in order.
+        """Return all tensors that folding may change or add, each in exactly one group, in order.
 
         Args:
-            together: names of tensors that are to be in one group; those that no step touches are passed over.
+            together: sets of names of tensors that are to be in one group; names that no step changes are skipped.
         """
         links: nx.Graph[str] = nx.Graph()
         links.add_nodes_from(self._chains)
@@ -176,27 +178,27 @@ class LazyTensors:
         return {name: group for group in self.groups() for name in group.names}
 
     def base(self, group: FoldGroup) -> dict[str, Tensor]:
-        """The base tensors of a group, whole; they are nobody's to write."""
+        """Return the base tensors of a group, in full; callers must not write to them."""
         return {name: self.store.full(name) for name in group.names if name in self.store}
 
     @staticmethod
     def widened(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of tensors in float64."""
+        """Return copies of tensors in float64."""
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in base.items()}
 
     def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:
-        """Fold what `widened` gave, in place of it: one tensor more is alive at a time than the group has."""
+        """Fold the tensors that `widened` returned, in place; only one more than the group has is alive at a time."""
         for step in group.steps:
             self._apply(step, values)
 
     def fold(self, group: FoldGroup) -> dict[str, Tensor]:
-        """The tensors of a group in float64, folded; without biases that turned out to be none."""
+        """Return the folded tensors of a group in float64, without biases that turned out not to be needed."""
         values = self.widened(self.base(group))
         self.apply(group, values)
         return values
 
     def exact(self, name: str) -> Tensor:
-        """The folded tensor in float64, before rounding. `KeyError` where no step makes it."""
+        """Return the folded tensor in float64, before rounding. Raises `KeyError` if no step computes it."""
         return self.fold(self._group_of[name])[name]
 
     @staticmethod
@@ -204,7 +206,7 @@ class LazyTensors:
         own, own_bias = step.weight, step.bias
         bias = None if own_bias is None else values.get(own_bias.tensor)
         operand = [own.operand(values[own.tensor])]
-        # Where all rows are folded nobody but the step has the tensor now, so it can let it go.
+        # If all rows are folded, only the step refers to the tensor from here on, so it can release it.
         stored = None if own.whole else values[own.tensor]
         del values[own.tensor]
         weight, new_bias = step.apply(operand.pop(), None if bias is None or own_bias is None else own_bias.take(bias))
@@ -221,35 +223,38 @@ class LazyTensors:
             values[own_bias.tensor] = own_bias.put(bias, new_bias)
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a folded tensor is rounded to: its base's type, or that of the weight beside which it is added."""
+        """Return the dtype to which a folded tensor is rounded: its base's, or for an added bias that of its weight."""
         return self.store.get(name if name in self.store else self.chain(name)[0].weight.tensor).dtype
 
     def folded(self, name: str) -> Tensor:
-        """The folded tensor in its base's dtype and layout, rounded once."""
+        """Return the folded tensor in its base's dtype and layout, rounded once."""
         return round_once(self.exact(name), self.dtype(name)).contiguous()
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to ``dtype`` to nearest even, correctly also for bfloat16 and float16.
 
-    torch converts float64 to 16 bits through float32, which rounds twice. It only makes a difference where the float32
-    is in the middle between two neighbours; below float16's least normal number middles are anywhere.
+    torch converts float64 to 16 bits through float32, which rounds twice. This makes a difference only if the float32
+    is midway between two neighbours; below float16's least normal number, midpoints can be anywhere.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return value.to(dtype)
     nearest = value.float()
-    found = nearest.to(dtype)
+    rounded = nearest.to(dtype)
     dropped = 16 if dtype is torch.bfloat16 else 13
     doubtful = nearest.view(torch.int32).bitwise_and((1 << dropped) - 1) == 1 << (dropped - 1)
     if dtype is torch.float16:
         doubtful |= nearest.abs() < torch.finfo(dtype).tiny
     if bool(doubtful.any()):
-        found[doubtful] = _round_through_odd(value[doubtful], dtype)
-    return found
+        rounded[doubtful] = _round_through_odd(value[doubtful], dtype)
+    return rounded
 
 
 def _round_through_odd(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`round_once` for all numbers: a float32 rounded to odd shows the second rounding what the first one dropped."""
+    """Compute `round_once` for any numbers.
+
+    A float32 that is rounded to odd shows the second rounding what the first one dropped.
+    """
     nearest = value.float()
     exact = nearest.double()
     toward_zero = torch.where(exact.abs() > value.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)

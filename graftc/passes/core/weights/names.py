@@ -1,4 +1,4 @@
-"""Names of the tensors that graftc adds, ``<module>.graftc.<adaptation>.<part>``: made and read here alone."""
+"""Names of the tensors that graftc adds, ``<module>.graftc.<adaptation>.<part>``: built and parsed only here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ RESERVED = "graftc"
 
 
 class AdapterName(NamedTuple):
-    """What the name of an added tensor says.
+    """The components of an added tensor's name.
 
     Attributes:
-        module: path of the module that it is at; empty for what an adaptation has once, and for the root.
-        adaptation: whose it is.
-        part: its name within the adaptation, with the site's scope and parameter in front where there are several.
+        module: path of the module that the tensor is added to; empty for a tensor that an adaptation has once, and for
+            the root.
+        adaptation: name of the adaptation that the tensor belongs to.
+        part: its name within the adaptation, preceded by the site's scope and parameter if there are several.
     """
 
     module: str
@@ -26,12 +27,12 @@ class AdapterName(NamedTuple):
 
 
 def adapter_name(module: str, adaptation: str, *parts: str) -> str:
-    """The name of a tensor of an adaptation at a module; empty parts are left out."""
+    """Return the name of a tensor of an adaptation at a module; empty parts are left out."""
     return str(AdapterName(module, adaptation, ".".join(part for part in parts if part)))
 
 
 def parsed(fqn: str) -> AdapterName | None:
-    """What the name of a tensor says; None for a base tensor's."""
+    """Return the components of an added tensor's name; None for a base tensor's name."""
     segments = fqn.split(".")
     if RESERVED not in segments:
         return None
@@ -40,18 +41,18 @@ def parsed(fqn: str) -> AdapterName | None:
 
 
 def owner_of(fqn: str) -> str:
-    """The adaptation that a tensor belongs to; empty for one of the base."""
+    """Return the adaptation that a tensor belongs to; empty for a base tensor."""
     name = parsed(fqn)
     return name.adaptation if name is not None else ""
 
 
 def module_of(fqn: str) -> str:
-    """Path of the module that a tensor belongs to, or at which it was added."""
+    """Return the path of the module that a tensor belongs to, or at which it was added."""
     name = parsed(fqn)
     return name.module if name is not None else fqn.rpartition(".")[0]
 
 
 def renamed(fqn: str, adaptation: str) -> str:
-    """The name that an added tensor has in another adaptation; a base tensor's stays."""
+    """Return the name that an added tensor has in another adaptation; a base tensor's name is unchanged."""
     name = parsed(fqn)
     return str(name._replace(adaptation=adaptation)) if name is not None else fqn

@@ -1,4 +1,4 @@
-"""Runs: ascending numbers along one axis, as disjoint half-open runs ``(start, end)``."""
+"""Ascending numbers along one axis, as runs: disjoint half-open intervals ``(start, end)``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_SLICES = 4
 
 
 def runs_of(numbers: Tensor) -> Runs:
-    """Ascending numbers, each once, as runs."""
+    """Return ascending numbers without duplicates as runs."""
     if not numbers.numel():
         return ()
     breaks = (torch.nonzero(numbers[1:] - numbers[:-1] != 1).flatten() + 1).tolist()
@@ -27,52 +27,52 @@ def runs_of(numbers: Tensor) -> Runs:
 
 
 def joined(runs: Iterable[tuple[int, int]]) -> Runs:
-    """Runs with those that touch made one."""
-    found: list[tuple[int, int]] = []
+    """Merge runs that touch."""
+    merged: list[tuple[int, int]] = []
     for start, end in runs:
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], end)
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
         else:
-            found.append((start, end))
-    return tuple(found)
+            merged.append((start, end))
+    return tuple(merged)
 
 
 def meet(a: Runs, b: Runs) -> bool:
-    """Whether any number is in both."""
+    """Return whether the two sets of runs overlap."""
     return any(start < d and c < end for start, end in a for c, d in b)
 
 
 def contains(a: Runs, b: Runs) -> bool:
-    """Whether all numbers of ``b`` are in ``a``, whose runs do not touch."""
+    """Return whether all numbers of ``b`` are in ``a``, whose runs do not touch."""
     return all(any(c <= start and end <= d for c, d in a) for start, end in b)
 
 
 def places(own: Runs, among: Runs) -> Runs:
-    """Where numbers are in the list of those of ``among``, which contains them."""
-    found: list[tuple[int, int]] = []
+    """Return the positions of numbers in the list of the numbers of ``among``, which contains them."""
+    positions: list[tuple[int, int]] = []
     for start, end in own:
         at = 0
         for c, d in among:
             if c <= start < d:
-                found.append((at + start - c, at + end - c))
+                positions.append((at + start - c, at + end - c))
             at += d - c
-    return joined(found)
+    return joined(positions)
 
 
 def window(runs: Runs, start: int, end: int) -> Runs:
-    """The numbers from the ``start``-th to before the ``end``-th of those in runs."""
-    found: list[tuple[int, int]] = []
+    """Return the numbers from the ``start``-th up to, but not including, the ``end``-th of those in runs."""
+    numbers: list[tuple[int, int]] = []
     at = 0
     for a, b in runs:
         first, last = max(a, a + start - at), min(b, a + end - at)
         if first < last:
-            found.append((first, last))
+            numbers.append((first, last))
         at += b - a
-    return joined(found)
+    return joined(numbers)
 
 
 def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.Node:
-    """The node for the part of ``node`` that runs along an axis are; ``index`` makes their numbers a constant."""
+    """Return the node for the part of ``node`` that runs select along an axis; ``index`` makes a constant of them."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_select.default, node, axis, index())
     parts = [emit(aten.slice.Tensor, node, axis, start, end) for start, end in runs]
@@ -80,7 +80,7 @@ def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.No
 
 
 def put(emit: Emit, node: fx.Node, own: fx.Node, axis: int, runs: Runs, total: int, index: Index) -> fx.Node:
-    """The node for ``node``, which has ``total`` along an axis, with ``own`` in the place of what `cut` gives."""
+    """Return the node for ``node``, of size ``total`` along an axis, with ``own`` in the part that `cut` selects."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_copy.default, node, axis, index(), own)
     parts: list[fx.Node] = []

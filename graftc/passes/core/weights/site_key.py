@@ -1,4 +1,4 @@
-"""What names a site, the same in every Program of a Compilation."""
+"""The key of a site, which is the same in every Program of a Compilation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, order=True)
 class SiteKey:
-    """The same place in every Program of a Compilation.
+    """The name of a site, which denotes the same place in every Program of a Compilation.
 
     Attributes:
         module: path of the owning module.
         name: parameter name or value role within it.
-        part: which rows of a fused tensor, by the last word of their role; empty for the whole tensor.
-        use: which use of the tensor, for layers that are used several times.
+        part: the rows of a fused tensor, by the last word of their role; empty for the whole tensor.
+        use: number of the use of the tensor, for layers that are used several times.
     """
 
     module: str
@@ -23,7 +23,7 @@ class SiteKey:
 
     @property
     def place(self) -> SiteKey:
-        """The key without its use: all uses of one tensor share what is adapted there."""
+        """The key without its use, since all uses of a tensor share what is adapted there."""
         return replace(self, use=0)
 
     @property

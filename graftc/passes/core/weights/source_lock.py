@@ -1,7 +1,7 @@
-"""A lock shared by code that changes a source model temporarily, as a capture does, and code that reads its tensors.
+"""A lock shared by code that changes a source model temporarily, such as a capture, and code that reads its tensors.
 
-While a model is traced, its tables of parameters hold fake tensors or are empty, and its forwards are replaced. If
-another thread saved, merged or exported the model then, the files would lack layers without saying so.
+While a model is traced, its tables of parameters contain fake tensors or are empty, and its forwards are replaced. If
+another thread saved, merged or exported the model then, layers would be missing from the files without an error.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def source_lock() -> Iterator[None]:
-    """Hold the lock: no other thread captures a model or reads the tensors of one. It is re-entrant."""
+    """Hold the lock, so that no other thread captures a model or reads the tensors of one. It is re-entrant."""
     with _lock:
         yield

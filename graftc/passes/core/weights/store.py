@@ -1,8 +1,8 @@
-"""The one place where tensors live: a module tree that mirrors the source model.
+"""The only owner of tensors: a module tree that mirrors the source model.
 
-Programs name tensors and own none. Base tensors share storage with the source model and are never written;
-adapter tensors live under their site's module path, ``<module path>.graftc.<adaptation>.<part>``, or at the
-root, ``graftc.<adaptation>.<part>``, when several sites share them.
+Programs name tensors and own none. Base tensors share storage with the source model and are never written; adapter
+tensors live under their site's module path, ``<module path>.graftc.<adaptation>.<part>``, or at the root,
+``graftc.<adaptation>.<part>``, when several sites share them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _adopt(module: nn.Module, old: nn.Module) -> None:
 
 
 def _register(container: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-    """Put a tensor into a container, by whatever name: PyTorch refuses those that are attributes of a module."""
+    """Register a tensor in a container under any name: PyTorch refuses those that are attributes of a module."""
     if isinstance(tensor, nn.Parameter):
         container._parameters[name] = tensor
         return
@@ -43,24 +43,24 @@ def _register(container: nn.Module, name: str, tensor: torch.Tensor, *, persiste
 
 
 def _names(model: nn.Module) -> Iterator[str]:
-    """Whatever has a name in a model."""
+    """Yield the names of all modules, parameters and buffers of a model."""
     for path, module in model.named_modules(remove_duplicate=False):
         yield path
         yield from (f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers))
 
 
 class Store:
-    """Named tensors of one Compilation.
+    """The named tensors of one Compilation.
 
     Args:
-        root: module whose tree holds the tensors; an empty `Container` by default.
+        root: module whose tree contains the tensors; an empty `Container` by default.
 
     Attributes:
-        aliases: tied names, each to the name that owns the tensor.
-        constants: names of tensors that graphs mention beside the source model's own.
-        settled: names of kept buffers that graphs were made by, so that other values do not fit.
-        updated: names of base tensors that graphs write to, each to the name of what it is in the source model.
-        packed: types of packed weights by name. The tree holds the parts of each, and graphs read the weight.
+        aliases: tied names, each mapped to the name that owns the tensor.
+        constants: names of tensors that graphs mention in addition to the source model's own.
+        settled: names of kept buffers whose values determined the graphs, so that other values do not fit.
+        updated: names of base tensors that graphs write to, each mapped to the name of its tensor in the source model.
+        packed: types of packed weights by name. The tree contains the parts of each, and graphs read the weight.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -76,11 +76,11 @@ class Store:
         """Mirror the parameters and buffers of ``model``, sharing their storage.
 
         Parameters are frozen copies of the handles (``requires_grad=False``), so that freezing never reaches the
-        caller's model. Tied tensors stay one tensor: the first name owns it, the others are recorded in
-        `aliases` (alias to owner).
+        caller's model. Tied tensors stay one tensor: the first name owns it, the others are recorded in `aliases`
+        (alias to owner).
 
         Raises:
-            GraftError: GC030 for a model that has something called ``graftc``.
+            GraftError: GC030 for a model that has something called ``graftc`` or ``_graftc``.
         """
         store = cls()
         with source_lock():
@@ -107,7 +107,7 @@ class Store:
                 self._hold_packed(f"{path}.{name}".lstrip("."), own)
 
     def _hold_packed(self, name: str, own: PackedType) -> None:
-        """Enter a weight whose parts are there; under another name of another one, where its parts are that one's."""
+        """Record a packed weight whose parts are registered, as an alias if they are tied to another one's."""
         first = own.names(name)[0]
         if first in self.aliases:
             self.aliases[name] = weight_name(self.aliases[first])
@@ -120,16 +120,16 @@ class Store:
         self._hold_packed(name, own)
 
     def parts_of(self, name: str) -> tuple[str, ...]:
-        """Names of what the tree holds for a tensor: the tensor's own, but for packed weights."""
+        """Return the names of the tensors in the tree that represent a tensor: its own, except for packed weights."""
         return self.packed[name].names(name) if name in self.packed else (name,)
 
     @property
     def weight_of(self) -> dict[str, str]:
-        """Names of packed weights, by those of their parts."""
+        """The names of packed weights, by those of their parts."""
         return {part: name for name in self.packed for part in self.parts_of(name)}
 
     def shape(self, model: nn.Module) -> None:
-        """Make containers like the modules of a model, below the root."""
+        """Create containers like the modules of a model, below the root."""
         for path, module in model.named_modules(remove_duplicate=False):
             parent, _, name = path.rpartition(".")
             if path and self.owner(parent)._modules.get(name) is None:
@@ -158,7 +158,7 @@ class Store:
         _register(container, name, handle, persistent=persistent)
 
     def container(self, path: str) -> nn.Module:
-        """The container at ``path``, made where there is none: some layers hold no tensor."""
+        """Return the container at ``path``, creating it if there is none: some layers have no tensor."""
         module = self.root
         for segment in path.split(".") if path else ():
             child = module._modules.get(segment)
@@ -168,18 +168,18 @@ class Store:
         return module
 
     def nearest(self, path: str) -> nn.Module:
-        """The container at ``path``, or the next one above it that there is."""
+        """Return the container at ``path``, or the nearest existing one above it."""
         return self._reached(path)[0]
 
     def owner(self, path: str) -> nn.Module:
-        """The container at ``path`` (``""`` is the root); `KeyError` where there is none."""
+        """Return the container at ``path`` (``""`` is the root). Raises `KeyError` if there is none."""
         module, whole = self._reached(path)
         if not whole:
             raise KeyError(path)
         return module
 
     def _reached(self, path: str) -> tuple[nn.Module, bool]:
-        """The last container on the way to ``path``, and whether it is the one there."""
+        """Return the last container on the way to ``path``, and whether it is the one there."""
         module = self.root
         for segment in path.split(".") if path else ():
             child = module._modules.get(segment)
@@ -189,13 +189,13 @@ class Store:
         return module, True
 
     def replace_container(self, path: str, kind: type[C]) -> C:
-        """Put a container of another kind at ``path``; it adopts all that the one there held."""
+        """Put a container of another kind at ``path``; it adopts the contents of the previous one."""
         old = self.owner(path)
-        made = kind.like(old)
-        _adopt(made, old)
+        replacement = kind.like(old)
+        _adopt(replacement, old)
         parent, _, name = path.rpartition(".")
-        self.owner(parent)._modules[name] = made
-        return made
+        self.owner(parent)._modules[name] = replacement
+        return replacement
 
     def rehome(self, root: nn.Module) -> None:
         """Make ``root`` the root of the tree: it adopts the tensors and containers of the old root."""
@@ -213,7 +213,7 @@ class Store:
         return owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor called ``fqn``; `KeyError` where there is none. Of a packed weight it is a `PackedTensor`."""
+        """Return the tensor called ``fqn``; packed weights as a `PackedTensor`. Raises `KeyError` if there is none."""
         path, _, name = fqn.rpartition(".")
         owner = self.owner(path)
         if fqn in self.packed:
@@ -226,8 +226,10 @@ class Store:
         return tensor
 
     def full(self, fqn: str) -> torch.Tensor:
-        """The whole value of the tensor called ``fqn``, detached, also where it is sharded over processes: then all of
-        them have to ask. `KeyError` where there is none."""
+        """Return the full value of the tensor called ``fqn``, detached.
+
+        If it is sharded over processes, all of them have to call this. Raises `KeyError` if there is none.
+        """
         return dense(gathered(self.get(fqn)))
 
     def _packed(self, fqn: str) -> PackedTensor:
@@ -235,7 +237,7 @@ class Store:
         return PackedTensor(own, [self.get(name) for name in own.names(fqn)], gathered)
 
     def is_buffer(self, fqn: str) -> bool:
-        """Whether the tensor called ``fqn`` is not a parameter; `KeyError` where there is none."""
+        """Return whether the tensor called ``fqn`` is not a parameter. Raises `KeyError` if there is none."""
         return fqn not in self.packed and not isinstance(self.get(fqn), nn.Parameter)
 
     def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
@@ -253,15 +255,17 @@ class Store:
         _register(self.container(path), name, tensor, persistent=persistent)
 
     def put(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-        """Put in an adapter tensor as it is, a parameter or a buffer. Raises `KeyError` when the name is taken."""
+        """Add an adapter tensor unchanged, as a parameter or a buffer. Raises `KeyError` when the name is taken."""
         if fqn in self:
             raise KeyError(f"{fqn} exists")
         path, _, name = fqn.rpartition(".")
         _register(self.container(path), name, tensor, persistent=persistent)
 
     def drop(self, fqn: str) -> None:
-        """Take out an adapter tensor, and with it the containers of graftc's that are empty then. Raises `KeyError`
-        where there is none."""
+        """Remove an adapter tensor, and graftc's containers that are empty afterwards.
+
+        Raises `KeyError` if there is no such tensor.
+        """
         path, _, name = fqn.rpartition(".")
         owner = self.owner(path)
         (owner._parameters if name in owner._parameters else owner._buffers).pop(name)
@@ -269,8 +273,10 @@ class Store:
         self._drop_empty(path)
 
     def drop_container(self, path: str) -> None:
-        """Take out a container of graftc's that holds nothing, and those around it that are empty then. Raises
-        `KeyError` where there is none."""
+        """Remove an empty container of graftc's, and those around it that are empty afterwards.
+
+        Raises `KeyError` if there is no such container.
+        """
         self.owner(path)
         self._drop_empty(path)
 
@@ -282,24 +288,25 @@ class Store:
             del self.owner(path)._modules[name]
 
     def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
-        """Add a tensor that the source model made while it was captured; a known name is passed over."""
+        """Add a tensor that the source model created while it was captured; a known name is skipped."""
         if fqn not in self:
             self.add_buffer(fqn, tensor, persistent=False)
             self.constants.add(fqn)
 
     def drop_constant(self, fqn: str) -> None:
-        """Take out what `add_constant` added."""
+        """Remove a tensor that `add_constant` added."""
         path, _, name = fqn.rpartition(".")
         del self.owner(path)._buffers[name]
         self.constants.discard(fqn)
 
     def own(self, name: str, value: torch.Tensor | None = None) -> None:
-        """Make a base tensor one's own that graphs write to, so that the source model's never changes. The source
-        model's is still there, under a name of graftc's.
+        """Give the Store its own copy of a base tensor that graphs write to, so that the source model's never changes.
+
+        The source model's tensor remains available under a name of graftc's.
 
         Args:
-            name: of a tensor, under any of its names; one that is owned already is passed over.
-            value: what it has instead of the source model's value.
+            name: any of the names of a tensor; one that is owned already is skipped.
+            value: the value of the copy instead of the source model's value.
         """
         name = self.canonical(name)
         if name in self.updated or name in self.constants:
@@ -313,12 +320,13 @@ class Store:
         self.replace(name, nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own)
 
     def replace(self, name: str, value: torch.Tensor) -> None:
-        """Put another tensor in the place of one that is one's own, under all of its names. Who has the one that was
-        there keeps it as it was.
+        """Replace a tensor that the Store owns by another one, under all of its names.
+
+        References to the previous tensor keep it unchanged.
 
         Args:
-            name: of a tensor, under any of its names.
-            value: a parameter where the one there is one.
+            name: any of the names of a tensor.
+            value: the new tensor; a parameter if the previous one is.
         """
         name = self.canonical(name)
         for alias in (name, *self.tied(name)):
@@ -327,7 +335,7 @@ class Store:
             table[alias.rpartition(".")[2]] = value
 
     def _require_alone(self, name: str, source: torch.Tensor) -> None:
-        """Refuse a tensor that shares memory with another one: of two copies, only one would be written to."""
+        """Raise GC030 if a tensor shares memory with another one: of two copies, only one would be written to."""
         begin, end = _memory(source)
         for other, tensor in self.base():
             first, last = _memory(tensor)
@@ -336,7 +344,7 @@ class Store:
                 raise GraftError("GC030", message, hint="give each buffer memory of its own")
 
     def add_like(self, other: Store, name: str, value: torch.Tensor, *, trainable: bool | None = None) -> None:
-        """Add a tensor as what another Store has by this name; a parameter trains where it does there, by default."""
+        """Add a tensor of the kind that another Store has under this name, by default trainable if that one is."""
         own = other.get(name)
         if isinstance(own, nn.Parameter):
             self.add_parameter(name, value, trainable=own.requires_grad if trainable is None else trainable)
@@ -355,34 +363,33 @@ class Store:
         self.aliases[name] = owner
 
     def canonical(self, fqn: str) -> str:
-        """The name that owns the tensor called ``fqn``: itself, or the first of its tied names."""
+        """Return the name that owns the tensor called ``fqn``: itself, or the first of its tied names."""
         return self.aliases.get(fqn, fqn)
 
     def tied(self, fqn: str) -> tuple[str, ...]:
-        """The other names of the tensor called ``fqn``."""
+        """Return the other names of the tensor called ``fqn``."""
         owner = self.canonical(fqn)
         names = [owner, *(alias for alias, target in self.aliases.items() if target == owner)]
         return tuple(name for name in names if name != fqn) if len(names) > 1 else ()
 
     @staticmethod
     def is_adapter(fqn: str) -> bool:
-        """Whether graftc added the tensor called ``fqn``."""
+        """Return whether graftc added the tensor called ``fqn``."""
         return parsed(fqn) is not None
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every name with its tensor, tied names included, in the order of the source model."""
+        """Yield every name with its tensor, including tied names, in the order of the source model."""
         for named in (self.root.named_parameters, self.root.named_buffers):
             yield from ((plain(name), tensor) for name, tensor in named(remove_duplicate=False))
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Base tensors by owning name (tied names once), of packed weights the parts."""
+        """Yield base tensors by owning name (tied names once); for packed weights, their parts."""
         for name, tensor in self.tensors():
             if not self.is_adapter(name) and name not in self.aliases:
                 yield name, tensor
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Base tensors as graphs read them, tied names once: the same, with each packed weight in the place of its
-        parts."""
+        """Yield base tensors as graphs read them, tied names once: like `base`, but packed weights instead of parts."""
         weight_of = self.weight_of
         for name, tensor in self.base():
             weight = weight_of.get(name)
@@ -392,7 +399,7 @@ class Store:
                 yield weight, self.get(weight)
 
     def device(self, module: str = "") -> torch.device:
-        """Where the first base tensor in a module is, or the first of all; ``cpu`` where there is none."""
+        """Return the device of the first base tensor in a module, or of the first of all; ``cpu`` if there is none."""
         for path in dict.fromkeys((module, "")):
             try:
                 owner = self.owner(path)
@@ -406,27 +413,30 @@ class Store:
         return torch.device("cpu")
 
     def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors that graftc added, frozen ones included."""
+        """Yield the tensors that graftc added, including frozen ones."""
         for name, tensor in self.tensors():
             if self.is_adapter(name):
                 yield name, tensor
 
 
 def plain(name: str) -> str:
-    """A tensor's name without the modules that others have wrapped around its owners."""
+    """Return a tensor's name without the modules that libraries have wrapped around its owners."""
     return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS) if "._" in f".{name}" else name
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     modules = module._modules
-    for name in _WRAPPERS:  # a plain loop, since every look at a name of the tree comes here
+    for name in _WRAPPERS:  # a plain loop, since every lookup in the tree comes here
         if (inner := modules.get(name)) is not None:
             return _unwrapped(inner)
     return module
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes in memory from a tensor's first element to its last; none on the meta device."""
+    """Return the addresses at which the memory of a tensor's elements begins and ends.
+
+    Both are zero on the meta device, for an empty tensor and for a layout that is not strided.
+    """
     if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.numel():
         return 0, 0
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

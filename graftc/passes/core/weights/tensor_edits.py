@@ -1,6 +1,6 @@
-"""Tensor edits: what every adaptation does with which rows of a stored tensor, in one table with an index by name.
+"""Tensor edits: what each adaptation does with which rows of a stored tensor, in one table with an index by name.
 
-`EXCLUSIONS` is the one rule for which of them cannot be combined.
+`EXCLUSIONS` is the only rule for which of them cannot be combined.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class TensorEdit:
     """What one adaptation does with rows of a stored tensor.
 
     Attributes:
-        owner: the adaptation.
-        own: the rows; they name the tensor.
+        owner: name of the adaptation.
+        own: slice of the rows, which names the tensor.
         mode: what is done with them.
-        site: where it was inserted; None for what belongs to the whole adaptation.
-        trained: the Store name of the copy that trains; empty in all modes but `EditMode.TRAINED`.
+        site: key of the site where it was inserted; None for an edit that belongs to the whole adaptation.
+        trained: name in the Store of the copy that is trained; empty in all modes except `EditMode.TRAINED`.
     """
 
     owner: str
@@ -52,14 +52,15 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Modes of two edits of overlapping rows that exclude one another.
+    """The modes of two edits of overlapping rows that exclude one another.
 
     Attributes:
-        held: modes of the edit that is there.
-        new: modes of the one that comes later.
-        message: ``{new}`` and ``{held}`` are the owners, ``{rows}`` and ``{tensor}`` what the later one is of.
-        hint: what to do about it.
-        same_owner: whether it holds within one adaptation too.
+        held: modes of the existing edit.
+        new: modes of the later edit.
+        message: template of the error message; ``{new}`` and ``{held}`` are the owners, ``{rows}`` and ``{tensor}``
+            those of the later edit.
+        hint: template of the hint about what to do.
+        same_owner: whether the rule applies within one adaptation as well.
     """
 
     held: frozenset[EditMode]
@@ -102,10 +103,10 @@ add to the same rows, and what is read as a constant may have been changed befor
 class TensorEdits(Collection[TensorEdit]):
     """The tensor edits of one Program, in the order in which they were made.
 
-    Looking one up by tensor or owner takes as long as the answer has entries.
+    A lookup by tensor or owner takes time in proportion to the number of its results.
 
     Args:
-        edits: taken as they are, without checking them against one another.
+        edits: edits to record without checking them against one another.
     """
 
     def __init__(self, edits: Iterable[TensorEdit] = ()) -> None:
@@ -125,18 +126,18 @@ class TensorEdits(Collection[TensorEdit]):
         return isinstance(edit, TensorEdit) and edit in self._of.get(edit.owner, ())
 
     def check(self, edit: TensorEdit) -> None:
-        """Hold an edit against those that are there.
+        """Check an edit against the recorded ones.
 
         Raises:
-            GraftError: GC021 where one of `EXCLUSIONS` holds for overlapping rows.
+            GraftError: GC021 if one of `EXCLUSIONS` applies to overlapping rows.
         """
         own, owner = edit.own, edit.owner
         for rule in EXCLUSIONS:
             if edit.mode not in rule.new:
                 continue
-            for held in self.at(own.tensor, rule.held):
-                if (rule.same_owner or held.owner != owner) and held.own.overlaps(own):
-                    words = {"new": owner, "held": held.owner, "rows": own, "tensor": own.tensor}
+            for existing in self.at(own.tensor, rule.held):
+                if (rule.same_owner or existing.owner != owner) and existing.own.overlaps(own):
+                    words = {"new": owner, "held": existing.owner, "rows": own, "tensor": own.tensor}
                     raise GraftError("GC021", rule.message.format(**words), hint=rule.hint.format(**words))
 
     def add(self, edit: TensorEdit) -> None:
@@ -149,29 +150,29 @@ class TensorEdits(Collection[TensorEdit]):
         self._record(edit)
 
     def at(self, tensor: str, modes: Collection[EditMode] = tuple(EditMode)) -> list[TensorEdit]:
-        """The edits of a tensor, by its Store name, that are of some modes, by default of any."""
+        """Return the edits of a tensor, by its Store name, in the given modes, by default in any."""
         return [self._edits[n] for n in sorted(n for mode in modes for n in self._at.get((tensor, mode), ()))]
 
     def of(self, owner: str) -> tuple[TensorEdit, ...]:
-        """The edits of an adaptation."""
+        """Return the edits of an adaptation."""
         return tuple(self._of.get(owner, ()))
 
     def copies(self, owner: str | None = None) -> tuple[TensorEdit, ...]:
-        """Those of which a copy trains: those of one adaptation, or by default of all."""
+        """Return the edits that train a copy: those of one adaptation, or by default of all."""
         every = self._edits if owner is None else self._of.get(owner, ())
         return tuple(edit for edit in every if edit.trained)
 
     def trained_in_full(self) -> list[str]:
-        """The tensors all of which trains as a copy: nothing depends on the base's own values."""
+        """Return the tensors that are trained in full as a copy: nothing depends on the base's own values."""
         return [edit.own.tensor for edit in self.copies() if edit.own.whole]
 
     def copy_of(self, own: WeightSlice, owner: str) -> str | None:
-        """The Store name of the copy of these very rows that an adaptation trains; None where it trains none."""
+        """Return the Store name of the copy of exactly these rows that an adaptation trains; None if it trains none."""
         copies = self.at(own.tensor, (EditMode.TRAINED,))
         return next((edit.trained for edit in copies if edit.owner == owner and edit.own == own), None)
 
     def without(self, owners: Collection[str]) -> TensorEdits:
-        """A table without the edits of some adaptations."""
+        """Return a table without the edits of some adaptations."""
         return TensorEdits(edit for edit in self._edits if edit.owner not in owners)
 
     def _record(self, edit: TensorEdit) -> None:

@@ -1,9 +1,9 @@
-"""Weight slices: rows of a stored weight, and the only way between what the Store holds and what a map multiplies by.
+"""Weight slices: rows of a stored weight, and the only conversion between stored tensors and what a map multiplies by.
 
-A map is seen as ``[..., rows, in]`` whatever the Store holds: that matrix is the *operand*. How it is made of the
-stored tensor is said here alone, by `WeightSlice.operand` and `WeightSlice.put_operand` for values and by
-`WeightSlice.read_operand` and `WeightSlice.restore` for nodes. A weight that is stored in another way, packed codes
-with scales, is one more `Layout` that these four methods know.
+A map is seen as ``[..., rows, in]`` however the Store holds its weight: that matrix is the *operand*. Only
+`WeightSlice.operand` and `WeightSlice.put_operand` (values) and `WeightSlice.read_operand` and `WeightSlice.restore`
+(nodes) define how it is made from the stored tensor. Another way of storing a weight, packed codes with scales, is one
+more `Layout` for these four methods to handle.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Layout(StrEnum):
 class WeightSlice:
     """Some rows of a stored weight.
 
-    Two slices are equal where name, shape, layout and rows are; `as_stored` has the same form for the same entries.
+    Two slices are equal if name, shape, layout and rows are; `as_stored` has the same form for the same entries.
 
     Attributes:
-        tensor: its Store name.
-        shape: its sizes as it is stored.
-        layout: how it is made a matrix.
-        rows: which rows of that matrix, as ascending half-open runs; None is all of them. Without a matrix, they are
+        tensor: name of the weight in the Store.
+        shape: its shape as it is stored.
+        layout: how it is viewed as a matrix.
+        rows: the rows of that matrix, as ascending half-open runs; None for all of them. Without a matrix, they are
             counted along the first axis.
 
     Raises:
-        ValueError: runs that are not ascending, or beyond the last row.
+        ValueError: if the runs are not ascending, or extend beyond the last row.
     """
 
     tensor: str
@@ -67,120 +67,122 @@ class WeightSlice:
         edges = [edge for run in self.rows for edge in run]
         if not all(a <= b for a, b in zip([0, *edges], [*edges, self.total], strict=True)):
             raise ValueError(f"{self.rows} are not ascending runs of the {self.total} rows of {self.tensor}")
-        found = runs.joined(self.rows)
-        object.__setattr__(self, "rows", None if found == ((0, self.total),) else found)
+        merged = runs.joined(self.rows)
+        object.__setattr__(self, "rows", None if merged == ((0, self.total),) else merged)
 
     @classmethod
     def every(cls, tensor: str, held: Tensor) -> WeightSlice:
-        """All of a stored tensor."""
+        """Return the slice of all of a stored tensor."""
         return cls(tensor, tuple(held.shape))
 
-    # --- which ---------------------------------------------------------------------------------------------
+    # --- rows and sizes ------------------------------------------------------------------------------------
 
     @property
     def axis(self) -> int:
-        """Which axis of the stored tensor counts the rows, from 0."""
+        """The axis of the stored tensor that counts the rows, from 0."""
         back = {Layout.ROWS: 2, Layout.COLUMNS: 1}.get(self.layout)
         return 0 if back is None else len(self.shape) - back
 
     @property
     def total(self) -> int:
-        """How many rows the whole weight has; a number that stands alone is one."""
+        """The number of rows of the whole weight; 1 for a scalar."""
         return self.shape[self.axis] if self.shape else 1
 
     @property
     def whole(self) -> bool:
-        """Whether these are all rows."""
+        """Whether the slice has all rows."""
         return self.rows is None
 
     @property
     def spans(self) -> Runs:
-        """The runs, spelled out where these are all rows."""
+        """The runs, also if the slice has all rows."""
         return ((0, self.total),) if self.rows is None else self.rows
 
     @property
     def count(self) -> int:
-        """How many rows these are."""
+        """The number of rows in the slice."""
         return sum(end - start for start, end in self.spans)
 
     @property
     def own_shape(self) -> tuple[int, ...]:
-        """The sizes of what `take` gives."""
+        """The shape of the result of `take`."""
         return tuple(self.count if axis == self.axis else size for axis, size in enumerate(self.shape))
 
     @property
     def size(self) -> int:
-        """How many entries these are."""
+        """The number of entries in the slice."""
         return math.prod(self.own_shape)
 
     @property
     def numel(self) -> int:
-        """Entries of the whole tensor."""
+        """The number of entries of the whole tensor."""
         return math.prod(self.shape)
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Sizes of the operand's axes before rows and columns: the number of experts, or nothing."""
+        """The sizes of the operand's axes before rows and columns: the number of experts, or nothing."""
         return self.shape[:-2] if self.layout in (Layout.ROWS, Layout.COLUMNS) else ()
 
     @property
     def in_features(self) -> int:
-        """Columns of the operand."""
+        """The number of columns of the operand."""
         back = {Layout.ROWS: 1, Layout.COLUMNS: 2}.get(self.layout)
         return math.prod(self.shape[1:]) if back is None else self.shape[-back]
 
     @property
     def part(self) -> str:
-        """What the tensor is called within its module."""
+        """The name of the tensor within its module."""
         return self.tensor.rpartition(".")[2]
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries in the plain layout where the first axis counts the rows, so that readers of one tensor in
-        different layouts can be compared."""
+        """The same entries in the plain layout, if the slice is whole or the first axis counts the rows.
+
+        Readers of one tensor in different layouts can be compared by it.
+        """
         return replace(self, layout=Layout.PLAIN) if self.whole or self.axis == 0 else self
 
     def at(self, rows: Runs | None) -> WeightSlice:
-        """Other rows of the same weight."""
+        """Return the slice of other rows of the same weight."""
         return replace(self, rows=rows)
 
     def picked(self, numbers: Tensor) -> WeightSlice:
-        """The rows of these numbers, ascending, of the same weight."""
+        """Return the slice of the rows of the same weight that have these numbers, in ascending order."""
         return self.at(runs.runs_of(numbers))
 
     def companion(self, tensor: str) -> WeightSlice:
-        """The entries of a vector that has one for each row: a bias."""
+        """Return the same slice of a vector that has one entry for each row: a bias."""
         return WeightSlice(tensor, (self.total,), Layout.PLAIN, self.rows)
 
     def overlaps(self, other: WeightSlice) -> bool:
-        """Whether any entry is in both: rows along different axes of a tensor always meet."""
+        """Return whether the slices share an entry: rows along different axes of a tensor always do."""
         if self.tensor != other.tensor or not (self.size and other.size):
             return False
         return self.axis != other.axis or runs.meet(self.spans, other.spans)
 
     def covers(self, other: WeightSlice) -> bool:
-        """Whether all entries of ``other`` are among these."""
+        """Return whether the slice contains all entries of ``other``."""
         if self.tensor != other.tensor:
             return False
         return self.whole or (self.axis == other.axis and runs.contains(self.spans, other.spans))
 
     def within(self, other: WeightSlice) -> WeightSlice:
-        """Where these rows are in what ``other``, which covers them, takes of the tensor: a slice of that."""
+        """Return the slice that takes these rows from what ``other``, which covers them, takes of the tensor."""
         rows = self.rows if other.axis != self.axis else runs.places(self.spans, other.spans)
         return WeightSlice(self.tensor, other.own_shape, self.layout, rows)
 
     def index(self, device: torch.device | None = None) -> Tensor:
-        """Numbers of the rows, ``int64[count]``."""
+        """Return the numbers of the rows, ``int64[count]``."""
         return torch.cat([torch.arange(0, device=device), *(torch.arange(a, b, device=device) for a, b in self.spans)])
 
     def __str__(self) -> str:
         return "all" if self.rows is None else f"rows {','.join(f'{a}:{b}' for a, b in self.rows)}"
 
     def blocks(self, most: int) -> Iterator[tuple[int, WeightSlice]]:
-        """These rows in consecutive parts of nearly equal sizes, each with the number of its first row among these.
+        """Yield consecutive parts of nearly equal sizes, each with the position of its first row in the slice.
 
         Args:
-            most: how many rows a part has at most, at least 1.
+            most: maximum number of rows in a part, at least 1.
         """
         parts = max(1, -(-self.count // most))
         ends = [self.count * number // parts for number in range(1, parts + 1)]
@@ -190,11 +192,11 @@ class WeightSlice:
     # --- values as they are stored -------------------------------------------------------------------------
 
     def take(self, stored: Tensor) -> Tensor:
-        """The own part of the tensor, as it is stored; the tensor itself where it is all of it."""
+        """Return the slice's part of the tensor, as it is stored; the tensor itself if that is all of it."""
         return stored if self.whole else stored.index_select(self.axis, self.index(stored.device))
 
     def put(self, stored: Tensor | None, own: Tensor) -> Tensor:
-        """A copy of the tensor with another own part; where that is all of it, ``own`` itself."""
+        """Return a copy of the tensor with ``own`` as the slice's part; ``own`` itself if that is all of it."""
         if self.whole:
             return own
         assert stored is not None
@@ -202,17 +204,17 @@ class WeightSlice:
 
     @property
     def _node_axis(self) -> int:
-        """`axis` as it is in graphs: matrices come last, whatever leads."""
+        """The `axis` as graphs count it: from the end unless it is the first, since matrices come last."""
         return self.axis - len(self.shape) if self.axis else 0
 
     def read(self, emit: Emit, node: fx.Node, index: Index, axis: int | None = None) -> fx.Node:
-        """The node for what `take` gives of ``node``.
+        """Return the node for what `take` returns for ``node``.
 
         Args:
-            emit: inserts calls.
+            emit: function that inserts calls.
             node: the stored tensor, or another value that has all rows along ``axis``.
-            index: makes a constant of `index`; asked where there are many runs.
-            axis: which axis of the node counts the rows; by default that of the stored tensor.
+            index: function that makes a constant of `index`; called if there are many runs.
+            axis: the axis of the node that counts the rows; by default that of the stored tensor.
         """
         axis = self._node_axis if axis is None else axis
         return node if self.whole else runs.cut(emit, node, axis, self.spans, index)
@@ -220,12 +222,12 @@ class WeightSlice:
     def write(
         self, emit: Emit, node: fx.Node, own: fx.Node, index: Index | fx.Node, axis: int | None = None
     ) -> fx.Node:
-        """The node for what `put` gives: ``node`` with ``own`` in the place of the part that `read` gives of it.
+        """Return the node for what `put` returns: ``node`` with ``own`` instead of the part that `read` selects.
 
         Args:
             emit, node, axis: see `read`.
-            own: the other part.
-            index: see `read`; a node has the numbers already, and is used however few the runs are.
+            own: the new part.
+            index: see `read`; a node that has the numbers already is used however few the runs are.
         """
         axis = self._node_axis if axis is None else axis
         if self.whole:
@@ -234,52 +236,52 @@ class WeightSlice:
             return emit(aten.index_copy.default, node, axis, index, own)
         return runs.put(emit, node, own, axis, self.spans, self.total, index)
 
-    # --- values as the map has them ------------------------------------------------------------------------
+    # --- values as the map uses them -----------------------------------------------------------------------
 
     def operand(self, stored: Tensor) -> Tensor:
-        """The own rows as the map multiplies by them, ``[..., rows, in]``, of what the Store holds; of a tensor that is
-        no matrix, what `take` gives. A view where these are all rows.
+        """Return the slice of a stored tensor as the map multiplies by it, ``[..., rows, in]``.
 
-        Nothing else makes values of an operand from a stored tensor.
+        The result is a view if the slice has all rows; for a tensor that is not a matrix, it is that of `take`. Nothing
+        else computes values of an operand from a stored tensor.
         """
         every = self.oriented(stored)
         return every if self.whole else every.index_select(self.row_axis, self.index(every.device))
 
     def put_operand(self, stored: Tensor | None, operand: Tensor) -> Tensor:
-        """What the Store would hold for another operand of the own rows: the way back from `operand`.
+        """Return what the Store would hold for another operand of these rows: the inverse of `operand`.
 
         Args:
-            stored: the tensor, which is not written; not needed where these are all rows.
+            stored: the tensor, which is not written; not needed if the slice has all rows.
             operand: ``[..., rows, in]``.
         """
         return self.put(stored, self.restored(operand))
 
     def oriented(self, part: Tensor) -> Tensor:
-        """Any rows of the weight as they are stored, as ``[..., k, in]``: a view."""
+        """Return any rows of the weight, given as they are stored, as ``[..., k, in]``: a view."""
         if self.layout is Layout.COLUMNS:
             return part.transpose(-1, -2)
         return part.flatten(1) if self.layout is Layout.KERNEL else part
 
     def views(self, stored: Tensor) -> list[Tensor]:
-        """The own rows in the stored tensor itself, which writing to them changes: ``[..., k, in]`` for each run.
+        """Return writable views of the slice in the stored tensor itself: ``[..., k, in]`` for each run.
 
         Args:
-            stored: contiguous.
+            stored: the stored tensor, contiguous.
         """
         every = self.oriented(stored if stored.dim() else stored.reshape(1))
         return [every.narrow(self.row_axis, start, end - start) for start, end in self.spans]
 
     def restored(self, operand: Tensor) -> Tensor:
-        """The way back from `oriented`."""
+        """Return rows as they are stored: the inverse of `oriented`."""
         if self.layout is Layout.COLUMNS:
             return operand.transpose(-1, -2)
         return operand.reshape(operand.shape[0], *self.shape[1:]) if self.layout is Layout.KERNEL else operand
 
     def read_operand(self, call: Emit, node: fx.Node, index: Index) -> fx.Node:
-        """The node for what `operand` gives of ``node``, the stored tensor or what stands for it.
+        """Return the node for what `operand` returns for ``node``, the stored tensor or a value that represents it.
 
         Args:
-            call: `Builder.call`.
+            call: the method `Builder.call`.
             node, index: see `read`.
         """
         if self.layout is Layout.COLUMNS:
@@ -289,7 +291,7 @@ class WeightSlice:
         return self.read(partial(call, part="weight rows"), node, index, axis=self.row_axis)
 
     def restore(self, call: Emit, operand: fx.Node, part: str) -> fx.Node:
-        """The node for what `restored` gives of any rows ``[..., k, in]``."""
+        """Return the node for what `restored` returns for any rows ``[..., k, in]``."""
         if self.layout is Layout.COLUMNS:
             return call(aten.transpose.int, operand, -1, -2, part=part)
         if self.layout is Layout.KERNEL:
@@ -299,27 +301,27 @@ class WeightSlice:
 
     @property
     def row_axis(self) -> int:
-        """The axis of the operand that counts the rows: the first one in the plain layout, else the last but one."""
+        """The axis of the operand that counts the rows: the first in the plain layout, otherwise the second to last."""
         return 0 if self.layout is Layout.PLAIN else -2
 
     # --- entries by number ---------------------------------------------------------------------------------
 
     def entries(self, stored: Tensor) -> Tensor:
-        """The own entries of a tensor of this shape, flat, in their order there."""
+        """Return the slice's entries of a tensor of this shape, flat, in their order there."""
         return self.take(stored).reshape(-1)
 
     def places(self, numbers: Tensor) -> Tensor:
-        """Where own entries are in the tensor as it is stored, row by row, in `index_dtype`.
+        """Return the places of entries in the tensor as it is stored, row by row, in `index_dtype`.
 
         Args:
-            numbers: of own entries, in the order of `entries`.
+            numbers: numbers of the slice's entries, in the order of `entries`.
         """
         if not self.whole:
             numbers = self._every_place(numbers.device)[numbers]
         return numbers.to(self.index_dtype)
 
     def numbers(self, places: Tensor) -> Tensor:
-        """The way back from `places`, ``int64``."""
+        """Return the numbers of entries at places, ``int64``: the inverse of `places`."""
         if self.whole:
             return places.long()
         every = self._every_place(places.device)
@@ -331,11 +333,11 @@ class WeightSlice:
 
     @property
     def index_dtype(self) -> torch.dtype:
-        """What entries of the tensor are numbered in: ``int32``, from 2^31 entries on ``int64``."""
+        """The dtype that numbers entries of the tensor: ``int32``, or ``int64`` from 2^31 entries on."""
         return torch.int32 if self.numel < SMALL else torch.int64
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        """Which rows are own, ``bool`` of as many axes as the tensor, all but the rows' of size 1."""
+        """Return the mask of the slice's rows, ``bool`` with the axes of the tensor, all except the rows' of size 1."""
         own = torch.zeros(self.total, dtype=torch.bool, device=device)
         own[self.index(device)] = True
         return own.view([self.total if axis == self.axis else 1 for axis in range(len(self.shape))])

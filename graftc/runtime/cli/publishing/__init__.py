@@ -1,1 +1,1 @@
-"""Commands that make what is published beside an artifact. They read the artifact, and write beside it."""
+"""Commands that make files to publish with an artifact. They read the artifact, and write next to it."""

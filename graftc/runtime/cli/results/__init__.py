@@ -1,6 +1,6 @@
-"""What commands print with ``--json``: one pydantic model for each, and the JSON Schemas made of them. No torch.
+"""The output of commands with ``--json``: one pydantic model for each, and the JSON Schemas made of them. No torch.
 
-Names load when first used, so that a command makes the models of its own output only.
+Names are loaded when first used, so that a command builds the models of its own output only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the results of commands are made of: the model class, and what several of them hold."""
+"""The base class of the results of commands, and the parts that several of them share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Runs = Sequence[Annotated[Sequence[int], Field(min_length=2, max_length=2), AfterValidator(tuple)]]
-"""Half-open runs of rows, each a first row and the row behind the last one."""
+"""Half-open runs of rows, each given by its first row and the row after its last one."""
 
 
 class Result(BaseModel):
@@ -48,11 +48,11 @@ class Result(BaseModel):
 
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
-        """As pydantic's; names of files that are no UTF-8 are written out."""
+        """Validate like pydantic; file names that are not UTF-8 are escaped."""
         return super().model_validate(encodable(obj), **kwargs)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, in the order of the fields."""
+        """Return plain data, in the order of the fields."""
         return self.model_dump(mode="json", by_alias=True)
 
 

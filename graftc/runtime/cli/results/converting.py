@@ -1,4 +1,4 @@
-"""The result of the command that converts."""
+"""Result of ``graftc convert``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What inspecting tells of modules, tensors and nodes."""
+"""Results of ``graftc inspect`` about modules, tensors and nodes."""
 
 from __future__ import annotations
 

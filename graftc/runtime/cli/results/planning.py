@@ -1,4 +1,4 @@
-"""What ``graftc check --memory`` tells of training."""
+"""Results of ``graftc check --memory``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published JSON Schemas: of a spec, of a PET spec, of an artifact's manifest, and of what each command prints."""
+"""The published JSON Schemas: of specs, PET specs and manifests of artifacts, and of the output of each command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.specs.schema import SchemaWriter
 __all__ = ["DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-"""What the schemas are written in."""
+"""The dialect of the schemas."""
 
 
 def _model(kind: Any, *, mode: JsonSchemaMode = "serialization") -> dict[str, Any]:
@@ -130,10 +130,10 @@ SCHEMA_NAMES: tuple[str, ...] = tuple(_BUILDERS)
 
 
 def published_schema(name: str) -> dict[str, Any]:
-    """One published JSON Schema.
+    """Return one published JSON Schema.
 
     Raises:
-        GraftError: GC090 with the nearest name, where there is none of this name.
+        GraftError: GC090 with the nearest name, if there is no schema of this name.
     """
     build = _BUILDERS.get(name)
     if build is None:
@@ -144,5 +144,5 @@ def published_schema(name: str) -> dict[str, Any]:
 
 
 def published_schemas() -> dict[str, dict[str, Any]]:
-    """Every published JSON Schema by name: what ``docs/schemas`` holds."""
+    """Return every published JSON Schema by name: the contents of ``docs/schemas``."""
     return {name: published_schema(name) for name in SCHEMA_NAMES}

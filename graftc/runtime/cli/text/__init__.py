@@ -1,1 +1,1 @@
-"""The commands that make text, ``graftc generate`` and ``graftc chat``, what they share, and how Ctrl-C stops them."""
+"""The commands that generate text, ``graftc generate`` and ``graftc chat``, with their shared parts and interrupts."""

@@ -53,7 +53,8 @@ def chat(
     json: Json = False,
 ) -> None:
     """Talk with a model. Lines are what you say, also those of a pipe; /reset forgets the conversation, /exit leaves,
-    and an interrupt stops an answer."""
+    and an interrupt stops an answer.
+    """
     from contextlib import ExitStack
 
     from graftc.runtime.cli.output import print_json, steps, working
@@ -77,7 +78,7 @@ def chat(
 
 
 def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
-    """Turns until somebody leaves; what was said and answered."""
+    """Hold the conversation until the user leaves, and return its turns."""
     from graftc.runtime.cli.output import print_coded
     from graftc.runtime.cli.text.speaking import report, writer
     from graftc.specs.errors.diagnostics import GraftError
@@ -97,25 +98,25 @@ def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
             tell("forgotten" if said == "/reset" else _HELP)
             continue
         try:
-            found = _turn(conversation, said, (lambda _: None) if json else write)
+            answer = _turn(conversation, said, (lambda _: None) if json else write)
         except GraftError as error:
             if not live:
                 raise
             print_coded(error, "red")
             continue
-        answers.append(found)
-        turns.append({"said": said, **found.to_json()})
+        answers.append(answer)
+        turns.append({"said": said, **answer.to_json()})
         if not json:
             write("\n")
         if live:
-            report([found])
+            report([answer])
     if not live and not json:
         report(answers)
     return turns
 
 
 def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -> Answer:
-    """An answer, which an interrupt stops."""
+    """Return an answer, which an interrupt cuts short."""
     from graftc.runtime.cli.output import working
     from graftc.runtime.cli.text.interrupts import Stop, interrupts
 
@@ -125,7 +126,7 @@ def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -
 
 
 def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
-    """What is said, line by line, without empty ones."""
+    """Yield the user's lines, without empty ones."""
     from graftc.runtime.cli.text.speaking import stdin_text
 
     if not live:
@@ -140,7 +141,7 @@ def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
 
 
 def _asked(tell: Callable[[str], None]) -> str | None:
-    """A line from a terminal; None at its end. An interrupt clears the line."""
+    """Read a line from a terminal; return None at its end. An interrupt clears the line."""
     import contextlib
 
     from graftc.runtime.cli.text.interrupts import interrupts
@@ -163,7 +164,7 @@ def _asked(tell: Callable[[str], None]) -> str | None:
 
 
 def _teller() -> Callable[[str], None]:
-    """Says something beside the conversation: on the standard error."""
+    """Return a function that prints remarks outside of the conversation, on the standard error."""
     from graftc.runtime.cli.output import error_console
 
     to = error_console()

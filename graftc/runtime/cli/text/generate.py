@@ -1,4 +1,4 @@
-"""``graftc generate``: what a model makes of prompts."""
+"""``graftc generate``: text that a model generates from prompts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate text: on the standard output as it is made, one answer after the other. Speed goes to the standard
-    error."""
+    error.
+    """
     from contextlib import ExitStack
 
     from graftc.runtime.cli.output import print_json, steps, working
@@ -105,9 +106,9 @@ def generate(
     if json:
         from graftc.runtime.cli.results import GenerateResult
 
-        made = [{"prompt": p, **a.to_json()} for p, a in zip(prompts, answers, strict=False)]
+        answered = [{"prompt": p, **a.to_json()} for p, a in zip(prompts, answers, strict=False)]
         result = {"path": str(directory), "kind": ready.kind, "adapter": adapter, "base": base, "chat": chat}
-        print_json(GenerateResult.model_validate({**result, **given, "answers": made, "warnings": warnings}))
+        print_json(GenerateResult.model_validate({**result, **given, "answers": answered, "warnings": warnings}))
     else:
         report(answers)
     if stop.asked:
@@ -129,7 +130,7 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
     else:
         where = repr(str(file))
         try:
-            with file.open(encoding="utf-8") as opened:  # a pipe as well, such as the shell's <(...)
+            with file.open(encoding="utf-8") as opened:  # this may be a pipe, such as the shell's <(...)
                 text = opened.read(JSON_BYTES + 1)
         except (OSError, UnicodeDecodeError) as error:
             strerror = getattr(error, "strerror", None)
@@ -137,7 +138,7 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
             raise GraftError("GC090", f"{where} cannot be read: {reason}") from error
     if len(text) > JSON_BYTES:
         raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="give a file with a prompt")
-    found = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
-    if not any(each.strip() for each in found):
+    prompts = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
+    if not any(each.strip() for each in prompts):
         raise GraftError("GC090", "there is no prompt in what was read", hint="--prompt TEXT, or --file FILE")
-    return found
+    return prompts

@@ -1,4 +1,4 @@
-"""Interrupts that stop something other than the command."""
+"""Interrupts that stop a part of the work instead of the whole command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Stop", "interrupts"]
 
 
 class Stop:
-    """Asks work to stop at the first interrupt; at the second, work that does not is interrupted as any other."""
+    """A request to stop, set by the first interrupt; a second interrupt raises KeyboardInterrupt as usual."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -24,7 +24,7 @@ class Stop:
 
 @contextmanager
 def interrupts(act: Callable[[], None]) -> Iterator[None]:
-    """Inside, an interrupt calls something. Where interrupts are ignored they stay so."""
+    """Call ``act`` on an interrupt while the block runs. Interrupts that are ignored stay ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What ``graftc generate`` and ``graftc chat`` have in common: options, the model, text on the terminal."""
+"""The parts that ``graftc generate`` and ``graftc chat`` share: options, the model, text on the terminal."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ NoCache: TypeAlias = Annotated[
 
 
 class Drawing(NamedTuple):
-    """What options say of how tokens are chosen: see `graftc.runtime.text.answering.Settings`."""
+    """The options for choosing tokens, with the meaning that `graftc.runtime.text.answering.Settings` describes."""
 
     sample: bool | None
     temperature: float | None
@@ -120,7 +120,7 @@ class Drawing(NamedTuple):
 
 
 def settings(max_new_tokens: int, drawing: Drawing, num_beams: int | None, no_cache: bool) -> dict[str, Any]:
-    """The fields of Settings that options say, before anything is loaded.
+    """Return the fields of Settings that the options determine, before anything is loaded.
 
     Raises:
         GraftError: GC090 for options that contradict each other.
@@ -142,7 +142,7 @@ def settings(max_new_tokens: int, drawing: Drawing, num_beams: int | None, no_ca
 
 
 class Speaker(NamedTuple):
-    """Which model options choose: see `graftc.runtime.text.opening`."""
+    """The options that choose the model, for `graftc.runtime.text.opening`."""
 
     directory: Path
     model: str | None
@@ -156,15 +156,16 @@ class Speaker(NamedTuple):
 def opened(
     speaker: Speaker, given: dict[str, Any], step: Callable[[str], None]
 ) -> Iterator[tuple[TextModel, Settings]]:
-    """Inside, a model is there and ready, with what options say of it.
+    """Run the block with the model loaded and ready, and yield it with its settings.
 
     Args:
-        speaker: which one.
+        speaker: the options that choose the model.
         given: fields of Settings.
-        step: is told what is being done.
+        step: a function that is called with the name of each step.
 
     Raises:
-        GraftError: as `graftc.runtime.text.opening.open_text_model`; GC090 for options that contradict each other.
+        GraftError: the same as for `graftc.runtime.text.opening.open_text_model`; GC090 for options that contradict
+            each other.
     """
     directory, model, tokenizer, device, adapter, base = speaker
     if adapter is not None and base:
@@ -173,15 +174,15 @@ def opened(
     from graftc.runtime.text.answering import Settings, prepare
     from graftc.runtime.text.opening import adapted, open_text_model
 
-    found, how = open_text_model(directory, model, tokenizer, device=device), Settings(**given)
-    with adapted(found, adapter=adapter, base=base):
+    ready, how = open_text_model(directory, model, tokenizer, device=device), Settings(**given)
+    with adapted(ready, adapter=adapter, base=base):
         step("preparing")
-        prepare(found, how)
-        yield found, how
+        prepare(ready, how)
+        yield ready, how
 
 
 def writer(to: TextIO) -> Callable[[str], None]:
-    """Writes text at once, with what would steer a terminal written out."""
+    """Return a function that writes text at once, with control characters escaped."""
 
     def write(text: str) -> None:
         to.write(printable(text))
@@ -191,7 +192,7 @@ def writer(to: TextIO) -> Callable[[str], None]:
 
 
 def speed(answers: list[Answer]) -> str:
-    """What answers took, in a line."""
+    """Return a line with the time that answers took."""
     tokens, seconds = sum(len(a.ids) for a in answers), sum(a.seconds for a in answers)
     parts = [f"{tokens} {'token' if tokens == 1 else 'tokens'} in {seconds:.1f} s"]
     streamed = [(len(a.ids) - 1, a.seconds - a.first) for a in answers if a.first is not None and len(a.ids) > 1]
@@ -206,7 +207,7 @@ def speed(answers: list[Answer]) -> str:
 
 
 def report(answers: list[Answer]) -> None:
-    """Say on the standard error what answers took."""
+    """Print the time that answers took, on the standard error."""
     from graftc.runtime.cli.output import error_console
 
     if answers:
@@ -214,7 +215,7 @@ def report(answers: list[Answer]) -> None:
 
 
 def stdin_text() -> TextIO:
-    """The standard input; what is not UTF-8 in it is replaced."""
+    """Return the standard input, in which bytes that are not UTF-8 are replaced."""
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["pet"]
 
 TOKENIZER = "tokenizer"
-"""The folder of a run in which its tokenizer is."""
+"""The name of the folder, within a run's, that contains its tokenizer."""
 
 
 def pet(
@@ -72,12 +72,13 @@ def pet(
     json: Json = False,
 ) -> None:
     """Train a classifier from patterns and few labelled rows (PET, iPET): members fill blanks, label what is
-    unlabelled, and a classifier learns from it."""
+    unlabelled, and a classifier learns from it.
+    """
     from graftc.runtime.cli.output import print_json, steps, working
     from graftc.specs.pet.io import load_pet_spec
 
     with _resumable(), working(json) as warnings, steps(json) as step:
-        loaded = load_pet_spec(spec)  # before torch is there
+        loaded = load_pet_spec(spec)  # before torch is imported
         step("loading the model")
         from graftc.runtime.files import check_apart, check_folder
         from graftc.runtime.models import load_model, local_folder, quiet_transformers
@@ -98,19 +99,22 @@ def pet(
         step(f"training, rows: {said}")
         with quiet_transformers(), _told(json, f"rows: {said}"):
             result = run(loaded, base, words, rows, folder=out, seed=seed)
-            own = _keep_tokenizer(words, out)
+            kept = _keep_tokenizer(words, out)
     if json:
         from graftc.runtime.cli.results import PetRunResult
 
         given = {"spec": str(spec), "data": str(data), "model": model, "out": str(out), "seed": seed}
-        given["tokenizer"] = str(own)
+        given["tokenizer"] = str(kept)
         print_json(PetRunResult.model_validate({**given, **result.to_json(), "warnings": warnings}))
         return
-    _print(result, out, own)
+    _print(result, out, kept)
 
 
 def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
-    """The folder of the run's tokenizer. It is written each time: nothing says whether one that is there is whole."""
+    """Write the run's tokenizer, and return its folder.
+
+    It is written each time, since nothing shows whether an existing one is complete.
+    """
     from graftc.runtime.files import staged
     from graftc.runtime.tensor_files import writing
 
@@ -122,19 +126,21 @@ def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
 
 @contextlib.contextmanager
 def _resumable() -> Iterator[None]:
-    """Around work that the same command goes on with: who interrupts it is told so."""
+    """Run a block that the same command can resume, and say so when it is interrupted."""
     try:
         yield
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) or interrupted():  # libraries make other errors of it
+        if isinstance(error, KeyboardInterrupt) or interrupted():  # libraries turn it into other errors
             _say("interrupted: run the same command again to go on")
         raise
 
 
 @contextlib.contextmanager
 def _told(as_json: bool, first: str) -> Iterator[None]:
-    """Inside, a line on the standard error says what training is at, each time that it comes to something else: where
-    there is no terminal, which shows it as it goes."""
+    """Print a line on the standard error each time that training enters a new phase, while the block runs.
+
+    On a terminal, which shows progress already, and with JSON nothing is printed.
+    """
     from graftc.passes.core.progress import listening
 
     if as_json or sys.stderr.isatty():
@@ -145,9 +151,9 @@ def _told(as_json: bool, first: str) -> Iterator[None]:
 
     def tell(at: str, seconds: float) -> None:
         nonlocal last
-        now, own, _ = at.partition(":")
-        # What a compile is at has no such mark, and there is a compile between any two trainings.
-        if now != last and (own or now.startswith("asking")):
+        now, colon, _ = at.partition(":")
+        # Phases of a compile have no colon, and there is a compile between any two trainings.
+        if now != last and (colon or now.startswith("asking")):
             last = now
             _say(f"{now}, after {seconds:.0f} s")
 
@@ -156,7 +162,7 @@ def _told(as_json: bool, first: str) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(Exception):  # nothing fails since nobody can be told of it
+    with contextlib.suppress(Exception):  # a message that cannot be printed is not a failure
         print(text, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF, for a base in that format."""
+"""Export of LoRA adapters as GGUF, for a base in that format."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def export_adapter(
 ) -> Path:
     """Write a LoRA adapter: ``<tensor>.lora_a`` as ``[rank, in]`` and ``<tensor>.lora_b`` as ``[out, rank]``.
 
-    llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; where sites need another scale, it is in their
+    llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; if sites need another scale, it is in their
     ``lora_b``.
 
     Args:
-        adapter: by the paths that its maps have in transformers.
-        config: the base's.
-        path: the file; nothing is there until it is complete and reads back.
-        dtype: of the factors.
-        force: replace a file that is there.
+        adapter: the adapter, by the paths that its maps have in transformers.
+        config: the base's config.
+        path: the file; nothing exists there until it is complete and reads back.
+        dtype: the type of the factors.
+        force: if true, replace an existing file.
 
     Raises:
         GraftError: GC060 for a model type or a map that GGUF has no place for, GC061 without the package, GC063 and
-            GC064 as every file.
+            GC064 as for every file.
     """
     gguf = package()
     family = family_of(config)
@@ -54,7 +54,7 @@ def export_adapter(
         name = name_of(names, f"{place}.weight")
         _require_own(name, place, tied=bool(getattr(config, "tie_word_embeddings", False)))
         update = update.scaled(alpha / update.rank) if update.scale * update.rank != alpha else update
-        # A table's rows are tokens, and llama.cpp looks up those of lora_a.
+        # The rows of an embedding table are tokens, and llama.cpp looks up rows of lora_a.
         down = update.down.T if update.table else update.down
         up = stored(family, heads, f"{place}.", update.up)
         for word, value in (("lora_a", down), ("lora_b", up)):
@@ -71,9 +71,9 @@ def export_adapter(
 
 
 def _require_own(name: str, place: str, *, tied: bool) -> None:
-    """Refuse what adapts one use of a table that a file has once for both.
+    """Raise if an update is for one use of a tied table, which a file has once for both uses.
 
-    llama.cpp multiplies by the table where a model has no head of its own, and takes an update of the embedding for one
+    If a model has no head of its own, llama.cpp multiplies by the table, and takes an update of the embedding for one
     of the head: its sizes do not fit, which ends a server at its first request.
 
     Raises:
@@ -87,10 +87,10 @@ def _require_own(name: str, place: str, *, tied: bool) -> None:
 
 
 def plain_of(compilation: Compilation) -> PlainAdapter:
-    """The LoRAs of a compiled model as plain updates of whole modules; those of one module side by side.
+    """Return the LoRAs of a compiled model as plain updates of whole modules, side by side for the same module.
 
     Raises:
-        GraftError: GC066 for what is not plain LoRA.
+        GraftError: GC066 for anything that is not plain LoRA.
     """
     updates: dict[str, Update] = {}
     if compilation.tensor_edits.copies():
@@ -106,15 +106,15 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
             if site.key.name != "weight" or site.own.leading or len(site.own.shape) != 2:  # type: ignore[attr-defined]
                 raise GraftError("GC060", f"{site.key} has no place in a GGUF adapter", hint="merge it into the model")
             update = _whole(compilation, site, parts, spec)
-            held = updates.get(site.key.module)
-            updates[site.key.module] = update if held is None else held.beside(update)
+            previous = updates.get(site.key.module)
+            updates[site.key.module] = update if previous is None else previous.beside(update)
     if not updates:
         raise GraftError("GC066", "the model has no LoRA", hint="export the merged model")
     return PlainAdapter(updates)
 
 
 def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: LoRA) -> Update:
-    """The factors at a site, with zeros at the rows of its module that are not its own."""
+    """Return the factors at a site, with zeros at the rows of its module that are not its own."""
     down, up = (compilation.store.full(parts[part]).detach() for part in ("A", "B"))
     if not site.own.whole:
         own, up = up, up.new_zeros(site.own.total, up.shape[-1])

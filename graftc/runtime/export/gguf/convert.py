@@ -1,4 +1,4 @@
-"""Adapter folders to GGUF, probed: the file gives the same updates when it is read as llama.cpp does."""
+"""Conversion of adapter folders to GGUF, with a check that the file gives the same updates as llama.cpp reads it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def convert_to_gguf(
     """Write an adapter folder as a GGUF adapter.
 
     Args:
-        source: what is read.
+        source: the adapter to read.
         out: the file; None only checks.
         model: the folder of the base, of which only ``config.json`` is read.
-        dtype: of the factors.
-        force: replace a file that is there.
+        dtype: the type of the factors.
+        force: if true, replace an existing file.
 
     Raises:
-        GraftError: GC032 for a config that cannot be read, GC067 where the file gives another update, GC069 without
-            the base's config, GC060 and GC061 as `export_adapter`.
+        GraftError: GC032 for a config that cannot be read, GC067 if the file gives another update, GC069 without the
+            base's config, GC060 and GC061 as `export_adapter`.
     """
     if model is None or not (model / "config.json").is_file():
         hint = "name the base that the adapter is for: --model MODEL"
@@ -60,20 +60,20 @@ def _written(
 
 
 def _responses(adapter: PlainAdapter, config: Any, file: Path, source: AdapterSource) -> dict[str, Tensor]:
-    """What llama.cpp adds: ``alpha / rank`` times the product, rows of rotated heads put back in halves."""
+    """Return what llama.cpp adds: ``alpha / rank`` times the product, with rows of rotated heads put back in halves."""
     gguf = package()
     reader = gguf.GGUFReader(file)
-    held = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors}
+    tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors}
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     family = family_of(config)
     names = gguf.get_tensor_name_map(architecture(gguf, family), config.num_hidden_layers)
-    found = {}
+    responses = {}
     for path in adapter.updates:
         name = name_of(names, f"{path}.weight")
-        down, up = held[f"{name}.lora_a"], held[f"{name}.lora_b"]
+        down, up = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         if name == "token_embd.weight":
             down = down.T
         value = alpha / down.shape[0] * (up @ (down @ source.probe(down.shape[1])))
         turned = family.rotary and path.endswith(("q_proj", "k_proj"))
-        found[path] = unpaired(value, heads_of(config).size) if turned else value
-    return found
+        responses[path] = unpaired(value, heads_of(config).size) if turned else value
+    return responses

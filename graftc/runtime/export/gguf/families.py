@@ -1,4 +1,4 @@
-"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and what it stores otherwise.
+"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and where its layout differs.
 
 Names of tensors come from the package ``gguf``; layouts from llama.cpp's ``convert_hf_to_gguf.py`` (0b03ada).
 """
@@ -26,11 +26,11 @@ class Family:
 
     Attributes:
         arch: its name in GGUF.
-        rotary: whether rows of queries and keys stand in pairs of the rotation.
-        transposed: ends of names of weights that transformers stores as ``[in, out]``.
+        rotary: whether rows of queries and keys are stored in pairs of the rotation.
+        transposed: name suffixes of weights that transformers stores as ``[in, out]``.
         rope: whether positions are rotations.
-        fields: fields of the config that become numbers of the file: the writer's function, then the config's names,
-            the first that is there.
+        fields: fields of the config that become numbers of the file: names in the config, of which the first one
+            present is read, by the writer's function.
     """
 
     arch: str
@@ -78,46 +78,46 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )
-"""By transformers' model type."""
+"""The families by transformers' model type."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
         GraftError: GC060 for a model type that is not in the table, or an option of one that GGUF has no place for.
     """
     kind = str(getattr(config, "model_type", ""))
-    found = FAMILIES.get(kind)
-    if found is None:
+    family = FAMILIES.get(kind)
+    if family is None:
         close = nearest(kind, FAMILIES)
         hint = f"the model types are {', '.join(FAMILIES)}" + (f"; {close[0]} is the nearest" if close else "")
         raise GraftError("GC060", f"models of type {kind!r} cannot be written as GGUF", hint=hint)
-    if found.arch == "llama" and getattr(config, "num_local_experts", None):
+    if family.arch == "llama" and getattr(config, "num_local_experts", None):
         raise GraftError("GC060", "experts cannot be written as GGUF", hint="merge into a transformers folder instead")
     rope_factors(config)
-    return found
+    return family
 
 
 def architecture(gguf: Any, family: Family) -> Any:
-    """A family's architecture in the package's own words."""
+    """Return a family's architecture as the package's own constant."""
     return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
 
 
 def heads_of(config: Any) -> AttentionSizes:
-    """The attention of a model."""
+    """Return the attention sizes of a model."""
     names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
     return AttentionSizes.of({name: getattr(config, name, None) for name in names}, "the config")
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What the frequencies of the rotation are divided by, ``[size / 2]`` float32; None where they are the usual ones.
+    """Return the divisors of the rotation's frequencies, ``[size / 2]`` float32; None if they are the usual ones.
 
     Raises:
         GraftError: GC060 for a rotation that depends on the length of the text.
     """
-    found = getattr(config, "rope_parameters", None) or {}
-    kind = found.get("rope_type", "default")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
     if kind not in ("llama3", "linear"):
@@ -125,13 +125,13 @@ def rope_factors(config: Any) -> Tensor | None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     size = heads_of(config).size
-    usual = 1.0 / float(found["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    usual = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     own = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0].double()
     return (usual / own).float()
 
 
 def stored(family: Family, heads: AttentionSizes | None, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a model, or rows of one, as GGUF has it: rotated rows in pairs, weights as ``[out, in]``."""
+    """Return a tensor of a model, or rows of one, in GGUF's layout: rotated rows in pairs, weights as ``[out, in]``."""
     if family.rotary and heads is not None and ".q_proj." in name:
         return as_pairs(tensor, heads.queries)
     if family.rotary and heads is not None and ".k_proj." in name:

@@ -1,4 +1,4 @@
-"""A merged model as GGUF."""
+"""Export of a merged model as GGUF."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["export_merged"]
 
 
 def export_merged(merged: FoldedModel, path: Path, *, dtype: FileType = "f32", force: bool = False) -> Path:
-    """Write a merged model, with its tokenizer where the base has one that llama.cpp knows.
+    """Write a merged model, with its tokenizer if the base has one that llama.cpp supports.
 
     Args:
-        merged: everything has to be folded.
-        path: the file; nothing is there until it is complete and reads back.
-        dtype: of matrices; vectors are float32.
-        force: replace a file that is there.
+        merged: the merged model, in which everything has to be folded.
+        path: the file; nothing exists there until it is complete and reads back.
+        dtype: the type of matrices; vectors are float32.
+        force: if true, replace an existing file.
 
     Raises:
-        GraftError: GC050 where something is left in the graph, GC052 for an added bias, GC060 for a model type or a
-            tensor that GGUF has no place for, GC061 without the package, GC063 and GC064 as every file.
+        GraftError: GC050 if something is left in the graph, GC052 for an added bias, GC060 for a model type or a tensor
+            that GGUF has no place for, GC061 without the package, GC063 and GC064 as for every file.
     """
     gguf = package()
     if merged.kept:
@@ -68,7 +68,7 @@ def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen and seen[tensor.data_ptr()] != name:
-            continue  # a tied head is the embedding table's
+            continue  # a tied head is the embedding table again
         seen[tensor.data_ptr()] = name
         make = partial(stored, family, heads, name, tensor)
         exact = tensor.dim() < 2 or name.endswith("wpe.weight")
@@ -81,7 +81,7 @@ def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
 
 def _add_numbers(writer: Any, family: Family, config: Any) -> None:
     for function, names in family.fields.items():
-        value = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+        value = next((number for name in names if (number := getattr(config, name, None)) is not None), None)
         if value is None:
             raise GraftError("GC060", f"the config has no {names[0]}")
         getattr(writer, function)(value)

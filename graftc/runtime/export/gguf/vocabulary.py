@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it, from the folder of a base."""
+"""A tokenizer in the form that llama.cpp reads, from the folder of a base."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITTERS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
-"""Names that llama.cpp has for ways to split texts before encoding, by the expression in ``tokenizer.json``."""
+"""llama.cpp's names for ways to split texts before encoding, by the regular expression in ``tokenizer.json``."""
 
 
 def add_vocabulary(writer: Any, gguf: Any, folder: Path | None, size: int) -> str | None:
-    """Put a base's tokenizer into a file.
+    """Add a base's tokenizer to a file.
 
     Args:
-        writer: of the file.
+        writer: the writer of the file.
         gguf: the package.
-        folder: the base's; None where it has none.
-        size: rows of the model's embedding table.
+        folder: the base's folder; None if it has none.
+        size: the number of rows of the model's embedding table.
 
     Returns:
-        Why there is no tokenizer in the file; None where there is one.
+        The reason why there is no tokenizer in the file; None if there is one.
     """
     file = None if folder is None else folder / "tokenizer.json"
     if folder is None or file is None or not file.is_file():
@@ -86,7 +86,7 @@ def _splitter(data: dict[str, Any]) -> str | None:
 
 
 def _byte_level(gguf: Any, data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every token by its number, and its kind; numbers without one are unused."""
+    """Return every token by its number, and its kind; numbers without a token are unused."""
     by_number = {number: token for token, number in data["model"]["vocab"].items()}
     kinds = {number: gguf.TokenType.NORMAL for number in by_number}
     for token in data.get("added_tokens", []):

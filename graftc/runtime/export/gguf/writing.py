@@ -30,10 +30,11 @@ class Entry:
     """A tensor of a file.
 
     Attributes:
-        name: in GGUF.
-        shape: as numpy has it.
-        make: gives it, float32; called when its turn comes, and once more to compare.
-        exact: whether it stays float32 whatever the file's type is: vectors, and tables of positions.
+        name: its name in GGUF.
+        shape: its shape in numpy's order.
+        make: a function that returns its values, which are read as float32; called when the tensor is written, and
+            again to compare.
+        exact: whether it stays float32 regardless of the file's type, as for vectors and tables of positions.
     """
 
     name: str
@@ -43,15 +44,15 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, *, exact: bool = False) -> Entry:
-        """A tensor that is there."""
+        """Return an entry for an existing tensor."""
         return cls(name, tuple(tensor.shape), lambda: tensor, exact)
 
 
 def package() -> Any:
-    """The package ``gguf``.
+    """Return the package ``gguf``.
 
     Raises:
-        GraftError: GC061 where it is not installed.
+        GraftError: GC061 if it is not installed.
     """
     try:
         return importlib.import_module("gguf")
@@ -60,19 +61,19 @@ def package() -> Any:
 
 
 def name_of(names: Any, tensor: str) -> str:
-    """The name of a model's tensor in GGUF.
+    """Return the name of a model's tensor in GGUF.
 
     Args:
-        names: a table of ``gguf.get_tensor_name_map``.
+        names: a table returned by ``gguf.get_tensor_name_map``.
         tensor: its name in transformers, with ``.weight`` or ``.bias``.
 
     Raises:
         GraftError: GC060 for a tensor that has none.
     """
-    found = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+    if name is None:
         raise GraftError("GC060", f"{tensor} has no name in GGUF", hint="leave it out, or merge it into the model")
-    return str(found)
+    return str(name)
 
 
 def write(
@@ -81,14 +82,15 @@ def write(
     """Write a file, and check that it reads back.
 
     Args:
-        path: where; nothing is there.
+        path: the file, which must not exist.
         arch: the model's architecture.
         entries: its tensors.
-        fill: puts everything else into the writer.
-        dtype: of tensors with more than one axis.
+        fill: a function that adds everything else to the writer.
+        dtype: the type of tensors with more than one axis.
 
     Raises:
-        GraftError: GC060 for values that the type cannot hold, or where it does not read back. OSError.
+        GraftError: GC060 for values that the type cannot represent, or if the file does not read back.
+        OSError: if it cannot be written.
     """
     gguf = package()
     if dtype not in _TYPES:
@@ -113,7 +115,7 @@ def write(
 
 
 def _described(gguf: Any, entry: Entry, own: Any) -> tuple[Sequence[int], Any]:
-    """Sizes and numpy's type, as the writer wants them: of bfloat16 it counts bytes."""
+    """Return sizes and numpy type as the writer expects them; for bfloat16 it counts bytes."""
     if own == gguf.GGMLQuantizationType.BF16:
         return gguf.quant_shape_to_byte_shape(entry.shape, own), np.dtype(np.uint8)
     return entry.shape, np.dtype(np.float16 if own == gguf.GGMLQuantizationType.F16 else np.float32)
@@ -140,12 +142,12 @@ def _data(gguf: Any, entry: Entry, kind: str) -> np.ndarray[Any, Any]:
 
 
 def _check(gguf: Any, path: Path, entries: Sequence[Entry], kind: str) -> None:
-    """Read the file back: names, sizes and every byte."""
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    """Check that names, sizes and every byte read back from the file."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for entry in entries:
-        tensor = found.pop(entry.name, None)
+        tensor = tensors.pop(entry.name, None)
         same = tensor is not None and tuple(int(n) for n in reversed(tensor.shape)) == entry.shape
         if not same or tensor.data.tobytes() != _data(gguf, entry, kind).tobytes():
             raise GraftError("GC060", f"{entry.name} does not read back as it was written")
-    if found:
-        raise GraftError("GC060", f"the file has a tensor that was not written: {next(iter(found))}")
+    if tensors:
+        raise GraftError("GC060", f"the file has a tensor that was not written: {next(iter(tensors))}")

@@ -1,4 +1,4 @@
-"""Whether an adapter is for a base, and whether that stores its experts as the layouts describe them."""
+"""Checks that an adapter fits a base, and that the base stores its experts as the layouts describe them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and 
 
 
 def require_fitting(adapter: PlainAdapter, base: Path) -> None:
-    """Refuse an adapter of maps that the base does not have, or has in other sizes; experts aside. Of a base whose
-    class transformers does not have, nothing is known.
+    """Raise if the adapter has maps that the base lacks or has in other sizes; experts are not checked.
+
+    Nothing is checked if the base cannot be built, as when transformers does not have its class.
 
     Raises:
-        GraftError: GC069 with all of them.
+        GraftError: GC069 with all of these maps.
     """
     try:
         model = load_folder(base, meta=True)
@@ -38,25 +39,26 @@ def require_fitting(adapter: PlainAdapter, base: Path) -> None:
         if not isinstance(weight, Tensor):
             wrong.append(f"it has no {path}")
         elif sorted((update.rows, update.down.shape[-1])) != sorted(weight.shape):
-            found = f"[{update.rows}, {update.down.shape[-1]}]"
-            wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {found}")
+            expected = f"[{update.rows}, {update.down.shape[-1]}]"
+            wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {expected}")
     if wrong:
         message = f"the adapter is for another base than {base}: {wrong[0]}"
         raise GraftError("GC069", message, place=Place(str(base)), details=tuple(wrong[1:30]))
 
 
 def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, ...], base: Path | None) -> None:
-    """Refuse to take experts apart or to fuse them unless the base has them as the layouts say: ``[experts, out, in]``,
-    with the rows of the gate above those of the up projection. gpt-oss and Llama 4 have them otherwise, under the same
-    keys.
+    """Raise if experts have to be split or fused and the base does not store them as the layouts say.
+
+    The layouts say ``[experts, out, in]``, with the rows of the gate above those of the up projection. gpt-oss and
+    Llama 4 store them otherwise, under the same keys.
 
     Args:
-        adapter: what is converted.
-        layouts: what is read and what is written.
+        adapter: the adapter that is converted.
+        layouts: the layouts that are read and written.
         base: the folder of the base; its config is enough.
 
     Raises:
-        GraftError: GC069 where the base is not at hand, or has its experts otherwise; GC032 where its config cannot be
+        GraftError: GC069 if the base is not at hand, or stores its experts otherwise; GC032 if its config cannot be
             read.
     """
     if not adapter.has_experts or not any(layout.experts in _FLAT for layout in layouts):
@@ -67,16 +69,16 @@ def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, .
     model = load_folder(base, meta=True)
     wrong: dict[str, None] = {}
     for path in adapter.updates:
-        found = EXPERT.fullmatch(path)
-        if found is not None and (reason := _unusual(model, found["module"], adapter)) is not None:
-            wrong[f"{found['module']}: {reason}"] = None
+        match = EXPERT.fullmatch(path)
+        if match is not None and (reason := _unusual(model, match["module"], adapter)) is not None:
+            wrong[f"{match['module']}: {reason}"] = None
     if wrong:
         message = f"the layouts do not describe the experts of {type(model).__name__}: {next(iter(wrong))}"
         raise GraftError("GC069", message, place=Place(str(base)), hint=_WAY_OUT, details=tuple(wrong))
 
 
 def _unusual(model: nn.Module, path: str, adapter: PlainAdapter) -> str | None:
-    """How experts are stored, where it is not as the layouts say."""
+    """Return how the storage of experts differs from what the layouts say; None if it does not."""
     try:
         module: Any = model.get_submodule(path)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Adapter folders from one layout to another, probed: what was written gives the same updates."""
+"""Conversion of adapter folders between layouts; probes check that the written files give the same updates."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ _EXACT = 1e-12
 
 @dataclass(frozen=True)
 class ProbedMap:
-    """One map of a base.
+    """One map of a base, with the error of its conversion.
 
     Attributes:
-        path: where; ``<...>.experts.3.gate_proj`` for an expert's.
-        error: how far what the written files add is from what the source adds, on random inputs, over the norm of that.
+        path: path of the map; ``<...>.experts.3.gate_proj`` for an expert's.
+        error: distance between what the written files and the source add on random inputs, divided by the norm of the
+            latter.
     """
 
     path: str
@@ -52,13 +53,13 @@ class ProbedMap:
 
 @dataclass(frozen=True)
 class ConvertedFolder:
-    """What was converted.
+    """The result of a conversion.
 
     Attributes:
-        out: the folder; None where nothing was written.
-        source: the layout that was read.
-        target: the layout that was written.
-        maps: every map, probed.
+        out: the folder; None if nothing was written.
+        source: name of the layout that was read.
+        target: name of the layout that was written.
+        maps: all maps, probed.
         rank: the largest rank that was written.
     """
 
@@ -70,12 +71,12 @@ class ConvertedFolder:
 
     @property
     def largest_error(self) -> float:
-        """The worst map's."""
-        return max((found.error for found in self.maps), default=0.0)
+        """The largest error of any map."""
+        return max((probed.error for probed in self.maps), default=0.0)
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder has PEFT's two files."""
+    """Return whether a folder contains PEFT's two files."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
@@ -91,15 +92,15 @@ def convert_folder(
     """Convert adapter folders, and check what was written before it appears.
 
     Args:
-        origin: what to read.
-        out: what to write; None only checks.
-        to: the layout to write.
-        join: what is fused into one map: ``"qkv"``, ``"gate_up"``.
-        apart: what is split into its parts.
-        force: replace an adapter folder that is there.
+        origin: the source to read.
+        out: the folder to write; None only checks.
+        to: name of the layout to write.
+        join: groups of maps to fuse into one: ``"qkv"``, ``"gate_up"``.
+        apart: groups to split into their parts.
+        force: whether to replace an adapter folder that exists.
 
     Raises:
-        GraftError: GC067 where the written adapter gives another update, GC069 for what a layout has no place for,
+        GraftError: GC067 if the written adapter gives another update, GC069 for content that a layout has no place for,
             GC110 to GC113 for a folder that cannot be read, GC063 and GC064 for the destination.
     """
     target = layout_of(to)
@@ -117,14 +118,14 @@ def convert_folder(
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """What a conversion reads.
+    """The input of a conversion.
 
     Attributes:
         folders: adapter folders of one layout and base, whose updates are added.
-        layout: theirs.
-        base: the folder of the base, or of its config alone; None where it is not at hand.
-        heads: the base's, where its config says them.
-        given: whether the base was named, and not found by what the adapter's config says.
+        layout: the layout of the folders.
+        base: the folder of the base, or of its config alone; None if it is not at hand.
+        heads: attention sizes of the base, if its config states them.
+        given: whether the base was named by the caller, not found through the adapter's config.
     """
 
     folders: tuple[Path, ...]
@@ -137,30 +138,30 @@ class AdapterSource:
     def of(
         cls, folder: Path, layout: str | None = None, add: Sequence[Path] = (), model: Path | None = None
     ) -> AdapterSource:
-        """What folders hold.
+        """Return the source that consists of the given folders.
 
         Args:
-            folder: the first one.
-            layout: theirs; by default what the keys say, which for Unsloth's has to be said.
+            folder: the first folder.
+            layout: name of the layout; by default the one that the keys imply, but Unsloth's has to be named.
             add: more folders of the same layout and base.
-            model: the base's folder, of which the config is read: experts need it, and what depends on heads. By
-                default what the adapter's config names, where it is a folder or in the hub's cache.
+            model: folder of the base, of which the config is read: experts need it, and anything that depends on heads.
+                By default, the base that the adapter's config names, if it is a folder or in the hub's cache.
 
         Raises:
             GraftError: GC069 for folders of several bases or layouts, GC110 to GC113 for one that cannot be read.
         """
         folders = (folder, *add)
         _require_readable(folders)
-        found = layout_of(layout) if layout is not None else detected(folder)
+        source_layout = layout_of(layout) if layout is not None else detected(folder)
         configs = [_config(path) for path in folders]
         if model is None:
             _require_one_base(folders, configs)
         base = _base(configs[0], model)
         given = model is not None
-        return cls(folders, found, base, None if base is None else _heads(base, required=given), given)
+        return cls(folders, source_layout, base, None if base is None else _heads(base, required=given), given)
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
-        """One adapter with the updates of all, and what they add by the description of their layout."""
+        """Return one adapter with the updates of all folders, and the responses by the reference of their layout."""
         adapter = reduce(concatenated, self._parts)
         for word in apart:
             adapter = split(adapter, word, self.heads)
@@ -178,12 +179,12 @@ class AdapterSource:
 
     @property
     def rounded(self) -> bool:
-        """Whether a factor has to take on another scale or type, and is rounded again."""
+        """Whether a factor has to take on another scale or type, and is therefore rounded again."""
         return len({(u.scale, u.up.dtype) for part in self._parts for u in part.updates.values()}) > 1
 
     @staticmethod
     def probe(size: int) -> Tensor:
-        """Random inputs ``[size, probes]``, float64: the same for the same size."""
+        """Return random float64 inputs ``[size, probes]``, the same for the same size."""
         generator = torch.Generator().manual_seed(size)
         return torch.randn(size, PROBES, generator=generator, dtype=torch.float64)
 
@@ -195,16 +196,16 @@ def _written(
     tensors, config = _tensors(folder), _config(folder)
     if target.name in SERVERS:
         require_served(SERVERS[target.name], config, tensors)
-    found = responses(target, tensors, config, source.probe, source.heads)
+    written = responses(target, tensors, config, source.probe, source.heads)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     allowed = max((ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if source.rounded else _EXACT
-    maps = compared(wanted, found, allowed)
+    maps = compared(wanted, written, allowed)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return ConvertedFolder(None, source.layout.name, target.name, maps, rank)
 
 
 def compared(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
-    """Every map of both, where either may have fused what the other has apart.
+    """Return the error of every map of both sides, of which either may fuse what the other keeps separate.
 
     Raises:
         GraftError: GC067 naming the maps that differ.
@@ -229,7 +230,7 @@ def compared(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed:
 
 
 def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The responses with parts joined where the other side has them in one map."""
+    """Return the responses with parts joined if the other side has them in one map."""
     result = dict(own)
     for path in other:
         module, _, last = path.rpartition(".")
@@ -254,9 +255,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _config(folder: Path) -> dict[str, Any]:
     raw = config_bytes(folder / CONFIG)
-    read_config(raw, str(folder / CONFIG))  # refuses what is not a config
-    found: dict[str, Any] = read_json(raw, MOST)
-    return found
+    read_config(raw, str(folder / CONFIG))  # raises if it is not a config
+    data: dict[str, Any] = read_json(raw, MOST)
+    return data
 
 
 def _require_readable(folders: Sequence[Path]) -> None:
@@ -268,7 +269,7 @@ def _require_readable(folders: Sequence[Path]) -> None:
 
 
 def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to add adapters whose configs name different bases.
+    """Raise if the configs of the adapters name different bases.
 
     Raises:
         GraftError: GC069.
@@ -285,7 +286,7 @@ def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, An
 
 
 def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
-    """The folder of the base, or of its config alone, where it is on this machine."""
+    """Return the folder of the base, or of its config alone; None if it is not on this machine."""
     if model is not None:
         if not (model / "config.json").is_file():
             raise GraftError("GC069", f"{model} has no config.json", place=Place(str(model)))
@@ -297,8 +298,8 @@ def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
 def _heads(base: Path, *, required: bool) -> AttentionSizes | None:
     file = base / "config.json"
     try:
-        found = json.loads(read_regular(file))
-        return AttentionSizes.of(found, str(file))
+        config = json.loads(read_regular(file))
+        return AttentionSizes.of(config, str(file))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:

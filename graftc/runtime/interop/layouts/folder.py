@@ -1,4 +1,4 @@
-"""Reading and writing adapter folders by the table of layouts."""
+"""Reading and writing of adapter folders according to the table of layouts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STACKED = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>w1|w2|w3)")
 
 
 def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Keys and sizes of the tensors of a folder.
+    """Return the keys and sizes of a folder's tensors.
 
     Raises:
         GraftError: GC113 for a file that is missing or damaged.
@@ -45,7 +45,7 @@ def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def detected(folder: Path) -> AdapterLayout:
-    """The layout that the keys of a folder have. Unsloth's has PEFT's keys, and is never guessed."""
+    """Return the layout that the keys of a folder imply; Unsloth's has PEFT's keys and is never guessed."""
     keys = raw_keys(folder)
     paths = [re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in keys]
     if any(".lora_a." in key for key in keys):
@@ -58,7 +58,7 @@ def detected(folder: Path) -> AdapterLayout:
 
 
 def named(layout: AdapterLayout, path: str, *, back: bool = False) -> str:
-    """A path of transformers as a layout calls it, or the way back."""
+    """Translate a path of transformers to the names of a layout, or back."""
     pairs = [(b, a) if back else (a, b) for a, b in layout.names.items()]
     if back:
         pairs.sort(key=lambda pair: -pair[0].count("."))
@@ -71,18 +71,19 @@ def named(layout: AdapterLayout, path: str, *, back: bool = False) -> str:
 
 
 def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | None = None) -> PlainAdapter:
-    """An adapter folder as plain updates.
+    """Read an adapter folder as plain updates.
 
     Args:
-        folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        layout: what it was written for.
-        heads: the base's; needed where the layout orders rotated rows.
+        folder: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        layout: the layout that it was written in.
+        heads: attention sizes of the base; needed if the layout orders rotated rows.
 
     Raises:
-        GraftError: GC069 for what is not plain LoRA or does not fit the layout; GC110 to GC113 as `read_peft`.
+        GraftError: GC069 for a folder that is not plain LoRA or does not fit the layout; GC110 to GC113 as for
+            `read_peft`.
     """
-    found = _torchtune(folder, layout) if layout.factors != ("lora_A", "lora_B") else _peft(folder, layout)
-    about, entries = found
+    parsed = _torchtune(folder, layout) if layout.factors != ("lora_A", "lora_B") else _peft(folder, layout)
+    about, entries = parsed
     updates: dict[str, Update] = {}
     for path, update in _gathered(entries, folder):
         if layout.rotary and path.endswith((".q_proj", ".k_proj")):
@@ -96,7 +97,7 @@ def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | Non
 def _peft(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
     paths = {re.sub(r"(\.base_layer)*\.lora_\w+(\.weight)?$", "", key) for key in raw_keys(folder)}
     owners = [path.removeprefix(layout.prefix) for path in paths if path.endswith(".experts")]
-    # The order in which transformers has them, which is that in which PEFT wraps them.
+    # In the order of transformers, which is also the order in which PEFT wraps them.
     shapes = {f"{owner}.{name}": () for owner in owners for name in ("gate_up_proj", "down_proj")}
     adapter = read_peft(folder, shapes=shapes)
     _require_plain(adapter)
@@ -109,7 +110,7 @@ def _peft(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tup
 
 
 def _require_plain(adapter: PeftAdapter) -> None:
-    """Refuse what a layout of LoRA has no place for.
+    """Raise if an adapter contains what a layout of LoRA has no place for.
 
     Raises:
         GraftError: GC069 with every reason.
@@ -125,7 +126,7 @@ def _require_plain(adapter: PeftAdapter) -> None:
     release = release_of(adapter.config)
     if release is not None and release < SINCE and any(module.named for module in adapter.modules):
         reasons.append(f"PEFT {adapter.config.peft_version} wrote the factors of experts the other way round")
-    # PEFT saves an adapted embedding or head beside its adapter; what nothing adapts may have rows of its own.
+    # PEFT saves adapted embeddings and heads beside the adapter; those that are not adapted may have rows of their own.
     adapted = {module.path for module in adapter.modules}
     reasons += [f"{name} was saved whole" for name in adapter.copies if name.rpartition(".")[0] not in adapted]
     if reasons:
@@ -170,7 +171,7 @@ def _updates(adapter: PeftAdapter, module: PeftModule, layout: AdapterLayout) ->
 
 
 def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor that all experts share, for each of them."""
+    """Return the factors, with one that all experts share repeated for each of them."""
     if down.dim() == up.dim() == 3 and 1 in (len(down), len(up)):
         count = max(len(down), len(up))
         return down.expand(count, -1, -1), up.expand(count, -1, -1)
@@ -215,7 +216,7 @@ def _scale(config: AdapterConfig) -> float:
 
 
 def _gathered(entries: Iterable[tuple[str, Update]], folder: Path) -> Iterator[tuple[str, Update]]:
-    """Experts that are apart as one update for each projection.
+    """Yield the updates, with separate experts stacked into one update for each projection.
 
     Raises:
         GraftError: GC069 for experts that are missing, or differ in what must be equal.
@@ -249,10 +250,11 @@ def _gathered(entries: Iterable[tuple[str, Update]], folder: Path) -> Iterator[t
 def write_layout(
     adapter: PlainAdapter, layout: AdapterLayout, folder: Path, heads: AttentionSizes | None = None
 ) -> None:
-    """Write an adapter folder, which must not be there.
+    """Write an adapter folder, which must not exist yet.
 
     Raises:
-        GraftError: GC069 for what the layout has no place for. OSError: it cannot be written.
+        GraftError: GC069 for content that the layout has no place for.
+        OSError: if the folder cannot be written.
     """
     tensors, config = laid_out(adapter, layout, heads)
     folder.mkdir()
@@ -263,10 +265,10 @@ def write_layout(
 def laid_out(
     adapter: PlainAdapter, layout: AdapterLayout, heads: AttentionSizes | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors by key, and the config, of an adapter in a layout.
+    """Return the tensors by key, and the config, of an adapter in a layout.
 
     Raises:
-        GraftError: GC069 for what the layout has no place for.
+        GraftError: GC069 for content that the layout has no place for.
     """
     _require_place(adapter, layout)
     updates = dict(_fused(adapter.updates)) if layout.experts in ("flat", "flat_by_expert") else dict(adapter.updates)
@@ -296,15 +298,15 @@ def _require_place(adapter: PlainAdapter, layout: AdapterLayout) -> None:
 
 
 def _fused(updates: Mapping[str, Update]) -> Iterator[tuple[str, Update]]:
-    """Gate and up projections of experts as one map, as transformers stores them."""
+    """Yield the updates with gate and up projections of experts in one map, as transformers stores them."""
     for path, update in updates.items():
-        found = EXPERT.fullmatch(path)
-        if found is None or found["map"] == "down_proj":
+        match = EXPERT.fullmatch(path)
+        if match is None or match["map"] == "down_proj":
             yield path, update
             continue
-        gate, up = (updates.get(f"{found['module']}.{word}") for word in ("gate_proj", "up_proj"))
-        if found["map"] == "gate_proj" or gate is None:
-            yield f"{found['module']}.gate_up_proj", together([gate, up], [update.rows, update.rows])
+        gate, up = (updates.get(f"{match['module']}.{word}") for word in ("gate_proj", "up_proj"))
+        if match["map"] == "gate_proj" or gate is None:
+            yield f"{match['module']}.gate_up_proj", together([gate, up], [update.rows, update.rows])
 
 
 def _keyed(
@@ -326,7 +328,7 @@ def _keyed(
         yield f"{layout.prefix}{module}.{STACKED[last]}.{a}.weight", update.down
         yield f"{layout.prefix}{module}.{STACKED[last]}.{b}.weight", update.up
         return
-    # The parameter that PEFT wraps last stands outside of the other.
+    # The parameter that PEFT wraps last is outside the other.
     inner = last == "gate_up_proj" and f"{module}.down_proj" in updates
     front = f"{layout.prefix}{module}" + (".base_layer" if inner else "")
     shaped = Shaped(experts=update.experts)

@@ -1,7 +1,7 @@
-"""Maps that one program has apart and another fused: q, k and v, or the gate and up projections.
+"""Maps that one program keeps separate and another fuses: q, k and v, or the gate and up projections.
 
-Joining is exact: where the parts share ``A`` it is kept once, and otherwise ``B`` becomes block-diagonal and ranks add.
-Splitting keeps for each part the ranks that its rows use, so that joining and splitting again gives back the parts.
+Joining is exact: if the parts share ``A``, it is kept once; otherwise ``B`` becomes block-diagonal and ranks add up.
+Splitting keeps for each part the ranks that its rows use, so that splitting what was joined gives back the parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["FUSED", "Fusion", "joined", "split", "together"]
 
 @dataclass(frozen=True)
 class Fusion:
-    """Maps of one module whose rows another model has in one map, in this order."""
+    """The maps of one module whose rows another model has in one map, in this order."""
 
     fused: str
     parts: tuple[str, ...]
@@ -36,14 +36,14 @@ FUSED: Mapping[str, Fusion] = MappingProxyType(
 
 
 def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
-    """One update of the maps whose rows are those of the parts, in order.
+    """Return one update of the map that consists of the rows of the parts, in order.
 
     Args:
-        parts: the updates; None where there is none.
-        rows: how many rows each part has.
+        parts: the updates of the parts; None for a part without one.
+        rows: number of rows of each part.
 
     Raises:
-        ValueError: they read inputs of other sizes.
+        RuntimeError: if the parts read inputs of different sizes.
     """
     present = [part for part in parts if part is not None]
     scale = present[0].scale
@@ -56,9 +56,9 @@ def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
     row = column = at = 0
     for part, count in zip(parts, rows, strict=True):
         if part is not None:
-            own = present[at]
-            up[..., row : row + count, column : column + own.rank] = own.up
-            column += 0 if shared else own.rank
+            update = present[at]
+            up[..., row : row + count, column : column + update.rank] = update.up
+            column += 0 if shared else update.rank
             at += 1
         row += count
     down = first.down if shared else torch.cat([p.down for p in present], -2)
@@ -66,20 +66,21 @@ def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
 
 
 def apart(update: Update, rows: Sequence[int]) -> list[Update]:
-    """The updates of the rows of each part."""
+    """Split an update into one for the rows of each part."""
     return [replace(update, up=block).trimmed() for block in torch.split(update.up, list(rows), -2)]
 
 
 def joined(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None) -> PlainAdapter:
-    """The adapter with parts in their fused map, where it has any.
+    """Return the adapter with the parts in their fused map.
 
     Args:
-        adapter: with the parts.
+        adapter: the adapter of the separate parts.
         what: a key of `FUSED`.
-        heads: the base's, needed where an adapter has some of q, k and v only.
+        heads: attention sizes of the base, needed if an adapter has only some of q, k and v.
 
     Raises:
-        GraftError: GC069 where the rows of a missing part are unknown, or where there is nothing to join.
+        GraftError: GC069 if the rows of a missing part are unknown, if the parts read inputs of different sizes, or if
+            there is nothing to join.
     """
     fusion = FUSED[what]
     updates: dict[str, Update] = {}
@@ -88,25 +89,25 @@ def joined(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None
         module, _, last = path.rpartition(".")
         if last in fusion.parts and update.experts is None:
             groups.setdefault(module, {})[last] = update
-            updates.setdefault(f"{module}.{fusion.fused}", update)  # keeps its place
+            updates.setdefault(f"{module}.{fusion.fused}", update)  # keeps the position of the first part
         else:
             updates[path] = update
     if not groups:
         raise GraftError("GC069", f"the adapter has none of {', '.join(fusion.parts)} to join")
-    for module, found in groups.items():
-        rows = _rows(fusion, found, heads, module)
+    for module, parts in groups.items():
+        rows = _rows(fusion, parts, heads, module)
         try:
-            updates[f"{module}.{fusion.fused}"] = together([found.get(part) for part in fusion.parts], rows)
+            updates[f"{module}.{fusion.fused}"] = together([parts.get(part) for part in fusion.parts], rows)
         except (ValueError, RuntimeError) as error:
             raise GraftError("GC069", f"the maps of {module} read inputs of other sizes") from error
     return replace(adapter, updates=updates)
 
 
 def split(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None) -> PlainAdapter:
-    """The adapter with fused maps as their parts.
+    """Return the adapter with fused maps split into their parts.
 
     Raises:
-        GraftError: GC069 where the rows of the parts are unknown or do not add up, or there is nothing to split.
+        GraftError: GC069 if the rows of the parts are unknown or do not add up, or if there is nothing to split.
     """
     fusion = FUSED[what]
     updates: dict[str, Update] = {}
@@ -121,9 +122,9 @@ def split(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None)
         if sum(rows) != update.rows:
             message = f"{path} has {update.rows} rows, its parts have {' + '.join(map(str, rows))}"
             raise GraftError("GC069", message, hint="name the base that the adapter is for: --model MODEL")
-        for part, own in zip(fusion.parts, apart(update, rows), strict=True):
-            if bool(own.up.any()):
-                updates[f"{module}.{part}"] = own
+        for part, piece in zip(fusion.parts, apart(update, rows), strict=True):
+            if bool(piece.up.any()):
+                updates[f"{module}.{part}"] = piece
     if not hits:
         raise GraftError("GC069", f"the adapter has no {fusion.fused} to split")
     return replace(adapter, updates=updates)
@@ -139,7 +140,7 @@ def _sizes(fusion: Fusion, total: int, heads: AttentionSizes | None) -> list[int
 
 
 def _rows(fusion: Fusion, found: Mapping[str, Update], heads: AttentionSizes | None, module: str) -> list[int]:
-    """Rows of every part, of those that are missing too."""
+    """Return the number of rows of every part, including missing ones."""
     if len(fusion.parts) == 2:
         size = next(iter(found.values())).rows
         return [size, size]

@@ -1,6 +1,6 @@
-"""The layouts, as data: how each program names maps, and how it stores those of experts.
+"""The layouts as data: how each program names maps, and how it stores those of experts.
 
-Read from peft 0.21, vLLM 0.26 (`lora_model.py`, `model_manager.py`), SGLang (`lora.py`, PR 21466), unsloth-zoo before
+Taken from peft 0.21, vLLM 0.26 (`lora_model.py`, `model_manager.py`), SGLang (`lora.py`, PR 21466), unsloth-zoo before
 PR 1269, tinker-cookbook 125e52e (`weights/_adapter.py`) and torchtune 0.6 (`convert_weights.py`).
 """
 
@@ -26,18 +26,18 @@ experts share has one."""
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """How one program lays out a LoRA adapter.
+    """The way in which one program lays out a LoRA adapter.
 
     Attributes:
-        name: what the command line calls it.
-        about: whose layout it is, for people.
-        experts: how it stores those; None where it has none.
-        names: parts of paths that it calls differently: transformers' then its own. Whole segments only.
-        prefix: what stands in front of every path.
+        name: name of the layout on the command line.
+        about: description for users, which says whose layout it is.
+        experts: how experts are stored; None if the layout has none.
+        names: parts of paths that have other names: transformers' name, then the layout's. Whole segments only.
+        prefix: prefix of every path.
         factors: the words for ``A`` and ``B``.
-        rotary: whether it orders the rows of queries and keys in pairs of the rotation, as Meta's weights are.
+        rotary: whether the rows of queries and keys are ordered in pairs of the rotation, as in Meta's weights.
         uniform: whether every map has the rank and the scale that the config states once.
-        tables: whether it has adapters of embedding tables.
+        tables: whether the layout has adapters of embedding tables.
     """
 
     name: str
@@ -99,13 +99,13 @@ LAYOUTS: Mapping[str, AdapterLayout] = MappingProxyType({layout.name: layout for
 
 
 def layout_of(name: str) -> AdapterLayout:
-    """A layout by its name.
+    """Return the layout of a name.
 
     Raises:
         GraftError: GC069 for an unknown layout.
     """
-    found = LAYOUTS.get(name)
-    if found is None:
+    layout = LAYOUTS.get(name)
+    if layout is None:
         hint = alternatives(name, LAYOUTS, "layouts")
         raise GraftError("GC069", f"there is no layout {name!r}", hint=hint)
-    return found
+    return layout

@@ -1,4 +1,4 @@
-"""A LoRA adapter as plain updates of a base's maps, whatever layout its file had."""
+"""A LoRA adapter as plain updates of a base's maps, regardless of the layout of its file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EXPERT = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>gate_proj|up_proj|down_pr
 
 @dataclass(frozen=True)
 class Update:
-    """``scale * up @ down`` at one map: ``down: [..., rank, in]``, ``up: [..., out, rank]``; experts lead.
+    """An update ``scale * up @ down`` of one map: ``down: [..., rank, in]``, ``up: [..., out, rank]``, experts first.
 
     Attributes:
-        down, up: the factors, of the type in which they are stored.
-        scale: the factor of their product.
+        down, up: the factors, in the type in which they are stored.
+        scale: factor of their product.
         table: whether the map is an embedding table, whose columns are tokens.
     """
 
@@ -38,41 +38,41 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Columns of ``up``."""
+        """The number of columns of ``up``."""
         return self.up.shape[-1]
 
     @property
     def rows(self) -> int:
-        """Outputs of the map."""
+        """The number of outputs of the map."""
         return self.up.shape[-2]
 
     @property
     def experts(self) -> int | None:
-        """How many experts there are; None for one map."""
+        """The number of experts; None for a single map."""
         return self.up.shape[0] if self.up.dim() == 3 else None
 
     def scaled(self, scale: float) -> Update:
-        """The same update with another scale; the rest goes into ``up``, rounded to its type."""
+        """Return the same update with another scale; ``up`` absorbs the difference, rounded to its type."""
         if scale == self.scale:
             return self
         up = (self.up.double() * (self.scale / scale)).to(self.up.dtype)
         return replace(self, up=up, scale=scale)
 
     def padded(self, rank: int) -> Update:
-        """The same update, with zeros up to a rank."""
+        """Return the same update, padded with zeros up to a rank."""
         more = rank - self.rank
         pad = torch.nn.functional.pad
         return self if more <= 0 else replace(self, down=pad(self.down, (0, 0, 0, more)), up=pad(self.up, (0, more)))
 
     def beside(self, other: Update) -> Update:
-        """One update that adds what both add: the factors side by side, in the scale of this one and the wider type."""
+        """Return one update that adds what both add: factors side by side, with this one's scale and the wider type."""
         dtype = torch.promote_types(self.up.dtype, other.up.dtype)
         other = replace(other, down=other.down.to(dtype), up=other.up.to(dtype)).scaled(self.scale)
         down = torch.cat([self.down.to(dtype), other.down], -2)
         return replace(self, down=down, up=torch.cat([self.up.to(dtype), other.up], -1))
 
     def trimmed(self) -> Update:
-        """The same update without the ranks at which ``up`` is zero everywhere; one rank stays."""
+        """Return the same update without the ranks at which ``up`` is zero everywhere; at least one rank stays."""
         used = self.up.flatten(0, -2).ne(0).any(0)
         if bool(used.all()):
             return self
@@ -83,10 +83,11 @@ class Update:
 
 @dataclass(frozen=True)
 class PlainAdapter:
-    """A LoRA adapter, by the paths that its maps have in the base of transformers.
+    """A LoRA adapter, by the paths of its maps in the base of transformers.
 
     Attributes:
-        updates: by path. Experts are one update per projection, ``<...>.experts.gate_proj``, with a leading axis.
+        updates: updates by path. Experts are one update per projection, ``<...>.experts.gate_proj``, with a leading
+            axis.
         about: fields of the config that any layout keeps: the base, its revision, the task.
     """
 
@@ -95,17 +96,17 @@ class PlainAdapter:
 
     @property
     def has_experts(self) -> bool:
-        """Whether some of its maps are those of experts."""
+        """Whether any of its maps belongs to experts."""
         return any(EXPERT.fullmatch(path) for path in self.updates)
 
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """The attention of a base: what rotary permutations and fused projections depend on.
+    """The sizes of a base's attention, on which rotary permutations and fused projections depend.
 
     Attributes:
-        queries, keys: heads of queries, and of keys and values.
-        size: outputs of one head.
+        queries, keys: number of heads of queries, and of keys and values.
+        size: number of outputs of one head.
     """
 
     queries: int
@@ -114,10 +115,10 @@ class AttentionSizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str) -> AttentionSizes:
-        """What the config of a base says.
+        """Read the sizes from the config of a base.
 
         Raises:
-            GraftError: GC069 where it does not.
+            GraftError: GC069 if the config does not state them.
         """
         config = config.get("text_config", config)
         queries, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -130,21 +131,21 @@ class AttentionSizes:
 
 
 def concatenated(first: PlainAdapter, second: PlainAdapter) -> PlainAdapter:
-    """One adapter that adds what both add: their factors side by side, so ranks add.
+    """Return one adapter that adds what both add: their factors side by side, so that ranks add up.
 
     Raises:
-        GraftError: GC069 where they are for maps of other sizes.
+        GraftError: GC069 if they are for maps of different sizes.
     """
     updates = dict(first.updates)
     for path, other in second.updates.items():
-        own = updates.get(path)
-        if own is None:
+        update = updates.get(path)
+        if update is None:
             updates[path] = other
             continue
-        if own.down.shape[:-2] != other.down.shape[:-2] or (own.down.shape[-1], own.rows) != (
+        if update.down.shape[:-2] != other.down.shape[:-2] or (update.down.shape[-1], update.rows) != (
             other.down.shape[-1],
             other.rows,
         ):
             raise GraftError("GC069", f"the adapters are for maps of other sizes at {path}", hint="they need one base")
-        updates[path] = own.beside(other)
+        updates[path] = update.beside(other)
     return PlainAdapter(updates, first.about)

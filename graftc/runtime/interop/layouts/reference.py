@@ -1,7 +1,7 @@
-"""What an adapter folder computes, written out for each layout by row and column numbers, as its reader sees it.
+"""A reference for what an adapter folder computes in each layout, written out by row and column numbers.
 
-Conversions are judged by this: nothing here is shared with what reads and writes the layouts, but their names and how
-patterns match paths.
+Conversions are checked against it. It shares nothing with the code that reads and writes the layouts, except their
+names and how patterns match paths.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ def responses(
     probe: Probe,
     heads: AttentionSizes | None = None,
 ) -> dict[str, Tensor]:
-    """What every map adds to its output, ``[out, probes]`` in float64, by its path; ``<...>.experts.3.gate_proj`` for
-    experts.
+    """Return what every map adds to its output, ``[out, probes]`` in float64, by its path.
+
+    The path of an expert's map is ``<...>.experts.3.gate_proj``.
 
     Args:
-        layout: how the tensors are to be read.
-        tensors: by key.
-        config: what ``adapter_config.json`` holds.
-        probe: inputs ``[in, probes]`` of a size, float64: the same for the same size.
-        heads: the base's, where rows are rotated in pairs.
+        layout: the layout in which the tensors are read.
+        tensors: the tensors by key.
+        config: the contents of ``adapter_config.json``.
+        probe: function that returns inputs ``[in, probes]`` of a size, float64: the same for the same size.
+        heads: attention sizes of the base, if rows are rotated in pairs.
     """
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     stated = _Config(config)
     a_word, b_word = layout.factors
     for key, down in tensors.items():
@@ -51,8 +52,8 @@ def responses(
                 for site, value in _sites(layout, path, pair, stated):
                     if layout.rotary and heads is not None and site.endswith(("q_proj", "k_proj")):
                         value = unpaired(value, heads.size)
-                    found[site] = value
-    return found
+                    results[site] = value
+    return results
 
 
 class _Pair:
@@ -90,7 +91,10 @@ def _stacked(path: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Ten
 
 
 def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Tensor]]:
-    """PEFT's: row ``e * r + k`` of A is rank k of expert e; so is column ``k * E + e`` of B."""
+    """Yield the responses of experts in PEFT's flat form: row ``e * r + k`` of A is rank k of expert e.
+
+    So is column ``k * E + e`` of B, or column ``e * r + k`` in the form `flat_by_expert`.
+    """
     targets = [str(name).rpartition(".")[2] for name in config.own.get("target_parameters") or ()]
     inner = path != bare or targets == ["gate_up_proj"]
     parameter = "gate_up_proj" if inner else "down_proj"
@@ -111,7 +115,7 @@ def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Con
 
 
 class _Config:
-    """The ranks and scales that a config states, by its patterns where they are asked for."""
+    """The ranks and scales that a config states, from its patterns if requested."""
 
     def __init__(self, own: Mapping[str, Any]) -> None:
         self.own, self._matcher = own, RegexMatcher()
@@ -122,8 +126,8 @@ class _Config:
         return None if key is None else given[key]
 
     def rank(self, path: str, *, patterns: bool = True) -> int:
-        found = self._pattern("rank_pattern", path) if patterns else None
-        return int(self._stated("r") if found is None else found)
+        pattern = self._pattern("rank_pattern", path) if patterns else None
+        return int(self._stated("r") if pattern is None else pattern)
 
     def scale(self, path: str, *, patterns: bool) -> float:
         rank = self.rank(path, patterns=patterns)
@@ -132,11 +136,11 @@ class _Config:
         return value / (rank**0.5 if self.own.get("use_rslora") else rank)
 
     def _stated(self, name: str) -> Any:
-        return self.own.get(name, 8)  # peft's own default of both
+        return self.own.get(name, 8)  # peft's default for both
 
 
 def unpaired(value: Tensor, size: int) -> Tensor:
-    """Row ``2 i + j`` of a head is number i of the rotation's half j."""
+    """Return the rows in halves of the rotation: row ``2 i + j`` of a head is number i of the rotation's half j."""
     rows = []
     for start in range(0, value.shape[0], size):
         rows += [value[start + 2 * i + j] for j in range(2) for i in range(size // 2)]

@@ -1,4 +1,4 @@
-"""The two orders in which rows of queries and keys stand within a head: halves of the rotation, or its pairs."""
+"""The two orders of the rows of queries and keys within a head: by halves of the rotation, or by its pairs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ __all__ = ["as_halves", "as_pairs"]
 
 
 def as_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Rows in transformers' order as Meta, torchtune and GGUF have those of Llama: the two numbers that rotate together
-    stand side by side.
+    """Reorder rows so that the two numbers that rotate together are adjacent.
+
+    This turns transformers' order into the one that Meta, torchtune and GGUF use for Llama.
 
     Args:
-        rows: ``[heads * size, ...]``.
-        heads: how many heads the rows belong to.
+        rows: the rows, ``[heads * size, ...]``.
+        heads: number of heads that the rows belong to.
     """
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def as_halves(rows: Tensor, heads: int) -> Tensor:
-    """The way back from `as_pairs`."""
+    """Reorder rows back to the order that `as_pairs` starts from."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)

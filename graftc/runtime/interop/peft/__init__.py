@@ -1,6 +1,6 @@
-"""Checkpoints of peft, read and written by the tables that methods have beside their specs (`graftc.specs.peft`).
+"""Reading and writing of peft's checkpoints by the tables that methods have beside their specs (`graftc.specs.peft`).
 
-peft itself is never imported, and nothing that a file names is. `importing` compiles what is in them.
+Neither peft nor anything that a file names is imported for this. `importing` compiles what the files contain.
 """
 
 from graftc.runtime.interop.peft.folder import read_peft

@@ -1,5 +1,7 @@
-"""A peft folder held against a base: what its config says has to be in the file, and what is in the file has to be for
-this base. Who imports and who merges file by file ask the same."""
+"""Checks of a peft folder against a base, for imports and for merges file by file.
+
+Everything that the config says must be in the file, and everything in the file must be for this base.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,17 @@ SHOWN = 50
 
 
 def token_keys(adapter: PeftAdapter) -> set[str]:
-    """Keys of trained rows that stand beside the method."""
+    """Return the keys of trained rows that are stored beside the method."""
     return set(adapter.keys.tokens.values())
 
 
 def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a file that has more than its config and the base explain, or less.
+    """Raise if a file has more than its config and the base explain, or less.
 
     Args:
         adapter: the folder.
         modules: paths of the base's modules.
-        parameters: the base's, by name, tied ones under each of their names; values do not matter.
+        parameters: the base's parameters by name, tied ones under each of their names; values do not matter.
 
     Raises:
         GraftError: GC113 with every module and tensor at once.
@@ -80,27 +82,27 @@ def _refuse_difference(adapter: PeftAdapter, field: str, kind: str, own: set[str
 
 
 def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
-    """Parameters that the config trains in full and the file lacks."""
+    """Return the parameters that the config trains in full and the file lacks."""
     full = [path for path in modules if is_saved(adapter.config, path)]
     adapted = {module.path for module in adapter.modules}
-    there = {id(parameters[name]) for name in adapter.trained if name in parameters}
-    found = []
+    present = {id(parameters[name]) for name in adapter.trained if name in parameters}
+    lacking = []
     for name, parameter in parameters.items():
         module, _, last = name.rpartition(".")
-        whole = any(name.startswith(f"{path}.") for path in full)
-        trains = whole or (last == "bias" and takes_bias(adapter.config, adapted, module))
-        if trains and id(parameter) not in there:
-            found.append(name)
-    return found
+        in_full = any(name.startswith(f"{path}.") for path in full)
+        trains = in_full or (last == "bias" and takes_bias(adapter.config, adapted, module))
+        if trains and id(parameter) not in present:
+            lacking.append(name)
+    return lacking
 
 
 def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: Callable[[str], Tensor | None]) -> None:
-    """Refuse tensors of the base that were saved too, unless they are those of this base.
+    """Raise unless the tensors of the base that were saved as well are those of this base.
 
     Args:
         adapter: the folder.
         base: sizes of the base's parameters and buffers, by name.
-        read: the values of one of them; None where there are none to compare.
+        read: function that returns the values of one of them; None if there are none to compare.
 
     Raises:
         GraftError: GC113 for tensors that are neither the method's nor the base's, GC114 for those of another base.
@@ -114,8 +116,8 @@ def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: 
         if tuple(base[name]) != adapter.shapes[key]:
             wrong.append(f"{name} is {list(base[name])}, in the file it is {list(adapter.shapes[key])}")
             continue
-        held = read(name)
-        if held is not None and not torch.equal(adapter.tensor(key).to(held.device, held.dtype), held):
+        expected = read(name)
+        if expected is not None and not torch.equal(adapter.tensor(key).to(expected.device, expected.dtype), expected):
             wrong.append(f"{name} has other values")
     for first, key in adapter.doubles:
         if not torch.equal(adapter.tensor(first), adapter.tensor(key)):

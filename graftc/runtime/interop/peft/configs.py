@@ -1,8 +1,8 @@
-"""Configs of peft as specs for a given model: which modules, heads and rows peft itself would adapt there.
+"""Translation of peft configs to specs for a given model: which modules, heads and rows peft itself would adapt there.
 
 A config may leave that to peft: targets by the kind of the model, ``all-linear``, heads by the task, layers that
 another version of transformers has joined. peft adapts a copy of the model without storage, and the spec names what it
-took.
+adapted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class _Module:
-    """See `graftc.runtime.interop.peft.entries.AdaptedModule`."""
+    """A module that a config adapts; implements `graftc.runtime.interop.peft.entries.AdaptedModule`."""
 
     path: str
     target: str
@@ -61,14 +61,14 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """What peft adapts in a model.
+    """The parts of a model that peft adapts.
 
     Attributes:
-        config: as peft has completed it.
-        modules, parameters: names of those that it adapts.
+        config: the config as completed by peft.
+        modules, parameters: names of the adapted modules and parameters.
         heads: paths of modules that train in full.
-        by_task: those of them that the task adds to what the config names.
-        tables: paths of tables of which some rows train beside.
+        by_task: the heads that the task adds to those that the config names.
+        tables: paths of tables of which some rows train as well.
     """
 
     config: AdapterConfig
@@ -80,19 +80,19 @@ class _Adapted:
 
 
 def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
-    """The spec that adapts in a model what `peft.get_peft_model` adapts there.
+    """Return the spec that adapts in a model what `peft.get_peft_model` adapts there.
 
-    Without peft, which a config that is data does not need, the config has to name its modules.
+    A config that is data does not need peft, but without peft it has to name its modules.
 
     Args:
-        source: a config, as an object or as data, or the only one of several by name.
-        where: the config's path, for errors.
-        model: is not changed.
-        structure: finds the model's roles.
+        source: a config, as an object or as data, or a mapping of names to configs that contains only one.
+        where: path of the config, named in errors.
+        model: the model, which is not changed.
+        structure: function that finds the model's roles.
 
     Raises:
-        GraftError: GC073 for several configs, GC111 for one that cannot be read, GC112 for one that peft does not take
-            for this model, or that has no equivalent here.
+        GraftError: GC073 for several configs, GC111 for one that cannot be read, GC112 for one that peft does not
+            accept for this model, or that has no equivalent here.
     """
     data = as_data(source)
     config = read_config(data, where)
@@ -124,7 +124,10 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
 
 
 def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Module) -> Spec:
-    """The spec of its entries, which trains the heads that peft trains and says so."""
+    """Return the spec of the entries, which also trains the heads that peft trains.
+
+    Warn about heads that the task adds.
+    """
     added = [path for path in adapted.heads if path in adapted.by_task]
     if added:
         message = f"task_type: {adapted.config.task_type} trains {some(added)} in full, as in PEFT"
@@ -139,7 +142,10 @@ def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Modul
 
 
 def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
-    """The target of virtual keys in a model with two stacks: peft has them in the decoder's own attention."""
+    """Return the target of virtual keys in a model with two stacks, otherwise nothing.
+
+    peft has them in the decoder's own attention.
+    """
     if config.format[1].joined != ("prompt_embeddings", 1) or config.task_type != "SEQ_2_SEQ_LM":
         return {}
     cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
@@ -153,8 +159,8 @@ def _installed() -> ModuleType | None:
         import peft
     except ImportError:
         return None
-    found: ModuleType = peft
-    return found
+    module: ModuleType = peft
+    return module
 
 
 def _refused(field: str, what: str, where: str, hint: str | None = None) -> GraftError:
@@ -171,21 +177,21 @@ _PLAIN = re.compile(r"[\w.-]*")
 def _without_patterns(
     peft: ModuleType, theirs: Any, config: AdapterConfig, model: nn.Module, where: str
 ) -> set[str] | None:
-    """Put names in the place of peft's regular expressions, which it matches in any time; here they have a limit.
+    """Replace peft's regular expressions by names, because peft matches them without the time limit that graftc has.
 
     Args:
         peft: the library.
-        theirs: its config, which is changed.
-        config: the same, read.
+        theirs: peft's config, which is changed in place.
+        config: the same config, as read by graftc.
         model: the base.
-        where: the config's path, for errors.
+        where: path of the config, named in errors.
 
     Returns:
-        The paths that the expression of `target_modules` matches; None where it is not one, or where peft goes by last
-        segments of paths.
+        The paths that the expression of `target_modules` matches; None if it is not an expression, or if peft compares
+        the last segments of paths.
 
     Raises:
-        GraftError: GC008 for an expression that takes too long, GC002 for one that is none, GC112 for one in a field of
+        GraftError: GC008 for an expression that takes too long, GC002 for an invalid one, GC112 for one in a field of
             names.
     """
     for field in ("modules_to_save", "layers_pattern"):
@@ -209,13 +215,15 @@ def _without_patterns(
 
 
 def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, str]) -> set[str]:
-    """What peft makes of a regular expression where it converts the names of experts: the last segments of the matching
-    modules, parameters and older names, which it then looks for in every layer.
+    """Return the names that peft derives from a regular expression if it converts the names of experts.
+
+    They are the last segments of the matching modules, parameters and older names, which peft then looks for in every
+    layer.
 
     Args:
-        config: its `target_modules` is the expression.
+        config: the config whose `target_modules` is the expression.
         model: the base.
-        old: see `_older_names`.
+        old: the older names, as returned by `_older_names`.
     """
     paths, pattern = _paths(model), str(config.target_modules)
     parameters = [name.rpartition(".") for name, _ in model.named_parameters()]
@@ -231,16 +239,18 @@ def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, st
 
 
 def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
-    """The names that a model's projections had in transformers 4, each with the name of what holds it now; empty where
-    peft does not convert configs for the model. peft has a table for each kind of model: the right one is the one whose
-    names it converts."""
+    """Return the names that a model's projections had in transformers 4, each with the name of what contains it now.
+
+    The result is empty if peft does not convert configs for the model. peft has a table for each kind of model: the
+    right one is the one whose names it converts.
+    """
     from peft.utils import transformers_weight_conversion as conversion
 
     convert: Any = getattr(conversion, "convert_peft_config_for_transformers", None)
     tables: Mapping[str, Mapping[str, str]] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
     for table in tables.values() if convert is not None and config.peft_type == "LORA" else ():
         probe = peft.LoraConfig(target_modules=sorted(table))
-        with contextlib.suppress(ValueError):  # raised where the model has only some of these names
+        with contextlib.suppress(ValueError):  # raised if the model has only some of these names
             convert(probe, model=model, conversions=None)
             if table.keys().isdisjoint(probe.target_modules):
                 return table
@@ -248,10 +258,10 @@ def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> M
 
 
 def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Sequence[str], where: str) -> None:
-    """Put ranks and scales for some modules back, those that peft has added behind them.
+    """Put the ranks and scales for some modules back, in front of those that peft has added.
 
     Raises:
-        GraftError: GC011 for one that is for no module.
+        GraftError: GC011 for one that matches no module.
     """
     for field in config.format[1].patterns:
         given = config.value(field)
@@ -265,10 +275,10 @@ def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Seq
 
 
 def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: nn.Module, where: str) -> _Adapted:
-    """What peft does to a copy of the model without storage.
+    """Let peft adapt a copy of the model without storage, and return what it adapted.
 
     Raises:
-        GraftError: GC112 with peft's own words where it does not take the config.
+        GraftError: GC112, with peft's own message if peft does not accept the config.
     """
     try:
         theirs = copy.deepcopy(source) if isinstance(source, peft.PeftConfig) else peft.get_peft_config(dict(data))
@@ -281,12 +291,16 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
-            made = peft.get_peft_model(_without_storage(arrived(model)), theirs, _ADAPTER, low_cpu_mem_usage=True)
+            peft_model = peft.get_peft_model(_without_storage(arrived(model)), theirs, _ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
             message = f"PEFT does not adapt {type(model).__name__} by it: {first_line(error)}"
             hint = "target_modules: name modules of the model, or all-linear"
             raise _refused("", message, where, hint) from None
-    tuner, base = (None, made.base_model) if theirs.is_prompt_learning else (made.base_model, made.base_model.model)
+    tuner, base = (
+        (None, peft_model.base_model)
+        if theirs.is_prompt_learning
+        else (peft_model.base_model, peft_model.base_model.model)
+    )
     modules, parameters = (
         (tuner.targeted_module_names, tuner.targeted_parameter_names) if tuner is not None else ([], [])
     )
@@ -294,7 +308,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
         message = "PEFT gives the embeddings and the head that is tied to them one pair of factors"
         hint = "train them in full (modules_to_save), or some of their rows (trainable_token_indices)"
         raise _refused("ensure_weight_tying", f"{message}, which has no equivalent here", where, hint)
-    if matched is not None:  # peft takes a listed name for the end of longer ones too
+    if matched is not None:  # peft also matches a listed name as the end of longer ones
         modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     _with_patterns(complete, config, [*modules, *parameters], where)
@@ -311,7 +325,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
-    """A copy of a model whose tensors have sizes only; ties stay."""
+    """Return a copy of a model whose tensors only have sizes; ties are kept."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -323,7 +337,7 @@ def _without_storage(model: nn.Module) -> nn.Module:
 
 
 def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Paths of modules that train in full, and of tables of which rows do, by the wrappers around them."""
+    """Return the paths of modules that train in full, and of tables of which rows do, by the wrappers around them."""
     full: list[str] = []
     tables: list[str] = []
     for path, module in model.named_modules():
@@ -335,7 +349,7 @@ def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _at(config: AdapterConfig, path: str, target: str, name: str | None = None) -> _Module:
-    """A module, or a parameter of one, with the spec that holds there: by ``name``, as peft compares it."""
+    """Return a module, or a parameter of one, with the spec that applies there; peft compares ``name``."""
     spec = method_at(config, name or path)
     if "rows" in type(spec).model_fields:
         spec = table_rows(rows_of(config, path)[0], path)
@@ -343,8 +357,10 @@ def _at(config: AdapterConfig, path: str, target: str, name: str | None = None) 
 
 
 def _inside(own: _Module, model: nn.Module) -> list[_Module]:
-    """A module and what peft adapts inside of it: the output projection of an attention of torch, whose update it adds
-    twice."""
+    """Return a module and what peft adapts inside of it.
+
+    That is the output projection of an attention of torch, whose update peft adds twice.
+    """
     if not isinstance(model.get_submodule(own.path), nn.MultiheadAttention):
         return [own]
     path, alpha = f"{own.path}.out_proj", getattr(own.spec, "alpha", 1)
@@ -352,12 +368,12 @@ def _inside(own: _Module, model: nn.Module) -> list[_Module]:
 
 
 def _named(config: AdapterConfig) -> Sequence[str]:
-    """The names in `target_modules` that peft looked for; others stand for parameters by now."""
+    """Return the names in `target_modules` that peft looked for; it has replaced others by parameters."""
     return config.target_modules if isinstance(config.target_modules, list) else ()
 
 
 def _check_names(named: Sequence[str] | str | None, model: nn.Module, where: str) -> None:
-    """Refuse a name of `target_modules` that means no module, which peft passes over.
+    """Raise if a name in `target_modules` matches no module, which peft would ignore.
 
     Raises:
         GraftError: GC011.

@@ -1,4 +1,4 @@
-"""The entry of a spec that adapts given modules of a base as a config of peft says."""
+"""The spec entry that adapts given modules of a base as a config of peft says."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ class AdaptedModule(Protocol):
 
     @property
     def path(self) -> str:
-        """Of the module in the base."""
+        """The path of the module in the base."""
 
     @property
     def target(self) -> str:
-        """By what a spec selects it: its path, or the name of the parameter that is adapted where that is not its
-        weight."""
+        """The name by which a spec selects it: its path, or the adapted parameter if that is not its weight."""
 
     @property
     def name(self) -> str:
-        """Of the parameter that is adapted."""
+        """The name of the adapted parameter."""
 
     @property
     def named(self) -> bool:
@@ -37,29 +36,29 @@ class AdaptedModule(Protocol):
 
     @property
     def spec(self) -> MethodSpec:
-        """The adaptation with what holds there."""
+        """The adaptation, with the values that apply to the module."""
 
 
 def entry_of(
     config: AdapterConfig, modules: Sequence[AdaptedModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The entry: what most modules have, and overrides for the others.
+    """Return the entry: the values of most modules, and overrides for the others.
 
     Args:
-        config: what they are adapted by.
-        modules: one at least.
-        paths: of all modules of the base.
-        shapes: of all parameters of the base, by name.
+        config: the config that they are adapted by.
+        modules: the adapted modules, at least one.
+        paths: paths of all modules of the base.
+        shapes: sizes of all parameters of the base, by name.
     """
     _, table = config.format
     varying = sorted({*table.patterns.values(), *(own.field for own in table.lists.values())})
     at = {module.target: tuple(getattr(module.spec, name) for name in varying) for module in modules}
     usual = Counter(at.values()).most_common(1)[0][0]
-    found = {**fields_of(config), **dict(zip(varying, usual, strict=True))}
+    entry = {**fields_of(config), **dict(zip(varying, usual, strict=True))}
     if "excess_rank" in type(modules[0].spec).model_fields:
-        found["excess_rank"] = any(_exceeds(module, shapes) for module in modules)
-    if "rows" in found:
-        found["rows"] = list(getattr(modules[0].spec, "rows", None) or ())
+        entry["excess_rank"] = any(_exceeds(module, shapes) for module in modules)
+    if "rows" in entry:
+        entry["rows"] = list(getattr(modules[0].spec, "rows", None) or ())
     others = dict.fromkeys(values for values in at.values() if values != usual)
     universe = {*at, *(module.path for module in modules)}
     overrides = [
@@ -70,11 +69,11 @@ def entry_of(
         for values in others
     ]
     target = {"modules": globs([module.target for module in modules], [*paths, *shapes]), "expect": len(modules)}
-    return {**found, "target": target, **({"overrides": overrides} if overrides else {})}
+    return {**entry, "target": target, **({"overrides": overrides} if overrides else {})}
 
 
 def _exceeds(module: AdaptedModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the rank at a module is above that of any matrix of its size."""
+    """Return whether the rank at a module is above that of any matrix of its size."""
     shape = shapes.get(module.name, ())
     if len(shape) < 2:
         return False

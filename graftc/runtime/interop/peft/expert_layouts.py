@@ -1,7 +1,7 @@
-"""Which way round a file has the factors of experts, which depends on the release of PEFT that wrote it.
+"""The orientation of the factors of experts in a file, which depends on the release of PEFT that wrote it.
 
-Up to 0.18, the first factor reads the middle axis of a weight ``[experts, a, b]``, whatever that is; from 0.19 on, it
-reads the experts' inputs, which are the last axis unless their module says `is_transposed`.
+Up to 0.18, the first factor reads the middle axis of a weight ``[experts, a, b]``, regardless of its meaning; from 0.19
+on, it reads the experts' inputs, which are the last axis unless their module sets `is_transposed`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?")
 
 
 def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
-    """`pairs_of` in the layout that a folder has: the one that its sizes are of, or else that of its `peft_version`.
+    """Return `pairs_of` in the layout of a folder: the one that its sizes fit, or otherwise that of its `peft_version`.
 
     Raises:
-        GraftError: GC113 where nothing tells the layouts apart.
+        GraftError: GC113 if nothing tells the layouts apart.
     """
     named = {f"{module.path}.{module.parameter}" for module in adapter.modules if module.named}
-    found, older = pairs_of(compilation, named=named), pairs_of(compilation, older=True, named=named)
-    if found == older or not _fits(adapter, compilation, older):
-        return found
-    if not _fits(adapter, compilation, found):
+    newer, older = pairs_of(compilation, named=named), pairs_of(compilation, older=True, named=named)
+    if newer == older or not _fits(adapter, compilation, older):
+        return newer
+    if not _fits(adapter, compilation, newer):
         return older
     if (release := release_of(adapter.config)) is not None:
-        return found if release >= SINCE else older
-    first = next(pair.site for pair, other in zip(found, older, strict=True) if pair != other)
+        return newer if release >= SINCE else older
+    first = next(pair.site for pair, other in zip(newer, older, strict=True) if pair != other)
     message = (
         f"the factors of {first} are those of PEFT up to 0.18, or of PEFT from 0.19 on, which have the two the other "
         "way round: the weights are square, so that both fit, and peft_version does not say which release wrote them"
@@ -49,13 +49,13 @@ def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
 
 
 def release_of(config: AdapterConfig) -> tuple[int, int] | None:
-    """The release of PEFT that wrote a config; None where it does not say."""
+    """Return the release of PEFT that wrote a config; None if it does not say."""
     release = _RELEASE.fullmatch(config.peft_version or "")
     return None if release is None else (int(release[1]), int(release[2]))
 
 
 def _fits(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> bool:
-    """Whether all factors of experts in the file have the sizes that they have in a layout."""
+    """Return whether all factors of experts in the file have the sizes of the given pairs."""
     own = [pair for pair in pairs if pair.shaped.experts is not None and pair.key in adapter.shapes]
     like = {pair: torch.empty(compilation.store.get(pair.tensor).shape, device="meta") for pair in own}
     return all(tuple(pair.write(tensor).shape) == adapter.shapes[pair.key] for pair, tensor in like.items())

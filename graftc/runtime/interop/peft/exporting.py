@@ -1,6 +1,7 @@
-"""From a compiled model to a folder that peft loads: the way back through the same tables and pairs.
+"""Export of a compiled model to a folder that peft loads, by the same tables and pairs as an import.
 
-Whatever peft cannot say is refused by name before anything is written, and what was written is read back and compared.
+Anything that peft cannot express is refused by name before anything is written, and what was written is read back and
+compared.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ SITES = "graftc_sites.json"
 
 @dataclass(frozen=True)
 class PeftExport:
-    """What a folder for peft holds.
+    """The contents of a folder for peft.
 
     Attributes:
-        config: ``adapter_config.json``.
-        pairs: which tensor is which, in the order of the spec.
+        config: the contents of ``adapter_config.json``.
+        pairs: the pairs of tensors, in the order of the spec.
         tensors: peft's tensors, by key.
     """
 
@@ -55,17 +56,17 @@ class PeftExport:
     tensors: Mapping[str, Tensor]
 
     def sites(self) -> list[dict[str, str]]:
-        """The pairs as plain data: the key in the file, and site, part and name of the tensor here."""
+        """Return the pairs as plain data: the key in the file, and site, part and name of the tensor here."""
         return as_data(self.pairs)
 
 
 def is_exported(path: Path) -> bool:
-    """Whether graftc wrote a folder for peft, or it is empty."""
+    """Return whether graftc wrote a folder for peft, or the folder is empty."""
     return path.is_dir() and ((path / SITES).is_file() or not any(path.iterdir()))
 
 
 def prepared(compilation: Compilation) -> PeftExport:
-    """What a folder for peft would hold; nothing is written.
+    """Return what a folder for peft would contain, without writing anything.
 
     Raises:
         GraftError: GC115 naming what peft cannot express.
@@ -75,7 +76,7 @@ def prepared(compilation: Compilation) -> PeftExport:
     pairs = pairs_of(compilation)
     config = _config(compilation, main, others)
     if pairs != pairs_of(compilation, older=True):
-        # Experts whose weights are square say nothing of their layout.
+        # Sizes do not show the layout of experts whose weights are square.
         config["peft_version"] = f"{SINCE[0]}.{SINCE[1]}.0"
     read_config(config, CONFIG)
     tensors = _tensors(compilation, pairs)
@@ -91,12 +92,12 @@ def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExp
     """Write a folder that peft loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
-        made: what is written, as `prepared` gives it.
-        path: the folder to make; it is complete when it appears.
-        force: replace a folder that was written so.
+        made: the contents to write, as returned by `prepared`.
+        path: the folder to create; it is complete when it appears.
+        force: whether to replace a folder that was written this way.
 
     Raises:
-        GraftError: GC060 where the folder does not read back; GC063 and GC064 as every file.
+        GraftError: GC060 if the folder does not read back as it was written; GC063 and GC064 as for every file.
     """
     with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
@@ -113,7 +114,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _check(folder: Path, made: PeftExport) -> None:
-    """Read back what was written."""
+    """Raise unless the folder reads back as it was written."""
     adapter = read_peft(folder)
     same = adapter.shapes.keys() == made.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in made.tensors.items()):
@@ -121,19 +122,19 @@ def _check(folder: Path, made: PeftExport) -> None:
 
 
 def _tensors(compilation: Compilation, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Peft's tensors: each of its own, and those that several parts share put together."""
-    found: dict[str, Tensor] = {}
+    """Return peft's tensors: separate ones, and shared ones put together from their parts."""
+    tensors: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Pair, Tensor]]] = {}
     for pair in pairs:
         value = compilation.store.full(pair.tensor)
         if pair.start is None:
-            found[pair.key] = pair.write(value).contiguous()
+            tensors[pair.key] = pair.write(value).contiguous()
         else:
             shared.setdefault(pair.key, []).append((pair, value))
     for key, own in shared.items():
         own.sort(key=lambda item: item[0].start or 0)
-        found[key] = torch.cat([value for _, value in own], own[0][0].axis)
-    return found
+        tensors[key] = torch.cat([value for _, value in own], own[0][0].axis)
+    return tensors
 
 
 def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
     source = compilation.source
     name = getattr(getattr(source, "config", None), "_name_or_path", "") or None
     saved = _saved(compilation)
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         **{"peft_type": table.types[0], "task_type": task_of(compilation, saved), "inference_mode": True},
         **{"base_model_name_or_path": name, "revision": None, "auto_mapping": None},
         **dict(table.fixed),
@@ -150,19 +151,19 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
         **({"modules_to_save": saved} if saved else {}),
     }
     if "ensure_weight_tying" in table.ignored and _trains_tied(compilation):
-        found["ensure_weight_tying"] = True
+        config["ensure_weight_tying"] = True
     if table.drawn is not None:
-        found[table.drawn] = True
-    found |= _fields(own_places(compilation, main), main, table)
+        config[table.drawn] = True
+    config |= _fields(own_places(compilation, main), main, table)
     if table.joined is not None:
-        return found | _virtual(compilation, main)
-    return found | _modules(compilation, main, others, table)
+        return config | _virtual(compilation, main)
+    return config | _modules(compilation, main, others, table)
 
 
 def _fields(places: Sequence[tuple[Site, MethodSpec]], main: Resolved, table: PeftFormat) -> dict[str, Any]:
-    """Fields of the config that are fields of the spec; where sites differ, what most of them have."""
+    """Return the fields of the config that are fields of the spec; if sites differ, with the most common value."""
     specs = [spec for _, spec in places]
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for theirs, ours in table.fields.items():
         value = Counter(repr(getattr(spec, ours)) for spec in specs).most_common(1)[0][0]
         own = next(getattr(spec, ours) for spec in specs if repr(getattr(spec, ours)) == value)
@@ -170,26 +171,29 @@ def _fields(places: Sequence[tuple[Site, MethodSpec]], main: Resolved, table: Pe
         if meanings is not None:
             unnamed = table.unnamed.get(theirs, {})
             own = unnamed[own] if own in unnamed else next(word for word, meaning in meanings.items() if meaning == own)
-        found[theirs] = _as_json(own)
+        fields[theirs] = _as_json(own)
     for theirs, derive in table.written.items():
-        found[theirs] = derive(main.spec)
-    return {theirs: value for theirs, value in found.items() if value is not None or theirs not in table.fields}
+        fields[theirs] = derive(main.spec)
+    return {theirs: value for theirs, value in fields.items() if value is not None or theirs not in table.fields}
 
 
 def _as_json(value: Any) -> Any:
-    """A value of a spec as peft writes it: servers take whole numbers only for what usually is one."""
+    """Return a value of a spec as peft writes it.
+
+    Whole floats become integers, because servers require integers in fields that usually have them.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
-    """Which modules are adapted, and what differs among them."""
+    """Return which modules are adapted, and what differs among them."""
     universe = [path for path, _ in compilation.source.named_modules(remove_duplicate=False) if path]
     own = own_places(compilation, main)
     plain = [(site, spec) for site, spec in own if not _is_parameter(compilation, site)]
     named = [f"{site.key.module}.{site.key.name}" for site, _ in own if _is_parameter(compilation, site)]
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     groups: dict[bool, list[str]] = {}
     by_rows = any(part.form == "rows" for part in table.parts.values())
     for site, spec in plain:
@@ -197,14 +201,14 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
         path = table_path(compilation, site.key) if by_rows else site.key.module
         groups.setdefault(listed, []).append(path)
     words = {listed: suffixes(dict.fromkeys(paths), universe) for listed, paths in groups.items()}
-    found["target_modules"] = sorted({word for each in words.values() for word in each})
+    fields["target_modules"] = sorted({word for each in words.values() for word in each})
     for theirs in table.lists:
-        found[theirs] = sorted(words.get(True, ()))
+        fields[theirs] = sorted(words.get(True, ()))
     if named:
-        found["target_parameters"] = sorted(suffixes(named, _parameters(compilation)))
+        fields["target_parameters"] = sorted(suffixes(named, _parameters(compilation)))
     for theirs, ours in table.patterns.items():
         usual = Counter(getattr(spec, ours) for _, spec in own).most_common(1)[0][0]
-        found[theirs] = {
+        fields[theirs] = {
             _pattern_key(compilation, site): _as_json(getattr(spec, ours))
             for site, spec in own
             if getattr(spec, ours) != usual
@@ -212,15 +216,17 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     if others:
         places = [place for other in others for place in other.places]
         rows = {table_path(compilation, site.key): list(_rows(spec)) for site, spec in places}
-        found["trainable_token_indices"] = rows
+        fields["trainable_token_indices"] = rows
     if any(isinstance(s, LinearSite) and s.own.layout is Layout.COLUMNS and not s.leading for s, _ in plain):
-        found |= {"fan_in_fan_out": True} if table.turned else {}
-    return found
+        fields |= {"fan_in_fan_out": True} if table.turned else {}
+    return fields
 
 
 def _is_parameter(compilation: Compilation, site: Any) -> bool:
-    """Whether peft has to name the parameter: of a module that holds matrices of several experts, or of a class that it
-    does not adapt."""
+    """Return whether peft needs the name of the parameter.
+
+    It does for a module that has the matrices of several experts, and for classes that it does not adapt.
+    """
     if not isinstance(site, LinearSite):
         return False
     return bool(site.leading) or not is_adapted(compilation.source.get_submodule(site.key.module))
@@ -241,7 +247,7 @@ def _rows(spec: MethodSpec) -> Sequence[int]:
 
 
 def _saved(compilation: Compilation) -> list[str]:
-    """The modules that train in full, outermost ones only."""
+    """Return the modules that train in full, outermost ones only, by the shortest ends of their paths."""
     if not compilation.spec.train:
         return []
     paths = [path for path, _ in compilation.source.named_modules() if path]
@@ -251,14 +257,14 @@ def _saved(compilation: Compilation) -> list[str]:
 
 
 def _trains_tied(compilation: Compilation) -> bool:
-    """Whether a tensor that several modules share trains in full: peft would give each of them its own."""
+    """Return whether a tensor that several modules share trains in full; peft would give each of them its own."""
     copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
     trained = (name for names in compilation.parts.get(TRAIN, {}).values() for name in names.values())
     return any(compilation.store.tied(copies[name]) for name in trained)
 
 
 def _virtual(compilation: Compilation, main: Resolved) -> dict[str, Any]:
-    """Sizes of the table of virtual tokens."""
+    """Return the sizes of the table of virtual tokens."""
     site = main.places[0][0]
     width = next(iter(compilation.parts[main.name][site.key].values()))
     sizes = {"token_dim": int(compilation.store.get(width).shape[-1]), "num_transformer_submodules": 1}

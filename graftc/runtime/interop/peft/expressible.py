@@ -1,4 +1,4 @@
-"""What peft's checkpoints cannot express of a compiled model, refused by name."""
+"""Checks that peft's checkpoints can express a compiled model; the errors name what they cannot express."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def task_of(compilation: Compilation, saved: Sequence[str] = ()) -> str | None:
-    """peft's task of a model; None where it has none, or where peft would expect a trained head that there is not."""
+    """Return peft's task of a model; None if it has none, or if peft would expect a trained head that is missing."""
     kind = type(compilation.source).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
     return None if task in _WITH_HEAD and not saved else task
 
 
 def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Sequence[Resolved]) -> None:
-    """Look for what peft has no field or key for.
+    """Raise if peft has no field or key for something in the model.
 
     Raises:
         GraftError: GC115 naming it.
@@ -91,13 +91,16 @@ def _check_sites(resolved: Resolved, index: int) -> None:
 
 
 def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site, MethodSpec]]:
-    """The places that peft's config is about: without output projections that it adapts with their attention."""
+    """Return the places in peft's config: all except output projections that it adapts with their attention."""
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     return [(site, spec) for site, spec in resolved.places if not is_projection(site.key.module, modules)]
 
 
 def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) -> None:
-    """peft adapts both projections of a `nn.MultiheadAttention`, with one rank, and adds the second's update twice."""
+    """Check that both projections of each `nn.MultiheadAttention` are adapted as peft adapts them.
+
+    peft adapts both with one rank, and adds the update of the second one twice.
+    """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     places = [(site.key.module, spec) for site, spec in resolved.places]
     inner = {path.rpartition(".")[0]: spec for path, spec in places if is_projection(path, modules)}
@@ -114,7 +117,7 @@ def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) 
 
 
 def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftFormat, index: int) -> None:
-    """peft names parameters for LoRA only, and drops nothing of what experts read."""
+    """Check the places that peft adapts as parameters: it supports LoRA only, without dropout of what experts read."""
     for site, spec in resolved.places:
         if not isinstance(site, LinearSite):
             continue
@@ -126,7 +129,10 @@ def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftF
 
 
 def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> None:
-    """peft adapts what a module's forward gives, and is silent where the model reads the weight without calling it."""
+    """Raise if a site's weight is read without calling its module.
+
+    peft adapts the output of a module's forward, and silently has no effect if the module is not called.
+    """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     for site, _ in own_places(compilation, resolved):
         module = modules.get(site.key.module)
@@ -138,7 +144,10 @@ def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> N
 
 
 def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
-    """In a convolution with groups, peft's first factor reads the channels of all of them."""
+    """Raise for factors within the groups of a convolution.
+
+    peft's first factor reads the channels of all groups.
+    """
     if not any(part.form == "down" and part.key.startswith("lora") for part in table.parts.values()):
         return
     for site, spec in resolved.places:
@@ -148,14 +157,14 @@ def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
 
 
 def _without_effect(compilation: Compilation, resolved: Resolved) -> frozenset[str]:
-    """Fields that change nothing in this model, whatever they are."""
+    """Return the fields that change nothing in this model, regardless of their values."""
     if getattr(resolved.spec, "window", "masked") == "masked" or may_have_windows(compilation.source):
         return frozenset()
     return frozenset({"window"})
 
 
 def _check_options(resolved: Resolved, table: PeftFormat, where: str, ignored: frozenset[str]) -> None:
-    """Hold the fields of a spec against those of peft's config, but for those that have no effect."""
+    """Check the fields of a spec against those of peft's config, except fields without effect."""
     specs = [spec for _, spec in resolved.places]
     said = {*table.fields.values(), *table.patterns.values(), *(own.field for own in table.lists.values())}
     varies = {*table.patterns.values(), *(own.field for own in table.lists.values()), *table.training}
@@ -182,7 +191,10 @@ def _hashable(value: Any) -> Any:
 
 
 def _check_virtual(compilation: Compilation, main: Resolved) -> None:
-    """peft's virtual tokens are of one kind for each task, and those of classifiers are pooled."""
+    """Raise for virtual tokens that peft cannot express.
+
+    It has one kind of virtual tokens for each task, and pools those of classifiers.
+    """
     table = table_of(main.spec)
     assert table is not None
     if table.joined is None:

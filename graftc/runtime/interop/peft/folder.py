@@ -1,6 +1,6 @@
 """A folder that peft wrote, as data: which modules are adapted, by which spec, and their tensors by our part names.
 
-No model is needed and none is built; tensors are read when they are asked for.
+No model is needed and none is built; tensors are read on demand.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class PeftModule:
-    """What a checkpoint has at one module.
+    """The contents of a checkpoint for one module.
 
     Attributes:
-        path: the module's path in the base.
-        parameter: which of its parameters is adapted: the one that `target_parameters` names, or else its weight.
-        spec: the adaptation with the rank, the scaling and whatever else holds there.
+        path: path of the module in the base.
+        parameter: the adapted parameter: the one that `target_parameters` names, or otherwise the module's weight.
+        spec: the adaptation with the rank, the scaling and the other values that apply there.
         keys: keys of its tensors, by our part.
         shaped: how they are stored.
-        depth: how many other adapters of the same module stand around this one in the file.
+        depth: number of other adapters of the same module around this one in the file.
         named: whether `target_parameters` names the parameter, rather than `target_modules` the module.
         around: the adapted module that this one is part of, with which peft adapts it: `nn.MultiheadAttention`.
-        read_at: the module by which the base reads the tensor, where that is another one that shares it.
+        read_at: the module by which the base reads the tensor, if that is another one that shares it.
     """
 
     path: str
@@ -64,12 +64,12 @@ class PeftModule:
 
     @property
     def name(self) -> str:
-        """Name of the base's tensor."""
+        """The name of the base's tensor."""
         return f"{self.path}.{self.parameter}"
 
     @property
     def target(self) -> str:
-        """What a target calls it: the module, or the parameter of one that has several."""
+        """The name by which a target selects it: the module, or the named parameter if that is not its weight."""
         return self.name if self.named and self.parameter != "weight" else self.read_at or self.path
 
 
@@ -78,13 +78,13 @@ class PeftAdapter:
     """One adapter of a peft folder.
 
     Attributes:
-        folder: where it is.
-        config: what ``adapter_config.json`` says.
-        keys: what the keys of its tensors say.
+        folder: path of the folder.
+        config: the contents of ``adapter_config.json``.
+        keys: the parsed keys of its tensors.
         shapes, dtypes: sizes and element types as they are stored, by key; types as safetensors writes them.
-        file: its tensors.
-        modules: what is adapted, in the order of the file: the method's own modules, then trained rows of tables.
-        doubles: pairs of keys that have to hold the same values, of which the first is used.
+        file: the file with its tensors.
+        modules: the adapted modules, in the order of the file: the method's own modules, then trained rows of tables.
+        doubles: pairs of keys that must have the same values, of which the first is used.
     """
 
     folder: Path
@@ -103,14 +103,19 @@ class PeftAdapter:
 
     @cached_property
     def trained(self) -> Mapping[str, str]:
-        """Keys of tensors that stand in for the base's as they are, by the base's names: modules that were trained in
-        full, and biases."""
+        """The keys of tensors that replace the base's unchanged, by the base's names.
+
+        They are those of modules that were trained in full, and biases.
+        """
         return {name: key for name, key in self.keys.plain.items() if self._trains(name)}
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
-        """Keys of tensors of the base that were saved beside the adapter, by the base's names. They have to be equal to
-        the base's: peft saves embeddings that are adapted, and those of a vocabulary that has been resized."""
+        """The keys of tensors of the base that were saved beside the adapter, by the base's names.
+
+        They must be equal to the base's: peft saves embeddings that are adapted, and those of a vocabulary that has
+        been resized.
+        """
         return {name: key for name, key in self.keys.plain.items() if name not in self.trained}
 
     def _trains(self, name: str) -> bool:
@@ -120,7 +125,7 @@ class PeftAdapter:
         return last == "bias" and takes_bias(self.config, {m.path for m in self.modules}, module)
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor as it is stored, read from the file.
+        """Read a tensor from the file, as it is stored.
 
         Raises:
             GraftError: GC113 for a file that has changed or is damaged.
@@ -128,26 +133,26 @@ class PeftAdapter:
         return self.file[key]
 
     def tensors(self, module: PeftModule) -> dict[str, Tensor]:
-        """The tensors of a module by our part names and in our form, of the type that they are stored in.
+        """Return the tensors of a module by our part names and in our form, in the type in which they are stored.
 
         Raises:
             GraftError: GC113 for sizes that are not those of the method.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         table = type(module.spec).peft
         assert table is not None
         for part, key in module.keys.items():
-            own, held = table.parts[part], self.tensor(key)
+            own, stored = table.parts[part], self.tensor(key)
             try:
-                found[part] = filled(
-                    to_ours(own.form, held, module.shaped), own.rank, getattr(module.spec, "rank", None)
+                tensors[part] = filled(
+                    to_ours(own.form, stored, module.shaped), own.rank, getattr(module.spec, "rank", None)
                 )
             except ValueError as error:
                 raise GraftError("GC113", f"{key}: {error}", place=self.place) from None
-        return found
+        return tensors
 
     def shared(self) -> dict[str, Tensor]:
-        """The tensors of the adaptation as a whole, by our part names."""
+        """Return the tensors of the adaptation as a whole, by our part names."""
         return {part: self.tensor(key) for part, key in self.keys.shared.items()}
 
 
@@ -159,18 +164,17 @@ def _ancestors(module: str) -> list[str]:
 def read_peft(
     path: str | Path, name: str | None = None, *, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> PeftAdapter:
-    """An adapter that peft saved, without any model.
+    """Read an adapter that peft saved, without any model.
 
     Args:
-        path: the folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        name: of an adapter in a sub-folder, as peft writes all but the one called ``default``.
-        shapes: sizes of the base's tensors by name, in the order of the base. Needed only where several parameters of
-            one module are adapted (`target_parameters`), to tell which is which.
+        path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: name of an adapter in a sub-folder, as peft writes all except the one called ``default``.
+        shapes: sizes of the base's tensors by name, in the order of the base. Only needed if several parameters of one
+            module are adapted (`target_parameters`), to tell which is which.
 
     Raises:
-        GraftError: GC110 where there is none, or pickled weights only; GC111 for a config that cannot be read;
-            GC112 for a type or an option without an equivalent; GC113 for tensors that the config does not
-            explain.
+        GraftError: GC110 if there is none, or only pickled weights; GC111 for a config that cannot be read; GC112 for a
+            type or an option without an equivalent; GC113 for tensors that the config does not explain.
     """
     folder = _folder(as_path(path), name)
     config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
@@ -212,10 +216,10 @@ def _folder(path: Path, name: str | None) -> Path:
 
 
 def adapter_tensors(file: Path) -> TensorFolder:
-    """The tensors of an adapter's file.
+    """Return the tensors of an adapter's file.
 
     Raises:
-        GraftError: GC113 where it cannot be read.
+        GraftError: GC113 if it cannot be read.
     """
     return TensorFolder(file, Refusal("GC113", located=True))
 
@@ -225,7 +229,7 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
     if table.joined is not None:
         return []
     parameters = adapted_parameters(adapter.config, adapter.keys.modules, adapter.place, shapes)
-    found: list[PeftModule] = []
+    modules: list[PeftModule] = []
     for (path, depth), keys in adapter.keys.modules.items():
         parameter, named = parameters[path, depth]
         _check_axes(adapter, path, keys)
@@ -238,8 +242,8 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
         order = rows_of(adapter.config, path)[1] if "rows" in _forms(spec_class) else None
         inward = any(is_listed(adapter.config, name, path) for name in table.lists)
         shaped = Shaped(experts=experts, inward=inward, order=order)
-        found.append(PeftModule(path, parameter, spec, keys, shaped, depth, named, around=around))
-    return found
+        modules.append(PeftModule(path, parameter, spec, keys, shaped, depth, named, around=around))
+    return modules
 
 
 def _check_axes(adapter: PeftAdapter, path: str, keys: Mapping[str, str]) -> None:
@@ -258,7 +262,10 @@ def _forms(spec_class: type[MethodSpec]) -> set[str]:
 
 
 def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: bool) -> int | None:
-    """How many matrices the factors are of; without a base, which parameter has which rank is a guess."""
+    """Return the number of matrices that the factors belong to; None for a single matrix.
+
+    Without a base, it is a guess which parameter has which rank.
+    """
     rows = adapter.shapes[keys["A"]][0] if "A" in keys else rank
     if rows % rank and sure:
         message = f"{keys['A']} has {rows} rows, which is not a multiple of the rank {rank}"
@@ -267,22 +274,22 @@ def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: 
 
 
 def _tables(adapter: PeftAdapter) -> list[PeftModule]:
-    """Trained rows of embedding tables that stand beside another method."""
-    found: list[PeftModule] = []
+    """Return the trained rows of embedding tables that are stored beside another method."""
+    tables: list[PeftModule] = []
     for path, key in adapter.keys.tokens.items():
         rows, order = rows_of(adapter.config, path)
         spec = table_rows(rows, path)
-        found.append(PeftModule(path, "weight", spec, {"weight": key}, Shaped(order=order)))
-    return found
+        tables.append(PeftModule(path, "weight", spec, {"weight": key}, Shaped(order=order)))
+    return tables
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether every value is a finite number."""
+    """Return whether every value is a finite number."""
     return bool(torch.isfinite(tensor).all())
 
 
 def table_form(module: PeftModule, part: str) -> str:
-    """How a part is stored at a module."""
+    """Return the form in which a part is stored at a module; empty if its method has no such part."""
     table = type(module.spec).peft
     own = table.parts.get(part) if table is not None else None
     return own.form if own is not None else ""

@@ -1,6 +1,6 @@
-"""How tensors are stored in peft's files, and back: the forms that `graftc.specs.peft.Form` names.
+"""Conversions of tensors to and from the forms in which peft's files store them, named by `graftc.specs.peft.Form`.
 
-Each form is a pair of functions that only move entries, so that either is the other's inverse.
+Each form is a pair of functions that only move entries, so that each is the other's inverse.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Shaped", "filled", "to_ours", "to_theirs"]
 
 @dataclass(frozen=True)
 class Shaped:
-    """What the form of a tensor depends on beside the tensor.
+    """The properties that the stored form of a tensor depends on, besides the tensor itself.
 
     Attributes:
-        experts: how many matrices there are along a leading axis; None where the weight is one matrix.
-        kernel: the sizes of a convolution's kernel; empty elsewhere.
+        experts: number of matrices along a leading axis; None if the weight is a single matrix.
+        kernel: sizes of a convolution's kernel; empty for other weights.
         inward: whether a vector belongs to the input of the map.
-        order: where each row of ours is in the file; None where the order is the same.
+        order: position in the file of each of our rows; None if the order is the same.
         turned: whether the file's matrices belong to the weight's transpose.
     """
 
@@ -41,20 +41,20 @@ _Turn: TypeAlias = Callable[[Tensor, Shaped], Tensor]
 
 
 def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
-    """A tensor of a file as graftc has it: a view where entries stay in order.
+    """Return a tensor of a file in graftc's form: a view if entries stay in order.
 
     Raises:
-        ValueError: its sizes are not of that form.
+        ValueError: if its sizes are not of that form.
     """
     try:
-        found = _FORMS[form][0](tensor, shaped)
-        return found.transpose(-1, -2) if shaped.turned else found
+        ours = _FORMS[form][0](tensor, shaped)
+        return ours.transpose(-1, -2) if shaped.turned else ours
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"{list(tensor.shape)} is not a tensor of the form {form!r}") from error
 
 
 def to_theirs(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
-    """The way back from `to_ours`."""
+    """Return a tensor of graftc's in the form of a file; the inverse of `to_ours`."""
     return _FORMS[form][1](tensor.transpose(-1, -2) if shaped.turned else tensor, shaped)
 
 
@@ -71,7 +71,7 @@ def _down_back(tensor: Tensor, shaped: Shaped) -> Tensor:
 
 
 def _up(tensor: Tensor, shaped: Shaped) -> Tensor:
-    if shaped.experts is not None:  # columns count ranks, and experts within each rank
+    if shaped.experts is not None:  # columns are ordered by rank, then by expert
         return tensor.reshape(tensor.shape[0], -1, shaped.experts).permute(2, 0, 1)
     return tensor.flatten(1)
 
@@ -126,7 +126,10 @@ _FORMS: Mapping[Form, tuple[_Turn, _Turn]] = MappingProxyType(
 
 
 def filled(tensor: Tensor, axis: int | None, rank: int | None) -> Tensor:
-    """The tensor with zeros behind it along an axis up to a rank: ranks that were taken away while training."""
+    """Return the tensor, padded with zeros along an axis up to a rank.
+
+    The zeros replace ranks that were removed during training.
+    """
     if axis is None or rank is None or tensor.shape[axis] >= rank:
         return tensor
     size = list(tensor.shape)

@@ -1,7 +1,7 @@
-"""From a peft folder to a compiled model.
+"""Import of a peft folder into a compiled model.
 
 The keys of the file say which modules are adapted. The spec's targets are made to resolve to exactly those, its values
-come from the config, and the tensors are taken over pair by pair; what does not fit is named, all of it at once.
+come from the config, and the tensors are copied pair by pair; everything that does not fit is reported at once.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def imported(
     cache: bool,
     structure: Callable[[], Structure],
 ) -> Compilation:
-    """What `graftc.import_peft` makes a model of.
+    """Compile a model with the adapter of a folder, for `graftc.import_peft`.
 
     Args:
-        path, model, name, cache: as there.
-        axes, flags: what the model is captured with.
-        structure: finds its roles.
+        path, model, name, cache: as for `graftc.import_peft`.
+        axes, flags: the axes and flags that the model is captured with.
+        structure: function that finds the model's roles.
     """
     adapter = once(read_peft(path, name, shapes=_shapes(model)), model, structure)
     _check_model(adapter, model)
@@ -68,8 +68,10 @@ def imported(
 
 
 def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> GraftError:
-    """The error where the model cannot be compiled with the adapter: it is of another base only where that has modules
-    in these places that peft does not adapt."""
+    """Return the error for a model that cannot be compiled with the adapter.
+
+    It says that the adapter is for another base only if the model has modules in these places that peft does not adapt.
+    """
     where = error.place.path if error.place is not None else ""
     if not where.startswith(("adapt[", "train", "untie")):
         return error
@@ -97,11 +99,11 @@ def _paths(model: nn.Module) -> list[str]:
 
 
 def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
-    """Hold the file against the config and the model, before anything is compiled.
+    """Check the file against the config and the model, before anything is compiled.
 
     Raises:
-        GraftError: GC114 for modules that the model does not have, GC113 where config and file name different modules
-            or the file holds other values of the base.
+        GraftError: GC114 for modules that the model does not have, GC113 if config and file name different modules or
+            the file contains other values of the base.
     """
     paths = _paths(model)
     known = set(paths)
@@ -120,17 +122,17 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     check_contents(adapter, paths, dict(model.named_parameters(remove_duplicate=False)))
 
     def read(name: str) -> Tensor | None:
-        held = tensors[name].detach()
-        return None if held.is_meta else held
+        tensor = tensors[name].detach()
+        return None if tensor.is_meta else tensor
 
     check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, read)
 
 
 def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
-    """The spec whose targets are exactly what a checkpoint adapts in a model.
+    """Return the spec whose targets are exactly what a checkpoint adapts in a model.
 
     Raises:
-        GraftError: GC112 for what no spec says.
+        GraftError: GC112 for content that no spec can express.
     """
     tokens = token_keys(adapter)
     own = [m for m in adapter.modules if not tokens & set(m.keys.values())]
@@ -165,7 +167,7 @@ def _rows(module: PeftModule) -> Sequence[int]:
 def _adaptation(
     adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The entry of the spec: what most sites have, and overrides for the others."""
+    """Return the entry of the spec: the values of most sites, and overrides for the others."""
     if not modules:
         raise GraftError("GC113", "the file adapts no module", place=adapter.place)
     entry = entry_of(adapter.config, modules, paths, shapes)
@@ -177,16 +179,16 @@ def _adaptation(
 
 
 def _meets_groups(adapter: PeftAdapter, module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a factor reads all channels of a convolution whose kernels have those of one group."""
+    """Return whether a factor reads all channels of a convolution whose kernels have those of one group."""
     own, shape = adapter.shapes.get(module.keys.get("A", ""), ()), shapes.get(module.name, ())
     return len(own) == len(shape) > 2 and not module.named and own[1] > shape[1]
 
 
 def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
-    """The entry of a spec for virtual tokens.
+    """Return the entry of a spec for virtual tokens.
 
-    peft's prefix is in the decoder's own attention where there are two stacks, and its prompt in front of the encoder's
-    text: of a table with rows for both stacks it reads the first half.
+    In a model with two stacks, peft's prefix is in the decoder's own attention, and its prompt in front of the
+    encoder's text: of a table with rows for both stacks, it reads the first half.
     """
     entry = fields_of(adapter.config)
     key = adapter.keys.joined
@@ -204,7 +206,7 @@ def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
 
 
 def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
-    """Take over the tensors, once all of them are known to fit.
+    """Copy the tensors into the model, once all of them are known to fit.
 
     Raises:
         GraftError: GC113 and GC114 with everything that does not fit.
@@ -249,7 +251,7 @@ def _sizes(problems: Sequence[str]) -> bool:
 
 
 def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:
-    """Whether a tensor is in no file because a seed says it."""
+    """Return whether a tensor is not in the file because it is drawn from a seed."""
     _, table = adapter.config.format
     return pair.shared and table.drawn is not None and adapter.config.value(table.drawn) is False
 
@@ -270,20 +272,20 @@ def _value(adapter: PeftAdapter, pair: Pair, own: Tensor, theirs: Tensor, proble
 
 
 def _left_over(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
-    """Tensors that several parts share, of another size than theirs together."""
-    found = []
+    """Return a message for each tensor that several parts share and whose size is not that of the parts together."""
+    problems = []
     for key in {pair.key for pair in pairs if pair.start is not None} & adapter.shapes.keys():
         own = [pair for pair in pairs if pair.key == key]
         axis, shape = own[0].axis, adapter.shapes[key]
         size = sum(compilation.store.get(pair.tensor).shape[axis] for pair in own)
         if shape[axis] != size and not (axis == 0 and shape[0] == 2 * size):
             wanted = [size if number == axis else length for number, length in enumerate(shape)]
-            found.append(f"{key} is {list(shape)}, the model has room for {wanted}")
-    return found
+            problems.append(f"{key} is {list(shape)}, the model has room for {wanted}")
+    return problems
 
 
 def _unfilled(compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
-    """Trained tensors that no pair fills."""
+    """Return a message for each trained tensor that no pair fills."""
     filled = {pair.tensor for pair in pairs}
     rest = [n for n, t in adapter_tensors(compilation.store) if n not in filled and t.requires_grad]
     return [f"{quoted(name)}: the file has nothing for it" for name in rest]

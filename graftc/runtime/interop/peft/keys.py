@@ -1,4 +1,4 @@
-"""Keys of peft's checkpoints: to modules and parts of methods, and back."""
+"""Keys of peft's checkpoints: translation to modules and parts of methods, and back."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _BASE = "base_layer"
 
 @dataclass(frozen=True)
 class Keys:
-    """What the keys of a checkpoint say.
+    """The keys of a checkpoint, sorted by what they are.
 
     Attributes:
-        modules: the key of each part, by module and how many other adapters stand around it there.
-        inside: those modules whose keys lead through another adapted module, by that module.
-        tokens: keys of trained rows of embedding tables, by module, where they stand beside another method.
+        modules: key of each part, by module and number of other adapters around it there.
+        inside: modules whose keys lead through another adapted module, each with that module.
+        tokens: keys of trained rows of embedding tables, by module, if they are stored beside another method.
         shared: keys of tensors of the adaptation as a whole, by part.
-        joined: the key of the one tensor of virtual tokens.
-        plain: keys of tensors that the base has too, by their name there.
-        again: keys that repeat one of `plain`, by the same name.
+        joined: key of the one tensor of virtual tokens.
+        plain: keys of tensors that the base has as well, by their name there.
+        again: keys that repeat one of `plain`, with the same name.
         unused: keys of values of the base that nothing reads.
-        unknown: all others.
+        unknown: all other keys.
     """
 
     modules: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class Keys:
 
 
 def parts_by_key(table: PeftFormat) -> dict[str, str]:
-    """Our part for every key of a table that stands behind a module's path, longest keys first."""
-    found = {key: part for part, own in table.parts.items() for key in own.keys}
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+    """Return our part for every key of a table that follows a module's path, longest keys first."""
+    parts = {key: part for part, own in table.parts.items() for key in own.keys}
+    return dict(sorted(parts.items(), key=lambda item: -len(item[0])))
 
 
 def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
@@ -65,8 +65,8 @@ def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
             sorted_keys.shared[shared[key]] = key
         elif not key.startswith(prefix):
             sorted_keys.unknown.append(key)
-        elif (own := _behind(path, tokens)) is not None and tokens not in parts:
-            sorted_keys.tokens[own] = key
+        elif (owner := _behind(path, tokens)) is not None and tokens not in parts:
+            sorted_keys.tokens[owner] = key
         elif joined is None and (hit := next((s for s in parts if _behind(path, s) is not None), None)) is not None:
             module, depth, around = _unwrapped(path.removesuffix(f".{hit}"))
             if around:
@@ -82,7 +82,7 @@ def _behind(path: str, suffix: str) -> str | None:
 
 
 def _unwrapped(path: str) -> tuple[str, int, str]:
-    """The module, how many adapters stand around the tensor there, and the adapted module that it lies in, if any."""
+    """Return the module, the number of adapters around the tensor there, and the adapted module around it, if any."""
     segments = path.split(".")
     depth = 0
     while segments and segments[-1] == _BASE:
@@ -110,8 +110,10 @@ def _sort_plain(found: Keys, path: str, key: str) -> None:
 def tensor_key(
     module: str, suffix: str, depth: int = 0, *, prefix: str = MODEL, wrapped: Mapping[str, int] = MappingProxyType({})
 ) -> str:
-    """The key of a tensor: behind a module's path, inside of so many other adapters there. Modules that the path leads
-    through may be wrapped too, so many times each."""
+    """Return the key of a tensor of a module, inside `depth` other adapters there.
+
+    Modules that the path leads through may be wrapped as well, each as often as `wrapped` says.
+    """
     segments = module.split(".")
     words: list[str] = []
     for end, segment in enumerate(segments, 1):

@@ -1,7 +1,7 @@
-"""Which tensor of a compiled model is which tensor of peft's file: one pair for each, both ways.
+"""The pairs of tensors of a compiled model and of peft's file, for both directions.
 
-The keys follow from the compiled sites by the tables of methods, so that a checkpoint that is read and one that is
-written go by the same pairs.
+The keys follow from the compiled sites and the tables of methods, so that reading and writing a checkpoint use the same
+pairs.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor here and in peft's file.
+    """A tensor of a compiled model and its counterpart in peft's file.
 
     Attributes:
         key: peft's key.
-        tensor: the Store name.
+        tensor: name of the tensor in the Store.
         site: the place, as text; empty for a tensor of the adaptation as a whole.
-        part: what the tensor is there.
+        part: which part of the method the tensor is.
         form, shaped: how it is stored.
-        rank: which axis of ours counts ranks that zeros fill; None where none does.
-        start: where it begins along the axis of a tensor that several share; None where it has one of its own.
+        rank: the axis of our tensor that counts ranks, which zeros fill; None if there is none.
+        start: where it begins along the axis of a tensor that several share; None if it has one of its own.
         axis: that axis.
         shared: whether it belongs to the adaptation as a whole.
-        again: whether it is there already, under the key of another name of a tied tensor.
+        again: whether there is a pair for it already, under the key of another name of a tied tensor.
     """
 
     key: str
@@ -67,10 +67,10 @@ class Pair:
     again: bool = False
 
     def read(self, theirs: Tensor, like: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
-        """Ours from peft's.
+        """Return our tensor from peft's.
 
         Raises:
-            ValueError: the sizes are not of that form.
+            ValueError: if the sizes are not of that form.
         """
         if self.start is not None:
             if theirs.dim() != like.dim() or self.start + like.shape[self.axis] > theirs.shape[self.axis]:
@@ -79,22 +79,25 @@ class Pair:
         return to_ours(self.form, theirs, replace(self.shaped, order=order))
 
     def write(self, ours: Tensor) -> Tensor:
-        """Peft's from ours; of a shared tensor its part."""
+        """Return peft's tensor from ours; for a shared tensor, its part."""
         return to_theirs(self.form, ours, self.shaped)
 
 
 def table_of(spec: MethodSpec) -> PeftFormat | None:
-    """How a method is written, if peft has it; what inherits from such a method is another one."""
+    """Return the table by which a method is written; None if peft does not have the method.
+
+    A class that inherits from such a method is another method.
+    """
     table = vars(type(spec)).get("peft")
     return table if isinstance(table, PeftFormat) else None
 
 
 def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection[str] = frozenset()) -> list[Pair]:
-    """The pairs of every tensor that a file of peft has to have for a compiled model, in the order of the spec.
+    """Return the pairs of all tensors that peft's file must have for a compiled model, in the order of the spec.
 
     Args:
-        compilation: the model.
-        older: the factors of experts are as PEFT wrote them up to 0.18.
+        compilation: the compiled model.
+        older: whether the factors of experts are as PEFT wrote them up to 0.18.
         named: parameters that a config names itself (`target_parameters`), of modules that peft would adapt as such.
 
     Raises:
@@ -106,23 +109,23 @@ def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection
     prefix = MODEL if table.joined is None else ROOT
     copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
     wrapped: dict[str, int] = {}
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     turned = _Turned(compilation, older, named)
     for resolved in (main, *others):
-        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main, turned=turned)
+        pairs += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main, turned=turned)
     for site, names in compilation.parts.get(TRAIN, {}).items():
         for part, name in names.items():
-            found.append(_plain(copies[name], name, site, part, wrapped, prefix))
+            pairs.append(_plain(copies[name], name, site, part, wrapped, prefix))
             for tied in compilation.store.tied(copies[name]):
-                found.append(replace(_plain(tied, name, site, part, wrapped, prefix), again=True))
-    return found
+                pairs.append(replace(_plain(tied, name, site, part, wrapped, prefix), again=True))
+    return pairs
 
 
 def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
-    """The adaptation that peft's config is about, and rows of tables that train beside it.
+    """Return the adaptation that peft's config describes, and those of table rows that train beside it.
 
     Raises:
-        GraftError: GC115 for adaptations that no one config says.
+        GraftError: GC115 for adaptations that no single config can express.
     """
     rows = beside()[0]
     every = list(compilation.main.resolved)
@@ -193,14 +196,16 @@ def _of(
 
 
 def _names(compilation: Compilation, key: SiteKey) -> dict[str, None]:
-    """The paths of the modules that have the tensor of a place."""
+    """Return the paths of the modules that have the tensor of a place."""
     name = f"{key.module}.{key.name}"
     return dict.fromkeys(each.rpartition(".")[0] for each in (name, *compilation.store.tied(name)))
 
 
 def table_path(compilation: Compilation, key: SiteKey) -> str:
-    """The module that peft trains rows of: of those that share a table, the model's input embeddings, to which it ties
-    the others."""
+    """Return the path of the module whose rows peft trains.
+
+    If several modules share a table, that is the model's input embeddings, to which peft ties the others.
+    """
     source, names = compilation.source, _names(compilation, key)
     ask: Any = getattr(source, "get_input_embeddings", None)
     if len(names) > 1 and ask is not None:
@@ -217,14 +222,14 @@ def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mappi
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether peft adapts a module by its name: of others, it has to be told the parameter."""
+    """Return whether peft adapts a module by its name; for others, a config has to name the parameter."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D))
 
 
 def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module is the output projection of an attention which peft adapts as a whole."""
+    """Return whether a module is the output projection of an attention which peft adapts as a whole."""
     around, _, last = path.rpartition(".")
     return last == "out_proj" and isinstance(modules.get(around), nn.MultiheadAttention)
 
@@ -234,17 +239,22 @@ _OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
 
 @dataclass(frozen=True)
 class _Turned:
-    """At which places peft's first factor is at the output instead of the input; the arguments are those of
-    `pairs_of`."""
+    """The places at which peft's first factor is at the output instead of the input.
+
+    The attributes are the arguments of `pairs_of`.
+    """
 
     compilation: Compilation
     older: bool
     named: Collection[str]
 
     def at(self, site: LinearSite) -> bool:
-        """Of experts, peft goes by an attribute of their module (`is_transposed`), which not every class whose weights
-        are ``[experts, in, out]`` has, and which older releases take for granted. Any other parameter that is adapted
-        by its name it takes for ``[out, in]``."""
+        """Return whether peft's first factor is at the output of a site.
+
+        For experts, peft uses an attribute of their module (`is_transposed`), which not every class whose weights are
+        ``[experts, in, out]`` has, and which older releases take for granted. Any other parameter that is adapted by
+        its name is treated as ``[out, in]``.
+        """
         module, columns = self.compilation.source.get_submodule(site.key.module), site.own.layout is Layout.COLUMNS
         if site.leading:
             return bool(self.older or getattr(module, "is_transposed", False)) != columns
@@ -261,21 +271,21 @@ def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) ->
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
-    """How many other adapters stand around each: of several parameters of a module, the first is innermost."""
+    """Return how many other adapters are around each site; the first of a module's parameters is innermost."""
     groups: dict[str, list[SiteKey]] = {}
     for site in sites:
         groups.setdefault(site.key.module, []).append(site.key)
-    found: dict[SiteKey, int] = {}
+    depths: dict[SiteKey, int] = {}
     for module, keys in groups.items():
         if len(keys) > 1:
             order = list(compilation.store.owner(module)._parameters)
             keys = sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))
-        found |= {key: len(keys) - 1 - number for number, key in enumerate(keys)}
-    return found
+        depths |= {key: len(keys) - 1 - number for number, key in enumerate(keys)}
+    return depths
 
 
 def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> Iterator[Pair]:
-    """Virtual tokens: the parts of all sites lie side by side in one tensor, layer by layer."""
+    """Yield the pairs of virtual tokens: the parts of all sites are side by side in one tensor, layer by layer."""
     assert table.joined is not None
     key, axis = table.joined
     parts = compilation.parts[resolved.name]
@@ -289,33 +299,33 @@ def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> 
 def _starts(
     compilation: Compilation, resolved: Resolved, table: PeftFormat, axis: int
 ) -> dict[tuple[SiteKey, str], int]:
-    """Where the parts of each site begin.
+    """Return the offset at which each part of each site begins.
 
-    In an encoder-decoder model peft repeats its table until there are four runs for each layer, of which a layer's own
+    In an encoder-decoder model, peft repeats its table until there are four runs for each layer, of which a layer's own
     attention reads the first two (see ``docs/peft.md``).
     """
     parts = compilation.parts[resolved.name]
     places = [site for site, _ in resolved.places]
     sizes = [compilation.store.get(parts[s.key][part]).shape[axis] for s in places for part in table.parts]
-    found, start = dict[tuple[SiteKey, str], int](), 0
+    starts, start = dict[tuple[SiteKey, str], int](), 0
     for number, (site, part) in enumerate((s, part) for s in places for part in table.parts):
-        found[site.key, part] = start
+        starts[site.key, part] = start
         start += sizes[number]
     if repeats(compilation, resolved):
         per = len(table.parts)
         for number, site in enumerate(places):
             for index, part in enumerate(table.parts):
                 at = (2 * per * number) % (per * len(places)) + index
-                found[site.key, part] = at * sizes[0]
-    return found
+                starts[site.key, part] = at * sizes[0]
+    return starts
 
 
 def repeats(compilation: Compilation, resolved: Resolved) -> bool:
-    """Whether peft's table is read with repetitions: by attentions of a model with two stacks."""
+    """Return whether peft's table is read with repetitions: by attentions of a model with two stacks."""
     attends = any(isinstance(site, AttentionSite) for site, _ in resolved.places)
     return attends and bool(getattr(getattr(compilation.model, "config", None), "is_encoder_decoder", False))
 
 
 def as_data(pairs: Sequence[Pair]) -> list[dict[str, str]]:
-    """Pairs as plain data: the key in peft's file, and site, part and name of the tensor here."""
+    """Return pairs as plain data: the key in peft's file, and site, part and name of the tensor here."""
     return [{"key": p.key, "site": p.site, "part": p.part, "tensor": p.tensor} for p in pairs]

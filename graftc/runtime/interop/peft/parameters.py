@@ -1,5 +1,7 @@
-"""Which parameter of a module each adapter of a file is about, as peft finds them: a config may name parameters beside
-modules (`target_parameters`), and several of one module are nested in the file."""
+"""The parameter of a module that each adapter of a file belongs to, found as peft finds it.
+
+A config may name parameters as well as modules (`target_parameters`), and several of one module are nested in the file.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ __all__ = ["adapted_parameters", "meant_parameters"]
 
 
 def meant_parameters(targets: Sequence[str] | None, parameters: Iterable[str]) -> list[str]:
-    """The parameters that `target_parameters` selects: by the end of their paths, whole segments of it."""
+    """Return the parameters that `target_parameters` selects by the end of their paths, in whole segments."""
     return [name for name in parameters if any(_means(target, name) for target in targets or ())]
 
 
@@ -25,18 +27,18 @@ def _means(target: str, name: str) -> bool:
 def adapted_parameters(
     config: AdapterConfig, modules: Iterable[tuple[str, int]], place: Place, shapes: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], tuple[str, bool]]:
-    """By module and depth in the file: the parameter's name, and whether the config names it.
+    """Return, by module and depth in the file, the parameter's name and whether the config names it.
 
     Args:
-        config: of the adapter.
-        modules: paths and depths that its file has.
-        place: of its file.
-        shapes: sizes of the base's parameters by name, in its order; empty where there is no base.
+        config: the config of the adapter.
+        modules: paths and depths that its file contains.
+        place: the place of its file, for errors.
+        shapes: sizes of the base's parameters by name, in the base's order; empty if there is no base.
 
     Raises:
-        GraftError: GC113 where the config names another number of a module's parameters than the file has.
+        GraftError: GC113 if the config names another number of a module's parameters than the file has.
     """
-    found = dict[tuple[str, int], tuple[str, bool]]()
+    resolved = dict[tuple[str, int], tuple[str, bool]]()
     targets = config.target_parameters or []
     owned: dict[str, list[str]] = {}
     for name in shapes:
@@ -46,28 +48,32 @@ def adapted_parameters(
     for path, depth in modules:
         depths.setdefault(path, []).append(depth)
     as_modules = meant(config, list(depths)) if targets else None
-    for path, own in depths.items():
-        # Without a base, a bare name may be a parameter of any module; those that the config names as modules are not.
+    for path, levels in depths.items():
+        # Without a base, a bare name may be a parameter of any module, except those that the config names as modules.
         words = [target.rpartition(".")[2] for target in targets]
         known = owned.get(path) or ([] if as_modules and path in as_modules else list(dict.fromkeys(words)))
         names = [name for name in known if any(_means(target, f"{path}.{name}") for target in targets)]
         if not names:
-            found |= {(path, depth): (_weight(owned.get(path, ()), shapes, path), False) for depth in own}
+            resolved |= {(path, depth): (_weight(owned.get(path, ()), shapes, path), False) for depth in levels}
             continue
-        if not shapes:  # which of the names a module has is a guess; the longest say most of where they belong
+        if not shapes:  # a guess at the names that a module has; the longest targets say most about it
             telling = [target.rpartition(".") for target in sorted(targets, key=lambda target: -target.count("."))]
             fitting = [name for around, _, name in telling if not around or f".{path}".endswith(f".{around}")]
-            names = list(dict.fromkeys([*fitting, *names]))[: len(own)]
-        if len(names) != len(own):
-            message = f"the file has {len(own)} adapters at {path}, target_parameters names {len(names)}: {some(names)}"
+            names = list(dict.fromkeys([*fitting, *names]))[: len(levels)]
+        if len(names) != len(levels):
+            message = (
+                f"the file has {len(levels)} adapters at {path}, target_parameters names {len(names)}: {some(names)}"
+            )
             raise GraftError("GC113", message, place=place)
-        # Of several, the first stands innermost.
-        found |= {(path, depth): (name, True) for name, depth in zip(names, sorted(own, reverse=True), strict=True)}
-    return found
+        # The first of several is the innermost.
+        resolved |= {
+            (path, depth): (name, True) for name, depth in zip(names, sorted(levels, reverse=True), strict=True)
+        }
+    return resolved
 
 
 def _weight(names: Sequence[str], shapes: Mapping[str, Sequence[int]], path: str) -> str:
-    """The weight of a module: the one of that name, or the only matrix of those that have another."""
+    """Return the name of a module's weight: ``weight``, or the name of its only matrix if no parameter is called so."""
     if not names or "weight" in names:
         return "weight"
     matrices = [name for name in names if len(shapes[f"{path}.{name}"]) > 1]

@@ -1,4 +1,7 @@
-"""A folder for PEFT as plain LoRA, which every engine reads right: ``alpha / rank`` scales it, the base stays."""
+"""Conversion of a PEFT folder to plain LoRA, which every engine reads correctly.
+
+The update is scaled by ``alpha / rank``, and the base stays unchanged.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,14 @@ __all__ = ["plain"]
 
 
 def plain(made: PeftExport, compilation: Compilation) -> PeftExport:
-    """The same update, said in fewer words: without ``use_rslora``, which some engines ignore. Factors that started
-    from the weight have their starts beside them, at twice the rank, because engines add to the base that they have.
+    """Return the same update in simpler terms: without ``use_rslora``, which some engines ignore.
+
+    Factors that started from the weight get their starts beside them, at twice the rank, because engines add to the
+    base that they have.
 
     Args:
-        made: a folder; stays as it is.
-        compilation: what it is of.
+        made: contents of a folder, which are not changed.
+        compilation: the compiled model that they were made from.
     """
     config, tensors = dict(made.config), dict(made.tensors)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
@@ -38,7 +43,7 @@ def plain(made: PeftExport, compilation: Compilation) -> PeftExport:
 
 
 def _scaled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Ranks and alphas such that ``alpha / rank`` is what ``alpha / sqrt(rank)`` was."""
+    """Return alphas such that ``alpha / rank`` equals the former ``alpha / sqrt(rank)``."""
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     usual = alpha * rank**0.5
@@ -50,14 +55,14 @@ def _scaled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {field: config[field] * 2 for field in ("r", "lora_alpha")}
+    doubled: dict[str, Any] = {field: config[field] * 2 for field in ("r", "lora_alpha")}
     for field in ("rank_pattern", "alpha_pattern"):
-        found[field] = {name: value * 2 for name, value in (config.get(field) or {}).items()}
-    return found
+        doubled[field] = {name: value * 2 for name, value in (config.get(field) or {}).items()}
+    return doubled
 
 
 def _starts(made: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
-    """Factors with their starts behind them, the second ones negative; by the keys of the factors."""
+    """Return the factors with their starts appended, negated for ``B``, by the keys of the factors."""
     starts = {
         names[part]: names[f"{part}0"]
         for sites in compilation.parts.values()
@@ -65,14 +70,14 @@ def _starts(made: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
         for part in ("A", "B")
         if f"{part}0" in names
     }
-    found = {}
+    tensors = {}
     for pair in made.pairs:
         if pair.tensor not in starts:
             continue
         own, start = (compilation.store.full(name).detach() for name in (pair.tensor, starts[pair.tensor]))
         both = [own, start.to(own.dtype)] if pair.part == "A" else [own, -start.to(own.dtype)]
-        found[pair.key] = pair.write(torch.cat(both, -2 if pair.part == "A" else -1)).contiguous()
-    return found
+        tensors[pair.key] = pair.write(torch.cat(both, -2 if pair.part == "A" else -1)).contiguous()
+    return tensors
 
 
 def _whole(value: float) -> float | int:

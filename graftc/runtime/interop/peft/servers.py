@@ -1,4 +1,4 @@
-"""What servers take of PEFT's folders, as data, and the check of one before it is written."""
+"""The limits of servers for PEFT's folders, as data, and the check of a folder before it is written."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Server:
     """The limits of one server.
 
     Attributes:
-        name: what the command line calls it.
-        read: from which version of which files they were read.
-        ranks: the values that its largest rank may have; empty where any will do.
-        refused: fields of the config that have to be off, with the way out.
-        option: how it is told the largest rank; None where it is not.
-        layout: of ``graftc convert``, which it reads.
-        saved: names of the heads that it takes beside an adapter (``modules_to_save``).
+        name: name of the server on the command line.
+        read: version of the server whose files the limits were read from.
+        ranks: values that its largest rank may have; empty if any will do.
+        refused: fields of the config that have to be off, each with the way out.
+        option: the option that sets the largest rank; None if there is none.
+        layout: the layout of ``graftc convert`` that it reads.
+        saved: names of the heads that it accepts beside an adapter (``modules_to_save``).
     """
 
     name: str
@@ -41,7 +41,7 @@ class Server:
     saved: tuple[str, ...] = ()
 
     def rank_for(self, rank: int) -> int | None:
-        """The smallest largest rank that holds adapters of a rank; None where none does."""
+        """Return the smallest allowed value of the largest rank that fits adapters of a rank; None if none does."""
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
 
 
@@ -86,16 +86,16 @@ _PREFIX = "base_model.model."
 
 
 def server_of(name: str) -> Server:
-    """A server by its name.
+    """Return the server of a name.
 
     Raises:
         GraftError: GC068 for an unknown server.
     """
-    found = SERVERS.get(name)
-    if found is None:
+    server = SERVERS.get(name)
+    if server is None:
         hint = alternatives(name, SERVERS, "servers")
         raise GraftError("GC068", f"no limits are known of a server {name!r}", hint=hint)
-    return found
+    return server
 
 
 def require_served(
@@ -105,13 +105,13 @@ def require_served(
     *,
     max_rank: int | None = None,
 ) -> int:
-    """Refuse what a server would refuse, or compute otherwise.
+    """Raise if a server would refuse an adapter, or compute something else with it.
 
     Args:
-        server: which.
-        config: what ``adapter_config.json`` holds.
-        keys: of the tensors.
-        max_rank: what the server was started with; by default its largest.
+        server: the server.
+        config: the contents of ``adapter_config.json``.
+        keys: keys of the tensors.
+        max_rank: the largest rank that the server was started with; by default the largest that it supports.
 
     Returns:
         The value of the server's option for the largest rank.

@@ -1,6 +1,7 @@
-"""Several peft folders in one model, and one more in a model that has been compiled.
+"""Import of several peft folders into one model, and of one more folder into a model that has been compiled.
 
-Each folder is imported alone, with all that an import checks, and its tensors then belong to an adaptation of its name.
+Each folder is imported alone, with all the checks of an import, and its tensors then belong to an adaptation of its
+name.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ __all__ = ["entry_of", "imported_together", "names_of"]
 
 
 def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Folders by the names that their adaptations get: given, or else those of the folders.
+    """Return the folders by the names of their adaptations: the given names, or otherwise those of the folders.
 
     Raises:
-        GraftError: GC005 for two folders of one name, GC002 for a name that cannot be one, GC073 for no folder.
+        GraftError: GC005 for two folders with one name, GC002 for an invalid name, GC073 if there is no folder.
     """
     if not folders:
         raise GraftError("GC073", "there is no folder to import", hint="give one or several")
@@ -44,13 +45,13 @@ def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[s
     pairs = folders.items() if isinstance(folders, Mapping) else [(None, folder) for folder in folders]
     for name, folder in pairs:
         path = as_path(folder)
-        own = str(name) if name is not None else _plain(Path(os.path.realpath(path)).name)
-        if (wrong := check_name(own)) is not None:
+        label = str(name) if name is not None else _plain(Path(os.path.realpath(path)).name)
+        if (wrong := check_name(label)) is not None:
             raise wrong
-        if own in paths:
+        if label in paths:
             hint = "give the folders by name: {'one': ..., 'other': ...}"
-            raise GraftError("GC005", f"{paths[own]} and {path} would both be {quoted(own)}", hint=hint)
-        paths[own] = path
+            raise GraftError("GC005", f"{paths[label]} and {path} would both be {quoted(label)}", hint=hint)
+        paths[label] = path
     return paths
 
 
@@ -68,23 +69,25 @@ def imported_together(
     cache: bool,
     structure: Callable[[], Structure],
 ) -> Compilation:
-    """What `graftc.import_peft` makes a model of, for several folders."""
+    """Compile a model with the adapters of several folders, for `graftc.import_peft`."""
     alone: Compilation | None = None
     adapt: list[dict[str, Any]] = []
     values: dict[str, Tensor] = {}
     base: dict[str, Any] = {}
     for name, folder in folders.items():
-        made = imported(folder, model, axes, flags, name=None, cache=cache, structure=structure)
-        entries, tensors = _renamed(made, name)
-        more = {field: getattr(made.spec, field) for field in ("train", "untie") if getattr(made.spec, field)}
+        compilation = imported(folder, model, axes, flags, name=None, cache=cache, structure=structure)
+        entries, tensors = _renamed(compilation, name)
+        more = {
+            field: getattr(compilation.spec, field) for field in ("train", "untie") if getattr(compilation.spec, field)
+        }
         if more and base:
             raise _trains_base(folder, "another one does so too")
-        base, alone = (more, made) if more or alone is None else (base, alone)
+        base, alone = (more, compilation) if more or alone is None else (base, alone)
         adapt += entries
         values |= tensors
     assert alone is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GraftWarning)  # they have been given when each was compiled
+        warnings.simplefilter("ignore", GraftWarning)  # each compilation has already issued them
         return recompile(alone, Spec.model_validate({"version": 1, "adapt": adapt, **base}), values)
 
 
@@ -96,17 +99,17 @@ def entry_of(
     flags: Flags,
     structure: Callable[[], Structure],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a folder adds to a model that has been compiled: an entry of a spec, and its tensors by their names there.
+    """Return what a folder adds to a compiled model: an entry of a spec, and its tensors by their names there.
 
     Raises:
-        GraftError: as `graftc.import_peft`; GC112 for a folder that trains modules of the base in full, or rows of a
-            table beside its method.
+        GraftError: as for `graftc.import_peft`; GC112 for a folder that trains modules of the base in full, or rows of
+            a table beside its method.
     """
-    made = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
-    spec = made.spec
+    compilation = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
+    spec = compilation.spec
     if spec.train or spec.untie:
         raise _trains_base(folder, "the model is compiled already")
-    entries, values = _renamed(made, name)
+    entries, values = _renamed(compilation, name)
     if len(entries) > 1:
         hint = "import it with the others: graftc.import_peft([folder, folder], model)"
         place = Place(str(folder / CONFIG), path="trainable_token_indices")
@@ -121,7 +124,10 @@ def _trains_base(folder: Path, why: str) -> GraftError:
 
 
 def _renamed(made: Compilation, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """The entries of a spec and their tensors, under a name; rows of tables beside it have the name and a number."""
+    """Return the entries of a spec and their tensors under a name.
+
+    Rows of tables beside the first entry get the name and a number.
+    """
     adapt = made.spec.adapt
     names = {str(own.name): name if not number else f"{name}_{number}" for number, own in enumerate(adapt)}
     entries = [

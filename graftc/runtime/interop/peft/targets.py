@@ -1,4 +1,4 @@
-"""Which modules a config means, as peft finds them, and globs that mean exactly given modules."""
+"""The modules that a config selects, found as peft finds them, and globs that match exactly given modules."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
-    """The modules that `target_modules` selects by their paths; None where it leaves that open."""
+    """Return the modules that `target_modules` selects by their paths; None if it leaves that open."""
     targets = config.target_modules
     if targets is None and config.target_parameters:
         targets = []
     if targets is None or targets == ALL_LINEAR:
         return None
     matcher = config.matcher
-    found = _named(targets, modules, matcher)
+    selected = _named(targets, modules, matcher)
     if not isinstance(targets, str):
-        found = {path for path in found if path in targets or _in_layers(config, path, matcher)}
+        selected = {path for path in selected if path in targets or _in_layers(config, path, matcher)}
     if config.exclude_modules:
-        found -= _named(config.exclude_modules, modules, matcher)
+        selected -= _named(config.exclude_modules, modules, matcher)
     saved = config.modules_to_save or ()
-    return {path for path in found if not any(_within(path, word) for word in saved)}
+    return {path for path in selected if not any(_within(path, word) for word in saved)}
 
 
 def is_saved(config: AdapterConfig, path: str) -> bool:
-    """Whether `modules_to_save` names a module: peft compares ends of paths, so that ``norm`` means ``input_layernorm``
-    as well."""
+    """Return whether `modules_to_save` names a module.
+
+    peft compares ends of paths, so that ``norm`` means ``input_layernorm`` as well.
+    """
     return any(path.endswith(word) for word in config.modules_to_save or ())
 
 
@@ -48,7 +50,7 @@ def _named(targets: Sequence[str] | str, modules: Sequence[str], matcher: RegexM
 
 
 def _ends(path: str) -> Iterator[str]:
-    """The path, and what stands behind each of its dots."""
+    """Yield the path, and what follows each of its dots."""
     while path:
         yield path
         _, _, path = path.partition(".")
@@ -78,13 +80,13 @@ def _in_layers(config: AdapterConfig, path: str, matcher: RegexMatcher) -> bool:
 
 
 def globs(wanted: Collection[str], universe: Collection[str]) -> list[str]:
-    """Globs that match exactly the wanted of all paths, few and short where that is possible.
+    """Return globs that match exactly the wanted paths among all paths, few and short if possible.
 
     Args:
-        wanted: some of them.
+        wanted: the paths to match.
         universe: all paths that a glob is matched against.
     """
-    left, found = dict.fromkeys(wanted), list[str]()
+    left, result = dict.fromkeys(wanted), list[str]()
     groups: dict[str, list[str]] = {}
     for path in left:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).append(path)
@@ -96,13 +98,13 @@ def globs(wanted: Collection[str], universe: Collection[str]) -> list[str]:
             fits = glob_to_regex(glob).fullmatch
             hits = {path for path in universe if fits(path)}
             if hits <= left.keys() and hits.issuperset(members):
-                found.append(glob)
+                result.append(glob)
                 covered |= hits
                 break
         else:
-            found += [path for path in members if path not in covered]
+            result += [path for path in members if path not in covered]
             covered.update(members)
-    return found
+    return result
 
 
 def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
@@ -118,15 +120,15 @@ def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
 
 
 def suffixes(wanted: Collection[str], universe: Collection[str]) -> list[str]:
-    """Ends of paths by which peft finds exactly the wanted of all paths, as short as they can be."""
-    own, found = set(wanted), list[str]()
+    """Return the shortest ends of paths by which peft finds exactly the wanted paths among all paths."""
+    allowed, result = set(wanted), list[str]()
     meaning: dict[str, list[str]] = {}
     for path in universe:
         for end in _ends(path):
             meaning.setdefault(end, []).append(path)
     for path in wanted:
-        if any(end in found for end in _ends(path)):
+        if any(end in result for end in _ends(path)):
             continue
-        fits = [end for end in _ends(path) if own.issuperset(meaning.get(end, [path]))]
-        found.append(fits[-1] if fits else path)
-    return found
+        fits = [end for end in _ends(path) if allowed.issuperset(meaning.get(end, [path]))]
+        result.append(fits[-1] if fits else path)
+    return result

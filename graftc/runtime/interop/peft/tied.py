@@ -1,7 +1,7 @@
-"""Tensors that several modules of a base share, in a peft folder for it.
+"""Tensors that several modules of a base share, in a peft folder for that base.
 
-peft trains a module of its own for each name in `modules_to_save`, unless `ensure_weight_tying` says otherwise; rows of
-a table (`trainable_token_indices`) it ties to the model's input embeddings by itself.
+peft trains a separate module for each name in `modules_to_save`, unless `ensure_weight_tying` says otherwise; it ties
+rows of a table (`trainable_token_indices`) to the model's input embeddings by itself.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ __all__ = ["apart_of", "once", "trained_apart", "trained_together"]
 
 
 def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> PeftAdapter:
-    """The adapter with everything once that the file has under several names of a tied tensor, and with rows of a table
-    at the name by which the model reads it.
+    """Return the adapter with only one entry of what the file has under several names of a tied tensor.
+
+    Rows of a table get the name by which the model reads it.
 
     Raises:
-        GraftError: GC112 for what a tied tensor cannot be given here.
+        GraftError: GC112 for an adaptation of a tied tensor that has no equivalent here.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
@@ -40,7 +41,10 @@ def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structu
 
 
 def _refuse_shared_factors(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> None:
-    """With `ensure_weight_tying`, peft gives a table and the head that it is tied to one pair of factors."""
+    """Raise if one pair of factors belongs to a table and to the head that it is tied to.
+
+    peft creates such a pair with `ensure_weight_tying`.
+    """
     if not adapter.config.value("ensure_weight_tying", False):
         return
     adapted = [module.name for module in adapter.modules if {"A", "B"} & module.keys.keys()]
@@ -81,20 +85,26 @@ def _rows_once(
 
 
 def _embeddings(model: nn.Module) -> str | None:
-    """The path of the model's input embeddings."""
+    """Return the path of the model's input embeddings; None if it has none."""
     ask: Any = getattr(model, "get_input_embeddings", None)
     table = ask() if ask is not None else None
     return next((path for path, module in model.named_modules() if module is table and table is not None), None)
 
 
 def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> str:
-    """The module by which a table is read: an encoder-decoder may hold it under a name that nothing calls."""
+    """Return the path of the module by which a table is read.
+
+    An encoder-decoder may have the table under a name that is never called.
+    """
     tables = {finding.module for finding in structure().findings if finding.kind is SiteKind.EMBEDDING}
     return path if path in tables else next((other for other in paths if other in tables), path)
 
 
 def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAdapter:
-    """With `ensure_weight_tying`, the names of a trained tensor have the same values, of which the first is used."""
+    """Return the adapter with one name of each trained tensor if `ensure_weight_tying` is set.
+
+    All names of such a tensor have the same values, of which the first is used.
+    """
     if not adapter.config.value("ensure_weight_tying", False):
         return adapter
     plain, doubles, first = dict(adapter.keys.plain), list(adapter.doubles), dict[str, str]()
@@ -113,37 +123,37 @@ def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAd
 
 
 def trained_together(adapter: PeftAdapter, model: nn.Module) -> list[str]:
-    """The modules that share a tensor which the adapter trains for all of them."""
+    """Return the modules that share a tensor which the adapter trains for all of them."""
     if not adapter.config.value("ensure_weight_tying", False):
         return []
     return [path for _, paths in _shared(adapter.trained, model) for path in paths]
 
 
 def trained_apart(adapter: PeftAdapter, model: nn.Module) -> list[str]:
-    """The modules that need a tensor of their own in the place of a shared one: each that trains in full by itself."""
+    """Return the modules that need their own copy of a shared tensor: each that trains in full by itself."""
     return [] if adapter.config.value("ensure_weight_tying", False) else apart_of(adapter.trained, model)
 
 
 def apart_of(trained: Collection[str], model: nn.Module) -> list[str]:
-    """The modules that need a tensor of their own where some tensors, by name, train each by itself."""
-    found: list[str] = []
+    """Return the modules that need a tensor of their own if each of the named tensors trains by itself."""
+    untied: list[str] = []
     for own, paths in _shared(trained, model):
-        # The last name of a tensor keeps it.
-        found += own[1:] if len(own) == len(paths) else own
-    return found
+        # If all of them train, the first one keeps the shared tensor.
+        untied += own[1:] if len(own) == len(paths) else own
+    return untied
 
 
 def _shared(trained: Collection[str], model: nn.Module) -> list[tuple[list[str], list[str]]]:
-    """For each shared tensor that trains: the modules in whose place it does, and all that have it."""
+    """Return, for each shared tensor that trains, the modules that train it and all modules that have it."""
     tensors: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
-    found = []
+    groups = []
     for _, names in tensors.values():
         own = [name.rpartition(".")[0] for name in names if name in trained]
         if own and len(names) > 1:
-            found.append((own, [name.rpartition(".")[0] for name in names]))
-    return found
+            groups.append((own, [name.rpartition(".")[0] for name in names]))
+    return groups
 
 
 def _field(adapter: PeftAdapter, field: str) -> Place:

@@ -1,5 +1,8 @@
-"""AWQ (Lin et al., "AWQ: Activation-aware Weight Quantization", 2023, arXiv:2306.00978), as AutoAWQ packs it for
-``gemm``: codes and zero points along the outputs, each eight of them in an order of their own."""
+"""AWQ (Lin et al., "AWQ: Activation-aware Weight Quantization", 2023, arXiv:2306.00978).
+
+As AutoAWQ packs it for ``gemm``, codes and zero points are along the outputs, each eight of them in an order of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ _BITS = 4
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder.
+    """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other packings than ``gemm``.
+        GraftError: GC161 for other packings than ``gemm``, and for codes of other than 4 bits.
     """
     layout = str(options.get("version") or options.get("format") or "gemm").lower()
     if layout != "gemm":

@@ -1,4 +1,4 @@
-"""Folders that transformers saved of a model of bitsandbytes, in 4 or 8 bits."""
+"""Folders of bitsandbytes models that transformers saved, in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder."""
+    """Yield the quantised weights of a folder."""
     for kind in Blockwise.KINDS:
         for name in tensors.ending(f".weight.quant_state.bitsandbytes__{kind}"):
             yield StoredWeight(f"{name}.weight", partial(_read_4bit, tensors, f"{name}.weight", kind))
@@ -60,12 +60,12 @@ def _read_4bit(tensors: FolderTensors, name: str, kind: str, shape: tuple[int, .
 
 def _state(tensors: FolderTensors, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(bytes(tensors.get(name, torch.uint8).tolist()))
+        state = json.loads(bytes(tensors.get(name, torch.uint8).tolist()))
     except (ValueError, RecursionError) as error:
         damaged(f"{name} cannot be read", cause=error)
-    if not isinstance(found, dict):
+    if not isinstance(state, dict):
         damaged(f"{name} cannot be read")
-    return found
+    return state
 
 
 def _read_8bit(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:

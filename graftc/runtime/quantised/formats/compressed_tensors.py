@@ -21,10 +21,10 @@ _MIDDLE = 128
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder.
+    """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other layouts, sparse weights and transforms.
+        GraftError: GC161 for other layouts and numbers of bits, sparse weights and transforms.
     """
     groups = options.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
@@ -40,7 +40,7 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     widths = {bits for group in groups.values() if (bits := (group.get("weights") or {}).get("num_bits")) is not None}
     if not all(type(bits) is int and 1 <= bits <= 8 for bits in widths):
         unread(f"weights of {shown(sorted(map(str, widths)))} bits are not read", "there are 1 to 8")
-    blocks = [found for group in groups.values() if (found := _block(group.get("weights") or {})) is not None]
+    blocks = [block for group in groups.values() if (block := _block(group.get("weights") or {})) is not None]
     for name in tensors.ending(".weight_packed"):
         yield StoredWeight(f"{name}.weight", partial(_read_words, tensors, name, sorted(widths)))
     for name in tensors.ending(".weight_scale"):
@@ -53,10 +53,10 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
 
 
 def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    found = weights.get("block_structure")
-    if not (isinstance(found, list) and len(found) == 2 and all(type(size) is int and size > 0 for size in found)):
+    sizes = weights.get("block_structure")
+    if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)):
         return None
-    return found[0], found[1]
+    return sizes[0], sizes[1]
 
 
 def _read_words(
@@ -108,15 +108,15 @@ def _read_floats(
 
 
 def _scales(tensors: FolderTensors, name: str, rows: int, width: int) -> tuple[Tensor, int, int]:
-    """Scales ``[rows, groups]``, how many groups a row has, and of how many inputs."""
-    found = tensors.get(f"{name}.weight_scale", *FLOATS)
-    if found.numel() == 1:
-        found = found.reshape(1, 1).expand(rows, 1)
-    elif found.dim() == 1:
-        found = found.unsqueeze(1)
-    if found.dim() != 2 or found.shape[0] != rows or not found.shape[1] or width % found.shape[1]:
-        damaged(f"{name}.weight_scale is {list(found.shape)}, for a weight of {rows} x {width}")
-    return found, found.shape[1], width // found.shape[1]
+    """Return the scales ``[rows, groups]``, the number of groups in a row, and the number of inputs in a group."""
+    scales = tensors.get(f"{name}.weight_scale", *FLOATS)
+    if scales.numel() == 1:
+        scales = scales.reshape(1, 1).expand(rows, 1)
+    elif scales.dim() == 1:
+        scales = scales.unsqueeze(1)
+    if scales.dim() != 2 or scales.shape[0] != rows or not scales.shape[1] or width % scales.shape[1]:
+        damaged(f"{name}.weight_scale is {list(scales.shape)}, for a weight of {rows} x {width}")
+    return scales, scales.shape[1], width // scales.shape[1]
 
 
 def _order(tensors: FolderTensors, name: str, width: int, group: int, count: int) -> Tensor | None:

@@ -1,5 +1,7 @@
-"""FP8 as DeepSeek's checkpoints have it, with a scale for each block of rows and columns, or one for a weight; and
-MXFP8, with powers of two for 32 values."""
+"""FP8 as in DeepSeek's checkpoints, and MXFP8.
+
+FP8 has a scale for each block of rows and columns, or one for a weight; MXFP8 has a power of two for every 32 values.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ _SUFFIXES = (".weight_scale_inv", ".weight_scale")
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder.
+    """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other numbers than e4m3, or sizes of blocks that are not a pair.
+        GraftError: GC161 for numbers other than e4m3, or block sizes that are not a pair.
     """
     block = options.get("weight_block_size")
     if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block))):
@@ -59,18 +61,18 @@ def floating(
     made_in: torch.dtype,
     dtype: torch.dtype,
 ) -> Packed:
-    """A weight of e4m3.
+    """Pack a weight of e4m3 numbers.
 
     Args:
         codes: ``[rows, in]``.
-        scales: one, ``[rows]`` or ``[rows, 1]``, or of each block; whole numbers and e8m0 are exponents.
-        block: its sizes, of which the scales have to be; without, blocks are as many as scales and alike.
-        name: of the scales, for errors.
-        made_in: the element type that values are made in.
-        dtype: of the weight.
+        scales: one scale, ``[rows]`` or ``[rows, 1]``, or one for each block; whole numbers and e8m0 are exponents.
+        block: the block sizes that the scales have to match; if None, blocks are equal and as many as there are scales.
+        name: the name of the scales in errors.
+        made_in: the element type in which values are computed.
+        dtype: the element type of the weight.
 
     Raises:
-        GraftError: GC163 where there are not as many scales as blocks.
+        GraftError: GC163 if there are not as many scales as blocks.
     """
     rows, width = codes.shape
     if block is not None:

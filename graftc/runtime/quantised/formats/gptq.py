@@ -1,4 +1,4 @@
-"""GPTQ, as AutoGPTQ and GPTQModel write it: codes along the inputs, zero points along the outputs."""
+"""GPTQ, as AutoGPTQ and GPTQModel write it: codes packed along the inputs, zero points along the outputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LESS_ONE = "gptq"
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder.
+    """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for layouts that are made for a kernel.
+        GraftError: GC161 for layouts that are made for a kernel, and for bits other than 2, 3, 4 and 8.
     """
     bits = whole_number(options, "bits")
     layout = options.get("checkpoint_format") or options.get("format") or _LESS_ONE

@@ -1,4 +1,4 @@
-"""HQQ, as its ``HQQLinear.state_dict`` has it: codes beside the options of each weight."""
+"""HQQ, as in ``HQQLinear.state_dict``: codes, with the options of each weight beside them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TYPES = {str(dtype): dtype for dtype in FLOATS}
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder."""
+    """Yield the quantised weights of a folder."""
     for name in tensors.ending(".W_q"):
         yield StoredWeight(f"{name}.weight", partial(_read, tensors, name))
 
@@ -58,19 +58,22 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """Codes of which each byte has one from each of ``8 / bits`` parts of the rows, the first in the highest bits."""
+    """Return the codes of words.
+
+    Each byte has one code from each of ``8 / bits`` parts of the rows, the first in the highest bits.
+    """
     return torch.cat([(words >> shift) & (2**bits - 1) for shift in range(8 - bits, -1, -bits)])
 
 
 def _number(tensors: FolderTensors, name: str) -> int:
-    found = tensors.get(name)
-    if found.numel() != 1 or found.is_floating_point():
+    tensor = tensors.get(name)
+    if tensor.numel() != 1 or tensor.is_floating_point():
         damaged(f"{name} is not a whole number")
-    return int(found)
+    return int(tensor)
 
 
 def _text(tensors: FolderTensors, name: str) -> str:
-    found = tensors.get(name, torch.uint8)
-    if found.dim() != 1 or found.numel() > 64:
+    tensor = tensors.get(name, torch.uint8)
+    if tensor.dim() != 1 or tensor.numel() > 64:
         damaged(f"{name} is not a word")
-    return bytes(found.tolist()).decode("latin-1")
+    return bytes(tensor.tolist()).decode("latin-1")

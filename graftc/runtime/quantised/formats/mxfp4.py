@@ -1,4 +1,4 @@
-"""MXFP4 experts, as gpt-oss has them: blocks of 32 values of 4 bits along the inputs, with exponents."""
+"""MXFP4 experts, as in gpt-oss: blocks of 32 values of 4 bits along the inputs, with exponents as scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = 32
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """The quantised weights of a folder."""
+    """Yield the quantised weights of a folder."""
     for name in tensors.ending("_blocks"):
         yield StoredWeight(name, partial(_read, tensors, name))
 

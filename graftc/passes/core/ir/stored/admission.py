@@ -1,7 +1,7 @@
-"""Whether a Program that came from a file may be used at all: what can be told of it without a model.
+"""The check whether a Program from a file may be used at all, as far as that can be determined without a model.
 
-Its interface fits together, no value is larger than its tensors give reason for, every operator takes its arguments and
-gives what the graph says, and nothing is written to that is not the graph's own.
+Its interface is consistent, no value is larger than its tensors justify, every operator accepts its arguments and gives
+what the graph says, and nothing is written to that does not belong to the graph.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ aten = torch.ops.aten
 
 
 def admit(program: Program) -> str | None:
-    """What is wrong with a Program by itself, for people; None where nothing is."""
-    found = _interface(program) or _sizes(program)
-    if found is not None:
-        return found
+    """Return what is wrong with a Program by itself, as a message; None if nothing is."""
+    problem = _interface(program) or _sizes(program)
+    if problem is not None:
+        return problem
     write = flaw(program.graph, program.mode, program.updates.__contains__)
     if write is not None:
         return f"{write[0].name}: {write[1]}"
@@ -87,12 +87,12 @@ def _elements(value: Tensor) -> int:
 
 
 def _number(size: Any) -> int:
-    found: Any = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(found)
+    number: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(number)
 
 
 def _parts(node: fx.Node) -> int:
-    """How many tensors a call gives, before it is made."""
+    """Return the number of tensors that a call gives, before it is made."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not any("List" in str(r.type) for r in target._schema.returns):
         return 1

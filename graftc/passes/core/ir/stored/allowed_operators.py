@@ -1,9 +1,9 @@
-"""Operators that a graph in a file may name: a literal list, which ``python -m tools.operators`` holds to its rules.
+"""Operators that a graph in a file may name: a literal list, checked against rules by ``python -m tools.operators``.
 
-They compute tensors from tensors and numbers. None reads or writes a file, changes a storage or its size, names memory
-by explicit strides, or sets a generator; those whose names end with ``_`` change their first argument and nothing else
-(`graftc.passes.core.ir.effects` has what they may change). The list has what captures of transformers' architectures
-and graftc's methods emit, and ATen's other functions of the same kinds.
+They compute tensors from tensors and numbers. None of them reads or writes a file, changes a storage or its size,
+addresses memory by explicit strides, or sets a generator; those whose names end with ``_`` change only their first
+argument (`graftc.passes.core.ir.effects` has what they may change). The list contains the operators that captures of
+transformers' architectures and graftc's methods emit, and ATen's other functions of the same kinds.
 """
 
 from __future__ import annotations

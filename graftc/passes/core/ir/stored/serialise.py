@@ -1,9 +1,9 @@
-"""Programs as plain JSON and back: weightless, no pickle, nothing evaluated.
+"""Programs as plain JSON and back: no weights, no pickle, nothing evaluated.
 
 Operators are looked up in a literal list, classes of outputs among those of transformers' own models, and sizes are
-parsed by hand, so a file can name nothing else. Names become part of generated code, so they are held to be names. What
-comes out is a whole Program of the right types throughout, whose operators accept their arguments and which writes to
-nothing that it must not, or nothing comes out at all.
+parsed by hand, so that a file can name nothing else. Names become part of generated code, so they are checked to be
+names. The result is a complete Program with the right types throughout, whose operators accept their arguments and
+which writes to nothing that it must not; anything else is refused.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ _DAMAGE = (
 
 
 class SerialisationError(ValueError):
-    """A program holds something that has no place in a file."""
+    """Raised if a program contains something that has no place in a file."""
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
-    """The whole Program as JSON data.
+    """Return the whole Program as JSON data.
 
     Raises:
         SerialisationError: for an operator or argument outside the closed set.
@@ -126,11 +126,11 @@ def program_to_json(program: Program) -> dict[str, Any]:
 
 
 def program_from_json(data: Mapping[str, Any], device: torch.device, *, called: bool = False) -> Program:
-    """The Program of `program_to_json`, with fake values on ``device``.
+    """Return the Program of data that `program_to_json` returned, with fake values on ``device``.
 
     Args:
-        data: as it was read.
-        device: of the values.
+        data: the data as it was read.
+        device: the device of the values.
         called: whether layers may call functions (`graftc.passes.core.ir.functions`).
 
     Raises:
@@ -138,8 +138,8 @@ def program_from_json(data: Mapping[str, Any], device: torch.device, *, called: 
     """
     try:
         program = _program(data, device)
-        found = calls(program.graph)
-        if (found and not called) or not all(map(is_sound, found)):
+        function_calls = calls(program.graph)
+        if (function_calls and not called) or not all(map(is_sound, function_calls)):
             raise SerialisationError("a call of a function that there is not")
         return program
     except SerialisationError:
@@ -167,8 +167,8 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
     written = frozenset(_path(_typed(name, str)) for name in _typed(data.get("updates", []), list))
     edits = Edits(_decode_edit(_typed(edit, list), nodes) for edit in _typed(data.get("edits", []), list))
     checks = tuple(
-        InputCheck(program_from_json(held, device), _typed(message, str))
-        for message, held in _typed(data.get("checks", []), list)
+        InputCheck(program_from_json(condition, device), _typed(message, str))
+        for message, condition in _typed(data.get("checks", []), list)
     )
     program = Program(graph, inputs, outputs, mode, entry, flags, edits, history, updates=written, checks=checks)
     flaw = admit(program)
@@ -213,7 +213,7 @@ def _decode_edit(data: list[Any], nodes: list[fx.Node]) -> Edit:
 
 
 def _origin(data: Any) -> dict[str, str]:
-    """Who inserted a node: see `graftc.passes.core.ir.program.provenance`."""
+    """Return the provenance of a node; see `graftc.passes.core.ir.program.provenance`."""
     origin = _typed(_typed(data, dict)["graftc"], dict)
     if len(data) != 1 or origin.keys() != {"adaptation", "method", "site", "part"}:
         raise SerialisationError("an origin with other keys")
@@ -221,7 +221,7 @@ def _origin(data: Any) -> dict[str, str]:
 
 
 def _typed(value: Any, wanted: type[Any]) -> Any:
-    """A value of exactly this type."""
+    """Return a value if it has exactly this type; raise otherwise."""
     if type(value) is not wanted:
         raise SerialisationError(f"a {type(value).__name__} in the place of a {wanted.__name__}")
     return value
@@ -284,14 +284,14 @@ def _decode_target(op: str, text: str) -> Any:
 
 
 def _path(text: str) -> str:
-    """The name of a tensor: code reads it from a table, whatever characters are in it."""
+    """Return the name of a tensor if it is allowed; it need not be an identifier, since code reads it from a table."""
     if len(text) > _LONGEST_PATH or not text.isprintable() or not _PATH.fullmatch(text):
         raise SerialisationError(f"tensor {text!r}")
     return text
 
 
 def _identifier(text: Any) -> str:
-    """A name in generated code. Python reads other forms of a letter as the letter itself."""
+    """Return a name in generated code if it is allowed. Python reads other forms of a letter as the letter itself."""
     plain = type(text) is str and text.isidentifier() and unicodedata.normalize("NFKC", text) == text
     if not plain or keyword.iskeyword(text) or text == "self":
         raise SerialisationError(f"name {text!r}")
@@ -385,17 +385,21 @@ def _decode_output(data: Mapping[str, Any]) -> OutputSpec:
     children = tuple(_decode_output(_typed(child, dict)) for child in _typed(data.get("children", []), list))
     fields = tuple(_typed(name, str) for name in _typed(data.get("fields", []), list))
     kind = _typed(data["kind"], str)
-    named, held = kind in ("dict", "class"), kind in ("dict", "class", "tuple", "list")
-    fits = len(fields) == (len(children) if named else 0) and len(set(fields)) == len(fields) and (held or not children)
-    if not (held or kind in ("leaf", "none")) or not fits or ("class" in data) != (kind == "class"):
+    named, nested = kind in ("dict", "class"), kind in ("dict", "class", "tuple", "list")
+    fits = (
+        len(fields) == (len(children) if named else 0) and len(set(fields)) == len(fields) and (nested or not children)
+    )
+    if not (nested or kind in ("leaf", "none")) or not fits or ("class" in data) != (kind == "class"):
         raise SerialisationError(f"outputs of kind {kind!r}")
     cls = _output_class(_typed(data["class"], str), fields) if kind == "class" else None
     return OutputSpec(kind, fields, children, cls)
 
 
 def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
-    """A class of outputs, or a named tuple, that a module of transformers' models defines itself; nothing else is
-    imported."""
+    """Return a class of outputs, or a named tuple, that a module of transformers' models defines itself.
+
+    Nothing else is imported.
+    """
     from transformers.utils.generic import ModelOutput
 
     module, _, name = text.partition(":")
@@ -406,5 +410,5 @@ def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
     known = getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ())) if own else ()
     if not own or not set(fields) <= set(known):
         raise SerialisationError(f"output class {text!r}")
-    found: type[Any] = cls
-    return found
+    result: type[Any] = cls
+    return result

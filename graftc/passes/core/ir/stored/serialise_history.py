@@ -1,7 +1,7 @@
-"""The history of a Program as JSON data: counts for every step, and beside them which nodes it changed.
+"""The history of a Program as JSON data: counts for every step and, separately, the nodes that it changed.
 
-Readers that know only counts pass over the rest. A node is its index where the graph still has it, and otherwise its
-name.
+Readers that only know counts skip the rest. A node is represented by its index if the graph still has it, and otherwise
+by its name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from graftc.passes.core.ir.printer import target_name
 
 
 class HistoryError(ValueError):
-    """Data that is not a history."""
+    """Raised for data that is not a history."""
 
 
 def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -> dict[str, Any]:
-    """The members ``history`` and ``changes`` of a Program's JSON data.
+    """Return the members ``history`` and ``changes`` of a Program's JSON data.
 
     Args:
-        history: of the Program.
+        history: the history of the Program.
         index: the number of every node of its graph, by name.
     """
 
@@ -31,7 +31,7 @@ def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -
     def changes(entry: HistoryEntry) -> dict[str, Any] | None:
         if entry.changes is None:
             return None
-        found = {
+        data = {
             "inserted": [index.get(name, name) for name in entry.changes.inserted],
             "erased": [
                 [name, target_name(node.target), node.module, reads(node.reads)]
@@ -39,7 +39,7 @@ def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -
             ],
             "rewired": [[index.get(name, name), reads(before)] for name, before in entry.changes.rewired.items()],
         }
-        return {key: value for key, value in found.items() if value}
+        return {key: value for key, value in data.items() if value}
 
     return {
         "history": [[entry.step, entry.added, entry.removed] for entry in history],
@@ -48,14 +48,14 @@ def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -
 
 
 def history_from_json(data: Mapping[str, Any], names: Sequence[str]) -> list[HistoryEntry]:
-    """The history in a Program's JSON data.
+    """Return the history in a Program's JSON data.
 
     Args:
-        data: what `history_to_json` gives; files of before have no ``changes``.
-        names: of the nodes of the graph, in order.
+        data: data that `history_to_json` returned; older files have no ``changes``.
+        names: names of the nodes of the graph, in order.
 
     Raises:
-        HistoryError: where it is not a history.
+        HistoryError: the data is not a history.
     """
 
     def typed(value: Any, wanted: type[Any]) -> Any:
