@@ -1,1 +1,1 @@
-"""Identification of models and of the code that they run."""
+"""Identities of models, and digests of the code that they run, from which the keys of kept captures are made."""
