@@ -1,9 +1,8 @@
-"""What a training step with bottleneck adapters costs: graftc beside a model that is written by hand, and AdaMix
-beside one adapter.
+"""The cost of a training step with bottleneck adapters, beside hand-written ones; that of AdaMix beside one adapter.
 
     python -m benchmarks.adapters [--rounds 30] [--quick] [--threads N] [--out benchmarks/results]
 
-Writes adapters.json and adapters.md. Model, batch and the way of measuring are those of `benchmarks.train`.
+Writes adapters.json and adapters.md. The model, the batch and the way of measuring are those of `benchmarks.train`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _PART = re.compile(r"(layers\.\d+)\..*\.(down|down_bias|up|up_bias)")
 
 
 class Adapter(nn.Module):
-    """``g + up(gelu(down(g)))`` behind a feed-forward part, as one would write it."""
+    """A hand-written adapter that computes ``g + up(gelu(down(g)))`` after a feed-forward part."""
 
     def __init__(self, inner: nn.Module, width: int) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class Adapter(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x: [batch, sequence, width]``, and the same."""
+        """Run the feed-forward part and the adapter on ``x: [batch, sequence, width]``; the shape stays the same."""
         g = self.inner(x)
         hidden = functional.gelu(functional.linear(g, self.down, self.down_bias))
         return g + functional.linear(hidden, self.up, self.up_bias)
@@ -48,20 +47,20 @@ class Adapter(nn.Module):
 
 @torch.no_grad()
 def fill(model: nn.Module) -> int:
-    """Give adapters values that depend on their layer and part only; returns how many parameters train."""
+    """Give adapters values that depend only on their layer and part, and return how many parameters train."""
     trained = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found = _PART.search(name)
-            assert found is not None, name
-            generator = torch.Generator().manual_seed(zlib.crc32(".".join(found.groups()).encode()))
+            match = _PART.search(name)
+            assert match is not None, name
+            generator = torch.Generator().manual_seed(zlib.crc32(".".join(match.groups()).encode()))
             parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
             trained += parameter.numel()
     return trained
 
 
 def by_hand(base: Base) -> Live:
-    """Modules around the feed-forward parts of the model."""
+    """Wrap the feed-forward parts of a copy of the model in adapter modules."""
     model: Any = shared_copy(base.model)
     for layer in model.model.layers:
         layer.mlp = Adapter(layer.mlp, base.shape.width)
@@ -69,7 +68,7 @@ def by_hand(base: Base) -> Live:
 
 
 def ours(name: str, peer: str, aims: Aims, *, exact: bool = False, **entry: Any) -> Entry:
-    """An adaptation of the feed-forward parts."""
+    """Build an entry in which graftc adapts the feed-forward parts."""
 
     def make(base: Base) -> Live:
         import graftc
@@ -89,29 +88,29 @@ ENTRIES: tuple[Entry, ...] = (
     ours("AdaMix, one pass", "bottleneck", Aims(over_peer=1.1), method="adamix", consistency={"weight": 0}),
     ours("AdaMix, two passes", "bottleneck", Aims(), method="adamix"),
 )
-"""The floor, and each of the others behind what it is compared with."""
+"""The floor, and every other entry after the one that it is compared with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where the adapters do not compute what those by hand do."""
+    """Run the benchmark; return 1 if an entry does not compute what its peer does."""
     prog = "python -m benchmarks.adapters"
     options = parse(parser(prog, "What adapters cost in a step.", 30), arguments)
-    found, data = timed(prog, options, ENTRIES, arguments)
+    measured, data = timed(prog, options, ENTRIES, arguments)
     for entry in data["entries"].values():
         other = data["entries"].get(entry["peer"])
         entry["over_peer_of_processor"] = None if other is None else _of_processor(entry, other)
     write(options.out, "adapters", data, "\n".join(_lines(data)) + "\n")
-    return verdict(found)
+    return verdict(measured)
 
 
 def _of_processor(entry: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """The median ratio of processor times, round by round."""
+    """Return the median over the rounds of the ratio of processor times within a round."""
     pairs = zip(entry["rounds"]["processor"], other["rounds"]["processor"], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """The figures for people."""
+    """Yield the lines of the report in Markdown."""
     model = data["model"]
     yield "# A training step with bottleneck adapters"
     yield ""

@@ -1,10 +1,10 @@
-"""What compiling takes: capturing, the first and the second compile, and how both grow with layers, sites, adaptations.
+"""The time of compiling: capturing, the first and the second compile, and growth with layers, sites and adaptations.
 
     python benchmarks/compile_time.py [--repeat 3] [--only NAME] [--out benchmarks/results/compile_time]
 
-Each run is a process of its own with an empty cache folder. All times are seconds of the processor, of this process and
-its threads, so that what else runs on the machine matters little; figures are medians over the runs. Models are on the
-meta device, but for BERT. Writes ``.json``, ``.md``, and, where matplotlib is installed, ``.png`` and ``.svg``.
+Each run is a process of its own with an empty cache folder. All times are processor seconds of this process and its
+threads, so that other work on the machine matters little; figures are medians over the runs. Models are on the meta
+device, except BERT. Writes ``.json``, ``.md`` and, if matplotlib is installed, ``.png`` and ``.svg``.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 ONE_BY_ONE = ("BERT base", "Llama 7B", "Llama 70B")
-"""Models that are also captured with every layer traced."""
+"""The models that are also captured with every layer traced."""
 DEPTHS = (10, 20, 40, 80, 160)
 ADAPTATIONS = (1, 8, 16, 32, 64)
 STACKED = 9
-"""Layers under the adaptations that are counted: 63 maps."""
+"""The number of layers in the runs with several adaptations: 63 maps."""
 
 
 def llama(**values: Any) -> Any:
-    """A Llama in bfloat16 without storage."""
+    """Build a Llama in bfloat16 on the meta device."""
     import torch
     import transformers
 
@@ -55,54 +55,54 @@ def llama(**values: Any) -> Any:
 
 
 def bert() -> Any:
-    """BERT as it is published, with random weights."""
+    """Build BERT in its published size, with random weights."""
     import transformers
 
     return transformers.BertForSequenceClassification(transformers.BertConfig())
 
 
 def spec(count: int = 1, roles: Sequence[str] = ALL_MAPS) -> dict[str, Any]:
-    """LoRA of rank 8, that many times on the same maps."""
+    """Return a spec that puts LoRA of rank 8 on the same maps `count` times."""
     lora = {"method": "lora", "target": {"role": list(roles)}, "rank": 8}
     return {"adapt": [{"name": f"lora{number}", **lora} for number in range(count)]}
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the processor, and what was run for."""
+    """Call a function; return the processor seconds that it took, and its result."""
     started = time.process_time()
     result = run()
     return time.process_time() - started, result
 
 
 def measure_model(name: str) -> dict[str, float]:
-    """A compile that captures, one from the cache, and a capture with every layer traced, in this process."""
+    """Measure a compile that captures, one from the cache, and a capture with every layer traced, in this process."""
     import graftc
     from graftc.compiler.capture.capture import capture
     from graftc.compiler.capture.request import CaptureRequest
 
     model = bert() if name == "BERT base" else llama(**MODELS[name])
-    asked = spec(roles=["attn.q", "attn.v"] if name == "BERT base" else ALL_MAPS)
-    first, cold = timed(lambda: graftc.check(asked, model))
-    second, warm = timed(lambda: graftc.check(asked, model))
+    document = spec(roles=["attn.q", "attn.v"] if name == "BERT base" else ALL_MAPS)
+    first, cold = timed(lambda: graftc.check(document, model))
+    second, warm = timed(lambda: graftc.check(document, model))
     assert warm.cached and not cold.cached
-    found = {"first": first, "second": second, "sites": sum(entry.sites for entry in cold.adaptations)}
-    found["capture"], made = timed(lambda: capture(CaptureRequest.of(model)))
-    assert made.alike or not name.startswith("Llama")
+    figures = {"first": first, "second": second, "sites": sum(entry.sites for entry in cold.adaptations)}
+    figures["capture"], captured = timed(lambda: capture(CaptureRequest.of(model)))
+    assert captured.alike or not name.startswith("Llama")
     if name in ONE_BY_ONE:
-        found["capture_one_by_one"], _ = timed(lambda: capture(CaptureRequest.of(model), alike=False))
-    return found
+        figures["capture_one_by_one"], _ = timed(lambda: capture(CaptureRequest.of(model), alike=False))
+    return figures
 
 
 def measure_growth(depth: int, count: int) -> dict[str, float]:
-    """A compile from the cache, with the nodes of the graph that it gives."""
+    """Measure a compile from the cache, with the number of nodes in the resulting graph."""
     from graftc.compiler.pipeline import compile_model
     from graftc.specs.io import load_spec
 
-    model, asked = llama(**NARROW, num_hidden_layers=depth), load_spec(spec(count))
+    model, document = llama(**NARROW, num_hidden_layers=depth), load_spec(spec(count))
     compile_model(load_spec(spec()), model)
-    seconds, made = timed(lambda: compile_model(asked, model))
-    sites = sum(len(item.places) for item in made.main.resolved)
-    return {"seconds": seconds, "nodes": len(made.program("train").graph.nodes), "sites": sites}
+    seconds, compiled = timed(lambda: compile_model(document, model))
+    sites = sum(len(item.places) for item in compiled.main.resolved)
+    return {"seconds": seconds, "nodes": len(compiled.program("train").graph.nodes), "sites": sites}
 
 
 RUNS: dict[str, Callable[[], dict[str, float]]] = {
@@ -113,17 +113,17 @@ RUNS: dict[str, Callable[[], dict[str, float]]] = {
 
 
 def run(name: str) -> dict[str, float]:
-    """One run in a process of its own."""
+    """Run one measurement in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", name]
         environment = {**os.environ, "GRAFTC_CACHE": folder}
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    measured: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    measured: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
     return measured
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The figures for people."""
+    """Return the report in Markdown."""
     models = {name: values for name, values in results["runs"].items() if "first" in values}
     growth = {name: values for name, values in results["runs"].items() if "nodes" in values}
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -160,7 +160,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Draw how a compile from the cache grows.
+    """Draw the growth of a compile from the cache.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -201,7 +201,7 @@ def plot(results: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def main() -> None:
-    """Run everything and write the results."""
+    """Run all measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", default="", help="runs whose names contain this")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.first_calls [--gates] [--rounds 5] [--only smollm2] [--out benchmarks/results]
 
-Every run is a process of its own, ours with an empty folder of captures (cold) and again with what that run left there
-(warm). All times are processor seconds of all threads; waiting threads sleep (``OMP_WAIT_POLICY=passive``), because
-time spent spinning would measure the load of the machine. ``--gates`` measures the figures that have bounds, in
-alternating processes, and exits with status 1 where a median exceeds its bound.
+Every run is a process of its own. Those of graftc start with an empty folder of captures (cold), and again with the
+captures of that run (warm). All times are processor seconds of all threads; waiting threads sleep
+(``OMP_WAIT_POLICY=passive``), because time spent spinning would measure the load of the machine. ``--gates`` measures
+the figures that have bounds, in alternating processes, and exits with status 1 if a median exceeds its bound.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         **{"num_key_value_heads": 16, "vocab_size": 32000},
     },
 }
-"""A BERT of the sizes of MiniLM, SmolLM2-135M, both in float32, and a Llama of 1.5 billion parameters in bfloat16."""
+"""A BERT with MiniLM's sizes and SmolLM2-135M, both in float32, and a Llama with 1.5 billion parameters in bfloat16."""
 STAGES = (
     *("import", "capture", "anchor", "roles", "insert", "rest of compiling", "planning"),
     *("first forward", "first backward", "optimiser", "certificate", "first tokens"),
 )
-"""The rows of a table. Capturing and the stages after it are those of all signatures until the step is done."""
+"""The rows of a table. Capturing and the stages after it include all signatures until the step is done."""
 GATES: Mapping[str, float] = {
     "first step, warm, over peft": 2.0,
     "first step, cold, over peft": 4.0,
@@ -55,14 +55,14 @@ GATES: Mapping[str, float] = {
     "first tokens, cold, over transformers": 4.0,
     "compiling 126 layers over 4": 2.5,
 }
-"""The most that each figure may be."""
+"""The upper bound of each figure."""
 
 
 class Clock:
-    """Seconds of the processor by stage.
+    """A clock of processor seconds by stage.
 
     Attributes:
-        seconds: by the name of the stage.
+        seconds: the seconds of each stage, by its name.
     """
 
     def __init__(self) -> None:
@@ -70,14 +70,14 @@ class Clock:
         self._stage, self._since = "", time.process_time()
 
     def at(self, stage: str) -> str:
-        """From now on it is another stage; gives the one that it was."""
+        """Switch to another stage, and return the previous one."""
         now, before = time.process_time(), self._stage
         self.seconds[before] += now - self._since
         self._stage, self._since = stage, now
         return before
 
     def within(self, stage: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose calls are a stage of their own."""
+        """Return a function whose calls count as a stage of their own."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             before = self.at(stage)
@@ -90,7 +90,7 @@ class Clock:
 
 
 def model_of(case: str) -> Any:
-    """The base. Weights are SmolLM2's own where the demo has downloaded them, and random ones elsewhere."""
+    """Build the base; SmolLM2 gets its own weights if the demo has downloaded them, all other weights are random."""
     import torch
     import transformers
 
@@ -109,7 +109,7 @@ def model_of(case: str) -> Any:
 
 
 def batch_of(case: str) -> dict[str, Any]:
-    """A batch with labels."""
+    """Return a batch with labels."""
     import torch
 
     ids = torch.randint(5, 30000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -117,13 +117,13 @@ def batch_of(case: str) -> dict[str, Any]:
 
 
 def peak_memory() -> float:
-    """Megabytes of the most memory that this process has had at a time."""
+    """Return the peak resident memory of this process so far, in megabytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def adapted(case: str, contestant: str, model: Any) -> Any:
-    """The model with LoRA of rank 8 on all projections, of a BERT on queries and values."""
+    """Return the model with LoRA of rank 8 on all projections, or on queries and values if it is a BERT."""
     names = ("query", "value") if case == "minilm" else PROJECTIONS
     if contestant == "peft":
         import peft
@@ -136,7 +136,7 @@ def adapted(case: str, contestant: str, model: Any) -> Any:
 
 
 def _by_steps(clock: Clock) -> None:
-    """Have the steps of the compiler be stages."""
+    """Report the steps of the compiler to the clock as stages."""
     from graftc.compiler import signatures
     from graftc.passes.core import progress
     from graftc.runtime.activations.training_code import TrainingCode
@@ -156,7 +156,7 @@ def _by_steps(clock: Clock) -> None:
 
 
 def measure(case: str, contestant: str, certify: bool) -> dict[str, float]:
-    """One contestant in this process: seconds by stage, and the peak of memory when the step is done."""
+    """Measure one contestant in this process: seconds by stage, and the peak of memory at the end of the step."""
     import torch
     import transformers
 
@@ -197,7 +197,7 @@ def measure(case: str, contestant: str, certify: bool) -> dict[str, float]:
                 batch["input_ids"][:1, :TOKENS], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
             )
         clock.at("")
-        for stage in clock.seconds:  # whatever it takes is of the first tokens
+        for stage in clock.seconds:  # every stage of generating counts as first tokens
             if stage not in ("", "first tokens"):
                 clock.seconds["first tokens"] += clock.seconds[stage] - before.get(stage, 0.0)
                 clock.seconds[stage] = before.get(stage, 0.0)
@@ -212,7 +212,7 @@ def measure(case: str, contestant: str, certify: bool) -> dict[str, float]:
 
 
 def growth() -> dict[str, float]:
-    """Seconds of compiling a Llama of the sizes of 405B on the meta device, with 4 and with all 126 layers."""
+    """Measure the seconds of compiling a Llama with the sizes of 405B on the meta device, with 4 and 126 layers."""
     import torch
     import transformers
 
@@ -237,7 +237,7 @@ def growth() -> dict[str, float]:
 
 
 def started(*arguments: str, cache: str = "off") -> dict[str, float]:
-    """A measurement in a process of its own."""
+    """Run a measurement in a process of its own."""
     threads = str(THREADS)
     environment = {**os.environ, "GRAFTC_CACHE": cache, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
@@ -248,12 +248,12 @@ def started(*arguments: str, cache: str = "off") -> dict[str, float]:
 
 
 def step_seconds(run: Mapping[str, float]) -> float:
-    """From the loaded model to the end of the first optimiser step, without imports."""
+    """Return the seconds from the loaded model to the end of the first optimiser step, without imports."""
     return sum(run.get(stage, 0.0) for stage in STAGES[1:] if stage not in ("certificate", "first tokens"))
 
 
 def contest(case: str, rounds: int, certify: bool) -> dict[str, list[dict[str, float]]]:
-    """All contestants in turns."""
+    """Run all contestants in turns."""
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     others = ["peft"] if case == "minilm" else ["peft", "transformers"]
     for number in range(rounds):
@@ -267,28 +267,28 @@ def contest(case: str, rounds: int, certify: bool) -> dict[str, list[dict[str, f
 
 
 def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each figure."""
+    """Return the median of each figure."""
     return {key: statistics.median(run.get(key, 0.0) for run in runs) for key in {k: None for run in runs for k in run}}
 
 
 def gates(
     runs: Mapping[str, Sequence[Mapping[str, float]]], growths: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
-    """The figures that have bounds."""
+    """Return the figures that have bounds."""
     figures: dict[str, float] = {}
     peft = statistics.median(map(step_seconds, runs["peft"]))
     memory, tokens = medians(runs["peft"])["memory"], medians(runs["transformers"])["first tokens"]
     for name in ("warm", "cold"):
-        own = runs[f"graftc, {name}"]
-        figures[f"first step, {name}, over peft"] = statistics.median(map(step_seconds, own)) / peft
-        figures[f"peak memory, {name}, over peft"] = medians(own)["memory"] / memory
-        figures[f"first tokens, {name}, over transformers"] = medians(own)["first tokens"] / tokens
+        ours = runs[f"graftc, {name}"]
+        figures[f"first step, {name}, over peft"] = statistics.median(map(step_seconds, ours)) / peft
+        figures[f"peak memory, {name}, over peft"] = medians(ours)["memory"] / memory
+        figures[f"first tokens, {name}, over transformers"] = medians(ours)["first tokens"] / tokens
     figures["compiling 126 layers over 4"] = statistics.median(each["126"] / each["4"] for each in growths)
     return figures
 
 
 def table(case: str, median: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The stages of a case in Markdown."""
+    """Return the stages of a case as lines of Markdown."""
     lines = ["", f"## {case}", "", "| | " + " | ".join(median) + " |", "| --- |" + " ---: |" * len(median)]
     for stage in STAGES:
         if any(stage in own for own in median.values()):
@@ -301,7 +301,7 @@ def table(case: str, median: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and write; 1 where a gate is missed."""
+    """Measure, print and write the results; return 1 if a gate is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gates", action="store_true", help="SmolLM2 and growth alone, held to their bounds")
     parser.add_argument("--rounds", type=int, default=5)

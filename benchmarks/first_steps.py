@@ -1,10 +1,11 @@
-"""What a training takes until it runs, and then for each step, beside peft: set-up, first step, steps, and memory.
+"""The cost of starting a training and of each step, beside peft: set-up, first step, later steps, and memory.
 
     python -m benchmarks.first_steps [--rounds 3] [--only bert] [--out benchmarks/results]
 
-``bert`` is a tiny BERT whose batches are padded to their longest text, so that every step has another length; ``llama``
-has 1.5 billion parameters in bfloat16. Each run is a process of its own with one thread; contestants take turns, and
-ours runs with an empty cache folder and again with what that run left there. Figures are medians over the rounds.
+``bert`` is a tiny BERT whose batches are padded to their longest text, so that the length differs from step to step;
+``llama`` has 1.5 billion parameters in bfloat16. Each run is a process of its own with one thread. Contestants take
+turns; graftc runs with an empty cache folder, and again with the cache of that run. Figures are medians over the
+rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COLUMNS = {
 
 
 def model_of(case: str) -> Any:
-    """The base, with random weights."""
+    """Build the base, with random weights."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -52,23 +53,23 @@ def model_of(case: str) -> Any:
 
 
 def batches(case: str) -> list[dict[str, Any]]:
-    """The batches of all steps."""
+    """Return the batches of all steps."""
     import torch
 
     rng = torch.Generator().manual_seed(0)
-    found = []
+    all_batches = []
     for _ in range(STEPS[case]):
         rows, length = (8, int(torch.randint(12, 96, (), generator=rng))) if case == "bert" else (1, 64)
         ids = torch.randint(5, 30000, (rows, length), generator=rng)
         labels = torch.randint(0, 2, (rows,), generator=rng) if case == "bert" else ids
         mask = torch.ones_like(ids)
         mask[::2, length * 3 // 4 :] = 0 if case == "bert" else 1
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return found
+        all_batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return all_batches
 
 
 def adapted(case: str, contestant: str, model: Any) -> Any:
-    """The model with LoRA of rank 8 on queries and values."""
+    """Return the model with LoRA of rank 8 on queries and values."""
     if contestant == "peft":
         import peft
 
@@ -81,13 +82,13 @@ def adapted(case: str, contestant: str, model: Any) -> Any:
 
 
 def resident() -> float:
-    """Megabytes of anonymous memory."""
+    """Return the anonymous resident memory of this process, in megabytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
 def watched(work: Callable[[], None]) -> float:
-    """Do it; the most memory that there was meanwhile."""
+    """Call a function, and return the peak of anonymous memory during the call, in megabytes."""
     peak, stop = resident(), threading.Event()
 
     def watch() -> None:
@@ -106,19 +107,19 @@ def watched(work: Callable[[], None]) -> float:
 
 
 def measure(case: str, contestant: str) -> dict[str, Any]:
-    """One contestant in this process."""
+    """Measure one contestant in this process."""
     import torch
 
     if contestant == "peft":
         import peft
 
-        assert peft is not None  # imported before the clock runs, as graftc is
+        assert peft is not None  # imported before the clock starts, like graftc
     else:
         import graftc
 
         assert graftc is not None
     torch.set_num_threads(1)
-    model, given = model_of(case), batches(case)
+    model, all_batches = model_of(case), batches(case)
     before = resident()
     took: list[float] = []
     processor: list[float] = []
@@ -128,12 +129,12 @@ def measure(case: str, contestant: str) -> dict[str, Any]:
     def run() -> None:
         nonlocal setup
         start = time.perf_counter()
-        made = adapted(case, contestant, model).train()
+        trained = adapted(case, contestant, model).train()
         setup = time.perf_counter() - start
-        optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-4)
-        for batch in given:
+        optimiser = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+        for batch in all_batches:
             start, used = time.perf_counter(), time.process_time()
-            loss = made(**batch).loss
+            loss = trained(**batch).loss
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
@@ -150,16 +151,16 @@ def measure(case: str, contestant: str) -> dict[str, Any]:
 
 
 def started(case: str, contestant: str, cache: str) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     environment = {**os.environ, "GRAFTC_CACHE": cache, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.first_steps", "--one", case, contestant]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    made: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
-    return made
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    measured: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return measured
 
 
 def table(case: str, median: dict[str, dict[str, float]]) -> list[str]:
-    """The figures of a case in Markdown, ours with the ratio to peft's."""
+    """Return the figures of a case as lines of Markdown, each with its ratio to peft's."""
     lines = ["", f"## {case}", "", "| | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     for contestant, own in median.items():
         cells = [f"{own[key]:.3g} ({own[key] / median['peft'][key]:.2f})" for key in COLUMNS]

@@ -1,11 +1,11 @@
-"""What generating costs: a prompt, and a token behind it, in graftc, transformers and ONNX Runtime.
+"""The cost of generating: a prompt, and a token after it, in graftc, transformers and ONNX Runtime.
 
     python -m benchmarks.generate [--rounds 12] [--only merged] [--case llama] [--layers N] [--context 256] [--steps 4]
         [--inductor] [--quick] [--threads N] [--out benchmarks/results]
 
 Writes generate.json and generate.md. A turn is a prompt of ``--context`` tokens with an empty cache, and then
-``--steps`` single tokens behind a context of that length; what is given is what transformers' loop gives. The floor
-reads as many bytes as the model has weights. README.md says how it is measured.
+``--steps`` single tokens after a context of that length; the inputs are those that the loop of transformers passes. The
+floor reads as many bytes as the model has weights. README.md describes how it is measured.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from benchmarks.turns import all_ready, in_turns
 
 PARTS = ("prefill", "decode")
 TOLERANCE = 1e-3
-"""Of logits, over the largest of them."""
+"""The largest difference of logits allowed, relative to the largest logit."""
 
 
 @dataclass
 class Running:
-    """An entry that is ready, and what its turns took, in seconds."""
+    """An entry that is ready, and the seconds that its turns took."""
 
     entry: Entry
     live: Live
@@ -45,12 +45,12 @@ class Running:
 
     @property
     def name(self) -> str:
-        """The entry's."""
+        """The name of the entry."""
         return self.entry.name
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Models with what they are given."""
+    """Yield the models with their inputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     quick = options.quick
@@ -71,7 +71,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def turn(running: Running, steps: int) -> None:
-    """A prompt and some steps; the mean of the steps counts."""
+    """Time a prompt and some steps after it; the time of a step is the mean of these steps."""
     live = running.live
     begun, used = time.perf_counter(), time.process_time()
     live.prefill()
@@ -86,31 +86,31 @@ def turn(running: Running, steps: int) -> None:
 
 
 def ratio(own: Sequence[float], other: Sequence[float]) -> float:
-    """The median of ratios within rounds."""
+    """Return the median of the ratios within rounds."""
     return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
 def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The figures of a case."""
+    """Measure a case and return its figures."""
 
     def ready(entry: Entry) -> Running:
         tell(f"{case.name}: {entry.name}")
-        made = Running(entry, entry.make(case))
+        running = Running(entry, entry.make(case))
         for _ in range(2):
-            turn(made, case.ids.shape[1] - case.context)
-        made.seconds, made.processor = ({part: [] for part in PARTS} for _ in range(2))
-        return made
+            turn(running, case.ids.shape[1] - case.context)
+        running.seconds, running.processor = ({part: [] for part in PARTS} for _ in range(2))
+        return running
 
-    found, skipped = all_ready(wanted, ready, tell)
+    contestants, skipped = all_ready(wanted, ready, tell)
     steps = case.ids.shape[1] - case.context
-    in_turns(found, rounds, lambda one, _: turn(one, steps), tell)
-    by_name = {one.name: one for one in found}
+    in_turns(contestants, rounds, lambda one, _: turn(one, steps), tell)
+    by_name = {one.name: one for one in contestants}
     data: dict[str, Any] = {}
-    for one in found:
+    for one in contestants:
         peer = by_name.get(one.entry.peer or "")
-        own: dict[str, Any] = {"peer": one.entry.peer, "aim": dict(one.entry.aim), "difference": None}
+        figures: dict[str, Any] = {"peer": one.entry.peer, "aim": dict(one.entry.aim), "difference": None}
         for part in PARTS:
-            own[part] = {
+            figures[part] = {
                 "seconds": one.seconds[part],
                 "median": statistics.median(one.seconds[part]),
                 "processor": statistics.median(one.processor[part]),
@@ -120,8 +120,8 @@ def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[st
             }
         if peer is not None and one.entry.same:
             assert one.logits is not None and peer.logits is not None
-            own["difference"] = float((one.logits - peer.logits).abs().max() / peer.logits.abs().max())
-        data[one.name] = own
+            figures["difference"] = float((one.logits - peer.logits).abs().max() / peer.logits.abs().max())
+        data[one.name] = figures
     read = case.weights / statistics.median(by_name[FLOOR].seconds["decode"])
     sizes = {"weights": case.weights, "context": case.context, "steps": steps, "bytes_per_second": read}
     layers = case.model.config.num_hidden_layers
@@ -129,16 +129,18 @@ def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where an entry does not compute what its peer does."""
+    """Run the benchmark; return 1 if an entry does not compute what its peer does."""
     prog = "python -m benchmarks.generate"
-    own = parser(prog, "Prompts and tokens behind them.", 12)
-    own.add_argument("--only", help="a regular expression of entries; their peers run too")
-    own.add_argument("--case", action="append", choices=("llama", "smollm2"), help="one model (default: both)")
-    own.add_argument("--layers", type=int, help="the first layers of SmolLM2 only (default: all)")
-    own.add_argument("--context", type=int, default=256, help="tokens of the prompt (default: 256)")
-    own.add_argument("--steps", type=int, default=4, help="tokens behind it in each round (default: 4)")
-    own.add_argument("--inductor", action="store_true", help="torch.compile with a static cache too: some minutes")
-    options = parse(own, arguments)
+    options_of = parser(prog, "Prompts and tokens behind them.", 12)
+    options_of.add_argument("--only", help="a regular expression of entries; their peers run too")
+    options_of.add_argument("--case", action="append", choices=("llama", "smollm2"), help="one model (default: both)")
+    options_of.add_argument("--layers", type=int, help="the first layers of SmolLM2 only (default: all)")
+    options_of.add_argument("--context", type=int, default=256, help="tokens of the prompt (default: 256)")
+    options_of.add_argument("--steps", type=int, default=4, help="tokens behind it in each round (default: 4)")
+    options_of.add_argument(
+        "--inductor", action="store_true", help="torch.compile with a static cache too: some minutes"
+    )
+    options = parse(options_of, arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rounds = min(options.rounds, 2) if options.quick else options.rounds
@@ -148,13 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr, flush=True)
 
     wanted = chosen(entries(options.inductor), options.only)
-    found = {case.name: measure(case, wanted, rounds, tell) for case in cases(options)}
-    here = {**before, "load_after": machine()["load"]}
-    data = {"command": command_line(prog, arguments), "date": date, "rounds": rounds, "machine": here, "cases": found}
+    results = {case.name: measure(case, wanted, rounds, tell) for case in cases(options)}
+    host = {**before, "load_after": machine()["load"]}
+    data = {"command": command_line(prog, arguments), "date": date, "rounds": rounds, "machine": host, "cases": results}
     write(options.out, "generate", data, "\n".join(_lines(data)) + "\n")
     wrong = [
         f"{name}: {entry}: its logits are {one['difference']:.1e} from its peer's"
-        for name, case in found.items()
+        for name, case in results.items()
         for entry, one in case["entries"].items()
         if one["difference"] is not None and one["difference"] > TOLERANCE
     ]
@@ -164,24 +166,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def chosen(all_of_them: Sequence[Entry], pattern: str | None) -> list[Entry]:
-    """Entries that a regular expression finds, with the floor and their peers."""
+    """Return the entries whose names match a regular expression, with the floor and their peers; None selects all."""
     if pattern is None:
         return [*all_of_them]
     names = {FLOOR, *(e.name for e in all_of_them if re.search(pattern, e.name))}
-    for entry in reversed(all_of_them):  # peers stand before those who are compared with them
+    for entry in reversed(all_of_them):  # a peer precedes the entries compared with it
         if entry.name in names and entry.peer is not None:
             names.add(entry.peer)
     return [entry for entry in all_of_them if entry.name in names]
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """The figures for people."""
-    here = data["machine"]
-    before, after = load_text(here["load"]), load_text(here["load_after"])
+    """Yield the lines of the report in Markdown."""
+    host = data["machine"]
+    before, after = load_text(host["load"]), load_text(host["load_after"])
     yield "# Generating\n"
     yield f"`{data['command']}`, {data['date']}.\n"
     yield (
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; load "
+        f"Machine: {host['processor']}, {host['cores']} cores, {host['threads']} threads, {host['capability']}; load "
         f"{before} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in brackets, "
         "**bold** where it was missed. `processor` is the same ratio of the processor's time, which other work on the "
         "machine disturbs less."

@@ -1,4 +1,4 @@
-"""Who generates in `benchmarks.generate`: models, and ways to run them."""
+"""The contestants of `benchmarks.generate`: models, and ways to run them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PREFIX: dict[str, Any] = {"method": "prefix", "length": 32}
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what it is given.
+    """A model and its inputs.
 
     Attributes:
-        name: of the case.
-        model: of transformers, in eval mode.
-        ids: of the context and what follows, ``[1, context + steps]``.
-        context: tokens of the prompt.
-        compiled: by what is in their spec, made when first asked for.
+        name: the name of the case.
+        model: a model of transformers, in eval mode.
+        ids: the tokens of the context and those after it, ``[1, context + steps]``.
+        context: the number of tokens in the prompt.
+        compiled: the compiled models by their method, and the merged one; each is made when it is first requested.
     """
 
     name: str
@@ -42,34 +42,34 @@ class Case:
     compiled: dict[str, Any] = field(default_factory=dict)
 
     def adapted(self, **entry: Any) -> Any:
-        """The model with one adaptation, whose values are as after some training."""
+        """Return the model with one adaptation, whose values are those of a model after some training."""
         import graftc
         from graftc.testing import perturb
 
         if (key := entry["method"]) not in self.compiled:
-            made = graftc.compile({"adapt": [entry]}, shared_copy(self.model)).eval()
-            perturb(made, scale=0.01)
-            self.compiled[key] = made
+            compiled = graftc.compile({"adapt": [entry]}, shared_copy(self.model)).eval()
+            perturb(compiled, scale=0.01)
+            self.compiled[key] = compiled
         return self.compiled[key]
 
     @property
     def weights(self) -> int:
-        """Bytes that a token reads: of all parameters, a tied head once, the table of words only where it is tied."""
-        held = {id(p): p for p in self.model.parameters()}
+        """The bytes that a token reads: all parameters, a tied head once, the table of words only if it is tied."""
+        parameters = {id(p): p for p in self.model.parameters()}
         table = self.model.get_input_embeddings().weight
         if table is not self.model.get_output_embeddings().weight:
-            held.pop(id(table))
-        return sum(p.numel() * p.element_size() for p in held.values())
+            parameters.pop(id(table))
+        return sum(p.numel() * p.element_size() for p in parameters.values())
 
 
 @dataclass(frozen=True)
 class Live:
-    """What takes turns.
+    """A contestant that is ready to take turns.
 
     Attributes:
         prefill: runs the prompt.
-        begin: what decodes from the end of the prompt on: each call is a step.
-        logits: of the last step, to compare.
+        begin: returns a function that decodes from the end of the prompt; each of its calls is a step and returns the
+            logits, which are compared.
     """
 
     prefill: Callable[[], Any]
@@ -81,11 +81,11 @@ class Entry:
     """A line of the table.
 
     Attributes:
-        name: unique.
-        make: what runs.
-        peer: whom it is compared with.
-        aim: of the ratio to that.
-        same: whether its logits have to be those of the peer.
+        name: the unique name of the entry.
+        make: makes the contestant for a case.
+        peer: the name of the entry that it is compared with.
+        aim: the ratios to the peer that it aims at.
+        same: whether its logits have to equal those of the peer.
     """
 
     name: str
@@ -101,13 +101,13 @@ def called(
     within: Callable[[], Any] | None = None,
     new: Callable[[], Any] | None = None,
 ) -> Live:
-    """What is called as transformers' loop calls a model where no row is padded: without a mask.
+    """Return a contestant that is called as the loop of transformers calls a model if no row is padded: without a mask.
 
     Args:
-        case: what is given.
+        case: the model and its inputs.
         model: called with inputs by name.
-        within: a context of every call.
-        new: makes the cache that a prompt begins with.
+        within: makes the context of every call.
+        new: makes the cache that a prompt starts with.
     """
     from transformers.cache_utils import DynamicCache
 
@@ -133,40 +133,40 @@ def called(
 
 
 def floor(case: Case) -> Live:
-    """Reads as many bytes as the weights have."""
-    held = torch.ones(case.weights // 4)
+    """Return a contestant that reads as many bytes as the weights have."""
+    memory = torch.ones(case.weights // 4)
 
     def read(*_: int) -> None:
-        held.sum()
+        memory.sum()
 
     return Live(read, lambda: read)
 
 
 def lora(case: Case) -> Live:
-    """LoRA on all projections, beside the weights."""
+    """Return a contestant with LoRA on all projections, beside the weights."""
     return called(case, case.adapted(**LORA))
 
 
 def base(case: Case) -> Live:
-    """The same model without its adaptations."""
+    """Return a contestant that runs the same compiled model with its adaptations disabled."""
     compiled = case.adapted(**LORA)
     return called(case, compiled, compiled.disabled)
 
 
 def merged(case: Case) -> Live:
-    """LoRA folded into the weights."""
+    """Return a contestant with LoRA folded into the weights."""
     return called(case, merged_model(case))
 
 
 def merged_model(case: Case) -> Any:
-    """The folded model."""
+    """Return the folded model."""
     if "merged" not in case.compiled:
         case.compiled["merged"] = case.adapted(**LORA).merge()
     return case.compiled["merged"]
 
 
 def prefix(case: Case) -> Live:
-    """A prefix of 32 keys and values that a cache begins with, as `generate` has it."""
+    """Return a contestant with a prefix of 32 keys and values that the cache starts with, as in `generate`."""
     from graftc.runtime.model.initial_cache import initial_cache
     from graftc.runtime.model.runner import runner_of
 
@@ -179,7 +179,7 @@ def prefix(case: Case) -> Live:
 
 
 def static(case: Case) -> Live:
-    """transformers with its static cache, by `torch.compile`."""
+    """Return a contestant that runs transformers with its static cache, compiled by `torch.compile`."""
     from transformers.cache_utils import StaticCache
 
     model = shared_copy(case.model)
@@ -204,7 +204,10 @@ def static(case: Case) -> Live:
 
 
 def onnx(case: Case) -> Live:
-    """The cached ONNX model of the merged one, in ONNX Runtime, its keys and values bound and never copied."""
+    """Return a contestant that runs the ONNX export of the merged model with a cache in ONNX Runtime.
+
+    Keys and values are bound and never copied.
+    """
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -223,7 +226,7 @@ def onnx(case: Case) -> Live:
     empty = {name: nothing for name in takes if name.startswith("past_key_values.")}
 
     def call(first: int, last: int, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        own = {
+        inputs = {
             "input_ids": case.ids[:, first:last],
             "attention_mask": torch.ones(1, last, dtype=torch.int64),
             "position_ids": torch.arange(first, last)[None],
@@ -233,13 +236,13 @@ def onnx(case: Case) -> Live:
             if name in past:
                 binding.bind_ortvalue_input(name, past[name])
             else:
-                binding.bind_cpu_input(name, own[name].contiguous().numpy())
+                binding.bind_cpu_input(name, inputs[name].contiguous().numpy())
         for name in gives:
             binding.bind_output(name)
         session.run_with_iobinding(binding)
-        found = dict(zip(gives, binding.get_outputs(), strict=True))
-        present = {f"past_key_values.{name.removeprefix('present.')}": v for name, v in found.items() if "." in name}
-        return torch.from_numpy(found["logits"].numpy())[:, -1:], present
+        outputs = dict(zip(gives, binding.get_outputs(), strict=True))
+        present = {f"past_key_values.{name.removeprefix('present.')}": v for name, v in outputs.items() if "." in name}
+        return torch.from_numpy(outputs["logits"].numpy())[:, -1:], present
 
     kept = call(0, case.context, empty)[1]
 
@@ -257,9 +260,9 @@ def onnx(case: Case) -> Live:
 
 
 def entries(inductor: bool) -> list[Entry]:
-    """All lines, in the order of their turns."""
+    """Return all entries, in the order of their turns."""
     aims = {"prefill": 0.9, "decode": 0.9}
-    found = [
+    lines = [
         Entry(FLOOR, floor),
         Entry(EAGER, lambda case: called(case, case.model)),
         Entry(BASE, base, EAGER, aims, same=True),
@@ -269,5 +272,5 @@ def entries(inductor: bool) -> list[Entry]:
         Entry("graftc in ONNX Runtime", onnx, EAGER, {"prefill": 0.6, "decode": 0.6}),
     ]
     if inductor:
-        found.append(Entry("transformers, torch.compile", static, EAGER, same=True))
-    return found
+        lines.append(Entry("transformers, torch.compile", static, EAGER, same=True))
+    return lines

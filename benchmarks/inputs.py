@@ -1,9 +1,9 @@
-"""What a training step with virtual tokens or prefixes costs: graftc beside peft.
+"""The cost of a training step with virtual tokens or prefixes: graftc beside peft.
 
     python -m benchmarks.inputs [--rounds 30] [--quick] [--threads N] [--out benchmarks/results]
 
-Writes inputs.json and inputs.md. Model, batch and the way of measuring are those of `benchmarks.train`; but texts are
-token ids with an attention mask, since methods look words up themselves.
+Writes inputs.json and inputs.md. The model, the batch and the way of measuring are those of `benchmarks.train`, except
+that texts are token ids with an attention mask, since these methods look words up themselves.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ AIMS = Aims(over_peer=0.9, saved_of_peer=0.9)
 
 
 def batch(base: Base) -> dict[str, Tensor]:
-    """The texts. PEFT lets the last virtual token predict the first word, which is not a target here."""
+    """Return the texts; peft lets the last virtual token predict the first word, which is not a target here."""
     labels = base.labels.clone()
     labels[:, 0] = -100
     return {"input_ids": base.labels, "attention_mask": torch.ones_like(base.labels), "labels": labels}
 
 
 def values(shape: Sequence[int], seed: int) -> Tensor:
-    """What a tensor holds after some training, the same in both libraries."""
+    """Return the values of a tensor after some training, the same in both libraries."""
     return 0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def theirs(name: str, config: str, **options: Any) -> Entry:
-    """A method of peft."""
+    """Build an entry with a method of peft."""
 
     def make(base: Base) -> Live:
         import peft
 
-        made = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **options)
-        model = peft.get_peft_model(shared_copy(base.model), made).train()
+        peft_config = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **options)
+        model = peft.get_peft_model(shared_copy(base.model), peft_config).train()
         trained = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
             for seed, parameter in enumerate(trained):
@@ -57,7 +57,7 @@ Tensors = Callable[[Mapping[str, Tensor], Base], Mapping[str, Tensor]]
 
 
 def ours(name: str, peer: str, tensors: Tensors | None, **entry: Any) -> Entry:
-    """The same in graftc, with the same values where they have the same shapes."""
+    """Build an entry with the same method in graftc, with the same values if the shapes are the same."""
 
     def make(base: Base) -> Live:
         import graftc
@@ -72,12 +72,12 @@ def ours(name: str, peer: str, tensors: Tensors | None, **entry: Any) -> Entry:
 
 
 def prompt_values(held: Mapping[str, Tensor], base: Base) -> Mapping[str, Tensor]:
-    """peft's table of virtual tokens."""
+    """Return the values of peft's table of virtual tokens."""
     return {name: values(tensor.shape, 0) for name, tensor in held.items()}
 
 
 def prefix_values(held: Mapping[str, Tensor], base: Base) -> Mapping[str, Tensor]:
-    """peft's table ``[length, layers * 2 * width]``, by layers."""
+    """Return the values of peft's table ``[length, layers * 2 * width]``, by layers."""
     layers, width = base.shape.layers, base.shape.width
     table = values((LENGTH, layers * 2 * width), 0).view(LENGTH, layers, 2, width)
     places = sorted({name.rpartition(".")[0] for name in held}, key=lambda n: int(n.split(".")[2]))
@@ -108,16 +108,16 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where losses are not those of peft."""
+    """Run the benchmark; return 1 if losses differ from those of peft."""
     prog = "python -m benchmarks.inputs"
     options = parse(parser(prog, "Virtual tokens and prefixes.", 30), arguments)
-    found, data = timed(prog, options, ENTRIES, arguments)
+    measured, data = timed(prog, options, ENTRIES, arguments)
     write(options.out, "inputs", data, "\n".join(_lines(data)) + "\n")
-    return verdict(found)
+    return verdict(measured)
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """The figures for people."""
+    """Yield the lines of the report in Markdown."""
     model = data["model"]
     yield "# A training step with virtual tokens or prefixes"
     yield ""

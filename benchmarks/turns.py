@@ -1,4 +1,4 @@
-"""Turns: everybody who can run is made ready, and then all are timed a step at a time, round after round."""
+"""Turns of contestants: make all that can run ready, then time all of them a step at a time, round after round."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.train.contestants import UnavailableError
 
 
 class Named(Protocol):
-    """Who runs."""
+    """An entry with a name."""
 
     @property
     def name(self) -> str:
-        """Unique."""
+        """The unique name of the entry."""
 
 
 E = TypeVar("E", bound=Named)
@@ -24,7 +24,7 @@ R = TypeVar("R")
 def all_ready(
     entries: Sequence[E], make: Callable[[E], R], tell: Callable[[str], None]
 ) -> tuple[list[R], dict[str, str]]:
-    """What ``make`` gives for each entry, and by the name of each that could not run, why."""
+    """Return the results of ``make`` for the entries that can run, and by name the reasons why others cannot."""
     ready: list[R] = []
     skipped: dict[str, str] = {}
     for entry in entries:
@@ -37,13 +37,15 @@ def all_ready(
 
 
 def in_turns(ready: Sequence[R], rounds: int, turn: Callable[[R, int], None], tell: Callable[[str], None]) -> None:
-    """Give everybody a turn in each round, which another one begins each time. Garbage is collected between rounds.
+    """Give every contestant a turn in each round, starting with a different one each time.
+
+    Garbage is collected between rounds.
 
     Args:
-        ready: in the order of their turns.
-        rounds: how many turns each has.
-        turn: takes one, of the round of this number, from 0.
-        tell: told of every round.
+        ready: the contestants in the order of their turns.
+        rounds: the number of turns of each.
+        turn: runs one turn of a contestant, given the number of the round, from 0.
+        tell: called with a line after every round.
     """
     gc.collect()
     gc.disable()

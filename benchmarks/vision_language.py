@@ -1,4 +1,4 @@
-"""A LoRA step of vision-language models that are taken apart into layers: graftc beside peft.
+"""The cost of a LoRA step in vision-language models that are taken apart into layers: graftc beside peft.
 
     python -m benchmarks.vision_language [--rounds 5] [--only gemma3] [--quick] [--threads N] [--out benchmarks/results]
 
@@ -33,7 +33,7 @@ from benchmarks.turns import in_turns
 TOKENS, ROWS, RANK = 512, 2, 8
 LAYERS = 4
 VISION_LAYERS = 2
-LOSS_TOLERANCE = 2e-3  # of a mean in bfloat16
+LOSS_TOLERANCE = 2e-3  # relative, for a mean in bfloat16
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Base:
 
 
 def _tokens(image: int, count: int, vocabulary: int) -> Tensor:
-    """Rows that begin with an image of `count` tokens."""
+    """Return rows that begin with an image of `count` tokens."""
     words = torch.randint(10, min(vocabulary, 100_000), (ROWS, TOKENS))
     words[:, 1 : 1 + count] = image
     return words
 
 
 def qwen2_vl() -> Base:
-    """Qwen2-VL 2B: widths, heads and vocabulary; images of 224 x 224."""
+    """Build Qwen2-VL 2B, with its widths, heads and vocabulary; images are 224 x 224."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     config = Qwen2VLConfig(
@@ -79,7 +79,7 @@ def qwen2_vl() -> Base:
 
 
 def gemma3() -> Base:
-    """Gemma 3 1B with the vision tower of the 4B: images of 896 x 896 in 256 tokens."""
+    """Build Gemma 3 1B with the vision tower of the 4B; images are 896 x 896 and take 256 tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     config = Gemma3Config(
@@ -113,7 +113,7 @@ def gemma3() -> Base:
 
 
 def llava() -> Base:
-    """LLaVA on Llama 3.2 1B with CLIP's ViT-L/14 at 224 x 224: 256 tokens an image."""
+    """Build LLaVA on Llama 3.2 1B with CLIP's ViT-L/14 at 224 x 224; an image takes 256 tokens."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -163,17 +163,17 @@ def _base(kind: Any, config: Any, ids: Tensor, images: Mapping[str, Any]) -> Bas
 
 @dataclass
 class Contestant:
-    """One that is ready to run.
+    """A contestant that is ready to run.
 
     Attributes:
-        name: unique.
-        model: what trains.
+        name: the unique name of the contestant.
+        model: the model that trains.
         call: takes a batch by name.
-        setup: seconds until it was ready.
-        wall, processor: seconds of every step, in order.
-        loss: of the first step.
-        saved: bytes kept for the backward pass below the head.
-        peak: bytes allocated at the peak of a step, over those before it.
+        setup: the seconds until it was ready.
+        wall, processor: the seconds of every step, in order.
+        loss: the loss of the first step.
+        saved: the bytes kept for the backward pass below the head.
+        peak: the bytes allocated at the peak of a step, over those before it.
     """
 
     name: str
@@ -187,14 +187,14 @@ class Contestant:
     peak: int = 0
 
     def prepare(self, base: Base) -> None:
-        """Run a first step, and measure what it keeps and takes."""
+        """Run a first step, and measure the bytes that a step saves and its peak."""
         self._clear(torch.autograd.backward, base)
         below = {name: value for name, value in base.batch.items() if name != "labels"}
         self.saved = saved_bytes(lambda: self.call(**below, logits_to_keep=1).logits.float().sum(), base.model)
         self.peak = peak_bytes(lambda: self._clear(torch.autograd.backward, base))
 
     def step(self, base: Base) -> None:
-        """Run a step on the clock."""
+        """Run and time a step."""
         processor, start = time.process_time(), time.perf_counter()
         self._clear(torch.autograd.backward, base)
         self.processor.append(time.process_time() - processor)
@@ -208,7 +208,7 @@ class Contestant:
 
 
 def theirs(base: Base) -> tuple[nn.Module, Callable[..., Any]]:
-    """LoRA of peft."""
+    """Adapt a copy of the model with peft's LoRA."""
     import peft
 
     places = r".*language_model.*\.(" + "|".join(PROJECTIONS) + ")"
@@ -218,7 +218,10 @@ def theirs(base: Base) -> tuple[nn.Module, Callable[..., Any]]:
 
 
 def ours(base: Base, document: Mapping[str, Any]) -> tuple[nn.Module, Callable[..., Any]]:
-    """LoRA of graftc, with what the spec says beside it; the model is taken apart even where it is one graph."""
+    """Adapt a copy of the model with graftc's LoRA, and with the other entries of `document` in the spec.
+
+    The model is taken apart even if it could be one graph.
+    """
     import graftc
     from graftc.compiler.pipeline import StartingPoint, compile_model
     from graftc.runtime.api import request
@@ -242,7 +245,7 @@ MAKERS: Mapping[str, Callable[[Base], tuple[nn.Module, Callable[..., Any]]]] = {
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Measure every contestant on a model: medians over alternated rounds."""
+    """Measure every contestant on a model, and return medians over alternated rounds."""
     base, ready = MODELS[name](), list[Contestant]()
     for who, make in MAKERS.items():
         start = time.perf_counter()
@@ -269,7 +272,7 @@ def _tell(line: str) -> None:
 
 
 def lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """The figures as Markdown."""
+    """Yield the lines of the report in Markdown."""
     yield from (
         "# Vision-language models",
         "",
@@ -280,16 +283,16 @@ def lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield f"Medians of {data['rounds']} alternated rounds; in brackets, over peft's."
     yield from ("", "| model | | step s | processor s | kept below the head MB | peak MB | set-up s |")
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    for name, found in data["models"].items():
-        for who, own in found.items():
-            peer = found["peft"]
-            cells = [f"{own[key]:.2f} ({own[key] / peer[key]:.2f})" for key in ("step", "processor")]
-            cells += [f"{own[key] / 1e6:.0f} ({own[key] / peer[key]:.2f})" for key in ("saved", "peak")]
-            yield f"| {name} | {who} | {' | '.join(cells)} | {own['setup']:.1f} |"
+    for name, contestants in data["models"].items():
+        for who, figures in contestants.items():
+            peer = contestants["peft"]
+            cells = [f"{figures[key]:.2f} ({figures[key] / peer[key]:.2f})" for key in ("step", "processor")]
+            cells += [f"{figures[key] / 1e6:.0f} ({figures[key] / peer[key]:.2f})" for key in ("saved", "peak")]
+            yield f"| {name} | {who} | {' | '.join(cells)} | {figures['setup']:.1f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, and write the results. 1 where a loss is not peft's."""
+    """Run the benchmark and write the results; return 1 if a loss differs from peft's."""
     prog = "python -m benchmarks.vision_language"
     options = parser(prog, __doc__, rounds=5)
     options.add_argument("--only", choices=list(MODELS), action="append", help="a model (default: all)")
@@ -305,7 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     data["models"] = {name: measure(name, rounds) for name in names}
     write(chosen.out, "vision_language", data, "\n".join(lines(data)) + "\n")
-    losses = [(found["peft"]["loss"], one["loss"]) for found in data["models"].values() for one in found.values()]
+    losses = [
+        (contestants["peft"]["loss"], one["loss"])
+        for contestants in data["models"].values()
+        for one in contestants.values()
+    ]
     return int(any(abs(own - peer) > LOSS_TOLERANCE * abs(peer) for peer, own in losses))
 
 

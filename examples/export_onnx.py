@@ -31,11 +31,11 @@ def main(out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     merged = compiled.eval().merge()
-    # Only what the deployed model is called with: a mask, as the batches there are padded.
+    # Only the inputs of the deployed model: they include a mask, since its batches are padded.
     example = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(24, 12, dtype=torch.long)}
     path = merged.export(out / "model.onnx", example_inputs=example)  # checked in ONNX Runtime before it returns
 
-    # Another batch size and another length than above, some of it padding: both axes are dynamic.
+    # A different batch size and length, with some padding: both axes are dynamic.
     inputs = {"input_ids": torch.randint(3, 100, (3, 20)), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
     inputs["input_ids"][:, 5] = torch.arange(3)
     inputs["attention_mask"][1, 15:] = 0

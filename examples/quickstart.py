@@ -26,7 +26,7 @@ def main(out: Path) -> None:
     print(f"{compiled.report.trainable_parameters:,} adapter parameters, {compiled.report.percent:.2f} % of the model")
     print(compiled.diff())
 
-    # Which of the tokens 0 and 1 is in a sequence?
+    # The task: which of the tokens 0 and 1 is in the sequence?
     tokens, labels = torch.randint(2, 100, (256, 12)), torch.arange(256) % 2
     tokens[:, 5] = labels
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
@@ -46,9 +46,9 @@ def main(out: Path) -> None:
 
     plain = BertForSequenceClassification.from_pretrained(out).eval()  # no graftc needed from here on
     with torch.no_grad():
-        found = plain(input_ids=tokens).logits
-        print(f"accuracy of the folded model: {(found.argmax(-1) == labels).float().mean().item():.2f}")
-        torch.testing.assert_close(found, compiled(input_ids=tokens).logits, atol=1e-4, rtol=1e-4)
+        logits = plain(input_ids=tokens).logits
+        print(f"accuracy of the folded model: {(logits.argmax(-1) == labels).float().mean().item():.2f}")
+        torch.testing.assert_close(logits, compiled(input_ids=tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ CLASSES, LENGTH, VOCABULARY = 3, 16, 100
 
 
 def examples(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Sequences of random tokens; the class says which of the tokens 0, 1 and 2 is hidden among them."""
+    """Make sequences of random tokens; the class says which of the tokens 0, 1 and 2 is hidden in the sequence."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    rows = []
     for index in range(count):
         tokens = torch.randint(CLASSES, VOCABULARY, (LENGTH,), generator=generator)
         tokens[torch.randint(0, LENGTH, (3,), generator=generator)] = index % CLASSES
-        found.append({"input_ids": tokens, "labels": torch.tensor(index % CLASSES)})
-    return found
+        rows.append({"input_ids": tokens, "labels": torch.tensor(index % CLASSES)})
+    return rows
 
 
 def main(out: Path) -> None:

@@ -1,8 +1,8 @@
-"""A machine that does with a cache whatever people do, at random, and recomputes every step from the whole text.
+"""A machine that performs random operations on a cache, as users would, and recomputes each step from the whole text.
 
-Its state is a text, the cache of the first of its tokens, and hooks on layers. Each step changes one of them, and holds
-what the model gives against the same model without a cache, and, where the adaptations fold, against a plain model of
-transformers that has them in its weights.
+Its state is a text, the cache of its first tokens, and hooks on layers. Each step changes one of them and compares the
+outputs of the model with those of the same model without a cache and, if the adaptations fold, with those of a plain
+transformers model that has them in its weights.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def models(setup: str) -> tuple[Any, list[Any]]:
-    """A compiled model, and plain ones with its adaptations: one for each slot of its bank, one where all folds, none
-    otherwise."""
+    """Return a compiled model and plain models with its adaptations folded in.
+
+    There is one plain model for each slot of a bank, one if everything folds, and none otherwise.
+    """
     family, spec = SETUPS[setup]
     compiled = graftc.compile(spec, language_model(family)).eval()
     perturb(compiled, 0.3)
@@ -55,14 +57,14 @@ def models(setup: str) -> tuple[Any, list[Any]]:
 
 @dataclass
 class CacheMachine:
-    """One run.
+    """One run of random steps.
 
     Attributes:
-        setup: which model.
-        seed: of what it does.
-        done: steps by their name.
-        worst: the largest difference of logits, over the largest of them.
-        log: what it has done, for whoever looks for a failure.
+        setup: the name of the setup in `SETUPS`.
+        seed: the seed of the random steps.
+        done: the number of steps taken, by name.
+        worst: the largest difference of logits so far, relative to the largest of them.
+        log: the steps in order, for debugging a failure.
     """
 
     setup: str
@@ -81,10 +83,10 @@ class CacheMachine:
         self.hooks: dict[str, float] = {}
         self.begin()
 
-    # What the text and its cache are.
+    # The text and its cache.
 
     def begin(self) -> None:
-        """A new text, with padding on one side or none."""
+        """Start a new text, padded on one side or not at all."""
         rows, length = self.random.randint(1, 3), self.random.randint(4, 12)
         self.ids = self._tokens(rows, length)
         self.mask = torch.ones_like(self.ids)
@@ -102,7 +104,7 @@ class CacheMachine:
 
     @property
     def held(self) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the cache."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
     def grown(self, ids: Tensor) -> None:
@@ -113,26 +115,26 @@ class CacheMachine:
         index = torch.tensor(indices)
         self.ids, self.mask, self.chosen = self.ids[index], self.mask[index], self.chosen[index]
 
-    # What models compute for it.
+    # Outputs of the models.
 
     def given(self, start: int) -> dict[str, Any]:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        found = {"input_ids": self.ids[:, start:], "attention_mask": self.mask, "position_ids": positions[:, start:]}
-        return {**found, **self.choice()}
+        inputs = {"input_ids": self.ids[:, start:], "attention_mask": self.mask, "position_ids": positions[:, start:]}
+        return {**inputs, **self.choice()}
 
     def choice(self) -> dict[str, Any]:
         return {"adapter_ids": self.chosen} if self.bank else {}
 
     @torch.no_grad()
     def expected(self) -> Tensor:
-        """The logits of the whole text, without a cache."""
-        found: Tensor = self.model(**self.given(0), use_cache=False).logits
+        """Return the logits of the whole text, computed without a cache."""
+        logits: Tensor = self.model(**self.given(0), use_cache=False).logits
         given = {name: value for name, value in self.given(0).items() if name != "adapter_ids"}
         if self.plain:
             each = torch.stack([plain(**given, use_cache=False).logits for plain in self.plain])
             slots = self.chosen if self.bank else torch.zeros_like(self.chosen)
-            self.close(found, each[slots, torch.arange(len(slots))], 0)
-        return found
+            self.close(logits, each[slots, torch.arange(len(slots))], 0)
+        return logits
 
     def close(self, found: Tensor, expected: Tensor, start: int) -> None:
         real = self.mask[:, start:].bool()
@@ -143,7 +145,7 @@ class CacheMachine:
     # Steps.
 
     def step(self) -> None:
-        """One of them."""
+        """Take one random step."""
         if self.ids.shape[1] > LONGEST:
             self.begin()
         names = [name for name in dir(self) if name.startswith("do_")]
@@ -152,7 +154,7 @@ class CacheMachine:
         self.done[name.removeprefix("do_")] += bool(getattr(self, name)() is not False)
 
     def do_call(self) -> Any:
-        """Some tokens more, by hand."""
+        """Call the model on a few more tokens."""
         start = self.held
         self.grown(torch.cat([self.ids, self._tokens(len(self.ids), self.random.randint(1, 3))], 1))
         if self.virtual:
@@ -171,7 +173,7 @@ class CacheMachine:
         return None
 
     def do_default_call(self) -> Any:
-        """The whole text anew, with nothing said of a cache."""
+        """Call the model on the whole text again, without any argument about a cache."""
         with torch.no_grad():
             outputs = self.model(**self.given(0))
         self.close(outputs.logits, self.expected(), 0)
@@ -192,43 +194,43 @@ class CacheMachine:
         beams = options.get("num_beams", 1)
         if self.cache is not None and beams > 1:
             self.cache.batch_repeat_interleave(beams)
-        found = self.model.generate(self.ids, **given, **own, cache=self.cache)
-        assert torch.equal(found.sequences, expected.sequences), f"{self.setup}, seed {self.seed}: {self.log[-12:]}"
-        assert self.cache is None or found.cache is self.cache
-        self.cache = found.cache
+        outputs = self.model.generate(self.ids, **given, **own, cache=self.cache)
+        assert torch.equal(outputs.sequences, expected.sequences), f"{self.setup}, seed {self.seed}: {self.log[-12:]}"
+        assert self.cache is None or outputs.cache is self.cache
+        self.cache = outputs.cache
         if beams > 1:
             self.rows([row for row in range(len(self.ids)) for _ in range(beams)])
-        self.grown(found.sequences)
+        self.grown(outputs.sequences)
         assert self.held == self.ids.shape[1] - 1
-        if beams > 1:  # the loop chooses once more after its last step, and leaves the cache's rows as they were
+        if beams > 1:  # after its last step the loop chooses beams once more without reordering the cache
             self.cache = None
         if beams == 1:
-            logits, other = torch.stack(found.logits, 1), torch.stack(expected.logits, 1)
+            logits, other = torch.stack(outputs.logits, 1), torch.stack(expected.logits, 1)
             start = self.ids.shape[1] - count
             self.close(logits, other, start)
 
     def do_greedy(self) -> Any:
-        """Generated tokens."""
+        """Generate tokens greedily."""
         self.generated()
 
     def do_penalised(self) -> Any:
-        """The same with what looks at the text."""
+        """Generate tokens greedily with a logits processor that reads the text."""
         options = [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[7], [9, 11]]}]
         self.generated(**self.random.choice(options))
 
     def do_sampled(self) -> Any:
-        """Tokens that are drawn."""
+        """Generate sampled tokens."""
         self.generated(do_sample=True, top_k=20, temperature=1.2)
 
     def do_beams(self) -> Any:
-        """Two beams, each of which becomes a row."""
+        """Generate with two beams, each of which becomes a row."""
         if len(self.ids) * 2 > MOST_ROWS:
             return False
         self.generated(num_beams=2, num_return_sequences=2)
         return None
 
     def do_crop(self) -> Any:
-        """Tokens are taken back, from the cache or from both."""
+        """Remove tokens from the cache, or from both the cache and the text."""
         if self.held < 2:
             return False
         count = self.random.randint(1, min(4, self.held - 1))
@@ -238,21 +240,21 @@ class CacheMachine:
         return None
 
     def do_reorder(self) -> Any:
-        """Rows change places, and some come twice."""
+        """Permute the rows, some of which may be repeated."""
         indices = [self.random.randrange(len(self.ids)) for _ in range(len(self.ids))]
         if self.held:
             self.cache.reorder_cache(torch.tensor(indices))
         self.rows(indices)
 
     def do_select(self) -> Any:
-        """Some rows stay."""
+        """Keep only some of the rows."""
         indices = sorted(self.random.sample(range(len(self.ids)), self.random.randint(1, len(self.ids))))
         if self.held:
             self.cache.batch_select_indices(torch.tensor(indices))
         self.rows(indices)
 
     def do_repeat(self) -> Any:
-        """Each row twice."""
+        """Repeat each row twice."""
         if len(self.ids) * 2 > MOST_ROWS:
             return False
         if self.held:
@@ -261,18 +263,18 @@ class CacheMachine:
         return None
 
     def do_copy(self) -> Any:
-        """The cache is copied, or goes through a file."""
+        """Replace the cache by a deep copy or by one that has been pickled and unpickled."""
         if self.cache is None:
             return False
         self.cache = copy.deepcopy(self.cache) if self.random.random() < 0.5 else pickle.loads(pickle.dumps(self.cache))
         return None
 
     def do_drop(self) -> Any:
-        """The text goes on without its cache."""
+        """Drop the cache and keep the text."""
         self.cache = None
 
     def do_hook(self) -> Any:
-        """A layer is scaled from now on, or no more; what was computed before is worth nothing then."""
+        """Start or stop scaling a layer, and drop the cache, which the change makes invalid."""
         path = self.random.choice(self.layers)
         if path in self.hooks:
             del self.hooks[path]
@@ -291,7 +293,7 @@ class CacheMachine:
         _handles.append(layer.register_forward_hook(scale))
 
     def unhook(self) -> None:
-        """Nothing is scaled."""
+        """Remove all scaling hooks."""
         while _handles:
             _handles.pop().remove()
 
@@ -300,7 +302,7 @@ _handles: list[Any] = []
 
 
 def run(setup: str, seed: int, steps: int) -> CacheMachine:
-    """A machine after some steps."""
+    """Return a machine that has taken some steps."""
     machine = CacheMachine(setup, seed)
     try:
         for _ in range(steps):

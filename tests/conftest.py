@@ -1,4 +1,4 @@
-"""Test settings: no network, a capture cache of this run's own, fixed seeds."""
+"""Test settings: no network, a capture cache used by this run only, fixed seeds."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ from tests.timing import Timing, name_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Worker processes inherit the folder from the first process, which alone made it and removes it.
+# Worker processes inherit the folder from the first process, which creates and removes it.
 _OWN_CACHE = None if "GRAFTC_CACHE" in os.environ else tempfile.mkdtemp(prefix="graftc-test-captures-")
 if _OWN_CACHE is not None:
     os.environ["GRAFTC_CACHE"] = _OWN_CACHE
-# Two processes that compile the same kernel into one folder read each other's half-written files, and kernels are made
-# for what the processor can do.
+# Two processes that compile the same kernel into one folder would read each other's half-written files, and kernels
+# depend on the capability of the processor.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _KERNELS = f"inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}-{_WORKER}"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"], _KERNELS)
-# Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
+# Workers of pytest-xdist inherit the width of the terminal, and tables would be fitted to it.
 os.environ.pop("COLUMNS", None)
 
-# Other work on the machine is not a reason to fail.
+# Tests must not fail because the machine is busy.
 hypothesis.settings.register_profile("graftc", deadline=None)
 hypothesis.settings.load_profile("graftc")
 
-# Activations of tiny models are computed again as those of large ones are.
+# Recompute the activations of tiny models as well, like those of large ones.
 plan.WORTH = 1
 
-# Graphs are many small objects that live on: with Python's own thresholds, a tenth of the time goes into looking for
-# garbage among them.
+# Graphs are many small, long-lived objects: with Python's own thresholds, garbage collection takes a tenth of the time.
 gc.set_threshold(50_000, 20, 5)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure what tests take; GRAFTC_TIMES, which continuous integration sets, says what ran before them."""
+    """Measure the time of the tests; GRAFTC_TIMES, set by continuous integration, lists what ran before them."""
     config.pluginmanager.register(Timing(os.environ.get("GRAFTC_TIMES")), "graftc timing")
 
 
@@ -75,7 +74,7 @@ another setting of a method (``variant = True``)."""
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark before ``-m`` chooses, and put together what shares a model: a capture then happens in one process only."""
+    """Add marks before ``-m`` selects tests, and group tests that share a model so that one process captures it."""
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
@@ -93,10 +92,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _sampled(cases: list[pytest.Function]) -> list[pytest.Function]:
-    """The cases that ``@pytest.mark.sample`` names, all without it.
+    """Return the cases that ``@pytest.mark.sample`` names, or all cases without that mark.
 
     Raises:
-        pytest.UsageError: it names a case that the test does not have.
+        pytest.UsageError: the mark names a case that the test does not have.
     """
     sample = cases[0].get_closest_marker("sample")
     if sample is None:
@@ -115,18 +114,18 @@ def _family(item: pytest.Function) -> str | None:
 
 
 def _architecture(item: pytest.Function) -> object:
-    """The model it runs on: tests of `tests/compiler` have names of their own for more models than the families."""
+    """Return the model that a test runs on; tests of `tests/compiler` name more models than there are families."""
     parameters = item.callspec.params
     return parameters.get("family", parameters.get("name"))
 
 
 def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
-    """Mark as slow the cases of families that are not quick."""
+    """Mark the cases as slow whose families are not quick."""
     each = {item: _architecture(item) for item in cases}
     families = [family for family in dict.fromkeys(each.values()) if isinstance(family, str)]
     quick = QUICK_FAMILIES.intersection(families)
     if "family" not in cases[0].callspec.params and not quick:
-        return  # names of something else
+        return  # the names are not those of models
     if _is_contract(cases[0]):
         long = getattr(cases[0].cls, "variant", False) or cases[0].originalname in ONE_FAMILY
         long = long or _is_deployment(cases[0])
@@ -139,7 +138,7 @@ def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
 
 
 def _is_deployment(item: pytest.Function) -> bool:
-    """Whether it is one of the exports and compilations of `DeploymentContract`."""
+    """Return whether a test is one of the exports and compilations of `DeploymentContract`."""
     from graftc.testing import DeploymentContract
 
     return (
@@ -156,13 +155,13 @@ def _is_contract(item: pytest.Function) -> bool:
 
 
 def _in_make_test(item: pytest.Function, family: str) -> bool:
-    """Whether a test of a contract is among those of ``make test`` on this family.
+    """Return whether ``make test`` runs a contract's test on this family.
 
-    Exports and ``torch.compile``, which take seconds, run on a class's first family for the classes that say
-    ``exported = True``, and on `CONTRACT_FAMILIES` where they say ``every_family = True``. Together they meet every
-    operator that methods insert, to which `tests/methods/test_exported_operators.py` holds them. Inductor has what says
-    ``inductor = True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so those
-    that say ``folded = True`` have it.
+    Exports and ``torch.compile``, which take seconds, run on the first family of each class that says ``exported =
+    True``, and on `CONTRACT_FAMILIES` of those that say ``every_family = True``. Together they cover every operator
+    that methods insert, as `tests/methods/test_exported_operators.py` checks. Inductor runs for classes that say
+    ``inductor = True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so it runs
+    only for classes that say ``folded = True``.
     """
     of, test = item.cls, item.originalname
     assert of is not None
@@ -183,7 +182,7 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
 
 
 def _group(items: list[pytest.Item]) -> None:
-    """Within a class, or the functions of a file, bring tests of one family together, in the order of first sight."""
+    """Sort tests of one family together within a class or a file's functions, in the order of first appearance."""
     order: dict[tuple[object, object], int] = {}
     places: dict[str, int] = {}
 
@@ -203,8 +202,10 @@ def _says_skipped(reason: object) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-    """Fail what was skipped where GRAFTC_SKIPS is ``fail``. A test that does not apply (a fold of what does not fold)
-    raises `unittest.SkipTest` and is skipped everywhere."""
+    """Report skipped tests as failed if GRAFTC_SKIPS is ``fail``.
+
+    A test that does not apply (folding a method that does not fold) raises `unittest.SkipTest` and is always skipped.
+    """
     applies = call.excinfo is None or not isinstance(call.excinfo.value, unittest.SkipTest)
     report: pytest.TestReport = yield
     if report.skipped and applies and not hasattr(report, "wasxfail") and STRICT:
@@ -214,7 +215,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Iterator[pytest.CollectReport]:
-    """The same of whole files."""
+    """Report whole files that were skipped as failed if GRAFTC_SKIPS is ``fail``."""
     report: pytest.CollectReport = yield
     if report.skipped and STRICT:
         report.outcome, report.longrepr = "failed", _says_skipped(report.longrepr)  # type: ignore[assignment]
@@ -222,18 +223,21 @@ def pytest_make_collect_report() -> Iterator[pytest.CollectReport]:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: no collection has to look at it again."""
+    """Freeze the imported objects so that later garbage collections ignore them."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Between files, let go what torch keeps of every graph that was ever traced: without it a process has gigabytes at
-    the end, through which each collection of garbage goes, and the Trainer asks for one at its start and its end."""
+    """Clear, after each file, what torch keeps of every traced graph.
+
+    Without this a process ends up with gigabytes of objects that each garbage collection has to traverse, and the
+    Trainer runs one when it starts and one when it ends.
+    """
     if nextitem is None or nextitem.path != item.path:
         FakeTensorMode.cache_clear()
-        for method in vars(ShapeEnv).values():  # each keeps hundreds of what it was asked, whose types are kept with it
+        for method in vars(ShapeEnv).values():  # each caches hundreds of arguments, which keep their types alive
             getattr(method, "cache_clear", int)()
         torch._dynamo.reset()
         gc.collect()
@@ -241,20 +245,20 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the cache that this process made."""
+    """Remove the cache that this process created."""
     if _OWN_CACHE is not None:
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Before the fixtures of a module or class: adapters start from the seed that was set last."""
+    """Seed torch before the fixtures of a module or class, so that adapters start from a fixed seed."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a file system of some KiB, or gives the one that is there another size; only root may."""
+    """Return a function that mounts a file system of some KiB, or resizes the mounted one; it requires root."""
     folder = tmp_path / "small"
     folder.mkdir()
 

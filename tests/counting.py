@@ -1,4 +1,4 @@
-"""Costs in operations that are counted, not in seconds."""
+"""Costs measured in counted operations rather than in seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def calls(work: Callable[[], object]) -> int:
-    """How many functions are called, in Python and in C."""
+    """Return how many Python and C functions are called while ``work`` runs."""
     count = 0
 
     def note(frame: Any, event: str, argument: Any) -> None:

@@ -1,8 +1,8 @@
-"""Counts of published models, whose layers are alike: exact ones from models of two and of three layers.
+"""Exact counts of published models, whose layers are alike, from models of two and of three layers.
 
-Every number of a report that the tests compare is a constant and a term for each layer, so two depths give it for any:
-a second instead of half a minute for a model of 7B parameters. The same at full depth is for ``make test-full``; that a
-deep model is checked in bounded time and memory is `tests/test_counts.py`.
+Every number of a report that the tests compare is a constant plus a term per layer, so two depths determine it for any
+depth: a second instead of half a minute for a model of 7B parameters. The same counts at full depth run under ``make
+test-full``; `tests/test_counts.py` checks that a deep model is counted in bounded time and memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEPTHS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters as in a report."""
+    """The numbers of parameters in a report."""
 
     trainable_parameters: int
     deployed_parameters: int
@@ -40,12 +40,12 @@ class Counts:
 
     @property
     def percent(self) -> float:
-        """What trains as a share of it and the base, as a report shows it."""
+        """The trainable share of the base and the trained parameters, in percent, as a report shows it."""
         return 100 * self.trainable_parameters / (self.base_parameters + self.trainable_parameters)
 
 
 def on_meta(described: Described) -> nn.Module:
-    """The model without storage; the same object for the same description."""
+    """Return the model on the meta device; the same description gives the same object."""
     name, config, values = described
     return _on_meta(name, config, tuple(values.items()))
 
@@ -53,12 +53,12 @@ def on_meta(described: Described) -> nn.Module:
 @cache
 def _on_meta(name: str, config: str, values: tuple[tuple[str, Any], ...]) -> nn.Module:
     with torch.device("meta"):
-        made: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**dict(values)))
-    return made
+        model: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**dict(values)))
+    return model
 
 
 def at_full_depth(adapt: Sequence[Mapping[str, Any]], described: Described) -> Counts:
-    """Counted on the model itself."""
+    """Count on the model itself."""
     report = graftc.check({"adapt": [dict(entry) for entry in adapt]}, on_meta(described))
     counts = Counts(*(getattr(report, field.name) for field in fields(Counts)))
     assert report.percent == pytest.approx(counts.percent)
@@ -66,11 +66,11 @@ def at_full_depth(adapt: Sequence[Mapping[str, Any]], described: Described) -> C
 
 
 def from_two_depths(adapt: Sequence[Mapping[str, Any]], described: Described) -> Counts:
-    """Counted with two and with three layers, and prolonged to as many as the model has."""
+    """Count with two and with three layers, and extrapolate to the model's depth."""
     name, config, values = described
     depths = DEPTHS.get(config, ("num_hidden_layers",))
-    made = getattr(transformers, config)(**values)
-    (layers,) = {getattr(made, depth) for depth in depths}
+    full_config = getattr(transformers, config)(**values)
+    (layers,) = {getattr(full_config, depth) for depth in depths}
     two, three = (at_full_depth(adapt, (name, config, {**values, **dict.fromkeys(depths, n)})) for n in (2, 3))
     prolonged = []
     for field in fields(Counts):

@@ -1,4 +1,4 @@
-"""The tiny models that tests run on."""
+"""The tiny models that the tests run on."""
 
 from __future__ import annotations
 

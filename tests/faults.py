@@ -1,4 +1,4 @@
-"""Faults on purpose: a process that is killed, or whose disk is full, at each thing it asks of the file system."""
+"""Fault injection: a process that is killed, or whose disk is full, at any chosen request to the file system."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ FAILED, CRASHED = 7, 8
 
 
 class Faulty:
-    """An audit hook that lets a number of requests to the file system pass and makes the next one fail. A full disk
-    fails those that may need room.
+    """An audit hook that lets a number of requests to the file system pass and makes the next one fail.
+
+    A full disk fails only requests that may need space.
 
     Args:
-        fault: die at once, as by ``kill -9``, or find the disk full, once.
-        passing: how many requests pass; None for all.
+        fault: whether to die at once, as by ``kill -9``, or to report a full disk, once.
+        passing: the number of requests that pass; None for all.
     """
 
     def __init__(self, fault: Fault, passing: int | None) -> None:
@@ -39,18 +40,18 @@ class Faulty:
         self.seen += 1
         if self.passing is None or self.seen <= self.passing:
             return
-        self.active = False  # what follows asks the system for things too
+        self.active = False  # what follows makes requests as well
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def run_with_fault(work: Callable[[], object], fault: Fault, passing: int | None) -> int:
-    """Run ``work`` in a fork of this process.
+    """Run ``work`` in a fork of this process with a fault injected.
 
     Returns:
-        0 it was done, ``FAILED`` it raised a GraftError of code GC064, ``CRASHED`` it raised anything else, or the
-        negative number of the signal that ended it.
+        0 if the work completed, ``FAILED`` if it raised a GraftError of code GC064, ``CRASHED`` if it raised anything
+        else, or the negative number of the signal that ended it.
     """
     from graftc.specs.errors.diagnostics import GraftError
 
@@ -76,7 +77,7 @@ def run_with_fault(work: Callable[[], object], fault: Fault, passing: int | None
 
 
 def requests_of(work: Callable[[], object], fault: Fault) -> int:
-    """How many requests to the file system ``work`` makes that the fault can meet, counted in a fork."""
+    """Return how many of the requests that ``work`` makes to the file system the fault can hit, counted in a fork."""
     read, write = os.pipe()
     child = fork()
     if child == 0:

@@ -1,7 +1,7 @@
-"""A process that does jobs in forks of itself, to be killed at any moment.
+"""A process that runs jobs in forks of itself, which can be killed at any moment.
 
-Each line on its standard input is a job and a number of seconds, ``none`` for as long as it takes; a fork does the job
-and is killed after that time. The line that comes back is its status and how long it ran.
+Each line on its standard input is a job and a number of seconds, or ``none`` for no limit; a fork runs the job and is
+killed after that time. The line it answers is the fork's status and how long it ran.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.cli.support import ROOT
 
 
 class Worker:
-    """The other process.
+    """A handle of the worker process.
 
     Args:
-        module: what it runs: a module that calls `serve`.
-        folder: its argument.
+        module: the module that the process runs, which calls `serve`.
+        folder: the argument of the module.
     """
 
     def __init__(self, module: str, folder: Path) -> None:
@@ -46,12 +46,12 @@ class Worker:
         return self.process.stdout.readline().strip()
 
     def told(self) -> str:
-        """The end of what jobs have written to standard error, the traceback of one that failed among it."""
+        """Return the last part of what jobs have written to standard error, including the traceback of a failed one."""
         self._errors.seek(0)
         return self._errors.read()[-4000:]
 
     def run(self, job: str, seconds: float | None = None) -> tuple[int, float]:
-        """Status and time of a job that is killed after some seconds."""
+        """Run a job, kill it after some seconds, and return its status and how long it ran."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{job} {'none' if seconds is None else seconds}\n")
         self.process.stdin.flush()
@@ -60,8 +60,10 @@ class Worker:
 
 
 def fork() -> int:
-    """`os.fork`; the child computes with one thread. Those that libraries keep ready stay with the parent, and the
-    child would wait for them for ever."""
+    """Call `os.fork` and make the child compute with one thread.
+
+    The thread pools of libraries stay with the parent, and the child would wait for their threads forever.
+    """
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -69,7 +71,7 @@ def fork() -> int:
 
 
 def run(job: Callable[[], object], seconds: float | None) -> tuple[int, float]:
-    """The status of a fork that does a job and is killed after some seconds, and how long it ran."""
+    """Run a job in a fork that is killed after some seconds, and return its status and how long it ran."""
     started = time.perf_counter()
     child = fork()
     if child == 0:
@@ -89,7 +91,7 @@ def run(job: Callable[[], object], seconds: float | None) -> tuple[int, float]:
 
 
 def serve(jobs: Mapping[str, Callable[[], object]]) -> None:
-    """Do jobs until the input ends."""
+    """Run jobs until the input ends."""
     print("ready", flush=True)
     for line in sys.stdin:
         name, _, seconds = line.strip().rpartition(" ")

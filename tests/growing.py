@@ -1,4 +1,4 @@
-"""A server of adapters: what is left of those that it has let go."""
+"""A server of adapters, to measure what remains of the adapters that it has removed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Base(nn.Module):
         self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.down(torch.relu(self.up(x)))
-        return found
+        outputs: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return outputs
 
 
 class Server:
-    """Has one live model, and compiles others over the same base."""
+    """A server with one live model that also compiles other models over the same base."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -39,8 +39,10 @@ class Server:
 
     @torch.no_grad()
     def serve(self) -> None:
-        """One adapter beside others in the live model, and of every sixth a model of its own; the live one is left out
-        there for a call."""
+        """Serve one adapter in the live model and remove it again.
+
+        Every sixth adapter is also disabled for one call in the live model and served by a model of its own.
+        """
         self.served += 1
         name = f"adapter_{self.served}"
         self.live.add(self.entry(name, "down"))
@@ -54,7 +56,7 @@ class Server:
 
 
 def held() -> Counter[str]:
-    """Objects of graftc, of graphs and of modules that there are, by type."""
+    """Return the number of live objects of graftc, of graphs and of modules, by type."""
     gc.collect()
     kinds = (type(each) for each in gc.get_objects())
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)

@@ -1,4 +1,4 @@
-"""Packages with passes, as they are installed: a module and its metadata in a folder of the import path."""
+"""Installed packages with passes: a module and its metadata in a folder of the import path."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Install = Callable[..., None]
 
 @contextmanager
 def installing(folder: Path) -> Iterator[Install]:
-    """Inside, packages can be installed under a folder; afterwards none of them is there.
+    """Make packages installable under a folder while the block runs, and remove all of them afterwards.
 
-    What is given is called with the name of a distribution, the source of its module, and its entry points: names, and
-    what in the module they stand for.
+    The yielded function takes the name of a distribution, the source of its module, and its entry points: names, each
+    with the object of the module that it refers to.
     """
     modules: list[str] = []
 

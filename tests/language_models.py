@@ -1,4 +1,4 @@
-"""Tiny random language models of twelve families, whose texts do not repeat themselves."""
+"""Tiny random language models of twelve families, whose generated texts do not repeat themselves."""
 
 from __future__ import annotations
 
@@ -58,8 +58,11 @@ _REPEATING = frozenset({"gemma2", "gemma3", "t5", "bart", "whisper"})
 
 
 def language_model(family: str) -> Any:
-    """A tiny model in eval mode; the same family gives the same weights. Matrices are large, so that what is attended
-    to decides the next token; a tied head's table is small beside them, so that a token does not follow itself."""
+    """Return a tiny model in eval mode; the same family gives the same weights.
+
+    Matrices are large, so that attention decides the next token; the table of a tied head is small in comparison, so
+    that a token does not follow itself.
+    """
     import transformers as hf
 
     with torch.random.fork_rng(devices=()):
@@ -76,8 +79,10 @@ def language_model(family: str) -> Any:
 
 
 def prompt(model: Any, rows: int = 1, *, padded: bool = False, seed: int = 3) -> dict[str, Tensor]:
-    """What a model generates from: token ids and their mask, padded on the left in all rows but the first; on the right
-    for an encoder. Audio for Whisper, which is not padded."""
+    """Return the inputs that a model generates from: token ids and a mask, or for Whisper audio, which is not padded.
+
+    Rows except the first can be padded: on the left, or on the right for an encoder.
+    """
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_features":
         return {"input_features": torch.randn(rows, model.config.num_mel_bins, 40, generator=generator)}

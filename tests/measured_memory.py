@@ -1,4 +1,4 @@
-"""What training really takes: every allocation of torch from the model's own tensors on."""
+"""The memory that training really takes: every allocation of torch, the model's own tensors included."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def peak_of_training(
     optimiser_of: Callable[[Any], torch.optim.Optimizer],
     shard: Callable[[Any], None] | None = None,
 ) -> int:
-    """Bytes at the peak of the second step of a training, with its model, its state and its batch.
+    """Return the peak of bytes in the second step of training, including the model, its state and its batch.
 
     Args:
-        compiled: a compiled model, of which a copy trains.
+        compiled: a compiled model, of which a copy is trained.
         batch: inputs with labels.
-        optimiser_of: makes an optimiser of the copy.
-        shard: spreads the copy over processes.
+        optimiser_of: a function that returns an optimiser of the copy.
+        shard: a function that distributes the copy over processes.
     """
     torch.manual_seed(0)
-    gc.collect()  # what an earlier profile saw allocated and this one saw freed would count as less
+    gc.collect()  # memory allocated before this profile but freed during it would be subtracted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         model = copy.deepcopy(compiled).train()
         mine = {name: tensor.clone() for name, tensor in batch.items()}
@@ -40,9 +40,9 @@ def peak_of_training(
                 model(**mine).loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()
-    found = profiler.profiler
-    assert found is not None and found.kineto_results is not None
-    events = found.kineto_results.events()
+    kineto = profiler.profiler
+    assert kineto is not None and kineto.kineto_results is not None
+    events = kineto.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == _MARK)
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     level = peak = 0

@@ -1,4 +1,4 @@
-"""Models whose weights have the values of quantised ones, as independent judges of what is computed with codes."""
+"""Models with the dequantised values of quantised weights, as independent references for computation with codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.specs.document import Spec
 
 
 def dense_twin(model: nn.Module, axes: Sequence[Axis] | None = None, **options: Any) -> nn.Module:
-    """A plain copy of a model, which has these inputs, with the values of its quantised weights."""
+    """Return a plain copy of a model with the values of its quantised weights; `axes` are the axes of its inputs."""
     twin = copy.deepcopy(model)
     modules = dict(twin.named_modules())
     count = 0
@@ -24,11 +24,11 @@ def dense_twin(model: nn.Module, axes: Sequence[Axis] | None = None, **options: 
         spec = Spec.model_validate({"adapt": [{"method": "full", "target": {"modules": "**"}}], "base": options})
         for path, module in prepare(Prepared(spec, model, model, axes)).model.named_modules():
             for name in packed_types(module):
-                held = modules[path]._parameters[name]
-                assert held is not None
-                before = held.clone()
-                held.copy_(held_weight(module, name))
-                assert not torch.equal(held, before)
+                parameter = modules[path]._parameters[name]
+                assert parameter is not None
+                before = parameter.clone()
+                parameter.copy_(held_weight(module, name))
+                assert not torch.equal(parameter, before)
                 count += 1
     assert count
     return twin

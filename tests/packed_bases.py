@@ -1,4 +1,4 @@
-"""Adapted tiny models on quantised bases, and the same on bases of the dequantised values."""
+"""Tiny adapted models on quantised bases, and on bases of the dequantised values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STAYING: dict[str, dict[str, Any]] = {"bottleneck": {"bottleneck": 6}, "prefix":
 
 
 def spec_of(family: str, method: str, **base: Any) -> dict[str, Any]:
-    """One adaptation, on fused rows and experts where the family has them."""
+    """Return a spec with one adaptation, which targets fused rows and experts if the family has them."""
     own: dict[str, Any] = {"method": method, **{**FOLDING, **STAYING}[method]}
     if method in FOLDING and (method != "ia3" or family == "mixtral"):
         inner = [] if family == "mixtral" and method in ("ia3", "spiel") else ["experts"]
@@ -39,36 +39,38 @@ def spec_of(family: str, method: str, **base: Any) -> dict[str, Any]:
 
 @cache
 def adapted(family: str, method: str, kind: str, **base: Any) -> Any:
-    """Compiled on a quantised base, with random values in what trains."""
+    """Return a model compiled on a quantised base, with random values in the trained tensors."""
     compiled = graftc.compile(spec_of(family, method, quantize=kind, **base), tiny(family)).eval()
     perturb(compiled)
     return compiled
 
 
 def dense_source(compiled: Any) -> nn.Module:
-    """A plain model of the values that a quantised base has."""
-    made: nn.Module = sharing_copy(compiled.compilation.source)
-    for module in made.modules():
+    """Return a plain model with the values of a quantised base."""
+    model: nn.Module = sharing_copy(compiled.compilation.source)
+    for module in model.modules():
         hold_values(module)
-    return made
+    return model
 
 
 def on_dense(compiled: Any, family: str, method: str) -> Any:
-    """The same adapters on that model."""
+    """Return the same adapters compiled on the plain model of `dense_source`."""
     other = graftc.compile(spec_of(family, method), dense_source(compiled)).eval()
     other.load_adapter_state_dict(compiled.adapter_state_dict())
     return other
 
 
 def full_precision(family: str, method: str, kind: str) -> None:
-    """Merged to full precision, tensors are to the bit those of a merge into a plain base of the same values, and
-    outputs are the compiled model's."""
+    """Check that a merge to full precision equals, bit for bit, a merge into a plain base of the same values.
+
+    The outputs of the merged model must be those of the compiled model.
+    """
     compiled = adapted(family, method, kind)
     merged = compiled.merge(base="full")
     expected = on_dense(compiled, family, method).merge().folded_state_dict()
-    found = merged.folded_state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    tensors = merged.folded_state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     inputs = inputs_for(compiled)
     unfolded = outputs_of(compiled, inputs)
     bound = 1e-5 * max(1.0, float(unfolded[0].abs().max()))
@@ -76,8 +78,10 @@ def full_precision(family: str, method: str, kind: str) -> None:
 
 
 def in_onnx_runtime(family: str, method: str, kind: str, folder: Path) -> None:
-    """The exported file gives the compiled model's outputs within 2e-5. Neither it nor what ONNX Runtime makes of it
-    has a weight in full precision that was packed."""
+    """Check that the exported file gives the compiled model's outputs within 2e-5.
+
+    Neither the file nor the one that ONNX Runtime optimises may contain a packed weight in full precision.
+    """
     compiled = adapted(family, method, kind)
     path = compiled.export(folder / "model.onnx", "onnx")
     options = onnxruntime.SessionOptions()
@@ -85,15 +89,15 @@ def in_onnx_runtime(family: str, method: str, kind: str, folder: Path) -> None:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs = inputs_for(compiled, (2, 7), 3, front=False)
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    outputs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     expected = outputs_of(compiled, inputs)
-    for theirs, own in zip(found, expected, strict=True):
+    for theirs, own in zip(outputs, expected, strict=True):
         bound = 2e-5 * max(1.0, float(own.abs().max()))
         assert float((torch.from_numpy(theirs) - own).abs().max()) < bound
     store = compiled.compilation.store
     plain = {tuple(tensor.shape) for name, tensor in store.weights() if name not in store.packed}
     packed = {tuple(own.shape) for own in store.packed.values()}
-    packed, plain = (found | {shape[:-2] + shape[:-3:-1] for shape in found} for found in (packed, plain))
+    packed, plain = (shapes | {shape[:-2] + shape[:-3:-1] for shape in shapes} for shapes in (packed, plain))
     for name in ("model.onnx", "optimised.onnx"):
         tensors = onnx.load(folder / name).graph.initializer
         assert not {tuple(t.dims) for t in tensors if t.data_type == onnx.TensorProto.FLOAT} & (packed - plain)

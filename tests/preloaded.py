@@ -1,4 +1,4 @@
-"""What the server of `tests.warm` imports: all that commands import but graftc, and what reads the environment."""
+"""The imports of the server of `tests.warm`: all that commands import except graftc and what reads the environment."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ print(json.dumps(report))
 
 @dataclass(frozen=True)
 class Count:
-    """One published count: ``sites`` adapted places with ``trainable`` parameters in all."""
+    """One published count: ``sites`` adapted places with ``trainable`` parameters in total."""
 
     model: str
     config: str
@@ -94,5 +94,5 @@ def test_count(count: Count) -> None:
     if count.percent is not None:
         assert round(report["percent"], 3) == count.percent
     assert report["peak"] < BYTES
-    # Processor time of one thread, imports included: what else runs on the machine is not counted.
+    # Processor time of one thread, imports included; other processes on the machine do not count.
     assert report["seconds"] < SECONDS

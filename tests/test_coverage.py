@@ -1,4 +1,4 @@
-"""The committed coverage list, and the tool that makes it."""
+"""The committed coverage list and the tool that generates it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def committed() -> dict[str, Any]:
 
 
 def records() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = committed()["records"]
-    return found
+    listed: list[dict[str, Any]] = committed()["records"]
+    return listed
 
 
 def same_versions(*names: str) -> None:
-    """Skip where the installed versions are not the ones that the list was made with."""
+    """Skip the test if the installed versions differ from those that the list was made with."""
     recorded, installed = committed()["made"]["versions"], run.versions()
     for name in names:
         if recorded[name] != installed[name]:
@@ -252,10 +252,10 @@ def test_maps_with_shared_weights_and_maps_without_gradients_are_left_out() -> N
 @pytest.mark.slow
 def test_levels_are_those_of_what_compiles() -> None:
     built = build(Entry("Qwen2VLForConditionalGeneration", "qwen2_vl", ("multimodal LM",)))
-    found = levels(compile_maps(built), built)
-    assert found["level"] == "layers"
-    assert found["stacks"]["model.visual.blocks"] == "modules"
-    assert found["main"] == "model.language_model.layers"
+    summary = levels(compile_maps(built), built)
+    assert summary["level"] == "layers"
+    assert summary["stacks"]["model.visual.blocks"] == "modules"
+    assert summary["main"] == "model.language_model.layers"
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel"])
@@ -305,15 +305,15 @@ def test_kept_records_are_not_made_again(tmp_path: Path) -> None:
     kept = run.Kept(tmp_path, "now")
     for entry in TINY:
         kept.write(entry, {"class": entry.name, "built": False, "reason": "kept"})
-    found = run.examine_all(TINY, kept, tell=lambda text: None)
-    assert [record["reason"] for record in found.values()] == ["kept"] * 3
+    examined = run.examine_all(TINY, kept, tell=lambda text: None)
+    assert [record["reason"] for record in examined.values()] == ["kept"] * 3
 
 
 @pytest.mark.full
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     names = "|".join(entry.name for entry in TINY)
     command = [sys.executable, "-m", "tools.coverage", "-j", "1", "--only", f"^({names})$", "--work", str(tmp_path)]
-    command += ["--any-sources"]  # someone may be editing them
+    command += ["--any-sources"]  # the sources may be edited during the run
     first = subprocess.Popen(command, cwd=run.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert first.stdout is not None
     line = first.stdout.readline()
@@ -333,9 +333,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_an_entry_that_takes_too_long_does_not_take_others_with_it(tmp_path: Path) -> None:
     kept = run.Kept(tmp_path, "now")
     started = time.monotonic()
-    found = run.examine_all(TINY[:2], kept, limits=run.Limits(patience=0), tell=lambda text: None)
+    examined = run.examine_all(TINY[:2], kept, limits=run.Limits(patience=0), tell=lambda text: None)
     assert time.monotonic() - started < 120
-    assert all("takes longer than 0 s" in record["reason"] for record in found.values())
+    assert all("takes longer than 0 s" in record["reason"] for record in examined.values())
 
 
 def test_reasons_are_the_same_on_every_run() -> None:

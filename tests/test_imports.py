@@ -1,4 +1,4 @@
-"""No module of graftc imports itself along any way: imports for type checking and inside of functions count."""
+"""No module of graftc imports itself, directly or indirectly, counting imports for type checking and in functions."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ HEAVY = frozenset(
 
 
 class Import(NamedTuple):
-    """An import.
+    """An import statement.
 
     Attributes:
-        importer, imported: modules.
-        local: whether it stands in a function.
+        importer, imported: the names of the two modules.
+        local: whether the import is inside a function.
     """
 
     importer: str
@@ -75,14 +75,14 @@ IMPORTS = {each for name, tree in MODULES.items() for each in imports(name, tree
 
 
 def circles(edges: set[tuple[str, str]]) -> list[list[str]]:
-    found = nx.strongly_connected_components(nx.DiGraph(edges))
-    return sorted(sorted(each) for each in found if len(each) > 1)
+    components = nx.strongly_connected_components(nx.DiGraph(edges))
+    return sorted(sorted(each) for each in components if len(each) > 1)
 
 
 def test_imports_of_every_kind_are_seen() -> None:
     source = "import one\nif TYPE_CHECKING:\n    from two import a\ndef f():\n    from graftc.specs import io\n"
-    found = set(imports("here", ast.parse(source)))
-    assert found == {Import("here", *each) for each in (("one", False), ("two", False), ("graftc.specs.io", True))}
+    seen = set(imports("here", ast.parse(source)))
+    assert seen == {Import("here", *each) for each in (("one", False), ("two", False), ("graftc.specs.io", True))}
     assert circles({("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")}) == [["a", "b", "c"]]
 
 
@@ -96,7 +96,7 @@ def test_no_module_imports_itself_along_any_way() -> None:
 
 @pytest.mark.parametrize("folder", sorted({name.rpartition(".")[0] for name in MODULES} - {""}))
 def test_no_folder_imports_itself_along_any_way(folder: str) -> None:
-    """Of what is in a folder, files and folders with all that is in them."""
+    """The imports between the files and subfolders of one folder have no cycle."""
     inner = f"{folder}."
     within = [each for each in EDGES if all(name.startswith(inner) for name in each)]
     names = {tuple(name.removeprefix(inner).partition(".")[0] for name in each) for each in within}

@@ -1,4 +1,4 @@
-"""No line of the product decides by a model's type or class name: what it finds, it finds in the graph."""
+"""No line of the product decides by a model's type or class name: everything is derived from the graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIBRARIES = frozenset({"transformers", "tf"})
 
 
 def is_kind(node: ast.AST, tainted: frozenset[str] = frozenset()) -> bool:
-    """Whether an expression names the kind of a model: a config's field, or the name of an object's class."""
+    """Return whether an expression names the kind of a model: a config's field or the name of an object's class."""
     if isinstance(node, ast.Name):
         return node.id in tainted
     if isinstance(node, ast.Attribute):
@@ -46,7 +46,7 @@ def is_kind(node: ast.AST, tainted: frozenset[str] = frozenset()) -> bool:
 
 
 def is_class(node: ast.AST) -> bool:
-    """``type(x)`` or ``x.__class__``, of anything but an error."""
+    """Return whether an expression is ``type(x)`` or ``x.__class__``, except the type of an error."""
     if isinstance(node, ast.Attribute):
         return node.attr == "__class__"
     called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"
@@ -58,22 +58,22 @@ def is_field(node: ast.AST) -> bool:
 
 
 def offences(source: str) -> list[tuple[int, str]]:
-    """Lines that compare, look up or match the kind of a model, with what they do."""
-    found: list[tuple[int, str]] = []
+    """Return the lines that compare, look up or match the kind of a model, with the action of each."""
+    lines: list[tuple[int, str]] = []
     for scope in scopes(ast.parse(source)):
         tainted = names_of_kinds(scope)
         for node in own_nodes(scope):
-            found += [(getattr(node, "lineno", 0), what) for what in offence(node, tainted)]
-    return sorted(set(found))
+            lines += [(getattr(node, "lineno", 0), what) for what in offence(node, tainted)]
+    return sorted(set(lines))
 
 
 def scopes(tree: ast.Module) -> list[ast.AST]:
-    """The module and its functions; a name means one thing in each."""
+    """Return the module and its functions, each of which is one scope of names."""
     return [tree, *(n for n in ast.walk(tree) if isinstance(n, _FUNCTIONS))]
 
 
 def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
-    """Everything in a scope but what is in functions inside it."""
+    """Yield every node of a scope except those of functions inside it."""
     pending = list(ast.iter_child_nodes(scope))
     while pending:
         node = pending.pop()
@@ -83,7 +83,7 @@ def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
 
 
 def names_of_kinds(scope: ast.AST) -> frozenset[str]:
-    """Variables that hold the kind of a model, in any order of assignment."""
+    """Return the variables that store the kind of a model, whatever the order of assignment."""
     tainted: frozenset[str] = frozenset()
     while True:
         more = set(tainted)
@@ -104,7 +104,7 @@ def names_of_kinds(scope: ast.AST) -> frozenset[str]:
 
 
 def offence(node: ast.AST, tainted: frozenset[str]) -> list[str]:
-    """What one node does with the kind of a model."""
+    """Return what one node does with the kind of a model."""
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
         if all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
@@ -135,8 +135,8 @@ task in PEFT's."""
 
 @pytest.mark.slow
 def test_nothing_is_decided_by_the_kind_of_a_model() -> None:
-    found = {str(path.relative_to(ROOT)): offences(path.read_text(encoding="utf-8")) for path in FILES}
-    assert {path for path, lines in found.items() if lines} == FORMATS
+    by_path = {str(path.relative_to(ROOT)): offences(path.read_text(encoding="utf-8")) for path in FILES}
+    assert {path for path, lines in by_path.items() if lines} == FORMATS
 
 
 def test_every_file_is_read() -> None:

@@ -1,4 +1,4 @@
-"""A method in an installed third-party package: found, listed, and held to the contract, with no edit of graftc."""
+"""A method in an installed third-party package is found, listed and passes the contract, without changes to graftc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLUGIN = ROOT / "examples" / "plugin"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that has the plugin installed beside this graftc."""
+    """The environment of a process with the plugin installed beside this graftc."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
     source = tmp_path_factory.mktemp("source") / "plugin"
@@ -35,16 +35,16 @@ def run(environment: dict[str, str], cwd: Path, *arguments: str) -> subprocess.C
 
 @pytest.mark.slow
 def test_it_is_listed(environment: dict[str, str], tmp_path: Path) -> None:
-    found = run(environment, tmp_path, "-m", "graftc", "methods", "--json")
-    assert found.returncode == 0, found.stderr
-    assert '"scale"' in json.dumps(json.loads(found.stdout))
+    process = run(environment, tmp_path, "-m", "graftc", "methods", "--json")
+    assert process.returncode == 0, process.stderr
+    assert '"scale"' in json.dumps(json.loads(process.stdout))
 
 
 @pytest.mark.slow
 def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> None:
     code = "import sys, graftc.specs.registry as r; print('scale' in r.method_specs(), 'torch' in sys.modules)"
-    found = run(environment, tmp_path, "-c", code)
-    assert found.stdout.split() == ["True", "False"], found.stderr
+    process = run(environment, tmp_path, "-c", code)
+    assert process.stdout.split() == ["True", "False"], process.stderr
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
-"""A pass in an installed third-party package: its figures and its step are shown like our own, with no edit of
-graftc."""
+"""A pass in an installed third-party package: figures and step are shown like built-in ones, with graftc unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ LAYERS, WIDTH, INNER = 2, 32, 48
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a process has in its environment for which the plugin is installed beside this graftc."""
+    """The extra environment variables of a process with the plugin installed beside this graftc."""
     target, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source") / "plugin"
     subprocess.run(["cp", "-r", str(PLUGIN), str(source)], check=True)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
@@ -35,29 +34,29 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a spec."""
-    made = tmp_path_factory.mktemp("folder")
+    path = tmp_path_factory.mktemp("folder")
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": 50}
-    BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4)).save_pretrained(made / "model")
-    (made / "spec.yaml").write_text(SPEC, encoding="utf-8")
-    return made
+    BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4)).save_pretrained(path / "model")
+    (path / "spec.yaml").write_text(SPEC, encoding="utf-8")
+    return path
 
 
 def run(folder: Path, environment: dict[str, str], *arguments: str) -> Outcome:
-    found = run_warm(*arguments, cwd=folder, **environment)
-    assert found.status == 0, found.err
-    return found
+    outcome = run_warm(*arguments, cwd=folder, **environment)
+    assert outcome.status == 0, outcome.err
+    return outcome
 
 
 def expected() -> dict[str, int]:
-    """Multiply-adds by site, of what has a weight matrix that a row goes through."""
-    found = {"bert.pooler.dense.weight": WIDTH * WIDTH, "classifier.weight": 2 * WIDTH}
+    """Return the multiply-adds by site for the sites whose weight matrix each row is multiplied by."""
+    counts = {"bert.pooler.dense.weight": WIDTH * WIDTH, "classifier.weight": 2 * WIDTH}
     for layer in range(LAYERS):
         own = f"bert.encoder.layer.{layer}"
         for name in ("self.query", "self.key", "self.value", "output.dense"):
-            found[f"{own}.attention.{name}.weight"] = WIDTH * WIDTH
-        found |= {f"{own}.{name}.dense.weight": WIDTH * INNER for name in ("intermediate", "output")}
-    return {**found, "": sum(found.values())}
+            counts[f"{own}.attention.{name}.weight"] = WIDTH * WIDTH
+        counts |= {f"{own}.{name}.dense.weight": WIDTH * INNER for name in ("intermediate", "output")}
+    return {**counts, "": sum(counts.values())}
 
 
 def figures(passes: list[dict[str, Any]]) -> dict[str, float]:
@@ -91,7 +90,7 @@ def test_every_command_shows_what_it_found(
     kept = json.loads((folder / "artifact" / "manifest.json").read_text(encoding="utf-8"))
     assert figures(kept["passes"]) == expected()
 
-    # The artifact says it all where the plugin is not installed.
+    # The artifact shows the same when the plugin is not installed.
     monkeypatch.chdir(folder)
     data = run_here(capsys, "inspect", "artifact", "--history", "--json").data
     assert figures(data["summary"]["passes"]) == expected()

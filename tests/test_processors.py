@@ -1,4 +1,4 @@
-"""Results do not depend on the processor: what goes by last bits, run as on another one."""
+"""Results do not depend on the processor: tests that are sensitive to the last bits run as on another processor."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SENSITIVE = (
 
 
 def test_settings_have_every_value() -> None:
-    """Each capability, and oneDNN's, with one thread and with two."""
-    found = {name: {setting[name] for setting in SETTINGS} for name in SETTINGS[0]}
-    assert found["ATEN_CPU_CAPABILITY"] == {name.lower() for name in CAPABILITIES}
-    assert found["ONEDNN_MAX_CPU_ISA"] == {"SSE41", "AVX2", "AVX512_CORE", "DEFAULT"}
-    assert found["threads"] == {"1", "2"}
+    """The settings cover each capability of torch and of oneDNN, and one and two threads."""
+    values = {name: {setting[name] for setting in SETTINGS} for name in SETTINGS[0]}
+    assert values["ATEN_CPU_CAPABILITY"] == {name.lower() for name in CAPABILITIES}
+    assert values["ONEDNN_MAX_CPU_ISA"] == {"SSE41", "AVX2", "AVX512_CORE", "DEFAULT"}
+    assert values["threads"] == {"1", "2"}
     assert environment(SETTINGS[0])["OMP_NUM_THREADS"] == environment(SETTINGS[0])["MKL_NUM_THREADS"] == "2"
 
 
@@ -36,7 +36,7 @@ def test_no_setting_that_the_machine_cannot_run(capability: str, count: int) -> 
 
 @pytest.mark.slow
 def test_under_another_capability(tmp_path: Path) -> None:
-    """The one that this machine is farthest from having by itself."""
+    """The sensitive tests pass under the capability that differs most from this machine's own."""
     setting = possible(own_capability())[0]
     arguments = ["-q", "-p", "no:cacheprovider", "-m", "not full", *SENSITIVE]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is public: names of the package, of what methods are written with, and of a compiled model."""
+"""The public names: of the package, of the modules for writing methods, and of a compiled model."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_every_public_name_is_there_and_documented(module: object) -> None:
     names = module.__all__  # type: ignore[attr-defined]
     assert len(names) == len(set(names))
     for name in names:
-        found = getattr(module, name)
-        assert found is not None
-        if callable(found) and getattr(found, "__module__", "").startswith("graftc"):
-            assert found.__doc__, name
+        value = getattr(module, name)
+        assert value is not None
+        if callable(value) and getattr(value, "__module__", "").startswith("graftc"):
+            assert value.__doc__, name
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Published counts of trainable parameters, from configs alone on the meta device.
 
-Rows are those of the table of published figures: the exact integers are derived from the architecture, and the figure
-that a paper shows is a display check beside it (``shown``, with its unit) where the two agree.
+Rows are those of the table of published figures. The exact integers are derived from the architecture; the figure that
+a paper prints (``shown``, with its unit) is checked as well if the two agree.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ FIVE = ["attn.q", "attn.k", "attn.v", "ffn.up", "ffn.down"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """One row of the table.
 
     Attributes:
-        number: of the row; a letter tells variants of one row apart.
-        model: class, config class and its values.
+        number: the number of the row; a letter distinguishes variants of one row.
+        model: the model's class, config class and config values.
         method, roles, rank: the adaptation.
-        trainable: exactly.
-        shown: the figure as published: millions, or a percentage of base plus added; None where it is not derivable.
+        trainable: the exact count.
+        shown: the published figure, in millions or as a percentage of base plus added; None if it cannot be derived.
     """
 
     number: str
@@ -104,13 +104,13 @@ class Adapter:
     """One row of bottleneck adapters.
 
     Attributes:
-        number: of the row; a letter tells variants of one row apart.
-        model: class, config class and its values.
+        number: the number of the row; a letter distinguishes variants of one row.
+        model: the model's class, config class and config values.
         entry: the adaptation.
-        trainable: exactly, biases and norms of its own included.
-        weights: of these the two projections' weights alone.
-        shown: the figure as published: millions, or a percentage of base plus added.
-        unit: of a million; for some rows that of the weights alone, counted in 2^20.
+        trainable: the exact count, including biases and norms of the adapter itself.
+        weights: the part of the count that is the weights of the two projections.
+        shown: the published figure, in millions or as a percentage of base plus added.
+        unit: the size of a million; 2^20 for rows that show the weights alone.
     """
 
     number: str
@@ -149,7 +149,7 @@ ADAPTERS = (
 @each_way
 @pytest.mark.parametrize("row", ADAPTERS, ids=lambda row: f"row {row.number}")
 def test_a_published_row_of_adapters(row: Adapter, count: Any) -> None:
-    """What is trained is what is deployed. Rows 7 and 9 show the weights alone, in units of 2^20."""
+    """The trained parameters are the deployed ones; rows 7 and 9 show the weights alone, in units of 2^20."""
     report = count([row.entry], row.model)
     assert report.trainable_parameters == report.deployed_parameters == row.trainable
     bare = count([_weights_alone(row.entry)], row.model).trainable_parameters
@@ -162,7 +162,7 @@ def test_a_published_row_of_adapters(row: Adapter, count: Any) -> None:
 
 
 def _weights_alone(entry: dict[str, Any]) -> dict[str, Any]:
-    """The same without biases, and without a norm of its own."""
+    """Return the entry without biases and without a norm of its own."""
     if entry["method"] == "adapter_l":
         wired = {"method": "bottleneck", "reads": "output", "adds_to": "output"}
         return {**wired, "bottleneck": entry["bottleneck"], "bias": False}
@@ -172,7 +172,7 @@ def _weights_alone(entry: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.full
 @each_way
 def test_houlsby_with_norms(count: Any) -> None:
-    """The paper's own: adapters of 8 and every normalisation of BERT large, the embeddings' too."""
+    """The paper's own setting: adapters of 8 and every norm of BERT large, including that of the embeddings."""
     bert_large = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
     report = count([_a("houlsby", 8, norms=True)], ("BertForSequenceClassification", "BertConfig", bert_large))
     assert report.trainable_parameters == 835_968 + (2 * 24 + 1) * 2 * 1024 == 835_968 + 100_352
@@ -223,7 +223,7 @@ def test_a_published_prefix(
 @each_way
 @pytest.mark.parametrize(("parts", "published"), [(2, 1_078_848), (3, 1_373_760)])
 def test_the_parts_of_unipelt_without_gates(parts: int, published: int, count: Any) -> None:
-    """Rows 18 and 19 as the paper counts them: its adapters, its prefix and its updates, each by itself."""
+    """Rows 18 and 19 as the paper counts them: its adapters, its prefix and its updates, each without a gate."""
     adapt = [
         {"method": "pfeiffer", "reduction": 16},
         {"method": "prefix", "reparameterization": {"hidden": 512}},
@@ -239,7 +239,7 @@ T5_WIDTHS["XXL"] = (4096, 409_600)
 @pytest.mark.full
 @pytest.mark.parametrize("size", [pytest.param(s, marks=() if s == "small" else pytest.mark.full) for s in T5_WIDTHS])
 def test_published_prompts_of_t5(size: str) -> None:
-    """100 virtual tokens in front of the encoder; depth does not matter. Twice as many numbers for both stacks."""
+    """100 virtual tokens precede the encoder, whatever its depth; prompting both stacks takes twice the parameters."""
     width, published = T5_WIDTHS[size]
     config = {"d_model": width, "num_layers": 1, "num_heads": 8, "d_kv": 64, "d_ff": 2 * width, "vocab_size": 32128}
     model = on_meta(("T5ForConditionalGeneration", "T5Config", config))
@@ -253,7 +253,7 @@ def test_published_prompts_of_t5(size: str) -> None:
 @pytest.mark.full
 @each_way
 def test_pre_embed_and_pre_layer_on_gpt2_medium(count: Any) -> None:
-    """``d (l_p + l_i)``, and as much for each of ``L`` layers. Deployed, keys and values of each layer."""
+    """``d (l_p + l_i)`` parameters, or as many for each of ``L`` layers; keys and values of each layer are deployed."""
     slots = {"length": 10, "infix": 4}
     embed = count([{"method": "pre_embed", **slots}], GPT2_MEDIUM)
     layer = count([{"method": "pre_layer", **slots}], GPT2_MEDIUM)
@@ -287,7 +287,7 @@ TRAINED = (
 @each_way
 @pytest.mark.parametrize(("number", "model", "entry", "trained"), TRAINED, ids=lambda v: str(v)[:22])
 def test_published_subsets(number: str, model: Any, entry: dict[str, Any], trained: int, count: Any) -> None:
-    """Biases, layers, everything. Behind the layers there is a norm, which the authors' code trains too (row 25)."""
+    """Biases, layers or everything; the authors' code also trains the norm behind the last layers (row 25)."""
     report = count([entry], model)
     assert (report.trainable_parameters, report.deployed_parameters) == (trained, trained)
     if number == "25":
@@ -298,7 +298,7 @@ def test_published_subsets(number: str, model: Any, entry: dict[str, Any], train
 @pytest.mark.full
 @pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.full)])
 def test_diff_pruning_of_bert_large(layers: int) -> None:
-    """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)``, after either training: 1,675,709."""
+    """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)`` = 1,675,709, after either stage of training."""
     name, config, values = BERT_LARGE_CASED
     described = (name, config, {**values, "vocab_size": 30522, "num_hidden_layers": layers})
     model = on_meta(described)
@@ -316,7 +316,7 @@ def test_diff_pruning_of_bert_large(layers: int) -> None:
 @each_way
 @pytest.mark.parametrize(("layers", "width", "published"), [(6, 512, 6_303_744), (12, 1024, 50_380_800)])
 def test_cross_attention_of_published_sizes(layers: int, width: int, published: int, count: Any) -> None:
-    """``4 L (d^2 + d)`` of a translation model."""
+    """The cross-attention of a translation model has ``4 L (d^2 + d)`` parameters."""
     config = {"d_model": width, "encoder_layers": 1, "decoder_layers": layers, "vocab_size": 100}
     config |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_attention_heads": 8}
     described = ("BartForConditionalGeneration", "BartConfig", {**config, "encoder_attention_heads": 8})
@@ -333,11 +333,13 @@ def test_cross_attention_of_published_sizes(layers: int, width: int, published: 
 def test_entries_as_many_as_parameters_of_a_rank(
     model: tuple[str, str, dict[str, Any]], each: int, rank: int, shown: str | None, count: Any
 ) -> None:
-    """SpIEL on LLaMA: `r (in + out)` over the seven maps of every layer, and of these what every weight has as its
-    share, rounded down. The published percentage is of the base."""
-    made = on_meta(model)
-    sizes = [p.shape for n, p in made.named_parameters() if n.endswith("_proj.weight")]
-    assert len(sizes) == 7 * made.config.num_hidden_layers
+    """SpIEL on LLaMA trains as many entries as LoRA of a rank, `r (in + out)` over the seven maps of every layer.
+
+    Each weight gets its share of them, rounded down. The published percentage is of the base.
+    """
+    base = on_meta(model)
+    sizes = [p.shape for n, p in base.named_parameters() if n.endswith("_proj.weight")]
+    assert len(sizes) == 7 * base.config.num_hidden_layers
     assert sum(sum(shape) for shape in sizes) == each
     total = sum(shape.numel() for shape in sizes)
     allocated = sum(rank * each * shape.numel() // total for shape in sizes)

@@ -1,4 +1,4 @@
-"""What the README shows runs as shown."""
+"""The examples in the README run as shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_spec_is_valid() -> None:
 
 @pytest.mark.slow
 def test_the_python_example_and_the_commands_run(tmp_path: Path, monkeypatch: Any) -> None:
-    """With a smaller model, which is the same to everything that is shown."""
+    """The Python example and the commands run, with a smaller model than the README's, which changes nothing shown."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     monkeypatch.setattr(transformers, "BertConfig", partial(transformers.BertConfig, **sizes))
     (code,) = blocks("python")

@@ -1,7 +1,7 @@
-"""Where the time of a run goes: processor seconds of every test, its own processes included.
+"""The time of a test run: the processor seconds of every test, including the processes that it starts.
 
-Processor time says the same on a busy machine and on a quiet one, nearly. Continuous integration prints it by folder,
-and the unmarked tests that took long, so that somebody marks them. It decides nothing: their marks say which tests run.
+Processor time is nearly the same on a busy machine and on an idle one. Continuous integration prints it by folder, with
+the unmarked tests that took long, so that they can be marked. It does not decide which tests run; marks do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PROPERTY, _UNMARKED = "processor seconds", "without a mark"
 
 
 def name_of(nodeid: str) -> str:
-    """A test's name without its parameters."""
+    """Return a test's name without its parameters."""
     return nodeid.partition("[")[0]
 
 
@@ -35,10 +35,10 @@ def _used() -> float:
 
 
 class Timing:
-    """Measures, and tells at the end.
+    """A pytest plugin that measures tests and prints a summary at the end.
 
     Args:
-        before: what ran before the tests, as text; none when nobody asked for the table.
+        before: the steps that ran before the tests, as text; None if no table was requested.
     """
 
     def __init__(self, before: str | None) -> None:
@@ -49,13 +49,13 @@ class Timing:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Measure a test, its fixtures included; the processes that run tests send it with their reports."""
+        """Measure a test and its fixtures; worker processes send the time with their reports."""
         self._from = _used()
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-        """Put what was used so far into the report of the last phase."""
+        """Add the time used so far to the report of the last phase."""
         report: pytest.TestReport = yield
         if report.when == "teardown":
             report.user_properties.append((_PROPERTY, round(_used() - self._from, 3)))
@@ -63,7 +63,7 @@ class Timing:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take it from the report, in the process that tells."""
+        """Read the time from a report, in the process that prints the summary."""
         for name, value in report.user_properties:
             if name == _PROPERTY and isinstance(value, float):
                 self.seconds[report.nodeid] = value
@@ -71,8 +71,7 @@ class Timing:
                 self.unmarked.add(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """The table by folder, unmarked tests that took long, the steps before, and a warning when all of it took
-        long."""
+        """Print times by folder, long unmarked tests, the earlier steps, and a warning if the run took too long."""
         if self.before is None:
             return
         folders: dict[str, list[float]] = defaultdict(list)
@@ -80,8 +79,8 @@ class Timing:
             path = nodeid.partition("::")[0].split("/")
             folders["/".join(path[:2])].append(seconds)
         terminalreporter.section("processor seconds by folder")
-        for folder, found in sorted(folders.items(), key=lambda entry: -sum(entry[1])):
-            terminalreporter.line(f"{sum(found):8.1f} s  {len(found):5d} tests  {folder}")
+        for folder, times in sorted(folders.items(), key=lambda entry: -sum(entry[1])):
+            terminalreporter.line(f"{sum(times):8.1f} s  {len(times):5d} tests  {folder}")
         for nodeid in sorted(self.unmarked, key=self.seconds.__getitem__, reverse=True):
             if self.seconds[nodeid] >= LONG:
                 terminalreporter.line(f"{self.seconds[nodeid]:8.1f} s  no mark says slow, sample or full: {nodeid}")

@@ -1,4 +1,4 @@
-"""Several users on one machine: a folder that all of them write to, and what must stay as it is."""
+"""Several users on one machine: a shared folder that all of them write to, and snapshots of what must not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, re
 
 
 def give(path: Path, user: int = OTHER) -> None:
-    """Let a file, a link, or a folder with all that is in it belong to a user."""
+    """Change the owner of a file, a link, or a folder and everything in it."""
     os.chown(path, user, user, follow_symlinks=False)
     if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
@@ -22,10 +22,10 @@ def give(path: Path, user: int = OTHER) -> None:
 
 
 def snapshot(path: Path) -> dict[str, tuple[int, int, bytes]]:
-    """What a path and all below it are: kind and permissions, owner, and content, by path."""
-    found = {}
+    """Return the kind and permissions, owner, and content of a path and of everything below it, by path."""
+    states = {}
     for each in [path, *path.rglob("*")]:
         state = each.lstat()
         content = os.readlink(each).encode() if each.is_symlink() else each.read_bytes() if each.is_file() else b""
-        found[str(each.relative_to(path))] = (state.st_mode, state.st_uid, content)
-    return found
+        states[str(each.relative_to(path))] = (state.st_mode, state.st_uid, content)
+    return states

@@ -1,8 +1,8 @@
-"""Commands and scripts in processes of their own that have torch and transformers already.
+"""Commands and scripts in processes of their own that start with torch and transformers already imported.
 
-Half of what a short command takes is importing the two. A server that has imported them forks one process for each
-command; that one imports graftc itself, and has its own environment, folder, arguments and output. Where the start of
-the interpreter is what a test asks about, it starts one (`tests.cli.support.run_apart`).
+Importing these two takes half the time of a short command. A server that has imported them forks one process for each
+command; that process imports graftc itself and has its own environment, folder, arguments and output. Tests of the
+interpreter's start-up run a new interpreter instead (`tests.cli.support.run_apart`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CONTEXT.set_forkserver_preload([PRELOADED])
 
 
 def output(code: str, *arguments: str, **environment: str) -> str:
-    """What Python code prints that runs in a process of its own, in another folder."""
+    """Return what Python code prints when it runs in a process and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         (script, out, err) = (Path(folder, name) for name in ("script.py", "out", "err"))
         script.write_text(code, encoding="utf-8")
@@ -43,14 +43,14 @@ def output(code: str, *arguments: str, **environment: str) -> str:
 def run(
     program: str, *arguments: str, cwd: Path, out: str | Path, err: str | Path, environment: Mapping[str, str]
 ) -> int:
-    """The status of a program that writes to two files.
+    """Run a program that writes to two files and return its status.
 
     Args:
         program: a module, run as ``python -m`` does, or the path of a script.
-        arguments: its arguments.
-        cwd: where it runs.
-        out, err: where its standard output and its standard error go: files or terminals.
-        environment: what is set beside this process's variables.
+        arguments: the program's arguments.
+        cwd: the working directory.
+        out, err: the targets of its standard output and its standard error, files or terminals.
+        environment: variables set in addition to this process's own.
     """
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     values = {**os.environ, "HF_HUB_OFFLINE": "1", **one, **environment}
@@ -70,7 +70,7 @@ def run(
 
 
 def _start() -> None:
-    """Start the server unless it runs."""
+    """Start the server unless it is running."""
     before = os.environ.get("PYTHONHASHSEED")
     os.environ["PYTHONHASHSEED"] = SEED
     try:
@@ -84,7 +84,7 @@ def _start() -> None:
 def _started(
     program: str, arguments: tuple[str, ...], cwd: str, out: str, err: str, took: str, environment: dict[str, str]
 ) -> None:
-    """In the new process."""
+    """Run the program in the new process."""
     graftc = [name for name in sys.modules if name.partition(".")[0] in ("graftc", "rich", "typer", "click")]
     assert not graftc, f"they read the environment when they are imported: {graftc}"
     for number, path in ((1, out), (2, err)):

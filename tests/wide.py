@@ -1,7 +1,7 @@
 """Small models of many architectures, and what LoRA on ``attn.q``, ``attn.v`` and ``ffn.down`` has to adapt in each.
 
-The expectations are written by hand, from the papers and the models' own code; the product knows none of them. A place
-is a parameter with the rows that belong to it, ``*`` standing for layers 0 and 1.
+The expectations are written by hand, from the papers and the models' own code; none of them comes from the product. A
+place is a parameter with the rows that belong to it; ``*`` represents layers 0 and 1.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ USUAL = (Q, V, DOWN)
 
 @dataclass(frozen=True)
 class Wide:
-    """One architecture. A parameter with two places stands there twice, the second time with a blank behind it.
+    """One architecture. A parameter with two places is listed twice, the second time with a trailing blank.
 
     Attributes:
-        build: makes the model.
-        places: parameter, ``*`` for each layer, to its own rows: ``all``, or runs as text.
-        roles: what the target names.
-        inputs: the inputs by name, where they cannot be told from the interface.
-        noise: standard deviation of what stands in for training.
+        build: a function that returns the model.
+        places: the adapted rows (``all`` or ranges as text) by parameter, with ``*`` for each layer.
+        roles: the roles of the target.
+        inputs: a function that returns the inputs by name, if they cannot be derived from the interface.
+        noise: the standard deviation of the random values that represent training.
     """
 
     build: Callable[[], nn.Module]
@@ -42,19 +42,19 @@ class Wide:
     noise: float = 0.2
 
     def model(self, seed: int = 0) -> nn.Module:
-        """The model in eval mode, every parameter random; the same at every call."""
+        """Return the model in eval mode with random values in every parameter, the same at every call."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             built = self.build()
         return randomise(built, seed=seed).eval()
 
     def expected(self) -> list[str]:
-        """Every place with its rows, layers spelled out."""
-        found = []
+        """Return every place with its rows, with layer numbers filled in."""
+        lines = []
         for place, rows in self.places.items():
             for layer in range(2) if "*" in place else [0]:
-                found.append(f"{place.strip().replace('*', str(layer))} {rows}")
-        return sorted(found)
+                lines.append(f"{place.strip().replace('*', str(layer))} {rows}")
+        return sorted(lines)
 
 
 def _all(*places: str) -> dict[str, str]:
@@ -62,7 +62,7 @@ def _all(*places: str) -> dict[str, str]:
 
 
 def _heads(offset: int, width: int = HEAD, step: int = 3 * HEAD) -> str:
-    """The rows of one of several projections that are interleaved by head."""
+    """Return the rows of one of several projections that are interleaved by head."""
     return ",".join(f"{h * step + offset}:{h * step + offset + width}" for h in range(HEADS))
 
 
@@ -96,7 +96,7 @@ def _experts(layer: str) -> dict[str, str]:
 
 
 class AttentionModel(nn.Module):
-    """Hand-written: one pre-norm block with `nn.MultiheadAttention`."""
+    """A hand-written model: one pre-norm block with `nn.MultiheadAttention`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class AttentionModel(nn.Module):
         self.head = nn.Linear(D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of five classes at every place of ``x``, ``[batch, sequence, width]``."""
+        """Return the scores of five classes at every position of ``x``, ``[batch, sequence, width]``."""
         normed = self.norm(x)
         x = x + self.attention(normed, normed, normed, need_weights=False)[0]
         return self.head(x + self.down(torch.relu(self.up(x))))
@@ -256,7 +256,7 @@ FAMILIES: dict[str, Wide] = {
             "encoder.block.*.layer.1.DenseReluDense.wo.weight",
             "decoder.block.*.layer.2.DenseReluDense.wo.weight",
         ),
-        noise=0.05,  # scores of T5 are not scaled, so it magnifies whatever enters them
+        noise=0.05,  # scores of T5 are not scaled, so the noise is magnified
     ),
     "bart": Wide(
         MODELS["bart"],

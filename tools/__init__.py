@@ -1,1 +1,1 @@
-"""Tools for working on graftc; no part of the package."""
+"""Tools for the development of graftc; not part of the package."""

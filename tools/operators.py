@@ -1,9 +1,8 @@
-"""``python -m tools.operators``: the literal list of operators that a file may name, in
-`graftc/passes/core/ir/stored/allowed_operators.py`.
+"""``python -m tools.operators``: check the literal list of operators that a file may name.
 
-The list is kept in the tree and reviewed there. This holds it against its rules (`objection`), and against what
-captures emit: the records of ``make coverage`` have the operators of every architecture. What is missing and has no
-objection is added with ``--write``; what has one is never added.
+The list is kept in `graftc/passes/core/ir/stored/allowed_operators.py` and reviewed there. This tool checks it against
+its rules (`objection`), and against the operators that captures emit: the records of ``make coverage`` list those of
+every architecture. Missing operators without an objection are added with ``--write``; others are never added.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MODULE = ROOT / "graftc" / "passes" / "core" / "ir" / "stored" / "allowed_operat
 RECORDS = ROOT / "build" / "coverage"
 
 TYPES = frozenset({"Tensor", "int", "float", "number", "bool", "str", "Device", "SymInt", "Generator"})
-"""What arguments may be made of. No file can hold a generator, so that such an argument is always None."""
+"""The types that arguments may be made of. No file can contain a generator, so such an argument is always None."""
 
 UNSAFE = (
     "from_file",
@@ -39,25 +38,25 @@ UNSAFE = (
     "pin_memory",
     "_version",
 )
-"""What reads or writes files, changes storages and sizes, or names memory by explicit strides; and state of torch's."""
+"""Parts of the names of operators that access files, storages, sizes, explicit strides or the state of torch."""
 
 
 def operator(name: str) -> torch._ops.OpOverload | None:
-    """The overload of a name ``namespace.operator.overload``, or None."""
+    """Return the overload of a name ``namespace.operator.overload``, or None."""
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.rpartition(".")
     if namespace in HOMES:
         importlib.import_module(HOMES[namespace])
-    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    return found if isinstance(found, torch._ops.OpOverload) else None
+    candidate = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    return candidate if isinstance(candidate, torch._ops.OpOverload) else None
 
 
 def objection(name: str) -> str | None:
-    """Why no file may name an operator; None where there is no reason."""
-    found = operator(name)
-    if found is None:
+    """Return the reason why no file may name an operator; None if there is none."""
+    overload = operator(name)
+    if overload is None:
         return "there is none"
-    schema = found._schema
+    schema = overload._schema
     packet = name.split(".")[1]
     if any(word in packet for word in UNSAFE):
         return "it reads or writes files, or changes what memory a tensor is"
@@ -75,22 +74,22 @@ def objection(name: str) -> str | None:
 
 
 def emitted(records: Path) -> set[str]:
-    """Operators of all architectures that ``make coverage`` has looked at."""
-    found: set[str] = set()
+    """Return the operators of all architectures that ``make coverage`` has examined."""
+    names: set[str] = set()
     for file in records.glob("*.json"):
-        found.update(json.loads(file.read_text())["record"].get("_operators", ()))
-    return {name for name in found if name.split(".")[0] in ("aten", *HOMES)}
+        names.update(json.loads(file.read_text())["record"].get("_operators", ()))
+    return {name for name in names if name.split(".")[0] in ("aten", *HOMES)}
 
 
 def write(names: Iterable[str]) -> None:
-    """Put names into the module, sorted."""
+    """Write the names into the module, sorted."""
     head, _, _ = MODULE.read_text().partition('_NAMES = """')
     body = textwrap.fill(" ".join(sorted(names)), 116, initial_indent="", break_on_hyphens=False)
     MODULE.write_text(f'{head}_NAMES = """\n{body}\n"""\n\nOPERATORS = frozenset(_NAMES.split())\n"""All of them."""\n')
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status is 1 where the list is not as it should be."""
+    """Run the command line; return 1 if the list is not as it should be, unless it is written."""
     parser = argparse.ArgumentParser(prog="python -m tools.operators", description=__doc__)
     parser.add_argument("--write", action="store_true", help="add what is missing and has no objection")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the coverage records")

@@ -1,6 +1,6 @@
-"""What type checkers know of the Python interface.
+"""Assertions on the types that type checkers infer for the Python interface.
 
-Nothing here runs: mypy checks it with the rest, and fails where a type is lost or becomes `Any`.
+Nothing here runs: mypy checks this module with the others, and fails if a type is lost or becomes `Any`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from graftc.runtime.deploy.partial import Partial
 
 
 class Model(nn.Module):
-    """Stands for a class of transformers."""
+    """A stand-in for a class of transformers."""
 
 
 def models(model: Model, inputs: ExampleInputs) -> None:
-    """The class of the source model is kept until `to_transformers` gives one of it."""
+    """Assert that the class of the source model is kept until `to_transformers` returns an instance of it."""
     compiled = graftc.compile("spec.yaml", model, inputs)
     assert_type(compiled, Compiled[Model])
     assert_type(compiled.train(), Compiled[Model])
@@ -38,14 +38,14 @@ def models(model: Model, inputs: ExampleInputs) -> None:
 
 
 def unknown_models() -> None:
-    """An artifact alone does not tell the class of its base."""
+    """Assert that an artifact alone does not determine the class of its base."""
     assert_type(graftc.load("artifact"), Compiled[Any])
     assert_type(graftc.load("artifact", "tiny-bert"), Compiled[Any])
     assert_type(graftc.load("artifact").merge().to_transformers(), Any)
 
 
 def attributes(compiled: Compiled) -> None:
-    """What the Runner has. What a call gives has no type, as for every `torch.nn.Module`."""
+    """Assert the types of the Runner's attributes; the result of a call has none, as for every `torch.nn.Module`."""
     assert_type(compiled.base_model, nn.Module)
     assert_type(compiled.device, torch.device)
     assert_type(compiled.dtype, torch.dtype)
@@ -55,5 +55,5 @@ def attributes(compiled: Compiled) -> None:
 
 
 def any_model(compiled: Compiled[Model]) -> Compiled[nn.Module]:
-    """A compiled model of a class is one of every class above it."""
+    """Accept a compiled model of a class as one of any of its base classes."""
     return compiled

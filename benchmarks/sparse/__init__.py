@@ -1,6 +1,6 @@
-"""What a full training step costs in time and in memory: full fine-tuning, LoRA by peft and graftc, sparse deltas."""
+"""The cost of a whole training step in time and memory: full fine-tuning, LoRA in peft and graftc, sparse deltas."""
 
 import os
 
-# torch's profiler, which counts allocations, announces itself at every start; read when torch is imported.
+# Silences the message that torch's profiler, which counts allocations, prints at every start; read on import of torch.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")

@@ -1,8 +1,9 @@
-"""The benchmark's command.
+"""The command of the benchmark of sparse deltas.
 
     python -m benchmarks.sparse [--rounds 40] [--only SpIEL] [--dtype bfloat16] [--checkpointing off] [--quick]
 
-Writes sparse.json and sparse.md. Times are of alternated rounds in this process, memory of a process for each entry.
+Writes sparse.json and sparse.md. Times are those of alternated rounds in this process; the memory of each entry is
+measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _tell(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where graftc's LoRA does not compute what peft's does, or trains other numbers of values."""
+    """Run the benchmark; return 1 if graftc's LoRA differs from peft's, or entries train unequal numbers of values."""
     prog = "python -m benchmarks.sparse"
     options_of = parser(prog, "Time and memory of whole training steps.", 40)
     options_of.add_argument("--only", metavar="REGEX", help="entries with such names, with the floor and peft LoRA")
@@ -58,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, checkpointing in CHECKPOINTING.items():
             if options.checkpointing in (None, name):
                 _tell(f"{dtype}, checkpointing {name}")
-                own = [entry for entry in entries if entry.dtypes is None or dtype in entry.dtypes]
-                made = _group(own, shape, dtype, checkpointing, rounds, options.device, options.threads, wrong.append)
-                groups.append(made)
+                fitting = [entry for entry in entries if entry.dtypes is None or dtype in entry.dtypes]
+                group = _group(
+                    fitting, shape, dtype, checkpointing, rounds, options.device, options.threads, wrong.append
+                )
+                groups.append(group)
     data = {
         "machine": {**before, "load_after": machine()["load"]},
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU",
@@ -87,27 +90,27 @@ def _group(
     threads: int | None,
     complain: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Times, then memory, once the models of the times are gone."""
-    found, skipped = contest(entries, base_in(shape, dtype, device), checkpointing, rounds, tell=_tell)
+    """Measure the times, then the memory once the models of the times are freed."""
+    measured, skipped = contest(entries, base_in(shape, dtype, device), checkpointing, rounds, tell=_tell)
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     memory: dict[str, Mapping[str, Any]] = {}
-    for timed in found:
-        memory[timed.entry.name] = own = in_process_of_its_own(
+    for timed in measured:
+        memory[timed.entry.name] = figures = in_process_of_its_own(
             timed.entry, shape, dtype, checkpointing, device=device, threads=threads
         )
-        _tell(f"{timed.entry.name}: {own['peak_bytes'] / 1e6:.0f} MB at the peak")
+        _tell(f"{timed.entry.name}: {figures['peak_bytes'] / 1e6:.0f} MB at the peak")
     if dtype == "float32":
-        for line in mismatches(found):
+        for line in mismatches(measured):
             complain(line)
     for line in _unequal(memory):
         complain(f"{dtype}: {line}")
-    return group_figures(found, memory, skipped, dtype=dtype, checkpointing=checkpointing)
+    return group_figures(measured, memory, skipped, dtype=dtype, checkpointing=checkpointing)
 
 
 def _unequal(memory: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Entries that do not train about as many values as the others of low rank or sparse ones do."""
+    """Yield a line for each low-rank or sparse entry that trains over 1 % fewer values than the largest of them."""
     counts = {name: figures["trained_parameters"] for name, figures in memory.items() if name not in ("floor", "full")}
     wanted = max(counts.values(), default=0)
     for name, count in counts.items():

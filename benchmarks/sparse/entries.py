@@ -1,4 +1,4 @@
-"""Who runs: each entry puts itself on a base model and can take whole training steps."""
+"""The contestants: each entry adapts a base model and can take whole training steps."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from benchmarks.train.models import TINY, Base, Shape, base, fill, shared_copy
 __all__ = ["CYCLE", "ENTRIES", "FULL_SHAPE", "LORA", "TINY_SHAPE", "WINDOW", "Entry", "Training", "base_in"]
 
 FULL_SHAPE = Shape(width=768, intermediate=2048, layers=8, heads=12, vocabulary=4096, batch=4, length=128, rank=64)
-"""What the figures are about. The vocabulary is small, so that the head does not dominate."""
+"""The sizes for the figures. The vocabulary is small, so that the head does not dominate."""
 
 TINY_SHAPE = replace(TINY, layers=2)
-"""To try the harness."""
+"""Tiny sizes to try the harness."""
 
 CYCLE = 20
-"""Steps from one replacement of entries of a sparse delta to the next (S)."""
+"""The number of steps from one replacement of entries of a sparse delta to the next (S)."""
 
 WINDOW = 5
-"""Steps at the beginning of a cycle in which gradients are gathered; entries are replaced behind the last of them."""
+"""The number of steps at the start of a cycle that gather gradients; entries are replaced after the last of them."""
 
 LORA = "peft LoRA"
-"""The entry that others are compared with."""
+"""The name of the entry that others are compared with."""
 
 RATE = 1e-4
 
@@ -38,10 +38,10 @@ class Training:
     """An entry that is ready to train.
 
     Attributes:
-        model: what it runs, in train mode.
-        loss: a forward pass and its loss.
-        optimiser: of what trains; None where nothing does.
-        after: what a method does behind a step of the optimiser.
+        model: the model that runs, in train mode.
+        loss: runs a forward pass and returns its loss.
+        optimiser: the optimiser of the trained parameters; None if nothing trains.
+        after: called after each step of the optimiser; None if the method needs no such call.
     """
 
     model: nn.Module
@@ -51,7 +51,7 @@ class Training:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What trains."""
+        """The parameters that train."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def clear(self) -> None:
@@ -60,12 +60,12 @@ class Training:
             self.optimiser.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """All of a training step, from freeing the last one's gradients on."""
+        """Run a whole training step, which starts by freeing the gradients of the last one."""
         self.clear()
         self.advance()
 
     def advance(self) -> None:
-        """A training step behind `clear`."""
+        """Run the rest of a training step after `clear`."""
         loss = self.loss()
         torch.autograd.backward(loss)
         del loss
@@ -80,11 +80,11 @@ class Entry:
     """A line of the tables.
 
     Attributes:
-        name: unique.
-        library: whose it is.
-        make: puts it on a base, with activation checkpointing or without.
-        dtypes: of the bases that it is for; all where it is None.
-        exact: whether its first loss must be that of peft's LoRA in float32.
+        name: the unique name of the entry.
+        library: the library that it belongs to.
+        make: adapts a base, with or without activation checkpointing.
+        dtypes: the dtypes of the bases that it runs on; None for all.
+        exact: whether its first loss must equal that of peft's LoRA in float32.
     """
 
     name: str
@@ -100,13 +100,13 @@ class Entry:
 
 
 def base_in(shape: Shape, dtype: str, device: str = "cpu") -> Base:
-    """The base model with its parameters in a dtype; what rotary positions are made of stays float32."""
-    made = base(shape)
+    """Return the base model with its parameters in a dtype; the buffers of rotary positions stay in float32."""
+    original = base(shape)
     wanted: torch.dtype = getattr(torch, dtype)
-    for parameter in made.model.parameters():
+    for parameter in original.model.parameters():
         parameter.data = parameter.data.to(wanted)
-    embeddings = made.embeddings.detach().to(device, wanted).requires_grad_()
-    return Base(shape, made.model.to(device), embeddings, made.labels.to(device))
+    embeddings = original.embeddings.detach().to(device, wanted).requires_grad_()
+    return Base(shape, original.model.to(device), embeddings, original.labels.to(device))
 
 
 def _texts(base: Base) -> dict[str, Tensor]:
@@ -120,20 +120,20 @@ def _checkpointed(model: Any, checkpointing: bool) -> Any:
 
 
 def _floor(base: Base, checkpointing: bool) -> Training:
-    """The frozen base: a forward pass, and a backward pass to the embeddings."""
+    """Run the frozen base: a forward pass, and a backward pass to the embeddings."""
     model = _checkpointed(shared_copy(base.model), checkpointing)
     inputs = base.batch
 
     def loss() -> Tensor:
         inputs["inputs_embeds"].grad = None
-        found: Tensor = model(**inputs).loss
-        return found
+        value: Tensor = model(**inputs).loss
+        return value
 
     return Training(model, loss)
 
 
 def _full(base: Base, checkpointing: bool) -> Training:
-    """Everything trains: on a copy, since others share the base."""
+    """Train all parameters of a copy, since others share the base."""
     model = _checkpointed(copy.deepcopy(base.model), checkpointing).requires_grad_(True)
     inputs = _texts(base)
     return Training(model, lambda: model(**inputs).loss, torch.optim.AdamW(model.parameters(), lr=RATE))
@@ -149,7 +149,7 @@ def _peft(**options: Any) -> Callable[[Base, bool], Training]:
         fill(model)
         inputs = _texts(base)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # peft's own forward only maps the task's inputs.
+        # The forward of peft's wrapper only maps the task's inputs.
         inner = model.base_model
         return Training(model, lambda: inner(**inputs).loss, torch.optim.AdamW(trained, lr=RATE))
 
@@ -157,7 +157,7 @@ def _peft(**options: Any) -> Callable[[Base, bool], Training]:
 
 
 def _compiled(base: Base, checkpointing: bool, **adaptation: Any) -> Any:
-    """A method of graftc on all projections."""
+    """Compile a method of graftc on all projections."""
     import graftc
 
     spec: dict[str, Any] = {"adapt": [{"target": {"role": ROLES}, **adaptation}]}
@@ -183,8 +183,8 @@ def _sparse(variant: str, optimiser: str) -> Callable[[Base, bool], Training]:
         model = _compiled(base, checkpointing, method="spiel", variant=variant, equivalent_rank=rank, total_steps=steps)
 
         inputs = _texts(base)
-        made = getattr(graftc.optim, optimiser)(model, lr=RATE)
-        return Training(model, lambda: model(**inputs).loss, made, model.after_step)
+        instance = getattr(graftc.optim, optimiser)(model, lr=RATE)
+        return Training(model, lambda: model(**inputs).loss, instance, model.after_step)
 
     return make
 
@@ -198,10 +198,10 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("graftc SpIEL-AG", "graftc", _sparse("AG", "AgedAdamW")),
     Entry("graftc SpIEL-MA", "graftc", _sparse("MA", "SM3")),
 )
-"""In the order of their turns in a round."""
+"""All entries, in the order of their turns in a round."""
 
 PAPER: Mapping[str, Mapping[bool, tuple[float, float]]] = {
     "graftc SpIEL-MA": {False: (0.75, 1.0), True: (0.94, 0.98)},
     "graftc SpIEL-AG": {False: (0.85, 1.1), True: (1.11, 1.05)},
 }
-"""Memory and time of a step over LoRA's in Ansell et al. 2024 (7B, on an A100), without checkpointing and with it."""
+"""Memory and time of a step over LoRA's in Ansell et al. 2024 (7B, on an A100), without and with checkpointing."""

@@ -1,4 +1,4 @@
-"""Peak memory of training steps: every allocation of torch, and what the system has seen of it.
+"""Peak memory of training steps: all allocations of torch, and the resident set that the system reports.
 
     python -m benchmarks.sparse.memory --entry NAME --dtype bfloat16 [--checkpointing] [--device cuda] SHAPE
 
@@ -33,7 +33,7 @@ WARMUP, PLAIN_STEPS = 2, 3
 _STEP, _CLEARED, _GRADIENT = "bench: step", "bench: cleared", "bench: gradient "
 
 ENVIRONMENT = {
-    # Freed memory goes back to the system at once, so that the resident set follows what is allocated.
+    # Freed memory returns to the system at once, so that the resident set follows the allocations.
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
@@ -43,12 +43,12 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Accounted:
-    """What allocations say, in bytes.
+    """The results of counting allocations, in bytes.
 
     Attributes:
         peaks: the most that was allocated at one time, by step.
-        gradients: of these at the peak of all steps, gradients that were complete.
-        between: what was allocated when the last step was over.
+        gradients: the complete gradients among the allocations at the peak of all steps.
+        between: the bytes allocated after the last step.
     """
 
     peaks: list[int]
@@ -57,21 +57,21 @@ class Accounted:
 
     @property
     def peak(self) -> int:
-        """Of all steps."""
+        """The peak of all steps."""
         return max(self.peaks)
 
 
 def accounted(make: Callable[[], Training], steps: int, warmup: int = WARMUP, device: str = "cpu") -> Accounted:
     """Count every allocation from before the model is made until the last step is over.
 
-    The profiler does not see that a block is freed on a CPU when it did not see it allocated: replaced state would
-    count twice if it began later. What is there before ``make`` does not count.
+    The profiler does not see that a block is freed on a CPU if it did not see its allocation: replaced state would
+    count twice if it began later. Allocations before ``make`` is called do not count.
 
     Args:
         make: makes the model and its optimiser.
-        steps: how many steps count.
-        warmup: steps before them.
-        device: whose memory.
+        steps: the number of steps that count.
+        warmup: the number of steps before them.
+        device: the device whose memory counts.
     """
 
     def complete(parameter: Tensor) -> None:
@@ -101,11 +101,11 @@ def _mark(name: str) -> None:
 
 
 def _peaks(profiler: profile, device: str) -> Accounted:
-    found = profiler.profiler
-    assert found is not None and found.kineto_results is not None
+    recorded = profiler.profiler
+    assert recorded is not None and recorded.kineto_results is not None
     of_device = torch.autograd.DeviceType.CUDA if device.startswith("cuda") else torch.autograd.DeviceType.CPU
     timeline: list[tuple[int, str, int]] = []
-    for event in found.kineto_results.events():
+    for event in recorded.kineto_results.events():
         name = event.name()
         if name == "[memory]":
             if event.device_type() == of_device:
@@ -130,7 +130,10 @@ def _peaks(profiler: profile, device: str) -> Accounted:
 
 
 class Witness:
-    """The highest resident set of this process, or what the allocator of the device says, over what there was."""
+    """The peak of memory as the system reports it, over the memory at the start.
+
+    It is the resident set of this process, or on CUDA the figure of the allocator.
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -138,7 +141,7 @@ class Witness:
         self.before = torch.cuda.memory_allocated() if self.cuda else _resident("VmRSS")
 
     def reset(self) -> None:
-        """Forget the peaks so far."""
+        """Reset the peak."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -146,7 +149,7 @@ class Witness:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def peak(self) -> int | None:
-        """Since `reset`; None where the system does not say."""
+        """Return the peak since `reset`; None if the system does not report it."""
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
         highest = _resident("VmHWM")
@@ -154,7 +157,7 @@ class Witness:
 
 
 def _resident(field: str) -> int:
-    """Bytes of a line of this process's status; 0 where there is none."""
+    """Return the bytes in a line of this process's status; 0 if there is no such line."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -163,7 +166,7 @@ def _resident(field: str) -> int:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What tensors keep, memory that they share once."""
+    """Return the bytes of the storages of tensors; a shared storage counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -180,24 +183,24 @@ def _state(training: Training) -> list[Tensor]:
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> str:
-    """Their dtypes, as text; counters of steps are left out."""
+    """Return the dtypes of tensors as text, ignoring tensors of one element, such as step counters."""
     names = {str(t.dtype).removeprefix("torch.") for t in tensors if t.numel() > 1}
     return ", ".join(sorted(names)) or "-"
 
 
 def measure(entry: Entry, shape: Shape, dtype: str, checkpointing: bool, device: str = "cpu") -> dict[str, Any]:
-    """Peak memory of an entry's steps, best in a process of its own.
+    """Measure the peak memory of an entry's steps, preferably in a process of its own.
 
     Args:
-        entry: which.
-        shape: sizes of the model.
-        dtype: of the base.
-        checkpointing: of activations.
-        device: where it runs.
+        entry: the entry to measure.
+        shape: the sizes of the model.
+        dtype: the dtype of the base.
+        checkpointing: whether activations are checkpointed.
+        device: the device to run on.
 
     Returns:
-        Figures as JSON: ``peak_bytes`` and its parts, of which gradients and ``rest_bytes`` are those at the peak,
-        and the others stay between steps; ``witness_bytes``, the same peak as the system saw it; ``peaks_by_step``.
+        The figures as JSON: ``peak_bytes`` and its parts, of which gradients and ``rest_bytes`` are those at the peak,
+        and the others stay between steps; ``witness_bytes``, the same peak as the system reports it; ``peaks_by_step``.
 
     Raises:
         UnavailableError: the entry cannot run.
@@ -212,7 +215,7 @@ def measure(entry: Entry, shape: Shape, dtype: str, checkpointing: bool, device:
         parts["base_bytes"] = _shared(training, base)
         return training
 
-    small = make(TINY_SHAPE)  # what libraries load and keep does not count
+    small = make(TINY_SHAPE)  # memory that libraries load and keep must not count
     for _ in range(WARMUP):
         small.step()
     del small
@@ -232,23 +235,23 @@ def measure(entry: Entry, shape: Shape, dtype: str, checkpointing: bool, device:
     live.clear()
     gc.collect()
 
-    found = accounted(make, steps, device=device)
+    counted = accounted(make, steps, device=device)
     training = live[0]
     parts["trained_bytes"] = bytes_of(_held(training)) - parts["base_bytes"]
     parts["state_bytes"] = bytes_of(_state(training))
-    parts["gradient_bytes"] = found.gradients
+    parts["gradient_bytes"] = counted.gradients
     gradients = [parameter.grad for parameter in training.trained if parameter.grad is not None]
     known = bytes_of([*_held(training), *_state(training), *gradients])
-    peak = seen if witness.cuda and seen is not None else found.peak
+    peak = seen if witness.cuda and seen is not None else counted.peak
     return {
         "peak_bytes": peak,
-        "accounted_bytes": found.peak,
+        "accounted_bytes": counted.peak,
         "witness": "torch.cuda.max_memory_allocated" if witness.cuda else "VmHWM",
         "witness_bytes": seen,
         **parts,
         "rest_bytes": peak - sum(parts.values()),
-        "held_elsewhere_bytes": found.between - known,
-        "peaks_by_step": found.peaks,
+        "held_elsewhere_bytes": counted.between - known,
+        "peaks_by_step": counted.peaks,
         "base_dtype": dtype,
         "trained_dtype": dtypes_of(training.trained),
         "state_dtype": dtypes_of(_state(training)),
@@ -257,15 +260,15 @@ def measure(entry: Entry, shape: Shape, dtype: str, checkpointing: bool, device:
 
 
 def _shared(training: Training, base: Base) -> int:
-    """Bytes of the base that an entry runs on, those that it trains itself left out."""
-    own = {t.untyped_storage()._cdata for t in [*base.model.parameters(), *base.model.buffers()]}
-    return bytes_of(tensor for tensor in _held(training) if tensor.untyped_storage()._cdata in own)
+    """Return the bytes of the base that an entry runs on, excluding copies that it trains."""
+    storages = {t.untyped_storage()._cdata for t in [*base.model.parameters(), *base.model.buffers()]}
+    return bytes_of(tensor for tensor in _held(training) if tensor.untyped_storage()._cdata in storages)
 
 
 def in_process_of_its_own(
     entry: Entry, shape: Shape, dtype: str, checkpointing: bool, *, device: str = "cpu", threads: int | None = None
 ) -> Mapping[str, Any]:
-    """`measure` in a new process, where nothing else has been allocated.
+    """Run `measure` in a new process, where nothing else has been allocated.
 
     Raises:
         UnavailableError: the entry cannot run.
@@ -283,14 +286,14 @@ def in_process_of_its_own(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one entry and print its figures."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.sparse.memory", description="Peak memory of an entry.")
-    made.add_argument("shape", help="sizes of the model, as JSON")
-    made.add_argument("--entry", required=True, choices=[entry.name for entry in ENTRIES])
-    made.add_argument("--dtype", default="float32")
-    made.add_argument("--checkpointing", action="store_true")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--threads", type=int)
-    options = made.parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse.memory", description="Peak memory of an entry.")
+    parser.add_argument("shape", help="sizes of the model, as JSON")
+    parser.add_argument("--entry", required=True, choices=[entry.name for entry in ENTRIES])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     entry = next(entry for entry in ENTRIES if entry.name == options.entry)

@@ -1,4 +1,4 @@
-"""Figures of whole training steps: one object for programs and a text for people."""
+"""The report on whole training steps: the figures as JSON, and a text in Markdown."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PARTS = ("base", "trained", "state", "gradient", "rest")
 def group_figures(
     found: Sequence[Timed], memory: Mapping[str, Mapping[str, Any]], skipped: Mapping[str, str], **setting: Any
 ) -> dict[str, Any]:
-    """What entries took on one base, with checkpointing or without.
+    """Return the figures of all entries on one base, with or without checkpointing.
 
     Args:
-        found: the times.
-        memory: by the name of the entry.
-        skipped: by the name of each entry that could not run, why.
-        setting: what the group is: ``dtype`` and ``checkpointing``.
+        found: the measured times.
+        memory: the figures of memory by the name of the entry.
+        skipped: the reason by the name of each entry that could not run.
+        setting: the setting of the group: ``dtype`` and ``checkpointing``.
     """
     by_name = {timed.entry.name: timed for timed in found}
     entries = {timed.entry.name: _figures(timed, by_name, memory) for timed in found}
@@ -54,7 +54,7 @@ def _figures(timed: Timed, by_name: Mapping[str, Timed], memory: Mapping[str, Ma
 
 
 def _longest(timed: Timed) -> float | None:
-    """The longest of the places of a cycle outside the ordinary ones: where entries are replaced."""
+    """Return the longest median among the places of a cycle that are not ordinary: where entries are replaced."""
     places: dict[int, list[float]] = {}
     for value, number in zip(timed.seconds, timed.numbers, strict=True):
         if not ordinary(number):
@@ -75,7 +75,7 @@ def _ratios(timed: Timed, other: Timed | None) -> dict[str, float | None] | None
 
 
 def as_markdown(data: Mapping[str, Any]) -> str:
-    """The figures for people.
+    """Return the report in Markdown.
 
     Args:
         data: the machine, the model, and the groups.
@@ -84,7 +84,7 @@ def as_markdown(data: Mapping[str, Any]) -> str:
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
-    model, here = data["model"], data["machine"]
+    model, host = data["model"], data["machine"]
     yield "# A whole training step: full fine-tuning, LoRA and sparse deltas"
     yield ""
     yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md#sparse-deltas)."
@@ -96,8 +96,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Machine: {data['device']}; {here['processor']}, {here['cores']} cores, {here['threads']} threads, "
-        f"{here['capability']}; load {load_text(here['load'])} before and {load_text(here['load_after'])} after. "
+        f"Machine: {data['device']}; {host['processor']}, {host['cores']} cores, {host['threads']} threads, "
+        f"{host['capability']}; load {load_text(host['load'])} before and {load_text(host['load_after'])} after. "
         + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
         + f". Medians of {data['rounds']} alternated rounds."
     )
@@ -159,7 +159,7 @@ def _memory(group: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _beside_the_paper(data: Mapping[str, Any]) -> Iterator[str]:
-    """Ratios over LoRA: the paper's, and these by dtype."""
+    """Yield a table of ratios over LoRA: the paper's, and the measured ones by dtype."""
     dtypes = list(dict.fromkeys(group["dtype"] for group in data["groups"]))
     yield "## Beside the paper"
     yield ""
@@ -184,8 +184,8 @@ def _beside_the_paper(data: Mapping[str, Any]) -> Iterator[str]:
 def _entry(data: Mapping[str, Any], dtype: str, checkpointing: bool, name: str) -> Mapping[str, Any]:
     for group in data["groups"]:
         if (group["dtype"], group["checkpointing"]) == (dtype, checkpointing):
-            found: Mapping[str, Any] = group["entries"].get(name, {})
-            return found
+            entry: Mapping[str, Any] = group["entries"].get(name, {})
+            return entry
     return {}
 
 

@@ -1,4 +1,4 @@
-"""What training steps take, in alternated rounds of one process."""
+"""The times of training steps, in alternated rounds of one process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ WARMUP = 2
 
 @dataclass
 class Timed:
-    """What one entry took.
+    """The times of one entry.
 
     Attributes:
-        entry: which.
-        loss: of the first step.
-        seconds: of every round, on the clock.
-        processor: of every round, of all threads' processor time.
-        numbers: of the steps, from 1, those that were not timed counted.
+        entry: the entry.
+        loss: the loss of the first step.
+        seconds: the wall-clock time of every round.
+        processor: the processor time of all threads in every round.
+        numbers: the numbers of the timed steps, from 1; steps that are not timed count.
     """
 
     entry: Entry
@@ -37,27 +37,27 @@ class Timed:
     numbers: list[int] = field(default_factory=list)
 
     def over(self, other: Timed) -> list[float]:
-        """Ratios of the rounds, each of two steps that were a moment apart."""
+        """Return the ratios of the rounds, each between two steps that ran close together."""
         return [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
 
     def processor_over(self, other: Timed) -> list[float]:
-        """The same of processor time."""
+        """Return the same ratios for processor time."""
         return [a / b for a, b in zip(self.processor, other.processor, strict=True)]
 
 
 def ordinary(number: int) -> bool:
-    """Whether the step of this number, from 1, neither gathers gradients nor replaces entries."""
+    """Return whether the step of this number, from 1, neither gathers gradients nor replaces entries."""
     return (number - 1) % CYCLE >= WINDOW
 
 
 def ordinary_median(values: Sequence[float], numbers: Sequence[int]) -> float:
-    """The median of ordinary steps, or of all where none was."""
-    found = [value for value, number in zip(values, numbers, strict=True) if ordinary(number)]
-    return statistics.median(found or values)
+    """Return the median of the ordinary steps, or of all steps if none is ordinary."""
+    chosen = [value for value, number in zip(values, numbers, strict=True) if ordinary(number)]
+    return statistics.median(chosen or values)
 
 
 def cycle_mean(values: Sequence[float], numbers: Sequence[int]) -> float | None:
-    """The mean over a cycle of each place's median over the cycles; None where the rounds are fewer than a cycle."""
+    """Return the mean over the places of a cycle of their medians; None if the rounds do not cover a cycle."""
     by_place = [
         [value for value, number in zip(values, numbers, strict=True) if number % CYCLE == place]
         for place in range(CYCLE)
@@ -77,29 +77,29 @@ def contest(
     """Put every entry on the base, then give all of them steps in turns.
 
     Args:
-        entries: in the order of their turns; the first turn of each round goes to another one each time.
-        base: what they share, but for what trains all of it.
-        checkpointing: of activations.
-        rounds: steps of each that are timed.
-        warmup: steps of each before.
-        tell: told of what is going on.
+        entries: the entries in the order of their turns; each round starts with a different one.
+        base: the base that they share, except for an entry that trains all of it.
+        checkpointing: whether activations are checkpointed.
+        rounds: the number of timed steps of each entry.
+        warmup: the number of steps of each before them.
+        tell: called with lines on the progress.
 
     Returns:
-        What was measured, and by the name of each entry that could not run, why.
+        The measured times, and the reason by the name of each entry that could not run.
     """
 
     def make(entry: Entry) -> tuple[Timed, Training]:
         training = entry.make(base, checkpointing)
         with torch.no_grad():
-            found = Timed(entry, float(training.loss()))
+            timed = Timed(entry, float(training.loss()))
         for _ in range(warmup):
             training.step()
-        return found, training
+        return timed, training
 
     device = base.labels.device
     ready, skipped = all_ready(entries, make, tell)
     in_turns(ready, rounds, lambda one, number: _timed(*one, device, number=warmup + number + 1), tell)
-    return [found for found, _ in ready], skipped
+    return [timed for timed, _ in ready], skipped
 
 
 def _timed(found: Timed, training: Training, device: torch.device, number: int) -> None:
@@ -119,7 +119,7 @@ def _wait(device: torch.device) -> None:
 
 
 def mismatches(found: Sequence[Timed], tolerance: float = 1e-4) -> Iterator[str]:
-    """Entries whose first loss is not their peer's although it has to be."""
+    """Yield a line for each entry whose first loss must equal its peer's but does not."""
     losses = {timed.entry.name: timed.loss for timed in found}
     for timed in found:
         expected = losses.get(timed.entry.peer or "")

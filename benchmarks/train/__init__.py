@@ -1,6 +1,6 @@
-"""What a training step costs: graftc and its peers on one model, over the same tensors and batches."""
+"""The cost of a training step: graftc and its peers on one model, over the same tensors and batches."""
 
 import os
 
-# torch's profiler, which counts allocations, announces itself at every start; read when torch is imported.
+# Silences the message that torch's profiler, which counts allocations, prints at every start; read on import of torch.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")

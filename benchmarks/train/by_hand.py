@@ -1,7 +1,7 @@
-"""LoRA in plain PyTorch as libraries of hand-written kernels do it, for the one architecture that it is written for.
+"""LoRA in plain PyTorch as in libraries of hand-written kernels, for the one architecture that it is written for.
 
-An update is added to the result in place, gradients of an input are added up in one tensor, and a gate and a norm
-keep their inputs alone.
+An update is added to the result in place, gradients of an input are accumulated in one tensor, and a gate and a norm
+save only their inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ALPHA = 16
 
 
 class _Update(torch.autograd.Function):
-    """``x @ w.T + scale * (x @ a.T) @ b.T``, where ``scale`` is alpha over rank."""
+    """The autograd function ``x @ w.T + scale * (x @ a.T) @ b.T``, where ``scale`` is alpha over rank."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -41,7 +41,7 @@ class _Update(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """``silu(gate) * up``."""
+    """The autograd function ``silu(gate) * up``."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class _Gate(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """A norm by the root mean square, of a gain that does not train."""
+    """A root-mean-square norm whose gain does not train."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -104,7 +104,7 @@ class _RootMeanSquare(nn.Module):
 
 
 def by_hand(name: str, peer: str) -> Entry:
-    """LoRA on all projections."""
+    """Build an entry with hand-written LoRA on all projections."""
 
     def make(base: Base) -> Live:
         model: Any = shared_copy(base.model)

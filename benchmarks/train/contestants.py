@@ -1,4 +1,4 @@
-"""Who runs: a table of named entries. A method is a line of it, or two with its peer."""
+"""The contestants: a table of named entries, in which a method is one line, or two with its peer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DROPOUT = 0.05
 
 
 class UnavailableError(Exception):
-    """An entry cannot run with what is installed; says why."""
+    """Raised when an entry cannot run with what is installed; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Aims:
-    """What an entry should reach; None where nothing was aimed at.
+    """The figures that an entry should reach; None for those without an aim.
 
     Attributes:
-        over_floor: time over the floor's, at most.
-        over_peer: time over the peer's, at most.
-        saved_of_peer: bytes saved for backward over the peer's, at most.
-        peak_of_peer: bytes at the peak over the peer's, at most.
+        over_floor: the largest time over the floor's.
+        over_peer: the largest time over the peer's.
+        saved_of_peer: the most bytes saved for backward, over the peer's.
+        peak_of_peer: the most bytes at the peak, over the peer's.
     """
 
     over_floor: float | None = None
@@ -45,9 +45,9 @@ class Live:
     """A contestant that is ready to run.
 
     Attributes:
-        model: what it runs.
-        loss: a forward pass and its loss.
-        trained: how many parameters train.
+        model: the model that runs.
+        loss: runs a forward pass and returns its loss.
+        trained: the number of parameters that train.
     """
 
     model: nn.Module
@@ -60,12 +60,12 @@ class Entry:
     """A line of the table.
 
     Attributes:
-        name: unique.
-        library: whose it is.
-        make: puts it on a base.
+        name: the unique name of the entry.
+        library: the library that it belongs to.
+        make: adapts a base.
         peer: the name of the entry that it is compared with.
-        aims: what it should reach.
-        exact: whether the loss must be the peer's; not where random numbers are drawn.
+        aims: the figures that it should reach.
+        exact: whether the loss must equal the peer's; false if random numbers are drawn.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Entry:
 
 
 def floor() -> Entry:
-    """The frozen base: a forward pass, and the gradient of its input."""
+    """Build the entry of the frozen base: a forward pass, and the gradient of its input."""
 
     def make(base: Base) -> Live:
         model = shared_copy(base.model)
@@ -95,24 +95,24 @@ def peer(
     against: str | None = None,
     **options: Any,
 ) -> Entry:
-    """A method of peft on all projections.
+    """Build an entry with a method of peft on all projections.
 
     Args:
-        name: the entry's.
+        name: the name of the entry.
         config: the class of its config.
-        ranked: the option that takes the rank, None where there is none.
-        checkpointed: recompute each layer's activations.
+        ranked: the option that takes the rank; None if there is none.
+        checkpointed: whether to recompute each layer's activations.
         against: the name of the entry that it is compared with.
-        options: others of the config.
+        options: other options of the config.
     """
 
     def make(base: Base) -> Live:
         import peft
 
         rank = {} if ranked is None else {ranked: base.shape.rank}
-        made = getattr(peft, config)(target_modules=PROJECTIONS, task_type="CAUSAL_LM", **rank, **options)
-        model = peft.get_peft_model(shared_copy(base.model), made).train()
-        # peft's own forward only maps the task's inputs; AdaLoRA's adds its term to the loss.
+        peft_config = getattr(peft, config)(target_modules=PROJECTIONS, task_type="CAUSAL_LM", **rank, **options)
+        model = peft.get_peft_model(shared_copy(base.model), peft_config).train()
+        # The forward of peft's wrapper only maps the task's inputs; that of AdaLoRA also adds its term to the loss.
         inner = model.base_model
         if checkpointed:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,16 +132,16 @@ def ours(
     document: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Entry:
-    """A method of graftc on all projections.
+    """Build an entry with a method of graftc on all projections.
 
     Args:
-        name: the entry's.
-        method: its tag.
+        name: the name of the entry.
+        method: the tag of the method.
         peer: the name of the entry of peft that does the same.
-        aims: what it should reach.
-        ranked: whether it has a rank.
-        exact: whether its tensors have the values of the peer's, so that the loss has to be the same.
-        document: what the spec says beside the adaptation.
+        aims: the figures that it should reach.
+        ranked: whether the method has a rank.
+        exact: whether its tensors have the values of the peer's, so that the losses must be equal.
+        document: the entries of the spec beside the adaptation.
         options: other fields of the adaptation.
     """
 
@@ -161,8 +161,8 @@ def ours(
         objective = model.extra_loss().requires_grad
 
         def loss() -> Tensor:
-            found: Tensor = model(**base.batch).loss
-            return found + model.extra_loss() if objective else found
+            value: Tensor = model(**base.batch).loss
+            return value + model.extra_loss() if objective else value
 
         return Live(model, loss, fill(model))
 
@@ -220,4 +220,4 @@ ENTRIES: tuple[Entry, ...] = (
     peer("peft LoKr", "LoKrConfig", alpha=16),
     ours("graftc LoKr", "lokr", "peft LoKr", Aims(over_peer=1.05, saved_of_peer=1.05), exact=False, alpha=16),
 )
-"""All entries, each next to its peer: neighbours in a round meet the same state of the machine."""
+"""All entries, each next to its peer, since neighbours in a round run under the same load of the machine."""

@@ -1,4 +1,4 @@
-"""What a training step takes: time in alternated rounds, bytes kept for the backward pass, peak memory."""
+"""The measurements of a training step: time in alternated rounds, bytes kept for the backward pass, peak memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Measured", "Timing", "contest", "mismatches", "peak_bytes", "saved_b
 
 @dataclass
 class Timing:
-    """Seconds of every round, in order.
+    """The seconds of every round, in order.
 
     Attributes:
-        forward: of the forward pass with its loss, on the clock.
-        backward: of the backward pass, on the clock.
-        processor: of both, of all threads' processor time: less disturbed by what else runs on the machine.
+        forward: wall-clock time of the forward pass with its loss.
+        backward: wall-clock time of the backward pass.
+        processor: processor time of all threads in both passes, which other work on the machine disturbs less.
     """
 
     forward: list[float] = field(default_factory=list)
@@ -33,21 +33,21 @@ class Timing:
 
     @property
     def step(self) -> list[float]:
-        """Forward and backward."""
+        """The seconds of forward and backward pass together."""
         return [a + b for a, b in zip(self.forward, self.backward, strict=True)]
 
 
 @dataclass
 class Measured:
-    """What one entry took.
+    """The measurements of one entry.
 
     Attributes:
-        entry: which.
-        trained: how many parameters train.
-        loss: of the first step.
-        saved: bytes that the forward pass keeps for the backward pass, the model's tensors not counted.
-        peak: bytes allocated at the peak of a step, over those before it.
-        timing: of the rounds.
+        entry: the entry.
+        trained: the number of parameters that train.
+        loss: the loss of the first step.
+        saved: the bytes that the forward pass keeps for the backward pass, excluding the model's tensors.
+        peak: the bytes allocated at the peak of a step, over those before it.
+        timing: the times of the rounds.
     """
 
     entry: Entry
@@ -59,7 +59,7 @@ class Measured:
 
 
 class _Held:
-    """What autograd keeps in a saved tensor's place: alive exactly as long as the graph wants it."""
+    """A wrapper that autograd keeps instead of a saved tensor: it is alive exactly as long as the graph needs it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -68,25 +68,25 @@ class _Held:
 
 
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that are kept for the backward pass once the forward pass is over.
+    """Return the bytes that are kept for the backward pass once the forward pass is over.
 
-    Every saved tensor that is still alive then counts with the memory that it keeps: tensors that share a storage
-    count once. Addresses are compared while all of them are alive, since an address is used again otherwise.
+    Every saved tensor that is still alive then counts with its storage; tensors that share a storage count once.
+    Addresses are compared while all of them are alive, since an address can be reused later.
     """
-    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+    alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:
-        # An operator's own result would keep its graph alive through itself: what is dropped would count.
+        # The undetached result of an operator would keep its own graph alive, and freed tensors would count.
         kept = _Held(tensor.detach())
-        held.add(kept)
+        alive.add(kept)
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = forward()
-    own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    sizes = {_storage(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in held}
+    owned = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    sizes = {_storage(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in alive}
     del loss
-    return sum(size for storage, size in sizes.items() if storage not in own)
+    return sum(size for storage, size in sizes.items() if storage not in owned)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -95,14 +95,14 @@ def _storage(tensor: Tensor) -> int:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """The most that torch's allocator has given out during a step, over what it had before."""
+    """Return the most that torch's allocator has given out during a step, over what it had before."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    found = profiler.profiler
-    assert found is not None and found.kineto_results is not None
-    events = found.kineto_results.events()
+    recorded = profiler.profiler
+    assert recorded is not None and recorded.kineto_results is not None
+    events = recorded.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     level = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):
@@ -117,25 +117,25 @@ def contest(
     """Put every entry on the base, measure what it keeps, then time all of them in turns.
 
     Args:
-        entries: in the order of their turns; the first turn of each round goes to another one each time.
-        base: what they share.
-        rounds: turns of each.
-        warmup: steps of each before anything is timed.
-        tell: told of what is going on.
+        entries: the entries in the order of their turns; each round starts with a different one.
+        base: the base that they share.
+        rounds: the number of turns of each.
+        warmup: the number of steps of each before anything is timed.
+        tell: called with lines on the progress.
 
     Returns:
-        What was measured, and by the name of each entry that could not run, why.
+        The measurements, and the reason by the name of each entry that could not run.
     """
 
     def make(entry: Entry) -> tuple[Measured, Live]:
         live = entry.make(base)
-        found = _prepared(entry, live, base, warmup)
-        tell(f"{entry.name}: {found.saved / 1e6:.1f} MB saved, {found.peak / 1e6:.1f} MB at the peak")
-        return found, live
+        measured = _prepared(entry, live, base, warmup)
+        tell(f"{entry.name}: {measured.saved / 1e6:.1f} MB saved, {measured.peak / 1e6:.1f} MB at the peak")
+        return measured, live
 
     ready, skipped = all_ready(entries, make, tell)
     in_turns(ready, rounds, lambda one, number: _timed(one[0].timing, one[1], base, seed=number), tell)
-    return [found for found, _ in ready], skipped
+    return [measured for measured, _ in ready], skipped
 
 
 def _prepared(entry: Entry, live: Live, base: Base, warmup: int) -> Measured:
@@ -176,7 +176,7 @@ def _clear(live: Live, base: Base) -> None:
 
 
 def mismatches(found: Sequence[Measured], tolerance: float = 1e-4) -> Mapping[str, float]:
-    """Entries whose loss is not their peer's although it has to be, with the relative difference."""
+    """Return the relative differences of entries whose loss must equal their peer's but does not, by name."""
     losses = {measured.entry.name: measured.loss for measured in found}
     wrong = {}
     for measured in found:

@@ -14,17 +14,17 @@ __all__ = ["FULL", "TINY", "Base", "Shape", "base", "fill", "shared_copy"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of its batch; the model is a Llama with a language model head.
+    """The sizes of the model and of its batch; the model is a Llama with a language model head.
 
     Attributes:
-        width: of the residual stream.
-        intermediate: of the feed-forward parts.
-        layers: how many.
-        heads: of attention, each with keys and values of its own.
-        vocabulary: entries of the table and of the head; small, since the head is not part of any method.
-        batch: sequences in a batch.
-        length: of each sequence.
-        rank: of the adapters.
+        width: the width of the residual stream.
+        intermediate: the width of the feed-forward parts.
+        layers: the number of layers.
+        heads: the number of attention heads, each with its own keys and values.
+        vocabulary: the number of entries in the table and in the head; small, since the head is not part of any method.
+        batch: the number of sequences in a batch.
+        length: the length of each sequence.
+        rank: the rank of the adapters.
     """
 
     width: int
@@ -38,10 +38,10 @@ class Shape:
 
 
 FULL = Shape(width=768, intermediate=2048, layers=4, heads=12, vocabulary=1000, batch=4, length=128, rank=8)
-"""What the figures are about."""
+"""The sizes for the figures."""
 
 TINY = Shape(width=32, intermediate=48, layers=1, heads=2, vocabulary=31, batch=2, length=5, rank=2)
-"""To try the harness."""
+"""Tiny sizes to try the harness."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Base:
     """The frozen model and the batch that all contestants share.
 
     Attributes:
-        shape: its sizes.
-        model: frozen, float32, in train mode.
-        embeddings: ``float32[batch, length, width]``, what enters the first layer; it wants a gradient.
-        labels: ``int64[batch, length]``.
+        shape: the sizes of both.
+        model: the frozen model in float32, in train mode.
+        embeddings: the input of the first layer, ``float32[batch, length, width]``; it requires a gradient.
+        labels: the labels, ``int64[batch, length]``.
     """
 
     shape: Shape
@@ -67,10 +67,10 @@ class Base:
 
 
 def base(shape: Shape, seed: int = 0) -> Base:
-    """A model and a batch with random values.
+    """Build a model and a batch with random values.
 
-    The batch is embeddings that want a gradient, so that the backward pass goes through the whole model whatever
-    is adapted: what a contestant takes beyond the floor is then its own.
+    The batch consists of embeddings that require a gradient, so that the backward pass goes through the whole model,
+    regardless of what is adapted: the cost of a contestant beyond the floor is then its own.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,20 +93,20 @@ def base(shape: Shape, seed: int = 0) -> Base:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own, to be changed as one likes, over the same tensors."""
+    """Copy the modules of a model, so that they can be changed, over the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @torch.no_grad()
 def fill(model: nn.Module) -> int:
-    """Give adapter tensors values as after some training, the same whichever library they are of.
+    """Give adapter tensors the values of a model after some training, the same in every library.
 
-    Factors are drawn by the place and the letter that they are for; vectors (magnitudes, scales) keep the value they
-    start at, less or more by a few percent.
+    Factors are drawn by their place and letter; vectors (magnitudes, scales) stay within a few percent of their initial
+    values.
 
     Returns:
-        How many parameters train.
+        The number of parameters that train.
     """
     trained = 0
     for name, parameter in model.named_parameters():
@@ -124,10 +124,10 @@ def fill(model: nn.Module) -> int:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """The module that an adapter tensor is for, and ``A``, ``B`` or ``vector``, from its name in peft or graftc."""
+    """Return the module of an adapter tensor, and ``A``, ``B`` or ``vector``, from its name in peft or graftc."""
     for mark in (".graftc.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_"):
-        module, found, rest = name.partition(mark)
-        if found:
+        module, separator, rest = name.partition(mark)
+        if separator:
             # peft: lora_A.default.weight; graftc: <adaptation>.A
             letter = rest.rpartition(".")[2] if mark == ".graftc." else rest.partition(".")[0]
             return module.removeprefix("base_model.model."), letter if letter in ("A", "B") else "vector"

@@ -1,4 +1,4 @@
-"""A picture of the figures: time over the floor, and bytes saved for the backward pass."""
+"""A plot of the figures: time over the floor, and bytes saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COLOURS = {"torch": "#5f6368", "peft": "#b9bec4", "graftc": "#2f6fb0"}
 AIM = "#c8553d"
 BAR = 0.8
 GAP = 0.7
-"""Between groups, in rows."""
+"""The gap between groups, in rows."""
 
 
 def rows(entries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """Names from top to bottom with where they stand: an entry that is compared with one above joins its group."""
+    """Return the names from top to bottom with their positions; an entry compared with one above joins its group."""
     placed: list[tuple[str, float]] = []
     groups: dict[str, str] = {}
     at, last = 0.0, None
@@ -33,8 +33,8 @@ def plot(data: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Draw the figures.
 
     Args:
-        data: from `report.figures`.
-        paths: files to write; their suffixes say which formats.
+        data: the figures from `report.figures`.
+        paths: the files to write; their suffixes determine the formats.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def plot(data: Mapping[str, Any], paths: Sequence[Path]) -> None:
     entries = data["entries"]
     placed = rows(entries)
     height = 1.5 + 0.27 * (placed[-1][1] + 1)
-    # Dates and random ids would make each run's file another one.
+    # Dates and random ids would make the file differ from run to run.
     with pyplot.rc_context({"font.size": 9, "svg.hashsalt": "graftc", "svg.fonttype": "none"}):
         figure, (left, right) = pyplot.subplots(
             1, 2, figsize=(10.5, height), sharey=True, layout="constrained", width_ratios=[1.25, 1]
@@ -82,13 +82,13 @@ def plot(data: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def _edges(entry: Mapping[str, Any]) -> list[float]:
-    """How far a bar and its whisker go to both sides."""
+    """Return the extent of a bar and its whisker on both sides."""
     value = entry["over_floor"]
     return [] if value is None else [value, *(entry["over_floor_quartiles"] or ())]
 
 
 def _time(axes: Any, entries: Mapping[str, Any], name: str, at: float) -> None:
-    """A bar from the floor on: its length is what the adapters cost."""
+    """Draw a bar that starts at the floor, so that its length is the cost of the adapters."""
     entry = entries[name]
     value = entry["over_floor"]
     if value is None:
@@ -114,7 +114,7 @@ def _bytes(axes: Any, entries: Mapping[str, Any], name: str, at: float) -> None:
 
 
 def _label(axes: Any, text: str, end: float, at: float, aims: Sequence[float]) -> None:
-    """Marks for the aims, and the figure behind what ends at ``end``: behind a mark that would be under it, too."""
+    """Mark the aims, and write the figure after ``end``, or after the last mark that the text would overlap."""
     low, high = axes.get_xlim()
     for limit in aims:
         axes.plot([limit] * 2, [at - BAR / 2, at + BAR / 2], color=AIM, linewidth=2, solid_capstyle="butt", zorder=4)

@@ -1,4 +1,4 @@
-"""Figures from measurements: ratios, what was aimed at, and a text for people and one for programs."""
+"""The report on measurements: ratios and aims as JSON, and a text in Markdown."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["as_markdown", "cell", "figures", "machine"]
 FLOOR = "floor"
 PACKAGES = ("torch", "transformers", "peft", "graftc")
 AIMS = ("over_floor", "over_peer", "saved_of_peer", "peak_of_peer")
-"""Fields of `Aims`, and the figures of the same names that they are about."""
+"""The fields of `Aims`, which have the names of the figures that they limit."""
 
 
 def machine() -> dict[str, Any]:
-    """The machine, and how busy it is at the moment."""
+    """Describe the machine and its current load."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
@@ -56,14 +56,14 @@ def figures(
     date: str,
     before: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that is to be known about a run, as JSON.
+    """Return all figures of a run, as JSON.
 
     Args:
-        found: what was measured; ratios to the floor need an entry of that name.
-        skipped: why others were not.
-        shape: sizes of the model.
-        command: that started the run.
-        date: when it started.
+        found: the measurements; ratios to the floor need an entry named ``floor``.
+        skipped: the reasons why other entries were not measured.
+        shape: the sizes of the model.
+        command: the command that started the run.
+        date: the time when it started.
         before: the machine when it started.
     """
     by_name = {measured.entry.name: measured for measured in found}
@@ -113,7 +113,7 @@ def _figures(measured: Measured, by_name: Mapping[str, Measured]) -> dict[str, A
 
 
 def _turns(measured: Measured, other: Measured) -> list[float]:
-    """Ratios of the rounds, each of two steps that were a moment apart."""
+    """Return the ratios of the rounds, each between two steps that ran close together."""
     return [a / b for a, b in zip(measured.timing.step, other.timing.step, strict=True)]
 
 
@@ -134,24 +134,24 @@ def _quartiles(measured: Measured, other: Measured | None) -> list[float] | None
 
 def _reached(aims: Aims, numbers: Mapping[str, float | None]) -> dict[str, bool]:
     return {
-        name: found <= wanted
+        name: number <= wanted
         for name, wanted in asdict(aims).items()
-        if wanted is not None and (found := numbers[name]) is not None
+        if wanted is not None and (number := numbers[name]) is not None
     }
 
 
 def as_markdown(data: Mapping[str, Any], picture: str | None = None) -> str:
-    """The figures for people.
+    """Return the report in Markdown.
 
     Args:
-        data: from `figures`.
-        picture: a plot to show, by its path from the text.
+        data: the figures from `figures`.
+        picture: the path of a plot to show, relative to the text.
     """
     return "\n".join(_lines(data, picture)) + "\n"
 
 
 def _lines(data: Mapping[str, Any], picture: str | None) -> Iterator[str]:
-    here, model = data["machine"], data["model"]
+    host, model = data["machine"], data["model"]
     yield "# A training step: graftc and peft"
     yield ""
     yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md)."
@@ -163,8 +163,8 @@ def _lines(data: Mapping[str, Any], picture: str | None) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
-        f"{here['system']}; load {load_text(here['load'])} before and {load_text(here['load_after'])} after. "
+        f"Machine: {host['processor']}, {host['cores']} cores, {host['threads']} threads, {host['capability']}; "
+        f"{host['system']}; load {load_text(host['load'])} before and {load_text(host['load_after'])} after. "
         + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
         + f". Medians of {data['rounds']} alternated rounds; an aim stands in brackets, **bold** where it was missed."
     )
@@ -185,16 +185,16 @@ def _lines(data: Mapping[str, Any], picture: str | None) -> Iterator[str]:
 
 
 def load_text(load: Sequence[float] | None) -> str:
-    """The load of the last minute; "unknown" where there is none."""
+    """Return the load of the last minute as text, or "unknown" if there is none."""
     return "unknown" if load is None else f"{load[0]:.1f}"
 
 
 def cell(entry: Mapping[str, Any], figure: str) -> str:
-    """A figure as text, with what was aimed at."""
-    found, aim = entry[figure], entry["aims"][figure]
-    if found is None:
+    """Return a figure as text, with its aim."""
+    value, aim = entry[figure], entry["aims"][figure]
+    if value is None:
         return "-"
-    text = f"{found:.2f}"
+    text = f"{value:.2f}"
     if aim is None:
         return text
     return f"{text} ({aim:.2f})" if entry["reached"][figure] else f"**{text}** ({aim:.2f})"

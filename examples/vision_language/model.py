@@ -1,4 +1,4 @@
-"""A vision-language model put together from a small vision tower, a projector and SmolLM2-135M-Instruct."""
+"""A vision-language model assembled from a small vision tower, a projector and SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from graftc.runtime.demo.decoder import find_decoder, load_decoder
 PATCH = 16
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 IMAGE_TOKEN = "<file_sep>"
-"""A token of SmolLM2's code files, which chats do not use; here it stands for a patch of a picture."""
+"""A token of SmolLM2's code files, which chats do not use; here it represents a patch of a picture."""
 
 
 def pretrain_tower(pictures: list[Picture], steps: int, batch: int = 64) -> SiglipVisionModel:
-    """A SigLIP tower (4 layers, 128 wide) whose patches have learnt to tell the shape and the colour on their side."""
+    """Train a SigLIP tower (4 layers, 128 wide) whose patches tell the shape and colour on their side of a picture."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     tower = SiglipVisionModel(SiglipVisionConfig(image_size=SIZE, patch_size=PATCH, vision_use_head=False, **sizes))
     counts, across = [len(SHAPES), len(COLOURS)], SIZE // PATCH
@@ -49,9 +49,9 @@ def pretrain_tower(pictures: list[Picture], steps: int, batch: int = 64) -> Sigl
 
 
 def assemble(tower: SiglipVisionModel, layers: int | None = None) -> tuple[LlavaForConditionalGeneration, Any]:
-    """A LLaVA of the tower, a new projector and SmolLM2 (all its 30 layers by default), and its tokenizer."""
+    """Return a LLaVA of the tower, a new projector and SmolLM2 (all 30 layers by default), and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(find_decoder())
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # it has a number already, but is not kept whole
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # it has an id already, but the tokenizer would split it
     text = load_decoder(layers)
     config = LlavaConfig(
         vision_config=tower.config,
@@ -74,7 +74,7 @@ def prompt(question: str) -> str:
 
 
 class Collator:
-    """Pictures, questions and answers as a batch; only the answers have labels."""
+    """A collator that turns pictures, questions and answers into a batch; only the answers have labels."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""Pictures of two coloured shapes side by side, their captions, and questions about them, drawn on the spot."""
+"""Generated pictures of two coloured shapes side by side, with captions, questions and answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SIZE = 64
-"""Pixels along each side of a picture."""
+"""The number of pixels along each side of a picture."""
 
 COLOURS = {
     "red": (0.9, 0.1, 0.1),
@@ -23,7 +23,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape and its colour, as indices of `SHAPES` and of `COLOURS`."""
+    """A shape and its colour, as indices into `SHAPES` and `COLOURS`."""
 
     shape: int
     colour: int
@@ -34,7 +34,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Picture:
-    """The shapes on the left and on the right, and the pixels, ``float32[3, 64, 64]``, from -1 to 1."""
+    """A picture: its left and right shapes, and its pixels, ``float32[3, 64, 64]``, from -1 to 1."""
 
     left: Thing
     right: Thing
@@ -46,7 +46,7 @@ class Picture:
 
     @property
     def questions(self) -> list[tuple[str, str]]:
-        """Questions and their answers."""
+        """The questions and their answers."""
         left, right = str(self.left).split(), str(self.right).split()
         return [
             ("What is on the left?", f"a {self.left}"),
@@ -57,7 +57,7 @@ class Picture:
 
 
 def draw(count: int, seed: int) -> list[Picture]:
-    """``count`` pictures; the places and the sizes of the shapes vary, and there is noise on the pixels."""
+    """Draw ``count`` pictures; places and sizes of the shapes vary, and the pixels are noisy."""
     random = torch.Generator().manual_seed(seed)
     pictures = []
     for _ in range(count):

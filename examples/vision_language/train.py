@@ -30,7 +30,7 @@ TUNE = {
 def train(
     spec: Any, base: Any, rows: list[Any], collator: Collator, steps: int, batch: int, rate: float, out: Path
 ) -> Any:
-    """The model compiled from ``spec`` and trained by the Trainer of transformers."""
+    """Compile the model with ``spec``, and train it with the Trainer of transformers."""
     torch.manual_seed(0)
     compiled = graftc.compile(spec, base, collator(rows[:2]))
     report = compiled.report
@@ -54,9 +54,9 @@ def train(
 
 
 def right(model: Any, tokenizer: Any, pictures: list[Picture]) -> float:
-    """The share of questions that the model answers right."""
-    asked = [(p, q, a) for number, p in enumerate(pictures) for q, a in p.questions[number % 4 : number % 4 + 1]]
-    return sum(ask(model, tokenizer, p, q) == a for p, q, a in asked) / len(asked)
+    """Return the share of questions that the model answers correctly."""
+    questions = [(p, q, a) for number, p in enumerate(pictures) for q, a in p.questions[number % 4 : number % 4 + 1]]
+    return sum(ask(model, tokenizer, p, q) == a for p, q, a in questions) / len(questions)
 
 
 def main(out: Path, quick: bool) -> None:

@@ -24,26 +24,26 @@ SPEC: dict[str, Any] = {
 
 
 def saved_base(folder: Path, family: str = "bert", seed: int = 0, **changes: Any) -> Path:
-    """A tiny model as a transformers folder."""
+    """Save a tiny model as a transformers folder and return the folder."""
     with quiet_transformers():
         tiny(family, seed=seed, **changes).save_pretrained(folder)
     return folder
 
 
 def adapted(base: Path, spec: Any = None, **options: Any) -> Any:
-    """The compiled model of a folder, its adapters perturbed."""
+    """Return the compiled model of a folder, with perturbed adapters."""
     compiled = graftc.compile(spec or SPEC, load_model(str(base)), **options)
     perturb(compiled)
     return compiled
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Return the contents of every file in a folder, by path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def edit_manifest(artifact: Path, **changes: Any) -> None:
-    """Change fields of a manifest and seal it again, as somebody would who means to deceive."""
+    """Change fields of a manifest and seal it again, as an attacker would."""
     data = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
     data.pop("digest")
     for name, change in changes.items():
@@ -59,18 +59,18 @@ class Own(nn.Module):
         self.inner, self.outer = nn.Linear(6, 10), nn.Linear(10, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Three scores."""
+        """Return three scores."""
         return self.outer(torch.relu(self.inner(x)))
 
 
 def own() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """It, with example inputs; the same weights each time."""
+    """Return such a model and example inputs, with the same weights each time."""
     torch.manual_seed(7)
     return Own().eval(), {"x": torch.zeros(2, 6)}
 
 
 def mend(artifact: Path) -> None:
-    """Seal an artifact again as it is now: sizes and digests of all files, and the manifest's own."""
+    """Seal an artifact in its current state: sizes and digests of all files, and the manifest's own."""
     from graftc.runtime.artifact.write import listed
 
     edit_manifest(artifact, files=dict(listed(artifact)))
@@ -83,6 +83,6 @@ def edit_json(artifact: Path, name: str, change: Any) -> None:
         file.write_text(change, encoding="utf-8")
     else:
         data = json.loads(file.read_text(encoding="utf-8"))
-        found = change(data)
-        file.write_text(json.dumps(data if found is None else found, ensure_ascii=False), encoding="utf-8")
+        changed = change(data)
+        file.write_text(json.dumps(data if changed is None else changed, ensure_ascii=False), encoding="utf-8")
     mend(artifact)

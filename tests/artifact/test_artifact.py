@@ -1,4 +1,4 @@
-"""Artifacts: what is in them, that loading gives the same model back, and finding the base again."""
+"""Artifacts: their contents, that loading restores the same model, and how the base is located."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def refused(code: str, path: Path, *arguments: Any) -> GraftError:
 @pytest.mark.full
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_round_trip(family: str, tmp_path: Path) -> None:
-    """Outputs in both modes and a second artifact are the same to the bit; the base's folder is found."""
+    """Outputs in both modes and a second artifact are bitwise equal, and the base's folder is found."""
     spec = {"adapt": [SPEC["adapt"][0], {**SPEC["adapt"][1], "target": {"role": "experts"}}]}
     compiled = adapted(saved_base(tmp_path / "base", family), spec if family == "mixtral" else SPEC)
     compiled.save(tmp_path / "one")
@@ -91,7 +91,7 @@ def test_everything_that_trains_is_kept(family: str, changes: dict[str, Any], tm
 
 @pytest.mark.full
 def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every graph that was captured is there after loading, and nothing is captured for it."""
+    """Every captured graph is available after loading, and none is captured again."""
     compiled = adapted(base).eval()
     inputs = {**inputs_for(compiled, (2, 5)), "labels": torch.tensor([0, 2])}
     expected = compiled(**inputs)
@@ -99,8 +99,8 @@ def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("GRAFTC_CACHE", "off")
     monkeypatch.setattr("graftc.compiler.capture.cache.capture", _never)
     loaded = graftc.load(tmp_path / "it").eval()
-    found = loaded(**inputs)
-    assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
+    outputs = loaded(**inputs)
+    assert torch.equal(outputs.loss, expected.loss) and torch.equal(outputs.logits, expected.logits)
     assert len(loaded.compilation.signatures) == 2 and loaded.report.cached
 
 
@@ -118,7 +118,7 @@ def _never(*_: object, **__: object) -> Any:
 
 @pytest.mark.slow
 def test_what_is_in_it(kept: Path, base: Path) -> None:
-    """Text and safetensors, no weights of the base, everything listed."""
+    """An artifact consists of text and safetensors, has no weights of the base, and lists every file."""
     manifest = open_artifact(kept).manifest
     assert set(manifest.files) | {"manifest.json"} == set(tree_bytes(kept))
     assert {Path(name).suffix for name in tree_bytes(kept)} == {".json", ".yaml", ".safetensors"}
@@ -225,7 +225,7 @@ def test_another_base(kept: Path, tmp_path: Path, change: dict[str, Any], words:
 
 
 def test_another_base_of_the_same_names(kept: Path, base: Path) -> None:
-    """One changed value that is sampled, another element type, another size."""
+    """One changed value that is sampled, another dtype, or another size makes it a different base."""
     model: Any = load_model(str(base))
     model.classifier.weight.data[0, 0] += 1
     assert "classifier.weight has other values" in refused("GC087", kept, model).message
@@ -236,7 +236,7 @@ def test_another_base_of_the_same_names(kept: Path, base: Path) -> None:
 
 @pytest.mark.full
 def test_every_value_counts_if_asked_for(base: Path, tmp_path: Path) -> None:
-    """A value between the samples is seen with ``full`` only, as documented."""
+    """A change between the sampled values is detected only with ``full``, as documented."""
     compiled = adapted(base)
     model: Any = load_model(str(base))
     model.bert.encoder.layer[0].intermediate.dense.weight.data[0, 1] += 1
@@ -249,7 +249,7 @@ def test_every_value_counts_if_asked_for(base: Path, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_is_the_same_in_memory_and_on_disk(family: str, tmp_path: Path) -> None:
-    """What a config says or not after saving and loading does not make it another base."""
+    """Config fields that saving and loading adds or drops do not make it a different base."""
     model = tiny(family)
     graftc.compile({"adapt": [SPEC["adapt"][0]]}, model).save(tmp_path / "it", certify=False)
     saved_base(tmp_path / "base", family)
@@ -265,7 +265,7 @@ def _other_versions(signatures: list[Any]) -> list[Any]:
 
 @pytest.mark.full
 def test_other_versions_compile_again(kept: Path, tmp_path: Path) -> None:
-    """With another key nothing of the kept graphs is used; the places have to be the same."""
+    """With another key none of the kept graphs is used; the places have to be the same."""
     shutil.copytree(kept, tmp_path / "it")
     edit_manifest(tmp_path / "it", signatures=_other_versions)
     loaded = graftc.load(tmp_path / "it", str(kept.parent / "bert")).eval()
@@ -291,7 +291,7 @@ def test_another_graph_under_the_same_key(kept: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_operators_that_no_file_can_name(tmp_path: Path) -> None:
-    """The artifact works; it has no graphs to look at, and says so."""
+    """The artifact works but contains no graphs to inspect, and a warning says so."""
 
     @torch.library.custom_op("graftc_tests::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:

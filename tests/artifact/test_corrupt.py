@@ -1,4 +1,4 @@
-"""Damaged and hostile artifacts are refused with their own code before anything of them is used."""
+"""Damaged and hostile artifacts are refused with their own code before any part of them is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(intact: Path, tmp_path: Path) -> Path:
-    """A copy to spoil, beside a copy of its base."""
+    """A copy to damage, beside a copy of its base."""
     shutil.copytree(intact.parent / "base", tmp_path / "base")
     shutil.copytree(intact, tmp_path / "artifact")
     return tmp_path / "artifact"
@@ -40,7 +40,7 @@ def artifact(intact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_used(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """No model is loaded, no spec read and no graph made from a refused artifact, unless a test says otherwise."""
+    """Fail if a model is loaded, a spec read or a graph built from a refused artifact, unless a test allows it."""
     if "may_be_used" in request.fixturenames:
         return
     request.getfixturevalue("intact")
@@ -59,7 +59,7 @@ def _nothing_is_used(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
 
 @pytest.fixture
 def may_be_used() -> None:
-    """The command of this test opens what it can before it answers."""
+    """Allow the command of this test to open what it can before it answers."""
 
 
 def code_of(path: Path) -> str:
@@ -85,7 +85,7 @@ def test_these_are_all_files(intact: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit(name: str, artifact: Path) -> None:
-    """At random places, the first and the last byte among them."""
+    """A flipped bit is detected at random places, including the first and the last byte."""
     file, rng = artifact / name, random.Random(name)
     content = file.read_bytes()
     places = [0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(FLIPS))]
@@ -93,7 +93,7 @@ def test_a_flipped_bit(name: str, artifact: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.randrange(8)
         file.write_bytes(bytes(damaged))
-        # In a manifest the bit may be in the word that says what it is, or in a name.
+        # In a manifest the bit may be in the field that states its kind, or in a name.
         assert code_of(artifact) in ({"GC080", "GC081", "GC082", "GC085"} if name == "manifest.json" else {"GC082"})
     file.write_bytes(content)
 
@@ -135,7 +135,7 @@ def test_a_newer_format(version: int, artifact: Path) -> None:
     assert "upgrade" in (caught.value.hint or "")
 
 
-# --- tensors: the file's own digest is mended, as somebody would who means to deceive ---------------------------
+# --- tensors: the file's own digest is recomputed, as an attacker would do -------------------------------------
 
 
 def _mend(artifact: Path, name: str = "adapters.safetensors") -> None:
@@ -205,7 +205,7 @@ def test_a_tensor_name_that_is_none(name: str, artifact: Path) -> None:
 
 @pytest.mark.parametrize("name", ["spec.yaml", "adapters.safetensors", "programs", "certificates"])
 def test_a_link(name: str, artifact: Path, tmp_path: Path) -> None:
-    """Also to exactly what belongs there: what it points to may change between looking and reading."""
+    """A link is refused even if its target has the right contents, which may change between checking and reading."""
     (artifact / name).rename(tmp_path / "away")
     (artifact / name).symlink_to(tmp_path / "away")
     assert code_of(artifact) == "GC085"
@@ -240,7 +240,7 @@ def test_a_manifest_that_is_none(text: str, artifact: Path) -> None:
 
 
 def test_fields_of_a_manifest(artifact: Path) -> None:
-    """Sealed again, but of the wrong form."""
+    """A sealed manifest of the wrong form is refused."""
     for field, value in (("seed", "zero"), ("sites", [{}]), ("files", {"spec.yaml": {"bytes": -1, "sha256": ""}})):
         before = (artifact / "manifest.json").read_bytes()
         edit_manifest(artifact, **{field: value})
@@ -262,7 +262,7 @@ def test_commands_refuse_it(command: str, artifact: Path, capsys: pytest.Capture
 @pytest.mark.slow
 @pytest.mark.usefixtures("may_be_used")
 def test_verify_says_no(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A damaged artifact is an answer; no artifact, or one of a newer format, leaves nothing to answer."""
+    """`verify` reports that an artifact is damaged; no artifact, or one of a newer format, is an error."""
     (artifact / "spec.yaml").write_text("version: 1\n")
     outcome = run_here(capsys, "verify", str(artifact), "--json")
     assert outcome.status == 1 and outcome.data["passed"] is False
@@ -278,13 +278,13 @@ def test_verify_says_no(artifact: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def _graph_file(artifact: Path) -> None:
-    """Another graph in the file, listed correctly."""
+    """Put another graph into the file and list it correctly."""
     shutil.copy(artifact / "programs/0.base.eval.json", artifact / "programs/0.eval.json")
     _mend(artifact, "programs/0.eval.json")
 
 
 def _certificate(artifact: Path) -> None:
-    """A certificate of another fold."""
+    """Put the certificate of another fold into the file."""
     file = artifact / "certificates/fold.json"
     data = json.loads(file.read_text())
     file.write_text(json.dumps({**data, "structure": "0" * 32}))
@@ -302,7 +302,7 @@ def _places(artifact: Path) -> None:
 
 
 def _other_graph(artifact: Path) -> None:
-    """The manifest and the file agree on a graph that the model does not give."""
+    """Make manifest and file agree on a graph that the model does not give."""
 
     def change(signatures: list[Any]) -> list[Any]:
         graphs = dict(signatures[0]["graphs"])

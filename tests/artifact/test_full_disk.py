@@ -1,6 +1,6 @@
-"""A disk that fills up while the real writers write: a coded error, and nothing left behind.
+"""A disk that fills up while the real writers write raises a coded error and leaves nothing behind.
 
-`tests/runtime/test_files.py` injects the same at every single point of writing.
+`tests/runtime/test_files.py` injects the same fault at every single point of writing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ JOBS: dict[str, Callable[[Compiled, Path], object]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _exported_once() -> Iterator[None]:
-    """What is written is made once: exporting takes seconds, and writing is what fails here."""
+    """Prepare each export only once: preparing takes seconds, and only the writing is meant to fail."""
     with pytest.MonkeyPatch.context() as patch:
         for exporter, name in ((onnx, "prepare_onnx"), (pt2, "prepare_pt2")):
             patch.setattr(exporter, name, functools.partial(_once, {}, getattr(exporter, name)))
@@ -47,7 +47,7 @@ def _once(made: dict[str, Any], prepare: Callable[[Any, Any], Any], module: Any,
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    # Adapters of a size that does not fit either.
+    # Adapters that are too large for the disk as well.
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}, "rank": 40}]}
     return adapted(saved_base(tmp_path_factory.mktemp("full") / "base"), spec)
 
@@ -73,7 +73,7 @@ def test_a_full_disk(job: str, room: int, compiled: Compiled, small_disk: Callab
 @pytest.mark.full
 @pytest.mark.parametrize("job", JOBS)
 def test_what_was_there_stays(job: str, compiled: Compiled, tmp_path: Path) -> None:
-    """With a limit on the size of files, as quotas have it, replacing fails and the old one is untouched."""
+    """With a limit on file sizes, as quotas impose, replacing fails and the old file is untouched."""
     path = tmp_path / "out"
     JOBS[job](compiled, path)
     before = tree_bytes(tmp_path)

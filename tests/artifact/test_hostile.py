@@ -1,4 +1,4 @@
-"""Artifacts that are sealed correctly and say what none may say: each is refused by its code, in bounded time."""
+"""Artifacts that are sealed correctly but state invalid facts: each is refused with its code, in bounded time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def artifact(intact: Path, tmp_path: Path) -> Path:
 
 
 def refused(artifact: Path) -> str:
-    """The code with which an artifact is refused when all of it is read; it takes no time and leaves no traceback."""
+    """Return the code with which reading all of an artifact is refused, and check that this is quick."""
     started = time.process_time()
     with pytest.raises(GraftError) as caught:
         opened = open_artifact(artifact)
@@ -117,8 +117,8 @@ def test_a_manifest(name: str, artifact: Path) -> None:
 
 
 def _of(data: dict[str, Any], op: str, number: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = [node for node in data["nodes"] if node["op"] == op][number]
-    return found
+    chosen: dict[str, Any] = [node for node in data["nodes"] if node["op"] == op][number]
+    return chosen
 
 
 def _set(op: str, number: int = 0, **changes: Any) -> Change:
@@ -131,8 +131,8 @@ def _shape(text: str) -> Change:
 
 def _inputs_named(*names: str) -> Change:
     def change(data: dict[str, Any]) -> None:
-        held = [node for node in data["nodes"] if node["op"] == "placeholder"]
-        for node, entry, name in zip(held, data["inputs"], names, strict=False):
+        placeholders = [node for node in data["nodes"] if node["op"] == "placeholder"]
+        for node, entry, name in zip(placeholders, data["inputs"], names, strict=False):
             node["target"] = entry["name"] = name
 
     return change
@@ -261,7 +261,7 @@ def _header(change: Callable[[str], str]) -> Callable[[bytes], bytes]:
 
 
 def _twice(text: str) -> str:
-    """The first tensor stands there twice, which the library accepts."""
+    """Repeat the first tensor, which the library accepts."""
     data = json.loads(text)
     name = next(name for name in data if name != "__metadata__")
     return text.rstrip()[:-1] + f", {json.dumps(name)}: {json.dumps(data[name])}}}"
@@ -299,14 +299,14 @@ def test_a_manifest_without_end(artifact: Path) -> None:
 def test_verify_says_so_without_a_base(artifact: Path) -> None:
     assert verify(artifact, files_only=True).passed
     edit_json(artifact, GRAPH, GRAPHS["another mode"])
-    found = verify(artifact, files_only=True)
-    assert [check.name for check in found.checks if check.passed is False] == ["graph files"]
+    verification = verify(artifact, files_only=True)
+    assert [check.name for check in verification.checks if check.passed is False] == ["graph files"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["spec.yaml", "programs/0.train.json"])
 def test_a_file_of_gigabytes_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
-    """A hole takes no room on a disk, and hours to digest."""
+    """A sparse file takes no space on a disk, but hours to digest."""
     path = Path(adapted(saved_base(tmp_path / "base")).save(tmp_path / "artifact"))
     os.truncate(path / name, 8 << 30)
     edit_manifest(path, files=lambda files: {**files, name: {**files[name], "bytes": 8 << 30}})

@@ -1,4 +1,4 @@
-"""Nothing is written into an artifact or a merged folder, of which every file is listed."""
+"""Nothing is written into an artifact or a merged folder, all of whose files are listed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_names() -> None:
 @pytest.mark.parametrize("kind", ["artifact", "merged"])
 @pytest.mark.parametrize("write", WRITES)
 def test_refused(made: tuple[Any, Any, Path], write: str, kind: str, place: str) -> None:
-    """By code, with the folder; it stays as it is."""
+    """Writing is refused with a code that names the folder, which stays unchanged."""
     compiled, merged, folder = made
     before = sorted(folder.rglob("*"))
     with pytest.raises(GraftError, match="make it unreadable") as caught:
@@ -80,7 +80,7 @@ def test_through_a_link_and_from_within(
 
 
 def test_what_stays_allowed(made: tuple[Any, Any, Path], tmp_path: Path) -> None:
-    """The folder itself by force, a folder beside it, and folders of others whose files have such names."""
+    """The folder itself can be replaced by force; folders beside it and foreign folders with such names are allowed."""
     compiled, merged, folder = made
     for kind in ("artifact", "merged"):
         shutil.copytree(folder / kind, tmp_path / kind)
@@ -104,7 +104,7 @@ QUICK = ["merged", "artifact", "peft", "text"]
 def test_a_step_up_leads_above_what_a_link_leads_to(
     made: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, where: str
 ) -> None:
-    """As it does for whatever opens the path: what was written is there, and nowhere else."""
+    """``..`` after a link is resolved as the system does: the output is there, and nowhere else."""
     compiled, merged, _ = made
     (tmp_path / "other" / "target" / "inner").mkdir(parents=True)
     (tmp_path / "other" / "folder").mkdir()

@@ -1,6 +1,6 @@
 """Killed at random moments, saving, merging and exporting leave a destination that is absent or complete.
 
-`tests/runtime/test_files.py` goes through every single point of writing; here the real writers run.
+`tests/runtime/test_files.py` covers every single point of writing; here the real writers run.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(place: Path) -> Iterator[Worker]:
-    made = Worker("tests.artifact.worker", place)
-    yield made
-    made.process.kill()
-    made.process.wait()
+    running = Worker("tests.artifact.worker", place)
+    yield running
+    running.process.kill()
+    running.process.wait()
 
 
 def _artifact(path: Path) -> object:
@@ -62,12 +62,15 @@ def _pt2(path: Path) -> object:
 
 
 def _digest(folder: Path) -> bytes:
-    """Of what a folder holds; a program is an archive whose entries stand below the name of a temporary file."""
-    held = tree_bytes(folder)
-    for name in [name for name in held if name.endswith(".pt2")]:
-        with ZipFile(BytesIO(held.pop(name))) as archive:  # reading compares checksums
-            held |= {f"{name}/{entry.partition('/')[2]}": archive.read(entry) for entry in archive.namelist()}
-    return hashlib.sha256(repr(sorted(held.items())).encode()).digest()
+    """Return the digest of a folder's contents.
+
+    A program is an archive whose entries are below the name of a temporary file, which is left out.
+    """
+    contents = tree_bytes(folder)
+    for name in [name for name in contents if name.endswith(".pt2")]:
+        with ZipFile(BytesIO(contents.pop(name))) as archive:  # reading compares checksums
+            contents |= {f"{name}/{entry.partition('/')[2]}": archive.read(entry) for entry in archive.namelist()}
+    return hashlib.sha256(repr(sorted(contents.items())).encode()).digest()
 
 
 JOBS: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -104,13 +107,13 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
     if over:
         assert worker.run(job.removesuffix(" over"))[0] == 0
     takes = min(once() for _ in range(2))
-    rng, killed, tries, found = random.Random(job), 0, 0, set()
-    readable: set[bytes] = set()  # what the same bytes give need not be read twice
+    rng, killed, tries, outcomes = random.Random(job), 0, 0, set()
+    readable: set[bytes] = set()  # digests of contents that need not be read again
     while killed < KILLS:
         assert tries < 8 * KILLS
         if not over:
             start()
-        # One moment in each part of the time that it takes; where it was done by then, any moment.
+        # One moment in each part of the job's time; any moment if the job had finished by then.
         moment = (killed + rng.random()) / KILLS if tries == killed else rng.random()
         status, seconds = worker.run(job, takes * moment)
         tries += 1
@@ -119,8 +122,8 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
             takes = min(takes, seconds)
         assert status in (0, -9), worker.told()
         if not path.exists():
-            recover(out)  # as the next run does: it may finish what was as good as done
-        found.add(path.exists())
+            recover(out)  # as the next run does; it may complete a write that was nearly done
+        outcomes.add(path.exists())
         if path.exists() and (digest := _digest(out)) not in readable:
             read(path)
             readable.add(digest)
@@ -128,7 +131,7 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
         beside = {f"{name}.data"} if "onnx" in job else set()
         assert {p.name for p in out.iterdir()} <= {name, *beside}
         assert path.exists() or not any(out.iterdir())
-    assert found == {True} if over else False in found
-    assert over or KILLS < 50 or True in found, "none was killed when all was written"
+    assert outcomes == {True} if over else False in outcomes
+    assert over or KILLS < 50 or True in outcomes, "none was killed when all was written"
     free = over or not path.exists()
     assert worker.run(job)[0] == (0 if free else 1)  # 1: something complete is in the way

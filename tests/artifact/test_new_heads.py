@@ -1,4 +1,4 @@
-"""A head that the checkpoint lacks is new in every process; where it trains in full, any will do."""
+"""A head that the checkpoint lacks is new in every process; if it is trained in full, any initial value will do."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_head(encoder: Path, seed: int, **options: Any) -> nn.Module:
-    """The encoder with a head that is drawn anew."""
+    """Return the encoder with a randomly initialised head."""
     torch.manual_seed(seed)
-    made: nn.Module = BertForSequenceClassification.from_pretrained(encoder, num_labels=5, **options)
-    return made.eval()
+    model: nn.Module = BertForSequenceClassification.from_pretrained(encoder, num_labels=5, **options)
+    return model.eval()
 
 
 def perturbed(model: nn.Module, spec: Any = SPEC) -> Any:
@@ -51,7 +51,7 @@ def perturbed(model: nn.Module, spec: Any = SPEC) -> Any:
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def written(request: Any, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, torch.dtype]:
-    """A folder with an artifact and a checkpoint, what the model gives, and its dtype."""
+    """A folder with an artifact and a checkpoint, the model's outputs, and its dtype."""
     folder = tmp_path_factory.mktemp("written")
     compiled = perturbed(with_head(encoder, 1, dtype=request.param))
     compiled.save(folder / "artifact")
@@ -64,7 +64,7 @@ def written(request: Any, encoder: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("form", ["artifact", "checkpoint"])
 @pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
 def test_loads(form: str, given: bool, encoder: Path, written: tuple[Path, Tensor, torch.dtype]) -> None:
-    """By the base of another process, and by the folder alone: class, labels and dtype are as they were."""
+    """It loads over the base of another process and by the folder alone, with the same class, labels and dtype."""
     folder, expected, dtype = written
     loaded = graftc.load(folder / form, with_head(encoder, 2, dtype=dtype) if given else None).eval()
     assert torch.equal(loaded(**IDS).logits, expected)
@@ -73,7 +73,7 @@ def test_loads(form: str, given: bool, encoder: Path, written: tuple[Path, Tenso
 
 @pytest.mark.full
 def test_state_dict_loads(encoder: Path, written: tuple[Path, Tensor, torch.dtype]) -> None:
-    """Into a model that was compiled for another random head."""
+    """The state loads into a model that was compiled with another random head."""
     folder, expected, dtype = written
     compiled = graftc.compile(SPEC, with_head(encoder, 3, dtype=dtype)).eval()
     compiled.load_state_dict(graftc.load(folder / "artifact").state_dict())
@@ -82,7 +82,7 @@ def test_state_dict_loads(encoder: Path, written: tuple[Path, Tensor, torch.dtyp
 
 @pytest.mark.full
 def test_verifies(written: tuple[Path, Tensor, torch.dtype]) -> None:
-    """With the certificate's fingerprint, which leaves the head out too."""
+    """The artifact verifies, with the certificate's fingerprint, which also leaves the head out."""
     assert all(check.passed for check in verify(written[0] / "artifact").checks)
 
 
@@ -106,7 +106,7 @@ def test_the_rest_of_the_base_counts(
 
 @pytest.mark.full
 def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> None:
-    """Its values are those of the base, which has to be given then."""
+    """An untrained head's values belong to the base, which then has to be given."""
     artifact = perturbed(with_head(encoder, 1), ALONE).save(tmp_path / "artifact")
     graftc.load(artifact, with_head(encoder, 1))
     with pytest.raises(GraftError, match=r"classifier\.\w+ has other values"):
@@ -121,7 +121,7 @@ def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> Non
     "name", ["os.getcwd", "a.PreTrainedModel", "a.GPT2LMHeadModel", "a.no_class", "a.x\u202ey", ""]
 )
 def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
-    """What names no class of transformers for this config is not looked for anywhere else."""
+    """A name that is no transformers class for this config is not looked up anywhere else."""
     artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
     edit_manifest(artifact, base=lambda base: {**base, "model": name})
     with pytest.raises(GraftError) as caught:
@@ -131,7 +131,7 @@ def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_tied_tensors_count(tmp_path: Path) -> None:
-    """One of two names of a tensor may be untied and trained: the other one's values still say which base it is."""
+    """If one of two names of a tensor is untied and trained, the other one's values still identify the base."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["lm_head"], "untie": ["lm_head"]}
     model: Any = tiny("gpt2")
     assert open_artifact(perturbed(model, spec).save(tmp_path / "artifact")).replaced == frozenset()
@@ -154,7 +154,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("how", ["found", "folder", "moved"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_base_is_built_as_it_was(form: str, how: str, change: str, encoder: Path, tmp_path: Path) -> None:
-    """From its folder, named or not, or from a copy of it."""
+    """The base is built from its folder, given or found, or from a copy of it."""
     torch.manual_seed(1)
     options = {} if change == "labels" else {"num_labels": 5}
     model: Any = BertForSequenceClassification.from_pretrained(encoder, **options, **CHANGES[change])
@@ -181,7 +181,7 @@ def test_another_config_is_told_by_its_fields(
 
 @pytest.mark.full
 def test_a_model_that_ran_with_labels_is_the_same_base(encoder: Path, tmp_path: Path) -> None:
-    """A forward of transformers may write to its config."""
+    """A transformers forward may write to its config, which does not change the base."""
     used: Any = with_head(encoder, 1)
     used(**IDS, labels=torch.zeros(2, dtype=torch.long))
     assert used.config.problem_type is not None
@@ -204,8 +204,8 @@ def test_settings_of_a_file_neither_grow_a_model_nor_name_anything(name: str, en
     artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
     edit_manifest(artifact, base=lambda base: {**base, "settings": {**base["settings"], **SETTINGS[name]}})
     source: Any = graftc.load(artifact).compilation.source
-    held, given = vars(source.config), SETTINGS[name]
-    assert not any(held.get(key) == value and type(held.get(key)) is type(value) for key, value in given.items())
+    fields, given = vars(source.config), SETTINGS[name]
+    assert not any(fields.get(key) == value and type(fields.get(key)) is type(value) for key, value in given.items())
     assert len(source.bert.encoder.layer) == 2
 
 
@@ -221,7 +221,7 @@ def test_settings_that_make_no_model(settings: dict[str, Any], encoder: Path, tm
 
 @pytest.mark.full
 def test_another_head_is_told(encoder: Path, tmp_path: Path) -> None:
-    """What the base of the folder has not; the checkpoint's own gaps are another matter."""
+    """The error names what the folder's base lacks, apart from the checkpoint's own gaps."""
     model: Any = with_head(encoder, 1)
     model.classifier = nn.Sequential(nn.Linear(model.config.hidden_size, 4), nn.Linear(4, 5))
     artifact = perturbed(model).save(tmp_path / "artifact")

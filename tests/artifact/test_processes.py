@@ -1,4 +1,4 @@
-"""The same steps in one process and in several give the same bytes, whatever Python's hashes are."""
+"""The same steps in one process and in several give the same bytes, regardless of Python's hash seeds."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ merged.export(here / "model.pt2", format="pt2")
 
 
 def _onnx_tensors(path: Path) -> dict[str, bytes]:
-    found = {t.name: numpy_helper.to_array(t).tobytes() for t in onnx.load(path).graph.initializer}
-    assert found
-    return found
+    tensors = {t.name: numpy_helper.to_array(t).tobytes() for t in onnx.load(path).graph.initializer}
+    assert tensors
+    return tensors
 
 
 def _pt2_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -51,7 +51,7 @@ def _same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> b
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.full) for f in ("gpt2", "llama"))])
 def test_one_process_or_several(family: str, tmp_path: Path) -> None:
-    """Compile, save; in a new process load, merge and export: tensors equal to those of one process to the bit."""
+    """Loading, merging and exporting in a new process give tensors bitwise equal to those of one process."""
     model = load_model(str(saved_base(tmp_path / "base", family)))
     compiled = graftc.compile(SPEC, model)
     perturb(compiled)
@@ -79,7 +79,7 @@ print(*compile_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
 
 
 def compile_all(here: Path, name: str, families: Sequence[str]) -> list[bool]:
-    """Compile the models of families in a folder, and save it as ``name`` beside; whether captures were cached."""
+    """Compile the models of families in a folder, save each as ``name``, and return whether captures were cached."""
     cached = []
     for family in families:
         entry = {"target": {"role": "experts"}} if family == "mixtral" else {}
@@ -95,12 +95,12 @@ def compile_all(here: Path, name: str, families: Sequence[str]) -> list[bool]:
 def test_artifacts_do_not_depend_on_hash_seeds(
     families: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captured with one seed, captured with another, and taken from the cache: byte for byte the same."""
+    """Captured with one seed, with another, or read from the cache, artifacts are byte for byte the same."""
     for family in families:
         saved_base(tmp_path / family / "base", family)
     cache = str(tmp_path / "cache")
-    found = warm.output(_COMPILE, str(tmp_path), "one", *families, GRAFTC_CACHE=cache)  # with the seed of `tests.warm`
-    assert found.split() == ["False"] * len(families)
+    shown = warm.output(_COMPILE, str(tmp_path), "one", *families, GRAFTC_CACHE=cache)  # with the seed of `tests.warm`
+    assert shown.split() == ["False"] * len(families)
     compile_all(tmp_path, "two", families)  # with this process's seed
     monkeypatch.setenv("GRAFTC_CACHE", cache)
     assert compile_all(tmp_path, "three", families) == [True] * len(families)
@@ -112,6 +112,6 @@ def test_artifacts_do_not_depend_on_hash_seeds(
 
 
 def test_a_certificate_is_plain_data() -> None:
-    """What goes into a file has no sets, whose order would depend on hashes."""
+    """Data written to a file contain no sets, whose order would depend on hashes."""
     certificate = Certificate((), {"logits": 0.0}, 1.0, "a", "a")
     assert json.loads(json.dumps(certificate.to_json())) == certificate.to_json()

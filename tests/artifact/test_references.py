@@ -1,4 +1,4 @@
-"""What an artifact says of where its base is, is data: nothing that it names is imported, called or looked up here."""
+"""An artifact's reference to its base is data: nothing that it names is imported, called or looked up locally."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy, in a working folder that holds code of every name that an artifact may try."""
+    """A copy, in a working folder that contains code under every name that an artifact may try."""
     shutil.copytree(intact, tmp_path / "artifact")
     (tmp_path / "payload.py").write_text(PAYLOAD)
     (tmp_path / "package").mkdir()
@@ -61,7 +61,7 @@ PLACES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_reference_that_does_not_fit_its_kind(name: str, artifact: Path) -> None:
-    """Refused as unsafe by everything that opens the artifact; nothing was imported."""
+    """Everything that opens the artifact refuses it as unsafe, and nothing is imported."""
     place = {"relative": None, "revision": None, **PLACES[name]}
     edit_manifest(artifact, base=lambda base: {**base, **place})
     with pytest.raises(GraftError) as caught:
@@ -86,15 +86,15 @@ def test_a_callable_is_never_called(text: str, artifact: Path) -> None:
     with pytest.raises(GraftError) as caught:
         graftc.load(artifact)
     assert caught.value.code == "GC086" and text in (caught.value.hint or "")
-    found = {check.name: check.passed for check in verify(artifact).checks}
-    assert found["files"] and found["base"] is False
+    checks = {check.name: check.passed for check in verify(artifact).checks}
+    assert checks["files"] and checks["base"] is False
     assert not (artifact.parent / "pwned").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "org/base"])
 def test_a_hub_id_is_no_folder_here(name: str, artifact: Path, intact: Path) -> None:
-    """A folder of that name in the working folder is not what a hub id means."""
+    """A folder of that name in the working folder is not what a hub id refers to."""
     shutil.copytree(intact.parent / "base", artifact.parent / name)
     edit_manifest(artifact, base=lambda b: {**b, "kind": "hub", "reference": name, "relative": None})
     with pytest.raises(GraftError, match="the hub has no such model") as caught:
@@ -104,7 +104,7 @@ def test_a_hub_id_is_no_folder_here(name: str, artifact: Path, intact: Path) -> 
 
 
 def test_a_hub_id_is_what_the_cache_holds(intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its commit, by which it is found again."""
+    """A hub id refers to the cache, together with the commit by which it is found again."""
     repository = tmp_path / "hub" / "models--org--base"
     shutil.copytree(intact.parent / "base", repository / "snapshots" / ("c" * 40))
     (repository / "refs").mkdir()
@@ -112,9 +112,9 @@ def test_a_hub_id_is_what_the_cache_holds(intact: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     model = load_hub("org/base")
-    found = Reference.of(model)
-    assert (found.kind, found.text, found.revision) == ("hub", "org/base", "c" * 40)
-    again = find_base(found, tmp_path)
+    reference = Reference.of(model)
+    assert (reference.kind, reference.text, reference.revision) == ("hub", "org/base", "c" * 40)
+    again = find_base(reference, tmp_path)
     assert all(
         bool((a == b).all()) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
@@ -122,7 +122,7 @@ def test_a_hub_id_is_what_the_cache_holds(intact: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("code", ["modeling_payload.PayloadModel", "payload--modeling_payload.PayloadModel"])
 def test_code_of_a_folder_is_not_run(code: str, artifact: Path, intact: Path) -> None:
-    """Neither what a config maps classes to, nor what a folder holds."""
+    """Neither classes that a config maps to nor code in a folder are run."""
     base = artifact.parent / "base"
     shutil.copytree(intact.parent / "base", base)
     config = json.loads((base / "config.json").read_text())
@@ -138,7 +138,7 @@ def test_code_of_a_folder_is_not_run(code: str, artifact: Path, intact: Path) ->
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    """Every reference that graftc makes of a model is one that it takes."""
+    """Every reference that graftc creates for a model is one that it accepts."""
 
     class Config:
         _name_or_path = ""
@@ -161,8 +161,8 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     }
     for text, kind in kinds.items():
         Model.config._name_or_path = text
-        found = Reference.of(Model()).seen_from(tmp_path)  # type: ignore[arg-type]
-        assert (found.kind, found.flaw()) == (kind, None)
+        reference = Reference.of(Model()).seen_from(tmp_path)  # type: ignore[arg-type]
+        assert (reference.kind, reference.flaw()) == (kind, None)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_constants_need_their_file(artifact: Path) -> None:
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "nested"])
 def test_a_base_of_more_layers_than_weights_is_refused_at_once(field: str, intact: Path, tmp_path: Path) -> None:
-    """Making a hundred thousand layers takes minutes, whatever the files hold."""
+    """A hundred thousand layers would take minutes to create, whatever the files contain."""
     base = tmp_path / "base"
     shutil.copytree(intact.parent / "base", base)
     config = json.loads((base / "config.json").read_text())

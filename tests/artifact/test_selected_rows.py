@@ -1,4 +1,4 @@
-"""Graphs in which the data select how many rows there are: T5 and BART classify by the rows of the last token."""
+"""Graphs whose number of rows depends on data: T5 and BART classify by the rows of the last token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_they_are_read_back_and_exported(make: Any, adapt: dict[str, Any], tmp_p
     perturb(compiled)
     compiled.save(tmp_path / "artifact")
     if adapt != LORA:
-        compiled.export(tmp_path / "model.onnx")  # which ONNX Runtime checks
+        compiled.export(tmp_path / "model.onnx")  # ONNX Runtime checks the file
     loaded = graftc.load(tmp_path / "artifact", model).eval()
     for rows in (1, 2, 5):
         ids = torch.randint(4, 40, (rows, 7))

@@ -1,4 +1,4 @@
-"""Artifacts that earlier versions wrote load, and give what they gave."""
+"""Artifacts that earlier versions wrote load and give the same outputs as then."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERIFIED = ("dora_llama", "lora_head_bert")
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, Compiled]:
-    """Artifacts over their bases, by name: each is loaded once."""
+    """The loaded artifacts by name, so that each is loaded only once."""
     return {}
 
 
@@ -34,7 +34,7 @@ def load(name: str, loaded: dict[str, Compiled]) -> Compiled:
 @pytest.mark.sample("bank_bert", "lora_head_bert")
 @pytest.mark.parametrize("name", STORED)
 def test_outputs_are_what_they_were(name: str, loaded: dict[str, Compiled]) -> None:
-    """Within `TOLERANCE`; the base gives others."""
+    """Outputs agree within `TOLERANCE`, and those of the base do not."""
     compiled = load(name, loaded)
     inputs, expected = kept_call(name)
     largest = max(float(tensor.abs().max()) for tensor in expected)
@@ -47,7 +47,7 @@ def test_outputs_are_what_they_were(name: str, loaded: dict[str, Compiled]) -> N
 @pytest.mark.sample("dora_llama", "prefix_gpt2")
 @pytest.mark.parametrize("name", STORED)
 def test_merging(name: str, loaded: dict[str, Compiled]) -> None:
-    """What folds gives the kept outputs merged as well; of the others the code says that they do not."""
+    """Artifacts that fold give the kept outputs after merging as well; merging the others is refused with a code."""
     compiled = load(name, loaded)
     if not STORED[name].folds:
         with pytest.raises(GraftError) as caught:
@@ -73,31 +73,31 @@ def test_merging(name: str, loaded: dict[str, Compiled]) -> None:
 )
 @pytest.mark.parametrize("name", STORED)
 def test_files(name: str) -> None:
-    """Files, tensors and graphs in files are as the artifact says."""
-    found = verify(artifact_of(name), files_only=True)
-    assert found.passed, [check for check in found.checks if check.passed is False]
+    """Files, and the tensors and graphs in them, are as the artifact states."""
+    verification = verify(artifact_of(name), files_only=True)
+    assert verification.passed, [check for check in verification.checks if check.passed is False]
 
 
 @pytest.mark.slow
 @pytest.mark.sample("dora_llama")
 @pytest.mark.parametrize("name", VERIFIED)
 def test_verifies(name: str) -> None:
-    """Files, tensors, base, places, graphs and certificate are as the artifact says, all of them worked out anew."""
+    """Files, tensors, base, places, graphs and certificate are as the artifact states, all of them recomputed."""
     verified(name)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in STORED if name not in VERIFIED])
 def test_the_others_verify(name: str) -> None:
-    """The same."""
+    """The other artifacts verify in the same way."""
     verified(name)
 
 
 def verified(name: str) -> None:
-    found = verify(artifact_of(name), STORED[name].base())
-    assert found.passed, [check for check in found.checks if check.passed is False]
+    verification = verify(artifact_of(name), STORED[name].base())
+    assert verification.passed, [check for check in verification.checks if check.passed is False]
 
 
 def test_everything_that_is_stored_is_tried() -> None:
-    """Each folder has its entry."""
+    """Each folder has an entry in `STORED`."""
     assert {path.parent.name for path in HERE.glob("*/artifact")} == STORED.keys()

@@ -1,4 +1,4 @@
-"""A loaded model needs nothing of its artifact's folder any more."""
+"""A loaded model does not need its artifact's folder any more."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def emptied(folder: Path, other: Path) -> None:
 
 
 def another(folder: Path, other: Path) -> None:
-    """What is written there is of another model, of the same names."""
+    """Replace the folder by an artifact of another model, with the same names."""
     shutil.rmtree(folder)
     shutil.copytree(other, folder)
 
 
 def with_labels(model: Any, work: Path) -> Tensor:
-    found: Tensor = model(input_ids=IDS, labels=IDS).logits
-    return found
+    values: Tensor = model(input_ids=IDS, labels=IDS).logits
+    return values
 
 
 def disabled(model: Any, work: Path) -> Tensor:
@@ -61,8 +61,8 @@ def saved(model: Any, work: Path) -> Tensor:
 
 
 def logits(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=IDS).logits
-    return found
+    values: Tensor = model(input_ids=IDS).logits
+    return values
 
 
 @dataclass(frozen=True)

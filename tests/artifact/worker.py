@@ -1,6 +1,6 @@
 """A process that saves, merges and exports in forks of itself, to be killed.
 
-``python -m tests.artifact.worker FOLDER`` loads the artifact in FOLDER once, and then does jobs (`tests.forks`).
+``python -m tests.artifact.worker FOLDER`` loads the artifact in FOLDER once, and then runs jobs (`tests.forks`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from tests.forks import serve
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], object]]:
-    """What there is to do. Exporting is prepared, so that the time is that of writing and checking."""
+    """Return the jobs by name.
+
+    Exports are prepared in advance, so that the time is that of writing and checking.
+    """
     import graftc.runtime.export.onnx as onnx
     import graftc.runtime.export.pt2 as pt2
 

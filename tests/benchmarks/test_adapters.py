@@ -1,4 +1,4 @@
-"""The benchmark of bottleneck adapters runs, and its adapters are those that are written by hand."""
+"""The benchmark of bottleneck adapters runs, and its adapters equal the hand-written ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of compile times: what it measures is there, and what it writes says so."""
+"""The benchmark of compile times measures what it should, and its table shows all of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_nodes_and_sites_grow_with_layers_and_adaptations() -> None:
 
 
 def test_every_run_is_in_the_table() -> None:
-    """Up to 10,000 nodes, 64 adaptations and 4,000 sites."""
+    """The runs reach 10,000 nodes, 64 adaptations and 4,000 sites, and all are in the table."""
     assert max(ADAPTATIONS) == 64 and 7 * STACKED * max(ADAPTATIONS) > 4000 and max(DEPTHS) == 160
     runs: dict[str, dict[str, Any]] = {name: {"seconds": 2.5, "nodes": 1000, "sites": 63} for name in RUNS}
     for name in ("BERT base", *MODELS):

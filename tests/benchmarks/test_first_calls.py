@@ -1,4 +1,4 @@
-"""The figures of first calls: what is summed up, compared and held to a bound."""
+"""The figures of first calls: how they are summed, compared and bounded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def test_a_step_is_without_imports_and_what_comes_after_it() -> None:
 
 
 def test_gates_compare_medians() -> None:
-    found = first_calls.gates(RUNS, [{"4": 2.0, "126": 3.0}])
-    assert found.keys() == first_calls.GATES.keys()
-    assert found["first step, cold, over peft"] == 3.0 and found["first step, warm, over peft"] == 2.0
-    assert found["first tokens, warm, over transformers"] == 3.5
-    assert found["peak memory, cold, over peft"] == 1.25
-    assert found["compiling 126 layers over 4"] == 1.5
+    ratios = first_calls.gates(RUNS, [{"4": 2.0, "126": 3.0}])
+    assert ratios.keys() == first_calls.GATES.keys()
+    assert ratios["first step, cold, over peft"] == 3.0 and ratios["first step, warm, over peft"] == 2.0
+    assert ratios["first tokens, warm, over transformers"] == 3.5
+    assert ratios["peak memory, cold, over peft"] == 1.25
+    assert ratios["compiling 126 layers over 4"] == 1.5
 
 
 @pytest.mark.parametrize(("deep", "status"), [(2.0, 0), (9.0, 1)])

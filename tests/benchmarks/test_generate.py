@@ -1,4 +1,4 @@
-"""The benchmark of generating runs, and what it times computes what its peer does."""
+"""The benchmark of generation runs, and each entry computes what its peer does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniLM with a masked-language-modelling head is trained once, the same each time, and loads as it was."""
+"""MiniLM with a masked-language-modelling head is trained once, reproducibly, and loads unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of memory runs, and its losses are those of peft."""
+"""The memory benchmark runs, and its losses are those of peft."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_every_entry_runs(tmp_path: Path) -> None:
     wanted = [entry.name for entry in (*entries(TINY.vocabulary), *half_entries(TINY.vocabulary))]
     assert list(data["entries"]) == wanted and not data["skipped"]
     assert all(f"| {name} | " in (tmp_path / "memory.md").read_text() for name in wanted)
-    found = data["entries"]
-    assert found["graftc LoRA"]["saved_bytes"] < found["peft LoRA"]["saved_bytes"]
-    assert found["graftc LoRA, budget 0.6"]["saved_bytes"] < found["graftc LoRA"]["saved_bytes"]
+    figures = data["entries"]
+    assert figures["graftc LoRA"]["saved_bytes"] < figures["peft LoRA"]["saved_bytes"]
+    assert figures["graftc LoRA, budget 0.6"]["saved_bytes"] < figures["graftc LoRA"]["saved_bytes"]

@@ -1,4 +1,4 @@
-"""Sets for cloze training: what is drawn is apart, the same in every run, and on disk as it is in memory."""
+"""Data sets for cloze training are disjoint, the same in every run, and the same on disk as in memory."""
 
 from __future__ import annotations
 

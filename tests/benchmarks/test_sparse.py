@@ -1,4 +1,4 @@
-"""The benchmark of whole training steps runs, and its accounting of memory is exact where the peak is known."""
+"""The benchmark of whole training steps runs, and its accounting of memory is exact if the peak is known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def entry(name: str) -> Entry:
 
 
 def chain(batch: int, sizes: tuple[int, ...]) -> Training:
-    """Linear layers without biases, one behind the other."""
+    """Return the training of a chain of linear layers without biases."""
     layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)]
     model = nn.Sequential(*layers)
     x = torch.ones(batch, sizes[0])
@@ -39,32 +39,35 @@ def chain(batch: int, sizes: tuple[int, ...]) -> Training:
 
 
 def test_the_peak_of_a_chain_is_exact() -> None:
-    """What is there is the input, weights and momenta. At the peak the second layer has its gradients, and the wide
-    activation is not freed yet; scalars are the loss and its gradient."""
+    """The peak consists of the input, weights, momenta, the second layer's gradients and the wide activation.
+
+    The input, weights and momenta are there throughout. At the peak the second layer has its gradients, and the wide
+    activation is not freed yet; scalars are the loss and its gradient.
+    """
     batch, narrow, wide, last = 16, 8, 1024, 4
-    gc.collect()  # what other tests have left would be freed while it is counted
-    found = accounted(lambda: chain(batch, (narrow, wide, last)), steps=3)
+    gc.collect()  # otherwise objects of other tests would be freed during the measurement
+    account = accounted(lambda: chain(batch, (narrow, wide, last)), steps=3)
     weights = narrow * wide + wide * last
-    held = batch * narrow + 2 * weights
+    resident = batch * narrow + 2 * weights
     of_second = batch * last + wide * last + batch * wide
-    assert found.peaks == [FLOAT * (held + batch * wide + of_second + 2)] * 3
-    assert found.between == FLOAT * (held + weights)
-    assert found.gradients == 0
+    assert account.peaks == [FLOAT * (resident + batch * wide + of_second + 2)] * 3
+    assert account.between == FLOAT * (resident + weights)
+    assert account.gradients == 0
 
 
 def test_gradients_that_are_complete_at_the_peak_are_told_apart() -> None:
-    """A wide first layer: at the peak its gradient has just been made, after the second layer's."""
+    """With a wide first layer, the peak is after its gradient is computed, which follows the second layer's."""
     batch, wide, narrow = 2, 4096, 64
-    found = accounted(lambda: chain(batch, (wide, narrow, narrow)), steps=2)
+    account = accounted(lambda: chain(batch, (wide, narrow, narrow)), steps=2)
     weights = wide * narrow + narrow * narrow
-    held = batch * wide + 2 * weights
+    resident = batch * wide + 2 * weights
     # The loss, its gradient, and the gradient of the first layer's result.
-    assert found.peak == FLOAT * (held + weights + batch * narrow + 2)
-    assert found.gradients == FLOAT * narrow * narrow
+    assert account.peak == FLOAT * (resident + weights + batch * narrow + 2)
+    assert account.gradients == FLOAT * narrow * narrow
 
 
 class Doubled(torch.autograd.Function):
-    """Twice the input; both passes need a large tensor for a moment."""
+    """A function that doubles its input; both passes briefly need a large tensor."""
 
     SIZE = 50_000
 
@@ -81,7 +84,7 @@ class Doubled(torch.autograd.Function):
 
 @torch.library.custom_op("graftc_bench_test::thrice", mutates_args=())
 def thrice(x: Tensor) -> Tensor:
-    """Three times the input, with a large tensor for a moment."""
+    """Return three times the input, allocating a large tensor briefly."""
     large = torch.empty(2 * Doubled.SIZE)
     del large
     return x * 3
@@ -96,12 +99,12 @@ def test_what_operators_and_backward_passes_have_for_a_moment_counts(function: o
         model = nn.Linear(4, 4, bias=False)
         return Training(model, lambda: function(model(torch.ones(1, 4))).sum())  # type: ignore[operator]
 
-    found = accounted(made, steps=1)
-    assert FLOAT * size < found.peak < FLOAT * (size + 500)
+    account = accounted(made, steps=1)
+    assert FLOAT * size < account.peak < FLOAT * (size + 500)
 
 
 def test_what_is_replaced_between_steps_counts_once() -> None:
-    """State that was made before the steps and is replaced in one of them."""
+    """State created before the steps and replaced in one of them counts once."""
 
     def made() -> Training:
         kept = [torch.zeros(100_000)]
@@ -113,28 +116,30 @@ def test_what_is_replaced_between_steps_counts_once() -> None:
         model = nn.Linear(4, 4, bias=False)
         return Training(model, lambda: model(torch.ones(1, 4)).sum(), after=replace)
 
-    found = accounted(made, steps=3)
-    assert FLOAT * 100_000 < found.between <= found.peak < FLOAT * 101_000
+    account = accounted(made, steps=3)
+    assert FLOAT * 100_000 < account.between <= account.peak < FLOAT * 101_000
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.full), True])
 def test_lora_of_both_libraries(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many values, the same loss, and memory whose parts are those of the model, but for the products that graftc
-    keeps of it for the next signature."""
+    """Both libraries train as many values with the same loss, and the parts of memory are those of the model.
+
+    The products that graftc keeps of the model for the next signature are left out.
+    """
     monkeypatch.setattr(runs, "products_of", Products)
     entries = [entry(name) for name in NAMES]
-    found, skipped = contest(entries, base_in(TINY_SHAPE, "float32"), checkpointing, 2, tell=lambda line: None)
-    assert not skipped and not [*mismatches(found)]
-    assert all(len(timed.seconds) == len(timed.processor) == 2 and min(timed.seconds) > 0 for timed in found)
-    assert [timed.numbers for timed in found] == [[3, 4]] * 2
+    results, skipped = contest(entries, base_in(TINY_SHAPE, "float32"), checkpointing, 2, tell=lambda line: None)
+    assert not skipped and not [*mismatches(results)]
+    assert all(len(timed.seconds) == len(timed.processor) == 2 and min(timed.seconds) > 0 for timed in results)
+    assert [timed.numbers for timed in results] == [[3, 4]] * 2
     memory = [measure(each, TINY_SHAPE, "float32", checkpointing) for each in entries]
     weights = FLOAT * sum(parameter.numel() for parameter in base_in(TINY_SHAPE, "float32").model.parameters())
     for figures in memory:
         values = figures["trained_parameters"]
         assert values == memory[0]["trained_parameters"] > 0
         assert figures["trained_bytes"] - FLOAT * values in range(200)  # a method may have a buffer
-        assert figures["base_bytes"] - weights in range(200)  # and what rotary positions are made of
+        assert figures["base_bytes"] - weights in range(200)  # and the buffers of rotary positions
         assert 0 <= figures["state_bytes"] - 2 * FLOAT * values < 1000  # and counters
         assert figures["peak_bytes"] == sum(
             figures[f"{part}_bytes"] for part in ("base", "trained", "state", "gradient", "rest")
@@ -164,8 +169,8 @@ def test_ordinary_steps_and_the_mean_of_a_cycle() -> None:
 
 
 def test_another_loss_than_that_of_peft_is_noticed() -> None:
-    found = [Timed(entry(LORA), 2.0), Timed(entry("graftc LoRA"), 2.01), Timed(entry("full"), 3.0)]
-    assert [line.partition(":")[0] for line in mismatches(found)] == ["graftc LoRA"]
+    results = [Timed(entry(LORA), 2.0), Timed(entry("graftc LoRA"), 2.01), Timed(entry("full"), 3.0)]
+    assert [line.partition(":")[0] for line in mismatches(results)] == ["graftc LoRA"]
 
 
 def test_some_entries_bring_the_floor_and_lora() -> None:

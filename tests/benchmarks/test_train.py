@@ -1,4 +1,4 @@
-"""The benchmark of training steps runs, and what it writes is complete; how long anything took decides nothing."""
+"""The benchmark of training steps runs and its output is complete; no time that it measures decides a test."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tiny() -> Base:
 
 
 def test_saved_bytes_are_what_is_alive_after_the_forward_pass(tiny: Base) -> None:
-    """A product saves both factors; a weight of the base, what is freed and a second view of a storage do not count."""
+    """A product saves both factors; the base's weights, freed tensors and second views of a storage do not count."""
     weight = next(tiny.model.parameters())
     x, y = torch.ones(8, requires_grad=True), torch.ones(8, requires_grad=True)
 
@@ -97,23 +97,23 @@ def test_an_entry_that_cannot_run_is_skipped_with_the_reason(tiny: Base) -> None
         raise UnavailableError("not yet")
 
     told: list[str] = []
-    found, skipped = contest([Entry("new", "graftc", unavailable)], tiny, 1, tell=told.append)
-    assert found == [] and skipped == {"new": "not yet"} and told[0] == "new: skipped: not yet"
+    results, skipped = contest([Entry("new", "graftc", unavailable)], tiny, 1, tell=told.append)
+    assert results == [] and skipped == {"new": "not yet"} and told[0] == "new: skipped: not yet"
 
 
 def made(name: str, seconds: list[float], **fields: Any) -> Measured:
-    found = Measured(
+    result = Measured(
         Entry(name, "graftc", lambda base: Live(base.model, lambda: base.embeddings.sum(), 0), **fields), 1, 2.0, 8, 9
     )
-    found.timing.forward, found.timing.backward = seconds, [0.0] * len(seconds)
-    found.timing.processor = seconds
-    return found
+    result.timing.forward, result.timing.backward = seconds, [0.0] * len(seconds)
+    result.timing.processor = seconds
+    return result
 
 
 def test_ratios_are_of_rounds_and_aims_are_upper_limits() -> None:
     aims = Aims(over_floor=2.0, over_peer=1.0)
-    found = [made("floor", [1, 2, 4]), made("a", [2, 2, 4]), made("b", [2, 4, 16], peer="a", aims=aims)]
-    data = figures(found, {"c": "gone"}, TINY, command="it", date="now", before=machine())
+    results = [made("floor", [1, 2, 4]), made("a", [2, 2, 4]), made("b", [2, 4, 16], peer="a", aims=aims)]
+    data = figures(results, {"c": "gone"}, TINY, command="it", date="now", before=machine())
     assert (data["entries"]["b"]["over_floor"], data["entries"]["b"]["over_peer"]) == (2, 2)
     assert data["entries"]["b"]["reached"] == {"over_floor": True, "over_peer": False}
     text = as_markdown(data, "plot.png")
@@ -139,7 +139,7 @@ def test_groups_stand_apart() -> None:
 
 @pytest.mark.slow
 def test_values_do_not_depend_on_the_library(tiny: Base) -> None:
-    """Filled alike, a method of peft and of graftc compute the same: the first check that they do the same work."""
+    """With the same values, peft's and graftc's version of a method compute the same loss."""
     losses = {}
     for entry in chosen(ENTRIES, "^(peft|graftc) LoRA$"):
         live = entry.make(tiny)

@@ -1,4 +1,4 @@
-"""Data such as commands print, where running them would take long."""
+"""Samples of the data that commands print, for commands that would take long to run."""
 
 from __future__ import annotations
 

@@ -33,21 +33,21 @@ def save_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
 
     own = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
     own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made: Any = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=own, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", chat_template=template
     )
-    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """Write a tiny model into a folder. Its generation never ends by itself, as long as it is random enough."""
+    """Write a tiny model into a folder; if it is random enough, its generation does not end by itself."""
     with quiet_transformers():
         tiny(family, **changes).save_pretrained(folder)
     return folder
 
 
 def save_artifact(folder: Path, base: Path) -> Any:
-    """Write an artifact with a bank of two adaptations that differ, and give the compiled model."""
+    """Write an artifact with a bank of two different adaptations, and return the compiled model."""
     compiled = graftc.compile(SPEC, load_model(str(base)))
     perturb(compiled, scale=0.3)
     compiled.eval().save(folder, certify=False)
@@ -56,7 +56,7 @@ def save_artifact(folder: Path, base: Path) -> Any:
 
 @contextmanager
 def heard_interrupts() -> Iterator[None]:
-    """Inside, an interrupt is heard, as in a terminal: shells let what runs in the background ignore it."""
+    """Handle interrupts while the block runs, as in a terminal: shells make background processes ignore them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

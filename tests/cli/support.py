@@ -1,4 +1,4 @@
-"""Running commands in this process and in another, and comparing with golden texts."""
+"""Run commands in this process and in another, and compare with golden texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """The result of a command."""
 
     status: int
     out: str
@@ -33,7 +33,7 @@ class Outcome:
 
     @property
     def data(self) -> Any:
-        """The standard output as JSON: all of it, or the test fails."""
+        """The whole standard output, which must be JSON."""
         return json.loads(self.out)
 
 
@@ -46,7 +46,7 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
 
 
 def run_valid(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, status: int = 0) -> Any:
-    """What a command prints with ``--json``, which keeps to its schema; nothing goes to standard error."""
+    """Return what a command prints with ``--json``, which must conform to its schema; standard error must be empty."""
     outcome = run_here(capsys, command, *arguments, "--json")
     assert (outcome.status, outcome.err) == (status, "")
     Draft202012Validator(published_schema("error" if "error" in outcome.data else command)).validate(outcome.data)
@@ -62,7 +62,7 @@ def run_apart(*arguments: str, cwd: Path | None = None, **environment: str) -> O
 
 
 def run_warm(*arguments: str, cwd: Path, **environment: str) -> Outcome:
-    """Run graftc in another process that has torch already: see `tests.warm`."""
+    """Run graftc in another process that has already imported torch; see `tests.warm`."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         status = warm.run("graftc", *arguments, cwd=cwd, out=out, err=err, environment=environment)

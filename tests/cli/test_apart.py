@@ -1,4 +1,4 @@
-"""No command writes over, into or around what it reads, whatever links lead there and whether forced or not."""
+"""No command writes over, into or around its inputs, whatever links lead there and whether forced or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.cli.support import run_here
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A spec, a base and an artifact of it, each in a folder."""
+    """A folder with a spec, a base and an artifact of it, each in its own folder."""
     folder = tmp_path_factory.mktemp("apart")
     (folder / "specs").mkdir()
     (folder / "specs" / "spec.yaml").write_text(yaml.safe_dump(SPEC), encoding="utf-8")
@@ -74,7 +74,7 @@ def test_compile(out: str, here: Path, capsys: pytest.CaptureFixture[str], monke
 
 @pytest.mark.slow
 def test_a_base_that_graftc_wrote_is_not_replaced(tmp_path: Path) -> None:
-    """In Python too, where nobody names it: what was loaded from a merged model is not saved over it."""
+    """In Python as well, where no base is named, a model loaded from a merged folder is not saved over it."""
     merged = adapted(saved_base(tmp_path / "base")).merge().save(tmp_path / "merged")
     compiled = adapted(merged)
     before = tree_bytes(merged)

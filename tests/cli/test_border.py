@@ -1,4 +1,4 @@
-"""The process of a command: nothing from outside steers the terminal, and however it ends there is no traceback."""
+"""The process of a command: no external text controls the terminal, and no way to end prints a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = tuple(
 
 
 def shell(line: str, **environment: str) -> tuple[int, str, str]:
-    """Status, output and errors of a line of bash."""
+    """Return status, output and errors of a line of bash."""
     done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=ROOT, env={**ENV, **environment}, timeout=120)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -144,8 +144,8 @@ def test_an_output_that_is_closed(options: str) -> None:
 @pytest.mark.parametrize(("options", "status"), [("methods --json", 0), ("methods lorra", 2)])
 def test_errors_that_nobody_hears(options: str, status: int) -> None:
     for where in ("2>&- <&-", "2>/dev/full"):
-        found, out, _ = shell(f"{COMMAND} {options} {where}")
-        assert found == status and bool(out) == (status == 0), where
+        exit_status, out, _ = shell(f"{COMMAND} {options} {where}")
+        assert exit_status == status and bool(out) == (status == 0), where
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ sys.exit(main())
     "name", ["graftc.runtime.cli.app", "typer", "graftc.specs.errors.diagnostics", "graftc.specs.listing", "pydantic"]
 )
 def test_an_interrupt_while_modules_are_imported(name: str) -> None:
-    """From the command's first line on; before that the interpreter itself is starting."""
+    """Interrupts are handled from the command's first line on; before that the interpreter itself is starting."""
     command = [sys.executable, "-c", _INTERRUPTED.format(name=name), "methods", "--json"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, env=ENV, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, b"", b"")

@@ -1,4 +1,4 @@
-"""``graftc card``: what the hub reads of it, what people read, commands that work, and names that mean harm."""
+"""``graftc card``: metadata that the hub reads, text that people read, commands that work, and hostile names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS = ["--base-model", "owner/base", "--license", "apache-2.0", "--language"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an artifact that folds, and one of which a part stays."""
+    """A folder with a base, an artifact that folds, and one that folds only in part."""
     path = tmp_path_factory.mktemp("cards")
     base = saved_base(path / "base")
     adapted(base).save(path / "artifact")
@@ -45,7 +45,7 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_of(text: str) -> list[Any]:
-    """What a reader of GitHub's Markdown makes of a card without its metadata."""
+    """Return a card without its metadata, parsed as GitHub's Markdown."""
     return MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n", 1)[1])
 
 
@@ -72,7 +72,7 @@ def test_the_hub_reads_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_what_is_not_known_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder's path is whoever's who made the artifact, and is not in what is published."""
+    """A folder's path is private to the artifact's author and does not appear in the card."""
     outcome = run_here(capsys, "card", "artifact")
     assert (outcome.status, outcome.err) == (0, "")
     assert set(yaml.safe_load(outcome.out.split("---")[1])) == {"library_name", "pipeline_tag", "tags"}
@@ -122,7 +122,7 @@ def test_a_live_model_has_the_same_card(capsys: pytest.CaptureFixture[str]) -> N
     text = graftc.load("artifact").card(base_model="owner/base", license="apache-2.0", language=["en"], tags=["my tag"])
     known = run_here(capsys, "card", "artifact", *OPTIONS).out
     for part in ("## Figures", "## Places", "## Spec", "## Folding"):
-        own, other = (re.search(f"{part}\n.*?\n## ", found, re.DOTALL) for found in (text, known))
+        own, other = (re.search(f"{part}\n.*?\n## ", card, re.DOTALL) for card in (text, known))
         assert own is not None and other is not None
         assert re.sub(r"\d\.\de[-+]\d\d", "#", own[0]) == re.sub(r"\d\.\de[-+]\d\d", "#", other[0])
     assert text.split("---")[1] == known.split("---")[1]
@@ -206,7 +206,7 @@ def facts(folder: Path) -> CardFacts:
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_that_mean_harm(name: str, facts: CardFacts) -> None:
-    """Whatever names are, a reader sees the same headings, tables, blocks and lines, and nothing of its own making."""
+    """Whatever the names, a reader sees the same headings, tables, blocks and lines, and nothing that a name adds."""
     sites = tuple(
         replace(s, adaptation=name, roles=(name,), key=replace(s.key, module=name), method=name)
         for s in facts.snapshot.sites
@@ -246,7 +246,7 @@ def test_names_that_mean_harm(name: str, facts: CardFacts) -> None:
 
 
 def _spec(name: str) -> Any:
-    """A spec with the name where names are free: a pattern."""
+    """Return a spec with the name where names are free: in a pattern."""
     from graftc.specs.document import Spec
 
     target = {"modules": ["".join(c for c in name if c.isalnum())[:50] or "x"]}
@@ -254,21 +254,21 @@ def _spec(name: str) -> Any:
 
 
 def _tables(tokens: list[Any]) -> list[list[int]]:
-    """How many cells the rows of each table have."""
-    found: list[list[int]] = []
+    """Return the number of cells of the rows of each table."""
+    counts: list[list[int]] = []
     for token in tokens:
         if token.type == "table_open":
-            found.append([])
+            counts.append([])
         elif token.type == "tr_open":
-            found[-1].append(0)
+            counts[-1].append(0)
         elif token.type in ("td_open", "th_open"):
-            found[-1][-1] += 1
-    return found
+            counts[-1][-1] += 1
+    return counts
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_code_and_blocks_show_what_they_are_of(text: str) -> None:
-    """A reader gets back the text: of a line what is printable and short, of a block all of it."""
+    """A reader gets the text back: a printable, short form of a line, and all of a block."""
     from graftc.specs.errors.text import abridged, printable
 
     (inline,) = [t for t in MarkdownIt("commonmark").parse(code(text)) if t.type == "inline"]

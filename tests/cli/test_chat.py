@@ -1,4 +1,4 @@
-"""``graftc chat``: turns with a history, whose cache is kept and changes nothing."""
+"""``graftc chat``: turns with a history, whose cache is kept without changing the answers."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def turns(*given: Any) -> list[dict[str, Any]]:
     outcome = chat(*given, "--json")
     assert (outcome.status, outcome.err) == (0, "")
     Draft202012Validator(published_schema("chat")).validate(outcome.data)
-    found: list[dict[str, Any]] = outcome.data["turns"]
-    return found
+    answers: list[dict[str, Any]] = outcome.data["turns"]
+    return answers
 
 
 def transcript(*messages: str) -> str:
-    """Messages of a user and an assistant in turn, in the template's words."""
+    """Return alternating messages of a user and an assistant in the template's format."""
     roles = ("user:", "assistant:")
     parts = [f"{roles[number % 2]} {text} </s>" for number, text in enumerate(messages)]
     return " ".join([*parts, "assistant:"])
@@ -72,10 +72,10 @@ def test_every_turn_is_what_the_model_says_to_the_transcript(
     kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = request.getfixturevalue(kind)
-    found = turns(capsys, monkeypatch, folder, LINES)
-    assert [turn["said"] for turn in found] == [*LINES]
+    answers = turns(capsys, monkeypatch, folder, LINES)
+    assert [turn["said"] for turn in answers] == [*LINES]
     messages: list[str] = []
-    for turn in found:
+    for turn in answers:
         messages.append(turn["said"])
         alone = run_here(capsys, "generate", str(folder), "-n", "6", "-p", transcript(*messages), "--json").data
         assert turn["text"] == alone["answers"][0]["text"] and turn["text"]
@@ -124,9 +124,9 @@ def test_the_system_speaks_first(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = (LINES[0], "/reset", LINES[0])
-    found = turns(capsys, monkeypatch, base, lines, "--system", "w20 w21")
+    answers = turns(capsys, monkeypatch, base, lines, "--system", "w20 w21")
     longer = turns(capsys, monkeypatch, base, LINES[:1])[0]["prompt_tokens"] + 4
-    assert [turn["prompt_tokens"] for turn in found] == [longer, longer]
+    assert [turn["prompt_tokens"] for turn in answers] == [longer, longer]
 
 
 @pytest.mark.full
@@ -144,9 +144,9 @@ def test_an_interrupt_stops_an_answer_and_not_the_conversation(
             os.kill(os.getpid(), signal.SIGINT)
 
     with heard_interrupts():
-        found = _turn(talked, "w1", hear)
-    assert found.finish == "interrupted" and len(found.ids) < 10 and "".join(heard) == found.text
-    assert talked.messages[-1] == {"role": "assistant", "content": found.text}
+        turn = _turn(talked, "w1", hear)
+    assert turn.finish == "interrupted" and len(turn.ids) < 10 and "".join(heard) == turn.text
+    assert talked.messages[-1] == {"role": "assistant", "content": turn.text}
     assert _turn(talked, "w2", lambda _: None).finish == "length"
 
 

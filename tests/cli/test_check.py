@@ -72,8 +72,8 @@ def test_check_is_what_python_gives(capsys: pytest.CaptureFixture[str]) -> None:
     report = graftc.check("spec.yaml", bert()).to_json()
     report["adaptations"] = list(report["adaptations"])
     report["notes"] = list(report["notes"])
-    for found in (*data["anchors"], *report["anchors"]):
-        del found["seconds"]
+    for anchor in (*data["anchors"], *report["anchors"]):
+        del anchor["seconds"]
     assert [s["name"] for s in data["steps"]] == [s["name"] for s in report["steps"]]
     for key in report.keys() - {"capture_seconds", "rewrite_seconds", "cached", "steps"}:
         assert data[key] == report[key]
@@ -115,8 +115,8 @@ def test_roles_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_roles_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     outcome = run_here(capsys, "roles", "tests.families:gpt2", "--json", *(["--meta"] if meta else []))
     assert (outcome.status, outcome.err) == (0, "")
-    found = [f for f in outcome.data["findings"] if f["role"] == "attn.k"]
-    assert [(f["layer"], f["rows"], f["parameter"]) for f in found] == [
+    keys = [f for f in outcome.data["findings"] if f["role"] == "attn.k"]
+    assert [(f["layer"], f["rows"], f["parameter"]) for f in keys] == [
         (0, [[48, 96]], "transformer.h.0.attn.c_attn.weight"),
         (1, [[48, 96]], "transformer.h.1.attn.c_attn.weight"),
     ]

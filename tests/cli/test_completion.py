@@ -1,4 +1,4 @@
-"""What the shell is offered, asked for as shells ask; and options that commands share."""
+"""Shell completion, requested as shells do, and options that commands share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def offered(words: str) -> list[str]:
-    """What bash is offered for the last word of a command line."""
+    """Return bash's completions of the last word of a command line."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

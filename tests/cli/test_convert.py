@@ -1,4 +1,4 @@
-"""``graftc convert``: artifacts to LoRA, adapter folders to other layouts, and what is refused."""
+"""``graftc convert``: artifacts to LoRA, adapter folders to other layouts, and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.interop.adapters import base, written
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an artifact with a DoRA and a trained head, and an adapter folder."""
+    """A folder with a base, an artifact with a DoRA and a trained head, and an adapter folder."""
     import graftc
     from graftc.testing import perturb
 

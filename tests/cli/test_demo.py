@@ -1,4 +1,4 @@
-"""``graftc demo``: its options, its exit status and its JSON. What the demo does is tested with the demo."""
+"""``graftc demo``: its options, its exit status and its JSON. The demo itself is tested in `tests/demo`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_options_status_and_json(
     status: int,
 ) -> None:
     seen: list[tuple[Path, bool]] = []
-    found = {**sample, "passed": passed}
+    result = {**sample, "passed": passed}
 
     def fake(out: Path, quick: bool = False, console: Console | None = None) -> Any:
         seen.append((out, quick))
         assert console is not None
         console.print("working")
-        return SimpleNamespace(failures=() if passed else ("it fails",), to_json=lambda: found)
+        return SimpleNamespace(failures=() if passed else ("it fails",), to_json=lambda: result)
 
     monkeypatch.setattr(f"graftc.runtime.demo.{runs}", fake)
     which = ["--llm"] if llm else []
@@ -44,5 +44,5 @@ def test_options_status_and_json(
     assert (plain.status, plain.out, plain.err) == (status, "working\n", "")
     data = run_here(capsys, "demo", *which, "--json")
     assert data.status == status and data.err == "working\n"
-    assert data.data == {**found, "out": place, "warnings": []}
+    assert data.data == {**result, "out": place, "warnings": []}
     assert seen == [(Path("there"), True), (Path(place), False)]

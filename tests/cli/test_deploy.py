@@ -1,4 +1,4 @@
-"""``compile``, ``merge``, ``export``, ``verify`` and ``diff``: one path from a spec to files, and what is refused."""
+"""``compile``, ``merge``, ``export``, ``verify`` and ``diff``: one path from a spec to files, and refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ adapt:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an artifact of it, and the same with other values."""
+    """A folder with a base, an artifact of it, and an artifact with other values."""
     folder = tmp_path_factory.mktemp("deploy")
     saved_base(folder / "base")
     (folder / "base" / "tokenizer.json").write_text("{}")
@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to work in; artifacts still find the base, which moved along."""
+    """A copy of the folder to work in; artifacts still find the base, which moved along with them."""
     for name in ("base", "artifact", "trained"):
         shutil.copytree(made / name, tmp_path / name)
     shutil.copy(made / "spec.yaml", tmp_path)
@@ -80,7 +80,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def valid(command: str, outcome: Outcome) -> Any:
-    """The JSON that a command printed, which keeps to its published schema."""
+    """Return the JSON that a command printed, which must conform to its published schema."""
     Draft202012Validator(published_schema(command)).validate(outcome.data)
     return outcome.data
 
@@ -104,7 +104,7 @@ def test_compile(capsys: pytest.CaptureFixture[str], here: Path, made: Path) -> 
     manifest = json.loads((here / "new/manifest.json").read_text())
     assert data["fingerprint"] == manifest["base"]["fingerprint"]
     assert manifest["base"]["reference"] == str(here / "base") and manifest["base"]["relative"] == "../base"
-    # The same as from Python, but for where the base is.
+    # The same files as from Python, except for the base's location.
     other = tree_bytes(made / "artifact")
     assert {k: v for k, v in tree_bytes(here / "new").items() if k != "manifest.json"} == {
         k: v for k, v in other.items() if k != "manifest.json"
@@ -119,7 +119,7 @@ def test_compile_as_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _without_bytes(text: str) -> str:
-    """Sizes of files depend on how long paths are."""
+    """Blank the sizes of files, which depend on the length of paths."""
     import re
 
     return re.sub(r"[\d,]+ bytes", "# bytes", text)
@@ -174,7 +174,7 @@ def test_what_does_not_fold_is_refused_by_name_or_kept(
     outcome = run_here(capsys, "merge", "it", "--partial", "--allow-unchanged", "--out", "partly", "--json")
     data = valid("merge", outcome)
     assert data["partial"] is True and data["folded"] == ["inner"] and [k["name"] for k in data["kept"]] == ["head"]
-    shutil.rmtree(here / "gpt2")  # it has its own base
+    shutil.rmtree(here / "gpt2")  # the artifact contains its own base
     with pytest.warns(graftc.GraftWarning, match="GC024"):
         rest = graftc.load("partly")
     assert [a.name for a in rest.spec.adapt] == ["head"]
@@ -200,9 +200,9 @@ def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> 
     session = onnxruntime.InferenceSession("deep/model.onnx", providers=["CPUExecutionProvider"])
     ids = torch.randint(0, 101, (3, 7))
     inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-    (found,) = session.run(["logits"], inputs)
+    (logits,) = session.run(["logits"], inputs)
     expected = graftc.load("trained").eval()(input_ids=ids).logits
-    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+    assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)
 
 
 @pytest.mark.full
@@ -210,13 +210,13 @@ def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "export", "trained", "-f", "pt2", "-o", "model.pt2")
     ids = torch.randint(0, 101, (3, 7))
     module = torch.export.load("model.pt2").module()
-    found = module(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
-    assert torch.allclose(found, graftc.load("trained").eval()(input_ids=ids).logits, atol=1e-5)
+    logits = module(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    assert torch.allclose(logits, graftc.load("trained").eval()(input_ids=ids).logits, atol=1e-5)
 
 
 @pytest.mark.full
 def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    """One adaptation folds, and the other one is an input, without which it is refused."""
+    """One adaptation folds and the other one is an input; the export is refused unless it is named as one."""
     (here / "both.yaml").write_text(BOTH)
     run(capsys, "compile", "both.yaml", "--model", "base", "--out", "both")
     data = run(capsys, "export", "both", "-f", "onnx", "-o", "model.onnx", "--inputs", "prefix", "--allow-unchanged")
@@ -226,9 +226,9 @@ def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> N
     ids = torch.randint(0, 101, (3, 7))
     inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {**inputs, **tensors})
+    (logits,) = session.run(["logits"], {**inputs, **tensors})
     expected = graftc.load("both").eval()(input_ids=ids).logits
-    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+    assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)
     data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", "--inputs", "prefix", status=1)
     assert data["error"]["code"] == "GC104"
     inputs_of_another = ["--inputs", "attention", "--allow-unchanged"]
@@ -277,7 +277,7 @@ def test_diff(capsys: pytest.CaptureFixture[str], here: Path) -> None:
 
 @pytest.mark.full
 def test_diff_of_everything(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    """Another base, spec, place, name and shape."""
+    """Another base, spec, place, name and shape are all reported."""
     saved_base(here / "other", seed=1)
     spec = SPEC.replace("[attn.q, attn.v]", "[attn.v, attn.o]").replace("rank: 4", "rank: 2")
     (here / "other.yaml").write_text(spec)
@@ -322,7 +322,7 @@ def test_a_destination_is_needed(command: str, capsys: pytest.CaptureFixture[str
 def test_what_is_there_is_refused_at_once(
     command: str, capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a model is loaded, and with ``--force`` too where graftc did not write it."""
+    """An existing folder is refused before a model is loaded, even with ``--force`` if graftc did not write it."""
     monkeypatch.setattr("graftc.runtime.models.load_model_and_inputs", None)
     (here / "mine").mkdir()
     (here / "mine" / "precious").touch()
@@ -354,7 +354,7 @@ def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.full
 def test_in_processes_of_their_own(here: Path) -> None:
-    """The test of the readme runs the whole path as a user has it; here is what it leaves out."""
+    """Two commands that the test of the readme, which runs the whole path as a user would, leaves out."""
     for command in (["merge", "trained", "--out", "folded"], ["diff", "artifact", "artifact"]):
         outcome = run_warm(*command, cwd=here)
         assert (outcome.status, outcome.err) == (0, ""), command

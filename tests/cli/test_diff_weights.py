@@ -1,4 +1,4 @@
-"""``graftc diff`` of two model folders: which tensors differ, by how much, and what could have made it."""
+"""``graftc diff`` of two model folders: which tensors differ, by how much, and the probable cause."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ROWS, COLUMNS, RANK = 120, 90, 5
 
 
 def measured(base: Tensor, other: Tensor) -> Difference:
-    """What two matrices differ by."""
+    """Return the difference of two matrices."""
     pair = Matrices(lambda a, b: base[a:b], lambda a, b: other[a:b], (base.shape[0], base.shape[1]))
     return difference(pair, matrix=True)
 
 
 def drawn(*shape: int) -> Tensor:
-    """Normal numbers, the same for the same sizes."""
+    """Return normally distributed numbers, the same for the same sizes."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
@@ -46,25 +46,25 @@ def base_weight(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1.0, 0.05])
 def test_ranks_above_the_noise(dtype: torch.dtype, size: float) -> None:
-    """Rounding fills the spectrum, and does not count. The share explained is what is not rounding."""
+    """Rounding fills the spectrum but does not count; the share explained excludes it."""
     base = base_weight(dtype)
     update = drawn(ROWS, RANK) @ drawn(RANK, COLUMNS) * 0.05 * size / RANK**0.5
     other = round_once(base.double() + update, dtype)
-    found = measured(base, other)
-    assert (found.cause, found.rank, found.rows, found.columns) == (Cause.LOW_RANK, RANK, ROWS, COLUMNS)
+    result = measured(base, other)
+    assert (result.cause, result.rank, result.rows, result.columns) == (Cause.LOW_RANK, RANK, ROWS, COLUMNS)
     change = other.double() - base.double()
-    assert found.largest == float(change.abs().max())
-    assert found.norm == pytest.approx(float(change.norm() / base.double().norm()), rel=1e-12)
-    assert found.entries == pytest.approx(float((change != 0).double().mean()), rel=1e-12)
+    assert result.largest == float(change.abs().max())
+    assert result.norm == pytest.approx(float(change.norm() / base.double().norm()), rel=1e-12)
+    assert result.entries == pytest.approx(float((change != 0).double().mean()), rel=1e-12)
     values = torch.linalg.svdvals(change).square()
-    assert found.explained == pytest.approx(float(values[:RANK].sum() / values.sum()), rel=1e-6)
+    assert result.explained == pytest.approx(float(values[:RANK].sum() / values.sum()), rel=1e-6)
 
 
 def test_many_directions_are_looked_for_again() -> None:
-    """More than at first, but less than half of all."""
+    """A rank above the first limit, but below half of all, is found."""
     base = drawn(200, 150).float()
-    found = measured(base, (base.double() + drawn(200, 60) @ drawn(60, 150) * 0.1).float())
-    assert (found.cause, found.rank) == (Cause.LOW_RANK, 60)
+    result = measured(base, (base.double() + drawn(200, 60) @ drawn(60, 150) * 0.1).float())
+    assert (result.cause, result.rank) == (Cause.LOW_RANK, 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -85,10 +85,10 @@ def test_causes(dtype: torch.dtype) -> None:
         Cause.FULL: wide + 0.05 * drawn(COLUMNS, ROWS).T.flip(0),
         Cause.ROUNDING: round_once(wide * 3, dtype).double() / 3,
     }
-    found = {cause: measured(base, round_once(other, dtype)) for cause, other in cases.items()}
-    assert {cause: each.cause for cause, each in found.items()} == {cause: cause for cause in cases}
-    assert found[Cause.ROWS].rows == 3 and found[Cause.LOW_RANK].rows == 40 and found[Cause.LOW_RANK].rank == 2
-    assert found[Cause.ROW_SCALING].explained > 0.99  # type: ignore[operator]
+    results = {cause: measured(base, round_once(other, dtype)) for cause, other in cases.items()}
+    assert {cause: each.cause for cause, each in results.items()} == {cause: cause for cause in cases}
+    assert results[Cause.ROWS].rows == 3 and results[Cause.LOW_RANK].rows == 40 and results[Cause.LOW_RANK].rank == 2
+    assert results[Cause.ROW_SCALING].explained > 0.99  # type: ignore[operator]
 
 
 def test_blocks_have_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +97,9 @@ def test_blocks_have_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [measured(base, round_once(other, torch.bfloat16)) for other in others]
     monkeypatch.setattr(module, "BLOCK", 7 * COLUMNS)
     for other, expected in zip(others, whole, strict=True):
-        found = measured(base, round_once(other, torch.bfloat16))
-        assert (found.cause, found.rank, found.largest) == (expected.cause, expected.rank, expected.largest)
-        assert found.explained == pytest.approx(expected.explained, rel=1e-9)
+        result = measured(base, round_once(other, torch.bfloat16))
+        assert (result.cause, result.rank, result.largest) == (expected.cause, expected.rank, expected.largest)
+        assert result.explained == pytest.approx(expected.explained, rel=1e-9)
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_blocks_have_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in bfloat16, the same in two files, a merged model, and an artifact."""
+    """A base in bfloat16, the same base in several files, a merged model, and an artifact."""
     folder = tmp_path_factory.mktemp("diff")
     model = tiny("llama").eval().bfloat16()
     model.save_pretrained(folder / "base")
@@ -130,16 +130,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int)
 
 @pytest.mark.full
 def test_what_a_merge_changed(capsys: pytest.CaptureFixture[str], made: Path) -> None:
-    """Each site with its rank or its scaling, and nothing else; against a sharded base the same."""
+    """Each site is reported with its rank or scaling, and nothing else; a sharded base gives the same."""
     data = run(capsys, made / "base", made / "merged", status=1)
     assert data["same"] is False and data["tensors"] == [] and data["base"] == []
-    found = {tensor["name"]: tensor["difference"] for tensor in data["weights"]["tensors"]}
+    differences = {tensor["name"]: tensor["difference"] for tensor in data["weights"]["tensors"]}
     for layer in range(2):
         for name in ("self_attn.q_proj", "mlp.up_proj"):
-            item = found.pop(f"model.layers.{layer}.{name}.weight")
+            item = differences.pop(f"model.layers.{layer}.{name}.weight")
             assert (item["cause"], item["rank"]) == ("low rank", 3) and item["explained"] > 0.99
-        assert found.pop(f"model.layers.{layer}.self_attn.k_proj.weight")["cause"] == "row scaling"
-    assert not found
+        assert differences.pop(f"model.layers.{layer}.self_attn.k_proj.weight")["cause"] == "row scaling"
+    assert not differences
     total = len(load_file(made / "base" / "model.safetensors"))
     assert data["weights"]["equal"] == total - 6
     assert len(list((made / "sharded").glob("*.safetensors"))) > 1
@@ -154,7 +154,7 @@ def test_equal_models(capsys: pytest.CaptureFixture[str], made: Path) -> None:
 
 
 def test_for_people(capsys: pytest.CaptureFixture[str], made: Path) -> None:
-    """Layers that differ alike are one line."""
+    """Layers that differ in the same way are one line."""
     outcome = run_here(capsys, "diff", str(made / "base"), str(made / "merged"))
     assert outcome.status == 1
     assert "~ model.layers.{0-1}.mlp.up_proj.weight (2 tensors) BF16[" in outcome.out and "rank 3, which" in outcome.out
@@ -163,20 +163,20 @@ def test_for_people(capsys: pytest.CaptureFixture[str], made: Path) -> None:
 
 
 def test_other_names_sizes_and_types(tmp_path: Path) -> None:
-    """Numbers are of values: a wider type with the same values is told apart from a change."""
+    """Differences are of values: a wider dtype with the same values is distinguished from a change."""
     one = {"a": drawn(6, 4).bfloat16(), "b": drawn(3), "gone": drawn(2), "c": torch.arange(5), "same": drawn(4, 4)}
     two = {"a": one["a"].float(), "b": drawn(4), "come": drawn(2), "c": torch.arange(5) + 2, "same": one["same"]}
     scalar = {"zero": torch.zeros(()), "empty": torch.zeros(0, 3), "none": torch.tensor([float("nan"), 1.0])}
     for name, tensors in (("one", one), ("two", two)):
         (tmp_path / name).mkdir()
         save_file({**tensors, **scalar}, tmp_path / name / "model.safetensors")
-    found = compare_folders(tmp_path / "one", tmp_path / "two")
-    assert {item.name: item.status for item in found.tensors} == {
+    comparison = compare_folders(tmp_path / "one", tmp_path / "two")
+    assert {item.name: item.status for item in comparison.tensors} == {
         **{"a": "retyped", "b": "reshaped", "gone": "removed", "come": "added", "c": "changed"}
     }
-    (changed,) = (item.difference for item in found.tensors if item.name == "c")
+    (changed,) = (item.difference for item in comparison.tensors if item.name == "c")
     assert changed is not None and (changed.largest, changed.cause) == (2, Cause.VECTOR)
-    assert found.equal == 4 and not found.same
+    assert comparison.equal == 4 and not comparison.same
 
 
 def test_nan_is_no_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -189,7 +189,10 @@ def test_nan_is_no_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 
 def test_what_is_no_model_is_refused(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path) -> None:
-    """By code: one of each kind, nothing there, pickles, files that are missing or cut off, names that lead out."""
+    """Invalid folders are refused with a code.
+
+    Cases: a folder of another kind, missing folders, pickles, missing or truncated files, and names that lead outside.
+    """
     error = run(capsys, made / "artifact", made / "merged", status=2)["error"]
     assert error["code"] == "GC090" and "graftc merge" in error["hint"]
     assert run(capsys, tmp_path / "a", tmp_path / "b", status=3)["error"]["code"] == "GC080"

@@ -1,4 +1,4 @@
-"""Usage errors, bugs and debugging: the exit status and what is printed; never a traceback unasked."""
+"""Usage errors, bugs and debugging: the exit status and the output; no traceback unless it is requested."""
 
 from __future__ import annotations
 

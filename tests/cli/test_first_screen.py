@@ -1,4 +1,4 @@
-"""What a process shows first is graftc's own: nothing of libraries that transformers imports and nobody uses."""
+"""The first output of a process is graftc's own, without messages of unused libraries that transformers imports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LORA = {"version": 1, "adapt": [{"name": "a", "method": "lora", "target": {"rol
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two specs, a base and an artifact of it."""
+    """A folder with two specs, a base and an artifact of it."""
     folder = tmp_path_factory.mktemp("screen")
     (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC), encoding="utf-8")
     (folder / "lora.yaml").write_text(yaml.safe_dump(_LORA), encoding="utf-8")
@@ -66,7 +66,7 @@ def test_standard_error_is_empty(here: Path, code: str, arguments: list[str], st
 
 
 class TestWhatIsHeard:
-    """While transformers imports its quantisers, and otherwise."""
+    """Log messages while transformers imports its quantisers, and at other times."""
 
     @pytest.fixture(autouse=True)
     def _nothing_held(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -111,6 +111,6 @@ class TestWhatIsHeard:
 
 
 def _imported(module: str, logger: str, level: str) -> None:
-    """Run a module of a name in which somebody logs."""
+    """Run code as a module of this name that logs a message."""
     code = f"import logging; logging.getLogger({logger!r}).{level}('said')"
     exec(compile(code, module, "exec"), {"__name__": module})

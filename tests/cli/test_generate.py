@@ -1,4 +1,4 @@
-"""``graftc generate`` says what ``generate`` of the model says, whatever the folder holds."""
+"""``graftc generate`` gives the answers of the model's own ``generate``, whatever kind of folder it reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT = 12
 
 @dataclass(frozen=True)
 class Places:
-    """Folders, and the compiled model that the artifact is of."""
+    """Folders, and the compiled model of the artifact."""
 
     base: Path
     artifact: Path
@@ -39,7 +39,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 
 def said(model: Any, prompt: str = PROMPT, **options: Any) -> str:
-    """What transformers makes of a prompt, as words."""
+    """Return transformers' answer to a prompt, as words."""
     ids = torch.tensor([[WORDS.index(word) for word in prompt.split()]])
     given = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": 0, "pad_token_id": 2, **options}
     with torch.no_grad(), quiet_transformers():
@@ -81,11 +81,11 @@ def test_an_artifact_a_bank_and_the_base(places: Places, capsys: pytest.CaptureF
         data = run_valid(
             capsys, "generate", str(places.artifact), "-p", PROMPT, "-n", str(COUNT), "--adapter", name, "--greedy"
         )
-        (found,) = data["answers"]
-        assert words(found["text"]) == expected and data["adapter"] == name and data["kind"] == "artifact"
-        assert (found["prompt"], found["prompt_tokens"]) == (PROMPT, 5)
-        assert found["new_tokens"] == len(found["ids"]) == COUNT and found["finish"] == "length"
-        assert 0 < found["first_token_seconds"] <= found["seconds"] and found["tokens_per_second"] > 0
+        (answer,) = data["answers"]
+        assert words(answer["text"]) == expected and data["adapter"] == name and data["kind"] == "artifact"
+        assert (answer["prompt"], answer["prompt_tokens"]) == (PROMPT, 5)
+        assert answer["new_tokens"] == len(answer["ids"]) == COUNT and answer["finish"] == "length"
+        assert 0 < answer["first_token_seconds"] <= answer["seconds"] and answer["tokens_per_second"] > 0
     assert words(run(capsys, places.artifact, "-p", PROMPT, "--base")) == base
 
 
@@ -132,8 +132,8 @@ def test_a_chat_template(places: Places, capsys: pytest.CaptureFixture[str]) -> 
 def test_an_answer_ends_with_its_token_or_its_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = save_model(tmp_path / "small", max_position_embeddings=8)
     save_tokenizer(small)
-    (found,) = run_valid(capsys, "generate", str(small), "-p", PROMPT, "-n", "20")["answers"]
-    assert (found["new_tokens"], found["finish"]) == (3, "length")
+    (answer,) = run_valid(capsys, "generate", str(small), "-p", PROMPT, "-n", "20")["answers"]
+    assert (answer["new_tokens"], answer["finish"]) == (3, "length")
     error = run_valid(capsys, "generate", str(small), "-p", f"{PROMPT} w1 w1 w1", status=3)["error"]
     assert error["code"] == "GC031" and "8 tokens" in error["message"] and "8 positions" in error["message"]
 
@@ -164,7 +164,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def wrong(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders that cannot speak."""
+    """Folders that cannot generate."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "base").symlink_to(places.base)
     (folder / "artifact").symlink_to(places.artifact)

@@ -48,7 +48,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *options: str) -> Outcome:
-    """What the command prints, which succeeds and says nothing on the standard error."""
+    """Return the outcome of the command, which must succeed and print nothing to standard error."""
     outcome = run_here(capsys, "inspect", "artifact", *options)
     assert (outcome.status, outcome.err) == (0, "")
     return outcome

@@ -1,4 +1,4 @@
-"""A checkpoint that lacks tensors is refused, unless all that it lacks is trained in full."""
+"""A checkpoint with missing tensors is refused unless all of the missing ones are trained in full."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ HEAD = {**SPEC, "train": ["classifier"]}
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with its artifact."""
+    """A folder with a base and its artifact."""
     folder = tmp_path_factory.mktemp("lacking")
     adapted(saved_base(folder / "base")).save(folder / "artifact", certify=False)
     return folder
 
 
 def spoiled(intact: Path, folder: Path, *patterns: str, resize: str = "") -> Path:
-    """The base without the tensors that begin with a pattern."""
+    """Copy the base without the tensors that begin with a pattern."""
     shutil.copytree(intact / "base", folder / "base")
     shutil.copytree(intact / "artifact", folder / "artifact")
     file = folder / "base" / "model.safetensors"
-    held = {name: t for name, t in load_file(file).items() if not name.startswith(patterns or ("-",))}
+    tensors = {name: t for name, t in load_file(file).items() if not name.startswith(patterns or ("-",))}
     if resize:
-        held[resize] = held[resize][:-1].clone()
-    save_file(held, file, metadata={"format": "pt"})
+        tensors[resize] = tensors[resize][:-1].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
     (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC), encoding="utf-8")
     (folder / "head.yaml").write_text(yaml.safe_dump(HEAD), encoding="utf-8")
     return folder
@@ -90,7 +90,7 @@ def test_a_tensor_of_another_size(intact: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_new_head_is_trained(intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Then its values before do not matter; each load draws the same, so that the artifact knows its base again."""
+    """A new head's initial values do not matter; each load draws the same, so that the artifact recognises its base."""
     here = spoiled(intact, tmp_path, "classifier.")
     words = ["compile", str(here / "head.yaml"), "--model", str(here / "base"), "--out", str(here / "new")]
     assert run_here(capsys, *words, "--no-certify").status == 0
@@ -104,7 +104,7 @@ def test_a_new_head_is_trained(intact: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_a_bare_encoder_under_a_head(intact: Path, tmp_path: Path) -> None:
-    """What most people adapt: an encoder's checkpoint, with the class of a classifier."""
+    """The usual case: an encoder's checkpoint, loaded with the class of a classifier."""
     from transformers import BertModel
 
     here = spoiled(intact, tmp_path)

@@ -28,10 +28,10 @@ def test_the_plan_is_that_of_python_and_the_table_has_the_methods(capsys: pytest
     outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, "--meta", *options, "--json")
     assert outcome.status == 0
     assert not list(Draft202012Validator(published_schema("check")).iter_errors(outcome.data))
-    found = outcome.data["memory"]
-    assert found["plan"] == graftc.plan("spec.yaml", bert(), batch=2, sequence=16).to_json()
-    table = [row for row in found["table"] if not row["quantize"]]
-    assert len(found["table"]) == 2 * len(table)  # each on the base as it is, and on nf4
+    memory = outcome.data["memory"]
+    assert memory["plan"] == graftc.plan("spec.yaml", bert(), batch=2, sequence=16).to_json()
+    table = [row for row in memory["table"] if not row["quantize"]]
+    assert len(memory["table"]) == 2 * len(table)  # each on the unquantised base and on nf4
     rows = [(row["method"], row["checkpoint"], row["chunked"]) for row in table]
     # A classifier over three classes has no loss to chunk.
     names = ("dora", "full:**.output.dense", "vera")

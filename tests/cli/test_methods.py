@@ -51,10 +51,10 @@ def test_the_list_as_json_is_what_python_gives(capsys: pytest.CaptureFixture[str
 
 
 def test_methods_of_the_facade() -> None:
-    found = graftc.methods()
-    assert all(isinstance(info, MethodInfo) for info in found)
-    assert [info.tag for info in found] == sorted(method_specs())
-    assert next(info for info in found if info.tag == "lora").claims is LoRA.claims
+    infos = graftc.methods()
+    assert all(isinstance(info, MethodInfo) for info in infos)
+    assert [info.tag for info in infos] == sorted(method_specs())
+    assert next(info for info in infos if info.tag == "lora").claims is LoRA.claims
 
 
 def test_a_page_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The MODEL argument: folders, hub ids and callables, and what is said when they give no model."""
+"""The MODEL argument: folders, hub ids and callables, and the errors if they give no model."""
 
 from __future__ import annotations
 

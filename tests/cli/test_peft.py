@@ -1,4 +1,4 @@
-"""``import-peft`` and ``export --format peft``: there and back, and what is refused before anything is written."""
+"""``import-peft`` and ``export --format peft``: round trips, and refusals before anything is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUERY = "base_model.model.bert.encoder.layer.{}.attention.self.query.lora_{}.wei
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base and an adapter of it, as PEFT writes one."""
+    """A folder with a base and an adapter of it in PEFT's format."""
     monkeypatch.chdir(tmp_path)
     tiny("bert").save_pretrained("base")  # type: ignore[operator]
     Path("adapter").mkdir()
@@ -37,11 +37,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.full
 def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact")
-    assert (found["peft_types"], found["methods"], found["certificate"]["passed"]) == (["LORA"], ["lora"], True)
-    assert {own["key"] for own in found["tensors"]} == set(load_file("adapter/adapter_model.safetensors"))
-    made = run_valid(capsys, "export", "artifact", "--format", "peft", "--out", "back")
-    assert made["tensors"] == found["tensors"] and made["merged"] is False
+    imported = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact")
+    assert (imported["peft_types"], imported["methods"], imported["certificate"]["passed"]) == (
+        ["LORA"],
+        ["lora"],
+        True,
+    )
+    assert {own["key"] for own in imported["tensors"]} == set(load_file("adapter/adapter_model.safetensors"))
+    exported = run_valid(capsys, "export", "artifact", "--format", "peft", "--out", "back")
+    assert exported["tensors"] == imported["tensors"] and exported["merged"] is False
     first, second = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("adapter", "back"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "back", status=3)["error"]["code"] == "GC063"
@@ -53,8 +57,8 @@ def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--dry-run", "--no-certify")
-    assert len(found["tensors"]) == 4 and found["files"] == [] and found["certificate"] is None
+    imported = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--dry-run", "--no-certify")
+    assert len(imported["tensors"]) == 4 and imported["files"] == [] and imported["certificate"] is None
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     error = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact", status=3)["error"]
@@ -68,9 +72,9 @@ def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> N
 @pytest.mark.slow
 def test_two_folders_are_one_artifact(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     shutil.copytree("adapter", "other")
-    found = run_valid(capsys, "import-peft", "adapter", "other", "--model", "base", "--out", "artifact")
-    assert found["adapters"] == ["adapter", "other"] and found["methods"] == ["lora", "lora"]
-    assert {own["tensor"].split(".graftc.")[1] for own in found["tensors"]} == {
+    imported = run_valid(capsys, "import-peft", "adapter", "other", "--model", "base", "--out", "artifact")
+    assert imported["adapters"] == ["adapter", "other"] and imported["methods"] == ["lora", "lora"]
+    assert {own["tensor"].split(".graftc.")[1] for own in imported["tensors"]} == {
         *("adapter.A", "adapter.B", "other.A", "other.B")
     }
     error = run_valid(capsys, "import-peft", "adapter", "adapter", "--model", "base", "--dry-run", status=2)["error"]

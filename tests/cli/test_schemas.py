@@ -1,4 +1,4 @@
-"""What commands print with ``--json`` keeps to the published schemas, and the published files are those of the code."""
+"""The output of commands with ``--json`` conforms to the published schemas, and the published files match the code."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def _in_a_folder_with_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def valid(name: str, outcome: Outcome) -> Any:
-    """The data that a command printed, which is all of the standard output and keeps to its schema."""
+    """Return the data that a command printed, which must be all of the standard output and conform to its schema."""
     errors = Draft202012Validator(published_schema(name)).iter_errors(outcome.data)
-    found = [f"{error.json_path}: {error.message[:200]}" for error in errors]
-    assert not found
+    messages = [f"{error.json_path}: {error.message[:200]}" for error in errors]
+    assert not messages
     return outcome.data
 
 
@@ -68,9 +68,9 @@ def test_a_schema_is_one_and_describes_every_field(name: str) -> None:
     for model in (schema, *schema["$defs"].values()):
         assert not model.get("properties") or model["additionalProperties"] is False
         for field, value in model.get("properties", {}).items():
-            # Pydantic leaves a field's description out where its model says the same.
-            held = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
-            assert value.get("description") or held.get("description"), f"{model['title']}.{field}"
+            # Pydantic omits a field's description if its model has the same one.
+            definition = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
+            assert value.get("description") or definition.get("description"), f"{model['title']}.{field}"
 
 
 @pytest.mark.parametrize("name", ["", *SCHEMA_NAMES])
@@ -125,10 +125,10 @@ def test_check_with_a_warning_and_tokens(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.full
 def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
     """Every command that writes or reads artifacts, one after another."""
-    made = ["compile", "spec.yaml", "-m", "tests.families:bert", "--json"]
-    dry = valid("compile", run_here(capsys, *made, "--dry-run"))
+    command = ["compile", "spec.yaml", "-m", "tests.families:bert", "--json"]
+    dry = valid("compile", run_here(capsys, *command, "--dry-run"))
     assert (dry["out"], dry["dry_run"], dry["files"]) == (None, True, []) and dry["certificate"]["passed"]
-    data = valid("compile", run_here(capsys, *made, "--out", "a", "--no-certify"))
+    data = valid("compile", run_here(capsys, *command, "--out", "a", "--no-certify"))
     assert data["certificate"] is None and "a/manifest.json" in [file["path"] for file in data["files"]]
     manifest = json.loads(Path("a/manifest.json").read_text(encoding="utf-8"))
     assert not list(Draft202012Validator(published_schema("manifest")).iter_errors(manifest))
@@ -136,7 +136,7 @@ def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
     assert valid("inspect", run_here(capsys, "inspect", "a", "--json"))["summary"]["adaptations"]
     assert valid("diff", run_here(capsys, "diff", "a", "a", "--json"))["same"] is True
     Path("spec.yaml").write_text(SPEC.replace("lora,", "lora, rank: 4,"), encoding="utf-8")
-    valid("compile", run_here(capsys, *made, "--out", "b", "--seed", "1"))
+    valid("compile", run_here(capsys, *command, "--out", "b", "--seed", "1"))
     changed = valid("diff", run_here(capsys, "diff", "a", "b", "--json"))
     assert changed["spec"] and changed["tensors"] and not changed["same"]
     assert valid("verify", run_here(capsys, "verify", "a", "--files-only", "--json"))["passed"] is True
@@ -163,8 +163,8 @@ def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(failures=(), to_json=lambda: DEMO)
-    monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", lambda *_, **__: found)
+    result = SimpleNamespace(failures=(), to_json=lambda: DEMO)
+    monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", lambda *_, **__: result)
     assert valid("demo", run_here(capsys, "demo", "--json")) == {**DEMO, "out": "demo-out", "warnings": []}
 
 
@@ -175,13 +175,13 @@ def test_the_demo_gives_what_its_schema_says() -> None:
 
     agreement = demo.PredictionAgreement(1.0, 1e-6, 1e-4)
     scores = (Scores(0.5, 0.5), Scores(0.9, 0.9), Scores(0.7, 0.7))
-    made = demo.DemoResult(False, (9, 3), *scores, REPORT, CERTIFICATE, agreement, agreement, {"a": 1.0}, {"b": "c"})
-    DemoData.model_validate({**made.to_json(), "out": "demo-out", "warnings": []})
+    result = demo.DemoResult(False, (9, 3), *scores, REPORT, CERTIFICATE, agreement, agreement, {"a": 1.0}, {"b": "c"})
+    DemoData.model_validate({**result.to_json(), "out": "demo-out", "warnings": []})
 
 
 def test_demo_of_a_language_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(failures=(), to_json=lambda: LLM_DEMO)
-    monkeypatch.setattr("graftc.runtime.demo.llm.run_llm_demo", lambda *_, **__: found)
+    result = SimpleNamespace(failures=(), to_json=lambda: LLM_DEMO)
+    monkeypatch.setattr("graftc.runtime.demo.llm.run_llm_demo", lambda *_, **__: result)
     printed = valid("demo-llm", run_here(capsys, "demo", "--llm", "--json"))
     assert printed == {**LLM_DEMO, "out": "demo-llm-out", "warnings": []}
 

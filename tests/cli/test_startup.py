@@ -27,7 +27,7 @@ _WITNESS = (
         (["schema"], 0),
         (["check", "--help"], 0),
         (["inspect", "--help"], 0),
-        (["check", "missing.yaml", "--model", "m"], 2),  # a wrong spec is told without waiting for torch
+        (["check", "missing.yaml", "--model", "m"], 2),  # a wrong spec is reported without waiting for torch
     ],
 )
 def test_torch_stays_out(arguments: list[str], status: int) -> None:

@@ -1,4 +1,4 @@
-"""``graftc merge --stream``, ``graftc merge`` of a folder of peft, ``graftc verify --adapter``."""
+"""``graftc merge --stream``, ``graftc merge`` of a peft folder, and ``graftc verify --adapter``."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_merge_and_verify(capsys: pytest.CaptureFixture[str], here: Path, adapte
     data = run_valid(capsys, "merge", *adapter, "--out", "merged")
     assert data["certificate"]["passed"] is True
     assert data["certificate"]["outputs"] == {}
-    found, base = tensors(here / "merged"), tensors(here / "base")
-    changed = [name for name in base if (found[name] != base[name]).any()]
+    merged, base = tensors(here / "merged"), tensors(here / "base")
+    changed = [name for name in base if (merged[name] != base[name]).any()]
     assert len(changed) == len(data["certificate"]["sites"]) > 0
     assert data["streamed"] == {"untouched_tensors": len(base) - len(changed), "resumed_files": 0}
     assert {file["path"] for file in data["files"]} == {p.as_posix() for p in Path("merged").iterdir()}

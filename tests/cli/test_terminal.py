@@ -1,4 +1,4 @@
-"""Terminals see colours and steps; whoever is none, or sets NO_COLOR, sees no escape codes."""
+"""Terminals show colours and steps; other outputs, and terminals with NO_COLOR, get no escape codes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_a_terminal(*arguments: str, fresh: bool = True, **environment: str) -> tuple[str, str]:
-    """What a command shows where the standard output and the standard error are two terminals.
+    """Return what a command prints if standard output and standard error are two terminals.
 
-    Without ``fresh`` it runs in an interpreter that has torch already.
+    Without ``fresh`` it runs in an interpreter that has already imported torch.
     """
     (out, out_slave), (err, err_slave) = pty.openpty(), pty.openpty()
 
@@ -49,7 +49,7 @@ def on_a_terminal(*arguments: str, fresh: bool = True, **environment: str) -> tu
             for slave in (out_slave, err_slave):
                 os.close(slave)
 
-    # All at once: a terminal that nobody reads blocks the command.
+    # Concurrently, because a terminal that is not read blocks the command.
     with ThreadPoolExecutor(3) as pool:
         done = pool.submit(command)
         shown, told = pool.map(_drained, (out, err))
@@ -58,7 +58,7 @@ def on_a_terminal(*arguments: str, fresh: bool = True, **environment: str) -> tu
 
 
 def _drained(end: int) -> str:
-    found = b""
+    received = b""
     while True:
         try:
             part = os.read(end, 4096)
@@ -66,8 +66,8 @@ def _drained(end: int) -> str:
             part = b""
         if not part:
             os.close(end)
-            return found.decode()
-        found += part
+            return received.decode()
+        received += part
 
 
 @pytest.mark.full
@@ -101,7 +101,7 @@ def test_json_shows_no_steps() -> None:
 
 @pytest.mark.full
 def test_steps_without_colours() -> None:
-    """`tests/cli/test_check.py` has a check that sees no terminal."""
+    """NO_COLOR removes all escape codes; `tests/cli/test_check.py` has a check without a terminal."""
     out, err = on_a_terminal(*CHECK, fresh=False, NO_COLOR="1")
     assert ESCAPE not in out + err
 

@@ -1,4 +1,4 @@
-"""The time that is left is shown once a step takes long, on a terminal only."""
+"""The remaining time is shown once a step takes long, on a terminal only."""
 
 from __future__ import annotations
 

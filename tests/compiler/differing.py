@@ -1,4 +1,4 @@
-"""Modules whose eval mode is more than their train mode without dropout, each in another way."""
+"""Modules whose eval mode differs from train mode without dropout, each in its own way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 
 class Base(nn.Module):
-    """Two layers, which all of them adapt; what eval mode does otherwise stands in `head`."""
+    """Two layers for all of them to adapt; subclasses define in `body` or `head` what eval mode does differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Base(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """More modules."""
+        """Add more modules."""
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.fc(torch.tanh(self.body(self.inner(x)))))
@@ -124,7 +124,7 @@ class Temperature(Base):
 
 
 class UnscaledDropout(Base):
-    """Dropout of the first kind: what is kept is not scaled up in training, but down in eval mode."""
+    """Dropout in its original form: kept elements are scaled down in eval mode instead of up in training."""
 
     def body(self, h: Tensor) -> Tensor:
         return F.dropout(h, 0.5) * 0.5 if self.training else h * 0.5 + 0.01

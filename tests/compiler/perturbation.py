@@ -1,4 +1,4 @@
-"""The independent check of roles: change the rows that a finding claims, and see what moves."""
+"""The independent check of roles: change the rows that a finding claims, and see which values change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.compiler.structure_cases import Captured
 
 
 def axes_of_rows(model: Captured, finding: Finding) -> tuple[int, ...]:
-    """The axes of the stored parameter that count its rows."""
+    """Return the axes of the stored parameter that count its rows."""
     linear = model.flow.linears[finding.node]
-    # Expressions that read a stored matrix read it as it is or transposed, and always as ``[out, in]`` in the end.
+    # Expressions read a stored matrix directly or transposed, and always end up with ``[out, in]``.
     return linear.out_axes if linear.weight.op == "get_attr" else (0,)
 
 
 def oriented(model: Captured, finding: Finding) -> Tensor:
-    """The stored parameter as ``[out, in]``, a view where the axes allow one."""
+    """Return the stored parameter as ``[out, in]``, as a view if the axes allow one."""
     assert finding.parameter is not None
     weight, rows = model.tensors[finding.parameter], axes_of_rows(model, finding)
     others = [axis for axis in range(weight.dim()) if axis not in rows]
@@ -33,7 +33,7 @@ def stored_rows(model: Captured, finding: Finding) -> int:
 
 
 def perturbed(model: Captured, finding: Finding, rows: Tensor, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The stored parameter with some rows changed."""
+    """Return the stored parameter, by name, with some rows changed."""
     assert finding.parameter is not None
     weight, axes = model.tensors[finding.parameter], axes_of_rows(model, finding)
     others = [axis for axis in range(weight.dim()) if axis not in axes]
@@ -55,13 +55,13 @@ def noise(own: Tensor) -> Tensor:
 
 
 def moved(model: Captured, base: Mapping[fx.Node, Any], changed: Mapping[str, Tensor], attention: Any) -> set[str]:
-    """Which of an attention's operands change."""
+    """Return the operands of an attention that change."""
     values = model.run(changed)
     operands = {"q": attention.query, "k": attention.key, "v": attention.value}
     return {letter for letter, node in operands.items() if not torch.equal(base[node], values[node])}
 
 
 def attention_of(model: Captured, finding: Finding) -> Any:
-    """The attention that a finding's evidence names."""
+    """Return the attention that a finding's evidence names."""
     name = finding.evidence.split("reaches ")[1].split(" through")[0].split(",")[0]
     return next(a for a in model.flow.attentions.values() if a.name == name)

@@ -1,4 +1,4 @@
-"""Small models of many families, and the roles that their weights have."""
+"""Small models of many families, and the roles of their weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.compiler.structure_models import HEADS, INNER, MODELS, VOCABULARY, D
 
 @dataclass
 class Captured:
-    """A small model, its graph and roles, and its tensors by name."""
+    """A small model: its graph, its roles, and its tensors by name."""
 
     graph: fx.Graph
     structure: Structure
@@ -35,7 +35,7 @@ class Captured:
         self.flow = Flow(self.graph, Sizes(lambda symbol: sizes.get(symbol, 2)))
 
     def run(self, changed: Mapping[str, Tensor] | None = None) -> dict[fx.Node, Any]:
-        """Every value of the graph, with some tensors replaced."""
+        """Compute every value of the graph, with some tensors replaced."""
         generator = torch.Generator().manual_seed(0)
         tensors = self.tensors | dict(changed or {})
         inputs = {a.name: example(a, generator) for a in self.axes}
@@ -64,12 +64,12 @@ def example(axis: Axis, generator: torch.Generator) -> Tensor:
 
 
 def captured(model: nn.Module, axes: list[Axis] | None = None) -> Captured:
-    found = capture(CaptureRequest.of(model, axes, mode="eval"))
+    result = capture(CaptureRequest.of(model, axes, mode="eval"))
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    tensors = {name: t.detach() for name, t in tensors.items()} | found.constants
-    program = found.program
+    tensors = {name: t.detach() for name, t in tensors.items()} | result.constants
+    program = result.program
     inputs = tuple(Axis(i.name, i.dtype, i.shape) for i in program.inputs)
-    return Captured(program.graph, find_structure(program.graph, found.constants), tensors, inputs)
+    return Captured(program.graph, find_structure(program.graph, result.constants), tensors, inputs)
 
 
 @cache
@@ -82,7 +82,7 @@ VALUES = [Axis("x", torch.float32, ("batch", "sequence", D))]
 
 
 class Misnamed(nn.Module):
-    """Attention spelled out, with names that lie and a fused, interleaved projection."""
+    """Attention spelled out, with misleading names and a fused, interleaved projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Packed(nn.Module):
 
 
 class Einsum(nn.Module):
-    """Attention in index notation: keys written in place, scores plus a bias that depends on the first layer."""
+    """Attention in index notation: keys written in place, and scores plus a bias that depends on the first layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""The roles that the weights of small models have, by hand: role to parameter and rows, in layer 0."""
+"""The roles of the weights of small models, determined by hand: role to parameter and rows, in layer 0."""
 
 from __future__ import annotations
 
 
 def bert_like(prefix: str) -> dict[str, tuple[str, str]]:
-    """Role to parameter and rows, in layer 0."""
+    """Map roles to parameter and rows, in layer 0."""
     layer = f"{prefix}.encoder.layer.0"
     return {
         "embed": (f"{prefix}.embeddings.word_embeddings.weight", "all"),
@@ -148,23 +148,23 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def plain(layer: str, q: str, k: str, v: str, o: str, up: str, down: str) -> dict[str, tuple[str, str]]:
-    """Six linear maps of a layer, by their paths in it."""
+    """Map the roles of six linear maps of a layer to their weights, from their paths in the layer."""
     names = {"attn.q": q, "attn.k": k, "attn.v": v, "attn.o": o, "ffn.up": up, "ffn.down": down}
     return {role: (f"{layer}.{name}.weight", "all") for role, name in names.items()}
 
 
 def seq2seq(model: str, up: str, down: str) -> dict[str, tuple[str, str]]:
-    """Both stacks of a model with the module names of BART."""
+    """Map the roles of both stacks of a model with the module names of BART."""
     encoder, decoder = f"{model}.encoder.layers.0", f"{model}.decoder.layers.0"
     names = tuple(f"{n}_proj" for n in ("q", "k", "v", "out"))
-    found = {f"encoder.{r}": w for r, w in split_qkv(f"{encoder}.self_attn", *names).items()}
-    found |= {f"decoder.{r}": w for r, w in split_qkv(f"{decoder}.self_attn", *names).items()}
-    found |= {f"decoder.cross.{r}": w for r, w in split_qkv(f"{decoder}.encoder_attn", *names).items()}
+    weights = {f"encoder.{r}": w for r, w in split_qkv(f"{encoder}.self_attn", *names).items()}
+    weights |= {f"decoder.{r}": w for r, w in split_qkv(f"{decoder}.self_attn", *names).items()}
+    weights |= {f"decoder.cross.{r}": w for r, w in split_qkv(f"{decoder}.encoder_attn", *names).items()}
     for stack, layer in (("encoder", encoder), ("decoder", decoder)):
-        found[f"{stack}.ffn.up"] = (f"{layer}.{up}.weight", "all")
-        found[f"{stack}.ffn.down"] = (f"{layer}.{down}.weight", "all")
-        found[f"{stack}.embed.position"] = (f"{model}.{stack}.embed_positions.weight", "all")
-    return found
+        weights[f"{stack}.ffn.up"] = (f"{layer}.{up}.weight", "all")
+        weights[f"{stack}.ffn.down"] = (f"{layer}.{down}.weight", "all")
+        weights[f"{stack}.embed.position"] = (f"{model}.{stack}.embed_positions.weight", "all")
+    return weights
 
 
 T5 = {
@@ -283,9 +283,9 @@ EXPECTED |= {
 EXPERTS: dict[str, dict[int, tuple[str, str]]] = {
     name: {
         layer: (f"model.layers.{layer}.{path}.gate_up_proj", f"model.layers.{layer}.{path}.down_proj")
-        for layer in found
+        for layer in layers
     }
-    for name, path, found in (
+    for name, path, layers in (
         ("mixtral", "mlp.experts", (0, 1)),
         ("deepseek", "mlp.experts", (1,)),
         ("qwen2_moe", "mlp.experts", (0, 1)),

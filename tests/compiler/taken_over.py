@@ -1,4 +1,4 @@
-"""Captures in which some layers are taken over from others, held against those for which every layer is traced."""
+"""Captures that take some layers over from others, compared with captures that trace every layer."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from graftc.passes.core.ir.printer import format_program
 
 
 def taken_over(model: nn.Module, axes: Sequence[Axis] | None = None, **settings: Any) -> Capture:
-    """The capture with layers taken over; written out it equals the one without, node by node, but for their names.
+    """Return a capture with layers taken over, once it is checked against one that traces every layer.
+
+    Written out, both have the same nodes, except for the nodes' names.
 
     Args:
         model: any module.
-        axes: its inputs.
-        settings: of the request.
+        axes: the model's inputs.
+        settings: settings of the request.
     """
     request = CaptureRequest.of(model, axes, **settings)
-    every, found = capture(request, alike=False), capture(request)
-    assert format_program(found.program) == format_program(every.program)
-    assert [n.target for n in found.program.graph.nodes] == [n.target for n in every.program.graph.nodes]
-    assert found.program.inputs == every.program.inputs
-    assert found.program.updates == every.program.updates
-    assert (found.notes, found.assigned, every.alike) == (every.notes, every.assigned, 0)
-    return found
+    every, result = capture(request, alike=False), capture(request)
+    assert format_program(result.program) == format_program(every.program)
+    assert [n.target for n in result.program.graph.nodes] == [n.target for n in every.program.graph.nodes]
+    assert result.program.inputs == every.program.inputs
+    assert result.program.updates == every.program.updates
+    assert (result.notes, result.assigned, every.alike) == (every.notes, every.assigned, 0)
+    return result
 
 
 def with_past(model: nn.Module, *, crosses: bool = True) -> list[Axis]:
-    """The inputs of a call of a transformers model with a cache.
+    """Return the inputs of a call of a transformers model with a cache.
 
     Args:
-        model: takes ids of tokens.
-        crosses: whether the cache has keys and values of an encoder, where the model has one.
+        model: a model that takes token ids.
+        crosses: whether the cache has keys and values of an encoder, if the model has one.
     """
     ids = torch.ones(2, 4, dtype=torch.int64)
     inputs = {"input_ids": ids, "attention_mask": ids}

@@ -1,4 +1,4 @@
-"""Passes of plugins: found, placed, held to what they say, shown like our own, and kept in keys and artifacts."""
+"""Passes of plugins: found, placed, checked against their declarations, shown like ours, and in keys and artifacts."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ SCALE = AddedPass(Pass("scale", scale, {{"places", "adapted"}}), after="insert")
 def install(tmp_path: Path) -> Iterator[Install]:
     folder = tmp_path / "site"
     folder.mkdir()
-    with installing(folder) as found:
-        yield found
+    with installing(folder) as installed:
+        yield installed
 
 
 def compiled() -> Compiled:
@@ -197,15 +197,15 @@ MEASURE = AddedPass(Pass("measure", measure, {{"places"}}, {{"widths"}}, rewrite
 SHOW = AddedPass(Pass("show", show, "widths", rewrites=False), after="measure")
 """
         install("widths", source, measure="MEASURE", show="SHOW")
-        found = {record.name: record.figures for record in compiled().report.passes}
-        assert [f.value for f in found["show"]] == [HIDDEN] and not found["measure"]
+        figures = {record.name: record.figures for record in compiled().report.passes}
+        assert [f.value for f in figures["show"]] == [HIDDEN] and not figures["measure"]
 
     def test_one_that_is_not_wanted_does_not_run(self, install: Install) -> None:
         wanted = "lambda program, context: 'houlsby' in context.spec.owners"
-        made = f"Pass('mine', lambda program, context: 1 / 0, wanted={wanted})"
-        install("mine", f"{HEAD}MINE = AddedPass({made}, after='insert')", mine="MINE")
-        found = compiled()
-        assert not found.report.passes and "mine" not in [row.step for row in history(found.snapshot)]
+        definition = f"Pass('mine', lambda program, context: 1 / 0, wanted={wanted})"
+        install("mine", f"{HEAD}MINE = AddedPass({definition}, after='insert')", mine="MINE")
+        model = compiled()
+        assert not model.report.passes and "mine" not in [row.step for row in history(model.snapshot)]
 
 
 class TestFigures:
@@ -226,18 +226,18 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
 
     def test_reports_have_them(self, install: Install) -> None:
         install("counting", self.SOURCE, "0.3", count="COUNT", after="AFTER")
-        found = compiled()
-        count, after = found.report.passes
+        model = compiled()
+        count, after = model.report.passes
         assert (count.pipeline, count.name, count.distribution, count.version) == ("adapt", "count", "counting", "0.3")
         assert (after.pipeline, after.name) == ("eval", "after") and not count.rewrites
-        program = found.compilation.program
+        program = model.compilation.program
         assert count.figures[-1].value == len(program("train").graph.nodes)
         assert [f.value for f in after.figures] == [len(program("eval").graph.nodes)]
-        rows = {(row.name, row.site): (row.layers, row.value) for row in figure_rows(found.report.passes)}
+        rows = {(row.name, row.site): (row.layers, row.value) for row in figure_rows(model.report.passes)}
         width, layers = HIDDEN, 2
         assert rows["rows", "bert.encoder.layer.*.attention.self.query.weight"] == (f"0-{layers - 1}", width)
         assert rows["rows", "bert.pooler.dense.weight"] == ("", width)
-        data = found.report.to_json()["passes"][0]
+        data = model.report.to_json()["passes"][0]
         assert data["figures"][-1] == {
             "name": "nodes",
             "site": "",
@@ -245,30 +245,30 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
             "stack": "",
             "value": count.figures[-1].value,
         }
-        assert "bert.encoder.layer.*.attention.self.query.weight" in found.report._repr_html_()
+        assert "bert.encoder.layer.*.attention.self.query.weight" in model.report._repr_html_()
 
     def test_graphs_are_as_without(self, install: Install) -> None:
         without = compiled()
         install("counting", self.SOURCE, count="COUNT", after="AFTER")
-        found = compiled()
+        model = compiled()
         for mode in ("train", "eval"):
-            assert found.print_graph(mode) == without.print_graph(mode)
-        steps = [row.step for row in history(found.snapshot)]
+            assert model.print_graph(mode) == without.print_graph(mode)
+        steps = [row.step for row in history(model.snapshot)]
         assert [step for step in steps if step not in ("count", "after")] == [
             row.step for row in history(without.snapshot)
         ]
         assert steps.index("count") == steps.index("insert(lora)") + 1 and steps[-1] == "after"
-        assert {"count", "after"} <= {step.name for step in found.report.steps}
+        assert {"count", "after"} <= {step.name for step in model.report.steps}
 
     def test_artifacts_keep_them(self, install: Install, tmp_path: Path) -> None:
         compiled().save(tmp_path / "without", certify=False)
         assert '"passes"' not in (tmp_path / "without" / "manifest.json").read_text(encoding="utf-8")
         install("counting", self.SOURCE, count="COUNT", after="AFTER")
-        found = compiled()
-        found.save(tmp_path / "artifact", certify=False)
+        model = compiled()
+        model.save(tmp_path / "artifact", certify=False)
         artifact = open_artifact(tmp_path / "artifact")
-        assert artifact.passes == artifact.snapshot.passes == found.report.passes
-        assert graftc.load(tmp_path / "without", tiny("bert")).report.passes == found.report.passes
+        assert artifact.passes == artifact.snapshot.passes == model.report.passes
+        assert graftc.load(tmp_path / "without", tiny("bert")).report.passes == model.report.passes
 
     def test_captures_have_keys_of_their_own(self, install: Install) -> None:
         model = tiny("bert")
@@ -283,33 +283,33 @@ class TestRewriting:
         plain = compiled().eval()
         inputs = inputs_for(plain)
         install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
-        found = compiled().eval()
-        assert torch.equal(flat(found(**inputs))[0], flat(plain(**inputs))[0])
-        rows = {row.step: row for row in history(found.snapshot, "train")}
-        sites = len(found.compilation.main.resolved[0].sites)
+        model = compiled().eval()
+        assert torch.equal(flat(model(**inputs))[0], flat(plain(**inputs))[0])
+        rows = {row.step: row for row in history(model.snapshot, "train")}
+        sites = len(model.compilation.main.resolved[0].sites)
         assert rows["scale"].added == sites and rows["scale"].verified
         assert rows["scale"].inserted == rows["insert(lora)"].inserted + sites
-        text = [line for line in found.print_graph("eval").splitlines() if "# + scale" in line]
+        text = [line for line in model.print_graph("eval").splitlines() if "# + scale" in line]
         assert len(text) == sites and all("aten.mul" in line for line in text)
-        (record,) = found.report.passes
+        (record,) = model.report.passes
         assert record.rewrites and not record.figures
 
     def test_what_it_inserts_is_explained(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
-        found = compiled()
-        made_by = ((node, provenance(node)) for node in found.program("eval").graph.nodes)
+        model = compiled()
+        made_by = ((node, provenance(node)) for node in model.program("eval").graph.nodes)
         node = next(node for node, origin in made_by if origin is not None and origin["adaptation"] == "scale")
-        explanation = explain(found.snapshot, node.name, "eval")
+        explanation = explain(model.snapshot, node.name, "eval")
         assert explanation.nodes[0].step == "scale" and "the pass 'scale' of scaling 1.0" in explanation.text()
 
     def test_it_changes_what_is_computed(self, install: Install) -> None:
         plain = compiled().eval()
         inputs = inputs_for(plain)
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
-        found = compiled().eval()
-        assert not torch.allclose(flat(found(**inputs))[0], flat(plain(**inputs))[0])
-        with found.disabled():
-            assert torch.equal(flat(found(**inputs))[0], flat(tiny("bert").eval()(**inputs))[0])
+        model = compiled().eval()
+        assert not torch.allclose(flat(model(**inputs))[0], flat(plain(**inputs))[0])
+        with model.disabled():
+            assert torch.equal(flat(model(**inputs))[0], flat(tiny("bert").eval()(**inputs))[0])
 
     def test_an_artifact_needs_the_same_pass(self, install: Install, tmp_path: Path) -> None:
         compiled().save(tmp_path / "plain", certify=False)
@@ -332,15 +332,15 @@ class TestRewriting:
     def test_the_example_of_the_guide(self, install: Install) -> None:
         (block,) = (b.text for b in blocks("writing-a-pass.md") if "def scale" in b.text)
         install("scaling", f"{HEAD}from graftc.extend import PassContext, Program\n{block}", scale="SCALE")
-        found = compiled()
-        added = next(row.added for row in history(found.snapshot) if row.step == "scale")
-        assert added == len(found.compilation.main.resolved[0].sites)
+        model = compiled()
+        added = next(row.added for row in history(model.snapshot) if row.step == "scale")
+        assert added == len(model.compilation.main.resolved[0].sites)
 
     def test_nothing_folds(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
-        found = compiled()
+        model = compiled()
         with pytest.raises(GraftError, match=r"the pass 'scale' of scaling 1\.0 has rewritten the graph") as caught:
-            found.merge()
+            model.merge()
         assert caught.value.code == "GC050" and "not installed" in caught.value.hint
 
     def test_it_lowers(self, install: Install) -> None:
@@ -357,13 +357,13 @@ TANH = AddedPass(Pass("double", tanh), pipeline="lower", after="lower(projection
         plain = compiled().train()
         inputs = inputs_for(plain)
         install("doubling", source.replace("FACTOR", "2.0"), double="TANH")
-        found = compiled().train()
-        assert found.print_graph("train") == plain.print_graph("train")
+        model = compiled().train()
+        assert model.print_graph("train") == plain.print_graph("train")
         torch.manual_seed(0)
-        one = flat(found(**inputs))[0]
+        one = flat(model(**inputs))[0]
         torch.manual_seed(0)
         assert not torch.equal(one, flat(plain(**inputs))[0])
-        assert history(found.snapshot, "train", lowered=True)[-1].step == "double"
+        assert history(model.snapshot, "train", lowered=True)[-1].step == "double"
 
     def test_one_that_breaks_a_lowered_graph(self, install: Install) -> None:
         source = f"""{HEAD}
@@ -375,17 +375,17 @@ BROKEN = AddedPass(Pass("broken", broken), pipeline="lower", after="lower(projec
 """
         install("breaking", source, broken="BROKEN")
         with pytest.raises(GraftError, match="leaves a graph that does not hold: after broken") as caught:
-            found = compiled().train()
-            found(**inputs_for(found))
+            model = compiled().train()
+            model(**inputs_for(model))
         assert caught.value.code == "GC077"
 
     def test_every_signature_goes_through_it(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
         model = tiny("llama")
-        found = graftc.compile({"adapt": [LORA]}, model).eval()
-        inputs = inputs_for(found)
-        found(**inputs, use_cache=True)
-        signatures = found.compilation.signatures
+        adapted = graftc.compile({"adapt": [LORA]}, model).eval()
+        inputs = inputs_for(adapted)
+        adapted(**inputs, use_cache=True)
+        signatures = adapted.compilation.signatures
         assert len(signatures) > 1 and all(s.passes[0].name == "scale" for s in signatures.values())
 
 

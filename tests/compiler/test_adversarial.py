@@ -1,4 +1,4 @@
-"""Architectures that are adversarial on purpose: each place is resolved rightly, or reported unresolved."""
+"""Deliberately adversarial architectures: each place is resolved correctly, or reported as unresolved."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Block(nn.Module):
     def heads(self, x: Tensor, linear: nn.Linear) -> Tensor:
         if "einsum" in self.tricks:
             weight = linear.weight.view(HEADS, D // HEADS, D)
-            found = torch.einsum("bld,hcd->blhc", x, weight) + linear.bias.view(HEADS, -1)
-            return F.dropout(found, 0.1, True) if "dropout" in self.tricks else found
-        found = linear(x)
+            projected = torch.einsum("bld,hcd->blhc", x, weight) + linear.bias.view(HEADS, -1)
+            return F.dropout(projected, 0.1, True) if "dropout" in self.tricks else projected
+        projected = linear(x)
         if "dropout" in self.tricks:
-            found = F.dropout(found, 0.1, True)
-        return found.view(*x.shape[:2], HEADS, D // HEADS)
+            projected = F.dropout(projected, 0.1, True)
+        return projected.view(*x.shape[:2], HEADS, D // HEADS)
 
     def values(self, x: Tensor) -> Tensor:
         if "functional" not in self.tricks:
             return self.heads(x, self.value)
-        found = F.linear(x, self.store[0].weight, self.store[0].bias)  # type: ignore[arg-type]
+        projected = F.linear(x, self.store[0].weight, self.store[0].bias)  # type: ignore[arg-type]
         if "dropout" in self.tricks:
-            found = F.dropout(found, 0.1, True)
-        return found.view(*x.shape[:2], HEADS, D // HEADS)
+            projected = F.dropout(projected, 0.1, True)
+        return projected.view(*x.shape[:2], HEADS, D // HEADS)
 
     def attend(self, x: Tensor) -> Tensor:
         query, value = self.heads(x, self.query), self.values(x)
@@ -83,8 +83,8 @@ class Adversarial(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        found: Tensor = self.head(x)
-        return found
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def adversarial(tricks: tuple[str, ...]) -> Captured:
@@ -97,20 +97,20 @@ def first_attention(model: Captured) -> Any:
 
 
 def claims(model: Captured, attention: Any) -> dict[tuple[str, int], set[str]]:
-    """Parameter and row to the operands of an attention that the findings say it makes."""
-    found: dict[tuple[str, int], set[str]] = {}
+    """Map parameter and row to the operands of an attention that the findings claim for them."""
+    claimed: dict[tuple[str, int], set[str]] = {}
     for letter in "qkv":
         for finding in model.structure.having(f"attn.{letter}"):
             if finding.parameter is not None and attention_of(model, finding) is attention:
                 for row in own_rows(model, finding).tolist():
-                    found.setdefault((finding.parameter, row), set()).add(letter)
-    return found
+                    claimed.setdefault((finding.parameter, row), set()).add(letter)
+    return claimed
 
 
 def truth(model: Captured, attention: Any) -> dict[tuple[str, int], set[str]]:
-    """What each row of each stored matrix really moves, for an attention that nothing but its own layer precedes."""
+    """Map each row of each stored matrix to the operands that it changes, for an attention in the first layer."""
     base = model.run()
-    found: dict[tuple[str, int], set[str]] = {}
+    changing: dict[tuple[str, int], set[str]] = {}
     for node, linear in model.flow.linears.items():
         if not model.flow.is_above(node, attention.node) or linear.parameter is None:
             continue
@@ -119,19 +119,19 @@ def truth(model: Captured, attention: Any) -> dict[tuple[str, int], set[str]]:
             change = perturbed(model, probe, torch.tensor([row]), noise)
             letters = moved(model, base, change, attention)
             if letters:
-                found.setdefault((linear.parameter, row), set()).update(letters)
-    return found
+                changing.setdefault((linear.parameter, row), set()).update(letters)
+    return changing
 
 
 def unresolved_parameters(model: Captured) -> set[str]:
-    """Parameters that an unresolved entry is about."""
+    """Return the parameters that unresolved entries are about."""
     modules = {u.module for u in model.structure.unresolved if u.reason}
     nodes = [n for n in model.flow.linears if n.meta["module"] in modules]
     return {str(p.target) for n in nodes for p in model.flow.parameters(model.flow.linears[n].weight)}
 
 
 def check(model: Captured) -> None:
-    """Every row that moves an operand of the first attention is claimed for just that, or reported."""
+    """Check that every row that changes an operand of the first attention is claimed for exactly that, or reported."""
     attention = first_attention(model)
     claimed, real = claims(model, attention), truth(model, attention)
     reported = unresolved_parameters(model)
@@ -142,11 +142,11 @@ def check(model: Captured) -> None:
 
 
 def by_role(model: Captured, layer: int = 0) -> dict[str, set[tuple[str | None, Any]]]:
-    found: dict[str, set[tuple[str | None, Any]]] = {}
+    places: dict[str, set[tuple[str | None, Any]]] = {}
     for f in model.structure.findings:
         if f.layer == layer and f.parameter is not None and f.kind != "norm":
-            found.setdefault(f.role, set()).add((f.parameter, f.rows))
-    return found
+            places.setdefault(f.role, set()).add((f.parameter, f.rows))
+    return places
 
 
 @pytest.mark.full
@@ -199,7 +199,7 @@ def test_the_check_sees_a_wrong_claim() -> None:
 
 
 class Hidden(nn.Module):
-    """Weights that are made on the fly, per-head weights in a 3-D tensor, and gates that data decides."""
+    """Weights computed in the forward pass, per-head weights in a 3-D tensor, or gates that depend on data, by kind."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -279,8 +279,8 @@ class Own(nn.Module):
 def test_multihead_attention(cross: bool, kdim: int | None, batch_first: bool, need_weights: bool) -> None:
     torch.manual_seed(0)
     model = captured(Own(cross=cross, batch_first=batch_first, kdim=kdim, need_weights=need_weights), [*VALUES, OTHER])
-    found = {f.role.rpartition("attn.")[2]: (f.parameter, f.rows) for f in model.structure.having("attn.q")}
-    found |= {
+    actual = {f.role.rpartition("attn.")[2]: (f.parameter, f.rows) for f in model.structure.having("attn.q")}
+    actual |= {
         f.role.rpartition("attn.")[2]: (f.parameter, f.rows) for x in "kvo" for f in model.structure.having(f"attn.{x}")
     }
     if kdim is None:
@@ -288,7 +288,7 @@ def test_multihead_attention(cross: bool, kdim: int | None, batch_first: bool, n
         expected: dict[str, Any] = {letter: ("attention.in_proj_weight", rows) for letter, rows in runs.items()}
     else:
         expected = {letter: (f"attention.{letter}_proj_weight", None) for letter in "qkv"}
-    assert found == expected | {"o": ("attention.out_proj.weight", None)}
+    assert actual == expected | {"o": ("attention.out_proj.weight", None)}
     assert ("cross" in next(iter(model.structure.having("attn.q"))).role) == cross
     if not cross:
         check(model)

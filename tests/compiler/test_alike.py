@@ -22,7 +22,7 @@ WIDTH, DEPTH = 8, 6
 
 
 class Layer(nn.Module):
-    """A residual layer that knows its place."""
+    """A residual layer that stores its position."""
 
     def __init__(self, place: int = 0, width: int = WIDTH) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers one behind the other."""
+    """Layers in sequence."""
 
     def __init__(self, make: Callable[[int], nn.Module] = Layer) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Stack(nn.Module):
 
 
 def once(model: nn.Module) -> Capture:
-    """A capture with layers taken over, held against the one without."""
+    """Return a capture with layers taken over, checked against one that traces every layer."""
     return taken_over(model, [Axis("x", torch.float32, ("batch", WIDTH))])
 
 
@@ -98,7 +98,7 @@ def test_what_follows_from_modes_and_hooks_is_seen() -> None:
 
     hooked = Stack()
     hooked.layers[2].inner.register_forward_hook(lambda module, args, result: 2 * result)
-    assert once(hooked).alike == DEPTH - 3  # one that holds a hook of unknown kind is like no other
+    assert once(hooked).alike == DEPTH - 3  # a layer with a hook of unknown kind is like no other
 
 
 @pytest.mark.slow
@@ -196,8 +196,8 @@ def test_a_state_outside_of_the_model_shows_in_the_last_layer() -> None:
 
 @pytest.mark.full
 def test_a_graph_that_the_model_disagrees_with_is_captured_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state outside of the model that neither the first nor the last layer shows: running the model tells."""
-    monkeypatch.setattr(LooksElsewhere, "of", lambda self, module: False)  # as where the class is a library's
+    """Running the model reveals state outside of it that neither the first nor the last layer shows."""
+    monkeypatch.setattr(LooksElsewhere, "of", lambda self, module: False)  # as for the class of a library
     special: set[int] = set()
 
     class Secret(Layer):
@@ -236,8 +236,8 @@ def test_what_a_layer_does_with_a_cache(own: Callable[[Any, Any], Any], count: i
     class Own(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
         def forward(self, hidden_states: Tensor, cache: Any = None, **rest: Any) -> Tensor:
             scale = own(self, cache) if cache is not None else 1
-            made: Tensor = super().forward(hidden_states, cache=cache, **rest)
-            return made * scale
+            result: Tensor = super().forward(hidden_states, cache=cache, **rest)
+            return result * scale
 
     model = families.llama(num_hidden_layers=7).requires_grad_(False)
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""Layers whose code may tell them apart by what no layer holds are traced one by one."""
+"""Layers are traced one by one if their code may tell them apart by something that no layer stores."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def by_closure(place: int) -> nn.Module:
 
 
 class Plain(Layer):
-    """Globals that do not change, helpers, a property: nothing of it tells layers apart."""
+    """A layer with constant globals, helpers and a property, none of which tells layers apart."""
 
     @property
     def ratio(self) -> float:
@@ -119,8 +119,8 @@ def test_what_does_not(module: nn.Module) -> None:
 def test_layers_that_know_their_model(hold: Callable[[nn.Module], Any]) -> None:
     class Knowing(Layer):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-            held: Any = self.held
-            model = held() if callable(held) else held[0]
+            reference: Any = self.held
+            model = reference() if callable(reference) else reference[0]
             return super().forward(x.detach() if model.layers[3] is self else x, scale)
 
     model = Stack(Knowing)
@@ -136,7 +136,7 @@ def test_gradients_that_one_layer_stops(kind: Callable[[int], nn.Module]) -> Non
 
 
 def require_a_stop_at_the_fourth(model: nn.Module) -> None:
-    """Layers before it get no gradient, so that they cannot be adapted, and those behind it can."""
+    """Check that layers before the fourth get no gradient, so cannot be adapted, and that layers after it can be."""
     x = torch.randn(3, 8)
     with pytest.raises(GraftError) as error:
         graftc.compile(adapted("layers.*.inner"), model, {"x": x}, cache=False)

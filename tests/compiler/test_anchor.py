@@ -1,4 +1,4 @@
-"""The anchor: base graphs held against the model itself."""
+"""The anchor: base graphs compared with the model itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _differing(name: str) -> tuple[Base, Compiled, Tensor]:
 )
 @pytest.mark.parametrize("name", DIFFERING)
 def test_eval_mode_that_differs_is_captured_by_itself(name: str) -> None:
-    """Eval outputs, those under `disabled()`, and the merged model's are those of the model in eval mode."""
+    """Eval outputs, also under `disabled()`, are the model's in eval mode, and merging preserves the adapted ones."""
     model, compiled, x = _differing(name)
     model.eval().requires_grad_(False)
     compiled.eval()
@@ -60,14 +60,14 @@ def test_eval_mode_that_differs_is_captured_by_itself(name: str) -> None:
     assert merged.certificate.passed and merged.certificate.structure == merged.certificate.base_structure
     for a, b in zip(flat(merged(x)), adapted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    found = compiled.compilation.main.anchors
-    assert {a.mode for a in found} == {"train", "eval"} and all(a.exact for a in found)
-    assert merged.certificate.anchors == found
+    anchors = compiled.compilation.main.anchors
+    assert {a.mode for a in anchors} == {"train", "eval"} and all(a.exact for a in anchors)
+    assert merged.certificate.anchors == anchors
 
 
 @pytest.mark.slow
 def test_layer_of_train_mode_alone_is_adapted_there_alone() -> None:
-    """An auxiliary layer that eval mode passes over trains, and eval mode is the model's."""
+    """An auxiliary layer that eval mode skips is trained, and eval mode equals the model's."""
     torch.manual_seed(3)
     model, x = DIFFERING["SkippedLayer"](), torch.randn(4, 8)
     spec = {"adapt": [{"method": "lora", "name": n, "rank": 2, "target": {"modules": n}} for n in ("auxiliary", "fc")]}
@@ -84,7 +84,7 @@ def test_layer_of_train_mode_alone_is_adapted_there_alone() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_contract_families_are_equal_to_the_bit_and_quiet(family_name: str) -> None:
-    """In both modes, with the tables and counters that their layers remember, and nothing is warned of."""
+    """Both modes are exact, with the tables and counters that layers store, and there are no warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         report = graftc.check(_lora(), tiny(family_name))
@@ -94,7 +94,7 @@ def test_contract_families_are_equal_to_the_bit_and_quiet(family_name: str) -> N
 
 
 class Broken(Base):
-    """Reads something that no graph has."""
+    """A model that reads something that no graph contains."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -122,14 +122,14 @@ _GLOBAL = {"calls": 0}
 
 @pytest.mark.parametrize("cls", Broken.__subclasses__())
 def test_a_graph_that_is_not_the_model_is_refused(cls: type[Broken]) -> None:
-    """What the tracer sees otherwise than a caller does is GC041 when it is compiled, naming the output and how far."""
+    """If the tracer sees something else than a caller, compiling raises GC041 with the output and the difference."""
     with pytest.raises(GraftError, match=r"output output differs by") as caught:
         graftc.compile({**SPEC, "capture": "graph"}, cls(), example_inputs=(torch.randn(4, 8),), cache=False)
     assert caught.value.code == "GC041" and caught.value.hint
 
 
 class Assigning(Base):
-    """Counts, keeps and stashes."""
+    """A model with attributes for its forward to count, append and assign."""
 
     def build(self) -> None:
         self.calls, self.history, self.recent = 0, [1], deque([1], maxlen=3)
@@ -204,7 +204,7 @@ _ASSIGNMENTS: dict[str, Callable[[Any], None]] = {
     [*((name, "forward") for name in _ASSIGNMENTS), *(("calls", w) for w in ("submodule", "hook", "instance"))],
 )
 def test_forward_that_assigns_is_warned_of_and_undone(name: str, where: str) -> None:
-    """GC042 has the attribute's path, whoever assigns; the model itself is as before."""
+    """GC042 has the attribute's path, wherever it is assigned, and the model itself stays unchanged."""
     model, owner, path = _assigning(where, _ASSIGNMENTS[name])
     before = {key: repr(value) for key, value in vars(owner).items()}
     with pytest.warns(GraftWarning, match=rf"GC042.* assigns to {path}{name},") as caught:
@@ -232,7 +232,7 @@ _HELD: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", _HELD)
 def test_what_a_module_holds_is_no_assignment(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    """The tracer puts copies of containers in their places."""
+    """The tracer temporarily replaces containers by copies, which is not an assignment."""
     model = Base()
     model.held = _HELD[name]
     graftc.check(SPEC, model, example_inputs=(torch.randn(4, 8),), cache=False)
@@ -265,7 +265,7 @@ def _assigning(where: str, act: Callable[[Any], None]) -> tuple[nn.Module, nn.Mo
 
 @pytest.mark.full
 def test_what_is_drawn_outside_of_tensors_is_warned_of() -> None:
-    """Layerdrop and SpecAugment that capturing switches off are GC047, from the cache and on the meta device too."""
+    """Layerdrop and SpecAugment that capturing switches off give GC047, also from the cache and on the meta device."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     sizes = {"d_model": 16, "vocab_size": 50, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
@@ -282,7 +282,7 @@ def test_what_is_drawn_outside_of_tensors_is_warned_of() -> None:
 
 
 class Tracking(Base):
-    """Draws, keeps statistics, counts calls."""
+    """A model that draws random numbers, keeps statistics and counts calls."""
 
     def build(self) -> None:
         self.norm, self.drop = nn.BatchNorm1d(12), nn.Dropout(0.3)
@@ -294,7 +294,7 @@ class Tracking(Base):
 
 
 def test_nothing_is_left_behind() -> None:
-    """Buffers, attributes, hooks, modes, gradients' flags and random states are as before."""
+    """Buffers, attributes, hooks, modes, ``requires_grad`` flags and random states stay unchanged."""
     numpy = pytest.importorskip("numpy")
     model, x = Tracking(), torch.randn(4, 8)
     model.train()
@@ -308,8 +308,8 @@ def test_nothing_is_left_behind() -> None:
     compiled = graftc.compile(SPEC, model, example_inputs=(x,), cache=False)
     assert all(a.exact for a in compiled.report.anchors)
     for name, tensor in model.named_buffers():
-        held, value, version = buffers[name]
-        assert tensor is held and torch.equal(tensor, value) and tensor._version == version
+        original, value, version = buffers[name]
+        assert tensor is original and torch.equal(tensor, value) and tensor._version == version
     assert all(p is parameters[n][0] and p.requires_grad == parameters[n][1] for n, p in model.named_parameters())
     assert [module.training for module in model.modules()] == modes
     assert list(model.fc._forward_hooks) == [handle.id]
@@ -319,19 +319,19 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_update_of_a_buffer_that_the_graph_lacks_is_seen() -> None:
-    """A graph that gives the outputs and does not count the batch is not the model."""
+    """A graph with the right outputs that does not count the batch does not pass as the model."""
     model = Tracking()
     request = CaptureRequest(model, (graftc.compiler.capture.signature.Axis("x", torch.float32, ("batch", 8)),))
-    found = capture(request)
-    (node,) = found.program.graph.find_nodes(op="call_function", target=aten.add_.Tensor)
-    assert anchor(request, found.program, found.constants).exact
-    found.program.graph.erase_node(node)
-    held = anchor(request, found.program, found.constants)
-    assert not held.passed and held.differing[0].startswith("the update of norm.num_batches_tracked")
+    traced = capture(request)
+    (node,) = traced.program.graph.find_nodes(op="call_function", target=aten.add_.Tensor)
+    assert anchor(request, traced.program, traced.constants).exact
+    traced.program.graph.erase_node(node)
+    result = anchor(request, traced.program, traced.constants)
+    assert not result.passed and result.differing[0].startswith("the update of norm.num_batches_tracked")
 
 
 def test_draws_that_the_graph_has_not_do_not_matter() -> None:
-    """Train mode compares although the model draws more than its graph, which has what its outputs depend on."""
+    """Train mode is compared even if the model draws more than its graph, which has all draws that outputs need."""
 
     class Drawing(Base):
         def body(self, h: Tensor) -> Tensor:
@@ -345,7 +345,7 @@ def test_draws_that_the_graph_has_not_do_not_matter() -> None:
 
 @pytest.mark.slow
 def test_what_eval_mode_draws_stays() -> None:
-    """Dropout that is never switched off drops in eval mode as the model's, that of adaptations does not."""
+    """Dropout that is never switched off applies in eval mode as in the model; that of adaptations does not."""
 
     class Always(Base):
         def body(self, h: Tensor) -> Tensor:
@@ -365,7 +365,7 @@ def test_what_eval_mode_draws_stays() -> None:
 def test_a_short_table_of_positions_is_no_reason_to_look_less_closely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples are as long as the model takes them, so that a kept graph is held against them and used again."""
+    """Samples are no longer than the model allows, so a cached graph is checked against them and reused."""
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     reports = [graftc.check(_lora(), tiny("roberta", max_position_embeddings=12)) for _ in range(2)]
     assert [report.cached for report in reports] == [False, True]

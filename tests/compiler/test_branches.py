@@ -1,4 +1,4 @@
-"""What branches without a plain attention or feed-forward are made of, in models written by hand."""
+"""Roles in branches without a plain attention or feed-forward, in models written by hand."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ IMAGES = [Axis("x", torch.float32, ("batch", 8, 6, 6))]
 
 
 def roles(model: Captured) -> dict[str, set[str | None]]:
-    """Role to parameters, without norms."""
-    found: dict[str, set[str | None]] = {}
+    """Map each role to its parameters, without norms."""
+    parameters: dict[str, set[str | None]] = {}
     for f in model.structure.findings:
         if f.role not in ("norm", "attn"):
-            found.setdefault(f.role, set()).add(f.parameter)
-    return found
+            parameters.setdefault(f.role, set()).add(f.parameter)
+    return parameters
 
 
 def reasons(model: Captured) -> dict[str, str]:
@@ -57,7 +57,7 @@ def test_maps_over_positions_are_mixers() -> None:
 
 
 class LinearAttention(nn.Module):
-    """Keys and values are summed up before the queries meet them; or a running sum, or a Fourier transform."""
+    """Attention that sums keys and values before it applies queries, a running sum, or a Fourier transform, by kind."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_sums_without_a_softmax_are_mixers() -> None:
 
 
 class Pooled(nn.Module):
-    """Additive attention: values are weighed by a softmax over positions and summed up."""
+    """Additive attention: values are weighted by a softmax over positions and summed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ class Convolutional(nn.Module):
         x = self.stem(x)
         x = x + self.project(F.relu(self.deep(F.relu(self.expand(x)))))
         x = x + self.down(F.relu(self.up(x)))
-        found: Tensor = self.head(x.mean((2, 3)))
-        return found
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 def test_channels_are_followed_where_they_come_first() -> None:
@@ -142,7 +142,7 @@ def test_channels_are_followed_where_they_come_first() -> None:
 
 
 class ChannelsFirst(nn.Module):
-    """Attention over an image with queries, keys and values in one grouped 1x1 convolution."""
+    """Attention over an image, with queries, keys and values in one grouped 1x1 convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_fused_convolution_is_split_by_rows() -> None:
 
 
 class Deep(nn.Module):
-    """A stored query weighs the outputs of the layers so far: no attention that projections belong to."""
+    """A stored query that weights the outputs of the layers so far: an attention without projections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,8 +183,8 @@ class Deep(nn.Module):
         branch = self.down(F.relu(self.up(x)))
         layers = torch.stack([x, x + branch, branch], 2)
         weights = (layers @ self.query.t()).transpose(-1, -2).softmax(-1)
-        found: Tensor = self.head((weights @ layers).squeeze(2))
-        return found
+        logits: Tensor = self.head((weights @ layers).squeeze(2))
+        return logits
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_a_weighted_mean_of_layers_gives_no_projections() -> None:
 
 
 class Filled(nn.Module):
-    """Keys are put together in copies: half of them from one map, half from another; values are broadcast."""
+    """Keys are assembled by copies, half from one map and half from another; values are broadcast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_copies_and_broadcasts_are_followed() -> None:
 
 
 class Reversed(nn.Module):
-    """Scores with keys first: the softmax runs over rows."""
+    """Scores with keys first, so the softmax runs over rows."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def test_queries_are_what_the_softmax_does_not_run_over() -> None:
 
 
 class Routed(nn.Module):
-    """Experts as modules of their own, chosen by a sigmoid router, beside a shared expert with a gate."""
+    """Experts as separate modules, chosen by a sigmoid router, beside a shared expert with a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,9 +270,9 @@ class Routed(nn.Module):
         scores = torch.sigmoid(self.router(x))
         values, places = scores.topk(2, -1)
         weights = torch.zeros_like(scores).scatter(-1, places, values)
-        found = [down(F.silu(up(x))) for up, down in zip(self.ups, self.downs, strict=True)]
-        routed = sum(weights[..., i : i + 1] * found[i] for i in range(3))
-        return x + routed + torch.sigmoid(self.gate(x)) * found[3]
+        outputs = [down(F.silu(up(x))) for up, down in zip(self.ups, self.downs, strict=True)]
+        routed = sum(weights[..., i : i + 1] * outputs[i] for i in range(3))
+        return x + routed + torch.sigmoid(self.gate(x)) * outputs[3]
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_experts_that_are_modules_are_feed_forwards() -> None:
 
 
 class Scaled(nn.Module):
-    """The stream is scaled by a stored vector, the branch by a number in the same call."""
+    """A stream scaled by a stored vector, and a branch scaled by a number in the same call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,8 +301,8 @@ class Scaled(nn.Module):
 
 def test_a_scaled_stream_and_a_weight_used_twice() -> None:
     model = captured(Scaled(), VALUES)
-    found = [(f.role, f.parameter, f.use) for f in model.structure.findings]
-    assert found == [(f"ffn.{n}", f"{n}.weight", use) for use in (0, 1) for n in ("up", "down")]
+    actual = [(f.role, f.parameter, f.use) for f in model.structure.findings]
+    assert actual == [(f"ffn.{n}", f"{n}.weight", use) for use in (0, 1) for n in ("up", "down")]
     assert [(s.roles, s.use) for s in model.structure.sublayers] == [(("ffn.sublayer",), 0), (("ffn.sublayer",), 1)]
     first, second = model.structure.sublayers
     assert second.stream is first.sum and first.normed.op == "placeholder" and second.normed is first.sum

@@ -1,4 +1,4 @@
-"""The capture cache: its keys tell apart whatever a capture depends on, and its files are believed only when whole."""
+"""The capture cache: keys cover everything that a capture depends on, and only intact files are trusted."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Slotted:
 
 
 class Net(nn.Module):
-    """Its forward calls whatever is in `held`."""
+    """A model whose forward calls everything in `held`."""
 
     def __init__(self, **held: Any) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def closure(factor: float) -> Callable[[Tensor], Tensor]:
 
 
 def noted(value: float) -> Callable[[Tensor], Tensor]:
-    """A function that reads an attribute of its own."""
+    """Return a function that reads one of its own attributes."""
 
     def scaled(x: Tensor) -> Tensor:
         return x * scaled.value  # type: ignore[attr-defined, no-any-return]
@@ -290,25 +290,24 @@ def test_code_that_transformers_picks_from_a_registry(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_every_family_have_a_key(family: str) -> None:
-    """The same for equal models, for copies, and for one that has run."""
+    """Equal models, their copies, and a model that has run have the same key."""
     model = tiny(family)
     axes = default_axes(model)
-    found = cache.key(CaptureRequest.of(model, axes))
-    assert found is not None
+    expected = cache.key(CaptureRequest.of(model, axes))
+    assert expected is not None
     assert (
         cache.key(CaptureRequest.of(tiny(family, seed=1), axes))
-        == found
+        == expected
         == cache.key(CaptureRequest.of(copy.deepcopy(model), axes))
     )
     if family != "vit":
         ids = torch.ones(1, 4, dtype=torch.long)
         model(input_ids=ids, output_hidden_states=True, **({"decoder_input_ids": ids} if family == "t5" else {}))
-        assert cache.key(CaptureRequest.of(model, axes)) == found
+        assert cache.key(CaptureRequest.of(model, axes)) == expected
 
 
 def test_a_key_does_not_depend_on_other_models_or_on_where_logs_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers keeps what the outputs of each class of model are recorded by, and a handler of its log with a
-    stream: neither is in a graph."""
+    """transformers' registry of outputs to record and its log handler's stream are in no graph, and in no key."""
     from transformers.utils import logging, output_capturing
 
     model = tiny("gpt2")
@@ -322,7 +321,7 @@ def test_a_key_does_not_depend_on_other_models_or_on_where_logs_go(monkeypatch: 
 
 
 def test_a_key_is_cheap() -> None:
-    """50 ms of a quiet processor for models of usual depth; here twelve layers."""
+    """A key of a model of usual depth, here twelve layers, takes 50 ms on an idle processor."""
     model = tiny("bert", num_hidden_layers=12)
     axes = default_axes(model)
     cache.key(CaptureRequest.of(model, axes))
@@ -365,7 +364,7 @@ def test_a_changed_model_never_gets_the_graph_of_a_plain_one(
 
 
 def test_the_digest_of_our_own_code_covers_what_is_imported() -> None:
-    """All that the two modules import, and so on."""
+    """The digest covers all files that the two modules import, directly or indirectly."""
     package = Path(graftc.__file__).parent
     waiting = [package / "compiler/capture/capture.py", package / "compiler/capture/cache.py"]
     needed: set[Path] = set()
@@ -378,7 +377,7 @@ def test_the_digest_of_our_own_code_covers_what_is_imported() -> None:
 
 
 def imported(package: Path, path: Path) -> Iterator[Path]:
-    """The files of a package that a file of it imports, anywhere in it."""
+    """Yield the files of a package that one of its files imports, anywhere in the code."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
@@ -390,12 +389,12 @@ def imported(package: Path, path: Path) -> Iterator[Path]:
             yield from (file for file in files if file.is_file())
 
 
-# Files.
+# Cached files
 
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, Path]:
-    """A model whose capture is in the cache, and its file."""
+    """A model whose capture is in the cache, and the cached file."""
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path / "captures"))
     model = Net()
     cache.captured(CaptureRequest.of(model, AXES))
@@ -409,7 +408,7 @@ def reseal(content: bytes) -> bytes:
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
-    """Another content, under a digest that fits."""
+    """Return a function that edits the content, under a digest that fits."""
 
     def run(text: bytes) -> bytes:
         data = json.loads(text.partition(b"\n")[2])
@@ -478,8 +477,8 @@ def test_a_changed_file_is_a_miss_and_goes(name: str, kept: tuple[Net, Path]) ->
     path.write_bytes(EDITS[name](path.read_bytes()))
     assert cache.lookup(CaptureRequest.of(model, AXES)) is None
     assert not path.exists()
-    found = cache.captured(CaptureRequest.of(model, AXES))
-    assert not found.cached and path.exists()
+    again = cache.captured(CaptureRequest.of(model, AXES))
+    assert not again.cached and path.exists()
 
 
 def test_an_intact_file_under_another_name_is_a_miss(kept: tuple[Net, Path]) -> None:
@@ -524,10 +523,10 @@ def test_what_somebody_else_may_have_written_is_not_read(name: str, kept: tuple[
 
 
 def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = tempfile.mkstemp
+    original = tempfile.mkstemp
 
     def mkstemp(**where: Any) -> tuple[int, str]:
-        handle, name = made(**where)
+        handle, name = original(**where)
         os.close(handle)
         return os.open("/dev/full", os.O_WRONLY), name
 

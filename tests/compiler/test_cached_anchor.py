@@ -1,4 +1,4 @@
-"""Graphs with a cache are held against the model in two steps: a prompt, and a token behind it."""
+"""Graphs with a cache are compared with the model in two steps: a prompt, and then a single token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = torch.tensor([[5, 9, 23, 7]])
 
 
 def odd(where: Callable[[int, int], bool]) -> Any:
-    """A Llama whose logits are others where something holds of the past's length and the number of new tokens."""
+    """Return a Llama with other logits if a condition on the past's length and the number of new tokens holds."""
 
     class Odd(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         def forward(self, input_ids: Any = None, cache: Any = None, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def odd(where: Callable[[int, int], bool]) -> Any:
     "where", [lambda past, new: past == 0, lambda past, new: past > 0 and new == 1], ids=["prompts", "single tokens"]
 )
 def test_what_a_graph_does_not_show_is_found(where: Callable[[int, int], bool]) -> None:
-    """The tracer sees several tokens behind a past, so that neither branch is in the graph."""
+    """The tracer sees several tokens after a past, so neither branch is in the graph."""
     compiled = graftc.compile(SPEC, odd(where)).eval()
     with pytest.raises(GraftError) as error:
         compiled(IDS, use_cache=True)
@@ -63,5 +63,5 @@ def test_steps_are_as_many_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(tokens for past, tokens in lengths if past == 0)
     assert {(0, first), (1, 1)} <= set(lengths)
     assert any(past > 0 and new > 1 for past, new in lengths)
-    (found,) = (f for s, f in compiled.compilation.signatures.items() if "use_cache=True" in s.inputs)
-    assert all(held.passed and held.difference is not None for held in found.anchors)
+    (signature,) = (f for s, f in compiled.compilation.signatures.items() if "use_cache=True" in s.inputs)
+    assert all(record.passed and record.difference is not None for record in signature.anchors)

@@ -1,4 +1,4 @@
-"""Layers that are alike are adapted as one function and its calls; all else sees every layer."""
+"""Layers that are alike are adapted as one function and its calls; all other code sees every layer."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def is_called(compiled: Any) -> bool:
 
 
 def codes(compiled: Any, mode: Any = "train") -> set[int]:
-    """Functions that the repeated layers run in a mode of the first signature."""
+    """Return the functions that the repeated layers run in a mode of the first signature."""
     key = compilation_of(compiled).key(mode)
     every = (pair for block in compiled._graftc.blocks.values() for pair in block._graftc.functions.items())
-    found = (function for name, function in every if name.startswith(f"{key}#"))
-    return {id(getattr(function, "function", function)) for function in found}
+    functions = (function for name, function in every if name.startswith(f"{key}#"))
+    return {id(getattr(function, "function", function)) for function in functions}
 
 
 def hashed(program: Program) -> str:
-    """The structural hash with every call written out, and without what edits have replaced."""
-    made = program.copy(edits=Edits())
-    expand(made.graph)
-    remove_dead(made)
-    return structural_hash(made)
+    """Return the structural hash with every call written out, and without the nodes that edits have replaced."""
+    expanded = program.copy(edits=Edits())
+    expand(expanded.graph)
+    remove_dead(expanded)
+    return structural_hash(expanded)
 
 
 def require_the_same(compiled: Any) -> None:
-    """Graphs and tensors are those of every layer adapted by itself, and so are outputs and gradients to the bit."""
+    """Check that graphs, tensors, outputs and gradients equal those of layers adapted one by one, to the bit."""
     compilation, runner = compilation_of(compiled), compiled._graftc
     as_run = {key: hashed(program) for key, program in compilation.table.programs.items()}
     parts = copy.deepcopy(dict(compilation.parts))
@@ -79,26 +79,28 @@ def require_the_same(compiled: Any) -> None:
 
 
 def require_every_layer(compiled: Any) -> None:
-    """Its tensors are those of the same spec with every layer written out from the beginning, to the bit."""
-    found = compilation_of(compiled)
-    start = StartingPoint(found.seed, use_cache=False, every_layer=True)
-    wanted = compile_model(found.spec, found.source, found.main.axes, flags=found.flags, start=start)
-    ours, theirs = dict(found.store.adapters()), dict(wanted.store.adapters())
+    """Check that tensors equal those of the same spec with every layer written out from the start, to the bit."""
+    compilation = compilation_of(compiled)
+    start = StartingPoint(compilation.seed, use_cache=False, every_layer=True)
+    wanted = compile_model(
+        compilation.spec, compilation.source, compilation.main.axes, flags=compilation.flags, start=start
+    )
+    ours, theirs = dict(compilation.store.adapters()), dict(wanted.store.adapters())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
-    """Outputs in both modes, and gradients."""
+    """Return the outputs in both modes, and the gradients."""
     compiled.eval()
-    found = {f"eval {number}": value for number, value in enumerate(outputs_of(compiled, inputs))}
+    results = {f"eval {number}": value for number, value in enumerate(outputs_of(compiled, inputs))}
     compiled.train().zero_grad(set_to_none=True)
     torch.manual_seed(3)
     leaves = pytree.tree_leaves(compiled(**inputs))
     values = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    found |= {f"train {number}": value.detach() for number, value in enumerate(values)}
+    results |= {f"train {number}": value.detach() for number, value in enumerate(values)}
     sum(value.square().mean() for value in values if value.requires_grad).backward()  # type: ignore[union-attr]
-    return found | {name: p.grad.clone() for name, p in compiled.named_parameters() if p.grad is not None}
+    return results | {name: p.grad.clone() for name, p in compiled.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -170,18 +172,18 @@ class TestWrittenOut:
 
     def test_threads_write_out_once(self) -> None:
         compiled = compiled_at()
-        found: list[Program] = []
+        programs: list[Program] = []
 
         def look() -> None:
-            found.append(compilation_of(compiled).program("eval"))
+            programs.append(compilation_of(compiled).program("eval"))
 
         threads = [threading.Thread(target=look) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(found) == 4
-        assert len({id(program) for program in found}) == 1
+        assert len(programs) == 4
+        assert len({id(program) for program in programs}) == 1
 
     def test_trained_tensors_stay(self) -> None:
         compiled = compiled_at().eval()
@@ -238,14 +240,14 @@ class TestToldAsOfEveryLayer:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             graftc.compile(spec, model, seed=0, cache=False)
-        found = [str(each.message) for each in told if "GC024" in str(each.message)]
-        assert found
-        assert len(found) == len(set(found))
+        messages = [str(each.message) for each in told if "GC024" in str(each.message)]
+        assert messages
+        assert len(messages) == len(set(messages))
 
 
 @pytest.mark.slow
 def test_parts_of_a_call_are_written_out_one_by_one() -> None:
-    """What a decoder's graph lacks of the adaptations is looked for in the graphs of other parts as they are run."""
+    """Adaptations that a decoder's graph lacks are looked up in the graphs of other parts, as they are run."""
     model = tiny("t5", layers=DEPTH).eval()
     target = {"role": ["attn.q", "attn.k", "attn.v"]}
     compiled: Any = graftc.compile(
@@ -260,7 +262,7 @@ def test_parts_of_a_call_are_written_out_one_by_one() -> None:
 
 @pytest.mark.parametrize("field", ["density", "equivalent_rank"])
 def test_an_attempt_with_calls_that_fails_leaves_nothing(field: str) -> None:
-    """SpIEL looks for indices that are there already, and would take those of the attempt for what was selected."""
+    """SpIEL reuses existing indices, and would mistake those of a failed attempt for selected ones."""
     compiled = compiled_at(adapt={"method": "spiel", "variant": "MA", field: {"density": 0.1}.get(field, 2)})
     assert not is_called(compiled)
     require_every_layer(compiled)

@@ -1,4 +1,4 @@
-"""Stacks of layers that are alike, whose outer code does more than to call one after the other."""
+"""Stacks of layers that are alike, whose outer code does more than call one after the other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers in a row, and what an outer forward does with them."""
+    """Layers in a row, and an outer forward that uses them."""
 
     def __init__(self, run: Callable[[Any, Tensor], Tensor], depth: int = 7) -> None:
         super().__init__()

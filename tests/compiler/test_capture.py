@@ -1,4 +1,4 @@
-"""Capturing: both modes agree, nothing of the model changes, and the cache gives back the same graph."""
+"""Capturing: both modes agree, the model is not changed, and the cache returns the same graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_derived_eval_is_a_direct_eval_capture(family: str) -> None:
 
 
 class Counting(nn.Module):
-    """Batch normalisation and several dropouts: everything that a mode changes."""
+    """Batch normalisation and several dropouts: everything that depends on the mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_the_cache_can_be_switched_off(monkeypatch: Any) -> None:
 
 
 class Skipping(nn.Module):
-    """A layer that may be skipped at random while training."""
+    """A model with a layer that may be skipped at random in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_stochastic_depth_is_gone_in_eval_mode() -> None:
 
 
 def test_what_is_joined_and_cut_again_is_its_parts() -> None:
-    """Biases that are concatenated only to be cut at the same places belong to their linear maps."""
+    """Biases that are concatenated and split again at the same places belong to their linear maps."""
 
     class Joined(nn.Module):
         def __init__(self) -> None:
@@ -164,22 +164,22 @@ def test_what_is_joined_and_cut_again_is_its_parts() -> None:
             a, b = torch.cat((self.first.bias, self.second.bias)).chunk(2)
             return F.linear(x, self.first.weight, a) * F.linear(x, self.second.weight, b)
 
-    found = capture(CaptureRequest.of(Joined(), [Axis("x", torch.float32, ("batch", 6))])).program
+    program = capture(CaptureRequest.of(Joined(), [Axis("x", torch.float32, ("batch", 6))])).program
     uses = [
-        linear_use(node) for node in found.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        linear_use(node) for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     ]
     assert [use.bias and use.bias.tensor for use in uses if use is not None] == ["first.bias", "second.bias"]
-    assert not found.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
 
 
 class Branching(nn.Module):
-    """A child that leaves a choice by value in the graph."""
+    """A model with a child that leaves a choice by value in the graph."""
 
     class Choice(nn.Module):
-        """One of two functions, by the sum of the input."""
+        """One of two functions, chosen by the sum of the input."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """Of any shape."""
+            """Apply it to a tensor of any shape."""
             chosen: torch.Tensor = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
             return chosen
 
@@ -188,7 +188,7 @@ class Branching(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(4, 4), self.Choice()])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[batch, 4]`` to the same."""
+        """Map ``[batch, 4]`` to the same shape."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -196,7 +196,7 @@ class Branching(nn.Module):
 
 @pytest.mark.slow
 def test_an_operator_that_holds_code_is_in_no_graph_and_what_is_beside_it_is() -> None:
-    """The module that calls it is named, and runs as it is between graphs of maps."""
+    """The module that calls it is named, and runs unchanged between graphs of maps."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layers.0"}}]}
     named = r"GC030: .* layers\.1 \(Choice\) calls cond"
     model, batches = Branching(), (torch.randn(3, 4), -torch.randn(5, 4))
@@ -210,7 +210,7 @@ def test_an_operator_that_holds_code_is_in_no_graph_and_what_is_beside_it_is() -
 
 @pytest.mark.full
 def test_gemma_3_is_taken_apart_with_images_and_one_graph_without() -> None:
-    """The mask of image tokens is a function that is mapped over its indices; text alone has another."""
+    """The mask for image tokens is a function mapped over its indices; text alone has another mask."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

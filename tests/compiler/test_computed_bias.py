@@ -1,4 +1,4 @@
-"""Maps whose bias is computed from several tensors, as BEiT, EVA-02 and Swin v2 join those of queries and values."""
+"""Maps with a bias computed from several tensors, as BEiT, EVA-02 and Swin v2 join those of queries and values."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_the_bias_is_computed_from_trains_with_the_weight(modules: str) -> 
 
 
 class OtherRows(nn.Module):
-    """Adds the bias of rows that it does not multiply by."""
+    """A model that adds the bias of rows that it does not multiply by."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Default inputs: told from parameters of ``forward`` and sizes in the config, and the model runs on them."""
+"""Default inputs: derived from the parameters of ``forward`` and sizes in the config; the model runs on them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PAIR: dict[str, Any] = {
     },
 }
 RAW = {**TEXT, "conv_dim": [8] * 3, "conv_stride": [5, 2, 2], "conv_kernel": [10, 3, 2], "num_feat_extract_layers": 3}
-# 250 samples are 49, then 24, then 12 frames.
+# 250 samples become 49, then 24, then 12 frames.
 RAW |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 
 
@@ -120,12 +120,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int | str, ...]
 def test_default_inputs_are_captured(name: str) -> None:
     make, expected = MODELS[name]
     model = make().eval()
-    found = first_capture(model, None, lambda axes: capture(CaptureRequest.of(model, axes))).program
-    assert {spec.name: spec.shape for spec in found.inputs} == expected
+    program = first_capture(model, None, lambda axes: capture(CaptureRequest.of(model, axes))).program
+    assert {spec.name: spec.shape for spec in program.inputs} == expected
 
 
 class Stub(nn.Module):
-    """Says what its inputs are called and has a config."""
+    """A model that declares its main input and has a config."""
 
     def __init__(self, main: str, **config: Any) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_image_sizes(size: Any, expected: tuple[int, int]) -> None:
 
 
 class Needs(nn.Module):
-    """Has no main input, and cannot do without two."""
+    """A model without a main input that requires two inputs."""
 
     def __init__(self) -> None:
         super().__init__()

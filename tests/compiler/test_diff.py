@@ -1,4 +1,4 @@
-"""The diff shows a change once for all layers that it is the same in."""
+"""The diff shows a change once for all layers in which it is the same."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def test_identical_layers_are_collapsed_and_counted() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}]}
     text = graftc.compile(spec, families.bert(num_hidden_layers=4)).diff()
     assert lines(text, "@@") == ["@@ bert.encoder.layer.0 ... 3: 4 layers alike @@"]
-    # Two sites, each down, scale, up and add.
+    # Two sites with down, scale, up and add each.
     assert sum("+ lora (lora)" in line for line in lines(text, "+")) == 8
-    # What reads the two results changes its argument, nothing else does.
+    # Only the readers of the two results change an argument.
     assert len(lines(text, "-")) <= 2
 
 
@@ -41,7 +41,7 @@ def test_no_change_is_an_empty_diff() -> None:
 
 @pytest.mark.full
 def test_training_graphs_collapse_too_and_layers_need_not_be_neighbours() -> None:
-    """What enters the first layer is another kind of value than what enters the next: both are ``%in``."""
+    """The input of the first layer is another kind of value than that of the next layer: both are ``%in``."""
     lora = {"method": "lora", "target": {"role": "attn.q", "layers": "::2"}, "rank": 4, "dropout": 0.1}
     text = graftc.compile({"adapt": [lora]}, families.bert(num_hidden_layers=5)).diff("train")
     assert lines(text, "@@") == ["@@ bert.encoder.layer.0,2,4: 3 layers alike @@"]
@@ -65,22 +65,22 @@ def test_counts_are_those_of_the_graphs_and_names_are_unique() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}], "train": "classifier"}
     compiled = graftc.compile(spec, families.bert(num_hidden_layers=3))
     before, after = compiled.program(base=True), compiled.program()
-    found = diff(before, after)
+    forward = diff(before, after)
     calls = [len([n for n in p.graph.nodes if n.op != "get_attr"]) for p in (before, after)]
-    assert (found.added, found.removed) == (calls[1] - calls[0], 0)
+    assert (forward.added, forward.removed) == (calls[1] - calls[0], 0)
     # Two views of each layer read the adapted projections; the classifier reads its trained copy.
-    assert found.changed == 2 * 3 + 1
-    assert found.text().splitlines()[0] == f"eval: {found.added} nodes added, 0 removed, 7 read other values"
-    for change in found.changes:
+    assert forward.changed == 2 * 3 + 1
+    assert forward.text().splitlines()[0] == f"eval: {forward.added} nodes added, 0 removed, 7 read other values"
+    for change in forward.changes:
         added = [line[1:].split(": ")[0] for line in change.lines if line[0] in "+ "]
         assert len(added) == len(set(added))
     back = diff(after, before)
-    assert (back.added, back.removed, back.changed) == (0, found.added, found.changed)
+    assert (back.added, back.removed, back.changed) == (0, forward.added, forward.changed)
 
 
 @pytest.mark.slow
 def test_an_inserted_value_never_takes_the_name_of_one_that_was_there() -> None:
-    """Base values keep their numbers on both sides, so that a line that did not change is not shown."""
+    """Base values keep their numbers on both sides, so unchanged lines are not shown."""
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.v"}, "rank": 4}]}
     text = graftc.compile(spec, families.gpt2(n_layer=2)).diff()
     shown = [line[1:].split(": ")[0] for line in lines(text, "-")]

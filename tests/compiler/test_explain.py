@@ -1,4 +1,4 @@
-"""Why is this node here: every printed name has an answer, and the answer agrees with the graph."""
+"""Why is this node here? Every printed name has an answer, and the answer agrees with the graph."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
-    """A tiny BERT, compiled from a file in the current folder."""
+    """A tiny BERT, compiled from a file in the current directory."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("spec"))
     try:
@@ -53,7 +53,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
 
 
 def of_family(name: str) -> Snapshot:
-    """Snapshots of models whose nodes differ in who owns them and how often tensors are read."""
+    """Return the snapshot of a model; they differ in the owners of nodes and in how often tensors are read."""
     lora = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4, "dropout": 0.1}
     if name == "tokens":
         spec: Any = {"adapt": [lora], "tokens": {"add": ["<a>", "<b>"]}}
@@ -79,9 +79,9 @@ def of_family(name: str) -> Snapshot:
     ["bert", "tokens", "trained", *(f for f in ("gpt2", "t5", "albert"))],
 )
 def test_every_name_of_a_graph_has_an_answer_that_agrees_with_it(family: str) -> None:
-    found = of_family(family)
+    snapshot = of_family(family)
     for mode in ("eval", "train"):
-        _check_every_name(found, mode)
+        _check_every_name(snapshot, mode)
 
 
 def _check_every_name(found: Snapshot, mode: Mode) -> None:
@@ -202,15 +202,15 @@ def test_a_place_above_others_counts_what_is_below(snapshot: Snapshot) -> None:
 
 @pytest.mark.slow
 def test_rows_of_a_fused_weight_are_places_of_their_own() -> None:
-    found = of_family("gpt2")
+    snapshot = of_family("gpt2")
     weight = "transformer.h.0.attn.c_attn.weight"
-    q, v = (explain(found, f"{weight}[{part}]") for part in "qv")
+    q, v = (explain(snapshot, f"{weight}[{part}]") for part in "qv")
     assert [o.rows for o in (*q.origins, *v.origins)] == ["0:48", "96:144"]
     assert {n.part for n in q.nodes if n.adaptation} == {n.part for n in v.nodes if n.adaptation}
     assert {n.name for n in q.nodes} & {n.name for n in v.nodes} == {"%c_attn"}
-    assert explain(found, weight).kind == "tensor"
+    assert explain(snapshot, weight).kind == "tensor"
     for asked in (weight, "%c_attn", "transformer.h.0.attn.c_attn"):
-        assert {o.site for o in explain(found, asked).origins} >= {f"{weight}[q]", f"{weight}[v]"}
+        assert {o.site for o in explain(snapshot, asked).origins} >= {f"{weight}[q]", f"{weight}[v]"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Calls with fewer inputs than were shown do not call all that is adapted: what they do call is as it is adapted."""
+"""Calls with fewer inputs than were shown may not call every adapted module; those they call run as adapted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_texts_without_images_after_images() -> None:
-    """The vision tower and the projector are adapted, and not called."""
+    """The vision tower and the projector are adapted, but not called."""
     small = llava()
     torch.manual_seed(0)
     compiled = graftc.compile(SPEC, small.model, small.first, cache=False).eval()
@@ -39,5 +39,5 @@ def test_texts_without_images_after_images() -> None:
     gradients = {name: p.grad for name, p in compiled.named_parameters() if p.requires_grad}
     assert all((grad is None) == ("language_model" not in name) for name, grad in gradients.items())
     hidden = torch.randn(2, 5, small.model.config.text_config.hidden_size)
-    with pytest.raises(graftc.GraftError, match="GC031"):  # what gives them may be what is adapted
+    with pytest.raises(graftc.GraftError, match="GC031"):  # the module that computes them may be adapted
         compiled(inputs_embeds=hidden)

@@ -1,4 +1,4 @@
-"""Graphs at every step of their history, held against the graphs themselves as they were after each step."""
+"""Graphs at every step of their history, compared with the graphs as they were after each step."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def graph_of(graph: fx.Graph) -> Graph:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Graph]]:
-    """The whole graph after each step, by the entry that was made of the step."""
-    found: dict[int, Graph] = {}
-    kept: list[HistoryEntry] = []  # so that no two have one id
+    """The full graph after each step, by the id of the step's history entry."""
+    graphs: dict[int, Graph] = {}
+    kept: list[HistoryEntry] = []  # so that ids stay unique
     make = Recorder.entry
 
     def entry(self: Recorder, step: str, graph: fx.Graph, seconds: float) -> HistoryEntry:
-        made = make(self, step, graph, seconds)
-        kept.append(made)
-        found[id(made)] = graph_of(graph)
-        return made
+        record = make(self, step, graph, seconds)
+        kept.append(record)
+        graphs[id(record)] = graph_of(graph)
+        return record
 
     monkeypatch.setattr(Recorder, "entry", entry)
-    yield found
+    yield graphs
 
 
 def named(found: Frames, step: int, final: list[str]) -> Graph:
-    """A frame by names in the fx graph: those of the last graph are ``final``, others are called so, with a sign."""
+    """Return a frame by names in the fx graph: ``final`` for nodes of the last graph, bare names for others."""
     names = [*final, *(node.name[1:] for node in found.nodes[len(final) :])]
     nodes, edges = found.at(step)
     return {names[n] for n in nodes}, {(names[a], names[b], position) for a, b, position in edges}
@@ -70,21 +70,21 @@ def named(found: Frames, step: int, final: list[str]) -> Graph:
 def test_every_step_is_the_graph_as_it_was(
     spec: str, family: str, seen: dict[int, Graph], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))  # a graph from the cache has been seen by nobody
+    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))  # the recorder has not seen graphs from the cache
     compiled = graftc.compile({"adapt": SPECS[spec]}, tiny(family))
     modes: tuple[Mode, ...] = ("eval", "train")
     for mode in modes:
         program = compiled.program(mode)
-        found = frames(compiled.snapshot, mode)
+        recorded = frames(compiled.snapshot, mode)
         final = [node.name for node in program.graph.nodes]
         entries = [entry for entry in program.history if entry.step != "verify"]
-        assert found.exact
-        assert [row.step for row in found.rows] == ["capture", *(entry.step for entry in entries)]
+        assert recorded.exact
+        assert [row.step for row in recorded.rows] == ["capture", *(entry.step for entry in entries)]
         assert sum(id(entry) in seen for entry in entries) >= 3
         for step, entry in enumerate(entries, start=1):
             if id(entry) in seen:
-                assert named(found, step, final) == seen[id(entry)], entry.step
-        assert found.at(len(entries))[0] == set(range(len(final)))
+                assert named(recorded, step, final) == seen[id(entry)], entry.step
+        assert recorded.at(len(entries))[0] == set(range(len(final)))
 
 
 @pytest.mark.slow
@@ -93,14 +93,14 @@ def test_every_step_is_the_graph_as_it_was(
 def test_before_is_the_graph_of_the_base(family: str) -> None:
     compiled = graftc.compile({"adapt": SPECS["lora and prefix"]}, tiny(family))
     for mode in ("eval", "train"):
-        found = frames(compiled.snapshot, mode)
+        recorded = frames(compiled.snapshot, mode)
         base = compiled.program(mode, base=True).graph
-        nodes = [node for node in found.nodes if node.base]
+        nodes = [node for node in recorded.nodes if node.base]
         assert len(nodes) == len(base.nodes)
         assert all(node.origin is None for node in nodes)
         reads = sum(len(names_read(node.args, node.kwargs)) for node in base.nodes)
-        assert sum(edge.base for edge in found.edges) == reads
-        assert all(found.nodes[e.source].base and found.nodes[e.target].base for e in found.edges if e.base)
+        assert sum(edge.base for edge in recorded.edges) == reads
+        assert all(recorded.nodes[e.source].base and recorded.nodes[e.target].base for e in recorded.edges if e.base)
 
 
 @pytest.mark.full
@@ -120,12 +120,12 @@ def test_files_keep_it_and_older_ones_say_so(tmp_path: Path) -> None:
     assert all(entry.changes is None for entry in old.history)
     snapshot = opened.__class__(**{**vars(opened), "read": lambda mode, base: compiled.program(mode, base=base)})
     object.__setattr__(snapshot, "read", lambda mode, base: compiled.program(mode, base=True) if base else old)
-    found = frames(snapshot, "eval")
-    steps = [row.step for row in found.rows]
-    assert not found.exact
-    inserted = [node for node in found.nodes if node.origin is not None]
+    recorded = frames(snapshot, "eval")
+    steps = [row.step for row in recorded.rows]
+    assert not recorded.exact
+    inserted = [node for node in recorded.nodes if node.origin is not None]
     assert inserted and all(node.born == steps.index(f"insert({node.origin[0]})") for node in inserted if node.origin)
-    assert all(node.gone == STAYS for node in found.nodes)
+    assert all(node.gone == STAYS for node in recorded.nodes)
 
 
 @pytest.mark.full
@@ -163,6 +163,6 @@ def test_records_of_names_that_never_were_are_harmless() -> None:
     program = program_from_json(data, compiled.device)
     snapshot = compiled.snapshot
     object.__setattr__(snapshot, "read", lambda mode, base: compiled.program(mode, base=True) if base else program)
-    found = frames(snapshot, "eval")
-    assert found.at(len(found.rows) - 1)[0] == set(range(len(program.graph.nodes)))
+    recorded = frames(snapshot, "eval")
+    assert recorded.at(len(recorded.rows) - 1)[0] == set(range(len(program.graph.nodes)))
     assert {str(provenance(node)) for node in program.graph.nodes} > {"None"}

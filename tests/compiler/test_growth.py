@@ -1,4 +1,4 @@
-"""What compiling costs grows as the graph does: no step looks at everything for each layer, site or adaptation."""
+"""The cost of compiling grows as the graph does: no step processes everything for each layer, site or adaptation."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def model(layers: int) -> Any:
 
 
 def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
-    """A compile of a model that is in the cache."""
-    made = model(layers)
+    """Return a function that compiles a model from the cache."""
+    network = model(layers)
     lora = {"method": "lora", "target": {"role": MAPS}, "rank": 2}
     spec = {"adapt": [{"name": f"a{number}", **lora} for number in range(adaptations)]}
-    graftc.check(spec, made)
-    return lambda: graftc.check(spec, made)
+    graftc.check(spec, network)
+    return lambda: graftc.check(spec, network)
 
 
 @pytest.mark.slow
@@ -40,20 +40,20 @@ def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
     ids=["layers", "adaptations"],
 )
 def test_a_compile_from_the_cache_is_linear(work: Callable[[int], Callable[[], object]]) -> None:
-    calls(work(1))  # what is looked up once in a process
+    calls(work(1))  # pays for what a process looks up once
     one, two, four = (calls(work(n)) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.1)
 
 
 @pytest.mark.full
 def test_a_layer_that_is_called_costs_its_tensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compiling a deep model, its capture included, takes little longer than compiling its first layers."""
+    """Compiling a deep model, including its capture, takes little longer than compiling its first layers."""
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     lora = {"method": "lora", "target": {"role": MAPS}, "rank": 2}
 
     def work(layers: int) -> Callable[[], object]:
-        made = model(layers)
-        return lambda: graftc.compile({"adapt": [lora]}, made, cache=False)
+        network = model(layers)
+        return lambda: graftc.compile({"adapt": [lora]}, network, cache=False)
 
     calls(work(6))
     few, more, most = (calls(work(layers)) for layers in (6, 16, 26))

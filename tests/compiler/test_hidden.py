@@ -1,4 +1,4 @@
-"""Tensors of layers that do not run are kept from the tracer, and whatever looks at one all the same is captured."""
+"""Tensors of layers that do not run are hidden from the tracer, and code that reads one anyway is still captured."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_a_model_that_looks_into_a_layer_from_outside(look: Callable[[Any], Any]
             return super().forward(x) * look(self)
 
     request = CaptureRequest.of(Looking(), [Axis("x", torch.float32, ("batch", WIDTH))])
-    every, found = capture(request, alike=False), capture(request)
-    assert found.alike == DEPTH - 2
-    assert format_program(found.program) == format_program(every.program)
+    every, result = capture(request, alike=False), capture(request)
+    assert result.alike == DEPTH - 2
+    assert format_program(result.program) == format_program(every.program)
 
 
 def test_a_tensor_that_is_put_into_a_layer_is_not_lost() -> None:
@@ -79,13 +79,13 @@ def test_a_tensor_that_is_put_into_a_layer_is_not_lost() -> None:
 def test_layers_that_write_in_place_do_so_in_each() -> None:
     class Filling(Layer):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-            made = x.new_zeros(x.shape)
-            made[..., : WIDTH // 2].copy_(super().forward(x, scale)[..., : WIDTH // 2])
-            return x + made
+            filled = x.new_zeros(x.shape)
+            filled[..., : WIDTH // 2].copy_(super().forward(x, scale)[..., : WIDTH // 2])
+            return x + filled
 
-    found = once(Stack(Filling))
-    assert found.alike == DEPTH - 2
-    writes = found.program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    result = once(Stack(Filling))
+    assert result.alike == DEPTH - 2
+    writes = result.program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
     assert len(writes) == DEPTH
 
 
@@ -107,14 +107,14 @@ def test_keys_and_values_of_layers_between_stand_for_one_another(look: Callable[
     class Looking(inner):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, cache: Any = None, **rest: Any) -> Any:
             scale = look(cache) if cache is not None and cache.layers else 1.0
-            made = super().forward(*args, cache=cache, **rest)
-            made.last_hidden_state = made.last_hidden_state * scale
-            return made
+            outputs = super().forward(*args, cache=cache, **rest)
+            outputs.last_hidden_state = outputs.last_hidden_state * scale
+            return outputs
 
     model.model.__class__ = Looking
-    found = taken_over(model, with_past(model), mode="eval", flags=CACHED)
-    assert found.alike == 5
-    assert [spec.name for spec in found.program.inputs].count("past_4_key") == 1
+    result = taken_over(model, with_past(model), mode="eval", flags=CACHED)
+    assert result.alike == 5
+    assert [spec.name for spec in result.program.inputs].count("past_4_key") == 1
 
 
 def test_which_inputs_stand_in() -> None:

@@ -1,4 +1,4 @@
-"""Hidden states of layers that are alike: the tracer takes a cast that changes nothing for the tensor it is given."""
+"""Hidden states of layers that are alike: the tracer treats a cast that changes nothing as the tensor it is given."""
 
 from __future__ import annotations
 

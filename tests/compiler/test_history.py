@@ -1,4 +1,4 @@
-"""Per-pass history and the summary: they say what the graphs and the report say."""
+"""Per-pass history and the summary agree with the graphs and the report."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_counts_end_at_the_graph_itself(compiled: Any, mode: Any) -> None:
     assert ("mode(eval)" in steps) == (mode == "eval")
     assert "verify" not in steps and all(row.verified for row in rows if row.step in (*inserts, "mode(eval)"))
     for row in rows:
-        made = [n for n in compiled.program("train").graph.nodes if provenance(n) and f"({_owner(n)})" in row.step]
-        assert not made or row.added == len(made)
+        nodes = [n for n in compiled.program("train").graph.nodes if provenance(n) and f"({_owner(n)})" in row.step]
+        assert not nodes or row.added == len(nodes)
     json.dumps([row.to_json() for row in rows], allow_nan=False)
 
 
@@ -76,19 +76,19 @@ def test_a_program_without_history_is_a_capture(compiled: Any) -> None:
 
 
 def test_the_summary_is_what_the_report_says(compiled: Any) -> None:
-    found, counted = summary(compiled.snapshot), report(compiled.compilation)
+    summarised, counted = summary(compiled.snapshot), report(compiled.compilation)
     for key in ("base_parameters", "trainable_parameters", "trained_in_full", "percent"):
-        assert getattr(found, key) == getattr(counted, key)
-    assert [(a.name, a.method, a.places, a.trainable_parameters, a.frozen_parameters) for a in found.adaptations] == [
-        (a.name, a.method, a.sites, a.trainable_parameters, a.frozen_parameters) for a in counted.adaptations
-    ]
-    attention, inner, trained = found.adaptations
+        assert getattr(summarised, key) == getattr(counted, key)
+    assert [
+        (a.name, a.method, a.places, a.trainable_parameters, a.frozen_parameters) for a in summarised.adaptations
+    ] == [(a.name, a.method, a.sites, a.trainable_parameters, a.frozen_parameters) for a in counted.adaptations]
+    attention, inner, trained = summarised.adaptations
     assert (attention.roles, attention.layers, attention.tensors) == (("attn.q", "attn.v"), "0-1", 8)
     assert (inner.roles, inner.layers, inner.tensors) == (("ffn.up",), "1", 4)
     assert (trained.roles, trained.layers, trained.nodes) == ((), "", 0)
-    assert found.inserted == attention.nodes + inner.nodes and found.nodes > found.inserted
-    assert found.base_tensors == len(compiled.snapshot.base)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert summarised.inserted == attention.nodes + inner.nodes and summarised.nodes > summarised.inserted
+    assert summarised.base_tensors == len(compiled.snapshot.base)
+    json.dumps(summarised.to_json(), allow_nan=False)
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Outputs that are infinite or no numbers in places: masked scores are, and rows of nothing but padding."""
+"""Outputs that are infinite or NaN in places, such as masked scores and rows of padding alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def adapted(mask: str) -> Any:
 @pytest.mark.full
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_rest_is_certified(mask: str, tmp_path: Path) -> None:
-    """Merged, saved, verified and exported, within a budget of the finite numbers."""
+    """Merging, saving, verifying and exporting work, within a budget for the finite numbers."""
     compiled = adapted(mask)
     merged = compiled.merge()
     assert merged.certificate.passed and 0 < merged.certificate.budget < 1e-2
@@ -86,8 +86,8 @@ def test_what_is_not_finite_at_all_is_told(where: str, tmp_path: Path) -> None:
     ],
 )
 def test_largest_difference(a: list[float], b: list[float], difference: float) -> None:
-    found = largest_difference(torch.tensor(a), torch.tensor(b))
-    assert found == difference or (found != found and difference != difference)
+    actual = largest_difference(torch.tensor(a), torch.tensor(b))
+    assert actual == difference or (actual != actual and difference != difference)
 
 
 def test_largest_number() -> None:

@@ -1,4 +1,4 @@
-"""What a model asks of the values of its inputs holds for its graphs: a call that the source refuses is refused."""
+"""A model's checks of its input values also apply to its graphs: a call that the source refuses is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modu
 
 
 class Counting(nn.Module):
-    """Puts as many features into a text as it has marks, and asks that they are as many."""
+    """A model that puts features into a text, one for each mark, and checks that the numbers agree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_a_call_that_the_source_refuses_is_refused_and_others_run() -> None:
     for shape in [(2, 3, 3), (3, 4, 4), (1, 5, 5), (4, 2, 2)]:
         given = call(*shape)
         assert torch.equal(compiled(**given), model(**given))
-    for shape in [(2, 2, 3), (3, 1, 4), (1, 4, 5)]:  # fewer marks than features run, and are wrong
+    for shape in [(2, 2, 3), (3, 1, 4), (1, 4, 5)]:  # fewer marks than features would run, with wrong results
         given = call(*shape)
         with pytest.raises(Exception, match="marks and features differ"):
             model(**given)

@@ -1,4 +1,4 @@
-"""Arguments of ``forward`` may have any name that Python takes: in captures, their cache, artifacts and exports."""
+"""Arguments of ``forward`` may have any name that Python allows: in captures, their cache, artifacts and exports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = (
 
 
 class Named(nn.Module):
-    """Takes inputs by any names; its result depends on their order."""
+    """A model with inputs of any names, whose result depends on their order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Named(nn.Module):
 def model_with(names: tuple[str, ...]) -> nn.Module:
     assert all(name.isidentifier() and not keyword.iskeyword(name) for name in names)
     scope: dict[str, Any] = {}
-    this = "module"  # no input is called so
+    this = "module"  # no input has this name
     exec(f"def forward({this}, {', '.join(names)}):\n    return {this}.linear({' - 2 * '.join(names)})", scope)
     torch.manual_seed(0)
     return type("Named", (Named,), {"forward": scope["forward"]})().eval()
@@ -85,8 +85,8 @@ def test_onnx(names: tuple[str, ...], tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(compiled.export(tmp_path / "model.onnx")))
     assert [taken.name for taken in session.get_inputs()] == list(names)
     given = inputs_of(names, 4)
-    (found,) = session.run(None, {name: value.numpy() for name, value in given.items()})
-    torch.testing.assert_close(torch.from_numpy(found), compiled(**given), atol=1e-5, rtol=0)
+    (output,) = session.run(None, {name: value.numpy() for name, value in given.items()})
+    torch.testing.assert_close(torch.from_numpy(output), compiled(**given), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("names", [("x", "X"), ("inputIds", "input"), ("Größe",)], ids=case_of)
@@ -95,8 +95,8 @@ def test_pt2(names: tuple[str, ...], tmp_path: Path) -> None:
     perturb(compiled)
     file = compiled.export(tmp_path / "model.pt2", format="pt2")
     given = inputs_of(names, 4)
-    (found,) = torch.export.load(file).module()(**given).values()
-    torch.testing.assert_close(found, compiled(**given))
+    (output,) = torch.export.load(file).module()(**given).values()
+    torch.testing.assert_close(output, compiled(**given))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Graphs do not depend on the state of the thread that makes them, and that state is the same afterwards."""
+"""Graphs do not depend on the state of the thread that creates them, and that state is the same afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLE = {"x": torch.zeros(2, 6)}
 
 
 class Net(nn.Module):
-    """Its forward makes tensors of the default dtype, on the default device."""
+    """A model whose forward creates tensors of the default dtype, on the default device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,36 +57,36 @@ def default_device(device: str) -> Iterator[None]:
 
 
 class Halving(TorchFunctionMode):
-    """Whatever is computed is half of it."""
+    """A function mode that halves every floating-point result."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        return found / 2 if isinstance(found, torch.Tensor) and found.is_floating_point() else found
+        result = func(*args, **(kwargs or {}))
+        return result / 2 if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
 class Several(Net):
-    """A second input makes a second graph."""
+    """A model for which a second input leads to a second graph."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return super().forward(x if y is None else x + y)
 
 
 class Passing(TorchFunctionMode):
-    """Everything is as it is without."""
+    """A function mode that changes nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 class Looking(TorchDispatchMode):
-    """The same of operators."""
+    """A dispatch mode that changes nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 class Failing(TorchDispatchMode):
-    """No operator works."""
+    """A dispatch mode in which no operator works."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(str(func))
@@ -107,7 +107,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def state() -> tuple[Any, ...]:
-    """What `isolated` changes, as it is now."""
+    """Return the current values of everything that `isolated` changes."""
     modes = torch.overrides._get_current_function_mode_stack()
     return (
         torch.is_autocast_enabled("cpu"),
@@ -172,7 +172,7 @@ def test_a_failed_compile_leaves_the_callers_state(name: str, source: nn.Module)
 
 
 def test_the_default_dtype_is_restored_when_threads_overlap() -> None:
-    """It is one of the whole process: the last to leave restores what the first found."""
+    """It belongs to the whole process: the last thread to leave restores what the first one found."""
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -192,7 +192,7 @@ def test_the_default_dtype_is_restored_when_threads_overlap() -> None:
 
 
 def test_cycles_of_objects_are_looked_for_as_before_once_a_graph_is_made() -> None:
-    """While it is made, seldom, unless somebody wants it more seldom still."""
+    """While a graph is created, garbage collection is rare, unless the caller has made it rarer still."""
     before, inside = gc.get_threshold(), list[tuple[int, int, int]]()
 
     class Asking(Net):
@@ -216,7 +216,7 @@ def test_cycles_of_objects_are_looked_for_as_before_once_a_graph_is_made() -> No
 
 
 def counting(calls: list[Any]) -> AbstractContextManager[Any]:
-    """Hooks on every module of the process, as profilers have them."""
+    """Return a context with hooks on every module of the process, as profilers install them."""
 
     @contextmanager
     def hooked() -> Iterator[None]:
@@ -250,7 +250,7 @@ WATCHING: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 @pytest.mark.parametrize("name", WATCHING)
 @pytest.mark.parametrize("cached", [True, False])
 def test_who_watches_a_call_finds_no_change(name: str, cached: bool, tmp_path: Path, monkeypatch: Any) -> None:
-    """A call that is captured while something watches: nothing is said of a change, and the graph is the usual one."""
+    """A call that is captured while something watches warns of no change, and its graph is the usual one."""
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     source = Several().eval()
     expected, compiled = (graftc.compile(SPEC, source, EXAMPLE, cache=cached).eval() for _ in range(2))
@@ -258,8 +258,8 @@ def test_who_watches_a_call_finds_no_change(name: str, cached: bool, tmp_path: P
     wanted = expected(**given)
     with warnings.catch_warnings(), WATCHING[name]():
         warnings.simplefilter("error", graftc.GraftWarning)
-        found = compiled(**given)
-    torch.testing.assert_close(found, wanted)
+        actual = compiled(**given)
+    torch.testing.assert_close(actual, wanted)
     keys = [key for key in compiled.compilation.programs if "y:f32[2]" in key.signature.inputs]
     assert keys
     for key in keys:

@@ -1,4 +1,4 @@
-"""Numbers that a model takes out of a tensor of its sizes."""
+"""Numbers that a model reads from a tensor of its sizes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sized(nn.Module):
 @pytest.mark.sample("difference", "written to")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_size_that_was_in_a_tensor(way: str) -> None:
-    """One graph, for every size what the model gives."""
+    """One graph gives the model's result for every size."""
     torch.manual_seed(0)
     model = Sized(way).eval()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner"]}}]}
@@ -67,7 +67,7 @@ def deberta(**settings: Any) -> nn.Module:
     ],
 )
 def test_relative_attention(settings: dict[str, Any]) -> None:
-    """DeBERTa cuts its table of distances by such numbers: equal in eval at all lengths, trained, merged."""
+    """DeBERTa slices its table of distances by such numbers: eval is equal at all lengths, and it trains and merges."""
     model = deberta(**settings)
     compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, model).eval()
     lengths = (9, 1, 4, 33)

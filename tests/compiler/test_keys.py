@@ -1,4 +1,4 @@
-"""Keys of graphs: one for each Program, of a Compilation and of the code that runs it."""
+"""Keys of graphs: one for each Program of a Compilation, and for the code that runs it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_a_place_has_one_key_in_every_signature() -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     compiled(input_ids=torch.ones(2, 5, dtype=torch.long), output_hidden_states=True)
     first, second = (
-        [site.key for resolved in found.resolved for site, _ in resolved.sites]
-        for found in compiled.compilation.signatures.values()
+        [site.key for resolved in signature.resolved for site, _ in resolved.sites]
+        for signature in compiled.compilation.signatures.values()
     )
     assert first == second and first
 

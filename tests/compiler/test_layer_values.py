@@ -1,4 +1,4 @@
-"""What layers read and give, as sites: found in every family, and what is put in their place reaches every reader."""
+"""Inputs and outputs of layers as sites: found in every family, and replacements reach every reader."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ from tests.wide import FAMILIES as WIDE
 
 
 def table(model: nn.Module) -> SiteTable:
-    """The sites of a model's usual signature."""
+    """Return the sites of a model's usual signature."""
     store = Store.mirror(model)
-    found = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
+    result = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
     return SiteTable(
-        found.program, store, find_structure(found.program.graph, found.constants), dict(model.named_modules())
+        result.program, store, find_structure(result.program.graph, result.constants), dict(model.named_modules())
     )
 
 
 def values_of(made: SiteTable, role: str) -> list[list[ValueSite]]:
-    """The uses of every place with a role."""
-    found: list[list[ValueSite]] = []
+    """Return the uses of every place with a role."""
+    places: list[list[ValueSite]] = []
     for sites in made.entries:
         if isinstance(sites[0], ValueSite) and sites[0].roles[0].endswith(role):
-            found.append([site for site in sites if isinstance(site, ValueSite)])
-    return found
+            places.append([site for site in sites if isinstance(site, ValueSite)])
+    return places
 
 
 def run(made: SiteTable, also: Mapping[str, Tensor] | None = None) -> dict[fx.Node, Any]:
-    """Every value of the graph, in train mode with one draw of dropout."""
+    """Compute every value of the graph, in train mode with one draw of dropout."""
     inputs = iter(random_inputs(made.program, made.store, 3, (3, 6, 5)).values())
-    found: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         for node in made.program.graph.nodes:
             if node.op == "placeholder":
-                found[node] = next(inputs)
+                values[node] = next(inputs)
             elif node.op == "get_attr":
                 name = str(node.target)
-                found[node] = (also or {}).get(name, made.store.get(name))
+                values[node] = (also or {}).get(name, made.store.get(name))
             elif node.op == "call_function":
-                args = map_nodes((node.args, dict(node.kwargs)), found.__getitem__)
-                found[node] = node.target(*args[0], **args[1])
+                args = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+                values[node] = node.target(*args[0], **args[1])
             else:
-                found[node] = [found[n] for n in node.all_input_nodes]
-    return found
+                values[node] = [values[n] for n in node.all_input_nodes]
+    return values
 
 
 def add_to(made: SiteTable, site: ValueSite, value: Tensor) -> None:
-    """Put the value plus ``value: [width]`` in its place."""
+    """Replace the value by its sum with ``value: [width]``."""
     build = Builder(made.program, made.store, "more", "test")
     with build.on(site):
         own = build.constant("vector", lambda: value)
@@ -73,7 +73,7 @@ def add_to(made: SiteTable, site: ValueSite, value: Tensor) -> None:
 
 
 def stream_of(values: Mapping[fx.Node, Any], sublayers: Sequence[SublayerSite]) -> Tensor:
-    """What the first branches of a layer are added to."""
+    """Return the stream that the first branches of a layer are added to."""
     left: Tensor = values[sublayers[0].sum]
     for sublayer in sublayers:
         left = left - values[sublayer.branch] if sublayer.sum is sublayers[0].sum else left
@@ -83,9 +83,9 @@ def stream_of(values: Mapping[fx.Node, Any], sublayers: Sequence[SublayerSite]) 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_them(family: str) -> None:
-    """One of each kind for every layer, in the layer's own module; what one gives the next one reads."""
-    made = table(tiny(family))
-    ins, outs = values_of(made, "layer.in"), values_of(made, "layer.out")
+    """Every layer has one of each kind, in its own module, and a layer's output is the next one's input."""
+    site_table = table(tiny(family))
+    ins, outs = values_of(site_table, "layer.in"), values_of(site_table, "layer.out")
     stacks = {"t5": ("encoder.block", "decoder.block")}.get(family) or {sites[0].stack for sites in ins}
     assert len(ins) == len(outs) == 2 * len(stacks)
     for sites in (*ins, *outs):
@@ -101,54 +101,54 @@ def test_every_layer_has_them(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adding_zeros_is_the_base(family: str) -> None:
-    """To the bit, with all of them replaced."""
-    made = table(tiny(family))
-    before = run(made)[made.program.output_node]
-    for (site,) in (*values_of(made, "layer.in"), *values_of(made, "layer.out")):
-        add_to(made, site, torch.zeros(site.width))
-    after = run(made)[made.program.output_node]
+    """With all of them replaced, the outputs are bit-identical."""
+    site_table = table(tiny(family))
+    before = run(site_table)[site_table.program.output_node]
+    for (site,) in (*values_of(site_table, "layer.in"), *values_of(site_table, "layer.out")):
+        add_to(site_table, site, torch.zeros(site.width))
+    after = run(site_table)[site_table.program.output_node]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_and_the_residual_read_it(family: str) -> None:
-    """A vector that is added at the second layer moves its queries, keys, values and stream, and nothing before."""
-    made = table(tiny(family))
-    for (site,) in values_of(made, "layer.in"):
+    """A vector added at the second layer changes its queries, keys, values and stream, and nothing before."""
+    site_table = table(tiny(family))
+    for (site,) in values_of(site_table, "layer.in"):
         if site.layer != 1:
             continue
-        before = run(made)
+        before = run(site_table)
         vector = torch.linspace(-1, 1, site.width)
-        add_to(made, site, vector)
-        after = run(made)
-        here = [sites[0] for sites in made.entries if (sites[0].stack, sites[0].layer) == (site.stack, 1)]
-        reading = [s for s in here if isinstance(s, LinearSite) and s.roles]
+        add_to(site_table, site, vector)
+        after = run(site_table)
+        layer_sites = [sites[0] for sites in site_table.entries if (sites[0].stack, sites[0].layer) == (site.stack, 1)]
+        reading = [s for s in layer_sites if isinstance(s, LinearSite) and s.roles]
         own = [s for s in reading if {r.rpartition("attn.")[2] for r in s.roles} & {"q", "k", "v"}]
         own = [s for s in own if not any("cross" in role for role in s.roles)]
         assert len(own) == 3
         assert all((after[s.use.node] - before[s.use.node]).abs().max() > 1e-3 for s in own)
-        residual = stream_of(after, [s for s in here if isinstance(s, SublayerSite)])
+        residual = stream_of(after, [s for s in layer_sites if isinstance(s, SublayerSite)])
         torch.testing.assert_close(residual, before[site.node] + vector)
         assert torch.equal(after[site.node], before[site.node])
 
 
 def test_what_stands_there_already_is_read() -> None:
-    """Two replacements of one value, by the site that ends a layer and by the one that begins the next, add up."""
-    made = table(tiny("gpt2"))
-    before = run(made)
-    (out,), (into,) = values_of(made, "layer.out")[0], values_of(made, "layer.in")[1]
-    add_to(made, out, torch.ones(out.width))
-    add_to(made, into, torch.ones(into.width))
-    sublayers = [s[0] for s in made.entries if isinstance(s[0], SublayerSite) and s[0].layer == 1]
-    torch.testing.assert_close(stream_of(run(made), sublayers), before[into.node] + 2)
+    """Two replacements of one value, by the site that ends a layer and the one that begins the next, add up."""
+    site_table = table(tiny("gpt2"))
+    before = run(site_table)
+    (out,), (into,) = values_of(site_table, "layer.out")[0], values_of(site_table, "layer.in")[1]
+    add_to(site_table, out, torch.ones(out.width))
+    add_to(site_table, into, torch.ones(into.width))
+    sublayers = [s[0] for s in site_table.entries if isinstance(s[0], SublayerSite) and s[0].layer == 1]
+    torch.testing.assert_close(stream_of(run(site_table), sublayers), before[into.node] + 2)
 
 
 @pytest.mark.slow
 def test_a_layer_that_runs_twice_is_one_place() -> None:
-    """ALBERT's layer: the second run reads what the first one gives."""
-    made = table(WIDE["albert"].model())
-    (ins,), (outs,) = values_of(made, "layer.in"), values_of(made, "layer.out")
+    """The second run of ALBERT's layer reads the output of the first."""
+    site_table = table(WIDE["albert"].model())
+    (ins,), (outs,) = values_of(site_table, "layer.in"), values_of(site_table, "layer.out")
     assert [site.key.use for site in ins] == [site.key.use for site in outs] == [0, 1]
     assert ins[1].node is outs[0].node and len({site.key.place for site in ins}) == 1
 
@@ -156,13 +156,13 @@ def test_a_layer_that_runs_twice_is_one_place() -> None:
 @pytest.mark.slow
 def test_same_places_with_other_inputs() -> None:
     """The sites of another table are found by their keys."""
-    made, other = table(tiny("bert")), table(tiny("bert"))
-    for sites in (*values_of(made, "layer.in"), *values_of(made, "layer.out")):
+    site_table, other = table(tiny("bert")), table(tiny("bert"))
+    for sites in (*values_of(site_table, "layer.in"), *values_of(site_table, "layer.out")):
         assert [site.key for site in other.same(sites[0])] == [site.key for site in sites]
 
 
 def test_a_method_that_takes_none() -> None:
-    """LoRA cannot adapt what a layer reads."""
+    """LoRA cannot adapt the input of a layer."""
     with pytest.raises(GraftError, match=r"role 'layer\.in' matches 2 sites \(2 value\)") as caught:
         graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "layer.in"}}]}, tiny("bert"))
     assert caught.value.code == "GC016"

@@ -1,4 +1,4 @@
-"""Steps of lowering: what is run equals what is printed, on every family, and what they say of their work."""
+"""Steps of lowering: on every family, the code that runs equals the printed graph, and steps report their work."""
 
 from __future__ import annotations
 
@@ -38,51 +38,51 @@ MAPS = {
 
 
 def model(family: str) -> nn.Module:
-    """A tiny model in float64."""
+    """Return a tiny model in float64."""
     return language_model(family).double().eval() if family == "gemma2" else tiny(family, dtype=torch.float64)
 
 
 def both(family: str, *adapt: dict[str, Any], **spec: Any) -> tuple[Compiled, Compiled]:
-    """The same model with steps of lowering and without, in train mode, as after some training."""
+    """Return the same model with and without lowering steps, in train mode, as after some training."""
     base = model(family)
     entries = [{"target": {"role": ROLES.get(family, [*QKVO, "ffn.up", "ffn.down"])}, **entry} for entry in adapt]
-    made = [graftc.compile({**spec, "adapt": entries, "optimise": {"off": off}}, base) for off in ([], ["projections"])]
-    perturb(made[0], 0.05)
-    made[1].load_state_dict(made[0].state_dict())
-    return made[0].train(), made[1].train()
+    pair = [graftc.compile({**spec, "adapt": entries, "optimise": {"off": off}}, base) for off in ([], ["projections"])]
+    perturb(pair[0], 0.05)
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair[0].train(), pair[1].train()
 
 
 def step(compiled: Compiled, seed: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs of a call in train mode, and all gradients."""
+    """Return the outputs of a call in train mode, and all gradients."""
     inputs = inputs_for(compiled, front=False)
     torch.manual_seed(seed)
-    found = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+    outputs = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
-    loss = sum((leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)).sum() for leaf in found)
+    loss = sum((leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)).sum() for leaf in outputs)
     compiled.zero_grad()
     loss.backward()
-    return found, {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    return outputs, {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
 
 
 def assert_equal_steps(compiled: Compiled, plain: Compiled) -> None:
-    """Outputs and gradients are equal within 1e-10 of their size."""
+    """Check that outputs and gradients are equal to within 1e-10 of their size."""
     (mine, my_grads), (theirs, their_grads) = step(compiled), step(plain)
     assert my_grads.keys() == their_grads.keys() and my_grads
     pairs = [*zip(mine, theirs, strict=True), *((my_grads[name], their_grads[name]) for name in their_grads)]
     assert all(torch.isfinite(b).all() for _, b in pairs)
-    # The gradient of a key's bias is zero but for rounding.
+    # The gradient of a key's bias is zero except for rounding.
     assert all((a - b).norm() <= 1e-10 * b.norm() + 1e-13 for a, b in pairs)
     assert any(grad.norm() > 0 for grad in their_grads.values())
 
 
 def calls(compiled: Compiled) -> list[int]:
-    """How many maps each call of the training graph computes."""
+    """Return how many maps each call of the training graph computes."""
     nodes = training(compiled).graph.nodes
     return [len(node.args[4]) for node in nodes if node.target is projections]
 
 
 def training(compiled: Compiled) -> Any:
-    """The lowered training Program."""
+    """Return the lowered training Program."""
     return next(e.lowered for key, e in compiled._graftc.shown.executables.items() if key.mode == "train")
 
 
@@ -90,15 +90,15 @@ def training(compiled: Compiled) -> Any:
 @pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_what_is_run_equals_what_is_printed(family: str) -> None:
-    # T5 draws in another order: without its cross-attention's first products its layers are called once, not twice.
+    # T5 draws in another order: without its cross-attention's first products, layers are called once, not twice.
     dropout = 0.0 if family == "t5" else 0.1
     compiled, plain = both(family, {"method": "lora", "rank": 2, "dropout": dropout})
     assert_equal_steps(compiled, plain)
     if family in MAPS:
         assert calls(compiled) == MAPS[family] * 2
-    found = compiled.lowering().outcomes
-    assert {o.reason for o in found if not o.done} == ({"experts"} if family == "mixtral" else set())
-    assert len(found) == len(compiled.snapshot.sites)
+    outcomes = compiled.lowering().outcomes
+    assert {o.reason for o in outcomes if not o.done} == ({"experts"} if family == "mixtral" else set())
+    assert len(outcomes) == len(compiled.snapshot.sites)
     assert not plain.lowering().outcomes and not calls(plain)
 
 
@@ -125,7 +125,7 @@ def test_every_kind_of_update(family: str, adapt: list[dict[str, Any]]) -> None:
     if family == "llama":
         adapt = [entry for entry in adapt if entry.pop("bias", None) or True]
     compiled, plain = both(family, *[dict(entry) for entry in adapt])
-    # One weight that nothing is added to has nothing to gain.
+    # A single weight to which nothing is added gains nothing.
     assert calls(compiled) or (adapt[0]["method"] == "ia3" and family in ("gpt2", "gpt_neox"))
     assert_equal_steps(compiled, plain)
 

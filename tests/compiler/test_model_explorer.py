@@ -1,4 +1,4 @@
-"""Graphs for Model Explorer: the format, every node and edge, groups and colours, and names that mean harm."""
+"""Graphs for Model Explorer: the format, every node and edge, groups and colours, and malicious names."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def data(compiled: Any) -> Any:
 
 
 def check(data: Any) -> None:
-    """The format; ids are those of one node, and edges come from nodes of the same graph."""
+    """Check the format, that ids are unique, and that edges come from other nodes of the same graph."""
     Draft202012Validator(SCHEMA).validate(data)
     for graph in data["graphs"]:
         ids = [node["id"] for node in graph["nodes"]]
@@ -175,12 +175,12 @@ def test_each_adaptation_has_a_colour_and_groups_of_its_own(data: Any) -> None:
     for node in adapted["nodes"]:
         attributes = {pair["key"]: pair["value"] for pair in node["attrs"]}
         owner = attributes.get("adaptation")
-        found = [colour for pattern, colour in groups if pattern.search(node["namespace"])]
+        matching = [colour for pattern, colour in groups if pattern.search(node["namespace"])]
         if owner is None:
-            assert not found
+            assert not matching
             continue
-        assert node["namespace"].endswith(f"+ {owner}") and found == [node["style"]["backgroundColor"]]
-        seen.setdefault(owner, set()).update(found)
+        assert node["namespace"].endswith(f"+ {owner}") and matching == [node["style"]["backgroundColor"]]
+        seen.setdefault(owner, set()).update(matching)
     assert {"attention", "feed"} <= seen.keys() and all(len(colours) == 1 for colours in seen.values())
     assert len({colour for colours in seen.values() for colour in colours}) == len(seen)
     assert not any("+ " in node["namespace"] for node in base["nodes"]) and "groupNodeConfigs" not in base
@@ -192,7 +192,7 @@ def test_each_adaptation_has_a_colour_and_groups_of_its_own(data: Any) -> None:
 
 
 def test_edges_say_which_of_several_outputs(compiled: Any) -> None:
-    """What takes an item out of a tuple reads that output, and the tuple has metadata of each."""
+    """A node that takes an item out of a tuple reads that output, and the tuple has metadata for each."""
 
     class Halves(nn.Module):
         def __init__(self) -> None:
@@ -201,12 +201,12 @@ def test_edges_say_which_of_several_outputs(compiled: Any) -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             one, two = torch.ops.aten.split.Tensor(self.inner(x), 3, -1)
-            found: torch.Tensor = one * two.relu()
-            return found
+            product: torch.Tensor = one * two.relu()
+            return product
 
     spec = {"adapt": [{"method": "lora", "target": {"modules": "inner"}, "rank": 2}]}
-    made = graftc.compile(spec, Halves(), example_inputs={"x": torch.zeros(2, 6)})
-    data = model_explorer(made.snapshot)
+    halves = graftc.compile(spec, Halves(), example_inputs={"x": torch.zeros(2, 6)})
+    data = model_explorer(halves.snapshot)
     check(data)
     nodes = {node["id"]: node for node in data["graphs"][0]["nodes"]}
     several = next(node for node in nodes.values() if len(node["outputsMetadata"]) == 2)
@@ -219,7 +219,7 @@ HOSTILE = ('<script>alert("1")</script>', "a/b;c", "x" * 10_000, "\u202eevil\x1b
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_that_mean_harm(name: str) -> None:
-    """Nothing splits a namespace, steers a terminal or is endless; patterns match what they are for."""
+    """No name splits a namespace, controls a terminal or is endless; patterns match what they are for."""
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -230,12 +230,12 @@ def test_names_that_mean_harm(name: str) -> None:
             inner.add_module("leaf2", nn.Linear(4, 4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found = getattr(self, name)
-            return found.leaf2(found.leaf(x).relu())  # type: ignore[no-any-return]
+            child = getattr(self, name)
+            return child.leaf2(child.leaf(x).relu())  # type: ignore[no-any-return]
 
     spec = {"adapt": [{"method": "lora", "target": {"regex": ".*leaf"}, "rank": 2}]}
-    made = graftc.compile(spec, Holder(), example_inputs={"x": torch.zeros(2, 4)})
-    text = model_explorer_text(made.snapshot)
+    model = graftc.compile(spec, Holder(), example_inputs={"x": torch.zeros(2, 4)})
+    text = model_explorer_text(model.snapshot)
     data = json.loads(text)
     check(data)
     assert text.isascii() and "\x1b" not in json.dumps(data, ensure_ascii=False)
@@ -250,7 +250,7 @@ def test_names_that_mean_harm(name: str) -> None:
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """A value as the field of a dataclass of this type, strictly."""
+    """Convert a value to the type of a dataclass field, strictly."""
     if get_origin(kind) in (Union, type(int | None)):
         for choice in get_args(kind):
             try:
@@ -274,11 +274,11 @@ def _read(kind: Any, value: Any) -> Any:
 
 @pytest.mark.slow
 def test_the_package_of_model_explorer_reads_it(data: Any) -> None:
-    """Its own classes take every field; `pip install ai-edge-model-explorer` has them, of which one file is used."""
-    found = PathFinder.find_spec("model_explorer")
-    if found is None or not found.submodule_search_locations:
+    """Its own classes accept every field; of `pip install ai-edge-model-explorer`, only one file is used."""
+    package = PathFinder.find_spec("model_explorer")
+    if package is None or not package.submodule_search_locations:
         pytest.skip("ai-edge-model-explorer is not installed")
-    file = Path(found.submodule_search_locations[0]) / "graph_builder.py"
+    file = Path(package.submodule_search_locations[0]) / "graph_builder.py"
     loading = importlib.util.spec_from_file_location("model_explorer_graph_builder", file)
     assert loading is not None and loading.loader is not None
     builder = importlib.util.module_from_spec(loading)

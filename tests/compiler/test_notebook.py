@@ -1,4 +1,4 @@
-"""What notebooks show: HTML that holds what values say, whatever names models and specs have."""
+"""HTML for notebooks: it contains what values say, whatever the names of models and specs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """What is in some HTML; elements have to be closed in order."""
+    """A parser that collects the contents of some HTML; elements have to be closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,53 +71,53 @@ class Page(HTMLParser):
         assert not self.open, self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Only elements and attributes that the code itself writes."""
+        """Allow only elements and attributes that the code itself writes."""
         assert tag in ELEMENTS and set(attrs) <= ATTRIBUTES | {("open", "")}, (tag, attrs)
         self.elements[tag] += 1
         if tag != "br":
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        """Of the element that was opened last."""
+        """Check that it closes the element that was opened last."""
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        """Text."""
+        """Collect text."""
         self.words.append(data)
 
     def handle_comment(self, data: str) -> None:
-        """None is ever written."""
+        """Fail, because comments are never written."""
         raise AssertionError(data)
 
     def handle_decl(self, decl: str) -> None:
-        """Neither is this."""
+        """Fail, because declarations are never written."""
         raise AssertionError(decl)
 
     def handle_pi(self, data: str) -> None:
-        """Nor this."""
+        """Fail, because processing instructions are never written."""
         raise AssertionError(data)
 
     def unknown_decl(self, data: str) -> None:
-        """Nor this."""
+        """Fail, because unknown declarations are never written."""
         raise AssertionError(data)
 
     @property
     def text(self) -> str:
-        """All text."""
+        """All text, joined."""
         return "".join(self.words)
 
 
 def page(value: Any) -> Page:
-    """The HTML of a value, parsed; it has no colour, and nothing that steers."""
+    """Parse the HTML of a value; it must have no colours and no control characters."""
     text = value._repr_html_()
     assert "color" not in text and "background" not in text
-    found = Page(text)
-    assert not any(char in found.text for char in "\x00\x1b\x07\u202e\u2066")
-    return found
+    parsed = Page(text)
+    assert not any(char in parsed.text for char in "\x00\x1b\x07\u202e\u2066")
+    return parsed
 
 
 def unmarked(found: Page) -> dict[str, int]:
-    """How many elements there are, but for those around text that may run from right to left."""
+    """Count the elements, except those around text that may run from right to left."""
     return {name: count for name, count in found.elements.items() if name != "bdi"}
 
 
@@ -125,12 +125,12 @@ def unmarked(found: Page) -> dict[str, int]:
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.text())
 @settings(deadline=None)
 def test_any_text_is_text(words: list[str], summary: str) -> None:
-    made = table(words, [words, words], numbers=words[:1])
-    found = Page(folded(joined([tag("b", summary), *words], " & "), Html(made + bullets(words))))
-    assert found.elements["td"] == 2 * len(words) and found.elements["li"] == len(words)
-    assert found.elements["b"] == 1 and found.elements["details"] == 1
+    rows = table(words, [words, words], numbers=words[:1])
+    parsed = Page(folded(joined([tag("b", summary), *words], " & "), Html(rows + bullets(words))))
+    assert parsed.elements["td"] == 2 * len(words) and parsed.elements["li"] == len(words)
+    assert parsed.elements["b"] == 1 and parsed.elements["details"] == 1
     shown = [word for word in words if word.isalnum() and word.isascii()]
-    assert all(found.text.count(word) >= 5 for word in shown)
+    assert all(parsed.text.count(word) >= 5 for word in shown)
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
@@ -142,26 +142,26 @@ def test_hostile_names_are_text(name: str) -> None:
     tree = TreeNode(name, ("a", "b"), (name,), (TreeTensor(name, record, name),), (), (), 6, 2)
     plain = page(TreeNode("n", ("a", "b"), ("x",), (TreeTensor("x", record, "x"),), (), (), 6, 2))
     for value in (report, certificate, tree, Html(table((name,), [(name,)])), Html(folded(name, name, shown=True))):
-        found = page(value)
-        assert len(found.text) < 5_000
+        parsed = page(value)
+        assert len(parsed.text) < 5_000
         if name.isascii() and name.isprintable() and len(name) < 100:
-            assert name in found.text
+            assert name in parsed.text
     assert unmarked(page(tree)) == unmarked(plain)
 
 
 def test_long_names_keep_their_ends() -> None:
-    made = escaped("first" + "x" * 10_000 + "last")
-    assert made.startswith("first") and made.endswith("last") and len(made) == 120
+    shortened = escaped("first" + "x" * 10_000 + "last")
+    assert shortened.startswith("first") and shortened.endswith("last") and len(shortened) == 120
 
 
 def test_many_rows_are_folded() -> None:
-    found = Page(table(("n",), [(n,) for n in range(1_000)]))
-    assert found.elements["td"] == 1_000 and found.elements["details"] == 4 and "and 800 more" in found.text
+    parsed = Page(table(("n",), [(n,) for n in range(1_000)]))
+    assert parsed.elements["td"] == 1_000 and parsed.elements["details"] == 4 and "and 800 more" in parsed.text
     assert not table(("n",), []) and not bullets([])
 
 
 class Odd(nn.Module):
-    """Layers with names that nobody would give."""
+    """Layers with unlikely names."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Odd(nn.Module):
         self.names = names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """All of them, one after the other."""
+        """Apply all of them, one after the other."""
         for name in self.names:
             x = torch.relu(self.get_submodule(name)(x))
         return x
@@ -178,7 +178,7 @@ class Odd(nn.Module):
 
 @pytest.mark.slow
 def test_models_with_hostile_names() -> None:
-    """From the capture on: nothing that such a model shows has an element of its own."""
+    """From capturing on, nothing shown of such a model contains an element of its own."""
     names = [name.replace(".", "_") for name in HOSTILE if "\x00" not in name]
     model, inputs = Odd(names), (torch.ones(4, 6),)
     selection = graftc.select(model, inputs)
@@ -203,10 +203,10 @@ def test_a_compiled_model_shows_its_adaptations_and_modules() -> None:
     }
     spec["adapt"][1]["length"] = 3  # type: ignore[index]
     compiled = graftc.compile(spec, model)
-    found = page(compiled)
+    shown = page(compiled)
     for word in ("LlamaForCausalLM", "lora", "prefix", "trained", "attn.q", "2 layers alike", "q_proj"):
-        assert word in found.text, word
-    assert found.elements["details"] > 5 and found.elements["tr"] == 4
+        assert word in shown.text, word
+    assert shown.elements["details"] > 5 and shown.elements["tr"] == 4
     written = page(compiled.spec)
     for word in ("lora", "rank: 2", "attn.q", "expect: 2", "prefix", "lm_head"):
         assert word in written.text, word
@@ -225,8 +225,8 @@ def test_a_certificate_says_why_it_did_not_pass() -> None:
     certificate = compiled.merge().certificate
     assert "passed" in page(certificate).text and "q_proj" in page(certificate).text
     failed = Certificate(certificate.sites, {"logits": 3.0}, 0.1, "a", "b")
-    found = page(failed)
-    assert "not passed" in found.text and all(reason in found.text for reason in failed.failures())
+    shown = page(failed)
+    assert "not passed" in shown.text and all(reason in shown.text for reason in failed.failures())
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ def test_a_certificate_says_why_it_did_not_pass() -> None:
 )
 def test_a_printed_certificate_is_short(sites: int, algebra: float, structure: str, words: str) -> None:
     evidence = [SiteEvidence(f"layer.{n}", ("lora",), 0.1, algebra, 0.5, Retention()) for n in range(sites)]
-    made = Certificate(tuple(evidence), {"logits": 1e-4}, 1e-3, structure=structure, base_structure="g")
-    first, *others = str(made).split("\n")
+    certificate = Certificate(tuple(evidence), {"logits": 1e-4}, 1e-3, structure=structure, base_structure="g")
+    first, *others = str(certificate).split("\n")
     assert first.startswith(words)
     assert first.endswith("not the base's graph" if structure == "other" else ", the base's graph")
-    assert others == [f"  {failure}" for failure in made.failures()]
+    assert others == [f"  {failure}" for failure in certificate.failures()]
 
 
 def test_a_printed_certificate_without_outputs() -> None:

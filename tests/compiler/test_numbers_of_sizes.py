@@ -1,4 +1,4 @@
-"""Graphs that compute with their sizes: ratios, roots, cuts; sizes other than those that they were captured with."""
+"""Graphs that compute with their sizes: ratios, roots, slices; on sizes other than those of the capture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Sized(nn.Module):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("captured", [4, 7])
 def test_every_size_is_as_the_model_has_it(way: str, captured: int, tmp_path: Path) -> None:
-    """Compiled, from the cache, and from an artifact."""
+    """Results equal the model's when compiled, from the cache, and from an artifact."""
     torch.manual_seed(0)
     model = Sized(way).eval()
     compiled = graftc.compile(SPEC, model, (torch.randn(captured, 6),)).eval()
@@ -73,7 +73,7 @@ def _refused(compiled: Any, *args: Any, **kwargs: Any) -> GraftError:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_inputs_of_another_type_say_so(dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
-    """With what the model itself says of them, and the type that it was compiled with."""
+    """The error has the model's own message and the dtype that it was compiled with."""
     compiled = graftc.compile(SPEC, Sized("ratio"), (torch.randn(4, 6),))
     error = _refused(compiled, torch.ones(4, 6, dtype=dtype))
     name = str(dtype).removeprefix("torch.")
@@ -84,7 +84,7 @@ def test_inputs_of_another_type_say_so(dtype: torch.dtype, capfd: pytest.Capture
 
 @pytest.mark.parametrize("shape", [(4, 7), (4, 1), (2, 3, 5)])
 def test_inputs_of_another_width_say_so(shape: tuple[int, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    """Numbers, not symbols, and nothing of the tracer's on the terminal."""
+    """The error has numbers instead of symbols, and the tracer prints nothing to the terminal."""
     compiled = graftc.compile(SPEC, Sized("first"), (torch.randn(4, 6),))
     error = _refused(compiled, torch.randn(shape))
     assert error.code == "GC031" and f"x{shape[-1]} and 6x8" in error.message
@@ -99,7 +99,7 @@ def test_no_inputs_say_so() -> None:
 
 @pytest.mark.slow
 def test_what_failed_changes_nothing() -> None:
-    """A call that the model itself refuses is tried on it, and leaves it as it was."""
+    """A call that the model itself refuses is tried on the model, and leaves it unchanged."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["0"]}}]}
     compiled = graftc.compile(spec, model, (torch.randn(4, 6),))
@@ -142,7 +142,7 @@ class Between(nn.Module):
 @pytest.mark.full
 @pytest.mark.parametrize("way", BETWEEN)
 def test_decisions_between_two_sizes(way: str, tmp_path: Path) -> None:
-    """Batch against tokens: a graph is for the sizes that decide as those that it was captured with."""
+    """A graph is used for batch and token sizes that lead to the same decisions as those of the capture."""
     model = Between(way).eval()
     ids = {"input_ids": torch.ones(3, 7, dtype=torch.long)}
     compiled = graftc.compile(SPEC, model, ids).eval()
@@ -160,7 +160,7 @@ def test_decisions_between_two_sizes(way: str, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_decision_of_one_mode(mode: str) -> None:
-    """A size of 1 that is special in one mode only."""
+    """A size of 1 is special in one mode only."""
     model = Between("one token")
     BETWEEN["in a mode"] = lambda y, b, n: y * 2 if n == 1 and model.training == (mode == "train") else y * 3
     model.way = "in a mode"

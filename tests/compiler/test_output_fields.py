@@ -1,4 +1,4 @@
-"""Outputs have their fields in the order of the model's own, whatever the order of its constructor."""
+"""Outputs have their fields in the order of the model's own outputs, whatever the order of the constructor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import graftc
 
 
 class Pooled(nn.Module):
-    """Sets the pooled field last, which the class has second."""
+    """A model that sets the pooled field last, although the class has it second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,10 +20,10 @@ class Pooled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         hidden = self.up(x)
-        found = BaseModelOutputWithPooling(last_hidden_state=hidden)
-        found.hidden_states = (x, hidden)
-        found.pooler_output = hidden.mean(1)
-        return found
+        outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
+        outputs.hidden_states = (x, hidden)
+        outputs.pooler_output = hidden.mean(1)
+        return outputs
 
 
 def test_fields_stand_where_the_model_has_set_them() -> None:
@@ -32,11 +32,11 @@ def test_fields_stand_where_the_model_has_set_them() -> None:
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "up"}}]}
     compiled = graftc.compile(spec, model, {"x": torch.randn(2, 3, 4)}, cache=False).eval()
     x = torch.randn(3, 5, 4)
-    wanted, found = model(x), compiled(x)
-    assert type(found) is type(wanted) and list(found) == list(wanted) == [
+    wanted, actual = model(x), compiled(x)
+    assert type(actual) is type(wanted) and list(actual) == list(wanted) == [
         "last_hidden_state",
         "hidden_states",
         "pooler_output",
     ]
-    assert torch.equal(found[2], wanted[2]) and torch.equal(found.pooler_output, wanted.pooler_output)
-    assert torch.equal(found.to_tuple()[1][1], wanted.to_tuple()[1][1])
+    assert torch.equal(actual[2], wanted[2]) and torch.equal(actual.pooler_output, wanted.pooler_output)
+    assert torch.equal(actual.to_tuple()[1][1], wanted.to_tuple()[1][1])

@@ -1,6 +1,6 @@
-"""The pipelines as they are printed: which passes there are, in order, and what each says of itself.
+"""The pipelines as printed: which passes there are, in order, and what each declares.
 
-GRAFTC_UPDATE_GOLDEN=1 writes the text that is compared with.
+GRAFTC_UPDATE_GOLDEN=1 writes the text that is compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def compilation() -> Compilation:
 
 
 def nothing(program: Program, context: Compilation) -> None:
-    """Leave a Program as it is."""
+    """Leave a Program unchanged."""
 
 
 def test_a_pipeline_keeps_the_history(compilation: Compilation) -> None:
@@ -53,7 +53,7 @@ def test_a_pipeline_keeps_the_history(compilation: Compilation) -> None:
             added.append(program.graph.call_function(torch.ops.aten.relu.default, (program.placeholders()[0],)))
 
     program = compilation.program("train").copy()
-    made: Pipeline[Compilation] = Pipeline(
+    pipeline: Pipeline[Compilation] = Pipeline(
         "test",
         [
             Pass("look", nothing, rewrites=False),
@@ -63,7 +63,7 @@ def test_a_pipeline_keeps_the_history(compilation: Compilation) -> None:
         ],
     )
     log = Log()
-    assert made.run(program, compilation, log) is program
+    assert pipeline.run(program, compilation, log) is program
     assert [(e.step, e.added, e.removed) for e in log.entries] == [
         ("look", 0, 0),
         ("add", 1, 0),
@@ -72,7 +72,7 @@ def test_a_pipeline_keeps_the_history(compilation: Compilation) -> None:
     ]
     (name,) = log.entries[1].changes.inserted  # type: ignore[union-attr]
     assert list(log.entries[2].changes.erased) == [name]  # type: ignore[union-attr]
-    assert [str(each) for each in made][1] == "add (rewrites; ensures more)"
+    assert [str(each) for each in pipeline][1] == "add (rewrites; ensures more)"
 
 
 def test_a_group_is_verified_one_by_one_at_first(compilation: Compilation) -> None:
@@ -90,9 +90,9 @@ def test_the_pass_that_breaks_a_graph_is_named(compilation: Compilation) -> None
         node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)[0]
         node.replace_all_uses_with(node.args[0])
 
-    made = Pipeline("test", [Pass("fine", nothing, verified=True), Pass("breaks", breaks, verified=True)])
+    pipeline = Pipeline("test", [Pass("fine", nothing, verified=True), Pass("breaks", breaks, verified=True)])
     with pytest.raises(GraftError, match=r"GC040: after breaks at .*: a node of the base was changed"):
-        made.run(compilation.program("train").copy(), compilation)
+        pipeline.run(compilation.program("train").copy(), compilation)
 
 
 def test_what_a_pass_requires_comes_before_it() -> None:

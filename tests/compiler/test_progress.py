@@ -1,4 +1,4 @@
-"""Long compiles say what they are at, on a terminal or to whoever listens, and others say nothing."""
+"""Long compiles report their current step, to a terminal or to listeners, and short ones report nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SPEC = {"adapt": [{"name": "low", "method": "lora", "target": {"role": "attn.q"}
 
 
 class Terminal(io.StringIO):
-    """A stream that people look at."""
+    """A stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, seconds: float = 0.1) -> str:
-    """What is written of a compile that takes a while, in which a hundredth of a second counts as long."""
+    """Return what a slow compile writes, if a hundredth of a second counts as long."""
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr(progress, "AFTER", 0.01)
     monkeypatch.setattr(progress, "EVERY", 0.01)
@@ -41,13 +41,13 @@ def slow(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, seconds: float = 
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is set in the environment."""
+    """Clear the settings in the environment."""
     monkeypatch.delenv("GRAFTC_PROGRESS", raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
 
 def test_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written over, names the steps in turn, and says in the end how long it took."""
+    """The line is overwritten, names the steps in turn, and says at the end how long it took."""
     text = slow(monkeypatch, Terminal())
     assert text.count("\n") == 1 and re.search(r"graftc: compiling Model took \d\.\d s *\n$", text)
     shown = [line.strip() for line in text.split("\r") if line]
@@ -79,7 +79,7 @@ def test_a_quick_compile_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_is_told(
     stream: Any, setting: str | None, term: str, asked: bool | None, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is no terminal only who asks for it, and then one line without what steers a terminal."""
+    """Without a terminal, progress is written only on request, and as one line without control characters."""
     monkeypatch.setenv("TERM", term)
     if setting is not None:
         monkeypatch.setenv("GRAFTC_PROGRESS", setting)
@@ -90,7 +90,7 @@ def test_who_is_told(
 
 
 def test_a_stream_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compile fails since nobody can be told of it."""
+    """A compile does not fail because its progress cannot be written."""
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr(progress, "AFTER", 0.01)
@@ -101,7 +101,7 @@ def test_a_stream_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_compile_is_told_by_its_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a real one: steps are those of the report, which has the time of each."""
+    """The steps of a real compile are those of its report, which has the time of each."""
     monkeypatch.setattr(progress, "AFTER", 0.0)
     monkeypatch.setattr(progress, "EVERY", 0.001)
     told: list[tuple[str, float]] = []
@@ -133,7 +133,7 @@ def test_a_compile_is_told_by_its_steps(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_commands_show_no_second_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --json, or where there is no terminal, nothing is shown at all."""
+    """With --json nothing is shown at all, with or without a terminal."""
     monkeypatch.setenv("GRAFTC_PROGRESS", "on")
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", stream)

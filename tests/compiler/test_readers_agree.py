@@ -1,4 +1,4 @@
-"""Roles and sites read the same maps off a graph."""
+"""Roles and sites read the same maps from a graph."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def test_every_use_is_a_map_of_the_same_operands(family: str) -> None:
     uses = [use for node in base.graph.nodes if (use := linear_use(node)) is not None and not isinstance(use, Lookup)]
     assert uses
     for use in uses:
-        found = flow.linears.get(use.node) or flow.depthwise.get(use.node)
-        assert found is not None, use.node
-        assert found.input is use.input and found.parameter == use.weight.tensor
-        assert found.experts == isinstance(use, Experts)
-        if not found.experts:
-            assert found.out == use.out_features
+        linear = flow.linears.get(use.node) or flow.depthwise.get(use.node)
+        assert linear is not None, use.node
+        assert linear.input is use.input and linear.parameter == use.weight.tensor
+        assert linear.experts == isinstance(use, Experts)
+        if not linear.experts:
+            assert linear.out == use.out_features

@@ -1,4 +1,4 @@
-"""What a refused capture says and costs, and sizes that a model does not vary in."""
+"""The message and the cost of a refused capture, and sizes in which a model does not vary."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Layer(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.linear(x)
-        return found
+        result: Tensor = self.linear(x)
+        return result
 
 
 class Layered(nn.Module):
-    """Layers that are alike, so that a capture first tries to trace one of them alone."""
+    """Layers that are alike, so a capture first tries to trace one of them alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class Layered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        found: Tensor = self.last(self.decided(x))
-        return found
+        result: Tensor = self.last(self.decided(x))
+        return result
 
 
 class Branching(Layered):
@@ -72,11 +72,11 @@ class ThroughNumpy(Layered):
 
 @pytest.mark.parametrize("model", [Branching, Sized, Looping, AsAnArray, ThroughNumpy])
 def test_one_trace_and_the_place(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    made, called = torch.export.export, []
+    original, called = torch.export.export, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         called.append(args)
-        return made(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", counted)
     with pytest.raises(GraftError) as caught:
@@ -90,7 +90,7 @@ def test_one_trace_and_the_place(model: type[nn.Module], monkeypatch: pytest.Mon
 
 
 class OverTime(nn.Module):
-    """Tokens with a linear map over time, which has one length."""
+    """Tokens with a linear map over time, which fixes one length."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class OverTime(nn.Module):
 
     def forward(self, tokens: Tensor, scale: Tensor | None = None) -> Tensor:
         states = self.time(self.table(tokens).transpose(1, 2)).transpose(1, 2)
-        found: Tensor = self.last(states if scale is None else states * scale[..., None])
-        return found
+        result: Tensor = self.last(states if scale is None else states * scale[..., None])
+        return result
 
 
 @pytest.mark.parametrize("length", [12, 7, 1, 30])
@@ -116,7 +116,7 @@ def test_a_fixed_length(length: int, scaled: bool) -> None:
     for rows in (1, 5):
         given = inputs(rows, length)
         torch.testing.assert_close(compiled(**given), model(**given))
-    if length not in (1, 7):  # those that a capture tries by itself, and what broadcasts
+    if length not in (1, 7):  # lengths that a capture tries itself, and the one that broadcasts
         assert any(f"size {length} of axis 1 of tokens is fixed" in note for note in compiled.compilation.notes)
     with pytest.raises(GraftError) as caught:
         compiled(**inputs(2, length + 1))

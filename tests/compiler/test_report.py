@@ -1,4 +1,4 @@
-"""The report counts what is there."""
+"""The report counts sites, parameters, bytes and operations correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of an update a merge keeps: by site, in all, and what is refused where nothing changes."""
+"""The share of an update that a merge keeps, by site and in total, and what is refused if nothing changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-12
 
 
 def adapted(family: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
-    """A perturbed model whose updates are scaled."""
+    """Return a perturbed model whose updates are scaled."""
     compiled = graftc.compile({"adapt": [{**LORA, **changes}]}, tiny(family).to(dtype)).eval()
     perturb(compiled)
     with torch.no_grad():
@@ -35,12 +35,12 @@ def adapted(family: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
-    """Queries and values are rows of one weight, stored as columns; the update is near the spacing of bfloat16."""
+    """Queries and values as rows of one weight, stored as columns, with updates near the spacing of bfloat16."""
     return adapted("gpt2", 0.01)
 
 
 def by_hand(base: Tensor, exact: Tensor, merged: Tensor) -> dict[str, float]:
-    """The definition, in float64."""
+    """Compute retention by its definition, in float64."""
     update, applied = exact - base.double(), merged.double() - base.double()
     wanted = update != 0
     return {
@@ -52,21 +52,21 @@ def by_hand(base: Tensor, exact: Tensor, merged: Tensor) -> dict[str, float]:
 
 @pytest.mark.full
 def test_by_site_and_in_all(gpt2: Any) -> None:
-    """Each site of a fused weight has its own rows; together they are what the definition gives for all tensors."""
+    """Each site of a fused weight has its own rows; the total is what the definition gives for all tensors."""
     merged, store, lazy = gpt2.merge(), gpt2.compilation.store, lazy_tensors(gpt2.compilation)
     folded, certificate = merged.folded_state_dict(), merged.certificate
     assert 0.2 < certificate.retention.entries < 0.8
-    found = {site.site: site.to_json()["retention"] for site in certificate.sites}
-    assert len(found) == 6
+    retained = {site.site: site.to_json()["retention"] for site in certificate.sites}
+    assert len(retained) == 6
     for layer in range(2):
         name = f"transformer.h.{layer}.attn.c_attn.weight"
         for part, columns in (("q", slice(0, 48)), ("v", slice(96, 144))):
             views = [t[:, columns] for t in (store.full(name), lazy.exact(name), folded[name])]
             assert views[0].shape[1] == 48
-            assert found[f"{name}[{part}]"] == pytest.approx(by_hand(*views), rel=TOLERANCE)
+            assert retained[f"{name}[{part}]"] == pytest.approx(by_hand(*views), rel=TOLERANCE)
         name = f"transformer.h.{layer}.mlp.c_proj.weight"
         views = [store.full(name), lazy.exact(name), folded[name]]
-        assert found[name] == pytest.approx(by_hand(*views), rel=TOLERANCE)
+        assert retained[name] == pytest.approx(by_hand(*views), rel=TOLERANCE)
     every = [
         torch.cat([get(name).double().reshape(-1) for name in lazy.names])
         for get in (store.full, lazy.exact, folded.__getitem__)
@@ -79,15 +79,15 @@ def test_by_site_and_in_all(gpt2: Any) -> None:
 def test_pieces_have_no_say(gpt2: Any, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gpt2.merge().certificate
     monkeypatch.setattr(rounding, "PIECE", piece)
-    found = gpt2.merge().certificate
-    assert found.retention.changed == expected.retention.changed
-    assert [s.rounding for s in found.sites] == [s.rounding for s in expected.sites]
-    assert found.to_json()["retention"] == pytest.approx(expected.to_json()["retention"], rel=TOLERANCE)
+    actual = gpt2.merge().certificate
+    assert actual.retention.changed == expected.retention.changed
+    assert [s.rounding for s in actual.sites] == [s.rounding for s in expected.sites]
+    assert actual.to_json()["retention"] == pytest.approx(expected.to_json()["retention"], rel=TOLERANCE)
 
 
 @pytest.mark.full
 def test_wider_types_keep_more(gpt2: Any) -> None:
-    """float32 keeps all but some 1e-4 of the update, and all of the base: what is in both is equal to the bit."""
+    """float32 keeps all but some 1e-4 of the update, and the whole base, to the bit."""
     narrow, wide = gpt2.merge(), gpt2.merge(dtype=torch.float32)
     kept = wide.certificate.retention
     assert kept.entries > 0.999 and kept.error < 1e-4 and abs(kept.norm - 1) < 1e-5
@@ -117,7 +117,7 @@ def test_a_folder_in_float32(gpt2: Any, tmp_path: Any) -> None:
 
 @pytest.mark.full
 def test_a_trained_copy_in_a_wider_type() -> None:
-    """What trains as a copy of the base is kept in float32, and a merge in float32 has all of it."""
+    """A trained copy of the base is kept in float32, and a merge in float32 has all of it."""
     spec = {"adapt": [LORA], "train": ["classifier"]}
     compiled = graftc.compile(spec, tiny("bert").bfloat16()).eval()
     perturb(compiled)
@@ -130,7 +130,7 @@ def test_a_trained_copy_in_a_wider_type() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
 def test_other_types_are_refused(gpt2: Any, dtype: torch.dtype) -> None:
-    """Casting would round what no adaptation changes."""
+    """Casting would round tensors that no adaptation changes."""
     with pytest.raises(GraftError, match="bfloat16") as caught:
         gpt2.merge(dtype=dtype)
     assert caught.value.code == "GC073"
@@ -141,7 +141,7 @@ def test_the_own_type_changes_nothing(gpt2: Any) -> None:
 
 
 def untrained(dtype: torch.dtype = torch.float32) -> Any:
-    """A LoRA whose B is zero."""
+    """Return a model with a LoRA whose B is zero."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype).eval()
     spec = {"adapt": [{"name": n, "method": "lora", "rank": 2, "target": {"modules": [m]}} for n, m in ("a0", "b2")]}
@@ -190,7 +190,7 @@ def test_an_update_that_is_mostly_lost_warns() -> None:
 
 
 def test_some_sites_may_be_unchanged() -> None:
-    """The certificate names them."""
+    """The certificate names the unchanged sites."""
     compiled = untrained()
     trained(compiled, "0.graftc.a.B", 0.1)
     certificate = compiled.merge().certificate

@@ -1,4 +1,4 @@
-"""From targets to sites, on candidates of toy models: nothing is ever silently not adapted."""
+"""From targets to sites, on candidates of toy models: nothing is ever silently left unadapted."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_counts(target: dict[str, Any], count: int) -> None:
 
 
 def test_the_order_is_the_candidates_order_whatever_the_target_says() -> None:
-    found = select(Target(role=["attn.v", "attn.q"], layers=[1, 0]), encoder(2))
-    assert names(found) == [f"bert.encoder.layer.{i}.attention.self.{n}" for i in (0, 1) for n in ("query", "value")]
+    selected = select(Target(role=["attn.v", "attn.q"], layers=[1, 0]), encoder(2))
+    assert names(selected) == [f"bert.encoder.layer.{i}.attention.self.{n}" for i in (0, 1) for n in ("query", "value")]
 
 
 def test_layers_apply_to_both_stacks_unless_the_role_says_one() -> None:
@@ -252,12 +252,12 @@ def test_a_role_that_some_layers_lack_is_refused_with_counts() -> None:
 
 @pytest.mark.parametrize("more", [{"layers": [0, "2:4", 5]}, {"expect": 4}, {"modules": "**.value"}, {"layers": "2:4"}])
 def test_a_role_that_some_layers_lack_passes_where_that_is_said(more: dict[str, Any]) -> None:
-    found = select(Target(role="attn.v", **more), encoder(6, no_values=(1, 4)))
-    assert len(found) == (2 if more == {"layers": "2:4"} else 4)
+    selected = select(Target(role="attn.v", **more), encoder(6, no_values=(1, 4)))
+    assert len(selected) == (2 if more == {"layers": "2:4"} else 4)
 
 
 def test_layers_of_another_kind_lack_no_attention() -> None:
-    """A layer that is all understood and has no attention misses none; one with something unresolved may have it."""
+    """A fully understood layer without attention lacks none; one with something unresolved may have one."""
     hybrid = [*encoder(2), site("bert.encoder.layer.2.mixer", "mixer", 2)]
     target = Target(role="attn.q")
     assert [c.layer for c in select(target, hybrid, kinds=LINEAR)] == [0, 1]
@@ -281,7 +281,7 @@ def test_missing_layers_are_told_by_stack() -> None:
 
 
 def test_cross_attention_belongs_where_cross_attention_is() -> None:
-    """A decoder may have cross-attention in some layers; it must then be complete in those."""
+    """A decoder may have cross-attention in some layers only; it must be complete in those."""
     candidates = [c for c in translator(1, 4) if not (c.module.startswith("decoder.1.cross"))]
     assert len(select(Target(role="cross.attn.k"), candidates)) == 3
     candidates = [c for c in candidates if c.module != "decoder.2.cross.k"]
@@ -330,16 +330,16 @@ def test_what_is_selected_meets_every_condition_and_every_item_has_a_site(
     candidates = encoder()
     target = Target(role=role, modules=modules, layers=layer, exclude=exclude, expect=expect)
     try:
-        found = select(target, candidates, kinds=LINEAR)
+        selected = select(target, candidates, kinds=LINEAR)
     except GraftError as error:
         assert error.code in {"GC011", "GC013", "GC014", "GC015", "GC016"}
         return
-    assert found and expect in (None, len(found))
-    kept = {c.key for c in found}
-    assert [c for c in candidates if c.key in kept] == found
+    assert selected and expect in (None, len(selected))
+    kept = {c.key for c in selected}
+    assert [c for c in candidates if c.key in kept] == selected
     for item in role or ():
-        assert any(item in c.roles for c in found)
-        assert all(c.roles & set(role) for c in found)
+        assert any(item in c.roles for c in selected)
+        assert all(c.roles & set(role) for c in selected)
     for field, several in (("modules", modules), ("layers", layer)):
         for item in several or ():
             alone = (
@@ -361,21 +361,21 @@ def lora(*overrides: dict[str, Any]) -> LoRA:
 def test_overrides_give_each_site_its_spec() -> None:
     candidates = encoder()
     spec = lora({"modules": "**.layer.0.**", "rank": 4}, {"role": "attn.v", "layers": -1, "rank": 2})
-    found = select(spec.target, candidates)
-    check_overrides(spec, found, "adapt[0]", depth=depths(candidates))
-    ranks = [spec.for_site(c.module, c.roles, c.layer, depth=4).rank for c in found]
+    selected = select(spec.target, candidates)
+    check_overrides(spec, selected, "adapt[0]", depth=depths(candidates))
+    ranks = [spec.for_site(c.module, c.roles, c.layer, depth=4).rank for c in selected]
     assert ranks == [4, 4, 8, 8, 8, 8, 8, 2]
 
 
 def test_negative_layers_of_overrides_count_from_the_end_of_the_model() -> None:
     candidates = encoder()
     spec = lora({"layers": -1, "rank": 4})
-    found = select(Target(role="attn.q", layers="0:2"), candidates)
+    selected = select(Target(role="attn.q", layers="0:2"), candidates)
     with pytest.raises(GraftError) as caught:
-        check_overrides(spec, found, "adapt[0]", depth=depths(candidates))
+        check_overrides(spec, selected, "adapt[0]", depth=depths(candidates))
     assert caught.value.code == "GC011"
     assert caught.value.place is not None and caught.value.place.path == "adapt[0].overrides[0].layers"
-    check_overrides(spec, found, "adapt[0]")
+    check_overrides(spec, selected, "adapt[0]")
 
 
 def test_a_spec_without_overrides_passes() -> None:

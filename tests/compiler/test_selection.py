@@ -50,17 +50,17 @@ LAYERS: list[int | str] = [0, 1, -1, "0:1", "1:", ":"]
 
 @cache
 def table(name: str) -> SiteTable:
-    """The sites of a model's usual signature, made without selections."""
+    """Return the sites of a model's usual signature, without using selections."""
     model = tiny(name)
     store = Store.mirror(model)
-    found = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
-    structure = find_structure(found.program.graph, found.constants)
-    return SiteTable(found.program, store, structure, dict(model.named_modules(remove_duplicate=False)))
+    result = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
+    structure = find_structure(result.program.graph, result.constants)
+    return SiteTable(result.program, store, structure, dict(model.named_modules(remove_duplicate=False)))
 
 
 @cache
 def every(name: str, method: str | None = None) -> Selection:
-    """What `graftc.select` gives for a tiny model."""
+    """Return the result of `graftc.select` for a tiny model."""
     return graftc.select(graftc.roles(tiny(name)), method=method)
 
 
@@ -69,24 +69,26 @@ def names(selection: Selection) -> set[str]:
 
 
 def resolved(name: str, target: Target) -> set[str]:
-    """What LoRA adapts with a target, by the resolver alone."""
-    (found,) = Resolver(table(name)).resolve(Spec(adapt=[LoRA(rank=1, target=target)]))
+    """Return what LoRA adapts with a target, by the resolver alone."""
+    (resolution,) = Resolver(table(name)).resolve(Spec(adapt=[LoRA(rank=1, target=target)]))
     labels = {}
     for candidate in table(name).candidates:
         key = table(name).entries[int(str(candidate.key))][0].key
         parameter = f".{candidate.parameter}" if candidate.parameter else ""
         labels[key] = candidate.name + parameter
-    return {labels[site.key] for site, _ in found.places}
+    return {labels[site.key] for site, _ in resolution.places}
 
 
 @st.composite
 def simple(draw: st.DrawFn, name: str) -> Selection:
-    """A selection that is one target."""
-    made = every(name, "lora")
+    """Draw a selection that is one target."""
+    selection = every(name, "lora")
     for field in draw(st.permutations(["role", "modules", "layers", "exclude"]))[: draw(st.integers(0, 3))]:
         words: Any = {"role": ROLES[name], "layers": LAYERS}.get(field, GLOBS[name])
-        made = getattr(made, field)(*draw(st.lists(st.sampled_from(words), min_size=1, max_size=2, unique=True)))
-    return made
+        selection = getattr(selection, field)(
+            *draw(st.lists(st.sampled_from(words), min_size=1, max_size=2, unique=True))
+        )
+    return selection
 
 
 @st.composite
@@ -133,34 +135,34 @@ def test_the_order_of_calls_makes_no_difference(name: str, data: st.DataObject) 
         ("layers", data.draw(st.sampled_from(LAYERS))),
         ("exclude", data.draw(st.sampled_from(GLOBS[name]))),
     ]
-    found = []
+    results = []
     for order in (calls, data.draw(st.permutations(calls))):
-        made = every(name)
+        selection = every(name)
         for field, value in order:
-            made = getattr(made, field)(value)
-        found.append(made)
-    assert found[0] == found[1]
+            selection = getattr(selection, field)(value)
+        results.append(selection)
+    assert results[0] == results[1]
 
 
 @pytest.mark.full
 @given(models(1))
 @settings(deadline=None, max_examples=80)
 def test_a_simple_selection_is_what_the_resolver_selects(drawn: tuple[str, list[Selection]]) -> None:
-    name, (made,) = drawn
-    written = made._written
+    name, (selection,) = drawn
+    written = selection._written
     assert written is not None
     fields = {f: getattr(written, f) for f in written.model_fields_set}
-    # Stated numbers say that layers without a role are meant, as a selection's always are.
-    target = Target(**{"modules": "**"} | fields if not written.has_selector else fields, expect=len(made) or None)
+    # A stated number means that layers without a role are intended, as they always are in a selection.
+    target = Target(**{"modules": "**"} | fields if not written.has_selector else fields, expect=len(selection) or None)
     try:
         expected = resolved(name, target)
     except GraftError as error:
         with pytest.raises(GraftError) as caught:
-            made.to_target()
+            selection.to_target()
         assert caught.value.code == error.code
         return
-    assert names(made) == expected == resolved(name, made.to_target())
-    assert made.to_target().expect == len(made)
+    assert names(selection) == expected == resolved(name, selection.to_target())
+    assert selection.to_target().expect == len(selection)
 
 
 @pytest.mark.full
@@ -168,34 +170,34 @@ def test_a_simple_selection_is_what_the_resolver_selects(drawn: tuple[str, list[
 @settings(deadline=None, max_examples=80)
 def test_targets_of_combined_selections_are_exact(drawn: tuple[str, list[Selection]], signs: str) -> None:
     name, parts = drawn
-    made = parts[0]
+    selection = parts[0]
     for sign, part in zip(signs, parts[1:], strict=True):
-        made = made | part if sign == "|" else made & part if sign == "&" else made - part
+        selection = selection | part if sign == "|" else selection & part if sign == "&" else selection - part
     try:
-        target = made.to_target("lora")
+        target = selection.to_target("lora")
     except GraftError as error:
-        faulty = bool(made.notes())
+        faulty = bool(selection.notes())
         assert error.code in {"GC093", "GC014", "GC011", "GC015", "GC016", "GC017"}
         if error.code == "GC014":
-            assert not made or faulty
+            assert not selection or faulty
         elif error.code == "GC093":
-            assert any(place.rows is not None for place in made) or name == "mixtral", str(made)
+            assert any(place.rows is not None for place in selection) or name == "mixtral", str(selection)
         else:
-            assert faulty or any(place.blocked for place in made)
+            assert faulty or any(place.blocked for place in selection)
         return
-    assert resolved(name, target) == names(made) and target.expect == len(made) > 0
+    assert resolved(name, target) == names(selection) and target.expect == len(selection) > 0
 
 
 @pytest.mark.slow
 @given(st.sets(st.integers(0, 15), min_size=1))
 @settings(deadline=None, max_examples=60)
 def test_any_whole_weights_are_a_target(chosen: set[int]) -> None:
-    """Each by its path, joined one by one."""
+    """Weights are selected by path and joined one by one."""
     paths = [place.module for place in every("llama")]
-    made = every("llama").modules("**") - every("llama")
+    selection = every("llama").modules("**") - every("llama")
     for index in sorted(chosen):
-        made = made | every("llama").modules(paths[index])
-    assert resolved("llama", made.to_target()) == {paths[index] for index in chosen}
+        selection = selection | every("llama").modules(paths[index])
+    assert resolved("llama", selection.to_target()) == {paths[index] for index in chosen}
 
 
 COMBINED = {
@@ -210,11 +212,11 @@ COMBINED = {
 @pytest.mark.parametrize("as_value", [True, False], ids=["selection", "target"])
 def test_compiled_models_have_these_sites(name: str, as_value: bool) -> None:
     model = tiny(name)
-    made = COMBINED[name](graftc.select(model))
-    target = made if as_value else made.to_target()
+    selection = COMBINED[name](graftc.select(model))
+    target = selection if as_value else selection.to_target()
     compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": target}]}, model)
     places = compiled.compilation.main.resolved[0].places
-    expected = {place.name for place in made}
+    expected = {place.name for place in selection}
     assert {s.key.module + (f"[{s.key.part}]" if s.key.part else "") for s, _ in places} == expected
     assert isinstance(compiled.spec.adapt[0].target, Target) and len(expected) > 1
     assert graftc.compile(Spec(adapt=[LoRA(rank=2, target=target)]), model).spec.adapt == compiled.spec.adapt
@@ -222,13 +224,13 @@ def test_compiled_models_have_these_sites(name: str, as_value: bool) -> None:
 
 @pytest.mark.slow
 def test_a_selection_is_what_a_report_counts() -> None:
-    made = every("llama").role("attn.q", "attn.v").layers(0)
-    report = graftc.check({"adapt": [{"method": "lora", "rank": 3, "target": made}]}, tiny("llama"))
-    assert report.adaptations[0].sites == len(made) == 2
-    assert made.parameters == sum(place.parameters for place in made) == 48 * 48 + 24 * 48
+    selection = every("llama").role("attn.q", "attn.v").layers(0)
+    report = graftc.check({"adapt": [{"method": "lora", "rank": 3, "target": selection}]}, tiny("llama"))
+    assert report.adaptations[0].sites == len(selection) == 2
+    assert selection.parameters == sum(place.parameters for place in selection) == 48 * 48 + 24 * 48
 
 
-# What a place says
+# What a place reports
 
 
 def test_places_of_a_fused_weight() -> None:
@@ -254,7 +256,7 @@ def test_places_have_what_graftc_roles_finds() -> None:
 
 @pytest.mark.slow
 def test_kinds() -> None:
-    """A role brings its kind, a path alone means weights, a method says which kinds it takes."""
+    """A role implies its kind, a path alone means weights, and a method declares which kinds it takes."""
     kinds = {str(place.kind) for place in every("mixtral")}
     assert kinds == {"linear", "embedding", "experts"}
     assert {str(place.kind) for place in every("llama").role("norm", "attn", "layer.in")} == {
@@ -282,14 +284,14 @@ def test_a_blocked_place_is_shown_and_refused() -> None:
 
 
 def test_nothing_is_a_selection_too() -> None:
-    made = every("llama").modules("**.q_prj")
-    assert len(made) == 0 and not made and not list(made)
-    assert "did you mean '**.q_proj'" in str(made) and "did you mean" in made._repr_html_()
-    assert len(made | every("llama").role("attn.q")) == 2
+    selection = every("llama").modules("**.q_prj")
+    assert len(selection) == 0 and not selection and not list(selection)
+    assert "did you mean '**.q_proj'" in str(selection) and "did you mean" in selection._repr_html_()
+    assert len(selection | every("llama").role("attn.q")) == 2
     with pytest.raises(GraftError, match="GC011"):
-        made.to_target()
+        selection.to_target()
     with pytest.raises(GraftError, match="GC011"):
-        (made | every("llama").role("attn.q")).to_target()
+        (selection | every("llama").role("attn.q")).to_target()
     with pytest.raises(GraftError, match="GC014"):
         (every("llama").role("attn.q") & every("llama").role("attn.k")).to_target()
     with pytest.raises(GraftError, match=r"GC014[\s\S]*adapt\[0\]\.target"):
@@ -298,9 +300,9 @@ def test_nothing_is_a_selection_too() -> None:
 
 
 def test_expect() -> None:
-    made = every("llama").role("attn.{q,v}").layers(0)
-    assert made.expect(2) is made and made.expect(2).to_target().expect == 2
-    for wrong in (made, made | made):
+    selection = every("llama").role("attn.{q,v}").layers(0)
+    assert selection.expect(2) is selection and selection.expect(2).to_target().expect == 2
+    for wrong in (selection, selection | selection):
         with pytest.raises(GraftError) as caught:
             wrong.expect(3)
         assert caught.value.code == "GC013" and "2 sites, expected 3" in caught.value.message
@@ -315,7 +317,7 @@ def test_expect() -> None:
     assert "matches none" in str(caught.value.details[0])
     for value in (None, "2", True, -1, 2.0):
         with pytest.raises(GraftError, match="GC073"):
-            made.expect(value)  # type: ignore[arg-type]
+            selection.expect(value)  # type: ignore[arg-type]
 
 
 BAD: dict[str, Any] = {
@@ -351,35 +353,35 @@ def test_what_is_no_model() -> None:
 
 
 def test_layers_without_a_role_are_noted() -> None:
-    """As a target's are refused: a selection that is counted says that they are meant."""
+    """A target would be refused for them, but a selection with a count says that they are intended."""
     candidates = tuple(encoder(depth=4, no_values=(1, 2)))
     places = {
         c.key: SelectedPlace(c.name, c.module, tuple(c.roles), c.kind, c.layer, c.stack, (), None, (), 0, 1, "")
         for c in candidates
     }
-    made = Selection(Selectable("Toy", candidates, places)).role("attn.v")
-    assert "'attn.v' matched 2 of 4 layers; these 2 have none: 1, 2" in str(made)
+    selection = Selection(Selectable("Toy", candidates, places)).role("attn.v")
+    assert "'attn.v' matched 2 of 4 layers; these 2 have none: 1, 2" in str(selection)
     with pytest.raises(GraftError) as caught:
-        made.expect(4)
+        selection.expect(4)
     assert any("these 2 have none" in str(detail) for detail in caught.value.details)
-    target = made.to_target()
+    target = selection.to_target()
     assert {c.key for c in select(target, candidates)} == {c.key for c in candidates if "attn.v" in c.roles}
     with pytest.raises(GraftError, match="GC015"):
         select(target.model_copy(update={"expect": None}), candidates)
 
 
 def test_rows_of_several_weights_that_no_target_means() -> None:
-    made = every("gpt2").role("attn.q").layers(0) | every("gpt2").role("attn.k").layers(1)
+    selection = every("gpt2").role("attn.q").layers(0) | every("gpt2").role("attn.k").layers(1)
     with pytest.raises(GraftError) as caught:
-        made.to_target()
+        selection.to_target()
     assert caught.value.code == "GC093" and "c_attn" in str(caught.value)
-    parts = [made.role("attn.q"), made.role("attn.k")]
+    parts = [selection.role("attn.q"), selection.role("attn.k")]
     assert [resolved("gpt2", part.to_target()) for part in parts] == [names(part) for part in parts]
 
 
 def test_rows_and_the_whole_weight_are_two_places() -> None:
-    made = every("gpt2").role("attn.q") - every("gpt2").layers(0)
-    assert len(made) == 2 and "two places" in str(made)
+    selection = every("gpt2").role("attn.q") - every("gpt2").layers(0)
+    assert len(selection) == 2 and "two places" in str(selection)
     assert not (every("gpt2").role("attn.q") - every("gpt2").role("attn.q").layers(0)).to_json()["remarks"]
 
 
@@ -387,15 +389,19 @@ def test_rows_and_the_whole_weight_are_two_places() -> None:
 
 
 def test_selections_do_not_change_and_can_be_kept() -> None:
-    made = every("llama").role("attn.q")
-    before = str(made), made.to_json()
-    made.layers(0), made.exclude("**.0.**"), made | every("llama")
-    assert (str(made), made.to_json()) == before
-    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
-        assert other == made and str(other) == str(made) and other.layers(0) == made.layers(0)
-    assert json.loads(json.dumps(made.to_json())) == made.to_json()
-    assert made.to_json()["count"] == 2 and made.to_json()["places"][0]["roles"] == ["attn.q"]
-    assert made != every("gpt2").role("attn.q") and made != 5 and len({made, every("llama").role("attn.q")}) == 1
+    selection = every("llama").role("attn.q")
+    before = str(selection), selection.to_json()
+    selection.layers(0), selection.exclude("**.0.**"), selection | every("llama")
+    assert (str(selection), selection.to_json()) == before
+    for other in (pickle.loads(pickle.dumps(selection)), copy.deepcopy(selection)):
+        assert other == selection and str(other) == str(selection) and other.layers(0) == selection.layers(0)
+    assert json.loads(json.dumps(selection.to_json())) == selection.to_json()
+    assert selection.to_json()["count"] == 2 and selection.to_json()["places"][0]["roles"] == ["attn.q"]
+    assert (
+        selection != every("gpt2").role("attn.q")
+        and selection != 5
+        and len({selection, every("llama").role("attn.q")}) == 1
+    )
 
 
 def test_one_capture_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,13 +420,13 @@ def test_one_capture_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full
 def test_models_of_every_form() -> None:
-    """A model, its roles, a compiled one and one on the meta device have the same places."""
+    """A model, its roles, its compiled model and one on the meta device have the same places."""
     model = tiny("llama")
     compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, model)
     with torch.device("meta"):
         meta = type(model)(model.config)
-    found = [graftc.select(m) for m in (model, graftc.roles(model), compiled, meta)]
-    assert all(other == found[0] and other.to_json() == found[0].to_json() for other in found)
+    selections = [graftc.select(m) for m in (model, graftc.roles(model), compiled, meta)]
+    assert all(other == selections[0] and other.to_json() == selections[0].to_json() for other in selections)
 
 
 @pytest.mark.full
@@ -431,7 +437,7 @@ def test_prefixes_and_virtual_tokens_do_not_change_the_base_of_a_compiled_model(
 
 
 class Odd(nn.Module):
-    """Layers whose names no glob can hold."""
+    """Layers whose names no glob can express."""
 
     def __init__(self, odd: list[str]) -> None:
         super().__init__()
@@ -440,7 +446,7 @@ class Odd(nn.Module):
         self.odd = odd
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """All of them, one after the other."""
+        """Apply all of them, one after the other."""
         for name in self.odd:
             x = torch.relu(self.get_submodule(name)(x))
         return x
@@ -454,18 +460,18 @@ def test_names_with_what_globs_give_a_meaning() -> None:
     base = graftc.select(model, inputs)
     assert [place.module for place in base] == odd
     for kept in (["a*", "x"], ["{x,y}", "(c)|d"], ["sp ace", "ab"]):
-        made = base - base
+        selection = base - base
         for place in base:
             if place.module in kept:
-                made = made | base.regex("".join(f"[{c}]" if c not in "^\\" else c for c in place.module))
-        spec = {"adapt": [{"method": "lora", "rank": 2, "target": made}]}
+                selection = selection | base.regex("".join(f"[{c}]" if c not in "^\\" else c for c in place.module))
+        spec = {"adapt": [{"method": "lora", "rank": 2, "target": selection}]}
         report = graftc.check(spec, model, inputs)
-        assert names(made) == set(kept) and report.adaptations[0].sites == 2
+        assert names(selection) == set(kept) and report.adaptations[0].sites == 2
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Tied heads warn that they will not fold."""
+    """Suppress the warning that tied heads will not fold."""
     import warnings
 
     with warnings.catch_warnings():

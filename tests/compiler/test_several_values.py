@@ -1,4 +1,4 @@
-"""Operators that give several values, in the middle of a model whose roles are read."""
+"""Operators with several results, in the middle of a model whose roles are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftc.testing import perturb
 
 
 class Pooled(nn.Module):
-    """Attention over what a convolution gives, pooled to its largest values."""
+    """Attention over the output of a convolution, pooled to its largest values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,8 +28,8 @@ class Pooled(nn.Module):
 
 def test_roles_are_read_through_pooling_that_gives_places() -> None:
     model, x = Pooled().eval().requires_grad_(False), torch.randn(2, 3, 16, 16)
-    found = graftc.roles(model, {"x": x}, cache=False).by_role()
-    assert {role: [item.module for item in found[role]] for role in ("attn.q", "attn.v")} == {
+    roles = graftc.roles(model, {"x": x}, cache=False).by_role()
+    assert {role: [item.module for item in roles[role]] for role in ("attn.q", "attn.v")} == {
         "attn.q": ["query"],
         "attn.v": ["value"],
     }
@@ -43,7 +43,7 @@ def test_roles_are_read_through_pooling_that_gives_places() -> None:
 
 
 class Halved(nn.Module):
-    """A branch that is half of what its map gives."""
+    """Branches that are half of what their maps compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Halved(nn.Module):
 
 def test_roles_are_read_where_a_branch_is_half_of_what_its_map_gives() -> None:
     model, x = Halved().eval(), torch.randn(2, 5, 8)
-    found = graftc.roles(model, {"x": x}, cache=False)
-    assert found.having("head")
+    roles = graftc.roles(model, {"x": x}, cache=False)
+    assert roles.having("head")
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "outer.*"}}]}
     compiled = graftc.compile(spec, model, {"x": x}, cache=False)
     perturb(compiled)

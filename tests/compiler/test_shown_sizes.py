@@ -1,4 +1,4 @@
-"""The first graph holds for the inputs that were shown, and is held against them where the model takes no samples."""
+"""The first graph holds for the inputs that were shown, and is checked on them if the model accepts no samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair = namedtuple("Pair", ["first", "second"])
 
 
 class OneByOne(nn.Module):
-    """Takes the rows of a batch one after the other, in Python."""
+    """A model that processes the rows of a batch one after the other, in Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def test_an_axis_that_is_bound_is_captured_as_it_was_shown_and_no_other() -> Non
 
 
 class Short(nn.Module):
-    """Computes longer texts in a way that asks for a value."""
+    """A model whose computation of longer texts depends on a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Short(nn.Module):
 
 
 def test_a_graph_for_other_sizes_than_those_shown_is_none() -> None:
-    """Samples are short: without a look at what was shown there would be a graph that no call of the user's fits."""
+    """Samples are short: if only they were checked, there would be a graph that fits none of the user's calls."""
     torch.manual_seed(0)
     model = Short().eval()
     compiled = graftc.compile(SPEC, model, {"input_ids": torch.randint(20, (2, 16))}, cache=False).eval()
@@ -76,7 +76,7 @@ def test_a_graph_for_other_sizes_than_those_shown_is_none() -> None:
 
 
 class Marked(nn.Module):
-    """Refuses inputs without its mark, which samples seldom have."""
+    """A model that refuses inputs without its mark, which samples seldom have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_a_model_that_takes_no_samples_is_held_against_what_was_shown() -> None:
 
 
 class Chunks(nn.Module):
-    """Divides sizes by torch, as Longformer does, which makes tensors of them, and gives a named tuple."""
+    """A model that divides sizes with torch, as Longformer does, making tensors of them, and returns a named tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,8 +119,8 @@ class Chunked(nn.Module):
     def forward(self, x: Tensor) -> Pair:
         share = x
         for layer in self.layers:
-            x, held = layer(x)
-            share = held["share"]
+            x, extra = layer(x)
+            share = extra["share"]
             if self.asks and float(x.sum()) > 1e9:
                 break
         return Pair(x, {"share": share})

@@ -30,32 +30,32 @@ from tests.wide import FAMILIES
 
 
 def table(model: torch.nn.Module) -> SiteTable:
-    """The sites of a model's usual signature."""
+    """Return the sites of a model's usual signature."""
     store = Store.mirror(model)
-    found = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
-    structure = find_structure(found.program.graph, found.constants)
-    return SiteTable(found.program, store, structure, dict(model.named_modules()))
+    result = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
+    structure = find_structure(result.program.graph, result.constants)
+    return SiteTable(result.program, store, structure, dict(model.named_modules()))
 
 
 def of_kind(made: SiteTable, kind: type[Site]) -> list[Any]:
-    """The first site of every candidate of one type."""
+    """Return the first site of every candidate of one type."""
     return [sites[0] for sites in made.entries if type(sites[0]) is kind]
 
 
 def test_llama() -> None:
     """Every kind of site that Llama has, by place."""
-    made = table(tiny("llama"))
-    linear = {str(site.key): site for site in of_kind(made, LinearSite)}
+    site_table = table(tiny("llama"))
+    linear = {str(site.key): site for site in of_kind(site_table, LinearSite)}
     assert len(linear) == 2 * 7 + 1
     assert linear["model.layers.1.self_attn.k_proj.weight"].roles == ("attn.k",)
-    (embed,) = of_kind(made, EmbeddingSite)
+    (embed,) = of_kind(site_table, EmbeddingSite)
     assert (str(embed.key), embed.in_features, embed.out_features) == ("model.embed_tokens.weight", 101, 48)
-    norms = {site.weight: site.bias for site in of_kind(made, NormSite)}
+    norms = {site.weight: site.bias for site in of_kind(site_table, NormSite)}
     assert norms == {
         **{f"model.layers.{i}.{n}_layernorm.weight": None for i in (0, 1) for n in ("input", "post_attention")},
         "model.norm.weight": None,
     }
-    assert len(of_kind(made, AttentionSite)) == 2
+    assert len(of_kind(site_table, AttentionSite)) == 2
 
 
 def test_norms_with_shifts() -> None:
@@ -66,7 +66,7 @@ def test_norms_with_shifts() -> None:
 
 
 def test_sublayers() -> None:
-    """Each layer of a pre-norm model has two, made of nodes that compute one another in order."""
+    """Each layer of a pre-norm model has two, whose nodes are computed in order."""
     sublayers = of_kind(table(tiny("gpt2")), SublayerSite)
     assert [(site.layer, site.roles) for site in sublayers] == [
         (layer, (role,)) for layer in (0, 1) for role in ("attn.sublayer", "ffn.sublayer")
@@ -79,12 +79,12 @@ def test_sublayers() -> None:
 
 
 def test_a_shared_layer() -> None:
-    """ALBERT's one layer: one place for each weight, a use for each time it runs; one attention site for each run."""
-    made = table(FAMILIES["albert"].model())
-    query = next(sites for sites in made.entries if "attn.q" in sites[0].roles)
+    """ALBERT's one layer has a place for each weight, with a use for each run, and an attention site for each run."""
+    site_table = table(FAMILIES["albert"].model())
+    query = next(sites for sites in site_table.entries if "attn.q" in sites[0].roles)
     assert [site.key.use for site in query] == [0, 1]
     assert len({site.key.place for site in query}) == 1
-    assert [site.key.use for site in of_kind(made, AttentionSite)] == [0, 1]
+    assert [site.key.use for site in of_kind(site_table, AttentionSite)] == [0, 1]
 
 
 @pytest.mark.full
@@ -104,16 +104,16 @@ def test_same_places_in_eval_mode(family: str) -> None:
     """Every place of the train graph is found in the eval graph, by the same keys."""
     model = tiny(family)
     train, store = table(model), Store.mirror(model)
-    found = capture(CaptureRequest.of(model, mode="eval", aliases=store.aliases))
-    structure = find_structure(found.program.graph, found.constants)
-    other = SiteTable(found.program, store, structure, dict(model.named_modules()))
+    result = capture(CaptureRequest.of(model, mode="eval", aliases=store.aliases))
+    structure = find_structure(result.program.graph, result.constants)
+    other = SiteTable(result.program, store, structure, dict(model.named_modules()))
     for sites in train.entries:
         assert [site.key for site in other.same(sites[0])][: len(sites)] == [site.key for site in sites]
 
 
 @pytest.mark.full
 def test_a_place_that_another_signature_does_not_read() -> None:
-    """LoRA on the table, then embeddings instead of tokens: refused, naming adaptation and place."""
+    """With LoRA on the table, a call with embeddings is refused; the error names the adaptation and the place."""
     model = tiny("llama")
     spec = {"adapt": [{"name": "table", "method": "lora", "target": {"role": "embed"}, "rank": 2}]}
     compiled = graftc.compile(spec, model)
@@ -126,7 +126,7 @@ def test_a_place_that_another_signature_does_not_read() -> None:
 
 @pytest.mark.full
 def test_near_misses_are_explained() -> None:
-    """A role that some layers lack: the error says which, and what was left there without a role."""
+    """If some layers lack a role, the error says which, and what is left there without a role."""
     model: Any = FAMILIES["mistral"].model()
     layer = model.model.layers[1]
     layer.mlp.down_proj = torch.nn.Sequential(
@@ -142,7 +142,7 @@ def test_near_misses_are_explained() -> None:
 
 @pytest.mark.full
 def test_a_trained_module_that_another_signature_does_not_read() -> None:
-    """``train:`` on the table, then embeddings instead of tokens: refused as well."""
+    """With ``train:`` on the table, a call with embeddings instead of tokens is refused as well."""
     lora = {"method": "lora", "target": {"role": "attn.q"}, "rank": 2}
     compiled = graftc.compile({"adapt": [lora], "train": ["model.embed_tokens"]}, tiny("llama"))
     with pytest.raises(GraftError) as caught:

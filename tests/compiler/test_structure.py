@@ -1,4 +1,4 @@
-"""Roles from data flow: what is claimed is checked against what the real numbers do."""
+"""Roles from data flow: claims are checked against the effects of real numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ are in ``make test-full``, and in ``make coverage`` with every other class of tr
 
 
 def _marked(names: Iterable[str]) -> list[ParameterSet]:
-    """The names as parameters; all tests of one model share its capture, and are therefore marked alike."""
+    """Return the names as parameters; all tests of a model share its capture, and so have the same marks."""
     marks = {f: () if f in QUICK else pytest.mark.slow if f in SLOW else pytest.mark.full for f in names}
     return [pytest.param(name, marks=own) for name, own in marks.items()]
 
@@ -118,26 +118,28 @@ def test_norm_scales_are_found_fused_and_written_out() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", _marked(EXPERTS))
 def test_experts_are_whole_3d_weights(name: str) -> None:
-    found = family(name).structure.by_role()["experts"]
-    assert {f.kind for f in found} == {SiteKind.EXPERTS}
-    by_layer = {layer: tuple(f.parameter for f in found if f.layer == layer) for layer in {f.layer for f in found}}
+    findings = family(name).structure.by_role()["experts"]
+    assert {f.kind for f in findings} == {SiteKind.EXPERTS}
+    by_layer = {
+        layer: tuple(f.parameter for f in findings if f.layer == layer) for layer in {f.layer for f in findings}
+    }
     assert by_layer == EXPERTS[name]
-    assert all(f.rows is None and f.use == 0 for f in found)
+    assert all(f.rows is None and f.use == 0 for f in findings)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", _marked(MIXERS))
 def test_projections_of_a_branch_that_mixes_positions_without_attention(name: str) -> None:
-    found = family(name).structure.by_role()["mixer"]
-    assert [f.parameter for f in found] == [f"{module}.weight" for module in MIXERS[name]]
+    findings = family(name).structure.by_role()["mixer"]
+    assert [f.parameter for f in findings] == [f"{module}.weight" for module in MIXERS[name]]
 
 
 @pytest.mark.full
 def test_keys_of_two_projections() -> None:
-    """Keys are put together from a low-rank projection, and from rows of the first stage that the heads share."""
-    found = {(f.parameter, f.rows) for f in family("deepseek").structure.having("attn.k") if f.layer == 0}
+    """Keys combine a low-rank projection with rows of the first stage that the heads share."""
+    actual = {(f.parameter, f.rows) for f in family("deepseek").structure.having("attn.k") if f.layer == 0}
     attention = "model.layers.0.self_attn"
-    assert found == {
+    assert actual == {
         (f"{attention}.kv_a_proj_with_mqa.weight", ((16, 24),)),
         (f"{attention}.kv_b_proj.weight", ((0, 8), (20, 28), (40, 48), (60, 68))),
     }
@@ -146,11 +148,11 @@ def test_keys_of_two_projections() -> None:
 @pytest.mark.full
 @pytest.mark.slow
 def test_a_shared_layer_is_told_apart_by_use() -> None:
-    found = family("albert").structure.by_role()["attn.q"]
-    assert [(f.layer, f.use) for f in found] == [(0, 0), (0, 1)]
+    findings = family("albert").structure.by_role()["attn.q"]
+    assert [(f.layer, f.use) for f in findings] == [(0, 0), (0, 1)]
 
 
-# --- the independent check: perturb what is claimed, and see what moves -----------------------------------
+# --- the independent check: perturb what is claimed, and see what changes ---------------------------------
 
 
 @pytest.mark.full
@@ -195,9 +197,9 @@ def test_other_rows_of_a_fused_weight_leave_the_operand_alone(name: str) -> None
 def test_output_projections_move_the_stream_and_not_their_own_attention(name: str) -> None:
     model = family(name)
     base = model.run()
-    found = model.structure.having("attn.o")
-    assert len(found) == len(model.flow.attentions)
-    for finding in found:
+    findings = model.structure.having("attn.o")
+    assert len(findings) == len(model.flow.attentions)
+    for finding in findings:
         if finding.layer != 0 or finding.use:
             continue
         changed = model.run(perturbed(model, finding, own_rows(model, finding), noise))
@@ -208,12 +210,12 @@ def test_output_projections_move_the_stream_and_not_their_own_attention(name: st
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_feed_forward_is_linear_in_up_and_not_in_gate(name: str) -> None:
-    """Twice the up rows give twice the inner activation of a gated feed-forward; twice the gate rows do not."""
+    """Doubling the up rows doubles the inner activation of a gated feed-forward; doubling the gate rows does not."""
     model = family(name)
     base = model.run()
-    found = model.structure.having("ffn.down")
-    assert len(found) == WITHOUT_FEED_FORWARD.get(name, len(model.flow.attentions) - len(crosses(model)))
-    for down in found:
+    findings = model.structure.having("ffn.down")
+    assert len(findings) == WITHOUT_FEED_FORWARD.get(name, len(model.flow.attentions) - len(crosses(model)))
+    for down in findings:
         inner = model.flow.linears[down.node].input
         unscaled = base[inner]
         parts = [f for f in model.structure.findings if f.role.endswith((".up", ".gate")) and before(model, f, down)]
@@ -245,7 +247,9 @@ def before(model: Captured, part: Finding, down: Finding) -> bool:
 def test_roles_do_not_come_from_names() -> None:
     torch.manual_seed(0)
     model = captured(Misnamed(), VALUES)
-    by_role = {role: shown(found[0]) for role, found in model.structure.by_role().items() if found[0].parameter}
+    by_role = {
+        role: shown(findings[0]) for role, findings in model.structure.by_role().items() if findings[0].parameter
+    }
     odd = ",".join(f"{i}:{i + 1}" for i in (1, 3, 5, 7))
     even = ",".join(f"{i}:{i + 1}" for i in (0, 2, 4, 6))
     assert by_role == {
@@ -293,8 +297,8 @@ def test_index_notation_and_writes_in_place() -> None:
     second = tuple((i + 7, i + 12) for i in range(0, D, 12))
     third = tuple((i + 5, i + 12) for i in range(0, D, 12))
     for layer in (0, 1):
-        found = {(f.role, f.module, f.rows) for f in model.structure.findings if f.layer == layer and f.parameter}
-        assert found == {
+        actual = {(f.role, f.module, f.rows) for f in model.structure.findings if f.layer == layer and f.parameter}
+        assert actual == {
             ("attn.q", f"layers.{layer}.0", None),
             ("attn.k", f"layers.{layer}.1", second),
             ("attn.k", f"layers.{layer}.2", third),

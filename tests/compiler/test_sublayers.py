@@ -1,4 +1,4 @@
-"""Residual branches: each part is what it is called, by value."""
+"""Residual branches: each part is what its name says, checked by value."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def families(*groups: tuple[str, ...]) -> list[Any]:
 
 
 def inside(model: Captured, sublayer: Sublayer) -> list[fx.Node]:
-    """Linear maps that the branch needs and the stream does not."""
+    """Return the linear maps that the branch needs and the stream does not."""
     flow = model.flow
     return [
         n
@@ -139,9 +139,9 @@ def test_a_norm_behind_the_sum(name: str) -> None:
         total = values[sublayer.sum]
         axis = 1 if name == "squeezebert" else -1
         expected = torch.nn.functional.layer_norm(total.transpose(axis, -1), (total.shape[axis],), eps=1e-12)
-        found = values[sublayer.post_norm]
-        found = found if found.shape == expected.shape else found.transpose(axis, -1)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        actual = values[sublayer.post_norm]
+        actual = actual if actual.shape == expected.shape else actual.transpose(axis, -1)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", families(SANDWICH, BRANCH_NORM))
@@ -160,9 +160,9 @@ def test_a_norm_in_the_branch(name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", families(PARALLEL))
 def test_parallel_sublayers_share_stream_and_sum(name: str) -> None:
-    found = family(name).structure.sublayers
-    assert [s.roles for s in found] == [("attn.sublayer",), ("ffn.sublayer",)] * 2
-    for attention, feed_forward in zip(found[::2], found[1::2], strict=True):
+    sublayers = family(name).structure.sublayers
+    assert [s.roles for s in sublayers] == [("attn.sublayer",), ("ffn.sublayer",)] * 2
+    for attention, feed_forward in zip(sublayers[::2], sublayers[1::2], strict=True):
         assert attention.stream is feed_forward.stream and attention.sum is feed_forward.sum
         assert attention.branch is not feed_forward.branch
 
@@ -180,26 +180,28 @@ def test_scales_stand_between_projection_and_branch(name: str) -> None:
 
 @pytest.mark.full
 def test_roles_of_sublayers_in_two_stacks() -> None:
-    found = family("t5").structure.sublayers
-    assert [s.roles for s in found if s.stack == "encoder.block"] == [
+    sublayers = family("t5").structure.sublayers
+    assert [s.roles for s in sublayers if s.stack == "encoder.block"] == [
         ("encoder.attn.sublayer",),
         ("encoder.ffn.sublayer",),
     ] * 2
-    assert [s.roles for s in found if s.stack == "decoder.block"] == [
+    assert [s.roles for s in sublayers if s.stack == "decoder.block"] == [
         ("decoder.attn.sublayer",),
         ("decoder.cross.attn.sublayer",),
         ("decoder.ffn.sublayer",),
     ] * 2
-    assert {(s.owner, s.use) for s in found} == {(f"{n}.block.{i}", 0) for n in ("encoder", "decoder") for i in (0, 1)}
+    assert {(s.owner, s.use) for s in sublayers} == {
+        (f"{n}.block.{i}", 0) for n in ("encoder", "decoder") for i in (0, 1)
+    }
 
 
 @pytest.mark.slow
 def test_a_shared_layer_has_each_sublayer_twice() -> None:
-    found = family("albert").structure.sublayers
-    assert [(s.roles, s.use) for s in found] == [
+    sublayers = family("albert").structure.sublayers
+    assert [(s.roles, s.use) for s in sublayers] == [
         (("attn.sublayer",), 0),
         (("ffn.sublayer",), 0),
         (("attn.sublayer",), 1),
         (("ffn.sublayer",), 1),
     ]
-    assert len({s.owner for s in found}) == 1
+    assert len({s.owner for s in sublayers}) == 1

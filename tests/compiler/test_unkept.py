@@ -1,4 +1,4 @@
-"""What a graph does not have of its model is told: backward passes of its own, questions to torch, later changes."""
+"""Warnings about what a graph lacks of its model: custom backward passes, queries to torch, later changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(4, 6)
 
 
 class Reversed(torch.autograd.Function):
-    """The identity, whose gradient is turned around."""
+    """The identity, whose gradient is negated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -42,13 +42,13 @@ class Plain(nn.Module):
 
 class WithFunction(Plain):
     def more(self, y: Tensor) -> Tensor:
-        found: Tensor = Reversed.apply(y)
-        return found
+        result: Tensor = Reversed.apply(y)
+        return result
 
 
 def reverse(y: Tensor) -> Tensor:
-    found: Tensor = Reversed.apply(y)
-    return found
+    result: Tensor = Reversed.apply(y)
+    return result
 
 
 class WithHelper(Plain):
@@ -131,7 +131,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_source_that_changed_is_told_when_a_graph_is_made(change: str) -> None:
-    """Calls that have a graph go on as before, without a word."""
+    """Calls that have a graph still run as before, without a warning."""
     model = Plain()
     compiled = graftc.compile(SPEC, model, (X,)).eval()
     before = compiled(X)
@@ -154,7 +154,7 @@ def test_modes_and_freezing_are_no_changes(recwarn: pytest.WarningsRecorder) -> 
 
 
 class Overlapping(nn.Module):
-    """Two buffers in the same memory, of which one is written to."""
+    """Two buffers in the same memory, one of which is written to."""
 
     def __init__(self, *, apart: bool) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Overlapping(nn.Module):
 
 @pytest.mark.slow
 def test_buffers_that_overlap() -> None:
-    """Of two copies one would be written to; buffers beside one another in the same memory are apart."""
+    """Only one of two copies would be written to; buffers that lie side by side in the same memory are separate."""
     with pytest.raises(GraftError, match="writes to all, which shares memory with some") as caught:
         graftc.compile(SPEC, Overlapping(apart=False), (X,))
     assert caught.value.code == "GC030"

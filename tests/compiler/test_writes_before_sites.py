@@ -1,4 +1,4 @@
-"""An adaptation reads a site's input as the site's own map does, also where the model changes it in place."""
+"""An adaptation reads a site's input as the site's own map does, even if the model changes it in place."""
 
 from __future__ import annotations
 

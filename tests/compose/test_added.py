@@ -35,7 +35,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
 
 
 def composed(family: str, base: Mapping[str, Any], compose: Any, names: str = "ab") -> Compiled:
-    """Adaptations that are alike, composed, perturbed, in eval mode."""
+    """Compile adaptations that are alike, composed, perturbed, in eval mode."""
     spec = {"adapt": [{**base, "name": name} for name in names], "compose": compose}
     compiled = graftc.compile(spec, tiny(family)).eval()
     perturb(compiled, 0.05)
@@ -43,10 +43,10 @@ def composed(family: str, base: Mapping[str, Any], compose: Any, names: str = "a
 
 
 def alone(compiled: Compiled, family: str, base: Mapping[str, Any], name: str) -> Compiled:
-    """One of its adaptations with the same tensors, without the composition."""
+    """Compile one of the adaptations with the same tensors, without the composition."""
     own = graftc.compile({"adapt": [{**base, "name": name}]}, tiny(family)).eval()
-    held = compiled.adapter_state_dict()
-    own.load_adapter_state_dict({fqn: held[fqn] for fqn in own.adapter_state_dict()})
+    tensors = compiled.adapter_state_dict()
+    own.load_adapter_state_dict({fqn: tensors[fqn] for fqn in own.adapter_state_dict()})
     return own
 
 
@@ -55,7 +55,7 @@ def alone(compiled: Compiled, family: str, base: Mapping[str, Any], name: str) -
 @pytest.mark.parametrize("base", ["lora", "pfeiffer"])
 @pytest.mark.parametrize("family", [f if f in SOME else pytest.param(f, marks=pytest.mark.full) for f in FAMILIES])
 def test_every_kind_on_every_family(family: str, base: str, kind: str) -> None:
-    """It verifies, computes something of its own, and every tensor that trains gets a gradient."""
+    """It passes verification and changes the outputs, and every trained tensor gets a gradient."""
     compiled = composed(family, BASES[base], KINDS[kind])
     compilation = compiled.compilation
     for program in (compilation.program("train"), compilation.program("eval")):
@@ -69,7 +69,7 @@ def test_every_kind_on_every_family(family: str, base: str, kind: str) -> None:
     torch.stack([t.float().square().sum() for t in _floats(compiled(**inputs))]).sum().backward()
     trained = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
     assert trained
-    # A later span of the last layer reaches no output where that is read from the first token.
+    # A later span of the last layer reaches no output if the output is read from the first token.
     last = {name for name in trained if kind == "split" and ".graftc.b." in name and ".1." in name}
     assert all(p.grad is not None for p in trained.values())
     assert all(bool(p.grad.abs().max() > 0) for name, p in trained.items() if name not in last)
@@ -84,33 +84,33 @@ def _floats(outputs: Any) -> list[Tensor]:
 @pytest.mark.full
 @pytest.mark.parametrize("base", BASES)
 def test_an_average_of_equals_is_one_of_them(base: str) -> None:
-    """Whether outputs or parameters are averaged; with other weights too, as long as they add up to one."""
+    """This holds for averages of outputs and of parameters, also with other weights that add up to one."""
     for compose in (KINDS["average"], KINDS["average of parameters"], {"average": ["a", "b"], "weights": [0.25, 0.75]}):
         compiled = composed("gpt2", BASES[base], compose)
-        held = compiled.adapter_state_dict()
-        compiled.load_adapter_state_dict({n: held[n.replace(".graftc.b.", ".graftc.a.")] for n in held})
+        tensors = compiled.adapter_state_dict()
+        compiled.load_adapter_state_dict({n: tensors[n.replace(".graftc.b.", ".graftc.a.")] for n in tensors})
         inputs = inputs_for(compiled)
         expected = outputs_of(alone(compiled, "gpt2", BASES[base], "a"), inputs)
         assert largest_difference(outputs_of(compiled, inputs), expected) <= 2e-6
 
 
 def test_an_average_of_outputs_is_the_average_of_updates() -> None:
-    """For low-rank updates of one layer, in float64, against the matrices."""
+    """The result for low-rank updates of one layer equals that of the matrices, in float64."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 10)).double()
     entry = {"method": "lora", "rank": 2, "alpha": 4, "target": {"modules": "0"}}
     x = torch.randn(5, 6, dtype=torch.float64)
     spec = {"adapt": [{**entry, "name": n} for n in "ab"], "compose": {"average": ["a", "b"], "weights": [0.3, 0.9]}}
     compiled = graftc.compile(spec, model, {"input": x}).eval()
     perturb(compiled, 0.5)
-    held = compiled.adapter_state_dict()
-    update = sum(w * 2 * held[f"0.graftc.{n}.B"] @ held[f"0.graftc.{n}.A"] for n, w in (("a", 0.3), ("b", 0.9)))
+    tensors = compiled.adapter_state_dict()
+    update = sum(w * 2 * tensors[f"0.graftc.{n}.B"] @ tensors[f"0.graftc.{n}.A"] for n, w in (("a", 0.3), ("b", 0.9)))
     torch.testing.assert_close(compiled(x), model(x) + x @ update.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_an_average_of_parameters_folds(family: str) -> None:
-    """``(sum w B) (sum w A)``, certified; it is one adaptation to compute."""
+    """``(sum w B) (sum w A)`` folds with a certificate, as a single adaptation."""
     compiled = composed(family, LORA, {"average": ["a", "b"], "of": "parameters", "weights": [0.3, 0.9]})
     inputs = inputs_for(compiled)
     before = outputs_of(compiled, inputs)
@@ -123,7 +123,7 @@ def test_an_average_of_parameters_folds(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["average", "fuse", "gate", "split"])
 def test_what_goes_through_a_composition_stays(kind: str) -> None:
-    """GC050; with `merge_partially` another adaptation folds below it and the outputs are the same."""
+    """Merging raises GC050; `merge_partially` folds another adaptation below it and keeps the outputs."""
     spec = {
         "adapt": [{**LORA, "name": "below", "target": {"role": "ffn.up"}}, *({**PFEIFFER, "name": n} for n in "ab")],
         "compose": KINDS[kind],
@@ -143,14 +143,14 @@ def test_what_goes_through_a_composition_stays(kind: str) -> None:
 
 @pytest.mark.slow
 def test_fusion_trains_itself_alone() -> None:
-    """The adaptations are as they were; the distance of values from the identity is an objective."""
+    """The adaptations do not train, and the distance of the values from the identity is part of the objective."""
     compiled = composed("bert", PFEIFFER, {"fuse": ["a", "b"]})
     trained = [name for name, p in compiled.named_parameters() if p.requires_grad]
     assert trained and all(".graftc.fuse." in name for name in trained)
     width = compiled.config.hidden_size
     assert compiled.report.trainable_parameters == 2 * (3 * width * width + 2 * width)
-    held = [t for n, t in compiled.named_parameters() if n.endswith(".value")]
-    expected = 0.01 * sum((v - torch.eye(width)).square().sum() for v in held)
+    values = [t for n, t in compiled.named_parameters() if n.endswith(".value")]
+    expected = 0.01 * sum((v - torch.eye(width)).square().sum() for v in values)
     torch.testing.assert_close(compiled.extra_loss(), expected)
     with pytest.warns(graftc.GraftWarning, match="fuse"):
         _step(compiled)
@@ -169,7 +169,7 @@ def _step(compiled: Compiled) -> None:
 
 @pytest.mark.full
 def test_fusion_of_trained_adapters_exports(tmp_path: Path) -> None:
-    """Two adapters are trained by themselves, then fused, then the fusion is trained, then it runs in ONNX Runtime."""
+    """Two adapters are trained separately and fused, and the fusion is trained and run in ONNX Runtime."""
     ort = pytest.importorskip("onnxruntime")
     tensors: dict[str, Tensor] = {}
     for name in "ab":
@@ -183,22 +183,21 @@ def test_fusion_of_trained_adapters_exports(tmp_path: Path) -> None:
     start = fused.adapter_state_dict()["bert.encoder.layer.0.graftc.fuse.ffn.query"].clone()
     for _ in range(3):
         _step(fused)
-    held = fused.adapter_state_dict()
-    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
-    assert not torch.equal(held["bert.encoder.layer.0.graftc.fuse.ffn.query"], start)
+    trained = fused.adapter_state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in tensors.items())
+    assert not torch.equal(trained["bert.encoder.layer.0.graftc.fuse.ffn.query"], start)
     fused.eval()
     inputs = inputs_for(fused, (3, 8), front=False)
     path = fused.export(tmp_path / "fused.onnx")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    assert largest_difference([torch.from_numpy(found[0])], outputs_of(fused, inputs)) <= 1e-5
+    outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    assert largest_difference([torch.from_numpy(outputs[0])], outputs_of(fused, inputs)) <= 1e-5
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("base", ["lora", "pfeiffer"])
 def test_spans(base: str) -> None:
-    """Positions before the end of a span have its adapter: seen by stopping attention, so that no position sees
-    another's."""
+    """Positions in a span get its adapter, tested without attention, so that no position sees another's."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))
     entry = {"method": "lora", "rank": 2, "target": {"modules": "2"}}
     if base == "pfeiffer":
@@ -207,23 +206,23 @@ def test_spans(base: str) -> None:
     spec = {"adapt": [{**entry, "name": n} for n in "abc"], "compose": {"split": ["a", "b", "c"], "at": [2, 5]}}
     compiled = graftc.compile(spec, model, {"input": x}).eval()
     perturb(compiled, 0.3)
-    found, held = compiled(x), compiled.adapter_state_dict()
+    actual, tensors = compiled(x), compiled.adapter_state_dict()
     for name, span in (("a", slice(0, 2)), ("b", slice(2, 5)), ("c", slice(5, None))):
         own = graftc.compile({"adapt": [{**entry, "name": name}]}, model, {"input": x}).eval()
-        own.load_adapter_state_dict({fqn: held[fqn] for fqn in own.adapter_state_dict()})
-        torch.testing.assert_close(found[:, span], own(x)[:, span], rtol=0, atol=1e-6)
-        assert largest_difference([own(x)], [found]) > 1e-3
+        own.load_adapter_state_dict({fqn: tensors[fqn] for fqn in own.adapter_state_dict()})
+        torch.testing.assert_close(actual[:, span], own(x)[:, span], rtol=0, atol=1e-6)
+        assert largest_difference([own(x)], [actual]) > 1e-3
     short = x[:, :2]
-    torch.testing.assert_close(compiled(short), found[:, :2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled(short), actual[:, :2], rtol=0, atol=1e-6)
 
 
 @pytest.mark.full
 class TestGates:
-    """Numbers between 0 and 1 for each row, place and adaptation."""
+    """Gates: numbers between 0 and 1 for each row, place and adaptation."""
 
     @staticmethod
     def numbers(compiled: Compiled, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Every gate of a call."""
+        """Return every gate of a call."""
         program = compiled.compilation.program("eval")
         gates = [n for n in program.graph.nodes if (provenance(n) or {}).get("part") == "gate"]
         last = [n for n in gates if n.target in (torch.ops.aten.div.Tensor, torch.ops.aten.mean.dim)]
@@ -241,7 +240,7 @@ class TestGates:
 
     @pytest.mark.parametrize("base", BASES)
     def test_range(self, base: str) -> None:
-        """One number for each row, between 0 and 1, near a half at first."""
+        """There is one number for each row, between 0 and 1, and near a half at first."""
         compiled = graftc.compile(
             {"adapt": [{**BASES[base], "name": "a"}], "compose": {"gate": ["a"]}}, tiny("gpt2")
         ).eval()
@@ -258,19 +257,19 @@ class TestGates:
 
     @pytest.mark.parametrize("base", BASES)
     def test_open_and_shut(self, base: str) -> None:
-        """At 1 it is the adaptation alone, at 0 the base."""
+        """At 1 the result is that of the adaptation alone, at 0 that of the base."""
         compiled = composed("bert", BASES[base], {"gate": ["a"]}, names="a")
         inputs = inputs_for(compiled)
         alone_ = outputs_of(alone(compiled, "bert", BASES[base], "a"), inputs)
         for bias, expected in ((60.0, alone_), (-200.0, outputs_of(tiny("bert"), inputs))):
-            held = compiled.adapter_state_dict()
+            tensors = compiled.adapter_state_dict()
             compiled.load_adapter_state_dict(
-                {n: torch.full_like(t, bias) if n.endswith("gate_bias") else t for n, t in held.items()}
+                {n: torch.full_like(t, bias) if n.endswith("gate_bias") else t for n, t in tensors.items()}
             )
             assert largest_difference(outputs_of(compiled, inputs), expected) <= 1e-6
 
     def test_padding(self) -> None:
-        """A mean over real tokens does not see how long the padding is; one over all tokens does."""
+        """A mean over real tokens does not depend on the length of the padding; one over all tokens does."""
         for tokens, moves in (("real", False), ("all", True)):
             compiled = composed("bert", PFEIFFER, {"gate": ["a"], "tokens": tokens}, names="a")
             ids = torch.randint(5, 50, (2, 6))
@@ -294,13 +293,13 @@ class TestGates:
 
 
 class TestGatedPrefix:
-    """A gate in front of keys and values: one for both, from what the attention reads."""
+    """A gate on prefixed keys and values: one for both, computed from the attention's input."""
 
     PREFIX: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3}
 
     @classmethod
     def gated(cls, family: str, **fields: Any) -> Compiled:
-        """A gated prefix in eval mode, perturbed."""
+        """Compile a gated prefix in eval mode, perturbed."""
         entry = {**cls.PREFIX, "name": "a", **fields}
         compiled = graftc.compile({"adapt": [entry], "compose": {"gate": ["a"]}}, tiny(family)).eval()
         perturb(compiled, 0.3)
@@ -308,17 +307,20 @@ class TestGatedPrefix:
 
     @staticmethod
     def held_at(compiled: Compiled, bias: float) -> None:
-        """Every gate at one value, whatever it reads."""
+        """Fix every gate at one value, whatever it reads."""
         values = {"gate": 0.0, "gate_bias": bias}
-        held = compiled.adapter_state_dict()
+        tensors = compiled.adapter_state_dict()
         compiled.load_adapter_state_dict(
-            {n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t for n, t in held.items()}
+            {
+                n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t
+                for n, t in tensors.items()
+            }
         )
 
     @pytest.mark.full
     @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gpt_neox", "t5", "vit"])
     def test_open_and_shut(self, family: str) -> None:
-        """Open it is the prefix alone; shut the keys are zeros, which take part in the softmax all the same."""
+        """Open, the result is that of the prefix alone; shut, keys are zeros, which still take part in the softmax."""
         compiled, model = self.gated(family), tiny(family)
         inputs = inputs_for(compiled)
         one = graftc.compile({"adapt": [{**self.PREFIX, "name": "a"}]}, model).eval()
@@ -331,7 +333,7 @@ class TestGatedPrefix:
 
     @pytest.mark.slow
     def test_each_row_has_its_own(self) -> None:
-        """A row alone has the outputs that it has in a batch; a gate that reads other rows would show."""
+        """A row alone has the same outputs as in a batch, so its gate reads no other rows."""
         compiled = self.gated("bert")
         inputs = inputs_for(compiled, (4, 6))
         every = outputs_of(compiled, inputs)
@@ -341,7 +343,7 @@ class TestGatedPrefix:
 
     @pytest.mark.full
     def test_counts_and_what_is_deployed(self) -> None:
-        """``width + 1`` numbers more for each attention; without the network that gives the keys, gates remain."""
+        """Each attention has ``width + 1`` more numbers, which remain without the network that computes the keys."""
         compiled = self.gated("bert", reparameterization={"hidden": 8})
         plain = graftc.check({"adapt": [{**self.PREFIX, "reparameterization": {"hidden": 8}}]}, tiny("bert"))
         assert compiled.report.trainable_parameters - plain.trainable_parameters == 2 * 49
@@ -357,7 +359,7 @@ class TestGatedPrefix:
     "compose", [{"gate": ["a", "b"]}, {"average": ["a", "b"], "of": "outputs"}], ids=["gate", "average"]
 )
 def test_what_happens_between_steps_happens_in_a_composition(compose: dict[str, Any]) -> None:
-    """Each member counts its steps, and AdaLoRA takes ranks away."""
+    """Each member counts its steps, and AdaLoRA reduces ranks."""
     entry = {"method": "adalora", "rank": 3, "target_rank": 1, "target": {"role": "attn.{q,v}"}}
     entry |= {"warmup_steps": 1, "final_steps": 1, "interval": 1}
     spec = {"adapt": [{**entry, "name": name} for name in ("a", "b")], "compose": {**compose, "name": "both"}}
@@ -386,7 +388,7 @@ def test_a_gate_has_no_name_of_the_members_own() -> None:
 
 @pytest.mark.full
 def test_order_of_a_stack() -> None:
-    """A stack says who comes first, whatever the order of the document."""
+    """A stack determines the order, whatever the order in the document."""
     entries = {n: {**HOULSBY, "name": n} for n in "ab"}
     first = graftc.compile({"adapt": [entries["a"], entries["b"]]}, tiny("bert")).eval()
     perturb(first, 0.2)
@@ -401,7 +403,7 @@ def test_order_of_a_stack() -> None:
 
 @pytest.mark.full
 def test_a_composition_in_a_stack() -> None:
-    """Fusion on top of a language's adapter, as MAD-X has it."""
+    """A fusion can be stacked on a language's adapter, as in MAD-X."""
     spec = {
         "adapt": [{**PFEIFFER, "name": n} for n in ("x", "y", "language")],
         "compose": [{"fuse": ["x", "y"], "name": "tasks"}, {"stack": ["language", "tasks"]}],
@@ -463,7 +465,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.full
 @pytest.mark.parametrize(("spec", "code", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_together(spec: dict[str, Any], code: str, message: str) -> None:
-    """Each says where in the spec."""
+    """Each error names the place in the spec."""
     if "adalora" in str(spec):
         for entry in spec["adapt"]:
             entry.pop("rank", None)
@@ -475,7 +477,7 @@ def test_what_does_not_fit_together(spec: dict[str, Any], code: str, message: st
 
 @pytest.mark.full
 def test_artifact_and_inspection(tmp_path: Path) -> None:
-    """Saved, loaded and looked at: tensors of a composition have an origin as all others do."""
+    """After saving and loading, and when inspected, tensors of a composition have an origin like all others."""
     model = tiny("bert")
     spec = {"adapt": [{**PFEIFFER, "name": n} for n in "ab"], "compose": {"fuse": ["a", "b"], "name": "tasks"}}
     compiled = graftc.compile(spec, model).eval()

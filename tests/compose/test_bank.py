@@ -1,4 +1,4 @@
-"""Banks: adaptations of one shape, of which every row, every call or the whole deployment chooses."""
+"""Banks: adaptations of one shape, from which every row, every call or the whole deployment chooses."""
 
 from __future__ import annotations
 
@@ -40,25 +40,28 @@ TOLERANCE = 1e-6
 
 
 def apart(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference over the largest number, or over 1: how products are rounded depends on the processor."""
+    """Return the largest difference relative to the largest number, or to 1.
+
+    The rounding of products depends on the processor.
+    """
     return largest_difference(found, expected) / max(1.0, *(float(t.abs().max()) for t in expected))
 
 
 def spec_of(method: str, slots: tuple[str, ...] = SLOTS, **bank: Any) -> dict[str, Any]:
-    """A bank of a method's adaptations."""
+    """Return the spec of a bank of a method's adaptations."""
     adapt = [{"method": method, "name": name, **METHODS[method]} for name in slots]
     return {"adapt": adapt, "compose": {"bank": list(slots), "name": "languages", **bank}}
 
 
 def banked(family: str, method: str = "lora", **bank: Any) -> Compiled:
-    """A bank on a family's model, perturbed, in eval mode."""
+    """Compile a bank on a family's model, perturbed, in eval mode."""
     compiled = graftc.compile(spec_of(method, **bank), tiny(family)).eval()
     perturb(compiled, 0.05)
     return compiled
 
 
 def alone(family: str, method: str, slot: str, tensors: Mapping[str, Tensor]) -> Compiled:
-    """One adaptation without a bank, with the tensors that it has in the bank."""
+    """Compile one adaptation without a bank, with the tensors that it has in the bank."""
     compiled = graftc.compile({"adapt": spec_of(method, (slot,))["adapt"]}, tiny(family)).eval()
     own = compiled.adapter_state_dict()
     compiled.load_adapter_state_dict({name: tensors[name] for name in own})
@@ -66,14 +69,14 @@ def alone(family: str, method: str, slot: str, tensors: Mapping[str, Tensor]) ->
 
 
 def test_every_method_that_claims_a_bank_is_here() -> None:
-    """Named adapters that are wired as another one is are left out; PASTA needs tokens, and has a test of its own."""
+    """Named adapters wired like another one are left out; PASTA needs tokens, and has its own test."""
     alike = {"bottleneck", "he_sequential", "adapter_l", "p_tuning_v2", "pre_embed"}
     claimed = {tag for tag, entry in method_specs().items() if entry.claims.bankable}
     assert claimed == METHODS.keys() | alike | {"pasta"}
 
 
 def rows(outputs: list[Tensor], mask: Tensor) -> list[Tensor]:
-    """The rows of outputs that belong to a part of the batch."""
+    """Return the rows of outputs that belong to a part of the batch."""
     return [tensor[mask] for tensor in outputs if tensor.shape[0] == mask.shape[0]]
 
 
@@ -82,19 +85,19 @@ def rows(outputs: list[Tensor], mask: Tensor) -> list[Tensor]:
     ("family", "method"), [(f, m) for f in FAMILIES for m in METHODS if (f, m) not in WITHOUT_WORDS]
 )
 def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) -> None:
-    """Eight rows over four adapters are each adapter's own run, and no two adapters are alike."""
+    """Eight rows over four adapters equal each adapter's own run, and all adapters differ."""
     compiled = banked(family, method)
     inputs = inputs_for(compiled, (8, 6))
     mixed = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
     tensors = compiled.adapter_state_dict()
     one = alone(family, method, SLOTS[0], tensors)
     for number, slot in enumerate(SLOTS):
-        held = (name.replace(f".graftc.{SLOTS[0]}.", f".graftc.{slot}.") for name in one.adapter_state_dict())
-        one.load_adapter_state_dict({n: tensors[h] for n, h in zip(one.adapter_state_dict(), held, strict=True)})
+        names = (name.replace(f".graftc.{SLOTS[0]}.", f".graftc.{slot}.") for name in one.adapter_state_dict())
+        one.load_adapter_state_dict({n: tensors[h] for n, h in zip(one.adapter_state_dict(), names, strict=True)})
         own = outputs_of(one, inputs)
         mask = number == IDS
-        for expected, found in zip(rows(own, mask), rows(mixed, mask), strict=True):
-            assert apart([found], [expected]) <= TOLERANCE
+        for expected, actual in zip(rows(own, mask), rows(mixed, mask), strict=True):
+            assert apart([actual], [expected]) <= TOLERANCE
         assert all(
             largest_difference([a], [b]) > 1e-3 for a, b in zip(rows(own, ~mask), rows(mixed, ~mask), strict=True)
         )
@@ -105,7 +108,7 @@ def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) ->
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["lora", "houlsby", "dora"])
 def test_weights(method: str) -> None:
-    """Weights of one slot are that slot; a mixture for each row is the adapter of the mixed tensors."""
+    """One-hot weights select a slot; a mixture for each row equals the adapter of the mixed tensors."""
     compiled = banked("gpt2", method)
     inputs = inputs_for(compiled, (8, 6))
     one_hot = torch.nn.functional.one_hot(IDS, len(SLOTS)).float()
@@ -127,7 +130,7 @@ def test_weights(method: str) -> None:
     "family", [pytest.param(f, marks=() if f in ("bert", "t5") else pytest.mark.full) for f in FAMILIES]
 )
 def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
-    """The exported graph has the ids as an input, and a mixed batch is every adapter on its rows there as well."""
+    """The exported graph takes the ids as an input, and there as well a mixed batch is every adapter on its rows."""
     ort = pytest.importorskip("onnxruntime")
     compiled = banked(family)
     inputs = inputs_for(compiled, (8, 6), front=False)
@@ -137,7 +140,7 @@ def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
 
     def run(ids: Tensor) -> list[Tensor]:
         feed = {name: tensor.numpy() for name, tensor in {**inputs, "adapter_ids": ids}.items()}
-        return [torch.from_numpy(found) for found in session.run(None, feed)]
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
 
     mixed = run(IDS)
     for number in range(len(SLOTS)):
@@ -172,7 +175,7 @@ def test_other_ids_compile_nothing(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["bapna_firat", "lora"])
 def test_training_one_leaves_the_others_to_the_bit(method: str) -> None:
-    """With weight decay and momentum as well: what does not train wants no gradient."""
+    """This holds with weight decay and momentum as well: the others require no gradient."""
     compiled = banked("t5", method)
     inputs = inputs_for(compiled, (4, 6))
     before = {slot: outputs_of(compiled, {**inputs, "adapter_ids": [slot]}) for slot in SLOTS}
@@ -204,15 +207,15 @@ def test_gradients_of_a_mixed_batch_are_each_adapters_own() -> None:
         own(**{name: tensor[mask] for name, tensor in inputs.items()})[0].square().sum().backward()
         for name, parameter in own.named_parameters():
             if parameter.grad is not None:
-                found = dict(compiled.named_parameters())[name].grad
-                torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+                actual = dict(compiled.named_parameters())[name].grad
+                torch.testing.assert_close(actual, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.sample("dora")
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_one_for_good_folds(method: str) -> None:
-    """`fix` has no axis of slots and no input of its own left, and folds as the adaptation alone does."""
+    """`fix` leaves no axis of slots and no inputs of the bank, and the result folds as the adaptation alone does."""
     compiled = banked("gpt2", method)
     inputs = inputs_for(compiled, (5, 6))
     expected = outputs_of(compiled, {**inputs, "adapter_ids": ["it"]})
@@ -230,7 +233,7 @@ def test_one_for_good_folds(method: str) -> None:
 
 @pytest.mark.full
 def test_shared_parts() -> None:
-    """Pairs with one layer norm have it once, and what it learns all of them have."""
+    """Pairs that share a layer norm have it once, and all of them have what it learns."""
     own = banked("bert", "bapna_firat").report
     compiled = banked("bert", "bapna_firat", share=["norm_weight", "norm_bias"])
     width, layers = compiled.config.hidden_size, 2
@@ -246,7 +249,7 @@ def test_shared_parts() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["prompt", "pre_layer", "prefix"])
 def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
-    """Where there is one tensor of each for all, whatever the rows choose is the same."""
+    """If all share one tensor of each kind, every choice of the rows gives the same result."""
     share = ["keys", "values"] if method == "prefix" else ["tokens"]
     compiled = banked("bert", method, share=share)
     inputs = inputs_for(compiled, (8, 6))
@@ -258,7 +261,7 @@ def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
 
 @pytest.mark.full
 def test_adding_a_pair_adds_what_one_has() -> None:
-    """``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
+    """A pair adds ``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
     model, inner = tiny("t5"), 6
     width = model.config.d_model
     counts = [graftc.compile(spec_of("bapna_firat", SLOTS[:n]), model).report.trainable_parameters for n in (1, 2, 3)]
@@ -286,7 +289,7 @@ def test_a_saved_bank_keeps_its_slot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chosen", ["adapter_ids", "adapter_weights"])
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_a_bank_that_rows_chose_from_is_loaded(family: str, chosen: str, method: str, tmp_path: Path) -> None:
-    """The graphs with and without choices, each as it was."""
+    """The graphs with and without choices are loaded unchanged."""
     model = tiny(family)
     compiled = graftc.compile(spec_of(method), model).eval()
     perturb(compiled, 0.05)
@@ -301,7 +304,7 @@ def test_a_bank_that_rows_chose_from_is_loaded(family: str, chosen: str, method:
 
 @pytest.mark.full
 def test_two_banks_and_an_adaptation_between() -> None:
-    """Each bank has inputs of its own; what is not in a bank is for every row."""
+    """Each bank has its own inputs, and an adaptation outside of banks applies to every row."""
     spec = {
         "adapt": [
             *({"method": "lora", "name": n, "rank": 2, "target": {"role": "attn.q"}} for n in ("a", "b")),
@@ -336,7 +339,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.full
 @pytest.mark.parametrize(("chosen", "message"), REFUSED.values(), ids=REFUSED)
 def test_choices_that_do_not_fit(chosen: dict[str, Any], message: str) -> None:
-    """GC038, before anything is computed."""
+    """They raise GC038 before anything is computed."""
     compiled = banked("bert")
     with pytest.raises(GraftError, match=message) as caught:
         compiled(**inputs_for(compiled, (4, 6)), **chosen)
@@ -360,7 +363,7 @@ def test_names_that_are_none() -> None:
 
 @pytest.mark.slow
 def test_rows_that_cannot_be_told_apart() -> None:
-    """A convolution's patches and experts have no rows: a call may choose, a row may not."""
+    """A convolution's patches and experts have no rows, so a call may choose, but a row may not."""
     adapt = [{"method": "lora", "name": n, "rank": 2, "target": {"modules": "**.patch_embeddings.**"}} for n in "ab"]
     compiled = graftc.compile({"adapt": adapt, "compose": {"bank": ["a", "b"]}}, tiny("vit")).eval()
     perturb(compiled, 0.05)
@@ -375,22 +378,22 @@ def test_rows_that_cannot_be_told_apart() -> None:
 
 @pytest.mark.full
 def test_every_row_through_every_adapter() -> None:
-    """`parallel` gives a batch of n B rows, adaptation by adaptation."""
+    """`parallel` returns a batch of n B rows, one adaptation after the other."""
     spec = spec_of("pfeiffer", SLOTS[:3])
     compiled = graftc.compile({**spec, "compose": {"parallel": list(SLOTS[:3])}}, tiny("bert")).eval()
     perturb(compiled, 0.05)
     inputs = inputs_for(compiled, (2, 6))
-    found = outputs_of(compiled, inputs)
-    assert found[0].shape[0] == 6
+    actual = outputs_of(compiled, inputs)
+    assert actual[0].shape[0] == 6
     tensors = compiled.adapter_state_dict()
     for number, slot in enumerate(SLOTS[:3]):
         own = outputs_of(alone("bert", "pfeiffer", slot, tensors), inputs)
-        assert apart([found[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
+        assert apart([actual[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
 
 
 @pytest.mark.slow
 def test_sequence_first_models_choose_too() -> None:
-    """The batch is the second axis in a plain torch transformer."""
+    """In a plain torch transformer, the batch is the second axis."""
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
@@ -398,7 +401,7 @@ def test_sequence_first_models_choose_too() -> None:
             self.first, self.second = torch.nn.Linear(6, 10), torch.nn.Linear(10, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            """``[batch, sequence, 6]`` to ``[batch, 4]``."""
+            """Map ``[batch, sequence, 6]`` to ``[batch, 4]``."""
             turned = x.transpose(0, 1)
             return self.second(torch.relu(self.first(turned))).mean(0)
 

@@ -1,4 +1,4 @@
-"""Code of graphs: outputs of tensors and inputs, wherever the tensors come from, shared as long as it is used."""
+"""Generated code of graphs: outputs of tensors and inputs, wherever the tensors come from, shared while in use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def linear() -> fx.Graph:
-    """``x @ inner.weight.T + bias``, with the bias read twice."""
+    """Return a graph of ``x @ inner.weight.T + bias`` that reads the bias twice."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     weight, bias, again = (graph.create_node("get_attr", name) for name in ("inner.weight", "bias", "bias"))
@@ -53,8 +53,8 @@ def test_tensors_come_from_a_module_or_as_arguments() -> None:
     assert torch.equal(within(other, x)[1], other.expected(x)), "a module like it has the same code"
     assert torch.equal(executable(given, [x])[1], other.expected(x))
     assert executable.over(Tree(2)) is within and executable.over(Tree(2, buffer=True)) is not within
-    held = Tree(3, buffer=True)
-    assert torch.equal(function_of(linear(), held, CPU)(held, x)[1], held.expected(x))
+    buffered = Tree(3, buffer=True)
+    assert torch.equal(function_of(linear(), buffered, CPU)(buffered, x)[1], buffered.expected(x))
 
 
 def test_equal_graphs_share_code() -> None:

@@ -1,4 +1,4 @@
-"""Dropout with a kept mask: the draws, the operators, and graphs that have them."""
+"""Dropout with a stored mask: random draws, the operators, and graphs that contain them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LORA = {"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4,
 
 
 def mask(x: Tensor, p: float, seed: int = 0) -> Tensor:
-    """A mask that is drawn after ``manual_seed(seed)``."""
+    """Return a mask drawn after ``manual_seed(seed)``."""
     torch.manual_seed(seed)
-    found: Tensor = draw(x, p)
-    return found
+    drawn: Tensor = draw(x, p)
+    return drawn
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("make", [draw, DECOMPOSITIONS[draw]], ids=["kernel", "decomposed"])
 def test_it_drops_the_share_asked_for(p: float, make: Any) -> None:
-    """Over all, and along each axis no more unevenly than coins do."""
+    """The share is right overall, and along each axis it varies no more than coin flips do."""
     torch.manual_seed(0)
     kept = make(torch.empty(1000, 301), p).double()
     share = level(p) / LEVELS
@@ -44,7 +44,7 @@ def test_it_drops_the_share_asked_for(p: float, make: Any) -> None:
 
 
 def test_neighbours_are_dropped_independently() -> None:
-    """Four elements share a number of the generator, and parts of the tensor follow each other."""
+    """Elements are independent although four share one random number and the tensor is filled in consecutive parts."""
     lost = (~mask(torch.empty(2**20), 0.1)).double()
     for distance in (1, 2, 3, 4, 2**13, 2**15):
         together = float((lost[:-distance] * lost[distance:]).mean())
@@ -52,14 +52,14 @@ def test_neighbours_are_dropped_independently() -> None:
 
 
 def test_each_of_the_four_elements_has_all_levels() -> None:
-    """The numbers use all of their bits: the share is right for each place within a draw."""
+    """The share is right at each of the four positions within a draw, because draws use all of their bits."""
     lost = (~mask(torch.empty(2**20), 0.75)).double().view(-1, 4).mean(0)
     assert float((lost - 0.75).abs().max()) <= 6 * math.sqrt(0.75 * 0.25 / 2**18)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-7, 0.05, 1 / 3, 0.999999, 1 - 1e-12])
 def test_the_expectation_is_exact(p: float) -> None:
-    """The probability is rounded to 1 / 65536, never to one; what is kept is scaled by the one that is used."""
+    """The probability is rounded to 1 / 65536, never to one; kept elements are scaled by the rounded one."""
     assert abs(level(p) / LEVELS - p) <= 1 / LEVELS
     assert level(p) < LEVELS
     kept = float(drop(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool), p))
@@ -69,8 +69,8 @@ def test_the_expectation_is_exact(p: float) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (7, 2**13 + 1), (2, 3, 4)])
 def test_every_shape(shape: tuple[int, ...]) -> None:
-    found = mask(torch.empty(shape), 0.5)
-    assert (found.shape, found.dtype, found.is_contiguous()) == (torch.Size(shape), torch.bool, True)
+    drawn = mask(torch.empty(shape), 0.5)
+    assert (drawn.shape, drawn.dtype, drawn.is_contiguous()) == (torch.Size(shape), torch.bool, True)
 
 
 def test_draws_follow_the_seed_and_not_the_layout() -> None:
@@ -84,7 +84,7 @@ def test_draws_follow_the_seed_and_not_the_layout() -> None:
 
 @pytest.mark.slow
 def test_opcheck() -> None:
-    """Schema, fake kernels, autograd, and traces with symbols."""
+    """The schema, the fake kernels, autograd and traces with symbols pass torch's checks."""
     x = torch.randn(3, 5, requires_grad=True)
     torch.library.opcheck(drop, (x, mask(x, 0.3), 0.3))
     torch.library.opcheck(draw, (x, 0.3), test_utils=("test_schema", "test_faketensor"))
@@ -94,7 +94,7 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
 def test_without_values(device: str) -> None:
-    """Shapes, types and strides are those of the real thing."""
+    """On meta and fake tensors, shapes, dtypes and strides are those of the real results."""
     real = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     kept = mask(real, 0.3)
     expected = drop(real, kept, 0.3)
@@ -102,14 +102,14 @@ def test_without_values(device: str) -> None:
     mode = FakeTensorMode()
     x = mode.from_tensor(real) if device == "fake" else real.to("meta")
     with mode if device == "fake" else nullcontext():
-        found = draw(x, 0.3)
-        dropped = drop(x, found, 0.3)
-    assert (found.shape, found.dtype, found.stride()) == (kept.shape, kept.dtype, kept.stride())
+        drawn = draw(x, 0.3)
+        dropped = drop(x, drawn, 0.3)
+    assert (drawn.shape, drawn.dtype, drawn.stride()) == (kept.shape, kept.dtype, kept.stride())
     assert (dropped.shape, dropped.dtype, dropped.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 def test_gradients() -> None:
-    """First and second derivatives, in float64."""
+    """First and second derivatives are right, in float64."""
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     kept = mask(x, 0.3)
     assert torch.autograd.gradcheck(lambda t: drop(t, kept, 0.3), x)
@@ -130,7 +130,7 @@ def test_only_the_mask_is_kept() -> None:
 
 
 def test_the_decomposition_is_the_kernel() -> None:
-    """What is dropped leaves nothing behind, not even where it was no number."""
+    """The decomposition equals the kernel, and dropped elements become zero even if they were infinite."""
     x = torch.randn(7, 9)
     x[::2, ::2] = math.inf
     kept = mask(x, 0.4)
@@ -147,14 +147,14 @@ def test_autocast_keeps_the_inputs_type() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    """A tiny Llama, which has no dropout of its own, with LoRA that has; perturbed."""
-    made = graftc.compile({"adapt": [LORA]}, tiny("llama"))
-    perturb(made, 0.1)
-    return made
+    """A tiny Llama, which has no dropout of its own, with LoRA that has dropout; perturbed."""
+    model = graftc.compile({"adapt": [LORA]}, tiny("llama"))
+    perturb(model, 0.1)
+    return model
 
 
 def step(run: Any, model: Any, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """Logits and the adapters' gradients of a training step."""
+    """Return the logits and the adapters' gradients of a training step."""
     model.train()
     torch.manual_seed(seed)
     logits = run(**inputs_for(model)).logits
@@ -172,7 +172,7 @@ def test_a_step_follows_the_seed(compiled: Any) -> None:
 
 @pytest.mark.slow
 def test_there_is_none_in_eval_mode(compiled: Any) -> None:
-    """Neither operator is left, and nothing is drawn."""
+    """The eval graph contains neither operator, and nothing is drawn."""
     train, evaluated = (
         [n.target for n in compiled.program(mode).graph.nodes if n.target in (draw, drop)] for mode in ("train", "eval")
     )
@@ -187,20 +187,20 @@ def test_there_is_none_in_eval_mode(compiled: Any) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiled_code_draws_the_same(backend: str) -> None:
-    """Whole graph of one layer, same seed: the same mask, so the same numbers but for rounding."""
+    """One full graph of a layer draws the same mask from the same seed, so the numbers agree up to rounding."""
     compiled = graftc.compile({"adapt": [{**LORA, "target": {"role": "attn.q"}}]}, tiny("llama", layers=1))
     perturb(compiled, 0.1)
     eager = step(compiled, compiled, 5)
     whole: Any = torch.compile(compiled, fullgraph=True, dynamic=True, backend=backend)
-    found = step(whole, compiled, 5)
-    torch.testing.assert_close(found[0], eager[0], rtol=1e-4, atol=1e-5)
-    for a, b in zip(found[1], eager[1], strict=True):
+    actual = step(whole, compiled, 5)
+    torch.testing.assert_close(actual[0], eager[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(actual[1], eager[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_checkpointed_layers_draw_the_same(compiled: Any) -> None:
-    """What is computed again in the backward pass loses the same elements."""
+    """Recomputation in the backward pass drops the same elements."""
     once = step(compiled, compiled, 5)
     compiled.gradient_checkpointing_enable()
     try:
@@ -221,7 +221,7 @@ def test_a_step_under_autocast(compiled: Any) -> None:
 
 @pytest.mark.slow
 def test_an_artifact_keeps_train_graphs(compiled: Any, tmp_path: Path) -> None:
-    """Loaded graphs name the operators, and a step from the same seed is the same to the bit."""
+    """Loaded graphs contain the operators, and a step from the same seed is bit-identical."""
     compiled.save(tmp_path / "kept")
     loaded = graftc.load(tmp_path / "kept", tiny("llama"))
     assert [n.target for n in loaded.program("train").graph.nodes].count(draw) == 4
@@ -232,7 +232,7 @@ def test_an_artifact_keeps_train_graphs(compiled: Any, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
-    """With the operators' ATen forms a train graph is one that torch alone can load, and it still drops."""
+    """With the operators' ATen forms, torch alone can load an exported train graph, and it still drops elements."""
     from graftc.passes.core.ir.codegen import function_of
 
     program = compiled.program("train").copy()
@@ -245,7 +245,7 @@ def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
             self._modules.update(compiled.compilation.store.root._modules)
 
         def forward(self, *args: Tensor) -> Any:
-            """Flat outputs."""
+            """Return the flat outputs."""
             return function_of(program.graph, self, torch.device("cpu"))(self, *args)
 
     inputs = inputs_for(compiled)

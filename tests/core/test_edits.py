@@ -1,4 +1,4 @@
-"""Edits and their index: look-ups are those of the plain list, and cost the same however many edits there are."""
+"""Edits and their index: look-ups match those of a plain list, at a cost independent of the number of edits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SITES = ("a", "b", "c")
 
 
 def nodes(count: int) -> list[fx.Node]:
-    """Nodes that nothing is computed in."""
+    """Return nodes that compute nothing."""
     graph = fx.Graph()
     return [graph.placeholder(f"x{number}") for number in range(count)]
 
 
 class Plain:
-    """The same by a plain list, which every look-up goes through."""
+    """A reference implementation on a plain list, which every look-up goes through."""
 
     def __init__(self) -> None:
         self.edits: list[Edit] = []
@@ -44,7 +44,7 @@ class Plain:
 
 
 def check(edits: Edits, plain: Plain, known: list[fx.Node]) -> None:
-    """Every look-up gives the same."""
+    """Check that every look-up gives the same result with both."""
     assert list(edits) == plain.edits
     for node in known:
         assert edits.original(node) is plain.original(node)
@@ -56,7 +56,7 @@ def check(edits: Edits, plain: Plain, known: list[fx.Node]) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_look_ups_are_those_of_a_list(seed: int) -> None:
-    """Whatever has been replaced by whatever, here or everywhere, and asked for in between."""
+    """Look-ups match after any replacements, at one site or everywhere, with look-ups in between."""
     draw = random.Random(seed)
     every = nodes(60)
     edits, plain, used = Edits(), Plain(), 6
@@ -70,7 +70,7 @@ def test_look_ups_are_those_of_a_list(seed: int) -> None:
 
 
 def test_wider_edits_of_one_node_are_put_below() -> None:
-    """A map that is replaced where its last result already stands for it stays below that result."""
+    """When a map that already has a result is replaced, the replacement goes below that result."""
     base, result, other, narrow = nodes(4)
     edits = Edits()
     edits.add(Edit("late", "a", base, result))
@@ -82,7 +82,7 @@ def test_wider_edits_of_one_node_are_put_below() -> None:
 
 
 def test_a_node_that_stands_elsewhere_already_can_take_a_place() -> None:
-    """What is remembered of the way ahead is let go where two ways join."""
+    """Remembered paths to the last node are discarded when two of them join."""
     one, two, three, four = nodes(4)
     edits, plain = Edits(), Plain()
     for edit in (Edit("x", "a", two, three), Edit("x", "a", one, four), Edit("y", "a", one, two)):
@@ -92,7 +92,7 @@ def test_a_node_that_stands_elsewhere_already_can_take_a_place() -> None:
 
 
 def test_copies_have_their_own_index() -> None:
-    """Other nodes, and later edits of the one are not seen by the other."""
+    """A copy refers to its own nodes, and neither of the two sees later edits of the other."""
     one, two, three, four = nodes(4)
     edits = Edits([Edit("x", "a", one, two)])
     copied = edits.mapped({one: three, two: four}.__getitem__)
@@ -101,7 +101,7 @@ def test_copies_have_their_own_index() -> None:
 
 
 def stacked(count: int) -> Callable[[], None]:
-    """Adaptations on one another at one place, each of which reads what stands there, and what the site reads."""
+    """Return a function that stacks adaptations at one place; each reads the current value and the site's input."""
     every = nodes(2 * count + 2)
 
     def work() -> None:
@@ -117,6 +117,6 @@ def stacked(count: int) -> Callable[[], None]:
 
 
 def test_stacking_is_linear() -> None:
-    """Four times as many adaptations at one place cost four times as much."""
+    """Four times as many adaptations at one place cost four times as much, within 10%."""
     few, many = (calls(stacked(count)) for count in (125, 500))
     assert many <= 1.1 * 4 * few

@@ -1,4 +1,4 @@
-"""What graphs write to: no graph of a file writes anywhere but to its own values and, in train mode, to buffers."""
+"""Writes in graphs: a graph from a file writes only to its own values and, in train mode, to buffers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _type(data: dict[str, Any], dtype: str, *shape: str) -> int:
 
 
 def _insert(data: dict[str, Any], target: str, args: list[Any], type_: int, **kwargs: Any) -> int:
-    """A call before the outputs; its index."""
+    """Insert a call before the outputs and return its index."""
     at = len(data["nodes"]) - 1
     entry = {"op": "call_function", "name": f"evil_{at}", "target": target, "args": {"tuple": args}, "kwargs": kwargs}
     data["nodes"].insert(at, {**entry, "type": type_, "module": ""})
@@ -89,7 +89,7 @@ def _step(view: str, source: int) -> list[Any]:
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_to_what_is_not_the_graphs_own(root: str, view: str, write: str, graph: dict[str, Any]) -> None:
-    """Seen for what it is, through whatever chain of views."""
+    """The write is recognised and refused, through any chain of views."""
     data = copy.deepcopy(graph)
     node = _find(data, *ROOTS[root])
     kind = data["nodes"][node]["type"]
@@ -137,19 +137,21 @@ def test_from_file_and_fill_leave_the_file_alone(graph: dict[str, Any], tmp_path
     file.write_bytes(b"B" * 16)
     data = copy.deepcopy(graph)
     kind = _type(data, "u8", "16")
-    made = _insert(data, "aten.from_file.default", [str(file), True, 16], kind, dtype={"dtype": "u8"})
-    _insert(data, "aten.fill_.Scalar", [{"node": made}, 65], kind)
+    mapped = _insert(data, "aten.from_file.default", [str(file), True, 16], kind, dtype={"dtype": "u8"})
+    _insert(data, "aten.fill_.Scalar", [{"node": mapped}, 65], kind)
     with pytest.raises(SerialisationError, match="from_file"):
         program_from_json(data, CPU)
     assert file.read_bytes() == b"B" * 16
 
 
 def test_every_listed_operator_keeps_the_rules() -> None:
-    """None has an objection; those that write to an argument are named like it."""
+    """No rule objects to a listed operator, and names of those that write to an argument end in an underscore."""
     assert {name: why for name in OPERATORS if (why := objection(name)) is not None} == {}
     for name in OPERATORS:
-        found = operator(name)
-        assert (found is not None and found._schema.is_mutable == name.split(".")[1].endswith("_")) or "__" in name
+        overload = operator(name)
+        assert (
+            overload is not None and overload._schema.is_mutable == name.split(".")[1].endswith("_")
+        ) or "__" in name
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
@@ -161,7 +163,7 @@ def test_the_rules_object_to_what_is_forbidden(name: str) -> None:
 
 @pytest.mark.slow
 def test_values_of_the_graphs_own_may_change(graph: dict[str, Any]) -> None:
-    """And the structural hash tells it: what is changed in place, and whether it is read before or after."""
+    """A graph may write to its own values, and the structural hash distinguishes the writes."""
     hashes = {structural_hash(program_from_json(copy.deepcopy(graph), CPU))}
     logits = graph["nodes"][-1]["args"]["tuple"][0]["tuple"][0]["node"]
     for write, value in (("aten.fill_.Scalar", 0), ("aten.fill_.Scalar", 1), ("aten.mul_.Scalar", 2)):
@@ -174,7 +176,7 @@ def test_values_of_the_graphs_own_may_change(graph: dict[str, Any]) -> None:
 
 
 class Counting(nn.Module):
-    """Batch normalisation, and a counter that every training step writes to."""
+    """A model with batch normalisation and a counter that every training step writes to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +184,7 @@ class Counting(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normed scores."""
+        """Return normalised scores."""
         if self.training:
             self.steps.add_(1)
         y: torch.Tensor = self.norm(self.fc(x))
@@ -190,14 +192,14 @@ class Counting(nn.Module):
 
 
 class Writing(nn.Module):
-    """A model that writes where no graph may."""
+    """A model that writes where no graph may: to its input or to a parameter."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what, self.fc = what, nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores."""
+        """Return scores."""
         if self.what == "input":
             x.mul_(2)
         if self.what == "parameter":
@@ -234,14 +236,14 @@ def test_no_eval_graph_updates_a_buffer() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "mixtral"])
 def test_what_is_captured_is_listed(family: str) -> None:
-    """Every graph of it can be written; the contract asks the same of every method and family."""
+    """Every graph of the family can be serialised; the contract checks the same for every method and family."""
     compiled = graftc.compile(SPEC, tiny(family))
     for program in compiled.compilation.programs.values():
         assert program_to_json(program)["nodes"]
 
 
 class Masked(nn.Module):
-    """As in Funnel: scores of an einsum with a parameter, masked in place."""
+    """A model with scores from an einsum with a parameter, masked in place, as in Funnel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +256,7 @@ class Masked(nn.Module):
 
 
 class Transposed(Masked):
-    """An einsum of one operand, which is a view of it."""
+    """A model with an einsum of one operand, whose result is a view of it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernel = torch.einsum("ij->ji", self.kernel.detach())
@@ -264,13 +266,13 @@ class Transposed(Masked):
 
 @pytest.mark.parametrize(("model", "written"), [(Masked, "call_function"), (Transposed, "placeholder")])
 def test_a_product_is_a_value_of_its_own_and_a_transposed_matrix_is_not(model: type[nn.Module], written: str) -> None:
-    exported = torch.export.export(model(), (torch.randn(2, 6),))  # in its graphs parameters are inputs
+    exported = torch.export.export(model(), (torch.randn(2, 6),))  # exported graphs take parameters as inputs
     writes = Memory(exported.graph_module.graph).writes
     assert [{root.op for root in roots} for roots in writes.values()] == [{written}]
 
 
 class Mixed(nn.Module):
-    """Values of a narrow type that others of a wide one are added to in place, as PEFT's LoRA does."""
+    """A model that adds wide values to narrow ones in place, as PEFT's LoRA does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Parts of graphs in float64: operators that have no kernel for it, and what a graph makes by itself."""
+"""Parts of graphs evaluated in float64: operators without a kernel for it, and values that a graph creates itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def graph_of(make: object) -> tuple[fx.Graph, fx.Node, fx.Node]:
-    """A graph of one input ``x`` and what ``make(graph, x)`` gives."""
+    """Return a graph with one input ``x``, that input, and the result of ``make(graph, x)``."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     return graph, x, make(graph, x)  # type: ignore[operator]
@@ -20,14 +20,14 @@ def graph_of(make: object) -> tuple[fx.Graph, fx.Node, fx.Node]:
 
 @pytest.mark.parametrize("ends", [[3, 3, 8], [0, 5, 8], [2, 4, 6]], ids=str)
 def test_grouped_products_are_those_of_the_kernel(ends: list[int]) -> None:
-    """Against torch's own in bfloat16, on small whole numbers, which it does not round; groups may be empty."""
+    """It equals torch's kernel in bfloat16 on small integers, which are not rounded; groups may be empty."""
     x = torch.randint(-4, 5, (8, 16)).bfloat16()
     weight = torch.randint(-4, 5, (3, 16, 8)).bfloat16()
     offs = torch.tensor(ends, dtype=torch.int32)
     kernel = aten._grouped_mm.default(x, weight, offs)[: ends[-1]]
-    found = grouped_mm(x.double(), weight.double(), offs)
-    assert torch.equal(found[: ends[-1]], kernel.double())
-    assert not found[ends[-1] :].any()
+    actual = grouped_mm(x.double(), weight.double(), offs)
+    assert torch.equal(actual[: ends[-1]], kernel.double())
+    assert not actual[ends[-1] :].any()
     with pytest.raises(NotImplementedError):
         grouped_mm(x.double(), weight[0].double(), offs)
 

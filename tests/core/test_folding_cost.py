@@ -1,4 +1,4 @@
-"""What folding costs, in operations that are counted: each tensor is folded once, all is linear in layers."""
+"""The cost of folding, in counted operations: each tensor is folded once, and the total is linear in the layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down
 
 
 def adapted(layers: int, role: Any = ROLES, **changes: Any) -> Any:
-    """A perturbed LoRA at every projection of a Llama with so many layers."""
+    """Return a Llama with that many layers and a perturbed LoRA on the projections of the given roles."""
     spec = {"adapt": [{"method": "lora", "target": {"role": role}, "rank": 2}]}
     compiled = graftc.compile(spec, tiny("llama", num_hidden_layers=layers, **changes)).eval()
     perturb(compiled)
@@ -26,14 +26,14 @@ def adapted(layers: int, role: Any = ROLES, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def models() -> dict[int, Any]:
-    """Models that differ in depth alone."""
+    """Models that differ only in depth, by their number of layers."""
     return {layers: adapted(layers) for layers in (2, 4, 8)}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("layers", [2, 4, 8])
 def test_every_site_is_folded_once(layers: int, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its certificate, for the check of its rounding and for the tensor itself together."""
+    """The certificate, the check of its rounding and the tensor itself share one fold."""
     applied: list[str] = []
     original = LazyTensors._apply
 
@@ -48,8 +48,8 @@ def test_every_site_is_folded_once(layers: int, models: dict[int, Any], monkeypa
 
 @pytest.mark.slow
 def test_merging_is_linear_in_layers(models: dict[int, Any]) -> None:
-    """What four more layers cost is at most a little over twice of what two more cost."""
+    """Adding four layers costs at most a little over twice as much as adding two."""
     for model in models.values():
-        model.merge()  # what is made once
+        model.merge()  # pays for what is computed only once
     two, four, eight = (calls(model.merge) for model in models.values())
     assert eight - four <= 1.1 * 2 * (four - two)

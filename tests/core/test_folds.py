@@ -22,16 +22,16 @@ from tests.families import tiny
 
 
 def store(bias: bool = True) -> Store:
-    """A Store with one map of 6 by 4."""
-    made = Store()
-    made.add_parameter("map.weight", torch.randn(6, 4), trainable=False)
+    """Return a Store with one map whose weight is 6 by 4."""
+    result = Store()
+    result.add_parameter("map.weight", torch.randn(6, 4), trainable=False)
     if bias:
-        made.add_parameter("map.bias", torch.randn(6), trainable=False)
-    return made
+        result.add_parameter("map.bias", torch.randn(6), trainable=False)
+    return result
 
 
 def step(apply: Any, rows: Runs | None = None, layout: Layout = Layout.ROWS) -> FoldStep:
-    """A step on that map."""
+    """Return a fold step on that map."""
     own = WeightSlice("map.weight", (6, 4) if layout is Layout.ROWS else (4, 6), layout, rows)
     return FoldStep("some", "map.weight", own, own.companion("map.bias"), apply)
 
@@ -48,9 +48,9 @@ def times(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def test_order_matters() -> None:
     """Adding and then scaling is not scaling and then adding."""
-    held = store()
-    weight, bias = held.get("map.weight").double(), held.get("map.bias").double()
-    first, second = LazyTensors(held, [step(plus), step(times)]), LazyTensors(held, [step(times), step(plus)])
+    base = store()
+    weight, bias = base.get("map.weight").double(), base.get("map.bias").double()
+    first, second = LazyTensors(base, [step(plus), step(times)]), LazyTensors(base, [step(times), step(plus)])
     assert torch.equal(first.exact("map.weight"), (weight + 1) * 3)
     assert torch.equal(second.exact("map.weight"), weight * 3 + 1)
     assert torch.equal(first.exact("map.bias"), bias * 3)
@@ -59,33 +59,33 @@ def test_order_matters() -> None:
 
 
 def test_rounding_happens_once_at_the_end() -> None:
-    """Steps that cancel give the base back to the bit, which rounding in between would not."""
-    held = store()
+    """Steps that cancel restore the base bit for bit, which rounding in between would prevent."""
+    base = store()
     third = [step(lambda w, b: (w / 3, b)), step(lambda w, b: (w * 3, b))]
-    lazy = LazyTensors(held, third)
-    assert torch.equal(lazy.folded("map.weight"), held.get("map.weight"))
+    lazy = LazyTensors(base, third)
+    assert torch.equal(lazy.folded("map.weight"), base.get("map.weight"))
     assert lazy.folded("map.weight").dtype is torch.float32
     assert lazy.exact("map.weight").dtype is torch.float64
 
 
 def test_base_is_never_written() -> None:
-    """Folding as often as one likes leaves the Store's tensors alone, also for a function that works in place."""
-    held = store()
-    before = held.get("map.weight").clone()
+    """Repeated folding leaves the Store's tensors unchanged, even if a step works in place."""
+    base = store()
+    before = base.get("map.weight").clone()
 
     def rude(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.mul_(2), bias
 
-    lazy = LazyTensors(held, [step(rude)])
+    lazy = LazyTensors(base, [step(rude)])
     results = [lazy.folded("map.weight") for _ in range(2)]
     assert torch.equal(results[0], results[1])
-    assert torch.equal(held.get("map.weight"), before)
+    assert torch.equal(base.get("map.weight"), before)
 
 
 def test_rows_and_orientation() -> None:
-    """A step sees its own rows of ``[out, in]`` only, however the Store holds the tensor."""
-    held = Store()
-    held.add_parameter("map.weight", torch.randn(4, 6), trainable=False)
+    """A step sees only its own rows of ``[out, in]``, in whichever orientation the Store keeps the tensor."""
+    base = Store()
+    base.add_parameter("map.weight", torch.randn(4, 6), trainable=False)
     rows = ((1, 3), (5, 6))
     seen: list[tuple[int, ...]] = []
 
@@ -93,25 +93,25 @@ def test_rows_and_orientation() -> None:
         seen.append(tuple(weight.shape))
         return weight + torch.arange(3.0, dtype=torch.float64)[:, None] + 1, bias
 
-    change = LazyTensors(held, [step(apply, rows, layout=Layout.COLUMNS)]).exact("map.weight") - held.get("map.weight")
+    change = LazyTensors(base, [step(apply, rows, layout=Layout.COLUMNS)]).exact("map.weight") - base.get("map.weight")
     assert seen[0] == (3, 4)
     expected = torch.tensor([0.0, 1, 2, 0, 0, 3], dtype=torch.float64).expand(4, 6)
     torch.testing.assert_close(change, expected, rtol=0, atol=1e-12)
 
 
 def test_bias_that_was_not_there() -> None:
-    """A bias that a step makes is an addition, zero on rows that are not its own; one that stays zero is none."""
-    held = store(bias=False)
-    made = step(lambda w, b: (w, torch.full((2,), 7.0, dtype=torch.float64)), ((2, 4),))
-    lazy = LazyTensors(held, [step(plus), made])
+    """A bias that a step creates is an addition, zero outside the step's rows; one that stays zero is none."""
+    base = store(bias=False)
+    adding = step(lambda w, b: (w, torch.full((2,), 7.0, dtype=torch.float64)), ((2, 4),))
+    lazy = LazyTensors(base, [step(plus), adding])
     assert lazy.additions() == ("map.bias",)
     assert lazy.folded("map.bias").tolist() == [0, 0, 7, 7, 0, 0]
-    assert LazyTensors(held, [step(plus), step(times)]).additions() == ()
+    assert LazyTensors(base, [step(plus), step(times)]).additions() == ()
 
 
 @pytest.mark.slow
 def test_two_adaptations_of_the_same_rows() -> None:
-    """Stacked in one spec, both fold: the update is the sum of the two."""
+    """Two adaptations stacked in one spec both fold: the update is their sum."""
     model = tiny("gpt2")
     entry = {"method": "lora", "target": {"role": "attn.v"}, "rank": 3}
     spec = {"adapt": [{**entry, "name": "first"}, {**entry, "name": "second", "alpha": 5}]}
@@ -131,7 +131,7 @@ def test_two_adaptations_of_the_same_rows() -> None:
 
 @pytest.mark.slow
 def test_what_stays_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that cannot fold stops the merge with its reason and the site."""
+    """A method that cannot fold stops the merge with an error that names its reason and the site."""
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, tiny("llama"))
     monkeypatch.setattr(LoRAMethod, "fold", lambda *args: Keep("it is not linear"))
     with pytest.raises(GraftError, match="it is not linear") as error:

@@ -1,4 +1,4 @@
-"""Functions: a graph with calls is the graph of all its layers, written shorter."""
+"""Functions: a graph with calls is the graph of all its layers, written more compactly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def captured(family: str, *, alike: bool = True, layers: int = DEPTH) -> Capture
 
 
 def described(program: Program) -> list[Any]:
-    """All that a graph is, without the names of its nodes."""
+    """Return everything that defines a graph, except the names of its nodes."""
     tensors = [str(node.target) for node in program.graph.find_nodes(op="get_attr")]
     steps = [(entry.step, entry.added, entry.removed) for entry in program.history]
     return [structural_hash(program), format_program(program), tensors, steps, program.inputs, program.outputs]
@@ -38,8 +38,8 @@ def described(program: Program) -> list[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_every_layer_written_out_it_is_what_tracing_every_layer_gives(family: str) -> None:
     with_calls, every = captured(family), captured(family, alike=False)
-    made = calls(with_calls.traced.graph)
-    assert len(made) >= DEPTH - 4
+    layer_calls = calls(with_calls.traced.graph)
+    assert len(layer_calls) >= DEPTH - 4
     assert len(with_calls.traced.graph.nodes) < len(every.program.graph.nodes)
     assert described(with_calls.program) == described(every.program)
 
@@ -54,10 +54,10 @@ def test_layers_that_become_different_get_bodies_of_their_own() -> None:
     base = captured("llama").traced
     (body,) = {one.body for one in calls(base.graph)}
     first, second, third, *_ = [one.path for one in calls(base.graph)]
-    made = split(base, {body: [[body, second], [first, third]]})
-    assert {(one.path, one.body) for one in calls(made.graph)} > {(second, body), (third, first)}
-    assert first not in {one.path for one in calls(made.graph)}
-    assert described(inlined(made))[:2] == described(captured("llama").program)[:2]
+    divided = split(base, {body: [[body, second], [first, third]]})
+    assert {(one.path, one.body) for one in calls(divided.graph)} > {(second, body), (third, first)}
+    assert first not in {one.path for one in calls(divided.graph)}
+    assert described(inlined(divided))[:2] == described(captured("llama").program)[:2]
     assert calls(base.graph)[0].path == first
 
 
@@ -112,12 +112,12 @@ class TestFiles:
         monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
         request = CaptureRequest.of(tiny("llama", layers=DEPTH))
         keep(request, captured("llama"))
-        found = lookup(request)
-        assert found is not None
-        assert len(calls(found.traced.graph)) == len(calls(captured("llama").traced.graph))
-        assert described(found.program) == described(captured("llama").program)
+        cached = lookup(request)
+        assert cached is not None
+        assert len(calls(cached.traced.graph)) == len(calls(captured("llama").traced.graph))
+        assert described(cached.program) == described(captured("llama").program)
 
 
 def test_a_call_by_itself_gives_values_of_the_right_types() -> None:
-    made = [torch.ones(2), torch.ones(3)]
-    assert call("a.1", "a.0", [], [], made) == made
+    values = [torch.ones(2), torch.ones(3)]
+    assert call("a.1", "a.0", [], [], values) == values

@@ -1,4 +1,4 @@
-"""The weight whose differences have gates: kernels, noise, gradients, decompositions, what is kept."""
+"""A weight with gated differences: kernels, noise, gradients, decompositions, and what is saved."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Arguments = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 def arguments(
     shape: tuple[int, ...] = (7, 9), *, group: bool = True, narrow: torch.dtype | None = None, **options: Any
 ) -> Arguments:
-    """``weight, w, alpha, group``; ``narrow`` is the weight's dtype."""
+    """Return ``weight, w, alpha, group``; ``narrow`` is the weight's dtype."""
     generator = torch.Generator().manual_seed(0)
     weight, w, alpha, outer = (
         torch.randn(sizes, generator=generator, dtype=torch.float64).to(options.get("dtype", torch.float64))
         for sizes in (shape, shape, shape, (1,))
     )
-    outer = outer.fill_(0.7)  # half open, as it is with the noise of SEED
+    outer = outer.fill_(0.7)  # half open with the noise of SEED
     for tensor in (w, alpha, outer):
         tensor.requires_grad_(options.get("grad", False))
     return weight.to(narrow or weight.dtype), w, alpha, outer if group else None
 
 
 def plain(weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None) -> Tensor:
-    """The formula, in torch alone."""
+    """Compute the formula in plain torch."""
 
     def gate(logits: Tensor, start: int) -> Tensor:
         if seed is not None:
@@ -50,12 +50,12 @@ def plain(weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: 
 @pytest.mark.parametrize("seed", [SEED, None], ids=["drawn", "without noise"])
 @pytest.mark.parametrize("group", [True, False], ids=["group", "entries alone"])
 def test_it_is_the_formula_and_so_are_its_gradients(seed: Tensor | None, group: bool) -> None:
-    """In float64, to 1e-14, beside a plain implementation and its own differentiation."""
+    """In float64, values and gradients agree with a plain implementation and its autograd, values to 1e-14."""
     own, other = arguments(group=group, grad=True), arguments(group=group, grad=True)
-    found, expected = op(*own, seed, *STRETCH), plain(*other, seed)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    actual, expected = op(*own, seed, *STRETCH), plain(*other, seed)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
     factor = torch.randn(7, 9, dtype=torch.float64)
-    torch.autograd.backward([(found * factor).sum(), (expected * factor).sum()])
+    torch.autograd.backward([(actual * factor).sum(), (expected * factor).sum()])
     for a, b in zip(own[1:], other[1:], strict=True):
         if a is not None and b is not None:
             assert a.grad is not None and b.grad is not None
@@ -74,14 +74,14 @@ def test_gradients_are_those_of_small_steps(seed: Tensor | None) -> None:
 
 
 def test_gates_that_are_clipped_have_no_gradient() -> None:
-    """A closed gate hides its difference, and an open one is all of it."""
+    """A closed gate hides its difference, an open one applies it in full, and neither has a gradient."""
     weight, w, _, _ = arguments((2,), grad=True)
     alpha = torch.tensor([-9.0, 9.0], dtype=torch.float64, requires_grad=True)
     for level, expected in ((9.0, w[1]), (-9.0, w[1] * 0)):
         group = torch.tensor([level], dtype=torch.float64, requires_grad=True)
-        found = op(weight, w, alpha, group, None, *STRETCH)
-        assert found[0] == weight[0] and found[1] == weight[1] + expected
-        for gradient in torch.autograd.grad(found.sum(), (alpha, group)):
+        actual = op(weight, w, alpha, group, None, *STRETCH)
+        assert actual[0] == weight[0] and actual[1] == weight[1] + expected
+        for gradient in torch.autograd.grad(actual.sum(), (alpha, group)):
             assert not gradient.any()
 
 
@@ -92,12 +92,12 @@ def test_opcheck(kind: str) -> None:
     given = arguments(group=kind != "entries alone", grad=True, dtype=torch.float32, narrow=narrow)
     seed = None if kind == "without noise" else SEED
     torch.library.opcheck(op, (*given, seed, *STRETCH))
-    held = tuple(None if t is None else t.detach() for t in given)
-    torch.library.opcheck(gradients, (*held, seed, *STRETCH))
+    detached = tuple(None if t is None else t.detach() for t in given)
+    torch.library.opcheck(gradients, (*detached, seed, *STRETCH))
 
 
 def test_parts_and_the_decomposition_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit for values, whatever the size of parts; the noise of an entry follows its number."""
+    """Values are bit-identical for every size of parts; the noise of an entry depends on its number."""
     given = arguments((64, 33), dtype=torch.float32)
     whole, whole_gradients = op(*given, SEED, *STRETCH), gradients(*given, SEED, *STRETCH)
     assert torch.equal(DECOMPOSITIONS[op](*given, SEED, *STRETCH), whole)
@@ -110,20 +110,20 @@ def test_parts_and_the_decomposition_are_the_same(monkeypatch: pytest.MonkeyPatc
 def test_another_layout_of_the_weight_is_the_same() -> None:
     weight, *rest = arguments((8, 6), dtype=torch.float32)
     turned = weight.t().contiguous().t()
-    found = op(turned, *rest, SEED, *STRETCH)
-    assert torch.equal(found, op(weight, *rest, SEED, *STRETCH)) and found.is_contiguous()
+    actual = op(turned, *rest, SEED, *STRETCH)
+    assert torch.equal(actual, op(weight, *rest, SEED, *STRETCH)) and actual.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
-    """Gates and the sum are worked out in float32, also under autocast; the gradient comes in 16 bits."""
+    """Gates and the sum are computed in float32, also under autocast; the incoming gradient is in 16 bits."""
     weight, w, alpha, group = arguments(dtype=torch.float32, narrow=dtype, grad=True)
     expected = plain(weight.float(), w, alpha, group, SEED).to(dtype)
     assert torch.equal(op(weight, w, alpha, group, SEED, *STRETCH), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = op(weight, w, alpha, group, SEED, *STRETCH)
-    assert torch.equal(found, expected) and found.dtype == dtype
-    found.sum().backward()
+        actual = op(weight, w, alpha, group, SEED, *STRETCH)
+    assert torch.equal(actual, expected) and actual.dtype == dtype
+    actual.sum().backward()
     assert all(t is not None and t.grad is not None and t.grad.dtype == torch.float32 for t in (w, alpha, group))
 
 
@@ -139,8 +139,9 @@ def test_parameters_and_the_seed_are_all_that_is_kept() -> None:
 @pytest.mark.parametrize("alpha", [-3.0, -0.5, 0.0, 2.0, 5.0])
 @pytest.mark.parametrize("stretch", [STRETCH, (-0.1, 1.1)], ids=str)
 def test_gates_are_open_as_often_as_the_penalty_says(alpha: float, stretch: tuple[float, float]) -> None:
-    """``P(z > 0) = sigmoid(alpha - log(-low / high))`` within five standard deviations of a million coins, and the
-    1e-4 at either end that the noise leaves out. Gates are in [0, 1]."""
+    """``P(z > 0) = sigmoid(alpha - log(-low / high))`` holds within five standard deviations of a million coin flips,
+    plus the 1e-4 at either end that the noise leaves out. Gates are in [0, 1].
+    """
     low, high = stretch
     count = 2**20
     ones = torch.ones(count)
@@ -168,7 +169,7 @@ def test_the_noise_is_uniform_and_its_neighbours_are_strangers() -> None:
 
 
 def test_numbers_beyond_32_bits_have_noise_too() -> None:
-    """Entries far behind in a large table go on where the numbers start again."""
+    """Entries far into a large table have the same noise in one piece or in many, also where the numbers wrap."""
     for start in (0, 2**31 - 4, 2**31, 2**32 - 4):
         long = noise(8, SEED, torch.float32, start)
         pieces = [noise(1, SEED, torch.float32, start + i) for i in range(8)]
@@ -176,7 +177,7 @@ def test_numbers_beyond_32_bits_have_noise_too() -> None:
 
 
 def test_its_gradients_have_none() -> None:
-    """A second backward pass says so, and gives no wrong numbers."""
+    """A second backward pass raises instead of giving wrong numbers."""
     weight, w, alpha, group = arguments(grad=True)
     (grad,) = torch.autograd.grad(op(weight, w, alpha, group, SEED, *STRETCH).square().sum(), alpha, create_graph=True)
     with pytest.raises(RuntimeError, match="gated_gradients"):

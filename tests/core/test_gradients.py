@@ -1,4 +1,4 @@
-"""Masked gradients: the draws, the operators, and what they keep."""
+"""Masked gradients: random draws, the operators, and what they save."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SEED = torch.tensor([123_456_789_012_345])
 
 
 def step(number: int) -> Tensor:
-    """A count of steps."""
+    """Return a step count as a tensor."""
     return torch.tensor([number])
 
 
 def mask(shape: tuple[int, ...], number: int = 0, p: float = 0.3, seed: Tensor = SEED) -> Tensor:
-    """What a gradient of ones becomes, times ``p``: ones and zeros in float64."""
-    found: Tensor = masked(torch.ones(shape, dtype=torch.float64), step(number), seed, p)
-    return (found * p).round()
+    """Return the masked gradient of ones, times ``p``: ones and zeros in float64."""
+    scaled: Tensor = masked(torch.ones(shape, dtype=torch.float64), step(number), seed, p)
+    return (scaled * p).round()
 
 
 def reference(count: int, number: int, seed: int, p: float) -> list[bool]:
-    """The mask in numbers without a size."""
+    """Compute the mask with Python's unbounded integers."""
     z = (seed + number * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -51,15 +51,15 @@ def reference(count: int, number: int, seed: int, p: float) -> list[bool]:
 
 @pytest.mark.parametrize("number", [0, 1, 99_999])
 def test_the_hash_is_the_one_that_it_is_said_to_be(number: int) -> None:
-    """SplitMix64 of the step, lowbias32 of the element; for seeds of either sign."""
+    """The hash is SplitMix64 of the step and lowbias32 of the element, for seeds of either sign."""
     for seed in (0, 7, 2**62 - 1, -5):
-        found = mask((300,), number, 0.25, torch.tensor([seed])).bool().tolist()
-        assert found == reference(300, number, seed % 2**64, 0.25)
+        actual = mask((300,), number, 0.25, torch.tensor([seed])).bool().tolist()
+        assert actual == reference(300, number, seed % 2**64, 0.25)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9, 1.0])
 def test_it_keeps_the_share_asked_for(p: float) -> None:
-    """Over all, and along each axis no more unevenly than coins do."""
+    """The share is right overall, and along each axis it varies no more than coin flips do."""
     kept = mask((1000, 301), p=p)
     assert abs(float(kept.mean()) - p) <= 5 * (p * (1 - p) / kept.numel()) ** 0.5
     for dim, count in ((0, 1000), (1, 301)):
@@ -69,7 +69,7 @@ def test_it_keeps_the_share_asked_for(p: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.3])
 def test_the_mean_over_steps_is_the_gradient(p: float) -> None:
-    """For all elements together within five standard errors, for each of 400 within five, spread as coins are."""
+    """The mean of all elements and that of each of 400 are within five standard errors, spread as coin flips are."""
     steps = 4000
     total = torch.stack([masked(torch.ones(400), step(number), SEED, p) for number in range(steps)]).double()
     error = ((1 - p) / p / steps) ** 0.5
@@ -87,7 +87,7 @@ def test_steps_are_independent(lag: int) -> None:
 
 @pytest.mark.parametrize("distance", [1, 2, 3, 500, 2**16, 2**16 + 1])
 def test_neighbours_are_independent(distance: int) -> None:
-    """Within a part and across parts."""
+    """Neighbours within a part and across parts are independent."""
     kept = mask((2**18,))
     both = kept[:-distance] * kept[distance:]
     assert abs(float(both.mean()) - 0.09) <= 6 * math.sqrt(0.09 / 2**18)
@@ -103,7 +103,7 @@ def test_seeds_are_independent() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (0, 4), (2, 3, 4, 5), (3, 1000), (1, 1, 1000), (2, 150, 7)])
 @pytest.mark.parametrize("most", [1, 7, 100])
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], most: int) -> None:
-    """Elements are numbered through, however many are masked at a time, in rows or within one."""
+    """Elements are numbered consecutively, however many are masked at a time, across rows or within one."""
     whole = mask(shape)
     monkeypatch.setattr(gradients, "_PART", most)
     assert torch.equal(mask(shape), whole)
@@ -111,42 +111,42 @@ def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch, shape: tuple[
 
 
 def test_parts_are_all_of_it() -> None:
-    """Each element once, by its number, also beyond 32 bits, where numbers are wrapped."""
+    """Each element occurs once, with its number, also beyond 32 bits, where numbers wrap."""
     tensor = torch.empty(3, 2**32, 5, device="meta")
-    found = [(part.numel(), first) for part, first in gradients._parts(tensor, 2**31)]
-    assert sum(count for count, _ in found) == tensor.numel() and max(count for count, _ in found) <= 2**31
-    assert all(a + count == b for (count, a), (_, b) in pairwise(found))
+    parts = [(part.numel(), first) for part, first in gradients._parts(tensor, 2**31)]
+    assert sum(count for count, _ in parts) == tensor.numel() and max(count for count, _ in parts) <= 2**31
+    assert all(a + count == b for (count, a), (_, b) in pairwise(parts))
     numbers = [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**33 + 5]
     wrapped = [gradients._wrapped(number) for number in numbers]
     assert wrapped == [0, 2**31 - 1, -(2**31), -1, 0, 5]
 
 
 def test_layouts_make_no_difference() -> None:
-    """Elements are numbered by place; the result is laid out as the gradient."""
+    """Elements are numbered by position, and the result has the gradient's layout."""
     grad = torch.randn(2, 3, 40, 50)
     expected = masked(grad, step(4), SEED, 0.3)
     for other in (grad.to(memory_format=torch.channels_last), grad.transpose(0, 3).contiguous().transpose(0, 3)):
-        found = masked(other, step(4), SEED, 0.3)
-        assert torch.equal(found, expected) and found.stride() == other.stride()
+        actual = masked(other, step(4), SEED, 0.3)
+        assert torch.equal(actual, expected) and actual.stride() == other.stride()
     wide = torch.ones(1, 4).expand(100, 4)
     assert torch.equal(masked(wide, step(4), SEED, 0.3), masked(wide.contiguous(), step(4), SEED, 0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_kept_elements_are_divided_and_others_gone(dtype: torch.dtype) -> None:
-    """In the gradient's own type, rounded once; infinities that are not kept leave nothing behind."""
+    """The result has the gradient's dtype and is rounded once; infinities that are not kept become zero."""
     grad = torch.randn(40, 30, dtype=torch.float64).to(dtype)
     grad[::7] = math.inf
     kept = mask((40, 30)).bool()
-    found = masked(grad, step(0), SEED, 0.3)
+    actual = masked(grad, step(0), SEED, 0.3)
     wide = torch.promote_types(dtype, torch.float32)
-    assert found.dtype == dtype
-    assert torch.equal(found, torch.where(kept, grad.to(wide) * (1 / 0.3), 0).to(dtype))
+    assert actual.dtype == dtype
+    assert torch.equal(actual, torch.where(kept, grad.to(wide) * (1 / 0.3), 0).to(dtype))
     assert torch.equal(masked(grad, step(0), SEED, 1.0), grad)
 
 
 class _Sizes(TorchDispatchMode):
-    """Notes the bytes of what operators give."""
+    """A dispatch mode that records the sizes in bytes of the results of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Sizes(TorchDispatchMode):
 
 
 def test_a_mask_takes_parts_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside its result, nothing that it makes is larger than a number for each element of a part."""
+    """Apart from the result, nothing larger than one number per element of a part is created."""
     monkeypatch.setattr(gradients, "_PART", 64)
     grad = torch.randn(100, 40, dtype=torch.bfloat16)
     with _Sizes() as noted:
@@ -171,14 +171,14 @@ def test_a_mask_takes_parts_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_opcheck() -> None:
-    """Schema, fake kernels, autograd, and traces with symbols."""
+    """The schema, the fake kernels, autograd and traces with symbols pass torch's checks."""
     x = torch.randn(3, 5, requires_grad=True)
     for op in (view, masked):
         torch.library.opcheck(op, (x, step(2), SEED, 0.3))
 
 
 def test_it_is_a_view_that_saves_nothing() -> None:
-    """No copy of the tensor; the gradient is that of the operator."""
+    """The tensor is not copied, only two numbers are saved, and the gradient is that of the operator."""
     x = torch.randn(40, 30, requires_grad=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -193,7 +193,7 @@ def test_it_is_a_view_that_saves_nothing() -> None:
 
 
 def test_the_incoming_gradient_is_left_alone() -> None:
-    """A sum hands one tensor to both of its terms."""
+    """A sum passes one gradient to both of its terms, so it must not be written to."""
     x, other = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     given = torch.randn(6, 5)
     before = given.clone()
@@ -203,7 +203,7 @@ def test_the_incoming_gradient_is_left_alone() -> None:
 
 
 def test_gradients() -> None:
-    """A linear map of the gradient: second derivatives are masked as well."""
+    """Masking is linear in the gradient, and second derivatives are masked as well."""
     grad = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: masked(t, step(1), SEED, 0.3), grad)
     assert torch.autograd.gradgradcheck(lambda t: masked(t * t, step(1), SEED, 0.3), grad)
@@ -214,7 +214,7 @@ def test_gradients() -> None:
 
 
 def test_a_step_that_is_counted_too_early_is_an_error() -> None:
-    """Between the forward and the backward pass: the mask would be another step's."""
+    """Counting between the forward and the backward pass raises, because the mask would be another step's."""
     x, count = torch.randn(3, requires_grad=True), step(0)
     y = view(x, count, SEED, 0.3)
     count.add_(1)
@@ -224,13 +224,13 @@ def test_a_step_that_is_counted_too_early_is_an_error() -> None:
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
 def test_without_values(device: str) -> None:
-    """Shapes, types and strides are those of the real thing."""
+    """On meta and fake tensors, shapes, dtypes and strides are those of the real results."""
     real = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     mode = FakeTensorMode()
     x, *others = (mode.from_tensor(t) if device == "fake" else t.to("meta") for t in (real, step(0), SEED))
     with mode if device == "fake" else nullcontext():
-        for found in (view(x, *others, 0.3), masked(x, *others, 0.3)):
-            assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
+        for result in (view(x, *others, 0.3), masked(x, *others, 0.3)):
+            assert (result.shape, result.dtype, result.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_autocast_keeps_the_type() -> None:
@@ -243,7 +243,7 @@ def test_autocast_keeps_the_type() -> None:
 
 
 class Map(nn.Module):
-    """A linear map whose weight's gradient is masked."""
+    """A linear map whose weight has a masked gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,12 +252,12 @@ class Map(nn.Module):
         self.register_buffer("seed", SEED.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Its outputs."""
+        """Return its outputs."""
         return torch.nn.functional.linear(x, view(self.weight, self.step, self.seed, 0.3))
 
 
 def gradient(module: Map, run: Any, x: Tensor) -> Tensor:
-    """The weight's gradient of a run."""
+    """Return the weight's gradient of a run."""
     module.weight.grad = None
     run(x).square().sum().backward()
     assert module.weight.grad is not None
@@ -267,14 +267,14 @@ def gradient(module: Map, run: Any, x: Tensor) -> Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_traced_and_compiled(backend: str) -> None:
-    """In one graph, in training and without gradients; counting on compiles nothing anew."""
+    """It compiles into one graph, in training and without gradients; counting steps recompiles nothing."""
     module, x = Map(), torch.randn(3, 5)
     whole: Any = torch.compile(module, fullgraph=True, backend=backend)
     for _ in range(2):
         with torch._dynamo.config.patch(error_on_recompile=bool(module.step > 3)):
-            expected, found = gradient(module, module, x), gradient(module, whole, x)
-        assert torch.equal(found == 0, expected == 0) and bool((found == 0).any())
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            expected, actual = gradient(module, module, x), gradient(module, whole, x)
+        assert torch.equal(actual == 0, expected == 0) and bool((actual == 0).any())
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         module.step.add_(1)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -282,7 +282,7 @@ def test_traced_and_compiled(backend: str) -> None:
 
 
 def test_an_exported_train_graph_masks() -> None:
-    """The operator is in it as it is, and works there."""
+    """The exported graph contains the operator, which masks gradients there as well."""
     module, x = Map(), torch.randn(3, 5)
     expected = gradient(module, module, x).clone()
     exported = torch.export.export(module, (x,))

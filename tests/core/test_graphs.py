@@ -1,4 +1,4 @@
-"""A Program as networkx graph, GraphML and DOT: the same nodes and edges as the fx graph, and readable again."""
+"""A Program as a networkx graph, GraphML and DOT: the same nodes and edges as the fx graph, and readable again."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ aten = torch.ops.aten
 
 @pytest.fixture(scope="module", params=["bert", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def compiled(request: pytest.FixtureRequest) -> Any:
-    """Tiny models with separate, fused, and encoder's and decoder's projections adapted."""
+    """Tiny models with adapted projections: separate ones, fused ones, and those of an encoder and a decoder."""
     return graftc.compile(SPEC, tiny(request.param))
 
 
 def small(build: Any, inputs: tuple[str, ...] = ("x",)) -> Program:
-    """A Program over vectors of length 2: ``build`` makes the result from the graph and its inputs."""
+    """Return a Program over vectors of length 2; ``build`` creates the result from the graph and its inputs."""
     graph = fx.Graph()
     placeholders = [graph.placeholder(name) for name in inputs]
     graph.output((build(graph, *placeholders),))
@@ -50,15 +50,15 @@ def test_it_has_the_nodes_and_edges_of_the_fx_graph(compiled: Any, mode: Any) ->
     graph = program.to_networkx()
     nodes = list(program.graph.nodes)
     assert isinstance(graph, nx.MultiDiGraph) and len(graph) == len(nodes)
-    # By the order of the nodes, not by names, and with fx's own walk over arguments.
+    # Match nodes by their order instead of their names, and collect arguments with fx's own traversal.
     name_of = {data["order"]: name for name, data in graph.nodes(data=True)}
-    found: Counter[tuple[str, str]] = Counter((a, b) for a, b in graph.edges())
+    actual: Counter[tuple[str, str]] = Counter((a, b) for a, b in graph.edges())
     expected: Counter[tuple[str, str]] = Counter()
     for index, node in enumerate(nodes):
         read: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), read.append)
         expected.update((name_of[nodes.index(source)], name_of[index]) for source in read)
-    assert found == expected
+    assert actual == expected
     assert nx.is_directed_acyclic_graph(graph)
 
 
@@ -104,7 +104,7 @@ def test_edges_say_in_which_argument_a_value_is_read() -> None:
 
 
 def test_a_module_may_be_called_like_a_numbered_value() -> None:
-    """Layers ``ln`` and ``ln_1``, each used twice: four values, four names."""
+    """Layers ``ln`` and ``ln_1``, each used twice, give four values with four names."""
 
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
         for module in ("ln", "ln_1", "ln", "ln_1"):
@@ -135,24 +135,24 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\w.]+|->|[{}\[\];=,]')
 
 
 def statements(text: str) -> list[list[str]]:
-    """A DOT text as statements of tokens; fails on anything that is neither a token nor a blank."""
+    """Split a DOT text into statements of tokens; fail on anything that is neither a token nor whitespace."""
     assert not _TOKEN.sub("", text).strip()
-    found: list[list[str]] = [[]]
+    result: list[list[str]] = [[]]
     for token in _TOKEN.findall(text):
-        found[-1].append(token)
+        result[-1].append(token)
         if token in ("{", "}", ";"):
-            found.append([])
-    return [statement for statement in found if statement]
+            result.append([])
+    return [statement for statement in result if statement]
 
 
 def test_dot_declares_every_node_and_edge_once(compiled: Any) -> None:
     program = compiled.program()
     graph, text = to_networkx(program), dot_text(program)
-    found = statements(text)
-    assert found[0][0] == "digraph" and text.count("{") == text.count("}")
-    edges = Counter((s[0][1:-1], s[2][1:-1]) for s in found if s[1:2] == ["->"])
+    parsed = statements(text)
+    assert parsed[0][0] == "digraph" and text.count("{") == text.count("}")
+    edges = Counter((s[0][1:-1], s[2][1:-1]) for s in parsed if s[1:2] == ["->"])
     assert edges == Counter((a, b) for a, b in graph.edges())
-    declared = Counter(s[0][1:-1] for s in found if s[0].startswith('"') and s[1] == "[")
+    declared = Counter(s[0][1:-1] for s in parsed if s[0].startswith('"') and s[1] == "[")
     assert declared - Counter({"inserted by task": 1}) == Counter(dict.fromkeys(graph, 1))
     assert dot_text(program.copy()) == text
 

@@ -1,4 +1,4 @@
-"""Code for a CPU reads repeated keys and values from where they are, and computes the same to the bit."""
+"""Code for a CPU reads repeated keys and values without copying them, and computes bit-identical results."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ BATCH, HEADS, GROUPS, WIDTH = 2, 6, 2, 8
 
 
 def repeated(x: Any, times: int) -> Any:
-    """As transformers repeats keys and values."""
+    """Repeat keys and values as transformers does."""
     rows, groups, length, width = x.shape
     spread = aten.expand.default(aten.unsqueeze.default(x, 2), [rows, groups, times, length, width])
     return aten.reshape.default(spread, [rows, groups * times, length, width])
 
 
 def interleaved(x: Any, times: int) -> Any:
-    """The groups one after the other, which is another order of heads."""
+    """Repeat the groups one after the other, which gives another order of heads."""
     rows, groups, length, width = x.shape
     spread = aten.expand.default(aten.unsqueeze.default(x, 1), [rows, times, groups, length, width])
     return aten.reshape.default(spread, [rows, groups * times, length, width])
 
 
 def graph_of(keys: Callable[..., Any], values: Callable[..., Any], length: int, also: bool = False) -> fx.Graph:
-    """Attention over keys and values that are repeated in some way; also gives the keys where that is asked for."""
+    """Return a graph of attention over keys and values repeated by two functions; ``also`` returns the keys as well."""
 
     class Sizes:
         shape = (BATCH, GROUPS, length, WIDTH)
@@ -46,7 +46,7 @@ def graph_of(keys: Callable[..., Any], values: Callable[..., Any], length: int, 
         proxy.shape = Sizes.shape
         return of(proxy, HEADS // GROUPS).node
 
-    key, value = (graph.call_function(aten.cat.default, ([held], 2)) for held in (key, value))
+    key, value = (graph.call_function(aten.cat.default, ([operand], 2)) for operand in (key, value))
     many, more = made(keys, key), made(values, value)
     out = graph.call_function(aten.scaled_dot_product_attention.default, (query, many, more, mask))
     graph.output((out, many) if also else (out,))
@@ -70,8 +70,8 @@ def test_the_same_to_the_bit_without_copies(queries: int, dtype: torch.dtype) ->
     wanted = [t.requires_grad_() for t in given[:3]] if dtype is torch.float64 else []
     (expected,) = fx.GraphModule(nn.Module(), graph)(*given)
     function = function_of(graph, nn.Module(), torch.device("cpu"))
-    (found,) = function(nn.Module(), *given)
-    assert torch.equal(found, expected)
+    (actual,) = function(nn.Module(), *given)
+    assert torch.equal(actual, expected)
     share_heads(graph)
     *_, attention = (n for n in graph.nodes if n.op == "call_function")
     assert attention.kwargs == {"enable_gqa": True}
@@ -81,7 +81,7 @@ def test_the_same_to_the_bit_without_copies(queries: int, dtype: torch.dtype) ->
         slow = torch.autograd.grad(
             fx.GraphModule(nn.Module(), graph_of(repeated, repeated, length))(*given)[0].sum(), wanted
         )
-        fast = torch.autograd.grad(found.sum(), wanted)
+        fast = torch.autograd.grad(actual.sum(), wanted)
         for a, b in zip(fast, slow, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -129,8 +129,8 @@ def test_what_others_read_is_still_made() -> None:
     expected = fx.GraphModule(nn.Module(), graph)(*given)
     share_heads(graph)
     graph.lint()
-    found = fx.GraphModule(nn.Module(), graph)(*given)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = fx.GraphModule(nn.Module(), graph)(*given)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert len(graph.find_nodes(op="call_function", target=aten.expand.default)) == 1
 
 

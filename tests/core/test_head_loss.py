@@ -1,4 +1,4 @@
-"""A head and its cross-entropy in one operator: what torch gives for the whole logits, and no logits."""
+"""A head and its cross-entropy in one operator: the results of torch on full logits, without storing logits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def small_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
 
 
 def factors(parts: int, bias: bool, dtype: torch.dtype = torch.float64) -> list[Any]:
-    """Hidden states, weights and a bias. The second part is a product of two factors beside the weight, the third
-    stands for the last three rows of the vocabulary."""
+    """Return hidden states, weights, a bias and first rows of the vocabulary.
+
+    The second part is a product of two factors in addition to the weight; the third covers the last three rows of the
+    vocabulary.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:
@@ -68,7 +71,7 @@ def reference(
 
 
 def results(function: Any, given: list[Any], labels: Tensor, outer: Tensor, **options: Any) -> list[Tensor]:
-    """The loss and the gradients of all that want one."""
+    """Return the loss and the gradients of all tensors that require one."""
     xs, weights, bias, starts = given
     leaves = list({id(t): t for t in (*xs, *weights, bias) if t is not None and t.requires_grad}.values())
     loss = function(xs, weights, bias, labels, starts, **options)
@@ -104,18 +107,18 @@ def test_it_is_the_loss_of_whole_logits(
     outer = torch.linspace(1, 2, ROWS, dtype=torch.float64) if reduction == NONE else torch.tensor(3.0).double()
     with pytest.MonkeyPatch.context() as patch:
         small_chunks(patch, rows)
-        found = results(head_loss, given_, labels, outer, reduction=reduction, **options)
+        actual = results(head_loss, given_, labels, outer, reduction=reduction, **options)
     expected = results(reference, given_, labels, outer, reduction=reduction, **options)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
 
 
 def test_another_label_is_left_out_as_well() -> None:
     labels = some_labels().remainder(5)
-    found = results(head_loss, factors(1, True), labels, torch.ones(()), ignored=3)
+    actual = results(head_loss, factors(1, True), labels, torch.ones(()), ignored=3)
     expected = results(reference, factors(1, True), labels, torch.ones(()), ignored=3)
     assert (labels == 3).any()
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
 
 
@@ -142,40 +145,41 @@ def test_there_is_no_second_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_there_is_one_rounding_more(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64 arithmetic on the same values, and beside the error that whole logits have: gradients wait in 16
-    bits for that of the loss."""
+    """The error against float64 is at most one rounding above that of full logits, because gradients wait for that of
+    the loss in 16 bits.
+    """
     small_chunks(monkeypatch, 4)
     labels, narrow = some_labels(0, 5), factors(2, True, dtype)
     wide = [*([t.detach().double().requires_grad_() for t in part] for part in narrow[:2])]
     wide += [narrow[2].detach().double().requires_grad_(), narrow[3]]
     exact = results(reference, wide, labels, torch.ones(()))
-    found, whole = (results(f, narrow, labels, torch.ones(())) for f in (head_loss, reference))
-    assert found[0].dtype == torch.float32
-    for mine, theirs, right in zip(found, whole, exact, strict=True):
+    actual, whole = (results(f, narrow, labels, torch.ones(())) for f in (head_loss, reference))
+    assert actual[0].dtype == torch.float32
+    for mine, theirs, right in zip(actual, whole, exact, strict=True):
         assert mine.dtype == theirs.dtype
         error, usual = ((t.double() - right).norm() / right.norm() for t in (mine, theirs))
         assert error <= usual + torch.finfo(dtype).eps / 2
 
 
 def test_a_scaled_loss_does_not_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients that are too small for float16 by themselves are right times the scale of the loss."""
+    """Gradients that are too small for float16 are right when multiplied by the scale of the loss."""
     xs, weights, bias, starts = factors(1, False, torch.float16)
     wide = [[t[0].detach().double().requires_grad_()] for t in (xs, weights)]
     _, right, _ = results(reference, [*wide, bias, starts], some_labels(), torch.tensor(65536e-7).double())
     loss = head_loss(xs, weights, bias, some_labels(), starts) * 1e-7
-    (found, _) = torch.autograd.grad(loss * 65536, [xs[0], weights[0]])
-    torch.testing.assert_close(found.double(), right, rtol=1e-2, atol=1e-5)
+    (actual, _) = torch.autograd.grad(loss * 65536, [xs[0], weights[0]])
+    torch.testing.assert_close(actual.double(), right, rtol=1e-2, atol=1e-5)
 
 
 def test_autocast_decides_the_products() -> None:
     given_, labels = factors(1, True, torch.float32), some_labels(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = results(head_loss, given_, labels, torch.ones(()))
+        actual = results(head_loss, given_, labels, torch.ones(()))
     xs, weights, bias, starts = given_
     narrow = [[t.bfloat16() for t in part] for part in (xs, weights, [bias])]
     expected = head_loss(*narrow[:2], narrow[2][0], labels, starts)
-    assert torch.equal(found[0], expected.detach())
-    assert all(grad.dtype == torch.float32 for grad in found)
+    assert torch.equal(actual[0], expected.detach())
+    assert all(grad.dtype == torch.float32 for grad in actual)
 
 
 def test_nothing_is_kept_without_gradients_and_no_logits_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What goes into a site is replaced for this site only, below what is inserted there and above what comes before."""
+"""The input of a site is replaced for this site only, below what is inserted there and above what comes before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Chain(nn.Module):
         self.first, self.second, self.third = nn.Linear(6, 10), nn.Linear(10, 4), nn.Linear(10, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[batch, 6]`` to ``[batch, 4]`` and ``[batch, 3]``."""
+        """Map ``[batch, 6]`` to ``[batch, 4]`` and ``[batch, 3]``."""
         hidden = self.first(x)
         return self.second(hidden), self.third(hidden)
 
@@ -43,7 +43,7 @@ ENTRIES = {
 
 
 def chained(order: tuple[str, ...], model: nn.Module | None = None) -> tuple[Any, dict[str, Tensor]]:
-    """`Chain` in double precision with these adaptations, in eval mode and perturbed."""
+    """Return `Chain` in double precision with these adaptations, in eval mode and perturbed, and its inputs."""
     entries = [{**ENTRIES[name], "name": name.replace(" ", "_")} for name in order]
     inputs = {"x": torch.randn(7, 6, dtype=torch.float64)}
     compiled = graftc.compile({"adapt": entries}, model or Chain().double(), inputs).eval()
@@ -53,7 +53,7 @@ def chained(order: tuple[str, ...], model: nn.Module | None = None) -> tuple[Any
 
 @pytest.mark.parametrize("order", [*permutations(ENTRIES, 2), *permutations(ENTRIES, 4)], ids=", ".join)
 def test_every_order_folds_to_what_it_computes(order: tuple[str, ...]) -> None:
-    """Also where the input of a site is the result of another one that is adapted, before or after it."""
+    """Every order folds, also if a site reads the result of another one that is adapted before or after it."""
     compiled, inputs = chained(order)
     merged = compiled.merge()
     assert merged.certificate.passed
@@ -63,28 +63,28 @@ def test_every_order_folds_to_what_it_computes(order: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("order", [*permutations(("lora below", "second", "third"))], ids=", ".join)
 @pytest.mark.parametrize("kept", ["lora", "ia3"])
 def test_part_of_them_folds(order: tuple[str, ...], kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is taken back in the graph leaves the other replacements where they are."""
+    """Taking the folded ones out of the graph leaves the other replacements in place."""
     compiled, inputs = chained(order)
     before = outputs_of(compiled, inputs)
     method: Any = LoRAMethod if kept == "lora" else IA3Method
     monkeypatch.setattr(method, "fold", lambda *args: Keep("it is told to stay"))
-    made = fold(runner_of(compiled))
-    assert set(made.kept) == ({"lora_below"} if kept == "lora" else {"second", "third"})
-    assert made.certificate.passed
-    assert largest_difference(outputs_of(made, inputs), before) <= 1e-12
+    merged = fold(runner_of(compiled))
+    assert set(merged.kept) == ({"lora_below"} if kept == "lora" else {"second", "third"})
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), before) <= 1e-12
 
 
 def test_formula() -> None:
-    """A vector on the input of one map leaves the other one alone, and comes after what is below."""
+    """A vector on the input of one map does not affect the other, and applies after the update of the map below."""
     model = Chain().double()
     compiled, inputs = chained(("second", "lora below", "lora"), model)
-    held = {name: tensor.detach() for name, tensor in compiled.adapter_state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in compiled.adapter_state_dict().items()}
 
     def low_rank(module: str, name: str) -> Tensor:
-        return held[f"{module}.graftc.{name}.B"] @ held[f"{module}.graftc.{name}.A"]
+        return tensors[f"{module}.graftc.{name}.B"] @ tensors[f"{module}.graftc.{name}.A"]
 
     hidden = inputs["x"] @ (model.first.weight + low_rank("first", "lora_below")).T + model.first.bias
-    scale = held["second.graftc.second.l"]
+    scale = tensors["second.graftc.second.l"]
     expected = [
         hidden @ (model.second.weight * scale + low_rank("second", "lora")).T + model.second.bias,
         hidden @ (model.third.weight + low_rank("third", "lora")).T + model.third.bias,
@@ -93,7 +93,7 @@ def test_formula() -> None:
 
 
 def test_training_reads_the_same() -> None:
-    """The train graph computes what the eval graph does where nothing is dropped, and gradients reach every tensor."""
+    """Without dropout, the train graph computes the same as the eval graph, and gradients reach every tensor."""
     order = ("lora", "second", "lora below")
     entries = [{**ENTRIES[name], "name": name.replace(" ", "_"), "dropout": 0.0} for name in order if "lora" in name]
     entries.insert(1, {**ENTRIES["second"], "name": "second"})
@@ -108,7 +108,7 @@ def test_training_reads_the_same() -> None:
 
 @pytest.mark.slow
 def test_base_dropout_before_a_site() -> None:
-    """A dropout of the base that a site reads is gone in eval mode, and its input is what is scaled there."""
+    """A base dropout that a site reads is gone in eval mode, and its input is scaled instead."""
     model = tiny("t5", dropout_rate=0.1)
     compiled = graftc.compile({"adapt": [{"method": "ia3", "target": {"role": "ffn.down"}}]}, model).eval()
     targets = {node.target for node in compiled.program("eval").graph.nodes}
@@ -118,7 +118,7 @@ def test_base_dropout_before_a_site() -> None:
 
 
 class Images(nn.Module):
-    """A depthwise convolution, a pointwise one, and a matrix that stands before its input."""
+    """A depthwise convolution, a pointwise one, and a matrix that multiplies its input from the left."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,15 +127,15 @@ class Images(nn.Module):
         self.before = nn.Linear(5, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 6, height, width]`` to ``[batch, 4, height * width]``."""
+        """Map ``[batch, 6, height, width]`` to ``[batch, 4, height * width]``."""
         hidden = torch.relu(self.pointwise(torch.relu(self.depthwise(x)))).flatten(2)
         return self.before.weight @ hidden
 
 
 def imaged(entry: dict[str, Any]) -> tuple[Any, dict[str, Tensor], nn.Module]:
-    """`Images` in double precision, frozen, with one adaptation and in eval mode.
+    """Return `Images` in double precision, frozen, with one adaptation and in eval mode, its inputs and the source.
 
-    A matrix before its input is multiplied by another kernel where it wants a gradient: one ``mm`` and not a ``bmm``.
+    A matrix to the left of its input uses another kernel if it requires a gradient: one ``mm`` instead of a ``bmm``.
     """
     model, inputs = Images().double().requires_grad_(False), {"x": torch.randn(2, 6, 7, 9, dtype=torch.float64)}
     return graftc.compile({"adapt": [entry]}, model, inputs).eval(), inputs, model
@@ -153,7 +153,7 @@ def imaged(entry: dict[str, Any]) -> tuple[Any, dict[str, Tensor], nn.Module]:
     ids=["input", "output", "vera", "loha", "lokr"],
 )
 def test_axes(modules: list[str], fields: dict[str, Any]) -> None:
-    """Channels and rows are found on whatever axis a map has them; groups of a convolution included."""
+    """Channels and rows are found on whichever axis a map has them, also in the groups of a convolution."""
     compiled, inputs, model = imaged({**fields, "target": {"modules": modules}})
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
     perturb(compiled, 0.3)
@@ -165,7 +165,7 @@ def test_axes(modules: list[str], fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 def test_identity_is_with_the_same_weights_frozen(trains: bool) -> None:
-    """What the base computes depends on which weights want a gradient; inside ``disabled()`` none of them does."""
+    """The base's results depend on which weights require a gradient; inside ``disabled()`` none of them does."""
     model, inputs = Images().double(), {"x": torch.randn(2, 6, 7, 9, dtype=torch.float64)}
     spec = {"train": ["before"] * trains, "adapt": [{"method": "ia3", "target": {"modules": "depthwise"}}]}
     compiled = graftc.compile(spec, model, inputs).eval()
@@ -178,7 +178,7 @@ def test_identity_is_with_the_same_weights_frozen(trains: bool) -> None:
 
 @pytest.mark.parametrize("modules", ["depthwise", "pointwise"])
 def test_a_channel_scales_all_points_of_a_patch(modules: str) -> None:
-    """The input of a convolution, with groups and without: what the source gives of channels that were scaled."""
+    """On the input of a convolution, with or without groups, it equals the source on scaled channels."""
     compiled, inputs, model = imaged({"method": "ia3", "side": "input", "target": {"modules": modules}})
     perturb(compiled, 0.3)
     (scale,) = (tensor.detach() for name, tensor in compiled.adapter_state_dict().items() if name.endswith(".l"))

@@ -1,4 +1,4 @@
-"""Numbers that stand for entries go where torch moves the entries: every operator of the table, on random shapes."""
+"""Numbers that represent entries move as torch moves the entries: every operator of the table, on random shapes."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class Numbered:
 
 
 def same(real: Any, numbers: Any, entries: Tensor) -> bool:
-    """Whether the numbers say which entries a value has."""
+    """Return whether the numbers say which entries a value has."""
     if isinstance(real, list | tuple):
         return len(real) == len(numbers) and all(same(a, b, entries) for a, b in zip(real, numbers, strict=True))
     expected = torch.where(numbers == HOLE, torch.zeros(()), entries[numbers])
@@ -211,8 +211,8 @@ def test_numbers_go_where_torch_moves_entries(name: str) -> None:
 def test_an_item_is_one_of_several_parts() -> None:
     parts = Numbered(aten.split.Tensor, [(5, 3)], (2,), joined=False)
     item = parts.graph.call_function(operator.getitem, (parts.node, 1))
-    found = moved(item, {parts.node: parts.moved()}.get)
-    assert same(parts.real()[1], found, parts.entries) and found.tolist() == [[6, 7, 8], [9, 10, 11]]
+    numbers = moved(item, {parts.node: parts.moved()}.get)
+    assert same(parts.real()[1], numbers, parts.entries) and numbers.tolist() == [[6, 7, 8], [9, 10, 11]]
 
 
 def test_each_operator_is_in_one_group_and_is_known_to_torch() -> None:

@@ -1,4 +1,4 @@
-"""A certificate that nothing can fail proves nothing: every way of folding wrongly must be caught."""
+"""A certificate that never fails proves nothing: every wrong way of folding must be caught."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WITHOUT_LIMIT = 1e9
 
 
 def adapted(family: str, role: Any, *, noise: float = 0.05, **fields: Any) -> Any:
-    """A perturbed LoRA of rank 4 in eval mode."""
+    """Return a model with a perturbed LoRA of rank 4, in eval mode."""
     spec = {"adapt": [{"method": "lora", "target": {"role": role}, "rank": 4, **fields}]}
     compiled = graftc.compile(spec, tiny(family)).eval()
     perturb(compiled, noise)
@@ -36,7 +36,7 @@ def adapted(family: str, role: Any, *, noise: float = 0.05, **fields: Any) -> An
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    """Make LoRA's fold add ``change(delta)`` where it should add ``delta``."""
+    """Make LoRA's fold add ``change(delta)`` instead of ``delta``."""
     original = LoRAMethod.fold
 
     def fold(self: LoRAMethod, spec: Any, site: Any, tensors: Any) -> WeightFold:
@@ -53,7 +53,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor])
 
 
 def refused(compiled: Any) -> tuple[str, ...]:
-    """Merging raises GC051 within any budget of outputs, and leaves everything as it was; returns the reasons."""
+    """Check that merging raises GC051 under any budget of outputs and changes nothing; return the reasons."""
     source = compiled.compilation.model
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     inputs = inputs_for(compiled)
@@ -67,7 +67,7 @@ def refused(compiled: Any) -> tuple[str, ...]:
 
 
 def passes(compiled: Any) -> bool:
-    """Whether the fold as it should be is certified."""
+    """Return whether the unmodified fold is certified."""
     return bool(compiled.merge().certificate.passed)
 
 
@@ -85,7 +85,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", CHANGES)
 def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``attn.q`` of BERT is square, so a transposed update fits: only its values tell."""
+    """``attn.q`` of BERT is square, so a transposed update fits: only its values are wrong."""
     compiled = adapted("bert", "attn.q")
     assert passes(compiled)
     corrupt(monkeypatch, CHANGES[name])
@@ -96,7 +96,7 @@ def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One element wrong in one layer of one site is named, alone."""
+    """A single wrong element at one site of one layer is reported for that site alone."""
     compiled = adapted("llama", ["attn.q", "ffn.down"])
     in_order = folding.in_order
 
@@ -130,7 +130,7 @@ def test_small_update(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The update of GPT-2's query written to the rows of the key, which is of the same shape."""
+    """Writing the update of GPT-2's query to the rows of the key, which have the same shape, is caught."""
     compiled = adapted("gpt2", "attn.q")
     assert passes(compiled)
 
@@ -145,7 +145,7 @@ def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writing back more than the site's own rows is caught although the own rows are right."""
+    """Writing to more than the site's own rows is caught, even though the site's own rows are right."""
     compiled = adapted("gpt2", "attn.q")
     put = WeightSlice.put
 
@@ -160,7 +160,7 @@ def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trained biases of adapted layers forgotten."""
+    """Leaving out the trained biases of adapted layers is caught."""
     compiled = adapted(family, "attn.q", bias="lora_only")
     assert passes(compiled)
     monkeypatch.setattr(folding, "_overlay_steps", lambda compilation, name, read: [])
@@ -169,7 +169,7 @@ def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right algebra, cut off instead of rounded: at most one unit in the last place, and more than half of one."""
+    """Truncating instead of rounding is caught: errors are at most one unit in the last place, but over half of one."""
     compiled = adapted("bert", "attn.q")
     original = folds.round_once
 
@@ -184,7 +184,7 @@ def test_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_over_the_budget() -> None:
-    """A right fold over a budget that no rounding could keep is refused, naming the output."""
+    """A correct fold is refused under a budget that no rounding can meet, and the error names the output."""
     compiled = adapted("bert", "attn.q")
     with pytest.raises(GraftError) as error:
         compiled.merge(budget=0.0)
@@ -194,7 +194,7 @@ def test_over_the_budget() -> None:
 
 @pytest.mark.slow
 def test_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A chain of merging and exporting stops at the certificate, before there is a file."""
+    """Merging followed by exporting stops at the certificate, before any file is written."""
     compiled = adapted("bert", "attn.q")
     corrupt(monkeypatch, CHANGES["transposed"])
     with pytest.raises(GraftError, match="GC051"):

@@ -1,4 +1,4 @@
-"""Names of added tensors are read as they were made."""
+"""Names of added tensors are parsed back into the parts that they were built from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PATH = st.lists(SEGMENT, max_size=4).map(".".join)
 def test_round_trip(module: str, adaptation: str, scope: str, part: str) -> None:
     name = adapter_name(module, adaptation, scope, part)
     assert name == ".".join(s for s in (module, RESERVED, adaptation, scope, part) if s)
-    found = parsed(name)
-    assert found is not None and str(found) == name
-    assert (found.module, found.adaptation) == (module, adaptation) == (module_of(name), owner_of(name))
-    assert found.part == (f"{scope}.{part}" if scope else part)
+    parts = parsed(name)
+    assert parts is not None and str(parts) == name
+    assert (parts.module, parts.adaptation) == (module, adaptation) == (module_of(name), owner_of(name))
+    assert parts.part == (f"{scope}.{part}" if scope else part)
     assert renamed(renamed(name, "other"), adaptation) == name and owner_of(renamed(name, "other")) == "other"
 
 

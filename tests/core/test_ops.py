@@ -18,7 +18,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
 def test_it_drops_the_share_asked_for(p: float) -> None:
     kept = dropout_mask(torch.empty(1000, 301), SEED, p).double()
-    # Five standard deviations of a fair coin.
+    # The mean is within five standard deviations of coin flips.
     assert abs(float(kept.mean()) - (1 - p)) <= 5 * (p * (1 - p) / kept.numel()) ** 0.5
     for dim, count in ((0, 1000), (1, 301)):
         spread = float(kept.mean(dim).std())

@@ -1,4 +1,4 @@
-"""Outlining: what an adaptation makes of tensors alone belongs to its layer's only part."""
+"""Outlining: values that an adaptation computes from tensors alone belong to the only layer that reads them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from tests.families import tiny
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("method", ["adalora", "sora", "dylora", "lora"])
 def test_a_layer_is_one_block(family: str, method: str) -> None:
-    """Gated and masked factors need no input, and still make no part of the layer before all layers; equal layers have
-    equal code."""
+    """Gated and masked factors need no input, yet stay in their layer instead of before all layers; equal layers have
+    equal code.
+    """
     fields = {"target_rank": 2} if method == "adalora" else {}
     entry = {"method": method, "target": {"role": ["attn.q", "attn.o"]}, "rank": 4, **fields}
     compiled = graftc.compile({"adapt": [entry]}, tiny(family))
     for mode in ("train", "eval"):
-        found = outline(compiled.program(mode))
-        assert [block.use for block in found.blocks] == [0, 0]
-        first, second = (block.graph.python_code("self").src for block in found.blocks)
+        outlined = outline(compiled.program(mode))
+        assert [block.use for block in outlined.blocks] == [0, 0]
+        first, second = (block.graph.python_code("self").src for block in outlined.blocks)
         assert first == second
-        inserted = sum(len(block.graph.find_nodes(op="get_attr")) for block in found.blocks)
+        inserted = sum(len(block.graph.find_nodes(op="get_attr")) for block in outlined.blocks)
         assert inserted >= len(compiled.report.adaptations) * 4
 
 
 @pytest.mark.parametrize("off", [[], ["projections"]])
 def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> None:
-    """T5 draws for its decoder's embeddings between two stacks, of which the second reads the first one's end in
-    every layer."""
+    """T5 draws for its decoder's embeddings between two stacks, and the first one's result is read by every layer of
+    the second.
+    """
     model = tiny("t5")
     spec = {
         "adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.{q,k,v,o}", "ffn.{up,down}"]}}],
@@ -51,7 +53,7 @@ def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> 
 
 
 def test_what_writes_and_what_reads_it_keep_their_order() -> None:
-    """T5 makes its decoder's tokens of labels by writes to one tensor, behind its encoder."""
+    """T5 computes its decoder's tokens from labels by writing to one tensor, after its encoder."""
     model = tiny("t5").eval()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
     compiled = graftc.compile(spec, model).eval()
@@ -67,7 +69,7 @@ def test_what_writes_and_what_reads_it_keep_their_order() -> None:
 
 
 class Gathering(nn.Module):
-    """Layers whose results are written into one tensor, of which the mean is taken behind them."""
+    """Layers that write their results into one tensor, whose mean is taken after them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class Gathering(nn.Module):
 
 
 class Twice(nn.Module):
-    """A layer that runs twice, between writes to what it has made."""
+    """A layer that runs twice, with writes to its result in between."""
 
     def __init__(self) -> None:
         super().__init__()

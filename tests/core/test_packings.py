@@ -1,4 +1,4 @@
-"""Packings against the libraries whose formats they are."""
+"""Packings compared with the libraries that define their formats."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ EVERY = (
 
 
 def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of very different sizes, among them zeros and a block of nothing else."""
+    """Return values of very different magnitudes, including zeros and one block of only zeros."""
     torch.manual_seed(len(shape))
-    found = torch.randn(shape) * torch.logspace(-3, 1, shape[-1])
-    found.reshape(-1)[:: max(2, found.numel() // 7)] = 0
+    values = torch.randn(shape) * torch.logspace(-3, 1, shape[-1])
+    values.reshape(-1)[:: max(2, values.numel() // 7)] = 0
     if shape[0] > 2:
-        found[1] = 0
-    return found.to(dtype)
+        values[1] = 0
+    return values.to(dtype)
 
 
 @pytest.mark.slow
@@ -46,27 +46,29 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_bitsandbytes(kind: str, double: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Codes, scales and values of `quantize_4bit` and `dequantize_4bit`, to the bit."""
+    """Codes, scales and values equal those of `quantize_4bit` and `dequantize_4bit`, to the bit."""
     library: Any = pytest.importorskip("bitsandbytes.functional")
-    held, packing = weight(shape, dtype), Blockwise(kind, double=double)
-    parts = dict(zip(packing.parts, packing.packed(held), strict=True))
-    codes, state = library.quantize_4bit(held, blocksize=64, compress_statistics=double, quant_type=kind)
+    original, packing = weight(shape, dtype), Blockwise(kind, double=double)
+    parts = dict(zip(packing.parts, packing.packed(original), strict=True))
+    codes, state = library.quantize_4bit(original, blocksize=64, compress_statistics=double, quant_type=kind)
     assert torch.equal(parts["codes"], codes)
     theirs = {"codes": codes, "scales": as_bytes(state.absmax.unsqueeze(1))}
     if double:
         theirs["scales"] = state.absmax.unsqueeze(1)
         theirs |= {"nested": as_bytes(state.state2.absmax.unsqueeze(1)), "offset": as_bytes(state.offset)}
         assert torch.equal(parts["offset"], theirs["offset"])
-        _nearest(parts, theirs, library.quantize_4bit(held, blocksize=64, quant_type=kind)[1].absmax)
+        _nearest(parts, theirs, library.quantize_4bit(original, blocksize=64, quant_type=kind)[1].absmax)
     else:
         assert torch.equal(parts["scales"], theirs["scales"])
-    found = unpack(list(theirs.values()), packing.text, shape, dtype)
-    assert torch.equal(found, library.dequantize_4bit(codes, state).reshape(shape))
+    unpacked_values = unpack(list(theirs.values()), packing.text, shape, dtype)
+    assert torch.equal(unpacked_values, library.dequantize_4bit(codes, state).reshape(shape))
 
 
 def _nearest(parts: dict[str, Tensor], theirs: dict[str, Tensor], scales: Tensor) -> None:
-    """Codes of scales are theirs but where a ratio is all but in the middle between two, of which the kernel for CPUs
-    takes any: ours is the nearer one."""
+    """Check that codes of scales differ only if a ratio is almost midway, where ours is the nearer one.
+
+    The CPU kernel may take either of the two neighbours there.
+    """
     if not bool((scales > 1e-30).any()):
         return
     assert torch.equal(parts["nested"], theirs["nested"])
@@ -81,30 +83,30 @@ def _nearest(parts: dict[str, Tensor], theirs: dict[str, Tensor], scales: Tensor
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_the_operator_of_bitsandbytes(kind: str, double: bool, dtype: torch.dtype) -> None:
-    """What makes the values on CUDA gives the same ones where it runs on the CPU."""
+    """The operator that computes the values on CUDA gives the same ones on the CPU."""
     pytest.importorskip("bitsandbytes")
     operator = dequantize_4bit()
     assert operator is not None
-    held, packing = weight((48, 64), dtype), Blockwise(kind, double=double)
-    parts = packing.packed(held)
-    found = operator(parts[0], packing.form(parts, held.shape).scales, packing.group, kind, (48, 64), dtype)
-    assert torch.equal(found, unpack(parts, packing.text, [48, 64], dtype))
+    original, packing = weight((48, 64), dtype), Blockwise(kind, double=double)
+    parts = packing.packed(original)
+    actual = operator(parts[0], packing.form(parts, original.shape).scales, packing.group, kind, (48, 64), dtype)
+    assert torch.equal(actual, unpack(parts, packing.text, [48, 64], dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [0, 32, 64])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_torchao(kind: str, group: int, dtype: torch.dtype) -> None:
-    """Codes and values of torchao's affine primitives, as its weight-only configurations call them, to the bit."""
+    """Codes and values equal those of torchao's affine primitives, as called for weight-only use, to the bit."""
     library: Any = pytest.importorskip("torchao.quantization.quant_primitives")
-    held, packing = weight((48, 128), dtype), Affine(kind, group=group)
+    original, packing = weight((48, 128), dtype), Affine(kind, group=group)
     block, (low, high) = (1, group or 128), ((-128, 127) if kind == "int8" else (0, 15))
     mapping = library.MappingType.SYMMETRIC if kind == "int8" else library.MappingType.ASYMMETRIC
     target = torch.int8 if kind == "int8" else torch.uint8
-    scale, zero = library.choose_qparams_affine(held, mapping, block, target, low, high)
-    codes = library.quantize_affine(held, block, scale, zero, target, low, high)
+    scale, zero = library.choose_qparams_affine(original, mapping, block, target, low, high)
+    codes = library.quantize_affine(original, block, scale, zero, target, low, high)
     wanted = library.dequantize_affine(codes, block, scale, zero, target, low, high, output_dtype=dtype)
-    parts = packing.packed(held)
+    parts = packing.packed(original)
     own = parts[0].view(torch.int8) if kind == "int8" else torch.stack([parts[0] & 15, parts[0] >> 4], -1).flatten(-2)
     assert torch.equal(own, codes)
     assert torch.equal(unpack(parts, packing.text, [48, 128], dtype), wanted)
@@ -113,19 +115,19 @@ def test_torchao(kind: str, group: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("packing", EVERY, ids=lambda packing: packing.text)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_round_trip(packing: Packing, transposed: bool) -> None:
-    """The fast way, the ATen form and the lazy tensor agree to the bit; what is packed again stays as it is."""
+    """The fast path, the ATen form and the lazy tensor agree to the bit, and a packing's text parses back."""
     packing = type(packing)(**{**vars(packing), "transposed": transposed})
     assert packing_of(packing.text) == packing
     for shape in SHAPES:
         for dtype in DTYPES:
-            held = weight(shape, dtype)
-            parts = packing.packed(held)
+            original = weight(shape, dtype)
+            parts = packing.packed(original)
             assert len(parts) == len(packing.parts) and all(p.dtype == torch.uint8 and p.dim() for p in parts)
-            found = unpack(parts, packing.text, shape, dtype)
-            assert found.shape == shape and found.dtype == dtype
-            assert torch.equal(found, unpack_decomposed(parts, packing.text, shape, dtype))
-            assert torch.equal(found, unpacked(parts, packing.text, shape, dtype))
-            meta = packing.packed(held.to("meta"))
+            values = unpack(parts, packing.text, shape, dtype)
+            assert values.shape == shape and values.dtype == dtype
+            assert torch.equal(values, unpack_decomposed(parts, packing.text, shape, dtype))
+            assert torch.equal(values, unpacked(parts, packing.text, shape, dtype))
+            meta = packing.packed(original.to("meta"))
             assert [(p.shape, p.dtype) for p in meta] == [(p.shape, p.dtype) for p in parts]
     own = PackedType(packing, (48, 40), torch.float32)
     parts = packing.packed(weight((48, 40)))
@@ -136,7 +138,7 @@ def test_round_trip(packing: Packing, transposed: bool) -> None:
 
 @pytest.mark.parametrize("packing", EVERY, ids=lambda packing: packing.text)
 def test_the_operator(packing: Packing) -> None:
-    """torch's own checks of an operator: schema, fake kernel, tracing."""
+    """The operator passes torch's own checks: schema, fake kernel, tracing."""
     parts = packing.packed(weight((24, 40)))
     torch.library.opcheck(unpack, (parts, packing.text, [24, 40], torch.float32))
 
@@ -144,7 +146,7 @@ def test_the_operator(packing: Packing) -> None:
 @pytest.mark.slow
 @given(st.sampled_from([p.text for p in EVERY]), st.text(max_size=12))
 def test_what_is_no_packing(text: str, more: str) -> None:
-    """Whatever a file says is a packing or refused."""
+    """Any text in a file is either a packing or refused."""
     for tried in (more, f"{text} {more}", f"{text} group={more}", text + more):
         with suppress(ValueError):
             assert isinstance(packing_of(tried), tuple(PACKINGS.values()))

@@ -1,6 +1,6 @@
-"""No function takes more than seven parameters, but for what users call, and the operators whose schemas say so.
+"""No function takes more than seven parameters, except the user interface and operators, whose schemas set theirs.
 
-What goes together is one value.
+Values that belong together are passed as one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST = 7
 
 
 def functions(tree: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Every function of a module with its qualified name."""
+    """Yield every function of a module with its qualified name."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield owner + node.name, node
@@ -37,41 +37,44 @@ def functions(tree: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Functio
 
 
 def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """Names of the parameters that callers give."""
+    """Return the names of the parameters that callers pass."""
     given = node.args
     every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
     return [one.arg for one in every if one.arg not in ("self", "cls")]
 
 
 def is_operator(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function implements an operator, whose schema has a parameter for each argument."""
+    """Return whether a function implements an operator, whose schema has a parameter for each argument."""
     marks = [ast.unparse(mark) for mark in node.decorator_list]
     return any(mark.startswith("torch.library.") or mark.endswith(".register_fake") for mark in marks)
 
 
 def public() -> set[CodeType]:
-    """The code of everything that users call: functions and classes of the public modules, methods of a compiled, of a
-    merged and of an exported model, and commands."""
+    """Return the code of everything that users call.
+
+    These are functions and classes of the public modules, methods of a compiled, of a merged and of an exported model,
+    and commands.
+    """
     modules: list[ModuleType] = [graftc, graftc.extend, graftc.testing, optim]
     values: list[Any] = [getattr(module, name) for module in modules for name in module.__all__]
     values += [value for cls in values if inspect.isclass(cls) for value in vars(cls).values()]
     for cls in (Compiled, Merged, OnnxSeq2SeqLM):
         values += [v.__wrapped__ if isinstance(v, Published) else v for v in vars(cls).values()]
     values += [command.callback for command in commands().values()]
-    found = (inspect.unwrap(value) for value in values if callable(value) and not inspect.isclass(value))
-    return {value.__code__ for value in found if inspect.isfunction(value)}
+    functions = (inspect.unwrap(value) for value in values if callable(value) and not inspect.isclass(value))
+    return {value.__code__ for value in functions if inspect.isfunction(value)}
 
 
 def test_no_function_takes_more_than_seven_parameters() -> None:
     known = {(Path(code.co_filename), code.co_name, code.co_firstlineno) for code in public()}
-    found = []
+    excessive = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for name, node in functions(ast.parse(path.read_text(encoding="utf-8"))):
             first = min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
             if len(parameters(node)) <= MOST or is_operator(node) or (path, node.name, first) in known:
                 continue
-            found.append(f"{path.relative_to(PACKAGE).as_posix()} {name}")
-    assert not found
+            excessive.append(f"{path.relative_to(PACKAGE).as_posix()} {name}")
+    assert not excessive
 
 
 def test_what_is_counted() -> None:

@@ -1,4 +1,4 @@
-"""The canonical text: what it looks like, and that nothing but the program changes it."""
+"""The canonical text: its form, and that it depends on the program alone."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def compiled() -> Any:
 
 
 def filecheck(text: str) -> subprocess.CompletedProcess[str]:
-    """Hold a text against the golden one."""
+    """Compare a text with the golden one."""
     command = [sys.executable, "-m", "filecheck", str(GOLDEN)]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 def test_golden_text(compiled: Any) -> None:
-    """Structure only; a numeric test stands beside it in the contract."""
+    """The text has the golden structure; the contract has the matching numeric test."""
     result = filecheck(format_program(compiled.program("train")))
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -53,14 +53,14 @@ def test_golden_text(compiled: Any) -> None:
     ],
 )
 def test_golden_text_tells_programs_apart(compiled: Any, old: str, new: str) -> None:
-    """The golden text would notice a branch without its scale, with another factor, or whose result is lost."""
+    """The golden text detects a branch without its scale, with another factor, or whose result is lost."""
     text = format_program(compiled.program("train"))
     assert old in text
     assert filecheck(text.replace(old, new, 1)).returncode != 0
 
 
 def test_text_and_hash_do_not_depend_on_names_or_order(compiled: Any) -> None:
-    """A copy prints alike; other names and another valid order of nodes keep the hash; another literal changes it."""
+    """Copies print alike; new names and another valid node order keep the hash, and another literal changes it."""
     program = compiled.program("train")
     copied = program.copy()
     assert format_program(copied) == format_program(program)
@@ -77,7 +77,7 @@ def test_text_and_hash_do_not_depend_on_names_or_order(compiled: Any) -> None:
 
 
 def test_operand_order_and_draws_count() -> None:
-    """``a - b`` is not ``b - a``, and two dropouts of one value are two values, not one."""
+    """``a - b`` is not ``b - a``, and two dropouts of one value are two values."""
     import torch
     from torch import fx
 
@@ -103,7 +103,7 @@ def test_operand_order_and_draws_count() -> None:
 
 
 def test_around_a_node(compiled: Any) -> None:
-    """An error shows the node, marked, among its neighbours."""
+    """An error shows the marked node among its neighbours."""
     program = compiled.program("train")
     node = next(n for n in program.graph.nodes if (provenance(n) or {}).get("part") == "up")
     lines = format_around(program, node, context=2).splitlines()

@@ -1,4 +1,4 @@
-"""Linear maps of one input with their updates: what `projections` gives, and its gradients."""
+"""Linear maps of one input with their updates: the results of `projections` and their gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = torch.tensor([0, 3, 5])
 
 
 def tensors(dtype: torch.dtype = torch.float64, *lead: int) -> list[Tensor]:
-    """An input, another source, three weights, the first with a bias, and five pairs of factors, as `split` reads."""
+    """Return two inputs, three weights, one bias and five pairs of factors, in the order that `split` reads."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(*(lead or (2, 3)), 4)] * 2 + [(5, 4), (5,), (6, 4), (4, 4)]
     shapes += [(2, 4), (5, 2), (1, 4), (3, 1), (2, 4), (4, 2), (3, 4), (6, 3), (1, 4), (5, 1)]
@@ -30,7 +30,7 @@ def tensors(dtype: torch.dtype = torch.float64, *lead: int) -> list[Tensor]:
 
 
 def split(given: Any) -> tuple[Any, ...]:
-    """Arguments of `projections`."""
+    """Return the tensors as arguments of `projections`."""
     x, z, w0, b0, w1, w2, *factors = given
     columns = [None, COLUMNS, None, None, None]
     pairs = [(factors[2 * i], factors[2 * i + 1], columns[i]) for i in range(5)]
@@ -39,20 +39,20 @@ def split(given: Any) -> tuple[Any, ...]:
 
 
 def fused(*given: Tensor) -> tuple[Tensor, ...]:
-    """What is under test."""
+    """Call the function under test."""
     return projections(*split(given), MAPS, UPDATES, DROPPED)
 
 
 def plain(*given: Tensor) -> tuple[Tensor, ...]:
-    """The same by hand."""
+    """Compute the same with plain products."""
     x, (z, mask), weights, factors = split(given)
     sources = (x, z, x * mask / 0.75)
-    found = [x @ w.mT + (0 if b is None else b) for w, b, _ in weights]
+    results = [x @ w.mT + (0 if b is None else b) for w, b, _ in weights]
     for (of, source, scale, runs), (a, b, columns) in zip(UPDATES, factors, strict=True):
-        width = found[of].shape[-1]
+        width = results[of].shape[-1]
         own = columns if columns is not None else torch.cat([torch.arange(*run) for run in runs or ((0, width),)])
-        found[of] = found[of].index_add(-1, own, scale * (sources[source] @ a.mT @ b.mT))
-    return tuple(found)
+        results[of] = results[of].index_add(-1, own, scale * (sources[source] @ a.mT @ b.mT))
+    return tuple(results)
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_gradients_have_gradients(frozen: Any) -> None:
 
 
 def rescaled(x: Tensor, weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """What is under test, with a scale of rows that is a factor of ``B`` too."""
+    """Call the function under test with a scale of rows that is also a factor of ``B``."""
     scaled = b * scale.detach()[:, None]
     return projections(x, (), ((weight, None, scale),), ((a, scaled, None),), (False,), ((0, 0, 0.5, ()),), ())[0]
 
@@ -113,10 +113,10 @@ def test_what_nobody_reads_has_no_gradient(used: int) -> None:
 @pytest.mark.parametrize("lead", [(0, 3), (3,), (2, 1, 3)])
 def test_any_number_of_rows(lead: tuple[int, ...]) -> None:
     given = tensors(torch.float64, *lead)
-    found, expected = fused(*given), plain(*given)
-    for a, b in zip(found, expected, strict=True):
+    actual, expected = fused(*given), plain(*given)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    mine = torch.autograd.grad(sum(t.square().sum() for t in found), given)
+    mine = torch.autograd.grad(sum(t.square().sum() for t in actual), given)
     theirs = torch.autograd.grad(sum(t.square().sum() for t in expected), given)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -142,12 +142,12 @@ def test_factors_of_zero_change_no_bit() -> None:
         for number in range(7, 16, 2):
             given[number].zero_()
     x, _, weights, _ = split(given)
-    for (weight, bias, _), found in zip(weights, fused(*given), strict=True):
-        assert torch.equal(found, torch.nn.functional.linear(x, weight, bias))
+    for (weight, bias, _), actual in zip(weights, fused(*given), strict=True):
+        assert torch.equal(actual, torch.nn.functional.linear(x, weight, bias))
 
 
 def test_masks_apply_to_many_rows() -> None:
-    """In blocks, and all at once where gradients are to have some."""
+    """Masks apply in blocks, and all at once if the gradients need gradients."""
     given = tensors(torch.float64, 200)
     masked_products._BLOCK, before = 4 * 64, masked_products._BLOCK
     try:
@@ -166,12 +166,12 @@ def test_masks_apply_to_many_rows() -> None:
 def test_under_autocast_it_computes_as_products_do() -> None:
     given = tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = fused(*given)
+        actual = fused(*given)
     expected = plain(*given)
-    assert {t.dtype for t in found} == {torch.bfloat16}
-    mine = torch.autograd.grad(sum(t.float().square().sum() for t in found), given)
+    assert {t.dtype for t in actual} == {torch.bfloat16}
+    mine = torch.autograd.grad(sum(t.float().square().sum() for t in actual), given)
     theirs = torch.autograd.grad(sum(t.square().sum() for t in expected), given)
-    for a, b in zip((*found, *mine), (*expected, *theirs), strict=True):
+    for a, b in zip((*actual, *mine), (*expected, *theirs), strict=True):
         assert (a - b).norm() <= 0.02 * b.norm()
     assert [g.dtype for g in mine] == [t.dtype for t in given]
 
@@ -196,7 +196,7 @@ def test_functional_transforms_and_compilers_see_plain_products(monkeypatch: pyt
     given = tensors()
     x, (z, _), weights, pairs = split(given)
 
-    def call(x: Tensor) -> tuple[Tensor, ...]:  # torch.func takes no dropout that keeps a mask
+    def call(x: Tensor) -> tuple[Tensor, ...]:  # torch.func does not support dropout that saves a mask
         return projections(x, (z,), weights, pairs[:4], MAPS, UPDATES[:4], (None,))
 
     torch.func.grad(lambda x: call(x)[1].sum())(x)
@@ -213,12 +213,12 @@ def test_functional_transforms_and_compilers_see_plain_products(monkeypatch: pyt
 def test_nothing_that_others_read_is_written_to() -> None:
     given = tensors()
     before = [t.detach().clone() for t in given]
-    found = fused(*given)
-    copies = [t.detach().clone() for t in found]
-    grads = [torch.randn_like(t) for t in found]
+    results = fused(*given)
+    copies = [t.detach().clone() for t in results]
+    grads = [torch.randn_like(t) for t in results]
     kept = [g.clone() for g in grads]
-    torch.autograd.grad(found, given, grads)
-    for ours, theirs in ((given, before), (found, copies), (grads, kept)):
+    torch.autograd.grad(results, given, grads)
+    for ours, theirs in ((given, before), (results, copies), (grads, kept)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    addresses = [t.data_ptr() for t in found]
+    addresses = [t.data_ptr() for t in results]
     assert all(a != b for a, b in pairwise(sorted(addresses)))

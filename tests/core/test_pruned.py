@@ -1,4 +1,4 @@
-"""Pruned weights: which entries stay, the operator, its gradients, and its decomposition."""
+"""Pruned weights: which entries are kept, the operator, its gradients, and its decomposition."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ pruned_weight = torch.ops.graftc.pruned_weight.default
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal values."""
+    """Return normally distributed values."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def edges(scores: Tensor, kept: int, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Thresholds and last places that keep so many of each group."""
+    """Return the thresholds and last positions that keep so many entries of each group."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    found = [edge_of([group], kept)[0] for group in wide.reshape(groups, -1)]
-    return torch.stack([t for t, _ in found]), torch.stack([n for _, n in found])
+    pairs = [edge_of([group], kept)[0] for group in wide.reshape(groups, -1)]
+    return torch.stack([t for t, _ in pairs]), torch.stack([n for _, n in pairs])
 
 
 def kept_by_sorting(scores: Tensor, kept: int) -> Tensor:
-    """The largest, among equals the first ones, by a stable sort."""
+    """Return a mask of the largest entries, the first ones among equals, by a stable sort."""
     order = scores.flatten().double().argsort(descending=True, stable=True)
     result = torch.zeros(scores.numel(), dtype=torch.bool).index_fill_(0, order[:kept], True)
     return result.view(scores.shape)
@@ -34,7 +34,7 @@ def kept_by_sorting(scores: Tensor, kept: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(7, 9), (63, 1), (1, 63), (3, 7, 3)])
 def test_exactly_as_many_stay(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Those that a stable sort puts first, with many ties and with none."""
+    """The entries that a stable sort puts first are kept, with many ties and with none."""
     for scores in (drawn(*shape, dtype=dtype), (drawn(*shape) * 2).round().to(dtype), torch.zeros(shape, dtype=dtype)):
         for kept in (1, 2, 31, 62, 63):
             stays = ~dropped(scores, *edges(scores, kept))
@@ -49,17 +49,17 @@ def test_every_group_has_its_own() -> None:
 
 
 def test_groups_that_share_a_threshold() -> None:
-    """The largest of all, among equals those of the first groups; a group may lose all."""
+    """The largest of all are kept, those of the first groups among equals; a group may lose all of its entries."""
     groups = [(drawn(size, seed=size) * 2).round() for size in (9, 20, 11)]
     for scores in (groups, [g - 10 * i for i, g in enumerate(groups)], [torch.zeros_like(g) for g in groups]):
         for kept in (1, 8, 9, 10, 29, 39, 40):
-            found = edge_of(scores, kept)
-            stays = [~dropped(s[None], t[None], n[None])[0] for s, (t, n) in zip(scores, found, strict=True)]
+            thresholds = edge_of(scores, kept)
+            stays = [~dropped(s[None], t[None], n[None])[0] for s, (t, n) in zip(scores, thresholds, strict=True)]
             assert torch.equal(torch.cat(stays), kept_by_sorting(torch.cat(scores), kept))
 
 
 def test_what_is_no_number_shows() -> None:
-    """It is chosen last, and stays in the result."""
+    """NaN is chosen last, and stays in the result."""
     scores = torch.tensor([[1.0, torch.nan, 3.0, 2.0]])
     threshold, last = edges(scores, 2)
     assert dropped(scores, threshold, last).tolist() == [[True, False, False, False]]
@@ -72,15 +72,15 @@ def test_all_of_it_is_the_weight_to_the_bit(dtype: torch.dtype) -> None:
     weight = drawn(7, 9, dtype=dtype)
     weight[0, 0] = -0.0
     for scores in (None, torch.zeros(7, 9)):
-        found = pruned_weight(weight, scores, torch.tensor([-torch.inf]), torch.tensor([-1]))
-        assert found.dtype == dtype and torch.equal(found.view(torch.uint8), weight.view(torch.uint8))
-        assert found.data_ptr() != weight.data_ptr()
+        actual = pruned_weight(weight, scores, torch.tensor([-torch.inf]), torch.tensor([-1]))
+        assert actual.dtype == dtype and torch.equal(actual.view(torch.uint8), weight.view(torch.uint8))
+        assert actual.data_ptr() != weight.data_ptr()
 
 
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gradients(scored: bool, groups: int) -> None:
-    """Those of dense tensors with the mask as a constant, and straight through it for scores."""
+    """Gradients are those of dense tensors with the mask as a constant, and straight-through ones for scores."""
     weight = drawn(3, 7, 5).requires_grad_()
     scores = drawn(3, 7, 5, seed=1).requires_grad_() if scored else None
     given = (weight if scores is None else scores).detach()
@@ -97,12 +97,12 @@ def test_gradients(scored: bool, groups: int) -> None:
         assert scores.grad is not None
         assert torch.equal(scores.grad, mask.grad) and bool((scores.grad != 0).all())
     fixed = None if scores is None else scores.detach()
-    between = (edge[0] - 1e-4, edge[1])  # a step of a numeric derivative must change no choice
+    between = (edge[0] - 1e-4, edge[1])  # a step of the numeric derivative must not change the choice
     assert torch.autograd.gradcheck(lambda w: pruned_weight(w, fixed, *between), (weight,))
 
 
 def test_gradients_in_16_bits() -> None:
-    """Scores are float32, and so are products for them; also under autocast, which changes no type."""
+    """Scores and the products for them are in float32, also under autocast, which changes no dtype."""
     weight, scores = drawn(7, 9, dtype=torch.bfloat16), drawn(7, 9, dtype=torch.float32, seed=1)
     weight.requires_grad_(), scores.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -119,7 +119,7 @@ def test_gradients_in_16_bits() -> None:
 
 
 def test_nothing_else_is_saved() -> None:
-    """Weight, scores and two numbers: no mask."""
+    """Only the weight, the scores and two numbers are saved, and no mask."""
     weight, scores = drawn(7, 9).requires_grad_(), drawn(7, 9, seed=1).requires_grad_()
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):

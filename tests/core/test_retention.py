@@ -1,4 +1,4 @@
-"""Update retention: what rounding leaves of an update, by hand-made numbers and by sums over parts."""
+"""Update retention: how much of an update survives rounding, on hand-computed numbers and on sums over parts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def _found(base: torch.Tensor, update: torch.Tensor, dtype: torch.dtype) -> Rete
 
 
 def test_by_hand() -> None:
-    # Around 1 bfloat16 has steps of 2^-7: half a step and more is rounded up, less is lost, 0 is not an update.
+    # Around 1, bfloat16 has steps of 2^-7: half a step or more is rounded up, less is lost, and 0 is not an update.
     base = torch.ones(4, dtype=torch.bfloat16)
     step = 2.0**-7
-    found = _found(base, torch.tensor([0.25, 0.75, 2.0, 0.0], dtype=torch.float64) * step, torch.bfloat16)
+    retention = _found(base, torch.tensor([0.25, 0.75, 2.0, 0.0], dtype=torch.float64) * step, torch.bfloat16)
     exact = (0.25**2 + 0.75**2 + 4) * step**2
-    assert found.wanted == 3
-    assert found.changed == 2
-    assert found.entries == 2 / 3
-    assert found.norm == pytest.approx((0.75 + 4) * step**2 / exact, rel=1e-15)
-    assert found.error == pytest.approx(((0.25**2 + 0.25**2) * step**2 / exact) ** 0.5, rel=1e-15)
-    assert not found.unchanged
+    assert retention.wanted == 3
+    assert retention.changed == 2
+    assert retention.entries == 2 / 3
+    assert retention.norm == pytest.approx((0.75 + 4) * step**2 / exact, rel=1e-15)
+    assert retention.error == pytest.approx(((0.25**2 + 0.25**2) * step**2 / exact) ** 0.5, rel=1e-15)
+    assert not retention.unchanged
 
 
 def test_lost_and_kept() -> None:

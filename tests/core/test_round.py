@@ -1,4 +1,4 @@
-"""Folds round once, correctly: against exact arithmetic that shares no code with torch's conversions."""
+"""Folds round once and correctly, compared with exact arithmetic that shares no code with torch's conversions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15), torch.f
 
 
 def nearest(value: float, dtype: torch.dtype) -> float:
-    """``value`` rounded to nearest, ties to even, in rational arithmetic."""
+    """Round ``value`` to nearest, ties to even, in rational arithmetic."""
     bits, lowest, highest = FORMATS[dtype]
     exact = Fraction(value)
     if exact == 0:
@@ -43,13 +43,13 @@ def nearest(value: float, dtype: torch.dtype) -> float:
 
 
 def rounded(values: list[float], dtype: torch.dtype) -> list[float]:
-    """What `round_once` gives."""
+    """Return the results of `round_once`."""
     return round_once(torch.tensor(values, dtype=torch.float64), dtype).double().tolist()
 
 
 @st.composite
 def near_halfway(draw: st.DrawFn) -> tuple[torch.dtype, float]:
-    """A number at, or within some float64 steps of, the middle between two neighbours of a format."""
+    """Draw a number at, or within some float64 steps of, the midpoint between two neighbours of a format."""
     dtype = draw(st.sampled_from(list(FORMATS)))
     bits, lowest, highest = FORMATS[dtype]
     significand = draw(st.integers(1, 2**bits - 1))
@@ -65,7 +65,7 @@ def near_halfway(draw: st.DrawFn) -> tuple[torch.dtype, float]:
 @settings(max_examples=400, deadline=None)
 @given(near_halfway())
 def test_halfway(case: tuple[torch.dtype, float]) -> None:
-    """Ties go to even, and what is only almost a tie does not."""
+    """Ties go to even, and near ties go to the nearer neighbour."""
     dtype, value = case
     assert rounded([value], dtype) == [nearest(value, dtype)]
 
@@ -77,31 +77,31 @@ def test_halfway(case: tuple[torch.dtype, float]) -> None:
     st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20),
 )
 def test_any_number(dtype: torch.dtype, values: list[float]) -> None:
-    """Every finite float64, subnormal results and overflow among them."""
-    found = rounded(values, dtype)
+    """Every finite float64 is rounded correctly, including subnormal results and overflow."""
+    actual = rounded(values, dtype)
     expected = [nearest(value, dtype) for value in values]
-    assert found == expected
-    assert [math.copysign(1, x) for x in found] == [math.copysign(1, x) for x in expected]
+    assert actual == expected
+    assert [math.copysign(1, x) for x in actual] == [math.copysign(1, x) for x in expected]
 
 
 def test_once_and_not_twice() -> None:
-    """torch's own conversion rounds through float32 and falls on the wrong side; ours does not."""
+    """torch's own conversion rounds through float32 to the wrong neighbour; ours does not."""
     value = 1 + 2.0**-8 + 2.0**-30
     assert float(torch.tensor(value, dtype=torch.float64).to(torch.bfloat16)) == 1.0
     assert rounded([value], torch.bfloat16) == [1 + 2.0**-7] == [nearest(value, torch.bfloat16)]
 
 
 def test_what_is_not_finite() -> None:
-    """Infinities and NaN stay what they are."""
+    """Infinities and NaN stay unchanged."""
     for dtype in FORMATS:
-        found = rounded([math.inf, -math.inf, math.nan, 1e300], dtype)
-        assert found[:2] == [math.inf, -math.inf]
-        assert math.isnan(found[2])
-        assert found[3] == math.inf
+        actual = rounded([math.inf, -math.inf, math.nan, 1e300], dtype)
+        assert actual[:2] == [math.inf, -math.inf]
+        assert math.isnan(actual[2])
+        assert actual[3] == math.inf
 
 
 def bf16_bits(values: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """float64 to the bits of bfloat16 by integer arithmetic on the bits of float64, for normal results."""
+    """Convert float64 to the bits of bfloat16 by integer arithmetic on the bits of float64, for normal results."""
     bits = values.contiguous().numpy().view(np.int64)
     sign = (bits >> 63) & 1
     size = bits & 0x7FFF_FFFF_FFFF_FFFF
@@ -115,12 +115,12 @@ def bf16_bits(values: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def held_bits(values: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The bits of a bfloat16 tensor."""
+    """Return the bits of a bfloat16 tensor."""
     return values.contiguous().view(torch.int16).numpy().astype(np.int64) & 0xFFFF
 
 
 def test_bf16_fold_is_correctly_rounded() -> None:
-    """Of half a million elements at most one in 10,000 may differ from the rounded float64 result, by one unit."""
+    """At most one in 10,000 of half a million elements differs from the rounded float64 result, by one unit."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(512, 1024, generator=generator) * 0.05).bfloat16()
     a = (torch.randn(8, 1024, generator=generator) * 0.1).bfloat16()
@@ -133,11 +133,11 @@ def test_bf16_fold_is_correctly_rounded() -> None:
 
     own = WeightSlice("map.weight", (512, 1024), Layout.ROWS)
     step = FoldStep("lora", "map.weight", own, own.companion("map.bias"), apply)
-    found = held_bits(LazyTensors(store, [step]).folded("map.weight"))
-    # Products of two 8-bit significands and sums of 8 of them are exact in float64: this is the true value.
+    actual = held_bits(LazyTensors(store, [step]).folded("map.weight"))
+    # Products of two 8-bit significands, and sums of 8 of them, are exact in float64: this is the true value.
     exact = weight.double() + 2.0 * torch.einsum("or,ri->oi", b.double(), a.double())
     expected = bf16_bits(exact)
-    distance = np.abs(found - expected)
+    distance = np.abs(actual - expected)
     assert distance.max() <= 1
     assert (distance != 0).sum() * 10_000 <= distance.size
     twice = held_bits((weight + (2.0 * (b @ a)).bfloat16()).bfloat16())
@@ -147,7 +147,7 @@ def test_bf16_fold_is_correctly_rounded() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_bf16_model(family: str) -> None:
-    """A bfloat16 model folds from end to end: every folded element is the correctly rounded float64 one."""
+    """A bfloat16 model folds end to end: folded elements are correctly rounded float64 ones, except one in 10,000."""
     role = ["attn.q", "attn.v", "ffn.down"]
     spec = {"adapt": [{"method": "lora", "target": {"role": role}, "rank": 4, "alpha": 6}]}
     compiled = graftc.compile(spec, tiny(family, dtype=torch.bfloat16)).eval()
@@ -157,12 +157,12 @@ def test_bf16_model(family: str) -> None:
     wrong = total = 0
     for resolved in compiled.compilation.main.resolved:
         for site, _ in resolved.sites:
-            held = site.own.operand(compiled.compilation.store.get(site.own.tensor).double())
+            before = site.own.operand(compiled.compilation.store.get(site.own.tensor).double())
             after = site.own.operand(merged.folded_state_dict()[site.own.tensor])
             assert after.dtype is torch.bfloat16
             name = ".".join(p for p in (site.key.module, "graftc.lora", site.key.part) if p)
             a, b = (tensors[f"{name}.{factor}"].double() for factor in "AB")
-            exact = held + 6 / 4 * torch.einsum("or,ri->oi", b, a)
+            exact = before + 6 / 4 * torch.einsum("or,ri->oi", b, a)
             distance = np.abs(held_bits(after) - bf16_bits(exact))
             assert distance.max() <= 1
             wrong, total = wrong + int((distance != 0).sum()), total + distance.size

@@ -1,4 +1,4 @@
-"""The Builder's two seams: a composition defines these alone, and nothing of the Builder goes past them."""
+"""The Builder's seams: a composition defines nothing else, and the Builder does nothing that bypasses them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
 
 
 def forwarded() -> dict[str, str]:
-    """Everything public of the Builder that is a part's: its name there, by its name."""
-    found = {name: value.method.__qualname__ for name, value in vars(Builder).items() if isinstance(value, _Forwarded)}
-    return {**found, "call": "Nodes.call"}
+    """Return the public functions of the Builder that its parts implement: their names there, by their own."""
+    names = {name: value.method.__qualname__ for name, value in vars(Builder).items() if isinstance(value, _Forwarded)}
+    return {**names, "call": "Nodes.call"}
 
 
 def part_class(name: str) -> type:
@@ -52,7 +52,7 @@ def part_class(name: str) -> type:
 
 
 class Watch:
-    """Follows what runs inside public functions of the Builder, and notes what they do past the seams."""
+    """A recorder that follows public functions of the Builder and notes what they do past the seams."""
 
     def __init__(self) -> None:
         self.open: list[str] = []
@@ -93,7 +93,7 @@ class Watch:
 
 
 def watching(patch: pytest.MonkeyPatch) -> Watch:
-    """Put a watch in place."""
+    """Install a `Watch`."""
     watch = Watch()
     for name, qualified in forwarded().items():
         owner, _, own = qualified.partition(".")
@@ -110,8 +110,10 @@ def watching(patch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.mark.full
 def test_nothing_of_the_builder_goes_past_the_seams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every public function runs, and every tensor that one makes, and every reader that it redirects, is within a
-    seam. A new function that no spec here reaches fails too: add one that does."""
+    """Every public function runs, and creates tensors and redirects readers only within a seam.
+
+    A new function that no spec here reaches fails as well: add a spec that calls it.
+    """
     watch = watching(monkeypatch)
     for family, spec in PASSED:
         graftc.compile(spec, tiny(family))
@@ -144,11 +146,11 @@ def test_going_past_a_seam_is_noticed(
 
 
 def compositions(cls: type = Seams) -> list[type]:
-    return [found for sub in cls.__subclasses__() for found in (sub, *compositions(sub))]
+    return [derived for sub in cls.__subclasses__() for derived in (sub, *compositions(sub))]
 
 
 def test_a_composition_defines_the_seams_alone() -> None:
-    """What a composition defines is a seam, its own data or private; there is one class of builders."""
+    """A composition defines only seams, its own data and private members; there is one class of builders."""
     every = compositions()
     assert {cls.__name__ for cls in every} >= {"Chosen", "Rows", "Collecting"}
     for cls in every:
@@ -171,7 +173,7 @@ def test_a_composition_defines_the_seams_alone() -> None:
     ids=lambda adaptation: adaptation["method"],
 )
 def test_what_is_not_added_is_not_collected(adaptation: dict[str, Any]) -> None:
-    """GC036 wherever a method does something else than adding, whatever it is."""
+    """Methods that do something other than adding raise GC036."""
     spec = {"adapt": [{**adaptation, "name": name} for name in "ab"], "compose": {"average": ["a", "b"]}}
     with pytest.raises(GraftError, match="is nothing that is added") as caught:
         graftc.compile(spec, tiny("bert"))
@@ -180,7 +182,7 @@ def test_what_is_not_added_is_not_collected(adaptation: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_positions_are_not_refused() -> None:
-    """A gate takes a prefix whose text begins after it."""
+    """A gate accepts a prefix that shifts the positions of the text."""
     prefix = {"method": "prefix", "length": 2, "positions": "shifted", "name": "a"}
     compiled = graftc.compile({"adapt": [prefix], "compose": {"gate": ["a"]}}, tiny("bert"))
     parts = [str(node.meta.get("custom")) for node in compiled.compilation.program("train").graph.nodes]

@@ -1,4 +1,4 @@
-"""Programs as JSON: everything comes back, and a file can name nothing that it should not."""
+"""Programs as JSON: everything is restored, and a file can only name what is allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def compiled_tiny(family: str) -> Any:
-    """A tiny model with LoRA and dropout."""
+    """Return a tiny model with LoRA and dropout."""
     roles, dropout = (["attn.q", "experts"], 0.0) if family == "mixtral" else (["attn.q", "ffn.down"], 0.1)
     spec = {"adapt": [{"method": "lora", "target": {"role": roles}, "rank": 4, "dropout": dropout}]}
     return graftc.compile(spec, tiny(family))
@@ -34,7 +34,7 @@ def compiled_tiny(family: str) -> Any:
 @pytest.mark.sample("mixtral")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family: str) -> None:
-    """The same text, hash, interface and provenance, through real JSON; the text of the JSON is stable."""
+    """Text, hash, interface and provenance survive a round trip through JSON, whose text is stable."""
     compiled = compiled_tiny(family)
     for mode in ("train", "eval"):
         program = compiled.program(mode)
@@ -53,7 +53,7 @@ def test_round_trip(family: str) -> None:
 
 @pytest.mark.full
 def test_flags_and_ranges_come_back() -> None:
-    """What else a signature is: constants of the graph, and the sizes that it holds for."""
+    """The rest of a signature is restored: constants of the graph, and the sizes that it holds for."""
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50))
@@ -66,7 +66,7 @@ def test_flags_and_ranges_come_back() -> None:
 
 @pytest.mark.slow
 def test_what_comes_back_runs() -> None:
-    """The graph from the file computes the same bits over the same tensors."""
+    """The graph from the file computes bit-identical results from the same tensors."""
     compiled = compiled_tiny("bert")
     compiled.eval()
     program = compiled.program("eval")
@@ -157,14 +157,14 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.fixture(scope="module")
 def harmless() -> dict[str, Any]:
-    """The JSON of a good program."""
+    """The JSON of a valid program."""
     data: dict[str, Any] = json.loads(json.dumps(program_to_json(compiled_tiny("bert").program("eval"))))
     return data
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_file(name: str, harmless: dict[str, Any]) -> None:
-    """Refused with one kind of error, at once, before anything of it runs."""
+    """It is refused with one kind of error, at once, before anything in it runs."""
     data = copy.deepcopy(harmless)
     HOSTILE[name](data)
     assert data != harmless
@@ -175,14 +175,14 @@ def test_hostile_file(name: str, harmless: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("data", [[], None, "program", {}])
 def test_no_program(data: Any) -> None:
-    """What is not a mapping at all is refused alike."""
+    """Data that is not a program's mapping is refused with the same error."""
     with pytest.raises(SerialisationError):
         program_from_json(data, CPU)
 
 
 @pytest.mark.slow
 def test_only_known_operators_are_written() -> None:
-    """A program that holds anything else cannot be written, rather than written in part."""
+    """A program with any other operator is not written at all, rather than written in part."""
     program = compiled_tiny("bert").program("eval").copy()
     node = next(n for n in program.graph.nodes if n.op == "call_function")
     node.target = print

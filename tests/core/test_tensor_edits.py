@@ -1,4 +1,4 @@
-"""What adaptations do with stored tensors: which of it excludes which, and that look-ups go by an index."""
+"""Edits of stored tensors by adaptations: which of them exclude each other, and look-ups by an index."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BOTH, FIXED = "both train", "constants to"
 
 
 def rows(first: int, end: int, tensor: str = "layer.weight") -> WeightSlice:
-    """Some rows of a matrix of 12."""
+    """Return a slice of rows of a matrix that has 12."""
     return WeightSlice(tensor, (12, 4), Layout.ROWS, ((first, end),))
 
 
 def error_of(held: TensorEdit, new: TensorEdit) -> GraftError | None:
-    """Why the second cannot follow the first."""
+    """Return the error that the second edit raises after the first, or None."""
     edits = TensorEdits()
     edits.add(held)
     try:
@@ -52,7 +52,7 @@ EXCLUDED = {
 
 @pytest.mark.parametrize(("held", "new"), list(itertools.product(EditMode, EditMode)))
 def test_which_modes_exclude_one_another(held: EditMode, new: EditMode) -> None:
-    """Every pair, of two owners and of one, of rows that overlap and of others."""
+    """Every pair of modes is tried, with two owners and with one, on rows that overlap and on rows that do not."""
     first = TensorEdit("a", rows(0, 6), held)
     error = error_of(first, TensorEdit("b", rows(5, 8), new))
     wanted = EXCLUDED.get((held, new))
@@ -69,7 +69,7 @@ def test_which_modes_exclude_one_another(held: EditMode, new: EditMode) -> None:
 
 
 def test_texts() -> None:
-    """They name both, what it is about, and the way out."""
+    """Messages name both adaptations and the tensor, and hints say what to change."""
     twice = error_of(TensorEdit("a", rows(0, 12), ADDED), TensorEdit("b", rows(0, 12), TRAINED))
     fixed = error_of(TensorEdit("a", rows(0, 12), CONSTANT), TensorEdit("b", rows(0, 12), TRAINED))
     assert twice is not None and fixed is not None
@@ -80,7 +80,7 @@ def test_texts() -> None:
 
 
 def test_what_is_reported_of_several() -> None:
-    """Another copy before sums, and either before constants, whichever came first."""
+    """Another copy is reported before sums, and either before constants, in whichever order they were added."""
     edits = TensorEdits()
     for owner, first, mode in (("c", 0, CONSTANT), ("s", 2, ADDED), ("r", 4, REPLACED), ("t", 6, TRAINED)):
         edits.add(TensorEdit(owner, rows(first, first + 2), mode))
@@ -93,13 +93,13 @@ def test_what_is_reported_of_several() -> None:
 
 
 def test_every_pair_has_one_rule() -> None:
-    """No pair of modes stands in two exclusions, so that no message depends on their order within a pair."""
+    """No pair of modes is in two exclusions, so messages do not depend on the order of the rules."""
     pairs = [pair for rule in EXCLUSIONS for pair in itertools.product(rule.held, rule.new)]
     assert len(pairs) == len(set(pairs)) and set(pairs) == set(EXCLUDED)
 
 
 def test_look_ups() -> None:
-    """By tensor and modes, by owner, by the rows that a copy is of."""
+    """Edits are found by tensor and modes, by owner, and by the rows that a copy replaces."""
     part, rest = rows(0, 3), rows(3, 12)
     trained = TensorEdit("a", part, TRAINED, trained="layer.graftc.a.weight")
     other, every = TensorEdit("b", rest, ADDED), TensorEdit("a", WeightSlice("bias", (12,)), TRAINED, trained="copy")
@@ -116,14 +116,14 @@ def test_look_ups() -> None:
 
 
 def inserted(count: int, edit: Callable[[int], TensorEdit]) -> Callable[[], None]:
-    """As many adaptations with an edit each, which are checked, and then looked up one by one."""
-    made = [edit(number) for number in range(count)]
+    """Return a function that adds and checks so many adaptations with an edit each, and then looks up each of them."""
+    edited = [edit(number) for number in range(count)]
 
     def work() -> None:
         edits = TensorEdits()
-        for each in made:
+        for each in edited:
             edits.add(each)
-        for each in made:
+        for each in edited:
             edits.copies(each.owner)
             edits.copy_of(each.own, each.owner)
 
@@ -140,6 +140,6 @@ def inserted(count: int, edit: Callable[[int], TensorEdit]) -> Callable[[], None
     ids=["copies of tensors", "sums at one tensor", "constants of one tensor"],
 )
 def test_many_adaptations_are_linear(edit: Callable[[int], TensorEdit]) -> None:
-    """Four times as many adaptations of one model cost four times as much."""
+    """Four times as many adaptations of one model cost four times as much, within 5%."""
     few, many = (calls(inserted(count, edit)) for count in (125, 500))
     assert many <= 1.05 * 4 * few

@@ -1,4 +1,4 @@
-"""New tokens: rows that train in the table and in the head, over a base that is not touched."""
+"""New tokens: rows that train in the table and in the head, beside an unchanged base."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ONE_QUICK = ["gpt2", "llama"]
 
 
 def adapted(model: nn.Module, **tokens: Any) -> Compiled:
-    """LoRA on the queries, and three new tokens."""
+    """Compile a model with LoRA on the queries and three new tokens."""
     lora = {"method": "lora", "target": {"role": "attn.q"}, "rank": 2}
     return graftc.compile({"adapt": [lora], "tokens": {"add": NEW, **tokens}}, model).eval()
 
 
 def entries_of(model: Any) -> int:
-    """Entries of the table."""
+    """Return the number of entries of the table."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def numbers(entries: int, *, new: bool) -> Tensor:
-    """Token numbers of two texts, with some new ones among them or none."""
+    """Return token numbers of two texts, with or without some new ones among them."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, entries, (2, 8), generator=generator)
     if new:
@@ -44,7 +44,7 @@ def numbers(entries: int, *, new: bool) -> Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ONE_QUICK)
 def test_old_tokens_stay(family: str) -> None:
-    """On old tokens the old columns of the logits are the base's to the bit, new ones come behind."""
+    """On old tokens, the old columns of the logits are bit-identical to the base's, and the new ones follow them."""
     model: Any = tiny(family)
     entries = entries_of(model)
     compiled = adapted(model)
@@ -78,7 +78,7 @@ def test_the_source_is_left_alone(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", TIED)
 def test_one_set_of_rows_where_tied(family: str) -> None:
-    """A tied table has one set of new rows, which table and head read; else each has its own."""
+    """A tied table and head read one set of new rows; otherwise each has its own."""
     model: Any = tiny(family)
     compiled = adapted(model)
     rows = {n: t for n, t in compiled.adapter_state_dict().items() if ".graftc.tokens." in n}
@@ -94,7 +94,7 @@ def test_one_set_of_rows_where_tied(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ONE_QUICK)
 def test_only_new_rows_train(family: str) -> None:
-    """New rows get gradients where new tokens stand; the base's table gets none and stays as it was."""
+    """New rows get gradients from new tokens; the base's table gets none and stays unchanged."""
     model: Any = tiny(family)
     compiled = adapted(model).train()
     table = next(
@@ -136,7 +136,7 @@ def test_fold(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two new rows exchanged while folding: the certificate fails."""
+    """If two new rows are exchanged while folding, the certificate fails."""
     from graftc.compiler.folding import steps as folding
 
     compiled = adapted(tiny("llama"))
@@ -156,7 +156,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full
 def test_spare_rows() -> None:
-    """With ``first``, rows that a padded table has to spare are trained, and nothing is resized."""
+    """With ``first``, spare rows of a padded table are trained, and nothing is resized."""
     model: Any = tiny("llama")
     compiled = adapted(model, first=90)
     inputs = {"input_ids": numbers(90, new=True)}
@@ -182,7 +182,7 @@ def test_with_lora_on_the_table() -> None:
 
 
 def refused(spec: Any, model: nn.Module, **example: Any) -> GraftError:
-    """The error that compiling gives."""
+    """Return the error that compiling raises."""
     lora = {"method": "lora", "target": {"modules": "**"}, "rank": 1}
     with pytest.raises(GraftError) as caught:
         graftc.compile({"adapt": [lora], "tokens": spec}, model, **example)
@@ -190,7 +190,7 @@ def refused(spec: Any, model: nn.Module, **example: Any) -> GraftError:
 
 
 def test_refusals() -> None:
-    """Gaps, repeated and empty tokens, and models that do not say which table holds their tokens."""
+    """Gaps, repeated and empty tokens, and models that do not declare their table of tokens, are refused."""
     assert refused({"add": ["<a>"], "first": 200}, tiny("llama")).code == "GC018"
     assert refused({"add": ["<a>", "<a>"]}, tiny("llama")).code == "GC002"
     assert refused({"add": [""]}, tiny("llama")).code == "GC002"
@@ -202,7 +202,7 @@ def test_refusals() -> None:
 
 @pytest.mark.full
 def test_no_tokens_looked_up() -> None:
-    """Called with embeddings, the model looks nothing up: the new rows would be passed over, so it says no."""
+    """Calling with embeddings is refused, because it would bypass the new rows."""
     model: Any = tiny("llama")
     compiled = adapted(model)
     with pytest.raises(GraftError) as caught:

@@ -28,7 +28,7 @@ def adapted(family: str, **changes: Any) -> tuple[Any, Any]:
 @pytest.mark.full
 @pytest.mark.parametrize("family", TABLES)
 def test_a_head_of_its_own_folds(family: str, tmp_path: Path) -> None:
-    """Identity at first; the folded class keeps the table and has another head, also after saving and loading."""
+    """It starts as the identity; the folded class keeps the table and has another head, also when reloaded."""
     model, compiled = adapted(family)
     inputs = inputs_for(compiled, (2, 5))
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
@@ -66,7 +66,7 @@ def test_without_it_the_head_does_not_fold() -> None:
 
 @pytest.mark.slow
 def test_a_head_that_trains_in_full() -> None:
-    """``train`` refuses a tied tensor, and takes one that is untied."""
+    """``train`` refuses a tied tensor, and accepts an untied one."""
     _, compiled = adapted("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}], train=["lm_head"])
     assert "lm_head.graftc.trained.weight" in compiled.adapter_state_dict()
     perturb(compiled)
@@ -76,7 +76,7 @@ def test_a_head_that_trains_in_full() -> None:
 
 @pytest.mark.slow
 def test_what_stays_unfolded_stays_apart(tmp_path: Path) -> None:
-    """Untied and not adapted: the merged model has two equal tensors, not one."""
+    """If untied and not adapted, the merged model has two equal tensors instead of one."""
     _, compiled = adapted("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}])
     compiled.merge(allow_unchanged=True).save(tmp_path / "it")
     loaded: Any = load_model(str(tmp_path / "it"))
@@ -106,7 +106,7 @@ def test_it_is_kept_in_an_artifact(tmp_path: Path) -> None:
 
 
 def test_a_class_that_asks_whether_it_is_tied() -> None:
-    """Switch Transformers scale what goes into a tied head: untied, the class would compute something else."""
+    """Switch Transformers scale the input of a tied head: untied, the class would compute something else."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     sizes = {"d_model": 48, "d_kv": 12, "d_ff": 80, "num_heads": 4, "num_experts": 2, "vocab_size": 101}

@@ -1,4 +1,4 @@
-"""LoRA on every way in which a model reads a weight: identity, fold, and what only looks like a linear map."""
+"""LoRA on every way in which a model reads a weight: identity, folding, and reads that only look like a linear map."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 12
 
 
 def functional(read: Callable[[Tensor, Any], Tensor], **shapes: tuple[int, ...]) -> nn.Module:
-    """A module ``part`` with parameters of these shapes, whose forward is ``read(x, part)``."""
+    """Return a model whose ``part`` has parameters of these shapes and computes ``read(x, part)``."""
 
     class Part(nn.Module):
         def __init__(self) -> None:
@@ -37,7 +37,7 @@ def functional(read: Callable[[Tensor, Any], Tensor], **shapes: tuple[int, ...])
 
 
 class Model(nn.Module):
-    """One part."""
+    """A model with one part."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Model(nn.Module):
 
 
 class Experts(nn.Module):
-    """Four experts, picked per row by a number that the input holds."""
+    """Four experts, chosen per row by a number in the input."""
 
     def __init__(self, picked: bool) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class SelfAttention(nn.Module):
 
 
 def adapted(case: str, **lora: Any) -> tuple[nn.Module, Compiled, Mapping[str, Tensor]]:
-    """The case's model in eval mode, frozen; the same with LoRA on everything; and its inputs."""
+    """Return the case's frozen model in eval mode, the same with LoRA on everything, and the inputs."""
     build, x = CASES[case]
     torch.manual_seed(0)
     model = build().eval().requires_grad_(False)
@@ -131,7 +131,7 @@ def adapted(case: str, **lora: Any) -> tuple[nn.Module, Compiled, Mapping[str, T
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
 @pytest.mark.parametrize("case", CASES)
 def test_identity_and_fold(case: str, init: str) -> None:
-    """Nothing changes at first; folded equals unfolded, and a copy of the source with the folded tensors agrees."""
+    """Nothing changes at first; folded equals unfolded, and so does a copy of the source with the folded tensors."""
     model, compiled, inputs = adapted(case, init=init)
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
     perturb(compiled, 0.1)
@@ -149,10 +149,10 @@ def test_identity_and_fold(case: str, init: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("case", CASES)
 def test_beside_training_in_full(case: str, method: str) -> None:
-    """The weight itself trains as well: nothing changes at first, and both fold into it."""
+    """When the weight itself trains as well, nothing changes at first, and both fold into it."""
     build, x = CASES[case]
     torch.manual_seed(0)
-    model, inputs = build().eval(), {"x": x}  # torch has other kernels for a weight that is frozen
+    model, inputs = build().eval(), {"x": x}  # torch uses other kernels for frozen weights
     spec = {"train": ["**"], "adapt": [{"method": method, "target": {"modules": "**"}, "rank": 2}]}
     compiled = graftc.compile(spec, model, inputs).eval()
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
@@ -190,14 +190,14 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes(case: str) -> None:
-    """Factors have the sizes of the oriented rows, one pair for all uses of a tensor."""
+    """Factors have the sizes of the oriented rows, with one pair for all uses of a tensor."""
     _, compiled, _ = adapted(case)
     shapes = [tuple(t.shape) for t in compiled.adapter_state_dict().values()]
     assert [(a, b) for a, b in zip(shapes[::2], shapes[1::2], strict=True)] == SHAPES[case]
 
 
 def test_kinds() -> None:
-    """Tables and experts have kinds of their own."""
+    """Tables and experts have their own kinds of sites."""
     kinds = {"embedding": EmbeddingSite, "experts": ExpertsSite, "conv2d": LinearSite}
     for case, kind in kinds.items():
         _, compiled, _ = adapted(case)
@@ -206,7 +206,7 @@ def test_kinds() -> None:
 
 
 def test_no_dropout_of_token_numbers() -> None:
-    """Dropout of a table's input has nothing to drop; it is left out."""
+    """Dropout is left out on the input of a table, which is token numbers."""
     _, compiled, _ = adapted("embedding", dropout=0.5)
     assert "dropout" not in compiled.print_graph("train")
 
@@ -222,7 +222,7 @@ BLOCKED: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("case", BLOCKED)
 def test_more_than_rows_of_a_tensor(case: str) -> None:
-    """A weight that is computed from its tensor, or from parts that are not rows, is refused by name."""
+    """A weight computed from its tensor, or from parts that are not rows, is refused."""
     model = BLOCKED[case]().eval()
     spec = {"adapt": [{"method": "lora", "target": {"modules": "part**"}, "rank": 2}]}
     with pytest.raises(GraftError) as caught:
@@ -231,7 +231,7 @@ def test_more_than_rows_of_a_tensor(case: str) -> None:
 
 
 def test_read_elsewhere_too() -> None:
-    """A weight that something else reads trains, with a warning; folding it would change the other as well."""
+    """A weight with another reader trains, with a warning; folding it would change the other reader as well."""
     model = functional(lambda x, p: F.linear(x, p.weight) + p.weight.square().sum(), weight=(8, WIDTH)).eval()
     spec = {"adapt": [{"method": "lora", "target": {"modules": "part"}, "rank": 2}]}
     with pytest.warns(UserWarning, match="GC024.*also read by"):
@@ -244,7 +244,7 @@ def test_read_elsewhere_too() -> None:
 
 
 def test_a_module_under_two_names() -> None:
-    """A module that is registered twice is one place with two uses, and folds: all its readers are adapted."""
+    """A module registered twice is one place with two uses, and it folds because all of its readers are adapted."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -270,7 +270,7 @@ def test_a_module_under_two_names() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora"])
 def test_some_rows_of_a_grouped_convolution(method: str) -> None:
-    """Queries and values as rows of one grouped convolution: rows cannot be computed without their group."""
+    """Queries and values are rows of one grouped convolution, and rows cannot be computed without their group."""
 
     class Grouped(nn.Module):
         def __init__(self) -> None:
@@ -303,7 +303,7 @@ def test_some_rows_of_a_grouped_convolution(method: str) -> None:
 
 
 def test_both_ways_round() -> None:
-    """A square weight and its transpose: the second reading has other rows, so the place does not fold, and says so."""
+    """If a square weight is also read transposed, that read has other rows, so merging raises GC022."""
     model = functional(lambda x, p: F.linear(F.linear(x, p.weight).relu(), p.weight.T), weight=(WIDTH, WIDTH)).eval()
     spec = {"adapt": [{"method": "lora", "target": {"modules": "part"}, "rank": 2}]}
     with pytest.warns(UserWarning, match="GC024.*also read by"):
@@ -315,7 +315,7 @@ def test_both_ways_round() -> None:
 
 
 def test_read_outside_its_module() -> None:
-    """A weight that another module reads is one place: both readings are adapted, and it folds."""
+    """A weight that another module reads is one place: both reads are adapted, and it folds."""
 
     class Outside(nn.Module):
         def __init__(self) -> None:

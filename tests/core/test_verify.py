@@ -1,4 +1,4 @@
-"""Every rule of the verifier catches a violation planted for it, naming the pass and the node."""
+"""Every rule of the verifier catches a violation planted for it, and names the pass and the node."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def program(compilation: Any) -> Program:
 
 
 def inserted(program: Program, part: str) -> fx.Node:
-    """The first node that is this part of an adaptation."""
+    """Return the first node that is this part of an adaptation."""
     return next(n for n in program.graph.nodes if n.op == "call_function" and (provenance(n) or {}).get("part") == part)
 
 
 def base_call(program: Program, target: Any) -> fx.Node:
-    """The first call of the base with this operator."""
+    """Return the first call of the base with this operator."""
     return next(n for n in program.graph.nodes if n.target is target and provenance(n) is None)
 
 
@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Plant, str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_planted_violation(name: str, program: Program, compilation: Any) -> None:
-    """GC040 with the pass, the node and the graph around it."""
+    """The error is GC040 and names the pass and the node, with the graph around it."""
     plant, message = CASES[name]
     verify(program, compilation.store, "nothing", types=True)
     node = plant(program)
@@ -178,7 +178,7 @@ def test_planted_violation(name: str, program: Program, compilation: Any) -> Non
 
 @pytest.mark.parametrize("part", ["down", "scale", "up"])
 def test_wrong_value_of_an_inserted_node(part: str, program: Program, compilation: Any) -> None:
-    """Types worked out anew differ from what a node says: found by the full check only."""
+    """A node whose recorded type differs from the computed one is caught by the full check only."""
     node = inserted(program, part)
     value = node.meta["val"]
     node.meta["val"] = value.new_empty(*value.shape[:-1], value.shape[-1] + 1)
@@ -190,7 +190,7 @@ def test_wrong_value_of_an_inserted_node(part: str, program: Program, compilatio
 
 
 def test_call_that_cannot_run(program: Program, compilation: Any) -> None:
-    """An inserted node whose arguments do not fit together is named."""
+    """An inserted node whose arguments do not fit together is named in the error."""
     down, up = inserted(program, "down"), inserted(program, "up")
     down.args, up.args = (down.args[0], up.args[1]), (up.args[0], down.args[1])
     with pytest.raises(GraftError) as error:
@@ -201,7 +201,7 @@ def test_call_that_cannot_run(program: Program, compilation: Any) -> None:
 
 @pytest.mark.parametrize("how", ["detached", "unread"])
 def test_no_gradient_path(how: str, program: Program, compilation: Any) -> None:
-    """A trainable tensor that reaches no output, or only past a ``detach``, is GC023 with its name."""
+    """A trainable tensor that reaches no output, or only past a ``detach``, raises GC023 with its name."""
     up = inserted(program, "up")
     if how == "detached":
         add = inserted(program, "add")
@@ -219,7 +219,7 @@ def test_no_gradient_path(how: str, program: Program, compilation: Any) -> None:
 
 
 class Scaling(torch.nn.Module):
-    """What a map gives goes into a slice of a value, in place, and nowhere else."""
+    """A model that writes the result of a map into a slice of a value, in place, and uses it nowhere else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,8 +246,8 @@ def test_a_gradient_path_may_lead_through_a_write_in_place() -> None:
 
 
 def test_every_program_of_the_compilation_is_held(compilation: Any) -> None:
-    """Both modes verify against their own base, and neither against a Store without its tensors."""
-    for held in (compilation.program("train"), compilation.program("eval")):
-        verify(held, compilation.store, "nothing", types=True)
+    """Both modes verify against their own base, and neither verifies against a Store without its tensors."""
+    for program in (compilation.program("train"), compilation.program("eval")):
+        verify(program, compilation.store, "nothing", types=True)
         with pytest.raises(GraftError, match="not in the Store"):
-            verify(held, Store(), "nothing")
+            verify(program, Store(), "nothing")

@@ -1,4 +1,4 @@
-"""Slices of stored weights against index arithmetic on dense tensors."""
+"""Slices of stored weights compared with index arithmetic on dense tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANKS = {Layout.ROWS: (2, 3), Layout.COLUMNS: (2, 3), Layout.KERNEL: (3, 5), Lay
 
 @st.composite
 def runs(draw: st.DrawFn, total: int) -> tuple[tuple[int, int], ...]:
-    """Some rows, at least one, in runs that may touch."""
+    """Draw some rows, at least one, in runs that may touch."""
     cuts = sorted(draw(st.sets(st.integers(0, total), min_size=2, max_size=14)))
     pairs = list(pairwise(cuts))
     own = draw(st.lists(st.booleans(), min_size=len(pairs), max_size=len(pairs)).filter(any))
@@ -31,7 +31,7 @@ def runs(draw: st.DrawFn, total: int) -> tuple[tuple[int, int], ...]:
 
 @st.composite
 def slices(draw: st.DrawFn, shape: tuple[int, ...] | None = None, layout: Layout | None = None) -> WeightSlice:
-    """Some rows of a weight, of given sizes in any layout that fits them."""
+    """Draw some rows of a weight, of a given shape if there is one, in any layout that fits."""
     if layout is None:
         fit = [known for known in Layout if shape is None or RANKS[known][0] <= len(shape) <= RANKS[known][1]]
         layout = draw(st.sampled_from(fit))
@@ -43,12 +43,12 @@ def slices(draw: st.DrawFn, shape: tuple[int, ...] | None = None, layout: Layout
 
 
 def rows_of(own: WeightSlice) -> list[int]:
-    """The row numbers, spelled out."""
+    """List the row numbers."""
     return [row for start, end in own.spans for row in range(start, end)]
 
 
 def dense(own: WeightSlice, stored: Tensor) -> Tensor:
-    """All of a weight as ``[..., rows, in]``, written out; a tensor that is not a matrix as it is."""
+    """Return all of a weight as ``[..., rows, in]``, spelled out; a tensor that is not a matrix stays unchanged."""
     if own.layout is Layout.COLUMNS:
         return torch.stack([stored[..., row] for row in range(stored.shape[-1])], -2)
     if own.layout is Layout.KERNEL:
@@ -57,28 +57,28 @@ def dense(own: WeightSlice, stored: Tensor) -> Tensor:
 
 
 def dense_rows(own: WeightSlice, stored: Tensor) -> Tensor:
-    """The own rows of that."""
+    """Return the slice's own rows of the dense weight."""
     every = dense(own, stored)
     return every[rows_of(own)] if own.layout is Layout.PLAIN else every[..., rows_of(own), :]
 
 
 def numbered(own: WeightSlice) -> Tensor:
-    """A stored tensor with the numbers of its entries."""
+    """Return a stored tensor that contains the numbers of its entries."""
     return torch.arange(own.numel).view(own.shape)
 
 
 def entries_of(own: WeightSlice) -> set[int]:
-    """Numbers of the own entries in the stored tensor, by way of the matrix."""
+    """Return the numbers of the slice's own entries in the stored tensor, found through the matrix."""
     return set(dense_rows(own, numbered(own)).flatten().tolist())
 
 
 def emit(target: Any, *args: Any, part: str = "") -> Any:
-    """Compute at once what a graph would hold as a node."""
+    """Compute at once what would be a node in a graph."""
     return target(*args)
 
 
 def on_values(own: WeightSlice) -> Any:
-    """The slice, with values for nodes."""
+    """Return the slice, typed to take values instead of nodes."""
     return own
 
 
@@ -86,7 +86,7 @@ def on_values(own: WeightSlice) -> Any:
 @SETTINGS
 @given(slices(), st.integers(0, 2**31))
 def test_parts_as_they_are_stored(own: WeightSlice, seed: int) -> None:
-    """`take` and `put` do what indexing does; the tensor given is left alone."""
+    """`take` and `put` do what indexing does, and leave the given tensor unchanged."""
     generator = torch.Generator().manual_seed(seed)
     stored, new = (torch.randn(shape, generator=generator) for shape in (own.shape, own.own_shape))
     before, index = stored.clone(), rows_of(own)
@@ -106,7 +106,7 @@ def test_parts_as_they_are_stored(own: WeightSlice, seed: int) -> None:
 @SETTINGS
 @given(slices(), st.integers(0, 2**31))
 def test_operands(own: WeightSlice, seed: int) -> None:
-    """An operand is the own rows of the matrix, and goes back to where it came from."""
+    """An operand is the slice's own rows of the matrix, and can be put back in place."""
     generator = torch.Generator().manual_seed(seed)
     stored = torch.randn(own.shape, generator=generator)
     before, operand = stored.clone(), own.operand(stored)
@@ -128,7 +128,7 @@ def test_operands(own: WeightSlice, seed: int) -> None:
 @SETTINGS
 @given(slices())
 def test_nodes_are_what_values_are(own: WeightSlice) -> None:
-    """In a graph `read` is `take`, `write` is `put` and `read_operand` is `operand`, by slices or by an index."""
+    """In a graph, `read` is `take`, `write` is `put` and `read_operand` is `operand`, by slices or by an index."""
     stored = numbered(own)
     part = -1 - own.take(stored)
     assert torch.equal(on_values(own).read(emit, stored, own.index), own.take(stored))
@@ -143,13 +143,13 @@ def test_nodes_are_what_values_are(own: WeightSlice) -> None:
 @SETTINGS
 @given(slices(), st.sampled_from([0, 1, -1]))
 def test_nodes_that_have_the_rows_on_another_axis(own: WeightSlice, axis: int) -> None:
-    """The result of a map has a column for each row, on whichever axis."""
+    """The result of a map has a column for each row, on any axis."""
     value = torch.arange(own.total * 16).view(own.total, 4, 4).movedim(0, axis)
     index = rows_of(own)
-    found = on_values(own).read(emit, value, own.index, axis)
-    assert torch.equal(found, value.movedim(axis, 0)[index].movedim(0, axis))
-    written = on_values(own).write(emit, value, -1 - found, own.index, axis)
-    assert torch.equal(on_values(own).read(emit, written, own.index, axis), -1 - found)
+    columns = on_values(own).read(emit, value, own.index, axis)
+    assert torch.equal(columns, value.movedim(axis, 0)[index].movedim(0, axis))
+    written = on_values(own).write(emit, value, -1 - columns, own.index, axis)
+    assert torch.equal(on_values(own).read(emit, written, own.index, axis), -1 - columns)
     untouched = torch.ones(own.total, dtype=torch.bool)
     untouched[index] = False
     assert torch.equal(written.movedim(axis, 0)[untouched], value.movedim(axis, 0)[untouched])
@@ -159,7 +159,7 @@ def test_nodes_that_have_the_rows_on_another_axis(own: WeightSlice, axis: int) -
 @SETTINGS
 @given(st.data())
 def test_slices_of_one_tensor(data: st.DataObject) -> None:
-    """Slices overlap where they share an entry, along whichever axes, and one covers another that has no other."""
+    """Slices overlap if they share an entry, along any axes, and one covers another that has no other entries."""
     a = data.draw(slices())
     b = data.draw(slices(a.shape))
     mine, others = entries_of(a), entries_of(b)
@@ -178,7 +178,7 @@ def test_slices_of_one_tensor(data: st.DataObject) -> None:
 @SETTINGS
 @given(st.data())
 def test_rows_within_rows(data: st.DataObject) -> None:
-    """Rows of rows, in one layout, are where counting finds them."""
+    """Rows of rows, in one layout, are found at their positions among the outer rows."""
     outer = data.draw(slices())
     numbers = rows_of(outer)
     chosen = sorted(data.draw(st.sets(st.sampled_from(numbers), min_size=1)))
@@ -192,7 +192,7 @@ def test_rows_within_rows(data: st.DataObject) -> None:
 @SETTINGS
 @given(slices())
 def test_the_same_entries_have_one_form(own: WeightSlice) -> None:
-    """However a reader sees the tensor, what is stored of it is the same."""
+    """However a reader sees the tensor, the stored form of a slice is the same."""
     assert entries_of(own.as_stored) == entries_of(own)
     assert own.as_stored.as_stored == own.as_stored
     assert own.as_stored.own_shape == own.own_shape
@@ -207,7 +207,7 @@ def test_the_same_entries_have_one_form(own: WeightSlice) -> None:
 @SETTINGS
 @given(slices(), st.data())
 def test_entries_by_number(own: WeightSlice, data: st.DataObject) -> None:
-    """Own entries are numbered in the order in which they are stored, and `places` and `numbers` are inverse."""
+    """Own entries are numbered in stored order, and `places` and `numbers` are inverse to each other."""
     stored = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
     every = torch.tensor(sorted(entries_of(own)))
     assert torch.equal(own.entries(stored), stored.flatten()[every])
@@ -223,16 +223,16 @@ def test_entries_by_number(own: WeightSlice, data: st.DataObject) -> None:
 @SETTINGS
 @given(slices())
 def test_companions(own: WeightSlice) -> None:
-    """A bias has an entry for each row."""
+    """A bias has one entry for each row."""
     bias = own.companion("map.bias")
-    held = torch.arange(own.total)
+    stored = torch.arange(own.total)
     assert (bias.tensor, bias.own_shape, bias.part) == ("map.bias", (own.count,), "bias")
-    assert bias.take(held).tolist() == rows_of(own) == bias.operand(held).tolist()
+    assert bias.take(stored).tolist() == rows_of(own) == bias.operand(stored).tolist()
     assert not bias.overlaps(own)
 
 
 def test_all_rows() -> None:
-    """Runs over everything are the whole tensor; nothing is cut then."""
+    """Runs over all rows are the whole tensor, and nothing is sliced then."""
     whole = WeightSlice("map.weight", (6, 2), Layout.ROWS, ((0, 4), (4, 6)))
     assert whole == WeightSlice("map.weight", (6, 2), Layout.ROWS)
     assert whole.whole and whole.rows is None
@@ -248,7 +248,7 @@ def test_all_rows() -> None:
 
 
 def test_operands_of_all_rows_are_views() -> None:
-    """Nothing is copied to see a tensor as a matrix."""
+    """Viewing a tensor as a matrix copies nothing."""
     for layout, shape in ((Layout.COLUMNS, (3, 4)), (Layout.ROWS, (3, 4)), (Layout.KERNEL, (3, 4, 5))):
         stored = torch.randn(shape)
         assert WeightSlice("w", shape, layout).operand(stored).data_ptr() == stored.data_ptr()
@@ -263,7 +263,7 @@ def test_a_number_alone() -> None:
 
 
 def test_no_rows() -> None:
-    """A slice without rows meets nothing and is covered by everything."""
+    """A slice without rows overlaps nothing and is covered by everything."""
     none = WeightSlice("map.weight", (4, 3), Layout.ROWS, ())
     whole = none.at(None)
     assert (none.count, none.size, none.index().tolist()) == (0, 0, [])
@@ -273,13 +273,13 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("rows", [((2, 5),), ((3, 4), (1, 2)), ((-1, 2),), ((2, 1),)])
 def test_runs_that_are_none(rows: tuple[tuple[int, int], ...]) -> None:
-    """Runs are ascending and end with the last row."""
+    """Runs have to be ascending and within the rows."""
     with pytest.raises(ValueError, match=r"map\.weight"):
         WeightSlice("map.weight", (4, 3), Layout.ROWS, rows)
 
 
 def test_many_runs_use_an_index() -> None:
-    """Few runs are slices, many are one index: the constant is asked for only then."""
+    """Few runs become slices and many become one index, whose constant is requested only then."""
     asked: list[int] = []
 
     def index(own: WeightSlice) -> Any:

@@ -1,4 +1,4 @@
-"""Mistakes in the code of a method: errors with a code that name the method, wherever it comes from."""
+"""Mistakes in the code of a method: coded errors that name the method, wherever the mistake is."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_wrong_fold_is_an_error_of_the_method(
 
 
 def test_a_fold_that_is_traced_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DoRA on top of it has the fold written into the graph."""
+    """The fold is checked as well if a DoRA on top of it writes it into the graph."""
     monkeypatch.setattr(IA3Method, "fold", lambda self, *args: weight_fold(lambda w: w * args[2]["scale"]))
     dora = {"method": "dora", "target": SCALE["target"]}
     with pytest.raises(GraftError, match=r"the fold of 'ia3' at .* asks for a tensor 'scale'") as caught:
@@ -120,7 +120,7 @@ def test_sites_are_those_of_the_base_class() -> None:
 
 
 def test_claims_of_other_sites_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the method is looked up, so that its functions need not look."""
+    """A method is checked when it is looked up, so its functions need not check."""
     monkeypatch.setattr(IA3Method, "site_classes", (NormSite,))
     _checked.cache_clear()
     try:

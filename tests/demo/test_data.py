@@ -39,7 +39,7 @@ def write(path: Path, *rows: str) -> Path:
 
 
 def toy(lengths: list[int]) -> Encoded:
-    """Example ``i`` consists of the token ``i + 1``, repeated; its label is ``i``."""
+    """Return data whose example ``i`` consists of the token ``i + 1``, repeated, with the label ``i``."""
     return Encoded(tuple((i + 1,) * n for i, n in enumerate(lengths)), tuple(range(len(lengths))), pad=0)
 
 

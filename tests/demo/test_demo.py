@@ -79,7 +79,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def first_layers(folder: Path) -> Path:
-    """The pretrained encoder up to its second layer, and its tokenizer."""
+    """Save the pretrained encoder up to its second layer, and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
 
     whole = find_model()
@@ -90,7 +90,7 @@ def first_layers(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_quick_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer layers, texts and steps than it has; ``make demo QUICK=1`` runs it as it is."""
+    """The demo runs with fewer layers, texts and steps than ``make demo QUICK=1``, which runs it unchanged."""
     onnx = pytest.importorskip("onnx")
     encoder = first_layers(tmp_path / "encoder")
     monkeypatch.setattr(demo, "find_model", lambda: encoder)

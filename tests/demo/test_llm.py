@@ -86,7 +86,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(topics: Topics) -> None
 
 
 def test_the_loss_is_that_of_the_answers_alone(topics: Topics) -> None:
-    """The batch's own loss is the mean over the tokens of the answers of what full logits say."""
+    """The batch's own loss is the mean of full logits' losses over the tokens of the answers."""
     chats = topics.chats(DataSplit(("crude oil prices rose", "grain"), (1, 3)))
     torch.manual_seed(0)
     model = tiny_llama()
@@ -121,7 +121,7 @@ def test_greedy_answers_are_in_the_order_of_the_prompts_and_end_with_the_turn(to
     chats = topics.chats(DataSplit(("one two three four five", "six", "seven eight"), (0, 1, 2)))
 
     class Echo:
-        """Says how many tokens a prompt has, ends its turn, and goes on."""
+        """A model that outputs the number of tokens of a prompt, ends its turn, and continues."""
 
         generation_config = SimpleNamespace(eos_token_id=2)
 
@@ -133,7 +133,7 @@ def test_greedy_answers_are_in_the_order_of_the_prompts_and_end_with_the_turn(to
 
 
 def tiny_llama() -> Any:
-    """With the real model's vocabulary, and weights so large that few steps change what it says."""
+    """Return a model with the real vocabulary, and weights so large that a few steps change its answers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -146,7 +146,7 @@ def tiny_llama() -> Any:
 
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tiny model, which is told that all news are about profits, and with PEFT, as the long version."""
+    """The long version runs with PEFT and a tiny model that learns to answer "profits" to all news."""
     news = load_r8()
     earn = [(text, label) for text, label in zip(news.train.texts, news.train.labels, strict=True) if label == 2]
     one_sided = replace(news, train=DataSplit(*map(tuple, zip(*earn, strict=True))))

@@ -14,7 +14,7 @@ from graftc.runtime.demo.training import Scores, predict, score, train
 
 
 class Toy(nn.Module):
-    """Two linear layers, the first frozen."""
+    """A model of two linear layers, the first frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ def separable(seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def test_scores_by_hand() -> None:
-    # Class 0: 2 right of 3 said and 2 there, class 1: 1 of 1 and 2, class 2: never said, once there.
-    found = score([0, 0, 0, 1, 0], [0, 0, 1, 1, 2], classes=3)
-    assert found.accuracy == pytest.approx(3 / 5)
-    assert found.macro_f1 == pytest.approx((2 * 2 / (4 + 2) + 2 * 1 / (1 + 2) + 0) / 3)
+    # Class 0: 2 right of 4 predicted and 2 actual; class 1: 1 of 1 and 2; class 2: never predicted, 1 actual.
+    scores = score([0, 0, 0, 1, 0], [0, 0, 1, 1, 2], classes=3)
+    assert scores.accuracy == pytest.approx(3 / 5)
+    assert scores.macro_f1 == pytest.approx((2 * 2 / (4 + 2) + 2 * 1 / (1 + 2) + 0) / 3)
 
 
 @pytest.mark.slow
@@ -47,9 +47,9 @@ def test_scores_agree_with_scikit_learn() -> None:
     draw = torch.Generator().manual_seed(3)
     predicted = torch.randint(0, 5, (300,), generator=draw).tolist()
     actual = [p if i % 3 else (p + i) % 5 for i, p in enumerate(predicted)]
-    found = score(predicted, actual, 5)
-    assert found.accuracy == pytest.approx(metrics.accuracy_score(actual, predicted))
-    assert found.macro_f1 == pytest.approx(metrics.f1_score(actual, predicted, average="macro"))
+    scores = score(predicted, actual, 5)
+    assert scores.accuracy == pytest.approx(metrics.accuracy_score(actual, predicted))
+    assert scores.macro_f1 == pytest.approx(metrics.f1_score(actual, predicted, average="macro"))
 
 
 @pytest.mark.parametrize(("predicted", "actual"), [([], []), ([1], [1, 0])])
@@ -110,9 +110,9 @@ def test_a_loss_that_is_no_number_ends_training() -> None:
 def test_predictions_come_in_the_order_of_the_data() -> None:
     data = Encoded(((7, 7, 7), (3,), (9, 9), (4, 4, 4, 4)), (0, 0, 0, 0), pad=0)
     counts: list[int] = []
-    found = predict(lambda batch: batch["input_ids"][:, :1].double(), data, size=3, on_batch=counts.append)
-    assert found.tolist() == [[7.0], [3.0], [9.0], [4.0]]
-    assert counts == [3, 1] and found.dtype == torch.float32
+    logits = predict(lambda batch: batch["input_ids"][:, :1].double(), data, size=3, on_batch=counts.append)
+    assert logits.tolist() == [[7.0], [3.0], [9.0], [4.0]]
+    assert counts == [3, 1] and logits.dtype == torch.float32
 
 
 def test_embeddings_ignore_padding_and_have_unit_length() -> None:
@@ -122,10 +122,10 @@ def test_embeddings_ignore_padding_and_have_unit_length() -> None:
     config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
     encoder = BertModel(config)
     data = Encoded(((1, 2, 3, 4, 5), (6, 7), (8,)), (0, 1, 0), pad=0)
-    found = embed(encoder, data)
-    assert torch.allclose(found.norm(dim=1), torch.ones(3))
+    vectors = embed(encoder, data)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
     with torch.no_grad():
-        for row, ids in zip(found, data.ids, strict=True):
+        for row, ids in zip(vectors, data.ids, strict=True):
             alone = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
             assert torch.allclose(row, alone / alone.norm(), atol=1e-6)
 

@@ -31,17 +31,17 @@ class Block:
 
 
 def blocks(page: str, language: str | None = None) -> list[Block]:
-    """The blocks of a page, by its path in the docs folder."""
+    """Return the blocks of a page, given by its path in the docs folder."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    found = [
+    every = [
         Block(
             page, text.count("\n", 0, m.start("ticks")) + 1, m["language"], m["title"] or "", m["text"], m["mark"] or ""
         )
         for m in _FENCE.finditer(text)
     ]
-    return [block for block in found if language in (None, block.language)]
+    return [block for block in every if language in (None, block.language)]
 
 
 def pages() -> list[str]:
-    """Every page of the docs folder."""
+    """Return every page of the docs folder."""
     return sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))

@@ -1,4 +1,4 @@
-"""The examples of ``docs/errors.md`` that come from calls: each text in ``tests/docs/golden`` is what graftc says.
+"""The examples of ``docs/errors.md`` that come from calls: graftc prints each text in ``tests/docs/golden``.
 
 GRAFTC_UPDATE_GOLDEN=1 writes them.
 """
@@ -175,9 +175,9 @@ def plug_in(patch: pytest.MonkeyPatch, package: str) -> None:
 
 def a_pass_without_its_place(patch: pytest.MonkeyPatch) -> None:
     Path("site").mkdir()
-    made = 'AddedPass(Pass("macs", print, rewrites=False), after="insrt")'
+    source = 'AddedPass(Pass("macs", print, rewrites=False), after="insrt")'
     with installing(Path("site")) as install:
-        install("graftc-macs", f"from graftc.extend import AddedPass, Pass\nCOUNT = {made}\n", macs="COUNT")
+        install("graftc-macs", f"from graftc.extend import AddedPass, Pass\nCOUNT = {source}\n", macs="COUNT")
         compiled()
 
 
@@ -264,7 +264,7 @@ def pickling(patch: pytest.MonkeyPatch) -> None:
 
 
 def adapter(**fields: Any) -> None:
-    """A folder as PEFT writes it, for two layers of BERT."""
+    """Write a folder in PEFT's format, for two layers of BERT."""
     Path("adapter").mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], **fields}
     Path("adapter/adapter_config.json").write_text(json.dumps(config))
@@ -306,7 +306,7 @@ def several_adaptations(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def a_process_group() -> Iterator[torch.distributed.DeviceMesh]:
-    """A group of one process, as each of several has it."""
+    """Create a group of one process, as each of several processes would, while the block runs."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))

@@ -1,4 +1,4 @@
-"""Generated pages are what the code says now, and the catalogue of codes is what the code uses."""
+"""Generated pages are up to date with the code, and the catalogue of codes lists exactly those that the code uses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_pages_are_up_to_date(pages: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_pages_say_what_makes_them(pages: dict[str, str]) -> None:
     for name, text in pages.items():
-        if not name.endswith(".json"):  # which has no comments
+        if not name.endswith(".json"):  # JSON has no comments
             assert text.startswith("<!-- Made by `make docs` (python -m tools.docs)")
 
 
@@ -75,7 +75,7 @@ def test_every_command_has_a_section() -> None:
 
 
 def used_codes() -> Iterator[tuple[str, str, str]]:
-    """Each use of a code in graftc: the code, ``raise`` or ``warn``, and where. The catalogue itself does not count."""
+    """Yield each use of a code in graftc outside the catalogue: the code, ``raise`` or ``warn``, and its location."""
     for path in sorted((ROOT / "graftc").rglob("*.py")):
         if path.name == "catalogue.py" or "testing" in path.parts:
             continue
@@ -127,8 +127,8 @@ def test_every_code_has_a_stable_anchor(pages: dict[str, str]) -> None:
 
 
 def test_examples_are_of_their_code() -> None:
-    found = examples(ROOT)
-    assert len(found) >= 20
-    for code, example in found.items():
+    by_code = examples(ROOT)
+    assert len(by_code) >= 20
+    for code, example in by_code.items():
         assert re.match(rf"(warning )?{code}: ", example.output)
         assert (CATALOGUE[code].severity == "warning") == example.output.startswith("warning ")

@@ -21,7 +21,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PA
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """Names that a module defines itself."""
+    """Return the names that a module itself defines."""
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -33,7 +33,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 
 def names_in(tree: ast.Module) -> Iterator[str]:
-    """Every name that a module gives to something."""
+    """Yield every name that a module assigns to something."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             yield node.name
@@ -70,23 +70,23 @@ def test_public_classes_have_names_of_their_own() -> None:
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(path.relative_to(PACKAGE).as_posix())
-    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
 
 
 @pytest.mark.slow
 def test_retired_words_are_no_names() -> None:
     words = {word for word, _ in RETIRED}
-    found = {
+    retired = {
         f"{path.relative_to(PACKAGE).as_posix()}: {name}"
         for path, tree in TREES.items()
         for name in [*names_in(tree), path.stem]
         if any(re.search(rf"(^|_){word}($|_)", name) for word in words)
     }
-    assert found == set()
+    assert retired == set()
 
 
 def test_every_folder_says_what_lives_there() -> None:
-    """Its first lines: what, and what may be touched."""
+    """Every folder's docstring describes its contents, and no folder has too many files."""
     for path, tree in TREES.items():
         if path.name == "__init__.py" and path.parent != PACKAGE:
             text = ast.get_docstring(tree) or ""
@@ -98,7 +98,7 @@ def test_every_folder_says_what_lives_there() -> None:
 
 @pytest.mark.full
 def test_files_that_pages_name_are_there() -> None:
-    """A path stands for itself, below the root or the package, and a single name for a file anywhere."""
+    """A path is relative to the root or the package, and a single name is a file anywhere."""
     names = {
         path.name for folder in ("graftc", "tests", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")
     }

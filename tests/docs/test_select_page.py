@@ -19,9 +19,9 @@ def test_the_page_shows_what_is_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"__name__": PAGE}
-    found = blocks(PAGE)
-    pairs = [(a, b) for a, b in pairwise(found) if a.mark == "run"]
-    assert len(pairs) == sum(block.language == "text" for block in found) > 3
+    every = blocks(PAGE)
+    pairs = [(a, b) for a, b in pairwise(every) if a.mark == "run"]
+    assert len(pairs) == sum(block.language == "text" for block in every) > 3
     for code, shown in pairs:
         capsys.readouterr()
         exec(compile(code.text, str(code), "exec"), scope)

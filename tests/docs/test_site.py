@@ -1,4 +1,4 @@
-"""The site builds strictly and without network, and its links lead somewhere."""
+"""The site builds strictly and without network, and its links have targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ cli(["build", "--strict", "--site-dir", sys.argv[1]])
 
 
 class _Page(HTMLParser):
-    """What a page refers to, and what in it can be referred to."""
+    """The references of a page, and the anchors that can be referred to."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class _Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        held = {name: value or "" for name, value in attrs}
-        self.anchors |= {held[name] for name in ("id", "name") if name in held}
-        if tag == "a" and "href" in held:
-            self.links.append(held["href"])
-        elif tag == "link" and held.get("rel", "") not in ("canonical", "prev", "next"):
-            self.loaded.append(held.get("href", ""))
-        elif "src" in held:
-            self.loaded.append(held["src"])
+        attributes = {name: value or "" for name, value in attrs}
+        self.anchors |= {attributes[name] for name in ("id", "name") if name in attributes}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel", "") not in ("canonical", "prev", "next"):
+            self.loaded.append(attributes.get("href", ""))
+        elif "src" in attributes:
+            self.loaded.append(attributes["src"])
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_internal_links_and_anchors_work(site: Path, held: dict[Path, _Page]) ->
     broken = []
     for path, page in held.items():
         if path.name == "404.html":
-            continue  # its links are those of a site at the root of a server
+            continue  # its links assume that the site is at the root of a server
         for link in [*page.links, *page.loaded]:
             parts = urlsplit(link)
             if parts.scheme or link in ("", "#"):

@@ -1,4 +1,4 @@
-"""What the pages show is true: specs parse, Python runs, commands exist, PEFT configs train what their specs train."""
+"""The pages are right: specs parse, Python runs, commands exist, and PEFT configs train what their specs train."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def command_lines() -> list[tuple[Block, str]]:
 def test_commands_exist_and_take_such_arguments(block: Block, line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     command = commands()[name]
-    command.make_context(name, arguments)  # raises a usage error where an option is unknown or an argument is missing
+    command.make_context(name, arguments)  # raises a usage error if an option is unknown or an argument is missing
 
 
 @pytest.mark.parametrize("word", sorted(set(re.findall(r"`graftc ([a-z-]+)", "".join(
@@ -156,8 +156,7 @@ def test_the_page_runs(
 
 
 def _run_commands(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run each ``$ graftc`` line; what stands below it is in what it prints, in order; dots stand for what is left
-    out."""
+    """Run each ``$ graftc`` line, and check that the lines below it are printed in order; dots represent omissions."""
     for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
         line, *shown = part.splitlines()
         capsys.readouterr()
@@ -168,17 +167,17 @@ def _run_commands(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
         out = iter(re.sub(r" +", " ", text).strip() for text in printed.out.splitlines())
         for expected in (re.sub(r" +", " ", text).strip() for text in shown if text != "..."):
             expected = expected.removesuffix("...").rstrip()
-            assert any(found.startswith(expected) for found in out), f"{block}: {line} printed no {expected!r}"
+            assert any(row.startswith(expected) for row in out), f"{block}: {line} printed no {expected!r}"
 
 
 def pairs() -> list[tuple[str, Block, Block]]:
-    """Configs of PEFT with the specs beside them, and the family to compare them on."""
-    found = []
-    held = blocks("faq-peft.md")
-    for index, block in enumerate(held):
+    """Return PEFT configs with the specs beside them, and the family to compare them on."""
+    matches = []
+    every = blocks("faq-peft.md")
+    for index, block in enumerate(every):
         if block.mark.startswith("same: "):
-            found.append((block.mark.removeprefix("same: "), block, held[index + 1]))
-    return found
+            matches.append((block.mark.removeprefix("same: "), block, every[index + 1]))
+    return matches
 
 
 @pytest.mark.slow
@@ -201,8 +200,10 @@ def test_a_peft_config_and_its_spec_train_as_much(family: str, config: Block, sp
         ours = graftc.compile(parse_spec(spec.text), tiny(family))
     counts = [sum(t.numel() for t in model.parameters() if t.requires_grad) for model in (theirs, ours)]
     assert counts[0] == counts[1] > 0
-    held = [getattr(module, "scaling", None) for module in theirs.modules()]
-    scalings = {float(value) for found in held if isinstance(found, dict) for value in found.values()}
+    by_module = [getattr(module, "scaling", None) for module in theirs.modules()]
+    scalings = {
+        float(value) for by_adapter in by_module if isinstance(by_adapter, dict) for value in by_adapter.values()
+    }
     own = ours.spec.adapt[0]
     if own.method == "lora":
         assert scalings == {own.scaling, *(own.model_copy(update=o.changes()).scaling for o in own.overrides)}
@@ -210,7 +211,7 @@ def test_a_peft_config_and_its_spec_train_as_much(family: str, config: Block, sp
 
 @pytest.mark.parametrize("block", [b for b in of("yaml") if b.page == EXAMPLES], ids=str)
 def test_specs_of_the_error_page_are_wrong(block: Block) -> None:
-    """By themselves, or against the models of the golden tests; here only those that need no model."""
+    """Each spec is wrong by itself or for a model of the golden tests; only the former are tried here."""
     try:
         parse_spec(block.text, file="spec.yaml")
     except GraftError as error:

@@ -1,4 +1,4 @@
-"""Tables of pages about exports say what the tables in the code say."""
+"""Tables of pages about exports agree with the tables in the code."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def rows_of(page: str, first: str) -> dict[str, list[str]]:
-    """The rows of the table whose head begins so, by their first cell, the head as ``""``."""
+    """Return the rows of the table whose head begins with ``first``, by their first cell."""
     lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(first))
-    found: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {}
     for line in lines[start:]:
         if not line.startswith("|"):
             break
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        found[name] = cells
-    return found
+        rows[name] = cells
+    return rows
 
 
 def test_servers() -> None:
@@ -39,8 +39,8 @@ def test_servers() -> None:
 
 
 def test_options_of_formats() -> None:
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for name, (cell,) in rows_of("exports.md", "| format | options |").items():
         for format in name.replace("`", "").split(", "):
-            found[format] = [] if cell == "none" else cell.replace("`", "").split(", ")
-    assert {name: found[name] for name in FORMATS} == {name: list(own.options) for name, own in FORMATS.items()}
+            options[format] = [] if cell == "none" else cell.replace("`", "").split(", ")
+    assert {name: options[name] for name in FORMATS} == {name: list(own.options) for name, own in FORMATS.items()}

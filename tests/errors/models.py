@@ -1,4 +1,4 @@
-"""Models that graftc has to refuse, or that a spec does not fit; made for the command line to name."""
+"""Models that graftc has to refuse or that a spec does not fit, for the command line to refer to by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.families import bert
 
 
 def with_a_spare_layer() -> Any:
-    """BERT with a linear layer that no output needs."""
+    """Return a BERT with a linear layer that no output needs."""
     model = bert()
     model.add_module("spare", nn.Linear(48, 80))
     return model
 
 
 class Wilful(nn.Module):
-    """Its control flow depends on the values of its input."""
+    """A model whose control flow depends on the values of its input."""
 
     main_input_name = "input_ids"
 
@@ -28,7 +28,7 @@ class Wilful(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits; another sign for large ids."""
+        """Return logits, with the opposite sign for large ids."""
         hidden = self.table(input_ids)
         if input_ids.sum() > 40:
             hidden = -hidden

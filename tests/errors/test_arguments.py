@@ -1,4 +1,4 @@
-"""Arguments of another kind are coded errors, and change nothing."""
+"""Arguments of the wrong type raise coded errors and change nothing."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_seeds(seed: Any, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
 def test_seeds_of_64_bits_are_kept(seed: int, model: nn.Module, tmp_path: Path) -> None:
-    made = graftc.compile(SPEC, model, INPUTS, seed=seed)
-    loaded = graftc.load(made.save(tmp_path / "artifact"), model)
+    seeded = graftc.compile(SPEC, model, INPUTS, seed=seed)
+    loaded = graftc.load(seeded.save(tmp_path / "artifact"), model)
     assert loaded.compilation.seed == seed
 
 
@@ -125,7 +125,7 @@ def test_budgets(budget: Any, compiled: Any) -> None:
 
 
 class Keyword(nn.Module):
-    """The second input goes by its name only."""
+    """A model whose second input is keyword-only."""
 
     def __init__(self) -> None:
         super().__init__()

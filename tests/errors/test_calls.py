@@ -1,4 +1,4 @@
-"""Calls that do not fit a function's signature say what is missing."""
+"""Calls that do not fit a function's signature raise errors that say what is missing."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ OWN = "tests.errors.models"
 
 @dataclass(frozen=True)
 class Case:
-    """What goes in and which code comes out."""
+    """The inputs of a case and the code that it ends in."""
 
     name: str
     code: str
@@ -33,7 +33,7 @@ class Case:
 
 
 def _adapt(target: str, rest: str = "") -> str:
-    """A readable spec of one LoRA."""
+    """Return a readable spec of one LoRA."""
     more = "".join(f"    {line}\n" for line in rest.splitlines())
     return f"version: 1\nadapt:\n  - name: first\n    method: lora\n    target:\n      {target}\n{more}"
 
@@ -155,7 +155,7 @@ def test_the_error_of_another_process_has_no_traceback() -> None:
 
 
 def _without_reason(case: Case, text: str) -> str:
-    """What torch says of a failed capture is torch's, and changes with it."""
+    """Replace torch's own reason for a failed capture, which changes with torch."""
     return (
         re.sub(r"(cannot be captured with [\w, ]+: ).*", r"\1<reason of torch.export>", text)
         if case.code == "GC030"

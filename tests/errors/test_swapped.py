@@ -1,4 +1,4 @@
-"""What stands in the place of a spec or a model is named."""
+"""An error names the object that was passed instead of a spec or a model."""
 
 from __future__ import annotations
 

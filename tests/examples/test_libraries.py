@@ -16,7 +16,7 @@ from graftc.testing.compare import flat, largest_difference, same_bits
 
 
 def check(model: nn.Module, spec: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Compile, train, merge, and load what was merged into a model of the same class."""
+    """Compile, train, merge, and load the merged state into a model of the same class."""
     fresh = copy.deepcopy(model.eval())
     compiled = graftc.compile(spec, model, example_inputs=inputs).eval()
     with torch.no_grad():

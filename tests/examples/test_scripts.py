@@ -1,4 +1,4 @@
-"""The scripts of examples/: each runs, in a process of its own; what is exported runs without torch."""
+"""The scripts of examples/ run, each in a process of its own; an exported model runs without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, out: Path, folder: Path) -> str:
-    """What a script prints."""
+    """Run a script and return what it prints."""
     with tempfile.TemporaryDirectory() as texts:
         shown, told = Path(texts, "out"), Path(texts, "err")
         status = warm.run(str(EXAMPLES / script), str(out), cwd=folder, out=shown, err=told, environment={})
@@ -54,7 +54,7 @@ def test_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_vision_language(tmp_path: Path) -> None:
-    """With two layers of text and a few steps: that it learns is seen in the whole run, which takes minutes."""
+    """The script runs with two layers of text and a few steps; only the whole run, of minutes, shows that it learns."""
     pytest.importorskip("accelerate")
     command = [sys.executable, str(EXAMPLES / "vision_language" / "train.py"), str(tmp_path / "out"), "--quick"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -88,9 +88,9 @@ def test_an_exported_model_runs_where_there_is_only_onnxruntime(tmp_path: Path) 
     difference = re.search(r"largest difference from torch: (\S+)", done.stdout)
     assert difference is not None and float(difference[1]) <= 1e-4
 
-    # It notices when the outputs are others.
-    with np.load(out / "example.npz") as held:
-        wrong = {name: held[name] + (0.01 if name == "logits" else 0) for name in held.files}
+    # The script notices wrong outputs.
+    with np.load(out / "example.npz") as example:
+        wrong = {name: example[name] + (0.01 if name == "logits" else 0) for name in example.files}
     np.savez(out / "example.npz", **wrong)
     assert "something else than torch" in run_bare(bare, script).stderr
 
@@ -103,13 +103,13 @@ def test_what_runs_the_export_imports_nothing_else() -> None:
 
 
 def run_bare(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Run code by an interpreter that sees the standard library and ``folder`` only."""
+    """Run code in an interpreter that sees only the standard library and ``folder``."""
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(folder)!r}); {code}"]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
 
 
 def environment_of(folder: Path, *names: str) -> Path:
-    """A folder of links to the files of installed distributions and of all that they require, and of nothing else."""
+    """Create a folder of links to the files of installed distributions and of all their requirements only."""
     done: set[str] = set()
     pending = list(names)
     while pending:
@@ -117,15 +117,15 @@ def environment_of(folder: Path, *names: str) -> Path:
         if name in done:
             continue
         done.add(name)
-        found = metadata.distribution(name)
-        for file in found.files or ():
-            source = Path(str(found.locate_file(file)))
+        distribution = metadata.distribution(name)
+        for file in distribution.files or ():
+            source = Path(str(distribution.locate_file(file)))
             if ".." in file.parts or "__pycache__" in file.parts or not source.is_file():
                 continue
             link = folder / file
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(source)
-        for text in found.requires or ():
+        for text in distribution.requires or ():
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 pending.append(requirement.name)

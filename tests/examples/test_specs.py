@@ -1,4 +1,4 @@
-"""The specs of examples/: each fits the models that it is for, and the page of examples lists all there is."""
+"""The specs of examples/: each fits the models that it is for, and the examples page lists all of them."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_every_spec_is_tried() -> None:
 def test_it_begins_with_what_it_is_for_and_its_schema(path: Path) -> None:
     first, second, third, *_ = path.read_text(encoding="utf-8").splitlines()
     assert re.fullmatch(r"# [A-Z].{20,}\.", first) and third == "version: 1"
-    found = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", second)
-    assert found is not None
-    schema = (path.parent / found[1]).resolve()
+    match = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", second)
+    assert match is not None
+    schema = (path.parent / match[1]).resolve()
     assert schema.is_file() and schema.stem == "spec" and published_schema("spec")["$schema"] == DIALECT
 
 

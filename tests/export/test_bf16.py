@@ -1,4 +1,4 @@
-"""ONNX Runtime has no kernels for bfloat16 on CPUs: the export says so, with what works instead."""
+"""ONNX Runtime has no kernels for bfloat16 on CPUs: the export raises an error that names what works instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``torch.compile``: one graph, and no second compilation among batch sizes of 2 and more."""
+"""``torch.compile`` gives one graph and does not recompile for batch sizes of 2 and more."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_folded_model(family: str) -> None:
 
 @pytest.mark.slow
 def test_the_check_notices_a_recompilation() -> None:
-    """A model that asks for its batch size would be caught."""
+    """A model that depends on its batch size would be caught."""
 
     class Counting(torch.nn.Module):
         def __init__(self) -> None:
@@ -48,7 +48,7 @@ class TestLayers:
     """Layers compiled one by one."""
 
     def counted(self, depth: int, *, checkpointing: bool = False) -> int:
-        """How many graphs are compiled for steps with inputs of several sizes; losses and gradients are as before."""
+        """Return the number of graphs compiled for inputs of several sizes, and check losses and gradients."""
         torch.manual_seed(0)
         lora = {"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4, "dropout": 0.1}
         compiled = graftc.compile({"adapt": [lora]}, tiny("llama", num_hidden_layers=depth))
@@ -61,8 +61,8 @@ class TestLayers:
         counter = CompileCounterWithBackend("aot_eager")
         compiled.compile_layers(backend=counter)
         for ids, (loss, gradients) in zip(calls, before, strict=True):
-            found = self.step(compiled, ids)
-            torch.testing.assert_close(found, (loss, gradients), rtol=1e-5, atol=1e-7)
+            results = self.step(compiled, ids)
+            torch.testing.assert_close(results, (loss, gradients), rtol=1e-5, atol=1e-7)
         assert set(copy.deepcopy(compiled).state_dict()) == set(compiled.state_dict())
         torch._dynamo.reset()
         return int(counter.frame_count)
@@ -76,7 +76,7 @@ class TestLayers:
 
     @pytest.mark.full
     def test_a_deep_model_compiles_as_much_as_a_shallow_one(self) -> None:
-        assert self.counted(2) == self.counted(5) <= 4  # the first layer's input has no gradient; sizes that vary
+        assert self.counted(2) == self.counted(5) <= 4  # the first layer's input has no gradient; sizes vary
 
     @pytest.mark.full
     def test_checkpointing(self) -> None:

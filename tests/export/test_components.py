@@ -1,4 +1,4 @@
-"""Components of merged models as ONNX files: what they compute one after the other is what the model computes."""
+"""Components of merged models as ONNX files: run one after another, they compute what the model computes."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_one_row_is_enough_for_any_number_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_no_graph_takes_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    """The vision blocks of Qwen2-VL read lengths; the model is taken apart, and its language model is a file."""
+    """The vision blocks of Qwen2-VL read lengths: they are left out, and its language model is a file."""
     small = qwen2_vl()
     torch.manual_seed(0)
     compiled = graftc.compile(SPEC, small.model, small.first, cache=False).eval()

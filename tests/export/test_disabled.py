@@ -1,4 +1,4 @@
-"""What is disabled concerns calls alone: files and models that are made of a compiled one have every adaptation."""
+"""Disabling affects only calls: files and models derived from a compiled model have every adaptation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STATES = ["none", "a", "b", "both", "while:a", "while:b", "while:all", "referenc
 
 
 def net(order: tuple[str, str] = ("a", "b")) -> Compiled:
-    """Two LoRAs of the same places, in either order, and one of another place with it."""
+    """Return a model with two LoRAs on the same places, in either order."""
     adapt = [{"name": name, "method": "lora", "rank": 2, "target": {"modules": "*"}} for name in order]
     compiled = graftc.compile({"adapt": adapt}, Net().eval(), {"x": torch.zeros(2, 6)}).eval()
     perturb(compiled, 0.2)
@@ -43,7 +43,7 @@ def net(order: tuple[str, str] = ("a", "b")) -> Compiled:
 
 @contextmanager
 def in_state(compiled: Any, state: str) -> Iterator[None]:
-    """Inside, some adaptations are left out of calls, for good or for a while."""
+    """Leave some adaptations out of calls while the block runs, by disabling them or by a context."""
     how, _, name = state.rpartition(":")
     if state == "reference":
         with compiled._graftc.running_base():
@@ -72,8 +72,8 @@ def in_onnx(path: Path) -> Tensor:
 
 def in_torch(path: Path) -> Tensor:
     with torch.no_grad():
-        found: Tensor = torch.export.load(path).module()(x=X)["logits"]
-        return found
+        output: Tensor = torch.export.load(path).module()(x=X)["logits"]
+        return output
 
 
 def loaded(weights: Any) -> Tensor:
@@ -85,8 +85,8 @@ def loaded(weights: Any) -> Tensor:
 
 def called(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(X)["logits"]
-        return found
+        output: Tensor = model(X)["logits"]
+        return output
 
 
 Operation = Callable[[Any, Path], Tensor]
@@ -133,14 +133,14 @@ def nets() -> dict[tuple[str, str], Compiled]:
 def test_every_adaptation(
     nets: dict[tuple[str, str], Compiled], operation: str, order: tuple[str, str], state: str, tmp_path: Path
 ) -> None:
-    """Whatever is left out of calls meanwhile, and calls leave out the same afterwards."""
+    """Every operation includes all adaptations, whatever calls leave out, and calls leave out the same afterwards."""
     compiled = nets[order]
     expected, base = called(compiled), called(Net().eval())
     with in_state(compiled, state):
         before = called(compiled)
-        found = OPERATIONS[operation](compiled, tmp_path / "made")
+        output = OPERATIONS[operation](compiled, tmp_path / "made")
         assert torch.equal(called(compiled), before)
-    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(output, expected, atol=1e-4)
     assert not torch.allclose(before, expected, atol=1e-2) or state == "none"
     assert torch.allclose(before, base, atol=1e-5) == (state in ("both", "while:all", "reference"))
 
@@ -156,7 +156,7 @@ def llama(*roles: str) -> Compiled:
 @pytest.mark.parametrize("how", ["disable", "while"])
 @pytest.mark.parametrize("format", ["peft", "gguf", "card", "adapter_state_dict"])
 def test_what_is_written_of_adapters(format: str, how: str, tmp_path: Path) -> None:
-    """Byte for byte what is written when nothing is left out."""
+    """Written adapters are byte for byte those that are written when nothing is left out."""
     compiled: Any = llama(*(("attn.q",) if format == "peft" else ("attn.q", "attn.v")))
 
     def written(to: Path) -> Any:
@@ -190,8 +190,8 @@ IDS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Any = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
-        return found["logits"]
+        outputs: Any = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+        return outputs["logits"]
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +203,13 @@ def partial() -> tuple[Any, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("state", [s if s == "b" else pytest.param(s, marks=pytest.mark.full) for s in STATES])
 def test_partial_merges(partial: tuple[Any, Tensor], state: str, tmp_path: Path) -> None:
-    """Of the model, and of the rest of it, whose adaptations may be disabled too."""
+    """Partial merges and their exports are complete, even if adaptations of the rest are disabled as well."""
     compiled, expected = partial
     with in_state(compiled, state):
-        made = compiled.merge_partially(only=["a"])
-    assert torch.allclose(logits(made.compiled), expected, atol=1e-4)
-    with in_state(made.compiled, state if state in ("b", "while:b", "while:all", "reference") else "b"):
-        made.save(tmp_path / "saved")
-        path = made.export(tmp_path / "made.pt2", "pt2")
+        merged = compiled.merge_partially(only=["a"])
+    assert torch.allclose(logits(merged.compiled), expected, atol=1e-4)
+    with in_state(merged.compiled, state if state in ("b", "while:b", "while:all", "reference") else "b"):
+        merged.save(tmp_path / "saved")
+        path = merged.export(tmp_path / "made.pt2", "pt2")
     assert torch.allclose(logits(torch.export.load(path).module()), expected, atol=1e-4)
     assert torch.allclose(logits(graftc.load(tmp_path / "saved").eval()), expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""GGUF: merged models that transformers reads back, and LoRA adapters whose tensors are ours in llama.cpp's order."""
+"""GGUF: merged models that transformers reads back, and LoRA adapters with graftc's tensors in llama.cpp's order."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 
 def model_of(kind: str, **changes: Any) -> nn.Module:
-    """A tiny random decoder of a type that transformers reads from GGUF."""
+    """Return a tiny random decoder of a type that transformers reads from GGUF."""
     import transformers
 
     torch.manual_seed(1)
     if kind == "gpt2":
         config = transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=64, **changes)
-        made: nn.Module = transformers.GPT2LMHeadModel(config)
+        model: nn.Module = transformers.GPT2LMHeadModel(config)
     else:
         name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
         own = {"head_dim": 12} if kind in ("llama", "mistral") else {}
         config = getattr(transformers, f"{name}Config")(**{**SIZES, **HEADS, **own, **changes})
-        made = getattr(transformers, f"{name}ForCausalLM")(config)
-    for tensor in made.parameters():  # norms and biases as well
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for tensor in model.parameters():  # norms and biases as well
         tensor.data += 0.1 * torch.randn_like(tensor)
-    return made.eval()
+    return model.eval()
 
 
 def compiled_of(model: nn.Module, *adapt: dict[str, Any]) -> Any:
@@ -48,12 +48,12 @@ def compiled_of(model: nn.Module, *adapt: dict[str, Any]) -> Any:
 def export(model: Any, path: Path, **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraftWarning)
-        found: Path = model.export(path, format="gguf", **options)
-    return found
+        written: Path = model.export(path, format="gguf", **options)
+    return written
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as they are stored."""
+    """Return the dequantised tensors of a file."""
     tensors = gguf.GGUFReader(path).tensors
     return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
 
@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, Tensor]:
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
-    """transformers loads the file and computes what the merged model does. It does not read all of GPT-2's sizes."""
+    """transformers loads the file and computes the merged model's outputs; some of GPT-2's sizes it does not read."""
     from transformers import AutoModelForCausalLM
 
     source = model_of(kind)
@@ -71,14 +71,14 @@ def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", **sizes).eval()
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
-        found, wanted = loaded(input_ids=ids).logits, merged(input_ids=ids).logits
-    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+        logits, wanted = loaded(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert float((logits - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
-    """Matrices are rounded to nearest; vectors stay as they are."""
+    """Matrices are rounded to nearest; vectors are unchanged."""
     merged = compiled_of(model_of("llama")).merge()
     export(merged, tmp_path / "full.gguf")
     export(merged, tmp_path / "half.gguf", dtype=dtype)
@@ -90,7 +90,7 @@ def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_by_hand(tmp_path: Path) -> None:
-    """Names, sizes and the scale; rows of q and k in pairs of the rotation, others as they are."""
+    """Names, sizes and scale are right; rows of q and k are in the rotation's pairs, others unchanged."""
     lora = {"method": "lora", "rank": 3, "alpha": 6, "target": {"role": ["attn.q", "attn.k", "attn.v", "ffn.down"]}}
     override = {"overrides": [{"role": "attn.v", "rank": 2, "alpha": 5}]}
     compiled = compiled_of(model_of("llama"), {**lora, **override})
@@ -99,28 +99,28 @@ def test_an_adapter_by_hand(tmp_path: Path) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
     assert fields["adapter.lora.alpha"] == 6 and fields["general.architecture"] == "llama"
-    found = read(tmp_path / "adapter.gguf")
-    assert len(found) == 16
+    tensors = read(tmp_path / "adapter.gguf")
+    assert len(tensors) == 16
     own = compiled.adapter_state_dict()
     for layer in range(2):
         front = f"model.layers.{layer}"
         for theirs, ours, heads in (("attn_q", "self_attn.q_proj", 4), ("attn_k", "self_attn.k_proj", 2)):
             a, b = (own[f"{front}.{ours}.graftc.lora.{part}"] for part in "AB")
-            assert torch.equal(found[f"blk.{layer}.{theirs}.weight.lora_a"], a)
+            assert torch.equal(tensors[f"blk.{layer}.{theirs}.weight.lora_a"], a)
             for row in range(12 * heads):
                 head, at = divmod(row, 12)
                 i, half = divmod(at, 2)
-                assert torch.equal(found[f"blk.{layer}.{theirs}.weight.lora_b"][row], b[head * 12 + half * 6 + i])
+                assert torch.equal(tensors[f"blk.{layer}.{theirs}.weight.lora_b"][row], b[head * 12 + half * 6 + i])
         a, b = (own[f"{front}.self_attn.v_proj.graftc.lora.{part}"] for part in "AB")
-        made = found[f"blk.{layer}.attn_v.weight.lora_b"] @ found[f"blk.{layer}.attn_v.weight.lora_a"]
-        assert torch.allclose(6 / 2 * made, 5 / 2 * b @ a, rtol=1e-6)
+        product = tensors[f"blk.{layer}.attn_v.weight.lora_b"] @ tensors[f"blk.{layer}.attn_v.weight.lora_a"]
+        assert torch.allclose(6 / 2 * product, 5 / 2 * b @ a, rtol=1e-6)
         b = own[f"{front}.mlp.down_proj.graftc.lora.B"]
-        assert torch.equal(found[f"blk.{layer}.ffn_down.weight.lora_b"], b)
+        assert torch.equal(tensors[f"blk.{layer}.ffn_down.weight.lora_b"], b)
 
 
 @pytest.mark.full
 def test_base_and_adapter_are_the_merged_model(tmp_path: Path) -> None:
-    """As llama.cpp adds them: ``W + alpha / rank * lora_b @ lora_a`` is the merged file's tensor."""
+    """``W + alpha / rank * lora_b @ lora_a``, as llama.cpp adds them, is the merged file's tensor."""
     lora = {"method": "lora", "rank": 3, "target": {"role": ["attn.q", "attn.v"]}}
     other = {"name": "other", "method": "lora", "rank": 2, "alpha": 5, "target": {"role": ["attn.q", "ffn.up"]}}
     for kind in ("llama", "gpt2"):
@@ -143,7 +143,7 @@ def test_base_and_adapter_are_the_merged_model(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_longer_rotation(tmp_path: Path) -> None:
-    """Llama 3.1's frequencies are divided by factors that are in the file."""
+    """Llama 3.1's frequencies are divided by factors that the file contains."""
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     model = model_of("llama", rope_parameters=rope)
@@ -155,15 +155,15 @@ def test_a_longer_rotation(tmp_path: Path) -> None:
 
 
 def tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 50 tokens beside a model."""
+    """Save a byte-level tokenizer next to a model."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
     vocab = {token: number for number, token in enumerate(["<s>", "</s>", "Ġ", *letters, "th", "the"])}
-    made = Tokenizer(models.BPE(vocab, merges=[("t", "h"), ("th", "e")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    model = Tokenizer(models.BPE(vocab, merges=[("t", "h"), ("th", "e")]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 @pytest.mark.full
@@ -240,7 +240,7 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
 def test_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Merged, or the LoRAs alone; a file has no inputs."""
+    """The command exports a merged model or only the LoRAs; a file has no inputs."""
     from transformers import LlamaForCausalLM
 
     from tests.cli.support import run_here
@@ -262,7 +262,7 @@ def test_on_the_command_line(
 
 @pytest.mark.slow
 def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's folder gives the file that the same adapter gives when it was made here; a wrong order is caught."""
+    """PEFT's folder gives the same file as the adapter that it was exported from; a wrong order is caught."""
     from graftc.runtime.export.gguf import adapter as writer
     from graftc.runtime.export.gguf.convert import convert_to_gguf
     from graftc.runtime.interop.layouts.convert import AdapterSource
@@ -274,8 +274,8 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     compiled.export(tmp_path / "peft", format="peft")
     export(compiled, tmp_path / "own.gguf")
     source = AdapterSource.of(tmp_path / "peft", model=tmp_path / "base")
-    made = convert_to_gguf(source, tmp_path / "made.gguf", tmp_path / "base")
-    assert made.largest_error < 1e-12 and made.rank == 2 and len(made.maps) == 6
+    conversion = convert_to_gguf(source, tmp_path / "made.gguf", tmp_path / "base")
+    assert conversion.largest_error < 1e-12 and conversion.rank == 2 and len(conversion.maps) == 6
     own, other = read(tmp_path / "own.gguf"), read(tmp_path / "made.gguf")
     assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
     with pytest.raises(GraftError, match="needs the config of the base"):

@@ -1,4 +1,4 @@
-"""Adaptations as inputs of an exported graph: what constants give, and other adaptations without another graph."""
+"""Adaptations as inputs of an exported graph give what constants give, and can be replaced in the same graph."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FAMILIES = ["gpt2", "t5", *(pytest.param(family, marks=pytest.mark.full) for fam
 
 
 def trained(family: str, *adapt: Mapping[str, Any], seed: int = 0) -> Compiled:
-    """A tiny model, adapted and perturbed, in eval mode."""
+    """Return a tiny model, adapted and perturbed, in eval mode."""
     compiled = graftc.compile({"adapt": list(adapt)}, tiny(family)).eval()
     perturb(compiled, 0.2, seed)
     return compiled
 
 
 def beside(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors in the file beside an export."""
+    """Return the tensors in the companion file of an export."""
     from safetensors.torch import load_file
 
     return load_file(path.with_name(f"{path.name}.{name}.safetensors"))
@@ -44,7 +44,7 @@ Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], list[Tensor]]
 
 
 def in_torch(path: Path) -> Run:
-    """A ``.pt2`` file."""
+    """Return a function that runs a ``.pt2`` file."""
     program = torch.export.load(path).module()
 
     def run(inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -56,15 +56,15 @@ def in_torch(path: Path) -> Run:
 
 
 def in_onnx(path: Path) -> Run:
-    """An ``.onnx`` file, which says no more and no fewer inputs than it is given."""
+    """Return a function that runs an ``.onnx`` file, whose inputs must be exactly those that it is given."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
         assert {value.name for value in session.get_inputs()} == {*inputs, *tensors}
-        found = session.run(None, {name: value.numpy() for name, value in {**inputs, **tensors}.items()})
-        return [torch.from_numpy(value) for value in found]
+        outputs = session.run(None, {name: value.numpy() for name, value in {**inputs, **tensors}.items()})
+        return [torch.from_numpy(value) for value in outputs]
 
     return run
 
@@ -73,7 +73,7 @@ OPEN = {"pt2": (in_torch, 1e-5), "onnx": (in_onnx, 1e-4)}
 
 
 def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: Path) -> None:
-    """Both forms give the same, and with the tensors of ``other``, which is in its deployed form, what it gives."""
+    """Check that both forms agree, and that the tensors of ``other``, in its deployed form, give its outputs."""
     opened, tolerance = OPEN[format]
     constants = compiled.export(folder / f"constants.{format}", format)
     path = compiled.export(folder / f"inputs.{format}", format, inputs=[name])
@@ -86,9 +86,9 @@ def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: 
     for sizes in SHAPES:
         inputs = inputs_for(compiled, sizes, front=False)
         expected = outputs_of(compiled, inputs)
-        found = run(inputs, tensors)
-        assert largest_difference(found, plain(inputs, {})) <= tolerance
-        assert largest_difference(found, expected) <= tolerance
+        outputs = run(inputs, tensors)
+        assert largest_difference(outputs, plain(inputs, {})) <= tolerance
+        assert largest_difference(outputs, expected) <= tolerance
         changed = run(inputs, swapped)
         assert largest_difference(changed, outputs_of(other, inputs)) <= tolerance
         assert largest_difference(changed, expected) > 1e-3
@@ -98,7 +98,7 @@ def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: 
 @pytest.mark.parametrize("format", list(OPEN))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix(family: str, format: str, tmp_path: Path) -> None:
-    """The keys and values of every attention, whatever network gave them."""
+    """The inputs are the keys and values of every attention, whatever network computed them."""
     other = trained(family, PREFIX, seed=1)
     check(format, trained(family, NETWORK), other, "prefix", tmp_path)
 
@@ -107,15 +107,18 @@ def test_a_prefix(family: str, format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", list(OPEN))
 @pytest.mark.parametrize("method", ["lora", pytest.param("pfeiffer", marks=pytest.mark.full)])
 def test_what_else_stays_in_the_graph(method: str, format: str, tmp_path: Path) -> None:
-    """Not prefixes alone."""
+    """Methods other than prefixes can be inputs as well."""
     adapt = {"lora": LORA, "pfeiffer": {"method": "pfeiffer", "bottleneck": 5}}[method]
     check(format, trained("bert", adapt), trained("bert", adapt, seed=1), method, tmp_path)
 
 
 @pytest.mark.full
 def test_the_files(tmp_path: Path) -> None:
-    """One of two adaptations: its tensors are inputs by their full names and nothing of them is in the graph; the other
-    one has folded, and the file has the certificate of that. A second adaptation has a file of its own."""
+    """The tensors of one adaptation are inputs under their full names, and none of them is in the graph.
+
+    The other adaptation has folded, and the file contains the certificate of that. A second adaptation has a file of
+    its own.
+    """
     import onnx
 
     compiled = trained("gpt2", {**LORA, "name": "low"}, PREFIX)
@@ -130,9 +133,9 @@ def test_the_files(tmp_path: Path) -> None:
     shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in model.graph.input[2:]}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert not [value.name for value in model.graph.initializer if "graftc" in value.name]
-    found = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(found["graftc.inputs"]) == ["prefix"]
-    assert json.loads(found["graftc.certificate"]) == json.loads(json.dumps(partial.certificate.to_json()))
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["graftc.inputs"]) == ["prefix"]
+    assert json.loads(metadata["graftc.certificate"]) == json.loads(json.dumps(partial.certificate.to_json()))
     inputs = inputs_for(compiled, front=False)
     assert largest_difference(in_onnx(path)(inputs, tensors), outputs_of(compiled, inputs)) <= 1e-4
 
@@ -147,7 +150,7 @@ def test_the_files(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_program_holds_no_values_of_inputs(tmp_path: Path) -> None:
-    """A ``.pt2`` file has no tensor of the adaptation, and says which are inputs."""
+    """A ``.pt2`` file contains no tensor of the adaptation and states which are inputs."""
     path = trained("gpt2", NETWORK).export(tmp_path / "model.pt2", "pt2", inputs=["prefix"])
     extra = {"graftc.inputs": ""}
     program = torch.export.load(path, extra_files=extra)
@@ -157,7 +160,7 @@ def test_a_program_holds_no_values_of_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_bank_by_row(tmp_path: Path) -> None:
-    """Slots of a bank are inputs as well, beside the one that says which row takes which."""
+    """Slots of a bank can be inputs, in addition to the input that selects a slot for each row."""
     adapt = [{**PREFIX, "name": "first"}, {**PREFIX, "name": "second"}]
     compiled = graftc.compile({"adapt": adapt, "compose": {"bank": ["first", "second"]}}, tiny("llama")).eval()
     perturb(compiled, 0.2)
@@ -176,7 +179,7 @@ def test_a_bank_by_row(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_cannot_be_an_input(tmp_path: Path) -> None:
-    """Names that there are not, and what has left the graph."""
+    """Unknown names and adaptations that have left the graph are refused."""
     compiled = trained("bert", {**LORA, "name": "low"})
     cases: list[tuple[ModelRoot, str, str, str]] = [
         (compiled, "lwo", "GC091", "did you mean 'low'?"),
@@ -193,7 +196,7 @@ def test_what_cannot_be_an_input(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_companion_is_kept(tmp_path: Path) -> None:
-    """What lies in the place of a file with tensors is not replaced."""
+    """An existing file in the place of a tensor file is not replaced."""
     (tmp_path / "model.pt2.low.safetensors").write_text("mine")
     with pytest.raises(GraftError) as caught:
         trained("bert", {**LORA, "name": "low"}).export(tmp_path / "model.pt2", "pt2", inputs=["low"])

@@ -1,4 +1,4 @@
-"""Exported graphs give no loss: labels are not among their inputs, whatever a model was compiled or trained with."""
+"""Exported graphs give no loss: labels are not among their inputs, however a model was compiled or trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FULL = pytest.mark.full
 
 
 def compiled_with(kind: str, when: str) -> Any:
-    """A tiny model, compiled with labels or trained with them for a step."""
+    """Return a tiny model that was compiled with labels or trained with them for one step."""
     model = tiny(kind.partition(" ")[0]).eval()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
     given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **CALLS[kind]}
@@ -36,7 +36,7 @@ def compiled_with(kind: str, when: str) -> Any:
 
 
 def inputs_in(path: Path) -> dict[str, Tensor]:
-    """The inputs of a file, with which it runs."""
+    """Return inputs for a file."""
     if path.suffix == ".onnx":
         import onnxruntime
 
@@ -51,21 +51,21 @@ def outputs_in(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path))
-        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        values = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         names = [value.name for value in session.get_outputs()]
-        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
     with torch.no_grad():
-        made: dict[str, Tensor] = torch.export.load(path).module()(**inputs)
-        return made
+        outputs: dict[str, Tensor] = torch.export.load(path).module()(**inputs)
+        return outputs
 
 
 def check(compiled: Any, path: Path) -> None:
     inputs = inputs_in(path)
     assert inputs and not {"labels", "num_items_in_batch"} & inputs.keys()
-    found = outputs_in(path, inputs)
-    assert "loss" not in found
+    outputs = outputs_in(path, inputs)
+    assert "loss" not in outputs
     with torch.no_grad():
-        assert torch.allclose(found["logits"], compiled(**inputs).logits, atol=1e-3)
+        assert torch.allclose(outputs["logits"], compiled(**inputs).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("merged", [False, pytest.param(True, marks=FULL)])
@@ -97,13 +97,13 @@ def test_graphs_that_generate(kind: str, tmp_path: Path) -> None:
     from graftc.runtime.generate import load
 
     compiled = compiled_with(kind, "compiled")
-    made = load(compiled.export(tmp_path / "made", "onnx-generate"))
+    generator = load(compiled.export(tmp_path / "made", "onnx-generate"))
     options: Any = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(made.generate(input_ids=IDS, **options), compiled.generate(input_ids=IDS, **options))
+    assert torch.equal(generator.generate(input_ids=IDS, **options), compiled.generate(input_ids=IDS, **options))
 
 
 class Own(nn.Module):
-    """A model of nobody's, whose loss is of an input with a name of its own."""
+    """A user-defined model whose loss reads an input with a name of its own."""
 
     def __init__(self, needed: bool) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Needing(Own):
 
 @pytest.mark.parametrize(("kind", "kept"), [(Own, {"x", "scale"}), (Needing, {"x", "wanted", "scale"})])
 def test_what_only_a_loss_reads(kind: type[Own], kept: set[str], tmp_path: Path) -> None:
-    """Found by what reads it; an input without which the model cannot be called stays."""
+    """Labels are recognised by what reads them; an input that the model cannot be called without stays."""
     given = {"x": torch.randn(2, 6), "wanted": torch.randn(2, 5), "scale": torch.randn(5)}
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "*"}}]}
     compiled = graftc.compile(spec, kind(True).eval(), given).eval()
@@ -133,7 +133,7 @@ def test_what_only_a_loss_reads(kind: type[Own], kept: set[str], tmp_path: Path)
 
 
 class Optional(nn.Module):
-    """A model that takes tokens of a decoder and needs none, where nothing but the loss reads labels."""
+    """A model that accepts decoder tokens but does not need them, and whose labels only the loss reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Optional(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["compiled", "exported"])
 def test_a_decoder_that_there_is_not(when: str, tmp_path: Path) -> None:
-    """Its tokens are not input of the file: the model runs without them."""
+    """The decoder's tokens are not an input of the file, as the model runs without them."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
     given = {"input_ids": IDS, "labels": IDS}
     examples = given if when == "compiled" else {"input_ids": IDS}
@@ -161,7 +161,7 @@ def test_a_decoder_that_there_is_not(when: str, tmp_path: Path) -> None:
 
 
 class Steps(nn.Module):
-    """A model that runs once for every token, so that a graph holds for one length."""
+    """A model that loops over the tokens, so that a graph is valid for one length only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Steps(nn.Module):
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("merged", [False, True])
 def test_graphs_of_one_length(merged: bool, labelled: bool, length: int, tmp_path: Path) -> None:
-    """The file takes the length that the model was compiled with, not one that nobody gave."""
+    """The file accepts the length that the model was compiled with, not a made-up one."""
     given = {"x": torch.randn(2, length, 6)}
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
     compiled = graftc.compile(spec, Steps().eval(), given | ({"labels": torch.randn(2, 6)} if labelled else {})).eval()

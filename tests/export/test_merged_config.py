@@ -1,4 +1,4 @@
-"""The config of a merged folder is one that engines read which know transformers 4."""
+"""The config of a merged folder can be read by engines that know only transformers 4."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.families import tiny
     ("family", "rotates"), [("llama", True), ("bert", False), pytest.param("mixtral", True, marks=pytest.mark.full)]
 )
 def test_the_base_of_the_rotation(family: str, rotates: bool, tmp_path: Path) -> None:
-    """It stands at the top level and where transformers 5 has it, which reads the same model from it."""
+    """The rotation's base is at the top level and where transformers 5 has it, which loads the same model."""
     from transformers import AutoConfig
 
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}

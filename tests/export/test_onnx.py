@@ -1,6 +1,7 @@
-"""What an ONNX file holds beside the numbers: the model's own names, dynamic axes, metadata; and when there is none.
+"""The contents of an ONNX file other than numbers: the model's own names, dynamic axes, metadata.
 
-That ONNX Runtime agrees is checked for every family by the contract of LoRA's deployment.
+The contract of LoRA's deployment checks for every family that ONNX Runtime agrees. Some tests check when no file is
+written.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ff
 
 
 def perturbed(family: str) -> Any:
-    """A tiny model with perturbed LoRA, in eval mode."""
+    """Return a tiny model with perturbed LoRA, in eval mode."""
     compiled = graftc.compile(SPEC, tiny(family)).eval()
     perturb(compiled)
     return compiled
@@ -32,7 +33,7 @@ def perturbed(family: str) -> Any:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", pytest.param("vit", marks=pytest.mark.full)])
 def test_folded(family: str, tmp_path: Path) -> None:
-    """Within 1e-4 at three shapes that were not captured; checked; says what it is; holds no trace of the adapters."""
+    """The file agrees within 1e-4 at three shapes that were not captured, is valid, has metadata and no adapters."""
     import onnx
 
     compiled = perturbed(family)
@@ -53,21 +54,21 @@ def test_folded(family: str, tmp_path: Path) -> None:
         assert dims == list(spec.shape)
     assert (model.graph.output[0].type.tensor_type.shape.dim[0].dim_param) == "batch"
 
-    found = {entry.key: entry.value for entry in model.metadata_props}
-    assert set(found) >= {"graftc.spec", "graftc.fingerprint", "graftc.certificate"}
-    certificate = json.loads(found["graftc.certificate"])
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert set(metadata) >= {"graftc.spec", "graftc.fingerprint", "graftc.certificate"}
+    certificate = json.loads(metadata["graftc.certificate"])
     assert certificate == json.loads(json.dumps(merged.certificate.to_json()))
     assert certificate["passed"] is True
-    assert found["graftc.fingerprint"] == certificate["fingerprint"]
+    assert metadata["graftc.fingerprint"] == certificate["fingerprint"]
     written = tmp_path / "spec.yaml"
-    written.write_text(found["graftc.spec"])
+    written.write_text(metadata["graftc.spec"])
     assert graftc.load_spec(written) == compiled.spec
     assert not [node for node in model.graph.node if "graftc.lora" in str(node)]
 
 
 @pytest.mark.full
 def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over the limit, weights go into a file of their own, which moves together with the model."""
+    """Weights over the limit go into a file of their own, which can be moved together with the model."""
     from graftc.runtime.export import onnx as writer
 
     monkeypatch.setattr(writer, "LARGE", 1000)
@@ -83,7 +84,7 @@ def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_existing_file_is_kept(tmp_path: Path) -> None:
-    """An export never replaces a file, and starts no work on one."""
+    """An export never replaces a file, and fails before any work."""
     path = tmp_path / "model.onnx"
     path.write_text("mine")
     with pytest.raises(GraftError) as error:
@@ -94,7 +95,7 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_unknown_format(tmp_path: Path) -> None:
-    """The formats are named."""
+    """The error names the formats."""
     with pytest.raises(GraftError, match="onnx, onnx-generate or pt2") as error:
         perturbed("bert").export(tmp_path / "model.bin", format="bin")
     assert error.value.code == "GC060"
@@ -103,7 +104,7 @@ def test_unknown_format(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime is asked before the file is put in place: no agreement, no file."""
+    """ONNX Runtime checks the file before it is put in place; without agreement there is no file."""
     from graftc.runtime.export import onnx as writer
 
     monkeypatch.setattr(writer, "TOLERANCE", -1.0)
@@ -115,7 +116,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.full
 def test_training_goes_on_after_an_export(tmp_path: Path) -> None:
-    """Exporting leaves mode, tensors and outputs of the compiled model as they were; nothing folded, no certificate."""
+    """Exporting leaves a compiled model's mode, tensors and outputs unchanged; an unfolded file has no certificate."""
     import onnx
 
     compiled = perturbed("llama")

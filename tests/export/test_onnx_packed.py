@@ -1,4 +1,4 @@
-"""Packed weights in exported files: ``.pt2``, and ONNX in every layout that ONNX Runtime has."""
+"""Packed weights in exported files: ``.pt2``, and ONNX in every layout of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_parity(family: str, method: str, kind: str, tmp_path: Path) -> None:
 
 
 class Layers(nn.Sequential):
-    """A linear map, one that is stored transposed, and one whose weight is also read as it is."""
+    """A linear map, one that is stored transposed, and one whose weight is also read directly."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width, 40), nn.Tanh(), Conv1D(24, 40), nn.Linear(24, 10, bias=False))
@@ -68,8 +68,11 @@ class Layers(nn.Sequential):
     ids=lambda given: given.text if isinstance(given, Packing) else str(given),
 )
 def test_layouts(width: int, packing: Any, operators: dict[str, int], tmp_path: Path) -> None:
-    """Rows that are not whole groups, odd widths, groups that no operator has, transposed weights, weights that are not
-    multiplied by alone, and what ONNX has no form for: values that are rounded on the way, and groups of any inputs."""
+    """All layouts export and agree with the compiled model.
+
+    Rows that are not whole groups, odd widths, groups that no operator has, transposed weights, weights that are not
+    only multiplied by, and packings that ONNX has no form for: intermediate rounding, and groups of arbitrary inputs.
+    """
     torch.manual_seed(0)
     model = Layers(width).eval()
     nn.init.normal_(model[2].weight)
@@ -84,14 +87,14 @@ def test_layouts(width: int, packing: Any, operators: dict[str, int], tmp_path: 
         operators
     )
     x = torch.randn(5, width)
-    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input": x.numpy()})
+    (output,) = onnxruntime.InferenceSession(str(path)).run(None, {"input": x.numpy()})
     with torch.no_grad():
         expected = compiled(x)
-    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5 * float(expected.abs().max()), rtol=0)
+    np.testing.assert_allclose(output, expected.numpy(), atol=2e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_blocks() -> None:
-    """Blocks are as large as fits groups, and fill up rows by little; they hold the values of the groups."""
+    """Blocks are as large as the groups allow, pad rows little, and contain the values of the groups."""
     assert [block_of(group, 4096) for group in (32, 48, 64, 256, 4096)] == [32, 16, 64, 256, 256]
     assert block_of(24, 4096) is None and block_of(576, 576) == 64 and block_of(50, 50) == 16
     packing = Affine("int4", group=32)
@@ -111,8 +114,10 @@ def test_blocks() -> None:
     [("llama", "lora", {"double": True}), ("gpt2", "lora", {"double": True}), ("gpt2", "spiel", {})],
 )
 def test_a_program_of_torch(family: str, method: str, base: dict[str, Any], tmp_path: Path) -> None:
-    """A ``.pt2`` file has the codes and no weight, and gives the same numbers to the bit, also where a method replaces
-    the weight itself."""
+    """A ``.pt2`` file contains codes and no dense weight, and gives bitwise equal outputs.
+
+    This also holds for a method that replaces the weight itself.
+    """
     compiled = adapted(family, method, "nf4", **base)
     loaded = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
     state = loaded.state_dict
@@ -120,25 +125,25 @@ def test_a_program_of_torch(family: str, method: str, base: dict[str, Any], tmp_
     assert all(state[f"{name}_codes"].dtype == torch.uint8 for name in packed)
     assert not any(name in state for name in packed)
     inputs = inputs_for(compiled)
-    (expected, *_), found = outputs_of(compiled, inputs), loaded.module()(**inputs)
-    assert torch.equal(found["logits"], expected)
+    (expected, *_), outputs = outputs_of(compiled, inputs), loaded.module()(**inputs)
+    assert torch.equal(outputs["logits"], expected)
 
 
 @pytest.mark.full
 def test_requantised(tmp_path: Path) -> None:
-    """A merge into packed weights exports what is packed."""
+    """A merge into packed weights exports packed weights."""
     merged = adapted("bert", "lora", "int8").merge(base="requantized")
     path = merged.export(tmp_path / "model.onnx", "onnx")
     graph = onnx.load(path).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 12
     inputs = inputs_for(merged, front=False)
-    found = onnxruntime.InferenceSession(str(path)).run(None, {name: t.numpy() for name, t in inputs.items()})
-    torch.testing.assert_close(torch.from_numpy(found[0]), outputs_of(merged, inputs)[0], atol=2e-5, rtol=0)
+    outputs = onnxruntime.InferenceSession(str(path)).run(None, {name: t.numpy() for name, t in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(outputs[0]), outputs_of(merged, inputs)[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.full
 def test_adapters_as_inputs(tmp_path: Path) -> None:
-    """A file takes adapters as inputs beside a packed base."""
+    """A file with a packed base can take adapters as inputs."""
     compiled = adapted("bert", "lora", "int4")
     path = compiled.export(tmp_path / "model.onnx", "onnx", inputs=["lora"])
     session = onnxruntime.InferenceSession(str(path))
@@ -149,13 +154,13 @@ def test_adapters_as_inputs(tmp_path: Path) -> None:
     other.load_adapter_state_dict(tensors)
     inputs = inputs_for(compiled, front=False)
     feed = {name: tensor.numpy() for name, tensor in {**inputs, **tensors}.items() if name in names}
-    found = session.run(None, feed)
-    torch.testing.assert_close(torch.from_numpy(found[0]), outputs_of(other, inputs)[0], atol=2e-5, rtol=0)
+    outputs = session.run(None, feed)
+    torch.testing.assert_close(torch.from_numpy(outputs[0]), outputs_of(other, inputs)[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.full
 def test_half_precision(tmp_path: Path) -> None:
-    """In float16 the weight is made in its own type."""
+    """In float16 the weight is dequantised to its own dtype."""
     spec = {
         "adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}],
         "base": {"quantize": "nf4"},
@@ -169,7 +174,7 @@ def test_half_precision(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 def test_bfloat16(kind: str, tmp_path: Path) -> None:
-    """ONNX Runtime does not run it on CPUs, which is said and leaves no file."""
+    """ONNX Runtime does not run bfloat16 on CPUs: the export raises an error and leaves no file."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}], "base": {"quantize": kind}}
     compiled = graftc.compile(spec, tiny("gpt2").bfloat16()).eval()
     with pytest.raises(GraftError, match=r"GC060: ONNX Runtime does not run the export(.|\n)*float32 or float16"):

@@ -1,4 +1,4 @@
-"""Options of exports: a format honours those that it declares and refuses all others, on the command line too."""
+"""Options of exports: a format accepts those that it declares and refuses all others, also on the command line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _misplaced() -> Iterator[Any]:
 
 
 def test_the_table_is_whole() -> None:
-    """Every option is one of some format, and has a value here."""
+    """Every option belongs to some format and has a value here."""
     assert {option for own in FORMATS.values() for option in own.options} == set(get_args(ExportOption)) == set(GIVEN)
 
 
@@ -56,7 +56,7 @@ def test_the_table_is_whole() -> None:
 def test_what_a_format_does_not_take(
     models: dict[str, Any], format: str, option: str, kind: str, tmp_path: Path
 ) -> None:
-    """Refused by code before anything is written, with what takes it or what to do instead."""
+    """Options are refused with a code before anything is written, naming the right format or an alternative."""
     with pytest.raises(GraftError) as caught:
         models[kind].export(tmp_path / "made", format, **{option: GIVEN[option]})
     assert caught.value.code == "GC073"
@@ -67,7 +67,7 @@ def test_what_a_format_does_not_take(
 @pytest.mark.parametrize("option", get_args(ExportOption))
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_not_given(format: str, option: str) -> None:
-    """Defaults are not options."""
+    """Default values do not count as options."""
     assert options_for(format, {option: None}) == {}
     assert options_for(format, {"inputs": ()}) == options_for(format, {"inputs": []})
 
@@ -102,7 +102,7 @@ def test_one_name_is_a_list_of_one(models: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("format", ["peft", "gguf", "onnx-generate", "pt2"])
 def test_partial_merges(format: Any, tmp_path: Path) -> None:
-    """Of what is left of a partial merge only graphs are written, and their options are checked as well."""
+    """The rest of a partial merge can only be exported as a graph, and its options are checked as well."""
     from graftc.testing import perturb, tiny
 
     adapt = [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}, {"method": "prefix", "length": 2}]
@@ -144,7 +144,7 @@ def _words() -> Iterator[Any]:
 def test_on_the_command_line(
     format: str, more: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused before anything is loaded: there is no such artifact."""
+    """Options are refused before anything is loaded: the artifact does not exist."""
     from tests.cli.support import run_here
 
     words = ["export", str(tmp_path / "none"), "--format", format, "--out", str(tmp_path / "made"), "--json", *more]

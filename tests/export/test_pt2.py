@@ -1,4 +1,4 @@
-"""``.pt2``: written, loaded by torch alone, and the same to the bit or nearly so."""
+"""``.pt2`` files load in torch alone and give equal outputs, up to rounding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.families import tiny
     ],
 )
 def test_round_trip(family: str, fold: bool, tmp_path: Path) -> None:
-    """A loaded program takes every size and gives the outputs by name; spec and certificate travel along."""
+    """A loaded program accepts every size and returns outputs by name; spec and certificate are in the file."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
     compiled = graftc.compile(spec, tiny(family))
     perturb(compiled)
@@ -37,9 +37,9 @@ def test_round_trip(family: str, fold: bool, tmp_path: Path) -> None:
     module = torch.export.load(path, extra_files=extra).module()
     for sizes in SHAPES:
         inputs = inputs_for(compiled, sizes)
-        found = module(**inputs)
-        assert list(found) == ["logits"]
-        assert largest_difference([found["logits"]], outputs_of(runner, inputs)) <= 1e-5
+        outputs = module(**inputs)
+        assert list(outputs) == ["logits"]
+        assert largest_difference([outputs["logits"]], outputs_of(runner, inputs)) <= 1e-5
     written = tmp_path / "spec.yaml"
     written.write_text(extra["graftc.spec"])
     assert graftc.load_spec(written) == compiled.spec

@@ -1,4 +1,4 @@
-"""Exports of another signature than the one that a model was compiled with."""
+"""Exports of a signature other than the one that a model was compiled with."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_onnx_by_example_inputs(adapted: Any, tmp_path: Path) -> None:
     assert [value.name for value in session.get_inputs()] == ["input_ids", "position_ids"]
     for sizes in ((3, 9), (1, 5)):
         inputs = text(*sizes)
-        (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+        (logits,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), adapted(**inputs).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(torch.from_numpy(logits), adapted(**inputs).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.full
@@ -50,10 +50,10 @@ def test_pt2_with_a_flag(adapted: Any, tmp_path: Path) -> None:
     path = adapted.merge().export(tmp_path / "m.pt2", "pt2", {**inputs, "output_hidden_states": True})
     program = torch.export.load(path).module()
     with torch.no_grad():
-        found, expected = program(**inputs), adapted(**inputs, output_hidden_states=True)
-    assert list(found) == ["logits", *(f"hidden_states.{i}" for i in range(3))]
+        outputs, expected = program(**inputs), adapted(**inputs, output_hidden_states=True)
+    assert list(outputs) == ["logits", *(f"hidden_states.{i}" for i in range(3))]
     for i, states in enumerate(expected.hidden_states):
-        torch.testing.assert_close(found[f"hidden_states.{i}"], states, atol=2e-5, rtol=0)
+        torch.testing.assert_close(outputs[f"hidden_states.{i}"], states, atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Exports, captures and calls in several threads: each succeeds, and nobody's output is lost or taken over."""
+"""Exports, captures and calls in several threads: each succeeds, and no thread's output is lost or intercepted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def net() -> Any:
 
 
 class Watching:
-    """A thread that prints, logs and warns all the while, and says whether the streams were its own."""
+    """A thread body that keeps printing, logging and warning, and checks that the streams are its own."""
 
     def __init__(self) -> None:
         self.done, self.said = threading.Event(), 0
@@ -59,7 +59,7 @@ class Watching:
 
 
 def beside_others(*jobs: Callable[[], Any]) -> tuple[list[Any], int]:
-    """What some jobs give, all at once, beside a thread that prints; and how often that has."""
+    """Run jobs concurrently with a printing thread, and return their results and how often that thread printed."""
     watching = Watching()
     thread = threading.Thread(target=watching)
     thread.start()
@@ -74,10 +74,10 @@ def beside_others(*jobs: Callable[[], Any]) -> tuple[list[Any], int]:
 def test_streams_stay(
     formats: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every line of another thread gets through, none of an exporter does; streams, filters, loggers are as before."""
+    """All lines of another thread are printed and none of an exporter; streams, filters and loggers are restored."""
     models = [net() for _ in formats]
-    made = [(model, tmp_path / f"{n}.{f}", f) for n, (model, f) in enumerate(zip(models, formats, strict=True))]
-    jobs = [lambda made=one: made[0].export(*made[1:]) for one in made]
+    exports = [(model, tmp_path / f"{n}.{f}", f) for n, (model, f) in enumerate(zip(models, formats, strict=True))]
+    jobs = [lambda made=one: made[0].export(*made[1:]) for one in exports]
     capsys.readouterr()
     before = sys.stdout, sys.stderr, list(warnings.filters), logging.root.manager.disable, torch.onnx.export
     paths, _ = beside_others(*jobs)
@@ -91,7 +91,7 @@ def test_streams_stay(
 
 
 def test_what_others_redirect_meanwhile(tmp_path: Path) -> None:
-    """A stream that somebody puts in place during an export, or takes away, is nothing to the export."""
+    """An export is not affected by a stream that another thread redirects or restores meanwhile."""
     compiled, mine, done = net(), io.StringIO(), threading.Event()
     before = sys.stdout
 
@@ -123,7 +123,7 @@ def test_a_failing_export_leaves_no_trace(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.full
 def test_eight_threads_of_everything(tmp_path: Path) -> None:
-    """Exports of three formats, captures, new signatures, merges and generation beside each other."""
+    """Exports of three formats, captures, new signatures, merges and generation run concurrently."""
     llama: Any = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, tiny("llama").eval()
     ).eval()
@@ -147,5 +147,5 @@ def test_eight_threads_of_everything(tmp_path: Path) -> None:
     assert all(torch.equal(tokens, expected) for tokens in generated)
     from graftc.runtime.generate import load
 
-    found = load(folder).generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    assert torch.equal(found, expected)
+    again = load(folder).generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, expected)

@@ -1,4 +1,4 @@
-"""What an exported file says of its adaptations is what ONNX Runtime finds in it: with and without each of them."""
+"""An exported file describes its adaptations as ONNX Runtime finds them, with and without each of them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def compiled_of(*names: str) -> Any:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-        return found
+        values: Tensor = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        return values
 
 
 Made = tuple[Path, dict[str, str], Any]
@@ -86,8 +86,10 @@ KINDS = ["compiled", "inputs", "partial", "partial, inputs", "merged", "merged, 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_adaptations(kind: str, tmp_path: Path) -> None:
-    """The file gives what the model does with all that are listed, and not what it does without one of them; tensors of
-    inputs are those that are listed, and nothing else of them is in the file."""
+    """The file gives the model's outputs with all listed adaptations, and not those without one of them.
+
+    Tensors of inputs are exactly the listed ones, and nothing else of them is in the file.
+    """
     import onnx
     from safetensors.numpy import load_file
 
@@ -102,12 +104,12 @@ def test_which_adaptations(kind: str, tmp_path: Path) -> None:
     initialisers = " ".join(value.name for value in onnx.load(path).graph.initializer)
     for name, place in said.items():
         assert place == "constant" or f"graftc.{name}." not in initialisers
-    found = run(path, tensors)
+    outputs = run(path, tensors)
     if compiled.leaving.off:
         compiled = compiled if kind == "merged, one" else compiled_of("low", "high", "front")
-    assert torch.allclose(found, logits(compiled), atol=1e-3)
+    assert torch.allclose(outputs, logits(compiled), atol=1e-3)
     for name, without in _states(compiled, said):
-        assert float((found - without).abs().max()) > 1e-2, name
+        assert float((outputs - without).abs().max()) > 1e-2, name
         if said[name] == "input" and name == "low":
             zeros = {n: t * 0 if f"graftc.{name}." in n else t for n, t in tensors.items()}
             assert torch.allclose(run(path, zeros), without, atol=1e-3)
@@ -124,7 +126,7 @@ def test_graphs_that_generate(tmp_path: Path) -> None:
 
 
 def test_pt2(tmp_path: Path) -> None:
-    """The same in an archive of torch's."""
+    """The same holds for an archive of torch."""
     adapt = [{"name": name, "method": "lora", "rank": 2, "target": {"modules": "*"}} for name in ("low", "high")]
     compiled: Any = graftc.compile({"adapt": adapt}, torch.nn.Linear(6, 5).eval(), torch.zeros(2, 6)).eval()
     compiled.disable("high")
@@ -135,7 +137,7 @@ def test_pt2(tmp_path: Path) -> None:
 
 
 def test_card_and_manifest(tmp_path: Path) -> None:
-    """Both have every adaptation, as the artifact has, whatever is disabled; what folds is what folds in it."""
+    """Card and artifact have every adaptation, whatever is disabled; the manifest lists the one that does not fold."""
     compiled = compiled_of("low", "front")
     compiled.disable("low")
     with compiled.disabled():

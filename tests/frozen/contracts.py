@@ -1,4 +1,4 @@
-"""What is recorded beside the contracts of methods: banks, other calls and quantised bases."""
+"""Further recorded models besides the contracts of methods: banks, other calls and quantised bases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FromSpec(Contract):
 
     Attributes:
         whole: the spec.
-        slots: the names in its bank; none without one.
+        slots: the names in its bank; empty without one.
         generates: whether other calls of a language model are recorded.
         merging: options of merging.
     """
@@ -45,12 +45,12 @@ class FromSpec(Contract):
         self.whole, self.slots, self.generates, self.merging = whole, slots, generates, merging
 
     def compiled(self, family: str, model: Any, seed: int = 0) -> Compiled:
-        """The model, adapted as the spec says."""
+        """Return the model, adapted according to the spec."""
         return graftc.compile(dict(self.whole), model, seed=seed)
 
 
 def others() -> Iterator[tuple[str, FromSpec, str]]:
-    """Each by its name, with the family that it is recorded on."""
+    """Yield each contract with its name and the family that it is recorded on."""
     slots = ("de", "fr", "it")
     for method in BANKABLE:
         for family in ("bert", "llama", "t5", "vit"):

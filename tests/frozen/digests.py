@@ -1,4 +1,4 @@
-"""Digests of tensors and of evidence, of which a part can be compared on any processor."""
+"""Digests of tensors and of evidence, a part of which can be compared on any processor."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ Rounding a base to eight bits moves outputs by up to 2e-4."""
 
 
 def digest(text: str) -> str:
-    """Of a text: 16 hexadecimal digits."""
+    """Return a digest of a text, as 16 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]], *facts: object) -> str:
-    """Three words about tensors, in whose order there is no difference: a digest of names, types and shapes, a
-    magnitude, and a digest of the bytes.
+    """Return three words about tensors: a digest of names, dtypes and shapes, a magnitude, and a digest of the bytes.
 
-    The magnitude is a sum over the tensors of ``log2(1 + 1000 m)``, where ``m`` is the mean of the finite absolute
-    values, later ones weighted up to twice as much. It hardly depends on rounding, but on which numbers were drawn, on
-    the order of rows, and on every tensor, however large the others are.
+    The order of the tensors does not matter. The magnitude is a sum over the tensors of ``log2(1 + 1000 m)``, where
+    ``m`` is the mean of the finite absolute values, later ones weighted up to twice as much. It hardly depends on
+    rounding, but on which numbers were drawn, on the order of rows, and on every tensor, however large the others are.
 
     Args:
-        tensors: by name.
-        facts: what the first word is to depend on as well, and no processor decides.
+        tensors: the tensors by name.
+        facts: further values that the first word depends on and that do not depend on the processor.
     """
     structure, content, magnitude = [str(fact) for fact in facts], hashlib.sha256(), 0.0
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
@@ -48,8 +47,10 @@ def _mean(values: Tensor) -> float:
 
 
 def evidence_digest(evidence: Any) -> str:
-    """The same of JSON data: the first word is about what is in it but for numbers, the second a sum of these as
-    above."""
+    """Return three words about JSON data, like those of `tensors_digest`.
+
+    The first depends on everything except numbers, the second is a sum over the numbers, and the third depends on all.
+    """
     numbers = list(_numbers(evidence))
     magnitude = sum(math.log2(1 + 1000 * abs(number)) for number in numbers if math.isfinite(number))
     structure = json.dumps(_without_numbers(evidence), sort_keys=True)
@@ -81,12 +82,14 @@ def _three(structure: Iterable[str], magnitude: float, content: str) -> str:
 
 
 def agree(a: str, b: str, *, same_processor: bool) -> bool:
-    """Whether two digests say the same. Those of numbers that two processors computed do where their first words are
-    equal and their magnitudes nearly so; all others have to be equal.
+    """Return whether two digests are equivalent.
+
+    Digests of numbers from two processors are if their first words are equal and their magnitudes nearly so; all others
+    have to be equal.
 
     Args:
-        a, b: digests as here, of texts or of numbers, or what stands in their place.
-        same_processor: whether numbers have to be equal to the bit.
+        a, b: digests of texts or numbers from this module, or what is recorded instead of them.
+        same_processor: whether numbers have to be bitwise equal.
     """
     first, second = a.split(), b.split()
     if same_processor or len(first) != 3 or len(second) != 3:

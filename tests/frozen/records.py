@@ -1,4 +1,4 @@
-"""What an adapted model is, as digests: its graphs, its tensors, and the numbers that it gives."""
+"""The records of an adapted model: digests of its graphs, its tensors, and its numerical results."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def record(
     generates: bool = False,
     merging: Mapping[str, Any] = MappingProxyType({}),
 ) -> Record:
-    """Compile and perturb a contract's model, and tell what came of it.
+    """Compile and perturb a contract's model, and return digests of the results.
 
     Args:
-        contract: says what is compiled, and how it is perturbed.
-        family: one of its families.
+        contract: the contract that compiles and perturbs the model.
+        family: one of the contract's families.
         ordered: whether the graphs' lines have the same order in every process.
-        slots: the names in the model's bank, where it has one.
-        generates: whether to record what other calls of a language model give.
+        slots: the names in the model's bank, if it has one.
+        generates: whether to record other calls of a language model.
         merging: options of merging.
 
     Returns:
-        ``graph.*``: structural hashes, of the base's graphs too. ``text.*``: digests of the adapted graphs' text.
-        ``history.*``: of the steps that made these, and in train mode of those that lower it. ``initial``: of the
-        adapter tensors as compiling makes them, and of whether that took random numbers from anybody else. Then of
-        the perturbed model: ``outputs`` in eval mode; ``gradients``, with the outputs in train mode that they come
-        from; ``rows``, the outputs of a batch whose rows choose from a bank; ``labels``, the loss of a text and its
-        gradients; ``cache``, what a text in parts gives, each part with the cache of those before; ``folded``, the
-        folded tensors in the base's dtype, for a bank those of its last name; and ``certificate``, what merging says
-        but for what is about the base alone. In the place of what is refused stands the error's
-        code.
+        ``graph.*``: structural hashes, including those of the base's graphs. ``text.*``: digests of the adapted graphs'
+        text. ``history.*``: digests of the steps that made these and, in train mode, of those that lower it.
+        ``initial``: a digest of the adapter tensors after compiling, and of whether that consumed global random
+        numbers. The rest is of the perturbed model: ``outputs`` in eval mode; ``gradients``, with the outputs in train
+        mode that they come from; ``rows``, the outputs of a batch whose rows choose from a bank; ``labels``, the loss
+        of a text and its gradients; ``cache``, the outputs for a text in parts, each part with the cache of those
+        before; ``folded``, the folded tensors in the base's dtype, for a bank those of its last name; and
+        ``certificate``, the certificate of merging except what concerns only the base. If a result is refused, its
+        value is the error's code.
     """
     with one_thread():
         model = contract.model(family)
@@ -98,7 +98,7 @@ def _or_code(made: Callable[[], str]) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums must not depend on how many threads share them."""
+    """Use one thread while the block runs, so that sums do not depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,13 +122,15 @@ def _text(program: Program, *, ordered: bool) -> str:
 
 
 def _drawn() -> str:
-    """How many random numbers were drawn since torch was seeded."""
+    """Return a digest of torch's random state, which shows how many numbers were drawn since it was seeded."""
     return digest(str(torch.get_rng_state().tolist()))
 
 
 def _gradients(compiled: Compiled, inputs: Mapping[str, Tensor]) -> str:
-    """Of every trainable tensor, in train mode, on a loss that every output takes part in; and how many random numbers
-    the call took."""
+    """Return a digest of all trained tensors' gradients in train mode, and of how many random numbers the call drew.
+
+    The loss depends on every output.
+    """
     training = compiled.training
     compiled.train()
     compiled.zero_grad()
@@ -146,13 +148,13 @@ def _gradients(compiled: Compiled, inputs: Mapping[str, Tensor]) -> str:
 
 
 def _labelled() -> dict[str, Tensor]:
-    """A text, without a mask, that is to be learned by heart."""
+    """Return a text to be learned, without a mask."""
     ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
 
 
 def _rows(compiled: Compiled, slots: int) -> str:
-    """Of a batch whose rows take turns through a bank's slots."""
+    """Return a digest of the outputs of a batch whose rows cycle through a bank's slots."""
     inputs = inputs_for(compiled, (2 * slots, 6))
     return _listed(outputs_of(compiled, {**inputs, "adapter_ids": torch.arange(2 * slots) % slots}))
 

@@ -1,5 +1,7 @@
-"""Graphs, histories, tensors, outputs, gradients, folds and certificates are what a record has of them: `frozen.json`,
-or the file that the environment variable ``GRAFTC_FROZEN`` names."""
+"""Graphs, histories, tensors, outputs, gradients, folds and certificates equal their record.
+
+The record is `frozen.json`, or the file that the environment variable ``GRAFTC_FROZEN`` names.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,16 @@ EVERY = entries()
 
 @cache
 def frozen() -> Frozen:
-    """What is recorded, where it was recorded with the installed versions."""
-    found, here = read(COMPARED), made_with()
+    """Return the record, or skip the test if other versions are installed than it was made with."""
+    stored, here = read(COMPARED), made_with()
     for library in ("torch", "transformers"):
-        if found.made[library] != here[library]:
-            raise unittest.SkipTest(f"recorded with {library} {found.made[library]}, here is {here[library]}")
-    return found
+        if stored.made[library] != here[library]:
+            raise unittest.SkipTest(f"recorded with {library} {stored.made[library]}, here is {here[library]}")
+    return stored
 
 
 def changes(recorded: Record, now: Record, same_processor: bool = True) -> list[str]:
-    """The fields that are not as recorded, each with both values; numbers to the bit where the processor is the
-    same."""
+    """Return the fields that differ from the record, each with both values; on the same processor, compare bitwise."""
     fields = {name: (recorded.get(name, "nothing"), now.get(name, "nothing")) for name in recorded.keys() | now.keys()}
     return [
         f"{name}: was {before}, is {after}"
@@ -41,15 +42,15 @@ def changes(recorded: Record, now: Record, same_processor: bool = True) -> list[
 
 
 def compare(entry: Entry) -> None:
-    """Fail where an entry is not as it is recorded."""
+    """Fail if an entry differs from its record."""
     name, recorded = entry.name, frozen()
     if name not in recorded.records and COMPARED != FILE:
         raise unittest.SkipTest(f"{COMPARED} does not have it")
     assert name in recorded.records, f"{name} is not recorded: {AGAIN} --only '^{name}$'"
-    found = changes(recorded.records[name], entry.record(), recorded.made["cpu"] == made_with()["cpu"])
-    if found:
+    differences = changes(recorded.records[name], entry.record(), recorded.made["cpu"] == made_with()["cpu"])
+    if differences:
         again = f"where it is meant to change, record it anew: {AGAIN} --only '^{name}$' (without --only, everything)"
-        pytest.fail("\n".join([f"{name} is not as it was:", *found, again]), pytrace=False)
+        pytest.fail("\n".join([f"{name} is not as it was:", *differences, again]), pytrace=False)
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def compare(entry: Entry) -> None:
     "test_lora_contract.TestLoRA.gpt2",
     "test_virtual_tokens.TestPrompt.bert",
 )
-@pytest.mark.filterwarnings("ignore:GC025")  # what is perturbed was not trained
+@pytest.mark.filterwarnings("ignore:GC025")  # perturbed models were not trained
 @pytest.mark.parametrize("name", EVERY)
 def test_it_is_as_recorded(name: str) -> None:
     compare(EVERY[name])
@@ -74,7 +75,7 @@ def test_what_is_recorded_is_what_there_is() -> None:
 
 
 def test_changes_are_named() -> None:
-    """Each field by its name; where processors differ, numbers whose structure or magnitude differs."""
+    """Each field is named; across processors, only numbers whose structure or magnitude differs."""
     one = {"graph.train": "a", "folded": "b 10.0000 c"}
     assert changes(one, dict(one)) == []
     for folded, elsewhere in [
@@ -95,7 +96,7 @@ def test_changes_are_named() -> None:
 
 
 def test_a_digest_tells_structure_from_numbers() -> None:
-    """Rounding changes the last word alone; what another processor would not change, one of the others."""
+    """Rounding changes only the last word; differences that no other processor would cause change one of the others."""
     generator = torch.Generator().manual_seed(0)
     large, small = torch.randn(40, 30, generator=generator), torch.randn(6, 5, generator=generator) / 50
     whole = {"large": large, "small": small}

@@ -1,4 +1,4 @@
-"""The anchor's mutation test: corrupts a graph on its way into a compilation, and looks whether it is used."""
+"""The anchor's mutation test: corrupts a graph on its way into a compilation and checks whether it is used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INPUTS = 20
 
 
 def differs(original: Program, mutant: Program, tensors: Any, config: Any) -> bool:
-    """Whether a mutant's outputs in eval mode are beyond the bound on any of 20 random inputs, or it does not run."""
+    """Return whether a mutant fails to run or exceeds the bound in eval mode on any of 20 random inputs."""
     bound = BOUNDS[torch.float32]
     right, wrong = to_eval(original), to_eval(mutant)
     for seed in range(100, 100 + INPUTS):
@@ -43,10 +43,10 @@ def differs(original: Program, mutant: Program, tensors: Any, config: Any) -> bo
         inputs = samples_on(torch.device("cpu"), original, seed, sizes, config)
         expected = _outputs(right, inputs, tensors)
         try:
-            found = _outputs(wrong, inputs, tensors)
+            outputs = _outputs(wrong, inputs, tensors)
         except Exception:
             return True
-        if any(_apart(a, b) > bound for a, b in zip(expected, found, strict=True)):
+        if any(_apart(a, b) > bound for a, b in zip(expected, outputs, strict=True)):
             return True
     return False
 
@@ -61,12 +61,12 @@ def _apart(a: Tensor, b: Tensor) -> float:
         return float("inf")
     if torch.equal(a, b):
         return 0.0
-    found = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
-    return found if found == found else float("inf")
+    gap = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+    return gap if gap == gap else float("inf")
 
 
 def _right(compiled: Any, model: nn.Module) -> bool:
-    """Whether a compiled model, untrained, is its source."""
+    """Return whether an untrained compiled model computes the same as its source."""
     compilation = compiled.compilation
     inputs = samples_on(
         torch.device("cpu"), compilation.program("train", "base"), 7, (5, 13, 11), getattr(model, "config", None)
@@ -76,28 +76,28 @@ def _right(compiled: Any, model: nn.Module) -> bool:
 
 
 def entering(kind: str, count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, bool, bool]]:
-    """Corrupt a graph in ``count`` ways. Gives what was done, whether outputs differ, and whether it was caught."""
+    """Corrupt a graph in ``count`` ways and yield the change, whether outputs differ, and whether it was caught."""
     names = FAMILIES[: max(1, min(len(FAMILIES), count // 6))]
     for number, name in enumerate(names):
         monkeypatch.setenv("GRAFTC_CACHE", str(folder / f"cache-{name}"))
         model = tiny(name).eval().requires_grad_(False)
         compiled = graftc.compile(SPEC, model).eval()
-        (found,) = compiled.compilation.main.captures
+        (capture,) = compiled.compilation.main.captures
         axes, store = compiled.compilation.main.axes, compiled.compilation.store
         artifact = folder / f"artifact-{name}"
         if kind == "artifact":
             compiled.save(artifact, certify=False)
         share = count // len(names) + (number < count % len(names))
-        for text, mutant in mutants(found.program, share, seed=number):
-            wrong = differs(found.program, mutant, store.get, getattr(model, "config", None))
-            caught = _ENTRIES[kind](model, axes, found, mutant, artifact, monkeypatch)
+        for text, mutant in mutants(capture.program, share, seed=number):
+            wrong = differs(capture.program, mutant, store.get, getattr(model, "config", None))
+            caught = _ENTRIES[kind](model, axes, capture, mutant, artifact, monkeypatch)
             yield f"{name} {text}", wrong, caught
 
 
 def _captured(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
-    """The tracer gives it."""
+    """Return whether a mutant that the tracer returns is caught."""
     fresh = replace(found, traced=mutant, flat=None, cached=False, anchor=None)
     with monkeypatch.context() as patch:
         patch.setattr(base, "captured", lambda *args, **options: fresh)
@@ -111,7 +111,7 @@ def _captured(
 def _cached(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
-    """The cache holds it, with everything in order but the graph."""
+    """Return whether a mutant in the cache, where everything except the graph is valid, is caught."""
     cache.keep(CaptureRequest.of(model, axes), replace(found, traced=mutant, flat=None))
     compiled = graftc.compile(SPEC, model).eval()
     return not compiled.compilation.main.cached and _right(compiled, model)
@@ -120,7 +120,7 @@ def _cached(
 def _kept(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
-    """An artifact holds it, sealed again."""
+    """Return whether a mutant in an artifact that is sealed again is caught."""
     file = artifact / "programs" / "0.base.train.json"
     before = file.read_bytes(), (artifact / "manifest.json").read_bytes()
     file.write_text(canonical_json(program_to_json(mutant)), encoding="utf-8", newline="\n")

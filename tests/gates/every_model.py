@@ -1,5 +1,8 @@
-"""What is asked of every model: it is the source before training, its gradients are right, and it merges, saves, loads
-and generates as the source's class does."""
+"""The checks that every model has to pass.
+
+It equals the source before training, its gradients are right, and it merges, saves, loads and generates like the
+source's class.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _TOKENS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppre
 
 
 def compiled_of(model: nn.Module, batch: Mapping[str, Any], target: Any, maps: str, **options: Any) -> Any:
-    """LoRA at a target, or where its roles are not known at maps by their names."""
+    """Compile LoRA at a target or, if its roles are unknown, at maps given by name."""
     for chosen in (target, {"modules": maps}):
         spec = {"adapt": [{"method": "lora", "rank": 2, "target": chosen}], **options}
         try:
@@ -39,13 +42,13 @@ def compiled_of(model: nn.Module, batch: Mapping[str, Any], target: Any, maps: s
 
 
 def numbers(outputs: Any) -> dict[str, Tensor]:
-    """The floating-point tensors of outputs, by name."""
-    found: dict[str, Tensor] = {}
+    """Return the floating-point tensors of outputs, by name."""
+    tensors: dict[str, Tensor] = {}
 
     def look(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             if value.is_floating_point():
-                found[name] = value
+                tensors[name] = value
         elif isinstance(value, Mapping):
             for key, each in value.items():
                 look(f"{name}.{key}", each)
@@ -54,11 +57,14 @@ def numbers(outputs: Any) -> dict[str, Tensor]:
                 look(f"{name}.{index}", each)
 
     look("", outputs)
-    return found
+    return tensors
 
 
 def apart(ours: Any, theirs: Any) -> float:
-    """The largest difference of two calls' outputs, over the largest element of each; infinite where one has others."""
+    """Return the largest difference between two calls' outputs relative to the largest element of each.
+
+    The result is infinite if the outputs differ in structure.
+    """
     a, b = numbers(ours), numbers(theirs)
     shared = a.keys() & b.keys()
     if not shared or ("loss" in str(b.keys())) != ("loss" in str(a.keys())):
@@ -75,34 +81,37 @@ def apart(ours: Any, theirs: Any) -> float:
 
 
 def objective(outputs: Any) -> Tensor:
-    """The loss where there is one, and otherwise the mean of squares."""
+    """Return the loss if there is one, otherwise the mean of squares."""
     own = numbers(outputs)
     return own[".loss"] if ".loss" in own else torch.stack([v.square().mean() for v in own.values()]).sum()
 
 
 def seeded(model: Any, batch: Mapping[str, Any]) -> Any:
-    """A call from the same random state as any other one."""
+    """Call the model with a fixed random state."""
     torch.manual_seed(11)
     return model(**batch)
 
 
 def check_identity(compiled: Any, model: nn.Module, batches: list[Mapping[str, Any]]) -> dict[str, float]:
-    """How far it is from the source before training, in either mode, on every batch. The source is frozen, as what is
-    tuned is: products of weights that ask for gradients may be computed in another order (`torch.matmul`)."""
-    found = {}
+    """Return how far the model is from the source before training, in either mode, on every batch.
+
+    The source is frozen, as a tuned base is: products of weights that require gradients may be computed in another
+    order (`torch.matmul`).
+    """
+    gaps = {}
     for mode in ("eval", "train"):
         compiled.train(mode == "train")
         model.train(mode == "train")
         for number, batch in enumerate(batches):
             with torch.no_grad():
                 theirs = seeded(copy.deepcopy(model).requires_grad_(False), batch)
-                found[f"{mode} {number}"] = apart(seeded(compiled, batch), theirs)
+                gaps[f"{mode} {number}"] = apart(seeded(compiled, batch), theirs)
     compiled.eval(), model.eval()
-    return found
+    return gaps
 
 
 def check_gradients(trained: Any, plain: nn.Module, batch: Mapping[str, Any]) -> float:
-    """How far gradients of ``A`` and ``B`` are from what the chain rule makes of those of the whole folded weight."""
+    """Return how far gradients of ``A`` and ``B`` are from those that the folded weight's gradient implies."""
     plain.requires_grad_(True).zero_grad(set_to_none=True)
     objective(seeded(plain, batch)).backward()
     trained.zero_grad(set_to_none=True)
@@ -118,7 +127,7 @@ def check_gradients(trained: Any, plain: nn.Module, batch: Mapping[str, Any]) ->
         if a is None or b is None or a.grad is None or whole is None:
             continue
         own = site.own.operand(whole)
-        if own.shape[-2:] != (b.shape[-2], a.shape[-1]):  # a convolution in groups
+        if own.shape[-2:] != (b.shape[-2], a.shape[-1]):  # a grouped convolution
             continue
         for ours, wanted in ((a.grad, scale * b.mT @ own), (b.grad, scale * own @ a.mT)):
             compared.append((float((ours - wanted).abs().max()), float(wanted.abs().max())))
@@ -137,26 +146,26 @@ def check_model(
     generates: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Everything that is asked of a model; a step that fails is there with its error.
+    """Run all checks on a model; the result contains the error of each step that fails.
 
     Args:
-        model: in eval mode.
-        batches: of different structure; it is compiled with the first.
-        folder: an empty one.
-        target: what is adapted, and ``maps`` where roles are not known.
+        model: the source model, in eval mode.
+        batches: batches of different structure, the first of which it is compiled with.
+        folder: an empty folder.
+        target: the target of the adaptation; ``maps`` replaces it if roles are unknown.
         maps: a glob of maps.
-        generates: whether its class does.
-        options: of the spec.
+        generates: whether the model's class can generate.
+        options: further fields of the spec.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def step(name: str, run: Any) -> Any:
         try:
-            found[name] = run()
-            return found[name]
+            results[name] = run()
+            return results[name]
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            results[name] = f"{type(error).__name__}: {str(error)[:300]}"
             return None
 
     warnings.simplefilter("ignore")
@@ -164,18 +173,18 @@ def check_model(
         compiled = compiled_of(model, batches[0], target, maps, **options)
     except Exception as error:
         return {"compile": f"{type(error).__name__}: {str(error)[:500]}"}
-    found["level"] = "graph" if not compiled.compilation.notes else "; ".join(compiled.compilation.notes)[:300]
+    results["level"] = "graph" if not compiled.compilation.notes else "; ".join(compiled.compilation.notes)[:300]
     step("identity", lambda: check_identity(compiled, model, batches))
     perturb(compiled.eval(), 0.05)
     merged = step("merged", lambda: compiled.merge())
     if merged is not None:
-        found["merged"] = bool(merged.certificate.passed)
+        results["merged"] = bool(merged.certificate.passed)
         step("merge", lambda: max(_gap(compiled, merged, batch) for batch in batches))
         plain = step("folded", lambda: _folded(model, merged))
         if plain is not None:
-            found["folded"] = max(_gap(compiled, plain, batch) for batch in batches)
+            results["folded"] = max(_gap(compiled, plain, batch) for batch in batches)
             step("gradients", lambda: check_gradients(compiled, plain, batches[0]))
-            if isinstance(found["gradients"], float) and found["gradients"] > CLOSE:
+            if isinstance(results["gradients"], float) and results["gradients"] > CLOSE:
                 step("gradients", lambda: _gradients_in_double(model, batches[0], target, maps))
             plain.requires_grad_(False)
             if generates:
@@ -183,14 +192,14 @@ def check_model(
     step("saved", lambda: compiled.save(folder / "artifact") and None)
     loaded = step("loaded", lambda: graftc.load(folder / "artifact", model).eval())
     if loaded is not None:
-        found["loaded"] = max(_gap(loaded, compiled, batch) for batch in batches)
+        results["loaded"] = max(_gap(loaded, compiled, batch) for batch in batches)
     now = model.state_dict()
-    found["source kept"] = all(torch.equal(tensor, now[name]) for name, tensor in before.items())
-    return found
+    results["source kept"] = all(torch.equal(tensor, now[name]) for name, tensor in before.items())
+    return results
 
 
 def _gradients_in_double(model: nn.Module, batch: Mapping[str, Any], target: Any, maps: str) -> float:
-    """As `check_gradients`: of two entries that are nearly equal, maxima of other roundings pick another one."""
+    """Run `check_gradients` in float64; with nearly equal entries, a maximum may pick another one after rounding."""
     wide = {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in batch.items()}
     model = copy.deepcopy(model).double()
     compiled = compiled_of(model, wide, target, maps).eval()
@@ -204,7 +213,7 @@ def _gap(one: Any, other: Any, batch: Mapping[str, Any]) -> float:
 
 
 def _folded(model: nn.Module, merged: Any) -> nn.Module:
-    """The source's own class with the folded tensors."""
+    """Return a model of the source's own class with the folded tensors."""
     plain = copy.deepcopy(model).eval()
     plain.load_state_dict(merged.folded_state_dict(), strict=False)
     return plain

@@ -1,4 +1,4 @@
-"""Changes by structure of files that anybody may have written: JSON, headers of tensors, rows of data."""
+"""Structural mutations of untrusted files: JSON, headers of tensor files, rows of data."""
 
 from __future__ import annotations
 
@@ -27,77 +27,77 @@ NAMES = (
 
 
 def any_value(rng: random.Random) -> Any:
-    """One of the values, of its own."""
+    """Return a copy of one of the values."""
     return copy.deepcopy(rng.choice(VALUES))
 
 
 def set_at(data: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """JSON data with another value in one place."""
+    """Return JSON data with the value at one path replaced."""
     if not path:
         return value
-    held = data
+    owner = data
     for step in path[:-1]:
-        held = held[step]
-    held[path[-1]] = value
+        owner = owner[step]
+    owner[path[-1]] = value
     return data
 
 
 def get_at(data: Any, path: tuple[Any, ...]) -> Any:
-    """The value in a place."""
+    """Return the value at a path."""
     for step in path:
         data = data[step]
     return data
 
 
 def mutated(data: Any, rng: random.Random) -> Any:
-    """JSON data with one to three changes."""
+    """Return JSON data with one to three changes."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         ways = [path for path in places(data) if path]
         if not ways:
             return any_value(rng)
         path, kind = rng.choice(ways), rng.randrange(8)
-        held, value = get_at(data, path[:-1]), get_at(data, path)
+        owner, value = get_at(data, path[:-1]), get_at(data, path)
         if kind <= 2:
             data = set_at(data, path, any_value(rng))
         elif kind == 3:
-            del held[path[-1]]
-        elif kind == 4 and isinstance(held, dict):
-            held[rng.choice((*NAMES, "x", *held))] = held.pop(path[-1])
+            del owner[path[-1]]
+        elif kind == 4 and isinstance(owner, dict):
+            owner[rng.choice((*NAMES, "x", *owner))] = owner.pop(path[-1])
         elif kind == 5:
             data = set_at(data, path, copy.deepcopy(get_at(data, rng.choice(ways))))
         elif kind == 6 and type(value) is int:
             data = set_at(
                 data, path, rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value / 2, str(value)))
             )
-        elif isinstance(held, dict):
-            held[rng.choice((*NAMES, "bias", "num_layers", "revision"))] = any_value(rng)
-        elif isinstance(held, list):
-            held.insert(rng.randrange(len(held) + 1), any_value(rng))
-        if isinstance(held, dict) and rng.random() < 0.02:
-            held["deep"] = nested(rng.choice((50, 900, 20_000)))
+        elif isinstance(owner, dict):
+            owner[rng.choice((*NAMES, "bias", "num_layers", "revision"))] = any_value(rng)
+        elif isinstance(owner, list):
+            owner.insert(rng.randrange(len(owner) + 1), any_value(rng))
+        if isinstance(owner, dict) and rng.random() < 0.02:
+            owner["deep"] = nested(rng.choice((50, 900, 20_000)))
     return data
 
 
 def mutated_quantisation(config: Any, rng: random.Random) -> Any:
-    """A config whose part on quantisation is changed."""
+    """Return a config whose quantisation section is changed."""
     config["quantization_config"] = mutated(config["quantization_config"], rng)
     return config
 
 
 class Raw:
-    """Text that stands in JSON as it is."""
+    """Text that is inserted into JSON verbatim."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 def nested(depth: int) -> Raw:
-    """Lists in lists."""
+    """Return lists nested to a depth."""
     return Raw("[" * depth + "]" * depth)
 
 
 def dumped(data: Any) -> bytes:
-    """JSON, of `Raw` texts too, and of what JSON does not have."""
+    """Return the data as JSON, including `Raw` texts and values that JSON does not have."""
     texts: list[str] = []
 
     def plain(value: Any) -> str:
@@ -113,7 +113,7 @@ def dumped(data: Any) -> bytes:
 
 
 def mutated_bytes(raw: bytes, rng: random.Random) -> bytes:
-    """Bytes with some changed, gone, or more of them."""
+    """Return the bytes with some changed, removed or inserted."""
     data = bytearray(raw)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at, kind = rng.randrange(len(data) + 1), rng.randrange(6)
@@ -134,11 +134,11 @@ def mutated_bytes(raw: bytes, rng: random.Random) -> bytes:
 
 
 def json_file(path: Path, rng: random.Random, change: Callable[[Any, random.Random], Any] = mutated) -> None:
-    """Change a file of JSON."""
+    """Change a JSON file."""
     raw, kind = path.read_bytes(), rng.randrange(10)
     if kind == 0:
         raw = mutated_bytes(raw, rng)
-    elif kind == 1:  # a key stands twice
+    elif kind == 1:  # a duplicate key
         data = json.loads(raw)
         key = rng.choice(list(data)) if isinstance(data, dict) and data else "x"
         raw = b"{" + dumped(key) + b":" + dumped(any_value(rng)) + b"," + raw.strip()[1:]
@@ -156,7 +156,7 @@ def tensor_file(path: Path, rng: random.Random) -> None:
     if kind == 0:
         path.write_bytes(mutated_bytes(raw, rng))
         return
-    if kind == 1:  # values alone
+    if kind == 1:  # only the values
         path.write_bytes(raw[: 8 + size] + _values(data, rng))
         return
     if kind == 2:
@@ -179,7 +179,7 @@ def _values(data: bytes, rng: random.Random) -> bytes:
 
 
 def _header(data: dict[str, Any], rng: random.Random) -> Any:
-    """A header with a tensor described otherwise."""
+    """Return a header with one tensor described differently."""
     names = [name for name in data if name != "__metadata__"]
     if not names:
         return data
@@ -190,11 +190,11 @@ def _header(data: dict[str, Any], rng: random.Random) -> Any:
     elif kind == 1:
         entry["shape"] = entry["shape"][::-1]
     elif kind == 2:
-        whole = 1
+        total = 1
         for each in entry["shape"]:
-            whole *= each
+            total *= each
         entry["shape"] = rng.choice(
-            ([whole], [1, whole], [whole, 1], [whole, 1, 1], [2, whole // 2], [*entry["shape"], 1])
+            ([total], [1, total], [total, 1], [total, 1, 1], [2, total // 2], [*entry["shape"], 1])
         )
     elif kind == 3:
         at = rng.randrange(2)

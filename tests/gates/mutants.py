@@ -1,4 +1,4 @@
-"""Programs that are nearly right: one node, literal, input or tensor is another."""
+"""Programs that are nearly right: one node, literal, input or tensor is changed."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _OTHER = {
 
 
 def mutants(program: Program, count: int, seed: int = 0) -> Iterator[tuple[str, Program]]:
-    """Copies of a Program, each with one change, and what it is; kinds of changes take turns."""
+    """Yield copies of a Program, each with one change, and its description; kinds of changes alternate."""
     generator = random.Random(seed)
     kinds = list(_KINDS.items())
-    made, attempts = 0, 0
-    while made < count and attempts < 50 * count:
+    yielded, attempts = 0, 0
+    while yielded < count and attempts < 50 * count:
         name, change = kinds[attempts % len(kinds)]
         attempts += 1
         copied = program.copy()
         done = change(copied.graph, generator)
         if done:
-            made += 1
+            yielded += 1
             yield f"{name}: {done}", copied
 
 
@@ -57,18 +57,18 @@ def _type(node: fx.Node) -> object:
 
 
 def _drop(graph: fx.Graph, generator: random.Random) -> str:
-    """What a node does is left out: its readers read one of its inputs of the same type."""
-    found = [(n, s) for n in _calls(graph) for s in n.all_input_nodes if _type(n) is not None and _type(n) == _type(s)]
-    if not found:
+    """Remove a node; its readers read one of its inputs of the same type instead."""
+    pairs = [(n, s) for n in _calls(graph) for s in n.all_input_nodes if _type(n) is not None and _type(n) == _type(s)]
+    if not pairs:
         return ""
-    node, source = generator.choice(found)
+    node, source = generator.choice(pairs)
     node.replace_all_uses_with(source)
     graph.erase_node(node)
     return str(node)
 
 
 def _literal(graph: fx.Graph, generator: random.Random) -> str:
-    """A number among a node's arguments is another."""
+    """Change a number among a node's arguments."""
     places = [
         (node, place)
         for node in _calls(graph)
@@ -87,12 +87,12 @@ def _literal(graph: fx.Graph, generator: random.Random) -> str:
 
 
 def _swap(graph: fx.Graph, generator: random.Random) -> str:
-    """Two inputs of a node change places."""
-    found = []
+    """Exchange two inputs of a node."""
+    swaps = []
     for node in _calls(graph):
         own = [i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node)]
-        found += [(node, i, j) for i in own for j in own if i < j and node.args[i] is not node.args[j]]
-    node, i, j = generator.choice(found)
+        swaps += [(node, i, j) for i in own for j in own if i < j and node.args[i] is not node.args[j]]
+    node, i, j = generator.choice(swaps)
     a, b = node.args[i], node.args[j]
     node.update_arg(i, b)
     node.update_arg(j, a)
@@ -100,17 +100,17 @@ def _swap(graph: fx.Graph, generator: random.Random) -> str:
 
 
 def _operator(graph: fx.Graph, generator: random.Random) -> str:
-    """A node computes something else."""
-    found = [node for node in _calls(graph) if node.target in _OTHER]
-    if not found:
+    """Replace the operator of a node."""
+    nodes = [node for node in _calls(graph) if node.target in _OTHER]
+    if not nodes:
         return ""
-    node = generator.choice(found)
+    node = generator.choice(nodes)
     node.target = _OTHER[node.target]
     return f"{node} {node.target}"
 
 
 def _rewire(graph: fx.Graph, generator: random.Random) -> str:
-    """A node reads another value of the same type, from further up."""
+    """Make a node read another value of the same type, from further up."""
     node = generator.choice(_calls(graph))
     before: list[fx.Node] = []
     for other in graph.nodes:
@@ -128,7 +128,7 @@ def _rewire(graph: fx.Graph, generator: random.Random) -> str:
 
 
 def _tensor(graph: fx.Graph, generator: random.Random) -> str:
-    """Two tensors of one type change places."""
+    """Exchange two tensors of one type."""
     own = graph.find_nodes(op="get_attr")
     pairs = [(a, b) for a in own for b in own if str(a.target) < str(b.target) and _type(a) == _type(b) is not None]
     if not pairs:

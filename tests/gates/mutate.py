@@ -1,4 +1,4 @@
-"""Changed artifacts: structured mutations of their files, sealed again, so that what is tested is what they say."""
+"""Changed artifacts: structural mutations of their files, sealed again so that readers see the changed contents."""
 
 from __future__ import annotations
 
@@ -74,23 +74,23 @@ SIZES = (
 
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value in JSON data."""
-    found = [path]
+    """Return the paths of all values in JSON data."""
+    paths = [path]
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
-        found += places(value, (*path, key))
-    return found
+        paths += places(value, (*path, key))
+    return paths
 
 
 def at(data: Any, path: tuple[Any, ...]) -> Any:
-    """The value at the end of a way."""
+    """Return the value at the end of a path."""
     for key in path:
         data = data[key]
     return data
 
 
 def change(data: Any, rng: random.Random) -> Any:
-    """JSON data with one value replaced, deleted, doubled, wrapped or exchanged with another."""
+    """Return JSON data with one value replaced, deleted, doubled, wrapped or exchanged with another."""
     ways = places(data)
     path = rng.choice(ways[1:] or ways)
     if not path:
@@ -117,7 +117,7 @@ def change(data: Any, rng: random.Random) -> Any:
 
 
 def change_graph(data: dict[str, Any], rng: random.Random) -> Any:
-    """A graph with another node: inserted, replaced, moved, with other literals, types or names."""
+    """Return a graph with one node inserted, replaced or moved, or with other literals, types or names."""
     nodes = data["nodes"]
     calls = [i for i, node in enumerate(nodes) if node["op"] == "call_function"]
     chosen = rng.choice(calls)
@@ -130,8 +130,13 @@ def change_graph(data: dict[str, Any], rng: random.Random) -> Any:
         args = rng.choice(
             ([source], [source, rng.choice(HOSTILE)], [source, source], [source, 0, 1], [[source], 2**40])
         )
-        made = {**node, "name": f"evil_{rng.randrange(99)}", "target": rng.choice(OPERATORS), "args": {"tuple": args}}
-        nodes.insert(len(nodes) - 1, {**made, "kwargs": {}})
+        inserted = {
+            **node,
+            "name": f"evil_{rng.randrange(99)}",
+            "target": rng.choice(OPERATORS),
+            "args": {"tuple": args},
+        }
+        nodes.insert(len(nodes) - 1, {**inserted, "kwargs": {}})
     elif kind == "operator":
         node["target"] = rng.choice((*OPERATORS, nodes[rng.choice(calls)]["target"]))
     elif kind == "literal":
@@ -156,7 +161,7 @@ def change_graph(data: dict[str, Any], rng: random.Random) -> Any:
 
 
 def flip(raw: bytes, rng: random.Random) -> bytes:
-    """Bytes with some of them others, some gone, or more of them."""
+    """Return the bytes with some changed, some removed or some added."""
     data = bytearray(raw)
     for _ in range(rng.choice((1, 1, 1, 8))):
         if data:
@@ -165,7 +170,7 @@ def flip(raw: bytes, rng: random.Random) -> bytes:
 
 
 def mutate(artifact: Path, number: int) -> str:
-    """Change an artifact in the way of a number, always the same, and seal it again; what was changed."""
+    """Change an artifact in a way determined by a number, seal it again, and return what was changed."""
     rng = random.Random(number)
     kind = rng.choice(("manifest", "manifest", "graph", "graph", "graph", "certificate", "tensors", "spec", "bytes"))
     if kind == "manifest":
@@ -201,14 +206,14 @@ def _manifest(artifact: Path, rng: random.Random) -> str:
     data.pop("digest")
 
     def wanted(value: Any) -> Any:
-        held = change({"value": value}, rng)
-        return held.get("value") if isinstance(held, dict) else held
+        changed = change({"value": value}, rng)
+        return changed.get("value") if isinstance(changed, dict) else changed
 
     field = rng.choice(list(data))
     before, data[field] = data[field], wanted(data[field])
     try:
         text = sealed(data).encode()
-    except (ValueError, RecursionError):  # what no canonical JSON can hold
+    except (ValueError, RecursionError):  # canonical JSON cannot represent it
         text = sealed({**data, field: [before]}).encode()
     (artifact / "manifest.json").write_bytes(text)
     return f"manifest: {field}"

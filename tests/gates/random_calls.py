@@ -1,4 +1,4 @@
-"""Calls of other structure than the one that a model was compiled with, made of a batch by chance."""
+"""Calls whose structure differs from the one that a model was compiled with, derived from a batch at random."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ def _without(name: str) -> Callable[[Batch, random.Random], Batch]:
 
 
 def _longer(batch: Batch, chance: random.Random) -> Batch:
-    """More words at the end of each text."""
+    """Append words to each text."""
     if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].dim() != 2:
         return batch
-    more, found = chance.randint(1, 6), dict(batch)
+    more, longer = chance.randint(1, 6), dict(batch)
     for name in TEXT:
         if isinstance(value := batch.get(name), Tensor) and value.shape[:2] == batch["input_ids"].shape:
             filling = {"input_ids": WORD, "attention_mask": 1, "labels": WORD}.get(name, 0)
-            found[name] = torch.cat([value, torch.full((len(value), more), filling, dtype=value.dtype)], 1)
-    return found
+            longer[name] = torch.cat([value, torch.full((len(value), more), filling, dtype=value.dtype)], 1)
+    return longer
 
 
 def _text_alone(batch: Batch, _: random.Random) -> Batch:
-    """Without images and sounds, whose tokens become words."""
+    """Remove images and sounds, and replace their tokens by words."""
     if not isinstance(ids := batch.get("input_ids"), Tensor) or not (ids >= FIRST_IMAGE_TOKEN).any():
         return batch
-    found = {name: value for name, value in batch.items() if name in TEXT}
-    found["input_ids"] = ids.masked_fill(ids >= FIRST_IMAGE_TOKEN, WORD)
+    texts = {name: value for name, value in batch.items() if name in TEXT}
+    texts["input_ids"] = ids.masked_fill(ids >= FIRST_IMAGE_TOKEN, WORD)
     for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in found:
-            found[name] = torch.zeros_like(found[name])
-    return found
+        if name in texts:
+            texts[name] = torch.zeros_like(texts[name])
+    return texts
 
 
 def _rows(batch: Batch) -> int:
-    """How many rows there are where every tensor has as many; 0 elsewhere."""
+    """Return the number of rows if every tensor has the same number; 0 otherwise."""
     sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
     return sizes.pop() if len(sizes) == 1 else 0
 
@@ -83,7 +83,7 @@ MUST_RUN = {"no mask", "no labels", "longer", "text alone", "one row", "twice"}
 
 
 def random_call(batches: list[Batch], seed: int) -> tuple[Batch, bool, set[str]]:
-    """A call, whether it is in train mode, and what was changed."""
+    """Return a call, whether it is in train mode, and the names of the changes."""
     chance = random.Random(seed)
     batch, changed = dict(chance.choice(batches)), set(chance.sample(sorted(CHANGES), chance.randint(0, 3)))
     for name in sorted(changed):

@@ -1,7 +1,7 @@
-"""Merges a folder file by file, and says how long that took and how much anonymous memory there was: run as a process.
+"""Merges a folder file by file and reports the time and the anonymous memory that it took; runs as a process.
 
 ``python -m tests.gates.streamed ADAPTER OUT`` prints JSON. ``python -m tests.gates.streamed peft ADAPTER OUT`` does the
-same with peft's ``merge_and_unload``, and ``mergekit`` in place of ``peft`` with mergekit, where that is installed.
+same with peft's ``merge_and_unload``, and ``mergekit`` instead of ``peft`` with mergekit, if that is installed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 def anonymous() -> float:
-    """Megabytes of memory that is of no file: what the system cannot take back."""
+    """Return the megabytes of memory that no file backs, which the system cannot reclaim."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Do it, looking at the memory a hundred times a second."""
+    """Run the work while sampling memory a hundred times a second."""
     before = peak = anonymous()
     stop = threading.Event()
 
@@ -41,16 +41,16 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def with_graftc(adapter: Path, out: Path) -> Callable[[], object]:
-    """Ours."""
+    """Return the merge by graftc."""
     import graftc
     from graftc.runtime.streaming import peft
 
-    assert peft is not None  # imported before memory is looked at
+    assert peft is not None  # imported before memory is measured
     return lambda: graftc.merge_checkpoint(adapter, None, out)
 
 
 def with_peft(adapter: Path, out: Path) -> Callable[[], object]:
-    """Peft's, from loading the base to saving the merged model."""
+    """Return the merge by peft, from loading the base to saving the merged model."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -65,7 +65,7 @@ def with_peft(adapter: Path, out: Path) -> Callable[[], object]:
 
 
 def with_mergekit(adapter: Path, out: Path) -> Callable[[], object]:
-    """Mergekit's, which merges with peft into a folder of its own and copies that tensor by tensor."""
+    """Return the merge by mergekit, which merges with peft into its own folder and copies that by tensor."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 

@@ -1,4 +1,4 @@
-"""On models of every family, layers that are alike are traced once, and the graph is the one that tracing all gives."""
+"""On every family, layers that are alike are traced once, and the graph equals that of tracing all."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "gpt_neox": (lambda: families.gpt_neox(num_hidden_layers=6), 4),
     "llama": (lambda: families.llama(num_hidden_layers=6), 4),
     "mixtral": (lambda: families.mixtral(num_hidden_layers=6), 4),
-    # Two kinds of layers in turn, and two in a ratio of five to one, of which the second is too rare.
+    # Two kinds of layers that alternate, and two in a ratio of five to one, the second of which is too rare.
     "gemma 2": (_of("Gemma2ForCausalLM", "Gemma2Config", **_DECODER, num_hidden_layers=10), 6),
     "gemma 3": (_of("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, num_hidden_layers=14), 10),
-    # The first layer holds the relative bias; the first of the others gets it as a tensor of another kind.
+    # The first layer contains the relative bias; the second receives it as a tensor of another kind.
     "t5": (_of("T5ForConditionalGeneration", "T5Config", **_T5, num_layers=6), 6),
     "vit": (
         _of("ViTForImageClassification", "ViTConfig", **_WIDTHS, num_hidden_layers=6, image_size=32, patch_size=8),
@@ -84,7 +84,7 @@ def test_modes(mode: str) -> None:
     ("case", "flag", "count"),
     [
         ("bert", "output_hidden_states", 4),
-        # Attentions are noted by hooks within layers, which have to run for each.
+        # Attentions are recorded by hooks inside layers, which have to run for each layer.
         ("bert", "output_attentions", 0),
         ("t5", "output_attentions", 0),
     ],
@@ -125,5 +125,5 @@ def test_with_a_cache(case: str, crosses: bool) -> None:
     make, beside_encoder, alone = WITH_CACHES[case]
     model = make().requires_grad_(False)
     axes = with_past(model, crosses=crosses)
-    found = taken_over(model, axes, mode="eval", flags=(("use_cache", True),))
-    assert found.alike == (beside_encoder if crosses else alone)
+    capture = taken_over(model, axes, mode="eval", flags=(("use_cache", True),))
+    assert capture.alike == (beside_encoder if crosses else alone)

@@ -1,4 +1,4 @@
-"""A folder that transformers saved of a model of bitsandbytes trains as its dequantised weights do."""
+"""A folder that transformers saved of a bitsandbytes model trains like its dequantised weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def batches() -> Any:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("ours", [False, True])
 def test_nf4_trains_as_peft_on_dequantised_weights(double: bool, ours: bool, tmp_path: Path) -> None:
-    """peft on a dense model with the weights that ``dequantize_4bit`` gives: its adapter is loaded here, gradients are
-    compared, and after 20 steps what is written here is loaded in peft."""
+    """Training on NF4 equals training with peft on the weights that ``dequantize_4bit`` gives.
+
+    The adapter of peft is loaded here and gradients are compared; after 20 steps the exported adapter is loaded in
+    peft.
+    """
     llama().save_pretrained(tmp_path / "dense")
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
     AutoModelForCausalLM.from_pretrained(
@@ -52,17 +55,17 @@ def test_nf4_trains_as_peft_on_dequantised_weights(double: bool, ours: bool, tmp
 
     base: Any = graftc.load_base(tmp_path / "nf4") if ours else theirs
     compiled: Any = graftc.import_peft(tmp_path / "peft", base)
-    found = packed_weights(compiled.compilation.source)
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(dense_value(found[name]), weight) for name, weight in weights.items())
+    packed = packed_weights(compiled.compilation.source)
+    assert packed.keys() == weights.keys()
+    assert all(torch.equal(dense_value(packed[name]), weight) for name, weight in weights.items())
 
     optimizers = [
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2) for model in (compiled, judge)
     ]
     losses = []
     for step, ids in zip(range(STEPS), batches(), strict=False):
-        found_losses = [model.train()(input_ids=ids, labels=ids).loss for model in (compiled, judge)]
-        for loss in found_losses:
+        step_losses = [model.train()(input_ids=ids, labels=ids).loss for model in (compiled, judge)]
+        for loss in step_losses:
             loss.backward()
         if not step:
             own = sorted(p.grad.flatten().tolist() for p in compiled.parameters() if p.requires_grad)
@@ -72,7 +75,7 @@ def test_nf4_trains_as_peft_on_dequantised_weights(double: bool, ours: bool, tmp
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(found_losses[0].item())
+        losses.append(step_losses[0].item())
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.4
 
     compiled.export(tmp_path / "written", format="peft")
@@ -82,6 +85,6 @@ def test_nf4_trains_as_peft_on_dequantised_weights(double: bool, ours: bool, tmp
         fresh.load_state_dict({**fresh.state_dict(), **weights})
         holder = fresh if dense else AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", device_map="cpu")
         again = peft.PeftModel.from_pretrained(holder, tmp_path / "written")
-        again = again.eval() if dense else again.train()  # in eval mode its kernel for the CPU rounds scales
+        again = again.eval() if dense else again.train()  # in eval mode its CPU kernel rounds scales
         with torch.no_grad():
             assert torch.allclose(again(input_ids=ids).logits, compiled.eval()(input_ids=ids).logits, atol=1e-5)

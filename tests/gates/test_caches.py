@@ -1,4 +1,4 @@
-"""2,000 steps of a machine over caches, each equal to recomputation without one."""
+"""2,000 steps of a machine over caches, each equal to recomputation without a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method, on models whose layers call functions."""
+"""Every method, on models whose layers are called as functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.full
 
 @pytest.mark.parametrize("name", list(entries()))
 def test_calls_do_what_every_layer_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is recorded, on models of more layers; where a method treats these differently they are written out."""
+    """Recorded calls do what every layer does, on deeper models; layers treated differently are written out."""
 
     def deep(family: str, *args: Any, **options: Any) -> nn.Module:
         return tiny(family, *args, **{"layers": DEPTH, **options})

@@ -1,4 +1,4 @@
-"""`memory: {loss: chunked}` on every family and with adapted heads: losses and gradients of whole logits."""
+"""`memory: {loss: chunked}` gives the losses and gradients of whole logits, on every family and adapted heads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """A model whose loss is in float64: transformers' own casts logits to float32."""
+    """Return a model whose loss is in float64; transformers' own loss casts logits to float32."""
 
     def loss(
         logits: Tensor, labels: Tensor | None, vocab_size: int, shift_labels: Any = None, **options: Any
@@ -58,8 +58,8 @@ def in_float64(model: nn.Module) -> nn.Module:
             shift_labels = functional.pad(labels, (0, 1), value=-100)[..., 1:]
         count = options.get("num_items_in_batch")
         flat = logits.view(-1, vocab_size), shift_labels.reshape(-1)
-        found = functional.cross_entropy(*flat, reduction="mean" if count is None else "sum")
-        return found if count is None else found / count
+        value = functional.cross_entropy(*flat, reduction="mean" if count is None else "sum")
+        return value if count is None else value / count
 
     if hasattr(model, "loss_function"):
         model.loss_function = loss  # type: ignore[assignment]
@@ -132,7 +132,7 @@ def test_checkpointing_and_autocast_work_with_it() -> None:
 
 @pytest.mark.parametrize("head", [None, "lora", "dora"])
 def test_log_probabilities_of_tokens_are_those_of_logits(head: str | None) -> None:
-    """With their gradients, in train and eval mode, also where a head is computed as a whole."""
+    """Log-probabilities and their gradients agree in train and eval mode, also if a head is computed as a whole."""
     own = [{"method": head, "name": "head", "target": {"modules": "lm_head"}}] if head else []
     compiled = made(in_float64(tiny("llama")), "whole", adapt=[LORA, *own])
     shifted = functional.pad(LABELS, (0, 1), value=-100)[:, 1:]
@@ -140,11 +140,11 @@ def test_log_probabilities_of_tokens_are_those_of_logits(head: str | None) -> No
         logits = compiled.train(mode)(**CALL).logits
         taken = logits.log_softmax(-1).gather(-1, shifted.clamp_min(0)[..., None])[..., 0]
         expected = torch.where(shifted == -100, 0, taken)
-        found = compiled.token_log_probs(**CALL)
+        log_probs = compiled.token_log_probs(**CALL)
         weights = torch.rand(expected.shape, dtype=torch.float64)
         parameters = [p for p in compiled.parameters() if p.requires_grad]
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-        grads = (torch.autograd.grad((t * weights).sum(), parameters) for t in (found, expected))
+        torch.testing.assert_close(log_probs, expected, rtol=1e-10, atol=1e-12)
+        grads = (torch.autograd.grad((t * weights).sum(), parameters) for t in (log_probs, expected))
         for mine, right in zip(*grads, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
     with compiled.disabled():
@@ -153,7 +153,7 @@ def test_log_probabilities_of_tokens_are_those_of_logits(head: str | None) -> No
 
 
 def trained(folder: Path, loss: str, **changes: Any) -> tuple[list[float], tuple[int, ...]]:
-    """Losses of a run of transformers' Trainer, and the shape of the predictions that its metrics saw."""
+    """Return the losses of a run of transformers' Trainer, and the shape of the predictions given to its metrics."""
     from transformers import Trainer, TrainingArguments
 
     seen: list[tuple[int, ...]] = []
@@ -179,7 +179,7 @@ def trained(folder: Path, loss: str, **changes: Any) -> tuple[list[float], tuple
 
 @pytest.mark.parametrize("changes", [{}, {"label_smoothing_factor": 0.1}, {"gradient_checkpointing": True}], ids=str)
 def test_the_trainer_logs_the_same_losses(changes: dict[str, Any], tmp_path: Path) -> None:
-    """The count of items is that of the whole step, and metrics see logits."""
-    (found, shape), (expected, _) = (trained(tmp_path, loss, **changes) for loss in ("chunked", "whole"))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    assert shape == (8, 8, VOCABULARY) and len(found) == 4
+    """The count of items is that of the whole step, and metrics receive logits."""
+    (chunked, shape), (expected, _) = (trained(tmp_path, loss, **changes) for loss in ("chunked", "whole"))
+    torch.testing.assert_close(chunked, expected, rtol=1e-5, atol=0)
+    assert shape == (8, 8, VOCABULARY) and len(chunked) == 4

@@ -1,4 +1,4 @@
-"""Conversion to LoRA: every method that folds into linear maps, on every family that takes it, is the fold."""
+"""Conversion to LoRA equals the fold, for every method that folds into linear maps and every family that has it."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ def compiled_of(family: str, method: str) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_full_rank_is_the_fold(method: str, family: str) -> None:
-    """Folded tensors within 1e-6 of those of the original, outputs within 1e-6 of the largest."""
+    """Folded tensors are within 1e-6 of those of the original, outputs within 1e-5 of the largest."""
     try:
         compiled = compiled_of(family, method)
     except GraftError as error:
         raise unittest.SkipTest(f"{error.code}: {method} does not go with {family}") from None
     try:
-        made = runner_of(compiled).convert()
+        conversion = runner_of(compiled).convert()
     except GraftError as error:
         assert error.code == NONE and ("bias" in error.message or "not the weight" in error.message), error.message
         return  # a bias trains as well
-    before, after = (m.merge().folded_state_dict() for m in (compiled, made.compiled))
+    before, after = (m.merge().folded_state_dict() for m in (compiled, conversion.compiled))
     for name, tensor in before.items():
         if not tensor.is_floating_point():
             continue
         assert float((after[name] - tensor).norm()) <= 1e-6 * float(tensor.norm()), name
-    assert made.largest_error < 1e-6
-    assert made.largest_difference <= 1e-5 * max(1.0, made.largest_output)
+    assert conversion.largest_error < 1e-6
+    assert conversion.largest_difference <= 1e-5 * max(1.0, conversion.largest_output)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_factors_beside_16_bits_are_float32(dtype: torch.dtype, family: str) -> None:
-    """The error that is stated is that of the rounded factors: a few units in the last place of float32."""
+    """The stated error is that of the rounded factors: below two units in the last place of float32."""
     entry = {"method": "dora", "rank": 2, "target": TARGET}
     compiled = graftc.compile({"adapt": [entry]}, tiny(family).to(dtype)).eval()
     perturb(compiled)
-    made = runner_of(compiled).convert()
+    conversion = runner_of(compiled).convert()
     step = torch.finfo(torch.float32).eps
-    assert step / 10 < made.largest_error < 2 * step
-    assert all(site.probed == pytest.approx(site.error, rel=0.7) for site in made.sites)
+    assert step / 10 < conversion.largest_error < 2 * step
+    assert all(site.probed == pytest.approx(site.error, rel=0.7) for site in conversion.sites)

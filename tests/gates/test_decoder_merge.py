@@ -1,4 +1,4 @@
-"""Merging a real decoder: beside peft, in memory, and with more layers. One thread; times are of the processor."""
+"""Merging a real decoder: speed compared with peft, memory, and scaling with layers; one thread, processor times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gate
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """Both sides run on one."""
+    """Run both sides on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread() -> Any:
 
 
 def adapted(layers: int | None = None) -> Any:
-    """A perturbed LoRA on all seven projections of the decoder, or of its first layers."""
+    """Return a perturbed LoRA on all seven projections of the decoder or of its first layers."""
     spec = {"adapt": [{"method": "lora", "rank": RANK, "target": {"role": ROLES}}]}
     compiled = graftc.compile(spec, load_decoder(layers).requires_grad_(False)).eval()
     perturb(compiled)
@@ -42,18 +42,21 @@ def adapted(layers: int | None = None) -> Any:
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The least time of the processor that it takes."""
-    found: list[float] = []
+    """Return the least processor time of several runs."""
+    measured: list[float] = []
     for _ in range(times):
         start = time.process_time()
         work()
-        found.append(time.process_time() - start)
-    return min(found)
+        measured.append(time.process_time() - start)
+    return min(measured)
 
 
 def seconds_beside_peft(work: Callable[[], object], rounds: int = 7) -> tuple[float, float]:
-    """Medians of what it takes and of what peft takes to merge the same update, checks for finite values included, in
-    turns; a model that peft has merged merges no more, so each turn has one of its own."""
+    """Return the median times that the work takes and that peft takes to merge the same update.
+
+    Both include the checks for finite values, and runs alternate. A model that peft has merged cannot be merged again,
+    so each round has its own.
+    """
     import peft
 
     ours: list[float] = []
@@ -69,13 +72,13 @@ def seconds_beside_peft(work: Callable[[], object], rounds: int = 7) -> tuple[fl
 
 
 def anonymous() -> int:
-    """Bytes of this process's memory that no file backs."""
+    """Return the bytes of this process's memory that no file backs."""
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
 def rise(work: Callable[[], object]) -> int:
-    """By how much anonymous memory goes up while something runs."""
+    """Return by how much anonymous memory rises while the work runs."""
     before = most = anonymous()
     done = threading.Event()
 
@@ -94,7 +97,7 @@ def rise(work: Callable[[], object]) -> int:
 
 
 def test_smollm2_merge() -> None:
-    """At most four times peft's time, and at most 1.2 times the weights beside what was there before."""
+    """A merge takes at most four times peft's time and at most 1.2 times the weights in additional memory."""
     compiled = adapted()
     weights = sum(p.numel() * p.element_size() for p in compiled.compilation.source.parameters())
     more = rise(compiled.merge)

@@ -1,4 +1,4 @@
-"""``make demo-llm`` as it is: the real model, beside PEFT. Minutes on two cores that have nothing else to do."""
+"""``make demo-llm`` unchanged: the real model compared with PEFT. It takes minutes on two otherwise idle cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two gloo processes beside one: replicated (DDP) and sharded (FSDP2), what they train, write, keep and go on from."""
+"""Two gloo processes compared with one, replicated (DDP) and sharded (FSDP2): training, files and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gate
 
 
 def largest(found: Path, expected: Path) -> float:
-    """The largest difference between two files of tensors."""
+    """Return the largest difference between two files of tensors."""
     one, two = torch.load(found), torch.load(expected)
     assert one.keys() == two.keys()
     return max(float((one[name].double() - tensor.double()).abs().max()) for name, tensor in two.items())
@@ -43,7 +43,7 @@ def test_bases_that_others_have_spread_are_refused(tmp_path: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What is in a folder."""
+    """Return the contents of a folder's files."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""Models beyond text: each is the source, trains, merges, saves, loads, generates, and takes calls of any structure."""
+"""Non-text models equal the source, train, merge, save, load, generate, and take calls of any structure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _check(name: str, folder: Path) -> None:
 
 
 def _hold(name: str, small: Small, folder: Path) -> None:
-    found = check_model(
+    results = check_model(
         small.model,
         [small.first, small.second],
         folder,
@@ -56,35 +56,41 @@ def _hold(name: str, small: Small, folder: Path) -> None:
         maps=small.fallback,
         generates=small.generates and name not in REFUSED,
     )
-    print(name, found)
-    assert found["source kept"] and found["merged"] is True
-    assert max(found["identity"].values()) <= IDENTITY
-    assert all(found[step] <= CLOSE for step in ("merge", "folded", "gradients"))
-    assert found["loaded"] == 0
-    assert found.get("generate", True) is True
+    print(name, results)
+    assert results["source kept"] and results["merged"] is True
+    assert max(results["identity"].values()) <= IDENTITY
+    assert all(results[step] <= CLOSE for step in ("merge", "folded", "gradients"))
+    assert results["loaded"] == 0
+    assert results.get("generate", True) is True
 
 
 @pytest.mark.gate
 @pytest.mark.parametrize("level", ["layers", "modules"])
 @pytest.mark.parametrize("name", EVERY)
 def test_random_calls(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal to the source to the bit, or refused by code: one in twenty at most, none for sizes and missing masks."""
+    """Random calls equal the source bit for bit or are refused with a code.
+
+    At most one in twenty is refused, and none that changes only sizes or omits masks.
+    """
     if level == "modules":
         monkeypatch.setattr(levels, "layers_of", lambda model: [])
     small = EVERY[name]()
-    found = random_calls(small, CALLS)
-    print(name, level, {key: value for key, value in found.items() if key != "wrong"}, found["wrong"][:5])
-    assert not found["wrong"] and not found["must run"]
-    assert len(found["refused"]) <= 0.05 * max(found["ran"], 1)
+    results = random_calls(small, CALLS)
+    print(name, level, {key: value for key, value in results.items() if key != "wrong"}, results["wrong"][:5])
+    assert not results["wrong"] and not results["must run"]
+    assert len(results["refused"]) <= 0.05 * max(results["ran"], 1)
 
 
 def random_calls(small: Any, count: int) -> dict[str, Any]:
-    """What became of random calls; those that the source itself does not take are left out. Products of weights that
-    ask for gradients may be computed in another order (`torch.matmul`), so that the source asks for none either."""
+    """Return the results of random calls, except those that the source itself rejects.
+
+    Products of weights that require gradients may be computed in another order (`torch.matmul`), so the source's
+    weights require none.
+    """
     small.model.requires_grad_(False)
     spec = load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": small.fallback}}]})
     compiled = forced_apart(spec, small.model, small.first)
-    found: dict[str, Any] = {"ran": 0, "wrong": [], "refused": [], "must run": []}
+    results: dict[str, Any] = {"ran": 0, "wrong": [], "refused": [], "must run": []}
     for seed in range(count):
         batch, training, changed = random_call([small.first, small.second], seed)
         small.model.train(training), compiled.train(training)
@@ -94,26 +100,26 @@ def random_calls(small: Any, count: int) -> dict[str, Any]:
                 theirs = seeded(source, batch)
             except Exception:
                 continue
-            found["ran"] += 1
+            results["ran"] += 1
             try:
                 gap = apart(seeded(compiled, batch), theirs)
             except GraftError as error:
-                found["refused"].append((sorted(changed), error.message[:120]))
+                results["refused"].append((sorted(changed), error.message[:120]))
                 if changed <= MUST_RUN:
-                    found["must run"].append((seed, sorted(changed), error.message[:200]))
+                    results["must run"].append((seed, sorted(changed), error.message[:200]))
                 continue
             except Exception as error:
-                found["wrong"].append((seed, sorted(changed), f"{type(error).__name__}: {error}"[:200]))
+                results["wrong"].append((seed, sorted(changed), f"{type(error).__name__}: {error}"[:200]))
                 continue
         buffers = dict(compiled.named_buffers())
         moved = [name for name, buffer in source.named_buffers() if not torch.equal(buffer, buffers[name])]
         if gap != 0 or moved:
-            found["wrong"].append((seed, training, sorted(changed), gap, moved[:2]))
-    return found
+            results["wrong"].append((seed, training, sorted(changed), gap, moved[:2]))
+    return results
 
 
 def _with_buffers_of(compiled: Any, model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the source with the buffers that calls in train mode have left in the compiled model."""
+    """Return a copy of the source with the buffers that calls in train mode have left in the compiled model."""
     source, buffers = copy.deepcopy(model), dict(compiled.named_buffers())
     for name, _ in model.named_buffers():
         owner, _, last = name.rpartition(".")

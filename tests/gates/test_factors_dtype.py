@@ -1,4 +1,4 @@
-"""Factors in float32 beside a base in bfloat16: where training ends, and what a step keeps for the backward pass."""
+"""Factors in float32 on a base in bfloat16: the final loss, and the memory that a step keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SPEC = {
 
 
 def wide(**changes: Any) -> Any:
-    """A decoder of two layers whose widths are those of small real ones."""
+    """Return a decoder of two layers whose widths are those of small real ones."""
     return tiny(
         "llama", hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=8, **changes
     )
 
 
 def batches() -> list[Tensor]:
-    """The same texts for every run: walks on numbers, which a small model learns."""
+    """Return the same texts for every run: walks on numbers, which a small model learns."""
     rng = torch.Generator().manual_seed(0)
     step = torch.randint(1, 4, (STEPS, 8, 1), generator=rng)
     start = torch.randint(0, 100, (STEPS, 8, 1), generator=rng)
@@ -39,7 +39,7 @@ def batches() -> list[Tensor]:
 
 
 def trained(base: torch.dtype, kept: str) -> tuple[float, float]:
-    """The mean loss of the first and of the last 20 steps."""
+    """Return the mean loss of the first and of the last 20 steps."""
     compiled = graftc.compile({"adapt": [{**SPEC, "dtype": kept}]}, wide().to(base)).train()
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=RATE)
     losses = []
@@ -63,9 +63,9 @@ def test_training_ends_where_float32_does() -> None:
 def test_what_a_step_keeps() -> None:
     model = wide().to(torch.bfloat16)
     ids = torch.randint(0, 100, (8, LENGTH))
-    found = {}
+    sizes = {}
     for kept in ("float32", "base"):
         compiled = graftc.compile({"adapt": [{**SPEC, "dtype": kept}]}, copy.deepcopy(model)).train()
-        found[kept] = saved(compiled, {"input_ids": ids, "labels": ids})
-    print(f"\n{found}, {found['float32'] / found['base']:.3f}")
-    assert found["float32"] <= 1.05 * found["base"]
+        sizes[kept] = saved(compiled, {"input_ids": ids, "labels": ids})
+    print(f"\n{sizes}, {sizes['float32'] / sizes['base']:.3f}")
+    assert sizes["float32"] <= 1.05 * sizes["base"]

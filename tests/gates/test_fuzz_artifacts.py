@@ -1,7 +1,7 @@
 """Thousands of changed artifacts, each sealed again, through everything that reads artifacts.
 
-Nothing but coded errors comes out; nothing hangs, takes much memory, or reads or writes a file outside. ``make fuzz``
-runs ``FUZZ`` of them, 3,000 by default; the ordinary tests a sample.
+Only coded errors are raised; nothing hangs, takes much memory, or reads or writes a file outside. ``make fuzz`` runs
+``FUZZ`` of them, 3,000 by default; the ordinary tests run a sample.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """Note every file that is opened or changed, and every program that is started."""
+    """Record every file that is opened or changed and every program that is started."""
     if _WATCHED is None or event not in _PLACES:
         return
     opened = event == "open"
@@ -56,7 +56,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             continue
         path = os.fsdecode(arguments[where])
         if not os.path.isabs(path):
-            if opened:  # which folder it is in is not told; the system's own log has it
+            if opened:  # the event does not name its folder; the system's own log does
                 continue
             folder = arguments[beside] if beside is not None else None
             path = os.path.join(f"/proc/self/fd/{folder}" if type(folder) is int and folder >= 0 else ".", path)
@@ -80,19 +80,22 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def watched(folder: Path, *programs: str) -> Iterator[None]:
-    """Inside, no file is read but below a folder, and those of Python and the system; nothing is changed outside of the
-    folder, and no program is started but those that are named."""
+    """Check that the block accesses only files below a folder.
+
+    Files of Python and the system may also be read. Nothing may be changed outside the folder, and only the named
+    programs may be started.
+    """
     global _WATCHED
     _WATCHED = []
     try:
         yield
     finally:
-        found, _WATCHED = _WATCHED, None
+        events, _WATCHED = _WATCHED, None
     cache = os.environ.get("GRAFTC_CACHE", str(folder))  # the user's own captures
     reads, writable = (str(folder), cache, *_CODE, *_SYSTEM), (str(folder), cache, "/dev/null")
     outside = [
         (event, path)
-        for event, path, writes in found
+        for event, path, writes in events
         if not path.startswith(writable if writes else reads) and "__pycache__" not in path
         if not (event in _PROGRAMS and path in programs)
     ]
@@ -101,26 +104,26 @@ def watched(folder: Path, *programs: str) -> Iterator[None]:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, some seconds of CPU and some memory may be taken."""
+    """Fail if the block takes too much processor time or memory."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
 
     before = signal.signal(signal.SIGVTALRM, late)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) << 10
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
     assert grown < MEMORY, f"{grown >> 20} MB more"
 
 
 @contextmanager
 def temporary(folder: Path) -> Iterator[None]:
-    """Inside, temporary files are below a folder."""
+    """Create temporary files below a folder while the block runs."""
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:
         yield
@@ -129,7 +132,7 @@ def temporary(folder: Path) -> Iterator[None]:
 
 
 class Fuzzed:
-    """One small artifact beside its base, and what is done with each changed copy of it."""
+    """One small artifact with its base, and the checks of each changed copy of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -138,10 +141,13 @@ class Fuzzed:
         self.base = compiled.compilation.source
         self.state = copy.deepcopy(self.base.state_dict())
         self.inputs = inputs_for(compiled)
-        self.run(0, change=False)  # imports what is imported late
+        self.run(0, change=False)  # runs lazy imports first
 
     def run(self, number: int, *, change: bool = True, every: int = 1) -> str:
-        """Change the artifact and read it in every way, loading one of ``every``; ``refused`` or ``read``."""
+        """Change the artifact, read it in every way, and return ``refused`` or ``read``.
+
+        Only one artifact in ``every`` is also inspected and loaded.
+        """
         changed = self.folder / "changed"
         shutil.rmtree(changed, ignore_errors=True)
         shutil.copytree(self.intact, changed)
@@ -162,8 +168,8 @@ class Fuzzed:
         return "refused" if "refused" in outcomes else "read"
 
     def _verify(self, changed: Path) -> None:
-        found = verify(changed, files_only=True)
-        if not found.passed:
+        verification = verify(changed, files_only=True)
+        if not verification.passed:
             raise GraftError("GC082", "verify says no")
 
     def _inspect(self, changed: Path) -> None:
@@ -193,17 +199,17 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Fuzzed:
 
 
 def _many(fuzzed: Fuzzed, numbers: range, every: int = 1) -> None:
-    started, found = time.monotonic(), {"read": 0, "refused": 0}
+    started, counts = time.monotonic(), {"read": 0, "refused": 0}
     failures = []
     for number in numbers:
         try:
-            found[fuzzed.run(number, every=every)] += 1
+            counts[fuzzed.run(number, every=every)] += 1
         except AssertionError as error:
             failures.append(f"{number}: {str(error)[:300]}")
             print(failures[-1], flush=True)
-    print(f"{found} in {time.monotonic() - started:.0f} s")
+    print(f"{counts} in {time.monotonic() - started:.0f} s")
     assert not failures, "\n".join(failures[:20])
-    assert found["refused"] > len(numbers) // 4 and found["read"]
+    assert counts["refused"] > len(numbers) // 4 and counts["read"]
 
 
 @pytest.mark.slow
@@ -225,7 +231,7 @@ _PATH = re.compile(r'"((?:[^"\\]|\\.)*)"')
 @pytest.mark.gate
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (apt-get install strace)")
 def test_what_the_system_sees(tmp_path: Path) -> None:
-    """Of 200 of them, every call that writes to a file system: none outside of the folder."""
+    """With 200 of them, no system call writes to a file outside the folder."""
     log = tmp_path / "log"
     script = (
         "import pathlib, sys; from tests.gates.test_fuzz_artifacts import Fuzzed; "

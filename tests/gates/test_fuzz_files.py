@@ -1,8 +1,8 @@
-"""Thousands of changed files of others: headers, indexes, configs, quantised folders, adapters and data.
+"""Thousands of changed third-party files: headers, indexes, configs, quantised folders, adapters and data.
 
-An unchanged file is read; a changed one gives what safetensors, transformers, PEFT or the standard library make of it,
-or a code, within 2 s and 300 MB; nothing is read or written outside the folder. ``make fuzz`` runs ``FUZZ`` of them,
-10,000 by default, of each kind its share; the ordinary tests a sample.
+An unchanged file is read. A changed one gives what safetensors, transformers, PEFT or the standard library read from
+it, or a code, within 2 s and 300 MB; nothing is read or written outside the folder. ``make fuzz`` runs ``FUZZ`` of
+them, 10,000 by default, divided among the kinds; the ordinary tests run a sample.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ CODE = Refusal("GC100", "GC101")
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, two seconds of the processor and 300 MB more may be taken."""
+    """Fail if the block takes more than two seconds of processor time or 300 MB of additional memory."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
-    held = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
+    resident = _memory("VmRSS")
     before = signal.signal(signal.SIGVTALRM, late)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
@@ -61,7 +61,7 @@ def bounded() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-    grown = (_memory("VmHWM") - held) >> 10
+    grown = (_memory("VmHWM") - resident) >> 10
     assert grown < MEMORY, f"{grown} MB more"
 
 
@@ -71,19 +71,19 @@ def _memory(name: str) -> int:
 
 
 def same_bits(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are of one type and size, and have the same bits."""
+    """Return whether two tensors have the same dtype, shape and bits."""
     if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
         return False
     return torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
 
 
 def same_tensors(mine: Any, theirs: Any) -> bool:
-    """The same of tensors by name."""
+    """Return whether two mappings have the same names and bitwise equal tensors."""
     return mine.keys() == theirs.keys() and all(same_bits(mine[name], theirs[name]) for name in theirs)
 
 
 class Kind:
-    """Files of one kind: how they are made, changed, read, and read by others."""
+    """Files of one kind: how they are created, changed, read, and read by other libraries."""
 
     share = 0.0
     sample = 40
@@ -96,19 +96,19 @@ class Kind:
         self.make(folder / "own" / self.intact)
 
     def make(self, path: Path) -> None:
-        """Write what is changed."""
+        """Write the intact files."""
 
     def change(self, path: Path, rng: random.Random) -> None:
         """Change a copy."""
 
     def read(self, path: Path) -> Any:
-        """What graftc makes of it."""
+        """Return what graftc reads."""
 
     def check(self, path: Path, found: Any) -> None:
-        """Hold it against what somebody else makes of it."""
+        """Compare it with what another library reads."""
 
     def run(self, number: int, *, change: bool = True) -> str:
-        """One changed copy: the code, or ``read``."""
+        """Read one changed copy and return the error's code or ``read``."""
         rng = random.Random(f"{type(self).__name__} {number}")
         path = self.folder / "own" / "changed"
         shutil.rmtree(path, ignore_errors=True)
@@ -119,51 +119,53 @@ class Kind:
             warnings.simplefilter("ignore")
             try:
                 with bounded(), watched(self.folder):
-                    found = self.read(path)
+                    result = self.read(path)
             except GraftError as error:
                 assert change and error.code != "GC099", str(error)
                 return error.code
             with quiet_transformers():
-                self.check(path, found)
+                self.check(path, result)
         return "read"
 
 
 class Headers(Kind):
-    """One file of tensors."""
+    """A single file of tensors."""
 
     share, sample = 0.4, 60
 
     def make(self, path: Path) -> None:
         path.mkdir()
         rng = torch.Generator().manual_seed(0)
-        made = {f"layers.{n}.weight": torch.randn(3, 4, generator=rng) for n in range(3)}
+        tensors = {f"layers.{n}.weight": torch.randn(3, 4, generator=rng) for n in range(3)}
         kinds = (torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
-        made |= {f"kind.{n}": torch.ones(2, 6).to(kind) for n, kind in enumerate(kinds)}
-        save_file({**made, "empty": torch.empty(0, 3), "scalar": torch.tensor(1.0)}, path / "x.safetensors", {"a": "b"})
+        tensors |= {f"kind.{n}": torch.ones(2, 6).to(kind) for n, kind in enumerate(kinds)}
+        save_file(
+            {**tensors, "empty": torch.empty(0, 3), "scalar": torch.tensor(1.0)}, path / "x.safetensors", {"a": "b"}
+        )
 
     def change(self, path: Path, rng: random.Random) -> None:
         tensor_file(path / "x.safetensors", rng)
 
     def read(self, path: Path) -> Any:
-        with TensorFolder(path / "x.safetensors", CODE) as found:
-            return dict(found)
+        with TensorFolder(path / "x.safetensors", CODE) as folder:
+            return dict(folder)
 
     def check(self, path: Path, found: Any) -> None:
         assert same_tensors(found, load_file(path / "x.safetensors"))
 
 
 class Indexes(Kind):
-    """A folder of files with an index."""
+    """A folder of tensor files with an index."""
 
     share, sample = 0.2, 40
 
     def make(self, path: Path) -> None:
         path.mkdir()
-        made = {f"layers.{n}.weight": torch.full((2, 2), float(n)) for n in range(6)}
-        names, table = sorted(made), {}
+        tensors = {f"layers.{n}.weight": torch.full((2, 2), float(n)) for n in range(6)}
+        names, table = sorted(tensors), {}
         for number, file in enumerate(("a.safetensors", "b.safetensors", "c.safetensors")):
             own = names[2 * number : 2 * number + 2]
-            save_file({name: made[name] for name in own}, path / file, {"format": "pt"})
+            save_file({name: tensors[name] for name in own}, path / file, {"format": "pt"})
             table |= dict.fromkeys(own, file)
         (path / INDEX).write_text(json.dumps({"metadata": {"total_size": 96}, "weight_map": table}))
         (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -189,8 +191,8 @@ class Indexes(Kind):
             json_file(path / INDEX, rng)
 
     def read(self, path: Path) -> Any:
-        with TensorFolder(path, CODE) as found:
-            return dict(found)
+        with TensorFolder(path, CODE) as folder:
+            return dict(folder)
 
     def check(self, path: Path, found: Any) -> None:
         from transformers.modeling_utils import _get_resolved_checkpoint_files
@@ -225,10 +227,10 @@ class Configs(Kind):
     def read(self, path: Path) -> Any:
         which = path / "which"
         names = [which.read_text()] if which.exists() else sorted(p.name for p in path.iterdir())
-        made = [load_model(str(path / name)) for name in names]
-        for model in made:
+        models = [load_model(str(path / name)) for name in names]
+        for model in models:
             require_weights(model)
-        return names, made
+        return names, models
 
     def check(self, path: Path, found: Any) -> None:
         for name, model in zip(*found, strict=True):
@@ -269,7 +271,7 @@ class Quantised(Kind):
 
 
 class Adapters(Kind):
-    """Folders of PEFT."""
+    """PEFT folders."""
 
     share, sample, costly = 0.05, 8, True
 
@@ -298,12 +300,12 @@ class Adapters(Kind):
             json_file(folder / "adapter_config.json", rng)
 
     def read(self, path: Path) -> Any:
-        which, found = path / "which", {}
+        which, merged = path / "which", {}
         for name in [which.read_text()] if which.exists() else self.names:
             shutil.rmtree(path / "out", ignore_errors=True)
             graftc.merge_checkpoint(path / name, self.base, path / "out")
-            found[name] = load_file(path / "out" / "model.safetensors")
-        return found
+            merged[name] = load_file(path / "out" / "model.safetensors")
+        return merged
 
     def check(self, path: Path, found: Any) -> None:
         import peft
@@ -311,7 +313,7 @@ class Adapters(Kind):
         for name, merged in found.items():
             try:
                 loaded: Any = peft.PeftModel.from_pretrained(load_model(str(self.base)), path / name)
-            except Exception:  # what has no meaning for peft may have changed nothing
+            except Exception:  # a change that peft rejects must not have changed the result
                 theirs = self.merged[name]
             else:
                 theirs = loaded.merge_and_unload().state_dict()
@@ -356,7 +358,7 @@ class Rows(Kind):
 
 
 def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows as the standard library reads them."""
+    """Yield rows as the standard library reads them."""
     if path.suffix == ".jsonl":
         text = path.read_bytes().decode("utf-8-sig")
         yield from (json.loads(line) for line in text.split("\n") if line.strip("\ufeff \t\r"))
@@ -373,29 +375,29 @@ KINDS: tuple[type[Kind], ...] = (Headers, Indexes, Configs, Quantised, Adapters,
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[type[Kind], Kind]:
-    found: dict[type[Kind], Kind] = {}
-    return found
+    kinds: dict[type[Kind], Kind] = {}
+    return kinds
 
 
 def _kind(kind: type[Kind], made: dict[type[Kind], Kind], tmp_path_factory: pytest.TempPathFactory) -> Kind:
     if kind not in made:
         made[kind] = kind(tmp_path_factory.mktemp("files"))
-        made[kind].run(0, change=False)  # imports what is imported late
+        made[kind].run(0, change=False)  # runs lazy imports first
     return made[kind]
 
 
 def _many(files: Kind, numbers: range) -> None:
-    started, found, failures = time.process_time(), Counter[str](), []
+    started, endings, failures = time.process_time(), Counter[str](), []
     assert files.run(0, change=False) == "read"
     for number in numbers:
         try:
-            found[files.run(number)] += 1
+            endings[files.run(number)] += 1
         except Exception as error:
             failures.append(f"{number}: {type(error).__name__}: {str(error)[:300]}")
             print(failures[-1], flush=True)
-    print(f"{type(files).__name__}: {dict(found)} in {time.process_time() - started:.0f} s of the processor")
+    print(f"{type(files).__name__}: {dict(endings)} in {time.process_time() - started:.0f} s of the processor")
     assert not failures, "\n".join([f"{len(failures)} of {len(numbers)}", *failures[:20]])
-    assert len(found) > 1 and found["read"]
+    assert len(endings) > 1 and endings["read"]
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full if kind.costly else ()) for kind in KINDS])

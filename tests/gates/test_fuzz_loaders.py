@@ -1,9 +1,8 @@
-"""A thousand changed folders of models, tokenizers, generation settings and quantised checkpoints, through what opens
-and runs them.
+"""A thousand changed folders of models, tokenizers, generation settings and quantised checkpoints, opened and run.
 
-What loads gives what transformers gives from the same folder, or what the format of a quantised one means where its
-library is not there; all else has a code; both in time and memory, and nothing is written, to the hooks of the
-interpreter. ``make fuzz`` runs ``FUZZ`` of them, 1,000 at most; the ordinary tests a sample.
+What loads gives what transformers gives from the same folder, or what the quantised format means if its library is not
+installed; everything else gives a code. Time and memory are bounded and nothing is written, as the interpreter's audit
+hooks see it. ``make fuzz`` runs ``FUZZ`` of them, 1,000 at most; the ordinary tests run a sample.
 """
 
 from __future__ import annotations
@@ -89,24 +88,24 @@ SETTINGS: dict[str, tuple[object, ...]] = {
 
 @contextmanager
 def bounded() -> Iterator[dict[str, float]]:
-    """Inside, some time and memory may be taken: how much of both is there at the end."""
+    """Limit the block to 20 s, and yield a mapping that receives its time and memory at the end."""
 
     def late(*_: object) -> None:
         raise AssertionError("it takes more than 20 s")
 
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted
-    held = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
+    resident = _memory("VmRSS")
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(20)
-    found: dict[str, float] = {}
+    usage: dict[str, float] = {}
     began = time.process_time()
     try:
-        yield found
+        yield usage
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-        found |= {"seconds": time.process_time() - began, "bytes": float(_memory("VmHWM") - held)}
+        usage |= {"seconds": time.process_time() - began, "bytes": float(_memory("VmHWM") - resident)}
 
 
 def _memory(name: str) -> int:
@@ -115,7 +114,7 @@ def _memory(name: str) -> int:
 
 
 class Loaded:
-    """A folder of a model with its tokenizer, and what is done with each changed copy of it."""
+    """A folder of a model with its tokenizer, and the checks of each changed copy of it."""
 
     def __init__(self, place: Path) -> None:
         self.place, self.intact, self.changed = place, save_model(place / "intact"), place / "changed"
@@ -124,7 +123,7 @@ class Loaded:
         self.victim = place / "victim"
         self.victim.mkdir()
         (self.victim / "precious").write_text("precious")
-        for kind in KINDS:  # imports what is imported late
+        for kind in KINDS:  # runs lazy imports first
             assert self.run(kind, None) == "equal"
 
     def run(self, kind: str, number: int | None) -> str:
@@ -146,7 +145,7 @@ class Loaded:
         shutil.copytree(folder, self.changed)
 
     def _folder_of(self, name: str) -> Path:
-        """A quantised checkpoint, which loads as it is."""
+        """Return a quantised checkpoint, which loads unchanged."""
         if name not in self.quantised:
             folder = self.quantised[name] = self.place / name
             if name in BITS_AND_BYTES:
@@ -160,22 +159,22 @@ class Loaded:
         return self.quantised[name]
 
     def _compared(self, kind: str, intact: bool) -> str:
-        found: Any = None
+        outputs: Any = None
         with bounded() as took, watched(self.place, sys.executable):
             try:
-                found = self._tokenized() if kind == "tokenizer" else self._generated()
+                outputs = self._tokenized() if kind == "tokenizer" else self._generated()
             except GraftError as error:
                 assert not intact and error.code not in ("GC099",) and len(str(error)) < 20_000, str(error)
                 code = error.code
         if not intact:
             assert took["seconds"] < SECONDS and took["bytes"] < MEMORY, took
-        if found is None:
+        if outputs is None:
             return code
         with quiet_transformers():
             if kind == "quantised":
-                self._require_quantised(*found)
+                self._require_quantised(*outputs)
             else:
-                assert found == (self._tokens_there() if kind == "tokenizer" else self._generated_there())
+                assert outputs == (self._tokens_there() if kind == "tokenizer" else self._generated_there())
         return "equal"
 
     def _require_quantised(self, said: list[int], logits: list[Any]) -> None:
@@ -183,7 +182,7 @@ class Loaded:
         tokens, expected = self._said_there(reference)
         mine, theirs = torch.tensor(logits), torch.tensor(expected)
         scale = float(theirs.nan_to_num().abs().max())
-        # Sums of 16 bits in another order; a weight that were another one is found above.
+        # Sums in 16 bits may be computed in another order; a wrong weight is detected above.
         torch.testing.assert_close(mine, theirs, atol=1e-2 * scale, rtol=1e-2, equal_nan=True)
         assert said == tokens
 
@@ -226,11 +225,11 @@ class Loaded:
         ends = model.generation_config.eos_token_id
         ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), 0]))
         pad = model.generation_config.pad_token_id
-        places = config.get_text_config().max_position_embeddings  # beyond which answers do not go
+        places = config.get_text_config().max_position_embeddings  # answers end there
         room = places - ids.shape[1] if isinstance(places, int) and places > 0 else 4
         torch.manual_seed(0)
         with torch.no_grad():
-            made = model.generate(
+            generated = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=min(4, room),
@@ -239,8 +238,8 @@ class Loaded:
                 tokenizer=tokenizer,
                 use_cache=True,
             )
-            made = made if isinstance(made, torch.Tensor) else made.sequences
-            return made[0, ids.shape[1] :].tolist(), model(ids).logits.tolist()
+            generated = generated if isinstance(generated, torch.Tensor) else generated.sequences
+            return generated[0, ids.shape[1] :].tolist(), model(ids).logits.tolist()
 
     def _change(self, kind: str, rng: random.Random) -> str:
         if kind == "settings":
@@ -280,7 +279,7 @@ class Loaded:
 
 
 def put(path: Path, how: str) -> None:
-    """Something else in the place of a file."""
+    """Replace a file by something else."""
     path.unlink()
     if how == "pipe":
         os.mkfifo(path)
@@ -292,7 +291,7 @@ def put(path: Path, how: str) -> None:
 
 
 def quantised_by_transformers(folder: Path, options: dict[str, object]) -> None:
-    """A tiny Llama that transformers quantised with bitsandbytes and saved."""
+    """Save a tiny Llama that transformers has quantised with bitsandbytes."""
     import transformers
 
     dense = folder.with_name(f"{folder.name} dense")
@@ -312,16 +311,16 @@ def snapshot_names(folder: Path) -> list[tuple[str, int, int]]:
 
 def prompt_ids_of(model: Any, prompt: Any) -> list[int] | None:
     try:
-        found: list[int] = prompt_ids(_Somewhere(model.tokenizer), prompt)[0].tolist()  # type: ignore[arg-type]
+        ids: list[int] = prompt_ids(_Somewhere(model.tokenizer), prompt)[0].tolist()  # type: ignore[arg-type]
     except GraftError as error:
         if error.code == "GC090":  # an empty text
             return None
         raise
-    return found
+    return ids
 
 
 class _Somewhere:
-    """A tokenizer without a model."""
+    """A stand-in for a model that has only a tokenizer."""
 
     device = "cpu"
     model = None

@@ -1,6 +1,6 @@
-"""Random specs: each one parses or ends in a coded error, in time, in little memory, and touches nothing outside.
+"""Random specs: each one parses or ends in a coded error, in bounded time and memory, and touches nothing outside.
 
-`GRAFTC_FUZZ` says how many; `make fuzz` takes 10,000.
+`GRAFTC_FUZZ` sets their number; `make fuzz` takes 10,000.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from graftc.specs.roles import ROLES
 from tests.families import bert
 
 COUNT = int(os.environ.get("GRAFTC_FUZZ", "200"))
-# At full counts it belongs to the long gates; a sample is part of every run.
+# At full counts this is one of the long gates; every run includes a sample.
 pytestmark = [pytest.mark.gate] if COUNT > 1_000 else []
 CHECKED = max(3, COUNT // 400)
 SECONDS, BYTES = 5.0, 1 << 30
@@ -66,12 +66,12 @@ def _nested(depth: int) -> Any:
 
 
 def hostile(draw: random.Random) -> Any:
-    """Some value that no field expects, or that one expects and should not take."""
+    """Return a value that no field expects, or that a field expects but should reject."""
     return draw.choice(HOSTILE)(draw)
 
 
 def structured(draw: random.Random) -> dict[str, Any]:
-    """A spec of known fields, with usual values but for some."""
+    """Return a spec of known fields, most of which have usual values."""
     entries = list(method_specs().values())
     adapt = []
     for _ in range(draw.choice((1, 1, 2, 3, 40))):
@@ -119,30 +119,30 @@ def usual(draw: random.Random, default: Any) -> Any:
 
 
 def mutate(draw: random.Random, data: Any) -> None:
-    """Put something hostile somewhere into plain data."""
-    here = data
+    """Insert something hostile at a random place of plain data."""
+    container = data
     while True:
-        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+        keys = list(container) if isinstance(container, dict) else list(range(len(container)))
         if not keys:
             break
         key = draw.choice(keys)
-        if isinstance(here[key], dict | list) and here[key] and draw.random() < 0.7:
-            here = here[key]
+        if isinstance(container[key], dict | list) and container[key] and draw.random() < 0.7:
+            container = container[key]
             continue
         change = draw.random()
         if change < 0.6:
-            here[key] = hostile(draw)
-        elif change < 0.8 and isinstance(here, dict):
-            here[draw.choice((f"{key}s", "x", "\x1b[2J", str(key)[:-1]))] = hostile(draw)
-        elif isinstance(here, list):
-            here *= draw.choice((0, 2, 30))
+            container[key] = hostile(draw)
+        elif change < 0.8 and isinstance(container, dict):
+            container[draw.choice((f"{key}s", "x", "\x1b[2J", str(key)[:-1]))] = hostile(draw)
+        elif isinstance(container, list):
+            container *= draw.choice((0, 2, 30))
         else:
-            del here[key]
+            del container[key]
         break
 
 
 def toml(data: Any) -> str:
-    """Plain data as an inline TOML value, as far as TOML has it."""
+    """Return plain data as an inline TOML value, as far as TOML can express it."""
     if isinstance(data, dict):
         return "{" + ", ".join(f"{json.dumps(str(k))} = {toml(v)}" for k, v in data.items()) + "}"
     if isinstance(data, list):
@@ -151,7 +151,7 @@ def toml(data: Any) -> str:
 
 
 def written(draw: random.Random) -> tuple[str, str]:
-    """A format and a text."""
+    """Return a format and a text."""
     format = draw.choice(("yaml", "yaml", "json", "toml"))
     kind = draw.random()
     if kind < 0.6:
@@ -170,7 +170,7 @@ def written(draw: random.Random) -> tuple[str, str]:
     return format, raw.decode("utf-8", draw.choice(("replace", "ignore", "backslashreplace", "surrogateescape")))
 
 
-# --- what is watched ----------------------------------------------------------------------------------------------
+# --- watching accesses ----------------------------------------------------------------------------------------------
 
 _touched: list[str] | None = None
 OUTSIDE = ("socket.", "subprocess.", "os.", "shutil.", "ctypes.dlopen", "exec", "webbrowser.", "ftplib.", "urllib.")
@@ -186,22 +186,22 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """What is opened, run or connected to meanwhile."""
+    """Record what is opened, run or connected to while the block runs."""
     global _touched
-    _touched = found = []
+    _touched = events = []
     try:
-        yield found
+        yield events
     finally:
         _touched = None
 
 
 def peak() -> int:
-    """Bytes of memory that the process has had at most."""
+    """Return the peak memory of the process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def outcome(format: str, text: str) -> Spec | None:
-    """The spec, or None after a coded error that is as errors are."""
+    """Return the spec, or None after a well-formed coded error."""
     started = time.process_time()
     try:
         return parse_spec(text, format=format)  # type: ignore[arg-type]
@@ -216,16 +216,16 @@ def outcome(format: str, text: str) -> Spec | None:
 
 @pytest.fixture(scope="module")
 def parsed() -> list[Spec]:
-    """Those that parse; the others were refused as they should."""
+    """The specs that parse; the others were refused properly."""
     for format, text in (
         ("yaml", SEEDS[0]),
         ("json", '{"adapt": [{"method": "lora", "target": {"regex": "("}}]}'),
         ("toml", ""),
     ):
-        outcome(format, text)  # imports what readers need
+        outcome(format, text)  # imports what readers need, before anything is measured
     for entry in method_specs().values():
         entry.spec_class.model_rebuild()
-    found, before = [], peak()
+    specs, before = [], peak()
     for seed in range(COUNT):
         format, text = written(random.Random(seed))
         try:
@@ -235,14 +235,14 @@ def parsed() -> list[Spec]:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error!s:.500}") from error
         assert not touched, f"seed {seed}: {touched}"
         if spec is not None:
-            found.append(spec)
+            specs.append(spec)
     assert peak() - before < BYTES
-    return found
+    return specs
 
 
 @pytest.mark.slow
 def test_random_texts_parse_or_are_refused(parsed: list[Spec]) -> None:
-    assert COUNT // 20 <= len(parsed) <= COUNT * 3 // 4  # it tries both
+    assert COUNT // 20 <= len(parsed) <= COUNT * 3 // 4  # the texts include both kinds
 
 
 @pytest.mark.slow
@@ -253,8 +253,8 @@ def test_what_parses_survives_being_written(parsed: list[Spec]) -> None:
 
 @pytest.mark.slow
 def test_what_parses_compiles_or_is_refused(parsed: list[Spec], tmp_path: Path) -> None:
-    made = bert()
-    model, inputs = made if isinstance(made, tuple) else (made, None)
+    built = bert()
+    model, inputs = built if isinstance(built, tuple) else (built, None)
     before, files = peak(), set(tmp_path.parent.iterdir())
     for number, spec in enumerate(parsed[:CHECKED]):
         started = time.process_time()

@@ -1,8 +1,8 @@
-"""Thousands of staging folders that somebody else has made, in a folder of two users, and writing beside them.
+"""Thousands of staging folders planted by somebody else in a folder of two users, and writes next to them.
 
-What is written is right, or refused by a code; what belongs to others, and whatever links lead to, stays as it was, to
-the time of its last change; nothing hangs. ``make fuzz`` runs ``FUZZ`` of them, 3,000 at most; the ordinary tests a
-sample.
+A write is right or refused with a code; whatever belongs to others and whatever links lead to stays unchanged,
+including the time of its last change; nothing hangs. ``make fuzz`` runs ``FUZZ`` of them, 3,000 at most; the ordinary
+tests run a sample.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ State = dict[str, tuple[Any, ...]]
 
 
 def state(path: Path) -> State:
-    """All that can be seen of a path and what is below it, but when it was read."""
-    found: State = {}
+    """Return everything that can be observed of a path and what is below it, except access times."""
+    states: State = {}
     for each in [path, *sorted(path.rglob("*"))]:
         seen = each.lstat()
         content = os.readlink(each) if each.is_symlink() else _bytes(each, seen)
-        found[str(each)] = (seen.st_ino, seen.st_mode, seen.st_uid, seen.st_mtime_ns, seen.st_ctime_ns, content)
-    return found
+        states[str(each)] = (seen.st_ino, seen.st_mode, seen.st_uid, seen.st_mtime_ns, seen.st_ctime_ns, content)
+    return states
 
 
 def _bytes(path: Path, seen: os.stat_result) -> bytes:
@@ -53,7 +53,7 @@ def _bytes(path: Path, seen: os.stat_result) -> bytes:
 
 
 class Planted:
-    """A shared folder with a staging folder in it, made in the way of a number, always the same."""
+    """A shared folder with a planted staging folder in it, generated deterministically from a number."""
 
     def __init__(self, place: Path, number: int) -> None:
         self.rng = random.Random(number)
@@ -100,7 +100,7 @@ class Planted:
             self.staging.symlink_to("nowhere")
 
     def _kind(self, usual: str, *others: str) -> str:
-        """What to make: mostly what is usual there."""
+        """Return the kind of entry to create, mostly the usual one."""
         return self.rng.choice((usual,) * 8 + others) if self.wild else usual
 
     def _folder(self, staging: Path) -> None:
@@ -127,7 +127,7 @@ class Planted:
         self._touch(path, 0o755)
 
     def _inner(self, path: Path, make: Callable[[Path], None]) -> None:
-        """A folder, or something else in its place."""
+        """Create a folder, or something else in its place."""
         kind = self._kind("folder", "link", "pipe", "file", "nothing")
         if kind == "folder":
             make(path)
@@ -140,7 +140,7 @@ class Planted:
             path.write_text("planted")
 
     def _file(self, path: Path, text: str, often: float) -> None:
-        """A file, or something else in its place."""
+        """Create a file, or something else in its place."""
         if self.rng.random() > often:
             return
         kind = self.rng.choice(
@@ -165,7 +165,7 @@ class Planted:
             self._touch(path, 0o644)
 
     def _journal(self, staging: Path) -> str:
-        """One that is right but for what a planted one cannot know, or knows by luck."""
+        """Return a journal that is valid except for values that an attacker cannot know, or knows only by luck."""
         rng = self.rng
         known = {
             name: (staging / "new" / name).lstat().st_ino if os.path.lexists(staging / "new" / name) else 1
@@ -178,7 +178,7 @@ class Planted:
         return json.dumps({"folder": folder, "place": known, "companions": companions, "replace": rng.random() < 0.6})
 
     def _touch(self, path: Path, mode: int) -> None:
-        """Permissions, and whose it is."""
+        """Set the permissions and the owner."""
         if self.wild and self.rng.random() < 0.1:
             mode = self.rng.choice((0o777, 0o1777, 0o770, 0o755, 0o644, 0o600))
         path.chmod(mode)
@@ -186,16 +186,16 @@ class Planted:
             os.chown(path, OTHER, OTHER)
 
     def _foreign(self) -> State:
-        """Folders of another user's, with what is in them, but for the top's time, which naming things changes."""
-        found: State = {}
+        """Return the state of folders that belong to another user, with their contents."""
+        states: State = {}
         for path in [self.shared, *self.shared.rglob("*")]:
             if path.is_dir() and not path.is_symlink() and path.lstat().st_uid == OTHER:
-                found |= state(path)
-        return found
+                states |= state(path)
+        return states
 
 
 def outcome(planted: Planted) -> str:
-    """Write beside what is there; what came of it."""
+    """Write next to the planted folder and return what happened."""
     shared, rng = planted.shared, planted.rng
     act = rng.choice(("recover", "text", "folder", "resume", "resume") + ("resume",) * 4 * (not planted.wild))
     if act == "recover":
@@ -210,7 +210,7 @@ def outcome(planted: Planted) -> str:
         with staged(shared / "it", force=True, replaceable=Path.is_dir, resume=resume) as folder:
             staging = folder.parent.parent
             went_on = folder.exists()
-            if went_on:  # all of it is this user's own
+            if went_on:  # all of it belongs to this user
                 assert staging == planted.staging and resume and own(staging)
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
             folder.mkdir()
@@ -246,7 +246,7 @@ def run(place: Path, number: int) -> str:
 
 
 def _checked(place: Path, numbers: range, patch: pytest.MonkeyPatch) -> set[str]:
-    patch.setattr(os, "fsync", lambda _: None)  # the disk has its time elsewhere
+    patch.setattr(os, "fsync", lambda _: None)  # syncing would only cost time
     endings = set()
     for number in numbers:
         try:
@@ -270,7 +270,7 @@ def test_fuzz_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that everybody reaches: pytest takes its own from others again whenever a run of it starts."""
+    """A folder that every user can reach; pytest makes its own folders private again whenever a run of it starts."""
     folder = Path(tempfile.mkdtemp(prefix="graftc-public-"))
     try:
         folder.chmod(0o755)
@@ -283,7 +283,7 @@ def public() -> Iterator[Path]:
 
 @as_root
 def test_fuzz_staging_as_a_user(public: Path) -> None:
-    """The same by somebody who is not root, in folders of root and of another."""
+    """The same holds for a user other than root, in folders of root and of another user."""
     for number in range(min(COUNT, 12)):
         planted = Planted(public / "place", number)
         planted.shared.chmod(0o1777)

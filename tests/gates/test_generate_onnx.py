@@ -1,4 +1,4 @@
-"""Generation over ONNX Runtime beside the source model's own `generate`, token by token."""
+"""Generation over ONNX Runtime compared with the source model's own `generate`, token by token."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ pytestmark = pytest.mark.gate
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "t5"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A merged model of transformers, and its graphs in ONNX Runtime."""
+    """A merged transformers model and its graphs in ONNX Runtime."""
     merged = adapted(request.param).merge()
     folder = merged.export(tmp_path_factory.mktemp("onnx") / request.param, "onnx-generate")
     return merged.to_transformers(), load(folder, threads=1)
 
 
 def prompts(rows: int = 5, length: int = 9) -> dict[str, torch.Tensor]:
-    """Rows with padding on the left: one token more in each."""
+    """Return rows with padding on the left, one token more in each."""
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(length) >= torch.arange(rows)[:, None]).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def both(pair: tuple[Any, Any], inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-    """What both generate, which is the same."""
-    found = []
+    """Return what both models generate, and check that it is the same."""
+    generated = []
     for model in pair:
         torch.manual_seed(3)
-        found.append(model.generate(**inputs, **options))
-    assert torch.equal(*found), options
-    varied = len(inputs["input_ids"]) == 1 or len(found[0].unique()) > 6
+        generated.append(model.generate(**inputs, **options))
+    assert torch.equal(*generated), options
+    varied = len(inputs["input_ids"]) == 1 or len(generated[0].unique()) > 6
     assert varied, "models that repeat themselves show nothing"
-    return found[0]
+    return generated[0]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_same_tokens(pair: tuple[Any, Any], options: dict[str, Any]) -> None
 
 
 def test_several_tokens_at_once(pair: tuple[Any, Any]) -> None:
-    """Candidates are checked together, and what was wrong of them leaves the cache again."""
+    """Candidates are checked together, and rejected ones are removed from the cache."""
     graphs = pair[1]
     row = prompts(1, 7)
     expected = both(pair, row, max_new_tokens=40)
@@ -71,14 +71,14 @@ def test_several_tokens_at_once(pair: tuple[Any, Any]) -> None:
     assert torch.equal(graphs.generate(**row, max_new_tokens=40, assistant_model=graphs), expected)
     assert torch.equal(both(pair, row, max_new_tokens=40, use_cache=False), expected)
     if graphs._seq2seq:
-        return  # transformers cuts the encoder's mask into chunks, too
+        return  # transformers splits the encoder's mask into chunks as well
     assert torch.equal(
         both(pair, prompts(3), max_new_tokens=20, prefill_chunk_size=4), both(pair, prompts(3), max_new_tokens=20)
     )
 
 
 def test_logits(pair: tuple[Any, Any]) -> None:
-    """Scores of every step, within float32's rounding."""
+    """The logits of every step agree within float32's rounding."""
     first, second = (
         model.generate(**prompts(), max_new_tokens=12, return_dict_in_generate=True, output_logits=True).logits
         for model in pair
@@ -98,6 +98,6 @@ found = [m for m in sys.modules if ".modeling_" in m and m.startswith("transform
 assert not [m for m in found if not m.startswith("transformers.models.auto")], found
 assert not [m for m in sys.modules if m.startswith(("graftc.compiler", "graftc.passes"))]
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == toy.greedy(torch.tensor([[1]]), torch.tensor([[1]]), 3).tolist()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == toy.greedy(torch.tensor([[1]]), torch.tensor([[1]]), 3).tolist()

@@ -1,4 +1,4 @@
-"""Generating in torch beside the source model's own `generate` and the folded one's, token by token."""
+"""Generation in torch compared with the source model's own `generate` and with the folded model's, token by token."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A model and the same compiled, with LoRA as it begins: the model's own function."""
+    """A model and its compiled form with LoRA as initialised, which computes the model's own function."""
     model = language_model(request.param)
     return model, graftc.compile(SPEC, model).eval()
 
 
 def generated(model: Any, way: str) -> Tensor:
-    """What a model generates, ``[rows, tokens]``; texts do not end before their time."""
+    """Return what a model generates, ``[rows, tokens]``; texts do not end early."""
     of_prompt, options = WAYS[way]
     given = prompt(model, **of_prompt)
     torch.manual_seed(5)
-    found = model.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **options)
-    return found if isinstance(found, Tensor) else found["sequences"]
+    outputs = model.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **options)
+    return outputs if isinstance(outputs, Tensor) else outputs["sequences"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -53,7 +53,7 @@ def test_what_the_source_generates(pair: tuple[Any, Any], way: str) -> None:
 
 
 def test_what_is_folded_generates_the_same(pair: tuple[Any, Any]) -> None:
-    """Compiled and trained, merged, and the merged model as one of transformers."""
+    """The trained compiled model, the merged model, and the merged model as a transformers model generate the same."""
     model, compiled = pair
     identity = {way: generated(compiled, way) for way in WAYS}
     perturb(compiled, 0.3)
@@ -80,7 +80,7 @@ print(torch.equal(found, expected), len(signatures) == known, all(found.cached f
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_an_artifact_generates_in_another_process(family: str, tmp_path: Path) -> None:
-    """The same tokens, from the graphs that are in it; what was merged is a folder of transformers that does, too."""
+    """An artifact generates the same tokens from its graphs, and so does the merged model as a transformers folder."""
     import transformers
 
     language_model(family).save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Generating where libraries do it: pipelines of transformers, and its trainer of pairs."""
+"""Generation through libraries: pipelines of transformers and its sequence-to-sequence trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gate
 
 
 def test_pipelines() -> None:
-    """Compiled and merged models write what the folded one does; batches are padded on the left."""
+    """Compiled and merged models write the same texts as the folded model; batches are padded on the left."""
     from transformers import pipeline
 
     compiled = graftc.compile(SPEC, language_model("llama")).eval()
@@ -26,14 +26,14 @@ def test_pipelines() -> None:
     merged = compiled.merge()
     words = tokenizer()
     words.padding_side = "left"
-    found = []
+    written = []
     for model in (compiled, merged, merged.to_transformers()):
         write = pipeline("text-generation", model=model, tokenizer=words, device="cpu")
         texts = write(["w3 w5 w7 w9", "w4 w8"], batch_size=2, max_new_tokens=24, do_sample=False)
         assisted = write("w3 w5 w7", assistant_model=compiled, max_new_tokens=24, do_sample=False)
-        found.append([*texts, assisted])
-    assert found[0] == found[1] == found[2]
-    assert len({row[0]["generated_text"] for row in found[0]}) == 3
+        written.append([*texts, assisted])
+    assert written[0] == written[1] == written[2]
+    assert len({row[0]["generated_text"] for row in written[0]}) == 3
 
 
 def test_the_trainer_predicts_by_generating(tmp_path: Path) -> None:

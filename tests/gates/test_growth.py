@@ -16,7 +16,7 @@ SIZES, TORCH = "symbolic_shapes", 256
 
 def test_a_thousand_adapters_leave_nothing() -> None:
     server = Server()
-    for _ in range(200):  # as many as the code of has no more room for
+    for _ in range(200):  # enough to fill `RECENT`
         server.serve()
     assert len(RECENT) == RECENT.most
     before, memory = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""What the planner says beside what training takes on a real decoder, in two processes, and in a published table."""
+"""The planner's figures compared with training on a real decoder, with two processes, and with a published table."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ def test_the_planned_peak_is_the_measured_one(base: Any, name: str) -> None:
         f"{name}: planned {plan.peak / 1e6:.1f} MB ({own / 1e6:.1f}), measured {measured / 1e6:.1f} ({above / 1e6:.1f})"
     )
     assert plan.peak == pytest.approx(measured, rel=0.10)
-    # The base, which anybody can count, is most of it: what is above has to be right by itself.
+    # Most of it is the base, which is easy to count: the rest has to be right by itself.
     assert own == pytest.approx(above, rel=0.10)
 
 
 @pytest.mark.parametrize("name", sharded_job.SPECS)
 def test_a_process_of_two_takes_what_is_planned_for_it(name: str, tmp_path: Path) -> None:
     together("tests.planner.sharded_job:measure", 2, tmp_path, name)
-    found = json.loads((tmp_path / f"{name}.json").read_text())
-    least, most = found["least"], found["most"]
-    print(f"{name}: planned {found['peak'] / 1e6:.1f} MB, measured {least / 1e6:.1f} to {most / 1e6:.1f}")
-    assert 0.9 * least <= found["peak"] <= 1.1 * most
+    sizes = json.loads((tmp_path / f"{name}.json").read_text())
+    least, most = sizes["least"], sizes["most"]
+    print(f"{name}: planned {sizes['peak'] / 1e6:.1f} MB, measured {least / 1e6:.1f} to {most / 1e6:.1f}")
+    assert 0.9 * least <= sizes["peak"] <= 1.1 * most
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -96,9 +96,9 @@ def test_llama_takes_what_was_published(method: str, size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["layers once", "layers again"])
 def test_peft_takes_what_was_published(size: str, checkpoint: bool) -> None:
-    """The authors trained qLoRA with PEFT: one setting for all of its cells."""
+    """The authors trained qLoRA with PEFT: one setting explains all of its cells."""
     peft = torch.float32
-    found = bytes_of_cell(planned("qLoRA", size, checkpoint, peft), peft) / 1e9
-    error = found - PUBLISHED["qLoRA"][size][checkpoint]
-    print(f"qLoRA {size} of PEFT, layers again {checkpoint}: {found:.1f} GB planned, {error:+.1f}")
+    gigabytes = bytes_of_cell(planned("qLoRA", size, checkpoint, peft), peft) / 1e9
+    error = gigabytes - PUBLISHED["qLoRA"][size][checkpoint]
+    print(f"qLoRA {size} of PEFT, layers again {checkpoint}: {gigabytes:.1f} GB planned, {error:+.1f}")
     assert abs(error) <= ASKED

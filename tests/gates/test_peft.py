@@ -1,4 +1,4 @@
-"""Checkpoints of every type that works, on every family, in and out, judged by the installed peft."""
+"""Checkpoints of every supported type, on every family, imported and exported, judged by the installed peft."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_there_are_sixty_of_eight_families_and_all_types() -> None:
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_in_and_out(case: Checkpoint, tmp_path: Path) -> None:
-    """Outputs within 1e-5 of peft's both times; peft finds every tensor that it trains, and no other."""
+    """Outputs are within 1e-5 of peft's both times; peft loads exactly the tensors that it trains."""
     check(case, tmp_path)
 
 
 @pytest.mark.parametrize("case", [case for case in EVERY if case.name in IN_SIXTEEN_BITS], ids=str)
 def test_in_sixteen_bits(case: Checkpoint, tmp_path: Path) -> None:
-    """Equal updates, and outputs at most 1.2 times as far from float32 as peft's."""
+    """Updates are equal, and outputs at most 1.2 times as far from float32 as peft's."""
     ours, theirs = check_in_sixteen_bits(case, tmp_path / "theirs")
     print(f"{case}: {ours:.2e}, peft {theirs:.2e}, {ours / theirs:.2f}")
     assert 0 < ours <= 1.2 * theirs

@@ -1,4 +1,4 @@
-"""Configurations drawn from all that peft makes of the methods that graftc has too, judged by the installed peft.
+"""Random configurations of the methods that peft and graftc both have, judged by the installed peft.
 
 Each is saved by peft with perturbed tensors, imported, compared (outputs, gradients, merged outputs), exported, loaded
 by peft and compared again. A sample runs with the usual tests.

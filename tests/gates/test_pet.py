@@ -1,5 +1,7 @@
-"""iPET on 20 Newsgroups from one file and one command: killed ten times, it ends with the same tensors, and its
-classifier runs in ONNX Runtime."""
+"""iPET on 20 Newsgroups from one file and one command.
+
+Killed ten times, it ends with the same tensors, and its classifier runs in ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -76,22 +78,22 @@ def test_killed_ten_times_it_ends_with_the_same_tensors(tmp_path: Path, capsys: 
     assert _accuracy(tmp_path / "c.onnx", model, task.test) == pytest.approx(results["classifier"]["test"])
     loaded = graftc.load(tmp_path / "whole/classifier").eval()
     inputs = _inputs(model, task.test.texts[:8])
-    (found,) = onnxruntime.InferenceSession(str(tmp_path / "c.onnx")).run(None, _fed(inputs))
-    torch.testing.assert_close(torch.from_numpy(found), loaded(**inputs).logits.detach(), atol=2e-5, rtol=1e-5)
+    (logits,) = onnxruntime.InferenceSession(str(tmp_path / "c.onnx")).run(None, _fed(inputs))
+    torch.testing.assert_close(torch.from_numpy(logits), loaded(**inputs).logits.detach(), atol=2e-5, rtol=1e-5)
 
 
 def _stages(folder: Path) -> set[str]:
-    """What is finished, by the names of files and artifacts; what is being written has a name with a dot."""
+    """Return the names of finished files and artifacts; names with a leading dot are still being written."""
     names = re.compile(r".*\.safetensors|sets\.jsonl|classifier|stage-\d+|result|training-\d+")
-    found = set()
-    for path, folders, files in os.walk(folder):  # which passes over what is gone meanwhile
+    stages = set()
+    for path, folders, files in os.walk(folder):  # os.walk skips folders removed in the meantime
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found |= {os.path.join(path, name) for name in (*folders, *files) if names.fullmatch(name)}
-    return found
+        stages |= {os.path.join(path, name) for name in (*folders, *files) if names.fullmatch(name)}
+    return stages
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Every tensor, and what else a run says, by file."""
+    """Return the digest of every tensor file and of a run's other results, by file."""
     kept = [*folder.rglob("*.safetensors"), *folder.rglob("sets.jsonl"), folder / "results.json"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 

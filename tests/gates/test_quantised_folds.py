@@ -1,4 +1,4 @@
-"""Folds on quantised bases: all families, methods and packings; and QLoRA as bitsandbytes and peft have it."""
+"""Folds on quantised bases: all families, methods and packings; and QLoRA compared with bitsandbytes and peft."""
 
 from __future__ import annotations
 
@@ -24,48 +24,52 @@ pytestmark = pytest.mark.gate
 @pytest.mark.parametrize("method", FOLDING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folds(family: str, method: str, kind: str) -> None:
-    """To full precision: see `tests.quantised.full_precision`. Packed again: what the packing can hold is left."""
+    """A fold to full precision is exact; packed again, it keeps what the packing can represent."""
     full_precision(family, method, kind)
-    made = adapted(family, method, kind).merge(base="requantized", allow_unchanged=True, budget=1e3)
-    worst = max(item.error for item in made.certificate.requantised)
+    requantised = adapted(family, method, kind).merge(base="requantized", allow_unchanged=True, budget=1e3)
+    worst = max(item.error for item in requantised.certificate.requantised)
     assert worst < (0.01 if kind == "int8" else 0.12)
     if kind == "int8":
-        assert made.certificate.retention.norm > 0.9
+        assert requantised.certificate.retention.norm > 0.9
 
 
 def in_4_bits(model: nn.Module, names: set[str]) -> nn.Module:
-    """The model with bitsandbytes' modules in the place of some linear maps."""
+    """Return the model with bitsandbytes modules instead of some linear maps."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    made: Any = copy.deepcopy(model)
+    copied: Any = copy.deepcopy(model)
     for name in names:
-        old = made.get_submodule(name)
+        old = copied.get_submodule(name)
         own = {"compress_statistics": False, "quant_type": "nf4"}
         new = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, torch.float32, **own)
         new.weight = bitsandbytes.nn.Params4bit(old.weight.data.clone(), requires_grad=False, **own)
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.data.clone(), requires_grad=False)
         parent, _, last = name.rpartition(".")
-        setattr(made.get_submodule(parent), last, new.to("cpu"))
-    made.is_loaded_in_4bit = True
-    return made
+        setattr(copied.get_submodule(parent), last, new.to("cpu"))
+    copied.is_loaded_in_4bit = True
+    return copied
 
 
 def llama() -> nn.Module:
-    """A decoder whose rows are whole blocks: in other rows, bitsandbytes 0.50 dequantises on a CPU with scales of
-    the wrong blocks."""
+    """Return a decoder whose rows are whole blocks.
+
+    For other rows, bitsandbytes 0.50 dequantises on a CPU with scales of the wrong blocks.
+    """
     return tiny("llama", hidden_size=64, intermediate_size=128)
 
 
 def minilm() -> nn.Module:
-    """A pretrained encoder, 6 layers of width 384."""
+    """Return a pretrained encoder with 6 layers of width 384."""
     model: nn.Module = AutoModel.from_pretrained(find_model()).eval()
     return model
 
 
 @pytest.mark.parametrize("load", [llama, minilm], ids=["llama", "minilm"])
 def test_qlora_as_peft(load: Callable[[], nn.Module], tmp_path: Path) -> None:
-    """Merged to full precision, weights are bitsandbytes' dequantised ones plus peft's update within 1e-6. Peft's own
-    merge packs again: it is far from that."""
+    """Merged to full precision, weights are bitsandbytes' dequantised ones plus peft's update within 1e-6.
+
+    Peft's own merge packs them again and is far from that.
+    """
     bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
     model = load()
     spec = {
@@ -78,17 +82,17 @@ def test_qlora_as_peft(load: Callable[[], nn.Module], tmp_path: Path) -> None:
     merged = compiled.merge(base="full").to_transformers()
     packed = {name.rpartition(".")[0] for name in compiled.compilation.store.packed}
     judge = peft.PeftModel.from_pretrained(in_4_bits(model, packed), tmp_path / "adapter")
-    found = 0
+    updated = 0
     for name in sorted(packed):
         theirs = judge.base_model.model.get_submodule(name)
         own = merged.get_submodule(name).weight
         base = getattr(theirs, "base_layer", theirs)
         exact = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
         if base is not theirs:
-            found += 1
+            updated += 1
             exact = exact + theirs.get_delta_weight("default").double()
             theirs.merge()
             again = bitsandbytes.functional.dequantize_4bit(theirs.base_layer.weight.data, base.weight.quant_state)
             assert float((again - exact).abs().max()) > 1e-3
         assert float((own - exact).abs().max()) < 1e-6
-    assert found == len(compiled.compilation.main.resolved[0].places)
+    assert updated == len(compiled.compilation.main.resolved[0].places)

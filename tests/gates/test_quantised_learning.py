@@ -1,4 +1,4 @@
-"""qLoRA and qSpIEL learn what LoRA and SpIEL learn: Reuters R52 on a pretrained encoder, three seeds."""
+"""qLoRA and qSpIEL learn as much as LoRA and SpIEL: Reuters R52 on a pretrained encoder, three seeds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 
 @cache
 def data() -> tuple[Encoded, Encoded, int]:
-    """Texts of the standard split as tokens, and the number of classes."""
+    """Return the texts of the standard splits as tokens, and the number of classes."""
     from transformers import AutoTokenizer
 
     folder, tokenizer = find_data(), AutoTokenizer.from_pretrained(find_model())
@@ -48,7 +48,7 @@ def data() -> tuple[Encoded, Encoded, int]:
 
 
 def accuracy(name: str, seed: int, base: dict[str, Any] | None) -> float:
-    """After training, in percent."""
+    """Return the accuracy after training, in percent."""
     from transformers import AutoModelForSequenceClassification
 
     training, testing, classes = data()
@@ -82,7 +82,7 @@ def accuracy(name: str, seed: int, base: dict[str, Any] | None) -> float:
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_learns_as_much_on_a_quantised_base(name: str) -> None:
-    """Mean accuracies of three seeds are at most 1.5 points apart, and far from those of a guess."""
+    """Mean accuracies of three seeds differ by at most 1.5 points and are far above chance."""
     plain, quantised = (
         [accuracy(name, seed, base) for seed in SEEDS] for base in (None, {"quantize": "nf4", "double": True})
     )

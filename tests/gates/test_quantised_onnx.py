@@ -1,4 +1,4 @@
-"""Quantised bases in ONNX Runtime: every family, method and packing, beside adapters in the graph."""
+"""Quantised bases in ONNX Runtime: every family, method and packing, with adapters in the graph."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ pytestmark = pytest.mark.gate
 @pytest.mark.parametrize("method", [*FOLDING, *STAYING])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity(family: str, method: str, kind: str, tmp_path: Path) -> None:
-    """See `tests.quantised.in_onnx_runtime`."""
+    """The exported file agrees with the compiled model and keeps weights packed."""
     in_onnx_runtime(family, method, kind, tmp_path)

@@ -1,4 +1,4 @@
-"""Merges of routed models in 16 bits: certified, or refused for another reason than a route, on any processor."""
+"""Merges of routed models in 16 bits are certified or refused for a reason other than a route, on any processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TWINS = 0.5
 
 
 def merges(family: str, seeds: range) -> Iterator[tuple[str, Certificate, str | None]]:
-    """Perturbed models of a family: what they are, their certificate, and the code that a merge is refused with."""
+    """Yield perturbed models of a family: a description, the certificate, and the code that a merge is refused with."""
     for seed in seeds:
         draw = random.Random(f"{family} {seed}")
         roles = sorted(draw.sample(ROLES, draw.randint(1, len(ROLES))))
@@ -41,7 +41,7 @@ def merges(family: str, seeds: range) -> Iterator[tuple[str, Certificate, str | 
 
 
 def refused(compiled: Any) -> str | None:
-    """The code that a merge is refused with."""
+    """Return the code that a merge is refused with, or None."""
     try:
         compiled.merge(allow_unchanged=True)
     except GraftError as error:
@@ -50,7 +50,7 @@ def refused(compiled: Any) -> str | None:
 
 
 def check(family: str, seeds: range) -> tuple[int, int, int]:
-    """How many merges there were, how many were certified, and in how many a router chose otherwise."""
+    """Return the number of merges, of certified ones, and of those in which a router chose differently."""
     certified, flipped = 0, 0
     for what, certificate, code in merges(family, seeds):
         routes = certificate.routes

@@ -40,7 +40,7 @@ KILLS = int(os.environ.get("GRAFTC_KILLS", "20"))
 
 
 def drawn(rng: torch.Generator, *shape: int) -> Tensor:
-    """Random values of 16 bits: rolled out of one pool, so that a gigabyte takes a second."""
+    """Return random values of 16 bits, repeated from one pool so that a gigabyte takes a second."""
     count, start = 1, int(torch.randint(0, 2**20, (), generator=rng))
     for size in shape:
         count *= size
@@ -50,7 +50,7 @@ def drawn(rng: torch.Generator, *shape: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A base in eleven files, and a LoRA of all its projections in peft's format."""
+    """A folder with a base in eleven files and a LoRA of all its projections in peft's format."""
     folder = tmp_path_factory.mktemp("streaming")
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
@@ -62,21 +62,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number in range(LAYERS + 2):
         if number in (0, LAYERS + 1):
             name = "model.embed_tokens.weight" if number == 0 else "lm_head.weight"
-            held = {name: drawn(rng, VOCABULARY, HIDDEN)}
+            shard = {name: drawn(rng, VOCABULARY, HIDDEN)}
         else:
             layer = f"model.layers.{number - 1}"
-            held = {f"{layer}.{name}.weight": drawn(rng, *shape) for name, shape in MAPS.items()}
+            shard = {f"{layer}.{name}.weight": drawn(rng, *shape) for name, shape in MAPS.items()}
             norms = ("input_layernorm", "post_attention_layernorm")
-            held |= {f"{layer}.{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16) for name in norms}
+            shard |= {f"{layer}.{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16) for name in norms}
             for name, (rows, columns) in MAPS.items():
                 key = f"base_model.model.{layer}.{name}"
                 factors[f"{key}.lora_A.weight"] = torch.randn(RANK, columns, generator=rng) * 0.01
                 factors[f"{key}.lora_B.weight"] = torch.randn(rows, RANK, generator=rng) * 0.01
         if number == LAYERS:
-            held["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+            shard["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
         file = f"model-{number + 1:05d}-of-{LAYERS + 2:05d}.safetensors"
-        save_file(held, base / file, metadata={"format": "pt"})
-        table |= dict.fromkeys(held, file)
+        save_file(shard, base / file, metadata={"format": "pt"})
+        table |= dict.fromkeys(shard, file)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": table}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -90,12 +90,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    """The process that merges."""
+    """Return the command line of the process that merges."""
     return [sys.executable, "-m", "tests.gates.streamed", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
-    """Of one thread."""
+    """Return an environment with one thread."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -118,20 +118,22 @@ def test_memory_and_time(place: Path) -> None:
     theirs = json.loads(run.stdout)
     print(f"peft: {theirs}")
     assert ours["peak"] < theirs["peak"] / 5
-    found = compared(place, peers)
-    print(f"entries that differ from peft's: {found}")
-    assert found["farther"] == 0 and found["nearer"] > 0
+    counts = compared(place, peers)
+    print(f"entries that differ from peft's: {counts}")
+    assert counts["farther"] == 0 and counts["nearer"] > 0
     shutil.rmtree(peers)
 
 
 def compared(place: Path, peers: Path) -> dict[str, int]:
-    """Entries of one layer in which peft's merge differs from ours, by which of the two is nearer to the exact value;
-    and whether ours is that value, rounded once."""
+    """Count the entries in which peft's merge differs from graftc's, by which of the two is nearer to the exact value.
+
+    The first and the last layer are compared; graftc's merge must be the exact value, rounded once.
+    """
     factors, theirs = tensors(place / "adapter"), {}
     for file in sorted(peers.glob("*.safetensors")):
         with safe_open(str(file), "pt") as opened:
             theirs |= {name: file for name in opened.keys()}  # noqa: SIM118 - no mapping
-    found = {"nearer": 0, "farther": 0, "entries": 0}
+    counts = {"nearer": 0, "farther": 0, "entries": 0}
     index = json.loads((place / "base" / "model.safetensors.index.json").read_text())["weight_map"]
     for layer in (0, LAYERS - 1):
         for name in MAPS:
@@ -143,21 +145,21 @@ def compared(place: Path, peers: Path) -> dict[str, int]:
             assert torch.equal(own, round_once(exact, torch.bfloat16)), key
             other = one(theirs[stored], stored)
             ours, peer = (own.double() - exact).abs_(), (other.double() - exact).abs_()
-            found["nearer"] += int((ours < peer).sum())
-            found["farther"] += int((ours > peer).sum())
-            found["entries"] += own.numel()
-    return found
+            counts["nearer"] += int((ours < peer).sum())
+            counts["farther"] += int((ours > peer).sum())
+            counts["entries"] += own.numel()
+    return counts
 
 
 def one(file: Path, name: str) -> Tensor:
-    """A tensor of a file."""
+    """Return one tensor of a file."""
     with safe_open(str(file), "pt") as opened:
-        found: Tensor = opened.get_tensor(name)
-    return found
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def test_killed_and_resumed(place: Path) -> None:
-    """Killed at random moments after it has begun, until it has been killed often enough."""
+    """A merge that is killed at random moments, again and again, ends with the same files."""
     out, rng, killed, rounds = place / "resumed", random.Random(0), 0, 0
     while killed < KILLS:
         process = subprocess.Popen(
@@ -165,7 +167,7 @@ def test_killed_and_resumed(place: Path) -> None:
         )
         before = state(place)
         while process.poll() is None and state(place) == before:
-            time.sleep(0.05)  # until it writes
+            time.sleep(0.05)  # wait until it writes
         try:
             process.wait(20 * rng.random())
         except subprocess.TimeoutExpired:
@@ -182,16 +184,16 @@ def test_killed_and_resumed(place: Path) -> None:
 
 
 def state(place: Path) -> list[tuple[str, int, int]]:
-    """What a merge has written so far: it changes as soon as one begins."""
-    found = []
+    """Return what a merge has written so far, which changes as soon as one begins."""
+    files = []
     for file in sorted(place.glob(".resumed.graftc-*/**/*")):
         with contextlib.suppress(FileNotFoundError):
-            found.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
-    return found
+            files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    return files
 
 
 def same_files(a: Path, b: Path) -> None:
-    """Two folders have the same files."""
+    """Check that two folders have the same files."""
     names = sorted(file.name for file in a.iterdir())
     assert names == sorted(file.name for file in b.iterdir())
     for name in names:

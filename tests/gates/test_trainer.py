@@ -1,4 +1,4 @@
-"""The transformers Trainer on MiniLM and R8: interrupted and resumed runs, and what checkpoints hold."""
+"""The transformers Trainer on MiniLM and R8: interrupted and resumed runs, and the contents of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a LoRA step takes on a real decoder, beside PEFT."""
+"""The memory that a LoRA step takes on a real decoder, compared with PEFT."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def ours(base: Any, batch: Any, **memory: Any) -> Any:
 
 
 def losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[list[float], int]:
-    """Of training, and the peak of a step after it."""
+    """Return the losses of training and the memory peak of one more step."""
     fill(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3)
-    found = []
+    values = []
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         loss = model(**batch).loss
-        found.append(float(loss))
+        values.append(float(loss))
         loss.backward()
 
     for batch in batches:
         step(batch)
         optimiser.step()
         optimiser.zero_grad()
-    return found, peak_bytes(lambda: step(batches[0]))
+    return values, peak_bytes(lambda: step(batches[0]))
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +75,16 @@ def test_less_than_peft_with_the_same_losses(
     base: Any, batches: list[dict[str, torch.Tensor]], peers: tuple[list[float], int], memory: Any, most: float
 ) -> None:
     model = ours(base, batches[0], **memory)
-    found, peak = losses(model, batches)
+    values, peak = losses(model, batches)
     expected, peer = peers
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=0)
     assert peak < most * peer, f"{peak / peer:.3f} of {peer / 1e6:.0f} MB"
     predicted = model.activations(**batches[0]).peak
     assert predicted == pytest.approx(peak, rel=0.05)
 
 
 def test_gradients_are_those_of_the_plain_graph(base: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    """In float64, with every option that changes how a step runs."""
+    """Gradients are equal in float64, with every option that changes how a step runs."""
     wide = copy.deepcopy(base).double()
     adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 8, "alpha": 16}
     batch = {name: tensor[:1, :32] for name, tensor in batches[0].items()}
@@ -96,6 +96,6 @@ def test_gradients_are_those_of_the_plain_graph(base: Any, batches: list[dict[st
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients(optimise={"off": ["projections", "recompute"]})
-    for found in (gradients(), gradients(memory={"budget": 0.3})):
+    for other in (gradients(), gradients(memory={"budget": 0.3})):
         for name, expected in plain.items():
-            assert float((found[name] - expected).norm() / expected.norm()) < 1e-10, name
+            assert float((other[name] - expected).norm() / expected.norm()) < 1e-10, name

@@ -1,4 +1,4 @@
-"""TRL's trainers over compiled models: the same steps as over peft's, tiny and real, and one base in memory."""
+"""TRL's trainers over compiled models, tiny and real: the same steps as over peft's, and one base in memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_twenty_steps_of_a_reward_model_are_those_of_peft(tmp_path: Path) -> Non
 
 
 def test_eight_steps_on_what_it_generates_are_those_of_peft(tmp_path: Path) -> None:
-    """The same answers are drawn, their rewards are the same, and so is what is learned from them."""
+    """The same answers are sampled, with the same rewards, and training on them gives the same result."""
     runs = both(lambda model, folder: grpo(model, folder, max_steps=8, learning_rate=1e-2), tmp_path)
     rewards = [logged(trainer, "reward") for trainer in (runs.ours, runs.theirs)]
     print(f"rewards {rewards[0]}, losses differ by {runs.losses('entropy'):.1e}, tensors by {runs.tensors():.1e}")
@@ -94,12 +94,12 @@ def test_twenty_steps_of_a_real_model_with_its_chat_template_are_those_of_peft(p
     adaptation = {"method": "lora", "rank": 8, "alpha": 16, "target": {"modules": [f"**.{name}" for name in targets]}}
     ours: Any = graftc.compile({"adapt": [adaptation]}, load_decoder())
     theirs = peft.get_peft_model(load_decoder(), peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-    held = dict(theirs.named_parameters())
+    parameters = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, tensor in ours.adapter_state_dict().items():
             module, part = name.split(".graftc.lora.")
-            held[f"base_model.model.{module}.lora_{part}.default.weight"].copy_(tensor)
-    found: dict[str, list[float]] = {}
+            parameters[f"base_model.model.{module}.lora_{part}.default.weight"].copy_(tensor)
+    losses: dict[str, list[float]] = {}
     for who, model in (("ours", ours), ("theirs", theirs)):
         arguments = SFTConfig(
             str(tmp_path / who),
@@ -113,8 +113,8 @@ def test_twenty_steps_of_a_real_model_with_its_chat_template_are_those_of_peft(p
         started = time.perf_counter()
         trainer.train()
         print(f"{who}: {time.perf_counter() - started:.0f} s")
-        found[who] = logged(trainer, "loss")
-    worst = max(abs(a - b) / abs(b) for a, b in zip(found["ours"], found["theirs"], strict=True))
-    print(f"losses {found['ours'][0]:.3f} to {found['ours'][-1]:.3f} differ by {worst:.1e} of peft's at most")
-    assert len(found["ours"]) == 20 and worst < 1e-4
-    assert found["ours"][-1] < found["ours"][0] / 2
+        losses[who] = logged(trainer, "loss")
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["theirs"], strict=True))
+    print(f"losses {losses['ours'][0]:.3f} to {losses['ours'][-1]:.3f} differ by {worst:.1e} of peft's at most")
+    assert len(losses["ours"]) == 20 and worst < 1e-4
+    assert losses["ours"][-1] < losses["ours"][0] / 2

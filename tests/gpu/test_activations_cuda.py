@@ -1,4 +1,4 @@
-"""What a training step keeps, on a GPU."""
+"""The memory that a training step keeps on a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_gradients_are_the_same_and_less_is_kept(memory: dict[str, Any], monkeyp
     expected, most = gradients(compiled(base, optimise={"off": ["recompute"]}))
     model = compiled(base, memory=memory)
     for _ in range(2):
-        found, kept = gradients(model)
+        actual, kept = gradients(model)
         assert kept < most
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-14)

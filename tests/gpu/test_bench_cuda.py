@@ -1,4 +1,4 @@
-"""The benchmark of whole training steps on a CUDA device: its accounting is what the allocator says."""
+"""The benchmark of whole training steps on a CUDA device: its accounting agrees with the allocator."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = [
 
 def test_lora_is_timed_and_its_memory_counted() -> None:
     entries = [entry for entry in ENTRIES if entry.name in ("peft LoRA", "graftc LoRA")]
-    found, skipped = contest(entries, base_in(TINY_SHAPE, "float32", "cuda"), False, 2, tell=lambda line: None)
-    assert not skipped and all(min(timed.seconds) > 0 for timed in found)
+    results, skipped = contest(entries, base_in(TINY_SHAPE, "float32", "cuda"), False, 2, tell=lambda line: None)
+    assert not skipped and all(min(timed.seconds) > 0 for timed in results)
     for entry in entries:
         figures = measure(entry, TINY_SHAPE, "float32", False, "cuda")
         assert figures["peak_bytes"] == figures["witness_bytes"] > figures["base_bytes"] > 0

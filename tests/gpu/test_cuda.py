@@ -47,8 +47,8 @@ def test_moving_from_the_cpu_keeps_the_function(family: str) -> None:
     inputs = inputs_for(compiled)
     expected = outputs_of(compiled, inputs)
     compiled.cuda()
-    found = [value.cpu() for value in outputs_of(compiled, on_cuda(inputs))]
-    assert largest_difference(found, expected) <= 1e-3
+    outputs = [value.cpu() for value in outputs_of(compiled, on_cuda(inputs))]
+    assert largest_difference(outputs, expected) <= 1e-3
 
 
 def test_recomputed_masks_are_the_same_on_both_devices() -> None:

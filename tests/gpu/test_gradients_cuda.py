@@ -21,7 +21,7 @@ STEP, SEED = torch.tensor([7]), torch.tensor([123_456_789_012_345])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1500, 700), (1, 5_000_000)])
 def test_the_device_makes_no_difference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """To the bit, whatever parts it is masked in, and where the layout is another."""
+    """Results are bitwise equal, whatever parts are masked at once and whatever the memory layout."""
     assert view in DECOMPOSITIONS
     grad = torch.randn(shape, dtype=dtype)
     expected = masked(grad, STEP, SEED, 0.3)
@@ -31,7 +31,7 @@ def test_the_device_makes_no_difference(shape: tuple[int, ...], dtype: torch.dty
 
 
 def test_a_mask_takes_parts_only() -> None:
-    """Beside its result, some numbers for each element of a part."""
+    """Apart from the result, masking needs memory only for the elements of one part."""
     grad = torch.randn(2**14, 2**14, dtype=torch.bfloat16, device="cuda")
     step, seed = STEP.cuda(), SEED.cuda()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Controllers, objectives and draws on a CUDA device."""
+"""Controllers, objectives and random draws on a CUDA device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("moved", [False, True], ids=["compiled there", "moved there"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_on_the_device(method: str, moved: bool) -> None:
-    """State is where the parameters are, steps work there, and the result folds."""
+    """State is on the parameters' device, steps work there, and the result folds."""
     entry = {"method": method, "target": TARGET, **METHODS[method]}
     model = tiny("bert")
     compiled = graftc.compile({"adapt": [entry]}, model if moved else model.cuda()).cuda()

@@ -19,14 +19,14 @@ SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ff
 
 
 def texts(count: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of tokens with their labels."""
+    """Return rows of tokens with their labels."""
     rows = torch.randint(5, 90, (count, 9), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_trainer(precision: str, tmp_path: Path) -> None:
-    """Autocast over a base in float32: parameters stay float32, all of them move, and losses are near float32's."""
+    """With autocast over a base in float32, all parameters move and stay float32, and losses are near float32's."""
     from transformers import Trainer, TrainingArguments
 
     losses = {}
@@ -41,8 +41,8 @@ def test_the_trainer(precision: str, tmp_path: Path) -> None:
         trainer = Trainer(model=compiled, args=arguments, train_dataset=texts(48))
         trainer.train()
         losses[chosen] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found = compiled.adapter_state_dict()
-        assert all(t.dtype == torch.float32 and not torch.equal(t.cpu(), start[n].cpu()) for n, t in found.items())
+        tensors = compiled.adapter_state_dict()
+        assert all(t.dtype == torch.float32 and not torch.equal(t.cpu(), start[n].cpu()) for n, t in tensors.items())
     assert losses[precision] == pytest.approx(losses[None], rel=2e-2)
 
 

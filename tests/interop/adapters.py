@@ -1,4 +1,4 @@
-"""Adapter folders that PEFT wrote, with random tensors, for the tests of layouts."""
+"""Adapter folders written by PEFT, with random tensors, for the tests of layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.families import tiny
 
 
 def phi3() -> nn.Module:
-    """A decoder whose projections are fused."""
+    """Return a decoder whose projections are fused."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
@@ -22,19 +22,19 @@ def phi3() -> nn.Module:
 
 
 def base(name: str) -> nn.Module:
-    """A tiny model by the name of its family."""
+    """Return a tiny model of a family."""
     return phi3() if name == "phi3" else tiny(name).eval()
 
 
 def config_of(model: Any, path: Path) -> Path:
-    """A folder with the config of a model alone."""
+    """Write only the config of a model to a folder and return the folder."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(path)
     return path
 
 
 def written(model: nn.Module, path: Path, seed: int = 0, **config: Any) -> Path:
-    """A folder with a random LoRA of a model."""
+    """Write a folder with a random LoRA of a model and return it."""
     import copy
 
     from peft import LoraConfig, get_peft_model
@@ -51,7 +51,7 @@ def written(model: nn.Module, path: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def outputs(model: nn.Module, adapter: Path | None) -> torch.Tensor:
-    """Logits of a model, with an adapter that PEFT loads without a word."""
+    """Return the logits of a model, with an adapter that PEFT must load without a warning."""
     import copy
     import warnings
 
@@ -65,5 +65,5 @@ def outputs(model: nn.Module, adapter: Path | None) -> torch.Tensor:
         warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()
     with torch.no_grad():
-        found: torch.Tensor = loaded(input_ids=ids).logits
-    return found
+        logits: torch.Tensor = loaded(input_ids=ids).logits
+    return logits

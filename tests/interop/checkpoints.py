@@ -51,12 +51,12 @@ NO_CONV1D = ("bert", "roberta", "gpt_neox", "llama", "mixtral", "t5", "vit")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A config of peft on a family.
+    """A peft config on a family.
 
     Attributes:
-        name: of the kind.
+        name: the name of the kind.
         family: a key of `tests.families.FAMILIES`.
-        seed: what is drawn from.
+        seed: the seed of the random values.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Checkpoint:
         return f"{self.name}-{self.family}"
 
     def config(self) -> Any:
-        """peft's config."""
+        """Return peft's config."""
         return KINDS[self.name][0](self.family, random.Random(f"{self}-{self.seed}"))
 
 
@@ -82,7 +82,7 @@ def lora(family: str, rng: Rng, **fields: Any) -> Any:
 
 def patterns(family: str, rng: Rng) -> Any:
     modules = some(family, rng)
-    # Keys that overlap mean another thing once they are saved: peft sorts them.
+    # Overlapping keys mean something else once they are saved, because peft sorts them.
     key = rf"{LAYERED[family]}\.1\..*{modules[0]}" if family in LAYERED else modules[0]
     ranks, alphas = {key: rng.randint(1, 4)}, {modules[-1]: rng.randint(2, 30)}
     return lora(family, rng, target_modules=modules, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=True)
@@ -180,12 +180,12 @@ ONE_WAY = ("prefix-pair",)
 
 @cache
 def base(family: str) -> nn.Module:
-    """A tiny model, shared: nobody writes to it."""
+    """Return a tiny model, which is shared and must not be written to."""
     return tiny(family)
 
 
 def adapted(config: Any, family: str, noise: float = 0.1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """peft's model with every trained tensor perturbed, in eval mode."""
+    """Return peft's model with every trained tensor perturbed, in eval mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(copy.deepcopy(base(family)).to(dtype), config)
@@ -198,7 +198,7 @@ def adapted(config: Any, family: str, noise: float = 0.1, seed: int = 0, dtype: 
 
 
 def saved(config: Any, family: str, folder: Path, **more: Any) -> Any:
-    """peft's model, saved to a folder."""
+    """Save peft's model to a folder and return it."""
     model = adapted(config, family, **more)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,7 +207,7 @@ def saved(config: Any, family: str, folder: Path, **more: Any) -> Any:
 
 
 def loaded(folder: Path, family: str) -> Any:
-    """What peft loads, which must find every tensor it trains in the file, and nothing else there."""
+    """Return the model that peft loads; the file must contain exactly the tensors that it trains."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.PeftConfig.from_pretrained(folder)
@@ -215,7 +215,7 @@ def loaded(folder: Path, family: str) -> Any:
         model = peft.get_peft_model(copy.deepcopy(base(family)), config)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         result = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
-    # peft copies a prompt into its table first, and then reports the key of any as unexpected, its own too.
+    # peft copies a prompt into its table first, and then reports any prompt's key as unexpected, even its own.
     assert set(result.unexpected_keys) <= ({"prompt_embeddings"} if config.is_prompt_learning else set())
     trained -= {name for name in trained if config.is_prompt_learning and name.startswith("prompt_encoder.")}
     assert not trained & set(result.missing_keys)
@@ -228,21 +228,21 @@ def loaded(folder: Path, family: str) -> Any:
 
 
 def difference(ours: Compiled, theirs: Any, *, seed: int = 0) -> float:
-    """The largest difference of the first outputs of real tokens; peft has those of virtual tokens in front."""
+    """Return the largest difference of the first outputs of real tokens; peft's begin with those of virtual tokens."""
     inputs = inputs_for(ours, (3, 9), seed)
     if getattr(theirs, "active_peft_config", None) is not None and theirs.active_peft_config.is_prompt_learning:
         inputs |= {name: torch.ones_like(value) for name, value in inputs.items() if name.endswith("attention_mask")}
-    found, expected = first(ours, inputs), first(theirs, inputs)
-    return largest_difference([found], [expected[:, -found.shape[1] :] if found.dim() == 3 else expected])
+    output, expected = first(ours, inputs), first(theirs, inputs)
+    return largest_difference([output], [expected[:, -output.shape[1] :] if output.dim() == 3 else expected])
 
 
 def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The first output: logits."""
+    """Return the first output, the logits."""
     return outputs_of(model, inputs)[0]
 
 
 def effect(ours: Compiled, family: str) -> float:
-    """How much the adapter changes."""
+    """Return how much the adapter changes the outputs."""
     inputs = inputs_for(ours, (3, 9))
     return largest_difference([first(ours, inputs)], [first(base(family), inputs)])
 
@@ -251,21 +251,21 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
     """Import a checkpoint and export it again, both judged by peft.
 
     Returns:
-        The largest differences of outputs: imported, and of what peft loads of the export.
+        The largest differences of outputs: of the import, and of the export as peft loads it.
     """
     theirs = saved(case.config(), case.family, folder / "theirs", seed=case.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = graftc.import_peft(folder / "theirs", base(case.family))
     assert effect(ours, case.family) > 1e-3, "the adapter changes nothing"
-    found = difference(ours, theirs)
-    assert found <= TOLERANCE
+    imported = difference(ours, theirs)
+    assert imported <= TOLERANCE
     if case.name in ONE_WAY:
-        return found, None
+        return imported, None
     ours.export(folder / "ours", format="peft")
     back = difference(ours, loaded(folder / "ours", case.family))
     assert back <= TOLERANCE
-    return found, back
+    return imported, back
 
 
 IN_SIXTEEN_BITS = ("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr")
@@ -278,7 +278,8 @@ def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 60) -> t
     The same tensors in float32 give peft's outputs within `TOLERANCE`, so every site has the same update.
 
     Returns:
-        Root mean square errors of outputs in bfloat16, against peft's in float32 with the same tensors: ours, peft's.
+        The root mean square errors of outputs in bfloat16, relative to peft's in float32 with the same tensors: of
+        graftc, and of peft.
     """
     theirs = saved(case.config(), case.family, folder, noise=0.02, dtype=torch.bfloat16)
     exact = copy.deepcopy(theirs).float()
@@ -292,7 +293,7 @@ def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 60) -> t
         given = inputs_for(wide, (3, 9), seed)
         narrow = {name: v.bfloat16() if v.is_floating_point() else v for name, v in given.items()}
         expected = first(exact, given)
-        for model, found in zip((ours, theirs), errors, strict=True):
-            found.append((first(model, narrow).float() - expected).square().mean())
-    own, peer = (float(torch.stack(found).mean().sqrt()) for found in errors)
+        for model, squares in zip((ours, theirs), errors, strict=True):
+            squares.append((first(model, narrow).float() - expected).square().mean())
+    own, peer = (float(torch.stack(squares).mean().sqrt()) for squares in errors)
     return own, peer

@@ -1,4 +1,4 @@
-"""Cases of `tests.interop.matrix`, each held against the installed peft."""
+"""Runs the cases of `tests.interop.matrix`, each compared with the installed peft."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ GRADIENTS = 1e-4
 
 @dataclass
 class Result:
-    """What came of a case.
+    """The result of a case.
 
     Attributes:
-        case: which.
-        refused: code and field where the import says that it is not possible.
-        differences: the largest, by what was compared: outputs, gradients, merged, back.
-        failure: what is wrong; empty where nothing is.
+        case: the case.
+        refused: the code and field of the error if the import is refused.
+        differences: the largest differences, by what was compared: outputs, gradients, merged, back.
+        failure: a description of what is wrong; empty if nothing is.
     """
 
     case: Case
@@ -46,7 +46,7 @@ class Result:
 
 
 def adapted(config: Any, family: str, seed: int = 0) -> Any:
-    """peft's model with every trained tensor perturbed, in eval mode."""
+    """Return peft's model with every trained tensor perturbed, in eval mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(copy.deepcopy(base(family)), config)
@@ -59,7 +59,7 @@ def adapted(config: Any, family: str, seed: int = 0) -> Any:
 
 
 def loaded(folder: Path, family: str) -> Any:
-    """What peft loads of a folder, in which it must find every tensor it trains and nothing else."""
+    """Return the model that peft loads from a folder, which must contain exactly the tensors that it trains."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base(family)), folder, is_trainable=False)
@@ -77,9 +77,9 @@ def given_to(ours: Compiled, seed: int) -> dict[str, Tensor]:
 
 
 def outcome(model: nn.Module, inputs: Mapping[str, Tensor], like: Tensor | None = None) -> Tensor:
-    """The first output; peft's has that of virtual tokens in front."""
-    found = outputs_of(model, inputs)[0]
-    return found if like is None or found.dim() < 3 else found[:, -like.shape[1] :]
+    """Return the first output; peft's also contains positions of virtual tokens in front, which are removed."""
+    output = outputs_of(model, inputs)[0]
+    return output if like is None or output.dim() < 3 else output[:, -like.shape[1] :]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -87,16 +87,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def gradients(model: nn.Module, inputs: Mapping[str, Tensor], size: torch.Size) -> None:
-    """Backward from weighted logits of real tokens."""
+    """Backpropagate from weighted logits of real tokens."""
     model.zero_grad()
-    found = model(**inputs)
-    logits = found if isinstance(found, Tensor) else next(iter(found.values()))
+    outputs = model(**inputs)
+    logits = outputs if isinstance(outputs, Tensor) else next(iter(outputs.values()))
     logits = logits[:, -size[1] :] if logits.dim() == 3 else logits
     (logits * torch.randn(size, generator=torch.Generator().manual_seed(5))).sum().backward()
 
 
 def theirs_by_key(model: Any) -> dict[str, Tensor]:
-    """peft's gradients by the keys of its file."""
+    """Return peft's gradients by the keys of its file."""
     config = model.active_peft_config
     if config.is_prompt_learning:
         table = model.prompt_encoder["default"].embedding.weight
@@ -105,32 +105,35 @@ def theirs_by_key(model: Any) -> dict[str, Tensor]:
     state |= {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    return {key: value for key, value in found.items() if not value.isnan().any()}
+        by_key = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return {key: value for key, value in by_key.items() if not value.isnan().any()}
 
 
 def ours_by_key(compiled: Compiled, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our gradients by the same keys: rows of tables in the order of the folder's config, virtual tokens where peft's
-    table, of these sizes, has them, added up where it has one for several."""
+    """Return the compiled model's gradients by the same keys.
+
+    Rows of tables are in the order of the folder's config. Virtual tokens are placed where peft's table, of these
+    sizes, has them, and added up if it has one for several.
+    """
     compilation = compiled.compilation
     orders = {key: m.shaped.order for m in read_peft(folder).modules for key in m.keys.values()}
-    found: dict[str, Tensor] = {}
+    by_key: dict[str, Tensor] = {}
     for pair in pairs_of(compilation):
         grad = compilation.store.get(pair.tensor).grad
         if grad is None:
             continue
         if pair.form == "rows":
-            found[pair.key] = to_theirs("rows", grad, replace(pair.shaped, order=orders[pair.key]))
+            by_key[pair.key] = to_theirs("rows", grad, replace(pair.shaped, order=orders[pair.key]))
         elif pair.start is None:
-            found[pair.key] = pair.write(grad)
+            by_key[pair.key] = pair.write(grad)
         else:
-            table = found.setdefault(pair.key, torch.zeros_like(like[pair.key]))
+            table = by_key.setdefault(pair.key, torch.zeros_like(like[pair.key]))
             table.narrow(pair.axis, pair.start, grad.shape[pair.axis]).add_(grad)
-    return found
+    return by_key
 
 
 def compared(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest difference of any gradient, relative to the largest element of all."""
+    """Return the largest difference of any gradient, relative to the largest element of all."""
     largest = max(float(value.abs().max()) for value in theirs.values())
     both = ours.keys() & theirs.keys()
     if largest < 1e-6:
@@ -143,7 +146,7 @@ def compared(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 
 def run(case: Case, folder: Path) -> Result:
-    """Save with peft, import, and hold outputs, gradients, the merge and the way back against peft."""
+    """Save with peft, import, and compare outputs, gradients, the merge and the export with peft."""
     result = Result(case)
     theirs = adapted(case.config(), case.family, case.seed)
     with warnings.catch_warnings():
@@ -175,7 +178,7 @@ def _differences(case: Case, folder: Path, theirs: Any, ours: Compiled) -> Itera
     expected = outcome(theirs, inputs, own)
     yield "outputs", relative(own, expected)
     config = theirs.active_peft_config
-    if config.is_prompt_learning:  # what networks made is a table once it is read
+    if config.is_prompt_learning:  # a prompt that a network generated is a table once it is read
         theirs = loaded(folder / "theirs", case.family)
     gradients(ours, inputs, own.shape)
     gradients(theirs, inputs, own.shape)
@@ -195,12 +198,15 @@ def _differences(case: Case, folder: Path, theirs: Any, ours: Compiled) -> Itera
 
 
 def _factor(key: str) -> int:
-    """peft adds the update of a `MultiheadAttention`'s output projection twice, of which its gradient knows once."""
+    """Return the factor of peft's gradients: 2 for a `MultiheadAttention`'s output projection, otherwise 1.
+
+    peft adds the update of this projection twice, but its gradient accounts for one of them.
+    """
     return 2 if ".base_layer.out_proj." in key else 1
 
 
 def _merges(theirs: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
-    """Whether peft merges into what it gave before: it does not where a weight is tied, or a convolution has groups."""
+    """Return whether peft's merge gives its earlier outputs; it does not with tied weights or grouped convolutions."""
     try:
         merged = copy.deepcopy(theirs).merge_and_unload()
     except NotImplementedError:

@@ -1,7 +1,7 @@
-"""Configurations that the installed peft makes: every family of methods with settings drawn at random, on decoders,
-encoders, encoder-decoders, mixtures of experts, tied models and a network of convolutions.
+"""Random configurations of the installed peft, for every family of methods.
 
-A case is right if the import gives peft's outputs, gradients and merged outputs, and peft reads the export as the same.
+The models are decoders, encoders, encoder-decoders, mixtures of experts, tied models and a convolutional network. A
+case passes if the import gives peft's outputs, gradients and merged outputs, and peft reads the export as the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Rng = random.Random
 
 
 class Convolutions(nn.Module):
-    """Images through plain, grouped and depthwise convolutions, then attention over the pixels."""
+    """A model of images: plain, grouped and depthwise convolutions, then attention over the pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class Convolutions(nn.Module):
         self.head = nn.Linear(40, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[batch, 5]`` of images ``[batch, 3, 8, 8]``."""
-        found = torch.tanh(self.grouped(torch.tanh(self.stem(images))))
-        found = torch.tanh(self.point(torch.tanh(self.depthwise(found)))).flatten(2)
-        found = torch.tanh(self.line(found)).transpose(1, 2)
-        found = self.norm(found + self.attention(found, found, found, need_weights=False)[0])
-        logits: Tensor = self.head(torch.tanh(self.fc(found)).mean(1))
+        """Return logits ``[batch, 5]`` of images ``[batch, 3, 8, 8]``."""
+        hidden = torch.tanh(self.grouped(torch.tanh(self.stem(images))))
+        hidden = torch.tanh(self.point(torch.tanh(self.depthwise(hidden)))).flatten(2)
+        hidden = torch.tanh(self.line(hidden)).transpose(1, 2)
+        hidden = self.norm(hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0])
+        logits: Tensor = self.head(torch.tanh(self.fc(hidden)).mean(1))
         return logits
 
 
@@ -85,7 +85,7 @@ _OWN: Mapping[str, Callable[[], nn.Module]] = {
 
 @cache
 def base(family: str) -> nn.Module:
-    """A tiny model, shared: nobody writes to it."""
+    """Return a tiny model, which is shared and must not be written to."""
     if family not in _OWN:
         return tiny(family)
     with torch.random.fork_rng(devices=()):
@@ -95,7 +95,7 @@ def base(family: str) -> nn.Module:
 
 
 def examples(family: str) -> Any:
-    """Inputs to capture a model with that says nothing of its own."""
+    """Return inputs for capturing a model that defines none of its own."""
     return (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),) if family == "convs" else None
 
 
@@ -172,7 +172,7 @@ def _expert_names(family: str) -> dict[str, list[str]]:
 
 
 def experts(family: str, rng: Rng) -> Any:
-    """The names of experts' layers as they were before they were fused, which peft turns into parameters."""
+    """Draw a config that names the experts' layers before fusion, which peft turns into parameters."""
     names = _expert_names(family)
     chosen = rng.choice([names["up"], names["down"], names["up"] + names["down"]])
     more = rng.choice([[], ["q_proj"], ["q_proj", "v_proj"]])
@@ -180,7 +180,7 @@ def experts(family: str, rng: Rng) -> Any:
 
 
 def parameters(family: str, rng: Rng) -> Any:
-    """Parameters by name, with or without the path before them, of experts and of the router."""
+    """Draw a config that names parameters of experts and of the router, with or without the path before them."""
     names = {
         "llama4": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
     }.get(family, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
@@ -193,7 +193,7 @@ def parameters(family: str, rng: Rng) -> Any:
 
 
 def tied_target(family: str, rng: Rng) -> Any:
-    """The table as a target; the head of a tied model gets it turned."""
+    """Draw a config with the table as a target; the head of a tied model gets it transposed."""
     return lora(family, rng, target_modules=[TABLES[family], LINEAR[family][0]], ensure_weight_tying=True)
 
 
@@ -243,7 +243,7 @@ def virtual(kind: str, **fields: Any) -> Callable[[str, Rng], Any]:
 
 
 def convolutions(family: str, rng: Rng) -> Any:
-    """Of a convolution with groups, peft takes ranks that these divide."""
+    """Draw a config for convolutions; with groups, peft requires ranks that they divide."""
     modules = rng.sample(["stem", "grouped", "depthwise", "point", "line"], 2)
     rank = 16 if "depthwise" in modules else rng.choice([4, 8])
     return lora(family, rng, target_modules=modules, r=rank)
@@ -283,10 +283,10 @@ class Kind:
 
     Attributes:
         method: the family of methods it belongs to.
-        make: draws a config of it for a family of models.
-        families: the models it is tried on.
-        share: how many cases it has, relative to others.
-        back: whether peft can say the same again; where it cannot, the import is one way.
+        make: a function that draws a config of this kind for a family of models.
+        families: the families of models it is tried on.
+        share: the number of its cases relative to other kinds.
+        back: whether peft can express the result again; if not, only the import is checked.
     """
 
     method: str
@@ -385,7 +385,7 @@ COUNT = 400
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration: of a kind, for a family of models, with a seed."""
+    """A configuration of one kind for a family of models, with a seed."""
 
     kind: str
     family: str
@@ -395,21 +395,21 @@ class Case:
         return f"{self.kind}-{self.family}-{self.seed}"
 
     def config(self) -> Any:
-        """peft's config."""
+        """Return peft's config."""
         return KINDS[self.kind].make(self.family, random.Random(f"{self}"))
 
 
 def cases(count: int = COUNT) -> list[Case]:
-    """Cases of every kind and family, in turn, with further seeds until there are enough."""
-    found: dict[Case, None] = {}
+    """Return cases of every kind and family in turn, with further seeds until there are enough."""
+    drawn: dict[Case, None] = {}
     for seed in range(count):
         for name, kind in KINDS.items():
             for family in kind.families:
                 for number in range(kind.share):
-                    found.setdefault(Case(name, family, seed * kind.share + number))
-        if len(found) >= count:
+                    drawn.setdefault(Case(name, family, seed * kind.share + number))
+        if len(drawn) >= count:
             break
-    every = list(found)
+    every = list(drawn)
     random.Random(0).shuffle(every)
     first = {(case.kind, case.family): case for case in reversed(every)}
     kept = dict.fromkeys(first.values())

@@ -1,4 +1,4 @@
-"""Folders that ``save_pretrained`` of a compiled model writes: transformers' Auto classes load them."""
+"""transformers' Auto classes load the folders that ``save_pretrained`` of a compiled model writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS = ("lora", "pfeiffer", "prefix")
 
 
 def adapted(family: str, method: str, folder: Path) -> Any:
-    """A compiled model of a family whose base is in a folder, with noise for training."""
+    """Return a perturbed compiled model of a family whose base is saved in a folder."""
     tiny(family).save_pretrained(folder / "base")
     base = KINDS[family].from_pretrained(folder / "base")
     entry = {"method": method, **({"target": {"role": ["attn.q"]}, "rank": 2} if method == "lora" else {})}
@@ -40,7 +40,7 @@ def test_it_is_loaded_with_its_adapters(family: str, method: str, tmp_path: Path
     folder = tmp_path / "saved"
     folder.mkdir()
     (folder / "other.txt").write_text("of another library", encoding="utf-8")
-    for _ in range(2):  # over what an earlier call wrote
+    for _ in range(2):  # the second call overwrites the first one's files
         compiled.save_pretrained(folder, safe_serialization=True)
     assert (folder / "other.txt").read_text(encoding="utf-8") == "of another library"
     loaded = KINDS[family].from_pretrained(folder)
@@ -84,7 +84,7 @@ def test_it_is_loaded_as_it_was(saved: tuple[Any, Path], options: dict[str, Any]
 
 
 def test_what_is_there_is_not_replaced(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    """A folder of this name that somebody else made."""
+    """A foreign folder with this name is not replaced."""
     (tmp_path / "graftc").mkdir()
     (tmp_path / "graftc" / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(GraftError) as caught:
@@ -104,7 +104,7 @@ def test_a_model_without_a_config_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_another_process_imports_one_module(saved: tuple[Any, Path]) -> None:
-    """Without it, transformers says that it does not know the model type."""
+    """Without the import of `graftc.auto`, transformers reports that it does not know the model type."""
     code = (
         "import sys; from transformers import AutoModelForSequenceClassification as A\n"
         "try: A.from_pretrained(sys.argv[1])\n"
@@ -119,7 +119,7 @@ def test_another_process_imports_one_module(saved: tuple[Any, Path]) -> None:
 
 
 def test_the_folder_of_the_base_is_refused(saved: tuple[Any, Path]) -> None:
-    """Its config would be lost, and with it the base."""
+    """Saving into the base's folder is refused, because it would overwrite its config."""
     compiled, folder = saved
     before = (folder / "base" / "config.json").read_bytes()
     with pytest.raises(GraftError) as caught:

@@ -1,4 +1,4 @@
-"""captum's attributions to the table of token embeddings are those of the source model and of the merged one."""
+"""captum's attributions to the token embedding table equal those of the source model and of the merged model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAMILIES = ("llama", "gpt2", "bert")
 
 @pytest.fixture(scope="module")
 def compiled_of() -> Callable[[str], Any]:
-    """A compiled model of each family, made at first use."""
+    """A function that returns the compiled model of a family, compiled at first use."""
     kept: dict[str, Any] = {}
 
     def get(family: str) -> Any:
@@ -36,7 +36,7 @@ def compiled_of() -> Callable[[str], Any]:
 
 
 def attributions(model: Any, method: str) -> Tensor:
-    """What captum says of each entry of the embeddings, ``[1, 4, width]``, for the last of the logits."""
+    """Return captum's attribution of the last logit to each entry of the embeddings, ``[1, 4, width]``."""
 
     def score(ids: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=ids).logits
@@ -45,8 +45,8 @@ def attributions(model: Any, method: str) -> Tensor:
     layer = model.get_input_embeddings()
     attribution = getattr(captum, method)(score, layer)
     options = {"baselines": torch.zeros_like(IDS), "n_steps": 3} if method == "LayerIntegratedGradients" else {}
-    found: Tensor = attribution.attribute(IDS, **options)
-    return found
+    values: Tensor = attribution.attribute(IDS, **options)
+    return values
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_embeddings_are_attributed_as_in_the_source(
     compiled = compiled_of(family)
     source = compiled.compilation.model.eval()
     merged = copy.deepcopy(source)
-    merged.load_state_dict(compiled.merge().state_dict(), strict=False)  # a tied head is there once
+    merged.load_state_dict(compiled.merge().state_dict(), strict=False)  # a tied head is stored once
     adapted = attributions(compiled, method)
     torch.testing.assert_close(adapted, attributions(merged, method), atol=1e-6, rtol=1e-4)
     with compiled.disabled():

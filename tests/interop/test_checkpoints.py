@@ -1,4 +1,4 @@
-"""A handful of the checkpoints of `tests.gates.test_peft`, and what imports and exports have to be besides."""
+"""Some of the checkpoints of `tests.gates.test_peft`, and further requirements on imports and exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ peft = pytest.importorskip("peft")
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["patterns", "tables", "dora", "ia3", "rows", "prefix"])
 def test_in_and_out_of_gpt2(kind: str, tmp_path: Path) -> None:
-    """The family with transposed, fused weights and a tied head."""
+    """The family with transposed, fused weights and a tied head is imported and exported."""
     check(Checkpoint(kind, "gpt2"), tmp_path)
 
 
@@ -43,12 +43,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(llama: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the LoRA to damage."""
     return Path(shutil.copytree(llama, tmp_path / "adapter"))
 
 
 def refused(folder: Path, family: str = "llama", **arguments: Any) -> GraftError:
-    """The error of an import, whose message shows no traceback and whose model is as it was."""
+    """Return the error of an import, and check that its message has no traceback and that the model is unchanged."""
     before = {name: tensor.clone() for name, tensor in base(family).state_dict().items()}
     with pytest.raises(GraftError) as caught:
         graftc.import_peft(folder, base(family), **arguments)
@@ -59,7 +59,7 @@ def refused(folder: Path, family: str = "llama", **arguments: Any) -> GraftError
 
 
 def changed(folder: Path, **fields: Any) -> Path:
-    """The folder with other fields in its config."""
+    """Change fields of the folder's config and return the folder."""
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}), encoding="utf-8")
     return folder
@@ -89,7 +89,7 @@ def test_an_artifact_of_an_import_loads(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_keys_and_sites_are_a_bijection(llama: Path, tmp_path: Path) -> None:
-    """Every key once, every tensor once; what is written by it is what was read, bit for bit."""
+    """Every key and every tensor occurs once, and the export equals the import bit for bit."""
     compiled = graftc.import_peft(llama, base("llama"))
     compiled.export(tmp_path / "out", format="peft")
     sites = json.loads((tmp_path / "out/graftc_sites.json").read_text())["sites"]
@@ -102,7 +102,7 @@ def test_keys_and_sites_are_a_bijection(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_without_a_model(llama: Path) -> None:
-    """Paths, specs and tensors by our part names: what streaming needs."""
+    """Paths, specs and tensors are available by graftc's part names, as streaming needs them."""
     adapter = read_peft(llama)
     assert [m.name for m in adapter.modules] == [
         f"model.layers.{i}.self_attn.{n}.weight" for i in range(2) for n in ("q_proj", "v_proj")
@@ -128,7 +128,7 @@ def test_named_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adalora_that_lost_ranks(tmp_path: Path) -> None:
-    """Pruned triplets come back as zeros, so that the scaling is that of the initial rank."""
+    """Pruned triplets are restored as zeros, so that the scaling is that of the initial rank."""
     config = peft.AdaLoraConfig(init_r=5, target_r=2, target_modules=["q_proj"], total_step=10)
     theirs = adapted(config, "llama")
     kept = [True, False, True, False, True]
@@ -151,7 +151,7 @@ def test_adalora_that_lost_ranks(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_converted_adapters(init: str, tmp_path: Path) -> None:
-    """What PEFT converts to a plain LoRA of twice the rank, as it does for LoftQ: the base is the original one."""
+    """PEFT converts these to a plain LoRA of twice the rank, as it does for LoftQ: the base is the original one."""
     config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=init)
     start = peft.get_peft_model(tiny("bert"), config)
     start.peft_config["default"].init_lora_weights = True
@@ -169,7 +169,7 @@ def test_converted_adapters(init: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_prompts_of_a_classifier_pool_the_text(tmp_path: Path) -> None:
-    """peft pools a virtual token of BERT; the layers are the same, and exporting says why it cannot be."""
+    """peft pools a virtual token of BERT; the layers agree, and the export is refused."""
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     theirs = saved(config, "bert", tmp_path / "theirs")
     ours = graftc.import_peft(tmp_path / "theirs", base("bert"))
@@ -186,20 +186,19 @@ def test_prompts_of_a_classifier_pool_the_text(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_sixteen_bit_bases(tmp_path: Path) -> None:
-    """Factors in float32 beside a base in bfloat16 are taken over bit for bit, and so are those in bfloat16; wider ones
-    are rounded, with a warning."""
+    """Float32 and bfloat16 factors on a bfloat16 base are imported unchanged; wider ones are rounded with a warning."""
     folder = tmp_path / "theirs"
     saved(peft.LoraConfig(r=3, target_modules=["q_proj"]), "llama", folder, dtype=torch.bfloat16)
     model = adapted(peft.LoraConfig(r=3, target_modules=["q_proj"]), "llama", dtype=torch.bfloat16).unload()
-    held = load_file(folder / "adapter_model.safetensors")
+    stored = load_file(folder / "adapter_model.safetensors")
     for kept in (torch.float32, torch.bfloat16):
-        save_file({key: value.to(kept) for key, value in held.items()}, folder / "adapter_model.safetensors")
+        save_file({key: value.to(kept) for key, value in stored.items()}, folder / "adapter_model.safetensors")
         ours = graftc.import_peft(folder, model)
         for name, value in ours.adapter_state_dict().items():
             module, _, part = name.partition(".graftc.lora.")
             assert value.dtype == torch.float32
-            assert torch.equal(value, held[f"base_model.model.{module}.lora_{part}.weight"].to(kept).float())
-    wide = {key: value.double() + 1e-12 for key, value in held.items()}
+            assert torch.equal(value, stored[f"base_model.model.{module}.lora_{part}.weight"].to(kept).float())
+    wide = {key: value.double() + 1e-12 for key, value in stored.items()}
     save_file(wide, folder / "adapter_model.safetensors")
     with pytest.warns(GraftWarning, match="4 adapter tensors were rounded"):
         graftc.import_peft(folder, model)
@@ -302,7 +301,7 @@ MAPPINGS: tuple[dict[str, Any] | None, ...] = (
 def test_a_class_that_a_config_names_is_passed_over(
     mapping: dict[str, Any] | None, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing needs the class, so nothing is imported."""
+    """The class is not needed, so nothing is imported."""
     asked: list[str] = []
     monkeypatch.setattr("importlib.import_module", lambda name, *_: asked.append(name))
     read_peft(changed(copied, auto_mapping=mapping))
@@ -379,14 +378,14 @@ def test_parts_of_a_fused_weight_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_config_is_a_spec(tmp_path: Path) -> None:
-    """As an object, a mapping and a file; it trains as many parameters as in peft."""
+    """A config as an object, a mapping or a file trains as many parameters as in peft."""
     names = ["q_proj", "v_proj"]
     config = peft.LoraConfig(r=4, target_modules=names, rank_pattern={"q_proj": 2}, layers_to_transform=[1])
     config.save_pretrained(tmp_path)
     count = adapted(config, "llama").get_nb_trainable_parameters()[0]
     for spec in (config, config.to_dict(), tmp_path / "adapter_config.json"):
-        found = graftc.compile(spec, base("llama"))
-        assert found.get_nb_trainable_parameters()[0] == count  # type: ignore[attr-defined]
+        compiled = graftc.compile(spec, base("llama"))
+        assert compiled.get_nb_trainable_parameters()[0] == count  # type: ignore[attr-defined]
 
 
 def test_a_config_that_leaves_modules_to_the_model_is_no_spec_by_itself() -> None:

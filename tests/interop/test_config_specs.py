@@ -1,4 +1,4 @@
-"""A config of peft as a spec adapts what `peft.get_peft_model` adapts in the model that is given."""
+"""A peft config used as a spec adapts what `peft.get_peft_model` adapts in the same model."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ TASKS = {
 
 
 def lora(family: str, **fields: Any) -> Any:
-    """A config for a family."""
+    """Return a config for a family."""
     if "target_modules" not in fields and "target_parameters" not in fields and family in NAMED:
         fields["target_modules"] = NAMED[family]
     return peft.LoraConfig(**{"task_type": TASKS[family], **fields})
 
 
 def theirs(config: Any, model: nn.Module) -> Any:
-    """What peft makes of a copy of a model."""
+    """Return a copy of a model with peft's adapters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
@@ -66,42 +66,42 @@ def ours(config: Any, model: nn.Module, **more: Any) -> Any:
 
 
 def adapted(model: Any) -> dict[str, tuple[int, float]]:
-    """Rank and scale of every adapted tensor of peft's model, by the base's name."""
-    found = {}
+    """Return the rank and scale of every tensor that peft's model adapts, by the base's name."""
+    sites = {}
     for path, layer in model.base_model.model.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             name = re.sub(r"\.base_layer", "", path)
             parameter = getattr(layer, "parameter_name", "weight")
-            found[f"{name}.{parameter}"] = layer.r["default"], layer.scaling["default"]
-    return found
+            sites[f"{name}.{parameter}"] = layer.r["default"], layer.scaling["default"]
+    return sites
 
 
 def resolved(compiled: Any) -> dict[str, tuple[int, float]]:
-    """The same of ours."""
+    """Return the rank and scale of every tensor that the compiled model adapts."""
     main = compiled.compilation.main.resolved[0]
     return {f"{site.key.module}.{site.key.name}": (spec.rank, spec.scaling) for site, spec in main.places}
 
 
 def heads(model: Any) -> set[str]:
-    """Names of the base's tensors that peft trains in full."""
+    """Return the names of the base's tensors that peft trains in full."""
     names = (name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name)
     return {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in names}
 
 
 def full(compiled: Any) -> set[str]:
-    """The same of ours."""
+    """Return the names of the base's tensors that the compiled model trains in full."""
     names = (name for name, p in compiled.named_parameters() if p.requires_grad)
     return {".".join(name.split(".graftc.trained.")) for name in names if ".graftc.trained." in name}
 
 
 def cases() -> list[Any]:
-    found = []
+    parameters = []
     for family in FAMILIES:
         for name, fields in CASES.items():
             more = "patterns" in name and family in ("gpt2", "t5", "bert", "roberta", "gpt_neox", "vit")
             fields = {**fields, "rank_pattern": {r".*\.1\..*": 2}} if more else fields
-            found.append(pytest.param(family, fields, id=f"{family}-{name}"))
-    return found
+            parameters.append(pytest.param(family, fields, id=f"{family}-{name}"))
+    return parameters
 
 
 @pytest.mark.sample("llama-default", "llama-patterns", "gpt2-all-linear", "t5-all-linear", "vit-all-linear")
@@ -109,9 +109,9 @@ def cases() -> list[Any]:
 def test_modules_ranks_scales_and_heads_are_those_of_peft(family: str, fields: dict[str, Any]) -> None:
     config = lora(family, **fields)
     expected = theirs(config, base(family))
-    found = ours(config, base(family))
-    assert resolved(found) == adapted(expected)
-    assert full(found) == heads(expected)
+    compiled = ours(config, base(family))
+    assert resolved(compiled) == adapted(expected)
+    assert full(compiled) == heads(expected)
 
 
 HEADS = {
@@ -123,7 +123,7 @@ HEADS = {
 
 @cache
 def tasked(task: str) -> nn.Module:
-    """A tiny BERT for a task, or a tiny Llama that classifies."""
+    """Return a tiny BERT for a task, or a tiny Llama that classifies."""
     import transformers
 
     if task == "score":
@@ -154,11 +154,11 @@ def test_a_task_trains_its_head_and_says_so(task: str, kind: str) -> None:
         for n in trained
     }
     with pytest.warns(GraftWarning, match=task_type) as caught:
-        found = graftc.compile(configs[kind](), tasked(task))
-    assert names and full(found) == names
+        compiled = graftc.compile(configs[kind](), tasked(task))
+    assert names and full(compiled) == names
     (line,) = [str(w.message) for w in caught if "GC117" in str(w.message)]
     assert all(name.partition(".")[0] in line for name in names)
-    assert found.report.trained_in_full == sum(tasked(task).get_parameter(name).numel() for name in names)
+    assert compiled.report.trained_in_full == sum(tasked(task).get_parameter(name).numel() for name in names)
 
 
 def test_a_head_that_the_config_names_itself_is_no_news() -> None:
@@ -172,12 +172,12 @@ def test_a_head_that_the_config_names_itself_is_no_news() -> None:
 
 
 def factors(model: Any) -> dict[str, torch.Tensor]:
-    """Factors of peft's model, by our names."""
-    found = {}
+    """Return the factors of peft's model, by graftc's names."""
+    tensors = {}
     for name, tensor in model.base_model.model.named_parameters():
         if match := re.fullmatch(r"(.*)\.lora_(?:embedding_)?([AB])\.default(\.weight)?", name):
-            found[f"{match[1]}.graftc.lora.{match[2]}"] = tensor.detach()
-    return found
+            tensors[f"{match[1]}.graftc.lora.{match[2]}"] = tensor.detach()
+    return tensors
 
 
 TARGETS = {
@@ -191,14 +191,14 @@ TARGETS = {
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("start", [True, False, "gaussian", "Gaussian", "orthogonal"])
 def test_drawn_factors_have_the_distribution_of_pefts(start: bool | str, family: str) -> None:
-    """Bounds of uniform ones, deviations of normal ones, zeros; over all sites of one shape together."""
+    """Uniform bounds, normal deviations and zeros agree, over all sites of one shape together."""
     config = peft.LoraConfig(r=8, target_modules=TARGETS[family], init_lora_weights=start)
     torch.manual_seed(1)
-    expected, found = factors(theirs(config, base(family))), dict(ours(config, base(family)).named_parameters())
+    expected, parameters = factors(theirs(config, base(family))), dict(ours(config, base(family)).named_parameters())
     groups: dict[tuple[str, torch.Size], tuple[list[Any], list[Any]]] = {}
     for name, tensor in expected.items():
         mine, other = groups.setdefault((name[-1], tensor.shape), ([], []))
-        mine.append(found[name].detach())
+        mine.append(parameters[name].detach())
         other.append(tensor)
     for one, two in groups.values():
         a, b = torch.stack(one), torch.stack(two)
@@ -223,18 +223,18 @@ def test_orthogonal_factors_leave_the_model_as_it_is(family: str) -> None:
 @pytest.mark.sample("pissa-gpt2", "olora-llama")
 @pytest.mark.parametrize(
     ("start", "family"),
-    # PEFT's olora decomposes a transposed weight as it is stored, and fails on GPT-2's.
+    # PEFT's olora decomposes a transposed weight in its stored orientation, and fails on GPT-2's.
     [*(("pissa", family) for family in (*TARGETS, "gpt2")), *(("olora", family) for family in TARGETS)],
 )
 def test_decomposed_factors_are_pefts(start: str, family: str) -> None:
     targets = {**TARGETS, "gpt2": ["c_attn"]}[family][:1]
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=start)
-    expected, found = factors(theirs(config, base(family))), dict(ours(config, base(family)).named_parameters())
-    assert expected.keys() <= found.keys()
+    expected, parameters = factors(theirs(config, base(family))), dict(ours(config, base(family)).named_parameters())
+    assert expected.keys() <= parameters.keys()
     for name in [name for name in expected if name.endswith("A")]:
-        one, two = (m[name[:-1] + "B"].detach() @ m[name].detach() for m in (found, expected))
+        one, two = (m[name[:-1] + "B"].detach() @ m[name].detach() for m in (parameters, expected))
         assert float((one - two).norm() / two.norm()) < 1e-5
-        a, b = (m[name].detach() for m in (found, expected))
+        a, b = (m[name].detach() for m in (parameters, expected))
         signs = torch.sign((a * b).sum(1, keepdim=True))
         assert float((a * signs - b).norm() / b.norm()) < 1e-4
 
@@ -242,7 +242,7 @@ def test_decomposed_factors_are_pefts(start: str, family: str) -> None:
 def starting(start: str) -> Callable[[], Any]:
     def make() -> Any:
         config = peft.LoraConfig(target_modules=["q_proj"])
-        config.init_lora_weights = start  # some of them want a further config, which comes after
+        config.init_lora_weights = start  # some of them require a further config, which is set later
         return config
 
     return make
@@ -339,8 +339,8 @@ def test_a_config_may_be_an_object_or_data(source: str, tmp_path: Path) -> None:
         "by name": {"default": config},
     }[source]
     before = copy.deepcopy(vars(config))
-    found = ours(given, base("llama"))
-    assert resolved(found) == adapted(theirs(config, base("llama")))
+    compiled = ours(given, base("llama"))
+    assert resolved(compiled) == adapted(theirs(config, base("llama")))
     assert vars(config) == before, "the user's config stays as it is"
 
 
@@ -380,12 +380,12 @@ def tied_llama() -> nn.Module:
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 def test_tied_modules_train_as_in_peft(saved: list[str], together: bool) -> None:
-    """Each by itself, unless the config asks for one tensor."""
+    """Tied modules train separately unless the config asks for one tensor."""
     fields = {"ensure_weight_tying": True} if together else {}
     config, model = lora("llama", target_modules=["q_proj"], modules_to_save=saved, **fields), tied_llama()
-    expected, found = theirs(config, model), ours(config, model)
+    expected, compiled = theirs(config, model), ours(config, model)
     ids, trained = torch.randint(3, 90, (2, 6)), []
-    for each in (expected, found):
+    for each in (expected, compiled):
         each.eval()
         parameters = {id(p): p for n, p in each.named_parameters() if p.requires_grad and "lora" not in n}
         each(input_ids=ids).logits.square().mean().backward()
@@ -401,16 +401,16 @@ def test_one_pair_of_factors_for_tied_modules_is_refused() -> None:
 
 
 class Attending(nn.Module):
-    """An attention of torch."""
+    """An attention layer of torch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Its results."""
-        found: torch.Tensor = self.out(self.attention(x, x, x, need_weights=False)[0])
-        return found
+        """Return the attention's projected outputs."""
+        outputs: torch.Tensor = self.out(self.attention(x, x, x, need_weights=False)[0])
+        return outputs
 
 
 def test_an_attention_of_torch_as_a_whole() -> None:
@@ -418,21 +418,21 @@ def test_an_attention_of_torch_as_a_whole() -> None:
     model, x = Attending().eval(), torch.randn(2, 5, 16)
     config = peft.LoraConfig(r=2, target_modules=["attention"])
     expected = theirs(config, model)
-    found = ours(config, model, example_inputs={"x": x})
-    scales = {path: scale for path, (_, scale) in resolved(found).items()}
+    compiled = ours(config, model, example_inputs={"x": x})
+    scales = {path: scale for path, (_, scale) in resolved(compiled).items()}
     assert scales == {"attention.in_proj_weight": 4.0, "attention.out_proj.weight": 8.0}
-    assert sum(p.numel() for p in expected.parameters() if p.requires_grad) == found.report.trainable_parameters
+    assert sum(p.numel() for p in expected.parameters() if p.requires_grad) == compiled.report.trainable_parameters
 
 
 @pytest.mark.parametrize("pattern", [r".*\.(q_proj|w1|w2|w3)", r".*\.1\..*q_proj", r".*experts\.(w1|w3|w2)"])
 def test_patterns_where_peft_goes_by_older_names(pattern: str) -> None:
-    """Of experts that transformers 4 had as modules; peft then looks for the last segments in all layers."""
+    """Patterns may name experts as the modules of transformers 4; peft then matches the last segments in all layers."""
     config = lora("mixtral", target_modules=pattern, r=2)
     assert resolved(ours(config, base("mixtral"))) == adapted(theirs(config, base("mixtral")))
 
 
 class Named(nn.Module):
-    """A module whose path is the end of another one's."""
+    """A module whose path is the end of another module's path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -440,15 +440,15 @@ class Named(nn.Module):
         self.block.add_module("fc", nn.Linear(8, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Both in turn."""
-        found: torch.Tensor = self.block(self.fc(x))
-        return found
+        """Apply both modules in turn."""
+        outputs: torch.Tensor = self.block(self.fc(x))
+        return outputs
 
 
 def test_a_pattern_that_matches_the_end_of_another_path() -> None:
     config = peft.LoraConfig(r=2, target_modules=r"fc")
-    found = ours(config, Named(), example_inputs={"x": torch.randn(2, 8)})
-    assert resolved(found) == adapted(theirs(config, Named())) and len(resolved(found)) == 1
+    compiled = ours(config, Named(), example_inputs={"x": torch.randn(2, 8)})
+    assert resolved(compiled) == adapted(theirs(config, Named())) and len(resolved(compiled)) == 1
 
 
 def test_an_alpha_that_is_not_said_is_pefts() -> None:

@@ -1,4 +1,4 @@
-"""Factors of experts, which PEFT wrote the other way round up to 0.18: told apart by sizes, then by `peft_version`."""
+"""Factors of experts, which PEFT stored in the other order up to 0.18: recognised by sizes, then by `peft_version`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOTH, DOWN, UP = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["expert
 
 
 def mixtral(width: int) -> Any:
-    """Its experts have weights ``[3, 2 * width, 16]`` and ``[3, 16, width]``."""
+    """Return a model whose experts have weights ``[3, 2 * width, 16]`` and ``[3, 16, width]``."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -34,9 +34,9 @@ def mixtral(width: int) -> Any:
 
 
 def written(model: nn.Module, path: Path, targets: list[str], older: bool, version: str | None) -> Tensor:
-    """A folder with a random adapter in one of the layouts, and PEFT's logits with it.
+    """Write a folder with a random adapter in one of the layouts, and return PEFT's logits with it.
 
-    What releases up to 0.18 did with every weight, later ones do where the module says that its weights are transposed.
+    What releases up to 0.18 did with every weight, later ones do if the module declares its weights as transposed.
     """
     wrapped = copy.deepcopy(model)
     experts = [module for path, module in wrapped.named_modules() if path.endswith(".experts")]
@@ -61,8 +61,8 @@ def written(model: nn.Module, path: Path, targets: list[str], older: bool, versi
 def logits_of(path: Path, model: nn.Module) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found: Tensor = graftc.import_peft(path, model)(input_ids=IDS).logits
-    return found
+        logits: Tensor = graftc.import_peft(path, model)(input_ids=IDS).logits
+    return logits
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def logits_of(path: Path, model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("version", [None, "0.18.1", "0.21.2"])
 @pytest.mark.parametrize("older", [False, True])
 def test_sizes_tell(width: int, targets: list[str], version: str | None, older: bool, tmp_path: Path) -> None:
-    """One weight that is not square is enough, and nothing says more than sizes."""
+    """One weight that is not square determines the layout, and sizes take precedence over everything else."""
     model = mixtral(width)
     expected = written(model, tmp_path, targets, older, version)
     assert (expected - model(input_ids=IDS).logits).abs().max() > 1e-2
@@ -118,7 +118,7 @@ def test_an_export_tells(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["c_attn.weight", "attn.c_proj.weight"])
 def test_a_stored_matrix_that_a_config_names_itself(name: str, tmp_path: Path) -> None:
-    """PEFT takes any two axes for ``[out, in]``, also those of ``Conv1D``, whose weights are ``[in, out]``."""
+    """PEFT takes any two axes for ``[out, in]``, including those of ``Conv1D``, whose weights are ``[in, out]``."""
     model = base("gpt2")
     theirs = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[], target_parameters=[name])

@@ -1,4 +1,4 @@
-"""Layouts of adapter folders: every conversion gives the same update, and a wrong one is caught by its probe."""
+"""Layouts of adapter folders: every conversion gives the same update, and a probe catches wrong ones."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return found
+    fields: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return fields
 
 
 def with_base(adapter: Path, named: Path | None) -> Path:
-    """The same folder, whose config names a base."""
+    """Set the base that the folder's config names and return the folder."""
     about = {**config(adapter), "base_model_name_or_path": None if named is None else str(named)}
     (adapter / "adapter_config.json").write_text(json.dumps(about))
     return adapter
@@ -69,25 +69,25 @@ def with_base(adapter: Path, named: Path | None) -> Path:
 
 @pytest.mark.parametrize("layout", ["vllm", "sglang", "unsloth", "tinker"])
 def test_experts_there_and_back(moe: Path, tmp_path: Path, layout: str) -> None:
-    """PEFT gives the same outputs with what came back, and finds every key."""
-    made = converted(moe, tmp_path / "there", layout)
-    assert made.largest_error < 1e-12 and len(made.maps) > 20
+    """After a round trip PEFT gives the same outputs and finds every key."""
+    conversion = converted(moe, tmp_path / "there", layout)
+    assert conversion.largest_error < 1e-12 and len(conversion.maps) > 20
     source = layout if layout == "unsloth" else None
     back = converted(tmp_path / "there", tmp_path / "back", "peft", source=source)
     assert back.largest_error < 1e-12 and back.source == ("sglang" if layout == "tinker" else layout)
     model = base("mixtral")
     assert tensors(tmp_path / "back").keys() == tensors(moe).keys()
-    found, wanted = outputs(model, tmp_path / "back"), outputs(model, moe)
-    assert float((found - wanted).abs().max()) < 1e-6 < float((wanted - outputs(model, None)).abs().max())
+    returned, wanted = outputs(model, tmp_path / "back"), outputs(model, moe)
+    assert float((returned - wanted).abs().max()) < 1e-6 < float((wanted - outputs(model, None)).abs().max())
 
 
 def test_one_expert_by_hand(moe: Path, tmp_path: Path) -> None:
-    """The update of one expert's up projection, from the keys that vLLM and SGLang read and from PEFT's own."""
+    """vLLM's and SGLang's keys give the same update of one expert's up projection as PEFT's own."""
     converted(moe, tmp_path / "vllm", "vllm")
     converted(moe, tmp_path / "sglang", "sglang")
     front = "base_model.model.model.layers.1.mlp.experts"
-    held, each, stacked = tensors(moe), tensors(tmp_path / "vllm"), tensors(tmp_path / "sglang")
-    down, up = held[f"{front}.base_layer.lora_A.weight"], held[f"{front}.base_layer.lora_B.weight"]
+    original, each, stacked = tensors(moe), tensors(tmp_path / "vllm"), tensors(tmp_path / "sglang")
+    down, up = original[f"{front}.base_layer.lora_A.weight"], original[f"{front}.base_layer.lora_B.weight"]
     experts, half = down.shape[0] // 3, up.shape[0] // 2
     for expert in range(experts):
         own = up.reshape(up.shape[0], 3, experts)[..., expert] @ down.reshape(experts, 3, -1)[expert]
@@ -101,12 +101,12 @@ def test_one_expert_by_hand(moe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_rank_for_servers(moe: Path, dense: Path, tmp_path: Path) -> None:
-    """Ranks and scales that a config states by pattern are in the tensors of the layouts of servers."""
+    """Servers' layouts put the ranks and scales that a config states by pattern into the tensors."""
     patterns = {"rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 28, "v_proj": 2}}
     uneven = written(base("llama"), tmp_path / "uneven", **ALL, **patterns)
-    made = converted(uneven, tmp_path / "vllm", "vllm")
-    found = config(tmp_path / "vllm")
-    assert found["r"] == 5 == made.rank and not found.get("rank_pattern") and made.largest_error < 1e-6
+    conversion = converted(uneven, tmp_path / "vllm", "vllm")
+    fields = config(tmp_path / "vllm")
+    assert fields["r"] == 5 == conversion.rank and not fields.get("rank_pattern") and conversion.largest_error < 1e-6
     assert {t.shape[0] for n, t in tensors(tmp_path / "vllm").items() if "lora_A" in n} == {5}
     model = base("llama")
     assert float((outputs(model, tmp_path / "vllm") - outputs(model, uneven)).abs().max()) < 1e-5
@@ -116,7 +116,7 @@ def test_one_rank_for_servers(moe: Path, dense: Path, tmp_path: Path) -> None:
 
 
 def test_fused_and_apart(tmp_path: Path) -> None:
-    """Of q, k and v in one map: apart, and together again; PEFT's outputs on the fused model are the same."""
+    """q, k and v of one map are split and joined again, with the same outputs of PEFT on the fused model."""
     model = base("phi3")
     model.config.save_pretrained(tmp_path / "phi3")
     fused = written(model, tmp_path / "fused", target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
@@ -135,22 +135,22 @@ def test_fused_and_apart(tmp_path: Path) -> None:
 
 
 def test_ranks_add_where_parts_are_joined(dense: Path, tmp_path: Path) -> None:
-    """Parts with A of their own are block-diagonal; splitting gives the ranks back. A missing part is zero."""
+    """Parts with an A of their own become block-diagonal, and splitting restores the ranks; a missing part is zero."""
     converted(dense, tmp_path / "fused", join=["qkv"])
     shapes = {t.shape[0] for n, t in tensors(tmp_path / "fused").items() if "qkv_proj.lora_A" in n}
     assert shapes == {9}
     few = written(base("llama"), tmp_path / "few", target_modules=["q_proj", "v_proj"])
-    made = converted(few, tmp_path / "few_fused", join=["qkv"])
-    assert made.largest_error < 1e-12 and made.rank == 6
+    conversion = converted(few, tmp_path / "few_fused", join=["qkv"])
+    assert conversion.largest_error < 1e-12 and conversion.rank == 6
     with pytest.raises(GraftError, match="rows of q_proj, k_proj, v_proj are not known") as caught:
         converted(tmp_path / "fused", None, apart=["qkv"])
     assert caught.value.code == "GC069"
 
 
 def test_torchtune_by_hand(dense: Path, llama_config: Path, tmp_path: Path) -> None:
-    """Names, and the rows of a rotated head: torchtune's neighbours are transformers' halves."""
-    made = converted(dense, tmp_path / "tune", "torchtune", model=llama_config)
-    held, tune = tensors(dense), tensors(tmp_path / "tune")
+    """Names are mapped, and a rotated head's rows are permuted: torchtune's neighbours are transformers' halves."""
+    conversion = converted(dense, tmp_path / "tune", "torchtune", model=llama_config)
+    original, tune = tensors(dense), tensors(tmp_path / "tune")
     front = "base_model.model.model.layers.1"
     heads = AttentionSizes.of(json.loads((llama_config / "config.json").read_text()), "llama")
     for theirs, ours in (
@@ -158,16 +158,16 @@ def test_torchtune_by_hand(dense: Path, llama_config: Path, tmp_path: Path) -> N
         ("mlp.w3", "mlp.up_proj"),
         ("mlp.w1", "mlp.gate_proj"),
     ):
-        assert torch.equal(tune[f"layers.1.{theirs}.lora_b.weight"], held[f"{front}.{ours}.lora_B.weight"])
-    own, other = held[f"{front}.self_attn.k_proj.lora_B.weight"], tune["layers.1.attn.k_proj.lora_b.weight"]
+        assert torch.equal(tune[f"layers.1.{theirs}.lora_b.weight"], original[f"{front}.{ours}.lora_B.weight"])
+    own, other = original[f"{front}.self_attn.k_proj.lora_B.weight"], tune["layers.1.attn.k_proj.lora_b.weight"]
     size = heads.size
     for head in range(heads.keys):
         for i in range(size // 2):
             assert torch.equal(other[head * size + 2 * i], own[head * size + i])
             assert torch.equal(other[head * size + 2 * i + 1], own[head * size + size // 2 + i])
     back = converted(tmp_path / "tune", tmp_path / "back", model=llama_config)
-    assert made.largest_error < 1e-12 and back.source == "torchtune" and back.largest_error < 1e-12
-    assert all(torch.equal(t, held[n]) for n, t in tensors(tmp_path / "back").items())
+    assert conversion.largest_error < 1e-12 and back.source == "torchtune" and back.largest_error < 1e-12
+    assert all(torch.equal(t, original[n]) for n, t in tensors(tmp_path / "back").items())
     with pytest.raises(GraftError, match="depends on the heads") as caught:
         converted(dense, None, "torchtune")
     assert caught.value.code == "GC069"
@@ -183,40 +183,40 @@ def test_the_head_of_tinker(tmp_path: Path) -> None:
     own = written(model, tmp_path / "own", target_modules=["q_proj", "lm_head"])
     converted(own, tmp_path / "tinker", "tinker")
     assert "base_model.model.model.unembed_tokens.lora_A.weight" in tensors(tmp_path / "tinker")
-    made = converted(tmp_path / "tinker", tmp_path / "back")
+    conversion = converted(tmp_path / "tinker", tmp_path / "back")
     plain = {name for name in tensors(own) if ".lora_" in name}  # PEFT saves the head's own weight as well
-    assert made.source == "tinker" and tensors(tmp_path / "back").keys() == plain
+    assert conversion.source == "tinker" and tensors(tmp_path / "back").keys() == plain
 
 
 def test_a_shared_factor_of_experts(moe: Path, tmp_path: Path) -> None:
     """Tinker and SGLang may store one A for all experts."""
     converted(moe, tmp_path / "own", "sglang")
-    held = tensors(tmp_path / "own")
-    for name, tensor in held.items():
+    stored = tensors(tmp_path / "own")
+    for name, tensor in stored.items():
         if ".w1.lora_A" in name or ".w3.lora_A" in name:
-            held[name] = tensor[:1].clone()
-    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
-    made = converted(tmp_path / "own", tmp_path / "vllm", "vllm")
+            stored[name] = tensor[:1].clone()
+    save_file(stored, tmp_path / "own" / "adapter_model.safetensors")
+    conversion = converted(tmp_path / "own", tmp_path / "vllm", "vllm")
     front = "base_model.model.model.layers.0.mlp.experts"
     each = tensors(tmp_path / "vllm")
-    assert made.largest_error < 1e-12
-    assert torch.equal(each[f"{front}.3.gate_proj.lora_A.weight"], held[f"{front}.w1.lora_A.weight"][0])
+    assert conversion.largest_error < 1e-12
+    assert torch.equal(each[f"{front}.3.gate_proj.lora_A.weight"], stored[f"{front}.w1.lora_A.weight"][0])
 
 
 def test_several_become_one(dense: Path, tmp_path: Path) -> None:
-    """Their updates add up, also where only one of them has a map, and with other scales."""
+    """The updates are added, even if only one adapter has a map and if scales differ."""
     other = written(base("llama"), tmp_path / "other", seed=1, target_modules=["q_proj"], r=2, lora_alpha=3)
-    made = converted(dense, tmp_path / "both", add=[other])
-    assert made.rank == 5 and made.largest_error < 1e-6
-    held = [tensors(path) for path in (dense, other, tmp_path / "both")]
+    conversion = converted(dense, tmp_path / "both", add=[other])
+    assert conversion.rank == 5 and conversion.largest_error < 1e-6
+    loaded = [tensors(path) for path in (dense, other, tmp_path / "both")]
     front = "base_model.model.model.layers.0.self_attn.q_proj"
-    one, two, both = (t[f"{front}.lora_B.weight"] @ t[f"{front}.lora_A.weight"] for t in held)
+    one, two, both = (t[f"{front}.lora_B.weight"] @ t[f"{front}.lora_A.weight"] for t in loaded)
     scale = config(tmp_path / "both")["alpha_pattern"].get("model.layers.0.self_attn.q_proj", 0) / 5
     assert torch.allclose(scale * both, 7 / 3 * one + 3 / 2 * two, atol=1e-5)
 
 
 def test_adapters_of_two_bases(dense: Path, llama_config: Path, tmp_path: Path) -> None:
-    """Another base by its name, or by what it has."""
+    """A different base is recognised by its name or by its modules and sizes."""
     llama = with_base(shutil.copytree(dense, tmp_path / "llama"), llama_config)
     other = written(base("gpt2"), tmp_path / "other", target_modules=["c_attn"], fan_in_fan_out=True)
     with_base(other, tmp_path / "elsewhere")
@@ -267,8 +267,8 @@ def test_a_pattern_that_python_would_never_finish(dense: Path, tmp_path: Path) -
 def test_a_factor_that_is_missing(moe: Path, tmp_path: Path) -> None:
     converted(moe, tmp_path / "own", "vllm")
     lost = "layers.0.mlp.experts.1.up_proj.lora_A.weight"
-    held = {n: t for n, t in tensors(tmp_path / "own").items() if not n.endswith(lost)}
-    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
+    kept = {n: t for n, t in tensors(tmp_path / "own").items() if not n.endswith(lost)}
+    save_file(kept, tmp_path / "own" / "adapter_model.safetensors")
     with pytest.raises(GraftError, match=r"experts\.1\.up_proj has no lora_A") as caught:
         converted(tmp_path / "own", None, "peft")
     assert caught.value.code == "GC113"
@@ -284,7 +284,7 @@ def rolled(tensor: Tensor) -> Tensor:
 def test_a_wrong_writer_is_caught(
     fault: str, moe: Path, dense: Path, llama_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe reads what was written by its own description of the layout, and nothing appears."""
+    """The probe reads the output by its own description of the layout, and a mismatch leaves no folder behind."""
     right = folders._keyed
     source, to, options = moe, "vllm", {}
 
@@ -320,7 +320,7 @@ def test_a_wrong_writer_is_caught(
 
 
 def test_a_wrong_layout_of_the_source_is_no_secret(moe: Path, tmp_path: Path) -> None:
-    """Unsloth's order cannot be told from PEFT's by the keys: read as the other it gives another adapter."""
+    """Unsloth's order has the same keys as PEFT's: read as the other one, it gives a different adapter."""
     converted(moe, tmp_path / "right", "vllm")
     converted(moe, tmp_path / "wrong", "vllm", source="unsloth")
     one, other = tensors(tmp_path / "right"), tensors(tmp_path / "wrong")
@@ -352,8 +352,8 @@ def test_what_is_refused(change: dict[str, Any], to: str, code: str, words: str,
 
 def test_experts_that_are_missing(moe: Path, tmp_path: Path) -> None:
     converted(moe, tmp_path / "own", "vllm")
-    held = {n: t for n, t in tensors(tmp_path / "own").items() if ".experts.1.up_proj" not in n}
-    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
+    kept = {n: t for n, t in tensors(tmp_path / "own").items() if ".experts.1.up_proj" not in n}
+    save_file(kept, tmp_path / "own" / "adapter_model.safetensors")
     with pytest.raises(GraftError, match=r"experts 1 of .* are missing"):
         converted(tmp_path / "own", None, "peft")
     with pytest.raises(GraftError, match=r"has no adapter_config\.json"):
@@ -389,7 +389,7 @@ def interleaved() -> Any:
 )
 @pytest.mark.parametrize("way", ["there", "back"])
 def test_experts_that_are_stored_otherwise(moe: Path, tmp_path: Path, build: Any, words: str, way: str) -> None:
-    """Keys do not tell in which order experts are: the base does."""
+    """The order of experts is determined by the base, not by the keys."""
     source = tmp_path / "source"
     if way == "there":
         shutil.copytree(moe, source)
@@ -402,7 +402,7 @@ def test_experts_that_are_stored_otherwise(moe: Path, tmp_path: Path, build: Any
 
 
 def test_rows_that_alternate(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes do not tell these from others; the class that transformers has does."""
+    """Alternating rows cannot be recognised by sizes; transformers' class declares them."""
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     monkeypatch.setattr(
@@ -413,23 +413,25 @@ def test_rows_that_alternate(moe: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_gate_and_up_with_factors_of_their_own(moe: Path, tmp_path: Path) -> None:
-    """Ranks add where PEFT has one map for both: PEFT, which finds the ranks by pattern, gives what weights with the
-    updates of each expert added give."""
+    """Ranks add if PEFT has one map for both.
+
+    PEFT, which finds the ranks by pattern, gives the outputs of weights with each expert's update added.
+    """
     converted(moe, tmp_path / "own", "vllm")
-    held = tensors(tmp_path / "own")
+    stored = tensors(tmp_path / "own")
     generator = torch.Generator().manual_seed(5)
-    for name, tensor in held.items():
+    for name, tensor in stored.items():
         if ".up_proj.lora_A" in name:
-            held[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
-    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
-    made = converted(tmp_path / "own", tmp_path / "peft")
-    assert made.rank == 6 and made.largest_error < 1e-12
+            stored[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
+    save_file(stored, tmp_path / "own" / "adapter_model.safetensors")
+    conversion = converted(tmp_path / "own", tmp_path / "peft")
+    assert conversion.rank == 6 and conversion.largest_error < 1e-12
     model = base("mixtral")
-    found = outputs(model, tmp_path / "peft")
+    converted_outputs = outputs(model, tmp_path / "peft")
     with torch.no_grad():
-        for name in (n for n in held if "lora_A" in n):
+        for name in (n for n in stored if "lora_A" in n):
             path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            update = 7 / 3 * held[name.replace("lora_A", "lora_B")] @ held[name]
+            update = 7 / 3 * stored[name.replace("lora_A", "lora_B")] @ stored[name]
             if ".experts." not in path:
                 model.get_parameter(f"{path}.weight").add_(update)
                 continue
@@ -440,4 +442,4 @@ def test_gate_and_up_with_factors_of_their_own(moe: Path, tmp_path: Path) -> Non
             half = weight.shape[0] // 2
             rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None), "down_proj": slice(None)}[last]
             weight[rows].add_(update)
-    assert float((found - outputs(model, None)).abs().max()) < 1e-5
+    assert float((converted_outputs - outputs(model, None)).abs().max()) < 1e-5

@@ -1,4 +1,4 @@
-"""Tools that put hooks on modules see in a compiled model what they see in its source."""
+"""Tools that put hooks on modules observe the same in a compiled model as in its source."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    made = graftc.compile({"adapt": [LORA]}, tiny("llama")).eval()
-    perturb(made, 0.1)
-    return made
+    model = graftc.compile({"adapt": [LORA]}, tiny("llama")).eval()
+    perturb(model, 0.1)
+    return model
 
 
 @pytest.mark.slow
@@ -29,8 +29,8 @@ def test_torchinfo_sees_the_sizes_of_all_that_is_computed(compiled: Any) -> None
     torchinfo = pytest.importorskip("torchinfo")
 
     def sizes(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
-        found = torchinfo.summary(model, input_data={"input_ids": IDS}, verbose=0, depth=9)
-        layers = (each for each in found.summary_list if isinstance(each.module, nn.Linear))
+        summary = torchinfo.summary(model, input_data={"input_ids": IDS}, verbose=0, depth=9)
+        layers = (each for each in summary.summary_list if isinstance(each.module, nn.Linear))
         return {f"{each.var_name} at {each.depth}": (each.input_size, each.output_size) for each in layers}
 
     source = sizes(copy.deepcopy(compiled.compilation.model).eval())
@@ -47,8 +47,8 @@ def test_captum_attributes_to_modules_below_layers(compiled: Any, method: str) -
 
     def attributed(model: nn.Module) -> torch.Tensor:
         score = lambda ids: model(input_ids=ids).logits.flatten(1)[:, -1]  # noqa: E731
-        made: torch.Tensor = getattr(captum, method)(score, model.get_submodule(path)).attribute(IDS)
-        return made
+        values: torch.Tensor = getattr(captum, method)(score, model.get_submodule(path)).attribute(IDS)
+        return values
 
     source = compiled.compilation.model.eval()
     with compiled.disabled():

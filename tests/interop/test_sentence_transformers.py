@@ -32,7 +32,7 @@ ADAPTATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT with MiniLM's tokenizer, as a folder."""
+    """A folder with a small BERT and MiniLM's tokenizer."""
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("encoder")
@@ -57,7 +57,7 @@ def encoder(base: Path, name: str) -> Any:
 
 
 def train(model: Any, folder: Path, resume: Path | None = None) -> None:
-    """Four steps, with a checkpoint after two."""
+    """Train for four steps, with a checkpoint after two."""
     arguments = library.SentenceTransformerTrainingArguments(
         output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
         lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True, seed=3,
@@ -72,15 +72,15 @@ def train(model: Any, folder: Path, resume: Path | None = None) -> None:
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = model[0].model.adapter_state_dict()
-    return {name: tensor.clone() for name, tensor in found.items()}
+    state: dict[str, Tensor] = model[0].model.adapter_state_dict()
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ADAPTATIONS)
 def test_it_trains_checkpoints_resumes_and_saves(base: Path, name: str, tmp_path: Path) -> None:
-    """A run that goes on from a checkpoint ends at the same bits; the saved folder encodes the same."""
+    """A run resumed from a checkpoint ends bitwise equal, and the saved folder gives the same encodings."""
     whole = encoder(base, name)
     start = tensors(whole)
     train(whole, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Limits of servers: what is refused before anything is written, with the field and the way out."""
+"""Limits of servers: exports beyond them are refused before anything is written, naming the field and the remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 @pytest.mark.parametrize(("name", "needed"), [("vllm", 16), ("sglang", 12), ("mistralrs", 12)])
 def test_a_plain_lora_is_served(name: str, needed: int) -> None:
-    """The option that the server needs is the smallest of its values that holds the rank."""
+    """The required option of the server is its smallest value that covers the rank."""
     server = server_of(name)
     assert require_served(server, PLAIN, [KEY]) == needed
     assert require_served(server, {**PLAIN, "r": 1}, [KEY]) == 1
@@ -88,7 +88,7 @@ def test_the_largest_of_a_pattern() -> None:
 
 
 def as_engines_do(folder: Path, model: Any) -> Any:
-    """The model with ``alpha / rank * B A`` added, by nothing but the names, ``r``, ``lora_alpha`` and the patterns."""
+    """Return the model with ``alpha / rank * B A`` added, using only names, ``r``, ``lora_alpha`` and patterns."""
     import torch
     from safetensors.torch import load_file
 
@@ -121,8 +121,10 @@ LORAS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.parametrize("kind", LORAS)
 def test_what_is_written_for_a_server(kind: str, name: str, tmp_path: Path) -> None:
-    """An engine that knows ``alpha / rank`` alone, over the base that it has, computes what the model does; so does
-    PEFT. Whatever the server does not read is refused before anything is written."""
+    """An engine that knows only ``alpha / rank`` computes the model's outputs over the base, and so does PEFT.
+
+    Anything that the server does not read is refused before anything is written.
+    """
     import torch
 
     lora = {"method": "lora", "rank": 3, "alpha": 5, "target": {"role": ["attn.q", "attn.v"]}, **LORAS[kind]}
@@ -140,8 +142,8 @@ def test_what_is_written_for_a_server(kind: str, name: str, tmp_path: Path) -> N
     with torch.no_grad():
         expected = compiled(input_ids=ids).logits
         base = tiny("llama").eval()(input_ids=ids).logits
-        found = as_engines_do(tmp_path / "served", tiny("llama").eval())(input_ids=ids).logits
-    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(base, expected, atol=1e-2)
+        served = as_engines_do(tmp_path / "served", tiny("llama").eval())(input_ids=ids).logits
+    assert torch.allclose(served, expected, atol=1e-4) and not torch.allclose(base, expected, atol=1e-2)
     peft = pytest.importorskip("peft")
     loaded = peft.PeftModel.from_pretrained(tiny("llama").eval(), tmp_path / "served").eval()
     with torch.no_grad():
@@ -168,20 +170,20 @@ def test_everything_in_the_way_is_named() -> None:
 
 @pytest.mark.slow
 def test_an_export_for_a_server(tmp_path: Path) -> None:
-    """Refused before anything is there; converted, it is served."""
+    """An export is refused before anything is written; after conversion it succeeds."""
     target = {"role": ["attn.q", "attn.v"]}
     compiled = graftc.compile({"adapt": [{"method": "dora", "rank": 2, "target": target}]}, tiny("llama"))
     perturb(compiled)
     with pytest.raises(GraftError, match="use_dora") as caught:
         compiled.export(tmp_path / "dora", format="peft", server="vllm")
     assert caught.value.code == "GC068" and not any(tmp_path.iterdir())
-    made = compiled._graftc.convert(rank=4)
-    made.compiled.export(tmp_path / "lora", format="peft", server="vllm")
+    conversion = compiled._graftc.convert(rank=4)
+    conversion.compiled.export(tmp_path / "lora", format="peft", server="vllm")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_a_conversion_for_a_server(tmp_path: Path) -> None:
-    """The layout of a server keeps to its limits."""
+    """A conversion to a server's layout respects its limits."""
     own = written(base("llama"), tmp_path / "own", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})
     with pytest.raises(GraftError, match="rank_pattern"):
         config = json.loads((own / "adapter_config.json").read_text())
@@ -194,7 +196,7 @@ def test_a_conversion_for_a_server(tmp_path: Path) -> None:
 def test_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The option that the server needs is printed; a limit that is exceeded leaves nothing behind."""
+    """The option that the server needs is printed; exceeding a limit leaves nothing behind."""
     from tests.cli.support import run_here
 
     monkeypatch.chdir(tmp_path)

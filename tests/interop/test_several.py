@@ -1,4 +1,4 @@
-"""Several PEFT folders in one model, and one more in a model that has been compiled: the sum of what each adds."""
+"""Several PEFT folders imported into one model, or one more into a compiled model: their contributions add up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = torch.arange(12).reshape(2, 6)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two LoRAs of other ranks and targets, an IA3, and a LoRA that trains the head as well."""
+    """Two LoRAs of different ranks and targets, an IA3, and a LoRA that also trains the head."""
     top = tmp_path_factory.mktemp("folders")
     configs = {
         "first": peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"]),
@@ -37,12 +37,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS).logits
-    return found
+        values: torch.Tensor = model(input_ids=IDS).logits
+    return values
 
 
 def theirs(*folders: Path) -> torch.Tensor:
-    """PEFT's logits with all of the adapters active."""
+    """Return PEFT's logits with all of the adapters active."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base("llama")), folders[0], adapter_name="0")
@@ -63,42 +63,42 @@ PAIRS = [
 @pytest.mark.parametrize("chosen", PAIRS)
 def test_two_folders_add_up_as_in_peft(chosen: tuple[str, str], folders: dict[str, Path]) -> None:
     own = [folders[name] for name in chosen]
-    found = graftc.import_peft(own, base("llama"))
-    assert [adaptation.name for adaptation in found.spec.adapt] == list(chosen)
-    assert torch.allclose(logits(found), theirs(*own), atol=1e-5)
-    with found.disabled(chosen[0]):
+    compiled = graftc.import_peft(own, base("llama"))
+    assert [adaptation.name for adaptation in compiled.spec.adapt] == list(chosen)
+    assert torch.allclose(logits(compiled), theirs(*own), atol=1e-5)
+    with compiled.disabled(chosen[0]):
         if "head" not in chosen:
-            assert torch.allclose(logits(found), theirs(own[1]), atol=1e-5)
+            assert torch.allclose(logits(compiled), theirs(own[1]), atol=1e-5)
 
 
 def test_names_may_be_given(folders: dict[str, Path]) -> None:
-    found = graftc.import_peft({"a": folders["first"], "b": folders["third"]}, base("llama"))
-    assert [adaptation.name for adaptation in found.spec.adapt] == ["a", "b"]
-    with found.disabled("a"):
-        assert torch.allclose(logits(found), theirs(folders["third"]), atol=1e-5)
+    compiled = graftc.import_peft({"a": folders["first"], "b": folders["third"]}, base("llama"))
+    assert [adaptation.name for adaptation in compiled.spec.adapt] == ["a", "b"]
+    with compiled.disabled("a"):
+        assert torch.allclose(logits(compiled), theirs(folders["third"]), atol=1e-5)
 
 
 def test_one_more_into_a_compiled_model(folders: dict[str, Path]) -> None:
-    found = graftc.import_peft(folders["first"], base("llama"))
-    before = dict(found.named_parameters())
-    trained = found.load_adapter(folders["second"], "more")
+    compiled = graftc.import_peft(folders["first"], base("llama"))
+    before = dict(compiled.named_parameters())
+    trained = compiled.load_adapter(folders["second"], "more")
     assert trained and all(".more." in name for name in trained)
-    assert all(dict(found.named_parameters())[name] is tensor for name, tensor in before.items())
-    assert torch.allclose(logits(found), theirs(folders["first"], folders["second"]), atol=1e-5)
-    found.remove("more")
-    assert torch.allclose(logits(found), theirs(folders["first"]), atol=1e-5)
-    found.load_adapter(folders["second"])
-    assert [str(own.name) for own in found.spec.adapt][-1] == "second"
+    assert all(dict(compiled.named_parameters())[name] is tensor for name, tensor in before.items())
+    assert torch.allclose(logits(compiled), theirs(folders["first"], folders["second"]), atol=1e-5)
+    compiled.remove("more")
+    assert torch.allclose(logits(compiled), theirs(folders["first"]), atol=1e-5)
+    compiled.load_adapter(folders["second"])
+    assert [str(own.name) for own in compiled.spec.adapt][-1] == "second"
 
 
 def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
-    found = graftc.import_peft(folders["first"], base("llama"))
-    before = logits(found)
+    compiled = graftc.import_peft(folders["first"], base("llama"))
+    before = logits(compiled)
     refusals: list[tuple[str, Any]] = [
-        ("GC005", lambda: found.load_adapter(folders["second"], "lora")),
-        ("GC112", lambda: found.load_adapter(folders["head"])),
-        ("GC002", lambda: found.load_adapter(folders["second"], "no name")),
-        ("GC110", lambda: found.load_adapter(folders["second"] / "nothing")),
+        ("GC005", lambda: compiled.load_adapter(folders["second"], "lora")),
+        ("GC112", lambda: compiled.load_adapter(folders["head"])),
+        ("GC002", lambda: compiled.load_adapter(folders["second"], "no name")),
+        ("GC110", lambda: compiled.load_adapter(folders["second"] / "nothing")),
         ("GC005", lambda: graftc.import_peft([folders["first"], folders["first"]], base("llama"))),
         ("GC073", lambda: graftc.import_peft([], base("llama"))),
         ("GC073", lambda: graftc.import_peft([folders["first"]], base("llama"), name="default")),
@@ -108,11 +108,11 @@ def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
         with pytest.raises(GraftError) as caught:
             call()
         assert caught.value.code == code, caught.value
-    assert torch.equal(logits(found), before)
+    assert torch.equal(logits(compiled), before)
 
 
 def test_a_folder_whose_name_ends_like_rows(folders: dict[str, Path]) -> None:
-    """``run`` and ``run_1`` are two adapters, not one with rows beside."""
+    """``run`` and ``run_1`` are two adapters, not one adapter with additional rows."""
     named = {"run": folders["first"], "run_1": folders["second"]}
     compiled = graftc.import_peft(named, copy.deepcopy(base("llama")))
     alone = Adapters(runner_of(compiled)).each_alone(list(named))

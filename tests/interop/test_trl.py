@@ -27,7 +27,7 @@ def compiled_of(**spec: Any) -> Any:
 
 
 def referring(trainer: Any, **changes: Any) -> Any:
-    """A trainer with the reference of a compiled model; peft's model is its own."""
+    """Return a factory of trainers that passes the reference of a compiled model; peft's model is its own."""
 
     def made(model: Any, folder: Path) -> Any:
         reference = model.reference() if isinstance(model, Compiled) else None
@@ -67,8 +67,8 @@ def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory
 
     def alive() -> set[int]:
         gc.collect()
-        held = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) in sizes)
-        return {t.untyped_storage().data_ptr() for t in held if not t.is_meta}
+        tensors = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) in sizes)
+        return {t.untyped_storage().data_ptr() for t in tensors if not t.is_meta}
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was copied or loaded")
@@ -82,14 +82,14 @@ def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory
     compiled.zero_grad()
     assert alive() <= before
     batch = next(iter(trainer.get_train_dataloader()))
-    found = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+    reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, batch))
     ids, mask = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
         scores = source(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
     each = scores.gather(-1, ids[:, 1:, None])[..., 0] * batch["completion_mask"][:, 1:]
-    assert torch.allclose(found, each.sum(1), rtol=1e-5)
+    assert torch.allclose(reference, each.sum(1), rtol=1e-5)
     own = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
-    assert not torch.allclose(own, found, rtol=1e-3), "the model has been trained"
+    assert not torch.allclose(own, reference, rtol=1e-3), "the model has been trained"
 
 
 @pytest.mark.full
@@ -114,15 +114,15 @@ def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None
             tensor.add_(0.1)
         batch = next(iter(trainer.get_train_dataloader()))
         compiled.train()
-        found = [trainer.compute_loss(compiled, batch) for _ in range(3)]
+        losses = [trainer.compute_loss(compiled, batch) for _ in range(3)]
         compiled.eval()
         expected = trainer.compute_loss(compiled, batch)
-    assert all(torch.equal(loss, expected) for loss in found)
+    assert all(torch.equal(loss, expected) for loss in losses)
 
 
 @pytest.mark.full
 def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -> None:
-    """Peft's models fail at this option of TRL's."""
+    """Selective recomputation keeps attention; peft's models fail with this option of TRL."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
     runs = [sft(compiled_of(), tmp_path, max_steps=STEPS, **changes) for changes in ({}, options)]
     for run in runs:
@@ -151,7 +151,7 @@ def test_a_head_that_is_no_sum_of_products_is_refused(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("head", [False, True], ids=["as it is", "adapted"])
 def test_losses_and_metrics_are_those_of_trls_own_forward(head: bool) -> None:
-    """The adapted head, which TRL's own has no weight of, is compared with the model's own loss."""
+    """Losses and metrics equal TRL's own; with an adapted head, whose weight TRL lacks, the loss equals the model's."""
     from trl.trainer.utils import add_fused_lm_head
 
     compiled = compiled_of(adapt=[{"method": "lora", "target": {"role": ["attn.q", *(["head"] if head else [])]}}])
@@ -162,23 +162,23 @@ def test_losses_and_metrics_are_those_of_trls_own_forward(head: bool) -> None:
     batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < 4, -100)}
     plain = compiled.train()(**batch).loss
     add_fused_lm_head(compiled, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
-    found = compiled(**batch, fused_lm_head=True)
-    torch.testing.assert_close(found.loss, plain)
+    outputs = compiled(**batch, fused_lm_head=True)
+    torch.testing.assert_close(outputs.loss, plain)
     if not head:
         theirs = compiled.forward.__wrapped__(**batch, fused_lm_head=True)
-        assert list(found) == list(theirs)
+        assert list(outputs) == list(theirs)
         for name in theirs:
-            torch.testing.assert_close(found[name], theirs[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(outputs[name], theirs[name], rtol=1e-5, atol=1e-5)
         own = [p for p in compiled.parameters() if p.requires_grad]
-        for mine, other in zip(*(torch.autograd.grad(o.loss, own) for o in (found, theirs)), strict=True):
+        for mine, other in zip(*(torch.autograd.grad(o.loss, own) for o in (outputs, theirs)), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
     counted = compiled(**batch, fused_lm_head=True, num_items_in_batch=torch.tensor(20))
-    torch.testing.assert_close(counted.loss, plain * found.label_mask.sum() / 20)
+    torch.testing.assert_close(counted.loss, plain * outputs.label_mask.sum() / 20)
 
 
 @pytest.mark.slow
 def test_entropies_of_an_objective_are_left_to_trl() -> None:
-    """They have gradients, and probabilities at another temperature are others."""
+    """TRL computes entropies, which have gradients, and probabilities at another temperature."""
     from trl.trainer.utils import add_fused_lm_head
 
     for options in ({"outputs": ("log_probs", "entropy")}, {"temperature": 0.7}, {"cast_lm_head_to_fp32": True}):
@@ -203,7 +203,7 @@ def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:
 
 
 def alone(trainer: Any, **changes: Any) -> Any:
-    """A trainer that is made by the compiled model, which finds the reference; peft's model is its own."""
+    """Return a factory of trainers created by the compiled model, which adds the reference; peft's model is its own."""
 
     def made(model: Any, folder: Path) -> Any:
         if not isinstance(model, Compiled):
@@ -225,11 +225,11 @@ REFERRING: dict[str, Any] = {
 @pytest.mark.sample("grpo", "dpo")
 @pytest.mark.parametrize("run", REFERRING)
 def test_a_reference_is_found_for_a_base_in_memory(run: str, tmp_path: Path) -> None:
-    """The same losses and factors as in peft, whose model is its own reference; no second model is loaded."""
+    """Losses and factors equal those in peft, whose model is its own reference, and no second model is loaded."""
     runs = both(REFERRING[run], tmp_path)
     key = "kl" if run in ("grpo", "rloo") else "loss"
-    found, expected = logged(runs.ours, key), logged(runs.theirs, key)
-    assert len(found) == 2 and found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    values, expected = logged(runs.ours, key), logged(runs.theirs, key)
+    assert len(values) == 2 and values == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert runs.tensors() < 1e-4
     assert runs.ours.args.model_init_kwargs == runs.theirs.args.model_init_kwargs
 

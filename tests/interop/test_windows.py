@@ -1,4 +1,4 @@
-"""A prefix that windows leave visible goes into PEFT's format wherever the model has no windows."""
+"""A prefix that windows leave visible can be written in PEFT's format for any model without windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""peft around a compiled model: refused with what to write instead, and the model is as it was."""
+"""Wrapping a compiled model with peft is refused with a replacement to write, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ WAYS: dict[str, Callable[[Any, Path], Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("adapter")
-    peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(made)
-    return made
+    path = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module", params=["llama", "t5", "gpt2"])
@@ -57,13 +57,13 @@ def test_what_to_write_is_said_and_nothing_changes(way: str, model: Any, folder:
 
 
 def test_other_modules_hold_a_compiled_model_and_peft_other_models(model: Any) -> None:
-    held = torch.nn.ModuleDict({"model": model})
-    assert held["model"] is model
+    container = torch.nn.ModuleDict({"model": model})
+    assert container["model"] is model
     assert peft.get_peft_model(copy.deepcopy(tiny("llama")), peft.LoraConfig(target_modules=["q_proj"])) is not None
 
 
 def test_graphs_are_kept_all_the_same() -> None:
-    """A hook on every module of the process keeps a capture out of the cache; this one knows no model's forward."""
+    """The global module hook that detects peft's wrapping does not keep captures out of the cache."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}
     first, second = (graftc.compile(spec, tiny("bert")) for _ in range(2))
     assert not first.report.notes and second.report.cached

@@ -28,7 +28,7 @@ LORA = Case(
 
 
 def tokenizer() -> Any:
-    """Of words that are numbered, with an end and padding."""
+    """Return a tokenizer of numbered words, with end and padding tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +45,7 @@ def _text(draw: random.Random, low: int, high: int) -> str:
 
 
 def completions(count: int = 64) -> Any:
-    """Prompts with completions, of different lengths."""
+    """Return prompts with completions of different lengths."""
     from datasets import Dataset
 
     draw = random.Random(0)
@@ -55,7 +55,7 @@ def completions(count: int = 64) -> Any:
 
 
 def preferences(count: int = 32) -> Any:
-    """Prompts with a chosen and a rejected answer."""
+    """Return prompts with a chosen and a rejected answer."""
     from datasets import Dataset
 
     draw = random.Random(0)
@@ -87,8 +87,8 @@ class Both:
     """Two runs from the same tensors.
 
     Attributes:
-        pair: both models, trained.
-        ours, theirs: their trainers.
+        pair: the two trained models.
+        ours, theirs: the trainers of the two models.
     """
 
     pair: Pair
@@ -96,13 +96,13 @@ class Both:
     theirs: Any
 
     def losses(self, key: str = "loss") -> float:
-        """The largest relative difference of what was logged at a step."""
+        """Return the largest relative difference of the values logged at a step."""
         mine, other = logged(self.ours, key), logged(self.theirs, key)
         assert len(mine) == len(other) > 1 and len({round(x, 4) for x in other}) > 1
         return max(abs(a - b) / abs(b) for a, b in zip(mine, other, strict=True))
 
     def tensors(self) -> float:
-        """The largest difference of a trained tensor from peft's, over the norm of that; all of them have moved."""
+        """Return the largest relative difference of trained tensors from peft's, and check that all have moved."""
         own = dict(self.pair.ours.named_parameters())
         worst = 0.0
         for name, other in self.pair.tensors.items():
@@ -113,7 +113,7 @@ class Both:
 
 
 def logged(trainer: Any, key: str) -> list[float]:
-    """What a trainer logged at its steps."""
+    """Return the values that a trainer logged at its steps."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
@@ -121,22 +121,22 @@ def both(trainer: Callable[[Any, Path], Any], folder: Path, base: Any = None) ->
     """Train both models.
 
     Args:
-        trainer: makes a trainer for a model and a folder.
-        folder: where they write.
-        base: what both adapt; by default a tiny Llama with its head over the vocabulary.
+        trainer: a function that returns a trainer for a model and a folder.
+        folder: the folder that both write to.
+        base: the base of both adapters; by default a tiny Llama with its head over the vocabulary.
     """
     models = pair(LORA, base)
-    found = []
+    trainers = []
     for name, model in (("ours", models.ours), ("theirs", models.theirs)):
         torch.manual_seed(0)
-        made = trainer(model, folder / name)
-        made.train()
-        found.append(made)
-    return Both(models, *found)
+        run = trainer(model, folder / name)
+        run.train()
+        trainers.append(run)
+    return Both(models, *trainers)
 
 
 def sft(model: Any, folder: Path, peft_config: Any = None, **changes: Any) -> Any:
-    """Supervised fine-tuning on completions alone."""
+    """Return a trainer for supervised fine-tuning on completions only."""
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(str(folder), **{**SETTINGS, "completion_only_loss": True, "max_length": 24, **changes})
@@ -145,7 +145,7 @@ def sft(model: Any, folder: Path, peft_config: Any = None, **changes: Any) -> An
 
 
 def made(kind: Any, model: Any, make: Any, **arguments: Any) -> Any:
-    """A trainer; ``make`` is the method of a compiled model that makes one for it."""
+    """Return a trainer; ``make`` is the method of a compiled model that creates one for it."""
     given = {name: value for name, value in arguments.items() if value is not None}
     given["processing_class"] = tokenizer()
     return kind(model=model, **given) if make is None else make(kind, **given)
@@ -154,7 +154,7 @@ def made(kind: Any, model: Any, make: Any, **arguments: Any) -> Any:
 def dpo(
     model: Any, folder: Path, ref_model: Any = None, make: Any = None, peft_config: Any = None, **changes: Any
 ) -> Any:
-    """Preference optimisation; peft's model is its own reference."""
+    """Return a trainer for preference optimisation; peft's model is its own reference."""
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
@@ -172,7 +172,7 @@ def dpo(
 def kto(
     model: Any, folder: Path, ref_model: Any = None, make: Any = None, peft_config: Any = None, **changes: Any
 ) -> Any:
-    """Kahneman-Tversky optimisation, on the same preferences."""
+    """Return a trainer for Kahneman-Tversky optimisation, on the same preferences."""
     from trl import KTOConfig, KTOTrainer, unpair_preference_dataset
 
     arguments = KTOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
@@ -183,7 +183,7 @@ def kto(
 
 
 def scoring() -> Any:
-    """A tiny Llama that scores texts."""
+    """Return a tiny Llama that scores texts."""
     from transformers import LlamaForSequenceClassification
 
     config = llama().config
@@ -193,7 +193,7 @@ def scoring() -> Any:
 
 
 def reward(model: Any, folder: Path, **changes: Any) -> Any:
-    """A reward model of the same preferences."""
+    """Return a trainer of a reward model on the same preferences."""
     from trl import RewardConfig, RewardTrainer
 
     arguments = RewardConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
@@ -201,7 +201,7 @@ def reward(model: Any, folder: Path, **changes: Any) -> Any:
 
 
 def _rewarded(name: str, model: Any, folder: Path, make: Any, **changes: Any) -> Any:
-    """Answers are generated, and those with more even words are better."""
+    """Return a trainer that generates answers and rewards those with more even words."""
     import trl
     from datasets import Dataset
 
@@ -215,10 +215,10 @@ def _rewarded(name: str, model: Any, folder: Path, make: Any, **changes: Any) ->
 
 
 def grpo(model: Any, folder: Path, make: Any = None, **changes: Any) -> Any:
-    """Group relative policy optimisation."""
+    """Return a trainer for group relative policy optimisation."""
     return _rewarded("GRPO", model, folder, make, **changes)
 
 
 def rloo(model: Any, folder: Path, make: Any = None, **changes: Any) -> Any:
-    """REINFORCE, leaving one out."""
+    """Return a trainer for REINFORCE leave-one-out."""
     return _rewarded("RLOO", model, folder, make, **changes)

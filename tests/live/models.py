@@ -1,4 +1,4 @@
-"""Small models that cannot be one graph, with batches whose structure differs: sizes of images, padding, text alone."""
+"""Small models that cannot be one graph, with batches of different structure: image sizes, padding, text alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ VISION = {
 
 
 def texts(rows: Sequence[tuple[Sequence[int], int]], seed: int) -> dict[str, Tensor]:
-    """Token ids, padded in front, with labels: of each row the image tokens of every image, and how many words."""
+    """Return token ids, padded in front, with labels.
+
+    Each of `rows` has the number of image tokens of every image, and the number of words.
+    """
     generator = torch.Generator().manual_seed(seed)
     written: list[list[int]] = []
     for images, words in rows:
@@ -71,7 +74,7 @@ class Case:
 
 
 def qwen2_vl() -> Case:
-    """Images of any size: lengths of windows are values of a tensor, so that vision layers are no graphs."""
+    """A model with images of any size: lengths of windows are values of a tensor, so vision layers are not graphs."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
@@ -86,13 +89,13 @@ def qwen2_vl() -> Case:
     )
 
     def batch(rows: Sequence[tuple[Sequence[tuple[int, int]], int]], seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = texts([([h * w // 4 for h, w in sizes], words) for sizes, words in rows], seed)
+        inputs: dict[str, Any] = texts([([h * w // 4 for h, w in sizes], words) for sizes, words in rows], seed)
         sizes = [size for row, _ in rows for size in row]
         generator = torch.Generator().manual_seed(seed)
-        found["pixel_values"] = torch.randn(sum(h * w for h, w in sizes), 3 * 2 * 14 * 14, generator=generator)
-        found["image_grid_thw"] = torch.tensor([[1, h, w] for h, w in sizes])
-        found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).long()
-        return found
+        inputs["pixel_values"] = torch.randn(sum(h * w for h, w in sizes), 3 * 2 * 14 * 14, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, h, w] for h, w in sizes])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+        return inputs
 
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()
@@ -100,7 +103,7 @@ def qwen2_vl() -> Case:
 
 
 def gemma3() -> Case:
-    """Images of one size, looked for by a mask that is made of values."""
+    """A model with images of one size, located by a mask that is computed from values."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     config = Gemma3Config(
@@ -113,18 +116,18 @@ def gemma3() -> Case:
     )
 
     def batch(rows: Sequence[int], seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = texts([([4], words) for words in rows], seed)
+        inputs: dict[str, Any] = texts([([4], words) for words in rows], seed)
         generator = torch.Generator().manual_seed(seed)
-        found["pixel_values"] = torch.randn(len(rows), 3, 56, 56, generator=generator)
-        found["token_type_ids"] = (found["input_ids"] == IMAGE).long()
-        return found
+        inputs["pixel_values"] = torch.randn(len(rows), 3, 56, 56, generator=generator)
+        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+        return inputs
 
     torch.manual_seed(0)
     return Case(Gemma3ForConditionalGeneration(config).eval(), batch([6, 9], 0), batch([12, 4, 7], 1))
 
 
 def llava() -> Case:
-    """One graph, whose calls with a cache are none: images come with the first tokens only."""
+    """A model that is one graph, except in calls with a cache: images come with the first tokens only."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = {**VISION, "model_type": "clip_vision_model", "projection_dim": 32}
@@ -132,9 +135,9 @@ def llava() -> Case:
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=16)
 
     def batch(rows: Sequence[int], seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = texts([([16], words) for words in rows], seed)
+        inputs: dict[str, Any] = texts([([16], words) for words in rows], seed)
         generator = torch.Generator().manual_seed(seed)
-        return {**found, "pixel_values": torch.randn(len(rows), 3, 56, 56, generator=generator)}
+        return {**inputs, "pixel_values": torch.randn(len(rows), 3, 56, 56, generator=generator)}
 
     torch.manual_seed(0)
     return Case(LlavaForConditionalGeneration(config).eval(), batch([6, 9], 0), batch([12, 4, 7], 1))
@@ -152,7 +155,7 @@ class Block(nn.Module):
 
 
 class Looping(nn.Module):
-    """As many rounds as a value in its input says: there is no graph of that."""
+    """A model with as many rounds as a value in its input says, so it cannot be a graph."""
 
     def __init__(self, width: int = 16, layers: int = 3) -> None:
         super().__init__()

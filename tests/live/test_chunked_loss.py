@@ -1,4 +1,4 @@
-"""A loss in chunks where the model's own Python computes it: head and loss become one graph."""
+"""A chunked loss if the model's own Python computes the loss: head and loss become one graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layer(nn.Module):
 
 
 class Talker(nn.Module):
-    """Leaves out layers by a value, so that it is no graph; `way` says how the loss is made of logits."""
+    """A model that skips layers by a value, so it is no graph; `way` selects how it computes the loss from logits."""
 
     def __init__(self, way: str = "shifted") -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class Talker(nn.Module):
         for layer in self.layers[: 3 if int(ids.sum()) > 0 else 1]:
             x = layer(x)
         logits = self.lm_head(x)
-        found = Output(logits=logits)
+        output = Output(logits=logits)
         if labels is not None:
-            found["loss"] = getattr(self, self.way)(logits, labels)
-        return found
+            output["loss"] = getattr(self, self.way)(logits, labels)
+        return output
 
     def shifted(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
@@ -57,8 +57,8 @@ class Talker(nn.Module):
         return nn.CrossEntropyLoss()(rows, labels[..., 1:].reshape(-1))
 
     def capped(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        found = 30 * torch.tanh(logits / 30)
-        total = functional.cross_entropy(found.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.1)
+        capped = 30 * torch.tanh(logits / 30)
+        total = functional.cross_entropy(capped.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.1)
         return total / labels.numel()
 
     def by_hand(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -82,23 +82,23 @@ def batch(seed: int = 0, rows: int = 2, length: int = 7) -> dict[str, torch.Tens
 
 
 def both(way: str, loss: str = "chunked") -> tuple[Any, Any]:
-    """The same adapted model with a whole loss and with one in chunks."""
+    """Return the same adapted model with a whole loss and with a chunked one."""
     torch.manual_seed(0)
     model = Talker(way)
-    made = []
+    models = []
     for kind in ("whole", loss):
         compiled = graftc.compile({**SPEC, "memory": {"loss": kind}}, copy.deepcopy(model), batch(), cache=False)
         perturb(compiled, 0.3)
-        made.append(compiled.train())
-    return made[0], made[1]
+        models.append(compiled.train())
+    return models[0], models[1]
 
 
 def gradients(compiled: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
     outputs = compiled(**given)
     outputs.loss.backward()
-    found = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
     compiled.zero_grad(set_to_none=True)
-    return outputs.loss.detach(), found, outputs.logits
+    return outputs.loss.detach(), grads, outputs.logits
 
 
 @pytest.mark.parametrize("way", ["shifted", "cut", "capped"])
@@ -109,13 +109,13 @@ def test_losses_and_gradients_are_those_of_a_whole_loss(way: str, loss: str) -> 
         warnings.simplefilter("error", graftc.GraftWarning)
         for seed, (rows, length) in enumerate([(2, 7), (3, 5), (1, 9), (2, 12)]):
             given = batch(seed, rows, length)
-            wanted, found = gradients(whole, given), gradients(chunked, given)
-            assert torch.allclose(found[0], wanted[0], rtol=1e-5)
-            assert found[1].keys() == wanted[1].keys() and len(found[1]) == 8
+            wanted, actual = gradients(whole, given), gradients(chunked, given)
+            assert torch.allclose(actual[0], wanted[0], rtol=1e-5)
+            assert actual[1].keys() == wanted[1].keys() and len(actual[1]) == 8
             for name, gradient in wanted[1].items():
-                assert torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-6), name
-            assert isinstance(found[2], DeferredLogits) and found[2].shape == wanted[2].shape
-            assert torch.equal(found[2].detach() + 0, wanted[2].detach())
+                assert torch.allclose(actual[1][name], gradient, rtol=1e-4, atol=1e-6), name
+            assert isinstance(actual[2], DeferredLogits) and actual[2].shape == wanted[2].shape
+            assert torch.equal(actual[2].detach() + 0, wanted[2].detach())
     every = (each for run in chunked._graftc.shown.executables.values() for each in run.outcomes)
     losses = [outcome for outcome in every if outcome.step == "loss"]
     assert losses and all(outcome.done for outcome in losses)
@@ -138,12 +138,12 @@ def test_what_reads_logits_gets_them(way: str, warned: bool) -> None:
     wanted = gradients(whole, batch())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = gradients(chunked, batch())
+        actual = gradients(chunked, batch())
         gradients(chunked, batch())
     assert [str(each.message)[:5] for each in caught if "GC" in str(each.message)] == ["GC151"] * warned
-    assert torch.allclose(found[0], wanted[0], rtol=1e-5)
+    assert torch.allclose(actual[0], wanted[0], rtol=1e-5)
     for name, gradient in wanted[1].items():
-        assert torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(actual[1][name], gradient, rtol=1e-4, atol=1e-6), name
 
 
 def test_logits_are_there_in_eval_mode_and_without_labels() -> None:
@@ -151,8 +151,8 @@ def test_logits_are_there_in_eval_mode_and_without_labels() -> None:
     given = {"ids": batch()["ids"]}
     assert torch.equal(chunked(**given).logits.argmax(-1), whole(**given).logits.argmax(-1))
     chunked.eval(), whole.eval()
-    found = chunked(**batch())
-    assert type(found.logits) is torch.Tensor and torch.equal(found.loss, whole(**batch()).loss)
+    outputs = chunked(**batch())
+    assert type(outputs.logits) is torch.Tensor and torch.equal(outputs.loss, whole(**batch()).loss)
 
 
 def test_what_was_written_to_before_logits_are_read_is_refused() -> None:
@@ -169,7 +169,7 @@ def test_what_was_written_to_before_logits_are_read_is_refused() -> None:
 
 
 def test_values_are_those_of_the_call() -> None:
-    """Autocast and the mode of gradients are those in which the head was called."""
+    """Autocast and gradient mode are those in which the head was called."""
     _, chunked = both("shifted")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = chunked(**batch())

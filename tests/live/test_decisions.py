@@ -1,5 +1,7 @@
-"""Layers whose Python decides by the values of buffers and masks, and by whether numbers are finite: a graph for each
-course that calls take."""
+"""Layers whose Python decides by values of buffers and masks, and by whether numbers are finite.
+
+Each branch that calls take gets its own graph.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ WIDTH = 6
 
 
 class Layer(nn.Module):
-    """Keeps a range that starts anew while it is nothing, treats full masks by themselves, and clamps what is no
-    number; `how` it decides."""
+    """A layer that keeps a range, handles full masks separately, and clamps numbers that are not finite.
+
+    The range starts over while it is zero; `how` selects what else decides.
+    """
 
     low: Tensor
 
@@ -77,12 +81,12 @@ def compiled_of(model: nn.Module) -> Any:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the bit, or no number in the same places."""
+    """Return whether two tensors are equal to the bit, with NaN in the same places."""
     return torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) and torch.equal(a.isnan(), b.isnan())
 
 
 def same_buffers(compiled: Any, source: nn.Module) -> bool:
-    """Whether what a compiled model has updated is what the source has."""
+    """Return whether the buffers that a compiled model has updated equal those of the source."""
     own = dict(source.named_buffers())
     updated = {name: tensor for name, tensor in compiled.state_dict().items() if name in own}
     return bool(updated) and all(same(tensor, own[name]) for name, tensor in updated.items())
@@ -114,7 +118,7 @@ def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_rando
             assert same(results[0], results[1]), (training, full, broken)
             assert torch.equal(after[0], after[1]) and same_buffers(compiled, source)
         kinds.append(len(compiled.compilation.signatures))
-    assert kinds[1] == kinds[2] <= 8  # what was no number is in a buffer by then
+    assert kinds[1] == kinds[2] <= 8  # by then, a buffer contains NaN
 
 
 def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
@@ -168,7 +172,7 @@ def test_what_varies_from_call_to_call_makes_no_graph_of_a_layer(how: str) -> No
 
 
 class Replaces(Layer):
-    """Puts new tensors in the place of its buffer, as modules of libraries do."""
+    """A layer that replaces its buffer by new tensors, as modules of libraries do."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.training:
@@ -177,7 +181,7 @@ class Replaces(Layer):
 
 
 def test_a_buffer_that_a_library_s_layer_replaces_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As I-BERT keeps the ranges of activations; of a class of the user's it is refused as any other attribute."""
+    """I-BERT keeps the ranges of activations so; a user's own class is refused, as for any other attribute."""
     monkeypatch.setattr(Replaces, "__module__", "transformers.models.ibert")
     torch.manual_seed(0)
     model = Stack().eval()

@@ -1,4 +1,4 @@
-"""Heads of models that are taken apart: of single maps only those that are called behind all layers."""
+"""Heads of models that are split into several graphs: single maps count only if they are called after all layers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role
 
 def test_the_output_projection_alone_is_a_head() -> None:
     case = qwen2_vl()
-    found = graftc.roles(case.model, case.first)
-    assert [finding.parameter for finding in found.findings if finding.role.startswith("head")] == ["lm_head.weight"]
+    roles = graftc.roles(case.model, case.first)
+    assert [finding.parameter for finding in roles.findings if finding.role.startswith("head")] == ["lm_head.weight"]
     compiled = graftc.compile(SPEC, case.model, case.first, cache=False)
     assert [str(site.key.module) for site, _ in compiled.compilation.main.resolved[0].places] == ["lm_head"]
 

@@ -1,5 +1,7 @@
-"""Adapted tensors that the model's own Python reads between graphs in a later call than the example: refused, since the
-adaptation is in the graphs; what reads no values runs."""
+"""Adapted tensors that the model's own Python reads between graphs, in a later call than the example.
+
+Reading values is refused, because the adaptation is in the graphs; code that reads no values runs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Is no graph, and reads what `read` says beside its calls."""
+    """A model that is not a graph, and reads what `read` says besides its calls."""
 
     def __init__(self) -> None:
         super().__init__()

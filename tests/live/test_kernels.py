@@ -1,4 +1,4 @@
-"""Attentions whose kernel the model's own Python chooses: a graph of their layer computes what that kernel does."""
+"""Attentions whose kernel the model's own Python chooses: the graph of a layer computes what that kernel does."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_layer_is_the_source_to_the_bit(kernel: Any, training: bool) -> None:
 
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, None])
 def test_what_an_exporter_puts_in_its_place_is_not_the_models_choice(kernel: Any) -> None:
-    """transformers has every attention on a CPU traced with the reference kernel."""
+    """transformers traces every attention on a CPU with the reference kernel."""
     own = F.scaled_dot_product_attention
 
     def exported(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models that cannot be one graph: their own Python calls graphs of their layers, or of their maps."""
+"""Models that cannot be one graph: their own Python calls graphs of their layers, or of single maps."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def named(request: pytest.FixtureRequest) -> tuple[str, Case, Any]:
 
 
 def perturbed(compiled: Any) -> Any:
-    """The model in eval mode, with adapters that do something."""
+    """Return the model in eval mode, with adapters that change its outputs."""
     perturb(compiled.eval(), 0.05)
     return compiled
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors of outputs."""
+    """Return the floating-point tensors of outputs."""
     if isinstance(outputs, Tensor):
         return [outputs]
     return [value for value in outputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
@@ -67,7 +67,7 @@ def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any
 
 
 def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[str, Case, Any]) -> None:
-    """Of ``W + s B A``, by the chain rule from those of the whole weight in the source's own class."""
+    """Gradients for ``W + s B A`` follow by the chain rule from those of the whole weight in the source's own class."""
     _, case, compiled = named
     trained = perturbed(copy.deepcopy(compiled))
     plain = copy.deepcopy(case.model).eval()
@@ -77,12 +77,12 @@ def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[s
     loss_of(trained(**case.first)).backward()
     (lora,) = trained.compilation.spec.adapt
     scale = lora.alpha / lora.rank
-    found = {name: p for name, p in trained.named_parameters() if p.grad is not None}
-    assert found
-    for name, a in found.items():
+    adapters = {name: p for name, p in trained.named_parameters() if p.grad is not None}
+    assert adapters
+    for name, a in adapters.items():
         if not name.endswith(".A"):
             continue
-        b = found[f"{name.removesuffix('A')}B"]
+        b = adapters[f"{name.removesuffix('A')}B"]
         whole = plain.get_parameter(f"{name.partition('.graftc.')[0]}.weight").grad
         assert whole is not None
         for ours, wanted in ((a.grad, scale * b.T @ whole), (b.grad, scale * whole @ a.T)):
@@ -127,23 +127,23 @@ def test_threads_get_their_own_results(named: tuple[str, Case, Any]) -> None:
     trained = perturbed(copy.deepcopy(compiled))
     with torch.no_grad():
         wanted = [tensors_of(trained(**batch))[-1] for batch in (case.first, case.second)]
-    found: dict[int, bool] = {}
+    equal: dict[int, bool] = {}
 
     def run(number: int) -> None:
         with torch.no_grad():
             batch = (case.first, case.second)[number % 2]
-            found[number] = torch.equal(tensors_of(trained(**batch))[-1], wanted[number % 2])
+            equal[number] = torch.equal(tensors_of(trained(**batch))[-1], wanted[number % 2])
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), True)
+    assert equal == dict.fromkeys(range(4), True)
 
 
 def generates_as_its_merged_class(trained: Any, case: Case, length: int) -> tuple[dict[str, Any], Any]:
-    """Compare greedy tokens of all three; return what was asked and the model of the source's class."""
+    """Compare greedy tokens of all three; return the arguments and the model of the source's class."""
     merged = trained.merge()
     plain = merged.to_transformers().eval()
     asked = {key: value for key, value in case.first.items() if key != "labels"}
@@ -186,7 +186,7 @@ def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers() -
 
 @pytest.mark.slow
 def test_steps_of_one_kind_add_one_signature() -> None:
-    """However many tokens are generated: lengths of the past vary in one graph."""
+    """This holds for any number of generated tokens: the length of the past varies within one graph."""
     case = CASES["gemma3"]()
     compiled = compiled_of("gemma3", case).eval()
     asked = {key: value for key, value in case.first.items() if key != "labels"}
@@ -236,13 +236,13 @@ def test_a_call_of_another_kind_is_captured_when_it_comes() -> None:
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     case = looping()
-    found = []
+    grads = []
     for options in ({}, {"checkpoint": "layers"}):
         compiled = perturbed(compiled_of("looping", case, **options)).train()
         loss_of(compiled(**case.first)).backward()
-        found.append({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and found[0]
-    assert all(torch.allclose(gradient, found[1][name], atol=1e-6) for name, gradient in found[0].items())
+        grads.append({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    assert all(torch.allclose(gradient, grads[1][name], atol=1e-6) for name, gradient in grads[0].items())
 
 
 def test_asked_for_a_graph_it_is_refused() -> None:
@@ -288,14 +288,14 @@ def test_it_is_not_exported_as_a_graph(tmp_path: Path) -> None:
 
 
 class Chosen(Block):
-    """What it gives is decided by a value."""
+    """A layer whose result depends on a value."""
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return super().forward(x, scale if float(x.sum()) > 0 else 2 * scale)
 
 
 def test_a_layer_that_reads_values_is_no_graph() -> None:
-    """On the inputs shown its graph would be right, and on others it would not."""
+    """Its graph would be right on the inputs shown, and wrong on others."""
     torch.manual_seed(0)
     model = Looping().eval()
     model.layers[1] = Chosen(16)
@@ -311,7 +311,7 @@ def test_a_layer_that_reads_values_is_no_graph() -> None:
 
 
 class Switched(Block):
-    """It reads a value where it is told to."""
+    """A layer that reads a value if its input has more than three axes."""
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         if x.dim() > 3 and float(x.sum()) > 0:
@@ -331,7 +331,7 @@ def test_a_call_in_which_a_layer_reads_values_is_refused() -> None:
 
 
 class Sometimes(Looping):
-    """It has layers for inputs that it is not shown."""
+    """A model with layers for inputs that it is not shown."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ class Sometimes(Looping):
 
 
 def test_layers_that_the_inputs_shown_do_not_call_are_named() -> None:
-    """One that is asked for is refused; of others a note says that nothing is adapted there."""
+    """Adapting such a layer is refused; otherwise a note says that nothing is adapted there."""
     model, case = Sometimes().eval(), looping()
     with pytest.raises(GraftError) as caught:
         compiled_of("looping", Case(model, case.first, case.second))
@@ -355,7 +355,7 @@ def test_layers_that_the_inputs_shown_do_not_call_are_named() -> None:
 
 
 class Counting(nn.Module):
-    """A map whose Python reads a value: it is the model's own."""
+    """A map whose Python reads a value, so it runs as the model's own code."""
 
     def __init__(self) -> None:
         super().__init__()

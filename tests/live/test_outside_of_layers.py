@@ -1,4 +1,4 @@
-"""What a model's own Python does with its layers besides calling them: it is as in the source, or it is refused."""
+"""Uses of layers by a model's own Python besides calling them: they work as in the source, or are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(3, 5, 8)
 
 
 class Layer(nn.Module):
-    """A layer with two maps, whose result a number scales."""
+    """A layer with two maps, whose result is scaled by a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Layer(nn.Module):
 
 
 class Plain(nn.Module):
-    """No graph: it asks for a value."""
+    """A model that is not a graph, because it reads a value."""
 
     layer: type[Layer] = Layer
 
@@ -55,7 +55,7 @@ class Plain(nn.Module):
 
 
 class Sets(Plain):
-    """An attribute of each layer, before it is called."""
+    """A model that sets an attribute of each layer before it calls the layer."""
 
     def through(self, x: Tensor) -> Tensor:
         for number, layer in enumerate(self.layers):
@@ -65,7 +65,7 @@ class Sets(Plain):
 
 
 class CallsInside(Plain):
-    """A map of a layer, besides the layer."""
+    """A model that also calls a map of a layer directly."""
 
     def through(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -74,7 +74,7 @@ class CallsInside(Plain):
 
 
 class Counts(Plain):
-    """A layer that counts its calls."""
+    """A model whose layers count their calls."""
 
     class layer(Layer):  # noqa: N801, it is the attribute that the class above has
         def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Counts(Plain):
 
 
 class Moving(Plain):
-    """Layers with moving means."""
+    """A model whose layers have moving means."""
 
     class layer(Layer):  # noqa: N801
         def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Moving(Plain):
 
 
 class Recomputes(Plain):
-    """Its own checkpointing."""
+    """A model with its own checkpointing."""
 
     def through(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -105,7 +105,7 @@ class Recomputes(Plain):
 
 
 class Collects(Plain):
-    """A list that its layers put something into."""
+    """A model with a list that its layers append to."""
 
     class layer(Layer):  # noqa: N801
         def forward(self, x: Tensor, seen: Any = None) -> Tensor:  # type: ignore[override]
@@ -153,7 +153,7 @@ def test_such_layers_are_no_graphs_and_their_maps_are(cls: type[Plain]) -> None:
 
 
 class Later(Plain):
-    """What it was not shown."""
+    """A model that may do what the example did not show."""
 
     def forward(self, x: Tensor, other: Callable[[Plain], Any] | None = None) -> Any:
         if other is not None:
@@ -178,7 +178,7 @@ def test_what_it_was_not_shown_is_refused(other: Callable[[Plain], Any], message
 
 
 class Reads(Plain):
-    """The weight of a map, besides calling it."""
+    """A model that reads the weight of a map, besides calling the map."""
 
     def through(self, x: Tensor) -> Tensor:
         return super().through(x) @ self.last.weight.T @ self.last.weight
@@ -200,7 +200,7 @@ def test_hooks_of_the_source_act_once(path: str) -> None:
     torch.manual_seed(0)
     model = Plain().eval()
     model.get_submodule(path).register_forward_hook(lambda module, args, result: 2 * result)
-    if path:  # the inputs of the whole come by name
+    if path:  # the whole model gets its inputs by name
         model.get_submodule(path).register_forward_pre_hook(lambda module, args: (3 * args[0],))
     compiled = graftc.compile(SPEC, model, (X,), cache=False).eval()
     assert torch.equal(compiled(X), model(X))
@@ -224,7 +224,7 @@ def test_a_hook_inside_of_a_layer_is_refused() -> None:
 
 
 class Mixed(Plain):
-    """Autocast within."""
+    """A model that enables autocast inside."""
 
     def through(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -263,18 +263,18 @@ def test_it_warms_up() -> None:
 
 
 class Notes:
-    """No tensor, plain value or container of these."""
+    """An object that is not a tensor, a plain value or a container of these."""
 
 
 class Noting(Layer):
-    """A layer that is called with what no graph takes."""
+    """A layer that takes an argument that no graph takes."""
 
     def forward(self, x: Tensor, notes: Notes | None = None) -> Tensor:
         return super().forward(x)
 
 
 class HandsNotes(Plain):
-    """Hands one on."""
+    """A model that passes `Notes` to its layers."""
 
     layer = Noting
 
@@ -296,7 +296,7 @@ def test_what_a_layer_is_called_with_is_said_where_no_graph_takes_it() -> None:
 
 
 class Keyed(Plain):
-    """A map whose name is no identifier."""
+    """A model with a map whose name is not an identifier."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers that can be no graph are taken apart in turn: parts of them are graphs, and maps only where these are not."""
+"""Layers that cannot be graphs are split in turn: their parts are graphs, and maps only if parts cannot be."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Asks for a value between its parts; its first part may as well."""
+    """A layer that reads a value between its parts; its first part may as well."""
 
     def __init__(self, asks: bool) -> None:
         super().__init__()
@@ -104,15 +104,15 @@ def test_it_computes_trains_merges_saves_and_loads(asks: bool, tmp_path: Path) -
     twin.load_state_dict(folded)
     torch.testing.assert_close(twin(x), compiled(x), rtol=1e-5, atol=1e-6)
 
-    # The gradient of a folded weight W + BA gives that of B: dW A^T, scaled.
+    # The gradient of B follows from that of the folded weight W + BA: dW A^T, scaled.
     compiled.train()(x).square().sum().backward()
     twin.train()(x).square().sum().backward()
     tensors = dict(compiled.named_parameters())
     a = tensors["layers.1.ffn.up.graftc.lora.A"]
     scaling = 2 / 2 if (spec := compiled.compilation.spec.adapt[0]).alpha is None else spec.alpha / 2
     wanted = twin.layers[1].ffn.up.weight.grad @ a.T * scaling
-    found = tensors["layers.1.ffn.up.graftc.lora.B"].grad
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    actual = tensors["layers.1.ffn.up.graftc.lora.B"].grad
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
     compiled.eval().save(tmp_path / "saved")
     again = graftc.load(tmp_path / "saved", model).eval()
@@ -122,7 +122,7 @@ def test_it_computes_trains_merges_saves_and_loads(asks: bool, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_what_graphs_of_layers_read_is_not_read_between_graphs() -> None:
-    """The vision blocks are no graphs and are looked at once more; the experts of the text layers are in graphs."""
+    """The vision blocks are not graphs and are examined again; the experts of the text layers are in graphs."""
     small = qwen3_vl_moe()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "experts"}}]}
     compiled = graftc.compile(spec, small.model, small.first, cache=False).eval()

@@ -1,4 +1,4 @@
-"""Models whose code lies in their folder: they train, merge, save and load as those of transformers do."""
+"""Models whose code is in their folder train, merge, save and load as those of transformers do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAPS = {"looping": "**.{q_proj,v_proj,patches}", "routed": "**.{up,down,router}"
 
 
 def folder_of(name: str, where: Path) -> Path:
-    """A folder with a config, code and weights, as a hub has it."""
+    """Create a folder with a config, code and weights, as on a hub."""
     import transformers
 
     auto, file, config, model = AUTO[name]

@@ -1,4 +1,4 @@
-"""Stacks that hold the same weights, of which one runs as graphs of layers and the other as graphs of maps."""
+"""Stacks that share weights, one of which runs as graphs of layers and the other as graphs of maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X = torch.randn(3, 5, 8)
 
 
 class Norm(nn.Module):
-    """Its weight is converted to the type that it has."""
+    """A norm whose weight is converted to the dtype that it already has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Layer(nn.Module):
 
 
 class Asking(Layer):
-    """No graph: it asks for a value."""
+    """A layer that is not a graph, because it reads a value."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(-x if float(x.mean()) > 1e6 else x)
 
 
 class Shared(nn.Module):
-    """The decoder has the encoder's norms."""
+    """A model whose decoder has the encoder's norms."""
 
     def __init__(self) -> None:
         super().__init__()

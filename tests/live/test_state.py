@@ -1,4 +1,4 @@
-"""What the Python between graphs keeps from call to call, and that none of it is the source's."""
+"""State that the Python between graphs keeps from call to call, none of which is the source's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORT, LONG = torch.randn(3, 6), torch.randn(9, 6)
 
 
 class Keeping(nn.Module):
-    """No graph, as it counts its rows; keeps something from call to call."""
+    """A model that is not a graph, because it counts its rows, and that keeps something from call to call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Keeping(nn.Module):
 
 
 class Counting(Keeping):
-    """Writes to a buffer in train mode, as a moving mean does."""
+    """A model that writes to a buffer in train mode, as a moving mean does."""
 
     def keep(self, y: Tensor, rows: int) -> Tensor:
         if self.training:
@@ -46,7 +46,7 @@ class Counting(Keeping):
 
 
 class Replacing(Keeping):
-    """Puts another buffer in the place of one, and remembers it in an attribute, as dynamic rotary positions do."""
+    """A model that replaces a buffer and records this in an attribute, as dynamic rotary positions do."""
 
     def keep(self, y: Tensor, rows: int) -> Tensor:
         if rows > self.longest:
@@ -56,7 +56,7 @@ class Replacing(Keeping):
 
 
 class Clamping(Keeping):
-    """Writes to a parameter."""
+    """A model that writes to a parameter."""
 
     def keep(self, y: Tensor, rows: int) -> Tensor:
         with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_buffer_that_is_written_to_is_saved_merged_and_copied(tmp_path: Path) 
 
 
 class Renewing(Keeping):
-    """Puts a new tensor in the place of a buffer, as ``self.calls = self.calls + 1`` does."""
+    """A model that replaces a buffer by a new tensor, as ``self.calls = self.calls + 1`` does."""
 
     def keep(self, y: Tensor, rows: int) -> Tensor:
         y = y + self.calls
@@ -110,7 +110,7 @@ def test_a_buffer_that_is_replaced_is_saved_merged_and_copied_and_the_base_has_i
     for _ in range(3):
         ours, theirs = compiled.train()(SHORT), twin.train()(SHORT)
         assert torch.equal(ours, theirs)
-        ours.sum().backward()  # what the graph of a call has saved is not written to
+        ours.sum().backward()  # tensors saved by the graph of a call are not written to
     wanted = compiled.eval()(SHORT)
     assert torch.equal(wanted, twin.eval()(SHORT))
     assert float(compiled.state_dict()["calls"]) == float(compiled.calls) == 3 and float(source.calls) == 0
@@ -136,7 +136,7 @@ def test_what_writes_to_a_parameter_is_refused_and_not_done() -> None:
 
 
 class Bounding(Keeping):
-    """Holds a weight to bounds that it is within, as Gemma 3n does in train mode."""
+    """A model that clamps a weight to bounds that it already meets, as Gemma 3n does in train mode."""
 
     def keep(self, y: Tensor, rows: int) -> Tensor:
         if self.training:

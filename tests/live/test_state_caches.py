@@ -1,5 +1,7 @@
-"""Models whose caches hold more than one growing pair a layer: states of convolutions and recurrences, and those of
-decoders that read an encoder."""
+"""Models whose caches contain more than one growing pair for each layer.
+
+They have states of convolutions and recurrences, or those of decoders that read an encoder.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def test_it_generates_as_its_merged_class_and_an_adapted_convolution_is_refused(
         spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": target}}]}
         compiled = graftc.compile(spec, model, {"input_ids": ids}, cache=False).eval()
         perturb(compiled, 0.3)
-        if refused:  # in steps its weight is read between graphs, where it would be the base's
+        if refused:  # steps read its weight between graphs, where it would be the base's
             with pytest.raises(graftc.GraftError, match=r"GC031|GC140"):
                 compiled.generate(input_ids=ids, **options)
             continue
@@ -64,8 +66,11 @@ def selective() -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [convolving, selective])
 def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:
-    """Steps of one token write to the states in place; those of several do not. Products of weights that ask for
-    gradients may be computed in another order (`torch.matmul`), so that the source asks for none either."""
+    """Steps of one token write to the states in place, and those of several do not.
+
+    Products of weights that require gradients may be computed in another order (`torch.matmul`), so the source requires
+    none either.
+    """
     model, ids = build().requires_grad_(False), torch.randint(3, 60, (2, 6))
     spec = graftc.load_spec({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.o*_proj"}}]})
     compiled = forced_apart(spec, model, {"input_ids": ids}).eval()
@@ -74,10 +79,10 @@ def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:
     told = []
     for each in (model, compiled):
         with torch.no_grad():
-            found = [each(input_ids=ids, use_cache=True)]
+            outputs = [each(input_ids=ids, use_cache=True)]
             for step in (ids[:, :1], ids[:, 1:2], ids[:, :3]):
-                found.append(each(input_ids=step, cache=found[-1].cache, use_cache=True))
-        told.append([output.logits for output in found])
+                outputs.append(each(input_ids=step, cache=outputs[-1].cache, use_cache=True))
+        told.append([output.logits for output in outputs])
     assert all(torch.equal(own, wanted) for own, wanted in zip(told[1], told[0], strict=True))
     perturb(compiled, 0.3)
     merged = compiled.merge().to_transformers().eval()
@@ -113,7 +118,7 @@ SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 @pytest.mark.slow
 def test_a_decoder_that_reads_an_encoder_keeps_both_caches() -> None:
-    """Taken apart although it is one graph: its layers read the encoder's keys and values once, and then the cache."""
+    """Split although it is one graph, its layers read the encoder's keys and values once, and then the cache."""
     model = listener()
     sound = torch.randn(2, 8, 40)
     inputs = {"input_features": sound, "decoder_input_ids": torch.randint(3, 60, (2, 5))}

@@ -1,4 +1,4 @@
-"""Inputs that are lists, tuples and dicts: the model's own Python takes them apart, between graphs of its layers."""
+"""Inputs that are lists, tuples and dicts: the model's own Python unpacks them, between graphs of its layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.live.models import forced_apart
 
 
 class Detector(nn.Module):
-    """Takes images of any sizes in a list, and conditions in a dict, of which one may be missing."""
+    """A model that takes a list of images of any sizes and a dict of conditions, one of which may be missing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,16 +27,16 @@ class Detector(nn.Module):
     def forward(
         self, images: list[Tensor], conditions: dict[str, Tensor | None], scale: float = 1.0
     ) -> list[dict[str, Tensor]]:
-        """A mean for every image."""
-        found = []
+        """Return a mean for every image."""
+        results = []
         for image in images:
             x = self.backbone(image[None]).mean((2, 3))
             for layer in self.layers:
                 x = layer(x)
             if conditions["text"] is not None:
                 x = x + self.condition(conditions["text"])
-            found.append({"mean": scale * x[0]})
-        return found
+            results.append({"mean": scale * x[0]})
+        return results
 
 
 SPEC: dict[str, Any] = {
@@ -77,8 +77,8 @@ def test_it_is_the_source_merges_saves_and_loads(tmp_path: Path) -> None:
 def test_as_one_graph_it_is_refused() -> None:
     with pytest.raises(graftc.GraftError, match="GC030: Detector is called with a list, 'images'"):
         graftc.compile({**SPEC, "capture": "graph"}, Detector(), FIRST, cache=False)
-    found = graftc.roles(Detector(), FIRST, cache=False)  # those of its parts
-    assert [finding.parameter for finding in found.findings] == ["condition.weight"]
+    roles = graftc.roles(Detector(), FIRST, cache=False)  # the roles of its parts
+    assert [finding.parameter for finding in roles.findings] == ["condition.weight"]
 
 
 def test_what_is_no_container_is_refused() -> None:
@@ -96,7 +96,7 @@ class Own(nn.Module):
 
 
 class Across(Own):
-    """Reads images, and cannot be called without any."""
+    """A layer that reads images, and cannot be called without any."""
 
     def forward(self, x: Tensor, images: Tensor | None, offset: float = 0.0) -> Tensor:
         assert images is not None
@@ -104,7 +104,7 @@ class Across(Own):
 
 
 class Once(Own):
-    """Takes no offset, though others of its class do."""
+    """A layer that may take no offset, although others of its class do."""
 
     def __init__(self, takes: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Once(Own):
 
 
 class Skipping(nn.Module):
-    """Layers in one row and called alike, some of which are left out of a call."""
+    """Layers in one row and called alike, some of which a call leaves out."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tables that layers hand each other: keys and values that later layers of Gemma 4 share."""
+"""Tables that layers pass to each other: keys and values that later layers of Gemma 4 share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {
 
 
 def gemma4() -> nn.Module:
-    """Layers 2 and 3 attend to the keys and values of 0 and 1."""
+    """A model in which layers 2 and 3 attend to the keys and values of layers 0 and 1."""
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     sizes: dict[str, Any] = {
@@ -94,7 +94,7 @@ class Removing(Layer):
 
 
 class Model(nn.Module):
-    """No graph: it asks for a value."""
+    """A model that is not a graph, because it reads a value."""
 
     def __init__(self, layer: type[Layer]) -> None:
         super().__init__()

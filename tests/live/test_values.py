@@ -1,4 +1,4 @@
-"""Layers whose Python looks at values: what follows from these would be a constant of a graph."""
+"""Layers whose Python reads values: results that depend on them would be constants of a graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spec(modules: str) -> dict[str, Any]:
 
 
 class Segments(nn.Module):
-    """Averages over segments whose lengths a tensor says; `how` they are read."""
+    """A layer that averages over segments whose lengths are in a tensor; `how` selects the way of reading them."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_values_that_are_read_from_memory_make_no_graph_of_a_layer(how: str) -> 
 
 
 class Rows(nn.Module):
-    """Maps in a list, which are layers, and Python that asks for a value: a model that is taken apart."""
+    """A list of maps, which are layers, and Python that reads a value: a model that is split into several graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Rows(nn.Module):
 
 
 def test_why_the_whole_is_no_graph_is_not_why_its_parts_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of the whole must not be the context of what is raised later, which is looked at for its reason."""
+    """The error of the whole must not be the context of later errors, whose context is searched for the reason."""
     handled, original = [], pipeline._compiled
 
     def noting(*args: Any) -> Any:
@@ -91,20 +91,20 @@ def test_why_the_whole_is_no_graph_is_not_why_its_parts_are_none(monkeypatch: py
 
 
 def images(rows: list[list[tuple[int, int]]], seed: int) -> dict[str, torch.Tensor]:
-    """Texts with images of these heights and widths in patches, as Qwen2-VL takes them."""
-    found = texts([([h * w // 4 for h, w in row], 6) for row in rows], seed, enclosed=True)
+    """Return texts with images of these heights and widths in patches, as Qwen2-VL takes them."""
+    inputs = texts([([h * w // 4 for h, w in row], 6) for row in rows], seed, enclosed=True)
     every = [size for row in rows for size in row]
     return {
-        **found,
+        **inputs,
         "pixel_values": noise(seed, sum(h * w for h, w in every), 3 * 2 * 14 * 14),
         "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
-        "mm_token_type_ids": (found["input_ids"] == IMAGE).long(),
+        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
     }
 
 
 @pytest.mark.slow
 def test_images_of_one_size_do_not_make_a_graph_for_one_size() -> None:
-    """transformers has another attention for exporting, which takes all images to be as large as each other."""
+    """transformers exports with another attention, which assumes that all images have the same size."""
     model = qwen2_vl().model
     compiled = graftc.compile(spec("**.qkv"), model, images([[(4, 8)], [(4, 8)]], 0), cache=False).eval()
     levels = {each.stack: each.level for each in compiled.report.stacks}

@@ -1,4 +1,4 @@
-"""Bottleneck adapters written as forward hooks of transformers' own modules: each wiring in plain torch."""
+"""Reference bottleneck adapters: each wiring in plain torch, as forward hooks on the modules of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Tensors = Mapping[str, Tensor]
 Function = Callable[[Tensor], Tensor]
 Hooks = Callable[[nn.Module, Function, Function], None]
-"""Puts the adapters of a layer's attention and of its feed-forward part where they belong."""
+"""A function that hooks the adapters of a layer's attention and feed-forward part into the layer."""
 
 ACTIVATIONS: Mapping[str, Function] = {
     "relu": F.relu,
@@ -25,13 +25,13 @@ ACTIVATIONS: Mapping[str, Function] = {
 
 
 def adapter(held: Tensors, prefix: str, activation: str, scale: float = 1.0) -> Function:
-    """``x -> s (U f(D n(x) + b) + c)``, with a norm in front where there is one.
+    """Return ``x -> s (U f(D n(x) + b) + c)``, where the norm ``n`` applies only if its tensors exist.
 
     Args:
         held: tensors by name.
-        prefix: what stands before the name of a part.
+        prefix: the prefix of the names of the adapter's tensors.
         activation: a key of `ACTIVATIONS`.
-        scale: where no tensor holds it.
+        scale: the scale to use if no tensor holds one.
     """
 
     def run(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def adapter(held: Tensors, prefix: str, activation: str, scale: float = 1.0) -> 
 
 
 def replace_output(module: nn.Module, change: Function) -> None:
-    """Change what a module gives: a tensor, or the first of a tuple."""
+    """Pass the output of a module, or the first item of a tuple of outputs, through ``change``."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -54,22 +54,22 @@ def replace_output(module: nn.Module, change: Function) -> None:
 
 
 def replace_input(module: nn.Module, change: Function) -> None:
-    """Change what a module gets first."""
+    """Pass the first argument of a module through ``change``."""
     module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
 
 
 def seen(module: nn.Module, index: int = 0) -> list[Tensor]:
-    """A list that holds what the module got last, by position."""
-    held: list[Tensor] = []
+    """Return a list whose one item is the latest input of the module at that position."""
+    inputs: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        held[:] = [args[index] if len(args) > index else kwargs["hidden_states"]]
+        inputs[:] = [args[index] if len(args) > index else kwargs["hidden_states"]]
 
     module.register_forward_pre_hook(note, with_kwargs=True)
-    return held
+    return inputs
 
 
-# --- BERT: norms behind the sums ------------------------------------------------------------------------------
+# --- BERT: norms after the sums -------------------------------------------------------------------------------
 
 
 def _bert_houlsby(layer: Any, attention: Function, feed_forward: Function) -> None:
@@ -88,7 +88,7 @@ def _bert_pfeiffer(layer: Any, attention: Function, feed_forward: Function) -> N
 
 
 def _bert_wrong_residual(layer: Any, attention: Function, feed_forward: Function) -> None:
-    """Pfeiffer's adapter with ``u`` where its residual is ``g``."""
+    """Apply Pfeiffer's adapter with ``u`` as its residual instead of ``g``."""
 
     def hook(module: Any, args: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
         twice: Tensor = module.LayerNorm(u + feed_forward(u) + args[1])
@@ -125,8 +125,8 @@ def _parts(layer: nn.Module) -> list[nn.Module]:
 
 
 def _pre_houlsby(layer: nn.Module, attention: Function, feed_forward: Function) -> None:
-    _, own, _, _, mlp = _parts(layer)
-    replace_output(own, lambda a: a + attention(a))
+    _, self_attention, _, _, mlp = _parts(layer)
+    replace_output(self_attention, lambda a: a + attention(a))
     replace_output(mlp, lambda g: g + feed_forward(g))
 
 
@@ -175,15 +175,15 @@ LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model
 
 
 def hook(model: nn.Module, family: str, wiring: str, held: Tensors, name: str, activation: str, scale: float) -> None:
-    """Adapt a plain model in place, so that it computes what an adaptation says.
+    """Add hooks to a plain model, so that it computes the same function as an adaptation.
 
     Args:
-        model: of ``family``.
+        model: a model of ``family``.
         family: a key of `LAYERS`.
         wiring: a key of `POST` or `PRE`.
         held: the adapters' tensors.
-        name: of the adaptation.
-        activation, scale: as its spec says.
+        name: the name of the adaptation.
+        activation, scale: the values in its spec.
     """
     hooks = (POST if family == "bert" else PRE)[wiring]
     for index, layer in enumerate(model.get_submodule(LAYERS[family])):  # type: ignore[arg-type]

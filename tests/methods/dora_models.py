@@ -16,7 +16,7 @@ ROLES = ["attn.q", "attn.v", "ffn.down"]
 
 
 def roles_of(family: str) -> list[str]:
-    """All of Mixtral's feed-forward layers are experts."""
+    """Return the roles to adapt; all of Mixtral's feed-forward layers are experts."""
     return ["attn.q", "attn.v", "experts"] if family == "mixtral" else ROLES
 
 
@@ -27,18 +27,18 @@ def adapted(model: nn.Module, role: Any = ROLES, **fields: Any) -> Any:
 
 
 def trainable(compiled: Any) -> dict[str, Tensor]:
-    """Trainable tensors by name."""
+    """The trainable tensors by name."""
     return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
 
 
 def exact(compiled: Any, name: str) -> Tensor:
     """A folded base tensor in float64, before rounding."""
-    found: Tensor = lazy_tensors(compiled.compilation).exact(name)
-    return found
+    folded: Tensor = lazy_tensors(compiled.compilation).exact(name)
+    return folded
 
 
 def written_out(weight: Tensor, own: Mapping[str, Tensor], scaling: float, detached: bool) -> Tensor:
-    """``m V / |V|``, as it stands in the paper."""
+    """Return ``m V / |V|``, the formula of the paper."""
     direction = weight + scaling * own["B"] @ own["A"] if "A" in own else weight
     norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     return own["m"].unsqueeze(-1) * direction / (norm.detach() if detached else norm)
@@ -47,7 +47,7 @@ def written_out(weight: Tensor, own: Mapping[str, Tensor], scaling: float, detac
 def reference(
     compiled: Any, model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Outputs of the source model with every adapted weight written out, differentiable in ``tensors``."""
+    """The outputs of the source model with every adapted weight written out, differentiable in ``tensors``."""
     compilation = compiled.compilation
     weights: dict[str, Tensor] = {}
     for resolved in compilation.main.resolved:
@@ -58,18 +58,18 @@ def reference(
             stored = weights.get(name, model.get_parameter(name).detach())
             rows = written_out(site.own.operand(stored), own, spec.scaling, spec.norm_gradient == "detached")
             weights[name] = site.own.put_operand(stored, rows)
-    found = torch.func.functional_call(model, weights, kwargs=dict(inputs))
-    return [leaf for leaf in flat(found) if leaf.is_floating_point()]
+    outputs = torch.func.functional_call(model, weights, kwargs=dict(inputs))
+    return [leaf for leaf in flat(outputs) if leaf.is_floating_point()]
 
 
 def losses(leaves: list[Tensor]) -> Tensor:
-    """One number that every output takes part in."""
+    """A randomly weighted sum of all outputs, as a scalar."""
     generator = torch.Generator().manual_seed(3)
     return sum(((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves), torch.zeros(()))
 
 
 class Line(nn.Module):
-    """One linear map with nothing around it."""
+    """A model that is a single linear map."""
 
     def __init__(self, into: int = 8, out: int = 6, dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class Line(nn.Module):
         self.map = nn.Linear(into, out, dtype=dtype, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, in]`` to ``[batch, out]``."""
+        """Map ``[batch, in]`` to ``[batch, out]``."""
         return self.map(x)
 
 
 def on_line(line: Line, **fields: Any) -> Any:
-    """DoRA on the one map."""
+    """Compile ``line`` with DoRA on its map."""
     spec = {"adapt": [{"method": "dora", "target": {"modules": "map"}, **fields}]}
     return graftc.compile(spec, line, {"x": torch.ones(2, line.map.in_features, dtype=line.map.weight.dtype)})

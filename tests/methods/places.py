@@ -1,4 +1,4 @@
-"""Where the contracts of methods for linear maps look: layers, experts, and a table of embeddings."""
+"""Targets for the contracts of methods that adapt linear maps: layers, experts, and a table of embeddings."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from graftc.testing import FAMILIES
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]
 DENSE = tuple(family for family in FAMILIES if family != "mixtral")
-"""Families with feed-forward layers; every one of Mixtral's is made of experts."""
+"""Families with feed-forward layers; all of Mixtral's are made of experts."""
 OTHERS = tuple(family for family in DENSE if family != "gpt2")
-"""What a method is tried on where GPT-2 alone has to be quick."""
+"""The other families, for methods whose quick tests run on GPT-2 only."""
 
 
 def on_layers(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An adaptation on layers, fused rows among them."""
+    """Return the adaptation of layers, including rows of fused weights."""
     return {**entry, "target": {"role": ROLES}}
 
 
 def on_experts(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The same on experts, beside attention."""
+    """Return the adaptation of experts and attention."""
     return {**entry, "target": {"role": ["attn.q", "attn.v", "experts"]}}
 
 
 def on_a_table(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The same on a table of embeddings, beside a mask of its own for each site, which is recomputed."""
+    """Return the adaptation of a table of embeddings and of queries, with a recomputed mask for each site."""
     return {
         **entry,
         "target": {"role": ["embed", "attn.q"]},

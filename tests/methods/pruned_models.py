@@ -1,4 +1,4 @@
-"""Models that are pruned, and their training, for the tests of pruning."""
+"""Pruned models and their training loop, for the tests of pruning."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ROLES = ["attn.q", "ffn.down"]
 
 
 def adapted(family: str = "bert", model: nn.Module | None = None, role: Any = ROLES, **fields: Any) -> Compiled:
-    """A tiny model that is pruned."""
+    """A tiny model with pruning."""
     entry = {"method": "pruning", **({"target": {"role": role}} if role else {}), **fields}
     return graftc.compile({"adapt": [entry]}, tiny(family) if model is None else model)
 
 
 def places_of(compiled: Any) -> Sequence[Any]:
-    """Every pruned place."""
+    """The pruned places of a model."""
     return live_places(compiled.compilation, compiled.compilation.main.resolved[0])[0]
 
 
 def train(compiled: Any, steps: range, optimiser: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
-    """Steps of these numbers, each with a batch and a seed of its own."""
+    """Take the steps with these numbers, each with its own batch and seed, and return the optimiser."""
     if optimiser is None:
         optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=5e-3)
     compiled.train()

@@ -1,4 +1,4 @@
-"""What tests of SpIEL have in common: tiny models, a loop, and looking at entries."""
+"""Helpers for the tests of SpIEL: tiny models, a training loop, and access to the entries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUICK = {"interval": 4, "accumulation_steps": 2, "total_steps": 40}
 
 
 def adapted(variant: str = "AG", family: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """A tiny model with some entries that train."""
+    """A tiny model with SpIEL, in which some entries train."""
     entry: dict[str, Any] = {"method": "spiel", "variant": variant, "target": {"role": ROLES}, **QUICK, **fields}
     if not {"density", "entries", "equivalent_rank"} & entry.keys():
         entry["density"] = 0.05
@@ -26,27 +26,27 @@ def adapted(variant: str = "AG", family: str = "llama", dtype: torch.dtype = tor
 
 
 def optimiser_for(compiled: Any, lr: float = 1e-2, **settings: Any) -> Any:
-    """The one that the variant is for."""
+    """The optimiser that the variant is made for: `AgedAdamW` for AG, `SM3` for MA."""
     kind = graftc.optim.AgedAdamW if controller_of(compiled).spec.variant == "AG" else graftc.optim.SM3
     return kind(compiled, lr=lr, **settings)
 
 
 def controller_of(compiled: Any) -> Reselection:
-    """What replaces entries."""
+    """The controller that replaces entries."""
     (controller,) = compiled.steering.controllers.values()
     assert isinstance(controller, Reselection)
     return controller
 
 
 def entries_of(compiled: Any) -> dict[str, Entries]:
-    """Every weight, by its name."""
+    """The trained entries of every weight, by the weight's name."""
     return {
         entries.region.tensor + str(entries.place.site.key.part): entries for entries in controller_of(compiled).entries
     }
 
 
 def batch(compiled: Any, number: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-    """A batch of its own for each step, with labels."""
+    """The batch of one step, with labels, or some rows of it."""
     inputs = inputs_for(compiled, seed=number)
     if "pixel_values" in inputs or "token_type_ids" in inputs:
         inputs["labels"] = torch.arange(5) % 3
@@ -56,7 +56,7 @@ def batch(compiled: Any, number: int, rows: slice = slice(None)) -> dict[str, Te
 
 
 def train(compiled: Any, optimiser: Any, steps: Iterable[int], micro: int = 1) -> None:
-    """Optimiser steps of these numbers, each with its own batch in so many equal parts of one row each, or whole."""
+    """Take the optimiser steps with these numbers, each on its own batch in full or in ``micro`` parts of one row."""
     compiled.train()
     for number in steps:
         torch.manual_seed(number)
@@ -69,7 +69,7 @@ def train(compiled: Any, optimiser: Any, steps: Iterable[int], micro: int = 1) -
 
 
 def changed(entries: Entries) -> Tensor:
-    """The dense change of a weight, flat."""
+    """The dense change of a weight, flattened."""
     dense = torch.zeros(entries.region.numel, dtype=entries.tensor("delta").dtype)
     dense[entries.tensor("indices").long()] = entries.tensor("delta").detach()
     return dense

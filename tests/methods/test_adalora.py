@@ -27,31 +27,31 @@ def adapted(rank: int = 6, target_rank: int = 2, family: str = "bert", role: Any
 
 
 def budget_of(compiled: Any) -> RankBudget:
-    """The controller."""
+    """The controller of the budget."""
     controller = compiled.steering.controllers["adalora"]
     assert isinstance(controller, RankBudget)
     return controller
 
 
 def objective_of(compiled: Any) -> Orthogonality:
-    """The objective."""
+    """The orthogonality objective."""
     objective = compiled.steering.objectives["adalora"]
     assert isinstance(objective, Orthogonality)
     return objective
 
 
 def gates(compiled: Any) -> dict[str, Tensor]:
-    """Every E by name."""
+    """Every tensor E, by name."""
     return {name: tensor for name, tensor in compiled.adapter_state_dict().items() if name.endswith(".E")}
 
 
 def nonzero(compiled: Any) -> int:
-    """Triplets that have an effect."""
+    """The number of triplets that have an effect."""
     return sum(int((e != 0).sum()) for e in gates(compiled).values())
 
 
 def train(compiled: Any, steps: int, total: int | None = None, first: int = 1) -> list[int]:
-    """A plain loop on random labels; how many triplets have an effect after each step."""
+    """Train in a plain loop and return the number of triplets with an effect after each step."""
     parameters = [p for p in compiled.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-2)
     if total is not None:
@@ -70,7 +70,7 @@ def train(compiled: Any, steps: int, total: int | None = None, first: int = 1) -
 
 @pytest.mark.full
 def test_nonzeros_after_the_final_phase_equal_the_budget() -> None:
-    """With and without a final phase, with intervals that do not end on it."""
+    """The budget is met exactly with and without a final phase, even if no interval ends on it."""
     for fields in ({}, {"final_steps": 3}, {"interval": 3, "warmup_steps": 2, "final_steps": 2}, {"interval": 50}):
         compiled = adapted(**fields)
         train(compiled, 11, total=11)
@@ -83,7 +83,7 @@ def test_nonzeros_after_the_final_phase_equal_the_budget() -> None:
 
 @pytest.mark.full
 def test_the_effective_count_is_that_of_the_triplets_left() -> None:
-    """Parameters to ship: `sum r_k (in + out + 1)` over the pattern."""
+    """The number of parameters to ship is `sum r_k (in + out + 1)` over the pattern."""
     compiled = adapted()
     train(compiled, 6, total=6)
     pattern = compiled.rank_pattern("adalora")
@@ -100,7 +100,7 @@ def test_the_effective_count_is_that_of_the_triplets_left() -> None:
 
 @pytest.mark.slow
 def test_budget_is_monotone_and_cubic() -> None:
-    """From all triplets to the target, never upwards; the values of the formula, floored."""
+    """The budget falls from all triplets to the target along the floored values of the formula and never rises."""
     budget = budget_of(adapted(warmup_steps=3, final_steps=4))
     budget.begin(20)
     values = [budget.budget(number) for number in range(1, 21)]
@@ -111,7 +111,7 @@ def test_budget_is_monotone_and_cubic() -> None:
 
 @pytest.mark.full
 def test_masking_follows_the_budget_in_every_step() -> None:
-    """With an interval of 1 exactly the budget is left after each step that prunes."""
+    """With an interval of 1, each step that prunes leaves exactly the budget."""
     compiled = adapted(warmup_steps=1, final_steps=2)
     left = train(compiled, 10, total=10)
     assert left == [budget_of(compiled).budget(number) for number in range(1, 11)]
@@ -119,7 +119,7 @@ def test_masking_follows_the_budget_in_every_step() -> None:
 
 @pytest.mark.full
 def test_selects_exactly_k_also_among_equals() -> None:
-    """All importances equal: a threshold would prune all of them."""
+    """Exactly k triplets are kept even if all importances are equal, where a threshold would prune all of them."""
     compiled = adapted()
     perturb(compiled)
     budget = budget_of(compiled)
@@ -144,7 +144,7 @@ def test_the_least_important_go() -> None:
 
 @pytest.mark.full
 def test_importance_is_that_of_the_paper() -> None:
-    """Two steps of both moving averages, by hand, on one site."""
+    """The importance at one site equals two steps of both moving averages, computed by hand."""
     compiled = adapted(beta1=0.8, beta2=0.6)
     perturb(compiled)
     budget = budget_of(compiled)
@@ -169,7 +169,7 @@ def test_importance_is_that_of_the_paper() -> None:
 
 @pytest.mark.full
 def test_the_final_phase_keeps_its_set() -> None:
-    """The same triplets after each final step, though their elements and gradients move."""
+    """The same triplets are kept after each final step, although their elements and gradients change."""
     compiled = adapted(final_steps=4)
     train(compiled, 7, total=12)
     importance = [budget_of(compiled).importance(place) for place in budget_of(compiled).places]
@@ -187,7 +187,7 @@ def test_the_final_phase_keeps_its_set() -> None:
 
 @pytest.mark.full
 def test_a_pruned_triplet_may_return_before() -> None:
-    """A masked E has a gradient and moves with the next step."""
+    """A masked E still has a gradient and moves with the next step."""
     compiled = adapted()
     train(compiled, 3, total=100)
     budget_of(compiled)._choose(1)
@@ -200,7 +200,7 @@ def test_a_pruned_triplet_may_return_before() -> None:
 
 @pytest.mark.full
 def test_works_when_initial_and_target_rank_are_equal() -> None:
-    """Nothing to prune, and no number of steps needed."""
+    """With equal ranks there is nothing to prune, and the number of steps is not needed."""
     compiled = adapted(rank=4, target_rank=4)
     left = train(compiled, 4)
     assert left == [16] * 4
@@ -209,7 +209,7 @@ def test_works_when_initial_and_target_rank_are_equal() -> None:
 
 @pytest.mark.slow
 def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
-    """`dW` loses `s E_i B_i A_i`."""
+    """The update `dW` loses `s E_i B_i A_i`."""
     compiled = adapted(alpha=5)
     state = perturb(compiled)
     a, e, b = (state[f"{QUERY}.graftc.adalora.{part}"] for part in "AEB")
@@ -225,7 +225,7 @@ def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
 
 @pytest.mark.slow
 def test_start() -> None:
-    """E zero, A and B normal with deviation 0.02."""
+    """E starts at zero, A and B normal with standard deviation 0.02."""
     compiled = adapted(family="llama", role="attn.q", rank=48, target_rank=1)
     state = compiled.adapter_state_dict()
     for name, tensor in state.items():
@@ -236,7 +236,7 @@ def test_start() -> None:
 
 @pytest.mark.slow
 def test_orthogonality_is_zero_if_and_only_if_orthonormal() -> None:
-    """Zero for orthonormal factors, with a finite gradient there; positive when one of them is not."""
+    """The objective is zero with a finite gradient for orthonormal factors, and positive if one of them is not."""
     compiled = adapted()
     objective = objective_of(compiled)
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_orthogonality_is_zero_if_and_only_if_orthonormal() -> None:
 
 @pytest.mark.full
 def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
-    """`weight / 2K` times the sum of `2K` Frobenius norms; experts count one by one."""
+    """The objective is `weight / 2K` times the sum of `2K` Frobenius norms, with each expert counted separately."""
     compiled = adapted(orthogonality=0.3, family="mixtral", role=["attn.q", "experts"])
     state = perturb(compiled)
     norms = []
@@ -271,7 +271,7 @@ def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
 
 @pytest.mark.slow
 def test_no_orthogonality_no_objective() -> None:
-    """With weight 0 there is nothing to add, and nothing is missed."""
+    """With weight 0 there is no objective, and the extra loss is zero."""
     compiled = adapted(orthogonality=0, rank=2)
     assert not compiled.steering.objectives
     assert float(compiled.extra_loss()) == 0
@@ -279,7 +279,7 @@ def test_no_orthogonality_no_objective() -> None:
 
 @pytest.mark.full
 def test_overrides_change_the_budget() -> None:
-    """Sites with other ranks bring theirs."""
+    """Sites with other ranks contribute these to the budget."""
     compiled = adapted(overrides=[{"role": "attn.q", "rank": 4, "target_rank": 1}])
     budget = budget_of(compiled)
     assert (budget.initial, budget.target) == (2 * 4 + 2 * 6, 2 * 1 + 2 * 2)
@@ -289,7 +289,7 @@ def test_overrides_change_the_budget() -> None:
 
 @pytest.mark.full
 def test_without_the_number_of_steps() -> None:
-    """GC026 at the first step, unless the spec has it."""
+    """Without the number of steps the first step raises GC026, unless the spec contains it."""
     with pytest.raises(GraftError) as caught:
         train(adapted(), 1)
     assert caught.value.code == "GC026" and "compiled.begin" in (caught.value.hint or "")
@@ -300,8 +300,9 @@ def test_without_the_number_of_steps() -> None:
 
 @pytest.mark.full
 def test_phases_that_leave_no_step() -> None:
-    """GC026 when training begins, or when compiling where the spec says how long it is; GC002 for ranks the wrong way
-    round, for some sites too. Each names the field."""
+    """Phases that leave no step raise GC026 when training begins, or when compiling if the spec gives the length of
+    training; a target rank over the rank raises GC002, even if only for some sites. Each error names the field.
+    """
     compiled = adapted(warmup_steps=5, final_steps=5)
     with pytest.raises(GraftError) as caught:
         compiled.begin(10)
@@ -320,7 +321,7 @@ def test_phases_that_leave_no_step() -> None:
 
 @pytest.mark.full
 def test_target_rank_by_default() -> None:
-    """8, or the rank where that is less."""
+    """The target rank is 8 by default, or the rank if that is less."""
     for rank, expected in ((12, 8), (3, 3)):
         entry = {"method": "adalora", "target": {"role": "attn.q"}, "rank": rank}
         compiled = graftc.compile({"adapt": [entry]}, tiny("bert"))
@@ -329,7 +330,7 @@ def test_target_rank_by_default() -> None:
 
 @pytest.mark.slow
 def test_gradients_that_have_been_zeroed() -> None:
-    """GC035 where `after_step` comes after `zero_grad`."""
+    """Calling `after_step` after `zero_grad` raises GC035."""
     compiled = adapted()
     compiled.begin(5)
     compiled.extra_loss()
@@ -339,7 +340,7 @@ def test_gradients_that_have_been_zeroed() -> None:
 
 
 def test_rank_over_the_layer() -> None:
-    """GC020 with the site."""
+    """A rank that exceeds the layer raises GC020 with the size of the site."""
     with pytest.raises(GraftError) as caught:
         adapted(rank=49)
     assert caught.value.code == "GC020" and "48 x 48" in caught.value.message

@@ -1,4 +1,4 @@
-"""AdaLoRA through the contract: on every family, with experts and with a table of embeddings."""
+"""The contract of AdaLoRA: on every family, on experts and on a table of embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ADALORA: dict[str, Any] = {"method": "adalora", "rank": 6, "target_rank": 3, "dr
 
 
 class TestAdaLoRA(MethodContract):
-    """Layers, fused rows among them. The branch is a product of three perturbed factors."""
+    """AdaLoRA on layers, including rows of fused weights. The branch is a product of three perturbed factors."""
 
     adaptation = on_layers(ADALORA)
     families = DENSE
@@ -19,7 +19,7 @@ class TestAdaLoRA(MethodContract):
 
 
 class TestExperts(MethodContract):
-    """A decomposition for each expert."""
+    """AdaLoRA with a decomposition for each expert."""
 
     variant = True
     adaptation = on_experts(ADALORA)
@@ -28,7 +28,7 @@ class TestExperts(MethodContract):
 
 
 class TestTable(MethodContract):
-    """A table of embeddings, beside its dropout scope and mask."""
+    """AdaLoRA on a table of embeddings, with its dropout scope and mask."""
 
     variant = True
     adaptation = on_a_table(ADALORA)
@@ -37,7 +37,7 @@ class TestTable(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of AdaLoRA."""
 
     adaptation = on_layers(ADALORA)
     families = ("gpt2", "bert")

@@ -1,4 +1,4 @@
-"""AdaMix: routes that are drawn, experts that are averaged, and what both have to do with each other."""
+"""AdaMix: random routes in training, averaged experts in eval mode, and the relation between the two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STILL: dict[str, dict[str, Any]] = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
 }
-"""Models that draw nothing of their own."""
+"""Settings without dropout, so that the models themselves draw no random numbers."""
 
 LORA: dict[str, Any] = {"method": "adamix_lora", "target": {"role": ["attn.q", "ffn.down"]}, "dropout": 0, "rank": 3}
 ADAMIX: dict[str, Any] = {"method": "adamix", "bottleneck": 5}
@@ -38,12 +38,12 @@ ENTRIES = pytest.mark.parametrize("entry", [ADAMIX, LORA], ids=["adamix", "adami
 
 
 def adapted(*entries: dict[str, Any], family: str = "bert", **spec: Any) -> Any:
-    """A tiny model that draws nothing but routes."""
+    """A tiny model whose only random draws are routes."""
     return graftc.compile({"adapt": list(entries), **spec}, tiny(family, **STILL.get(family, {})))
 
 
 def trained(compiled: Any, inputs: Any, seed: int) -> list[Tensor]:
-    """Outputs of one pass in train mode."""
+    """The outputs of one pass in train mode."""
     torch.manual_seed(seed)
     compiled.train()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def trained(compiled: Any, inputs: Any, seed: int) -> list[Tensor]:
 
 
 def equalise(compiled: Any) -> None:
-    """Give all experts the tensors of the first."""
+    """Give all experts the tensors of the first one."""
     shared = {"none": (), "up": ("up", "up_bias", "B"), "down": ("down", "down_bias", "A")}
     spec = compiled.spec.adapt[0]
     for name, tensor in compiled.adapter_state_dict().items():
@@ -63,7 +63,7 @@ def equalise(compiled: Any) -> None:
 @ENTRIES
 @pytest.mark.parametrize("share", ["up", "down", "none"])
 def test_equal_experts_are_one(entry: dict[str, Any], share: str) -> None:
-    """Train mode gives the same in every pass, and what eval mode gives; with different experts it does not."""
+    """With equal experts, all passes in train mode agree with eval mode; with different experts, passes differ."""
     compiled = adapted({**entry, "share": share})
     perturb(compiled)
     inputs = inputs_for(compiled)
@@ -94,7 +94,9 @@ def test_eval_is_the_mean_of_experts(entry: dict[str, Any]) -> None:
 
 @pytest.mark.full
 def test_experts_start_different_or_alike() -> None:
-    """Adapters are normal with deviation 0.02, each for itself; low-rank copies start alike and part by routing."""
+    """Adapters start normal with standard deviation 0.02, drawn independently; low-rank copies start equal and diverge
+    through routing.
+    """
     state = adapted({**ADAMIX, "bottleneck": 40}).adapter_state_dict()
     for name, tensor in state.items():
         if name.endswith(".down"):
@@ -121,7 +123,7 @@ def test_experts_start_different_or_alike() -> None:
 
 @pytest.mark.slow
 def test_the_expected_product_is_the_product_of_the_means() -> None:
-    """`E[B_j A_i] = mean(B) mean(A)` over all pairs, and it is what folds."""
+    """`E[B_j A_i] = mean(B) mean(A)` over all pairs, and this product is folded."""
     compiled = adapted({**LORA, "share": "none", "experts": 3, "alpha": 5})
     perturb(compiled)
     lazy = lazy_tensors(compiled.compilation)
@@ -134,14 +136,14 @@ def test_the_expected_product_is_the_product_of_the_means() -> None:
         assert pairs.std(0).max() > 0.01
     merged = compiled.merge()
     assert merged.certificate.passed
-    found = merged.certificate.collapses
-    assert len(found) == 4 and all(item.routings == 9 and item.error <= 1e-13 for item in found)
+    collapses = merged.certificate.collapses
+    assert len(collapses) == 4 and all(item.routings == 9 and item.error <= 1e-13 for item in collapses)
 
 
 def draws(compiled: Any, passes: int) -> dict[tuple[str, str], list[int]]:
-    """Which expert of each tensor had a gradient in each pass: by site and projection."""
+    """Return the expert of each tensor that had a gradient in each pass, by site and projection."""
     experts = {name: p for name, p in compiled.named_parameters() if name.endswith((".down", ".up", ".A", ".B"))}
-    found: dict[tuple[str, str], list[int]] = {}
+    drawn: dict[tuple[str, str], list[int]] = {}
     inputs = inputs_for(compiled)
     compiled.train()
     torch.manual_seed(3)
@@ -152,39 +154,39 @@ def draws(compiled: Any, passes: int) -> dict[tuple[str, str], list[int]]:
             gradient = parameter.grad.flatten(1).abs().amax(1)
             assert int((gradient > 0).sum()) == 1, "one expert takes part in a pass"
             site, _, part = name.rpartition(".")
-            found.setdefault((site, part), []).append(int(gradient.argmax()))
-    return found
+            drawn.setdefault((site, part), []).append(int(gradient.argmax()))
+    return drawn
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("entry", [{**ADAMIX, "target": {"role": "ffn.sublayer"}}, LORA], ids=["adamix", "lora"])
 def test_routes_are_independent(entry: dict[str, Any]) -> None:
-    """Uniform for each projection, and each pair of projections, of one site or of two, has the product of that."""
+    """Routes are uniform for each projection, and independent between projections, between sites and between passes."""
     quiet = {"consistency": {"weight": 0}, "share": "none", "experts": 3}
     compiled = adapted({**entry, **quiet})
     perturb(compiled)
     passes = 360
-    found = draws(compiled, passes)
-    assert len(found) == {"adamix": 4, "adamix_lora": 8}[entry["method"]]
-    for sequence in found.values():
+    routes = draws(compiled, passes)
+    assert len(routes) == {"adamix": 4, "adamix_lora": 8}[entry["method"]]
+    for sequence in routes.values():
         assert chi_square([sequence.count(i) for i in range(3)]) < 20  # 2 degrees of freedom: one in 20,000
-    for (_, first), (_, second) in itertools.combinations(found.items(), 2):
+    for (_, first), (_, second) in itertools.combinations(routes.items(), 2):
         pairs = list(zip(first, second, strict=True))
         assert chi_square([pairs.count(pair) for pair in itertools.product(range(3), repeat=2)]) < 40  # 8 degrees
-    for sequence in found.values():  # and each pass of the one before
+    for sequence in routes.values():  # and each pass is independent of the one before
         pairs = list(itertools.pairwise(sequence))
         assert chi_square([pairs.count(pair) for pair in itertools.product(range(3), repeat=2)]) < 40
 
 
 def chi_square(counts: list[int]) -> float:
-    """Against equal chances."""
+    """Return the chi-square statistic of the counts against equal probabilities."""
     expected = sum(counts) / len(counts)
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
 @pytest.mark.full
 def test_one_draw_for_each_site_and_projection() -> None:
-    """Weight and bias are of one expert; what is shared has no draw; eval mode has none at all."""
+    """Weight and bias come from one expert; shared tensors have no draw, and eval mode has none at all."""
     for share, each in (("up", 1), ("none", 2)):
         program = adapted({**ADAMIX, "share": share}).program("train")
         assert sum(is_route(n) for n in program.graph.nodes) == 2 * each
@@ -197,23 +199,23 @@ def test_one_draw_for_each_site_and_projection() -> None:
 @pytest.mark.full
 @ENTRIES
 def test_checkpointing_keeps_the_draws(entry: dict[str, Any]) -> None:
-    """A layer that is computed again in the backward pass has the same experts and dropout: equal gradients."""
+    """A layer that is recomputed in the backward pass uses the same experts and dropout, so the gradients are equal."""
     first, second = adapted(entry), adapted(entry, checkpoint="layers")
     perturb(first)
     second.load_adapter_state_dict(first.adapter_state_dict())
-    found = []
+    gradients = []
     for compiled in (first, second):
         compiled.train()
         torch.manual_seed(5)
         compiled(**inputs_for(compiled), labels=torch.arange(5) % 3).loss.backward()
-        found.append({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-6)
+        gradients.append({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
 
 
 @pytest.mark.full
 def test_collapse_evidence_is_measured() -> None:
-    """It is the distance of the mean over all pairs, run by hand, from the mean adapter; nothing is held against it."""
+    """The error is the distance between the mean over all pairs and the mean adapter; no budget applies to it."""
     compiled = adapted({**ADAMIX, "share": "none", "experts": 2, "bottleneck": 3})
     perturb(compiled)
     certificate = compiled.merge_partially().certificate
@@ -243,7 +245,7 @@ def test_collapse_evidence_is_measured() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> None:
-    """Nothing folds and something collapses: an artifact with the plain adapter; beside LoRA, that folds."""
+    """AdaMix does not fold but collapses to the plain adapter, which an artifact keeps; a LoRA beside it folds."""
     for others in ([], [{"method": "lora", "target": {"role": "attn.q"}}]):
         compiled = adapted({**ADAMIX, "experts": 3}, *others, family=family)
         perturb(compiled)
@@ -269,7 +271,7 @@ def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["average", "fuse"])
 @pytest.mark.parametrize("entry", [ADAMIX, {**LORA, "share": "none", "experts": 3}], ids=["adamix", "adamix_lora"])
 def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
-    """Members collapse where they are, each with its own evidence."""
+    """Members of a composition collapse in place, each with its own evidence."""
     members = [{**entry, "name": name} for name in ("one", "two")]
     compiled = adapted(*members, compose={kind: ["one", "two"]})
     perturb(compiled)
@@ -283,7 +285,7 @@ def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
 
 @pytest.mark.full
 def test_merging_refuses_adapters_and_names_them() -> None:
-    """GC050, as for every bottleneck."""
+    """Merging raises GC050, as for every bottleneck adapter."""
     compiled = adapted(ADAMIX)
     with pytest.raises(GraftError, match="'adamix' cannot fold") as caught:
         compiled.merge()
@@ -293,7 +295,7 @@ def test_merging_refuses_adapters_and_names_them() -> None:
 @pytest.mark.full
 @ENTRIES
 def test_an_artifact_keeps_every_expert(entry: dict[str, Any], tmp_path: Path) -> None:
-    """Saved and loaded: the same tensors, the same outputs, the same training."""
+    """A loaded artifact has the same tensors, outputs and training passes."""
     compiled = adapted(entry)
     perturb(compiled)
     compiled.save(tmp_path / "artifact")
@@ -307,7 +309,7 @@ def test_an_artifact_keeps_every_expert(entry: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.full
 def test_exports_hold_the_mean(tmp_path: Path) -> None:
-    """ONNX and `.pt2` have no tensor with experts, and say which spec they are of."""
+    """ONNX and `.pt2` files contain no tensor with experts, and record their spec."""
     compiled = adapted({**ADAMIX, "experts": 3, "share": "none"})
     perturb(compiled)
     import onnx
@@ -321,13 +323,13 @@ def test_exports_hold_the_mean(tmp_path: Path) -> None:
     inputs = inputs_for(compiled, (4, 9))
     program = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
     assert all(tuple(t.shape) != (3, 5, 48) for t in program.state_dict.values())
-    found = [leaf for leaf in flat(program.module()(**inputs)) if leaf.is_floating_point()]
-    assert largest_difference(found, outputs_of(compiled, inputs)) <= 1e-5
+    outputs = [leaf for leaf in flat(program.module()(**inputs)) if leaf.is_floating_point()]
+    assert largest_difference(outputs, outputs_of(compiled, inputs)) <= 1e-5
 
 
 @pytest.mark.full
 def test_the_deployed_count_does_not_depend_on_experts() -> None:
-    """Counted from shapes, on the meta device too."""
+    """The counts follow from shapes, on the meta device as well."""
     seen = set()
     for experts, share in itertools.product((1, 2, 7), ("up", "down", "none")):
         with torch.device("meta"):
@@ -342,7 +344,7 @@ def test_the_deployed_count_does_not_depend_on_experts() -> None:
 
 @pytest.mark.full
 def test_overrides_go_with_the_collapse() -> None:
-    """A site with another width or scale keeps it."""
+    """A site with its own width or scale keeps it."""
     overrides = [{"modules": "**.layer.0.**", "reduction": 4, "scale": 0.5}]
     compiled = adapted({**ADAMIX, "overrides": overrides, "init_std": 0.03})
     perturb(compiled)
@@ -355,7 +357,7 @@ def test_overrides_go_with_the_collapse() -> None:
 
 @pytest.mark.full
 def test_the_certificate_says_it_in_json() -> None:
-    """Adaptation, site, how many routings, and how far."""
+    """The JSON of a certificate lists adaptation, site, number of routings and error of each collapse."""
     compiled = adapted({**ADAMIX, "experts": 3})
     perturb(compiled)
     data = json.loads(json.dumps(compiled.merge_partially().certificate.to_json()))
@@ -364,7 +366,7 @@ def test_the_certificate_says_it_in_json() -> None:
 
 
 def test_values_that_do_not_fit() -> None:
-    """GC002 and GC020 where other methods have them."""
+    """Values that do not fit are refused as in other methods, with GC002 and GC020."""
     with pytest.raises(GraftError, match="exceeds"):
         adapted({**LORA, "rank": 49})
     for entry in ({**ADAMIX, "experts": 0}, {**ADAMIX, "share": "both"}, {**LORA, "consistency": {"weight": -1}}):
@@ -374,7 +376,7 @@ def test_values_that_do_not_fit() -> None:
 
 @pytest.mark.slow
 def test_exports_warn_of_nothing_new(tmp_path: Path) -> None:
-    """A warning of compiling is not given a second time."""
+    """A warning from compiling is not repeated on export."""
     with pytest.warns(GraftWarning, match="GC024"):
         compiled = adapted({**LORA, "target": {"role": "embed"}}, family="gpt2")
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""AdaMix and AdaMix of low-rank updates through the contract: on every family, with each projection shared."""
+"""The contract of AdaMix and of AdaMix with low-rank updates: on every family, with each projection shared."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LORA: dict[str, Any] = {"method": "adamix_lora", "target": {"role": ["attn.q", "
 
 
 class TestAdaMix(MethodContract):
-    """As the authors have it: the second projection is shared."""
+    """AdaMix as defined by its authors, with a shared second projection."""
 
     adaptation: ClassVar[dict[str, Any]] = ADAMIX
 
 
 class TestNothingShared(MethodContract):
-    """Experts of both projections, with a learned scale and no biases."""
+    """AdaMix with experts for both projections, a learned scale and no biases."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {**ADAMIX, "share": "none", "experts": 3, "scale": "learned", "bias": False}
@@ -26,14 +26,14 @@ class TestNothingShared(MethodContract):
 
 
 class TestLoRA(MethodContract):
-    """Layers, fused rows among them."""
+    """Low-rank experts on layers, including rows of fused weights."""
 
     adaptation: ClassVar[dict[str, Any]] = LORA
     families = DENSE
 
 
 class TestExperts(MethodContract):
-    """A model that is a mixture itself: experts of experts."""
+    """Low-rank experts in a mixture of experts: each of its experts has several."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {**LORA, "target": {"role": ["attn.q", "experts"]}, "share": "none"}
@@ -41,7 +41,7 @@ class TestExperts(MethodContract):
 
 
 class TestTable(MethodContract):
-    """A table of embeddings, with the first factor shared."""
+    """Low-rank experts on a table of embeddings, with the first factor shared."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -55,7 +55,7 @@ class TestTable(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports, which are of the mean, and compilation."""
+    """Export of the mean adapter, and compilation."""
 
     exported = True
     adaptation = ADAMIX
@@ -63,7 +63,7 @@ class TestDeployed(DeploymentContract):
 
 
 class TestLoRADeployed(DeploymentContract):
-    """Unfolded it is exported as LoRA."""
+    """Export of low-rank experts, which unfolded are exported as LoRA."""
 
     adaptation = LORA
     families = ("bert",)

@@ -1,4 +1,4 @@
-"""Published counts of AdaMix, from configs alone on the meta device: what trains, and what is deployed."""
+"""Published parameter counts of AdaMix, trained and deployed, computed from configs alone on the meta device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Row:
     """One row of the table of published figures.
 
     Attributes:
-        number: of the row.
-        model: class, config class and its values.
+        number: the number of the row.
+        model: the model's class, its config's class and the config's values.
         entry: the adaptation.
-        deployed, trained: exactly.
-        shown: the figure as published, which is of what is deployed; None where it is not derivable.
+        deployed, trained: the exact counts.
+        shown: the published figure, which counts deployed parameters; None if it cannot be derived.
     """
 
     number: str

@@ -1,4 +1,4 @@
-"""The backward pass ends at the lowest place that trains: nothing below it is kept for it or runs in it."""
+"""The backward pass ends at the lowest place that trains: below it nothing is saved for it and nothing runs in it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ LAYERS = {
     ids=lambda entry: entry["method"],
 )
 def test_nothing_is_below_the_last_layer(family: str, entry: Mapping[str, Any]) -> None:
-    """What enters the layer has no gradient, no tensor of the layer before it is kept, and what trains has one."""
+    """The layer's input has no gradient, no tensor of the layer before is saved, and trained tensors get gradients."""
     compiled = graftc.compile({"adapt": [dict(entry)]}, tiny(family)).train()
     inputs = {**inputs_for(compiled), "output_hidden_states": True}
-    compiled(**inputs)  # the graph of these flags is captured at its first use
+    compiled(**inputs)  # captures the graph for these flags
     layers = [compiled.get_submodule(f"{LAYERS[family]}.{number}") for number in range(2)]
     running: list[int] = []
     kept = [0, 0]

@@ -1,4 +1,4 @@
-"""Wirings of bottleneck adapters: against plain hooks, zero projections, norms of their own, and where they stand."""
+"""Wirings of bottleneck adapters: equality with plain hooks, zero projections, own norms, and places in the graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "he_sequential": {"method": "he_sequential", "target": BOTH},
 }
 SAME_WIRING = frozenset({"adapter_l", "he_sequential"})
-"""What differs from another preset in its start only (`test_bottleneck_presets.py`)."""
+"""Presets that differ from another one in their start only (`test_bottleneck_presets.py`)."""
 EACH_WIRING = [
     pytest.param(name, marks=pytest.mark.full if name in SAME_WIRING else ()) for name in [*PRESETS, "llm_adapters"]
 ]
@@ -42,13 +42,13 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
 
 
 def adapted(model: nn.Module, *entries: dict[str, Any], width: int = 5, inputs: Any = None) -> Any:
-    """``model`` in eval mode with adapters of ``width``, unless an entry says another."""
-    made = [e if "reduction" in e or e["method"] == "lora" else {"bottleneck": width, **e} for e in entries]
-    return graftc.compile({"adapt": made}, model, inputs).eval()
+    """``model`` in eval mode with adapters of ``width``, unless an entry sets another width."""
+    adaptations = [e if "reduction" in e or e["method"] == "lora" else {"bottleneck": width, **e} for e in entries]
+    return graftc.compile({"adapt": adaptations}, model, inputs).eval()
 
 
 def zero_up(compiled: Any) -> None:
-    """Every tensor random but the second projections and their biases, which are zero."""
+    """Perturb every trained tensor, then set the second projections and their biases to zero."""
     perturb(compiled, 0.3)
     with torch.no_grad():
         for name, tensor in compiled.named_parameters():
@@ -63,7 +63,7 @@ def zero_up(compiled: Any) -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_plain_hooks_compute_the_same(name: str, family: str) -> None:
-    """In float64, to 1e-12 of the largest output: what is read, what is added to, norms, biases, activation, scale."""
+    """Plain hooks with the same places, norms, biases, activation and scale agree to 1e-12 of the largest output."""
     model, plain = tiny(family, dtype=torch.float64), tiny(family, dtype=torch.float64)
     entry = PRESETS[name]
     compiled = adapted(model, entry)
@@ -71,27 +71,27 @@ def test_plain_hooks_compute_the_same(name: str, family: str) -> None:
     spec = compiled.spec.adapt[0]
     hook(plain, family, name, compiled.adapter_state_dict(), spec.name, spec.activation, spec.scale)
     inputs = inputs_for(compiled)
-    found, expected = outputs_of(compiled, inputs), outputs_of(plain, inputs)
+    actual, expected = outputs_of(compiled, inputs), outputs_of(plain, inputs)
     largest = max(float(t.abs().max()) for t in expected)
-    assert largest_difference(found, expected) <= 1e-12 * max(1.0, largest)
-    assert largest_difference(found, outputs_of(model, inputs)) > 0.05
+    assert largest_difference(actual, expected) <= 1e-12 * max(1.0, largest)
+    assert largest_difference(actual, outputs_of(model, inputs)) > 0.05
 
 
 @pytest.mark.full
 def test_wirings_are_told_apart() -> None:
-    """With the same tensors in it, every wiring of a feed-forward part is another function."""
-    model, found = tiny("bert"), {}
+    """With the same tensors, every wiring of a feed-forward part computes a different function."""
+    model, outputs = tiny("bert"), {}
     wirings = [(r, a) for r in ("stream", "branch", "sum", "output") for a in ("branch", "output")]
     values: list[Tensor] = []
     for reads, adds_to in wirings:
         compiled = adapted(model, {"method": "bottleneck", "reads": reads, "adds_to": adds_to})
         values = values or list(perturb(compiled, 0.3).values())
-        held = dict(zip(compiled.adapter_state_dict(), values, strict=True))
-        compiled.load_adapter_state_dict(held)
-        found[reads, adds_to] = outputs_of(compiled, inputs_for(compiled))
+        tensors = dict(zip(compiled.adapter_state_dict(), values, strict=True))
+        compiled.load_adapter_state_dict(tensors)
+        outputs[reads, adds_to] = outputs_of(compiled, inputs_for(compiled))
     for index, one in enumerate(wirings):
         for other in wirings[index + 1 :]:
-            assert largest_difference(found[one], found[other]) > 1e-2, (one, other)
+            assert largest_difference(outputs[one], outputs[other]) > 1e-2, (one, other)
 
 
 # --- zero second projections ----------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_wirings_are_told_apart() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base(name: str, family: str) -> None:
-    """To the bit in eval mode, whatever the first projections and norms are."""
+    """With zero second projections, eval mode gives the base to the bit for any first projections and norms."""
     if family == "mixtral" and name == "llm_adapters":
         entry = {**LLM, "target": {"role": ["attn.v", "attn.o"]}}
     else:
@@ -117,21 +117,22 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
-    """The graph of train mode too, where the config drops nothing."""
+    """The same holds for the graph of train mode if the config has no dropout."""
     model = tiny(family, **NO_DROPOUT[family]).train()
     compiled = adapted(model, PRESETS.get(name, LLM)).train()
     zero_up(compiled)
     inputs = inputs_for(compiled)
     with torch.no_grad():
-        found, expected = ([t for t in flat(m(**inputs)) if t.is_floating_point()] for m in (compiled, model))
-    assert same_bits(found, expected)
+        actual, expected = ([t for t in flat(m(**inputs)) if t.is_floating_point()] for m in (compiled, model))
+    assert same_bits(actual, expected)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pfeiffer's residual is what the norm has not seen. Taken from behind it, zero projections do not give the base,
-    so the test above would fail."""
+    """Pfeiffer's residual is taken before the norm. If it is taken after it, zero projections do not give the base, so
+    the test above would fail.
+    """
     right = Branches.add_at
 
     def wrong(self: Any, site: Any, place: str, delta: fx.Node, *rest: Any) -> None:
@@ -144,21 +145,22 @@ def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: py
         compiled = adapted(model, PRESETS["pfeiffer"])
         zero_up(compiled)
         inputs = inputs_for(compiled)
-        found, base = outputs_of(compiled, inputs), outputs_of(model, inputs)
-        assert same_bits(found, base) == same
-        assert (largest_difference(found, base) > 1e-2) != same
+        actual, base = outputs_of(compiled, inputs), outputs_of(model, inputs)
+        assert same_bits(actual, base) == same
+        assert (largest_difference(actual, base) > 1e-2) != same
 
 
 @pytest.mark.slow
 def test_the_wrong_residual_in_plain_torch() -> None:
-    """The same without any graph: hooks that take ``u`` for the residual are not the base with a zero projection, and
-    differ from Pfeiffer's with another."""
+    """The same without any graph: hooks with ``u`` as the residual do not give the base with a zero projection, and
+    differ from Pfeiffer's adapter with another.
+    """
     compiled = adapted(tiny("bert"), PRESETS["pfeiffer"])
     perturb(compiled, 0.3)
-    held, inputs = compiled.adapter_state_dict(), inputs_for(compiled)
-    zeros = {n: torch.zeros_like(t) if ".up" in n else t for n, t in held.items()}
+    state, inputs = compiled.adapter_state_dict(), inputs_for(compiled)
+    zeros = {n: torch.zeros_like(t) if ".up" in n else t for n, t in state.items()}
     base = outputs_of(tiny("bert"), inputs)
-    for tensors, expected in ((held, outputs_of(compiled, inputs)), (zeros, base)):
+    for tensors, expected in ((state, outputs_of(compiled, inputs)), (zeros, base)):
         for wiring, same in (("pfeiffer", True), ("wrong residual", False)):
             plain = tiny("bert")
             hook(plain, "bert", wiring, tensors, "pfeiffer", "relu", 1.0)
@@ -169,14 +171,14 @@ def test_the_wrong_residual_in_plain_torch() -> None:
 
 
 def inserted(program: Program, part: str) -> list[fx.Node]:
-    """Nodes of a part of the adaptation, in order."""
+    """Return the inserted calls of one part of the adaptation, in order."""
     tags = [(node, provenance(node)) for node in program.graph.nodes]
     return [node for node, tag in tags if tag is not None and tag["part"] == part and node.op == "call_function"]
 
 
 @pytest.mark.slow
 def test_houlsby_adds_behind_dropout_and_before_the_residual() -> None:
-    """In the graph of train mode, for both sublayers of both layers."""
+    """In the train graph, adapters of both sublayers of both layers add after dropout and before the residual."""
     compiled = adapted(tiny("bert"), PRESETS["houlsby"])
     adds = inserted(compiled.program("train"), "add")
     assert len(adds) == 4
@@ -192,24 +194,24 @@ def test_houlsby_adds_behind_dropout_and_before_the_residual() -> None:
 
 @pytest.mark.slow
 def test_pfeiffer_runs_the_norm_twice() -> None:
-    """With the model's own scale and shift; the stream goes on from the second."""
+    """The second norm uses the model's own scale and shift, and the stream continues from it."""
     compiled = adapted(tiny("bert"), PRESETS["pfeiffer"])
     again = [n for n in inserted(compiled.program("eval"), "again") if n.target is aten.layer_norm.default]
     assert [n.args[2].target for n in again] == [f"bert.encoder.layer.{i}.output.LayerNorm.weight" for i in (0, 1)]
     assert not [name for name in compiled.adapter_state_dict() if "norm" in name]
     first = [n for n in compiled.program("eval").graph.nodes if n.target is aten.layer_norm.default]
-    assert len(first) == 1 + 2 * 3  # embeddings; attention and feed-forward, and the latter's once more
+    assert len(first) == 1 + 2 * 3  # embeddings; attention and feed-forward, the latter twice
 
 
 _NORM = (aten.layer_norm.default, aten.mul.Tensor, aten.add.Tensor)
-"""A layer norm with its scale and its shift apart."""
+"""The operators of a layer norm with separate scale and shift."""
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["adapter_l", "bapna_firat"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_norms_of_their_own(name: str, family: str) -> None:
-    """One for each layer, in front of the first projection, of what the layer gives."""
+    """Each layer has one norm of its own, which is applied to the layer's output before the first projection."""
     compiled = adapted(tiny(family), PRESETS[name])
     parts, downs = (inserted(compiled.program("eval"), part) for part in ("norm", "down"))
     norms, scales, shifts = ([n for n in parts if n.target is t] for t in _NORM)
@@ -224,7 +226,7 @@ def test_norms_of_their_own(name: str, family: str) -> None:
 
 @pytest.mark.full
 def test_parallel_reads_what_no_norm_has_seen() -> None:
-    """GPT-2's adapter reads the sum that ``ln_2`` reads, and not its result; on the attention what ``ln_1`` reads."""
+    """GPT-2's parallel adapter reads the input of ``ln_2``, not its output; on the attention, that of ``ln_1``."""
     for name, norm in (("he_parallel", "ln_2"), ("he_parallel of attention", "ln_1")):
         program = adapted(tiny("gpt2"), PRESETS[name]).program("eval")
         norms = [
@@ -236,7 +238,7 @@ def test_parallel_reads_what_no_norm_has_seen() -> None:
 
 @pytest.mark.slow
 def test_parallel_of_an_attention_adds_to_its_heads() -> None:
-    """What is added goes through the output projection, whose width it has."""
+    """The added value has the width of the heads and passes through the output projection."""
     compiled = adapted(tiny("gpt2"), PRESETS["he_parallel of attention"])
     for node in inserted(compiled.program("eval"), "add"):
         (user,) = node.users if len(node.users) == 1 else [None]

@@ -1,7 +1,7 @@
-"""Bottleneck adapters: the contract, for every named method and for other wirings of the mechanism.
+"""The contract of bottleneck adapters, for every named method and for other wirings of the mechanism.
 
-A named method makes the very graph of ``bottleneck`` with its wiring (`test_bottleneck_presets.py`), so ``make test``
-has `bottleneck` on every family, and each named method on one.
+A named method produces the same graph as ``bottleneck`` with its wiring (`test_bottleneck_presets.py`), so ``make
+test`` runs `bottleneck` on every family, and each named method on one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from graftc.testing import FAMILIES, DeploymentContract, MethodContract
 BOTH = {"role": ["attn.sublayer", "ffn.sublayer"]}
 OTHERS = tuple(name for name in FAMILIES if name != "bert")
 PROJECTED = tuple(name for name in FAMILIES if name != "mixtral")
-"""Families whose feed-forward parts end in one map."""
+"""Families whose feed-forward parts end in a single linear map."""
 
 
 class DrawnContract(MethodContract):
-    """For projections that are both drawn: what the method claims of its usual start does not hold."""
+    """The contract if both projections are drawn, so that the claims about the method's usual start do not hold."""
 
     @property
     def claims(self) -> Claims:
-        """See `Contract.claims`."""
+        """The method's claims, without identity at the start."""
         return replace(super().claims, identity_at_init=False)
 
 
 class TestHoulsby(MethodContract):
-    """On the branches of attentions and feed-forward parts."""
+    """Houlsby's adapters on the branches of attentions and feed-forward parts."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "houlsby", "bottleneck": 5, "dropout": 0.1}
     families = ("bert",)
@@ -38,20 +38,20 @@ class TestHoulsby(MethodContract):
 
 @pytest.mark.full
 class TestHoulsbyEverywhere(TestHoulsby):
-    """The same with three sublayers, experts, parallel branches, norms before and norms behind."""
+    """Houlsby's adapters with three sublayers, experts, parallel branches, and norms before and after."""
 
     families = OTHERS
 
 
 class TestHoulsbyWithNorms(MethodContract):
-    """Every normalisation trains beside the adapters."""
+    """Houlsby's adapters with every normalisation trained as well."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "houlsby", "bottleneck": 5, "norms": True}
 
 
 class TestPfeiffer(MethodContract):
-    """Reads behind the norm and adds before it."""
+    """Pfeiffer's adapters, which read after the norm and add before it."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "pfeiffer", "reduction": 9}
     families = ("bert",)
@@ -59,13 +59,13 @@ class TestPfeiffer(MethodContract):
 
 @pytest.mark.full
 class TestPfeifferEverywhere(TestPfeiffer):
-    """The same where no norm follows, or another branch is added in between."""
+    """Pfeiffer's adapters on families in which no norm follows, or another branch is added in between."""
 
     families = OTHERS
 
 
 class TestBapnaFirat(MethodContract):
-    """Behind every layer, with a norm of its own."""
+    """Adapters of Bapna and Firat, after every layer and with their own norm."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "bapna_firat", "bottleneck": 5}
     families = ("bert",)
@@ -73,13 +73,13 @@ class TestBapnaFirat(MethodContract):
 
 @pytest.mark.full
 class TestBapnaFiratEverywhere(TestBapnaFirat):
-    """The same on the other families."""
+    """Adapters of Bapna and Firat on the other families."""
 
     families = OTHERS
 
 
 class TestAdapterL(MethodContract):
-    """The same from another start."""
+    """AdapterL: adapters of Bapna and Firat with another start."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "adapter_l", "bottleneck": 5}
     families = ("bert",)
@@ -87,13 +87,13 @@ class TestAdapterL(MethodContract):
 
 @pytest.mark.full
 class TestAdapterLEverywhere(TestAdapterL):
-    """The same on the other families."""
+    """AdapterL on the other families."""
 
     families = OTHERS
 
 
 class TestHeParallel(MethodContract):
-    """From the stream to the branch."""
+    """Parallel adapters, from the stream to the branch."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "he_parallel", "bottleneck": 6}
     families = ("gpt2",)
@@ -101,13 +101,13 @@ class TestHeParallel(MethodContract):
 
 @pytest.mark.full
 class TestHeParallelEverywhere(TestHeParallel):
-    """The same on the other families."""
+    """Parallel adapters on the other families."""
 
     families = tuple(name for name in FAMILIES if name != "gpt2")
 
 
 class TestHeParallelOfAttention(MethodContract):
-    """From the stream to the heads."""
+    """Parallel adapters of attentions, from the stream to the heads."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -119,7 +119,7 @@ class TestHeParallelOfAttention(MethodContract):
 
 
 class TestHeSequential(MethodContract):
-    """On the branches of both."""
+    """Sequential adapters on the branches of both sublayers."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "he_sequential", "target": BOTH, "bottleneck": 6, "dropout": 0.1}
     families = ("bert",)
@@ -127,13 +127,13 @@ class TestHeSequential(MethodContract):
 
 @pytest.mark.full
 class TestHeSequentialEverywhere(TestHeSequential):
-    """The same on the other families."""
+    """Sequential adapters on the other families."""
 
     families = OTHERS
 
 
 class TestLLMAdapters(MethodContract):
-    """In series with single maps, before and behind them."""
+    """LLM-Adapters in series with single maps, before and after them."""
 
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "llm_adapters",
@@ -145,13 +145,13 @@ class TestLLMAdapters(MethodContract):
 
 @pytest.mark.full
 class TestLLMAdaptersEverywhere(TestLLMAdapters):
-    """The same on the other families that have feed-forward projections."""
+    """LLM-Adapters on the other families that have feed-forward projections."""
 
     families = tuple(name for name in PROJECTED if name != "gpt2")
 
 
 class TestLLMAdaptersParallel(MethodContract):
-    """Beside single maps, rows of fused ones too, with biases and dropout."""
+    """LLM-Adapters in parallel with single maps, including rows of fused ones, with biases and dropout."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -166,7 +166,7 @@ class TestLLMAdaptersParallel(MethodContract):
 
 
 class TestLLMAdaptersBesideExperts(MethodContract):
-    """The attentions of a mixture of experts."""
+    """LLM-Adapters on the attentions of a mixture of experts."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -179,14 +179,14 @@ class TestLLMAdaptersBesideExperts(MethodContract):
 
 
 class TestFeedForward(MethodContract):
-    """The default of the mechanism: a feed-forward part's branch."""
+    """The default target of the mechanism: the branch of a feed-forward part."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "bottleneck", "reduction": 8}
 
 
 class TestEveryKnob(DrawnContract):
-    """From behind a norm to before it, with norms of its own on both sides, a learned scale and dropout."""
+    """Adapters from after a norm to before it, with their own norms on both sides, a learned scale and dropout."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -204,7 +204,7 @@ class TestEveryKnob(DrawnContract):
 
 
 class TestWithinASublayer(MethodContract):
-    """From what the sublayer reads to what its last map reads, which is of another width."""
+    """Adapters from what the sublayer reads to what its last map reads, which has another width."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -219,7 +219,7 @@ class TestWithinASublayer(MethodContract):
 
 
 class TestAroundTheLastMap(MethodContract):
-    """From what the last map reads to what it gives, below its dropout."""
+    """Adapters from the input of the last map to its output, before its dropout."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -232,7 +232,7 @@ class TestAroundTheLastMap(MethodContract):
 
 
 class TestBehindALayer(DrawnContract):
-    """From the sum to behind its norm, with a norm behind the adapter."""
+    """Adapters from the sum to after its norm, followed by a norm of their own."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -247,7 +247,7 @@ class TestBehindALayer(DrawnContract):
 
 
 class TestLinearMaps(MethodContract):
-    """Beside linear maps, without a word about the wiring."""
+    """Adapters in parallel with linear maps, with the default wiring."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -260,14 +260,14 @@ class TestLinearMaps(MethodContract):
 
 
 class TestHoulsbyDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of Houlsby's adapters with trained norms."""
 
     adaptation: ClassVar[dict[str, Any]] = TestHoulsbyWithNorms.adaptation
     families = ("bert",)
 
 
 class TestPfeifferDeployed(DeploymentContract):
-    """Norms that run twice, and a model without."""
+    """Export and compilation with norms that run twice, and on a model without such norms."""
 
     adaptation: ClassVar[dict[str, Any]] = TestPfeiffer.adaptation
     families = ("roberta", "gpt2")
@@ -275,7 +275,7 @@ class TestPfeifferDeployed(DeploymentContract):
 
 @pytest.mark.full
 class TestBapnaFiratDeployed(DeploymentContract):
-    """Behind a norm."""
+    """Export and compilation of adapters after a norm."""
 
     adaptation: ClassVar[dict[str, Any]] = TestBapnaFirat.adaptation
     families = ("bert",)
@@ -283,14 +283,14 @@ class TestBapnaFiratDeployed(DeploymentContract):
 
 @pytest.mark.full
 class TestAdapterLDeployed(DeploymentContract):
-    """The model of its paper."""
+    """Export and compilation of AdapterL on the model of its paper."""
 
     adaptation: ClassVar[dict[str, Any]] = TestAdapterL.adaptation
     families = ("gpt2",)
 
 
 class TestHeParallelDeployed(DeploymentContract):
-    """Experts."""
+    """Export and compilation of parallel adapters on a model with experts."""
 
     adaptation: ClassVar[dict[str, Any]] = TestHeParallel.adaptation
     families = ("mixtral",)
@@ -298,21 +298,21 @@ class TestHeParallelDeployed(DeploymentContract):
 
 @pytest.mark.full
 class TestHeSequentialDeployed(DeploymentContract):
-    """Images."""
+    """Export and compilation of sequential adapters on a model of images."""
 
     adaptation: ClassVar[dict[str, Any]] = TestHeSequential.adaptation
     families = ("vit",)
 
 
 class TestLLMAdaptersDeployed(DeploymentContract):
-    """The model of its paper."""
+    """Export and compilation of LLM-Adapters on the model of their paper."""
 
     adaptation: ClassVar[dict[str, Any]] = TestLLMAdapters.adaptation
     families = ("llama",)
 
 
 class TestEveryKnobDeployed(DeploymentContract):
-    """Parallel branches."""
+    """Export and compilation with every option, on a model with parallel branches."""
 
     exported = True
     adaptation: ClassVar[dict[str, Any]] = TestEveryKnob.adaptation

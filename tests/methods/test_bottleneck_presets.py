@@ -17,7 +17,7 @@ BOTH = {"role": ["attn.sublayer", "ffn.sublayer"]}
 FEED_FORWARD = {"role": "ffn.sublayer"}
 OWN_NORM = {"target": FEED_FORWARD, "reads": "output", "adds_to": "output", "norm": "before"}
 TWO_STACKS = frozenset({"bert", "t5"})
-"""Families in ``make test``: norms behind and before, one stack and two."""
+"""Families that run in ``make test``: norms after and before the branches, one stack and two."""
 
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "houlsby": (
@@ -81,7 +81,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def compiled(entry: dict[str, Any], family: str) -> Compiled:
-    """A tiny model adapted under one name, so that its tensors are called the same."""
+    """A tiny model adapted under a fixed name, so that its tensors have the same names."""
     return graftc.compile({"adapt": [{"name": "a", **entry}]}, tiny(family))
 
 
@@ -92,7 +92,7 @@ def compiled(entry: dict[str, Any], family: str) -> Compiled:
 )
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_mechanism_with_its_wiring(name: str, family: str) -> None:
-    """By every default of its own: structure of both modes' graphs, names, places and values of its tensors."""
+    """Preset and mechanism have graphs of equal structure in both modes, and tensors of equal names and values."""
     preset, knobs = PRESETS[name]
     one, two = compiled(preset, family), compiled({"method": "bottleneck", **knobs}, family)
     for mode in ("train", "eval"):

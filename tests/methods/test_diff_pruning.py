@@ -1,4 +1,4 @@
-"""Diff pruning: gates, the penalty, and what is left."""
+"""Diff pruning: gates, the penalty, and the entries that are left."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from graftc.testing.compare import inputs_for
 from tests.families import tiny
 
 GATES: dict[str, Any] = {"method": "diff_pruning", "initial_alpha": 2.0, "stretch": [-0.1, 1.1]}
-"""Gates that are neither closed nor open without noise, ``z = 0.957``, and seldom closed with it."""
+"""Gates that without noise are neither closed nor fully open (``z = 0.957``), and with noise are seldom closed."""
 
 
 def adapted(family: str = "bert", model: nn.Module | None = None, **fields: Any) -> Compiled:
-    """A model with differences and gates that hide nothing: some are closed, some open, most between."""
+    """A model with random differences and gates: some gates are closed, some open, most in between."""
     entry = {"method": "diff_pruning", "density": 0.02, **fields}
     compiled = graftc.compile({"adapt": [entry]}, tiny(family) if model is None else model)
     generator = torch.Generator().manual_seed(3)
@@ -41,30 +41,30 @@ def adapted(family: str = "bert", model: nn.Module | None = None, **fields: Any)
 
 
 def base_name(name: str, suffix: str) -> str:
-    """The base's tensor that an adapter tensor belongs to."""
+    """Return the name of the base tensor that an adapter tensor belongs to."""
     return name.replace(".graftc.diff_pruning", "").removesuffix(suffix)
 
 
 def gate(alpha: Tensor, low: float = -1.5, high: float = 1.5) -> Tensor:
-    """Without noise."""
+    """Return the values of gates without noise."""
     return torch.clamp(torch.sigmoid(alpha) * (high - low) + low, 0, 1)
 
 
 def differences(compiled: Compiled, low: float = -1.5, high: float = 1.5) -> dict[str, Tensor]:
-    """``z z_group w`` of every tensor by the base's name, worked out by hand."""
+    """Return ``z z_group w`` of every tensor, computed by hand, by the base tensor's name."""
     state = compiled.adapter_state_dict()
-    found = {}
+    changes = {}
     for name, w in state.items():
         if name.endswith("_w"):
             stem = name.removesuffix("_w")
             outer = state.get(f"{stem}_group")
             own = gate(state[f"{stem}_alpha"], low, high) * w
-            found[base_name(name, "_w")] = own if outer is None else own * gate(outer, low, high)
-    return found
+            changes[base_name(name, "_w")] = own if outer is None else own * gate(outer, low, high)
+    return changes
 
 
 def advanced(compiled: Compiled) -> Compiled:
-    """What the second training starts from."""
+    """Return the model that the second training starts from."""
     compilation = compiled.compilation
     (resolved,) = compilation.main.resolved
     method = method_for("diff_pruning")
@@ -77,7 +77,7 @@ def advanced(compiled: Compiled) -> Compiled:
 
 @pytest.mark.full
 def test_eval_mode_is_the_formula_without_noise() -> None:
-    """Beside the base with changed parameters, in float64, and so are gradients of all parameters."""
+    """Outputs and gradients of all parameters equal those of the base with changed parameters, in float64."""
     model = tiny("bert").double().eval()
     compiled = adapted(model=model).eval()
     inputs = inputs_for(compiled)
@@ -90,10 +90,10 @@ def test_eval_mode_is_the_formula_without_noise() -> None:
             stem = name.removesuffix("_w")
             own = gate(leaves[f"{stem}_alpha"]) * w * gate(leaves[f"{stem}_group"])
             changed[base_name(name, "_w")] = changed[base_name(name, "_w")].detach() + own
-    found, expected = compiled(**inputs).logits, functional_call(model, changed, (), inputs).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    factor = torch.randn_like(found)
-    torch.autograd.backward([(found * factor).sum(), (expected * factor).sum()])
+    actual, expected = compiled(**inputs).logits, functional_call(model, changed, (), inputs).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    factor = torch.randn_like(actual)
+    torch.autograd.backward([(actual * factor).sum(), (expected * factor).sum()])
     for name, leaf in leaves.items():
         own, other = trained[name].grad, leaf.grad
         assert own is not None and other is not None
@@ -102,7 +102,7 @@ def test_eval_mode_is_the_formula_without_noise() -> None:
 
 @pytest.mark.slow
 def test_passes_draw_noise_of_their_own_and_eval_mode_none() -> None:
-    """Tensors of one size have other seeds too, and torch's own seed decides all."""
+    """Noise follows torch's seed, with another seed for every tensor, even of equal size; eval mode draws none."""
     compiled = adapted()
     inputs = inputs_for(compiled)
     compiled.eval()
@@ -121,8 +121,8 @@ def test_passes_draw_noise_of_their_own_and_eval_mode_none() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_a_recomputed_layer_has_the_same_noise(family: str) -> None:
-    """Gradients to the bit."""
-    found = []
+    """Gradients with and without recomputation are equal to the bit."""
+    gradients = []
     for checkpoint in (None, "layers"):
         entry = {"method": "diff_pruning", "initial_alpha": 0.8}
         compiled = graftc.compile({"adapt": [entry], "checkpoint": checkpoint}, tiny(family)).train()
@@ -130,15 +130,17 @@ def test_a_recomputed_layer_has_the_same_noise(family: str) -> None:
         perturb(compiled, 0.1)
         torch.manual_seed(3)
         compiled(**inputs_for(compiled)).logits.pow(2).mean().backward()
-        found.append({n: p.grad for n, p in compiled.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and any(bool(g.any()) for n, g in found[0].items() if "alpha" in n)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        gradients.append({n: p.grad for n, p in compiled.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any(
+        bool(g.any()) for n, g in gradients[0].items() if "alpha" in n
+    )
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fields", [{}, {"structured": False}, {"group_penalty": "product"}], ids=str)
 def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]) -> None:
-    """In closed form, with a stretch that is not even; its gradient too."""
+    """The penalty and its gradient equal the closed form, for an asymmetric stretch."""
     stretch = (-0.3, 1.2)
     compiled = adapted(penalty=0.01, stretch=stretch, **fields)
     objective = compiled.steering.objectives["diff_pruning"]
@@ -174,7 +176,7 @@ def test_no_penalty_no_objective() -> None:
 
 
 def adapted_again(**fields: Any) -> Compiled:
-    """The second training without a first one."""
+    """A model in the second training, without a first one."""
     return graftc.compile({"adapt": [{"method": "diff_pruning", "stage": 2, **fields}]}, tiny("bert"))
 
 
@@ -192,14 +194,15 @@ def adapted_again(**fields: Any) -> Compiled:
     ids=str,
 )
 def test_the_largest_differences_are_left(family: str, fields: dict[str, Any]) -> None:
-    """Exactly as many as the budget says, their values those of the first training, rows of a fused weight included:
-    the outputs are those of the base with the other differences set to zero."""
+    """Exactly as many as the budget says are left, with the values of the first training, including rows of a fused
+    weight: the outputs are those of the base with all other differences set to zero.
+    """
     model = tiny(family).eval()
     compiled = adapted(family, model, **fields).eval()
     inputs = inputs_for(compiled)
     (resolved,) = compiled.compilation.main.resolved
-    own = differences(compiled, *resolved.spec.stretch)
-    sizes = torch.cat([delta.flatten().abs() for delta in own.values()])
+    changes = differences(compiled, *resolved.spec.stretch)
+    sizes = torch.cat([delta.flatten().abs() for delta in changes.values()])
     count = resolved.spec.budget(sizes.numel())
     kept = advanced(compiled).eval()
     state = kept.adapter_state_dict()
@@ -212,23 +215,23 @@ def test_the_largest_differences_are_left(family: str, fields: dict[str, Any]) -
         moved = left != expected[name]
         torch.testing.assert_close(left[moved], whole[name][moved], rtol=0, atol=5e-7)
         expected[name][moved] = whole[name][moved]
-    found, wanted = outputs_of(kept, inputs), outputs_of(_with(model, expected), inputs)
-    assert largest_difference(found, wanted) <= 1e-5
-    assert largest_difference(found, outputs_of(model, inputs)) > 1e-3
+    actual, wanted = outputs_of(kept, inputs), outputs_of(_with(model, expected), inputs)
+    assert largest_difference(actual, wanted) <= 1e-5
+    assert largest_difference(actual, outputs_of(model, inputs)) > 1e-3
 
 
 def _with(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model with other parameters."""
-    made = copy.deepcopy(model)
+    """Return a copy of a model with other parameters."""
+    changed = copy.deepcopy(model)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in changed.named_parameters():
             parameter.copy_(values[name])
-    return made
+    return changed
 
 
 @pytest.mark.slow
 def test_equals_are_taken_in_order() -> None:
-    """All differences are the same: a threshold would leave all or none."""
+    """If all differences are equal, the first ones are taken; a threshold would leave all or none."""
     compiled = adapted(density=0.01)
     with torch.no_grad():
         for name, tensor in compiled.adapter_state_dict().items():
@@ -244,7 +247,7 @@ def test_equals_are_taken_in_order() -> None:
 
 @pytest.mark.full
 def test_without_a_first_training_nothing_is_lost() -> None:
-    """Differences of zero are all equal; a training that is compiled at once starts from random entries."""
+    """The base is unchanged if all differences are zero, or if a second training starts from random entries."""
     fresh = graftc.compile({"adapt": [{"method": "diff_pruning", "density": 0.01}]}, tiny("bert")).eval()
     model = tiny("bert").eval()
     for second in (advanced(fresh), adapted_again(density=0.01)):
@@ -258,7 +261,7 @@ def test_without_a_first_training_nothing_is_lost() -> None:
 
 @pytest.mark.full
 def test_the_second_training_changes_what_is_left_and_nothing_else() -> None:
-    """AdamW with a weight decay of 0.5: after merging every other entry is the base's to the bit."""
+    """After AdamW with a weight decay of 0.5 and merging, every other entry is the base's to the bit."""
     model = tiny("bert").eval()
     second = advanced(adapted(model=model, density=0.05)).train()
     optimiser = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
@@ -285,7 +288,7 @@ def test_the_second_training_changes_what_is_left_and_nothing_else() -> None:
 
 @pytest.mark.full
 def test_both_groups_train_in_the_first_training() -> None:
-    """Two groups by name, clipped; gates move under a heavy penalty until many are closed, and the fold passes."""
+    """Values and gates train in two groups with clipping; a heavy penalty closes gates, and the fold passes."""
     model = tiny("bert").eval()
     entry = {"method": "diff_pruning", "penalty": 1e-2, "initial_alpha": 2.0}
     compiled = graftc.compile({"adapt": [entry]}, model).train()
@@ -314,7 +317,7 @@ def test_both_groups_train_in_the_first_training() -> None:
 
 @pytest.mark.full
 def test_beside_others() -> None:
-    """Under LoRA, and with a mask in the same tensors: one function, and one fold."""
+    """With LoRA on top and a mask in the same tensors, all adaptations fold into one function."""
     adapt = [
         {**GATES, "target": {"role": ["attn.q", "ffn.down"]}},
         {"method": "mask", "selection": "magnitude", "density": 0.1, "target": {"role": ["attn.q", "ffn.up"]}},
@@ -331,7 +334,7 @@ def test_beside_others() -> None:
 
 @pytest.mark.full
 def test_a_base_of_16_bits() -> None:
-    """Parameters are float32, the model starts as the base to the bit, and trains."""
+    """Parameters are float32, and the model starts as the base to the bit and trains."""
     model = tiny("bert").to(torch.bfloat16).eval()
     compiled = graftc.compile({"adapt": [{"method": "diff_pruning"}]}, model)
     inputs = inputs_for(compiled)
@@ -344,7 +347,7 @@ def test_a_base_of_16_bits() -> None:
 
 @pytest.mark.full
 def test_an_artifact_of_the_first_training(tmp_path: Any) -> None:
-    """Written, read, and it goes on: the same outputs to the bit, and the same entries are left."""
+    """A loaded artifact gives the same outputs to the bit, and its next stage leaves the same entries."""
     compiled = adapted().eval()
     compiled.save(tmp_path / "kept")
     again = graftc.load(tmp_path / "kept", tiny("bert")).eval()
@@ -356,13 +359,13 @@ def test_an_artifact_of_the_first_training(tmp_path: Any) -> None:
 
 @pytest.mark.full
 def test_what_is_counted() -> None:
-    """``2 N`` and the number of tensors train; the budget ships, after either training."""
+    """``2 N`` parameters and one for each tensor train; after either training, the budget is deployed."""
     compiled = adapted(density=0.013)
-    own = differences(compiled)
-    total = sum(delta.numel() for delta in own.values())
+    changes = differences(compiled)
+    total = sum(delta.numel() for delta in changes.values())
     assert total == sum(p.numel() for n, p in tiny("bert").named_parameters() if not n.startswith("classifier"))
     report = compiled.report
-    assert (report.trainable_parameters, report.deployed_parameters) == (2 * total + len(own), int(0.013 * total))
+    assert (report.trainable_parameters, report.deployed_parameters) == (2 * total + len(changes), int(0.013 * total))
     second = adapted_again(density=0.013).report
     assert second.trainable_parameters == second.deployed_parameters == int(0.013 * total)
     assert adapted(structured=False).report.trainable_parameters == 2 * total
@@ -382,7 +385,7 @@ def test_what_is_counted() -> None:
     ids=str,
 )
 def test_what_cannot_be(fields: dict[str, Any], code: str, text: str) -> None:
-    """Each with its code, in the first training."""
+    """Each invalid value raises its code in the first training."""
     with pytest.raises(GraftError, match=text) as error:
         graftc.compile({"adapt": [{"method": "diff_pruning", **fields}]}, tiny("bert"))
     assert error.value.code == code

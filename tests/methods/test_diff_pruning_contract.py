@@ -1,4 +1,4 @@
-"""Diff pruning through the contract: both trainings, of every tensor and of rows."""
+"""The contract of diff pruning: both trainings, of every tensor and of rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TestGates(MethodContract):
 
 
 class TestGatesOfRows(MethodContract):
-    """Projections, of which some are rows of one weight; without gates of tensors."""
+    """The first training of projections, some of which are rows of one weight, without gates for whole tensors."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {
@@ -32,14 +32,14 @@ class TestGatesOfRows(MethodContract):
 
 
 class TestLeft(MethodContract):
-    """The second training, from entries that nobody chose."""
+    """The second training, from random entries."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "diff_pruning", "stage": 2, "density": 0.3}
 
 
 class TestGatesDeployed(DeploymentContract):
-    """Exports and compilation of the first training."""
+    """Export and compilation of the first training."""
 
     exported = True
     adaptation: ClassVar[Mapping[str, Any]] = GATES

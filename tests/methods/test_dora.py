@@ -1,4 +1,4 @@
-"""DoRA's algebra and its options."""
+"""The algebra and the options of DoRA."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.methods.dora_models import (
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama", "mixtral"])
 def test_row_norms_of_the_folded_weight_are_the_magnitudes(family: str) -> None:
-    """Negative magnitudes too: a norm is ``|m|``."""
+    """Every row norm is ``|m|``, for negative magnitudes as well."""
     compiled = adapted(tiny(family), roles_of(family))
     perturb(compiled, 0.3)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_twice_the_magnitude_is_twice_the_output_less_the_bias() -> None:
 
 
 def test_the_direction_does_not_depend_on_the_size_of_v() -> None:
-    """``V`` and ``3 V`` are one direction: with W and B three times as large and the same m, outputs are the same."""
+    """``V`` and ``3 V`` have the same direction: with tripled W and B and the same m, the outputs are unchanged."""
     small, large = Line(bias=False), Line(bias=False)
     with torch.no_grad():
         large.map.weight.copy_(3 * small.map.weight)
@@ -74,7 +74,7 @@ def test_the_direction_does_not_depend_on_the_size_of_v() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout_on", ["input", "branch"])
 def test_identity_at_the_start_in_train_mode(dtype: torch.dtype, dropout_on: str) -> None:
-    """With dropout too: what multiplies a dropped value is zero. In 16 bits magnitudes are float32."""
+    """The start is exact even with dropout, since it multiplies dropped values by zero; magnitudes are float32."""
     model = tiny("llama", dtype=dtype)
     compiled = adapted(model, dropout=0.5, dropout_on=dropout_on)
     magnitudes = [t for n, t in trainable(compiled).items() if n.endswith(".m")]
@@ -83,13 +83,13 @@ def test_identity_at_the_start_in_train_mode(dtype: torch.dtype, dropout_on: str
     with torch.no_grad():
         expected = flat(model(**inputs))
         compiled.train()
-        found = flat(compiled(**inputs))
-    assert torch.equal(found[0], expected[0])
+        actual = flat(compiled(**inputs))
+    assert torch.equal(actual[0], expected[0])
 
 
 @pytest.mark.full
 def test_magnitude_only_sites() -> None:
-    """``direction: false`` leaves A and B out where it holds; the fold scales rows there."""
+    """Sites with ``direction: false`` have no A and B, and the fold scales their rows."""
     model = tiny("gpt2")
     compiled = adapted(model, ["attn.v", "ffn.down"], overrides=[{"role": "attn.v", "direction": False}])
     shapes = {}
@@ -131,7 +131,7 @@ def test_rank_over_the_layer() -> None:
 
 @pytest.mark.slow
 def test_the_weight_is_never_adapted_in_a_graph() -> None:
-    """No node has the size of a weight: norms come from products of the rank's size."""
+    """No inserted node has the size of a weight, since norms come from products of the rank's size."""
     compiled = adapted(tiny("llama"), "ffn.down", norm_gradient="exact")
     for program in (compiled.program("train"), compiled.program("eval")):
         inserted = [n for n in program.graph.nodes if n.op == "call_function" and provenance(n) is not None]
@@ -141,7 +141,7 @@ def test_the_weight_is_never_adapted_in_a_graph() -> None:
 
 
 def test_rows_of_zeros_train_and_fold() -> None:
-    """A row without a norm is not a division by zero; without a bias its magnitude gets a gradient when B has moved."""
+    """A row of norm zero causes no division by zero; without a bias its magnitude gets a gradient once B has moved."""
     line = Line(bias=False)
     with torch.no_grad():
         line.map.weight[2] = 0
@@ -156,7 +156,7 @@ def test_rows_of_zeros_train_and_fold() -> None:
 
 
 class Picture(nn.Module):
-    """Two square convolutions, over points and over patches, and a grouped one."""
+    """A model of two square convolutions, over points and over patches, and a grouped one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,14 +166,14 @@ class Picture(nn.Module):
         self.grouped = nn.Conv2d(6, 4, 3, groups=2, stride=2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 6, 9, 9]`` to ``[batch, 4, 4, 4]``."""
+        """Map ``[batch, 6, 9, 9]`` to ``[batch, 4, 4, 4]``."""
         return self.grouped(torch.relu(self.patch(torch.relu(self.point(x)))))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("names", [["point"], ["patch"], ["grouped"], ["point", "patch", "grouped"]])
 def test_convolutions_start_fold_and_unfold(names: list[str]) -> None:
-    """Square kernels included, where a missing transpose would pass unseen: the base is exact before and after."""
+    """The base is exact before and after, even for square kernels, where no shape would reveal a missing transpose."""
     model = Picture()
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(2, 6, 9, 9)
@@ -193,7 +193,7 @@ def test_convolutions_start_fold_and_unfold(names: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_square_layers_fold(family: str) -> None:
-    """Projections of width 48 to 48, stored either way round."""
+    """Projections from 48 to 48 features fold, stored in either orientation."""
     compiled = adapted(tiny(family), "attn.o")
     perturb(compiled, 0.2)
     inputs = inputs_for(compiled)
@@ -214,7 +214,7 @@ def test_merging_leaves_everything_else_as_it_was() -> None:
 
 
 def test_a_shared_layer_has_one_scale() -> None:
-    """All uses of a weight read the scale that the first one computes, and the fold is that of the one place."""
+    """All uses of a weight read the scale that the first one computes, and the weight folds as one place."""
     model = Twice()
     x = torch.randn(5, 6)
     compiled = graftc.compile({"adapt": [{"method": "dora", "target": {"modules": "map"}, "rank": 2}]}, model, {"x": x})
@@ -226,7 +226,7 @@ def test_a_shared_layer_has_one_scale() -> None:
 
 
 class Twice(nn.Module):
-    """One map, used twice."""
+    """A model that uses one linear map twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,13 +234,13 @@ class Twice(nn.Module):
         self.map = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 6]`` to ``[batch, 6]``."""
+        """Map ``[batch, 6]`` to ``[batch, 6]``."""
         return self.map(torch.relu(self.map(x)))
 
 
 @pytest.mark.full
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    """What follows from the base's weights is not kept, and is there again."""
+    """Tensors that follow from the base's weights are not saved, and are computed again on loading."""
     model = tiny("gpt2")
     compiled = adapted(model, dropout=0.1)
     assert {name.rpartition(".")[2] for name in compiled.adapter_state_dict()} == {"A", "B", "m"}
@@ -257,8 +257,8 @@ def test_pt2_holds_aten_only(tmp_path: Path) -> None:
     inputs = inputs_for(compiled)
     program = torch.export.load(compiled.export(tmp_path / "model.pt2", format="pt2"))
     assert not any("graftc." in str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    found = list(program.module()(**inputs).values())
-    assert largest_difference(found, outputs_of(compiled, inputs)) <= 1e-5
+    outputs = list(program.module()(**inputs).values())
+    assert largest_difference(outputs, outputs_of(compiled, inputs)) <= 1e-5
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""DoRA through the contract: plain on every family, and its variants where they differ."""
+"""The contract of DoRA: plain on every family, and its variants on the families where they differ."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from tests.methods.places import DENSE, ROLES
 
 
 def entry(roles: list[str] = ROLES, **fields: Any) -> dict[str, Any]:
-    """DoRA of rank 4."""
+    """An adaptation with DoRA of rank 4."""
     return {"method": "dora", "target": {"role": roles}, "rank": 4, **fields}
 
 
 class TestDoRA(MethodContract):
-    """Plain DoRA with dropout. Rows of fused matrices have magnitudes of their own: in GPT-2 a range of rows, in
-    GPT-NeoX every third run of them."""
+    """Plain DoRA with dropout. Rows of fused matrices have their own magnitudes: in GPT-2 a range of rows, in GPT-NeoX
+    every third run of them.
+    """
 
     adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
     families = DENSE
 
 
 class TestExperts(MethodContract):
-    """Magnitudes and factors for each expert, beside attention."""
+    """DoRA with magnitudes and factors for each expert, and on attention."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(["attn.q", "attn.v", "experts"], dropout=0.1)
@@ -30,7 +31,7 @@ class TestExperts(MethodContract):
 
 
 class TestExact(MethodContract):
-    """Norms with a gradient."""
+    """DoRA with gradients through the norms."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(norm_gradient="exact", rslora=True, init="gaussian")
@@ -38,7 +39,7 @@ class TestExact(MethodContract):
 
 
 class TestBranch(MethodContract):
-    """Dropout on the branch, recomputed."""
+    """DoRA with recomputed dropout on the branch."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(
@@ -48,7 +49,7 @@ class TestBranch(MethodContract):
 
 
 class TestMagnitudesOnly(MethodContract):
-    """Some sites have magnitudes and no factors."""
+    """DoRA in which some sites have magnitudes but no factors."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(overrides=[{"role": "attn.v", "direction": False}])
@@ -56,42 +57,42 @@ class TestMagnitudesOnly(MethodContract):
 
 
 class TestEverywhere(MethodContract):
-    """Tables and convolutions are linear maps as well."""
+    """DoRA on tables and convolutions, which are linear maps as well."""
 
     adaptation: ClassVar[dict[str, Any]] = entry(["embed.position", "ffn.down"])
     families = ("bert", "gpt2")
 
 
 class TestOnLoRA(MethodContract):
-    """On top of a LoRA of the same places, which trains too."""
+    """DoRA on top of a LoRA of the same places, which trains as well."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
     families = ("bert", "gpt2", "gpt_neox", "llama")
 
     def compiled(self, family: str, model: Any, seed: int = 0) -> Any:
-        """Both adaptations; the contract's claims are DoRA's."""
+        """Compile both adaptations; the contract's claims are those of DoRA."""
         import graftc
 
         below = {"method": "lora", "name": "below", "target": {"role": ROLES}, "rank": 3}
         return graftc.compile({"adapt": [below, dict(self.adaptation)]}, model, seed=seed)
 
     def test_report_counts_what_trains(self, family: str) -> None:
-        """The report's first entry is the other adaptation's."""
+        """The report counts both adaptations; its first entry is that of the other one."""
         _, compiled = self.shared(family)
         trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
         assert compiled.report.trainable_parameters == trainable
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation, magnitudes in place and folded."""
+    """Export and compilation of DoRA, with magnitudes in place and folded."""
 
     adaptation = TestDoRA.adaptation
     families = ("bert", "llama")
 
 
 class TestExpertsDeployed(DeploymentContract):
-    """The same with experts."""
+    """Export and compilation of DoRA on experts."""
 
     exported = True
     adaptation = TestExperts.adaptation
@@ -99,7 +100,7 @@ class TestExpertsDeployed(DeploymentContract):
 
 
 class TestOnLoRADeployed(DeploymentContract):
-    """The same on top of another adaptation."""
+    """Export and compilation of DoRA on top of another adaptation."""
 
     exported = True
     adaptation = TestOnLoRA.adaptation

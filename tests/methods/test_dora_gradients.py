@@ -1,4 +1,4 @@
-"""DoRA's gradients and dropout, against autograd on the formula written out."""
+"""DoRA's gradients and dropout, compared with autograd on the formula written out."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from tests.methods.dora_models import (
 @pytest.mark.parametrize("norm_gradient", ["detached", "exact"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_those_of_the_formula(family: str, norm_gradient: str) -> None:
-    """Against autograd on the formula written out in the source model, in float64: 1e-10, gradients to 1e-9 of their
-    largest. Kernels for experts have no float64; there 1e-5 and 1e-4."""
+    """Outputs equal the formula written out in the source model to 1e-10, and gradients those of autograd to 1e-9 of
+    their largest, in float64. Kernels for experts have no float64, so 1e-5 and 1e-4 apply there.
+    """
     wide = family != "mixtral"
     model = tiny(family, dtype=torch.float64 if wide else torch.float32)
     compiled = adapted(model, roles_of(family), norm_gradient=norm_gradient)
@@ -36,9 +37,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(family: str, norm_gradie
     inputs = inputs_for(compiled)
     copies = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     expected = reference(compiled, model, copies, inputs)
-    found = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
-    assert largest_difference(found, expected) <= (1e-10 if wide else 1e-5)
-    losses(found).backward()
+    actual = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+    assert largest_difference(actual, expected) <= (1e-10 if wide else 1e-5)
+    losses(actual).backward()
     losses(expected).backward()
     for name, tensor in tensors.items():
         a, b = tensor.grad, copies[name].grad
@@ -49,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(family: str, norm_gradie
 
 @pytest.mark.slow
 def test_detached_and_exact_differ_in_gradients_only() -> None:
-    """The same forward pass; through the norm, gradients of A and B change and that of m does not."""
+    """The forward pass is the same; a gradient through the norm changes the gradients of A and B, but not that of m."""
     model, grads, outputs = tiny("llama"), [], []
     for kind in ("detached", "exact"):
         compiled = adapted(model, norm_gradient=kind)
@@ -67,9 +68,9 @@ def test_detached_and_exact_differ_in_gradients_only() -> None:
 
 
 def test_the_exact_gradient_is_orthogonal_to_each_row() -> None:
-    """Scaling a row of V changes nothing, so the exact gradient has no part along it; the detached one has."""
+    """Scaling a row of V changes nothing, so the exact gradient has no component along it, unlike the detached one."""
     along = {}
-    # With an identity for A, the gradient of B is that of V.
+    # With an identity as A, the gradient of B is that of V.
     line, eye = Line(6, 6, torch.float64), torch.eye(6, dtype=torch.float64)
     b = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     tensors = {"A": eye, "B": b, "m": torch.linspace(0.5, 2, 6, dtype=torch.float64)}
@@ -87,7 +88,7 @@ def test_the_exact_gradient_is_orthogonal_to_each_row() -> None:
 
 @pytest.mark.full
 def test_gradients_in_bfloat16() -> None:
-    """Against float32 on the same values: bfloat16 has 8 bits, so 3 % of the largest."""
+    """Gradients agree with float32 on the same values to 3 % of the largest, since bfloat16 has 8 bits."""
     model = tiny("llama", dtype=torch.bfloat16)
     compiled = adapted(model, ["attn.v", "ffn.down"])
     perturb(compiled, 0.1)
@@ -99,9 +100,9 @@ def test_gradients_in_bfloat16() -> None:
     tensors = trainable(compiled)
     copies = {name: tensor.detach().float().requires_grad_() for name, tensor in tensors.items()}
     expected = reference(compiled, wide, copies, inputs)
-    found = flat(compiled(**inputs))
-    assert found[0].dtype == torch.bfloat16
-    losses([found[0].float()]).backward()
+    actual = flat(compiled(**inputs))
+    assert actual[0].dtype == torch.bfloat16
+    losses([actual[0].float()]).backward()
     losses(expected[:1]).backward()
     for name, tensor in tensors.items():
         a, b = tensor.grad, copies[name].grad
@@ -110,7 +111,7 @@ def test_gradients_in_bfloat16() -> None:
 
 
 def test_dropout_on_the_input_is_the_papers() -> None:
-    """``W x + (c - 1) W x~ + c s B A x~ + b`` for the mask that was drawn, which a diagonal for ``B A`` shows."""
+    """The output is ``W x + (c - 1) W x~ + c s B A x~ + b`` for the drawn mask, which a diagonal ``B A`` reveals."""
     line = Line(8, 8, torch.float64)
     compiled = on_line(line, rank=8, alpha=8, dropout=0.25)
     eye = torch.eye(8, dtype=torch.float64)
@@ -121,19 +122,19 @@ def test_dropout_on_the_input_is_the_papers() -> None:
     x = torch.randn(300, 8, dtype=torch.float64).abs() + 1
     with torch.no_grad():
         compiled.train()
-        found = compiled(x)
+        outputs = compiled(x)
         compiled.eval()
         torch.testing.assert_close(compiled(x), c * (x @ weight.T + 50 * x) + bias, rtol=0, atol=1e-12)
-    # y = W x + b + ((c - 1) W + 50 c) x~ is solved for x~, which has to be x with entries dropped.
+    # Solve y = W x + b + ((c - 1) W + 50 c) x~ for x~, which has to be x with some entries dropped.
     mixed = (c - 1)[:, None] * weight + torch.diag(50 * c)
-    dropped = torch.linalg.solve(mixed, (found - x @ weight.T - bias).T).T
+    dropped = torch.linalg.solve(mixed, (outputs - x @ weight.T - bias).T).T
     kept = dropped.abs() > 1e-9
     torch.testing.assert_close(dropped, kept * x / 0.75, rtol=0, atol=1e-9)
     assert abs(float(kept.double().mean()) - 0.75) < 0.05
 
 
 def test_dropout_on_the_branch_leaves_the_base_alone() -> None:
-    """``c (W x + s B A x~) + b``."""
+    """The output is ``c (W x + s B A x~) + b``."""
     line = Line(8, 8, torch.float64)
     compiled = on_line(line, rank=8, alpha=8, dropout=0.25, dropout_on="branch")
     eye = torch.eye(8, dtype=torch.float64)
@@ -152,7 +153,7 @@ def test_dropout_on_the_branch_leaves_the_base_alone() -> None:
     ("dropout_on", "bias"), [("input", True), ("input", False), ("branch", True), ("branch", False)]
 )
 def test_gradients_with_dropout(dropout_on: str, bias: bool) -> None:
-    """For one drawn mask, against autograd on the formula with that mask."""
+    """For one drawn mask, gradients equal those of autograd on the formula with that mask."""
     line = Line(8, 6, torch.float64, bias)
     compiled = on_line(line, rank=3, dropout=0.3, dropout_on=dropout_on, dropout_mask="recomputed")
     perturb(compiled, 0.3)
@@ -162,22 +163,22 @@ def test_gradients_with_dropout(dropout_on: str, bias: bool) -> None:
     losses([compiled(x)]).backward()
     mask = drawn_mask(x.detach())
     y = x.detach().clone().requires_grad_()
-    own = {n.rpartition(".")[2]: t.detach().clone().requires_grad_() for n, t in trainable(compiled).items()}
+    copies = {n.rpartition(".")[2]: t.detach().clone().requires_grad_() for n, t in trainable(compiled).items()}
     weight = line.map.weight.detach()
-    direction = weight + 2 * 8 / 3 * own["B"] @ own["A"]
-    c = own["m"] / torch.linalg.vector_norm(direction, dim=-1).detach()
+    direction = weight + 2 * 8 / 3 * copies["B"] @ copies["A"]
+    c = copies["m"] / torch.linalg.vector_norm(direction, dim=-1).detach()
     dropped = y * mask
     base = dropped if dropout_on == "input" else y
-    out = y @ weight.T + (c - 1) * (base @ weight.T) + c * (2 * 8 / 3) * (dropped @ own["A"].T @ own["B"].T)
+    out = y @ weight.T + (c - 1) * (base @ weight.T) + c * (2 * 8 / 3) * (dropped @ copies["A"].T @ copies["B"].T)
     losses([out if line.map.bias is None else out + line.map.bias.detach()]).backward()
     assert x.grad is not None and y.grad is not None
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-12)
     for name, tensor in trainable(compiled).items():
-        torch.testing.assert_close(tensor.grad, own[name.rpartition(".")[2]].grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(tensor.grad, copies[name.rpartition(".")[2]].grad, rtol=1e-10, atol=1e-12)
 
 
 def drawn_mask(x: Tensor) -> Tensor:
-    """The factors that dropout of ``x`` multiplies with after ``manual_seed(5)``."""
+    """Return the factors by which dropout multiplies ``x`` after ``manual_seed(5)``."""
     from graftc.passes.core.ops.decompositions import SEEDS, dropout_mask
 
     torch.manual_seed(5)
@@ -187,7 +188,7 @@ def drawn_mask(x: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_masks_are_shared_by_input_or_not() -> None:
-    """q, k and v of a layer read one hidden state."""
+    """The queries, keys and values of a layer read one hidden state, so with the scope ``input`` they share a mask."""
     target = torch.ops.graftc.masked_dropout.default
     counts = {}
     for scope in ("input", "target"):
@@ -199,7 +200,7 @@ def test_masks_are_shared_by_input_or_not() -> None:
 
 @pytest.mark.slow
 def test_eval_mode_has_one_product_with_the_weight() -> None:
-    """The second product, with what a dropout took, is of train mode."""
+    """The second product, with the dropped input, exists in train mode only."""
     compiled = adapted(tiny("llama"), ["attn.q"], dropout=0.5)
     name = "model.layers.0.self_attn.q_proj.weight"
     products = {
@@ -211,7 +212,7 @@ def test_eval_mode_has_one_product_with_the_weight() -> None:
 
 
 def test_a_magnitude_of_zero_has_a_gradient() -> None:
-    """Its row computes nothing, and what it would compute is still the gradient."""
+    """A row with magnitude zero computes nothing, but its magnitude's gradient is what the row would compute."""
     for bias in (True, False):
         line = Line(bias=bias)
         compiled = on_line(line, direction=False)
@@ -228,7 +229,7 @@ def test_a_magnitude_of_zero_has_a_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_magnitude_of_zero_has_the_gradient_of_the_update_too(dtype: torch.dtype) -> None:
-    """It multiplies the whole of ``u + s B A x``."""
+    """The magnitude multiplies all of ``u + s B A x``."""
     line = Line(bias=False).to(dtype)
     compiled = on_line(line, rank=3, alpha=6)
     perturb(compiled, 0.3)
@@ -237,9 +238,9 @@ def test_a_magnitude_of_zero_has_the_gradient_of_the_update_too(dtype: torch.dty
     with torch.no_grad():
         magnitude[1] = 0
     x = torch.randn(9, 8).to(dtype)
-    found = compiled(x)
-    assert not found[:, 1].abs().max() > 1e-20
-    found.double().sum().backward()
+    outputs = compiled(x)
+    assert not outputs[:, 1].abs().max() > 1e-20
+    outputs.double().sum().backward()
     adapted = (line.map.weight + 2 * b @ a).detach().double()
     expected = (x.double() @ adapted.T).sum(0) / adapted.norm(dim=-1)
     assert magnitude.grad is not None
@@ -266,7 +267,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @pytest.mark.slow
 def test_autocast_computes_norms_in_float32() -> None:
-    """Under autocast c is that of float32, so the start is still the base's to the bit."""
+    """Under autocast c is computed in float32, so the start is still the base's to the bit."""
     model = tiny("llama")
     compiled = adapted(model)
     inputs = inputs_for(compiled)
@@ -284,7 +285,7 @@ def test_autocast_computes_norms_in_float32() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "norm_gradient"), [("llama", "detached"), ("vit", "exact")])
 def test_compiled_training_steps(family: str, norm_gradient: str) -> None:
-    """``torch.compile(fullgraph=True)`` of train mode, backward pass included, without and with biases."""
+    """``torch.compile(fullgraph=True)`` gives the same gradients in train mode, without and with biases."""
     compiled = adapted(tiny(family), norm_gradient=norm_gradient).train()
     perturb(compiled, 0.1)
     inputs, grads = inputs_for(compiled), []

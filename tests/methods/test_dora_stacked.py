@@ -29,7 +29,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 
 def stacked(model: nn.Module, *names: str, roles: Any = ROLES, **fields: Any) -> Any:
-    """``model`` with adaptations on the same places, in this order; `fields` are those of every DoRA."""
+    """``model`` with adaptations on the same places, in this order; ``fields`` apply to every DoRA."""
     entries = []
     for index, name in enumerate(names):
         own = fields if name == "dora" else {}
@@ -38,7 +38,7 @@ def stacked(model: nn.Module, *names: str, roles: Any = ROLES, **fields: Any) ->
 
 
 def folds_exactly(compiled: Any) -> None:
-    """Folded equals unfolded, and the certificate of every site passes."""
+    """Check that the folded model equals the unfolded one and that the certificate of every site passes."""
     merged = compiled.merge()
     assert merged.certificate.passed, merged.certificate.failures()
     assert max(site.algebra for site in merged.certificate.sites) <= 1e-12
@@ -62,7 +62,7 @@ def folds_exactly(compiled: Any) -> None:
     ids="-".join,
 )
 def test_any_order_folds_exactly(family: str, names: tuple[str, ...]) -> None:
-    """What stands below is part of V, and of its norm."""
+    """Adaptations below DoRA are part of V and of its norm."""
     compiled = stacked(tiny(family), *names)
     perturb(compiled, 0.2)
     folds_exactly(compiled)
@@ -74,7 +74,7 @@ def test_any_order_folds_exactly(family: str, names: tuple[str, ...]) -> None:
     "names", [("lora", "dora"), ("dora", "dora"), ("ia3", "dora"), ("vera", "dora", "lora")], ids="-".join
 )
 def test_another_signature_stacks_alike(family: str, names: tuple[str, ...]) -> None:
-    """With labels, which get a graph of their own, logits are the same to the bit, in both modes."""
+    """With labels, which have a graph of their own, logits are the same to the bit in both modes."""
     compiled = stacked(tiny(family), *names)
     perturb(compiled, 0.2)
     inputs = inputs_for(compiled)
@@ -122,7 +122,7 @@ def test_two_doras_are_one_after_the_other(family: str) -> None:
 
 @pytest.mark.full
 def test_magnitudes_start_at_the_norms_of_the_weight_as_adapted() -> None:
-    """Where what stands below does not start as the base, the second one still starts as the first one alone."""
+    """If the adaptation below does not start as the base, the two together still start as that one alone."""
     model = tiny("llama")
     first = stacked(model, "lora", roles="ffn.down")
     tensors = perturb(first, 0.3)
@@ -141,7 +141,7 @@ def test_magnitudes_start_at_the_norms_of_the_weight_as_adapted() -> None:
 
 
 def test_gradients_reach_both() -> None:
-    """In float64 against autograd on both formulas, the norms detached."""
+    """In float64, gradients equal those of autograd on both formulas with detached norms."""
     model = Line()
     entries = [
         {"method": "lora", "name": "below", "target": {"modules": "map"}, "rank": 2, "alpha": 4},
@@ -153,17 +153,21 @@ def test_gradients_reach_both() -> None:
     noise = torch.randn(5, 6, dtype=torch.float64)
     (compiled(x) * noise).sum().backward()
     mine = {n.removeprefix("map.graftc."): t for n, t in compiled.named_parameters() if t.requires_grad}
-    own = {name: tensor.detach().clone().requires_grad_() for name, tensor in mine.items()}
-    v = model.map.weight.detach() + 2 * own["below.B"] @ own["below.A"] + 2 * own["above.B"] @ own["above.A"]
-    weight = own["above.m"][:, None] * v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).detach()
+    copies = {name: tensor.detach().clone().requires_grad_() for name, tensor in mine.items()}
+    v = (
+        model.map.weight.detach()
+        + 2 * copies["below.B"] @ copies["below.A"]
+        + 2 * copies["above.B"] @ copies["above.A"]
+    )
+    weight = copies["above.m"][:, None] * v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).detach()
     ((x @ weight.T + model.map.bias.detach()) * noise).sum().backward()
-    assert set(own) == {"below.A", "below.B", "above.A", "above.B", "above.m"}
+    assert set(copies) == {"below.A", "below.B", "above.A", "above.B", "above.m"}
     for name, tensor in mine.items():
-        torch.testing.assert_close(tensor.grad, own[name].grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(tensor.grad, copies[name].grad, rtol=1e-10, atol=1e-12)
 
 
 class Line(nn.Module):
-    """One linear map in float64."""
+    """A model that is a single linear map in float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,12 +175,12 @@ class Line(nn.Module):
         self.map = nn.Linear(8, 6, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 8]`` to ``[batch, 6]``."""
+        """Map ``[batch, 8]`` to ``[batch, 6]``."""
         return self.map(x)
 
 
 def test_a_weight_that_trains_in_full() -> None:
-    """``train:`` puts a copy in place of the weight: norms are of what it becomes."""
+    """With ``train:`` a copy replaces the weight, and norms are those of the copy as it trains."""
     spec = {"train": ["map"], "adapt": [{"method": "dora", "target": {"modules": "map"}, "rank": 3}]}
     model = Line()
     compiled = graftc.compile(spec, model, {"x": torch.ones(2, 8, dtype=torch.float64)})
@@ -201,7 +205,7 @@ def _decides(*args: Any) -> WeightFold:
 @pytest.mark.full
 @pytest.mark.parametrize(("fold", "reason"), [(_keeps, "it is not linear"), (_decides, "its fold decides by values")])
 def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fold: Any, reason: str) -> None:
-    """The message names both and the place, and says what to do; the other order needs nothing."""
+    """The message names both adaptations and the place, and says what to do; the other order is accepted."""
     monkeypatch.setattr(LoRAMethod, "fold", lambda self, *args: fold(*args))
     with pytest.raises(GraftError) as error:
         stacked(tiny("llama"), "lora", "dora", roles="ffn.down")
@@ -215,7 +219,7 @@ def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fo
 
 @pytest.mark.full
 def test_new_tokens_below_are_refused() -> None:
-    """Rows that new tokens train stand in where the table is read: there is no weight so far to take a norm of."""
+    """Rows of new tokens replace those of the table when it is read, so there is no weight to take norms of."""
     spec = {
         "tokens": {"add": ["<a>", "<b>"]},
         "adapt": [{"method": "dora", "target": {"role": "embed"}, "rank": 2}],
@@ -228,7 +232,7 @@ def test_new_tokens_below_are_refused() -> None:
 
 
 class Named(nn.Module):
-    """Two linear maps; the first one's matrix is called ``bias``."""
+    """A model of two linear maps, the first of which has a matrix called ``bias``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +241,7 @@ class Named(nn.Module):
         self.first.bias = nn.Parameter(torch.randn(6, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 8]`` to ``[batch, 5]``."""
+        """Map ``[batch, 8]`` to ``[batch, 5]``."""
         return self.last(nn.functional.linear(x, self.first.bias).tanh())
 
 
@@ -252,7 +256,7 @@ def named(*names: str) -> Any:
 
 @pytest.mark.slow
 def test_a_weight_that_trains_later_is_refused() -> None:
-    """Its norms would be those of what it was. In the other order they are those of what it becomes."""
+    """The norms would be those of the old values. In the other order they are those of the trained values."""
     with pytest.raises(GraftError) as error:
         named("rows", "low")
     assert error.value.code == "GC021"
@@ -271,7 +275,7 @@ def test_a_weight_that_trains_later_is_refused() -> None:
 def test_any_method_that_trains_the_weight_later_is_refused(
     monkeypatch: pytest.MonkeyPatch, family: str, roles: str
 ) -> None:
-    """Also where the stored tensor holds rows as columns, or experts; below DoRA the method is welcome."""
+    """The same applies if the stored tensor has rows as columns, or experts; below DoRA the method is accepted."""
     monkeypatch.setattr(LoRAMethod, "insert", lambda _, spec, site, shared, build: build.overlay(site.own.tensor))
     monkeypatch.setattr(LoRAMethod, "fold", lambda *args: WeightFold(lambda weight, bias: (weight, bias)))
     with pytest.raises(GraftError, match=r"GC021: 'a1' would train all of .* constants to 'a0'"):

@@ -1,4 +1,4 @@
-"""Element types of what trains on a base in 16 bits: float32, or the base's own with ``dtype: base``."""
+"""Element types of trained tensors on a base in 16 bits: float32, or the base's own with ``dtype: base``."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LORA = {"method": "lora", "rank": 4, "target": {"role": ["attn.q", "ffn.up"]}}
 
 
 def types(compiled: Any) -> dict[str, torch.dtype]:
-    """The element types of what trains, by the name of the adaptation and the part."""
+    """Return the element types of the trained tensors, by the name of the adaptation and the part."""
     trained = [(name, t) for name, t in compiled.named_parameters() if t.requires_grad]
     return {name.partition("graftc.")[2]: tensor.dtype for name, tensor in trained}
 
 
 def saved(compiled: Any, inputs: dict[str, Tensor]) -> int:
-    """How many bytes a forward pass keeps for the backward pass, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in compiled.parameters()}
+    """Return the number of bytes that a forward pass saves for the backward pass, apart from parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in compiled.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -46,14 +46,14 @@ def saved(compiled: Any, inputs: dict[str, Tensor]) -> int:
 def test_what_trains_is_float32_at_least(base: torch.dtype, kept: torch.dtype) -> None:
     spec = {"adapt": [LORA], "train": ["transformer.ln_f"], "tokens": {"add": ["<new>"]}}
     compiled = graftc.compile(spec, tiny("gpt2").to(base))
-    found = types(compiled)
-    assert len(found) == 7 and set(found.values()) == {kept} and compiled.dtype == base
-    assert any(name.startswith("trained.") for name in found) and any(name.startswith("tokens.") for name in found)
+    dtypes = types(compiled)
+    assert len(dtypes) == 7 and set(dtypes.values()) == {kept} and compiled.dtype == base
+    assert any(name.startswith("trained.") for name in dtypes) and any(name.startswith("tokens.") for name in dtypes)
 
 
 @pytest.mark.full
 def test_the_base_s_own_type() -> None:
-    """It is that adaptation's alone; copies of base tensors that ``full`` trains have it as well."""
+    """``dtype: base`` holds for its adaptation only, including copies of base tensors that ``full`` trains."""
     model = tiny("gpt2").to(BF16)
     narrow = {**LORA, "dtype": "base"}
     copies = {"method": "full", "target": {"modules": "transformer.ln_f"}, "dtype": "base"}
@@ -67,20 +67,20 @@ def test_the_base_s_own_type() -> None:
 
 @pytest.mark.full
 def test_both_types_compute_the_same() -> None:
-    """Float32 values that 16 bits hold give the outputs of tensors in 16 bits, to the bit."""
+    """Float32 values that 16 bits can represent give the same outputs as tensors in 16 bits, to the bit."""
     model = tiny("gpt2").to(BF16)
     wide, narrow = (graftc.compile({"adapt": [{**LORA, "dtype": d}]}, model).eval() for d in ("float32", "base"))
     perturb(narrow)
     wide.load_adapter_state_dict(narrow.adapter_state_dict())
     inputs = inputs_for(wide)
     assert same_bits(outputs_of(wide, inputs), outputs_of(narrow, inputs))
-    a, b = (made.merge().state_dict() for made in (wide, narrow))
+    a, b = (compiled.merge().state_dict() for compiled in (wide, narrow))
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 @pytest.mark.slow
 def test_steps_that_16_bits_lose_are_kept() -> None:
-    """A thousandth of a value is not a step in bfloat16."""
+    """A change by a thousandth of a value is lost in bfloat16 and kept in float32."""
     model = tiny("gpt2").to(BF16)
     for dtype, moves in (("float32", True), ("base", False)):
         compiled = graftc.compile({"adapt": [{**LORA, "dtype": dtype}]}, model)
@@ -113,7 +113,7 @@ def test_folding_is_from_float32() -> None:
 
 @pytest.mark.slow
 def test_files_of_16_bits_are_read(tmp_path: Path) -> None:
-    """Tensors of earlier releases, which had the base's type, take their values along exactly."""
+    """Tensors of earlier releases, which had the base's type, keep their values exactly."""
     model = tiny("gpt2").to(BF16)
     narrow = graftc.compile({"adapt": [{**LORA, "dtype": "base"}]}, model).eval()
     perturb(narrow)
@@ -125,7 +125,7 @@ def test_files_of_16_bits_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_little_more_is_kept_for_the_backward_pass() -> None:
-    """The casts of factors are all that comes on top."""
+    """Only the casts of factors are saved in addition."""
     model = tiny("llama").to(BF16)
     inputs = inputs_for(graftc.compile({"adapt": [LORA]}, model), (8, 64))
     wide, narrow = (graftc.compile({"adapt": [{**LORA, "dtype": d}]}, model).train() for d in ("float32", "base"))
@@ -135,20 +135,20 @@ def test_little_more_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("beside", [{"train": ["lm_head"]}, {"tokens": {"add": ["<new>"]}}], ids=["train", "tokens"])
 def test_a_head_that_loops_read_is_of_the_base_s_type(beside: dict[str, Any]) -> None:
-    """Whoever computes logits from hidden states gets the graph's, and gradients reach the float32 values."""
+    """Logits computed from hidden states equal the graph's, and gradients reach the float32 values."""
     compiled = graftc.compile({"adapt": [LORA], **beside}, tiny("llama").to(BF16)).train()
     ids = torch.randint(0, 50, (2, 5))
     hidden = compiled.base_model(input_ids=ids).last_hidden_state
     logits = hidden @ compiled.get_output_embeddings().weight.T
     assert torch.equal(logits, compiled(input_ids=ids).logits)
     logits.float().sum().backward()
-    found = [p.grad for name, p in compiled.named_parameters() if name.startswith("lm_head.graftc")]
-    assert found and all(grad is not None and grad.dtype == FP32 for grad in found)
+    gradients = [p.grad for name, p in compiled.named_parameters() if name.startswith("lm_head.graftc")]
+    assert gradients and all(grad is not None and grad.dtype == FP32 for grad in gradients)
 
 
 @pytest.mark.slow
 def test_what_trains_is_not_rounded_by_a_cast_of_the_model() -> None:
-    """Trainers cast models for evaluation; moving and casts that change nothing are fine."""
+    """Casting the model, as trainers do for evaluation, is refused; moves and casts that change nothing are not."""
     compiled = graftc.compile({"adapt": [LORA]}, tiny("llama").to(BF16))
     before = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
     for cast in (lambda m: m.to(BF16), lambda m: m.bfloat16(), lambda m: m.get_submodule("model.layers.0").to(BF16)):
@@ -162,10 +162,15 @@ def test_what_trains_is_not_rounded_by_a_cast_of_the_model() -> None:
 @pytest.mark.slow
 def test_what_a_type_cannot_hold_is_not_loaded() -> None:
     compiled = graftc.compile({"adapt": [LORA]}, tiny("gpt2"))
-    own = compiled.adapter_state_dict()
-    name = next(iter(own))
-    for odd in (own[name].to(torch.complex64), own[name].to(torch.int64), own[name].bool(), own[name].double() + 1e300):
+    tensors = compiled.adapter_state_dict()
+    name = next(iter(tensors))
+    for odd in (
+        tensors[name].to(torch.complex64),
+        tensors[name].to(torch.int64),
+        tensors[name].bool(),
+        tensors[name].double() + 1e300,
+    ):
         with pytest.raises(GraftError, match="GC053"):
-            compiled.load_adapter_state_dict({**own, name: odd})
-    compiled.load_adapter_state_dict({**own, name: own[name].double()})
-    assert torch.equal(compiled.adapter_state_dict()[name], own[name])
+            compiled.load_adapter_state_dict({**tensors, name: odd})
+    compiled.load_adapter_state_dict({**tensors, name: tensors[name].double()})
+    assert torch.equal(compiled.adapter_state_dict()[name], tensors[name])

@@ -1,4 +1,4 @@
-"""DyLoRA: ranks that are drawn, gradients that are frozen, ranks that are deployed."""
+"""DyLoRA: randomly drawn ranks, frozen gradients, and deployed ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_DROPOUT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob
 
 
 def truncated(compiled: Any, rank: int, family: str = "bert", role: Any = ROLES) -> Any:
-    """Plain LoRA with the first ranks and `alpha / rank`."""
+    """Plain LoRA with the first ``rank`` rows and columns and the scale `alpha / rank`."""
     entry = {"method": "lora", "target": {"role": role}, "rank": rank, "alpha": 5}
     lora = graftc.compile({"adapt": [entry]}, tiny(family, **NO_DROPOUT.get(family, {}))).eval()
     state = compiled.adapter_state_dict()
@@ -43,7 +43,7 @@ def truncated(compiled: Any, rank: int, family: str = "bert", role: Any = ROLES)
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral"])
 def test_at_a_rank_it_is_truncated_lora(family: str) -> None:
-    """Deployed at any rank: the outputs of LoRA with the first rows and columns, and `alpha` over that rank."""
+    """Deployed at any rank, the outputs are those of LoRA with the first rows and columns and `alpha` over it."""
     role = ["attn.q", "experts"] if family == "mixtral" else ROLES
     compiled = adapted(family=family, role=role).eval()
     perturb(compiled)
@@ -51,15 +51,15 @@ def test_at_a_rank_it_is_truncated_lora(family: str) -> None:
     seen = []
     for rank in (1, 2, 5, 6):
         compiled.deploy_rank("dylora", rank)
-        found = outputs_of(compiled, inputs)
-        assert largest_difference(found, outputs_of(truncated(compiled, rank, family, role), inputs)) <= 1e-5
-        assert all(largest_difference(found, other) > 1e-4 for other in seen)
-        seen.append(found)
+        actual = outputs_of(compiled, inputs)
+        assert largest_difference(actual, outputs_of(truncated(compiled, rank, family, role), inputs)) <= 1e-5
+        assert all(largest_difference(actual, other) > 1e-4 for other in seen)
+        seen.append(actual)
 
 
 @pytest.mark.full
 def test_folds_at_the_deployed_rank() -> None:
-    """Certified at each rank, and exactly `alpha / r` times the truncated product in float64."""
+    """The fold is certified at each rank, and is exactly `alpha / r` times the truncated product in float64."""
     compiled = adapted().eval()
     state = perturb(compiled)
     a, b = (state[f"{QUERY}.graftc.dylora.{part}"].double() for part in "AB")
@@ -76,7 +76,7 @@ def test_folds_at_the_deployed_rank() -> None:
 
 @pytest.mark.full
 def test_prefix_nesting() -> None:
-    """What is deployed at a rank is a prefix of what is at the next one: later ranks may hold anything."""
+    """The tensors deployed at a rank are a prefix of those at the next one, so values of later ranks have no effect."""
     compiled = adapted().eval()
     perturb(compiled)
     compiled.deploy_rank("dylora", 3)
@@ -95,7 +95,7 @@ def test_prefix_nesting() -> None:
 
 
 def gradients(compiled: Any, seed: int) -> dict[str, Tensor]:
-    """Of one training pass."""
+    """Return the gradients of one training pass."""
     torch.manual_seed(seed)
     compiled.train()
     compiled.zero_grad()
@@ -105,7 +105,7 @@ def gradients(compiled: Any, seed: int) -> dict[str, Tensor]:
 
 
 def support(gradient: Tensor, name: str) -> list[int]:
-    """Ranks with a gradient."""
+    """Return the ranks with a nonzero gradient."""
     ranks = gradient.abs().amax(-1 if name.endswith(".A") else -2)
     return ranks.nonzero().flatten().tolist()
 
@@ -113,14 +113,14 @@ def support(gradient: Tensor, name: str) -> list[int]:
 @pytest.mark.full
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
-    """Frozen: exactly the last row and column of the draw; otherwise all up to it. The same in every site."""
+    """If frozen, only the last row and column of the draw have gradients, otherwise all up to it, at every site."""
     compiled = adapted(frozen=frozen)
     perturb(compiled)
     last = set()
     for seed in range(12):
-        found = {tuple(support(gradient, name)) for name, gradient in gradients(compiled, seed).items()}
-        assert len(found) == 1
-        (ranks,) = found
+        supports = {tuple(support(gradient, name)) for name, gradient in gradients(compiled, seed).items()}
+        assert len(supports) == 1
+        (ranks,) = supports
         assert ranks == ((ranks[-1],) if frozen else tuple(range(ranks[-1] + 1)))
         last.add(ranks[-1])
     assert len(last) > 2
@@ -128,7 +128,7 @@ def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
 
 @pytest.mark.full
 def test_frozen_changes_gradients_only() -> None:
-    """The same draw gives the same outputs, and the same gradient where there is one."""
+    """The same draw gives the same outputs, and the same gradient wherever there is one."""
     first, second = adapted(), adapted(frozen=False)
     perturb(first)
     second.load_adapter_state_dict(first.adapter_state_dict())
@@ -141,7 +141,7 @@ def test_frozen_changes_gradients_only() -> None:
 
 @pytest.mark.slow
 def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
-    """The gradient of other rows is zero; momentum and weight decay move them."""
+    """The gradient of other rows is zero, but momentum and weight decay move them."""
     for optimiser_class, alone in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
         compiled = adapted()
         perturb(compiled)
@@ -159,7 +159,7 @@ def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
 
 @pytest.mark.full
 def test_draws_are_uniform_and_differ_between_passes() -> None:
-    """Outputs of training passes are those of the deployed ranks, each about as often."""
+    """Training passes give the outputs of the deployed ranks, each about equally often."""
     compiled = adapted(rank=4)
     perturb(compiled)
     inputs = inputs_for(compiled)
@@ -171,8 +171,8 @@ def test_draws_are_uniform_and_differ_between_passes() -> None:
     counts = dict.fromkeys(at, 0)
     with torch.no_grad():
         for _ in range(200):
-            found = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
-            differences = {rank: largest_difference(found, expected) for rank, expected in at.items()}
+            actual = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+            differences = {rank: largest_difference(actual, expected) for rank, expected in at.items()}
             best = min(differences, key=differences.__getitem__)
             assert differences[best] <= 1e-5
             counts[best] += 1
@@ -182,7 +182,7 @@ def test_draws_are_uniform_and_differ_between_passes() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_recomputed_layers_have_the_same_draw(family: str) -> None:
-    """Gradients under activation checkpointing are those without, to the bit."""
+    """Gradients with and without activation checkpointing are equal to the bit."""
     plain, checkpointed = adapted(family=family), adapted(family=family, spec={"checkpoint": "layers"})
     perturb(plain)
     checkpointed.load_adapter_state_dict(plain.adapter_state_dict())
@@ -194,19 +194,19 @@ def test_recomputed_layers_have_the_same_draw(family: str) -> None:
 
 @pytest.mark.slow
 def test_one_node_draws_and_eval_has_none() -> None:
-    """One draw in the train graph, outside the layers; in the eval graph neither a draw nor a stopped gradient."""
+    """The train graph has one draw, outside the layers; the eval graph has neither a draw nor a stopped gradient."""
     compiled = adapted(role=["attn.q", "attn.k", "ffn.up", "ffn.down"])
     aten = torch.ops.aten
     nodes = compiled.program("train").graph.find_nodes(op="call_function", target=aten.randint_like.low_dtype)
     assert len(nodes) == 1 and nodes[0].meta["module"] == ""
     for target in (aten.randint_like.low_dtype, aten.detach.default, aten.where.self):
-        found = compiled.program("eval").graph.find_nodes(op="call_function", target=target)
-        assert not [node for node in found if "graftc" in node.meta.get("custom", {})]
+        eval_nodes = compiled.program("eval").graph.find_nodes(op="call_function", target=target)
+        assert not [node for node in eval_nodes if "graftc" in node.meta.get("custom", {})]
 
 
 @pytest.mark.full
 def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
-    """An artifact has it, and so has a state dict; the model trains on all ranks afterwards all the same."""
+    """Artifacts and state dicts keep the deployed rank; training afterwards still draws from all ranks."""
     compiled = adapted().eval()
     perturb(compiled)
     compiled.deploy_rank("dylora", 2)
@@ -223,7 +223,7 @@ def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
 
 @pytest.mark.full
 def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
-    """Unfolded and folded."""
+    """The unfolded and the folded model export alike."""
     compiled = adapted(family="gpt2").eval()
     perturb(compiled)
     compiled.deploy_rank("dylora", 2)
@@ -233,7 +233,7 @@ def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_ranks_that_cannot_be_deployed() -> None:
-    """GC055 out of range and for other methods, GC091 for other names; nothing changes."""
+    """Ranks out of range and other methods raise GC055, other names GC091; nothing changes."""
     compiled = adapted()
     for rank in (0, 7, -1, 2.0, True):
         with pytest.raises(GraftError) as caught:
@@ -252,7 +252,7 @@ def test_ranks_that_cannot_be_deployed() -> None:
 
 @pytest.mark.slow
 def test_sixteen_bits() -> None:
-    """bfloat16: the gate is of the layer's type, the rank stays a whole number."""
+    """In bfloat16 the gate has the layer's type, and the rank stays an integer."""
     model = tiny("llama", dtype=torch.bfloat16)
     entry = {"method": "dylora", "target": {"role": "attn.q"}, "rank": 6, "alpha": 5}
     compiled = graftc.compile({"adapt": [entry]}, model)

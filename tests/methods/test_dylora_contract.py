@@ -1,4 +1,4 @@
-"""DyLoRA through the contract: on every family, with experts and with a table of embeddings."""
+"""The contract of DyLoRA: on every family, on experts and on a table of embeddings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ DYLORA: dict[str, Any] = {"method": "dylora", "rank": 6, "dropout": 0.1}
 
 
 class TestDyLoRA(MethodContract):
-    """Layers, fused rows among them."""
+    """DyLoRA on layers, including rows of fused weights."""
 
     adaptation = on_layers(DYLORA)
     families = DENSE
 
 
 class TestExperts(MethodContract):
-    """Factors for each expert, one rank for all."""
+    """DyLoRA with factors for each expert and one rank for all."""
 
     variant = True
     adaptation = on_experts(DYLORA)
@@ -26,7 +26,7 @@ class TestExperts(MethodContract):
 
 
 class TestTable(MethodContract):
-    """A table of embeddings, beside its dropout scope and mask."""
+    """DyLoRA on a table of embeddings, with its dropout scope and mask."""
 
     variant = True
     adaptation = on_a_table(DYLORA)
@@ -34,7 +34,7 @@ class TestTable(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of DyLoRA."""
 
     exported = True
     adaptation = on_layers(DYLORA)

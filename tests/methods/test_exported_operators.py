@@ -1,4 +1,4 @@
-"""The classes that export in ``make test`` meet every operator that a method inserts into what is exported."""
+"""The classes that export in ``make test`` cover every operator that a method inserts into an exported graph."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HERE = Path(__file__).parent
 
 
 def deployed() -> list[type[DeploymentContract]]:
-    """Every class of this folder that has the contract of exports."""
-    found: list[type[DeploymentContract]] = []
+    """Return every class in this directory that inherits the contract of exports."""
+    contracts: list[type[DeploymentContract]] = []
     for path in sorted(HERE.glob("test_*.py")):
         if "DeploymentContract" in path.read_text(encoding="utf-8") and path != Path(__file__):
             module = importlib.import_module(f"tests.methods.{path.stem}")
             classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, DeploymentContract)]
-            found += [c for c in classes if c.__module__ == module.__name__]
-    return found
+            contracts += [c for c in classes if c.__module__ == module.__name__]
+    return contracts
 
 
 def inserted(contract: type[DeploymentContract]) -> set[str]:
-    """Operators of the adaptation's nodes in eval mode, on the class's first family."""
+    """Return the operators of the adaptation's nodes in eval mode, on the class's first family."""
     _, compiled = contract().shared(contract.families[0], perturbed=True)
     nodes = runner_of(compiled).compilation.program("eval").graph.nodes
     return {str(node.target) for node in nodes if node.op == "call_function" and provenance(node) is not None}

@@ -27,20 +27,20 @@ FFN = {
 
 
 class TestIA3(MethodContract):
-    """Keys, values and inner activations in ``Conv1D``, two of them rows of a fused matrix."""
+    """(IA)^3 on keys, values and inner activations in ``Conv1D``, two of them rows of a fused matrix."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "ia3"}
     families = ("gpt2",)
 
 
 class TestEverywhere(TestIA3):
-    """The same with interleaved rows, grouped queries, cross-attention, and layers that keep them apart."""
+    """(IA)^3 with interleaved rows, grouped queries, cross-attention, and separate projections."""
 
     families = OTHERS
 
 
 class TestBesideExperts(MethodContract):
-    """Where every feed-forward part is made of experts, the attentions alone."""
+    """(IA)^3 on attentions only, in a model whose feed-forward parts are all made of experts."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "ia3", "target": {"role": ["attn.k", "attn.v"]}}
@@ -48,7 +48,7 @@ class TestBesideExperts(MethodContract):
 
 
 class TestInputs(MethodContract):
-    """Inputs of every projection, those of rows of a fused matrix too."""
+    """(IA)^3 on the inputs of every projection, including rows of a fused matrix."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -60,14 +60,14 @@ class TestInputs(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation: fused rows, and grouped queries with rotary positions."""
+    """Export and compilation with fused rows, and with grouped queries and rotary positions."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "ia3"}
     families = ("gpt2", "llama")
 
 
 def adapted(model: nn.Module, *entries: dict[str, Any], inputs: dict[str, Tensor] | None = None) -> Any:
-    """``model`` in eval mode with these adaptations; the default (IA)^3 where there is none."""
+    """``model`` in eval mode with these adaptations, by default (IA)^3 with its defaults."""
     return graftc.compile({"adapt": list(entries or ({"method": "ia3"},))}, model, inputs).eval()
 
 
@@ -78,18 +78,18 @@ def vectors(compiled: Any) -> dict[str, Tensor]:
 
 @pytest.mark.full
 def test_shapes_and_start() -> None:
-    """One vector of ones per place: the width of keys and values of grouped queries, and the inner width."""
-    held = vectors(adapted(tiny("llama")))
+    """Each place has one vector of ones, as wide as grouped keys and values or as the inner activation."""
+    tensors = vectors(adapted(tiny("llama")))
     sizes = {"self_attn.k_proj": 24, "self_attn.v_proj": 24, "mlp.down_proj": 80}
-    assert {name: tuple(t.shape) for name, t in held.items()} == {
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         f"model.layers.{i}.{module}.graftc.ia3.l": (size,) for i in (0, 1) for module, size in sizes.items()
     }
-    assert all(bool((t == 1).all()) for t in held.values())
+    assert all(bool((t == 1).all()) for t in tensors.values())
 
 
 @pytest.mark.full
 def test_every_attention_of_an_encoder_and_a_decoder() -> None:
-    """Keys and values of self- and cross-attention, and the feed-forward parts of both stacks."""
+    """Keys and values of self- and cross-attention train, and the feed-forward parts of both stacks."""
     names = set(vectors(adapted(tiny("t5"))))
     assert len(names) == 2 * 3 + 2 * 5
     assert sum("EncDecAttention" in name for name in names) == 2 * 2
@@ -99,7 +99,7 @@ def test_every_attention_of_an_encoder_and_a_decoder() -> None:
 @pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", FFN)
 def test_zero_leaves_the_bias_of_the_feed_forward(family: str) -> None:
-    """With ``l_ff = 0`` a feed-forward part gives ``b2``, at every token: what is scaled is the inner activation."""
+    """With ``l_ff = 0`` a feed-forward part gives ``b2`` at every token, since its inner activation is scaled."""
     model = tiny(family)
     compiled = adapted(model)
     name, width = FFN[family]
@@ -122,7 +122,7 @@ def test_zero_leaves_the_bias_of_the_feed_forward(family: str) -> None:
 
 
 class Parts(nn.Module):
-    """The three places of a layer, each with what the vector there scales linearly."""
+    """The three places of a layer, each with the output that is linear in the vector there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Parts(nn.Module):
         self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 6)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, mixed values and the feed-forward part's output, from ``[batch, sequence, 12]``."""
+        """Return scores, mixed values and the feed-forward part's output for ``[batch, sequence, 12]``."""
         scores = self.q(x) @ self.k(x).transpose(1, 2)
         return scores, scores.softmax(-1) @ self.v(x), self.down(nn.functional.gelu(self.up(x)))
 
@@ -138,8 +138,9 @@ class Parts(nn.Module):
 @pytest.mark.full
 @pytest.mark.parametrize(("index", "place", "width"), [(0, "k", 8), (1, "v", 8), (2, "down", 20)])
 def test_multilinear(index: int, place: str, width: int) -> None:
-    """Scores are linear in ``l_k``, mixed values in ``l_v``, a feed-forward part's output in ``l_ff`` but for ``b2``,
-    whatever the other vectors are."""
+    """Scores are linear in ``l_k``, mixed values in ``l_v``, and a feed-forward part's output in ``l_ff`` except for
+    ``b2``, whatever the other vectors are.
+    """
     model, x = Parts().double(), torch.randn(3, 5, 12, dtype=torch.float64)
     entries = [{"method": "ia3", "target": {"modules": ["k", "v"]}}]
     entries.append({"method": "ia3", "name": "inner", "target": {"modules": "down"}, "side": "input"})
@@ -150,8 +151,8 @@ def test_multilinear(index: int, place: str, width: int) -> None:
     def at(value: Tensor) -> Tensor:
         compiled.load_adapter_state_dict(vectors(compiled) | {name: value})
         with torch.no_grad():
-            found: Tensor = compiled(x)[index]
-        return found
+            output: Tensor = compiled(x)[index]
+        return output
 
     a, b = torch.randn(2, width, dtype=torch.float64)
     zero = at(torch.zeros_like(a))
@@ -164,18 +165,18 @@ def test_multilinear(index: int, place: str, width: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("side", "expected"), [("output", (48, 48)), ("input", (80, 80)), ("auto", (80, 80))])
 def test_sides(side: str, expected: tuple[int, int]) -> None:
-    """``auto`` is the input of ``ffn.down``; either side can be asked for."""
+    """``auto`` is the input of ``ffn.down``; either side can be requested."""
     entry = {"method": "ia3", "target": {"role": "ffn.down"}, "side": side}
     assert tuple(len(t) for t in vectors(adapted(tiny("bert"), entry)).values()) == expected
 
 
 @pytest.mark.full
 def test_auto_is_the_output_elsewhere() -> None:
-    """A place that is named by its module has the side of its role; the gate and the queries are scaled behind."""
+    """A place named by its module has the side of its role; all other projections are scaled at their outputs."""
     model = tiny("llama")
     target = {"modules": ["**.down_proj", "**.up_proj", "**.q_proj"]}
-    held = vectors(adapted(model, {"method": "ia3", "target": target}))
-    sizes = {name.split(".")[4]: len(tensor) for name, tensor in held.items()}
+    tensors = vectors(adapted(model, {"method": "ia3", "target": target}))
+    sizes = {name.split(".")[4]: len(tensor) for name, tensor in tensors.items()}
     assert sizes == {"down_proj": 80, "up_proj": 80, "q_proj": 48}
 
 
@@ -199,7 +200,7 @@ def test_overrides() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_keys_are_scaled_before_the_rotation(family: str) -> None:
-    """Rotary positions turn what was scaled, so that the vector folds into rows of the key projection."""
+    """Rotary positions rotate the scaled keys, so the vector folds into rows of the key projection."""
     model = tiny(family)
     compiled = adapted(model, {"method": "ia3", "target": {"role": "attn.k"}})
     perturb(compiled, 0.5)
@@ -219,42 +220,43 @@ Order = Callable[[Tensor, Tensor, Tensor], Tensor]
 @pytest.mark.parametrize("side", ["auto", "input"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "t5"])
 def test_order_of_lora_and_ia3(family: str, side: str) -> None:
-    """On the same rows LoRA and then the vector is ``(W + B A) l``, the vector and then LoRA ``W l + B A``; each folds
-    to what it computes, and they are two different functions."""
-    model, found = tiny(family), []
+    """On the same rows, LoRA and then the vector is ``(W + B A) l``, the vector and then LoRA ``W l + B A``; each order
+    folds to what it computes, and the two functions differ.
+    """
+    model, results = tiny(family), []
     for entries in ((LORA, {**VECTOR, "side": side}), ({**VECTOR, "side": side}, LORA)):
         compiled = adapted(model, *entries)
         inputs = inputs_for(compiled)
         assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
-        tensors = found[0][1] if found else perturb(compiled, 0.3)
+        tensors = results[0][1] if results else perturb(compiled, 0.3)
         compiled.load_adapter_state_dict(tensors)
         outputs = outputs_of(compiled, inputs)
         assert largest_difference(outputs_of(compiled.merge(), inputs), outputs) <= 2e-5
-        found.append((outputs, tensors, lazy_tensors(compiled.compilation)))
-    assert largest_difference(found[0][0], found[1][0]) > 1e-2
-    for name in found[0][2].names:
+        results.append((outputs, tensors, lazy_tensors(compiled.compilation)))
+    assert largest_difference(results[0][0], results[1][0]) > 1e-2
+    for name in results[0][2].names:
         if not name.endswith("weight"):
             continue
         base = model.get_parameter(name).detach().double()
         module = name.rpartition(".")[0]
-        part = ".k" if any(f"{module}.graftc.lora.k." in key for key in found[0][1]) else ""
-        a, b = (found[0][1][f"{module}.graftc.lora{part}.{f}"].double() for f in "AB")
-        scale = found[0][1][f"{module}.graftc.ia3{part}.l"].double()
-        own = slice(48, 96) if family == "gpt2" and part else slice(None)
+        part = ".k" if any(f"{module}.graftc.lora.k." in key for key in results[0][1]) else ""
+        a, b = (results[0][1][f"{module}.graftc.lora{part}.{f}"].double() for f in "AB")
+        scale = results[0][1][f"{module}.graftc.ia3{part}.l"].double()
+        rows = slice(48, 96) if family == "gpt2" and part else slice(None)
         if family == "gpt_neox" and part:
-            own = torch.arange(144).reshape(4, 3, 12)[:, 1].flatten()
+            rows = torch.arange(144).reshape(4, 3, 12)[:, 1].flatten()
         turned = family == "gpt2"
-        weight = (base.T if turned else base)[own]
+        weight = (base.T if turned else base)[rows]
         inward = side == "input" or (not part and scale.numel() == 80)
         along = scale if inward else scale[:, None]
-        for (_, _, lazy), expected in zip(found, ((weight + b @ a) * along, weight * along + b @ a), strict=True):
-            after = (lazy.exact(name).T if turned else lazy.exact(name))[own]
+        for (_, _, lazy), expected in zip(results, ((weight + b @ a) * along, weight * along + b @ a), strict=True):
+            after = (lazy.exact(name).T if turned else lazy.exact(name))[rows]
             torch.testing.assert_close(after, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.full
 def test_shared_dropout_stays_with_the_others() -> None:
-    """LoRA's sites share a dropout of their input; scaling the input of one leaves the branches of the others alone."""
+    """LoRA's sites share the dropout of their input; scaling the input of one leaves the other branches unchanged."""
     model = tiny("llama")
     lora = {"method": "lora", "target": {"role": "attn.{q,k,v}"}, "rank": 4, "dropout": 0.1}
     for module in ("q_proj", "k_proj", "v_proj"):
@@ -272,7 +274,7 @@ def test_shared_dropout_stays_with_the_others() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_a_convolution_over_patches(side: str) -> None:
-    """Channels of the output have a vector, or those of the input, each for all points of a patch."""
+    """The channels of the output or those of the input have a vector, the same for all points of a patch."""
     entry = {"method": "ia3", "side": side, "target": {"modules": "**.patch_embeddings.projection"}}
     model = tiny("vit")
     compiled = adapted(model, entry)
@@ -283,7 +285,7 @@ def test_a_convolution_over_patches(side: str) -> None:
 
 @pytest.mark.full
 def test_experts_are_refused() -> None:
-    """The default target says that the model has no feed-forward projection to scale; experts are of another kind."""
+    """The default target finds no feed-forward projection to scale, and experts are sites of another kind."""
     with pytest.raises(GraftError) as error:
         adapted(tiny("mixtral"))
     assert error.value.code == "GC015"
@@ -309,7 +311,7 @@ COUNTS = {
 @each_way
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_counts(name: str, count: Any) -> None:
-    """``L (2 d_kv + f)`` for an encoder or a decoder, ``L_e (2 d_kv + f) + L_d (4 d_kv + f)`` for both."""
+    """The count is ``L (2 d_kv + f)`` for one stack, and ``L_e (2 d_kv + f) + L_d (4 d_kv + f)`` for two stacks."""
     cls, config, values, formula, published = COUNTS[name]
     report = count([{"method": "ia3"}], (cls, config, values))
     assert report.trainable_parameters == report.deployed_parameters == formula == published
@@ -317,7 +319,7 @@ def test_published_counts(name: str, count: Any) -> None:
 
 @pytest.mark.parametrize("channels", [9, 18])
 def test_groups_as_many_as_points(channels: int) -> None:
-    """Nine groups of a kernel of three by three: a row of the weight is as long as the vector, and is not its like."""
+    """With nine groups and a 3x3 kernel, a row of the weight is as long as the vector but is not its counterpart."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(channels, 18, 3, groups=9), nn.Flatten(), nn.Linear(72, 3)).eval()
     x = torch.randn(2, channels, 4, 4)

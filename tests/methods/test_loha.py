@@ -17,7 +17,7 @@ from tests.methods.places import OTHERS, ROLES
 
 
 class TestLoHa(MethodContract):
-    """Layers of every family; ``attn.q`` of GPT-2 is a range of rows."""
+    """LoHa on layers; ``attn.q`` of GPT-2 is a range of rows."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "loha", "target": {"role": ROLES}, "rank": 4, "alpha": 6}
     families = ("gpt2",)
@@ -25,13 +25,13 @@ class TestLoHa(MethodContract):
 
 
 class TestEverywhere(TestLoHa):
-    """The same on the other families."""
+    """LoHa on the other families."""
 
     families = OTHERS
 
 
 class TestExperts(MethodContract):
-    """Factors for each expert."""
+    """LoHa with factors for each expert."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "loha", "target": {"role": ["attn.v", "experts"]}, "rank": 4}
@@ -40,7 +40,7 @@ class TestExperts(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of LoHa."""
 
     adaptation: ClassVar[dict[str, Any]] = TestLoHa.adaptation
     families = ("llama",)
@@ -55,15 +55,15 @@ def adapted(family: str, **fields: Any) -> Any:
 
 @pytest.mark.slow
 def test_start_and_count() -> None:
-    """A2 is zero, the other three are uniform within 1 / sqrt(columns); twice the parameters of LoRA."""
+    """A2 is zero, the other three are uniform within 1 / sqrt(columns); LoHa has twice the parameters of LoRA."""
     compiled = adapted("bert")
     module = "bert.encoder.layer.0.output.dense.graftc.loha"
-    held = {n.rpartition(".")[2]: t for n, t in compiled.adapter_state_dict().items() if n.startswith(f"{module}.")}
-    assert {part: tuple(t.shape) for part, t in held.items()} == {
+    tensors = {n.rpartition(".")[2]: t for n, t in compiled.adapter_state_dict().items() if n.startswith(f"{module}.")}
+    assert {part: tuple(t.shape) for part, t in tensors.items()} == {
         **{"A1": (3, 80), "A2": (3, 80)},
         **{"B1": (48, 3), "B2": (48, 3)},
     }
-    for part, tensor in held.items():
+    for part, tensor in tensors.items():
         largest, bound = float(tensor.abs().max()), tensor.shape[1] ** -0.5
         assert largest == 0 if part == "A2" else 0.9 * bound < largest <= bound
     assert compiled.report.trainable_parameters == 2 * 2 * 3 * (2 * (48 + 48) + 48 + 80)
@@ -81,8 +81,8 @@ def test_update(family: str) -> None:
     )
     update = lazy.exact(f"{name}.weight") - compiled.compilation.store.get(f"{name}.weight").double()
     update = update.T if family == "gpt2" else update
-    own = {part: tensors[f"{name}.graftc.loha.{part}"] for part in ("A1", "B1", "A2", "B2")}
-    expected = 6 / 3 * (own["B1"] @ own["A1"]) * (own["B2"] @ own["A2"])
+    factors = {part: tensors[f"{name}.graftc.loha.{part}"] for part in ("A1", "B1", "A2", "B2")}
+    expected = 6 / 3 * (factors["B1"] @ factors["A1"]) * (factors["B2"] @ factors["A2"])
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-14)
     values = torch.linalg.svdvals(update)
     assert values[8] > 1e-3
@@ -91,7 +91,7 @@ def test_update(family: str) -> None:
 
 @pytest.mark.slow
 def test_convolution() -> None:
-    """Patches of an image: a column is an entry of a patch."""
+    """In a convolution over patches of an image, a column is one entry of a patch."""
     compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
     sizes = {name.rpartition(".")[2]: tuple(t.shape) for name, t in perturb(compiled, 0.3).items()}
     assert sizes["A1"] == (3, 3 * 8 * 8)
@@ -101,7 +101,7 @@ def test_convolution() -> None:
 
 @pytest.mark.full
 def test_overrides_and_rank() -> None:
-    """Rank and alpha may differ by site; a rank over a side is refused."""
+    """Rank and alpha may differ by site; a rank that exceeds a side is refused."""
     compiled = adapted("bert", overrides=[{"role": "ffn.down", "rank": 5}])
     ranks = {n.split(".")[-4]: t.shape[0] for n, t in compiled.adapter_state_dict().items() if n.endswith("A1")}
     assert ranks == {"query": 3, "value": 3, "dense": 5}

@@ -1,4 +1,4 @@
-"""LoKr: the contract, how sides are split, and which factors are decomposed."""
+"""LoKr: the contract, the split of sides, and the decomposition of factors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.methods.places import OTHERS, ROLES
 
 
 class TestLoKr(MethodContract):
-    """Layers of every family, with a decomposed and a full factor."""
+    """LoKr on layers, with a decomposed and a full factor."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "lokr", "target": {"role": ROLES}, "rank": 2, "alpha": 3}
     families = ("gpt2",)
@@ -26,13 +26,13 @@ class TestLoKr(MethodContract):
 
 
 class TestEverywhere(TestLoKr):
-    """The same on the other families."""
+    """LoKr on the other families."""
 
     families = OTHERS
 
 
 class TestExperts(MethodContract):
-    """Factors for each expert, both of them decomposed."""
+    """LoKr with factors for each expert, both of them decomposed."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -46,7 +46,7 @@ class TestExperts(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of LoKr."""
 
     exported = True
     adaptation: ClassVar[dict[str, Any]] = TestLoKr.adaptation
@@ -61,10 +61,10 @@ def adapted(family: str, **fields: Any) -> Any:
 
 
 def parts(compiled: Any) -> dict[str, tuple[int, ...]]:
-    """Sizes of the first site's tensors by part."""
-    held = compiled.adapter_state_dict()
-    module = next(iter(held)).rpartition(".")[0]
-    return {n.rpartition(".")[2]: tuple(t.shape) for n, t in held.items() if n.startswith(f"{module}.")}
+    """The shapes of the first site's tensors, by part."""
+    tensors = compiled.adapter_state_dict()
+    module = next(iter(tensors)).rpartition(".")[0]
+    return {n.rpartition(".")[2]: tuple(t.shape) for n, t in tensors.items() if n.startswith(f"{module}.")}
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def parts(compiled: Any) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_split(size: int, factor: int, expected: tuple[int, int]) -> None:
-    """The factor where it divides, otherwise the largest divisor up to it and up to the root."""
+    """A side is split by the factor if that divides it, otherwise by the largest divisor up to it and the root."""
     assert split(size, factor) == expected
 
 
 def test_split_is_that_of_peft() -> None:
-    """For every side up to 300 and factors around the usual ones."""
+    """The splits agree for every side up to 300 and factors around the usual ones."""
     layer = pytest.importorskip("peft.tuners.lokr.layer")
     for size in range(1, 301):
         for factor in (-1, 1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 64):
@@ -105,7 +105,7 @@ def test_split_is_that_of_peft() -> None:
     ],
 )
 def test_tensors(fields: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
-    """A factor is decomposed where the rank is under half of its larger side, C only if that is asked for."""
+    """A factor is decomposed if the rank is under half of its larger side, C only if that is requested."""
     compiled = adapted("bert", **fields)
     assert parts(compiled) == expected
     zero = {name.rpartition(".")[2] for name, t in compiled.adapter_state_dict().items() if not t.any()}
@@ -122,15 +122,15 @@ def test_update(family: str, both: bool) -> None:
     lazy = lazy_tensors(compiled.compilation)
     name = next(iter(tensors)).partition(".graftc.")[0]
     update = lazy.exact(f"{name}.weight") - compiled.compilation.store.get(f"{name}.weight").double()
-    own = {part: tensors[f"{name}.graftc.lokr.{part}"] for part in parts(compiled)}
-    small = own["CB"] @ own["CA"] if both else own["C"]
-    expected = 3 / 2 * torch.kron(small, own["DB"] @ own["DA"])
+    factors = {part: tensors[f"{name}.graftc.lokr.{part}"] for part in parts(compiled)}
+    small = factors["CB"] @ factors["CA"] if both else factors["C"]
+    expected = 3 / 2 * torch.kron(small, factors["DB"] @ factors["DA"])
     torch.testing.assert_close(update.T if family == "gpt2" else update, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.slow
 def test_convolution() -> None:
-    """Patches of an image: channels are split, as in LyCORIS and PEFT, and here three of them stay together."""
+    """In a convolution over patches, channels are split as in LyCORIS and PEFT; here three of them stay together."""
     compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
     assert parts(compiled) == {"C": (6, 1), "DB": (8, 2), "DA": (2, 3 * 8 * 8)}
     perturb(compiled, 0.5)
@@ -140,6 +140,6 @@ def test_convolution() -> None:
 
 @pytest.mark.parametrize("factor", [0, -2])
 def test_factor_is_checked(factor: int) -> None:
-    """-1 or a number that could divide."""
+    """A factor has to be -1 or a number that could divide a side."""
     with pytest.raises(GraftError, match=rf"GC002.*factor is {factor}"):
         adapted("bert", factor=factor)

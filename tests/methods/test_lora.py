@@ -1,4 +1,4 @@
-"""LoRA's algebra and its options."""
+"""The algebra and the options of LoRA."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ DROPOUT = {
     "llama": {"attention_dropout": 0.1},
     "vit": {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1},
 }
-"""Families whose configs drop nothing by default."""
+"""Dropout for families whose configs have none by default."""
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", DROPOUT)
 def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
-    """Switching a train graph to eval gives what capturing in eval mode gives."""
+    """Switching a train graph to eval mode gives the same graph as capturing in eval mode."""
     model = tiny(family, **DROPOUT[family])
     aliases = Store.mirror(model).aliases
     direct = capture(CaptureRequest.of(model, mode="eval", aliases=aliases)).program
@@ -66,7 +66,7 @@ def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
 
 @pytest.mark.slow
 def test_query_alone_of_a_fused_matrix() -> None:
-    """``attn.q`` of GPT-2 adapts its own rows; those of key and value stay as they are, to the bit."""
+    """``attn.q`` of GPT-2 adapts its own rows; those of key and value stay unchanged to the bit."""
     model = tiny("gpt2")
     compiled = adapted(model, "attn.q")
     shapes = {name.rpartition(".")[2]: tuple(t.shape) for name, t in trainable(compiled).items()}
@@ -81,7 +81,7 @@ def test_query_alone_of_a_fused_matrix() -> None:
 
 @pytest.mark.slow
 def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
-    """q and v of GPT-2's fused matrix with LoRA equal two separate maps beside it."""
+    """LoRA on q and v of GPT-2's fused matrix equals two separate maps beside it."""
     model = tiny("gpt2")
     compiled = adapted(model, ["attn.q", "attn.v"], alpha=12)
     tensors = perturb(compiled)
@@ -101,19 +101,19 @@ def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
         return hook
 
     inputs = inputs_for(compiled)
-    found = outputs_of(compiled, inputs)
+    actual = outputs_of(compiled, inputs)
     handles = [layer.attn.c_attn.register_forward_hook(beside(i)) for i, layer in enumerate(model.transformer.h)]
     expected = outputs_of(model, inputs)
     for handle in handles:
         handle.remove()
-    assert largest_difference(found, expected) <= 1e-5
+    assert largest_difference(actual, expected) <= 1e-5
     assert largest_difference(expected, outputs_of(model, inputs)) > 0.1
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_scaling_law(family: str) -> None:
-    """(A, B, alpha) is (A, cB, alpha / c): exactly so for a power of two."""
+    """(A, B, alpha) and (A, cB, alpha / c) are the same function, exactly for a power of two."""
     first, second = adapted(tiny(family), alpha=16), adapted(tiny(family), alpha=4)
     tensors = perturb(first)
     second.load_adapter_state_dict({n: t * 4 if n.endswith(".B") else t for n, t in tensors.items()})
@@ -126,7 +126,7 @@ def test_scaling_law(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update_has_at_most_the_rank(family: str) -> None:
-    """``W' - W`` in float64 has rank 4 and is ``s B A``, in whatever orientation the model keeps it."""
+    """``W' - W`` in float64 has rank 4 and is ``s B A``, in either orientation of the stored weight."""
     model = tiny(family)
     compiled = adapted(model, "attn.q", alpha=6)
     tensors = perturb(compiled)
@@ -158,7 +158,7 @@ def test_gradients_at_the_start() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("rslora", "expected"), [(False, 12 / 4), (True, 12 / math.sqrt(4))])
 def test_scaling(rslora: bool, expected: float) -> None:
-    """The factor is ``alpha / rank``, with ``rslora`` ``alpha / sqrt(rank)``."""
+    """The factor is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``."""
     model = tiny("llama")
     compiled = adapted(model, "attn.v", alpha=12, rslora=rslora)
     tensors = perturb(compiled)
@@ -171,7 +171,7 @@ def test_scaling(rslora: bool, expected: float) -> None:
 
 @pytest.mark.full
 def test_kaiming_and_gaussian_start() -> None:
-    """``A`` is uniform within ``1 / sqrt(in)``, or normal with deviation ``1 / rank``; ``B`` is zero."""
+    """``A`` is uniform within ``1 / sqrt(in)``, or normal with standard deviation ``1 / rank``; ``B`` is zero."""
     uniform = {n: t.detach() for n, t in trainable(adapted(tiny("bert"), "ffn.down", rank=48)).items()}
     a = torch.cat([t.flatten() for n, t in uniform.items() if n.endswith(".A")])
     bound = 1 / math.sqrt(80)
@@ -190,7 +190,7 @@ def test_kaiming_and_gaussian_start() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_pissa_takes_the_principal_part(family: str) -> None:
-    """``s B A`` is the best approximation of W by that rank; both factors carry the same singular values."""
+    """``s B A`` is the best approximation of W of that rank; both factors carry the same singular values."""
     model = tiny(family)
     compiled = adapted(model, "attn.q", init="pissa", alpha=6)
     part = ".q" if family == "gpt2" else ""
@@ -198,8 +198,8 @@ def test_pissa_takes_the_principal_part(family: str) -> None:
     assert {name.rpartition(".")[2] for name in tensors} == {"A", "B", "A0", "B0"}
     assert {name.rpartition(".")[2] for name in trainable(compiled)} == {"A", "B"}
     a, b = (tensors[f"{QUERY[family]}.graftc.lora{part}.{f}"].double() for f in "AB")
-    held = model.get_parameter(f"{QUERY[family]}.weight").detach().double()
-    weight = held.T[:48] if family == "gpt2" else held
+    stored = model.get_parameter(f"{QUERY[family]}.weight").detach().double()
+    weight = stored.T[:48] if family == "gpt2" else stored
     rest = torch.linalg.svdvals(weight - 6 / 4 * b @ a)
     singular = torch.linalg.svdvals(weight)
     torch.testing.assert_close(rest[: 48 - 4], singular[4:], rtol=0, atol=1e-5)
@@ -216,8 +216,8 @@ def test_olora_starts_orthonormal(family: str) -> None:
     part = ".q" if family == "gpt2" else ""
     tensors = compiled.adapter_state_dict()
     a, b = (tensors[f"{QUERY[family]}.graftc.lora{part}.{f}"].double() for f in "AB")
-    held = model.get_parameter(f"{QUERY[family]}.weight").detach().double()
-    weight = held.T[:48] if family == "gpt2" else held
+    stored = model.get_parameter(f"{QUERY[family]}.weight").detach().double()
+    weight = stored.T[:48] if family == "gpt2" else stored
     torch.testing.assert_close(b.T @ b, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(b @ a, b @ (b.T @ weight), rtol=0, atol=1e-5)
     torch.testing.assert_close((b @ a)[:, :4], weight[:, :4], rtol=0, atol=1e-5)
@@ -225,7 +225,7 @@ def test_olora_starts_orthonormal(family: str) -> None:
 
 @pytest.mark.slow
 def test_started_from_weight_trains_away_from_it() -> None:
-    """What folds is the distance from the start: ``W' = W + s (B A - B0 A0)``."""
+    """The difference from the start is what folds: ``W' = W + s (B A - B0 A0)``."""
     model = tiny("bert")
     compiled = adapted(model, "ffn.down", init="pissa", alpha=6)
     perturb(compiled)
@@ -238,7 +238,7 @@ def test_started_from_weight_trains_away_from_it() -> None:
 
 @pytest.mark.slow
 def test_bias_of_adapted_rows() -> None:
-    """``lora_only`` trains the adapted rows of the adapted layers' biases, and nothing else of them."""
+    """``lora_only`` trains the adapted rows of the adapted layers' biases, and no other rows."""
     model = tiny("gpt2")
     compiled = adapted(model, "attn.q", bias="lora_only")
     tensors = perturb(compiled)
@@ -273,7 +273,7 @@ def test_bias_all() -> None:
 
 @pytest.mark.slow
 def test_overrides() -> None:
-    """The first override that matches a site gives its values there only, in the graph and in the fold."""
+    """The first override that matches a site sets its values there only, in the graph and in the fold."""
     model = tiny("bert")
     overrides = [{"modules": "**.layer.0.**", "rank": 2, "alpha": 5}, {"role": "attn.q", "rank": 3}]
     compiled = adapted(model, ["attn.q", "ffn.down"], alpha=8, overrides=overrides)
@@ -297,7 +297,7 @@ def test_overrides() -> None:
 
 
 def test_rank_over_the_layer() -> None:
-    """A rank that exceeds a site is refused, naming the site and its size."""
+    """A rank that exceeds a site is refused with the site's name and size."""
     with pytest.raises(GraftError) as error:
         adapted(tiny("llama"), "attn.v", rank=25)
     assert error.value.code == "GC020"
@@ -305,19 +305,19 @@ def test_rank_over_the_layer() -> None:
 
 
 class Line(nn.Module):
-    """One linear map with nothing around it."""
+    """A model that is a single linear map."""
 
     def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 8]`` to ``[batch, 6]``."""
+        """Map ``[batch, 8]`` to ``[batch, 6]``."""
         return self.map(x)
 
 
 def test_dropout_acts_on_the_input_of_the_branch() -> None:
-    """In training every input of the branch is dropped or scaled up; the base's path and eval mode see none of it."""
+    """In training every input of the branch is dropped or scaled up; the base's path and eval mode are unaffected."""
     model = Line()
     spec = {"adapt": [{"method": "lora", "target": {"modules": "map"}, "rank": 6, "alpha": 6, "dropout": 0.25}]}
     compiled = graftc.compile(spec, model, {"x": torch.ones(2, 8)})
@@ -336,7 +336,7 @@ def test_dropout_acts_on_the_input_of_the_branch() -> None:
 
 @pytest.mark.slow
 def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
-    """q, k and v of a layer read one hidden state and share one mask; it is gone in eval mode."""
+    """q, k and v of a layer read one hidden state and share one mask; eval mode has none."""
     compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5)
     target = torch.ops.graftc.masked_dropout.default
     assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2
@@ -345,7 +345,7 @@ def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
 
 @pytest.mark.full
 def test_dropout_of_each_site() -> None:
-    """With the scope ``target`` q, k and v have three masks; in eval mode there are none."""
+    """With the scope ``target``, q, k and v have three masks; eval mode has none."""
     roles = ["attn.q", "attn.k", "attn.v"]
     compiled = adapted(tiny("llama"), roles, dropout=0.5, dropout_scope="target")
     target = torch.ops.graftc.masked_dropout.default
@@ -357,7 +357,7 @@ def test_dropout_of_each_site() -> None:
 
 @pytest.mark.parametrize(("scope", "same"), [("input", True), ("target", False)])
 def test_masks_of_two_sites(scope: str, same: bool) -> None:
-    """Two maps of one input lose the same entries of it, or each its own."""
+    """Two maps of one input drop the same entries of it, or with the scope ``target`` each its own."""
     spec = {"method": "lora", "target": {"modules": "*"}, "rank": 6, "alpha": 6, "dropout": 0.5, "dropout_scope": scope}
     compiled = graftc.compile({"adapt": [spec]}, Two(), {"x": torch.ones(2, 6)})
     eye = {f"{name}.graftc.lora.{part}": torch.eye(6) for name in ("first", "second") for part in "AB"}
@@ -370,7 +370,7 @@ def test_masks_of_two_sites(scope: str, same: bool) -> None:
 
 
 class Two(nn.Module):
-    """Two linear maps of zeros that read the same."""
+    """Two linear maps with zero weights that read the same input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,14 +379,15 @@ class Two(nn.Module):
             nn.init.zeros_(module.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[batch, 6]`` twice."""
+        """Map ``[batch, 6]`` to two tensors of the same shape."""
         return self.first(x), self.second(x)
 
 
 @pytest.mark.full
 def test_frozen_a(tmp_path: Path) -> None:
-    """LoRA-FA: the function and the gradient of B are those of LoRA with the same factors; A neither trains nor counts
-    as what trains, and is kept with the adapter, in PEFT's format too."""
+    """LoRA-FA has the function and the gradient of B of LoRA with the same factors; A neither trains nor counts as
+    trained, and is saved with the adapter, in PEFT's format as well.
+    """
     plain, frozen = adapted(tiny("llama")), adapted(tiny("llama"), freeze_a=True)
     perturb(plain, 0.1)
     frozen.load_adapter_state_dict(plain.adapter_state_dict())
@@ -408,19 +409,19 @@ def test_frozen_a(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_frozen_a_keeps_no_input_of_its_sites() -> None:
-    """Only the gradient of A needs them: here each is 48 or 80 wide, and B's needs 4 numbers of a token instead."""
+    """Only the gradient of A needs the inputs, which here have 48 or 80 numbers per token; that of B needs 4."""
 
     def kept(compiled: Any) -> int:
-        found: list[int] = []
+        sizes: list[int] = []
         inputs = inputs_for(compiled)
 
         def count(tensor: Tensor) -> Tensor:
-            found.append(tensor.numel() if not isinstance(tensor, nn.Parameter) else 0)
+            sizes.append(tensor.numel() if not isinstance(tensor, nn.Parameter) else 0)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             compiled(**inputs)
-        return sum(found)
+        return sum(sizes)
 
     fields = {"dropout": 0.1, "dropout_scope": "target"}
     plain, frozen = (kept(adapted(tiny("llama"), **fields, freeze_a=is_frozen).train()) for is_frozen in (False, True))
@@ -430,7 +431,7 @@ def test_frozen_a_keeps_no_input_of_its_sites() -> None:
 
 @pytest.mark.slow
 def test_a_table_with_frozen_a_trains() -> None:
-    """A is drawn there and B is zero, so that a step changes the table."""
+    """On a table A is drawn and B is zero, so that a step changes the table."""
     compiled = adapted(tiny("bert"), role="embed", freeze_a=True)
     assert set(trainable(compiled)) == {"bert.embeddings.word_embeddings.graftc.lora.B"}
     (b,) = trainable(compiled).values()

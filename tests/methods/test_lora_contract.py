@@ -1,4 +1,4 @@
-"""LoRA through the contract: plain on every family, and its variants where they differ."""
+"""The contract of LoRA: plain on every family, and its variants on the families where they differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TestLoRA(MethodContract):
 
 
 class TestExperts(MethodContract):
-    """One pair of factors for each expert of each 3-D weight, beside attention."""
+    """LoRA with one pair of factors for each expert of each 3-D weight, and on attention."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -28,7 +28,7 @@ class TestExperts(MethodContract):
 
 
 class TestFromWeight(MethodContract):
-    """Factors that start from the weight: identity exact all the same."""
+    """LoRA with factors that start from the weight; the start is still exactly the base."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "init": "pissa"}
@@ -36,7 +36,7 @@ class TestFromWeight(MethodContract):
 
 
 class TestOrthonormal(MethodContract):
-    """The QR start, scaled by the root of the rank."""
+    """LoRA with the QR start, scaled by the root of the rank."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -51,7 +51,7 @@ class TestOrthonormal(MethodContract):
 
 
 class TestBiasesOfAdapted(MethodContract):
-    """Biases of adapted rows train as well."""
+    """LoRA that also trains the biases of adapted rows."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "lora_only"}
@@ -59,7 +59,7 @@ class TestBiasesOfAdapted(MethodContract):
 
 
 class TestAllBiases(MethodContract):
-    """Every bias trains, those of norms too."""
+    """LoRA that also trains every bias, including those of norms."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "all"}
@@ -67,7 +67,7 @@ class TestAllBiases(MethodContract):
 
 
 class TestWithHead(MethodContract):
-    """A head trained in full beside the adaptation."""
+    """LoRA beside a head that trains in full."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4}
@@ -76,7 +76,7 @@ class TestWithHead(MethodContract):
 
 
 class TestFrozenA(MethodContract):
-    """LoRA-FA, with a table and experts in other families' places."""
+    """LoRA-FA, on a table of embeddings as well."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -89,7 +89,7 @@ class TestFrozenA(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation on every family, adapters in place and folded."""
+    """Export and compilation on every family, with adapters in place and folded."""
 
     folded = True
     exported = True
@@ -102,7 +102,7 @@ class TestDeployed(DeploymentContract):
 
 
 class TestExpertsDeployed(DeploymentContract):
-    """The same with experts."""
+    """Export and compilation of LoRA on experts."""
 
     adaptation = TestExperts.adaptation
     families = ("mixtral",)

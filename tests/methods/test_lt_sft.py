@@ -1,4 +1,4 @@
-"""LT-SFT: both trainings, what goes from one to the next, and fine-tunes on one another."""
+"""The contract of LT-SFT, in both trainings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from graftc.testing import MethodContract
 
 
 class TestDense(MethodContract):
-    """Everything trains."""
+    """The first training, of every parameter."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "lt_sft", "penalty": 0.1}
 
 
 class TestSparse(MethodContract):
-    """Chosen entries train."""
+    """The second training, of chosen entries."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "lt_sft", "stage": 2, "density": 0.3}

@@ -1,4 +1,4 @@
-"""Sparse fine-tuning with fixed selections."""
+"""Sparse fine-tuning with a fixed selection of entries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestMask(MethodContract):
 
 
 class TestMagnitude(MethodContract):
-    """The largest entries, so many of each tensor."""
+    """The largest entries, the same share of each tensor."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {
@@ -42,16 +42,16 @@ class TestMagnitude(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of random entries."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "mask", "selection": "random", "density": 0.2}
     families = ("gpt2",)
 
 
 def trained(compiled: Compiled, optimiser: type[torch.optim.Optimizer], steps: int = 4) -> dict[str, Tensor]:
-    """The gradients of the last of some steps, and a model that has moved."""
-    own = [p for p in compiled.parameters() if p.requires_grad]
-    optimise = optimiser(own, lr=1e-2, weight_decay=0.5)  # type: ignore[call-arg]
+    """Train for some steps and return, for each tensor, which entries have had a gradient."""
+    parameters = [p for p in compiled.parameters() if p.requires_grad]
+    optimise = optimiser(parameters, lr=1e-2, weight_decay=0.5)  # type: ignore[call-arg]
     compiled.train()
     seen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in compiled.named_parameters() if p.requires_grad}
     for number in range(steps):
@@ -70,8 +70,7 @@ def trained(compiled: Compiled, optimiser: type[torch.optim.Optimizer], steps: i
 @pytest.mark.parametrize("optimiser", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
 def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer]) -> None:
-    """Whatever an optimiser decays: entries that are not selected keep their bits, those that are and had a gradient
-    do not."""
+    """Whatever an optimiser decays, unselected entries keep their bits, and selected ones with a gradient change."""
     model = tiny(family)
     compiled = graftc.compile({"adapt": [{"method": "mask", "selection": "random", "density": 0.1}]}, model)
     seen = trained(compiled, optimiser)
@@ -82,7 +81,7 @@ def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer])
         assert changed <= chosen.get(name, set()), name
         if name in own:
             delta, indices = own[name]
-            if optimiser is torch.optim.AdamW:  # steps of SGD may be too small to change a number
+            if optimiser is torch.optim.AdamW:  # SGD's steps may be too small to change a value
                 assert set(indices[seen[delta]].tolist()) <= changed, name
             moved += int(seen[delta].sum())
     assert moved > 1000
@@ -91,16 +90,16 @@ def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer])
 
 @pytest.mark.full
 def test_bytes_are_those_of_values_and_numbers() -> None:
-    """Four for each, in a model of 16 bits too."""
+    """Every value and every index takes four bytes, in a model of 16 bits as well."""
     spec = {"adapt": [{"method": "mask", "selection": "random", "entries": 1000}]}
     for dtype in (torch.float32, torch.bfloat16):
-        (found,) = graftc.compile(spec, tiny("bert", dtype=dtype)).report.adaptations
-        assert (found.trainable_parameters, found.bytes) == (1000, 8000)
+        (adaptation,) = graftc.compile(spec, tiny("bert", dtype=dtype)).report.adaptations
+        assert (adaptation.trainable_parameters, adaptation.bytes) == (1000, 8000)
 
 
 @pytest.mark.slow
 def test_tied_weights_have_one_delta() -> None:
-    """Of GPT-2's table, which is its head too: counted once, changed in both places, folded."""
+    """GPT-2's table, which is also its head, is counted once, changed in both places, and folded."""
     model = tiny("gpt2")
     spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1, "target": {"role": "embed"}}]}
     compiled = graftc.compile(spec, model).eval()
@@ -114,7 +113,7 @@ def test_tied_weights_have_one_delta() -> None:
 
 @pytest.mark.full
 def test_exactly_so_many_with_ties() -> None:
-    """Where all magnitudes are equal the first ones are taken."""
+    """If all magnitudes are equal, the first entries are taken."""
     model = tiny("bert")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -132,8 +131,9 @@ def test_exactly_so_many_with_ties() -> None:
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("other", ["lora", "ia3", "dora"])
 def test_beside_others_on_one_weight(other: str, order: int) -> None:
-    """Below whatever stands at the site, in either order; both fold. A magnitude that was made of the base's weight
-    refuses another one behind it."""
+    """A mask is below the other adaptation in either order, and both fold. Magnitudes computed from the base's weight
+    refuse a mask after them.
+    """
     names = ["attn.v", "ffn.down"]
     own = {"method": "mask", "selection": "random", "density": 0.2, "target": {"role": names}}
     adapt = [own, {"method": other, "target": {"role": names}}]
@@ -153,7 +153,7 @@ def test_beside_others_on_one_weight(other: str, order: int) -> None:
 
 @pytest.mark.slow
 def test_a_weight_trains_as_a_whole_or_in_part() -> None:
-    """Not both."""
+    """A weight cannot train both as a whole and in part."""
     own = {"method": "mask", "selection": "random"}
     for adapt in ([own, {"method": "full"}], [{"method": "full"}, own]):
         with pytest.raises(GraftError) as error:
@@ -164,8 +164,9 @@ def test_a_weight_trains_as_a_whole_or_in_part() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("density", "sampled"), [(0.02, True), (0.2, False)])
 def test_how_gradients_are_made_is_said(density: float, sampled: bool) -> None:
-    """One by one where few are wanted, from the weight's own where many are; the node says which. Nodes say whose they
-    are, and are gone after folding."""
+    """Few entries get their gradients one by one, many from the weight's own gradient; the node says which. Nodes name
+    their adaptation, and are gone after folding.
+    """
     target = {"role": ["attn.q", "ffn.down"]}
     entry = {"method": "mask", "selection": "random", "density": density, "target": target}
     compiled = graftc.compile({"adapt": [entry]}, tiny("gpt2")).eval()
@@ -184,23 +185,23 @@ def test_how_gradients_are_made_is_said(density: float, sampled: bool) -> None:
 
 @pytest.mark.full
 def test_checkpointed_and_in_16_bits() -> None:
-    """Recomputed layers give the same gradients to the bit, in a model of 16 bits too, whose deltas have 32."""
+    """Recomputed layers give the same gradients to the bit, in a model of 16 bits as well, whose deltas have 32."""
     spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1}]}
     compiled = graftc.compile(spec, tiny("llama", dtype=torch.bfloat16)).train()
     perturb(compiled, 0.02)
-    found = []
+    gradients = []
     for on in (False, True):
         (compiled.gradient_checkpointing_enable if on else compiled.gradient_checkpointing_disable)()
         compiled.zero_grad()
         compiled(**inputs_for(compiled)).logits.float().square().sum().backward()
-        found.append({n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None})
-    assert found[0] and all(torch.equal(g, found[1][n]) for n, g in found[0].items())
-    assert {g.dtype for g in found[0].values()} == {torch.float32}
+        gradients.append({n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None})
+    assert gradients[0] and all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
+    assert {g.dtype for g in gradients[0].values()} == {torch.float32}
 
 
 @pytest.mark.full
 def test_indices_that_are_no_entries(tmp_path: Path) -> None:
-    """A file may hold anything: numbers out of range, twice, or in no order never reach a kernel."""
+    """A file may contain anything: indices out of range, repeated or unordered never reach a kernel."""
     model = tiny("bert")
     spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1, "target": {"role": "ffn.up"}}]}
     compiled = graftc.compile(spec, model)

@@ -1,4 +1,4 @@
-"""Tuning of normalisations: the contract, which tensors train, and counts."""
+"""Tuning of normalisations: the contract, the trained tensors, and counts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.families import tiny
 
 
 class TestNorms(MethodContract):
-    """Layer norms, with shifts."""
+    """Tuning of layer norms with shifts."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "norms"}
     families = ("bert",)
 
 
 class TestEverywhere(TestNorms):
-    """Layer norms and RMS norms of the other families."""
+    """Tuning of layer norms and RMS norms of the other families."""
 
     families = tuple(family for family in FAMILIES if family != "bert")
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation, with and without shifts."""
+    """Export and compilation, with and without shifts."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "norms"}
     families = ("bert", "llama")
@@ -40,13 +40,13 @@ def owners(compiled: Any) -> set[str]:
 
 
 NORMS = ("norm", "ln_")
-"""What the modules of norms are called in these families."""
+"""Parts of the names of norm modules in these families."""
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
 def test_exactly_the_norms_train(family: str) -> None:
-    """Scales and shifts of all norms, and nothing else; merging changes these tensors only, to the trained values."""
+    """Only scales and shifts of all norms train, and merging changes only these tensors, to the trained values."""
     model = tiny(family)
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, model)
     named = {name for name, _ in model.named_parameters() if any(n in name.lower().split(".")[-2] for n in NORMS)}
@@ -62,7 +62,7 @@ def test_exactly_the_norms_train(family: str) -> None:
 
 @pytest.mark.full
 def test_a_scale_with_one_added() -> None:
-    """Gemma multiplies by ``1 + w``: ``w`` is what trains."""
+    """Gemma multiplies by ``1 + w``, and ``w`` trains."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 101, "head_dim": 12}
@@ -75,7 +75,7 @@ def test_a_scale_with_one_added() -> None:
 
 @pytest.mark.slow
 def test_narrowing() -> None:
-    """What a user writes in ``target`` narrows the default."""
+    """The ``target`` in a spec narrows the default one."""
     model = tiny("bert")
     entry = {"method": "norms", "target": {"layers": -1, "exclude": "**.attention.**"}}
     compiled = graftc.compile({"adapt": [entry]}, model)
@@ -101,6 +101,6 @@ def test_other_sites_are_refused() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "count"), [("bert", 5 * 2 * 48), ("llama", 5 * 48)])
 def test_count(family: str, count: int) -> None:
-    """Norms of a layer, and the last ones; RMS norms have no shift."""
+    """The norms of all layers count, and those outside of layers; RMS norms have no shift."""
     report = graftc.check({"adapt": [{"method": "norms"}]}, tiny(family).to("meta"))
     assert report.trainable_parameters == report.deployed_parameters == count

@@ -1,4 +1,4 @@
-"""PASTA: its contract, and what it is in plain torch."""
+"""PASTA: its contract, and equality with plain torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WITH_TOKENS = tuple(family for family in FAMILIES if family != "vit")
 
 
 class TestPasta(MethodContract):
-    """As the authors have it, on every family that reads tokens."""
+    """PASTA as defined by its authors, on every family that reads tokens."""
 
     cacheable = False
     adaptation: ClassVar[dict[str, Any]] = {**MANY, "slots": 3, "dropout": 0.0}
@@ -39,7 +39,7 @@ class TestPasta(MethodContract):
 
 
 class TestShared(MethodContract):
-    """One vector for all slots, from zeros, with dropout."""
+    """PASTA with one vector for all slots, starting from zeros, with dropout."""
 
     variant = True
     cacheable = False
@@ -48,7 +48,7 @@ class TestShared(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of PASTA."""
 
     exported = True
     adaptation: ClassVar[dict[str, Any]] = {**MANY, "slots": 3}
@@ -56,7 +56,7 @@ class TestDeployed(DeploymentContract):
 
 
 def texts() -> dict[str, Tensor]:
-    """A pair, a single text, one without a separator, and one with more than there are slots for; padded."""
+    """A padded batch: a pair, a single text, one without a separator, and one with more special tokens than slots."""
     rows = [
         [CLS, 11, 12, SEP, 13, 14, 15, SEP],
         [CLS, 11, 12, 13, SEP, PAD, PAD, PAD],
@@ -68,15 +68,15 @@ def texts() -> dict[str, Tensor]:
 
 
 def slots_of(ids: Tensor, special: tuple[int, ...], count: int) -> list[tuple[int, int, int]]:
-    """Row, position and slot of every special token, one at a time."""
-    found = []
+    """Return row, position and slot of every special token, one at a time."""
+    slots = []
     for row, tokens in enumerate(ids.tolist()):
         number = 0
         for position, token in enumerate(tokens):
             if token in special:
-                found.append((row, position, min(number, count - 1)))
+                slots.append((row, position, min(number, count - 1)))
                 number += 1
-    return found
+    return slots
 
 
 def adapted(model: nn.Module, **fields: Any) -> Compiled:
@@ -90,13 +90,13 @@ def adapted(model: nn.Module, **fields: Any) -> Compiled:
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_authors_function(slots: int, shared: bool) -> None:
-    """Hooks before every layer of the base give the same; rows with different numbers of separators are right."""
+    """Hooks before every layer of the base give the same outputs, for rows with different numbers of separators."""
     model: Any = tiny("bert")
     compiled, inputs = adapted(model, slots=slots, shared=shared), texts()
-    held = compiled.adapter_state_dict()
+    tensors = compiled.adapter_state_dict()
 
     def hook(layer: int) -> Any:
-        vectors = held[f"bert.encoder.layer.{layer}.graftc.pasta.layer_in.vectors"]
+        vectors = tensors[f"bert.encoder.layer.{layer}.graftc.pasta.layer_in.vectors"]
         assert vectors.shape == (1 if shared else slots, 48)
 
         def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -107,19 +107,19 @@ def test_the_authors_function(slots: int, shared: bool) -> None:
 
         return add
 
-    found = outputs_of(compiled, inputs)
+    actual = outputs_of(compiled, inputs)
     for number, layer in enumerate(model.bert.encoder.layer):
         layer.register_forward_pre_hook(hook(number))
     expected = outputs_of(model, inputs)
-    assert largest_difference(found, expected) <= 1e-6
-    assert largest_difference(found, outputs_of(tiny("bert"), inputs)) > 1e-2
+    assert largest_difference(actual, expected) <= 1e-6
+    assert largest_difference(actual, outputs_of(tiny("bert"), inputs)) > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", WITH_TOKENS)
 def test_zeros_are_the_base(family: str) -> None:
-    """To the bit, as the start `zeros` has it."""
+    """The start `zeros` gives the base to the bit."""
     model = tiny(family)
     compiled = graftc.compile({"adapt": [{**MANY, "init": "zeros"}]}, model).eval()
     inputs = inputs_for(compiled)
@@ -130,22 +130,22 @@ def test_zeros_are_the_base(family: str) -> None:
 
 @pytest.mark.full
 def test_only_special_tokens_change_before_the_first_layer() -> None:
-    """What the first layer reads differs at the special positions, in all of them, and nowhere else; lengths stay."""
+    """The first layer's input differs at all special positions and nowhere else; lengths are unchanged."""
     model, inputs = tiny("bert"), texts()
     compiled = adapted(model)
     with torch.no_grad():
-        found = compiled(**inputs, output_hidden_states=True).hidden_states
+        actual = compiled(**inputs, output_hidden_states=True).hidden_states
         base = model(**inputs, output_hidden_states=True).hidden_states
-    changed = (found[0] != base[0]).any(-1)
+    changed = (actual[0] != base[0]).any(-1)
     assert torch.equal(changed, (inputs["input_ids"] == CLS) | (inputs["input_ids"] == SEP))
-    assert [h.shape for h in found] == [h.shape for h in base]
-    assert (found[1] != base[1]).any(-1)[:, 0].all()
+    assert [h.shape for h in actual] == [h.shape for h in base]
+    assert (actual[1] != base[1]).any(-1)[:, 0].all()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", WITH_TOKENS)
 def test_counts(family: str) -> None:
-    """``L k d``, and ``L d`` where the slots share a vector."""
+    """The count is ``L k d``, or ``L d`` if the slots share a vector."""
     layers = 4 if family == "t5" else 2
     for shared, vectors in ((False, 3), (True, 1)):
         report = graftc.check({"adapt": [{**PASTA, "slots": 3, "shared": shared}]}, tiny(family))
@@ -154,7 +154,7 @@ def test_counts(family: str) -> None:
 
 @pytest.mark.full
 def test_padding_changes_nothing() -> None:
-    """A longer row of padding gives the same for the text."""
+    """Longer padding gives the same outputs for the text."""
     compiled, inputs = adapted(tiny("bert")), texts()
     padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(compiled, padded)) <= 1e-6
@@ -162,7 +162,7 @@ def test_padding_changes_nothing() -> None:
 
 @pytest.mark.full
 def test_encoder_and_decoder_read_their_own_tokens() -> None:
-    """With special tokens in the encoder's text alone its layers change; with those of the decoder the decoder's."""
+    """Special tokens in the encoder's text change its layers, those in the decoder's text only the decoder's."""
     compiled = adapted(tiny("t5"))
     plain = {"input_ids": torch.full((2, 6), 11), "decoder_input_ids": torch.full((2, 4), 12)}
     plain["attention_mask"] = torch.ones_like(plain["input_ids"])
@@ -171,11 +171,11 @@ def test_encoder_and_decoder_read_their_own_tokens() -> None:
         "decoder_input_ids": plain["decoder_input_ids"].index_fill(1, torch.tensor([2]), SEP),
     }
     with torch.no_grad():
-        base, found = (tiny("t5")(**marked), compiled(**marked))
+        base, actual = (tiny("t5")(**marked), compiled(**marked))
         unmarked = compiled(**plain).logits, tiny("t5")(**plain).logits
     assert torch.equal(*unmarked)
-    assert torch.equal(found.encoder_last_hidden_state, base.encoder_last_hidden_state)
-    changed = (found.logits != base.logits).any(-1)
+    assert torch.equal(actual.encoder_last_hidden_state, base.encoder_last_hidden_state)
+    changed = (actual.logits != base.logits).any(-1)
     assert changed[:, 2:].all() and not changed[:, :2].any()
     first = {**plain, "input_ids": plain["input_ids"].index_fill(1, torch.tensor([0]), CLS)}
     with torch.no_grad():
@@ -185,57 +185,57 @@ def test_encoder_and_decoder_read_their_own_tokens() -> None:
 
 @pytest.mark.full
 def test_tokens_that_follow_from_labels() -> None:
-    """T5 shifts its labels into what the decoder reads: special tokens are found there too."""
+    """T5 shifts its labels into the decoder's input, in which special tokens are found as well."""
     compiled, labels = adapted(tiny("t5")), torch.tensor([[11, SEP, 12], [11, 12, 13]])
     ids = torch.full((2, 4), 11)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     shifted = nn.functional.pad(labels, (1, 0))[:, :-1]
     with torch.no_grad():
-        found = compiled(**inputs, labels=labels).logits
+        actual = compiled(**inputs, labels=labels).logits
         expected = compiled(**inputs, decoder_input_ids=shifted).logits
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.full
 def test_dropout_is_of_the_vectors() -> None:
-    """Training drops entries of what is added, and scales the rest; the base's own value is never dropped."""
+    """Training drops entries of the added vectors and scales the rest; the base's own values are never dropped."""
     model: Any = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     compiled = graftc.compile({"adapt": [{**PASTA, "dropout": 0.5, "target": {"layers": 0}}]}, model).train()
     inputs = texts()
     compiled.load_adapter_state_dict({n: torch.ones_like(t) for n, t in compiled.adapter_state_dict().items()})
     with torch.no_grad():
-        found = compiled(**inputs, output_hidden_states=True).hidden_states[0]
+        actual = compiled(**inputs, output_hidden_states=True).hidden_states[0]
         base = model(**inputs, output_hidden_states=True).hidden_states[0]
     special = (inputs["input_ids"] == CLS) | (inputs["input_ids"] == SEP)
-    added = (found - base)[special]
+    added = (actual - base)[special]
     assert 0.3 < float((added.abs() < 1e-6).float().mean()) < 0.7
     assert bool(((added.abs() < 1e-6) | ((added - 2).abs() < 1e-5)).all())
-    assert torch.equal(found[~special], base[~special])
+    assert torch.equal(actual[~special], base[~special])
 
 
 @pytest.mark.full
 def test_beside_other_adaptations() -> None:
-    """Behind an adapter of the layer before, which applies its norm again, the vectors are added to the result."""
+    """After an adapter of the previous layer, which applies its norm again, the vectors are added to the result."""
     pfeiffer = {"method": "pfeiffer", "reduction": 4}
     model, inputs = tiny("bert"), texts()
     compiled = graftc.compile({"adapt": [pfeiffer, PASTA]}, model).eval()
     perturb(compiled, 0.3)
     alone = graftc.compile({"adapt": [pfeiffer, {**PASTA, "target": {"layers": 0}}]}, model).eval()
-    held = compiled.adapter_state_dict()
-    alone.load_adapter_state_dict({name: held[name] for name in alone.adapter_state_dict()})
+    tensors = compiled.adapter_state_dict()
+    alone.load_adapter_state_dict({name: tensors[name] for name in alone.adapter_state_dict()})
     with torch.no_grad():
-        found = compiled(**inputs, output_hidden_states=True).hidden_states[1]
+        actual = compiled(**inputs, output_hidden_states=True).hidden_states[1]
         before = alone(**inputs, output_hidden_states=True).hidden_states[1]
     expected = before.clone()
-    vectors = held["bert.encoder.layer.1.graftc.pasta.layer_in.vectors"]
+    vectors = tensors["bert.encoder.layer.1.graftc.pasta.layer_in.vectors"]
     for row, position, slot in slots_of(inputs["input_ids"], (CLS, SEP), 2):
         expected[row, position] += vectors[slot]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.full
 def test_checkpointing() -> None:
-    """A layer with vectors is computed again in the backward pass with the same gradients, to the bit."""
+    """A layer with vectors that is recomputed in the backward pass gives the same gradients to the bit."""
     grads = []
     for checkpoint in ({}, {"checkpoint": "layers"}):
         compiled = graftc.compile({"adapt": [{**MANY, "dropout": 0.3}], **checkpoint}, tiny("bert"), seed=0).train()
@@ -248,7 +248,7 @@ def test_checkpointing() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", WITH_TOKENS)
 def test_a_bank(family: str) -> None:
-    """Every row of a batch has the vectors of the adapter that it chooses, to the bit."""
+    """Every row of a batch uses the vectors of the adapter that it chooses."""
     names, ids = ("a", "b", "c"), torch.tensor([2, 0, 1, 1, 0])
     adapt = [{**MANY, "name": name, "slots": 3} for name in names]
     compiled = graftc.compile({"adapt": adapt, "compose": {"bank": list(names)}}, tiny(family)).eval()
@@ -257,8 +257,8 @@ def test_a_bank(family: str) -> None:
     mixed = outputs_of(compiled, {**inputs, "adapter_ids": ids})
     for number, name in enumerate(names):
         one = graftc.compile({"adapt": [adapt[number]]}, tiny(family)).eval()
-        held = compiled.adapter_state_dict()
-        one.load_adapter_state_dict({n: held[n] for n in one.adapter_state_dict()})
+        tensors = compiled.adapter_state_dict()
+        one.load_adapter_state_dict({n: tensors[n] for n in one.adapter_state_dict()})
         own = outputs_of(one, inputs)
         rows = ids == number
         batched = [(a[rows], b[rows]) for a, b in zip(mixed, own, strict=True) if a.shape[:1] == rows.shape]
@@ -268,21 +268,21 @@ def test_a_bank(family: str) -> None:
 
 
 class Tokens(nn.Module):
-    """A layer that reads features."""
+    """A model of one layer that reads features instead of tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.TransformerEncoderLayer(12, 2, 20, batch_first=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, sequence, 12]``, twice."""
+        """Map ``[batch, sequence, 12]`` to the same shape."""
         result: Tensor = self.layers[0](x)
         return result
 
 
 @pytest.mark.full
 def test_what_cannot_have_it() -> None:
-    """Each with a code: no ids, ids that the table does not have, images, embeddings in the place of tokens."""
+    """Each case has its code: no ids, ids outside of the table, images, and embeddings instead of tokens."""
     cases: list[tuple[nn.Module, Mapping[str, Any], Any, str]] = [
         (tiny("bert"), {"special_tokens": []}, None, "GC002"),
         (tiny("bert"), {"special_tokens": [3, 3]}, None, "GC002"),

@@ -1,5 +1,6 @@
-"""Virtual tokens and shifted prefixes in families that give tokens their places in ways of their own: offset tables,
-tables of sines that are indexed, distances in scores, positions counted by masks or ids."""
+"""Virtual tokens and shifted prefixes in families with position schemes of their own: offset tables, indexed tables of
+sines, distances in scores, and positions counted by masks or ids.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def some(*names: str) -> Callable[[Any], Any]:
-    """Families by name, of which those that are listed run in `make test`."""
+    """Parametrize a test with families by name, of which those in `FIRST` run in `make test`."""
     return pytest.mark.parametrize(
         "family", [pytest.param(name, marks=() if name in FIRST else pytest.mark.full) for name in names]
     )
@@ -77,7 +78,7 @@ def texts(pad: int, front: bool) -> tuple[Tensor, Tensor]:
 
 @some(*(name for name in FAMILIES if name != "CTRL"))
 def test_virtual_tokens(family: str) -> None:
-    """Equal to the model itself, called with the embeddings of the longer text."""
+    """The outputs equal those of the model itself, called with the embeddings of the longer text."""
     model = model_of(family)
     compiled = graftc.compile({"adapt": [{"method": "prompt", "length": LENGTH}]}, model).eval()
     perturb(compiled)
@@ -85,7 +86,7 @@ def test_virtual_tokens(family: str) -> None:
     ids, mask = texts(pad, front=not counted)
     (vectors,) = compiled.adapter_state_dict().values()
     with torch.no_grad():
-        found = compiled(input_ids=ids, attention_mask=mask).logits
+        actual = compiled(input_ids=ids, attention_mask=mask).logits
         embeds = torch.cat([vectors.reshape(1, LENGTH, -1).expand(3, -1, -1), model.get_input_embeddings()(ids)], 1)
         given: dict[str, Tensor] = {}
         if counted:
@@ -93,7 +94,7 @@ def test_virtual_tokens(family: str) -> None:
             given["position_ids"] = real.cumsum(1) * real + pad
         longer = torch.cat([torch.ones(3, LENGTH, dtype=torch.long), mask], 1)
         expected = model(inputs_embeds=embeds, attention_mask=longer, **given).logits[:, LENGTH:]
-    torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
 
 
 def with_prefix(model: nn.Module, positions: str) -> Any:
@@ -104,7 +105,7 @@ def with_prefix(model: nn.Module, positions: str) -> Any:
 
 
 def behind_a_cache(model: nn.Module, compiled: Any, ids: Tensor) -> Tensor:
-    """The model's logits behind a cache that has the prefix, which is where its positions begin then."""
+    """Return the model's logits after a cache that contains the prefix, so that the text's positions begin after it."""
     tensors = sorted(compiled.adapter_state_dict().items())
     keys, values = ([t for name, t in tensors if name.endswith(part)] for part in ("keys", "values"))
     width = model.config.hidden_size // model.config.num_attention_heads
@@ -128,7 +129,7 @@ SHIFTED = ("GPTJ", "CodeGen", "OPT", "CTRL", "BioGpt", "GPTNeo", "GPTBigCode", *
     [pytest.param(name, marks=() if name in ("GPTJ", "Mpt", "Mixtral") else pytest.mark.full) for name in SHIFTED],
 )
 def test_a_shifted_prefix(family: str) -> None:
-    """Equal to a cache in front; without the shift it is not, unless the model knows distances alone."""
+    """A shifted prefix equals a cache in front; an unshifted one does so only if the model uses distances alone."""
     model = model_of(family)
     ids, _ = texts(0, front=True)
     ids = ids.clamp(min=3)
@@ -144,7 +145,7 @@ def test_a_shifted_prefix(family: str) -> None:
 
 
 class Placed(nn.Module):
-    """An attention whose tokens get values by place in ways that no numbers of positions can be added to."""
+    """An attention whose tokens get values by position in ways that no offset can be added to."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -162,9 +163,9 @@ class Placed(nn.Module):
         if self.way == "rotated":
             x = x * self.places[:, :length].sigmoid()
         q, k, v = (m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
-        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        made: Tensor = x + self.o(found.transpose(1, 2).flatten(2))
-        return made
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        outputs: Tensor = x + self.o(attended.transpose(1, 2).flatten(2))
+        return outputs
 
 
 @pytest.mark.parametrize("way", ["slice", "count", "rotated"])
@@ -180,7 +181,7 @@ def test_positions_that_cannot_be_shifted(way: str) -> None:
 
 @pytest.mark.slow
 def test_a_prefix_takes_places_of_biases() -> None:
-    """MPT has biases for as many keys as its longest text: a text may be shorter by the prefix, and no longer."""
+    """MPT has biases for as many keys as its longest text, so the text has to be shorter by the prefix."""
     model = model_of("Mpt")
     compiled = with_prefix(model, "unshifted")
     ids = torch.randint(3, 90, (2, 64 - LENGTH), generator=torch.Generator().manual_seed(0))
@@ -193,7 +194,7 @@ def test_a_prefix_takes_places_of_biases() -> None:
 
 
 class Indexed(nn.Module):
-    """Rotations from a table that is cut to the text, or made in the call, and looked up by positions."""
+    """An attention with rotations from a table, cut to the text or computed in the call, and indexed by positions."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -212,9 +213,9 @@ class Indexed(nn.Module):
         q, k, v = (m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         q, k = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k))
-        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        made: Tensor = x + self.o(found.transpose(1, 2).flatten(2))
-        return made
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        outputs: Tensor = x + self.o(attended.transpose(1, 2).flatten(2))
+        return outputs
 
     def get_input_embeddings(self) -> nn.Module:
         return self.table
@@ -222,7 +223,7 @@ class Indexed(nn.Module):
 
 @pytest.mark.parametrize("way", ["cut", "made"])
 def test_a_table_that_positions_are_looked_up_in(way: str) -> None:
-    """One that is cut to the text bounds nothing, and one that is made of positions moves once."""
+    """A table that is cut to the text sets no bound, and one that is computed from positions is shifted once."""
     torch.manual_seed(0)
     model, ids = Indexed(way).eval(), torch.randint(0, 50, (2, 9))
     compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, model, {"input_ids": ids}).eval()

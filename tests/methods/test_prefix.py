@@ -1,4 +1,4 @@
-"""Prefix tuning: its contract, and what it is in plain torch."""
+"""Prefix tuning: its contract, and equality with plain torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ aten = torch.ops.aten
 
 
 class TestPrefix(MethodContract):
-    """Keys and values as they are: encoders, decoders, both, and heads that share keys."""
+    """Plain keys and values in encoders, decoders, both, and with heads that share keys."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3}
 
 
 class TestReparameterized(MethodContract):
-    """Given by a network while training."""
+    """Keys and values that a network computes in training."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {
@@ -39,21 +39,21 @@ class TestReparameterized(MethodContract):
 
 
 class TestPTuningV2(MethodContract):
-    """Behind which the text begins."""
+    """P-tuning v2, with the text's positions after the prefix."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "p_tuning_v2", "length": 4}
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of a shifted prefix."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3, "positions": "shifted"}
     families = ("gpt2", "llama", "bert", "t5")
 
 
 class Plain(nn.Module):
-    """One attention with grouped heads: 4 of queries, 2 of keys, masked in one of several ways."""
+    """An attention with grouped heads, 4 of queries and 2 of keys, masked in one of several ways."""
 
     def __init__(self, masked: str) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class Plain(nn.Module):
         self.o = nn.Linear(12, 9)
 
     def heads(self, x: Tensor, projection: nn.Module, count: int) -> Tensor:
-        """``[batch, heads, sequence, width]``."""
-        found: Tensor = projection(x)
-        return found.unflatten(-1, (count, -1)).transpose(1, 2)
+        """Return the projection of ``x`` as ``[batch, heads, sequence, width]``."""
+        projected: Tensor = projection(x)
+        return projected.unflatten(-1, (count, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, sequence, 12]`` to ``[batch, sequence, 9]``."""
+        """Map ``[batch, sequence, 12]`` to ``[batch, sequence, 9]``."""
         q, k, v = self.heads(x, self.q, 4), self.heads(x, self.k, 2), self.heads(x, self.v, 2)
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
         length = x.shape[1]
@@ -83,7 +83,7 @@ class Plain(nn.Module):
 
 
 def adapted(masked: str, **fields: Any) -> tuple[Plain, Compiled, Tensor]:
-    """`Plain` in float64 with a prefix of 3, perturbed."""
+    """`Plain` in float64, its form with a perturbed prefix of 3, and an input."""
     torch.manual_seed(2)
     model, x = Plain(masked).double().eval(), torch.randn(3, 7, 12, dtype=torch.float64)
     compiled = graftc.compile({"adapt": [{"method": "prefix", "length": 3, **fields}]}, model, {"x": x}).eval()
@@ -94,27 +94,27 @@ def adapted(masked: str, **fields: Any) -> tuple[Plain, Compiled, Tensor]:
 @pytest.mark.full
 @pytest.mark.parametrize("masked", ["none", "causal", "bool"])
 def test_a_prefix_is_a_mixture(masked: str) -> None:
-    """``(1 - l) Attn(q, K, V) + l Attn(q, P, U)``, with ``l`` the share of the prefix in the softmax's sum."""
+    """The output is ``(1 - l) Attn(q, K, V) + l Attn(q, P, U)``, with ``l`` the prefix's share in the softmax's sum."""
     model, compiled, x = adapted(masked)
-    held = compiled.adapter_state_dict()
-    keys, values = (held[f"graftc.prefix.attn.{part}"] for part in ("keys", "values"))
+    tensors = compiled.adapter_state_dict()
+    keys, values = (tensors[f"graftc.prefix.attn.{part}"] for part in ("keys", "values"))
     assert keys.shape == (3, 10) and values.shape == (3, 6)
     q = model.heads(x, model.q, 4)
     k, v = (model.heads(x, p, 2).repeat_interleave(2, 1) for p in (model.k, model.v))
     p, u = (model.heads(t[None], nn.Identity(), 2).repeat_interleave(2, 1) for t in (keys, values))
     length = x.shape[1]
-    scores, own = (q @ t.transpose(-1, -2) / math.sqrt(5) for t in (k, p))
+    scores, prefix_scores = (q @ t.transpose(-1, -2) / math.sqrt(5) for t in (k, p))
     if masked != "none":
         scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
-    share = own.exp().sum(-1, keepdim=True)
+    share = prefix_scores.exp().sum(-1, keepdim=True)
     share = share / (share + scores.exp().sum(-1, keepdim=True))
-    mixed = (1 - share) * (scores.softmax(-1) @ v) + share * (own.softmax(-1) @ u)
+    mixed = (1 - share) * (scores.softmax(-1) @ v) + share * (prefix_scores.softmax(-1) @ u)
     expected = model.o(mixed.transpose(1, 2).flatten(2))
     torch.testing.assert_close(compiled(x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_bias_for_one_length_is_refused() -> None:
-    """It has none for keys in front of the text."""
+    """The bias has no values for keys in front of the text."""
     with pytest.raises(GraftError, match="the bias of attn for keys in front of the text") as caught:
         adapted("float")
     assert caught.value.code == "GC017"
@@ -122,7 +122,7 @@ def test_a_bias_for_one_length_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_causal_attention_without_a_mask_stays_one() -> None:
-    """The fused kernel goes on making its own mask."""
+    """The fused kernel still creates its own mask."""
     _, compiled, _ = adapted("causal")
     (node,) = (
         n
@@ -135,7 +135,7 @@ def test_a_causal_attention_without_a_mask_stays_one() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
 def test_zeros_are_not_the_base(family: str) -> None:
-    """Keys of zeros take part in the softmax all the same."""
+    """Keys of zeros still take part in the softmax."""
     model = tiny(family)
     compiled = graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, model).eval()
     compiled.load_adapter_state_dict({n: torch.zeros_like(t) for n, t in compiled.adapter_state_dict().items()})
@@ -146,7 +146,7 @@ def test_zeros_are_not_the_base(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_a_network_is_ejected(family: str) -> None:
-    """What is deployed has the keys and values alone, and gives the same."""
+    """The deployed model has only the keys and values, and gives the same outputs."""
     spec = {"adapt": [{"method": "prefix", "length": 3, "reparameterization": {"hidden": 8}}]}
     compiled = graftc.compile(spec, tiny(family)).eval()
     perturb(compiled, 0.2)
@@ -160,22 +160,23 @@ def test_a_network_is_ejected(family: str) -> None:
 
 @pytest.mark.full
 def test_the_text_keeps_its_positions_or_not() -> None:
-    """With learned positions and rotary ones the two differ; on T5, whose bias depends on distances, they do not."""
+    """Shifting changes learned and rotary positions; on T5, whose bias depends on distances, it changes nothing."""
     for family, differs in (("bert", True), ("gpt2", True), ("llama", True), ("t5", False), ("vit", False)):
-        made = []
+        outputs = []
         for positions in ("unshifted", "shifted"):
             compiled = graftc.compile(
                 {"adapt": [{"method": "prefix", "length": 3, "positions": positions}]}, tiny(family)
             ).eval()
-            made.append(outputs_of(compiled, inputs_for(compiled)))
-        assert (largest_difference(*made) > 1e-3) == differs
+            outputs.append(outputs_of(compiled, inputs_for(compiled)))
+        assert (largest_difference(*outputs) > 1e-3) == differs
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_checkpointing(family: str) -> None:
-    """A layer with a prefix is computed again in the backward pass with the same gradients, to the bit; asked for in
-    the spec or later, as a trainer does."""
+    """A recomputed layer with a prefix gives the same gradients to the bit, whether checkpointing is requested in the
+    spec or later, as by a trainer.
+    """
     grads = []
     for checkpoint in (None, "layers", "later"):
         spec: dict[str, Any] = {"adapt": [{"method": "prefix", "length": 3, "dropout": 0.2, "window": "masked"}]}
@@ -194,7 +195,7 @@ def test_checkpointing(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
 def test_texts_that_leave_no_room(family: str) -> None:
-    """A text that fits its table of positions, but not behind the prefixes, is refused by name; one that fits runs."""
+    """A text that fits the table of positions, but not after the prefixes, is refused; a text that fits there runs."""
     changes = {"n_positions": 20} if family == "gpt2" else {"max_position_embeddings": 20}
     model: Any = tiny(family, **changes)
     two = [{"method": "prefix", "name": n, "length": p, "positions": "shifted"} for n, p in (("near", 2), ("far", 1))]
@@ -211,16 +212,16 @@ def test_texts_that_leave_no_room(family: str) -> None:
 
 @pytest.mark.full
 def test_stacked_prefixes_are_one_longer() -> None:
-    """The second stands before the first."""
+    """The second prefix stands before the first."""
     model, _, x = adapted("bool")
     spec = {"adapt": [{"method": "prefix", "length": 3, "name": n} for n in ("near", "far")]}
     two = graftc.compile(spec, model, {"x": x}).eval()
     perturb(two, 0.3)
     one = graftc.compile({"adapt": [{"method": "prefix", "length": 6}]}, model, {"x": x}).eval()
-    held = two.adapter_state_dict()
+    tensors = two.adapter_state_dict()
     one.load_adapter_state_dict(
         {
-            f"graftc.prefix.attn.{part}": torch.cat([held[f"graftc.{n}.attn.{part}"] for n in ("far", "near")])
+            f"graftc.prefix.attn.{part}": torch.cat([tensors[f"graftc.{n}.attn.{part}"] for n in ("far", "near")])
             for part in ("keys", "values")
         }
     )
@@ -229,7 +230,7 @@ def test_stacked_prefixes_are_one_longer() -> None:
 
 @pytest.mark.full
 def test_what_cannot_have_a_prefix() -> None:
-    """Each with a code: no attention, a table without room, a window of one size, keys that no column says."""
+    """Each case has its code: no attention, no room in the table, a window of one size, and keys without columns."""
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (nn.Sequential(nn.Linear(4, 4)), {}, "GC015"),
         (tiny("bert"), {"positions": "shifted", "length": 10_000}, "GC020"),
@@ -246,11 +247,11 @@ def test_what_cannot_have_a_prefix() -> None:
         assert caught.value.code == code
 
     class Rolled(Plain):
-        """Keys that are other columns at every position."""
+        """An attention whose keys are other columns at the first position."""
 
         def heads(self, x: Tensor, projection: nn.Module, count: int) -> Tensor:
-            found = super().heads(x, projection, count)
-            return torch.cat([found[:, :, :1].flip(-1), found[:, :, 1:]], 2)
+            projected = super().heads(x, projection, count)
+            return torch.cat([projected[:, :, :1].flip(-1), projected[:, :, 1:]], 2)
 
     for plain, field, message in ((Plain("float"), "masked", "window"), (Rolled("none"), "visible", "head by head")):
         with pytest.raises(GraftError, match=message) as caught:

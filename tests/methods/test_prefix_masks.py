@@ -1,4 +1,4 @@
-"""What masks and biases say of a prefix, in plain torch, and attentions that are written out."""
+"""Masks and biases for a prefix, compared with plain torch, and attentions that are written out."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LENGTH, WINDOW = 3, 4
 
 
 class Attending(nn.Module):
-    """One causal attention of two heads over ``[rows, tokens, 8]``, with what `scored` makes of its scores.
+    """A causal attention of two heads over ``[rows, tokens, 8]``, with a mask, a bias or capped scores.
 
     Args:
-        kind: how it is masked: ``window``, ``relative`` (a table of distances), ``alibi`` or ``capped``.
-        fused: whether it is a single call.
+        kind: the kind of mask: ``window``, ``relative`` (a table of distances), ``alibi`` or ``capped``.
+        fused: whether the attention is a single call.
     """
 
     def __init__(self, kind: str, fused: bool) -> None:
@@ -36,7 +36,7 @@ class Attending(nn.Module):
         self.table = nn.Embedding(64, 2)
 
     def mask(self, tokens: Tensor) -> Tensor:
-        """``[rows, heads or 1, tokens, tokens]``: of bools for a window, a bias for the others."""
+        """Return the mask ``[rows, heads or 1, tokens, tokens]``: booleans for a window, a bias otherwise."""
         count = tokens.shape[1]
         places = torch.arange(count)
         distance = places[:, None] - places[None, :]
@@ -51,11 +51,11 @@ class Attending(nn.Module):
         return bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
 
     def heads(self, x: Tensor) -> Tensor:
-        """``[rows, heads, tokens, width]``."""
+        """Return ``x`` as ``[rows, heads, tokens, width]``."""
         return x.view(*x.shape[:2], 2, 4).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """The heads' results."""
+        """Return the heads' results."""
         if self.fused:
             return scaled_dot_product_attention(q, k, v, attn_mask=mask)
         scores = q @ k.transpose(-1, -2) / 2
@@ -65,7 +65,7 @@ class Attending(nn.Module):
         return torch.softmax(scores, -1) @ v
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``[rows, tokens, 8]`` for a mask of tokens, ``[rows, tokens]``."""
+        """Map ``[rows, tokens, 8]`` and a mask of tokens ``[rows, tokens]`` to ``[rows, tokens, 8]``."""
         q, k, v = (self.heads(p(inputs_embeds)) for p in (self.q, self.k, self.v))
         out = self.attend(q, k, v, self.mask(attention_mask))
         result: Tensor = self.o(out.transpose(1, 2).flatten(2))
@@ -73,14 +73,14 @@ class Attending(nn.Module):
 
 
 def example() -> dict[str, Tensor]:
-    """Two rows, one of them with padding behind."""
+    """Two rows, one of them with padding at the end."""
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, 7:] = 0
     return {"inputs_embeds": torch.randn(2, 9, 8, dtype=torch.float64), "attention_mask": mask}
 
 
 def adapted(kind: str, fused: bool, adapt: Any = None, **fields: Any) -> tuple[Attending, Compiled, dict[str, Tensor]]:
-    """The model in float64, and with a perturbed prefix."""
+    """The model in float64, its form with a perturbed prefix, and inputs."""
     torch.manual_seed(4)
     model, inputs = Attending(kind, fused).double().eval(), example()
     spec = {"adapt": adapt or [{"method": "prefix", "length": LENGTH, **fields}]}
@@ -90,17 +90,17 @@ def adapted(kind: str, fused: bool, adapt: Any = None, **fields: Any) -> tuple[A
 
 
 def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor], visible: bool) -> Tensor:
-    """The prefix as tokens in front would be seen: the model's own mask for ``LENGTH`` tokens more."""
+    """Return the output if the prefix is seen like tokens in front: the model's own mask for ``LENGTH`` more tokens."""
     x, tokens = inputs["inputs_embeds"], inputs["attention_mask"]
     rows = x.shape[0]
     mask = model.mask(torch.cat([tokens.new_ones(rows, LENGTH), tokens], 1))[:, :, LENGTH:]
     if visible and mask.dtype == torch.bool:
         mask = torch.cat([torch.ones_like(mask[..., :LENGTH]), mask[..., LENGTH:]], -1)
     q, k, v = (model.heads(p(x)) for p in (model.q, model.k, model.v))
-    own = [
+    prefix = [
         model.heads(held[f"graftc.prefix.attn.{part}"][None]).expand(rows, -1, -1, -1) for part in ("keys", "values")
     ]
-    out = model.attend(q, torch.cat([own[0], k], 2), torch.cat([own[1], v], 2), mask)
+    out = model.attend(q, torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2), mask)
     result: Tensor = model.o(out.transpose(1, 2).flatten(2))
     return result
 
@@ -112,28 +112,28 @@ def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor
     [("window", "visible"), ("window", "masked"), ("relative", "visible"), ("alibi", "masked"), ("capped", "visible")],
 )
 def test_a_prefix_is_seen_as_tokens_would_be(kind: str, fused: bool, window: str) -> None:
-    """Windows hide it or not; tables of distances and ALiBi go on in front of the text; a cap holds for it too."""
+    """Windows hide it or not, tables of distances and ALiBi continue in front of the text, and a cap applies to it."""
     model, compiled, inputs = adapted(kind, fused, window=window)
-    found = compiled(**inputs)
+    actual = compiled(**inputs)
     target = expected(model, dict(compiled.adapter_state_dict()), inputs, window == "visible")
-    torch.testing.assert_close(found, target, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(actual, target, rtol=1e-10, atol=1e-10)
     if kind == "window":
         other = expected(model, dict(compiled.adapter_state_dict()), inputs, window != "visible")
-        assert largest_difference([found], [other]) > 1e-3
+        assert largest_difference([actual], [other]) > 1e-3
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
 @pytest.mark.parametrize(("kind", "window"), [("window", "visible"), ("window", "masked"), ("relative", "visible")])
 def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> None:
-    """The mask that has been made longer once is made longer again."""
+    """A mask that has been extended once is extended again."""
     both = [{"method": "prefix", "length": n, "name": name, "window": window} for n, name in ((1, "near"), (2, "far"))]
     _, two, inputs = adapted(kind, fused, both)
     _, one, _ = adapted(kind, fused, window=window)
-    held = two.adapter_state_dict()
+    tensors = two.adapter_state_dict()
     one.load_adapter_state_dict(
         {
-            f"graftc.prefix.attn.{part}": torch.cat([held[f"graftc.{n}.attn.{part}"] for n in ("far", "near")])
+            f"graftc.prefix.attn.{part}": torch.cat([tensors[f"graftc.{n}.attn.{part}"] for n in ("far", "near")])
             for part in ("keys", "values")
         }
     )
@@ -141,11 +141,11 @@ def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> Non
 
 
 class Masked(nn.Module):
-    """A causal attention of four heads that is written out, with its mask in one of the ways that models have.
+    """A causal attention of four heads that is written out, with its mask in one of the forms that models use.
 
     Args:
-        way: how keys are hidden.
-        fixed: whether the model takes nine tokens only.
+        way: the way in which keys are hidden.
+        fixed: whether the model accepts only nine tokens.
     """
 
     def __init__(self, way: str, fixed: bool) -> None:
@@ -156,7 +156,7 @@ class Masked(nn.Module):
         self.register_buffer("triangle", torch.ones(64, 64, dtype=torch.bool).tril())
 
     def scores(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """Scores ``[batch, heads, queries, keys]`` with what hides keys from them."""
+        """Return the scores ``[batch, heads, queries, keys]`` with the mask applied."""
         rows, keys = scores.shape[2:]
         places, low = torch.arange(keys), torch.finfo(scores.dtype).min
         seen = (places <= torch.arange(keys - rows, keys)[:, None]) & tokens.bool()[:, None, None, :]
@@ -170,8 +170,8 @@ class Masked(nn.Module):
         if self.way == "bool of a bias":
             return scores.masked_fill(torch.where(seen, 0.0, low).to(torch.bool), low)
         if self.way == "buffer":
-            own = self.triangle[keys - rows : keys, :keys] & tokens.bool()[:, None, None, :]
-            return torch.where(own, scores, torch.full([], low))
+            visible = self.triangle[keys - rows : keys, :keys] & tokens.bool()[:, None, None, :]
+            return torch.where(visible, scores, torch.full([], low))
         if self.way == "bias":
             return scores + torch.zeros(1, 1, rows, keys).masked_fill(~seen, low)
         if self.way == "bias of -10,000":
@@ -179,7 +179,7 @@ class Masked(nn.Module):
         return scores * kept - 1e4 * (1 - kept) if self.way == "product" else scores.masked_fill(~seen, low)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, front: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``[batch, tokens, 32]``; ``front`` are keys and values before those of the text."""
+        """Return ``[batch, tokens, 32]``; ``front`` contains keys and values to put before those of the text."""
         x = self.table(input_ids)
         if self.fixed:
             x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
@@ -188,8 +188,8 @@ class Masked(nn.Module):
             k, v = torch.cat([front[0], k], 2), torch.cat([front[1], v], 2)
             attention_mask = torch.cat([attention_mask.new_ones(len(x), LENGTH), attention_mask], 1)
         scores = self.scores(q @ k.transpose(-1, -2) / math.sqrt(8), attention_mask)
-        made: Tensor = x + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return made
+        outputs: Tensor = x + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return outputs
 
 
 WAYS = ("filled", "true is seen", "true is hidden", "bool of a bias", "buffer", "bias", "bias of -10,000")
@@ -202,7 +202,7 @@ WAYS = ("filled", "true is seen", "true is hidden", "bool of a bias", "buffer", 
 @pytest.mark.parametrize("fixed", [False, True], ids=["varying", "fixed"])
 @pytest.mark.parametrize("way", [*WAYS, "product", "distances"])
 def test_what_true_says_in_a_mask(way: str, fixed: bool) -> None:
-    """A prefix is as keys and values in front, whichever bool hides a key; GC017 where a bias cannot be known there."""
+    """A prefix acts like keys and values in front, whichever bool hides a key; a bias unknown there raises GC017."""
     torch.manual_seed(0)
     model = Masked(way, fixed).eval()
     ids = torch.randint(0, 50, (3, 9))
@@ -217,8 +217,8 @@ def test_what_true_says_in_a_mask(way: str, fixed: bool) -> None:
         return
     compiled = graftc.compile(spec, model, given).eval()
     perturb(compiled)
-    held = [t for _, t in sorted(compiled.adapter_state_dict().items())]
-    keys, values = (t.view(1, LENGTH, 4, 8).transpose(1, 2).expand(3, -1, -1, -1) for t in held)
+    tensors = [t for _, t in sorted(compiled.adapter_state_dict().items())]
+    keys, values = (t.view(1, LENGTH, 4, 8).transpose(1, 2).expand(3, -1, -1, -1) for t in tensors)
     with torch.no_grad():
         expected = model(ids, mask, (keys, values))
         torch.testing.assert_close(compiled(**given), expected, atol=1e-5, rtol=1e-5)
@@ -229,7 +229,7 @@ def test_what_true_says_in_a_mask(way: str, fixed: bool) -> None:
 @pytest.mark.sample("t5")
 @pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
 def test_layers_share_one_mask(family: str) -> None:
-    """It is made longer as often as the model makes it, not once a layer."""
+    """The mask is extended as often as the model creates it, instead of once per layer."""
 
     def masks(compiled: Compiled, base: bool) -> int:
         graph = compiled.compilation.program("eval", "base" if base else "adapted").graph
@@ -243,14 +243,14 @@ def test_layers_share_one_mask(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_written_out_is_fused(family: str) -> None:
-    """The same model, loaded with either, gives the same."""
-    found = []
+    """The same model gives the same outputs when loaded with either implementation."""
+    outputs = []
     for implementation in ("sdpa", "eager"):
         model = tiny(family, attn_implementation=implementation)
         compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH}]}, model).eval()
         perturb(compiled, 0.3)
-        found.append(outputs_of(compiled, inputs_for(compiled)))
-    assert largest_difference(*found) <= 1e-5
+        outputs.append(outputs_of(compiled, inputs_for(compiled)))
+    assert largest_difference(*outputs) <= 1e-5
 
 
 @pytest.mark.full
@@ -271,7 +271,7 @@ def test_positions_that_are_given(positions: str) -> None:
 
 @pytest.mark.full
 def test_a_mask_that_is_given() -> None:
-    """Of a mask of pairs that a call gives, nothing is known in front: every query sees the prefix."""
+    """A mask of pairs passed in a call says nothing about keys in front, so every query sees the prefix."""
     compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH}]}, tiny("llama")).eval()
     inputs = inputs_for(compiled)
     rows, tokens = inputs["input_ids"].shape

@@ -1,4 +1,4 @@
-"""A prefix that starts from tokens is the text before the text."""
+"""A prefix that starts from tokens acts like these tokens before the text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = [7, 23, 41, 11]
 
 
 def spec(**fields: Any) -> dict[str, Any]:
-    """A prefix that starts from the tokens."""
+    """A spec with a prefix that starts from `TOKENS`."""
     fields = {"positions": "shifted", "init": "tokens", "init_tokens": TOKENS, **fields}
     return {"adapt": [{"method": "prefix", "length": len(TOKENS), **fields}]}
 
@@ -31,7 +31,7 @@ def texts() -> Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "gpt2 eager", "gpt_neox", "llama", "mixtral"])
 def test_a_decoder_has_read_the_tokens(family: str) -> None:
-    """With learned positions and rotary ones, shared heads and windows."""
+    """Logits equal those after the tokens, with learned and rotary positions, shared heads and windows."""
     family, _, implementation = family.partition(" ")
     changes: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
     if family == "mixtral":
@@ -41,15 +41,15 @@ def test_a_decoder_has_read_the_tokens(family: str) -> None:
     before = torch.tensor([TOKENS]).expand(2, -1)
     with torch.no_grad():
         expected = model(input_ids=torch.cat([before, ids], 1)).logits[:, len(TOKENS) :]
-        found = compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        actual = compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert largest_difference([model(input_ids=ids).logits], [expected]) > 1e-2
-    assert largest_difference([found], [expected]) <= 1e-5
+    assert largest_difference([actual], [expected]) <= 1e-5
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_it_starts_the_same_each_time(family: str) -> None:
-    """Whatever the seed, whatever stands before it, and in training mode too; not from a normal."""
+    """The start is not drawn: it does not depend on the seed, on adaptations before it, or on the mode."""
     first = graftc.compile(spec(), tiny(family)).adapter_state_dict()
     lora = {"method": "lora", "target": {"role": "attn.k"}, "rank": 2, "dropout": 0.5}
     prompt = {"method": "prefix", "name": "other", "length": 2, "positions": "shifted"}
@@ -61,7 +61,7 @@ def test_it_starts_the_same_each_time(family: str) -> None:
 
 @pytest.mark.full
 def test_without_values() -> None:
-    """On the meta device nothing is read."""
+    """On the meta device no values are read."""
     with torch.device("meta"):
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -72,7 +72,7 @@ def test_without_values() -> None:
 
 @pytest.mark.slow
 def test_what_cannot_start_from_tokens() -> None:
-    """Each with a code: fields that do not go together, tokens that the vocabulary lacks, images."""
+    """Each case has its code: fields that do not go together, tokens outside of the vocabulary, and images."""
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("gpt2", {"init": "normal"}, "GC002"),
         ("gpt2", {"init_tokens": [3]}, "GC002"),

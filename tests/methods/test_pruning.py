@@ -1,4 +1,4 @@
-"""Pruning: what is kept, what trains, schedules, rounds, counts."""
+"""Pruning: kept entries, gradients, schedules, resumed training, and counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORED = ["movement", "soft_movement"]
 
 
 def masks_of(compiled: Any) -> PruningMasks:
-    """The controller."""
+    """The controller of the masks."""
     controller = compiled.steering.controllers["pruning"]
     assert isinstance(controller, PruningMasks)
     return controller
@@ -33,7 +33,7 @@ def masks_of(compiled: Any) -> PruningMasks:
 
 @pytest.mark.full
 def test_by_default_maps_of_layers_are_pruned() -> None:
-    """Neither tables, norms and biases, nor poolers and heads; a target may name a pooler."""
+    """Tables, norms, biases, poolers and heads are not pruned by default; a target may name a pooler."""
     sites = {str(place.site.key) for place in places_of(adapted(role=None))}
     model = tiny("bert")
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -47,7 +47,7 @@ def test_by_default_maps_of_layers_are_pruned() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("density", [0.15, 0.07, 1e-4])
 def test_exactly_the_share_of_each_matrix_is_kept(variant: str, dtype: torch.dtype, density: float) -> None:
-    """Rounded down, at least one, with equal scores too; the others are zeros of the folded weights."""
+    """The number is rounded down, but at least one, even with equal scores; the other folded entries are zero."""
     compiled = adapted(model=tiny("bert").to(dtype), variant=variant, density=density, total_steps=1)
     perturb(compiled)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_exactly_the_share_of_each_matrix_is_kept(variant: str, dtype: torch.dty
 
 @pytest.mark.full
 def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
-    """Stacked matrices one by one; rows of a fused weight alone."""
+    """Stacked matrices are pruned one by one, and rows of a fused weight on their own."""
     compiled = adapted("mixtral", role="experts", density=0.25, total_steps=1)
     perturb(compiled)
     compiled.after_step()
@@ -81,7 +81,7 @@ def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("target", "kept"), [({"role": "attn.q"}, 1152), ({"modules": "**.c_attn"}, 3456)], ids=str)
 def test_columns(target: dict[str, Any], kept: int) -> None:
-    """Of a fused weight that is stored the other way round: a part of it, and all."""
+    """Part of a fused weight that is stored transposed is pruned, or all of it."""
     compiled = adapted("gpt2", role=None, target=target, density=0.5, total_steps=1)
     perturb(compiled)
     compiled.after_step()
@@ -91,7 +91,7 @@ def test_columns(target: dict[str, Any], kept: int) -> None:
 
 @pytest.mark.slow
 def test_all_matrices_together() -> None:
-    """Exactly the share of all entries, the largest of them."""
+    """Exactly the share of all entries is kept, the largest of them."""
     compiled = adapted(variant="magnitude", density=0.1, allocation="global", total_steps=1)
     with torch.no_grad():
         places_of(compiled)[0].tensors["weight"].mul_(1e-3)
@@ -108,7 +108,7 @@ def test_all_matrices_together() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("allocation", ["per_tensor", "global"])
 def test_pruned_before_it_trains(allocation: str) -> None:
-    """An initial density holds for the first pass, and a constant one needs no number of steps."""
+    """An initial density applies from the first pass, and a constant one needs no number of steps."""
     compiled = adapted(variant="magnitude", density=0.3, initial_density=0.3, allocation=allocation)
     sizes = [kept_entries(place).numel() for place in places_of(compiled)]
     kept = [int(kept_entries(place).sum()) for place in places_of(compiled)]
@@ -122,7 +122,7 @@ def test_pruned_before_it_trains(allocation: str) -> None:
 
 @pytest.mark.slow
 def test_with_everything_kept_it_is_the_base() -> None:
-    """Density 1 has nothing to steer, and nothing to warn of."""
+    """Density 1 has no controller and no scores."""
     model = tiny("bert").eval()
     compiled = adapted(model=model, density=1.0).eval()
     assert not compiled.steering.controllers and not any("scores" in n for n in compiled.adapter_state_dict())
@@ -132,7 +132,7 @@ def test_with_everything_kept_it_is_the_base() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", ["magnitude", *SCORED])
 def test_gradients_are_those_of_dense_tensors(variant: str) -> None:
-    """In float64 beside the source model with `W * M` in its layer: `dW = dW' * M` and `dS = dW' * W`."""
+    """Gradients follow from those of the source model with `W * M`, in float64: `dW = dW' * M` and `dS = dW' * W`."""
     model = tiny("bert").double()
     threshold = {"threshold": 0.501} if variant == "soft_movement" else {"density": 0.3}
     compiled = adapted(model=model, role="attn.q", variant=variant, total_steps=1, **threshold)
@@ -164,7 +164,7 @@ def test_gradients_are_those_of_dense_tensors(variant: str) -> None:
 
 @pytest.mark.full
 def test_a_weight_that_moves_away_from_zero_gains() -> None:
-    """After a step of descent on both, a score has the sign by which its weight has grown."""
+    """After a descent step on both, a score is positive if its weight has moved away from zero, else negative."""
     compiled = adapted(density=0.5, total_steps=100, warmup_steps=10)
     optimiser = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
     before = [place.tensors["weight"].detach().clone() for place in places_of(compiled)]
@@ -178,7 +178,7 @@ def test_a_weight_that_moves_away_from_zero_gains() -> None:
 
 @pytest.mark.slow
 def test_the_density_falls_in_a_cubic_curve() -> None:
-    """Corners of the schedule, and the values between them."""
+    """The schedule has the right corners, and the right values between them."""
     masks = masks_of(adapted(density=0.2, warmup_steps=3, final_steps=4))
     masks.begin(20)
     shares = [masks.density(number) for number in range(1, 25)]
@@ -206,7 +206,7 @@ def test_the_threshold_and_the_penalty_rise_likewise() -> None:
 
 @pytest.mark.slow
 def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
-    """And the largest half a percent where nothing does."""
+    """If no score exceeds the threshold, the largest half a percent is kept."""
     compiled = adapted(variant="soft_movement", threshold=0.4, total_steps=1)
     generator = torch.Generator().manual_seed(0)
     places = places_of(compiled)
@@ -228,7 +228,7 @@ def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
 
 @pytest.mark.full
 def test_counts() -> None:
-    """Weights and scores train, and what is kept in the end is deployed, with other shares at some sites."""
+    """Weights and scores train, and the entries kept in the end are deployed, with other shares at some sites."""
     fields = {"density": 0.15, "overrides": [{"role": "ffn.down", "density": 0.5}]}
     compiled = adapted(**fields)
     down, query = 80 * 48, 48 * 48
@@ -244,29 +244,29 @@ def test_counts() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", ["magnitude", *SCORED])
 def test_a_resumed_training_ends_the_same(variant: str, tmp_path: Path) -> None:
-    """Saved in the middle, loaded and trained on: every tensor is equal to the bit, thresholds among them."""
+    """After saving, loading and further training every tensor is equal to the bit, including thresholds."""
 
     def fresh() -> Compiled:
         return adapted(
             variant=variant, total_steps=6, warmup_steps=1, **({"penalty": 1.0} if "soft" in variant else {})
         )
 
-    whole, first = fresh(), fresh()
-    train(whole, range(6))
+    uninterrupted, first = fresh(), fresh()
+    train(uninterrupted, range(6))
     optimiser = train(first, range(3))
     first.save(tmp_path / "artifact", certify=False)
     second = graftc.load(tmp_path / "artifact", tiny("bert"))
     resumed = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=5e-3)
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
     train(second, range(3, 6), resumed)
-    expected, found = whole.adapter_state_dict(), second.adapter_state_dict()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected, actual = uninterrupted.adapter_state_dict(), second.adapter_state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.full
 def test_checkpointing_changes_no_bit() -> None:
-    """Layers that are computed again make the same masks."""
+    """Recomputed layers have the same masks."""
     ends = []
     for checkpoint in (False, True):
         compiled = adapted(total_steps=4)
@@ -279,7 +279,7 @@ def test_checkpointing_changes_no_bit() -> None:
 
 @pytest.mark.full
 def test_beside_others() -> None:
-    """A low-rank update adds to what is pruned, and what trains elsewhere trains."""
+    """A low-rank update adds to a pruned weight, and adaptations elsewhere train."""
     adapt = [
         {"method": "lora", "target": {"role": ROLES}},
         {"method": "pruning", "target": {"role": ROLES}, "density": 0.3, "total_steps": 1},
@@ -316,7 +316,7 @@ ITERATED: dict[str, Any] = {"method": "pruning", "variant": "iterative", "target
     ],
 )
 def test_values_that_do_not_fit(fields: dict[str, Any], code: str, path: str) -> None:
-    """Each names its field."""
+    """Each error names its field."""
     with pytest.raises(GraftError) as caught:
         adapted(**fields)
     assert caught.value.code == code
@@ -325,7 +325,7 @@ def test_values_that_do_not_fit(fields: dict[str, Any], code: str, path: str) ->
 
 @pytest.mark.slow
 def test_without_the_number_of_steps() -> None:
-    """GC026 at the first step, and for one in which the phases leave nothing."""
+    """GC026 is raised at the first step without a number of steps, and for a number that the phases use up."""
     compiled = adapted(warmup_steps=3, final_steps=3)
     with pytest.raises(GraftError) as caught:
         train(compiled, range(1))
@@ -337,7 +337,7 @@ def test_without_the_number_of_steps() -> None:
 
 @pytest.mark.full
 def test_what_is_pruned_may_come_back() -> None:
-    """With movement an entry that is not kept is kept later, since its score goes on."""
+    """With movement, a pruned entry can be kept later, since its score still trains."""
     compiled = adapted(density=0.5, total_steps=4)
     before: dict[str, Tensor] = {}
     returned = 0

@@ -1,4 +1,4 @@
-"""Every variant of pruning through the contract, with most entries pruned, and in exports."""
+"""The contract of every variant of pruning, with most entries pruned, and exports."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from graftc.testing.contract import Contract
 
 
 class Pruned(Contract):
-    """Perturbed models are pruned to what is kept in the end."""
+    """A contract whose perturbed models are pruned to the final density."""
 
     def perturb(self, family: str, compiled: Compiled) -> None:
-        """Some entries are pruned of every place."""
+        """Perturb the model, and prune some entries of every place."""
         super().perturb(family, compiled)
         compiled.eval()
         compiled.begin(1)
@@ -26,13 +26,13 @@ class Pruned(Contract):
 
 
 class TestMovement(Pruned, MethodContract):
-    """Scores beside the weights."""
+    """Movement pruning, with scores beside the weights."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "density": 0.3}
 
 
 class TestMagnitude(Pruned, MethodContract):
-    """The weights are their own scores, and all matrices share one threshold."""
+    """Magnitude pruning: the weights are their own scores, and all matrices share one threshold."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {
@@ -44,28 +44,28 @@ class TestMagnitude(Pruned, MethodContract):
 
 
 class TestSoftMovement(Pruned, MethodContract):
-    """A threshold near the scores' sigmoids."""
+    """Soft movement pruning, with a threshold near the scores' sigmoids."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "variant": "soft_movement", "threshold": 0.502}
 
 
 class TestIterative(MethodContract):
-    """Before anything is pruned."""
+    """Iterative pruning, before anything is pruned."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "variant": "iterative"}
 
 
 class TestSecondStage(MethodContract):
-    """What is kept of the base trains, and nothing else is left: it begins where the first stage has ended."""
+    """The second stage, in which only kept entries of the base remain and train; it begins where the first one ends."""
 
     variant = starts_elsewhere = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "variant": "iterative", "stage": 2}
 
 
 class TestDeployed(Pruned, DeploymentContract):
-    """Exports and compilation, with scores."""
+    """Export and compilation with scores."""
 
     exported = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "density": 0.3}
@@ -73,7 +73,7 @@ class TestDeployed(Pruned, DeploymentContract):
 
 
 class TestDeployedStage(DeploymentContract):
-    """The same of a later stage."""
+    """Export and compilation of a later stage."""
 
     exported = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "variant": "iterative", "stage": 2}

@@ -1,4 +1,4 @@
-"""Pruning in rounds: what each leaves, and what trains on."""
+"""Pruning in rounds: the entries that each round leaves, and their further training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.methods.pruned_models import adapted, places_of, train
 
 
 def advanced(compiled: Compiled) -> tuple[Transition[Pruning], Compiled]:
-    """The next training of an adaptation that takes several."""
+    """Return the transition to the next training, and the model in it."""
     (resolved,) = compiled.compilation.main.resolved
     method = method_for("pruning")
     assert isinstance(method, Staged)
@@ -36,7 +36,7 @@ def advanced(compiled: Compiled) -> tuple[Transition[Pruning], Compiled]:
 @pytest.mark.parametrize("rewind", [False, True])
 @pytest.mark.parametrize("allocation", ["per_tensor", "global"])
 def test_rounds(rewind: bool, allocation: str, tmp_path: Path) -> None:
-    """Each leaves `1 - fraction` of what was left, the largest, as they are or as the base has them."""
+    """Each round leaves the largest `1 - fraction` of the remaining entries, with their own values or the base's."""
     fields = {"fraction": 0.5, "rounds": 2, "rewind": rewind, "allocation": allocation}
     compiled = adapted(variant="iterative", **fields)
     method = method_for("pruning")
@@ -72,7 +72,7 @@ def test_rounds(rewind: bool, allocation: str, tmp_path: Path) -> None:
 
 
 def test_the_last_round_leaves_the_density() -> None:
-    """Whatever the root of it is; counts are those of the share as it is written."""
+    """The last round leaves the density whatever its root is; counts use the share as written."""
     spec = Pruning(variant="iterative", density=0.07, rounds=3)
     assert spec.remaining(3) == Fraction("0.07") and spec.remaining(0) == 1
     assert abs(float(spec.remaining(1)) - 0.07 ** (1 / 3)) < 1e-12

@@ -1,4 +1,4 @@
-"""Every method on a quantised base: to the bit what it is on a plain model with the values of the quantised weights."""
+"""Every method on a quantised base equals, to the bit, the same method on a plain model with the quantised values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.packed import dense_twin
 MAPS = {"role": ["attn.q", "ffn.down"]}
 EXPERTS = {"role": ["attn.q", "experts"]}
 LINEAR = ("spiel", "spiel-ag", "vera")
-"""Methods that take no experts."""
+"""Methods that do not support experts."""
 
 FORMATS = ("int8", "int4", "nf4", "fp4")
 FAMILIES = ("bert", "gpt2", "llama", "mixtral", "t5")
@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def spec_of(name: str, family: str, **base: Any) -> dict[str, Any]:
-    """A spec for a method of `METHODS`, on a base that is quantised where ``base`` says so."""
+    """A spec for a method of `METHODS`, on a base that is quantised if ``base`` says so."""
     adaptation = {"method": name, **METHODS[name]}
     if family == "mixtral" and adaptation.get("target") == MAPS:
         adaptation["target"] = {"role": "attn.q"} if name in LINEAR else EXPERTS
@@ -44,7 +44,7 @@ def spec_of(name: str, family: str, **base: Any) -> dict[str, Any]:
 
 
 def trained(spec: dict[str, Any], model: nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs after two steps, and all that trained."""
+    """Return the outputs after two steps, and all trained tensors."""
     compiled = graftc.compile(graftc.Spec.model_validate(spec), model, seed=0).train()
     inputs = inputs_for(compiled, seed=3)
     parameters = [p for p in compiled.parameters() if p.requires_grad]
@@ -65,7 +65,7 @@ def trained(spec: dict[str, Any], model: nn.Module, family: str) -> tuple[Tensor
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "loftq"])
 def test_equals_the_dense_twin(name: str, family: str, kind: str) -> None:
-    """Training and outputs are those of the same method on the values, which tells every place that reads a weight."""
+    """Training and outputs equal those of the same method on the values, which covers all places that read a weight."""
     model = getattr(families, family)().eval()
     spec = spec_of(name, family, quantize=kind)
     try:
@@ -86,7 +86,7 @@ def test_equals_the_dense_twin(name: str, family: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_loftq_is_nearer_to_the_model_as_it_was(family: str, kind: str) -> None:
-    """What the factors hold at the start is the best approximation, of their rank, of what quantising took."""
+    """The initial factors are the best approximation, of their rank, to what quantisation has lost."""
     model = getattr(families, family)().eval()
     compiled = graftc.compile(graftc.Spec.model_validate(spec_of("loftq", family, quantize=kind)), model)
     store, before = compiled.compilation.store, dict(model.named_parameters())
@@ -104,7 +104,7 @@ def test_loftq_is_nearer_to_the_model_as_it_was(family: str, kind: str) -> None:
 
 
 def test_loftq_needs_what_was_quantised() -> None:
-    """A base in full precision has lost nothing."""
+    """A base in full precision has lost nothing, so LoftQ raises GC167."""
     with pytest.raises(GraftError) as caught:
         graftc.compile(graftc.Spec.model_validate(spec_of("loftq", "llama")), families.llama())
     assert caught.value.code == "GC167"
@@ -112,7 +112,7 @@ def test_loftq_needs_what_was_quantised() -> None:
 
 @pytest.mark.slow
 def test_dropped_and_skipped_modules() -> None:
-    """Heads, embeddings and routers stay as they are, and so does what is skipped; the source is not changed."""
+    """Heads, embeddings, routers and skipped modules are not quantised; the source is unchanged."""
     model = families.mixtral().eval()
     before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
     spec = graftc.Spec.model_validate(
@@ -131,7 +131,7 @@ def test_dropped_and_skipped_modules() -> None:
 
 @pytest.mark.slow
 def test_the_weights_can_be_read() -> None:
-    """A module of the compiled model still has its weight, and the class of the source's."""
+    """A module of the compiled model still has a weight, and the class of the source's module."""
     model = families.llama().eval()
     compiled = graftc.compile(graftc.Spec.model_validate(spec_of("lora", "llama", quantize="int8")), model)
     module = compiled.model.layers[0].mlp.down_proj
@@ -141,7 +141,7 @@ def test_the_weights_can_be_read() -> None:
 
 
 def test_nothing_to_quantise() -> None:
-    """A model without linear maps in its layers, or with all of them skipped."""
+    """A model whose linear maps are all skipped raises GC160."""
     spec = graftc.Spec.model_validate(
         {"base": {"quantize": "nf4", "skip": ["model.layers.*"]}, "adapt": [{"method": "lora", "target": MAPS}]}
     )
@@ -151,17 +151,17 @@ def test_nothing_to_quantise() -> None:
 
 
 class Twice(nn.Module):
-    """Layers whose weights are read in both orientations, the last of which is the first again, with a head."""
+    """Layers whose weights are read in both orientations, with the first one used again as the last, and a head."""
 
     class Layer(nn.Module):
-        """One of them."""
+        """A layer with two maps, each read in both orientations."""
 
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(16, 48), nn.Linear(48, 16)
 
         def forward(self, h: Tensor) -> Tensor:
-            """Both maps, and both turned round."""
+            """Apply both maps, and both transposed."""
             turned: Tensor = (h @ self.b.weight) @ self.a.weight
             return h + self.b(self.a(h).relu()) + turned * 0.1
 
@@ -172,16 +172,16 @@ class Twice(nn.Module):
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Through all of them."""
+        """Apply all layers and the head."""
         for layer in self.layers:
             x = layer(x)
-        found: Tensor = self.head(x)
-        return found
+        output: Tensor = self.head(x)
+        return output
 
 
 @pytest.mark.slow
 def test_weights_that_are_read_in_both_orientations() -> None:
-    """They are packed, and the head is not; what a target cannot name on the plain model it cannot name here."""
+    """Such weights are packed, unlike the head; targets refused on the plain model are refused here as well."""
     torch.manual_seed(0)
     model, x = Twice().eval(), {"x": torch.randn(3, 16)}
     adapt = [{"method": "lora", "target": {"modules": "layers.1.a"}}]
@@ -200,7 +200,7 @@ def test_weights_that_are_read_in_both_orientations() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_modules_that_train_in_full(family: str) -> None:
-    """A dense copy of a packed weight trains in its place, as on the twin."""
+    """A dense copy of a packed weight trains instead of it, as on the dense twin."""
     model = getattr(families, family)().eval()
     path = {"gpt2": "transformer.h.0.mlp", "llama": "model.layers.0.mlp.down_proj"}[family]
     spec: dict[str, Any] = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}}], "train": [path]}
@@ -211,7 +211,7 @@ def test_modules_that_train_in_full(family: str) -> None:
 
 @pytest.mark.full
 def test_where_a_pattern_of_skip_is_wrong() -> None:
-    """The error names the list that it stands in."""
+    """The error names the list that contains the pattern."""
     spec = {"adapt": [{"method": "lora", "target": MAPS}], "base": {"quantize": "nf4", "skip": ["**.zzz"]}}
     with pytest.raises(GraftError) as caught:
         graftc.compile(spec, families.llama())

@@ -1,4 +1,4 @@
-"""Training of rows: named ones, n of every m, blocks; of maps, fused parts, tables and experts."""
+"""Training of rows: named ones, n of every m, and blocks, in maps, fused parts, tables and experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLES = {"bert": "bert.embeddings.word_embeddings", "gpt2": "transformer.wte", 
 
 
 class TestNamedTokens(MethodContract):
-    """Most entries of the table of words; GPT-2's and T5's heads are tied to it."""
+    """Most rows of the table of words, to which the heads of GPT-2 and T5 are tied."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "rows", "rows": [0, 3, "5:90", "-2:"]} | {
@@ -34,7 +34,7 @@ class TestNamedTokens(MethodContract):
 
 
 class TestTwoOfFour(MethodContract):
-    """Half of the rows of maps: parts of GPT-2's and GPT-NeoX's fused weights; Mixtral's other maps are experts."""
+    """Half of the rows of maps, including parts of fused weights in GPT-2 and GPT-NeoX, without Mixtral's experts."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "rows", "n_of_m": [2, 4], "target": MAPS}
     families = tuple(family for family in FAMILIES if family != "mixtral")
@@ -51,8 +51,9 @@ class TestTwoOfFourInExperts(MethodContract):
 
 
 class TestBlocks(MethodContract):
-    """Blocks of rows with their biases, of everything that has any: convolutions, tables, heads. One of T5's
-    modules is another's table."""
+    """Blocks of rows with their biases, in every module that has any: convolutions, tables, heads. In T5 one module is
+    another's table.
+    """
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "rows", "density": 0.3, "block": 5, "bias": True} | {
@@ -62,7 +63,7 @@ class TestBlocks(MethodContract):
 
 
 class TestRandomBlocks(MethodContract):
-    """Blocks that were drawn: models of other seeds have other ones, and do not take each other's tensors."""
+    """Randomly drawn blocks. Models of other seeds have other blocks and refuse each other's tensors."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {
@@ -75,12 +76,12 @@ class TestRandomBlocks(MethodContract):
     families = ("bert", "gpt2")
 
     def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
-        """Of one seed."""
+        """Compile ``model`` with the same seed always."""
         return super().compiled(family, model, seed=0)
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation, with rows along both axes."""
+    """Export and compilation, with rows along both axes."""
 
     exported = True
     adaptation: ClassVar[Mapping[str, Any]] = TestTwoOfFour.adaptation
@@ -88,12 +89,12 @@ class TestDeployed(DeploymentContract):
 
 
 def entry(**fields: Any) -> dict[str, Any]:
-    """An adaptation."""
+    """An adaptation that trains rows of the queries by default."""
     return {"method": "rows", "target": {"role": "attn.q"}, **fields}
 
 
 def trained(model: nn.Module, *entries: Mapping[str, Any]) -> tuple[Compiled, dict[str, Tensor]]:
-    """A model after some steps of AdamW that decays weights, and its parameters as folding writes them."""
+    """Return a model after some steps of AdamW with weight decay, and its parameters as folded."""
     compiled = graftc.compile({"adapt": [dict(each) for each in entries]}, model).train()
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
     inputs = inputs_for(compiled)
@@ -106,13 +107,13 @@ def trained(model: nn.Module, *entries: Mapping[str, Any]) -> tuple[Compiled, di
 
 
 def moved(model: nn.Module, after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Which entries of which parameters are no more what they were, to the bit."""
-    found = {name: after[name] != before for name, before in model.named_parameters()}
-    return {name: where for name, where in found.items() if bool(where.any())}
+    """Return which entries have changed, for every parameter that has changed at all."""
+    changed = {name: after[name] != before for name, before in model.named_parameters()}
+    return {name: where for name, where in changed.items() if bool(where.any())}
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """Whether each of ``[rows, in]`` is one of the two with the greatest norms of its four: an independent count."""
+    """Return whether each row of ``[rows, in]`` has one of the two largest norms of its four, counted independently."""
     norms = weight.detach().double().norm(dim=-1).tolist()
     return torch.tensor(
         [sorted(range(i - i % 4, i - i % 4 + 4), key=lambda k: -norms[k]).index(i) < 2 for i in range(len(norms))]
@@ -122,7 +123,7 @@ def two_of_four(weight: Tensor) -> Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize("family", TABLES)
 def test_exactly_the_named_tokens_change(family: str) -> None:
-    """Of the table, whether a head is tied to it or not."""
+    """Only the named rows of the table change, whether or not a head is tied to it."""
     model = tiny(family).eval()
     compiled, after = trained(model, entry(rows=[1, "7:9", -1], target={"role": "embed"}))
     where = moved(model, after)
@@ -135,7 +136,7 @@ def test_exactly_the_named_tokens_change(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama"])
 def test_exactly_the_chosen_rows_of_queries_change(family: str) -> None:
-    """All of their entries, for all of them have gradients; no bias, and nothing of keys and values."""
+    """All entries of these rows change, since all have gradients, but no bias and nothing of keys and values."""
     model = tiny(family).eval()
     _, after = trained(model, entry(n_of_m=[2, 4], target={"role": "attn.q", "layers": 1}))
     ((name, where),) = moved(model, after).items()
@@ -149,36 +150,36 @@ def test_exactly_the_chosen_rows_of_queries_change(family: str) -> None:
 
 @pytest.mark.full
 def test_biases_go_with_their_rows() -> None:
-    """Of the same output features."""
+    """The biases of the same output features train as well."""
     model = tiny("gpt2").eval()
     _, after = trained(model, entry(rows=["::3"], bias=True, target={"role": "attn.v", "layers": 0}))
     where = moved(model, after)
-    own = torch.arange(96, 144, 3)
+    expected = torch.arange(96, 144, 3)
     assert set(where) == {f"transformer.h.0.attn.c_attn.{part}" for part in ("weight", "bias")}
-    for found in where.values():
-        columns = found.reshape(-1, 144).all(0)
-        assert torch.equal(columns, found.reshape(-1, 144).any(0))
-        assert columns.nonzero().flatten().tolist() == own.tolist()
+    for changed in where.values():
+        columns = changed.reshape(-1, 144).all(0)
+        assert torch.equal(columns, changed.reshape(-1, 144).any(0))
+        assert columns.nonzero().flatten().tolist() == expected.tolist()
 
 
 @pytest.mark.full
 def test_experts_train_the_same_rows() -> None:
-    """Those with the greatest norms over all experts."""
+    """All experts train the rows with the largest norms over all experts."""
     model = tiny("mixtral").eval()
     _, after = trained(model, entry(density=0.25, block=2, target={"role": "experts", "layers": 0}))
     where = moved(model, after)
     assert len(where) == 2
-    for name, found in where.items():
+    for name, changed in where.items():
         weight = dict(model.named_parameters())[name]
         blocks = weight.detach().double().square().sum((0, 2)).view(-1, 2).sum(1)
         best = set(blocks.argsort(descending=True)[: len(blocks) // 4].tolist())
-        assert {int(row) // 2 for row in found.any(2).any(0).nonzero()} == best
-        assert int(found.any(2).any(0).sum()) == 2 * len(best)
+        assert {int(row) // 2 for row in changed.any(2).any(0).nonzero()} == best
+        assert int(changed.any(2).any(0).sum()) == 2 * len(best)
 
 
 @pytest.mark.full
 def test_every_layer_has_its_own_choice_and_one_code() -> None:
-    """Numbers are in a tensor, so that layers with other rows share their function."""
+    """Row numbers are in a tensor, so layers with different rows share one function."""
     compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4])]}, tiny("llama")).eval()
     compiled(**inputs_for(compiled))
     chosen = [t for n, t in compiled.named_buffers() if n.endswith("graftc.rows.chosen")]
@@ -189,7 +190,7 @@ def test_every_layer_has_its_own_choice_and_one_code() -> None:
 
 @pytest.mark.full
 def test_a_tied_table_counts_once() -> None:
-    """T5 reads its table three times and GPT-2 twice; all readers see one copy, which folds."""
+    """T5 reads its table three times and GPT-2 twice; all readers share one copy, which folds."""
     for family, target in (("t5", {"role": ["embed", "head"]}), ("gpt2", {"modules": "**"})):
         compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4], target=target)]}, tiny(family)).eval()
         names = [n for n, p in compiled.named_parameters() if p.requires_grad]
@@ -200,14 +201,14 @@ def test_a_tied_table_counts_once() -> None:
 
 @pytest.mark.full
 def test_two_stand_in_for_rows_of_one_weight() -> None:
-    """As long as no row is in both."""
+    """Two adaptations may train rows of one weight as long as no row is in both."""
     model = tiny("gpt2").eval()
     first, second = entry(name="a", rows=["0:4"]), entry(name="b", rows=[8, 20, 30, 35, 40, 44])
     compiled, after = trained(model, first, second)
     where = moved(model, after)
     assert compiled.report.trainable_parameters == 2 * 10 * 48
-    for found in where.values():
-        assert found.any(0).nonzero().flatten().tolist() == [0, 1, 2, 3, 8, 20, 30, 35, 40, 44]
+    for changed in where.values():
+        assert changed.any(0).nonzero().flatten().tolist() == [0, 1, 2, 3, 8, 20, 30, 35, 40, 44]
     with pytest.raises(GraftError, match="'b' and 'a' would both train rows 3:5") as error:
         graftc.compile({"adapt": [first, {**second, "rows": [3, 4]}]}, model)
     assert error.value.code == "GC021"
@@ -216,7 +217,7 @@ def test_two_stand_in_for_rows_of_one_weight() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("last", [False, True])
 def test_rows_under_lora(last: bool) -> None:
-    """In either order they are what LoRA adds to."""
+    """In either order, LoRA adds to the trained rows."""
     lora = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
     compiled = graftc.compile({"adapt": [lora, entry(n_of_m=[1, 2])][:: -1 if last else 1]}, tiny("gpt2")).eval()
     perturb(compiled, 0.1)
@@ -236,7 +237,7 @@ def test_rows_under_lora(last: bool) -> None:
 def test_rows_that_fold_to_wrong_places_are_found(
     family: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The certificate does not go by the fold's own rows."""
+    """The certificate does not rely on the rows that the fold uses."""
     compiled = graftc.compile({"adapt": [entry(**fields)]}, tiny(family)).eval()
     perturb(compiled, 0.1)
     right = folding._replace
@@ -252,7 +253,7 @@ def test_rows_that_fold_to_wrong_places_are_found(
 
 @pytest.mark.full
 def test_trained_entries_of_a_large_table_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a table that is too large to look all of it up."""
+    """Trained rows are probed even if the table is too large to look up all of it."""
     compiled = graftc.compile({"adapt": [entry(rows=[77], target={"role": "embed"})]}, tiny("bert")).eval()
     perturb(compiled, 0.1)
     monkeypatch.setattr(Lookup, "probe", lambda self, generator: {self.input: torch.tensor([[1, 2, 3]])})

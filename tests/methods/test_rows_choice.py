@@ -1,4 +1,4 @@
-"""Which rows the method `rows` trains: scores, ties, draws, files, and what cannot be chosen."""
+"""The choice of rows by the method `rows`: scores, ties, draws, files, and invalid choices."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.families import tiny
 
 
 def entry(**fields: Any) -> dict[str, Any]:
-    """An adaptation."""
+    """An adaptation that trains rows of the queries by default."""
     return {"method": "rows", "target": {"role": "attn.q"}, **fields}
 
 
 def spec(**fields: Any) -> RowSelection:
-    """A spec of its own."""
+    """The spec of an adaptation that trains rows of the queries."""
     return RowSelection(target=Target(role="attn.q"), **fields)
 
 
 def chosen(scores: list[float], **fields: Any) -> list[int]:
-    """The rows that are chosen by these scores of rows."""
+    """Return the rows that are chosen for these scores."""
     own, values = spec(**fields), torch.tensor(scores, dtype=torch.float64)
     means = [sum(part) / len(part) for size in [own.block] for part in (
         scores[i : i + size] for i in range(0, len(scores), size)
@@ -65,13 +65,13 @@ def test_rows_with_the_greatest_scores(scores: list[float], fields: dict[str, An
 
 
 def test_a_density_is_what_is_written() -> None:
-    """0.29 times 100 is 28.999999999999996 in float64."""
+    """The count follows the written number, although 0.29 times 100 is 28.999999999999996 in float64."""
     assert all(len(chosen([1.0] * 100, density=part / 100)) == part for part in range(1, 101))
 
 
 @pytest.mark.parametrize(("count", "block"), [(9, 4), (10, 4), (12, 4), (7, 1), (5, 8)])
 def test_short_blocks_go_by_their_mean(count: int, block: int) -> None:
-    """The whole path from a weight, against plain Python."""
+    """The rows chosen for a weight are those that plain Python chooses."""
     torch.manual_seed(1)
     weight = torch.randn(count, 6)
     model = nn.Sequential(nn.Linear(6, count))
@@ -86,14 +86,14 @@ def test_short_blocks_go_by_their_mean(count: int, block: int) -> None:
 
 
 def compiled_of(model: nn.Module, fields: Mapping[str, Any], *inputs: Tensor) -> Compiled:
-    """A small model with rows of all its maps training."""
+    """A small model in which rows of all maps train."""
     return graftc.compile({"adapt": [entry(**fields, target={"modules": "**"})]}, model, example_inputs=inputs)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("width", [5, 8, 33, 257])
 def test_equal_rows_have_equal_norms(width: int, transposed: bool) -> None:
-    """To the bit, however they are stored, so that ties are ties."""
+    """The norms are equal to the bit, however the rows are stored, so that ties remain ties."""
     weight = torch.randn(1, width).expand(37, -1)
     stored = weight.t().contiguous().t() if transposed else weight.contiguous()
     squares = row_squares(stored)
@@ -117,12 +117,12 @@ def test_named_rows(entries: list[int | str], expected: list[int]) -> None:
 
 @pytest.mark.slow
 def test_drawn_rows_follow_the_seed() -> None:
-    """And layers, and parts of one weight, draw for themselves."""
+    """Layers, and parts of one weight, have independent draws."""
     drawn = entry(n_of_m=[2, 8], selection="random", target={"role": ["attn.q", "attn.k"]})
 
     def numbers(seed: int) -> list[Tensor]:
-        found = graftc.compile({"adapt": [drawn]}, tiny("gpt2"), seed=seed).named_buffers()
-        return [t % 48 for n, t in found if n.endswith(".chosen")]
+        buffers = graftc.compile({"adapt": [drawn]}, tiny("gpt2"), seed=seed).named_buffers()
+        return [t % 48 for n, t in buffers if n.endswith(".chosen")]
 
     first, again, other = numbers(0), numbers(0), numbers(1)
     assert len(first) == 4 and same_bits(first, again)
@@ -133,7 +133,7 @@ def test_drawn_rows_follow_the_seed() -> None:
 
 @pytest.mark.slow
 def test_tensors_of_other_rows_are_refused() -> None:
-    """They would be put where they do not belong; nothing is copied."""
+    """Tensors of other rows would end up in the wrong places, so loading them raises GC053 and copies nothing."""
     drawn = entry(n_of_m=[1, 4], selection="random")
     one, other = (graftc.compile({"adapt": [drawn]}, tiny("bert"), seed=seed) for seed in (0, 1))
     before = {name: tensor.clone() for name, tensor in other.adapter_state_dict().items()}
@@ -146,7 +146,7 @@ def test_tensors_of_other_rows_are_refused() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("selection", ["magnitude", "random"])
 def test_an_artifact_has_the_same_rows(tmp_path: Path, selection: str) -> None:
-    """And so the same outputs, to the bit, with flags that it was not captured with too, and the same fold."""
+    """A loaded artifact gives outputs equal to the bit, even with flags that were not captured, and the same fold."""
     model = tiny("gpt2").eval()
     compiled = graftc.compile({"adapt": [entry(n_of_m=[2, 8], selection=selection)]}, model, seed=3).eval()
     perturb(compiled, 0.1)
@@ -161,7 +161,7 @@ def test_an_artifact_has_the_same_rows(tmp_path: Path, selection: str) -> None:
 
 @pytest.mark.slow
 def test_rows_stay_where_the_base_changes_below_them() -> None:
-    """A compilation that is made from tensors goes by their rows, not by what the base's norms are now."""
+    """A compilation from tensors uses their rows, whatever the base's norms are now."""
     compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4])]}, tiny("bert")).eval()
     perturb(compiled, 0.1)
     other = tiny("bert").eval()
@@ -178,7 +178,7 @@ def test_rows_stay_where_the_base_changes_below_them() -> None:
 
 @pytest.mark.full
 def test_without_values_counts_hold() -> None:
-    """On the meta device as with values, but for a shorter block that may be among the chosen ones."""
+    """On the meta device the counts are the same, unless a shorter block may be among the chosen ones."""
     with torch.device("meta"):
         empty = tiny("gpt2")
     for fields in ({"n_of_m": [2, 7], "bias": True}, {"density": 0.4, "block": 4}, {"density": 0.3}):
@@ -187,7 +187,7 @@ def test_without_values_counts_hold() -> None:
         assert counted[0] == counted[1] > 0
 
 
-# --- what cannot be ------------------------------------------------------------------------------------------
+# --- invalid choices -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,10 @@ def test_without_values_counts_hold() -> None:
 def test_what_a_spec_cannot_say(fields: dict[str, Any], path: str, text: str) -> None:
     with pytest.raises(GraftError) as error:
         graftc.load_spec({"adapt": [entry(**fields)]})
-    found = error.value
-    assert found.code == "GC002" and text in found.message and found.place is not None and found.place.path == path
+    refusal = error.value
+    assert (
+        refusal.code == "GC002" and text in refusal.message and refusal.place is not None and refusal.place.path == path
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,14 +237,14 @@ def test_what_a_spec_cannot_say(fields: dict[str, Any], path: str, text: str) ->
 def test_rows_that_are_not_there(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(GraftError) as error:
         graftc.compile({"adapt": [entry(**fields)]}, tiny("bert"))
-    found = error.value
-    assert found.code == "GC020" and text in found.message and found.place is not None
-    assert found.place.path == "adapt[0].rows[1]"
+    refusal = error.value
+    assert refusal.code == "GC020" and text in refusal.message and refusal.place is not None
+    assert refusal.place.path == "adapt[0].rows[1]"
 
 
 @pytest.mark.slow
 def test_rows_that_train_already() -> None:
-    """By `train:`, or by another adaptation."""
+    """Rows that train already, by `train:` or by another adaptation, raise GC021."""
     for other in ({"train": ["classifier"]}, {}):
         first = [] if other else [{"method": "full", "target": {"modules": "classifier"}}]
         with pytest.raises(GraftError, match=r"would both train rows 0:1 of classifier.weight") as error:

@@ -1,4 +1,4 @@
-"""Evidence on bases in 16 bits: folds and collapses are worked out in float64 whatever the graph's types are."""
+"""Evidence on bases in 16 bits: folds and collapses are computed in float64, whatever the graph's types are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def compiled_for(entry: dict[str, Any], family: str, dtype: torch.dtype) -> Any:
-    """The adaptation, perturbed, on a tiny model."""
+    """A tiny model with the adaptation, perturbed."""
     compiled = graftc.compile({"adapt": [entry]}, tiny(family).to(dtype)).eval()
     perturb(compiled, 0.05)
     return compiled
@@ -37,7 +37,7 @@ def compiled_for(entry: dict[str, Any], family: str, dtype: torch.dtype) -> Any:
     ids=lambda value: value["method"] if isinstance(value, dict) else str(value).removeprefix("torch."),
 )
 def test_saving(entry: dict[str, Any], family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """An artifact has the certificate of what folds, and how far what collapses is from what was trained."""
+    """An artifact has the certificate of its folds, and the distance of collapsed adaptations from the trained ones."""
     compiled = compiled_for(entry, family, dtype)
     compiled.save(tmp_path / "artifact")
     assert (tmp_path / "artifact" / "manifest.json").is_file()
@@ -56,7 +56,7 @@ def test_saving(entry: dict[str, Any], family: str, dtype: torch.dtype, tmp_path
     ids=lambda value: f"{value['method']} {value.get('rank', '')}" if isinstance(value, dict) else str(value)[6:],
 )
 def test_merging_experts(entry: dict[str, Any], dtype: torch.dtype) -> None:
-    """Products of experts in 16 bits have no kernel for float64, and want rows of 16 bytes whatever the rank is."""
+    """Kernels for experts in 16 bits have no float64, and need rows of 16 bytes whatever the rank is."""
     certificate = compiled_for(entry, "mixtral", dtype).merge().certificate
     assert certificate.passed
     assert all(site.change > 0 for site in certificate.sites)

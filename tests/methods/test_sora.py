@@ -33,7 +33,7 @@ def gates(compiled: Any) -> dict[str, Tensor]:
 
 
 def prox_of(compiled: Any) -> Prox:
-    """The controller."""
+    """The controller that applies the proximal operator."""
     controller = compiled.steering.controllers["sora"]
     assert isinstance(controller, Prox)
     return controller
@@ -41,7 +41,7 @@ def prox_of(compiled: Any) -> Prox:
 
 @pytest.mark.slow
 def test_start() -> None:
-    """Gates standard normal, A within its bound, B zero."""
+    """Gates start standard normal, A within its bound, and B at zero."""
     state = adapted(rank=40, role=["attn.q", "attn.k", "attn.v"]).adapter_state_dict()
     gate = torch.cat([t for name, t in state.items() if name.endswith(".gate")])
     assert abs(float(gate.mean())) < 0.2 and abs(float(gate.std()) - 1) < 0.15
@@ -52,7 +52,7 @@ def test_start() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
 def test_ranks_with_a_gate_at_zero_can_be_removed(family: str) -> None:
-    """Whatever their rows and columns hold: logits stay within 1e-6, and folding agrees."""
+    """Whatever the values of their rows and columns, logits stay within 1e-6, and folding agrees."""
     compiled = adapted(family=family, role=["attn.q", "experts"] if family == "mixtral" else ROLES).eval()
     state = perturb(compiled)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_ranks_with_a_gate_at_zero_can_be_removed(family: str) -> None:
 
 @pytest.mark.slow
 def test_the_gate_goes_into_the_weight() -> None:
-    """`dW = s B diag(g) A` in float64: with the gate in B it is plain LoRA."""
+    """`dW = s B diag(g) A` in float64, which is plain LoRA with the gate absorbed into B."""
     compiled = adapted(alpha=5)
     state = perturb(compiled)
     a, g, b = (state[f"{QUERY}.graftc.sora.{part}"].double() for part in ("A", "gate", "B"))
@@ -93,30 +93,31 @@ def test_the_gate_goes_into_the_weight() -> None:
 
 
 def test_prox_fixed_points() -> None:
-    """Paper: zero up to the threshold, others less it. Reference: zero below twice the threshold. Zero stays zero, and
-    only zero stays."""
+    """The paper's operator gives zero up to the threshold and subtracts it otherwise; that of the reference gives zero
+    below twice the threshold. Zero stays zero, and only zero is unchanged.
+    """
     gate = torch.tensor([-3.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
     paper = shrink(gate, 1.0, zero_below=1.0)
     assert paper.tolist() == [-2.0, -0.5, 0, 0, 0, 0, 0, 0.5, 1.0, 2.0]
     reference = shrink(gate, 1.0, zero_below=2.0)
     assert reference.tolist() == [-2.0, 0, 0, 0, 0, 0, 0, 0, 1.0, 2.0]
-    for found in (paper, reference):
-        assert torch.equal(found == gate, gate == 0)
+    for shrunk in (paper, reference):
+        assert torch.equal(shrunk == gate, gate == 0)
 
 
 def test_prox_minimises_what_it_is_the_operator_of() -> None:
-    """`argmin |x - g|^2 / 2 + t |x|`, on a fine grid."""
+    """The operator gives `argmin |x - g|^2 / 2 + t |x|`, as found on a fine grid."""
     grid = torch.linspace(-2, 2, 40001, dtype=torch.float64)
     for value in (-1.3, -0.2, 0.0, 0.31, 0.9):
         best = grid[((grid - value) ** 2 / 2 + 0.3 * grid.abs()).argmin()]
-        found = shrink(torch.tensor(value, dtype=torch.float64), 0.3, zero_below=0.3)
-        assert abs(float(best - found)) <= 1e-4
+        shrunk = shrink(torch.tensor(value, dtype=torch.float64), 0.3, zero_below=0.3)
+        assert abs(float(best - shrunk)) <= 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("prox", "zeros"), [("paper", 0.1), ("reference", 0.2)])
 def test_gates_close_after_each_step(prox: str, zeros: float) -> None:
-    """One step with no gradient is the operator alone, on every gate."""
+    """A step without gradients applies the operator alone, to every gate."""
     compiled = adapted(threshold=0.1, prox=prox)
     before = {name: gate.clone() for name, gate in gates(compiled).items()}
     compiled.after_step()
@@ -130,7 +131,7 @@ def test_gates_close_after_each_step(prox: str, zeros: float) -> None:
 
 @pytest.mark.full
 def test_training_closes_gates() -> None:
-    """In a plain loop, a high threshold leaves few ranks, and the count to ship is that of those."""
+    """In a plain loop, a high threshold leaves few ranks, and the pattern counts only these."""
     compiled = adapted(threshold=0.02)
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
     compiled.train()
@@ -146,7 +147,7 @@ def test_training_closes_gates() -> None:
 
 @pytest.mark.full
 def test_threshold_schedule() -> None:
-    """Linear from one threshold to the other over the training; GC026 where its length is not known."""
+    """The threshold moves linearly over the training; GC026 is raised if the training's length is not known."""
     compiled = adapted(threshold=0.1, final_threshold=0.5)
     with pytest.raises(GraftError) as caught:
         compiled.after_step()
@@ -158,7 +159,7 @@ def test_threshold_schedule() -> None:
 
 @pytest.mark.slow
 def test_l1_objective() -> None:
-    """`l1` times the mean of all absolute gates, with the gradient of that; none by default."""
+    """The objective is `l1` times the mean of all absolute gates, with its gradient; by default there is none."""
     compiled = adapted(l1=0.5)
     every = torch.cat(list(gates(compiled).values()))
     extra = compiled.extra_loss()
@@ -172,7 +173,7 @@ def test_l1_objective() -> None:
 
 @pytest.mark.slow
 def test_no_threshold_no_controller() -> None:
-    """With threshold 0 gates are trained freely, and there is no step to count."""
+    """With threshold 0, gates train freely and no steps are counted."""
     compiled = adapted(threshold=0)
     assert not compiled.steering.controllers
     assert not [name for name in compiled.adapter_state_dict() if name.endswith("step")]

@@ -1,4 +1,4 @@
-"""SoRA through the contract: on every family, with experts and with a table of embeddings."""
+"""The contract of SoRA: on every family, on experts and on a table of embeddings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SORA: dict[str, Any] = {"method": "sora", "rank": 6, "dropout": 0.1}
 
 
 class TestSoRA(MethodContract):
-    """Layers, fused rows among them."""
+    """SoRA on layers, including rows of fused weights."""
 
     adaptation = on_layers(SORA)
     families = DENSE
 
 
 class TestExperts(MethodContract):
-    """Gates for each expert."""
+    """SoRA with gates for each expert."""
 
     variant = True
     adaptation = on_experts(SORA)
@@ -26,7 +26,7 @@ class TestExperts(MethodContract):
 
 
 class TestTable(MethodContract):
-    """A table of embeddings, beside its dropout scope and mask."""
+    """SoRA on a table of embeddings, with its dropout scope and mask."""
 
     variant = True
     adaptation = on_a_table(SORA)
@@ -34,7 +34,7 @@ class TestTable(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of SoRA."""
 
     adaptation = on_layers(SORA)
     families = ("gpt2", "bert")

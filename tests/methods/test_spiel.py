@@ -1,4 +1,4 @@
-"""SpIEL's entries: how many, which, when they are replaced, and what that changes."""
+"""SpIEL's entries: their number, their choice, their replacement, and what a replacement changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PUBLISHED = {"interval": 20, "accumulation_steps": 5, "total_steps": 60}
 
 
 def own_entries(region: WeightSlice) -> torch.Tensor:
-    """Flat numbers of the entries that a part of a matrix has, by hand."""
+    """Return the flat indices of the entries in a part of a matrix, computed by hand."""
     every = torch.arange(region.numel).view(region.shape)
     if region.layout is Layout.COLUMNS:
         every = every.T
@@ -57,18 +57,18 @@ def own_entries(region: WeightSlice) -> torch.Tensor:
     ],
 )
 def test_a_dense_reference_agrees(family: str, variant: str, steps: int, fields: dict[str, Any]) -> None:
-    """Plain torch on whole tensors, float64: the same entries after every step, deltas to 1e-5."""
+    """Plain torch on dense tensors in float64 gives the same entries after every step, and deltas to 1e-5."""
     lr, decay = (1e-3, 0.1) if variant == "AG" else (1e-2, 0.0)
     compiled = adapted(variant, family, torch.float64, **fields)
-    spec, found = controller_of(compiled).spec, entries_of(compiled)
+    spec, by_name = controller_of(compiled).spec, entries_of(compiled)
     assert spec.total_steps is not None
-    own = {name: own_entries(entries.region) for name, entries in found.items()}
+    own = {name: own_entries(entries.region) for name, entries in by_name.items()}
     known = reference.Settings(
         *(variant, spec.interval, spec.accumulation_steps, spec.drop_fraction, spec.decay, spec.total_steps),
-        *({entries.region.tensor: own[name] for name, entries in found.items()}, lr, decay),
+        *({entries.region.tensor: own[name] for name, entries in by_name.items()}, lr, decay),
     )
-    start = {entries.region.tensor: entries.tensor("indices").clone() for entries in found.values()}
-    assert len(start) == len(found)
+    start = {entries.region.tensor: entries.tensor("indices").clone() for entries in by_name.values()}
+    assert len(start) == len(by_name)
 
     def loss(model: Any, t: int) -> torch.Tensor:
         torch.manual_seed(t)
@@ -79,14 +79,14 @@ def test_a_dense_reference_agrees(family: str, variant: str, steps: int, fields:
     optimiser = optimiser_for(compiled, lr, **({"weight_decay": decay} if decay else {}))
     moved = 0
     for t in range(1, steps + 1):
-        before = {name: entries.tensor("indices").clone() for name, entries in found.items()}
+        before = {name: entries.tensor("indices").clone() for name, entries in by_name.items()}
         train(compiled, optimiser, [t])
-        for name, entries in found.items():
+        for name, entries in by_name.items():
             indices = entries.tensor("indices").long()
             assert torch.equal(indices.sort().values, dense[entries.region.tensor].history[t - 1]), (name, t)
             moved += int((~torch.isin(indices, before[name])).sum())
     assert moved > 0
-    for entries in found.values():
+    for entries in by_name.values():
         own_dense = dense[entries.region.tensor]
         largest = float(own_dense.delta.abs().max())
         assert largest > 1e-4
@@ -95,7 +95,7 @@ def test_a_dense_reference_agrees(family: str, variant: str, steps: int, fields:
 
 @pytest.mark.slow
 def test_counts_are_rounded_down_for_each_weight() -> None:
-    """A share, a number, and the rank whose updates have as many parameters; indices in order, deltas zero."""
+    """The budget is a share, a number, or a rank with as many parameters; indices are in order, and deltas zero."""
     sizes = [48 * 48, 48 * 80] * 2
     total, sides = sum(sizes), 2 * (48 + 48 + 48 + 80)
     for fields, budget in (
@@ -104,10 +104,10 @@ def test_counts_are_rounded_down_for_each_weight() -> None:
         ({"equivalent_rank": 3}, 3 * sides),
     ):
         compiled = adapted(**fields)
-        held = [entries.tensor("delta") for entries in controller_of(compiled).entries]
-        assert [t.numel() for t in held] == [budget * size // total for size in sizes]
-        assert all(not t.any() and t.dtype == torch.float32 for t in held)
-        assert compiled.report.trainable_parameters == sum(t.numel() for t in held)
+        deltas = [entries.tensor("delta") for entries in controller_of(compiled).entries]
+        assert [t.numel() for t in deltas] == [budget * size // total for size in sizes]
+        assert all(not t.any() and t.dtype == torch.float32 for t in deltas)
+        assert compiled.report.trainable_parameters == sum(t.numel() for t in deltas)
         for entries in controller_of(compiled).entries:
             indices = entries.tensor("indices")
             assert indices.dtype == torch.int32 and bool((indices[1:] > indices[:-1]).all())
@@ -115,7 +115,7 @@ def test_counts_are_rounded_down_for_each_weight() -> None:
 
 @pytest.mark.full
 def test_by_default_the_projections_of_layers_train() -> None:
-    """The seven of Llama, fused ones of GPT-2 as a whole, neither heads nor what is outside of layers."""
+    """Llama has seven of them; GPT-2's fused ones train as a whole; heads and maps outside of layers do not."""
     for family, names in (
         ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
         ("gpt2", {"c_attn", "c_proj", "c_fc"}),
@@ -134,7 +134,7 @@ def test_by_default_the_projections_of_layers_train() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_first_replacement_takes_all(variant: str) -> None:
-    """Deltas are zero afterwards, but of entries that are dropped and grown again, which stay to the bit."""
+    """Deltas are zero afterwards, except for entries that are dropped and grown again, which are equal to the bit."""
     compiled = adapted(variant, density=0.3)
     optimiser = optimiser_for(compiled)
     train(compiled, optimiser, [1])
@@ -164,7 +164,7 @@ def test_the_first_replacement_takes_all(variant: str) -> None:
 
 
 def ended(compiled: Any) -> tuple[dict[str, Any], Any]:
-    """The deltas before and after the second replacement, in which some are dropped."""
+    """Train up to the second replacement, which drops some entries; return the model before it and the optimiser."""
     optimiser = optimiser_for(compiled)
     train(compiled, optimiser, range(1, 6))
     before: dict[str, Any] = {}
@@ -184,8 +184,9 @@ def ended(compiled: Any) -> tuple[dict[str, Any], Any]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropping_takes_deltas_away_and_growing_changes_nothing(variant: str, family: str) -> None:
-    """The outputs after a replacement are those of the model before with dropped deltas set to zero, to the bit; of a
-    plain model with the weights that this makes too."""
+    """To the bit, the outputs after a replacement are those of the earlier model with dropped deltas set to zero, and
+    those of a plain model with the resulting weights.
+    """
     compiled = adapted(variant, family, target={"role": ["attn.q", "ffn.up"]}, density=0.2)
     before, _ = ended(compiled)
     earlier, model, moved = before["model"], tiny(family), 0
@@ -212,7 +213,7 @@ def test_dropping_takes_deltas_away_and_growing_changes_nothing(variant: str, fa
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), variant=st.sampled_from(VARIANTS), decay=st.sampled_from(["linear", "cosine"]))
 def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str, decay: str) -> None:
-    """As many entries as before, each once, all of them the site's own; with weights that are nearly full, too."""
+    """The number of entries is constant, each occurs once and belongs to the site, even if weights are nearly full."""
     interval = data.draw(st.integers(1, 5))
     schedule = {
         "interval": interval,
@@ -236,7 +237,7 @@ def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str,
 
 @pytest.mark.full
 def test_the_share_falls_to_zero() -> None:
-    """All at first, then the formulas; nothing outside of the schedule, and nothing after the last step."""
+    """The share is 1 at first, then follows the formulas, and is zero outside of the schedule and after its end."""
     controller = controller_of(adapted(interval=20, accumulation_steps=5, total_steps=100))
     assert controller.fraction(5) == 1
     assert [controller.fraction(t) for t in (25, 85)] == [Fraction(3, 20), Fraction(3, 100)]
@@ -251,7 +252,7 @@ def test_the_share_falls_to_zero() -> None:
 
 @pytest.mark.full
 def test_among_equals_the_first_go() -> None:
-    """All deltas alike: exactly as many as the share says, those that stand first."""
+    """With equal deltas, exactly as many entries as the share says are dropped, the first ones."""
     compiled = adapted(drop_fraction=0.5, total_steps=1000, density=0.1)
     controller = controller_of(compiled)
     entries = controller.entries[1]
@@ -276,7 +277,7 @@ def test_among_equals_the_first_go() -> None:
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
-    """In blocks of any height, for parts of fused weights in both layouts: a stable sort of everything agrees."""
+    """A stable sort of all products agrees, for blocks of any height and parts of fused weights in both layouts."""
     import graftc.passes.methods.reselection as module
 
     height, width = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
@@ -302,7 +303,7 @@ def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
 
 @pytest.mark.slow
 def test_nothing_grows_into_what_is_not_finite() -> None:
-    """Sums that are infinite or no numbers are not candidates, and products of infinite accumulators stay in bounds."""
+    """Infinite sums and NaN are not candidates, and products of infinite accumulators stay in bounds."""
     compiled = adapted(drop_fraction=1.0)
     controller = controller_of(compiled)
     controller.optimiser = optimiser_for(compiled)
@@ -323,30 +324,30 @@ def test_nothing_grows_into_what_is_not_finite() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unselected_entries_are_the_base_s_after_weight_decay(variant: str) -> None:
-    """AdamW decays deltas alone: merged, at most K entries differ from the base's bits; in bfloat16 too."""
+    """AdamW decays only deltas: after merging, at most K entries differ from the base's bits, in bfloat16 as well."""
     for dtype in (torch.float32, torch.bfloat16):
         compiled = adapted(variant, dtype=dtype)
         decay = {"weight_decay": 0.5} if variant == "AG" else {}
         train(compiled, optimiser_for(compiled, **decay), range(1, 12))
-        merged, base, found = (
+        merged, base, trained = (
             compiled.merge().to_transformers().state_dict(),
             tiny("llama", dtype=dtype),
             entries_of(compiled),
         )
         for name, tensor in base.state_dict().items():
             same = (merged[name] == tensor).flatten()
-            if name not in found:
+            if name not in trained:
                 assert same.all(), name
                 continue
             assert not same.all()
-            same[found[name].tensor("indices").long()] = True
+            same[trained[name].tensor("indices").long()] = True
             assert same.all(), name
-        assert all(entries.tensor("delta").dtype == torch.float32 for entries in found.values())
+        assert all(entries.tensor("delta").dtype == torch.float32 for entries in trained.values())
 
 
 @pytest.mark.full
 def test_two_adaptations_of_one_weight() -> None:
-    """Each looks at the gradients and moves its own entries."""
+    """Each of two adaptations of a weight reads the gradients and moves its own entries."""
     first = {"method": "spiel", "name": "one", "target": {"role": ROLES}, "density": 0.05, "interval": 4}
     first |= {"accumulation_steps": 2, "total_steps": 40}
     alone = graftc.compile({"adapt": [first]}, tiny("llama"))

@@ -1,4 +1,4 @@
-"""SpIEL through the contract, both variants, on every family."""
+"""The contract of SpIEL, in both variants, on every family."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ AG: dict[str, Any] = {"method": "spiel", "density": 0.3}
 
 
 class TestAG(MethodContract):
-    """The projections of all layers."""
+    """Variant AG on the projections of all layers."""
 
     adaptation = AG
 
 
 class TestMA(MethodContract):
-    """Layers by their roles, fused rows among them, as many entries as updates of low rank have."""
+    """Variant MA on layers by role, including fused rows, with as many entries as low-rank updates have parameters."""
 
     variant = True
     families = DENSE
@@ -25,7 +25,7 @@ class TestMA(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of SpIEL."""
 
     adaptation = AG
     families = ("gpt2",)

@@ -1,4 +1,4 @@
-"""What SpIEL refuses and warns of: budgets, schedules, optimisers."""
+"""Errors and warnings of SpIEL: budgets, schedules and optimisers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.methods.spiel_models import adapted, controller_of, entries_of, optim
 
 @pytest.mark.full
 def test_what_does_not_fit_is_said() -> None:
-    """Budgets and schedules."""
+    """Budgets and schedules that do not fit raise errors with the recorded messages."""
     for fields, code, path in (
         ({"density": 0.1, "equivalent_rank": 2}, "GC002", "equivalent_rank"),
         ({"accumulation_steps": 5, "interval": 4}, "GC002", "accumulation_steps"),
@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 @pytest.mark.full
 def test_the_other_variant_s_optimiser() -> None:
-    """MA cannot do without accumulators (GC045); AG with SM3 grows, and new entries have no momentum."""
+    """MA needs accumulators (GC045); AG grows with SM3 as well, and new entries have no momentum."""
     compiled = adapted("MA")
     optimiser = graftc.optim.AgedAdamW(compiled)
     train(compiled, optimiser, [1])
@@ -60,7 +60,7 @@ def test_the_other_variant_s_optimiser() -> None:
 
 @pytest.mark.slow
 def test_another_optimiser_is_warned_of_once() -> None:
-    """Entries move all the same."""
+    """The entries still move."""
     compiled = adapted()
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
     before = {name: entries.tensor("indices").clone() for name, entries in entries_of(compiled).items()}

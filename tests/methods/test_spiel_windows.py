@@ -1,4 +1,4 @@
-"""SpIEL's windows: when the base's weights have gradients, what is kept of them, and how a training goes on."""
+"""SpIEL's windows: gradients of the base's weights, what is kept of them, and resumed training."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ VARIANTS = ("AG", "MA")
 
 
 def wanted(compiled: Any) -> list[str]:
-    """Tensors of the base that want a gradient."""
+    """The names of the base's tensors that require a gradient."""
     return [name for name, p in compiled.named_parameters() if p.requires_grad and "graftc" not in name.split(".")]
 
 
 def same_state(first: Any, second: Any) -> None:
-    """Every tensor of the adaptation is equal to the bit."""
-    expected, found = first.adapter_state_dict(), second.adapter_state_dict()
-    assert expected.keys() == found.keys()
+    """Check that every tensor of the adaptation is equal to the bit."""
+    expected, actual = first.adapter_state_dict(), second.adapter_state_dict()
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.full
 def test_the_base_wants_gradients_in_windows_only() -> None:
-    """From a forward pass to `after_step`, so that who asks between steps sees what trains."""
+    """Weights require gradients from a forward pass to `after_step`, so that between steps only trained tensors do."""
     compiled = adapted()
     weights = {entries.region.tensor for entries in controller_of(compiled).entries}
     assert wanted(compiled) == []
@@ -59,7 +59,7 @@ def test_the_base_wants_gradients_in_windows_only() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_no_training_wants_nothing(variant: str) -> None:
-    """Eval mode, no gradients, the base alone; and it changes nothing of a window that it stands in."""
+    """Eval mode, passes without gradients and the base alone require none, and do not affect the window around them."""
     plain, disturbed = adapted(variant), adapted(variant)
     train(plain, optimiser_for(plain), range(1, 4))
     optimiser = optimiser_for(disturbed)
@@ -94,25 +94,25 @@ def test_what_is_no_training_wants_nothing(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("middle", [1, 2, 5])
 def test_a_resumed_run_goes_on_to_the_bit(variant: str, middle: int) -> None:
-    """From the state dicts of model and optimiser, within a window, at its end and outside."""
-    whole = adapted(variant)
-    optimiser = optimiser_for(whole)
-    train(whole, optimiser, range(1, middle + 1))
-    state, moments = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimiser.state_dict())
-    train(whole, optimiser, range(middle + 1, 8))
+    """The state dicts of model and optimiser suffice, within a window, at its end and outside."""
+    uninterrupted = adapted(variant)
+    optimiser = optimiser_for(uninterrupted)
+    train(uninterrupted, optimiser, range(1, middle + 1))
+    state, moments = copy.deepcopy(uninterrupted.state_dict()), copy.deepcopy(optimiser.state_dict())
+    train(uninterrupted, optimiser, range(middle + 1, 8))
     resumed = adapted(variant)
     second = optimiser_for(resumed)
     resumed.load_state_dict(state)
     second.load_state_dict(moments)
     train(resumed, second, range(middle + 1, 8))
-    same_state(whole, resumed)
+    same_state(uninterrupted, resumed)
     for a, b in zip(optimiser.state.values(), second.state.values(), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow
 def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
-    """Also where the same model has been in another window before."""
+    """State that is loaded between steps applies at once, even if the model has been in another window before."""
     compiled = adapted()
     optimiser = optimiser_for(compiled)
     state, moments = copy.deepcopy(compiled.state_dict()), copy.deepcopy(optimiser.state_dict())
@@ -129,32 +129,32 @@ def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_artifact_from_within_a_window_changes_nothing(variant: str, tmp_path: Path) -> None:
-    """Saved, loaded and trained on; merging in between as well, also before the step is taken."""
-    whole = adapted(variant)
-    optimiser = optimiser_for(whole)
-    train(whole, optimiser, [1])
-    whole(**batch(whole, 2)).loss.backward()
-    merged = whole.merge()
+    """Saving, loading and further training give the same state, even with a merge before the step is taken."""
+    uninterrupted = adapted(variant)
+    optimiser = optimiser_for(uninterrupted)
+    train(uninterrupted, optimiser, [1])
+    uninterrupted(**batch(uninterrupted, 2)).loss.backward()
+    merged = uninterrupted.merge()
     assert merged.certificate.passed
-    whole.save(tmp_path / "artifact")
-    inputs = inputs_for(whole, seed=9)
-    first = outputs_of(whole, inputs)
-    whole.zero_grad()
-    whole.skip_step()
+    uninterrupted.save(tmp_path / "artifact")
+    inputs = inputs_for(uninterrupted, seed=9)
+    first = outputs_of(uninterrupted, inputs)
+    uninterrupted.zero_grad()
+    uninterrupted.skip_step()
     second = graftc.load(tmp_path / "artifact", tiny("llama"))
     assert same_bits(first, outputs_of(second, inputs))
     resumed = optimiser_for(second)
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
-    train(whole, optimiser, range(2, 7))
+    train(uninterrupted, optimiser, range(2, 7))
     train(second, resumed, range(2, 7))
-    same_state(whole, second)
+    same_state(uninterrupted, second)
     assert not any(p.requires_grad for p in merged.parameters())
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_checkpointing_changes_no_bit(variant: str) -> None:
-    """Layers that run again in the backward pass hand over the same gradients, once."""
+    """Layers that run again in the backward pass deliver the same gradients, once."""
     plain, again = adapted(variant), adapted(variant)
     again.gradient_checkpointing_enable()
     for compiled in (plain, again):
@@ -164,17 +164,17 @@ def test_checkpointing_changes_no_bit(variant: str) -> None:
 
 @pytest.mark.slow
 def test_no_gradient_of_a_weight_outlives_its_site() -> None:
-    """When one is handed over, those before are gone; candidates and their sums are all that is left."""
+    """When a gradient is delivered, earlier ones have been freed; only candidates and their sums remain."""
     compiled = adapted(target={"modules": "**"})
-    controller, held, most = controller_of(compiled), [], 0
+    controller, references, most = controller_of(compiled), [], 0
     original = controller._gather
 
     def watched(name: str, gradient: Tensor) -> None:
         nonlocal most
         assert gradient.shape == compiled.get_parameter(name).shape
         assert all(p.grad is None for n, p in compiled.named_parameters() if "graftc" not in n)
-        most = max(most, sum(reference() is not None for reference in held))
-        held.append(weakref.ref(gradient))
+        most = max(most, sum(reference() is not None for reference in references))
+        references.append(weakref.ref(gradient))
         original(name, gradient)
 
     controller._gradients._receive = watched
@@ -182,15 +182,15 @@ def test_no_gradient_of_a_weight_outlives_its_site() -> None:
     gc.disable()
     try:
         compiled(**batch(compiled, 1)).loss.backward()
-        assert len(held) == len(controller.entries) == 14
-        assert most <= 1 and all(reference() is None for reference in held)
+        assert len(references) == len(controller.entries) == 14
+        assert most <= 1 and all(reference() is None for reference in references)
     finally:
         gc.enable()
 
 
 @pytest.mark.full
 def test_a_window_that_replaces_nothing_looks_at_nothing() -> None:
-    """Where no share is left, or the training ends before."""
+    """No gradients are required if no share is left, or if the training ends before."""
     for fields, steps in (({"drop_fraction": 0}, [5]), ({"total_steps": 6}, [5]), ({"total_steps": 7}, [])):
         compiled = adapted(**fields)
         optimiser = optimiser_for(compiled)
@@ -201,7 +201,7 @@ def test_a_window_that_replaces_nothing_looks_at_nothing() -> None:
 
 @pytest.mark.full
 def test_a_layer_that_runs_several_times_gives_one_gradient() -> None:
-    """ALBERT has one layer for all: the uses of a weight are summed before they are looked at."""
+    """ALBERT has one layer for all: the gradients of a weight's uses are summed before candidates are chosen."""
     from transformers import AlbertConfig, AlbertForSequenceClassification
 
     sizes = {"vocab_size": 101, "embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3}
@@ -224,8 +224,9 @@ def test_a_layer_that_runs_several_times_gives_one_gradient() -> None:
 
 @pytest.mark.full
 def test_parts_of_a_batch_are_one_step() -> None:
-    """Where the first part would choose the candidates of the whole batch, sums, squares and what grows are those of
-    one batch, to 1e-5; here it is the same part twice. With other parts the first one chooses."""
+    """If the first part chooses the candidates of the full batch, as here with the same part twice, then sums, squares
+    and grown entries are those of one batch, to a relative 1e-4. With other parts the first one chooses.
+    """
     whole, parts = adapted(), adapted()
     first, second = optimiser_for(whole), optimiser_for(parts)
     for number in (1, 2):
@@ -250,8 +251,9 @@ def test_parts_of_a_batch_are_one_step() -> None:
 
 @pytest.mark.full
 def test_the_first_part_chooses_and_the_others_add() -> None:
-    """Against the gradients of whole weights in the source model: candidates of the first row, sums of all rows, the
-    square of their sum."""
+    """By the gradients of full weights in the source model, candidates come from the first row, sums from all rows, and
+    squares from the total sum.
+    """
     compiled, model = adapted(), tiny("llama").train()
     train(compiled, optimiser_for(compiled, lr=0.0), [1], micro=5)
     rows: list[dict[str, Tensor]] = []
@@ -271,7 +273,7 @@ def test_the_first_part_chooses_and_the_others_add() -> None:
 
 @pytest.mark.full
 def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
-    """What a scaler skips chooses no candidates and adds nothing, in the first step of a window and later."""
+    """A step that a scaler skips chooses no candidates and adds nothing, in the first step of a window and later."""
     plain, skipped = adapted(), adapted()
     train(plain, optimiser_for(plain), range(1, 4))
     optimiser = optimiser_for(skipped)
@@ -295,7 +297,7 @@ def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
 
 @pytest.mark.full
 def test_a_copy_from_within_a_step_is_by_itself() -> None:
-    """Its base wants nothing, it has no optimiser, and it trains on alone, to the bit."""
+    """The copy's base requires no gradients; the copy has no optimiser and trains on independently, to the bit."""
     compiled = adapted()
     optimiser = optimiser_for(compiled)
     train(compiled, optimiser, [1])
@@ -316,7 +318,7 @@ def test_a_copy_from_within_a_step_is_by_itself() -> None:
 
 @pytest.mark.slow
 def test_an_adaptation_that_does_not_train_is_left_alone() -> None:
-    """`train_only` another one: no gradients are looked at, no entry moves."""
+    """With `train_only` for another adaptation, no gradients are read and no entry moves."""
     spiel = {"method": "spiel", "target": {"role": "attn.q"}, "density": 0.1, "interval": 4, "accumulation_steps": 2}
     lora = {"method": "lora", "target": {"role": "attn.v"}}
     compiled = graftc.compile({"adapt": [{**spiel, "total_steps": 40}, lora]}, tiny("llama"))
@@ -332,7 +334,7 @@ def test_an_adaptation_that_does_not_train_is_left_alone() -> None:
 
 @pytest.mark.full
 def test_state_moves_with_the_model() -> None:
-    """What a window has gathered is where the deltas are."""
+    """The state that a window has gathered is on the same device as the deltas."""
     compiled = adapted()
     compiled(**batch(compiled, 1))
     compiled.to("meta")
@@ -342,7 +344,7 @@ def test_state_moves_with_the_model() -> None:
 
 @pytest.mark.full
 def test_compiled_code_trains_without_windows() -> None:
-    """Nothing breaks. No entry is added, and a warning says so."""
+    """Compiled code trains without errors; no entry is added, and a warning says so."""
     compiled = adapted()
     optimiser = optimiser_for(compiled)
     compiled.train()
@@ -362,8 +364,9 @@ def test_compiled_code_trains_without_windows() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trainer_goes_on_where_it_stopped(variant: str, tmp_path: Path) -> None:
-    """With the callback and an optimiser of ours: an uninterrupted run, and one from a checkpoint in a window; clipped
-    gradients and two micro-batches to a step."""
+    """With the callback and our optimiser, a run from a checkpoint in a window equals an uninterrupted one, with
+    clipped gradients and two micro-batches per step.
+    """
     from transformers import Trainer, TrainingArguments
 
     def trainer(folder: str) -> Any:

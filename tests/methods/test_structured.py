@@ -1,4 +1,4 @@
-"""Training of base tensors as they are: full, the last layers, biases, cross-attention."""
+"""Training of base tensors in place: full, the last layers, biases, and cross-attention."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from tests.families import tiny
 
 
 class TestFull(MethodContract):
-    """Every parameter."""
+    """Full fine-tuning of every parameter."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "full"}
 
 
 class TestLastLayers(MethodContract):
-    """All of the last layer."""
+    """Every parameter of the last layer."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "last_layers", "count": 1}
 
 
 class TestBitFit(MethodContract):
-    """The biases that there are. Without one that is not square a transposed weight would not show, but none trains."""
+    """The existing biases. A transposed weight would only show if it were not square, but no weight trains."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "bitfit"}
     families = ("bert", "gpt2", "gpt_neox", "vit")
 
 
 class TestAddedBiases(MethodContract):
-    """Biases in models that have none."""
+    """Biases that are added to models without any."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "bitfit", "add_missing": True}
@@ -47,18 +47,18 @@ class TestAddedBiases(MethodContract):
 
 
 class TestCrossAttention(MethodContract):
-    """Projections across."""
+    """The projections of cross-attention."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "cross_attention"}
     families = ("t5",)
 
     def model(self, family: str) -> nn.Module:
-        """Heads whose widths do not add up to the model's."""
+        """Return a model whose heads' widths do not add up to the model's."""
         return tiny(family, d_kv=10)
 
 
 class TestFusedQueries(MethodContract):
-    """A part of every fused weight: columns of GPT-2's, interleaved rows of GPT-NeoX's; and GPT-2's feed-forward."""
+    """A part of every fused weight, columns in GPT-2 and interleaved rows in GPT-NeoX, and feed-forward maps."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "full", "target": {"role": ["attn.q", "ffn.down"]}}
@@ -66,17 +66,17 @@ class TestFusedQueries(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of a trained last layer."""
 
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "last_layers", "count": 1}
     families = ("gpt2",)
 
 
 def trained(model: nn.Module, entry: Mapping[str, Any], steps: int = 3) -> tuple[Compiled, dict[str, Tensor]]:
-    """A model after some steps of AdamW that decays weights, and its parameters as folding writes them."""
+    """Return a model after some steps of AdamW with weight decay, and its parameters as folded."""
     compiled = graftc.compile({"adapt": [dict(entry)]}, model).train()
-    own = [p for p in compiled.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(own, lr=1e-2, weight_decay=0.5)
+    parameters = [p for p in compiled.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.5)
     inputs = inputs_for(compiled)
     for _ in range(steps):
         optimiser.zero_grad()
@@ -87,14 +87,14 @@ def trained(model: nn.Module, entry: Mapping[str, Any], steps: int = 3) -> tuple
 
 
 def changed(model: nn.Module, after: Mapping[str, Tensor]) -> set[str]:
-    """Which parameters are no more what they were."""
+    """Return the names of the parameters that have changed."""
     return {name for name, before in model.named_parameters() if not torch.equal(before, after[name])}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mixtral"])
 def test_every_parameter_trains(family: str) -> None:
-    """As many as the model has, each once, tied ones too; a compiled model may train beside its source."""
+    """Each parameter counts once, including tied ones; a compiled model may train beside its source."""
     model = tiny(family)
     compiled = graftc.compile({"adapt": [{"method": "full"}]}, model)
     assert compiled.report.trainable_parameters == sum(p.numel() for p in model.parameters())
@@ -102,7 +102,7 @@ def test_every_parameter_trains(family: str) -> None:
 
 @pytest.mark.full
 def test_exactly_the_last_layer_changes() -> None:
-    """And what enters it stays, to the bit; nothing below it gets a gradient."""
+    """The layer's input is equal to the bit, and nothing below it gets a gradient."""
     model = tiny("gpt2").eval()
     compiled, after = trained(model, {"method": "last_layers", "count": 1})
     assert changed(model, after) == {n for n, _ in model.named_parameters() if n.startswith("transformer.h.1.")}
@@ -114,7 +114,7 @@ def test_exactly_the_last_layer_changes() -> None:
 
 @pytest.mark.full
 def test_exactly_the_biases_change() -> None:
-    """Those of keys get no gradient to speak of, and a head stays."""
+    """The biases of keys have negligible gradients, and a head is unchanged."""
     model = tiny("bert").eval()
     _, after = trained(model, {"method": "bitfit"})
     biases = {n for n, _ in model.named_parameters() if n.endswith("bias") and not n.startswith("classifier")}
@@ -124,7 +124,7 @@ def test_exactly_the_biases_change() -> None:
 
 @pytest.mark.full
 def test_an_encoder_stays_under_cross_attention() -> None:
-    """Its states are the base's to the bit, and so are the decoder's own weights."""
+    """The encoder's states are the base's, and so are the decoder's other weights."""
     model = tiny("t5").eval()
     compiled, after = trained(model, {"method": "cross_attention"})
     assert changed(model, after) == {n for n, _ in model.named_parameters() if ".EncDecAttention." in n}
@@ -136,7 +136,7 @@ def test_an_encoder_stays_under_cross_attention() -> None:
 
 @pytest.mark.full
 def test_biases_of_queries_alone() -> None:
-    """The rows of a fused bias that are theirs."""
+    """Only the queries' rows of a fused bias change."""
     model = tiny("gpt2").eval()
     compiled = graftc.compile({"adapt": [{"method": "bitfit", "target": {"role": "attn.q"}}]}, model)
     perturb(compiled, 0.1)
@@ -149,7 +149,7 @@ def test_biases_of_queries_alone() -> None:
 
 @pytest.mark.full
 def test_queries_alone() -> None:
-    """The columns of GPT-2's fused weight that are theirs, and nothing else, after AdamW that decays weights."""
+    """Only the queries' columns of GPT-2's fused weight and bias change, after AdamW with weight decay."""
     model = tiny("gpt2").eval()
     compiled, after = trained(model, {"method": "full", "target": {"role": "attn.q"}})
     assert compiled.report.trainable_parameters == 2 * (48 * 48 + 48)
@@ -169,7 +169,7 @@ LORA = {"method": "lora", "rank": 4, "target": Q}
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("first", [LORA, {"method": "ia3", "target": {"role": "attn.k"}}], ids=["lora", "ia3"])
 def test_copies_are_below_what_came_first(family: str, first: dict[str, Any]) -> None:
-    """In the graph as in the fold: what is inserted at a place acts on the trained tensors, in whatever order."""
+    """In the graph and in the fold, adaptations at a place act on the trained tensors, in either order."""
     full = {"method": "full", "target": first["target"]}
     one, other = (graftc.compile({"adapt": e}, tiny(family)).eval() for e in ([first, full], [full, first]))
     perturb(one, 0.1)
@@ -185,7 +185,7 @@ def test_copies_are_below_what_came_first(family: str, first: dict[str, Any]) ->
 
 @pytest.mark.full
 def test_copies_fold_from_below_what_stays() -> None:
-    """A bank stays, a LoRA below it folds, and so does what stands in for the weight, though it comes last."""
+    """A bank stays, while a LoRA below it folds, and so does the weight's trained copy, although it comes last."""
     spec = {
         "adapt": [{**LORA, "name": name} for name in ("below", "one", "two")] + [{"method": "full", "target": Q}],
         "compose": [{"name": "pool", "bank": ["one", "two"]}],
@@ -201,7 +201,7 @@ def test_copies_fold_from_below_what_stays() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("target", [{"role": "embed"}, {"modules": "**"}], ids=["table", "all"])
 def test_a_tied_table_folds_without_a_warning(target: dict[str, str]) -> None:
-    """One copy for all names, so that folding changes what training has changed."""
+    """All names have one copy, so that folding changes what training has changed."""
     model = tiny("gpt2").eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", graftc.GraftWarning)
@@ -213,7 +213,7 @@ def test_a_tied_table_folds_without_a_warning(target: dict[str, str]) -> None:
 
 @pytest.mark.full
 def test_full_beside_a_prompt() -> None:
-    """Both train; folding leaves the prompt."""
+    """Both adaptations train; folding leaves the prompt."""
     spec = {"adapt": [{"method": "prompt", "length": 2}, {"method": "full", "target": {"role": "attn.{q,v}"}}]}
     compiled = graftc.compile(spec, tiny("llama")).eval()
     perturb(compiled, 0.1)
@@ -234,7 +234,7 @@ def test_full_beside_a_prompt() -> None:
     ids=str,
 )
 def test_what_cannot_train(family: str, entry: dict[str, Any], code: str, text: str) -> None:
-    """Each with its code."""
+    """Each case raises its code."""
     with pytest.raises(GraftError, match=text) as error:
         graftc.compile({"adapt": [entry]}, tiny(family))
     assert error.value.code == code

@@ -1,4 +1,4 @@
-"""UniPELT and MAM adapters: their contracts, and that they are their parts together."""
+"""UniPELT and MAM adapters: their contracts, and equality with their parts combined."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = {"length": 3, "reparameterization": None}
 
 
 class TestAPL(MethodContract):
-    """All parts, and an update of a linear map that is not square; all such of Mixtral's are experts."""
+    """UniPELT with all parts, including an update of a map that is not square; all such maps of Mixtral are experts."""
 
     cacheable = False
     adaptation: ClassVar[dict[str, Any]] = {
@@ -41,7 +41,7 @@ class TestAPL(MethodContract):
 
 
 class TestAP(MethodContract):
-    """Without low-rank updates, over real tokens, with dropout."""
+    """UniPELT without low-rank updates, over real tokens, with dropout."""
 
     cacheable = False
     variant = True
@@ -49,14 +49,14 @@ class TestAP(MethodContract):
 
 
 class TestMAM(MethodContract):
-    """A prefix and parallel adapters."""
+    """MAM adapters: a prefix and parallel adapters."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = MAM
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of UniPELT."""
 
     exported = True
     adaptation: ClassVar[dict[str, Any]] = APL
@@ -64,29 +64,29 @@ class TestDeployed(DeploymentContract):
 
 
 def made(family: str, entry: dict[str, Any]) -> Compiled:
-    """A family's model adapted, perturbed, in eval mode."""
+    """A tiny model of a family with the adaptation, perturbed, in eval mode."""
     compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
     perturb(compiled, 0.2)
     return compiled
 
 
 def set_gates(compiled: Compiled, bias: float) -> None:
-    """Every gate at one value, whatever it reads."""
-    held = compiled.adapter_state_dict()
+    """Set every gate to one value, whatever it reads."""
+    tensors = compiled.adapter_state_dict()
     values = {"gate": 0.0, "gate_bias": bias}
     compiled.load_adapter_state_dict(
-        {n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t for n, t in held.items()}
+        {n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t for n, t in tensors.items()}
     )
 
 
 def apart(family: str, compiled: Compiled, name: str, entries: list[dict[str, Any]]) -> Compiled:
-    """The parts as adaptations of their own, with the tensors that they have in one."""
+    """Return a model with the parts as separate adaptations, with the tensors of the combined one."""
     other = graftc.compile({"adapt": entries}, tiny(family)).eval()
-    held, own = compiled.adapter_state_dict(), {}
+    tensors, renamed = compiled.adapter_state_dict(), {}
     for fqn in other.adapter_state_dict():
         before, _, rest = fqn.partition("graftc.")
-        own[fqn] = held[f"{before}graftc.{name}.{rest.partition('.')[2]}"]
-    other.load_adapter_state_dict(own)
+        renamed[fqn] = tensors[f"{before}graftc.{name}.{rest.partition('.')[2]}"]
+    other.load_adapter_state_dict(renamed)
     return other
 
 
@@ -100,7 +100,7 @@ APART = [
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_open_gates_are_the_sum(family: str) -> None:
-    """At 1 the parts are what they are as adaptations without gates."""
+    """With gates at 1, the parts act like adaptations without gates."""
     compiled = made(family, {**APL, "prefix": PLAIN})
     set_gates(compiled, 60.0)
     inputs = inputs_for(compiled)
@@ -111,7 +111,7 @@ def test_open_gates_are_the_sum(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shut_gates_leave_a_prefix_of_zeros(family: str) -> None:
-    """Adapters and updates vanish, to the bit where there is no prefix; its keys of zeros still take part."""
+    """Adapters and updates vanish; a prefix becomes one of zeros, whose keys still take part in the softmax."""
     bare = {**APL, "parts": ["adapter", "lora"]}
     compiled = made(family, bare)
     inputs = inputs_for(compiled)
@@ -122,32 +122,32 @@ def test_shut_gates_leave_a_prefix_of_zeros(family: str) -> None:
     set_gates(compiled, -200.0)
     zeros = graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, tiny(family)).eval()
     zeros.load_adapter_state_dict({n: torch.zeros_like(t) for n, t in zeros.adapter_state_dict().items()})
-    found = outputs_of(compiled, inputs)
-    assert largest_difference(found, outputs_of(zeros, inputs)) <= 1e-6
-    assert largest_difference(found, base) > 1e-4
+    actual = outputs_of(compiled, inputs)
+    assert largest_difference(actual, outputs_of(zeros, inputs)) <= 1e-6
+    assert largest_difference(actual, base) > 1e-4
 
 
 @pytest.mark.full
 def test_at_first() -> None:
-    """Gates are near a half: with weights of deviation 0.02 and biases of 0; updates are zero."""
+    """Gates are near one half, with weights of standard deviation 0.02 and zero biases; updates are zero."""
     compiled = graftc.compile({"adapt": [APL]}, tiny("bert")).eval()
-    held = compiled.adapter_state_dict()
-    gates = {n: t for n, t in held.items() if n.endswith((".gate", ".gate_bias"))}
+    tensors = compiled.adapter_state_dict()
+    gates = {n: t for n, t in tensors.items() if n.endswith((".gate", ".gate_bias"))}
     assert len(gates) == 2 * 2 * 4
     assert all(t.shape == ((1, 48) if n.endswith("gate") else (1,)) for n, t in gates.items())
     assert all(not t.any() for n, t in gates.items() if n.endswith("bias"))
     spread = torch.cat([t.flatten() for n, t in gates.items() if n.endswith("gate")]).std()
     assert 0.017 < float(spread) < 0.023
-    assert all(not t.any() for n, t in held.items() if n.endswith(".B"))
+    assert all(not t.any() for n, t in tensors.items() if n.endswith(".B"))
     without = graftc.compile({"adapt": [{**APL, "parts": ["adapter", "prefix"]}]}, tiny("bert")).eval()
-    without.load_adapter_state_dict({n: held[n] for n in without.adapter_state_dict()})
+    without.load_adapter_state_dict({n: tensors[n] for n in without.adapter_state_dict()})
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(without, inputs)) <= 1e-6
 
 
 @pytest.mark.full
 def test_padding() -> None:
-    """A mean over all tokens depends on how long the padding is, one over real tokens does not."""
+    """A mean over all tokens depends on the length of the padding; a mean over real tokens does not."""
     ids = torch.randint(5, 50, (2, 6))
     longer = torch.nn.functional.pad(ids, (0, 4))
 
@@ -163,7 +163,7 @@ def test_padding() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_mam_is_its_parts(family: str) -> None:
-    """The prefix and the parallel adapter as adaptations of their own give the same."""
+    """The prefix and the parallel adapter as separate adaptations give the same outputs."""
     compiled = made(family, {**MAM, "prefix": PLAIN})
     entries = [{"method": "prefix", "length": 3}, {"method": "he_parallel", "bottleneck": 7}]
     other, inputs = apart(family, compiled, "mam", entries), inputs_for(compiled)
@@ -173,7 +173,7 @@ def test_mam_is_its_parts(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("entry", [APL, AP, MAM], ids=["APL", "AP", "MAM"])
 def test_the_network_is_ejected(entry: dict[str, Any]) -> None:
-    """What is deployed has the keys and values alone, gates and adapters as they were, and gives the same."""
+    """The deployed model has only keys and values, its gates and adapters are unchanged, and so are its outputs."""
     compiled = made("bert", entry)
     with pytest.raises(GraftError) as caught:
         compiled.merge()
@@ -187,7 +187,7 @@ def test_the_network_is_ejected(entry: dict[str, Any]) -> None:
 
 @pytest.mark.full
 def test_targets() -> None:
-    """Without roles every part is at its own places; layers narrow them, and places without a part are refused."""
+    """Without roles every part has its default places, which layers narrow; places without a part are refused."""
     spec = graftc.load_spec({"adapt": [{**AP, "target": {"layers": 1}}]}).adapt[0]
     assert spec.target.role == ("ffn.sublayer", "attn") and spec.target.layers == 1
     compiled = graftc.compile({"adapt": [{**APL, "target": {"layers": 1}}]}, tiny("bert"))
@@ -205,7 +205,7 @@ def test_targets() -> None:
 
 @pytest.mark.slow
 def test_what_a_spec_may_not_say() -> None:
-    """Each with a code, and the place of the field."""
+    """Each case raises its code and names the place of the field."""
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "unipelt", "parts": []}, "parts"),
         ({"method": "unipelt", "parts": ["lora", "lora"]}, "parts[1]"),

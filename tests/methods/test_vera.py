@@ -1,4 +1,4 @@
-"""VeRA: the contract, the shared projections, and what trains beside them."""
+"""VeRA: the contract, the shared projections, and the trained vectors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tests.methods.places import OTHERS, ROLES
 
 
 class TestVeRA(MethodContract):
-    """One pair of projections for layers of several sizes, with a rank over the smaller ones."""
+    """VeRA with one pair of projections for layers of several sizes, and a rank above the smaller ones."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "vera", "target": {"role": ROLES}, "rank": 64, "dropout": 0.1}
     families = ("gpt2",)
 
 
 class TestEverywhere(TestVeRA):
-    """The same on the other families."""
+    """VeRA on the other families."""
 
     families = OTHERS
 
 
 class TestBesideExperts(MethodContract):
-    """The attentions of a mixture of experts."""
+    """VeRA on the attentions of a mixture of experts."""
 
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "vera", "target": {"role": "attn.{q,k,v}"}, "rank": 64}
@@ -42,7 +42,7 @@ class TestBesideExperts(MethodContract):
 
 
 class TestDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of VeRA."""
 
     adaptation: ClassVar[dict[str, Any]] = TestVeRA.adaptation
     families = ("gpt2",)
@@ -56,13 +56,13 @@ def adapted(model: nn.Module, **fields: Any) -> Any:
 
 @pytest.mark.slow
 def test_tensors() -> None:
-    """A and B once, as large as the largest site, frozen; d and b for each site."""
+    """A and B exist once, frozen and as large as the largest site; d and b exist for each site."""
     compiled = adapted(tiny("llama"))
-    held = compiled.adapter_state_dict()
-    shared = {name: tuple(t.shape) for name, t in held.items() if name.startswith("graftc.")}
+    tensors = compiled.adapter_state_dict()
+    shared = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("graftc.")}
     assert shared == {"graftc.vera.A": (32, 80), "graftc.vera.B": (48, 32)}
     trainable = {name: t for name, t in compiled.named_parameters() if t.requires_grad}
-    assert set(trainable) == set(held) - set(shared)
+    assert set(trainable) == set(tensors) - set(shared)
     own = {name.split(".", 3)[3]: tuple(t.shape) for name, t in trainable.items() if ".layers.1." in name}
     assert own == {
         **{f"self_attn.{m}_proj.graftc.vera.d": (32,) for m in "qv"},
@@ -76,9 +76,9 @@ def test_tensors() -> None:
 
 @pytest.mark.slow
 def test_start() -> None:
-    """``d`` is 0.1, ``b`` is zero, A and B are uniform within Kaiming's bound, ``sqrt(6 / columns)``."""
-    held = adapted(tiny("bert"), rank=256).adapter_state_dict()
-    for name, tensor in held.items():
+    """``d`` starts at 0.1, ``b`` at zero, and A and B uniform within Kaiming's bound, ``sqrt(6 / columns)``."""
+    tensors = adapted(tiny("bert"), rank=256).adapter_state_dict()
+    for name, tensor in tensors.items():
         part = name.rpartition(".")[2]
         if part in "db":
             assert bool((tensor == (0.1 if part == "d" else 0)).all())
@@ -109,13 +109,13 @@ def test_update(family: str) -> None:
 
 @pytest.mark.full
 def test_projection_seed() -> None:
-    """It draws A and B whatever the compilation's seed and the adaptation's name are."""
+    """`projection_seed` determines A and B, whatever the compilation's seed and the adaptation's name are."""
     entry = {"method": "vera", "target": {"role": ROLES}, "rank": 32}
 
     def projections(seed: int, **fields: Any) -> list[Tensor]:
         spec = {"adapt": [{**entry, **fields}]}
-        held = graftc.compile(spec, tiny("bert"), seed=seed).adapter_state_dict()
-        return [tensor for name, tensor in sorted(held.items()) if name.startswith("graftc.")]
+        tensors = graftc.compile(spec, tiny("bert"), seed=seed).adapter_state_dict()
+        return [tensor for name, tensor in sorted(tensors.items()) if name.startswith("graftc.")]
 
     one = projections(0, projection_seed=5)
     assert same_bits(one, projections(1, projection_seed=5, name="other"))
@@ -138,7 +138,7 @@ def test_other_signatures_share_the_projections() -> None:
 
 @pytest.mark.full
 def test_artifact(tmp_path: Path) -> None:
-    """A and B are kept with the adapters."""
+    """A and B are saved with the adapters."""
     compiled = adapted(tiny("bert"))
     perturb(compiled, 0.3)
     compiled.save(tmp_path / "kept")
@@ -149,7 +149,7 @@ def test_artifact(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_gradient_at_zero() -> None:
-    """Neither vector would learn if both were zero at first."""
+    """An initial ``d`` of zero is refused, since neither vector would learn if both started at zero."""
     with pytest.raises(GraftError, match=r"GC002.*d_initial is 0"):
         adapted(tiny("bert"), d_initial=0.0)
 
@@ -157,7 +157,7 @@ def test_no_gradient_at_zero() -> None:
 @pytest.mark.full
 @each_way
 def test_published_count(count: Any) -> None:
-    """RoBERTa-base on queries and values at rank 1024: 24 (1024 + 768) = 43,008, 0.043M in the paper's table."""
+    """RoBERTa-base with q and v at rank 1024: 24 (1024 + 768) = 43,008, which is 0.043M in the paper's table."""
     entry = {"method": "vera", "target": {"role": "attn.{q,v}"}, "rank": 1024}
     described = ("RobertaForSequenceClassification", "RobertaConfig", {})
     assert count([entry], described).trainable_parameters == 43_008

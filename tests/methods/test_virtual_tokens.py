@@ -1,4 +1,4 @@
-"""Virtual tokens: prompt tuning, PreEmbed and PreLayer, by their contract and by what they are in plain torch."""
+"""Virtual tokens (prompt tuning, PreEmbed and PreLayer): their contracts, and equality with plain torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TEXT = ("bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "t5")
 
 
 def deployed(compiled: Any) -> Any:
-    """The same model with simpler adaptations, or itself."""
+    """Return the same model with simpler adaptations, or the model itself."""
     return simplest.deployed(runner_of(compiled)).module
 
 
 class TestPrompt(MethodContract):
-    """In front of the text."""
+    """A prompt in front of the text."""
 
     cacheable = False
     families = TEXT
@@ -38,7 +38,7 @@ class TestPrompt(MethodContract):
 
 
 class TestSuffix(MethodContract):
-    """Behind the last real token of each row, from the vectors of some tokens."""
+    """A prompt after the last real token of each row, starting from the vectors of some tokens."""
 
     cacheable = False
     variant = True
@@ -53,7 +53,7 @@ class TestSuffix(MethodContract):
 
 
 class TestPreEmbed(MethodContract):
-    """In front and within."""
+    """PreEmbed in front of the text and within it."""
 
     cacheable = False
     variant = True
@@ -62,7 +62,7 @@ class TestPreEmbed(MethodContract):
 
 
 class TestPreLayer(MethodContract):
-    """Before every layer."""
+    """PreLayer, before every layer."""
 
     cacheable = False
     families = TEXT
@@ -70,7 +70,7 @@ class TestPreLayer(MethodContract):
 
 
 class TestInfixPreLayer(MethodContract):
-    """Before every layer, in front and within."""
+    """PreLayer before every layer, in front of the text and within it."""
 
     cacheable = False
     variant = True
@@ -79,14 +79,14 @@ class TestInfixPreLayer(MethodContract):
 
 
 class TestPromptDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of a prompt after the first token."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "prompt", "length": 3, "placement": "after_bos"}
     families = ("gpt2", "bert", "t5")
 
 
 class TestPreLayerDeployed(DeploymentContract):
-    """Exports and compilation."""
+    """Export and compilation of PreLayer."""
 
     exported = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_layer", "length": 3, "infix": 2}
@@ -98,13 +98,13 @@ OWN = [9, 44, 73]
 
 
 def prompted(model: nn.Module, **fields: Any) -> Compiled:
-    """A prompt that starts from the words of `OWN`."""
+    """A model with a prompt that starts from the words of `OWN`."""
     entry = {"method": "prompt", "length": len(OWN), "init": "tokens", "init_tokens": OWN, **fields}
     return graftc.compile({"adapt": [entry]}, model).eval()
 
 
 def gemma() -> nn.Module:
-    """Word vectors are scaled on the way into the layers."""
+    """A Gemma 2, which scales word vectors on the way into its layers."""
     torch.manual_seed(3)
     config = transformers.Gemma2Config(
         vocab_size=101,
@@ -121,7 +121,7 @@ def gemma() -> nn.Module:
 
 
 def bart() -> nn.Module:
-    """Two stacks whose token embeddings are scaled where they are looked up."""
+    """A BART, with two stacks whose token embeddings are scaled when they are looked up."""
     torch.manual_seed(3)
     config = transformers.BartConfig(
         vocab_size=101,
@@ -139,7 +139,7 @@ def bart() -> nn.Module:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """With weights that are large enough for attention not to be uniform."""
+    """Give a model weights that are large enough for attention not to be uniform."""
     randomise(model)
     return model.eval()
 
@@ -147,18 +147,18 @@ def randomised(model: nn.Module) -> nn.Module:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
 def test_a_prompt_of_real_words_is_a_longer_text(family: str) -> None:
-    """Of a decoder: what it gives for the text is what it gives for the text behind those words."""
+    """A decoder's outputs for the text are those that it gives for the text after these words."""
     model = gemma() if family == "gemma" else tiny(family).eval()
     compiled = prompted(model)
     longer = torch.cat([torch.tensor(OWN).expand(2, -1), IDS], 1)
     with torch.no_grad():
         expected = model(input_ids=longer, attention_mask=torch.ones_like(longer)).logits[:, len(OWN) :]
-        found = compiled(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual = compiled(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def padded(where: str, pad: int = 1) -> tuple[Tensor, Tensor]:
-    """`IDS` with the padding token of RoBERTa, and a mask; in the middle it is a token as any other."""
+    """`IDS` with RoBERTa's padding token, and a mask; in the middle that token is like any other."""
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     places = {"in front": slice(0, 3), "behind": slice(-2, None), "inside": slice(4, 6)}
     ids[0, places[where]] = pad
@@ -170,8 +170,9 @@ def padded(where: str, pad: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.mark.full
 @pytest.mark.parametrize("where", ["in front", "behind", "inside"])
 def test_positions_that_are_counted_by_tokens(where: str) -> None:
-    """RoBERTa counts what is not padding, which token embeddings do not show: real words in front are a longer text
-    still, and PreLayer is a prefix."""
+    """RoBERTa counts tokens that are not padding, which embeddings do not show: a prompt of real words still acts like
+    a longer text, and PreLayer like a prefix.
+    """
     config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
     torch.manual_seed(5)
     words = transformers.RobertaForMaskedLM(
@@ -182,8 +183,8 @@ def test_positions_that_are_counted_by_tokens(where: str) -> None:
     own = torch.tensor(OWN).expand(2, -1)
     with torch.no_grad():
         expected = model(torch.cat([own, ids], 1), attention_mask=torch.cat([torch.ones_like(own), mask], 1)).logits
-        found = prompted(model)(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(found[mask == 1], expected[:, len(OWN) :][mask == 1], rtol=0, atol=1e-5)
+        actual = prompted(model)(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(actual[mask == 1], expected[:, len(OWN) :][mask == 1], rtol=0, atol=1e-5)
     compiled = graftc.compile({"adapt": [{"method": "pre_layer", "length": 3}]}, model).eval()
     perturb(compiled, 0.3)
     simpler = deployed(compiled).eval()
@@ -196,23 +197,23 @@ def test_positions_that_are_counted_by_tokens(where: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_words_in_front_of_an_encoder(family: str) -> None:
-    """Of two stacks: what the decoder gives for the longer text; the encoder's output is the text's own part of it."""
+    """With two stacks the decoder's outputs are those for the longer text, and the encoder's are the text's part."""
     model = bart() if family == "bart" else tiny(family).eval()
     compiled = prompted(model)
     longer = torch.cat([torch.tensor(OWN).expand(2, -1), IDS], 1)
     target = {"decoder_input_ids": IDS[:, :4]}
     with torch.no_grad():
         expected = model(input_ids=longer, attention_mask=torch.ones_like(longer), **target)
-        found = compiled(input_ids=IDS, attention_mask=torch.ones_like(IDS), **target)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+        actual = compiled(input_ids=IDS, attention_mask=torch.ones_like(IDS), **target)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
     own = expected.encoder_last_hidden_state[:, len(OWN) :]
-    torch.testing.assert_close(found.encoder_last_hidden_state, own, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.encoder_last_hidden_state, own, rtol=0, atol=1e-5)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("target", ["decoder.embed.token", ["encoder.embed.token", "decoder.embed.token"]])
 def test_either_stack_may_have_its_own(target: Any) -> None:
-    """A decoder's virtual tokens are left out of the logits, an encoder's are seen across."""
+    """A decoder's virtual tokens are left out of the logits; an encoder's are visible to cross-attention."""
     model = bart()
     compiled = prompted(model, target={"role": target})
     own, both = torch.tensor(OWN).expand(2, -1), isinstance(target, list)
@@ -224,14 +225,14 @@ def test_either_stack_may_have_its_own(target: Any) -> None:
             decoder_input_ids=torch.cat([own, IDS[:, :4]], 1),
         ).logits[:, len(OWN) :]
         inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS[:, :4]}
-        found = compiled(**inputs).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual = compiled(**inputs).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert compiled.report.trainable_parameters == len(OWN) * 48 * (2 if both else 1)
 
 
 @pytest.mark.full
 def test_every_output_is_that_of_real_tokens() -> None:
-    """Hidden states of all layers, and attentions both ways; segments and positions come along."""
+    """Hidden states of all layers and attentions both ways are those of real tokens, with segments and positions."""
     model = transformers.BertModel(tiny("bert").config, add_pooling_layer=True)
     model = randomised(model)
     model.set_attn_implementation("eager")
@@ -241,7 +242,7 @@ def test_every_output_is_that_of_real_tokens() -> None:
     compiled = prompted(model)
     n = len(OWN)
     with torch.no_grad():
-        found = compiled(
+        actual = compiled(
             input_ids=IDS,
             attention_mask=torch.ones_like(IDS),
             token_type_ids=segments,
@@ -256,18 +257,18 @@ def test_every_output_is_that_of_real_tokens() -> None:
             **flags,
         )
         pooled = model.pooler(expected.last_hidden_state[:, n:])
-    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state[:, n:], rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.pooler_output, pooled, rtol=0, atol=1e-6)
-    assert len(found.hidden_states) == len(expected.hidden_states) == 3
-    for own, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state[:, n:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.pooler_output, pooled, rtol=0, atol=1e-6)
+    assert len(actual.hidden_states) == len(expected.hidden_states) == 3
+    for own, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(own, other[:, n:], rtol=0, atol=1e-6)
-    for own, other in zip(found.attentions, expected.attentions, strict=True):
+    for own, other in zip(actual.attentions, expected.attentions, strict=True):
         torch.testing.assert_close(own, other[:, :, n:, n:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.full
 def test_a_head_that_looks_for_the_last_token_finds_that_of_the_text() -> None:
-    """A classifier on a decoder takes the last real token of each row, and its loss the labels as they are."""
+    """A classifier on a decoder reads the last real token of each row, and its loss the labels unchanged."""
     torch.manual_seed(3)
     config = transformers.GPT2Config(**{**tiny("gpt2").config.to_dict(), "num_labels": 3, "pad_token_id": 1})
     model = randomised(transformers.GPT2ForSequenceClassification(config))
@@ -281,29 +282,30 @@ def test_a_head_that_looks_for_the_last_token_finds_that_of_the_text() -> None:
     )
     with torch.no_grad():
         expected = model(input_ids=longer, attention_mask=seen, labels=labels)
-        found = compiled(input_ids=ids, attention_mask=mask, labels=labels)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-6)
+        actual = compiled(input_ids=ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-6)
 
 
 @pytest.mark.full
 def test_labels_are_those_of_the_text() -> None:
-    """The loss of a language model leaves virtual tokens out, the first word of the text being none of its targets."""
+    """A language model's loss leaves virtual tokens out, and the first word of the text is not one of its targets."""
     model = tiny("gpt2").eval()
     compiled = prompted(model)
     mask = torch.ones_like(IDS)
     with torch.no_grad():
-        found = compiled(input_ids=IDS, attention_mask=mask, labels=IDS)
-        expected = nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    torch.testing.assert_close(found.loss, expected, rtol=0, atol=1e-6)
+        actual = compiled(input_ids=IDS, attention_mask=mask, labels=IDS)
+        expected = nn.functional.cross_entropy(actual.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(actual.loss, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("place", ["front", "after_bos", "suffix"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_places_in_padded_rows(place: str, side: str) -> None:
-    """Each row has its virtual tokens where it should, and every real token keeps its own results; given positions
-    count on behind them."""
+    """Each row has its virtual tokens in the right place, every real token keeps its results, and given positions
+    continue after them.
+    """
     model = tiny("llama").eval()
     compiled = prompted(model, placement=place)
     mask = torch.ones_like(IDS)
@@ -313,7 +315,7 @@ def test_places_in_padded_rows(place: str, side: str) -> None:
     vectors = model.get_input_embeddings()
     n = len(OWN)
     with torch.no_grad():
-        found = compiled(input_ids=IDS, attention_mask=mask, position_ids=places).logits
+        actual = compiled(input_ids=IDS, attention_mask=mask, position_ids=places).logits
         for row in range(2):
             last = int((mask[row] * torch.arange(1, 10)).max())
             at = {"front": 0, "after_bos": 1, "suffix": last}[place]
@@ -326,12 +328,12 @@ def test_places_in_padded_rows(place: str, side: str) -> None:
             ).logits[0]
             expected = torch.cat([whole[:at], whole[at + n :]])
             real = mask[row].bool()
-            torch.testing.assert_close(found[row, real], expected[real], rtol=0, atol=1e-5)
+            torch.testing.assert_close(actual[row, real], expected[real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.full
 def test_infix_tokens_stand_behind_a_word() -> None:
-    """Behind its first one, and at the end of a row that has none."""
+    """Infix tokens follow the word's first occurrence, or the end of a row that does not contain it."""
     model = tiny("llama").eval()
     entry = {"method": "pre_embed", "length": 1, "infix": 2, "infix_after": 33, "init": "tokens", "init_tokens": OWN}
     compiled = graftc.compile({"adapt": [entry]}, model).eval()
@@ -339,16 +341,16 @@ def test_infix_tokens_stand_behind_a_word() -> None:
     rows = [OWN[:1] + first[:3] + OWN[1:] + first[3:], OWN[:1] + second + OWN[1:]]
     kept = [[*range(1, 4), *range(6, 12)], list(range(1, 10))]
     with torch.no_grad():
-        found = compiled(input_ids=IDS).logits
+        actual = compiled(input_ids=IDS).logits
         whole = model(input_ids=torch.tensor(rows)).logits
     for row in range(2):
-        torch.testing.assert_close(found[row], whole[row, kept[row]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual[row], whole[row, kept[row]], rtol=0, atol=1e-5)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
 def test_pre_layer_is_a_prefix(family: str) -> None:
-    """Deployed, virtual tokens in front are keys and values of every attention, rotated where the model rotates."""
+    """Deployed, virtual tokens in front become keys and values of every attention, rotated if the model rotates."""
     model = gemma() if family == "gemma" else tiny(family).eval()
     compiled = graftc.compile({"adapt": [{"method": "pre_layer", "length": 3}]}, model).eval()
     perturb(compiled, 0.3)
@@ -367,14 +369,14 @@ def test_pre_layer_is_a_prefix(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("fields", [{"infix": 2}, {"target": {"role": "layer.in", "layers": [1]}}])
 def test_what_pre_layer_cannot_be_deployed_as(fields: dict[str, Any]) -> None:
-    """Tokens within a text, and those that a layer computes itself, stay."""
+    """Tokens within a text, and tokens that a layer computes itself, are not replaced."""
     compiled = graftc.compile({"adapt": [{"method": "pre_layer", "length": 3, **fields}]}, tiny("gpt2"))
     assert deployed(compiled) is compiled
 
 
 @pytest.mark.full
 def test_keys_that_depend_on_the_row_stay() -> None:
-    """Gated and chosen updates of keys make other keys of virtual tokens for each row, so that no constants can be."""
+    """Gated and chosen updates of keys give virtual tokens other keys in each row, which no constants can replace."""
     slots, update = {"method": "pre_layer", "length": 3}, {"target": {"role": "attn.{k,v}"}, "rank": 2}
     pair = [{"method": "lora", "name": name, **update} for name in ("a", "b")]
     gated = {"method": "unipelt", "parts": ["lora"], "target": {"role": ["attn.k"]}}
@@ -394,7 +396,7 @@ def test_keys_that_depend_on_the_row_stay() -> None:
 
 @pytest.mark.full
 def test_layers_read_the_trained_vectors_whatever_the_text() -> None:
-    """At every layer's input, virtual tokens have what is trained, within a text too."""
+    """At every layer's input, virtual tokens have the trained vectors, even within a text."""
     model = tiny("gpt2").eval()
     compiled = graftc.compile({"adapt": [{"method": "pre_layer", "length": 2, "infix": 1}]}, model).eval()
     perturb(compiled, 0.3)
@@ -407,16 +409,16 @@ def test_layers_read_the_trained_vectors_whatever_the_text() -> None:
     store = compiled.compilation.store
     values = computed(list(ends.values()), lambda node: inputs[str(node.target)], store.get)
     for layer, value in enumerate(values):
-        held = tensors[f"transformer.h.{layer}.graftc.pre_layer.layer_in.tokens"]
+        vectors = tensors[f"transformer.h.{layer}.graftc.pre_layer.layer_in.tokens"]
         for row in range(2):
-            assert torch.equal(value[row, :2], held[:2])
-            assert torch.equal(value[row, -1], held[2])
+            assert torch.equal(value[row, :2], vectors[:2])
+            assert torch.equal(value[row, -1], vectors[2])
     assert sum(t.numel() for t in tensors.values()) == 2 * 48 * 3
 
 
 @pytest.mark.full
 def test_initial_vectors() -> None:
-    """Uniform as the paper has it; words of the vocabulary; a word of several pieces is their mean."""
+    """Vectors start uniform as in the paper, or as words of the vocabulary; a word of several pieces is their mean."""
     model = tiny("gpt2").eval()
     table = model.get_input_embeddings().weight.detach()
     name = "transformer.wte.graftc.prompt.embed_token.tokens"
@@ -428,9 +430,9 @@ def test_initial_vectors() -> None:
     uniform = start()
     assert float(uniform.min()) < -0.45 and float(uniform.max()) > 0.45 and float(uniform.abs().max()) <= 0.5
     words = start(init="vocabulary", init_vocabulary=50)
-    found = (words[:, None] == table[None]).all(-1)
-    assert bool((found.sum(1) == 1).all()) and int(found.nonzero()[:, 1].max()) < 50
-    assert len(set(found.nonzero()[:, 1].tolist())) == 40, "drawn without repetition"
+    matches = (words[:, None] == table[None]).all(-1)
+    assert bool((matches.sum(1) == 1).all()) and int(matches.nonzero()[:, 1].max()) < 50
+    assert len(set(matches.nonzero()[:, 1].tolist())) == 40, "drawn without repetition"
     mixed = start(init="tokens", init_tokens=[[5, 6, 7], 8])
     torch.testing.assert_close(mixed[0], table[5:8].mean(0))
     assert torch.equal(mixed[1], table[8])
@@ -439,7 +441,7 @@ def test_initial_vectors() -> None:
 
 @pytest.mark.full
 def test_adaptations_beside_and_among_virtual_tokens() -> None:
-    """Two prompts stand one behind the other; low-rank adaptations see all tokens, and folding them keeps the rest."""
+    """Two prompts follow each other; low-rank adaptations see all tokens, and folding them keeps the prompts."""
     model = tiny("llama").eval()
     spec = {
         "adapt": [
@@ -460,7 +462,7 @@ def test_adaptations_beside_and_among_virtual_tokens() -> None:
 
 @pytest.mark.full
 def test_an_artifact_with_virtual_tokens(tmp_path: Path) -> None:
-    """Both captures are kept; it loads to the same outputs, its own graphs among what is checked."""
+    """Both captures are saved, and the loaded model gives the same outputs from its saved graphs."""
     model = tiny("gpt2").eval()
     compiled = prompted(model)
     perturb(compiled, 0.1)
@@ -475,23 +477,23 @@ def test_an_artifact_with_virtual_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_layers_are_recomputed_with_virtual_tokens() -> None:
-    """The same gradients to the bit with activation checkpointing."""
-    found = []
+    """Gradients with and without activation checkpointing are equal to the bit."""
+    gradients = []
     for extra in ({}, {"checkpoint": "layers"}):
         spec = {"adapt": [{"method": "prompt", "length": 3}, {"method": "pre_layer", "length": 2, "infix": 1}], **extra}
         compiled = graftc.compile(spec, tiny("gpt2")).train()
         torch.manual_seed(0)
         compiled(input_ids=IDS, labels=IDS).loss.backward()
-        found.append({n: p.grad for n, p in compiled.named_parameters() if p.requires_grad})
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+        gradients.append({n: p.grad for n, p in compiled.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
 class TestErrors:
-    """What does not fit has a code of its own."""
+    """Models, calls and specs that cannot have virtual tokens, each with its code."""
 
     def test_no_word_vectors(self) -> None:
-        """A model of images has no words."""
+        """A model of images has no words, which raises GC019."""
         with pytest.raises(GraftError, match="inputs_embeds") as error:
             graftc.compile({"adapt": [{"method": "prompt"}]}, tiny("vit"))
         assert error.value.code == "GC019"
@@ -499,7 +501,7 @@ class TestErrors:
 
     @pytest.mark.full
     def test_word_vectors_that_are_given(self) -> None:
-        """Nobody looks words up then."""
+        """A call with word vectors looks up no words, which raises GC019."""
         compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, tiny("gpt2"))
         with pytest.raises(GraftError, match="call the model with input_ids") as error:
             compiled(inputs_embeds=torch.zeros(2, 5, 48))
@@ -507,7 +509,7 @@ class TestErrors:
 
     @pytest.mark.full
     def test_more_than_the_model_reads(self) -> None:
-        """A prompt that fills the table of positions."""
+        """A prompt that fills the table of positions raises GC020."""
         with pytest.raises(GraftError, match="leave no room") as error:
             graftc.compile({"adapt": [{"method": "prompt", "length": 512}]}, tiny("bert"))
         assert error.value.code == "GC020"
@@ -515,7 +517,7 @@ class TestErrors:
     @pytest.mark.full
     @pytest.mark.parametrize("family", ["bert", "gpt2"])
     def test_a_text_that_leaves_no_room(self, family: str) -> None:
-        """Found when it comes, before anything is looked up outside of the table of positions."""
+        """The call raises GC020 before anything is looked up outside of the table of positions."""
         model = tiny(family, max_position_embeddings=32) if family == "bert" else tiny(family, n_positions=32)
         compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 20}]}, model).eval()
         ids = torch.ones(2, 13, dtype=torch.int64)
@@ -526,7 +528,7 @@ class TestErrors:
 
     @pytest.mark.full
     def test_a_token_that_is_none(self) -> None:
-        """An id outside of the vocabulary."""
+        """An id outside of the vocabulary raises GC039."""
         with pytest.raises(GraftError, match="101 is not in the vocabulary") as error:
             prompted(tiny("gpt2"), init_tokens=[5, [6, 101]])
         assert error.value.code == "GC039"
@@ -534,7 +536,7 @@ class TestErrors:
 
     @pytest.mark.slow
     def test_compositions_of_additions(self) -> None:
-        """Virtual tokens are nothing that is added."""
+        """Virtual tokens are not an addition, so averaging them raises GC036."""
         adapt = [{"method": "prompt", "name": name, "length": 2} for name in ("a", "b")]
         with pytest.raises(GraftError) as error:
             graftc.compile({"adapt": adapt, "compose": {"average": ["a", "b"]}}, tiny("gpt2"))

@@ -1,4 +1,4 @@
-"""Certificates of these methods can fail: each way of folding wrongly is caught at the site."""
+"""Certificates of these methods can fail: every wrong fold is caught at its site."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from graftc.testing import perturb
 from tests.families import tiny
 
 WITHOUT_LIMIT = 1e9
-"""A budget of outputs that everything keeps to, so that only the evidence at the sites is left."""
+"""An output budget that nothing exceeds, so that only the evidence at the sites is left."""
 SQUARE = {"role": "attn.k"}
-"""BERT's keys, which are square: what is transposed fits."""
+"""BERT's keys, which are square, so that transposed updates fit."""
 Wrong = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
 def refused(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: Any, wrong: Wrong) -> tuple[str, ...]:
-    """Fold with ``wrong`` in the place of the method's own function, after that has been certified."""
+    """Fold with ``wrong`` instead of the method's own function, after certifying that one, and return the reasons."""
     compiled = graftc.compile({"adapt": [entry]}, tiny("bert")).eval()
     perturb(compiled, 0.2)
     assert compiled.merge().certificate.passed
@@ -60,7 +60,7 @@ def test_ia3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_ia3_input_with_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bias is not scaled with the input, even where its width would allow it."""
+    """The bias is not scaled with the input, even if its width would allow it."""
     entry = {"method": "ia3", "target": SQUARE, "side": "input"}
     assert refused(entry, monkeypatch, IA3Method, lambda w, b, t: (w * t["l"], b * t["l"]))
 
@@ -76,7 +76,7 @@ VERA: dict[str, Wrong] = {
 @pytest.mark.sample("last columns", "b on columns")
 @pytest.mark.parametrize("name", VERA)
 def test_vera(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inner width makes A wider than what the keys use of it."""
+    """The inner width makes A wider than the part that the keys use."""
     entry = {"method": "vera", "target": {"role": ["attn.k", "ffn.down"]}, "rank": 8}
 
     def wrong(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def test_lokr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trained scale that is added to the base's instead of standing in for it."""
+    """A trained scale that is added to the base's instead of replacing it is caught."""
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("llama")).eval()
     perturb(compiled)
     assert compiled.merge().certificate.passed

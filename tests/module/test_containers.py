@@ -1,4 +1,4 @@
-"""Modules of a compiled model are like the source's: class, structure, attributes, mode; the rest is refused."""
+"""Modules of a compiled model match the source's class, structure, attributes and mode; any other use is refused."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def compiled(both: tuple[nn.Module, Any]) -> Any:
 def test_classes_structure_and_attributes(both: tuple[nn.Module, Any]) -> None:
     model, compiled = both
     for path, source in model.named_modules():
-        own = compiled.get_submodule(path)
+        module = compiled.get_submodule(path)
         if path:
-            assert isinstance(own, type(source)) and own._get_name() == source._get_name(), path
-            assert own.extra_repr() == source.extra_repr()
-        assert list(own._modules)[: len(source._modules)] == list(source._modules)
+            assert isinstance(module, type(source)) and module._get_name() == source._get_name(), path
+            assert module.extra_repr() == source.extra_repr()
+        assert list(module._modules)[: len(source._modules)] == list(source._modules)
     assert len(compiled.layers) == 3 and isinstance(compiled.layers[0], Layer | Block)
     assert compiled.layers[-1] is list(compiled.layers)[2] and compiled.layers[1] in compiled.layers
     assert list(compiled.layers[1:]) == [compiled.layers[1], compiled.layers[2]]
@@ -95,7 +95,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_tree_cannot_be_another_than_the_graphs(compiled: Any, edit: str) -> None:
-    """GC043, and it computes what it did."""
+    """An edit of the module tree raises GC043, and the model still computes the same."""
     x = torch.randn(3, 4)
     before = compiled.eval()(x)
     with pytest.raises(GraftError) as caught:
@@ -104,7 +104,7 @@ def test_the_tree_cannot_be_another_than_the_graphs(compiled: Any, edit: str) ->
 
 
 def test_what_stays_the_same_may_be_set(compiled: Any) -> None:
-    """A module as it is, one around it, tensors of the same kind, and modules of other names."""
+    """The same module, a tensor of the same kind and a module under a new name may be set."""
     x = torch.randn(3, 4)
     before = compiled.eval()(x)
     compiled.heads["a"].bias = nn.Parameter(compiled.heads["a"].bias.detach().clone(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Tools that count operations: what sees operators counts them; what goes by the class of modules is warned of."""
+"""Tools that count operations: counts by operator are right, and counts by the class of modules cause a warning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compiled(request: pytest.FixtureRequest) -> Any:
 
 
 def counted_by_modules(model: nn.Module, kinds: dict[type, Any]) -> float:
-    """What thop's `profile` does: a buffer for each module, and a hook on those of a known class."""
+    """Count as thop's `profile` does: with a buffer for each module, and a hook on each module of a known class."""
     handles, before = [], model.training
 
     def begin(module: nn.Module) -> None:
@@ -56,8 +56,8 @@ def test_a_count_by_modules_is_warned_of(compiled: Any) -> None:
     tensors = list(compiled.state_dict())
     assert counted_by_modules(copy.deepcopy(compiled.compilation.model), {nn.Linear: linear}) > 0
     with pytest.warns(graftc.GraftWarning, match="total_ops of .* FlopCounterMode|GC076"):
-        found = counted_by_modules(compiled, {nn.Linear: linear})
-    assert found == 0 and list(compiled.state_dict()) == tensors
+        count = counted_by_modules(compiled, {nn.Linear: linear})
+    assert count == 0 and list(compiled.state_dict()) == tensors
 
 
 @pytest.mark.sample("llama")
@@ -75,8 +75,8 @@ def test_operators_are_counted(compiled: Any) -> None:
 
 
 def test_a_compiled_model_may_have_a_buffer_of_its_user() -> None:
-    made = graftc.compile({"adapt": [LORA]}, tiny("bert"))
+    model = graftc.compile({"adapt": [LORA]}, tiny("bert"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", graftc.GraftWarning)
-        made.register_buffer("steps", torch.zeros(1))
-    assert made.get_buffer("steps").shape == (1,)
+        model.register_buffer("steps", torch.zeros(1))
+    assert model.get_buffer("steps").shape == (1,)

@@ -1,4 +1,4 @@
-"""A source model may call its children, parameters and buffers as it likes."""
+"""A source model may give its children, parameters and buffers any name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ STRANGE_NAMES += ["en/de", "a'b", 'a"b', "a\\b", "[red]", "{x}", "%s", "*", "'] 
 
 
 class Leaf(nn.Module):
-    """A linear map, and a child, a parameter or a buffer of every name."""
+    """A linear map, with a child, a parameter or a buffer for each name."""
 
     def __init__(self, names: Sequence[str], kind: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Leaf(nn.Module):
 
 
 class Named(nn.Module):
-    """The names at the root, in two layers, and within those."""
+    """A model that uses the names at its root, inside the modules of these names, and in two layers."""
 
     def __init__(self, names: Sequence[str], kind: str) -> None:
         super().__init__()
@@ -131,11 +131,14 @@ def compiled(names: Sequence[str], kind: str = "module") -> tuple[nn.Module, Any
 
 
 def check(names: Sequence[str], kind: str) -> None:
-    """The graph, `state_dict` and look-ups by name are those of the source model."""
+    """Check that outputs, `state_dict` and look-ups by name match the source.
+
+    The model also has to train, to be copied and to merge.
+    """
     model, adapted, inputs = compiled(names, kind)
     assert torch.equal(adapted(inputs), model(inputs))
-    own, every = model.state_dict(), adapted.full_state_dict()
-    assert {n: t.data_ptr() for n, t in own.items()}.items() <= {n: t.data_ptr() for n, t in every.items()}.items()
+    expected, every = model.state_dict(), adapted.full_state_dict()
+    assert {n: t.data_ptr() for n, t in expected.items()}.items() <= {n: t.data_ptr() for n, t in every.items()}.items()
     for path, _ in model.named_modules():
         assert isinstance(adapted.get_submodule(path), nn.Module)
     for path, parameter in model.named_parameters():
@@ -189,7 +192,7 @@ PUBLISHED = {name for cls in (Compiled, Merged) for name in vars(cls) if not nam
 
 
 def test_published_names_are_few_and_documented() -> None:
-    """The names that win over a child's are those of the table in the documentation, and at most 20."""
+    """The names that take precedence over a child's are those of the documentation's table, and at most 20."""
     for cls, label in ((Compiled, "compiled"), (Merged, "merged")):
         own = {name for name in dir(cls) if not name.startswith("_") and name not in dir(nn.Module)}
         text = (Path(__file__).parents[2] / "docs" / "module.md").read_text(encoding="utf-8")
@@ -200,7 +203,7 @@ def test_published_names_are_few_and_documented() -> None:
 
 @pytest.mark.parametrize("name", sorted({*OWN_NAMES} - {"call"}))
 def test_attributes_are_children_but_for_published_names(name: str) -> None:
-    """No compile: what an attribute is depends on the classes alone."""
+    """The classes alone decide whether an attribute is the child of that name, so nothing is compiled here."""
     root = Compiled.__new__(Compiled)
     nn.Module.__init__(root)
     child = nn.Linear(1, 1)

@@ -1,4 +1,4 @@
-"""What ``print(compiled)`` shows."""
+"""The text that ``print(compiled)`` shows."""
 
 from __future__ import annotations
 
@@ -130,13 +130,13 @@ def test_adaptations_that_are_alike_are_one_line() -> None:
     names = [f"t{number}" for number in range(30)]
     spec = {"adapt": [{**LORA, "name": name} for name in names], "compose": [{"name": "tasks", "bank": names}]}
     compiled = graftc.compile(spec, tiny("bert"))
-    found = lines(compiled, "+ t0")
-    assert found == ["+ t0, t1, ..., t29 (30 alike): lora, rank 2, weight [48, 48], 192 trainable"] * 2
+    entries = lines(compiled, "+ t0")
+    assert entries == ["+ t0, t1, ..., t29 (30 alike): lora, rank 2, weight [48, 48], 192 trainable"] * 2
     assert lines(compiled, "+ tasks") == ["+ tasks: bank"]
     assert len(str(compiled).splitlines()) < 60
     started = time.process_time()
     str(compiled)
-    assert time.process_time() - started < 1  # 10 ms
+    assert time.process_time() - started < 1  # it takes about 10 ms
 
 
 def test_a_part_prints_its_tensors(bert: Any) -> None:
@@ -154,8 +154,8 @@ def test_other_models_and_merged_ones_print() -> None:
             self.part = torch.nn.Linear(3, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.part(x)
-            return found
+            output: torch.Tensor = self.part(x)
+            return output
 
     lora = {"method": "lora", "rank": 1, "target": {"modules": "part"}}
     compiled = graftc.compile({"adapt": [lora]}, Nothing(), (torch.randn(2, 3),), cache=False)

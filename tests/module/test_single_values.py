@@ -14,7 +14,7 @@ SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner"]}
 
 
 class Normed(nn.Module):
-    """A map, a normalisation over the batch or the space, and a map."""
+    """A linear map, a normalisation over the batch or over positions, and another linear map."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def test_one_value_raises(name: str) -> None:
     after = compiled.state_dict()
     assert all(torch.equal(t, after[n]) and bool(t.isfinite().all()) for n, t in before.items())
     x = torch.randn(enough)
-    model.requires_grad_(False)  # some processors multiply otherwise where a weight wants a gradient
+    model.requires_grad_(False)  # some processors multiply differently if a weight requires a gradient
     model.load_state_dict(model.state_dict() | {n: t for n, t in before.items() if n in model.state_dict()})
     assert torch.equal(compiled(x), model(x))
 

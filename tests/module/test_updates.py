@@ -1,4 +1,4 @@
-"""Buffers that a graph updates belong to the compiled model: the source's never move, and the trained ones travel."""
+"""Buffers that a graph updates belong to the compiled model: the source's never change, and updated ones are saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "first"}}]
 
 
 class Around(nn.Module):
-    """A module of channels between two linear maps."""
+    """A module for inputs with channels, between two linear maps."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Flat(nn.Module):
 
 
 class Average(nn.Module):
-    """A moving average, kept in place, through a view, as a copy, or with an ``out`` argument."""
+    """A moving average, updated in place, through a view, by a copy, or with an ``out`` argument."""
 
     def __init__(self, how: str, persistent: bool = True) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ def test_updated_buffers_are_the_models_own(name: str, tmp_path: Path) -> None:
     train(compiled.train())
     train(twin.train())
     after = tensors(twin)
-    for held, value in tensors(model).items():
-        assert torch.equal(value, before[held]), "the source's statistics moved"
-    moved = {held for held in before if not torch.equal(before[held], after[held])}
+    for buffer, value in tensors(model).items():
+        assert torch.equal(value, before[buffer]), "the source's statistics moved"
+    moved = {buffer for buffer in before if not torch.equal(before[buffer], after[buffer])}
     assert moved == declared
-    for held in moved:
-        torch.testing.assert_close(compiled.get_buffer(held), after[held])
+    for buffer in moved:
+        torch.testing.assert_close(compiled.get_buffer(buffer), after[buffer])
     inputs = torch.randn(5, 4)
     compiled.eval(), twin.eval(), model.eval()
     torch.testing.assert_close(compiled(inputs), twin(inputs))
@@ -124,19 +124,19 @@ def test_updated_buffers_are_the_models_own(name: str, tmp_path: Path) -> None:
     for base in (model, twin):  # one with the old statistics, and one with others
         loaded = graftc.load(path, base, cache=False).eval()
         assert torch.equal(loaded(inputs), compiled(inputs))
-        for held in declared:
-            assert torch.equal(loaded.get_buffer(held), compiled.get_buffer(held))
+        for buffer in declared:
+            assert torch.equal(loaded.get_buffer(buffer), compiled.get_buffer(buffer))
     copied = copy.deepcopy(compiled)
     train(copied.train())
-    for held in declared:
-        assert not torch.equal(copied.get_buffer(held), compiled.get_buffer(held))
-        assert torch.equal(tensors(model)[held], before[held])
+    for buffer in declared:
+        assert not torch.equal(copied.get_buffer(buffer), compiled.get_buffer(buffer))
+        assert torch.equal(tensors(model)[buffer], before[buffer])
     merged = compiled.merge()
     folded = merged.folded_state_dict()
     train(compiled.train())
     torch.testing.assert_close(merged(inputs), loaded(inputs), atol=1e-5, rtol=0)
-    for held in declared:
-        assert torch.equal(folded[held], loaded.get_buffer(held))
+    for buffer in declared:
+        assert torch.equal(folded[buffer], loaded.get_buffer(buffer))
 
 
 @pytest.mark.slow
@@ -145,14 +145,14 @@ def test_disabled_is_the_base_with_its_own_statistics(name: str) -> None:
     model, compiled = made(name)
     train(compiled.train())
     perturb(compiled)
-    held, inputs = tensors(compiled), torch.randn(5, 4)
+    before, inputs = tensors(compiled), torch.randn(5, 4)
     for mode in (False, True):
         compiled.train(mode)
         with compiled.disabled():
-            found = compiled(inputs)
-        torch.testing.assert_close(found, copy.deepcopy(model).train(mode)(inputs))
-        for own, value in tensors(compiled).items():
-            assert torch.equal(value, held[own]), "a pass without adapters moved statistics"
+            output = compiled(inputs)
+        torch.testing.assert_close(output, copy.deepcopy(model).train(mode)(inputs))
+        for buffer, value in tensors(compiled).items():
+            assert torch.equal(value, before[buffer]), "a pass without adapters moved statistics"
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_another_base_is_still_another_base(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("old", [True, False])
 def test_spectral_norm(old: bool) -> None:
-    """Its power iteration is what a capture makes of it: the source never changes."""
+    """Training a compiled model with spectral norm never changes the buffers of the source."""
     torch.manual_seed(0)
     model = Around(_spectral(old)).eval().requires_grad_(False)
     before = {n: t.clone() for n, t in model.named_buffers()}

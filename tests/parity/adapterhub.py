@@ -1,6 +1,6 @@
-"""Reference tensors that AdapterHub's `adapters` made: the base, its inputs, adapters under our names, and outputs.
+"""Reference tensors from AdapterHub's `adapters`: the base, its inputs, adapters under our names, and outputs.
 
-``tests/data/README.md`` says how they were made, ``tests/reference/adapterhub.py`` what each case computes.
+``tests/data/README.md`` says how they were created, and ``tests/reference/adapterhub.py`` what each case computes.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _PLACE = re.compile(rf"(?P<layer>.+\.\d+)\.(?P<place>{'|'.join(_PLACES)})\.adapt
 
 @dataclass(frozen=True)
 class Reference:
-    """One file.
+    """The contents of one file of reference tensors.
 
     Attributes:
-        about: its metadata: ``model``, ``cases`` and ``versions``.
-        tensors: all of them by name.
+        about: the file's metadata: ``model``, ``cases`` and ``versions``.
+        tensors: all tensors by name.
     """
 
     about: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors below ``prefix/``, by what stands behind it."""
+        """Return the tensors below ``prefix/``, by the rest of their names."""
         return {n.removeprefix(f"{prefix}/"): t for n, t in self.tensors.items() if n.startswith(f"{prefix}/")}
 
     def base(self, attention: str = "eager") -> nn.Module:
-        """The plain model in eval mode, new at every call; ``attention`` is what implements its attentions."""
+        """Return a new plain model in eval mode; ``attention`` is the implementation of its attentions."""
         about = self.about["model"]
         config = getattr(transformers, about["config"])(**about["arguments"], attn_implementation=attention)
         model: nn.Module = getattr(transformers, about["class"])(config).eval()
@@ -56,46 +56,48 @@ class Reference:
         return model
 
     def inputs(self) -> dict[str, Any]:
-        """The batch, and the flag that makes the model return its last hidden state."""
+        """Return the batch, and the flag that makes the model return its last hidden state."""
         return {**self.under("inputs"), "output_hidden_states": True}
 
     def adapters(self, case: str, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """The adapters of a case under our names.
+        """Return the adapters of a case under our names.
 
         Args:
-            case: its name.
-            names: what our adaptation of each adapter is called.
+            case: the name of the case.
+            names: our adaptation's name for each adapter.
         """
-        found: dict[str, Tensor] = {}
-        held = self.under(f"{case}/adapter")
-        for name, tensor in held.items():
+        renamed: dict[str, Tensor] = {}
+        stored = self.under(f"{case}/adapter")
+        for name, tensor in stored.items():
             match = _PLACE.fullmatch(name)
             if match is not None:
                 prefix = name.removesuffix(match["part"])
-                part = _part(match["part"], normed=f"{prefix}adapter_down.1.weight" in held)
+                part = _part(match["part"], normed=f"{prefix}adapter_down.1.weight" in stored)
                 layer, place, adapter = match["layer"], _PLACES[match["place"]], names[match["adapter"]]
-                found[f"{layer}.graftc.{adapter}.{place}.{part}"] = tensor
-        return found
+                renamed[f"{layer}.graftc.{adapter}.{place}.{part}"] = tensor
+        return renamed
 
     def prefixes(self, case: str) -> list[dict[str, Tensor]]:
-        """Keys and values of a flat prefix for each layer, ``[length, width]``: AdapterHub has both of all layers in
-        one vector, positions first."""
+        """Return keys and values of a flat prefix for each layer, ``[length, width]``.
+
+        AdapterHub has those of all layers in one vector, positions first.
+        """
         (flat,) = (t for n, t in self.under(f"{case}/adapter").items() if n.endswith("control_trans"))
         about = self.about["model"]["arguments"]
         tables = flat.view(-1, about["num_hidden_layers"], 2, about["hidden_size"]).movedim(0, 2)
         return [dict(zip(("keys", "values"), layer, strict=True)) for layer in tables]
 
     def differences(self, case: str, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """How far ``model`` is from what a case returned (``unadapted``: without an adapter), for each output."""
+        """Yield the name of each output and how far ``model`` is from a case (``unadapted``: without an adapter)."""
         with torch.no_grad():
-            found = model(**self.inputs())
-        outputs = {"logits": found["logits"], "last_hidden_state": found["hidden_states"][-1]}
+            returned = model(**self.inputs())
+        outputs = {"logits": returned["logits"], "last_hidden_state": returned["hidden_states"][-1]}
         for name, tensor in outputs.items():
             yield name, largest_difference([tensor], [self.tensors[f"{case}/{name}"]])
 
 
 def _part(name: str, *, normed: bool) -> str:
-    """Our name for a tensor of an adapter: AdapterHub's first norm is item 0 of what the first projection is in."""
+    """Return our name for an adapter's tensor; AdapterHub's first norm is item 0 of the first projection's module."""
     module, _, kind = name.rpartition(".")
     ours = {"adapter_down.0": "norm" if normed else "down", "adapter_down.1": "down", "adapter_up": "up"}
     part = {**ours, "adapter_norm_after": "norm_after", "gate": "gate"}.get(module)
@@ -106,7 +108,7 @@ def _part(name: str, *, normed: bool) -> str:
 
 @cache
 def reference(arch: str) -> Reference:
-    """The file of an architecture."""
+    """Return the file of an architecture."""
     path = DATA / f"adapterhub_{arch}.safetensors"
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
@@ -114,20 +116,20 @@ def reference(arch: str) -> Reference:
 
 
 def adapted(arch: str, case: str, *entries: Mapping[str, Any], **spec: Any) -> Compiled:
-    """The base of ``arch`` with the adapters of a case in it, in eval mode.
+    """The base of ``arch`` with the adapters of a case, in eval mode.
 
     Args:
         arch: one of `ARCHITECTURES`.
-        case: its name.
+        case: the name of the case.
         entries: our adaptations for the adapters a, b and c, in this order.
-        spec: what else stands in the spec.
+        spec: other keys of the spec.
 
     Raises:
-        AssertionError: the two have not the same tensors.
+        AssertionError: if the two do not have the same tensors.
     """
-    made = graftc.compile({"adapt": [dict(e) for e in entries], **spec}, reference(arch).base()).eval()
+    compiled = graftc.compile({"adapt": [dict(e) for e in entries], **spec}, reference(arch).base()).eval()
     names = {letter: entry.get("name", entry["method"]) for letter, entry in zip("abc", entries, strict=False)}
-    theirs, ours = reference(arch).adapters(case, names), made.adapter_state_dict()
+    theirs, ours = reference(arch).adapters(case, names), compiled.adapter_state_dict()
     assert {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}
-    made.load_adapter_state_dict(theirs)
-    return made
+    compiled.load_adapter_state_dict(theirs)
+    return compiled

@@ -1,6 +1,6 @@
-"""The same adaptation here and in peft: the same tensors in both, then outputs, gradients and merged weights.
+"""One adaptation in graftc and in peft, with the same tensors: comparison of outputs, gradients and merged weights.
 
-A method needs one `Names` (what peft calls its tensors) and a `Case` per family; see ``test_peft.py``.
+A method needs one `Names` (peft's names of its tensors) and a `Case` per family; see ``test_peft.py``.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ MODULES = {
     "vit": ["q_proj", "v_proj", "fc2"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
 }
-"""Suffixes of module paths. GPT-2's and GPT-NeoX's fused matrices are adapted as a whole, as peft does it."""
+"""Suffixes of module paths. GPT-2's and GPT-NeoX's fused matrices are adapted as a whole, as in peft."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """What peft calls the tensors of a method. A tensor that differs in shape only is reshaped.
+    """Peft's names of the tensors of a method. A tensor that differs only in shape is reshaped.
 
     Attributes:
-        parts: by part, what stands behind a module's path: ``{"A": "lora_A.default.weight"}``.
-        shared: by part, the whole name of a tensor of the adaptation: ``{"A": "base_model.vera_A.default"}``.
+        parts: for each part, the suffix after a module's path: ``{"A": "lora_A.default.weight"}``.
+        shared: for each part, the full name of a tensor of the adaptation: ``{"A": "base_model.vera_A.default"}``.
     """
 
     parts: Mapping[str, str]
     shared: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> str:
-        """Peft's name for a tensor of ours."""
+        """Return peft's name for a tensor of ours."""
         module, _, rest = f".{name}".partition(f".{RESERVED}.")
         part = rest.rpartition(".")[2]
         return f"base_model.model{module}.{self.parts[part]}" if module else self.shared[part]
@@ -59,9 +59,9 @@ class Case:
     Attributes:
         family: a key of `tests.families.FAMILIES`.
         adaptation: an entry of a spec's ``adapt``.
-        config: makes peft's config, called with the imported package.
-        names: of the tensors.
-        noise: standard deviation of what is added to every trainable tensor.
+        config: a function that creates peft's config, called with the imported package.
+        names: the names of the tensors.
+        noise: standard deviation of the noise that is added to every trainable tensor.
     """
 
     family: str
@@ -76,7 +76,7 @@ class Pair:
     """Both models with the same tensors, in eval mode.
 
     Attributes:
-        ours, theirs: the adapted models; each has a copy of the base of its own.
+        ours, theirs: the adapted models, each with its own copy of the base.
         base: the model that both adapt.
         tensors: peft's trained tensor for each of ours, by our name.
     """
@@ -87,17 +87,17 @@ class Pair:
     tensors: Mapping[str, Tensor]
 
     def outputs(self) -> float:
-        """The largest difference of outputs, at three shapes; the adaptation is seen to have an effect."""
-        found = 0.0
+        """Return the largest difference of outputs at three shapes; fail if the adaptation has no effect."""
+        largest = 0.0
         for sizes in SHAPES:
             inputs = inputs_for(self.ours, sizes)
             ours = outputs_of(self.ours, inputs)
             assert largest_difference(ours, outputs_of(self.base, inputs)) > 1e-3, "the tensors have no effect"
-            found = max(found, largest_difference(ours, outputs_of(self.theirs, inputs)))
-        return found
+            largest = max(largest, largest_difference(ours, outputs_of(self.theirs, inputs)))
+        return largest
 
     def gradients(self) -> float:
-        """The largest difference of a trained tensor's gradients, over its largest gradient or 1."""
+        """Return the largest difference of a trained tensor's gradients, over its largest gradient or 1."""
         inputs, mine = inputs_for(self.ours), dict(self.ours.named_parameters())
         for model in (self.ours, self.theirs):
             model.zero_grad()
@@ -113,63 +113,63 @@ class Pair:
         return worst
 
     def merged(self) -> float:
-        """The largest difference of outputs when both are merged. Peft's model is no longer adapted after that."""
+        """Return the largest difference of outputs after merging both; peft's model is no longer adapted afterwards."""
         ours, theirs = self.ours.merge().to_transformers(), self.theirs.merge_and_unload()  # type: ignore[operator]
         calls = [inputs_for(self.ours, sizes) for sizes in SHAPES]
         return max(largest_difference(outputs_of(ours, i), outputs_of(theirs, i)) for i in calls)
 
 
 def pair(case: Case, base: nn.Module | None = None) -> Pair:
-    """Adapt one tiny model with both libraries and give peft our tensors, every one of them perturbed.
+    """Adapt one tiny model with both libraries, and copy our tensors to peft, all of them perturbed.
 
     Args:
         case: the adaptation.
         base: the model; by default that of the case's family.
 
     Raises:
-        AssertionError: the two do not adapt the same places with tensors of the same sizes.
+        AssertionError: if the two do not adapt the same places with tensors of the same sizes.
     """
     peft = pytest.importorskip("peft")
     base = tiny(case.family) if base is None else base
     ours = graftc.compile({"adapt": [dict(case.adaptation)]}, copy.deepcopy(base), seed=0).eval()
     perturb(ours, case.noise)
     theirs = peft.get_peft_model(copy.deepcopy(base), case.config(peft)).eval()
-    held = tensors_of(theirs)
+    peft_tensors = tensors_of(theirs)
     trained = {name for name, tensor in theirs.named_parameters() if tensor.requires_grad}
     mine = dict(ours.named_parameters())
-    found: dict[str, Tensor] = {}
+    counterparts: dict[str, Tensor] = {}
     for name, tensor in ours.adapter_state_dict().items():
         theirs_name = case.names.of(name)
-        other = held[theirs_name]
+        other = peft_tensors[theirs_name]
         assert other.numel() == tensor.numel(), f"{name} is {list(tensor.shape)}, peft's is {list(other.shape)}"
         with torch.no_grad():
             other.copy_(tensor.reshape(other.shape))
         if mine[name].requires_grad:
-            found[name] = other
+            counterparts[name] = other
             trained.remove(theirs_name)
     assert not trained, f"peft trains more: {sorted(trained)[:4]}"
-    return Pair(ours, theirs, base, found)
+    return Pair(ours, theirs, base, counterparts)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name that they have."""
+    """Return parameters and buffers by each of their names."""
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return {name: tensor for found in named for name, tensor in found}
+    return {name: tensor for tensors in named for name, tensor in tensors}
 
 
 def check(case: Case, tolerance: float = TOLERANCE) -> dict[str, float]:
-    """Outputs, gradients and merged outputs of both agree; returns the largest difference of each.
+    """Check that outputs, gradients and merged outputs of both agree, and return the largest difference of each.
 
     Raises:
-        AssertionError: they do not, to ``tolerance``.
+        AssertionError: if one of them differs by more than ``tolerance``.
     """
-    made = pair(case)
-    differences = {"outputs": made.outputs(), "gradients": made.gradients(), "merged outputs": made.merged()}
+    models = pair(case)
+    differences = {"outputs": models.outputs(), "gradients": models.gradients(), "merged outputs": models.merged()}
     for name, value in differences.items():
         assert value <= tolerance, f"{name} differ by {value:.2e} from peft's"
     return differences
 
 
 def globs(modules: list[str]) -> dict[str, Any]:
-    """A target that matches what peft's list of suffixes matches."""
+    """Return a target that matches the same modules as peft's list of suffixes."""
     return {"modules": [f"**.{name}" for name in modules]}

@@ -1,7 +1,7 @@
-"""Bottleneck adapters against tensors that AdapterHub's `adapters` made: its wirings, options and stacks.
+"""Bottleneck adapters compared with tensors from AdapterHub's `adapters`: its wirings, options and stacks.
 
-Left out are ``seq_bn_post_add`` and ``seq_bn_after_ln``: their adapters have another residual than the branch, so that
-zero adapters are not the base, and no spec says that.
+``seq_bn_post_add`` and ``seq_bn_after_ln`` are left out: the residual of their adapters is not the branch, so that zero
+adapters are not the base, and no spec can express that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GENERAL: Mapping[str, Entry] = {
     "seq_bn": {**WIRED, "reduction": 5},
     "par_bn": {"method": "bottleneck", "reads": "stream", "adds_to": "branch", "reduction": 3, "scale": 4.0},
 }
-"""The same, wired by hand."""
+"""The main cases again, wired by hand."""
 PAIRS = [(arch, case) for arch in ARCHITECTURES for case in CASES if case in reference(arch).about["cases"]]
 
 
@@ -60,9 +60,9 @@ def test_outputs_of_the_mechanism(arch: str, case: str) -> None:
 
 
 def check(arch: str, case: str, *entries: Entry) -> None:
-    """The last hidden state and the logits are AdapterHub's to 1e-5; without adapters they are not."""
-    made = adapted(arch, case, *entries)
-    for name, difference in reference(arch).differences(case, made):
+    """Check that last hidden state and logits are AdapterHub's to 1e-5, and that without adapters they are not."""
+    compiled = adapted(arch, case, *entries)
+    for name, difference in reference(arch).differences(case, compiled):
         assert difference <= TOLERANCE, f"{name} differs by {difference:.2e} from AdapterHub's"
     assert min(d for _, d in reference(arch).differences(case, reference(arch).base())) > 0.05
 
@@ -74,25 +74,27 @@ def check(arch: str, case: str, *entries: Entry) -> None:
     ids=["reads before the norm", "adds behind the norm", "reads the branch"],
 )
 def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> None:
-    """The numbers of tensors are the same in all of these; the values are not."""
-    made = adapted("bert", case, {**GENERAL[case], **other})
-    assert min(d for _, d in reference("bert").differences(case, made)) > 1e-2
+    """Other wirings have the same number of tensors, but give other values."""
+    compiled = adapted("bert", case, {**GENERAL[case], **other})
+    assert min(d for _, d in reference("bert").differences(case, compiled)) > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["seq_bn_post_add", "seq_bn_after_ln"])
 def test_other_residuals_are_told_apart(case: str) -> None:
-    """With their adapters in it, Pfeiffer's wiring gives something else."""
-    made = adapted("bert", case, SEQ)
-    assert min(d for _, d in reference("bert").differences(case, made)) > 1e-2
+    """Pfeiffer's wiring with the adapters of these cases gives other values."""
+    compiled = adapted("bert", case, SEQ)
+    assert min(d for _, d in reference("bert").differences(case, compiled)) > 1e-2
 
 
 @pytest.mark.full
 def test_order_in_a_stack() -> None:
-    """The first adaptation is the first that runs."""
-    made = adapted("bert", "stack", {**SEQ, "name": "a"}, {**SEQ, "name": "b"})
-    held = made.adapter_state_dict()
-    turned = {n.replace(".a.", ".?.").replace(".b.", ".a.").replace(".?.", ".b."): t.clone() for n, t in held.items()}
-    assert turned.keys() == held.keys()
-    made.load_adapter_state_dict(turned)
-    assert min(d for _, d in reference("bert").differences("stack", made)) > 1e-3
+    """The first adaptation runs first."""
+    compiled = adapted("bert", "stack", {**SEQ, "name": "a"}, {**SEQ, "name": "b"})
+    tensors = compiled.adapter_state_dict()
+    turned = {
+        n.replace(".a.", ".?.").replace(".b.", ".a.").replace(".?.", ".b."): t.clone() for n, t in tensors.items()
+    }
+    assert turned.keys() == tensors.keys()
+    compiled.load_adapter_state_dict(turned)
+    assert min(d for _, d in reference("bert").differences("stack", compiled)) > 1e-3

@@ -1,7 +1,7 @@
-"""Compositions and gates against tensors that AdapterHub's `adapters` made.
+"""Compositions and gates compared with tensors from AdapterHub's `adapters`.
 
-Left out is ``average``: AdapterHub divides what is weighted already by the number of adapters once more, the branch
-included, so that its average of equal adapters is not one of them.
+``average`` is left out: AdapterHub divides what is weighted already by the number of adapters once more, including the
+branch, so that its average of equal adapters does not equal one of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.parity.adapterhub import ARCHITECTURES, TOLERANCE, reference
 SEQ = {"method": "pfeiffer", "reduction": 5}
 PAR = {"method": "he_parallel", "bottleneck": None, "reduction": 3}
 LORA = {"method": "lora", "rank": 3, "alpha": 3, "target": {"role": "attn.{q,v}"}}
-"""The gate takes the place of alpha over rank."""
+"""The gate replaces the factor alpha over rank."""
 PREFIX = {"method": "prefix", "length": 3}
 
 _FUSION = re.compile(r"(?P<layer>.+\.\d+)\.(output|output_adapters)\.adapter_fusion_layer\.[\w,]+\.(?P<part>.+)")
@@ -42,30 +42,30 @@ def compiled(
     """The base of ``arch`` with the tensors of a case, in eval mode."""
     spec = {"adapt": [{"name": name, **entry} for name, entry in entries.items()], "compose": compose}
     attention = "sdpa" if "p" in entries else "eager"
-    made = graftc.compile(spec, reference(arch).base(attention).to(dtype)).eval()
+    model = graftc.compile(spec, reference(arch).base(attention).to(dtype)).eval()
     theirs = reference(arch).adapters(case, {name: name for name in "abc"})
     for name, tensor in reference(arch).under(f"{case}/adapter").items():
-        if (found := _FUSION.fullmatch(name)) is not None:
-            part = found["part"].removesuffix(".weight").replace(".", "_")
-            theirs[f"{found['layer']}.graftc.fuse.ffn.{part}"] = tensor
-        elif (found := _LORA.fullmatch(name)) is not None:
-            theirs[f"{found['module']}.graftc.{'l' if 'l' in entries else 'a'}.{_PARTS[found['part']]}"] = tensor
-        elif (found := _PREFIX.fullmatch(name)) is not None:
-            theirs[f"{found['module']}.graftc.p.attn.{_PARTS['gate.' + found['part']]}"] = tensor
+        if (match := _FUSION.fullmatch(name)) is not None:
+            part = match["part"].removesuffix(".weight").replace(".", "_")
+            theirs[f"{match['layer']}.graftc.fuse.ffn.{part}"] = tensor
+        elif (match := _LORA.fullmatch(name)) is not None:
+            theirs[f"{match['module']}.graftc.{'l' if 'l' in entries else 'a'}.{_PARTS[match['part']]}"] = tensor
+        elif (match := _PREFIX.fullmatch(name)) is not None:
+            theirs[f"{match['module']}.graftc.p.attn.{_PARTS['gate.' + match['part']]}"] = tensor
     for layer, tables in enumerate(reference(arch).prefixes(case) if "p" in entries else ()):
         theirs |= {f"{_LAYER.format(layer)}.graftc.p.attn.{part}": table for part, table in tables.items()}
-    ours = made.adapter_state_dict()
+    ours = model.adapter_state_dict()
     assert {n for n in ours if not n.endswith(".active")} == theirs.keys()
-    made.load_adapter_state_dict({**ours, **theirs})
-    return made
+    model.load_adapter_state_dict({**ours, **theirs})
+    return model
 
 
 def check(arch: str, case: str, made: Compiled, inputs: Mapping[str, Any] | None = None) -> None:
-    """Both outputs are AdapterHub's to 1e-5, and far from the base's."""
+    """Check that both outputs are AdapterHub's to 1e-5, and far from the base's."""
     file = reference(arch)
     with torch.no_grad():
-        found = made(**file.inputs(), **(inputs or {}))
-    outputs: dict[str, Tensor] = {"logits": found["logits"], "last_hidden_state": found["hidden_states"][-1]}
+        actual = made(**file.inputs(), **(inputs or {}))
+    outputs: dict[str, Tensor] = {"logits": actual["logits"], "last_hidden_state": actual["hidden_states"][-1]}
     for name, tensor in outputs.items():
         difference = largest_difference([tensor], [file.tensors[f"{case}/{name}"]])
         assert difference <= TOLERANCE, f"{name} differs by {difference:.2e} from AdapterHub's"
@@ -75,10 +75,11 @@ def check(arch: str, case: str, made: Compiled, inputs: Mapping[str, Any] | None
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if "fuse" in reference(a).about["cases"]])
 def test_fusion(arch: str) -> None:
-    """Attention over three adapters, with what they read as the query. In float64: where the scores of GPT-2's case are
-    large, AdapterHub's float32 is 0.9e-5 from it, and so is ours to the other side."""
-    made = compiled(arch, "fuse", dict.fromkeys("abc", SEQ), {"fuse": ["a", "b", "c"]}, torch.float64)
-    check(arch, "fuse", made)
+    """Fusion is attention over three adapters, with their input as the query. In float64, since scores of GPT-2's case
+    are so large that AdapterHub's float32 is 0.9e-5 away from it, and ours as far on the other side.
+    """
+    model = compiled(arch, "fuse", dict.fromkeys("abc", SEQ), {"fuse": ["a", "b", "c"]}, torch.float64)
+    check(arch, "fuse", model)
 
 
 @pytest.mark.full
@@ -94,16 +95,16 @@ def test_spans_of_the_sequence() -> None:
 
 @pytest.mark.slow
 def test_rows_of_the_batch() -> None:
-    made = compiled("bert", "batch_split", dict.fromkeys("ab", SEQ), {"bank": ["a", "b"]})
-    check("bert", "batch_split", made, {"adapter_ids": torch.tensor([0, 1, 1])})
+    model = compiled("bert", "batch_split", dict.fromkeys("ab", SEQ), {"bank": ["a", "b"]})
+    check("bert", "batch_split", model, {"adapter_ids": torch.tensor([0, 1, 1])})
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gated_adapters(arch: str) -> None:
-    """With the mean over padding too, as AdapterHub has it."""
-    made = compiled(arch, "seq_bn_gated", {"a": SEQ}, {"gate": ["a"], "tokens": "all"})
-    check(arch, "seq_bn_gated", made)
+    """The mean includes padding, as in AdapterHub."""
+    model = compiled(arch, "seq_bn_gated", {"a": SEQ}, {"gate": ["a"], "tokens": "all"})
+    check(arch, "seq_bn_gated", model)
 
 
 @pytest.mark.full
@@ -118,14 +119,14 @@ def test_gated_lora() -> None:
 
 @pytest.mark.full
 def test_gated_prefixes() -> None:
-    """One gate for keys and values, from what the attention reads."""
-    made = compiled("bert", "prefix_gated", {"p": PREFIX}, {"gate": ["p"], "tokens": "all"})
-    check("bert", "prefix_gated", made)
+    """Keys and values have one gate, computed from the attention's input."""
+    model = compiled("bert", "prefix_gated", {"p": PREFIX}, {"gate": ["p"], "tokens": "all"})
+    check("bert", "prefix_gated", model)
 
 
 @pytest.mark.full
 def test_unipelt() -> None:
-    """Prefix, adapter and low-rank updates, each behind gates of its own."""
+    """Prefix, adapter and low-rank updates each have their own gates."""
     entries = {"p": PREFIX, "a": SEQ, "l": LORA}
     check("bert", "unipelt", compiled("bert", "unipelt", entries, {"gate": ["p", "a", "l"], "tokens": "all"}))
 
@@ -141,16 +142,16 @@ def test_unipelt_as_a_method() -> None:
         "adapter": {"reduction": 5},
         "lora": {"rank": 3},
     }
-    made = graftc.compile({"adapt": [{"method": "unipelt", **parts}]}, reference("bert").base("sdpa")).eval()
+    model = graftc.compile({"adapt": [{"method": "unipelt", **parts}]}, reference("bert").base("sdpa")).eval()
     theirs = {re.sub(r"\.graftc\.[pal]\.", ".graftc.unipelt.", n): t for n, t in composed.adapter_state_dict().items()}
-    assert theirs.keys() == made.adapter_state_dict().keys()
-    made.load_adapter_state_dict(theirs)
-    check("bert", "unipelt", made)
+    assert theirs.keys() == model.adapter_state_dict().keys()
+    model.load_adapter_state_dict(theirs)
+    check("bert", "unipelt", model)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("case", "entry"), [("seq_bn_gated", SEQ), ("lora_gated", LORA)], ids=["pfeiffer", "lora"])
 def test_a_mean_over_real_tokens_is_told_from_it(case: str, entry: Mapping[str, Any]) -> None:
-    """The batch has padding, so that the two means differ."""
-    made = compiled("bert", case, {"a": entry}, {"gate": ["a"]})
-    assert min(d for _, d in reference("bert").differences(case, made)) > 1e-3
+    """The batch has padding, so the two means differ."""
+    model = compiled("bert", case, {"a": entry}, {"gate": ["a"]})
+    assert min(d for _, d in reference("bert").differences(case, model)) > 1e-3

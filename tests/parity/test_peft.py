@@ -1,4 +1,4 @@
-"""Each method against the installed peft: the same tensors give the same outputs, gradients and merged weights."""
+"""Each method compared with the installed peft: equal tensors give equal outputs, gradients and merged weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.parity.support import MODULES, Case, Names, check, globs, tensors_of
 
 FAMILIES = list(MODULES)
 LINEAR = [family for family in MODULES if family != "gpt2"]
-"""Families without ``Conv1D``, which peft's LoHa and LoKr do not take."""
+"""Families without ``Conv1D``, which peft's LoHa and LoKr do not support."""
 
 LORA = Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight"})
 IA3 = Names({"l": "ia3_l.default"})
@@ -63,8 +63,9 @@ KEYS_AND_VALUES = {
 @pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ia3(family: str) -> None:
-    """The default target, but where keys and values are rows of a fused matrix. Peft's own default for BERT matches the
-    output of the attention as well; patterns say here what the paper says."""
+    """The target is the default one, unless keys and values are rows of a fused matrix. Peft's own default for BERT
+    also matches the output of the attention, so the patterns here follow the paper.
+    """
     adaptation: dict[str, Any] = {"method": "ia3"}
     if family in ("gpt2", "gpt_neox"):
         adaptation["target"] = globs(MODULES[family])
@@ -104,17 +105,17 @@ def test_vera(family: str) -> None:
 
 @pytest.mark.slow
 def test_vera_draws_the_same_projections() -> None:
-    """From one seed come the A and B that peft draws for it, and every tensor starts at peft's values."""
+    """One seed gives the A and B that peft draws for it, and every tensor starts with peft's values."""
     peft = pytest.importorskip("peft")
     modules = MODULES["llama"]
     adaptation = {"method": "vera", "target": globs(modules), "rank": 24, "projection_seed": 7, "d_initial": 0.3}
     ours = graftc.compile({"adapt": [adaptation]}, tiny("llama")).adapter_state_dict()
     config = peft.VeraConfig(r=24, target_modules=modules, projection_prng_key=7, d_initial=0.3)
     theirs = peft.get_peft_model(tiny("llama"), config)
-    held = tensors_of(theirs)
+    peft_tensors = tensors_of(theirs)
     assert {tuple(t.shape) for name, t in ours.items() if name.startswith("graftc.")} == {(24, 80), (48, 24)}
     for name, tensor in ours.items():
-        assert torch.equal(tensor, held[VERA.of(name)]), name
+        assert torch.equal(tensor, peft_tensors[VERA.of(name)]), name
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ LOKR_CASES = {
 @pytest.mark.parametrize("family", LINEAR)
 @pytest.mark.parametrize("variant", LOKR_CASES)
 def test_lokr(family: str, variant: str) -> None:
-    """D decomposed, nothing decomposed, and both factors decomposed with a factor that divides neither side."""
+    """LoKr agrees with D decomposed, nothing decomposed, and both decomposed by a factor that divides neither side."""
     modules, (ours, theirs) = MODULES[family], LOKR_CASES[variant]
     adaptation = {"method": "lokr", "target": globs(modules), "rank": 3, "alpha": 6, **ours}
     config = {"r": 3, "alpha": 6, "target_modules": modules, **theirs}

@@ -1,4 +1,4 @@
-"""AdaLoRA against the installed peft: outputs, the objective, importance and the budget, step by step."""
+"""AdaLoRA compared with the installed peft: outputs, the objective, importance and the budget, step by step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK, TARGET, ALPHA, WEIGHT, TOTAL, FINAL = 5, 2, 7, 0.4, 9, 2
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of steps, and what the perturbation of the tensors is drawn from."""
+    """The numbers of steps, and the seed for perturbing the tensors."""
 
     total: int = TOTAL
     final: int = FINAL
@@ -34,7 +34,7 @@ USUAL = Schedule()
 
 
 def ours(family: str, schedule: Schedule = USUAL) -> Any:
-    """Adapted by graftc, the tensors perturbed."""
+    """A model adapted by graftc, with perturbed tensors."""
     entry = {
         "method": "adalora",
         "target": {"modules": [f"**.{name}" for name in MODULES[family]]},
@@ -55,7 +55,7 @@ def ours(family: str, schedule: Schedule = USUAL) -> Any:
 
 
 def theirs(family: str, compiled: Any, schedule: Schedule = USUAL) -> tuple[Any, dict[str, Tensor]]:
-    """The same in peft with the same tensors, and peft's parameter for each of ours."""
+    """The same model adapted by peft with the same tensors, and peft's parameter for each of ours."""
     config = peft.AdaLoraConfig(
         init_r=RANK,
         target_r=TARGET,
@@ -84,14 +84,14 @@ def theirs(family: str, compiled: Any, schedule: Schedule = USUAL) -> tuple[Any,
 
 
 def allocator_of(other: Any) -> Any:
-    """Peft's controller."""
+    """Peft's rank allocator."""
     return other.base_model.rankallocator
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", MODULES)
 def test_outputs_and_objective(family: str) -> None:
-    """Logits at three shapes, merged too; the objective is what peft adds to a loss."""
+    """Logits agree at three shapes, merged as well, and the objective is the term that peft adds to a loss."""
     compiled = ours(family)
     other, _ = theirs(family, compiled)
     calls = [inputs_for(compiled, sizes) for sizes in SHAPES]
@@ -100,7 +100,7 @@ def test_outputs_and_objective(family: str) -> None:
     inputs = calls[0]
     labels = torch.arange(5) % 3 if family in ("bert", "vit") else inputs.get("decoder_input_ids", inputs["input_ids"])
     with torch.no_grad():
-        # Without a task type, the model around `base_model` passes by the forward that adds the term.
+        # Without a task type, the model around `base_model` bypasses the forward that adds the term.
         added = other.base_model(**inputs, labels=labels).loss - compiled(**inputs, labels=labels).loss
     assert abs(float(added) - compiled.extra_loss().item()) <= 1e-5
     merged = compiled.merge()
@@ -113,7 +113,7 @@ def test_outputs_and_objective(family: str) -> None:
 @pytest.mark.sample("t5")
 @pytest.mark.parametrize("family", MODULES)
 def test_importance_budget_and_masks(family: str) -> None:
-    """A whole training of plain SGD on both sides: averages, budgets, masks and tensors agree after every step."""
+    """In a full training with plain SGD, averages, budgets, masks and tensors agree after every step."""
     train_both(family, USUAL)
 
 
@@ -128,17 +128,17 @@ def test_importance_budget_and_masks(family: str) -> None:
     ids=str,
 )
 def test_the_last_choice_is_made_by_the_last_importance(schedule: Schedule) -> None:
-    """Also where rounding let the budget reach its target at an earlier step: peft chooses anew at the last one."""
+    """Even if rounding lets the budget reach its target earlier, the last step chooses again, as in peft."""
     train_both("bert", schedule, weight=1.0)
 
 
 def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
-    """Train ours and peft's side by side, and compare after every step.
+    """Train our model and peft's side by side, and compare them after every step.
 
     Args:
-        family: the model.
-        schedule: of the budget, and the seed.
-        weight: of the outputs' part of the loss, which differs from step to step.
+        family: the family of the model.
+        schedule: the schedule of the budget, and the seed.
+        weight: the weight of the outputs' part of the loss, which differs from step to step.
     """
     compiled = ours(family, schedule)
     other, pairs = theirs(family, compiled, schedule)
@@ -162,9 +162,9 @@ def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
             optimiser.zero_grad()
         assert budget.budget(number) == allocator_of(other).budget_schedule(number)[0]
         for name, tensor in mine.items():
-            found = tensor.detach()
-            torch.testing.assert_close(found, pairs[name].reshape(found.shape), rtol=1e-5, atol=1e-5, msg=name)
-            assert torch.equal(found == 0, pairs[name].reshape(found.shape) == 0), f"{name} after step {number}"
+            value = tensor.detach()
+            torch.testing.assert_close(value, pairs[name].reshape(value.shape), rtol=1e-5, atol=1e-5, msg=name)
+            assert torch.equal(value == 0, pairs[name].reshape(value.shape) == 0), f"{name} after step {number}"
         if number < schedule.total - schedule.final:
             compare_importance(compiled, pairs, other)
         left.append(sum(int((t != 0).sum()) for name, t in mine.items() if name.endswith(".E")))
@@ -172,7 +172,7 @@ def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
 
 
 def peft_objective(other: Any) -> Tensor:
-    """The term that peft adds inside a forward with labels, which not every call here has."""
+    """Return the term that peft adds in a forward pass with labels, which not every call here has."""
     total, count = torch.zeros(()), 0
     for name, parameter in other.named_parameters():
         if "lora_A" in name or "lora_B" in name:
@@ -182,11 +182,11 @@ def peft_objective(other: Any) -> Tensor:
 
 
 def compare_importance(compiled: Any, pairs: dict[str, Tensor], other: Any) -> None:
-    """Both moving averages of every parameter, to 1e-5."""
+    """Check both moving averages of every parameter, to 1e-5."""
     names = {id(parameter): name for name, parameter in other.base_model.model.named_parameters()}
     allocator, state = allocator_of(other), compiled.adapter_state_dict()
     for name, parameter in pairs.items():
         for kind, averages in (("sensitivity", allocator.exp_avg_ipt), ("uncertainty", allocator.exp_avg_unc)):
-            found = state[f"{name}_{kind}"]
-            expected = averages[names[id(parameter)]].reshape(found.shape)
-            assert float((found - expected).abs().max()) <= 1e-5, f"{name}_{kind}"
+            average = state[f"{name}_{kind}"]
+            expected = averages[names[id(parameter)]].reshape(average.shape)
+            assert float((average - expected).abs().max()) <= 1e-5, f"{name}_{kind}"

@@ -1,5 +1,6 @@
-"""DoRA against the installed peft: outputs, gradients and merged outputs, in eval and train mode, of linear maps,
-convolutions and tables."""
+"""DoRA compared with the installed peft: outputs, gradients and merged outputs, in eval and train mode, of linear maps,
+convolutions and tables.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ DORA = Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "
 
 
 def case(family: str, **fields: Any) -> Case:
-    """Rank 4 on what `MODULES` names."""
+    """DoRA of rank 4 on the modules in `MODULES`."""
     modules = MODULES[family]
     adaptation = {"method": "dora", "target": globs(modules), "rank": 4, "alpha": 6, **fields}
     own = {"fan_in_fan_out": family == "gpt2", "use_rslora": fields.get("rslora", False)}
@@ -42,29 +43,29 @@ def test_outputs_gradients_and_merged_outputs(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "vit", "gpt_neox"])
 @pytest.mark.parametrize("dropout_on", ["input", "branch"])
 def test_train_mode_without_dropout(family: str, dropout_on: str) -> None:
-    """The graph of train mode: families whose configs drop nothing."""
-    made = pair(case(family, dropout_on=dropout_on, rslora=True))
-    made.ours.train()
-    made.theirs.train()
-    assert made.gradients() <= 1e-5
+    """Gradients agree in the graph of train mode, for families whose configs have no dropout."""
+    models = pair(case(family, dropout_on=dropout_on, rslora=True))
+    models.ours.train()
+    models.theirs.train()
+    assert models.gradients() <= 1e-5
 
 
 @pytest.mark.slow
 def test_magnitudes_start_at_pefts() -> None:
-    """Row norms of the weight; peft rounds another sum of the same squares."""
+    """Magnitudes start at the row norms of the weight, which peft computes from the same squares, rounded elsewhere."""
     peft = pytest.importorskip("peft")
-    made = case("gpt2")
+    example = case("gpt2")
     base = tiny("gpt2")
-    ours = graftc.compile({"adapt": [dict(made.adaptation)]}, copy.deepcopy(base)).adapter_state_dict()
-    held = tensors_of(peft.get_peft_model(base, made.config(peft)))
-    found = {name: tensor for name, tensor in ours.items() if name.endswith(".m")}
-    assert found
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, held[DORA.of(name)].flatten(), rtol=1e-6, atol=0)
+    ours = graftc.compile({"adapt": [dict(example.adaptation)]}, copy.deepcopy(base)).adapter_state_dict()
+    peft_tensors = tensors_of(peft.get_peft_model(base, example.config(peft)))
+    magnitudes = {name: tensor for name, tensor in ours.items() if name.endswith(".m")}
+    assert magnitudes
+    for name, tensor in magnitudes.items():
+        torch.testing.assert_close(tensor, peft_tensors[DORA.of(name)].flatten(), rtol=1e-6, atol=0)
 
 
 class Pixels(nn.Module):
-    """A table and two convolutions, one of them square and over single points, with biases."""
+    """A table and two convolutions with biases, one of them square and over single points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class Pixels(nn.Module):
         self.point = nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, 5, 7]`` numbers to ``[batch, 8, 3, 4]``."""
+        """Map integers ``[batch, 5, 7]`` to ``[batch, 8, 3, 4]``."""
         return self.point(torch.relu(self.wide(self.table(x).movedim(-1, 1))))
 
 
@@ -88,16 +89,16 @@ def test_convolutions_and_a_table() -> None:
     spec = {"adapt": [{"method": "dora", "target": {"modules": names}, "rank": 3, "alpha": 6}]}
     ours = graftc.compile(spec, copy.deepcopy(base), {"x": x}).eval()
     perturb(ours, 0.1)
-    held = tensors_of(theirs)
-    found: dict[str, Tensor] = {}
+    peft_tensors = tensors_of(theirs)
+    counterparts: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, tensor in ours.named_parameters():
             if tensor.requires_grad:
                 table = name.startswith("table.") and not name.endswith(".m")
                 key = DORA.of(name) if not table else f"base_model.model.table.lora_embedding_{name[-1]}.default"
-                found[name] = held[key]
-                found[name].copy_(tensor.reshape(found[name].shape))
-    assert len(found) == 9
+                counterparts[name] = peft_tensors[key]
+                counterparts[name].copy_(tensor.reshape(counterparts[name].shape))
+    assert len(counterparts) == 9
     generator = torch.Generator().manual_seed(0)
     difference = (ours(x) - theirs(x)).detach()
     assert float(difference.abs().max()) <= 1e-5
@@ -106,7 +107,7 @@ def test_convolutions_and_a_table() -> None:
     (ours(x) * noise).sum().backward()
     (theirs(x) * noise).sum().backward()
     mine = dict(ours.named_parameters())
-    for name, other in found.items():
+    for name, other in counterparts.items():
         a, b = mine[name].grad, other.grad
         assert a is not None and b is not None and bool(a.any())
         assert float((a - b.reshape(a.shape)).abs().max() / a.abs().max().clamp_min(1)) <= 1e-5, name

@@ -1,4 +1,4 @@
-"""Prefix tuning against peft, which hands the prefix to the model's cache, with its tensors copied over."""
+"""Prefix tuning compared with peft, which puts the prefix into the model's cache, with peft's tensors copied over."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mistral(window: int | None = None) -> nn.Module:
 
 
 def gemma2() -> nn.Module:
-    """Capped scores, which no fused call has, and a window in every other layer."""
+    """A Gemma 2 with capped scores, which no fused call supports, and a window in every other layer."""
     config = Gemma2Config(**_GROUPED, head_dim=12, sliding_window=4, attn_logit_softcapping=2.0)
     config._attn_implementation = "eager"
     return Gemma2ForCausalLM(config)
@@ -92,7 +92,7 @@ def model_of(family: str) -> Any:
 
 
 def sizes(config: Any) -> tuple[int, int, int]:
-    """Layers, heads of keys, and their width."""
+    """Return the number of layers, the number of key heads, and their width."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
@@ -109,7 +109,7 @@ def batch(model: Any) -> dict[str, Tensor]:
 
 
 def prefixed(model: Any, table: Tensor, **fields: Any) -> Compiled:
-    """Our prefix with the values of peft's table, ``[length, layers, 2, key width]`` flattened."""
+    """A model with our prefix and the values of peft's table, ``[length, layers, 2, key width]`` flattened."""
     layers, heads, width = sizes(model.config)
     compiled = graftc.compile(
         {"adapt": [{"method": "prefix", "length": LENGTH, "positions": "shifted", **fields}]}, model
@@ -119,7 +119,7 @@ def prefixed(model: Any, table: Tensor, **fields: Any) -> Compiled:
 
 
 def filled(compiled: Compiled, layers: list[tuple[Tensor, Tensor]]) -> Compiled:
-    """Keys and values of every layer, in order."""
+    """Set the keys and values of every layer, in order, and return the model in eval mode."""
     names = sorted(n.rpartition(".")[0] for n in compiled.adapter_state_dict() if n.endswith(".keys"))
     pairs = zip(names, layers, strict=True)
     compiled.load_adapter_state_dict(
@@ -129,7 +129,7 @@ def filled(compiled: Compiled, layers: list[tuple[Tensor, Tensor]]) -> Compiled:
 
 
 def of_peft(model: Any, task: str, layers: int, heads: int, width: int) -> Any:
-    """peft's prefix on a copy of a model."""
+    """Peft's prefix on a copy of a model."""
     config = peft.PrefixTuningConfig(
         task_type=task, num_virtual_tokens=LENGTH, num_layers=layers, num_attention_heads=heads, token_dim=heads * width
     )
@@ -137,7 +137,7 @@ def of_peft(model: Any, task: str, layers: int, heads: int, width: int) -> Any:
 
 
 def in_cache(table: Tensor, layers: int, heads: int, width: int, mask: Tensor) -> tuple[DynamicCache, Tensor]:
-    """A table as a cache of a model, and a mask that lets it be seen."""
+    """Return a table as a cache of a model, and a mask that makes it visible."""
     split = table.view(LENGTH, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
     cache = DynamicCache()
     for layer in range(layers):
@@ -152,7 +152,7 @@ def in_cache(table: Tensor, layers: int, heads: int, width: int, mask: Tensor) -
     "family", ["gpt2", "gpt2 eager", "llama", "llama eager", "gpt_neox", "mistral", "window", "gemma2", "falcon"]
 )
 def test_language_models(family: str) -> None:
-    """Learned positions, rotary ones and ALiBi, heads that share keys, windows, capped scores, and padding."""
+    """Logits agree with learned and rotary positions, ALiBi, shared key heads, windows, capped scores, and padding."""
     model = model_of(family)
     layers, heads, width = sizes(model.config)
     theirs = of_peft(model, "CAUSAL_LM", layers, heads, width)
@@ -161,17 +161,17 @@ def test_language_models(family: str) -> None:
         theirs.prompt_encoder["default"].embedding.weight.copy_(table)
         inputs = batch(model)
         expected = theirs(**inputs).logits
-        found = prefixed(model, table, window="masked")(**inputs).logits
+        actual = prefixed(model, table, window="masked")(**inputs).logits
         real = inputs["attention_mask"].bool()
         base = model(**inputs).logits
-    assert largest_difference([found[real]], [expected[real]]) <= TOLERANCE
+    assert largest_difference([actual[real]], [expected[real]]) <= TOLERANCE
     assert largest_difference([base[real]], [expected[real]]) > 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "bert eager"])
 def test_encoders(family: str) -> None:
-    """peft's own way is broken for BERT with this transformers, so the model's cache is filled by hand."""
+    """Peft's own way is broken for BERT with this transformers, so the model's cache is filled by hand."""
     model = model_of(family)
     layers, heads, width = sizes(model.config)
     table = torch.randn(LENGTH, layers * 2 * heads * width)
@@ -183,14 +183,14 @@ def test_encoders(family: str) -> None:
             input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache
         )
         expected = model.classifier(model.dropout(hidden[1]))
-        found = prefixed(model, table)(**inputs).logits
-    assert largest_difference([found], [expected]) <= TOLERANCE
+        actual = prefixed(model, table)(**inputs).logits
+    assert largest_difference([actual], [expected]) <= TOLERANCE
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_written_out(family: str) -> None:
-    """Attentions that transformers has no fused call for, with ALiBi; peft has no cache of the shape they take."""
+    """Attentions with ALiBi that have no fused call in transformers; peft has no cache of the shape they expect."""
     model: Any = model_of(family)
     layers, heads, width = 2, 4, 12
     table = torch.randn(LENGTH, layers * 2 * heads * width)
@@ -202,16 +202,17 @@ def test_written_out(family: str) -> None:
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected = model(input_ids=inputs["input_ids"], attention_mask=mask, past_key_values=cache).logits
-        found = compiled(**inputs).logits
-    assert largest_difference([found[real]], [expected[real]]) <= TOLERANCE
+        actual = compiled(**inputs).logits
+    assert largest_difference([actual[real]], [expected[real]]) <= TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.sample("t5")
 @pytest.mark.parametrize("family", ["t5", "t5 eager", "bart"])
 def test_pairs(family: str) -> None:
-    """peft has a prefix in the self-attention of the decoder alone; its table is repeated over four caches a layer, of
-    which every other pair is read."""
+    """Peft has a prefix in the decoder's self-attention only; its table is repeated over four caches per layer, of
+    which every other pair is read.
+    """
     model: Any = model_of(family)
     layers, heads, width = 2, 4, 12
     theirs = of_peft(model, "SEQ_2_SEQ_LM", layers, heads, width)
@@ -229,7 +230,7 @@ def test_pairs(family: str) -> None:
     with torch.no_grad():
         theirs.prompt_encoder["default"].embedding.weight.copy_(table)
         expected = theirs(**inputs, decoder_input_ids=decoder).logits
-        found = compiled(**inputs, decoder_input_ids=decoder).logits
+        actual = compiled(**inputs, decoder_input_ids=decoder).logits
         base = model(**inputs, decoder_input_ids=decoder).logits
-    assert largest_difference([found], [expected]) <= TOLERANCE
+    assert largest_difference([actual], [expected]) <= TOLERANCE
     assert largest_difference([base], [expected]) > 0.1

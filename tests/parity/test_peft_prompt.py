@@ -1,4 +1,4 @@
-"""Prompt tuning against peft, with its tensors copied over and padding in the batch."""
+"""Prompt tuning compared with peft, with peft's tensors copied over and padding in the batch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def batch(family: str) -> dict[str, Tensor]:
     ids = torch.randint(5, 50, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, 6:], mask[2, 4:] = 0, 0
-    found = {"input_ids": ids, "attention_mask": mask}
-    return {**found, "decoder_input_ids": torch.randint(5, 50, (3, 4))} if family == "t5" else found
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {**inputs, "decoder_input_ids": torch.randint(5, 50, (3, 4))} if family == "t5" else inputs
 
 
 def theirs(family: str, stacks: int) -> tuple[Any, Tensor]:
-    """peft's model and its table, ``[length * stacks, width]``."""
+    """Peft's model and its table, ``[length * stacks, width]``."""
     torch.manual_seed(2)
     config = peft.PromptTuningConfig(
         task_type=TASKS[family], num_virtual_tokens=LENGTH, num_transformer_submodules=stacks
@@ -40,11 +40,11 @@ def theirs(family: str, stacks: int) -> tuple[Any, Tensor]:
 
 
 def ours(family: str, table: Tensor, stacks: int) -> Compiled:
-    """Our prompt with the same vectors."""
+    """A model with our prompt and the same vectors."""
     role = ["encoder.embed.token", "decoder.embed.token"] if stacks == 2 else "embed.token"
     entry = {"method": "prompt", "length": LENGTH, "target": {"role": role}}
     compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
-    names = sorted(compiled.adapter_state_dict(), reverse=True)  # an encoder's comes first
+    names = sorted(compiled.adapter_state_dict(), reverse=True)  # the encoder's name comes first
     assert len(names) == stacks
     compiled.load_adapter_state_dict(dict(zip(names, table.split(LENGTH), strict=True)))
     return compiled
@@ -54,22 +54,23 @@ def ours(family: str, table: Tensor, stacks: int) -> Compiled:
 @pytest.mark.sample("llama-1")
 @pytest.mark.parametrize(("family", "stacks"), [("bert", 1), ("gpt2", 1), ("llama", 1), ("t5", 1)])
 def test_prompt_tuning(family: str, stacks: int) -> None:
-    """Logits of real tokens. peft leaves those of virtual tokens in; and it pools BERT's first position, which is a
-    virtual one, where we pool the first token of the text: there its layers are compared."""
+    """Logits of real tokens agree. Peft also returns those of virtual tokens, and it pools BERT's first position, a
+    virtual token, while we pool the first token of the text, so that for BERT the layers are compared.
+    """
     other, table = theirs(family, stacks)
     compiled = ours(family, table, stacks)
     inputs = batch(family)
     with torch.no_grad():
-        found = compiled(**inputs, **({"output_hidden_states": True} if family == "bert" else {}))
+        actual = compiled(**inputs, **({"output_hidden_states": True} if family == "bert" else {}))
         expected = other(**inputs, **({"output_hidden_states": True} if family == "bert" else {}))
     real = inputs["attention_mask"].bool()
     if family == "bert":
-        pairs = zip(found.hidden_states, expected.hidden_states, strict=True)
+        pairs = zip(actual.hidden_states, expected.hidden_states, strict=True)
         assert max(float((a - b[:, LENGTH:])[real].abs().max()) for a, b in pairs) <= TOLERANCE
         head = other.base_model
         logits = head.classifier(head.bert.pooler(expected.hidden_states[-1][:, LENGTH:]))
-        assert float((found.logits - logits).abs().max()) <= TOLERANCE
+        assert float((actual.logits - logits).abs().max()) <= TOLERANCE
         return
     skip = LENGTH if family != "t5" else 0
-    difference = found.logits - expected.logits[:, skip:]
+    difference = actual.logits - expected.logits[:, skip:]
     assert float((difference if family == "t5" else difference[real]).abs().max()) <= TOLERANCE

@@ -31,16 +31,16 @@ LORA: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 4, "target": {"role
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Every word is a token."""
-    made = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    made.pre_tokenizer = Whitespace()
+    """A tokenizer with one token for each word."""
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
     pair = [("[CLS]", WORDS.index("[CLS]")), ("[SEP]", WORDS.index("[SEP]"))]
-    made.post_processor = TemplateProcessing(
+    backend.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=pair
     )
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=backend,
         model_max_length=32,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": token for name, token in names.items()},
@@ -48,24 +48,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentinels() -> PreTrainedTokenizerFast:
-    """A tokenizer without a mask, and with the first sentinel of T5."""
-    own = {word: number for number, word in enumerate([*WORDS, "<extra_id_0>"])}
-    made = Tokenizer(WordLevel(own, unk_token="[UNK]"))
-    made.pre_tokenizer = Whitespace()
+    """A tokenizer without a mask token, with the first sentinel of T5."""
+    vocabulary = {word: number for number, word in enumerate([*WORDS, "<extra_id_0>"])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "additional_special_tokens": ["<extra_id_0>"]}
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=32, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **names)
 
 
 def model(seed: int = 0, **changes: Any) -> nn.Module:
-    """BERT with its language model head."""
-    own = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    """A tiny BERT with its language-model head."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(seed)
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **{**own, **changes})
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **{**sizes, **changes})
     return BertForMaskedLM(config).eval()
 
 
 def texts(count: int, seed: int) -> tuple[list[Mapping[str, str]], list[int]]:
-    """Sentences of words about space, label 0, and about hockey, label 1."""
+    """Return sentences about space, with label 0, and about hockey, with label 1."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(words: list[str]) -> str:
@@ -73,14 +73,14 @@ def texts(count: int, seed: int) -> tuple[list[Mapping[str, str]], list[int]]:
 
     rows, labels = [], []
     for number in range(count):
-        own = (SPACE, HOCKEY)[number % 2]
-        rows.append({"text": f"the {pick(own)} was seen near {pick(own)} today"})
+        topic = (SPACE, HOCKEY)[number % 2]
+        rows.append({"text": f"the {pick(topic)} was seen near {pick(topic)} today"})
         labels.append(number % 2)
     return rows, labels
 
 
 def data(labelled: int = 6, unlabelled: int = 24, test: int = 12) -> PetData:
-    """Rows of the task."""
+    """Return rows of the task: labelled, unlabelled and for testing."""
 
     def part(count: int, seed: int, known: bool = True) -> TextRows | None:
         rows, labels = texts(count, seed)

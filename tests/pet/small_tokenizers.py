@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that models have."""
+"""Small tokenizers of the kinds that models use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _around(backend: Tokenizer, first: str | None, last: str | None) -> None:
 
 
 def wordpiece() -> Any:
-    """As BERT's, lower case."""
+    """A lower-case tokenizer of word pieces, like BERT's."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*special, *LETTERS.lower(), *(f"##{c}" for c in LETTERS.lower()), *MARKS, *WORDS, "topic", "the", "##s"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -43,8 +43,8 @@ def wordpiece() -> Any:
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     _around(backend, "[CLS]", "[SEP]")
-    own = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return _wrapped(backend, types=True, mask_token="[MASK]", **own)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return _wrapped(backend, types=True, mask_token="[MASK]", **names)
 
 
 def _bytes(special: list[Any]) -> Tokenizer:
@@ -60,24 +60,24 @@ def _bytes(special: list[Any]) -> Tokenizer:
 
 
 def roberta() -> Any:
-    """Of bytes, with a mask token that takes the space before it."""
+    """A byte-level tokenizer with a mask token that absorbs the space before it."""
     mask = AddedToken("<mask>", lstrip=True, normalized=False, special=True)
     backend = _bytes(["<s>", "<pad>", "</s>", "<unk>", mask])
     ends = [("</s>", backend.token_to_id("</s>")), ("<s>", backend.token_to_id("<s>"))]
     backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
-    own = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return _wrapped(backend, mask_token=mask, **own)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return _wrapped(backend, mask_token=mask, **names)
 
 
 def gpt2() -> Any:
-    """Of bytes, without any token for blanks or padding."""
+    """A byte-level tokenizer without any token for blanks or padding."""
     backend = _bytes(["<|endoftext|>"])
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return _wrapped(backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>", unk_token="<|endoftext|>")
 
 
 def llama() -> Any:
-    """Of pieces, with a token at both ends of a text."""
+    """A tokenizer of pieces, with a token at both ends of a text."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>"]
@@ -88,7 +88,7 @@ def llama() -> Any:
 
 
 def t5() -> Any:
-    """Unigrams, with sentinels."""
+    """A unigram tokenizer with sentinels."""
     special = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_1>"]
     pieces = [("▁", -6.0), *((c, -9.0) for c in LETTERS + MARKS), *((f"▁{word}", -4.0) for word in WORDS)]
     backend = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *pieces], unk_id=2))
@@ -106,5 +106,5 @@ KINDS = {"wordpiece": "mask", "roberta": "mask", "gpt2": "last", "llama": "last"
 
 @cache
 def tokenizer(name: str) -> Any:
-    """One of them, made once."""
+    """Return the tokenizer of that name, built only once."""
     return _MAKERS[name]()

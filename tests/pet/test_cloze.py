@@ -108,7 +108,7 @@ def texts() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def scores(name: str, ids: Tensor, mask: Tensor, words: Any) -> Tensor:
-    """The logits of labels from those that the model itself gives for all tokens."""
+    """Compute the logits of labels from the logits that the model itself gives for all tokens."""
     decoder = {"decoder_input_ids": torch.tensor([[START, SENTINEL]]).expand(len(ids), 2)} if name == "t5" else {}
     logits = model_of(name)(input_ids=ids, attention_mask=mask, **decoder).logits
     blanks = len(words[0][0])
@@ -128,8 +128,8 @@ def test_class_logits_are_the_models_logits_of_the_words_at_the_blank(name: str)
     ids, mask = texts()
     words = TWO if name in MASKED else ONE
     compiled = graftc.compile({"adapt": [LORA], "cloze": cloze(name, words)}, model_of(name)).eval()
-    found = compiled(input_ids=ids, attention_mask=mask)
-    torch.testing.assert_close(found.logits, scores(name, ids, mask, words), atol=1e-6, rtol=1e-6)
+    outputs = compiled(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(outputs.logits, scores(name, ids, mask, words), atol=1e-6, rtol=1e-6)
     wide = [n for n in compiled.compilation.program("eval").graph.nodes if _is_wide(n)]
     assert wide, "there is no head"
     assert {int(n.meta["val"].shape[1]) for n in wide} == {len(words[0][0])}, "the head is computed elsewhere too"
@@ -160,8 +160,8 @@ def test_rows_have_their_own_verbalizers() -> None:
     compiled = graftc.compile({"adapt": [], "cloze": options}, model_of("bert")).eval()
     wanted = torch.stack([scores("bert", ids, mask, words) for words in (TWO, ONE)])
     pattern = torch.tensor([1, 0, 1])
-    found = compiled(ids, mask, pattern=pattern).logits
-    torch.testing.assert_close(found, wanted[pattern, torch.arange(3)], atol=1e-6, rtol=1e-6)
+    logits = compiled(ids, mask, pattern=pattern).logits
+    torch.testing.assert_close(logits, wanted[pattern, torch.arange(3)], atol=1e-6, rtol=1e-6)
     with pytest.raises(graftc.GraftError, match="pattern does not say which one every row has"):
         compiled(ids, mask)
 
@@ -175,9 +175,9 @@ def test_losses_are_of_labels_their_probabilities_and_of_tokens() -> None:
     for given in (labels, soft):
         torch.testing.assert_close(compiled(ids, mask, labels=given).loss, F.cross_entropy(logits, given))
     tokens = torch.where(ids == BLANK, 7, -100)
-    found = compiled(ids, mask, token_targets=tokens)
+    outputs = compiled(ids, mask, token_targets=tokens)
     wanted = model_of("bert")(ids, mask, labels=tokens)
-    torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close((outputs.loss, outputs.logits), (wanted.loss, wanted.logits), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.full
@@ -225,10 +225,10 @@ def test_onnx_runtime_classifies_the_same(tmp_path: Path) -> None:
     ids, mask = texts()
     compiled = trained()
     compiled.export(tmp_path / "cloze.onnx")
-    (found,) = onnxruntime.InferenceSession(str(tmp_path / "cloze.onnx")).run(
+    (logits,) = onnxruntime.InferenceSession(str(tmp_path / "cloze.onnx")).run(
         None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
     )
-    torch.testing.assert_close(torch.from_numpy(found), compiled(ids, mask).logits.detach(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(logits), compiled(ids, mask).logits.detach(), atol=2e-5, rtol=1e-5)
 
 
 def _no_head() -> nn.Module:
@@ -251,21 +251,21 @@ def test_models_without_a_head_over_tokens_are_refused(make: Callable[[], nn.Mod
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_tokens_for_a_decoder_that_is_not_there_are_refused(family: str) -> None:
-    """They would say which place of the text is read."""
-    own = {**cloze("bert", [[[1]], [[2]], [[3]]]), "blank": None, "decoder": [0, 3]}
+    """Without a decoder, such tokens would decide which position of the text is read."""
+    options = {**cloze("bert", [[[1]], [[2]], [[3]]]), "blank": None, "decoder": [0, 3]}
     with pytest.raises(graftc.GraftError, match="has no decoder beside an encoder") as caught:
-        graftc.compile({"adapt": [], "cloze": own}, model_of(family))
+        graftc.compile({"adapt": [], "cloze": options}, model_of(family))
     assert caught.value.code == "GC170" and str(caught.value.place) == "cloze.decoder"
 
 
 def test_a_forward_that_was_replaced_in_an_instance_is_refused() -> None:
-    """It computes with the tensors of the model, which do not train."""
-    own: Any = model_of("bert")
-    query = own.bert.encoder.layer[0].attention.self.query
+    """A replaced forward computes with the tensors of the source model, which do not train."""
+    model: Any = model_of("bert")
+    query = model.bert.encoder.layer[0].attention.self.query
     query.forward = query.forward
     try:
         with pytest.raises(graftc.GraftError, match="query was replaced in the instance") as caught:
-            graftc.compile({"adapt": [], "cloze": cloze("bert", TWO)}, own)
+            graftc.compile({"adapt": [], "cloze": cloze("bert", TWO)}, model)
     finally:
         del query.forward
     assert caught.value.code == "GC170"
@@ -274,7 +274,7 @@ def test_a_forward_that_was_replaced_in_an_instance_is_refused() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("blank", [5, "last"])
 def test_blanks_in_the_input_of_t5_are_refused(blank: int | str) -> None:
-    """Its decoder has to be told what it starts with; BART shifts its input."""
+    """The first tokens of T5's decoder have to be given; BART makes them by shifting its input."""
     with pytest.raises(graftc.GraftError, match=r"decoder is given nothing(.|\n)*decoder: \[pad token") as caught:
         graftc.compile({"adapt": [], "cloze": {**cloze("bert", [[[1]], [[2]], [[3]]]), "blank": blank}}, model_of("t5"))
     assert caught.value.code == "GC170" and str(caught.value.place) == "cloze.blank"
@@ -306,7 +306,7 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
 
 @pytest.mark.slow
 def test_more_blanks_than_a_text_has_tokens() -> None:
-    """Captures have short texts, and so may calls: other places are read then."""
+    """If a text has fewer tokens than there are blanks, as in captures, other positions are read."""
     words = [[[*range(10, 30)]], [[*range(30, 50)]], [[*range(50, 70)]]]
     compiled = graftc.compile({"adapt": [], "cloze": cloze("bert", words)}, model_of("bert")).eval()
     ids = torch.randint(5, 98, (2, 30), generator=torch.Generator().manual_seed(2))
@@ -343,5 +343,5 @@ def test_the_trainer_evaluates_it(tmp_path: Path) -> None:
     rows = [{"input_ids": i, "attention_mask": m, "labels": n} for n, (i, m) in enumerate(zip(ids, mask, strict=True))]
     compiled = graftc.compile({"adapt": [LORA], "cloze": cloze("bert", TWO)}, model_of("bert"))
     given = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    found = Trainer(model=compiled, args=given, eval_dataset=rows).evaluate()  # type: ignore[arg-type]
-    assert found["eval_loss"] > 0
+    metrics = Trainer(model=compiled, args=given, eval_dataset=rows).evaluate()  # type: ignore[arg-type]
+    assert metrics["eval_loss"] > 0

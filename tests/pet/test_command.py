@@ -1,4 +1,4 @@
-"""``graftc pet``: from files to an artifact that other commands take."""
+"""``graftc pet``: from files to an artifact that other commands accept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.pet.small import LORA, SPEC, data, model, tokenizer
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spec, rows, and a model with its tokenizer."""
+    """Write a spec, rows, and a model with its tokenizer into the working directory."""
     monkeypatch.chdir(tmp_path)
     options = {"steps": 2, "max_length": 24}
     spec = {**SPEC, "training": {**options, "auxiliary": 0}, "members": "bank", "spec": LORA}
@@ -50,16 +50,16 @@ def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, *ARGUMENTS, "--json")
     assert outcome.status == 0
     assert not list(Draft202012Validator(published_schema("pet")).iter_errors(outcome.data))
-    held = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
-    assert {key: outcome.data[key] for key in held} == held
+    results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    assert {key: outcome.data[key] for key in results} == results
     assert outcome.data["rows"] == {"labelled": 6, "unlabelled": 24, "test": 12}
-    text = run_here(capsys, *ARGUMENTS)  # it is done, and only read
+    text = run_here(capsys, *ARGUMENTS)  # the run is finished, so its results are only read
     assert "pattern-1 #1" in text.out and "classifier" in text.out and "wrote out/classifier\n" in text.out
     assert text.out.endswith("its tokenizer: out/tokenizer\n")
     assert outcome.data["tokenizer"] == "out/tokenizer" and outcome.err == ""
     assert text.err.startswith("rows: 6 labelled, 24 unlabelled, 12 test\n")
-    own: Any = AutoTokenizer.from_pretrained("out/tokenizer")
-    assert own.get_vocab() == tokenizer().get_vocab()
+    saved: Any = AutoTokenizer.from_pretrained("out/tokenizer")
+    assert saved.get_vocab() == tokenizer().get_vocab()
     assert "\nGC058" in run_here(capsys, *ARGUMENTS, "--seed", "1").err
     Path("out/tokenizer/tokenizer.json").write_text("{}", encoding="utf-8")
     whole = Path("out/results.json").read_bytes()
@@ -67,15 +67,15 @@ def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nGC082: out/results.json is damaged" in run_here(capsys, *ARGUMENTS).err
     Path("out/results.json").unlink()
     assert run_here(capsys, *ARGUMENTS).status == 0 and Path("out/results.json").read_bytes() == whole
-    own = AutoTokenizer.from_pretrained("out/tokenizer")  # what is there is written again
-    assert own.get_vocab() == tokenizer().get_vocab()
+    saved = AutoTokenizer.from_pretrained("out/tokenizer")  # the damaged tokenizer is written again
+    assert saved.get_vocab() == tokenizer().get_vocab()
     exported = run_here(capsys, "export", "out/classifier", "-f", "onnx", "--out", "classifier.onnx", "--json")
     assert exported.status == 0
     metadata = {entry.key: entry.value for entry in onnx.load("classifier.onnx").metadata_props}
-    assert json.loads(metadata["graftc.labels"]) == ["hockey", "space"]  # as they stand in the file
+    assert json.loads(metadata["graftc.labels"]) == ["hockey", "space"]  # in the order of pet.yaml
     assert run_here(capsys, "merge", "out/classifier", "--out", "merged").status == 0
     beside: Any = AutoTokenizer.from_pretrained("merged")
-    assert beside.get_vocab() == own.get_vocab()
+    assert beside.get_vocab() == saved.get_vocab()
 
 
 @pytest.mark.parametrize(

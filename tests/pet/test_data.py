@@ -1,4 +1,4 @@
-"""Rows from files: three formats, folders of them, and the line of what is wrong."""
+"""Rows from files: three formats, folders of such files, and the lines that errors name."""
 
 from __future__ import annotations
 
@@ -50,37 +50,37 @@ def test_all_formats_hold_the_same(rows: list[tuple[str, str, str]], tmp_path: P
     put(tmp_path / "a.jsonl", "\n".join(lines))
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    made = [load_rows(tmp_path / name, LABELS) for name in ("a.jsonl", "a.csv")]
+    loaded = [load_rows(tmp_path / name, LABELS) for name in ("a.jsonl", "a.csv")]
     if not any("\t" in cell for row in rows for cell in row):
         put(tmp_path / "a.tsv", "".join("\t".join(row) + "\n" for row in (header, *rows)))
-        made.append(load_rows(tmp_path / "a.tsv", LABELS))
-    for found in made:
-        assert found.rows == tuple({"text": text, "title": title} for text, title, _ in rows)
-        assert found.labels == tuple(LABELS.index(label) for _, _, label in rows)
-        assert len(found) == len(rows) == len(found.lines)
+        loaded.append(load_rows(tmp_path / "a.tsv", LABELS))
+    for part in loaded:
+        assert part.rows == tuple({"text": text, "title": title} for text, title, _ in rows)
+        assert part.labels == tuple(LABELS.index(label) for _, _, label in rows)
+        assert len(part) == len(rows) == len(part.lines)
 
 
 def test_cells_over_several_lines_and_marks_of_order(tmp_path: Path) -> None:
     path = put(tmp_path / "a.csv", '\ufefftext,label\n"a\n""b"", c",space\n\nd,hockey\n')
-    found = load_rows(path, LABELS)
-    assert found == TextRows(({"text": 'a\n"b", c'}, {"text": "d"}), (0, 1), (3, 5), str(path), LABELS)
+    loaded = load_rows(path, LABELS)
+    assert loaded == TextRows(({"text": 'a\n"b", c'}, {"text": "d"}), (0, 1), (3, 5), str(path), LABELS)
     assert load_rows(put(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\r\n\r\n{"text": "b"}')).lines == (1, 3)
     assert load_rows(put(tmp_path / "a.tsv", 'text\n"a\n')).rows == ({"text": '"a'},)
 
 
 def test_numbers_are_text_and_other_fields_are_left_out(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", '{"text": "a", "year": 1999, "more": [1], "none": null, "label": 1}')
-    found = load_rows(path, ["0", "1"])
-    assert found.rows == ({"text": "a", "year": "1999"},) and found.labels == (1,)
+    loaded = load_rows(path, ["0", "1"])
+    assert loaded.rows == ({"text": "a", "year": "1999"},) and loaded.labels == (1,)
     assert load_rows(path, slots=["year"]).rows == ({"year": "1999"},)
     assert load_rows(path).labels is load_rows(path).names is None
 
 
 def test_numbers_are_of_the_labels_that_were_given(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", '{"text": "a", "label": "space"}')
-    found = [load_rows(path, labels) for labels in (["space", "hockey"], ["hockey", "space"])]
-    assert [rows.names and rows.names[rows.labels[0]] for rows in found if rows.labels] == ["space", "space"]
-    assert [rows.labels for rows in found] == [(0,), (1,)]
+    loaded = [load_rows(path, labels) for labels in (["space", "hockey"], ["hockey", "space"])]
+    assert [rows.names and rows.names[rows.labels[0]] for rows in loaded if rows.labels] == ["space", "space"]
+    assert [rows.labels for rows in loaded] == [(0,), (1,)]
 
 
 @pytest.mark.parametrize("text", ["😀", "\\ud83d", "\\\\ud83d\\ude00", "a😀b\ud7ff", '"\\'])
@@ -103,15 +103,15 @@ def test_folders_and_named_files(tmp_path: Path) -> None:
     put(tmp_path / "more.csv", "")
     put(tmp_path / "train.jsonl.bak", "")
     (tmp_path / "train.d").mkdir()
-    found = load_pet_data(tmp_path, LABELS, ["text"])
-    assert isinstance(found, PetData) and found.test is None
-    assert found.train is not None and found.train.labels == (1,)
-    assert found.unlabelled is not None and found.unlabelled.rows == ({"text": "b"},)
-    assert found.unlabelled.labels is None
+    data = load_pet_data(tmp_path, LABELS, ["text"])
+    assert isinstance(data, PetData) and data.test is None
+    assert data.train is not None and data.train.labels == (1,)
+    assert data.unlabelled is not None and data.unlabelled.rows == ({"text": "b"},)
+    assert data.unlabelled.labels is None
     same = load_pet_data(
         {"train": tmp_path / "train.jsonl", "unlabelled": tmp_path / "unlabeled.csv"}, LABELS, ["text"]
     )
-    assert same == found
+    assert same == data
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_rows_have_so_many_fields(tmp_path: Path, columns: int, suffix: str) -> 
     file = tmp_path / f"train{suffix}"
     names = [f"c{n}" for n in range(columns)]
     if suffix == ".jsonl":
-        names = names[:100_000]  # a line is no longer
+        names = names[:100_000]  # a longer line is refused for its length
         file.write_text(json.dumps(dict.fromkeys(names, "x")) + "\n")
     else:
         mark = {".csv": ",", ".tsv": "\t"}[suffix]

@@ -1,4 +1,4 @@
-"""Where a model fills blanks is found out from the model, whatever tokens its tokenizer has."""
+"""The position where a model fills blanks follows from the model, whatever tokens its tokenizer has."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _bert_head(is_decoder: bool) -> nn.Module:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whether_a_model_reads_ahead(make: Callable[[], nn.Module], ahead: bool | None, dtype: torch.dtype) -> None:
-    own = make().to(dtype).train()
-    held = {name: (id(tensor), tensor.clone()) for name, tensor in own.state_dict(keep_vars=True).items()}
+    module = make().to(dtype).train()
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in module.state_dict(keep_vars=True).items()}
     state = torch.random.get_rng_state()
-    assert reads_ahead(own) is ahead
-    assert own.training and torch.equal(torch.random.get_rng_state(), state)
-    for name, tensor in own.state_dict(keep_vars=True).items():
-        assert (id(tensor), True) == (held[name][0], torch.equal(tensor, held[name][1]))
+    assert reads_ahead(module) is ahead
+    assert module.training and torch.equal(torch.random.get_rng_state(), state)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        assert (id(tensor), True) == (before[name][0], torch.equal(tensor, before[name][1]))
 
 
 @pytest.mark.parametrize(

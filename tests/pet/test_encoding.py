@@ -1,4 +1,4 @@
-"""Rows in patterns as tokens: those of the filled text, cut in fields only, and blanks that data cannot write."""
+"""Rows encoded in patterns: tokens of the filled text, cut in fields only, and blanks that data cannot write."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def refused(make: Any) -> GraftError:
 
 
 def shown(batch: dict[str, Tensor], row: int = 0) -> list[int]:
-    """The tokens of a row that the mask shows."""
+    """Return the tokens of a row that the attention mask shows."""
     return [int(i) for i in batch["input_ids"][row][batch["attention_mask"][row].bool()]]
 
 
 def written(kind: str, text: str, row: dict[str, str]) -> str:
-    """The pattern with the row in it, and the blank as the tokenizer writes it."""
+    """Return the pattern filled with the row, and the blank as the tokenizer writes it."""
     if KINDS[kind] == "last":
         assert text.endswith("{blank}")
         return text.removesuffix("{blank}").format(**row).rstrip()
@@ -71,7 +71,7 @@ def test_tokens_are_those_of_the_filled_text(kind: str, row: dict[str, str], tex
     batch = encoder(kind, text).encode([row], 0)
     expected = tokenizer(kind)(written(kind, text, row))
     ids = list(expected["input_ids"])
-    if kind == "llama":  # nothing stands behind a text that goes on
+    if kind == "llama":  # a text that continues has no token at its end
         ids.pop()
     assert shown(batch) == ids
     if "token_type_ids" in expected:
@@ -87,16 +87,16 @@ def test_tokens_are_those_of_the_filled_text(kind: str, row: dict[str, str], tex
 @settings(max_examples=40, deadline=None)
 def test_only_fields_are_cut_and_at_their_ends(kind: str, text: str, title: str, length: int) -> None:
     pattern = "({title}) {text} It was {blank}"
-    made = encoder(kind, pattern, length)
+    cloze = encoder(kind, pattern, length)
     whole = encoder(kind, pattern, 10_000)
-    batch = made.encode([{"text": text, "title": title}], 0)
+    batch = cloze.encode([{"text": text, "title": title}], 0)
     ids = shown(batch)
     assert len(ids) <= length
     uncut = shown(whole.encode([{"text": text, "title": title}], 0))
     if len(uncut) <= length:
         assert ids == uncut
         return
-    # There are beginnings of the fields whose filled pattern is just that.
+    # Some beginnings of the fields fill the pattern with exactly these tokens.
     beginnings = ({"text": text[:i], "title": title[:k]} for i in range(len(text) + 1) for k in range(len(title) + 1))
     assert any(shown(whole.encode([row], 0)) == ids for row in beginnings)
 
@@ -111,8 +111,8 @@ def test_the_longest_is_shortened_first(counts: list[int], surplus: int) -> None
 
 
 def test_a_long_field_is_cut_and_a_short_one_is_whole() -> None:
-    made = encoder("wordpiece", "{title}: {text} {blank}", 20)
-    batch = made.encode([{"title": "space and hockey", "text": "great " * 1_000}, {"title": "no", "text": "bad"}], 0)
+    cloze = encoder("wordpiece", "{title}: {text} {blank}", 20)
+    batch = cloze.encode([{"title": "space and hockey", "text": "great " * 1_000}, {"title": "no", "text": "bad"}], 0)
     words = tokenizer("wordpiece").convert_ids_to_tokens(shown(batch))
     assert words == ["[CLS]", "space", "and", "hockey", ":", *["great"] * 13, "[MASK]", "[SEP]"]
     assert shown(batch, 1) == tokenizer("wordpiece")("no: bad [MASK]")["input_ids"]
@@ -124,8 +124,8 @@ def test_a_long_field_is_cut_and_a_short_one_is_whole() -> None:
 def test_special_tokens_in_data_are_text(kind: str) -> None:
     own = tokenizer(kind)
     pattern = "[{text}] <{text}> {title} {blank}"
-    made = encoder(kind, pattern)
-    plain = shown(made.encode([{"text": "x", "title": "y"}], 0))
+    cloze = encoder(kind, pattern)
+    plain = shown(cloze.encode([{"text": "x", "title": "y"}], 0))
     specials = [
         *own.all_special_tokens,
         "<extra_id_0>",
@@ -139,24 +139,24 @@ def test_special_tokens_in_data_are_text(kind: str) -> None:
     ]
     for special in specials:
         for text in (special, f" {special} ", special * 3, special.upper()):
-            ids = shown(made.encode([{"text": text, "title": special}], 0))
+            ids = shown(cloze.encode([{"text": text, "title": special}], 0))
             for number in {*own.all_special_ids, *own.added_tokens_decoder} - {own.unk_token_id}:
                 assert ids.count(number) == plain.count(number), (special, text)
 
 
 def test_words_are_as_they_stand_in_the_pattern() -> None:
-    found = tokenizer("roberta").convert_tokens_to_ids
+    ids_of = tokenizer("roberta").convert_tokens_to_ids
     behind = encoder("roberta", "{text} It was {blank}.").options()
     words = Verbalizer({"good": "The", "bad": "It"})
     first = encoder("roberta", "{blank} {text}", words=words).options()
     glued = encoder("roberta", "{text} ({blank})", words=Verbalizer({"good": "yes", "bad": ".", "more": ":"})).options()
     assert behind == {
-        "blank": found("<mask>"),
+        "blank": ids_of("<mask>"),
         "labels": ["good", "bad"],
-        "verbalizers": [[[[found("Ġgreat")]], [[found("Ġterrible")]]]],
+        "verbalizers": [[[[ids_of("Ġgreat")]], [[ids_of("Ġterrible")]]]],
     }
-    assert first["verbalizers"] == [[[[found("The")]], [[found("It")]]]]
-    assert glued["verbalizers"][0][0] == [[found("yes")]]
+    assert first["verbalizers"] == [[[[ids_of("The")]], [[ids_of("It")]]]]
+    assert glued["verbalizers"][0][0] == [[ids_of("yes")]]
     last = encoder("gpt2", "{text} It was {blank}").options()
     own = tokenizer("gpt2").convert_tokens_to_ids
     assert last["blank"] == "last" and last["verbalizers"] == [[[[own("Ġgreat")]], [[own("Ġterrible")]]]]
@@ -175,12 +175,12 @@ def test_a_sentinel_is_the_blank_of_t5() -> None:
 
 def test_several_blanks_take_words_of_as_many_tokens() -> None:
     words = Verbalizer({"good": "great space", "bad": ["bad team", "no game"]})
-    made = encoder("wordpiece", "{text} It was {blank} {blank}.", words=words)
-    found = tokenizer("wordpiece").convert_tokens_to_ids
-    wanted = [[found(["great", "space"])], [found(["bad", "team"]), found(["no", "game"])]]
-    assert made.options()["verbalizers"] == [wanted]
-    ids = shown(made.encode([{"text": "x [MASK]"}], 0))
-    assert ids.count(found("[MASK]")) == 2
+    cloze = encoder("wordpiece", "{text} It was {blank} {blank}.", words=words)
+    ids_of = tokenizer("wordpiece").convert_tokens_to_ids
+    wanted = [[ids_of(["great", "space"])], [ids_of(["bad", "team"]), ids_of(["no", "game"])]]
+    assert cloze.options()["verbalizers"] == [wanted]
+    ids = shown(cloze.encode([{"text": "x [MASK]"}], 0))
+    assert ids.count(ids_of("[MASK]")) == 2
 
 
 def test_one_verbalizer_where_all_words_are_the_same_tokens() -> None:
@@ -190,21 +190,21 @@ def test_one_verbalizer_where_all_words_are_the_same_tokens() -> None:
         pattern_of("{text} {blank}", "b"),
         pattern_of("{blank} {text}", "c"),
     ]
-    made = ClozeEncoder(patterns, [WORDS, WORDS, own], tokenizer("wordpiece"))
-    assert len(made.options([0, 1])["verbalizers"]) == 1
-    assert len(made.options()["verbalizers"]) == 3
-    both = made.options([2, 0])["verbalizers"]
-    assert both == [made.options([2])["verbalizers"][0], made.options([0])["verbalizers"][0]]
-    assert made.labels == ("good", "bad")
+    cloze = ClozeEncoder(patterns, [WORDS, WORDS, own], tokenizer("wordpiece"))
+    assert len(cloze.options([0, 1])["verbalizers"]) == 1
+    assert len(cloze.options()["verbalizers"]) == 3
+    both = cloze.options([2, 0])["verbalizers"]
+    assert both == [cloze.options([2])["verbalizers"][0], cloze.options([0])["verbalizers"][0]]
+    assert cloze.labels == ("good", "bad")
 
 
 def test_each_row_may_have_its_own_pattern() -> None:
     patterns = [pattern_of("{text} It was {blank}.", "a"), pattern_of("{blank}: {text}", "b")]
-    made = ClozeEncoder(patterns, [WORDS, WORDS], tokenizer("wordpiece"))
+    cloze = ClozeEncoder(patterns, [WORDS, WORDS], tokenizer("wordpiece"))
     rows = [{"text": "good game"}, {"text": "bad"}, {"text": ""}]
-    mixed = made.encode(rows, [1, 0, 1])
+    mixed = cloze.encode(rows, [1, 0, 1])
     for number, own in enumerate([1, 0, 1]):
-        assert shown(mixed, number) == shown(made.encode([rows[number]], own))
+        assert shown(mixed, number) == shown(cloze.encode([rows[number]], own))
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_words_within_a_word_are_offered_first(kind: str, word: str) -> None:
 def test_a_plain_encoder_leaves_the_tokenizer_as_it_is(slots: list[str]) -> None:
     own = tokenizer("wordpiece")
     before = own.backend_tokenizer.to_str()
-    made = PlainEncoder(slots, own, 10).encode([{"text": "great " * 99, "title": "no"}, {"text": "", "title": "bad"}])
-    assert made["input_ids"].shape == (2, 10)
+    batch = PlainEncoder(slots, own, 10).encode([{"text": "great " * 99, "title": "no"}, {"text": "", "title": "bad"}])
+    assert batch["input_ids"].shape == (2, 10)
     assert own.backend_tokenizer.to_str() == before and own.backend_tokenizer.truncation is None
 
 
@@ -276,21 +276,21 @@ def test_patterns_that_do_not_fit(kind: str, text: str, length: int, said: str) 
 
 
 def test_models_have_their_own_bounds() -> None:
-    made = encoder("wordpiece", "{text} {blank}", positions=10)
-    assert made.max_length == 10 and len(shown(made.encode([{"text": "great " * 99}], 0))) == 10
+    cloze = encoder("wordpiece", "{text} {blank}", positions=10)
+    assert cloze.max_length == 10 and len(shown(cloze.encode([{"text": "great " * 99}], 0))) == 10
     error = refused(lambda: encoder("gpt2", "{text} {blank}", blank="mask"))
     assert error.code == "GC179" and "no mask token" in error.message
 
 
 def test_rows_without_a_field() -> None:
-    made = encoder("wordpiece", "{text} It was {blank}.")
+    cloze = encoder("wordpiece", "{text} It was {blank}.")
     rows: list[Any] = [{"text": "a"}, {"txt": "a", "label": "b"}]
-    for call in (lambda: made.encode(rows, 0), lambda: made.check(rows)):
+    for call in (lambda: cloze.encode(rows, 0), lambda: cloze.check(rows)):
         error = refused(call)
         assert (error.code, error.hint) == ("GC180", "did you mean 'txt'?")
         assert error.message == "row 2 has no field 'text', which the pattern 'p' shows"
     rows[1] = {"text": None}
-    assert refused(lambda: made.check(rows)).message == "row 2 has null for 'text', which is not text"
+    assert refused(lambda: cloze.check(rows)).message == "row 2 has null for 'text', which is not text"
     nothing = encoder("gpt2", "{text}{blank}", words=Verbalizer({"a": "yes", "b": "."}))
     assert refused(lambda: nothing.encode([{"text": " "}], 0)).code == "GC180"
 
@@ -300,11 +300,11 @@ def test_rows_without_a_field() -> None:
 @settings(max_examples=25, deadline=None)
 def test_masked_tokens(kind: str, seed: int, texts: list[str]) -> None:
     own = tokenizer(kind)
-    made = encoder(kind, "{text} It was {blank}.")
+    cloze = encoder(kind, "{text} It was {blank}.")
     rows = [{"text": text} for text in texts]
-    plain = made.encode(rows, 0)
-    batch = made.token_batch(rows, 0, torch.Generator().manual_seed(seed))
-    again = made.token_batch(rows, 0, torch.Generator().manual_seed(seed))
+    plain = cloze.encode(rows, 0)
+    batch = cloze.token_batch(rows, 0, torch.Generator().manual_seed(seed))
+    again = cloze.token_batch(rows, 0, torch.Generator().manual_seed(seed))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert batch.keys() == plain.keys() | {"token_targets"}
     labels, ids = batch["token_targets"], plain["input_ids"]
@@ -318,10 +318,10 @@ def test_masked_tokens(kind: str, seed: int, texts: list[str]) -> None:
 
 
 def test_shares_of_masked_tokens() -> None:
-    made = encoder("wordpiece", "{text} It was {blank}.")
+    cloze = encoder("wordpiece", "{text} It was {blank}.")
     rows = [{"text": "great game " * 100}] * 40
-    plain = made.encode(rows, 0)["input_ids"]
-    batch = made.token_batch(rows, 0, torch.Generator().manual_seed(0))
+    plain = cloze.encode(rows, 0)["input_ids"]
+    batch = cloze.token_batch(rows, 0, torch.Generator().manual_seed(0))
     counted = batch["token_targets"] != IGNORED
     assert counted.float().mean().item() == pytest.approx(0.15, abs=0.02)
     now = batch["input_ids"][counted]
@@ -330,9 +330,9 @@ def test_shares_of_masked_tokens() -> None:
 
 
 def test_the_auxiliary_loss_of_other_models() -> None:
-    made = encoder("llama", "{text} It was {blank}", words=Verbalizer({"a": "good", "b": "bad"}))
+    cloze = encoder("llama", "{text} It was {blank}", words=Verbalizer({"a": "good", "b": "bad"}))
     rows = [{"text": "the game"}, {"text": "no"}]
-    batch = made.token_batch(rows, 0, torch.Generator())
+    batch = cloze.token_batch(rows, 0, torch.Generator())
     special = torch.isin(batch["input_ids"], torch.tensor([0, 1, 2]))
     assert torch.equal(batch["token_targets"], batch["input_ids"].masked_fill(special, IGNORED))
     words = Verbalizer({"a": "about", "b": "hockey"})
@@ -352,11 +352,11 @@ def test_a_real_tokenizer() -> None:
             "training": {"max_length": 24},
         }
     )
-    made = ClozeEncoder.of(spec, own)
-    assert made.max_length == 24 and ClozeEncoder.of(spec, own, 48).max_length == 48
+    cloze = ClozeEncoder.of(spec, own)
+    assert cloze.max_length == 24 and ClozeEncoder.of(spec, own, 48).max_length == 48
     verbalizers = [[[[2686], [9274]], [[3873]]]]
-    assert made.options() == {"blank": 103, "labels": ["space", "hockey"], "verbalizers": verbalizers}
-    batch = made.encode([{"text": "A [MASK] of it"}, {"text": "Unbelievable words " * 99}], [0, 1])
+    assert cloze.options() == {"blank": 103, "labels": ["space", "hockey"], "verbalizers": verbalizers}
+    batch = cloze.encode([{"text": "A [MASK] of it"}, {"text": "Unbelievable words " * 99}], [0, 1])
     text = "a [ mask ] of it this text is about [MASK]."
     assert own.decode(shown(batch)) == f"[CLS] {text} [SEP]"
     assert own.decode(shown(batch, 1)).startswith("[CLS] topic : [MASK]. unbelievable words")

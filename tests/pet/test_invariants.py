@@ -1,4 +1,4 @@
-"""PET's and iPET's mathematics: each invariant that the method has by definition, under its name."""
+"""The mathematics of PET and iPET: each invariant of the method, in a test of its name."""
 
 from __future__ import annotations
 
@@ -189,30 +189,32 @@ def test_a_members_own_logits_change_nothing_for_it() -> None:
     other = logits.clone()
     other[2] = torch.randn_like(other[2]) * 100
     weights = member_weights(None, 5)
-    made = [new_examples(2, given, weights, [3, 3, 3], share=1.0, generator=_generator()) for given in (logits, other)]
-    assert made[0] == made[1] and made[0].teachers == (0, 1, 3, 4)
+    examples = [
+        new_examples(2, given, weights, [3, 3, 3], share=1.0, generator=_generator()) for given in (logits, other)
+    ]
+    assert examples[0] == examples[1] and examples[0].teachers == (0, 1, 3, 4)
 
 
 def test_only_teachers_count() -> None:
     logits = _logits()
-    made = new_examples(0, logits, member_weights(None, 5), [3, 3, 3], generator=_generator())
-    (teacher,) = made.teachers
+    examples = new_examples(0, logits, member_weights(None, 5), [3, 3, 3], generator=_generator())
+    (teacher,) = examples.teachers
     predicted = logits[teacher].argmax(1)
-    assert all(int(predicted[row]) == label for row, label in zip(made.rows, made.labels, strict=True))
+    assert all(int(predicted[row]) == label for row, label in zip(examples.rows, examples.labels, strict=True))
 
 
 def test_labels_are_those_of_the_weighted_mean() -> None:
     logits, weights = _logits(), member_weights([0.0, 0.9, 0.1, 0.0, 0.0], 5)
-    made = new_examples(0, logits, weights, [2, 2, 2], share=1.0, generator=_generator())
+    examples = new_examples(0, logits, weights, [2, 2, 2], share=1.0, generator=_generator())
     predicted = mixed_logits(logits, weights).argmax(1)
-    assert all(int(predicted[row]) == label for row, label in zip(made.rows, made.labels, strict=True))
+    assert all(int(predicted[row]) == label for row, label in zip(examples.rows, examples.labels, strict=True))
 
 
 def test_teachers_of_no_weight_are_equal() -> None:
     logits = _logits(members=3)
-    made = new_examples(0, logits, torch.tensor([1.0, 0.0, 0.0]), [2, 2, 2], share=1.0, generator=_generator())
+    examples = new_examples(0, logits, torch.tensor([1.0, 0.0, 0.0]), [2, 2, 2], share=1.0, generator=_generator())
     predicted = logits[1:].mean(0).argmax(1)
-    assert all(int(predicted[row]) == label for row, label in zip(made.rows, made.labels, strict=True))
+    assert all(int(predicted[row]) == label for row, label in zip(examples.rows, examples.labels, strict=True))
 
 
 @pytest.mark.parametrize("most_likely", [False, True])
@@ -220,21 +222,21 @@ def test_teachers_of_no_weight_are_equal() -> None:
 @settings(max_examples=40, deadline=None)
 def test_no_row_comes_twice_and_sizes_are_as_wanted(most_likely: bool, seed: int) -> None:
     logits, wanted = _logits(rows=30, seed=seed), [4, 7, 2]
-    made = new_examples(
+    examples = new_examples(
         1, logits, member_weights(None, 5), wanted, share=0.5, most_likely=most_likely, generator=_generator(seed)
     )
-    assert len(made.rows) == len(set(made.rows)) == len(made.labels)
-    found = Counter(made.labels)
-    assert [found[label] + made.missing[label] for label in range(3)] == wanted
-    assert min(made.missing) >= 0 and (not most_likely or made.missing == (0, 0, 0))
+    assert len(examples.rows) == len(set(examples.rows)) == len(examples.labels)
+    counts = Counter(examples.labels)
+    assert [counts[label] + examples.missing[label] for label in range(3)] == wanted
+    assert min(examples.missing) >= 0 and (not most_likely or examples.missing == (0, 0, 0))
 
 
 def test_a_label_with_too_few_rows_gets_all_and_says_how_many_are_missing() -> None:
     logits = torch.zeros(2, 6, 2)
     logits[:, :4, 0] = 3.0
     logits[:, 4:, 1] = 3.0
-    made = new_examples(0, logits, member_weights(None, 2), [3, 5], generator=_generator())
-    assert made.missing == (0, 3) and set(made.rows) >= {4, 5} and Counter(made.labels) == {0: 3, 1: 2}
+    examples = new_examples(0, logits, member_weights(None, 2), [3, 5], generator=_generator())
+    assert examples.missing == (0, 3) and set(examples.rows) >= {4, 5} and Counter(examples.labels) == {0: 3, 1: 2}
 
 
 @pytest.mark.slow
@@ -253,9 +255,9 @@ def test_rows_are_drawn_in_proportion_to_their_score() -> None:
 
 def test_without_labels_the_most_likely_rows_of_every_label_are_taken() -> None:
     probable = torch.tensor([[0.99, 0.01], [0.98, 0.02], [0.6, 0.4], [0.7, 0.3], [0.9, 0.1]])
-    logits = probable.log().expand(3, -1, -1)  # no row is of the second label, and it gets examples
-    made = new_examples(0, logits, member_weights(None, 3), [2, 2], most_likely=True, generator=_generator())
-    assert (made.rows, made.labels, made.missing) == ((0, 1, 2, 3), (0, 0, 1, 1), (0, 0))
+    logits = probable.log().expand(3, -1, -1)  # no row is predicted as the second label, which still gets examples
+    examples = new_examples(0, logits, member_weights(None, 3), [2, 2], most_likely=True, generator=_generator())
+    assert (examples.rows, examples.labels, examples.missing) == ((0, 1, 2, 3), (0, 0, 1, 1), (0, 0))
 
 
 @pytest.mark.parametrize("most_likely", [False, True])

@@ -1,4 +1,4 @@
-"""The recipe of PET from rows to a classifier: whole, in generations, without labels, in a bank, and cut off."""
+"""The PET recipe from rows to a classifier: in full, in generations, without labels, in a bank, and interrupted."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def _no_training(*_: object, **__: object) -> None:
 
 @pytest.mark.full
 def test_members_learn_and_a_classifier_learns_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From few rows to an artifact; a finished run only reads, and another is refused."""
+    """A few rows lead to an accurate classifier; a finished run is only read, and a different one is refused."""
     base = model(initializer_range=0.1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     options = {"steps": 60, "learning_rate": 5e-3, "max_length": 24}
     spec = {**SPEC, "training": options, "classifier": {"training": {**options, "steps": 100}}}
-    made = pet(spec, base, tokenizer(), data(10, 40, 20), folder=tmp_path)
-    assert made.rows == {"labelled": 10, "unlabelled": 40, "test": 20} and made.labels == ("space", "hockey")
-    assert [(m.pattern, m.repetition) for m in made.members] == [("pattern-1", 0), ("pattern-2", 0)]
-    assert sum(m.weight for m in made.members) == pytest.approx(1)
-    assert (made.ensemble["test"] or 0) >= 0.9 and (made.final["test"] or 0) >= 0.9
-    torch.testing.assert_close(made.soft_labels.sum(1), torch.ones(40))
+    result = pet(spec, base, tokenizer(), data(10, 40, 20), folder=tmp_path)
+    assert result.rows == {"labelled": 10, "unlabelled": 40, "test": 20} and result.labels == ("space", "hockey")
+    assert [(m.pattern, m.repetition) for m in result.members] == [("pattern-1", 0), ("pattern-2", 0)]
+    assert sum(m.weight for m in result.members) == pytest.approx(1)
+    assert (result.ensemble["test"] or 0) >= 0.9 and (result.final["test"] or 0) >= 0.9
+    torch.testing.assert_close(result.soft_labels.sum(1), torch.ones(40))
     monkeypatch.setattr(training, "train_members", _no_training)
     monkeypatch.setattr(classifying, "train_classifier", _no_training)
-    assert _same(pet(spec, base, tokenizer(), data(10, 40, 20), folder=tmp_path), made)
+    assert _same(pet(spec, base, tokenizer(), data(10, 40, 20), folder=tmp_path), result)
     other: list[tuple[str, Callable[[], PetResult]]] = [
         ("seed", lambda: pet(spec, base, tokenizer(), data(10, 40, 20), folder=tmp_path, seed=1)),
         ("data", lambda: pet(spec, base, tokenizer(), data(4, 40, 20), folder=tmp_path)),
@@ -87,7 +87,7 @@ def test_members_learn_and_a_classifier_learns_from_them(tmp_path: Path, monkeyp
 
 @pytest.mark.full
 def test_the_same_without_a_folder(base: nn.Module, tmp_path: Path) -> None:
-    """A method of several trainings in members, and a classifier with a head, whose artifact has its base."""
+    """Runs with and without a folder agree, with members trained in stages and a classifier saved with its base."""
     adapt = [{"method": "lt_sft", "entries": 300}]
     spec = {**QUICK, "patterns": QUICK["patterns"][:1], "spec": {"adapt": adapt}}
     kept, plain = (pet(spec, base, tokenizer(), data(), folder=folder) for folder in (tmp_path, None))
@@ -103,11 +103,11 @@ def test_the_same_without_a_folder(base: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_without_labels_untrained_patterns_are_the_ensemble(base: Any) -> None:
-    """What is computed from the language model's own logits, without graftc."""
+    """Soft labels equal those computed from the language model's own logits, without graftc."""
     rows = data(0, 10)
-    made = pet(QUICK, base, tokenizer(), rows)
-    assert made.ensemble == {"labelled": None, "test": made.ensemble["test"]}
-    assert [m.weight for m in made.members] == [0.5, 0.5]
+    result = pet(QUICK, base, tokenizer(), rows)
+    assert result.ensemble == {"labelled": None, "test": result.ensemble["test"]}
+    assert [m.weight for m in result.members] == [0.5, 0.5]
     assert rows.unlabelled is not None
     own, mask, said = tokenizer(), tokenizer().mask_token_id, []
     ids = {word: own.convert_tokens_to_ids(word) for word in ("space", "nasa", "hockey")}
@@ -118,20 +118,20 @@ def test_without_labels_untrained_patterns_are_the_ensemble(base: Any) -> None:
                 logits = base(**inputs).logits[0, inputs["input_ids"][0].tolist().index(mask)]
             said.append(torch.stack([(logits[ids["space"]] + logits[ids["nasa"]]) / 2, logits[ids["hockey"]]]))
     mean = torch.stack(said).view(2, 10, 2).mean(0)
-    torch.testing.assert_close(made.soft_labels, torch.softmax(mean, 1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.soft_labels, torch.softmax(mean, 1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.full
 def test_generations_grow_from_nothing(base: nn.Module, tmp_path: Path) -> None:
-    """Without labels the first set has ``start_size`` rows, of all labels alike; no member of the first is made."""
+    """Without labels, the first set has ``start_size`` rows, as many for each label, and no first member is trained."""
     spec = {**QUICK, "ipet": {"generations": 2, "growth": 2, "start_size": 4}}
     spec["classifier"] = {**QUICK["classifier"], "kind": "cloze"}
-    made = pet(spec, base, tokenizer(), data(0), folder=tmp_path)
+    result = pet(spec, base, tokenizer(), data(0), folder=tmp_path)
     first, second = (_lines(tmp_path, generation) for generation in (1, 2))
     for line in first:
         assert len(line["rows"]) == 4 and sorted(line["labels"]) == [0, 0, 1, 1]
         assert line["teachers"] == [1 - line["member"]]
-    for line, size in zip(second, made.generations[1].examples, strict=True):
+    for line, size in zip(second, result.generations[1].examples, strict=True):
         assert len(line["rows"]) == size == 8 - sum(line["missing"])
     assert not (tmp_path / "generation-0").exists()
     assert not (tmp_path / "generation-1" / "member-0").exists()
@@ -144,13 +144,15 @@ def _lines(folder: Path, generation: int) -> list[dict[str, Any]]:
 
 
 class KilledError(Exception):
-    """The run ends here."""
+    """Raised where the test kills the run."""
 
 
 @pytest.mark.full
 def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of every training, before each stage is written and after: the same call ends with the same
-    tensors, and nothing that was finished is done again."""
+    """A run killed anywhere ends with the same tensors when it is called again, and repeats no finished work.
+
+    It is killed in the middle of every training, and before and after each stage is written.
+    """
     spec = {**QUICK, "ipet": {"generations": 1, "growth": 3}}
     whole = pet(spec, base, tokenizer(), data())
     passed: set[str] = set()
@@ -176,9 +178,9 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
     def dying(stage: Any) -> Any:
         def made(self: KeptStages, name: str, make: Callable[[], Any]) -> Any:
             def before() -> Any:
-                found = make()
+                value = make()
                 die_once(f"before {name}")
-                return found
+                return value
 
             done = stage(self, name, before)
             die_once(f"after {name}")
@@ -200,13 +202,13 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
     stages += [f"generation-{g}/member-{m}" for g in (0, 1) for m in (0, 1)]
     assert {at.partition(" ")[2] for at in passed if not at.startswith("in ")} == set(stages)
     assert kills == len(passed) == 2 * len(stages) + 5
-    assert all(trainings.count(what) == 2 for what in trainings)  # begun again where it was cut off, and never else
+    assert all(trainings.count(what) == 2 for what in trainings)  # begun again only after it was cut off
     assert _same(resumed, whole)
 
 
 @pytest.mark.full
 def test_slots_of_a_bank_train_as_if_each_were_alone(base: nn.Module) -> None:
-    """The same rows, masks and first tensors; norms are clipped for each."""
+    """Rows, masks and initial tensors are the same in a bank and alone, and norms are clipped for each slot."""
     options = {**SPEC["training"], "steps": 3, "auxiliary": 0.2, "max_grad_norm": 0.05, "learning_rate": 1e-2}
     still = model(initializer_range=0.1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     document = {**SPEC, "training": options, "spec": LORA, "members": "bank"}
@@ -236,11 +238,11 @@ def test_slots_of_a_bank_train_as_if_each_were_alone(base: nn.Module) -> None:
 
 @pytest.mark.full
 def test_a_bank_labels_and_is_kept(base: nn.Module, tmp_path: Path) -> None:
-    """Two banks, two members of a pattern, and generations."""
+    """A bank with two members of one pattern labels rows for the next generation, whose bank is kept."""
     adapt = [*LORA["adapt"], {"method": "ia3"}]
     spec = {**QUICK, "patterns": QUICK["patterns"][:1], "seeds": 2, "members": "bank", "spec": {"adapt": adapt}}
-    made = pet({**spec, "ipet": {"generations": 1, "growth": 2}}, base, tokenizer(), data(), folder=tmp_path)
-    assert [m.repetition for m in made.members] == [0, 1]
+    result = pet({**spec, "ipet": {"generations": 1, "growth": 2}}, base, tokenizer(), data(), folder=tmp_path)
+    assert [m.repetition for m in result.members] == [0, 1]
     assert not (tmp_path / "generation-0" / "bank").exists()
     assert (tmp_path / "generation-1" / "bank" / "result").exists()
     assert [len(line["rows"]) + sum(line["missing"]) for line in _lines(tmp_path, 1)] == [6, 6]
@@ -263,22 +265,22 @@ def test_rows_that_are_not_there(base: nn.Module) -> None:
 
 @pytest.mark.full
 def test_a_full_disk(base: nn.Module, small_disk: Callable[[int], Path]) -> None:
-    """Wherever it is full, the run ends with GC064, and goes on when there is more room."""
+    """Wherever the disk is full, the run ends with GC064, and resumes when there is more room."""
     spec, room, failures = {**QUICK, "patterns": QUICK["patterns"][:1]}, 16, 0
     whole = pet(spec, base, tokenizer(), data())
     while True:
         folder = small_disk(room)
         try:
-            made = pet(spec, base, tokenizer(), data(), folder=folder / "run")
+            result = pet(spec, base, tokenizer(), data(), folder=folder / "run")
             break
         except GraftError as error:
             assert error.code == "GC064" and "No space left on device" in error.message
             room, failures = room * 5 // 4, failures + 1
-    assert failures > 5 and _same(made, whole)
+    assert failures > 5 and _same(result, whole)
 
 
 def test_an_auxiliary_loss_that_a_model_has_not() -> None:
-    """It is said before anything trains."""
+    """An auxiliary loss that the model does not have is refused before training."""
     with pytest.raises(GraftError, match="no auxiliary loss") as error:
         pet({**SPEC, "patterns": SPEC["patterns"][:1]}, tiny("t5"), sentinels(), data())
     assert error.value.code == "GC179" and str(error.value.place) == "training.auxiliary"
@@ -346,15 +348,15 @@ def test_all_patterns_are_options_of_one_model(base: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_members_share_captures(base: nn.Module) -> None:
-    """What takes longest of a small run: the second member finds what the first one has captured."""
+    """The second member reuses the first one's captures, which take longest in a small run."""
     task = _task(load_pet_spec({**QUICK, "spec": LORA}), base, tokenizer(), data(), None, 0)
-    made = [graftc.compile(_Group(task, 0, [member])._spec(), base) for member in task.members]
-    assert made[1].compilation.main.captures[0].cached
+    compiled = [graftc.compile(_Group(task, 0, [member])._spec(), base) for member in task.members]
+    assert compiled[1].compilation.main.captures[0].cached
 
 
 @pytest.mark.full
 def test_labels_are_known_by_their_names(base: nn.Module) -> None:
-    """Rows that were read with labels in another order are the same rows."""
+    """Rows read with labels in another order are the same rows."""
     given = data()
 
     def turned(rows: TextRows | None) -> TextRows | None:

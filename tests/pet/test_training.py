@@ -1,4 +1,4 @@
-"""Parts of PET's trainings: batches, the schedule, and the classifier that they end in."""
+"""Parts of PET's training: batches, the schedule, and the final classifier."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_the_rate_rises_and_falls_linearly() -> None:
 
 def test_a_classifier_has_the_language_models_encoder() -> None:
     base: Any = model()
-    made = sequence_classifier(base, ["a", "b", "c"], 0, 7)
+    classifier = sequence_classifier(base, ["a", "b", "c"], 0, 7)
     for name, tensor in base.bert.state_dict().items():
-        assert tensor.data_ptr() == made.bert.state_dict()[name].data_ptr()  # compiling changes no base
-    assert made.config.id2label == {0: "a", 1: "b", 2: "c"} and base.config.num_labels == 2
+        assert tensor.data_ptr() == classifier.bert.state_dict()[name].data_ptr()  # compiling changes no base
+    assert classifier.config.id2label == {0: "a", 1: "b", 2: "c"} and base.config.num_labels == 2
     again, other = (sequence_classifier(base, ["a", "b", "c"], 0, seed) for seed in (7, 8))
-    assert torch.equal(made.classifier.weight, again.classifier.weight)
-    assert not torch.equal(made.classifier.weight, other.classifier.weight)
+    assert torch.equal(classifier.classifier.weight, again.classifier.weight)
+    assert not torch.equal(classifier.classifier.weight, other.classifier.weight)
     with pytest.raises(GraftError) as error:  # the head and the pooler are new
-        require_weights(made)
+        require_weights(classifier)
     assert error.value.code == "GC089"
 
 
@@ -70,16 +70,16 @@ def test_random_numbers_elsewhere_stay_as_they_are() -> None:
 
 
 def test_decoders_learn_which_token_pads() -> None:
-    made = sequence_classifier(tiny("gpt2"), ["a", "b"], 5, 0)
-    assert made.config.pad_token_id == 5
+    classifier = sequence_classifier(tiny("gpt2"), ["a", "b"], 5, 0)
+    assert classifier.config.pad_token_id == 5
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "roberta"])
 def test_classifiers_of_other_families(family: str) -> None:
-    own: Any = tiny(family)
-    made = sequence_classifier(own, ["a", "b"], 0, 0)
-    known = {tensor.sum().item() for tensor in own.state_dict().values() if tensor.is_floating_point()}
-    body = getattr(made, made.base_model_prefix).state_dict()
+    base: Any = tiny(family)
+    classifier = sequence_classifier(base, ["a", "b"], 0, 0)
+    known = {tensor.sum().item() for tensor in base.state_dict().values() if tensor.is_floating_point()}
+    body = getattr(classifier, classifier.base_model_prefix).state_dict()
     assert all(tensor.sum().item() in known for tensor in body.values() if tensor.is_floating_point())
 
 
@@ -108,7 +108,7 @@ def _narrow(layer: Any) -> None:
 
 
 class Halved(nn.Linear):
-    """What a subclass computes, a classifier would not."""
+    """A linear map of another class, which a new classifier would not have."""
 
 
 def _replaced(layer: Any) -> None:
@@ -144,7 +144,7 @@ def _patched(layer: Any) -> None:
     ],
 )
 def test_what_a_new_classifier_would_not_have_is_refused(change: Callable[[Any], None], said: str) -> None:
-    """Its layers would be random or others, and nothing would tell."""
+    """A base is refused if a classifier would silently get random or different layers."""
     base: Any = model()
     change(base.bert.encoder.layer[0])
     with pytest.raises(GraftError) as error:
@@ -153,12 +153,12 @@ def test_what_a_new_classifier_would_not_have_is_refused(change: Callable[[Any],
 
 
 def test_modules_that_a_model_shares_are_not_shared_in_a_classifier(tmp_path: Path) -> None:
-    """Its class would not write them."""
+    """The class of the classifier would not save shared modules."""
     base: Any = model(num_hidden_layers=2)
     base.bert.encoder.layer[1].attention.self.query = base.bert.encoder.layer[0].attention.self.query
-    made = sequence_classifier(base, ["a", "b"], 0, 0)
-    made.save_pretrained(tmp_path)
-    first, second = (layer.attention.self.query.weight for layer in made.bert.encoder.layer)
+    classifier = sequence_classifier(base, ["a", "b"], 0, 0)
+    classifier.save_pretrained(tmp_path)
+    first, second = (layer.attention.self.query.weight for layer in classifier.bert.encoder.layer)
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""What a process of a sharded training takes: see `tests.runtime.processes`."""
+"""The peak memory of a process in sharded training, measured in processes that `tests.runtime.processes` starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 
 def base() -> nn.Module:
-    """A Llama whose layers take most of it."""
+    """A Llama with most of its parameters in its layers."""
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=704,
@@ -37,8 +37,10 @@ def base() -> nn.Module:
 
 
 def measure(rank: int, processes: int, folder: Path, name: str) -> None:
-    """Write the least and the most that the first process takes at its peak in five trainings, and what is planned for
-    it. How many gathered tensors there are at a time depends on when the other process answers."""
+    """Write the lowest and the highest peak of the first process over five trainings, and the plan for it.
+
+    The number of tensors gathered at a time depends on when the other process answers.
+    """
     ids = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
     compiled = graftc.compile(SPECS[name], base(), batch)

@@ -1,4 +1,4 @@
-"""The memory planner: what it says is what training takes, and what it says fits, fits."""
+"""The memory planner: planned peaks match measured ones, and the sizes that it reports as fitting do fit."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_eight_bits_take_a_byte_a_moment_and_a_factor_a_block() -> None:
     "options", [{}, {"checkpoint": "layers"}, {"train": ["**.mlp.up_proj"]}], ids=["plain", "checkpointed", "trained"]
 )
 def test_some_layers_say_what_all_do(options: Any) -> None:
-    """Runs of equal layers, with one in between that is adapted otherwise."""
+    """Simulating some layers gives the same as simulating all, with a differently adapted layer between equal ones."""
     with torch.device("meta"):
         deep = llama(num_hidden_layers=19, hidden_size=32, intermediate_size=64, vocab_size=50)
     other = {"method": "lora", "rank": 2, "name": "other", "target": {"role": ["ffn.up"], "layers": 9}}
@@ -136,7 +136,7 @@ def test_accumulated_gradients_are_there_from_the_start(base: nn.Module) -> None
     ids=["dense", "two devices", "nf4"],
 )
 def test_originals_are_what_trained_copies_stand_in_for(options: Any, devices: int, bits: float) -> None:
-    """In the base's own type, whatever that of the copies is."""
+    """Originals are counted in the base's own dtype, whatever the dtype of the trained copies."""
     with torch.device("meta"):
         half = llama().to(torch.bfloat16)
     given: dict[str, Any] = {"sequence": 8, "devices": devices}
@@ -172,7 +172,7 @@ def test_the_model_may_be_without_values_and_in_another_type(base: nn.Module) ->
 @pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"base": {"quantize": "nf4", "double": True}}], ids=["dense", "nf4"])
 def test_a_chunked_loss_without_values(base: nn.Module, options: Any) -> None:
-    """A model on the meta device, with the loss in chunks and packed weights, takes what it takes with values."""
+    """With a chunked loss, dense or packed, a model on the meta device has the same planned peak as one with values."""
     with torch.device("meta"):
         empty = llama()
     spec = {"adapt": [LORA], "memory": {"loss": "chunked"}, **options}

@@ -1,5 +1,9 @@
-"""What the formats of quantised checkpoints mean: dense weights by the formulas of the libraries that write them, with
-none of graftc's code, and a whole model as transformers itself loads it where it has no need of those libraries."""
+"""Reference readers of quantised checkpoints, without graftc's code.
+
+Dense weights follow the formulas of the libraries that write the formats. Whole models are loaded by transformers, if
+it
+does not need those libraries.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def codes_in(words: Tensor, bits: int, count: int) -> Tensor:
-    """Codes along the last axis of words of 32 bits, read as a stream of bits."""
+    """Read codes along the last axis of 32-bit words, as a stream of bits."""
     raw = numpy.ascontiguousarray(words.to(torch.int32).numpy()).view(numpy.uint8)
     stream = numpy.unpackbits(raw, axis=-1, bitorder="little")[..., : count * bits]
     each = stream.reshape(*stream.shape[:-1], count, bits).astype(numpy.int64)
@@ -44,15 +48,15 @@ def _gptq(parts: Parts, options: Mapping[str, Any]) -> Tensor:
 def _awq(parts: Parts, options: Mapping[str, Any]) -> Tensor:
     scales = parts["scales"]
     rows, each = scales.shape[1], len(parts["qweight"]) // len(scales)
-    found = (codes_in(parts[name], 4, rows).unflatten(1, (-1, 8)) for name in ("qweight", "qzeros"))
-    codes, zeros = (eights[..., _AWQ_PLACES].flatten(1) for eights in found)
+    groups = (codes_in(parts[name], 4, rows).unflatten(1, (-1, 8)) for name in ("qweight", "qzeros"))
+    codes, zeros = (eights[..., _AWQ_PLACES].flatten(1) for eights in groups)
     return ((codes - zeros.repeat_interleave(each, 0)).to(scales.dtype) * scales.repeat_interleave(each, 0)).T
 
 
 def _fp8(parts: Parts, options: Mapping[str, Any]) -> Tensor:
     scales = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
-    found: Tensor = Fp8Dequantize(None)._dequantize_one(parts["weight"], scales.reshape(scales.shape or (1, 1)))
-    return found
+    weight: Tensor = Fp8Dequantize(None)._dequantize_one(parts["weight"], scales.reshape(scales.shape or (1, 1)))
+    return weight
 
 
 def _compressed(parts: Parts, options: Mapping[str, Any]) -> Tensor:
@@ -88,14 +92,14 @@ def _hqq(parts: Parts, options: Mapping[str, Any]) -> Tensor:
 def _bitsandbytes(parts: Parts, options: Mapping[str, Any]) -> Tensor:
     import bitsandbytes.functional as library
 
-    found: Tensor
+    weight: Tensor
     if "SCB" in parts:
-        found = library.int8_vectorwise_dequant(parts["weight"], parts["SCB"])
+        weight = library.int8_vectorwise_dequant(parts["weight"], parts["SCB"])
     else:
         state = {name: tensor for name, tensor in parts.items() if name.startswith("weight.")}
         kept = library.QuantState.from_dict(state, device=torch.device("cpu"))
-        found = library.dequantize_4bit(parts["weight"], kept)
-    return found
+        weight = library.dequantize_4bit(parts["weight"], kept)
+    return weight
 
 
 READERS: Mapping[str, tuple[str, Callable[[Parts, Mapping[str, Any]], Tensor]]] = {
@@ -114,15 +118,19 @@ BY_TRANSFORMERS = ("fp8", "mxfp8", "bitsandbytes")
 
 
 def method_of(folder: Path) -> str:
-    """The ``quant_method`` of a folder, as its config stands."""
+    """Return the ``quant_method`` that the config of a folder states."""
     options = json.loads((folder / "config.json").read_text())["quantization_config"]
     four_or_eight = options.get("load_in_4bit") or options.get("load_in_8bit")
     return "bitsandbytes" if four_or_eight else str(options["quant_method"])
 
 
 def require_values(folder: Path, model: Any) -> Any:
-    """Hold a model's weights against what the files of its folder mean, to the bit: by the formulas above, and as
-    transformers loads them where it does. The model with the same weights and no code of graftc's."""
+    """Check that a model's weights are, bit for bit, those that the files of its folder mean.
+
+    The values follow the formulas above, and those of transformers if it loads the format. Return the model with the
+    same
+    weights and none of graftc's code.
+    """
     mine = {name: dense(weight) for name, weight in packed_weights(model).items()}
     method, stored = method_of(folder), load_file(folder / "model.safetensors")
     options = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -136,20 +144,20 @@ def require_values(folder: Path, model: Any) -> Any:
     assert left.keys() <= mine.keys(), left.keys() - mine.keys()
     theirs = by_transformers(folder) if method in BY_TRANSFORMERS else None
     if theirs is not None:
-        found = weights_of_bitsandbytes(theirs) if method == "bitsandbytes" else theirs.state_dict()
-        expected |= {name: found[name] for name in mine.keys() & found.keys()}
+        loaded = weights_of_bitsandbytes(theirs) if method == "bitsandbytes" else theirs.state_dict()
+        expected |= {name: loaded[name] for name in mine.keys() & loaded.keys()}
     for name, weight in mine.items():
         equal(weight, expected[name], name)
     reference = plain(folder, stored, mine)
-    own = {n: p for n, p in model.named_parameters() if n not in mine and p.is_floating_point()}
-    held = reference.state_dict()
-    for name in own.keys() & held.keys():
-        equal(own[name], held[name], name)
+    parameters = {n: p for n, p in model.named_parameters() if n not in mine and p.is_floating_point()}
+    state = reference.state_dict()
+    for name in parameters.keys() & state.keys():
+        equal(parameters[name], state[name], name)
     return reference
 
 
 def equal(mine: Tensor, wanted: Tensor, name: str) -> None:
-    """Require two tensors to have the same values, those that are not numbers too."""
+    """Check that two tensors have the same values, with NaN in the same places."""
     wanted = wanted.to(mine.dtype)
     assert mine.shape == wanted.shape, f"{name}: {list(mine.shape)}, not {list(wanted.shape)}"
     same = (mine == wanted) | (mine.isnan() & wanted.isnan())
@@ -157,34 +165,34 @@ def equal(mine: Tensor, wanted: Tensor, name: str) -> None:
 
 
 def by_transformers(folder: Path) -> Any:
-    """The model of a folder as transformers loads it; None where it refuses to."""
+    """Return the model of a folder as transformers loads it, or None if it refuses to."""
     import transformers
 
     with torch.random.fork_rng(devices=()):
         try:
             return transformers.LlamaForCausalLM.from_pretrained(folder, device_map="cpu").eval()
-        except Exception:  # of the options: what they mean is held against the formulas alone
+        except Exception:  # it refuses the options, and only the formulas are compared
             return None
 
 
 def weights_of_bitsandbytes(model: Any) -> dict[str, Tensor]:
-    """Dense weights, by the library's own functions."""
+    """Return dense weights by name, computed by the library's own functions."""
     import bitsandbytes as bnb
 
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, bnb.nn.Linear4bit):
             if getattr(weight, "quant_state", None) is None:  # transformers left codes there that it cannot run
                 continue
-            found[f"{path}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            weights[f"{path}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            found[f"{path}.weight"] = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
-    return found
+            weights[f"{path}.weight"] = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+    return weights
 
 
 def plain(folder: Path, stored: Parts, weights: Parts) -> Any:
-    """The model of a folder without any quantisation, with these weights in the places of the quantised ones."""
+    """Return the model of a folder without quantisation, with these weights in place of the quantised ones."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Adapters of a quantised base in files."""
+"""Saving and loading the adapters of a quantised base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from graftc.testing.perturb import perturb
 
 
 def saved_and_loaded(folder: Path, compiled: Any, ids: Tensor) -> tuple[Path, Path]:
-    """Save adapters as an artifact and as a file of the state dict, which both load to the same logits; both places."""
+    """Save adapters as an artifact and as a file of the state dict, and return both paths.
+
+    Both have to load to the same logits.
+    """
     perturb(compiled, 0.1)
     places = folder / "adapter", folder / "model.safetensors"
     compiled.save(places[0], certify=False)
@@ -29,7 +32,7 @@ def saved_and_loaded(folder: Path, compiled: Any, ids: Tensor) -> tuple[Path, Pa
 
 
 def require_refused(places: tuple[Path, Path], other: Any) -> None:
-    """What was saved does not load on another base."""
+    """Check that the saved adapters do not load on another base."""
     for place in places:
         with pytest.raises(GraftError, match="GC087"):
             graftc.load(place, other)

@@ -1,4 +1,4 @@
-"""Models that bitsandbytes or torchao have quantised: their modules taken over, to the bit."""
+"""Models quantised by bitsandbytes or torchao: their modules are taken over, bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def quantization() -> Any:
 
 @pytest.mark.filterwarnings("ignore:GC164")
 class TestBitsAndBytes:
-    """As transformers loads its folders on a CPU."""
+    """Models as transformers loads them with bitsandbytes on a CPU."""
 
     def load(self, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -57,15 +57,15 @@ class TestBitsAndBytes:
         )
 
     def dense(self, bnb: Any, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-        found = {}
+        weights = {}
         for path, module in model.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, bnb.nn.Linear4bit):
-                found[f"{path}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+                weights[f"{path}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
             elif isinstance(module, bnb.nn.Linear8bitLt):
                 codes = weight.data if weight.CB is None else weight.CB
-                found[f"{path}.weight"] = bnb.functional.int8_vectorwise_dequant(codes, weight.SCB).to(dtype)
-        return found
+                weights[f"{path}.weight"] = bnb.functional.int8_vectorwise_dequant(codes, weight.SCB).to(dtype)
+        return weights
 
     @pytest.mark.parametrize(
         ("dtype", "options"),
@@ -80,13 +80,13 @@ class TestBitsAndBytes:
     def test_weights_share_its_codes_and_are_its_own(
         self, bnb: Any, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
     ) -> None:
-        """In memory, and from the folder without the library."""
+        """Weights are exact both in memory and read from the folder without the library."""
         llama(dtype).save_pretrained(tmp_path / "dense")
         model = self.load(tmp_path / "dense", dtype, **options)
         expected = self.dense(bnb, model, dtype)
-        found = packed_weights(arrived(model))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(dense_value(found[name]), weight) for name, weight in expected.items())
+        packed = packed_weights(arrived(model))
+        assert packed.keys() == expected.keys()
+        assert all(torch.equal(dense_value(packed[name]), weight) for name, weight in expected.items())
         layer = "model.layers.0.mlp.up_proj"
         theirs, ours = (
             model.get_submodule(layer).weight,
@@ -101,8 +101,10 @@ class TestBitsAndBytes:
 
     @pytest.mark.full
     def test_outputs_are_the_librarys(self, bnb: Any, tmp_path: Path) -> None:
-        """In float32 those of 4 bits are alike; of 8 bits up to the rounding of inputs, which is not done here. The
-        library's kernel for the CPU rounds scales of 4 bits when it is called in eval mode, so it is not."""
+        """In float32, outputs of 4 bits agree, and those of 8 bits up to the rounding of inputs.
+
+        Inputs are not rounded here. The library's CPU kernel rounds 4-bit scales in eval mode, so train mode is used.
+        """
         for make in (llama, gpt2):
             make().save_pretrained(tmp_path / make.__name__)
             for options, far in (({"load_in_4bit": True}, 1e-6), ({"load_in_8bit": True}, 0.03)):
@@ -123,7 +125,7 @@ class TestBitsAndBytes:
         places = saved_and_loaded(tmp_path, compiled, IDS)
         other = make()
         with torch.no_grad():
-            # Only weights that were packed differ, and only in what is rounded away but for the scales.
+            # Only packed weights differ, and rounding hides the difference except in their scales.
             next(p for name, p in other.named_parameters() if ".0." in name and p.dim() == 2).mul_(1.01)
         require_refused(places, other)
 
@@ -152,10 +154,10 @@ class TestTorchao:
             config = getattr(quantization, name)()
         model = llama(dtype)
         quantization.quantize_(model, config)
-        found = packed_weights(arrived(model))
+        packed = packed_weights(arrived(model))
         linear = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-        assert found.keys() == linear.keys()
-        assert all(torch.equal(dense_value(found[name]), m.weight.dequantize()) for name, m in linear.items())
+        assert packed.keys() == linear.keys()
+        assert all(torch.equal(dense_value(packed[name]), m.weight.dequantize()) for name, m in linear.items())
         codes = arrived(model).model.layers[0].mlp.up_proj.weight_codes
         assert codes.data_ptr() == model.model.layers[0].mlp.up_proj.weight.qdata.data_ptr()
 
@@ -176,12 +178,12 @@ class _Foreign(nn.Linear):
 
 @pytest.mark.slow
 def test_modules_of_other_libraries_are_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By where their classes are from: none of these libraries is there."""
+    """Modules are recognised by the package of their class; none of these libraries is installed."""
     for package, way in (("gptqmodel", "load_base"), ("eetq", "base: {quantize: nf4}"), ("hqq", "load_base")):
         monkeypatch.setattr(_Foreign, "__module__", f"{package}.nn")
-        with pytest.raises(GraftError, match=f"GC162.*_Foreign of {package}") as found:
+        with pytest.raises(GraftError, match=f"GC162.*_Foreign of {package}") as caught:
             graftc.compile(LORA, nn.ModuleList([_Foreign(2, 2)]))
-        assert way in str(found.value.hint)
+        assert way in str(caught.value.hint)
 
 
 def test_a_plain_model_is_left_as_it_is() -> None:
@@ -190,9 +192,9 @@ def test_a_plain_model_is_left_as_it_is() -> None:
 
 
 def test_what_a_library_says_of_its_model_is_not_said_of_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers refuse models that say they are quantised."""
+    """Trainers refuse models that are marked as quantised."""
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.ModuleDict({"linear": bnb.nn.Linear4bit(64, 64).to("cpu")})
     model.hf_quantizer, model.is_loaded_in_4bit = SimpleNamespace(), True  # type: ignore[assignment]
-    made = arrived(model)
-    assert not hasattr(made, "hf_quantizer") and not hasattr(made, "is_loaded_in_4bit") and model.is_loaded_in_4bit
+    copied = arrived(model)
+    assert not hasattr(copied, "hf_quantizer") and not hasattr(copied, "is_loaded_in_4bit") and model.is_loaded_in_4bit

@@ -1,4 +1,4 @@
-"""Folders of quantised models: values to the bit, what is refused, and adapters that name them."""
+"""Folders of quantised models: exact values, refused folders, and adapters that name their folder."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def written(folder: Path, name: str) -> dict[str, Tensor]:
 def test_weights_are_those_of_the_format_to_the_bit(name: str, tmp_path: Path) -> None:
     dense = written(tmp_path, name)
     model: Any = graftc.load_base(tmp_path)
-    found = packed_weights(model)
-    assert found.keys() == dense.keys()
-    assert [key for key, weight in dense.items() if not torch.equal(dense_value(found[key]), weight)] == []
-    assert all(tensor.dtype == model.dtype == FORMATS[name][0] for tensor in found.values())
+    packed = packed_weights(model)
+    assert packed.keys() == dense.keys()
+    assert [key for key, weight in dense.items() if not torch.equal(dense_value(packed[key]), weight)] == []
+    assert all(tensor.dtype == model.dtype == FORMATS[name][0] for tensor in packed.values())
     assert not any(p.is_meta or (p.dtype == torch.uint8 and p.requires_grad) for p in model.parameters())
 
 
@@ -51,9 +51,9 @@ def test_a_compiled_model_computes_with_them(name: str, tmp_path: Path) -> None:
     plain.load_state_dict({**plain.state_dict(), **dense})
     compiled: Any = graftc.compile(LORA, graftc.load_base(tmp_path, dtype=torch.float32)).eval()
     with torch.no_grad():
-        expected, found = plain.float()(IDS).logits, compiled(input_ids=IDS).logits
-    # In float32 a weight may have more digits than in the checkpoint's own type only where the format says so.
-    assert torch.allclose(found, expected, atol=1e-5 if "fp8" not in name else 2e-2)
+        expected, logits = plain.float()(IDS).logits, compiled(input_ids=IDS).logits
+    # In float32, a weight may have more digits than in the checkpoint's own dtype only if the format says so.
+    assert torch.allclose(logits, expected, atol=1e-5 if "fp8" not in name else 2e-2)
 
 
 @pytest.mark.full
@@ -92,9 +92,9 @@ def test_experts_of_mxfp4_are_those_of_transformers(tmp_path: Path) -> None:
         state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     _save(tmp_path, model, state, {"quant_method": "mxfp4"})
     loaded: Any = graftc.load_base(tmp_path)
-    found = packed_weights(loaded)
-    assert found.keys() == dense.keys()
-    assert all(torch.equal(dense_value(found[name]), weight) for name, weight in dense.items())
+    packed = packed_weights(loaded)
+    assert packed.keys() == dense.keys()
+    assert all(torch.equal(dense_value(packed[name]), weight) for name, weight in dense.items())
     model.load_state_dict({**model.state_dict(), **dense})
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=0.02)  # bfloat16, another layout
@@ -102,7 +102,7 @@ def test_experts_of_mxfp4_are_those_of_transformers(tmp_path: Path) -> None:
 
 @quiet
 def test_experts_that_are_stored_one_by_one_are_joined(tmp_path: Path) -> None:
-    """Mixtral's files have matrices of each expert, and its module has all of them in one."""
+    """Mixtral's files contain the matrices of each expert, and its module has all experts in one tensor."""
     config = MixtralConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -125,9 +125,9 @@ def test_experts_that_are_stored_one_by_one_are_joined(tmp_path: Path) -> None:
     _save(tmp_path / "dense", model, dense, None)
     stored = dense | {n.removeprefix("quantised "): t for n, t in state.items() if n.startswith("quantised")}
     _save(tmp_path, model, stored, {"quant_method": "fp8", "weight_block_size": [32, 32]})
-    found, expected = packed_weights(graftc.load_base(tmp_path)), graftc.load_base(tmp_path / "dense").state_dict()
-    assert sorted(found) == [f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
-    assert all(torch.equal(dense_value(weight), expected[name]) for name, weight in found.items())
+    packed, expected = packed_weights(graftc.load_base(tmp_path)), graftc.load_base(tmp_path / "dense").state_dict()
+    assert sorted(packed) == [f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
+    assert all(torch.equal(dense_value(weight), expected[name]) for name, weight in packed.items())
 
 
 def test_experts_whose_groups_are_of_any_inputs_are_not_joined(tmp_path: Path) -> None:
@@ -169,12 +169,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_formats_are_refused(name: str, tmp_path: Path) -> None:
-    """Before transformers looks for packages that are not installed."""
+    """Other formats are refused before transformers looks for packages that are not installed."""
     _, writer, _ = FORMATS["gptq 4"]
     write(tmp_path, llama(), writer, REFUSED[name])
-    with pytest.raises(GraftError, match="GC161") as found:
+    with pytest.raises(GraftError, match="GC161") as caught:
         graftc.load_base(tmp_path)
-    assert found.value.hint
+    assert caught.value.hint
 
 
 def _dropped(part: str) -> Any:
@@ -229,8 +229,8 @@ def test_scales_of_rows_and_of_columns_of_a_square_weight(name: str, part: str, 
     scales = scales.to(state[f"{module}.{part}"].dtype)
     state[f"{module}.{part}"] = scales
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    found = dense_value(packed_weights(graftc.load_base(tmp_path))[f"{module}.weight"])
-    assert codes.shape == (64, 64) and torch.equal(found, (codes.to(scales.dtype) * scales).to(found.dtype))
+    weight = dense_value(packed_weights(graftc.load_base(tmp_path))[f"{module}.weight"])
+    assert codes.shape == (64, 64) and torch.equal(weight, (codes.to(scales.dtype) * scales).to(weight.dtype))
 
 
 @quiet

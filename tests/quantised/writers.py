@@ -1,5 +1,7 @@
-"""Folders of a tiny Llama in the formats of quantised checkpoints, written from the formats' definitions, and the dense
-weights that each means, by formulas of the libraries that are not graftc's."""
+"""Writers of a tiny Llama in the formats of quantised checkpoints, and the dense weights that the files mean.
+
+Files follow the definitions of the formats, and dense weights the formulas of the libraries, not graftc's.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def llama(dtype: torch.dtype = torch.float16, inner: int = 96) -> Any:
 
 
 def write(folder: Path, model: Any, writer: Writer, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Save a model with its linear maps quantised; the dense weights by name."""
+    """Save a model with its linear maps quantised, and return the dense weights by name."""
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
@@ -53,7 +55,7 @@ def write(folder: Path, model: Any, writer: Writer, options: Mapping[str, Any]) 
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes along the first axis in words, bit by bit: none of the shifts that a reader would make."""
+    """Pack codes along the first axis into words, bit by bit, without the shifts that a reader would use."""
     every = [(codes.to(torch.int64) >> bit) & 1 for bit in range(bits)]
     stream = torch.stack(every, dim=1).flatten(0, 1)
     stream = torch.nn.functional.pad(stream, (0, 0, 0, -len(stream) % 32))
@@ -62,7 +64,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def gptq(bits: int, *, order: bool = False, symmetric: bool = False, less_one: bool = True) -> Writer:
-    """As GPTQModel's ``dequantize_weight``: ``scales[g_idx] * (codes - zeros[g_idx])``."""
+    """Return a writer for GPTQModel's ``dequantize_weight``: ``scales[g_idx] * (codes - zeros[g_idx])``."""
 
     def writer(weight: Tensor) -> Stored:
         rows, width = weight.shape
@@ -84,7 +86,7 @@ def gptq(bits: int, *, order: bool = False, symmetric: bool = False, less_one: b
 
 
 def awq(weight: Tensor) -> Stored:
-    """As AutoAWQ's ``WQLinear_GEMM.from_linear`` packs, and its ``dequantize_gemm``."""
+    """Pack codes as AutoAWQ's ``WQLinear_GEMM.from_linear`` does, and unpack them as its ``dequantize_gemm`` does."""
     rows, width = weight.shape
     codes, zeros = torch.randint(0, 16, (width, rows)), torch.randint(0, 16, (width // GROUP, rows))
     scales = (torch.rand(width // GROUP, rows) * 0.01 + 0.001).half()
@@ -98,7 +100,7 @@ def awq(weight: Tensor) -> Stored:
 
 
 def fp8(rows: int, group: int, dtype: torch.dtype) -> Writer:
-    """As transformers' ``Fp8Dequantize``; scales of ``uint8`` are exponents."""
+    """Return a writer for transformers' ``Fp8Dequantize``; scales of ``uint8`` are exponents."""
 
     def writer(weight: Tensor) -> Stored:
         shape = weight.shape[0] // rows, weight.shape[1] // group
@@ -118,7 +120,7 @@ def one_scale(weight: Tensor) -> Stored:
 
 
 def packed_words(bits: int, *, symmetric: bool, grouped: bool = True, order: bool = False) -> Writer:
-    """compressed-tensors' ``pack-quantized``: signed codes and zero points, stored from 0."""
+    """Return a writer for compressed-tensors' ``pack-quantized``: signed codes and zero points, stored from 0."""
 
     def writer(weight: Tensor) -> Stored:
         rows, width = weight.shape
@@ -144,7 +146,7 @@ def packed_words(bits: int, *, symmetric: bool, grouped: bool = True, order: boo
 
 
 def scaled_bytes(dtype: torch.dtype) -> Writer:
-    """compressed-tensors' ``int-quantized`` and ``float-quantized``, with a scale for each row."""
+    """Return a writer for compressed-tensors' ``int-quantized`` and ``float-quantized``, with a scale for each row."""
 
     def writer(weight: Tensor) -> Stored:
         codes = (weight.float() * 2000).clamp(-127, 127).to(dtype)
@@ -155,7 +157,7 @@ def scaled_bytes(dtype: torch.dtype) -> Writer:
 
 
 def hqq(bits: int, axis: int, dtype: torch.dtype, group: int = 16) -> Writer:
-    """As HQQ's ``Quantizer.dequantize``, with the entries of ``HQQLinear.state_dict`` that say how."""
+    """Return a writer for HQQ's ``Quantizer.dequantize``, with the packing entries of ``HQQLinear.state_dict``."""
 
     def writer(weight: Tensor) -> Stored:
         rows, width = weight.shape

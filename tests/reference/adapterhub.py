@@ -1,7 +1,7 @@
 """Make ``tests/data/adapterhub_<arch>.safetensors`` with AdapterHub's ``adapters``: outputs to compare graftc with.
 
-``adapters`` pins an older transformers than graftc needs, so this runs once in an environment of its own, made outside
-the checkout, and the tests only read what it wrote. From the root of the repository, with Python 3.11::
+``adapters`` pins an older transformers than graftc needs, so this script runs once in a separate environment outside
+the checkout, and the tests only read its files. From the root of the repository, with Python 3.11::
 
     python3.11 -m venv /tmp/adapterhub
     /tmp/adapterhub/bin/pip install torch==2.13.0 adapters==1.3.0 transformers==4.57.6 safetensors==0.8.0 numpy==2.4.6
@@ -11,64 +11,65 @@ A file holds one tiny model with random weights and many adaptations of it, each
 
 * ``base/NAME``: the model's state dict; ``inputs/input_ids``, ``inputs/attention_mask``: one batch, padded right;
 * ``CASE/adapter/NAME``: the tensors of a case under the names of ``adapters``; an adapter is called a, b or c;
-* ``CASE/last_hidden_state``, ``CASE/logits``: what the model returns in eval mode;
-* ``unadapted/last_hidden_state``, ``unadapted/logits``: what it returns without an adapter.
+* ``CASE/last_hidden_state``, ``CASE/logits``: the model's outputs in eval mode;
+* ``unadapted/last_hidden_state``, ``unadapted/logits``: its outputs without an adapter.
 
-Its metadata have one key, ``about``, whose JSON holds ``model`` (class, and the arguments of its config), ``cases`` (by
-name the adapters' config, the composition, the fusion's config) and ``versions``.
+Its metadata has one key, ``about``, whose JSON contains ``model`` (class, and the arguments of its config), ``cases``
+(for each name the adapters' config, the composition, the fusion's config) and ``versions``.
 
 What ``adapters`` 1.3.0 computes
 --------------------------------
-Names, in one block: ``x`` is the block's input; ``a`` and ``g`` are what the attention's output projection and the
-feed-forward layer's second projection give, both after dropout and before any residual; ``h`` is the residual of the
-feed-forward layer: ``LN1(x + a)`` in BERT and RoBERTa, ``x + a`` before ``ln_2`` in GPT-2. LN1 and LN2 are
+Names, in one block: ``x`` is the block's input; ``a`` and ``g`` are the results of the attention's output projection
+and of the feed-forward layer's second projection, both after dropout and before any residual; ``h`` is the residual of
+the feed-forward layer: ``LN1(x + a)`` in BERT and RoBERTa, ``x + a`` before ``ln_2`` in GPT-2. LN1 and LN2 are
 ``attention.output.LayerNorm`` and ``output.LayerNorm``. ``D`` and ``U`` are linear layers with biases
-(``adapter_down.0``, ``adapter_up``), ``s`` is the scaling (1 unless told) and ``up(v) = s * U(act(D(v)))``. Dropout of
-the adapter (0 here) follows ``s``, before gate and residual.
+(``adapter_down.0``, ``adapter_up``), ``s`` is the scaling (1 by default) and ``up(v) = s * U(act(D(v)))``. Dropout
+of the adapter (0 here) follows ``s``, before gate and residual.
 
 Post-norm (BERT, RoBERTa):
 
-* ``double_seq_bn``: ``h = LN1(x + a + up1(a))``, ``y = LN2(h + g + up2(g))``. Both read what no norm has seen.
+* ``double_seq_bn``: ``h = LN1(x + a + up1(a))``, ``y = LN2(h + g + up2(g))``. Both read values before any norm.
 * ``seq_bn``: ``u = LN2(h + g)``, ``z = g + up(u)``, ``y = LN2(h + z)``. LN2 is applied twice with the same weights; the
   adapter's own residual is ``g`` (``residual_before_ln=True``), ``h + g`` for ``"post_add"``, ``u`` for ``False``.
-* ``par_bn``: ``y = LN2(h + g + up(h))`` with ``s = 4``. It reads the residual ``h``, which LN1 has normalised.
+* ``par_bn``: ``y = LN2(h + g + up(h))`` with ``s = 4``. It reads the residual ``h``, normalised by LN1.
 
-Pre-norm (GPT-2): no norm is handed to the adapter, and ``ln_1``, ``ln_2``, ``ln_f`` stay where they are.
+Pre-norm (GPT-2): no norm is passed to the adapter, and ``ln_1``, ``ln_2``, ``ln_f`` stay where they are.
 
 * ``double_seq_bn``: ``h = x + a + up1(a)``, ``y = h + g + up2(g)``.
 * ``seq_bn``: ``u = h + g`` (the stream, not normalised), ``y = h + g + up(u)``.
-* ``par_bn``: ``y = h + g + up(h)``: reads the stream before ``ln_2``, which is not what the feed-forward layer reads.
+* ``par_bn``: ``y = h + g + up(h)``: it reads the stream before ``ln_2``, unlike the feed-forward layer.
 
-Options: ``ln_before`` puts a new norm in front of ``D``, so that it sees ``u`` (then ``adapter_down.0`` is the norm and
-``adapter_down.1`` is ``D``); ``ln_after`` puts one behind (``adapter_norm_after``): ``z = g + LN(up(u))``, or
+Options: ``ln_before`` puts a new norm in front of ``D``, which reads ``u`` (then ``adapter_down.0`` is the norm and
+``adapter_down.1`` is ``D``); ``ln_after`` puts one after it (``adapter_norm_after``): ``z = g + LN(up(u))``, or
 ``LN(up(u) + g)`` with ``adapter_residual_before_ln``. Learned scaling is a tensor ``scaling`` of shape [1], or [width]
 for ``"channel"``.
 
-Gate (``use_gating``): one number for each row of the batch, ``gate = mean_t sigmoid(w . v_t + b)``, where ``v`` is what
-the adapter reads (``u`` for seq_bn, ``h`` for par_bn) and the mean goes over all positions, padding too.
+Gate (``use_gating``): one number for each row of the batch, ``gate = mean_t sigmoid(w . v_t + b)``, where ``v`` is the
+adapter's input (``u`` for seq_bn, ``h`` for par_bn) and the mean is over all positions, including padding.
 
 * Bottleneck: ``z = g + gate * up(u)``; par_bn ``y = LN2(h + g + gate * up(h))``.
-* LoRA on q and v: ``W v + c + gate * (v A^T B^T)``, ``v = x``. The gate stands in place of alpha / r; q and v have
-  gates of their own.
+* LoRA on q and v: ``W v + c + gate * (v A^T B^T)``, ``v = x``. The gate replaces alpha / r; q and v have their
+  own gates.
 * Prefix: one gate for keys and values (``shared_gating``), of ``v = x``, times the layer's prefix keys and values. A
-  flat prefix is one vector, to be viewed as [position, layer, key or value, head, head width]; its positions stand
+  flat prefix is one vector, to be viewed as [position, layer, key or value, head, head width]; its positions come
   first and are never masked.
 
-Compositions of seq_bn adapters. ``residual_before_ln`` and the like are those of each adapter in a stack, of the last
-adapter in a fusion, of the first in the others; ``original_ln_after`` is the last adapter's. GPT-2 has no ``LN2`` here.
+Compositions of seq_bn adapters. ``residual_before_ln`` and similar options are those of each adapter in a stack, of
+the last adapter in a fusion, and of the first in the others; ``original_ln_after`` is the last adapter's. GPT-2 has no
+``LN2`` here.
 
 * ``Stack(a, b)``: ``z1 = g + up_a(LN2(h + g))``, ``z2 = z1 + up_b(LN2(h + z1))``, ``y = LN2(h + z2)``.
-* ``Fuse(a, b, c)``: ``u`` as above; ``o_i = up_i(u)`` with neither residual nor gate nor dropout; at each position
+* ``Fuse(a, b, c)``: ``u`` as above; ``o_i = up_i(u)`` without residual, gate or dropout; at each position
   ``p = softmax_i((Q u + q) . (K o_i + k))``, ``z = g + sum_i p_i V o_i``, ``y = LN2(h + z)``. Scores are not divided by
   the root of the width. Q and K have biases; V has none and starts as the identity plus 1e-6 off the diagonal; a static
-  fusion has no V. ``query_before_ln`` takes ``g`` for the query instead of ``u``; ``residual_before`` adds ``g`` to
-  each ``o_i`` instead of to the sum. ``temperature`` divides the scores by T, which is 50 at first and falls by 0.05
-  at each call down to 1, in eval mode too; without it T is 1. In training the scores, not the probabilities, pass a
+  fusion has no V. ``query_before_ln`` uses ``g`` as the query instead of ``u``; ``residual_before`` adds ``g`` to
+  each ``o_i`` instead of to the sum. ``temperature`` divides the scores by T, which starts at 50 and falls by 0.05
+  at each call down to 1, in eval mode as well; without it T is 1. In training the scores, not the probabilities, pass a
   dropout with the fusion's ``dropout_prob`` or else the model's ``attention_probs_dropout_prob``, and a dynamic fusion
   (``regularization``) adds ``0.01 * sum (V - I)^2`` to the loss. ``train_adapter_fusion`` trains Q, K and V only.
 * ``Average``: ``z = 1/n * sum_i w_i (g + up_i(u))``, with w normalised to the sum 1. It is a mean over the n adapters
-  of what is weighted already: with equal weights ``z``, and the ``g`` in it, is n times smaller than the average.
-  Whether or not that is meant, it is what the file holds.
+  of values that are weighted already: with equal weights ``z``, and the ``g`` in it, is n times smaller than the
+  average. Whether or not that is intended, the file contains it.
 * ``Split``: adapter i on its own range of positions; ``BatchSplit``: on its own range of rows.
 
 Initial values (not in the files): projections N(0, 0.02) with zero biases; par_bn has Kaiming-uniform (a = sqrt 5) down
@@ -112,7 +113,7 @@ from transformers import (
 
 DATA = Path(__file__).parent.parent / "data"
 LENGTHS = (7, 5, 4)
-"""Of the rows of the batch, without padding."""
+"""The lengths of the batch's rows, without padding."""
 SPLITS = [4, 3]
 ROWS = [1, 2]
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -132,9 +133,9 @@ class Case:
     """One adaptation.
 
     Attributes:
-        config: of each adapter.
+        config: the config of each adapter.
         setup: the composition of the adapters.
-        fusion: name of the fusion's config, where the composition is one.
+        fusion: the name of the fusion's config, if the composition is a fusion.
     """
 
     config: AdapterConfig
@@ -178,7 +179,7 @@ MODELS = {
     ),
 }
 
-# Bottlenecks are as wide as no other dimension: 32 // 6, 32 // 5 and 32 // 3.
+# The widths of bottlenecks differ from all other dimensions: 32 // 6, 32 // 5 and 32 // 3.
 DOUBLE = DoubleSeqBnConfig(reduction_factor=6)
 SEQ = SeqBnConfig(reduction_factor=5)
 PAR = ParBnConfig(reduction_factor=3)
@@ -215,7 +216,7 @@ CASES = {
 
 
 def base(arch: str) -> PreTrainedModel:
-    """The model, with values that show in every place: nothing is 0 or 1, norms and biases included."""
+    """Return the model, with values that show everywhere: nothing is 0 or 1, including norms and biases."""
     spec = MODELS[arch]
     model = spec.model(spec.config(**spec.arguments, attn_implementation="eager")).eval()
     noise = torch.Generator().manual_seed(sorted(MODELS).index(arch))
@@ -229,7 +230,10 @@ def base(arch: str) -> PreTrainedModel:
 
 
 def inputs(arch: str) -> dict[str, Tensor]:
-    """One batch. Only padding has the padding's id, from which GPT-2 finds the last token and RoBERTa the positions."""
+    """Return one batch in which only padding has the padding's id.
+
+    From that id GPT-2 finds the last token, and RoBERTa the positions.
+    """
     noise = torch.Generator().manual_seed(100)
     mask = torch.tensor([[1] * length + [0] * (LENGTHS[0] - length) for length in LENGTHS])
     ids = torch.randint(2, MODELS[arch].arguments["vocab_size"], mask.shape, generator=noise)
@@ -242,7 +246,7 @@ def inputs(arch: str) -> dict[str, Tensor]:
 def adapted(model: PreTrainedModel, case: Case, seed: int) -> dict[str, Tensor]:
     """Adapt a model in place, move all new tensors away from their initial values, and return them.
 
-    What a fusion's scores are made of moves less, so that no adapter takes all of the attention.
+    The tensors behind a fusion's scores move less, so that no adapter gets all of the attention.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     old = {id(parameter) for parameter in model.parameters()}
@@ -252,7 +256,7 @@ def adapted(model: PreTrainedModel, case: Case, seed: int) -> dict[str, Tensor]:
     if case.fusion is not None:
         model.add_adapter_fusion(case.setup, case.fusion)
     model.set_active_adapters(case.setup)
-    # A prefix has a name in every layer too; the model's own comes last.
+    # A prefix also has a name in every layer; the model's own comes last.
     named = model.named_parameters(remove_duplicate=False)
     names = {id(parameter): name for name, parameter in named if id(parameter) not in old}
     new = {names[id(parameter)]: parameter for parameter in model.parameters() if id(parameter) in names}
@@ -268,7 +272,7 @@ def adapted(model: PreTrainedModel, case: Case, seed: int) -> dict[str, Tensor]:
 
 
 def outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The last hidden state and the logits."""
+    """Return the last hidden state and the logits."""
     with torch.no_grad():
         return {
             "last_hidden_state": model.base_model(**batch).last_hidden_state.clone(),
@@ -277,7 +281,7 @@ def outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def tensors(arch: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file."""
+    """Yield all tensors of a file, by name."""
     batch = inputs(arch)
     for name, tensor in batch.items():
         yield f"inputs/{name}", tensor
@@ -297,7 +301,7 @@ def tensors(arch: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def metadata(arch: str) -> dict[str, str]:
-    """What a reader needs to know of a file, as JSON."""
+    """Return the metadata of a file, as JSON."""
     spec = MODELS[arch]
     cases = {
         name: {
@@ -309,7 +313,7 @@ def metadata(arch: str) -> dict[str, str]:
     }
     versions = {name: importlib.metadata.version(name) for name in ("adapters", "transformers", "torch")}
     model = {"class": spec.model.__name__, "config": spec.config.__name__, "arguments": spec.arguments}
-    # One key only: safetensors writes several in an order of chance.
+    # One key only: safetensors writes several in random order.
     return {"about": json.dumps({"model": model, "cases": cases, "versions": versions})}
 
 
@@ -319,7 +323,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    # It warns that no adapter is active just before it activates one.
+    # The library warns that no adapter is active just before it activates one.
     logging.getLogger("adapters").setLevel(logging.ERROR)
     for arch in MODELS:
         torch.manual_seed(0)

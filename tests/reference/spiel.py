@@ -1,4 +1,4 @@
-"""SpIEL by dense tensors: whole weights, whole gradients, masks. Written for clarity, with torch and nothing else."""
+"""A reference for SpIEL with dense weights, gradients and masks, written for clarity in plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Settings:
-    """Of a training; ``own`` are the entries of each weight that may train at all, by name, as flat numbers."""
+    """The settings of a training; ``own`` has the flat indices of the trainable entries of each weight, by name."""
 
     variant: str
     interval: int
@@ -29,7 +29,7 @@ class Settings:
 
 
 class Dense:
-    """One weight. Everything has the size of the weight, flat."""
+    """One weight and its state, in flat tensors of the weight's size."""
 
     def __init__(self, weight: nn.Parameter, indices: Tensor, own: Tensor, settings: Settings) -> None:
         self.weight, self.settings = weight, settings
@@ -51,12 +51,12 @@ class Dense:
         self.history: list[Tensor] = []
 
     def put(self) -> None:
-        """Let the model compute with the changed weight."""
+        """Write the changed weight into the model."""
         with torch.no_grad():
             self.weight.copy_((self.base + self.delta).view_as(self.weight))
 
     def adamw(self, g: Tensor) -> None:
-        """AdamW with a step count for each entry."""
+        """Take an AdamW step, with a step count for each entry."""
         s, on = self.settings, self.active
         b1, b2 = s.betas
         self.age[on] += 1
@@ -67,7 +67,7 @@ class Dense:
         self.delta[on] = self.delta[on] * (1 - s.lr * s.weight_decay) - s.lr * m / (v.sqrt() + s.eps)
 
     def sm3(self, g: Tensor) -> None:
-        """SM3 over active entries, the accumulators of the whole weight."""
+        """Take an SM3 step on active entries, with the accumulators of the full weight."""
         on = self.active.nonzero().flatten()
         bound = torch.minimum(self.rows[self.row[on]], self.columns[self.column[on]]) + g[on] ** 2
         for entry, value in zip(on.tolist(), bound, strict=True):
@@ -77,7 +77,7 @@ class Dense:
         self.delta[on] -= self.settings.lr * g[on] / (bound + self.settings.eps).sqrt()
 
     def look(self, g: Tensor) -> None:
-        """One optimiser step of a window."""
+        """Record the gradients of one optimiser step of a window."""
         if self.candidates is None:
             own = self.own.nonzero().flatten()
             self.candidates = own[g[own].abs().argsort(descending=True, stable=True)[: self.count]]
@@ -87,7 +87,7 @@ class Dense:
         self.square[self.candidates] += g[self.candidates] ** 2
 
     def replace(self, share: float) -> None:
-        """Drop and grow."""
+        """Drop and grow a share of the entries."""
         s = self.settings
         on = self.active.nonzero().flatten()
         n = math.floor(share * self.count + 1e-9)
@@ -127,27 +127,27 @@ def train(
     """Train some entries of a model's weights; the model is changed.
 
     Args:
-        model: plain, of any class.
-        indices: flat numbers of the entries that train at first, by the weight's name.
-        settings: of the training.
-        steps: how many to take.
-        loss: the loss of a step, from 1.
+        model: a plain model of any class.
+        indices: flat indices of the entries that train at first, by the weight's name.
+        settings: the settings of the training.
+        steps: the number of steps to take.
+        loss: the loss of a step, counted from 1.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    held: dict[str, Dense] = {}
+    weights: dict[str, Dense] = {}
     for name, start in indices.items():
         weight: Any = model.get_parameter(name)
         weight.requires_grad_(True)
-        held[name] = Dense(weight, start, settings.own[name], settings)
+        weights[name] = Dense(weight, start, settings.own[name], settings)
     model.train()
     for t in range(1, steps + 1):
-        for dense in held.values():
+        for dense in weights.values():
             dense.put()
             dense.weight.grad = None
         loss(model, t).backward()
         phase = (t - 1) % settings.interval + 1
-        for dense in held.values():
+        for dense in weights.values():
             assert dense.weight.grad is not None
             g = dense.weight.grad.detach().flatten()
             if settings.variant == "AG":
@@ -160,11 +160,11 @@ def train(
                 dense.replace(share_of(settings, t))
                 dense.candidates = None
             dense.history.append(dense.active.nonzero().flatten())
-    return held
+    return weights
 
 
 def share_of(settings: Settings, t: int) -> float:
-    """Which share is replaced after step ``t``."""
+    """Return the share of entries that is replaced after step ``t``."""
     if t == settings.accumulation_steps:
         return 1.0
     left = t / settings.total

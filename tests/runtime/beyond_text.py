@@ -1,4 +1,4 @@
-"""Small models that take more than texts, or keep another state, each with calls of two sizes."""
+"""Small models that take more than text, or keep another kind of state, each with calls of two sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _IMAGES: dict[str, Any] = {
 
 
 def texts(rows: int, length: int, images: int = 0) -> dict[str, Tensor]:
-    """Texts that begin with the tokens of an image, the first one padded on the left by two."""
+    """Return texts that begin with the tokens of an image, the first one padded on the left by two."""
     generator = torch.Generator().manual_seed(rows)
     ids = torch.randint(10, 200, (rows, length + images), generator=generator)
     ids[:, 2 : 2 + images] = IMAGE

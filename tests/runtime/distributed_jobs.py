@@ -1,4 +1,4 @@
-"""What processes do together in tests of training over several of them: see `tests.runtime.processes`."""
+"""Jobs that several processes run together in tests of distributed training; `tests.runtime.processes` starts them."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ SHARDED = ("lora", "overlay", "dora", "adalora", "sora", "vera", "prefix", "houl
 
 
 def base(name: str) -> nn.Module:
-    """The model that an adaptation is tried on, without dropout: processes draw each their own."""
+    """Return the model for an adaptation, without dropout, because each process would draw its own."""
     if name == "houlsby":
         return tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return tiny("llama")
 
 
 def made(name: str) -> Any:
-    """A compiled model."""
+    """Compile a model with the adaptation of that name."""
     trained = ["model.norm", "model.layers.1.mlp.down_proj"] if name == "overlay" else []
     return graftc.compile({"adapt": [SPECS[name]], "train": trained}, base(name), seed=0)
 
 
 def sharded(compiled: Any, processes: int, **options: Any) -> Any:
-    """The model with a unit for each layer and one for the rest."""
+    """Shard the model, with a unit for each layer and one for the rest."""
     mesh = init_device_mesh("cpu", (processes,))
     for block in compiled.blocks.values():
         fully_shard(block, mesh=mesh, **options)
@@ -81,14 +81,14 @@ def sharded(compiled: Any, processes: int, **options: Any) -> Any:
 
 
 def spread(compiled: Any, kind: str, processes: int) -> Any:
-    """What the loop calls: the model, sharded or replicated or neither."""
+    """Return the module that the training loop calls: the model sharded, replicated or unchanged."""
     if kind == "fsdp":
         return sharded(compiled, processes)
     return DistributedDataParallel(compiled) if kind == "ddp" else compiled
 
 
 def optimiser(name: str, compiled: Any) -> torch.optim.Optimizer:
-    """The one that an adaptation is trained with."""
+    """Return the optimiser that an adaptation is trained with."""
     if name == "spiel":
         return graftc.optim.SM3(compiled, lr=1e-2)
     if name == "spiel-ag":
@@ -97,22 +97,22 @@ def optimiser(name: str, compiled: Any) -> torch.optim.Optimizer:
 
 
 def batches(rank: int, processes: int) -> Iterator[Tensor]:
-    """Each step's part of the batch that all processes have together."""
+    """Yield, for each step, this process's part of the common batch."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(STEPS):
         yield torch.randint(3, 90, (BATCH, LENGTH), generator=generator).chunk(processes)[rank]
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """A mean over the rows of the batch."""
+    """Compute a loss that is a mean over the rows of the batch."""
     if getattr(model, "module", model).config.model_type == "llama":
         return model(input_ids=ids, labels=ids).loss
-    found = model(input_ids=ids)[0]
-    return (found * torch.randn(found.shape[1:], generator=torch.Generator().manual_seed(1))).mean()
+    output = model(input_ids=ids)[0]
+    return (output * torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(1))).mean()
 
 
 def step(model: Any, compiled: Any, by: torch.optim.Optimizer, ids: Tensor) -> float:
-    """One optimiser step; the loss."""
+    """Do one optimiser step and return the loss."""
     loss = loss_of(model, ids)
     (loss + compiled.extra_loss()).backward()
     by.step()
@@ -129,14 +129,14 @@ def train(rank: int, processes: int, folder: Path, name: str, kind: str) -> None
     by = optimiser(name, compiled)
     for ids in batches(rank, processes):
         step(model, compiled, by, ids)
-    found = compiled.adapter_state_dict()
+    tensors = compiled.adapter_state_dict()
     if rank == 0:
-        torch.save(found, folder / f"{name}-{kind}.pt")
+        torch.save(tensors, folder / f"{name}-{kind}.pt")
 
 
 @contextmanager
 def coded(code: str, text: str = "") -> Iterator[None]:
-    """Inside, an error of this code is raised, with a text in its message."""
+    """Check that the block raises an error of this code, with this text in its message."""
     try:
         yield
     except GraftError as error:
@@ -147,7 +147,7 @@ def coded(code: str, text: str = "") -> Iterator[None]:
 
 
 def refused(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
-    """Training is an error in every process."""
+    """Check that training is an error in every process."""
     compiled = made(name)
     model = spread(compiled, kind, processes)
     compiled.train()
@@ -156,7 +156,7 @@ def refused(rank: int, processes: int, folder: Path, name: str, kind: str) -> No
 
 
 def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) -> None:
-    """Save, merge and export a model with given tensors, the same calls in every process."""
+    """Save, merge and export a model with given tensors, with the same calls in every process."""
     compiled = made("lora")
     perturb(compiled, 0.05)
     tensors = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
@@ -166,14 +166,14 @@ def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) 
     ids = next(batches(0, 1))
     with torch.no_grad():
         before = compiled(input_ids=ids).logits
-    # After a pass without gradients; and only the first process's values count.
+    # This follows a pass without gradients, and only the first process's values count.
     compiled.load_adapter_state_dict(tensors if rank == 0 else {n: torch.full_like(t, 7) for n, t in tensors.items()})
     with torch.no_grad():
         logits = compiled(input_ids=ids).logits
     assert not torch.equal(before, logits)
-    found = compiled.adapter_state_dict()
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    loaded = compiled.adapter_state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
     assert compiled.save(folder / "artifact") == folder / "artifact"
     merged = compiled.merge()
@@ -189,7 +189,7 @@ def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) 
 
 
 def alone(rank: int, processes: int, folder: Path) -> None:
-    """What all processes have to do together is an error where one does it alone, or something else."""
+    """Check that a collective operation is an error if one process does it alone."""
     compiled = sharded(made("lora"), processes)
     if rank == 0:
         with coded("GC131", "process 1"):
@@ -201,7 +201,7 @@ def alone(rank: int, processes: int, folder: Path) -> None:
 
 
 def apart(rank: int, processes: int, folder: Path) -> None:
-    """The same where processes do different things, and where the one that writes cannot."""
+    """Check for errors if processes do different operations, and if the process that writes cannot."""
     compiled = sharded(made("lora"), processes)
     (folder / "taken").mkdir(exist_ok=True)
     with coded("GC131", f"process {1 - rank}"):
@@ -211,7 +211,7 @@ def apart(rank: int, processes: int, folder: Path) -> None:
 
 
 def brief(rank: int, processes: int, folder: Path) -> None:
-    """Each process trains the whole batch by itself, then all of them together over shards; one folder is written."""
+    """Train the whole batch in each process, then together over shards; check that both agree and that saving works."""
     whole = made("adalora")
     by = optimiser("adalora", whole.train())
     for ids in list(batches(0, 1))[:3]:
@@ -220,9 +220,9 @@ def brief(rank: int, processes: int, folder: Path) -> None:
     by = optimiser("adalora", compiled.train())
     for ids in list(batches(rank, processes))[:3]:
         step(compiled, compiled, by, ids)
-    found, expected = compiled.adapter_state_dict(), whole.adapter_state_dict()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert any((tensor == 0).any() for name, tensor in found.items() if name.endswith(".kept"))
+    tensors, expected = compiled.adapter_state_dict(), whole.adapter_state_dict()
+    torch.testing.assert_close(tensors, expected, rtol=0, atol=1e-5)
+    assert any((tensor == 0).any() for name, tensor in tensors.items() if name.endswith(".kept"))
     compiled.load_adapter_state_dict(expected)
     for one, two in zip(compiled.merged_state_dict(), whole.merged_state_dict(), strict=True):
         assert one[0] == two[0] and torch.equal(one[1], two[1]), one[0]
@@ -232,10 +232,10 @@ def brief(rank: int, processes: int, folder: Path) -> None:
 
 
 def parts(rank: int, processes: int, folder: Path) -> None:
-    """Loops that run the base model and the head by themselves, and the reference of a policy, over shards."""
+    """Check that the base model, the head and the reference of a policy, each run by itself, agree over shards."""
     whole, compiled = made("overlay").train(), sharded(made("overlay"), processes).train()
     ids = next(batches(0, 1))
-    found = []
+    results = []
     for model in (whole, compiled):
         hidden = model.base_model(input_ids=ids).last_hidden_state
         logits = hidden @ model.get_output_embeddings().weight.T
@@ -243,8 +243,8 @@ def parts(rank: int, processes: int, folder: Path) -> None:
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
             reference = model.reference()(input_ids=ids).logits
-        found.append((logits.detach(), reference, grads))
-    (one, base_one, grads_one), (two, base_two, grads_two) = found
+        results.append((logits.detach(), reference, grads))
+    (one, base_one, grads_one), (two, base_two, grads_two) = results
     torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
     torch.testing.assert_close(base_two, base_one, rtol=0, atol=1e-5)
     assert grads_one.keys() == grads_two.keys() and grads_one
@@ -253,10 +253,10 @@ def parts(rank: int, processes: int, folder: Path) -> None:
 
 
 def sixteen_bits(rank: int, processes: int, folder: Path) -> None:
-    """Factors in float32 over shards of a base in bfloat16, with and without a policy: as in one process."""
+    """Check that float32 factors over shards of a bfloat16 base train as in one process, with and without a policy."""
     spec = {"adapt": [SPECS["lora"]], "train": ["model.norm"]}
     ids = [(own, every) for own, every in zip(batches(rank, processes), batches(0, 1), strict=True)]
-    found = []
+    results = []
     for policy in (None, MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, torch.float32)):
         compiled = graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0).train()
         if policy is not None:
@@ -266,16 +266,16 @@ def sixteen_bits(rank: int, processes: int, folder: Path) -> None:
             step(compiled, compiled, by, every if policy is None else own)
         tensors = compiled.adapter_state_dict()
         assert {t.dtype for t in tensors.values()} == {torch.float32}
-        found.append(tensors)
+        results.append(tensors)
     start = graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0).adapter_state_dict()
-    for tensors in found[1:]:
+    for tensors in results[1:]:
         for name, tensor in tensors.items():
-            moved = (found[0][name] - start[name]).norm()
-            assert moved > 0 and (tensor - found[0][name]).norm() <= 0.05 * moved, name  # activations are in 16 bits
+            moved = (results[0][name] - start[name]).norm()
+            assert moved > 0 and (tensor - results[0][name]).norm() <= 0.05 * moved, name  # activations are in 16 bits
 
 
 def parallel_bases(rank: int, processes: int, folder: Path) -> None:
-    """A base that transformers has spread over processes is refused, and so is spreading a compiled one in its way."""
+    """Check that a base spread by transformers is refused, and so is spreading a compiled model in the same way."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -306,13 +306,13 @@ def kept(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
             model_state, optimiser_state = get_state_dict(model, by)
             dcp.save({"model": model_state, "optimiser": optimiser_state}, checkpoint_id=str(folder / "checkpoint"))
         step(model, compiled, by, ids)
-    found = compiled.adapter_state_dict()
+    tensors = compiled.adapter_state_dict()
     if rank == 0:
-        torch.save(found, folder / "whole.pt")
+        torch.save(tensors, folder / "whole.pt")
 
 
 def resumed(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
-    """Go on from there, with as many processes or another number of them."""
+    """Resume from that checkpoint, with the same or another number of processes."""
     compiled, model, by = begun(name, kind, processes)
     model_state, optimiser_state = get_state_dict(model, by)
     state = {"model": model_state, "optimiser": optimiser_state}
@@ -320,23 +320,25 @@ def resumed(rank: int, processes: int, folder: Path, name: str, kind: str) -> No
     set_state_dict(model, by, model_state_dict=model_state, optim_state_dict=optimiser_state)
     for ids in list(batches(rank, processes))[STEPS // 2 :]:
         step(model, compiled, by, ids)
-    found = compiled.adapter_state_dict()
+    tensors = compiled.adapter_state_dict()
     if rank == 0:
-        torch.save(found, folder / f"resumed-{processes}.pt")
+        torch.save(tensors, folder / f"resumed-{processes}.pt")
 
 
 def begun(name: str, kind: str, processes: int) -> tuple[Any, Any, torch.optim.Optimizer]:
-    """A compiled model in train mode, what the loop calls, and the optimiser."""
+    """Return a compiled model in train mode, the module that the loop calls, and the optimiser."""
     compiled = made(name)
     model = spread(compiled, kind, processes)
     return compiled, model, optimiser(name, compiled.train())
 
 
 def policies(rank: int, processes: int, folder: Path) -> None:
-    """Offloaded to the host, and with layers that are recomputed, training is the same to the bit; a base in bfloat16
-    trains in mixed precision."""
+    """Check that training is the same, bit for bit, when offloaded to the host and when layers are recomputed.
+
+    A base in bfloat16 trains in mixed precision.
+    """
     options: list[dict[str, Any]] = [{}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}]
-    found = []
+    results = []
     for number, option in enumerate(options):
         compiled = sharded(made("overlay"), processes, **option)
         if number == 2:
@@ -344,9 +346,9 @@ def policies(rank: int, processes: int, folder: Path) -> None:
         by = optimiser("overlay", compiled.train())
         for ids in batches(rank, processes):
             step(compiled, compiled, by, ids)
-        found.append(compiled.adapter_state_dict())
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+        results.append(compiled.adapter_state_dict())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     with coded("GC130", "computes in bfloat16"):
         loss_of(sharded(made("lora"), processes, mp_policy=policy), next(batches(rank, processes)))
@@ -358,20 +360,23 @@ def policies(rank: int, processes: int, folder: Path) -> None:
 
 
 def full_states(rank: int, processes: int, folder: Path) -> None:
-    """The state dict that torch gathers is that of one process."""
+    """Check that the state dict that torch gathers is that of one process."""
     whole, compiled = made("overlay"), sharded(made("overlay"), processes)
     perturb(whole, 0.05)
     compiled.load_adapter_state_dict(whole.adapter_state_dict())
-    found = get_model_state_dict(compiled, options=StateDictOptions(full_state_dict=True))
+    state = get_model_state_dict(compiled, options=StateDictOptions(full_state_dict=True))
     expected = whole.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     every = compiled.full_state_dict()
     assert all(torch.equal(every[name], tensor) for name, tensor in whole.full_state_dict().items())
 
 
 def accelerated(rank: int, processes: int, folder: Path, kind: str) -> None:
-    """Train with Accelerate, save its state, go on, and go back. On CPUs it never chooses FSDP by itself."""
+    """Train with Accelerate, save its state, continue, and load the state again.
+
+    On CPUs, Accelerate never chooses FSDP by itself.
+    """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -406,12 +411,12 @@ def accelerated(rank: int, processes: int, folder: Path, kind: str) -> None:
             by.zero_grad()
             if number == STEPS // 2 - 1:
                 accelerator.save_state(str(folder / "state"))
-        found = compiled.adapter_state_dict()
+        tensors = compiled.adapter_state_dict()
         if rank == 0 and not (folder / f"overlay-{kind}.pt").exists():
-            torch.save(found, folder / f"overlay-{kind}.pt")
+            torch.save(tensors, folder / f"overlay-{kind}.pt")
         torch.distributed.barrier()
         first = torch.load(folder / f"overlay-{kind}.pt")
-        assert all(torch.equal(found[name], tensor) for name, tensor in first.items())
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in first.items())
         accelerator.load_state(str(folder / "state"))
     if kind.startswith("fsdp"):
         assert all(hasattr(parameter, "full_tensor") for parameter in compiled.parameters())
@@ -419,7 +424,7 @@ def accelerated(rank: int, processes: int, folder: Path, kind: str) -> None:
 
 
 def trainer(rank: int, processes: int, folder: Path, name: str, stage: str) -> None:
-    """Train with the transformers Trainer, which writes a checkpoint halfway; or go on from there."""
+    """Train with the transformers Trainer, which writes a checkpoint halfway, or resume from that checkpoint."""
     from transformers import Trainer, TrainingArguments
 
     compiled = made(name)
@@ -442,9 +447,9 @@ def trainer(rank: int, processes: int, folder: Path, name: str, stage: str) -> N
     loop.train(
         resume_from_checkpoint=str(folder / f"run-{name}" / f"checkpoint-{STEPS // 2}") if stage != "whole" else None
     )
-    found = compiled.adapter_state_dict()
+    tensors = compiled.adapter_state_dict()
     if rank == 0:
-        torch.save(found, folder / f"{name}-{stage}-{processes}.pt")
+        torch.save(tensors, folder / f"{name}-{stage}-{processes}.pt")
 
 
 def documented(rank: int, processes: int, folder: Path, title: str) -> None:
@@ -465,8 +470,10 @@ def documented(rank: int, processes: int, folder: Path, title: str) -> None:
 
 
 def quantised(rank: int, processes: int, folder: Path) -> None:
-    """Codes and scales are sharded, training over shards equals one process, and what is written and merged is that of
-    the whole model to the bit."""
+    """Check that a quantised base over shards trains, saves and merges as in one process.
+
+    Codes and scales are sharded, and the files and merged weights equal those of the whole model, bit for bit.
+    """
     spec = {"adapt": [SPECS["lora"]], "base": {"quantize": "nf4", "double": True}}
     whole, compiled = (graftc.compile(spec, base("lora"), seed=0) for _ in range(2))
     sharded(compiled, processes)
@@ -480,8 +487,8 @@ def quantised(rank: int, processes: int, folder: Path) -> None:
         by = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=0.1)
         for own in ids:
             step(model, model, by, own)
-    found, expected = compiled.adapter_state_dict(), whole.adapter_state_dict()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    tensors, expected = compiled.adapter_state_dict(), whole.adapter_state_dict()
+    torch.testing.assert_close(tensors, expected, rtol=0, atol=1e-6)
     assert all(tensor.abs().max() > 1e-3 for name, tensor in expected.items() if name.endswith(".B"))
     compiled.load_adapter_state_dict(expected)
     for one, two in zip(compiled.merged_state_dict(), whole.merged_state_dict(), strict=True):
@@ -497,7 +504,7 @@ def quantised(rank: int, processes: int, folder: Path) -> None:
 
 
 def quantised_in_16_bits(rank: int, processes: int, folder: Path) -> None:
-    """A policy that casts parameters to bfloat16 leaves codes and scales as they are."""
+    """Check that a policy that casts parameters to bfloat16 leaves codes and scales unchanged."""
     spec = {"adapt": [SPECS["lora"]], "base": {"quantize": "int4", "group": 16}}
     whole = graftc.compile(spec, base("lora").to(torch.bfloat16), seed=0).eval()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""Tiny random models that generate texts which do not repeat themselves, and the same adapted."""
+"""Tiny random models whose generated texts do not repeat themselves, and adapted versions of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LLAMA = {**_DECODER, **_TOKENS, "num_key_value_heads": 2, "intermediate_size": 
 
 
 def source(family: str) -> Any:
-    """A tiny model with seeded weights that are large enough for greedy search not to repeat itself."""
+    """Return a tiny model with seeded weights, large enough that greedy search does not repeat itself."""
     import transformers as hf
 
     match family:
@@ -32,7 +32,7 @@ def source(family: str) -> Any:
             model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, **special))
         case _:
             raise KeyError(family)
-    # T5's head is its table of tokens: large vectors there would have every token repeat itself.
+    # T5's head is its token embedding: large vectors there would make every token repeat itself.
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +44,7 @@ def source(family: str) -> Any:
 
 
 def adapted(family: str) -> Any:
-    """`source` with LoRA on what every family has, far from where it began."""
+    """Return `source` with LoRA on roles that every family has, far from its initial values."""
     import graftc
 
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}]}

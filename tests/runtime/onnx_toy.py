@@ -1,4 +1,4 @@
-"""A decoder of a dozen ONNX operators that is written by hand, and what it computes, in torch and without a cache.
+"""A hand-written decoder of a dozen ONNX operators, and the same computation in torch without a cache.
 
 A token adds its vector to the sum of the vectors before it that are not padding; the logits are a map of that sum and
 of the position's vector.
@@ -28,7 +28,7 @@ TOKENS = 12
 
 
 def tables() -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of tokens and of positions, and the head."""
+    """Return the vectors of tokens and of positions, and the head."""
     generator = torch.Generator().manual_seed(5)
     sizes = ((VOCABULARY, WIDTH), (POSITIONS, WIDTH), (WIDTH, VOCABULARY))
     tokens, positions, head = (torch.randn(size, generator=generator) for size in sizes)
@@ -36,7 +36,7 @@ def tables() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def logits(ids: Tensor, mask: Tensor) -> Tensor:
-    """Of every token of whole rows, ``[batch, tokens, vocabulary]``."""
+    """Compute the logits of every token of whole rows, ``[batch, tokens, vocabulary]``."""
     tokens, positions, head = tables()
     sums = (tokens[ids] * mask[..., None]).cumsum(1)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -44,7 +44,7 @@ def logits(ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def greedy(ids: Tensor, mask: Tensor, new: int) -> Tensor:
-    """The prompts with so many more tokens, of which each is computed from whole rows."""
+    """Extend the prompts by `new` tokens, each computed from whole rows."""
     for _ in range(new):
         ids = torch.cat([ids, logits(ids, mask)[:, -1:].argmax(-1)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -52,7 +52,7 @@ def greedy(ids: Tensor, mask: Tensor, new: int) -> Tensor:
 
 
 def model(*, cached: bool = True) -> onnx.ModelProto:
-    """The graph, with Optimum's names; one layer with one head, whose values are half of its keys."""
+    """Build the graph with Optimum's names: one layer with one head, whose values are half of its keys."""
     node = helper.make_node
     nodes = [
         node("Gather", ["tokens", "input_ids"], ["embedded"]),
@@ -93,21 +93,21 @@ def model(*, cached: bool = True) -> onnx.ModelProto:
 
 
 def seq2seq_logits(ids: Tensor, mask: Tensor, given: Tensor) -> Tensor:
-    """Of every token of a decoder, which adds the sums of its tokens to the sum of the encoder's."""
+    """Compute the logits of every token of a decoder, which adds the sums of its tokens to the encoder's sum."""
     tokens, _, head = tables()
     read = (tokens[ids] * mask[..., None]).sum(1, keepdim=True)
     return torch.tanh(tokens[given].cumsum(1) + read) @ head
 
 
 def seq2seq_greedy(ids: Tensor, mask: Tensor, given: Tensor, new: int) -> Tensor:
-    """The decoder's tokens with so many more, of which each is computed from whole rows."""
+    """Extend the decoder's tokens by `new` tokens, each computed from whole rows."""
     for _ in range(new):
         given = torch.cat([given, seq2seq_logits(ids, mask, given)[:, -1:].argmax(-1)], 1)
     return given
 
 
 def seq2seq() -> dict[str, onnx.ModelProto]:
-    """The three graphs of an encoder and a decoder, by file."""
+    """Build the three graphs of an encoder and a decoder, by file name."""
     node, value = helper.make_node, helper.make_tensor_value_info
     tokens, _, head = tables()
     constants = {"tokens": tokens.numpy(), "head": head.numpy(), "one": np.asarray([1]), "ends": np.asarray([2])}
@@ -178,7 +178,7 @@ def seq2seq() -> dict[str, onnx.ModelProto]:
 
 
 def write_seq2seq(folder: Path, graphs: dict[str, onnx.ModelProto] | None = None) -> Path:
-    """A folder for generation with an encoder and a decoder. Its config is T5's."""
+    """Write a folder for generation with an encoder and a decoder; its config is T5's."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, graph in (graphs or seq2seq()).items():
         onnx.save(graph, folder / name)
@@ -189,7 +189,7 @@ def write_seq2seq(folder: Path, graphs: dict[str, onnx.ModelProto] | None = None
 
 
 def write(folder: Path, graph: onnx.ModelProto | None = None, **config: Any) -> Path:
-    """A folder for generation with the toy, or with another graph. Its config is GPT-2's."""
+    """Write a folder for generation with the toy or another graph; its config is GPT-2's."""
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(model() if graph is None else graph, folder / "model.onnx")
     own = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCABULARY}
@@ -201,11 +201,11 @@ def write(folder: Path, graph: onnx.ModelProto | None = None, **config: Any) -> 
 
 
 def fails(code: str, words: str) -> Any:
-    """What is in the block ends with this coded error."""
+    """Expect that the block raises this coded error."""
     return pytest.raises(GraftError, match=f"{code}: .*{words}")
 
 
 def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Tokens, as many as are asked for."""
+    """Generate `TOKENS` tokens, unless the options say otherwise."""
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "eos_token_id": None, **options}
     return model.generate(input_ids=ids, attention_mask=mask, **options)

@@ -1,7 +1,7 @@
-"""Jobs that several processes of one process group do together.
+"""Jobs that several processes of one process group run together.
 
-A process that has imported everything forks one process for each rank. When one of them fails, the others, which would
-wait for it, are killed.
+A process that has imported everything forks one process for each rank. When one of them fails, the others are killed,
+because they would wait for it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SECONDS = 120
 
 
 def together(job: str, processes: int, folder: Path, *arguments: str, seconds: float = SECONDS) -> None:
-    """Do a job in several processes.
+    """Run a job in several processes.
 
     Args:
-        job: a function as ``module:name``; it gets its rank, the number of processes, the folder and the arguments.
-        processes: how many.
-        folder: where the processes meet and write.
-        arguments: what else the job gets.
+        job: the function as ``module:name``; it gets its rank, the number of processes, the folder and the arguments.
+        processes: the number of processes.
+        folder: the folder that the processes write to.
+        arguments: further arguments of the job.
         seconds: the time limit of the process group.
     """
     with tempfile.TemporaryDirectory() as place:
@@ -65,7 +65,7 @@ def _rank(job: str, rank: int, processes: int, folder: Path, seconds: float, arg
 
 
 def main(job: str, processes: int, folder: Path, seconds: float, arguments: list[str]) -> int:
-    """The status of a job: 0 where every process has done it."""
+    """Run a job in several processes and return its status: 0 if every process has finished it, otherwise 1."""
     importlib.import_module(job.partition(":")[0])
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as place:

@@ -1,7 +1,7 @@
-"""A process that runs a recipe in forks of itself, to be killed.
+"""A process that runs a recipe in forks of itself, which tests kill.
 
-``python -m tests.runtime.recipe_worker FOLDER`` does jobs (`tests.forks`): ``whole`` runs it in a folder of its own,
-``killed`` in another one.
+``python -m tests.runtime.recipe_worker FOLDER`` serves jobs (`tests.forks`): ``whole`` runs the recipe in a folder of
+its own, ``killed`` in another one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPEC: dict[str, Any] = {
 
 
 def train(compiled: Compiled, stage: Stage) -> None:
-    """Some steps of AdamW with random numbers, and a file of its own."""
+    """Do some steps of AdamW with random numbers, and write a file into the stage's folder."""
     assert stage.folder is not None
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
     for number, batch in enumerate(batches(compiled.compilation.model, 5)):
@@ -40,7 +40,7 @@ def train(compiled: Compiled, stage: Stage) -> None:
 
 
 def main(folder: Path) -> None:
-    """Serve."""
+    """Serve the jobs."""
     from tests.forks import serve
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Tiny models whose feed-forward parts are experts that a router chooses from."""
+"""Tiny models with feed-forward parts made of experts that a router chooses from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLES = ["attn.q", "attn.o", "experts", "router"]
 
 
 def spec(roles: Sequence[str] = ROLES) -> dict[str, Any]:
-    """LoRA on some roles."""
+    """Return a spec with LoRA on the given roles."""
     return {"adapt": [{"method": "lora", "rank": 4, "target": {"role": list(roles)}}]}
 
 
@@ -33,7 +33,7 @@ FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 
 
 def routed_model(family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A model of a family, with random weights."""
+    """Return a model of a family, with random weights."""
     if family == "mixtral":
         return tiny("mixtral", seed=seed).to(dtype).eval()
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ _MAKERS = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe}
 
 @torch.no_grad()
 def near_twins(model: nn.Module) -> None:
-    """Give every three experts the same row of the router, but for the last bit of some of its entries."""
+    """Give every three experts the same row of the router, except for the last bit of some of its entries."""
     for name, weight in model.named_parameters():
         if name.endswith("gate.weight"):
             for row in range(len(weight)):

@@ -1,4 +1,4 @@
-"""Training steps keep less for the backward pass, and their gradients are the same."""
+"""Training steps keep less for the backward pass, and their gradients are unchanged."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def gradients(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = l
 
 
 def saved(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_of) -> int:
-    """Bytes that are alive for the backward pass when the forward pass is over, tensors of the model not counted."""
-    held: weakref.WeakSet[Any] = weakref.WeakSet()
+    """Return the bytes kept alive for the backward pass by the forward pass, without tensors of the model."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
     class Held:
         def __init__(self, tensor: Tensor) -> None:
@@ -62,13 +62,13 @@ def saved(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_
 
     def pack(tensor: Tensor) -> Held:
         kept = Held(tensor)
-        held.add(kept)
+        alive.add(kept)
         return kept
 
     with saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = run(model, inputs)
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    sizes = {h.tensor.untyped_storage()._cdata: h.tensor.untyped_storage().nbytes() for h in held}
+    sizes = {h.tensor.untyped_storage()._cdata: h.tensor.untyped_storage().nbytes() for h in alive}
     del loss
     return sum(size for address, size in sizes.items() if address not in own)
 
@@ -84,7 +84,7 @@ def base() -> Any:
 
 @pytest.fixture(scope="module")
 def usual(base: Any) -> Any:
-    """A model with everything that there is by default."""
+    """A model with the default options."""
     return compiled(base)
 
 
@@ -95,7 +95,7 @@ def inputs(usual: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(base: Any, inputs: dict[str, Any]) -> Gradients:
-    """What autograd gives that keeps what it likes."""
+    """The gradients of plain autograd, which keeps all that it saves."""
     return gradients(compiled(base, **PLAIN), inputs)
 
 
@@ -120,7 +120,7 @@ def test_a_budget_is_kept_within(family: str, budget: float) -> None:
     inputs = inputs_for(ours, (6, 20))
     for name, expected in gradients(plain, inputs).items():
         torch.testing.assert_close(dict(gradients(ours, inputs))[name], expected, rtol=1e-10, atol=1e-14)
-    # Draws of the base's own dropouts, and what the loss reads, cannot be had again.
+    # Draws of the base's own dropouts, and values that the loss reads, cannot be recomputed.
     least = compiled(base, memory={"budget": 1e-9})
     gradients(least, inputs)
     assert saved(ours, inputs) <= max(1.05 * budget * saved(plain, inputs), saved(least, inputs))
@@ -141,18 +141,18 @@ def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, A
     gradients(usual, inputs)
     modules = (usual, *usual.blocks.values())
     predicted = sum(choice.kept for module in modules for choice in choices_of(module).values())
-    found = saved(usual, inputs, lambda model, given: model(**given).logits.sum())
-    assert found == pytest.approx(predicted, rel=0.05)
+    measured = saved(usual, inputs, lambda model, given: model(**given).logits.sum())
+    assert measured == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("document", [{}, {"memory": {"budget": 0.4}}, {"checkpoint": "layers"}, PLAIN])
 def test_a_step_is_told_before_it_runs(base: Any, document: dict[str, Any]) -> None:
-    """As torch's allocator counts it, and nothing of the model has changed by it."""
+    """The predicted bytes are those of torch's allocator, and the prediction leaves the model unchanged."""
     model = compiled(base, **document)
     inputs = {"input_ids": torch.arange(8 * 64).reshape(8, 64) % 101}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    model.activations(input_ids=torch.ones(2, 3).long())  # other sizes say nothing of these
+    model.activations(input_ids=torch.ones(2, 3).long())  # a prediction for other sizes has no effect here
     told = model.activations(**inputs)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(p.grad is None for p in model.parameters())
@@ -177,8 +177,8 @@ def kept_by_the_host() -> Iterator[None]:
 @pytest.mark.slow
 def test_under_the_hooks_of_others(usual: Any, inputs: dict[str, Any], expected: Gradients) -> None:
     def recomputed(model: Any, given: dict[str, Any]) -> Tensor:
-        found: Tensor = checkpoint(loss_of, model, given, use_reentrant=False)
-        return found
+        loss: Tensor = checkpoint(loss_of, model, given, use_reentrant=False)
+        return loss
 
     assert equal(gradients(usual, inputs, recomputed), expected)
     with kept_by_the_host():
@@ -200,18 +200,18 @@ def test_two_forward_passes_before_a_backward_pass(usual: Any, inputs: dict[str,
     def both(model: Any, given: dict[str, Any]) -> Tensor:
         return (loss_of(model, given) + loss_of(model, given)) / 2
 
-    found = gradients(usual, inputs, both)
+    result = gradients(usual, inputs, both)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(result[name], gradient, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.slow
 def test_gradients_of_gradients(base: Any, usual: Any, inputs: dict[str, Any]) -> None:
     def second(model: Any) -> list[Tensor]:
-        own = [p for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
         with sdpa_kernel(SDPBackend.MATH):
-            first = torch.autograd.grad(loss_of(model, inputs), own, create_graph=True)
-            return list(torch.autograd.grad(sum(g.square().sum() for g in first), own))  # type: ignore[arg-type]
+            first = torch.autograd.grad(loss_of(model, inputs), parameters, create_graph=True)
+            return list(torch.autograd.grad(sum(g.square().sum() for g in first), parameters))  # type: ignore[arg-type]
 
     for ours, plain in zip(second(usual), second(compiled(base, **PLAIN)), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
@@ -233,7 +233,7 @@ def test_a_change_before_the_backward_pass_is_an_error(base: Any, inputs: dict[s
 @pytest.mark.full
 @pytest.mark.parametrize("memory", [{}, {"budget": 0.2}])
 def test_parameters_are_those_of_the_forward_pass(base: Any, inputs: dict[str, Any], memory: dict[str, Any]) -> None:
-    """Also where others have their places when the backward pass comes, as after `torch.func.functional_call`."""
+    """The backward pass uses them even if others have taken their places, as after `torch.func.functional_call`."""
     norms = {"train": ["**.input_layernorm", "**.post_attention_layernorm"]}
 
     def found(**document: Any) -> list[Tensor]:
@@ -257,7 +257,7 @@ def test_nothing_is_left_behind(usual: Any, inputs: dict[str, Any]) -> None:
     before = alive()
     for _ in range(3):
         gradients(usual, inputs)
-        loss_of(usual, inputs)  # never read
+        loss_of(usual, inputs)  # the loss is never used
     assert alive() <= before
 
 
@@ -270,17 +270,17 @@ def test_equal_layers_share_their_plans(usual: Any, inputs: dict[str, Any]) -> N
 
 @pytest.mark.slow
 def test_transforms_of_functions(base: Any, inputs: dict[str, Any]) -> None:
-    """`torch.func` allows no hooks: there autograd keeps what it likes."""
+    """`torch.func` allows no hooks, so autograd keeps there all that it saves."""
     model = compiled(base, {"dropout": 0.0})
     own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(values: dict[str, Tensor]) -> Tensor:
-        found: Tensor = torch.func.functional_call(model, values, kwargs=dict(inputs)).logits.square().mean()
-        return found
+        value: Tensor = torch.func.functional_call(model, values, kwargs=dict(inputs)).logits.square().mean()
+        return value
 
-    found = torch.func.grad(loss)(own)
+    result = torch.func.grad(loss)(own)
     for name, gradient in gradients(model, inputs, lambda m, given: m(**given).logits.square().mean()).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(result[name], gradient, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.full
@@ -305,13 +305,13 @@ def test_a_budget_that_cannot_be_met_says_what_is_kept(base: Any, inputs: dict[s
 
 @pytest.mark.full
 def test_what_is_small_first_may_be_large_later(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that saves nothing worth it does not decide for others."""
+    """A call that has too little to save does not decide for other calls."""
     monkeypatch.setattr(plan, "WORTH", 2**16)
-    model = compiled(base, {"rank": 3})  # equal graphs share plans, which other tests have made
+    model = compiled(base, {"rank": 3})  # equal graphs share plans, and other tests have made some
     small, large = (torch.ones(2, size).long() for size in (2, 100))
     for ids in (small, large):
         gradients(model, {"input_ids": ids})
     kept = [model.activations(input_ids=ids) for ids in (small, large)]
-    # What is around the layers has no rank: it is the graph of other tests, and may have their plan.
+    # The graph around the layers does not depend on the rank: other tests have the same one, and may have planned it.
     assert all(layer.kept == layer.without for layer in kept[0].layers if layer.module)
     assert kept[1].kept < 0.9 * kept[1].without

@@ -1,4 +1,4 @@
-"""Under autocast a compiled model computes what its source computes under autocast, from the first call on."""
+"""Under autocast, a compiled model computes what its source computes, from the first call on."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_model_that_is_trained_in_bfloat16_by_a_trainer(tmp_path: Path) -> Non
 
 
 class Casting(nn.Module):
-    """Casts to the type that a value has outside of autocast."""
+    """A model that casts to the dtype that a value has outside of autocast."""
 
     def __init__(self, cast: str) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ class Casting(nn.Module):
             "type": lambda: y.type(torch.float32),
             "norm": lambda: y.float().pow(2).mean(-1, keepdim=True) * y.float(),
         }
-        found: torch.Tensor = casts[self.cast]()
-        return found
+        result: torch.Tensor = casts[self.cast]()
+        return result
 
 
 @pytest.mark.parametrize("cast", ["float", "to", "to of an input", "type", "norm"])
@@ -137,13 +137,13 @@ def test_casts_to_the_same_type_hold_under_autocast(cast: str) -> None:
     compiled = graftc.compile(spec, model, (torch.randn(3, 6),)).eval()
     x = torch.randn(4, 6)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected, found = model(x), compiled(x)
-    assert found.dtype == expected.dtype == torch.float32 and torch.equal(found, expected)
+        expected, result = model(x), compiled(x)
+    assert result.dtype == expected.dtype == torch.float32 and torch.equal(result, expected)
 
 
 @pytest.mark.slow
 def test_experts_are_chosen_as_by_the_source() -> None:
-    """What a router computes in float32 it computes so under autocast."""
+    """A router that computes in float32 also does so under autocast."""
     model = tiny("mixtral").eval()
     compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, model).eval()
     given = inputs("mixtral")

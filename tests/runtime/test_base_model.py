@@ -1,4 +1,4 @@
-"""The base model within a compiled one: the last hidden state, without the head."""
+"""The base model within a compiled one, which returns the last hidden state without the head."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def compiled_of(family: str, spec: Any = LORA) -> Any:
 
 def last(compiled: Any, **inputs: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = compiled(**inputs, output_hidden_states=True).hidden_states[-1]
-    return found
+        state: torch.Tensor = compiled(**inputs, output_hidden_states=True).hidden_states[-1]
+    return state
 
 
 @pytest.mark.full
@@ -37,9 +37,9 @@ def test_it_is_the_last_hidden_state(family: str) -> None:
     assert compiled.base_model is getattr(compiled, PREFIXES[family])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     with torch.no_grad():
-        found = compiled.base_model(input_ids=IDS, attention_mask=mask).last_hidden_state
+        hidden = compiled.base_model(input_ids=IDS, attention_mask=mask).last_hidden_state
     expected = last(compiled, input_ids=IDS, attention_mask=mask)
-    assert torch.equal(found, expected)
+    assert torch.equal(hidden, expected)
     source = compiled.compilation.model.eval()
     with torch.no_grad(), compiled.disabled():
         own = getattr(source, PREFIXES[family])(input_ids=IDS, attention_mask=mask).last_hidden_state
@@ -48,7 +48,7 @@ def test_it_is_the_last_hidden_state(family: str) -> None:
 
 @pytest.mark.full
 def test_the_head_is_left_out() -> None:
-    """Also where it is adapted: nothing of it runs, and it gets no gradient."""
+    """Nothing of the head runs and it gets no gradient, even if it is adapted."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "head"]}}]}
     compiled = graftc.compile(spec, tiny("llama"))
     perturb(compiled, 0.05)
@@ -63,7 +63,7 @@ def test_the_head_is_left_out() -> None:
 
 @pytest.mark.full
 def test_a_loss_of_ones_own_trains_as_the_models() -> None:
-    """Head and loss by hand, as trainers do that cut the vocabulary into pieces, give the same gradients."""
+    """Head and loss by hand, as in trainers that split the vocabulary, give the same gradients."""
     compiled = compiled_of("llama").train()
     compiled(input_ids=IDS, labels=IDS).loss.backward()
     expected = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
@@ -71,9 +71,9 @@ def test_a_loss_of_ones_own_trains_as_the_models() -> None:
     hidden = compiled.base_model(input_ids=IDS).last_hidden_state
     logits = hidden @ compiled.get_output_embeddings().weight.T
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
-    found = {n: p.grad for n, p in compiled.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[n], g, rtol=1e-4, atol=1e-7) for n, g in expected.items())
+    gradients = {n: p.grad for n, p in compiled.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    assert all(torch.allclose(gradients[n], g, rtol=1e-4, atol=1e-7) for n, g in expected.items())
 
 
 @pytest.mark.full
@@ -96,8 +96,8 @@ def test_a_model_without_a_head_is_its_own() -> None:
             self.linear = torch.nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.linear(x)
-            return found
+            output: torch.Tensor = self.linear(x)
+            return output
 
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "linear"}}]}
     compiled = graftc.compile(spec, Plain(), {"x": torch.ones(2, 4)})
@@ -118,7 +118,7 @@ def test_rows_choose_from_a_bank() -> None:
     compiled = compiled_of("llama", {"adapt": adapt, "compose": {"bank": ["a", "b"]}})
     ids = ["a", "b"]
     with torch.no_grad():
-        found = compiled.base_model(input_ids=IDS, adapter_ids=ids).last_hidden_state
+        mixed = compiled.base_model(input_ids=IDS, adapter_ids=ids).last_hidden_state
         other = compiled.base_model(input_ids=IDS, adapter_ids=["b", "b"]).last_hidden_state
-    assert torch.equal(found, last(compiled, input_ids=IDS, adapter_ids=ids))
-    assert not torch.allclose(found[0], other[0]) and torch.equal(found[1], other[1])
+    assert torch.equal(mixed, last(compiled, input_ids=IDS, adapter_ids=ids))
+    assert not torch.allclose(mixed[0], other[0]) and torch.equal(mixed[1], other[1])

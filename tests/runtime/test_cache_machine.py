@@ -1,4 +1,4 @@
-"""A sample of what `tests/gates/test_caches.py` does."""
+"""A sample of the operations that `tests/gates/test_caches.py` runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache holds the keys and values of a text, whoever made it: it may be cropped, reordered, copied, gone on from."""
+"""A cache contains the keys and values of a text, and may be cropped, reordered, copied and continued."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ CASES = [
 @pytest.fixture(scope="module", params=CASES)
 def compiled(request: pytest.FixtureRequest) -> Any:
     family, kind = request.param.split()
-    made = graftc.compile({"adapt": [ADAPTED[kind]]}, language_model(family)).eval()
-    perturb(made, 0.5)
-    return made
+    model = graftc.compile({"adapt": [ADAPTED[kind]]}, language_model(family)).eval()
+    perturb(model, 0.5)
+    return model
 
 
 def virtual(compiled: Any) -> bool:
@@ -54,17 +54,17 @@ def virtual(compiled: Any) -> bool:
 
 
 def last(compiled: Any, ids: Tensor) -> Tensor:
-    """The logits of the last token, from the whole text and without a cache."""
+    """Return the logits of the last token, computed from the whole text without a cache."""
     with torch.no_grad():
         return compiled(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
 
 
 def goes_on(compiled: Any, text: Tensor, cache: Any) -> None:
-    """The next tokens behind a text of which a cache holds all but some are those of the whole text."""
+    """Check that continuing a text from a cache of its first tokens gives the same as without a cache."""
     expected = compiled.generate(text, attention_mask=torch.ones_like(text), **{**SOME, "use_cache": False})
-    found = compiled.generate(text, attention_mask=torch.ones_like(text), past_key_values=cache, **SOME)
-    assert torch.equal(found.sequences, expected.sequences)
-    assert found.past_key_values is cache and cache.get_seq_length() == found.sequences.shape[1] - 1
+    outputs = compiled.generate(text, attention_mask=torch.ones_like(text), past_key_values=cache, **SOME)
+    assert torch.equal(outputs.sequences, expected.sequences)
+    assert outputs.past_key_values is cache and cache.get_seq_length() == outputs.sequences.shape[1] - 1
     assert type(cache) is DynamicCache
 
 
@@ -93,10 +93,10 @@ def test_what_generate_returned(compiled: Any, change: str) -> None:
             compiled(input_ids=more[:, cache.get_seq_length() :], past_key_values=cache)
     else:
         with torch.no_grad():
-            own = copy.deepcopy(cache)
-            found = compiled(input_ids=more[:, cache.get_seq_length() :], past_key_values=own)
-        torch.testing.assert_close(found.logits[:, -1], last(compiled, more), rtol=1e-4, atol=1e-4)
-        assert found.past_key_values is own and own.get_seq_length() == more.shape[1]
+            copied = copy.deepcopy(cache)
+            outputs = compiled(input_ids=more[:, cache.get_seq_length() :], past_key_values=copied)
+        torch.testing.assert_close(outputs.logits[:, -1], last(compiled, more), rtol=1e-4, atol=1e-4)
+        assert outputs.past_key_values is copied and copied.get_seq_length() == more.shape[1]
     goes_on(compiled, more, cache)
 
 
@@ -124,7 +124,7 @@ def test_a_cache_is_filled_in_place_and_gone_on_from_twice(compiled: Any) -> Non
 
 @pytest.mark.sample("llama shifted")
 def test_a_loop_that_fails_leaves_the_text(compiled: Any) -> None:
-    """What stands in front while it runs is gone, and the text goes on from where it was."""
+    """After a failed loop, nothing is left in front of the text, which continues from where it was."""
 
     def failing(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] > 11:
@@ -146,11 +146,11 @@ def test_a_loop_that_fails_leaves_the_text(compiled: Any) -> None:
 def test_beams(compiled: Any) -> None:
     ids = prompt(compiled, 2)["input_ids"]
     options = {"num_beams": 3, "num_return_sequences": 3, **SOME}
-    found = compiled.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    outputs = compiled.generate(ids, attention_mask=torch.ones_like(ids), **options)
     plain = compiled.generate(ids, attention_mask=torch.ones_like(ids), **{**options, "use_cache": False})
-    assert torch.equal(found.sequences, plain.sequences)
-    text = found.sequences
-    assert found.past_key_values.get_seq_length() == text.shape[1] - 1
+    assert torch.equal(outputs.sequences, plain.sequences)
+    text = outputs.sequences
+    assert outputs.past_key_values.get_seq_length() == text.shape[1] - 1
 
 
 @pytest.mark.sample("llama shifted")
@@ -159,10 +159,10 @@ def test_a_generation_without_a_cache_by_the_models_own_config(compiled: Any) ->
     expected = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
     compiled.generation_config.use_cache = False
     try:
-        found = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
+        sequences = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
     finally:
         compiled.generation_config.use_cache = True
-    assert torch.equal(found, expected)
+    assert torch.equal(sequences, expected)
 
 
 PENALTIES: dict[str, dict[str, Any]] = {
@@ -177,15 +177,15 @@ PENALTIES: dict[str, dict[str, Any]] = {
 @pytest.mark.sample("llama shifted-repetition", "llama shifted-chunks")
 @pytest.mark.parametrize("name", PENALTIES)
 def test_logits_processors_see_the_text_and_its_mask(compiled: Any, name: str) -> None:
-    """They compare them token by token, and leave padding alone: so does a text without a cache."""
+    """Processors compare texts token by token and ignore padding, with a cache as without one."""
     given = prompt(compiled, 3, padded=True)
     options = {**SOME, **PENALTIES[name], "output_logits": True, "output_scores": True}
-    found = compiled.generate(**given, **options)
+    outputs = compiled.generate(**given, **options)
     plain = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
     expected = compiled.generate(**given, **plain, use_cache=False)
-    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(outputs.sequences, expected.sequences)
     largest = float(torch.stack(expected.logits).abs().max())
-    for ours, theirs in ((found.logits, expected.logits), (found.scores, expected.scores)):
+    for ours, theirs in ((outputs.logits, expected.logits), (outputs.scores, expected.scores)):
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4 * largest)
 
 
@@ -194,23 +194,23 @@ def test_padding_is_not_penalised(compiled: Any) -> None:
     given = prompt(compiled, 3, padded=True)
     padded = (given["attention_mask"] == 0).any(1) & ~(given["input_ids"] * given["attention_mask"] == 0).all(1)
     options = {**SOME, "max_new_tokens": 1, "min_new_tokens": 1, "output_logits": True, "output_scores": True}
-    found = compiled.generate(**given, **options, repetition_penalty=1.4)
+    outputs = compiled.generate(**given, **options, repetition_penalty=1.4)
     assert bool(padded.any())
-    assert torch.equal(found.scores[0][padded, 0], found.logits[0][padded, 0])
+    assert torch.equal(outputs.scores[0][padded, 0], outputs.logits[0][padded, 0])
 
 
 def test_a_text_that_begins_elsewhere_is_refused() -> None:
-    """Tokens behind it would stand at other positions than they are to."""
+    """Tokens after such a text would get other positions than they should."""
     spec = {"adapt": [{**ADAPTED["shifted"], "name": "front"}]}
     compiled = graftc.compile(spec, language_model("llama")).eval()
     text = prompt(compiled, 2)["input_ids"]
-    made = compiled.generate(text, attention_mask=torch.ones_like(text), **SOME)
+    outputs = compiled.generate(text, attention_mask=torch.ones_like(text), **SOME)
     with compiled.disabled():
         plain = compiled.generate(text, attention_mask=torch.ones_like(text), **SOME)
         with fails("GC140", "begins at position 4, and that of the call at 0"):
-            compiled.generate(made.sequences, past_key_values=made.past_key_values, **SOME)
+            compiled.generate(outputs.sequences, past_key_values=outputs.past_key_values, **SOME)
         with fails("GC140", "begins at position 4, and that of the call at 0"):
-            compiled(input_ids=text[:, :1], past_key_values=copy.deepcopy(made.past_key_values))
+            compiled(input_ids=text[:, :1], past_key_values=copy.deepcopy(outputs.past_key_values))
     for call in (compiled.generate, compiled):
         with fails("GC140", "begins at position 0, and that of the call at 4"):
             call(plain.sequences, past_key_values=plain.past_key_values)
@@ -219,15 +219,15 @@ def test_a_text_that_begins_elsewhere_is_refused() -> None:
 @pytest.mark.sample("2")
 @pytest.mark.parametrize("kept", [2, 3])
 def test_a_call_whose_graph_is_for_one_length_fills_a_cache(kept: int) -> None:
-    """How many logits a call keeps is decided in Python, which fixes the length of its text."""
+    """The number of kept logits is decided in Python, which fixes the length of the text in the graph."""
     model = language_model("llama").eval()
-    compiled = graftc.compile({"adapt": [ADAPTED["lora"]]}, model).eval()  # which starts as the model does
+    compiled = graftc.compile({"adapt": [ADAPTED["lora"]]}, model).eval()  # LoRA starts as the base model
     text = prompt(model, 2)["input_ids"]
-    found = []
+    results = []
     with torch.no_grad():
         for each in (compiled, model):
             first = each(input_ids=text[:, :7], use_cache=True, logits_to_keep=kept)
             assert first.past_key_values.get_seq_length() == 7
             then = each(input_ids=text[:, 7:], past_key_values=first.past_key_values)
-            found.append((first.logits, then.logits))
-    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*found, strict=True))
+            results.append((first.logits, then.logits))
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*results, strict=True))

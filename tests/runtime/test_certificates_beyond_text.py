@@ -1,4 +1,4 @@
-"""Certificates of models that take more than texts run what callers gave: ids say where images stand."""
+"""Certificates of models that take more than text run inputs of callers, whose ids say where images are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def kosmos() -> nn.Module:
 
 
 def batch(rows: int, length: int) -> dict[str, Tensor]:
-    """Texts with an image of four tokens each, which the mask of places says."""
+    """Return texts with an image of four tokens each, as the mask of image positions states."""
     generator = torch.Generator().manual_seed(rows)
     ids = torch.randint(10, 200, (rows, length), generator=generator)
     ids[:, 1:5] = IMAGE
@@ -62,7 +62,7 @@ def test_merged_and_saved(spec: str, kosmos: nn.Module, tmp_path: Path) -> None:
         assert max(merged.certificate.outputs.values()) < 1e-3
         compiled.save(tmp_path / "artifact")
         loaded = graftc.load(tmp_path / "artifact", model=kosmos).eval()
-        with pytest.raises(GraftError) as caught:  # it has nothing to run yet
+        with pytest.raises(GraftError) as caught:  # it has no inputs to run yet
             loaded.merge()
         assert caught.value.code == "GC051" and "call it once" in str(caught.value)
         loaded(**batch(2, 11))
@@ -72,11 +72,11 @@ def test_merged_and_saved(spec: str, kosmos: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("kind", sorted(BEYOND_TEXT))
 def test_models(kind: str, tmp_path: Path) -> None:
-    """Adapted, loaded, merged, saved and exported, each as the source with folded weights, at two sizes."""
+    """Adapted, loaded, merged, saved and exported models compute as the source with folded weights, at two sizes."""
     torch.manual_seed(0)
     source, calls = BEYOND_TEXT[kind]()
     model = randomise(source).eval()
-    # weights that are tied fold only together
+    # tied weights can only be folded together
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
     spec = {"adapt": [{"method": "lora", "rank": 2, "alpha": 4, "target": {"modules": names}}]}
     compiled = graftc.compile(spec, model, calls[0]).eval()
@@ -89,29 +89,29 @@ def test_models(kind: str, tmp_path: Path) -> None:
     merged.save(tmp_path / "merged")
     plain = type(model).from_pretrained(tmp_path / "merged").eval()  # type: ignore[attr-defined]
     loaded = graftc.load(tmp_path / "artifact", model=model).eval()
-    for made in (compiled, merged, plain, loaded):
-        assert not any(differing(made, folded, call, 1e-5) for call in calls)
+    for each in (compiled, merged, plain, loaded):
+        assert not any(differing(each, folded, call, 1e-5) for call in calls)
     program = torch.export.load(merged.export(tmp_path / "merged.pt2", "pt2")).module()
     given = {name: value for name, value in calls[0].items() if isinstance(value, Tensor) and name != "labels"}
     with torch.no_grad():
-        expected, found = folded(**given), program(**given)
-    name = "logits" if "logits" in found else "logits_per_image"
-    torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+        expected, outputs = folded(**given), program(**given)
+    name = "logits" if "logits" in outputs else "logits_per_image"
+    torch.testing.assert_close(outputs[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
 def with_update(model: nn.Module, compiled: nn.Module) -> nn.Module:
-    """The source with the factors of every LoRA multiplied and added to its weights."""
-    made, factors = copy.deepcopy(model), dict(compiled.named_parameters())
+    """Return a copy of the source with the product of every LoRA's factors added to its weights."""
+    updated, factors = copy.deepcopy(model), dict(compiled.named_parameters())
     for path in {name.partition(".graftc.")[0] for name in factors if ".graftc." in name}:
         own = {name.rpartition(".")[2]: t for name, t in factors.items() if name.startswith(f"{path}.graftc.")}
         with torch.no_grad():
-            made.get_parameter(f"{path}.weight").add_(2 * own["B"] @ own["A"])
-    return made
+            updated.get_parameter(f"{path}.weight").add_(2 * own["B"] @ own["A"])
+    return updated
 
 
 def differing(one: nn.Module, other: nn.Module, call: dict[str, Any], share: float) -> list[str]:
-    """Outputs that are further apart than a share of the largest number."""
+    """Return the names of outputs that differ by more than a share of the largest number."""
     with torch.no_grad():
-        found, expected = one(**call), other(**call)
+        outputs, expected = one(**call), other(**call)
     tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
-    return [n for n, v in tensors.items() if (found[n] - v).abs().max() > share * max(1.0, float(v.abs().max()))]
+    return [n for n, v in tensors.items() if (outputs[n] - v).abs().max() > share * max(1.0, float(v.abs().max()))]

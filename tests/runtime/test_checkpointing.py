@@ -1,4 +1,4 @@
-"""Activation checkpointing, as the transformers Trainer turns it on."""
+"""Activation checkpointing, switched on as by the transformers Trainer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_gradients_are_the_same_to_the_bit(
 
 
 def test_layers_are_computed_again(compiled: Any) -> None:
-    """What is kept for the backward pass is less, and layers that are left out keep theirs."""
+    """Less is kept for the backward pass, and layers that are left out of checkpointing keep their values."""
     sizes = []
     for every in (None, 1, 2):
         if every is not None:

@@ -25,19 +25,19 @@ CALL = {"input_ids": IDS, "labels": LABELS}
 
 
 def made(model: nn.Module, loss: str, call: dict[str, Any] = CALL, **spec: Any) -> Compiled:
-    """A compiled model in train mode, its adapters away from their initial values."""
+    """Return a compiled model in train mode, with adapters away from their initial values."""
     torch.manual_seed(0)
-    found = graftc.compile({"adapt": [LORA], **spec, "memory": {"loss": loss}}, copy.deepcopy(model), call).train()
+    compiled = graftc.compile({"adapt": [LORA], **spec, "memory": {"loss": loss}}, copy.deepcopy(model), call).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for _, tensor in sorted(found.named_parameters()):
+        for _, tensor in sorted(compiled.named_parameters()):
             if tensor.requires_grad:
                 tensor += 0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    return found
+    return compiled
 
 
 def step(compiled: nn.Module, call: dict[str, Any] = CALL) -> dict[str, Tensor]:
-    """The loss and all gradients of a step, with the same dropouts each time."""
+    """Return the loss and all gradients of a step, with the same dropouts each time."""
     torch.manual_seed(2)
     compiled.zero_grad()
     loss = compiled(**call).loss
@@ -61,7 +61,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full
 def test_losses_and_gradients_are_those_of_whole_logits() -> None:
-    """On every family, in float64 and with adapted heads: tests/gates/test_chunked_loss.py."""
+    """All families, float64 and adapted heads are tested in tests/gates/test_chunked_loss.py."""
     model = tiny("llama")
     assert_equal(step(made(model, "chunked")), step(made(model, "whole")), 1e-5)
 
@@ -161,7 +161,7 @@ def test_auto_decides_by_size(vocabulary: int, chunked: bool) -> None:
 
 @pytest.mark.full
 def test_auto_counts_what_checkpoints_keep() -> None:
-    """Layers that keep their inputs alone leave more of the memory to the logits."""
+    """Layers that keep only their inputs leave a larger share of the memory to the logits."""
     for checkpoint, chunked in ((None, False), ("layers", True)):
         compiled = made(tiny("llama", layers=12), "auto", checkpoint=checkpoint)
         assert ("logits" not in compiled(**CALL)) is chunked
@@ -178,8 +178,8 @@ def test_objectives_that_compare_outputs_keep_them() -> None:
 @pytest.mark.slow
 def test_log_probabilities_of_tokens_need_labels_and_sum_up_to_the_loss() -> None:
     compiled = made(tiny("llama"), "whole")
-    found = compiled.token_log_probs(**CALL)
-    assert found.shape == IDS.shape
-    torch.testing.assert_close(-found.sum() / (LABELS[:, 1:] != -100).sum(), compiled(**CALL).loss)
+    log_probs = compiled.token_log_probs(**CALL)
+    assert log_probs.shape == IDS.shape
+    torch.testing.assert_close(-log_probs.sum() / (LABELS[:, 1:] != -100).sum(), compiled(**CALL).loss)
     with pytest.raises(GraftError, match="GC073"):
         compiled.token_log_probs(input_ids=IDS)

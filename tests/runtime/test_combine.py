@@ -1,4 +1,4 @@
-"""Combining adaptations: what each kind gives, what it costs in accuracy, and peft as the judge."""
+"""Combining adaptations: the result of each kind, its error, and comparisons with peft."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def entry(name: str, rank: int = 3, **changes: Any) -> dict[str, Any]:
 
 
 def two(family: str = "bert", ranks: tuple[int, int] = (3, 3), **changes: Any) -> Any:
-    """Two adaptations at the same places, perturbed."""
+    """A model with two adaptations at the same places, perturbed."""
     spec = {"adapt": [entry("one", ranks[0], **changes), entry("two", ranks[1])]}
     compiled = graftc.compile(spec, tiny(family))
     perturb(compiled)
@@ -35,14 +35,14 @@ def two(family: str = "bert", ranks: tuple[int, int] = (3, 3), **changes: Any) -
 
 
 def updates(compiled: Any, name: str) -> dict[str, Tensor]:
-    """What an adaptation adds to the weight of every place, from its tensors and nothing else."""
+    """Compute what an adaptation adds to the weight of every place, from its tensors alone."""
     (resolved,) = (r for r in compiled.compilation.main.resolved if r.name == name)
-    found = {}
+    added = {}
     for site, spec in resolved.places:
         parts = compiled.compilation.parts[name][site.key]
         a, b = (compiled.compilation.store.get(parts[p]).detach().double() for p in "AB")
-        found[str(site.key)] = spec.alpha / spec.rank * b @ a
-    return found
+        added[str(site.key)] = spec.alpha / spec.rank * b @ a
+    return added
 
 
 def weighted(compiled: Any, weights: tuple[float, float]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
 def test_side_by_side_is_exact(family: str, weights: tuple[float, float]) -> None:
-    """Also with ranks that differ and with a negative weight; with weights of 1 the model computes the same."""
+    """Concatenation is exact, also with different ranks and a negative weight; weights of 1 keep the outputs."""
     compiled = two(family, (3, 2))
     before = compiled.adapter_state_dict()
     combined = compiled.combine(["one", "two"], weights, kind="concatenation", name="both")
@@ -75,7 +75,7 @@ def test_side_by_side_is_exact(family: str, weights: tuple[float, float]) -> Non
 
 @pytest.mark.slow
 def test_the_nearest_of_a_rank() -> None:
-    """At full rank exact; below, the error is what the singular values left out say."""
+    """The result is exact at full rank; below, its error follows from the singular values that are left out."""
     compiled = two()
     wanted = weighted(compiled, (0.5, 2.0))
     full = compiled.combine(["one", "two"], (0.5, 2.0), rank=6)
@@ -85,38 +85,38 @@ def test_the_nearest_of_a_rank() -> None:
     for site, update in wanted.items():
         s = torch.linalg.svdvals(update)
         assert less.errors[site] == pytest.approx(float(s[4:].norm() / s.norm()), rel=1e-6)
-    found = relative(updates(less.compiled, "combined"), wanted)
-    assert found == pytest.approx(dict(less.errors), rel=1e-4)
+    errors = relative(updates(less.compiled, "combined"), wanted)
+    assert errors == pytest.approx(dict(less.errors), rel=1e-4)
 
 
 @pytest.mark.full
 def test_adding_factors_is_something_else() -> None:
     compiled = two()
     combined = compiled.combine(["one", "two"], (0.5, 0.5), kind="linear")
-    found = relative(updates(combined.compiled, "combined"), weighted(compiled, (0.5, 0.5)))
-    assert found == pytest.approx(dict(combined.errors), rel=1e-4) and min(found.values()) > 0.1
+    errors = relative(updates(combined.compiled, "combined"), weighted(compiled, (0.5, 0.5)))
+    assert errors == pytest.approx(dict(combined.errors), rel=1e-4) and min(errors.values()) > 0.1
     same = two()
     one = {n: t for n, t in same.adapter_state_dict().items() if ".one." in n}
     same.load_adapter_state_dict({**one, **{n.replace(".one.", ".two."): t for n, t in one.items()}})
-    # Two equal ones at half weight each: (2 sqrt(1/2))^2 is twice the update, where their sum is the update itself.
-    found = same.combine(["one", "two"], (0.5, 0.5), kind="linear").errors
-    assert found == pytest.approx(dict.fromkeys(updates(same, "one"), 1.0), rel=1e-6)
+    # Two equal ones at half weight each: (2 sqrt(1/2))^2 is twice the update, but their sum is the update itself.
+    errors = same.combine(["one", "two"], (0.5, 0.5), kind="linear").errors
+    assert errors == pytest.approx(dict.fromkeys(updates(same, "one"), 1.0), rel=1e-6)
 
 
 @pytest.mark.slow
 def test_elected_signs() -> None:
-    """TIES at density 1: where both agree in sign their mean, elsewhere the heavier one alone."""
+    """TIES at density 1 gives the mean where both signs agree, and elsewhere the larger update alone."""
     compiled = two()
     combined = compiled.combine(["one", "two"], kind="ties", density=1.0, rank=48)
     one, other = updates(compiled, "one"), updates(compiled, "two")
-    for site, found in updates(combined.compiled, "combined").items():
+    for site, update in updates(combined.compiled, "combined").items():
         a, b = one[site], other[site]
         heavier = torch.where(a.abs() > b.abs(), a, b)
         wanted = torch.where(a.sign() == b.sign(), (a + b) / 2, heavier)
-        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        assert float((update - wanted).norm() / wanted.norm()) < 1e-5
     thin = compiled.combine(["one", "two"], kind="ties", density=0.1, rank=48)
-    for found in updates(thin.compiled, "combined").values():
-        assert int((found.abs() > 1e-6).sum()) <= 2 * (0.1 * found.numel() + 1)
+    for update in updates(thin.compiled, "combined").values():
+        assert int((update.abs() > 1e-6).sum()) <= 2 * (0.1 * update.numel() + 1)
 
 
 @pytest.mark.full
@@ -127,17 +127,17 @@ def test_random_drops() -> None:
     all_of_it = compiled.combine(["one", "two"], kind="dare", density=1.0, rank=48)
     assert max(relative(updates(all_of_it.compiled, "combined"), wanted).values()) < 1e-5
     draws = [compiled.combine(["one", "two"], kind="dare", rank=48, seed=seed) for seed in (*range(12), 0)]
-    found = [updates(draw.compiled, "combined") for draw in draws]
+    results = [updates(draw.compiled, "combined") for draw in draws]
     site = next(iter(wanted))
-    assert torch.equal(found[0][site], found[-1][site]) and not torch.equal(found[0][site], found[1][site])
-    mean = torch.stack([f[site] for f in found[:-1]]).mean(0)
+    assert torch.equal(results[0][site], results[-1][site]) and not torch.equal(results[0][site], results[1][site])
+    mean = torch.stack([f[site] for f in results[:-1]]).mean(0)
     assert float((mean - wanted[site]).norm() / wanted[site].norm()) < 0.5
-    assert float((found[0][site] - wanted[site]).norm() / wanted[site].norm()) > 0.5
+    assert float((results[0][site] - wanted[site]).norm() / wanted[site].norm()) > 0.5
 
 
 @pytest.mark.full
 def test_what_else_is_there_stays() -> None:
-    """Another adaptation, the trained head and its values are in the combined model as they were."""
+    """Another adaptation, the trained head and its values are unchanged in the combined model."""
     spec = {
         "adapt": [entry("one"), entry("two"), entry("third", target={"role": "attn.v"})],
         "train": ["classifier"],
@@ -215,16 +215,16 @@ def test_the_source_of_a_combination_still_trains() -> None:
 @pytest.mark.parametrize("kind", ["concatenation", "svd", "linear"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
 def test_other_targets_count_as_zero(kind: Kind, weights: tuple[float, float]) -> None:
-    """What peft's `cat` and `svd` give: at a place of one adaptation, that one alone, by its weight."""
+    """At a place of one adaptation, the result is that one times its weight, as from peft's `cat` and `svd`."""
     spec = {"adapt": [entry("one", 3), {**entry("two", 3), "target": {"role": ["ffn.down", "attn.o"]}}]}
     compiled = graftc.compile(spec, tiny("bert"))
     perturb(compiled)
     compiled.eval()
     combined = compiled.combine(["one", "two"], weights, kind=kind, rank=None if kind != "svd" else 6)
     one, other = updates(compiled, "one"), updates(compiled, "two")
-    found = updates(combined.compiled, "combined")
-    assert found.keys() == one.keys() | other.keys() and one.keys() != other.keys()
-    for site, update in found.items():
+    results = updates(combined.compiled, "combined")
+    assert results.keys() == one.keys() | other.keys() and one.keys() != other.keys()
+    for site, update in results.items():
         parts = [w * own[site] for w, own in zip(weights, (one, other), strict=True) if site in own]
         if kind != "linear" or len(parts) == 1:
             assert float((update - sum(parts)).norm()) <= 1e-6 * float(sum(parts).norm())  # type: ignore[union-attr]

@@ -43,10 +43,10 @@ def test_loss_from_labels_is_the_models_own() -> None:
     labels = torch.tensor([0, 2, 1])
     with torch.no_grad():
         expected = model(**text(), labels=labels)
-        found = adapted(**text(), labels=labels)
-    assert torch.equal(found.loss, expected.loss)
-    assert torch.equal(found.logits, expected.logits)
-    assert type(found) is type(expected)
+        outputs = adapted(**text(), labels=labels)
+    assert torch.equal(outputs.loss, expected.loss)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert type(outputs) is type(expected)
 
 
 @pytest.mark.full
@@ -100,8 +100,8 @@ def test_positional_inputs_and_tuples() -> None:
     adapted = compiled(model).eval()
     inputs = text()
     with torch.no_grad():
-        found = adapted(inputs["input_ids"], inputs["attention_mask"], return_dict=False)
-        assert torch.equal(found[0], model(**inputs).logits)
+        outputs = adapted(inputs["input_ids"], inputs["attention_mask"], return_dict=False)
+        assert torch.equal(outputs[0], model(**inputs).logits)
 
 
 @pytest.mark.slow
@@ -258,7 +258,7 @@ def test_initial_values_do_not_depend_on_order_or_global_state() -> None:
 
 
 class Plain(nn.Module):
-    """A hand-written model: no config, an output that is a tuple."""
+    """A hand-written model without a config, whose output is a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,10 +280,10 @@ def test_any_module_compiles_folds_and_keeps_its_output_form() -> None:
     x = torch.randn(4, 5)
     merged = adapted.merge()
     with torch.no_grad():
-        found = adapted(x)
-        assert isinstance(found, tuple)
-        torch.testing.assert_close(merged(x)[0], found[0], atol=2e-5, rtol=0)
-        assert not torch.allclose(found[0], model(x)[0])
+        outputs = adapted(x)
+        assert isinstance(outputs, tuple)
+        torch.testing.assert_close(merged(x)[0], outputs[0], atol=2e-5, rtol=0)
+        assert not torch.allclose(outputs[0], model(x)[0])
 
 
 def test_inputs_of_an_unknown_model_have_to_be_shown() -> None:

@@ -1,4 +1,4 @@
-"""Converting adaptations to LoRA: exact at full rank, the nearest update below, within a bound where there is one."""
+"""Converting adaptations to LoRA: exact at full rank, otherwise the nearest update, within a bound if one is given."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def compiled_of(family: str, *adapt: dict[str, Any], **rest: Any) -> Any:
 
 
 def convert(compiled: Any, *args: Any, **options: Any) -> module.Converted:
-    made: module.Converted = runner_of(compiled).convert(*args, **options)
-    return made
+    converted: module.Converted = runner_of(compiled).convert(*args, **options)
+    return converted
 
 
 def folded(compiled: Any) -> dict[str, Tensor]:
@@ -35,62 +35,62 @@ def folded(compiled: Any) -> dict[str, Tensor]:
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest distance of two models' tensors, each relative to its norm."""
+    """Return the largest distance between two models' tensors, each relative to its norm."""
     return max(float((one[n] - other[n]).norm() / one[n].norm().clamp_min(1e-30)) for n in one)
 
 
 @pytest.fixture(scope="module")
 def stacked() -> Any:
-    """DoRA below vectors that scale its effective weight."""
+    """A model with DoRA below vectors that scale its effective weight."""
     return compiled_of("llama", {"method": "dora", "rank": 3, "target": TARGET}, {"method": "ia3"})
 
 
 @pytest.mark.full
 def test_full_rank_is_the_fold(stacked: Any) -> None:
-    """Of adaptations on top of each other: each becomes a LoRA of its own, in its place."""
+    """Adaptations on top of each other each become a LoRA of their own, in their places."""
     before = stacked.adapter_state_dict()
-    made = convert(stacked)
-    assert made.largest_error < 1e-6 and [a.method for a in made.compiled.spec.adapt] == ["lora", "lora"]
-    assert [a.name for a in made.compiled.spec.adapt] == ["dora", "ia3"]
-    assert apart(folded(stacked), folded(made.compiled)) < 1e-6
+    converted = convert(stacked)
+    assert converted.largest_error < 1e-6 and [a.method for a in converted.compiled.spec.adapt] == ["lora", "lora"]
+    assert [a.name for a in converted.compiled.spec.adapt] == ["dora", "ia3"]
+    assert apart(folded(stacked), folded(converted.compiled)) < 1e-6
     inputs = inputs_for(stacked, (2, 5))
-    found = largest_difference(outputs_of(made.compiled.eval(), inputs), outputs_of(stacked, inputs))
-    assert found < 1e-5 and made.largest_difference < 1e-5 < made.largest_output
+    difference = largest_difference(outputs_of(converted.compiled.eval(), inputs), outputs_of(stacked, inputs))
+    assert difference < 1e-5 and converted.largest_difference < 1e-5 < converted.largest_output
     assert all(torch.equal(t, before[n]) for n, t in stacked.adapter_state_dict().items())
 
 
 @pytest.mark.slow
 def test_one_of_several(stacked: Any) -> None:
-    """The one on top stays as it is, and so does what the model computes."""
-    made = convert(stacked, ["dora"])
-    assert [a.method for a in made.compiled.spec.adapt] == ["lora", "ia3"]
-    assert apart(folded(stacked), folded(made.compiled)) < 1e-6
+    """The adaptation on top is unchanged, and so is what the model computes."""
+    converted = convert(stacked, ["dora"])
+    assert [a.method for a in converted.compiled.spec.adapt] == ["lora", "ia3"]
+    assert apart(folded(stacked), folded(converted.compiled)) < 1e-6
 
 
 @pytest.mark.slow
 def test_the_error_of_a_rank(stacked: Any) -> None:
-    """What the singular values left out say, at every site; the probes through the compiled LoRA agree."""
-    made = convert(stacked, ["dora"], rank=4)
+    """The error at every site follows from the singular values left out; probes of the compiled LoRA agree."""
+    converted = convert(stacked, ["dora"], rank=4)
     plain = compiled_of("llama", {"method": "dora", "rank": 3, "target": TARGET})
     plain.load_adapter_state_dict({n: t for n, t in stacked.adapter_state_dict().items() if ".dora." in n})
     after, base = folded(plain), {n: t.double() for n, t in plain._graftc.compilation.source.state_dict().items()}
-    for site in made.sites:
+    for site in converted.sites:
         s = torch.linalg.svdvals(after[site.site] - base[site.site])
         assert site.rank == 4 and site.error == pytest.approx(float(s[4:].norm() / s.norm()), rel=1e-3)
         assert site.probed == pytest.approx(site.error, rel=0.7)
-    assert made.compiled.spec.adapt[0].rank == 4 and not made.compiled.spec.adapt[0].overrides
+    assert converted.compiled.spec.adapt[0].rank == 4 and not converted.compiled.spec.adapt[0].overrides
 
 
 @pytest.mark.full
 def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
-    """Each site has its own: within the bound, and outside of it with one rank less."""
-    made = convert(stacked, ["dora"], error=0.15)
-    assert made.largest_error <= 0.15 and len({site.rank for site in made.sites}) > 1
-    lower = min(site.rank for site in made.sites) - 1
+    """Each site has its own rank, which meets the bound, and one rank less would not."""
+    converted = convert(stacked, ["dora"], error=0.15)
+    assert converted.largest_error <= 0.15 and len({site.rank for site in converted.sites}) > 1
+    lower = min(site.rank for site in converted.sites) - 1
     less = {site.site: site.error for site in convert(stacked, ["dora"], rank=lower).sites}
-    assert all(less[site.site] > 0.15 for site in made.sites if site.rank == lower + 1)
-    own = {str(s.key): spec.rank for s, spec in made.compiled._graftc.compilation.main.resolved[0].places}
-    assert own == {site.site: site.rank for site in made.sites}
+    assert all(less[site.site] > 0.15 for site in converted.sites if site.rank == lower + 1)
+    ranks = {str(s.key): spec.rank for s, spec in converted.compiled._graftc.compilation.main.resolved[0].places}
+    assert ranks == {site.site: site.rank for site in converted.sites}
     with pytest.raises(GraftError, match="is not met at") as caught:
         convert(stacked, ["dora"], error=0.15, rank=2)
     assert caught.value.code == "GC067" and len(caught.value.details) > 2
@@ -98,34 +98,36 @@ def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
 
 @pytest.mark.full
 def test_experts_and_stand_ins() -> None:
-    """One pair of factors for each expert; copies that train become updates."""
+    """Each expert gets a pair of factors, and trained copies become updates."""
     compiled = compiled_of(
         "mixtral",
         {"method": "loha", "rank": 2, "target": {"role": "experts"}},
         {"method": "full", "target": {"role": "attn.o"}},
     )
-    made = convert(compiled)
-    assert apart(folded(compiled), folded(made.compiled)) < 1e-6
-    assert {site.full_rank for site in made.sites if site.adaptation == "loha"} == {4}
-    assert [a.name for a in made.compiled.spec.adapt] == ["full", "loha"], "copies are below what stands at sites"
+    converted = convert(compiled)
+    assert apart(folded(compiled), folded(converted.compiled)) < 1e-6
+    assert {site.full_rank for site in converted.sites if site.adaptation == "loha"} == {4}
+    assert [a.name for a in converted.compiled.spec.adapt] == ["full", "loha"], "copies are below what stands at sites"
 
 
 @pytest.mark.slow
 def test_rows_of_a_fused_weight() -> None:
     """Sites that are rows of one weight keep their rows."""
     compiled = compiled_of("gpt2", {"method": "lokr", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}})
-    made = convert(compiled, error=0.4)
-    assert apart(folded(compiled), folded(made.compiled)) < 0.4 and len(made.sites) == 4
-    assert made.compiled.merge().certificate.passed
+    converted = convert(compiled, error=0.4)
+    assert apart(folded(compiled), folded(converted.compiled)) < 0.4 and len(converted.sites) == 4
+    assert converted.compiled.merge().certificate.passed
 
 
 @pytest.mark.full
 def test_a_trained_head_goes_into_the_base(tmp_path: Any) -> None:
-    """The LoRA stays outside; the folder holds the base with the head, and loads from there."""
+    """The LoRA stays outside; the folder contains the base with the head, and loads from there."""
     compiled = compiled_of("bert", {"method": "lora", "rank": 3, "target": TARGET}, train=["classifier"])
-    made = convert(compiled, into_base=["trained"])
-    assert made.partial is not None and made.partial.folded == ("trained",) and not made.compiled.spec.train
-    made.save(tmp_path / "made")
+    converted = convert(compiled, into_base=["trained"])
+    assert (
+        converted.partial is not None and converted.partial.folded == ("trained",) and not converted.compiled.spec.train
+    )
+    converted.save(tmp_path / "made")
     loaded = graftc.load(tmp_path / "made").eval()
     inputs = inputs_for(compiled, (2, 5))
     assert largest_difference(outputs_of(loaded, inputs), outputs_of(compiled, inputs)) < 1e-5
@@ -167,7 +169,7 @@ def test_members_of_a_composition_are_refused() -> None:
 
 @pytest.mark.full
 def test_a_wrong_factor_is_caught(stacked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probes go through the LoRA as it was compiled: factors of another site, or of another sign, are found."""
+    """Probes run through the compiled LoRA, so factors of another site or of another sign are detected."""
     right = module.values_of
 
     def swapped(*args: Any) -> dict[str, Tensor]:

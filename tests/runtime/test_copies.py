@@ -1,4 +1,4 @@
-"""``copy.deepcopy``, as averaging of weights and reference models use it: the same model with tensors of its own."""
+"""``copy.deepcopy``, as for averages of weights and reference models: the same model with tensors of its own."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def adapted(family: str, *entries: Any, **keys: Any) -> Any:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name that they have."""
+    """Return parameters and buffers under all of their names."""
     named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    return {name: tensor for found in named for name, tensor in found}
+    return {name: tensor for pairs in named for name, tensor in pairs}
 
 
 @pytest.mark.slow
 @pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
-    """In both modes; ties stay ties, what is frozen stays frozen, and changing one leaves the other."""
+    """In both modes, ties and frozen tensors are kept, and changing one model leaves the other unchanged."""
     compiled = adapted(family, LORA, DORA, **({"train": ["classifier"]} if family == "bert" else {}))
     copied = copy.deepcopy(compiled)
     assert type(copied) is type(compiled)
@@ -51,7 +51,7 @@ def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
         assert other[name].requires_grad == tensor.requires_grad and torch.equal(other[name], tensor)
         assert other[name].data_ptr() != tensor.data_ptr() or not tensor.numel()
         places.setdefault(id(tensor), set()).add(id(other[name]))
-    assert all(len(found) == 1 for found in places.values())
+    assert all(len(copies) == 1 for copies in places.values())
     inputs = inputs_for(compiled)
     expected = outputs_of(compiled, inputs)
     assert same_bits(outputs_of(copied, inputs), expected)
@@ -59,25 +59,25 @@ def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
     assert largest_difference(outputs_of(copied, inputs), expected) > 1e-3
     assert same_bits(outputs_of(compiled, inputs), expected)
     copied.load_state_dict(compiled.state_dict())
-    found = []
+    logits = []
     for model in (compiled, copied):
         torch.manual_seed(0)
-        found.append(model.train()(**inputs).logits)
-    assert torch.equal(*found)
+        logits.append(model.train()(**inputs).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.full
 def test_a_copy_is_a_whole_model() -> None:
-    """New signatures, the base alone, merging, loading of adapters, copying again; as a part of a module, too."""
+    """A copy, even in a module, takes new signatures, is disabled, merges, loads adapters and is copied again."""
     compiled = adapted("gpt2", LORA, DORA)
     copied = copy.deepcopy(nn.ModuleDict({"model": compiled}))["model"]
     inputs = inputs_for(compiled)
     expected = outputs_of(compiled, inputs)
     perturb(compiled, 0.1)
     with torch.no_grad():
-        found = copied(**inputs, labels=inputs["input_ids"])
+        outputs = copied(**inputs, labels=inputs["input_ids"])
     assert len(copied.compilation.signatures) == 2 and len(compiled.compilation.signatures) == 1
-    assert same_bits([found.logits], expected)
+    assert same_bits([outputs.logits], expected)
     with copied.disabled():
         assert same_bits(outputs_of(copied, inputs), outputs_of(tiny("gpt2"), inputs))
     merged = copied.merge()
@@ -93,7 +93,7 @@ def test_a_copy_is_a_whole_model() -> None:
 
 @pytest.mark.slow
 def test_steering_is_copied() -> None:
-    """Each has its own gates and counter; the copy knows the schedule, and misses its steering on its own."""
+    """Each model has its own gates and counter; the copy has the schedule, and warns by itself if it is not steered."""
     compiled = adapted("bert", {**SORA, "final_threshold": 0.1})
     compiled.begin(10)
     assert compiled.extra_loss() > 0
@@ -113,7 +113,7 @@ def test_steering_is_copied() -> None:
 
 @pytest.mark.slow
 def test_an_average_of_weights() -> None:
-    """torch's exponential moving average over three steps, against its formula."""
+    """torch's exponential moving average over three steps matches its formula."""
     compiled = adapted("bert", LORA).train()
     average = AveragedModel(compiled, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     expected: dict[str, Tensor] = {}

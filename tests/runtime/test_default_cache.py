@@ -1,4 +1,4 @@
-"""The cache that calls return where nothing is said of one: as the source model does, in eval mode without labels."""
+"""The cache that calls return by default: as from the source model, in eval mode without labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A source model, and the same compiled: LoRA begins at the base."""
+    """A source model, and a compiled model of it, which computes the same since LoRA begins at the base."""
     source = language_model(request.param)
     return source, graftc.compile({"adapt": [LORA]}, source).eval()
 
@@ -41,9 +41,9 @@ def source() -> Any:
 
 @pytest.fixture(scope="module")
 def compiled(source: Any) -> Any:
-    made = graftc.compile({"adapt": [LORA]}, source).eval()
-    perturb(made, 0.3)
-    return made
+    model = graftc.compile({"adapt": [LORA]}, source).eval()
+    perturb(model, 0.3)
+    return model
 
 
 def text(model: Any, *, masked: bool) -> dict[str, Tensor]:
@@ -56,8 +56,8 @@ def text(model: Any, *, masked: bool) -> dict[str, Tensor]:
 
 
 def steps(model: Any, masked: bool, *, plain: bool) -> list[Tensor]:
-    """The logits of a text, and of three tokens behind it, as people go on by hand."""
-    given, found = text(model, masked=masked), []
+    """Return the logits of a text and of three tokens after it, continued by hand from the returned caches."""
+    given, results = text(model, masked=masked), []
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     options: dict[str, Any] = {"return_dict": False} if plain else {}
     with torch.no_grad():
@@ -65,12 +65,12 @@ def steps(model: Any, masked: bool, *, plain: bool) -> list[Tensor]:
             outputs = model(**given, **options)
             logits, cache = outputs[:2]
             assert cache is not None and (plain or cache is outputs.past_key_values)
-            found.append(logits)
+            results.append(logits)
             given = {**given, name: logits[:, -1:].argmax(-1), "past_key_values": cache}
             if masked and not model.config.is_encoder_decoder:
                 mask = given["attention_mask"]
                 given["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return found
+    return results
 
 
 @pytest.mark.sample("llama-whole-class", "t5-whole-class")
@@ -118,26 +118,26 @@ def test_a_config_that_wants_tuples() -> None:
 
 
 def test_nobody_pays_for_a_cache_that_is_left_alone(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls in eval mode capture what they did, and nothing with a cache until one is looked into."""
-    made = graftc.compile({"adapt": [LORA]}, source).eval()
+    """Calls in eval mode capture nothing with a cache until one is used."""
+    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
     with torch.no_grad():
-        made(input_ids=ids)
-        known = list(made.compilation.signatures)
+        adapted(input_ids=ids)
+        known = list(adapted.compilation.signatures)
         runs: list[Any] = []
-        run = type(made._graftc).results
+        run = type(adapted._graftc).results
         monkeypatch.setattr(
-            type(made._graftc), "results", lambda self, key, given: (runs.append(key), run(self, key, given))[1]
+            type(adapted._graftc), "results", lambda self, key, given: (runs.append(key), run(self, key, given))[1]
         )
-        outputs = [made(input_ids=ids), made(input_ids=ids, return_dict=False)]
-        assert list(made.compilation.signatures) == known and len(runs) == 2
+        outputs = [adapted(input_ids=ids), adapted(input_ids=ids, return_dict=False)]
+        assert list(adapted.compilation.signatures) == known and len(runs) == 2
         assert (
             isinstance(outputs[0].past_key_values, DynamicCache) and outputs[0]["cache"] is outputs[0].past_key_values
         )
         assert isinstance(outputs[1][1], DynamicCache)
-        assert list(made.compilation.signatures) == known and len(runs) == 2
+        assert list(adapted.compilation.signatures) == known and len(runs) == 2
         assert outputs[0].past_key_values.get_seq_length() == 9
-        assert len(made.compilation.signatures) == len(known) + 1 and len(runs) == 3
+        assert len(adapted.compilation.signatures) == len(known) + 1 and len(runs) == 3
         assert type(outputs[0].past_key_values) is DynamicCache
 
 
@@ -158,12 +158,12 @@ def test_training_labels_and_encoders_return_none(compiled: Any) -> None:
 
 
 def test_the_config_decides(source: Any) -> None:
-    made = graftc.compile({"adapt": [LORA]}, source).eval()
+    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    made.config.use_cache = False
-    assert made(input_ids=ids).past_key_values is None
-    made.config.use_cache = True
-    assert made(input_ids=ids).past_key_values is not None
+    adapted.config.use_cache = False
+    assert adapted(input_ids=ids).past_key_values is None
+    adapted.config.use_cache = True
+    assert adapted(input_ids=ids).past_key_values is not None
     assert source.config.use_cache
 
 
@@ -184,19 +184,19 @@ USES: dict[str, Callable[[Any], Any]] = {
 def test_every_use_makes_it_what_a_call_with_a_cache_returns(compiled: Any, use: str) -> None:
     ids = prompt(compiled, 2)["input_ids"]
     with torch.no_grad():
-        found = compiled(input_ids=ids).past_key_values
+        cache = compiled(input_ids=ids).past_key_values
         expected = compiled(input_ids=ids, use_cache=True).past_key_values
-    assert not hasattr(found, "to") and "_graftc_make" in vars(found)
-    ours, theirs = USES[use](found), USES[use](expected)
+    assert not hasattr(cache, "to") and "_graftc_make" in vars(cache)
+    ours, theirs = USES[use](cache), USES[use](expected)
     if isinstance(ours, int):
         assert ours == theirs
-    assert type(found) is DynamicCache
-    for one, other in zip(found.layers, expected.layers, strict=True):
+    assert type(cache) is DynamicCache
+    for one, other in zip(cache.layers, expected.layers, strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
 
 
 def test_threads_that_look_into_it_at_once() -> None:
-    """Both find it filled, whoever was first."""
+    """Both threads find the cache filled, whichever was first."""
     both = Barrier(2, timeout=20)
 
     def make() -> DynamicCache:
@@ -212,7 +212,7 @@ def test_threads_that_look_into_it_at_once() -> None:
 
 
 def test_it_is_of_the_call_that_returned_it(compiled: Any) -> None:
-    """What calls leave out, gradients, inference mode and autocast are those of that time."""
+    """Disabled adaptations, gradients, inference mode and autocast are those at the time of the call."""
     ids = prompt(compiled, 2)["input_ids"]
     ways: dict[str, tuple[Any, ...]] = {
         "off": (compiled.disabled(),),
@@ -223,11 +223,11 @@ def test_it_is_of_the_call_that_returned_it(compiled: Any) -> None:
     for name, managers in ways.items():
         for manager in managers:
             manager.__enter__()
-        found = compiled(input_ids=ids).past_key_values
+        cache = compiled(input_ids=ids).past_key_values
         expected = compiled(input_ids=ids, use_cache=True).past_key_values
         for manager in reversed(managers):
             manager.__exit__(None, None, None)
-        keys, own = found.layers[1].keys, expected.layers[1].keys
+        keys, own = cache.layers[1].keys, expected.layers[1].keys
         assert keys.dtype == own.dtype and keys.requires_grad == own.requires_grad, name
         assert keys.is_inference() == own.is_inference() and torch.equal(keys, own), name
 
@@ -242,38 +242,38 @@ WRITES: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.sample("inputs", "adapter")
 @pytest.mark.parametrize("write", WRITES)
 def test_what_was_written_to_since_is_refused(source: Any, write: str) -> None:
-    made = graftc.compile({"adapt": [LORA]}, source).eval()
+    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    found = made(input_ids=ids).past_key_values
-    WRITES[write](made, ids)
+    cache = adapted(input_ids=ids).past_key_values
+    WRITES[write](adapted, ids)
     for _ in range(2):
         with fails("GC140", "has been written to"):
-            made(input_ids=ids[:, :1], past_key_values=found)
+            adapted(input_ids=ids[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("chosen", [{"adapter_ids": ["b", "a"]}, {}])
 def test_banks(source: Any, chosen: dict[str, Any]) -> None:
     spec = {"adapt": [{**LORA, "name": "a"}, {**LORA, "name": "b"}], "compose": {"bank": ["a", "b"]}}
-    made = graftc.compile(spec, source).eval()
-    perturb(made, 0.3)
+    adapted = graftc.compile(spec, source).eval()
+    perturb(adapted, 0.3)
     ids = prompt(source, 2)["input_ids"]
     with torch.no_grad():
-        found = made(input_ids=ids[:, :-1], **chosen).past_key_values
-        logits = made(input_ids=ids[:, -1:], past_key_values=found, **chosen).logits
-        torch.testing.assert_close(logits[:, -1], made(input_ids=ids, **chosen).logits[:, -1], rtol=1e-4, atol=1e-4)
-        later = made(input_ids=ids).past_key_values
-        made.activate("b")
+        cache = adapted(input_ids=ids[:, :-1], **chosen).past_key_values
+        logits = adapted(input_ids=ids[:, -1:], past_key_values=cache, **chosen).logits
+        torch.testing.assert_close(logits[:, -1], adapted(input_ids=ids, **chosen).logits[:, -1], rtol=1e-4, atol=1e-4)
+        later = adapted(input_ids=ids).past_key_values
+        adapted.activate("b")
         with fails("GC140", "has been written to"):
             later.get_seq_length()
 
 
 def test_what_no_cache_can_hold_is_refused_when_it_is_used(source: Any) -> None:
-    made = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, source).eval()
+    adapted = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    outputs = made(input_ids=ids)
+    outputs = adapted(input_ids=ids)
     assert outputs.logits.shape[1] == ids.shape[1]
     with fails("GC141", ""):
-        made(input_ids=ids[:, :1], past_key_values=outputs.past_key_values)
+        adapted(input_ids=ids[:, :1], past_key_values=outputs.past_key_values)
 
 
 def test_a_merged_model(compiled: Any) -> None:
@@ -285,15 +285,15 @@ def test_a_merged_model(compiled: Any) -> None:
 
 @pytest.mark.parametrize("change", ["mode", "hook"])
 def test_a_call_in_another_state_is_refused(source: Any, change: str) -> None:
-    """What makes the cache later has to be what made the outputs."""
-    made = graftc.compile({"adapt": [LORA]}, source).eval()
+    """The cache has to be computed in the state in which the outputs were."""
+    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    table = made.get_input_embeddings()
+    table = adapted.get_input_embeddings()
     handle = table.register_forward_hook(lambda module, args, output: output * 2) if change == "hook" else None
     with torch.no_grad():
-        later = made(input_ids=ids).past_key_values
+        later = adapted(input_ids=ids).past_key_values
     if handle is None:
-        made.train()
+        adapted.train()
     else:
         handle.remove()
     with fails("GC140", "first used"):
@@ -303,13 +303,13 @@ def test_a_call_in_another_state_is_refused(source: Any, change: str) -> None:
 def test_choosing_entries_after_a_call() -> None:
     spec = {"adapt": [{"method": "child_tuning", "variant": "D", "target": {"role": "attn.q"}}]}
     model = tiny("llama")
-    made = graftc.compile(spec, model).eval()
+    adapted = graftc.compile(spec, model).eval()
     ids = prompt(model, 2)["input_ids"]
     with torch.no_grad():
-        made(input_ids=ids)
-    made.select([{"input_ids": ids, "labels": ids}])
+        adapted(input_ids=ids)
+    adapted.select([{"input_ids": ids, "labels": ids}])
 
 
 def test_on_tensors_without_storage() -> None:
-    made = graftc.compile({"adapt": [LORA]}, tiny("llama").to("meta")).eval()
-    assert made(input_ids=torch.ones(2, 5, dtype=torch.int64, device="meta")).logits.is_meta
+    adapted = graftc.compile({"adapt": [LORA]}, tiny("llama").to("meta")).eval()
+    assert adapted(input_ids=torch.ones(2, 5, dtype=torch.int64, device="meta")).logits.is_meta

@@ -1,4 +1,4 @@
-"""Models that draw random numbers in eval mode, as those of speech and of images do."""
+"""Models that draw random numbers in eval mode, as models of speech and of images do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modu
 
 
 class Draws(nn.Module):
-    """Its noise has a bound, which it checks, and its number of rows may follow from what it draws."""
+    """A model that adds noise to its states, and checks that the noise is bounded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Draws(nn.Module):
 
 
 def test_one_seed_gives_what_the_source_gives_and_a_merge_is_certified() -> None:
-    """A check of what is drawn is no check of inputs: it would draw numbers of its own in front of the call."""
+    """A check of drawn numbers is not a check of inputs: it would draw numbers of its own before the call."""
     torch.manual_seed(0)
     model = Draws().eval()
     compiled = graftc.compile(SPEC, model, {"x": torch.randn(3, 6)}, cache=False).eval()
@@ -53,7 +53,7 @@ def test_one_seed_gives_what_the_source_gives_and_a_merge_is_certified() -> None
 
 
 class Iterates(nn.Module):
-    """Goes on from its own outputs, by a map that about doubles how far apart two of them are."""
+    """A model that iterates a map on its own outputs, which about doubles their distance in each iteration."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Iterates(nn.Module):
 
 @pytest.mark.parametrize("times", [3, 14])
 def test_the_noise_of_rounding_is_the_budget_of_a_model_that_makes_much_of_it(times: int) -> None:
-    """In float32 as in 16 bits; a wrong fold explains nothing by it (`tests/methods/test_wrong_folds.py`)."""
+    """Rounding noise counts in float32 as in 16 bits, and hides no wrong fold (`tests/methods/test_wrong_folds.py`)."""
     torch.manual_seed(0)
     model = Iterates(times).eval()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.first"}}]}

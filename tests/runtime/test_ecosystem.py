@@ -1,4 +1,4 @@
-"""What other libraries ask a compiled model for, and the coded errors for what it has another way to do."""
+"""Attributes of a compiled model that other libraries use, and coded errors for those that graftc replaces."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def code_of(run: Callable[[], object]) -> str:
 
 
 class Own(nn.Module):
-    """A model with its own way to take a loss's keywords."""
+    """A model that takes keywords of the loss, and may state whether it does."""
 
     def __init__(self, says: bool | None = None) -> None:
         super().__init__()
@@ -105,15 +105,15 @@ def test_embeddings_and_tags(compiled: Any) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bert", "mixtral"])
 def test_sizes_ties_and_the_decoder_are_those_of_the_source(family: str) -> None:
     source = tiny(family)
-    made = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, source)
-    added = sum(tensor.numel() * tensor.element_size() for tensor in made.adapter_state_dict().values())
+    adapted = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, source)
+    added = sum(tensor.numel() * tensor.element_size() for tensor in adapted.adapter_state_dict().values())
     for buffers in (True, False):
-        assert made.get_memory_footprint(buffers) == source.get_memory_footprint(buffers) + added
-    before = {name: tensor.data_ptr() for name, tensor in made.full_state_dict().items()}
-    made.tie_weights()
-    assert {name: tensor.data_ptr() for name, tensor in made.full_state_dict().items()} == before
+        assert adapted.get_memory_footprint(buffers) == source.get_memory_footprint(buffers) + added
+    before = {name: tensor.data_ptr() for name, tensor in adapted.full_state_dict().items()}
+    adapted.tie_weights()
+    assert {name: tensor.data_ptr() for name, tensor in adapted.full_state_dict().items()} == before
     path = next(path for path, module in source.named_modules() if module is source.get_decoder())
-    assert made.get_decoder() is made.get_submodule(path)
+    assert adapted.get_decoder() is adapted.get_submodule(path)
 
 
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
@@ -199,7 +199,7 @@ def test_disabling_takes_names_of_adaptations(compiled: Any, names: Any, code: s
 @pytest.mark.full
 @pytest.mark.parametrize("count", [3, 11, torch.tensor(5), torch.tensor(5.0), torch.tensor([5]), 2.5])
 def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any, count: Any) -> None:
-    """The mean over so many labels, as the source computes it; another number needs no other graph."""
+    """The loss is the mean over that many labels, as in the source, and another number needs no other graph."""
     ids = torch.arange(5, 19).reshape(2, 7)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with torch.no_grad(), compiled.disabled():
@@ -225,7 +225,7 @@ def test_the_mean_over_items_is_that_of_all_adaptations_that_run_side_by_side(mo
 
 @pytest.mark.parametrize(("shift", "rank"), [(0, 1), (0, 2), (1, 2)])
 def test_terms_beside_the_loss_are_weighted_by_labels(shift: int, rank: int) -> None:
-    """What objectives add in several calls of one step is added up to the mean, as losses are."""
+    """Terms that objectives add in several calls of one step sum up to the mean, as losses do."""
     labels = torch.arange(24).reshape((24,) if rank == 1 else (4, 6))
     if rank == 2:
         labels[0, 2:] = -100

@@ -1,4 +1,4 @@
-"""Adaptations of a live model: left out, added, removed and renamed while the others train on."""
+"""Adaptations of a live model: left out, added, removed and renamed while the others keep training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def adapted(*entries: Any, family: str = "bert", **spec: Any) -> Any:
 
 
 def without(compiled: Any, name: str, *entries: Any, **spec: Any) -> Any:
-    """A model of its own that never had an adaptation, with the tensors of the others."""
+    """Compile a model that never had that adaptation, with the tensors of the others."""
     own = graftc.compile({"adapt": list(entries), **spec}, tiny("bert")).eval()
     tensors = {n: t for n, t in compiled.adapter_state_dict().items() if f".{name}." not in f".{n}."}
     own.load_adapter_state_dict(tensors)
@@ -50,37 +50,37 @@ def without(compiled: Any, name: str, *entries: Any, **spec: Any) -> Any:
 
 
 def gradients(compiled: Any) -> dict[str, torch.Tensor]:
-    """Of a loss of one batch, by name; the model has none afterwards."""
+    """Return the gradients of a loss of one batch by name, and clear them in the model."""
     compiled(**inputs_for(compiled)).logits.square().sum().backward()
-    found = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
     compiled.zero_grad()
-    return found
+    return grads
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_is_left_out(kind: str) -> None:
-    """Outputs and gradients are to the bit those of a model without it; afterwards all is as it was."""
+    """Outputs and gradients are bit for bit those of a model without it, and all is restored afterwards."""
     compiled = adapted(LOW, KINDS[kind])
     inputs = inputs_for(compiled)
     every, base = outputs_of(compiled, inputs), tiny("bert")
     alone = without(compiled, "other", LOW)
     with compiled.disabled("other"):
         assert same_bits(outputs_of(compiled, inputs), outputs_of(alone, inputs))
-        found, expected = gradients(compiled), gradients(alone)
+        grads, expected = gradients(compiled), gradients(alone)
         with compiled.disabled("low"):
             assert same_bits(outputs_of(compiled, inputs), outputs_of(base, inputs))
         with compiled.disabled():
             assert same_bits(outputs_of(compiled, inputs), outputs_of(base, inputs))
         assert same_bits(outputs_of(compiled, inputs), outputs_of(alone, inputs))
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], g) for n, g in expected.items())
+    assert grads.keys() == expected.keys() and all(torch.equal(grads[n], g) for n, g in expected.items())
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(alone, inputs)) > 1e-4
     assert same_bits(outputs_of(compiled, inputs), every)
 
 
 @pytest.mark.full
 def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled after the first time, for inputs of both kinds, and nothing is captured even then."""
+    """Nothing is compiled after the first time, for inputs of both kinds, and nothing is captured at all."""
     compiled = graftc.compile({"adapt": [LOW, OTHER]}, tiny("bert"), cache=False)
     inputs = inputs_for(compiled)
     labelled = {**inputs, "labels": torch.zeros(len(inputs["input_ids"]), dtype=torch.long)}
@@ -101,7 +101,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_an_adapter_is_left_out_for_good(tmp_path: Path) -> None:
-    """Until it is enabled. What is saved has it, and it does not train: its tensors get no gradient."""
+    """A disabled adapter is not used and gets no gradients until it is enabled, but it is saved."""
     compiled = adapted(LOW, OTHER)
     inputs = inputs_for(compiled)
     every = outputs_of(compiled, inputs)
@@ -120,7 +120,7 @@ def test_an_adapter_is_left_out_for_good(tmp_path: Path) -> None:
 
 
 def entry_of(method: str) -> tuple[dict[str, Any], str]:
-    """An adaptation with the least that a method asks for, on sites that no other adapts, and a family for it."""
+    """Return an adaptation with only the required fields, on sites that no other adapts, and a family for it."""
     spec = method_specs()[method]
     entry = {"name": "new", "method": method, **spec.needed}
     if method == "pasta":
@@ -133,8 +133,10 @@ def entry_of(method: str) -> tuple[dict[str, Any], str]:
 @pytest.mark.full
 @pytest.mark.parametrize("method", method_specs())
 def test_every_method_comes_and_goes(method: str) -> None:
-    """Added, it is what compiling both gives, initial values included, or refused with the same code; left out,
-    renamed and removed, the rest is to the bit what it was, and no tensor is left over."""
+    """Adding gives the same as compiling both, initial values included, or is refused with the same code.
+
+    After it is left out, renamed and removed, the rest is unchanged, bit for bit, and no tensor is left over.
+    """
     entry, family = entry_of(method)
     low = {**LOW, "target": {"role": "ffn.up"}}
     compiled = graftc.compile({"adapt": [low]}, tiny(family)).eval()
@@ -172,7 +174,7 @@ def test_every_method_comes_and_goes(method: str) -> None:
 
 
 def steps(compiled: Any, optimizer: Any, numbers: range) -> None:
-    """Steps of AdamW with seeds of their own."""
+    """Do steps of AdamW, each with its own seed."""
     compiled.train()
     for number in numbers:
         torch.manual_seed(number)
@@ -189,9 +191,12 @@ ADALORA = {"name": "budget", "method": "adalora", "target": ROLES, "rank": 4, "t
 
 @pytest.mark.full
 def test_the_others_train_on() -> None:
-    """Adding, renaming and removing between steps changes nothing of what an optimiser knows, nor of a controller: the
-    tensors end as where nothing was done, but for the rounding of products that one more adaptation takes part in."""
-    found = []
+    """Adding, renaming and removing between steps leaves the state of an optimiser and of a controller unchanged.
+
+    The tensors end as without these changes, except for the rounding of products that one more adaptation takes part
+    in.
+    """
+    results = []
     for disturbed in (False, True):
         compiled = adapted(LOW, ADALORA).train()
         compiled.begin(12)
@@ -209,8 +214,8 @@ def test_the_others_train_on() -> None:
         now = dict(compiled.named_parameters())
         assert all(now[name] is p for name, p in mine.items())
         steps(compiled, optimizer, range(8, 12))
-        found.append((compiled.adapter_state_dict(), compiled.rank_pattern("budget")))
-    (plain, ranks), (other, others) = found
+        results.append((compiled.adapter_state_dict(), compiled.rank_pattern("budget")))
+    (plain, ranks), (other, others) = results
     assert plain.keys() == other.keys()
     for name, tensor in other.items():
         torch.testing.assert_close(tensor, plain[name], rtol=0, atol=1e-6)
@@ -220,7 +225,7 @@ def test_the_others_train_on() -> None:
 
 @pytest.mark.slow
 def test_what_is_added_trains() -> None:
-    """It starts as the identity, takes part from the next call on, and comes as groups for the optimiser."""
+    """An added adaptation starts as the identity, takes part from the next call on, and has parameter groups."""
     compiled = adapted(LOW)
     inputs = inputs_for(compiled)
     before = outputs_of(compiled, inputs)
@@ -243,7 +248,7 @@ def test_what_is_added_trains() -> None:
 
 @pytest.mark.full
 def test_names_and_signatures_after_a_change(tmp_path: Path) -> None:
-    """Another signature, saving, loading, merging and copying go on with what there is then."""
+    """New signatures, saving, loading, merging and copying work with the changed adaptations."""
     compiled = adapted(LOW, OTHER, train=["classifier"])
     labels = {"labels": torch.zeros(2, dtype=torch.long)}
     inputs = inputs_for(compiled, (2, 5))
@@ -271,7 +276,7 @@ def test_names_and_signatures_after_a_change(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_chosen_ones_are_merged() -> None:
-    """The result is that of a model which never had the others."""
+    """The result is that of a model that never had the others."""
     compiled = adapted(LOW, OTHER, {"name": "front", "method": "prefix", "length": 3}, train=["classifier"])
     inputs = inputs_for(compiled)
     merged = compiled.merge(["low"])
@@ -306,14 +311,14 @@ def test_a_composition_is_left_out_as_one() -> None:
 
 
 def state(compiled: Any) -> dict[str, Any]:
-    """Whatever a failure could have changed."""
+    """Return everything that a failure could have changed."""
     named = {n: id(t) for n, t in (*compiled.named_parameters(), *compiled.named_buffers())}
     return {"tensors": named, "modules": [n for n, _ in compiled.named_modules()], "spec": compiled.spec.model_dump()}
 
 
 @pytest.mark.full
 def test_what_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong names and places, and an interrupt where code is made for the new graphs."""
+    """Wrong names and places change nothing, nor does an interrupt while code for the new graphs is installed."""
     compiled = adapted(LOW, OTHER)
     inputs = inputs_for(compiled)
     before, outputs = state(compiled), outputs_of(compiled, inputs)
@@ -360,7 +365,7 @@ def test_what_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("called", [False, True], ids=["at once", "after a call"])
 @pytest.mark.parametrize("out", ["low", "other"])
 def test_changes_inside_of_disabled(out: str, called: bool) -> None:
-    """What is left out stays left out, whatever is changed meanwhile; afterwards nothing is."""
+    """An adaptation that is left out stays so through changes in the block, and is back afterwards."""
     inputs = None
     for change in ("remove", "rename", "rename out", "add", "disable"):
         compiled, kept = adapted(LOW, OTHER), "other" if out == "low" else "low"

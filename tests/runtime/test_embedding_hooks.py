@@ -1,4 +1,4 @@
-"""Hooks on the table of token embeddings, by which training loops add noise to what is looked up."""
+"""Hooks on the token embedding, with which training loops add noise to the embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A destination is absent or complete, whatever happens at whichever point."""
+"""A destination is absent or complete, whatever happens at any point of writing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_folder(path: Path, text: str, force: bool = False) -> None:
 
 
 def write_pair(path: Path, text: str, force: bool = False, data: bool = True) -> None:
-    """A file, and one beside it that it needs."""
+    """Write a file, and another beside it that it needs."""
     with staged(path, force=force, companions=(f"{path.name}.data",)) as file:
         file.write_text(text)
         if data:
@@ -37,7 +37,7 @@ def write_pair(path: Path, text: str, force: bool = False, data: bool = True) ->
 
 
 def folder_state(path: Path) -> str:
-    """``absent``, or the text that all files of a complete folder hold."""
+    """Return ``absent``, or the text that all files of a complete folder contain."""
     if not os.path.lexists(path):
         return "absent"
     assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*")) == ["a", "c", "inner", "inner/b"]
@@ -46,7 +46,7 @@ def folder_state(path: Path) -> str:
 
 
 def pair_state(path: Path) -> str:
-    """``absent``, or the text of a file whose companion holds the same, if it has to have one."""
+    """Return ``absent``, or the text of a file whose companion, if it needs one, contains the same."""
     if not os.path.lexists(path):
         return "absent"
     text, beside = path.read_text(), path.with_name(f"{path.name}.data")
@@ -61,7 +61,7 @@ def strays(folder: Path) -> list[str]:
 
 
 class Scenario:
-    """Writing something over something or nothing."""
+    """A write to a destination that is absent or has older contents."""
 
     def __init__(self, old: Callable[[Path], None] | None, new: Callable[[Path], None], state: Callable[[Path], str]):
         self.old, self.new, self.state = old, new, state
@@ -91,7 +91,7 @@ SCENARIOS = {
 
 
 def points() -> Iterator[Any]:
-    """Every fault in every scenario; where a process is killed at each point, two scenarios are quick enough."""
+    """Yield every fault in every scenario; killing at each point is quick enough in two scenarios."""
     for fault in ("kill", "enospc"):
         for scenario in SCENARIOS:
             quick = fault == "enospc" or scenario in ("folder over folder", "pair over pair")
@@ -106,7 +106,7 @@ def points() -> Iterator[Any]:
 def test_every_point(
     scenario: str, fault: Fault, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed, or out of space, at each request to the file system: before and after the next run."""
+    """A run killed, or out of space, at any request to the file system leaves a state that recovery completes."""
     if not exchange:  # a file system that cannot swap two names
         monkeypatch.setattr(HeldFolder, "_rename_with", lambda *_: False)
     case, folder = SCENARIOS[scenario], tmp_path / "here"
@@ -119,17 +119,17 @@ def test_every_point(
     for passing in range(count + 1):
         path = case.start(folder)
         status = run_with_fault(functools.partial(case.new, path), fault, passing)
-        found = case.state(path)
+        left = case.state(path)
         if fault == "enospc":
-            # A request that nobody needs may fail without harm; any other is an error that leaves all as it was.
+            # A request that is not needed may fail without harm; any other is an error that leaves all unchanged.
             assert status in (0, FAILED)
-            assert found == (after if status == 0 else before)
+            assert left == (after if status == 0 else before)
             assert strays(folder) == []
         else:
             assert status in (0, -9)
-            assert found in (before, after, "absent")
+            assert left in (before, after, "absent")
             if before != "absent" and exchange and "folder" in scenario:
-                assert found != "absent"
+                assert left != "absent"
         recover(folder)
         assert strays(folder) == []
         assert case.state(path) in (before, after)
@@ -199,7 +199,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
 
 
 def test_somebody_else_was_quicker(tmp_path: Path) -> None:
-    """What appears at the destination while writing is not overwritten without ``force``."""
+    """A file that appears at the destination during the writing is not overwritten without ``force``."""
     with pytest.raises(GraftError) as caught, staged(tmp_path / "it") as file:
         file.write_text(NEW)
         (tmp_path / "it").write_text("theirs")

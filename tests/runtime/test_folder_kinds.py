@@ -1,4 +1,4 @@
-"""A folder of another kind than a call reads: the hint names the call that reads it, and that call does."""
+"""Folders of a kind that a call does not read: the hint names the call that reads them, and that call works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of a decoder's graph: the config of onnxruntime-genai, and transformers' `ExportedModel` folder."""
+"""Files written for a decoder's graph: the config of onnxruntime-genai, and transformers' `ExportedModel` folder."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PLACES = torch.arange(4).expand(2, -1)
 
 
 class TestGenai:
-    """The file that onnxruntime-genai reads. The library itself is not run here."""
+    """The config that onnxruntime-genai reads; the library itself is not run here."""
 
     INPUTS = ("input_ids", "attention_mask", *(f"past_key_values.{i}.{p}" for i in (0, 1) for p in ("key", "value")))
     OUTPUTS = ("logits", *(f"present.{i}.{p}" for i in (0, 1) for p in ("key", "value")))
 
     def written(self, config: Any, inputs: tuple[str, ...] = INPUTS, **defaults: Any) -> Any:
-        found = genai_config(config, GenerationConfig(**defaults), "model.onnx", inputs, self.OUTPUTS)
-        return json.loads(json.dumps(found))
+        result = genai_config(config, GenerationConfig(**defaults), "model.onnx", inputs, self.OUTPUTS)
+        return json.loads(json.dumps(result))
 
     def test_a_decoder(self) -> None:
-        """Sizes from the config, defaults from the generation config; inputs only as far as the graph has them."""
+        """Sizes come from the config, defaults from the generation config, and inputs are only those of the graph."""
         sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = LlamaConfig(**sizes, vocab_size=61, max_position_embeddings=96, bos_token_id=1, eos_token_id=2)
         assert self.written(config, eos_token_id=[5, 6], do_sample=True, temperature=0.5) == {
@@ -83,9 +83,9 @@ class TestGenai:
 
     def test_heads_that_are_wider_than_the_model(self) -> None:
         config = Qwen3Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, head_dim=6, pad_token_id=0)
-        found = self.written(config, (*self.INPUTS, "position_ids"))["model"]
-        assert (found["type"], found["decoder"]["head_size"], found["pad_token_id"]) == ("qwen3", 6, 0)
-        assert found["decoder"]["inputs"]["position_ids"] == "position_ids" and "eos_token_id" not in found
+        model = self.written(config, (*self.INPUTS, "position_ids"))["model"]
+        assert (model["type"], model["decoder"]["head_size"], model["pad_token_id"]) == ("qwen3", 6, 0)
+        assert model["decoder"]["inputs"]["position_ids"] == "position_ids" and "eos_token_id" not in model
 
     @pytest.mark.parametrize(
         ("config", "inputs", "why"),
@@ -115,7 +115,7 @@ class TestExportedModel:
 
     @pytest.mark.slow
     def test_transformers_runs_it(self, folder: Path) -> None:
-        """Prompt and a later token, with the cache that came out of the prompt."""
+        """A prompt runs, and then a later token with the cache that the prompt returned."""
         from transformers.exporters import ExportedModel
 
         model = ExportedModel.from_pretrained(folder)
@@ -125,16 +125,16 @@ class TestExportedModel:
         cache.update(empty, empty, 0)
         first = model(input_ids=IDS[:, :3], attention_mask=ONES[:, :3], position_ids=PLACES[:, :3], cache=cache)
         second = model(input_ids=IDS[:, 3:], attention_mask=ONES, position_ids=PLACES[:, 3:], cache=first.cache)
-        found = torch.cat([first.logits, second.logits], 1)
-        torch.testing.assert_close(found, toy.logits(IDS, ONES), rtol=0, atol=1e-5)
+        logits = torch.cat([first.logits, second.logits], 1)
+        torch.testing.assert_close(logits, toy.logits(IDS, ONES), rtol=0, atol=1e-5)
         assert type(second.cache) is DynamicCache and second.cache.get_seq_length() == 4
 
     def test_it_generates_too(self, folder: Path) -> None:
-        found = load(folder, threads=1).generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)
-        assert torch.equal(found, toy.greedy(IDS, ONES, 6))
+        tokens = load(folder, threads=1).generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert torch.equal(tokens, toy.greedy(IDS, ONES, 6))
 
     def test_destinations(self, folder: Path, tmp_path: Path) -> None:
-        """What is there is replaced if that is asked for and it is such a folder."""
+        """An existing destination is replaced only on request, and only if it is such a folder."""
         source = folder.parent / "optimum"
         with pytest.raises(GraftError, match="GC063"):
             write_exported_model(source, folder)

@@ -1,4 +1,4 @@
-"""Generation over ONNX Runtime, on a decoder written by hand: what comes out, and what is refused."""
+"""Generation over ONNX Runtime with a hand-written decoder: results, and refused calls and folders."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def test_greedy_with_padding_is_what_whole_rows_give(model: Any) -> None:
 
 
 def test_a_step_gives_the_logits_of_whole_rows(model: Any) -> None:
-    """Prompt, one token, several tokens; what is kept of them; the cache is the one that was given."""
+    """A prompt, one token and several tokens give these logits, all or the last ones, and fill the given cache."""
     ids, mask = toy.greedy(PROMPTS, MASK, 4), torch.cat([MASK, torch.ones(3, 4, dtype=torch.int64)], 1)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     expected, cache = toy.logits(ids, mask), DynamicCache()
     for start, end in ((0, 4), (4, 5), (5, 8)):
         step = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
-        found = model(**step, cache=cache)
-        assert found.cache is cache and cache.get_seq_length() == end
-        torch.testing.assert_close(found.logits, expected[:, start:end], rtol=0, atol=1e-5)
+        outputs = model(**step, cache=cache)
+        assert outputs.cache is cache and cache.get_seq_length() == end
+        torch.testing.assert_close(outputs.logits, expected[:, start:end], rtol=0, atol=1e-5)
     assert model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits.shape == (3, 2, toy.VOCABULARY)
     assert model(input_ids=ids, use_cache=False).cache is None
     # Without a mask and positions, a row has no padding and begins at 0.
@@ -51,7 +51,7 @@ def test_a_step_gives_the_logits_of_whole_rows(model: Any) -> None:
 
 
 def test_presents_are_pasts_without_a_copy(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The addresses that are bound are those of what the last step gave."""
+    """The addresses that a step binds are those of the last step's outputs."""
     cache = model(input_ids=PROMPTS).cache
     given = {t.data_ptr() for t in (cache.layers[0].keys, cache.layers[0].values)}
     bound: list[int] = []
@@ -75,7 +75,7 @@ def test_a_build_without_dlpack_gives_the_same(model: Any, monkeypatch: pytest.M
 
 
 def test_ways_of_generating_agree(model: Any) -> None:
-    """One beam of several, prompt look-up, an assistant, chunks and no cache all end in what greedy search gives."""
+    """Prompt look-up, an assistant, chunks and no cache give greedy tokens, and the best beam is at least as likely."""
     row, expected = PROMPTS[1:2], toy.greedy(PROMPTS[1:2], MASK[1:2], TOKENS)
     for options in (
         {"prompt_lookup_num_tokens": 2},
@@ -120,12 +120,12 @@ def test_streamers_and_criteria_are_called(model: Any) -> None:
             return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 6)
 
     streamer = Kept()
-    found = generated(model, PROMPTS[1:2], streamer=streamer, stopping_criteria=[Six()], min_new_tokens=None)
-    assert streamer.values == [*found[0].tolist(), -1] and found.shape == (1, 6)
+    tokens = generated(model, PROMPTS[1:2], streamer=streamer, stopping_criteria=[Six()], min_new_tokens=None)
+    assert streamer.values == [*tokens[0].tolist(), -1] and tokens.shape == (1, 6)
 
 
 def test_a_cache_goes_on(model: Any) -> None:
-    """A filled cache is continued; a cache that a config made has sliding layers, which are replaced while empty."""
+    """A filled cache is continued; the sliding layers of a cache made from a config are replaced while empty."""
     cache = DynamicCache(config=model.config)
     first = generated(model, PROMPTS[1:2], cache=cache)
     more = generated(model, first, cache=cache, max_new_tokens=3, min_new_tokens=3)
@@ -146,8 +146,8 @@ def test_a_pipeline_takes_it(model: Any) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    found = pipe("w3 w4 w5 w6", max_new_tokens=5, do_sample=False, eos_token_id=None, return_tensors=True)
-    assert found[0]["generated_token_ids"] == toy.greedy(PROMPTS[1:2], MASK[1:2], 5)[0].tolist()
+    outputs = pipe("w3 w4 w5 w6", max_new_tokens=5, do_sample=False, eos_token_id=None, return_tensors=True)
+    assert outputs[0]["generated_token_ids"] == toy.greedy(PROMPTS[1:2], MASK[1:2], 5)[0].tolist()
 
 
 class TestCaches:
@@ -194,7 +194,7 @@ class TestCaches:
 
 
 class TestCalls:
-    """What does not fit the graph."""
+    """Calls that do not fit the graph."""
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -215,16 +215,16 @@ class TestCalls:
             model(**{"input_ids": PROMPTS, "attention_mask": MASK, **changes})
 
     def test_positions_beyond_the_table(self, model: Any) -> None:
-        """Rows are as long as their tokens, padding aside."""
+        """The length of a row is its number of tokens without padding."""
         with fails("GC143", f"token {toy.POSITIONS + 1} of a row"):
             generated(model, PROMPTS[1:2], max_new_tokens=toy.POSITIONS, min_new_tokens=toy.POSITIONS)
         new = toy.POSITIONS - 1
-        found = generated(model, PROMPTS[:1], MASK[:1], max_new_tokens=new, min_new_tokens=new)
-        assert torch.equal(found, toy.greedy(PROMPTS[:1], MASK[:1], new))
+        tokens = generated(model, PROMPTS[:1], MASK[:1], max_new_tokens=new, min_new_tokens=new)
+        assert torch.equal(tokens, toy.greedy(PROMPTS[:1], MASK[:1], new))
 
 
 class TestFolders:
-    """Folders that are wrong, or hostile: a coded error, and nothing in them is run or read from elsewhere."""
+    """Wrong or hostile folders raise a coded error, and nothing in them is run or read from elsewhere."""
 
     def test_what_is_missing(self, tmp_path: Path) -> None:
         for path, words in ((tmp_path / "none", "is not a folder"), (tmp_path, "has no model.onnx")):
@@ -268,7 +268,7 @@ class TestFolders:
             load(toy.write(tmp_path / "t", model_type="t5"))
 
     def test_code_in_the_folder_is_not_run(self, tmp_path: Path) -> None:
-        """A config that names code, code for `generate`, and a model type that only code could explain."""
+        """The config names code, there is code for `generate`, and only code could define the model type."""
         evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
         maps = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
         for name, config in (("known", maps), ("unknown", {**maps, "model_type": "evil"})):
@@ -285,7 +285,7 @@ class TestFolders:
 
     @pytest.mark.parametrize("way", ["..", "absolute", "link"])
     def test_weights_outside_the_folder_are_not_read(self, tmp_path: Path, way: str) -> None:
-        """The same file inside is read."""
+        """The same file inside the folder is read."""
         folder = toy.write(tmp_path / "t")
         onnx.save(toy.model(), folder / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=100)
         assert torch.equal(generated(load(folder), PROMPTS, MASK), toy.greedy(PROMPTS, MASK, TOKENS))

@@ -1,4 +1,4 @@
-"""Generation over ONNX Runtime with an encoder and a decoder, written by hand."""
+"""Generation over ONNX Runtime with a hand-written encoder and decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.runtime.onnx_toy import MASK, PROMPTS, TOKENS, fails, generated
 
 
 class TestEncoderAndDecoder:
-    """Keys and values of the encoder's states are computed in the first step alone."""
+    """Keys and values of the encoder's states are computed only in the first step."""
 
     START = torch.ones(3, 1, dtype=torch.int64)
 
@@ -36,7 +36,7 @@ class TestEncoderAndDecoder:
         assert generated(pair, PROMPTS, MASK, num_beams=3, num_return_sequences=2).shape == (6, 1 + TOKENS)
 
     def test_steps(self, pair: Any) -> None:
-        """A decoder's prompt, then several tokens at once; the encoder runs once, and its graph is read once."""
+        """The decoder takes a prompt, then several tokens; the encoder's keys and values are computed once."""
         given, cache = (
             toy.seq2seq_greedy(PROMPTS, MASK, self.START, 5),
             EncoderDecoderCache(DynamicCache(), DynamicCache()),

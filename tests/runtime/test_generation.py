@@ -1,4 +1,4 @@
-"""`generate` of compiled models: what the loop of transformers does with a plain one, it does with these."""
+"""`generate` of compiled models gives what transformers' loop gives with a plain model."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def source() -> Any:
 
 @pytest.fixture(scope="module")
 def compiled(source: Any) -> Any:
-    made = graftc.compile({"adapt": [LORA]}, source).eval()
-    perturb(made, 0.3)
-    return made
+    model = graftc.compile({"adapt": [LORA]}, source).eval()
+    perturb(model, 0.3)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,18 @@ def merged(compiled: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def plain(merged: Any) -> Any:
-    """What all is compared with: a model of transformers that has the adaptation in its weights."""
+    """The reference: a transformers model that has the adaptation in its weights."""
     return merged.to_transformers()
 
 
 def both(first: Any, second: Any, rows: int = 1, *, padded: bool = False, **options: Any) -> Tensor:
-    """What two models generate, which is the same."""
-    found = []
+    """Generate with two models, check that the results are equal, and return them."""
+    results = []
     for model in (first, second):
         torch.manual_seed(4)
-        found.append(model.generate(**prompt(model, rows, padded=padded), **{**SOME, **options}))
-    assert torch.equal(*found)
-    return found[0]
+        results.append(model.generate(**prompt(model, rows, padded=padded), **{**SOME, **options}))
+    assert torch.equal(*results)
+    return results[0]
 
 
 @pytest.mark.full
@@ -69,8 +69,8 @@ def test_one_graph_serves_the_prompt_and_every_step(source: Any, monkeypatch: py
     assert len(known) == 2, "that of a plain call, and that with a cache"
     monkeypatch.setattr("graftc.runtime.model.model_runner.signature_for", no_capture)
     for rows, options in ((3, {}), (2, {"num_beams": 3}), (5, {"do_sample": True})):
-        found = compiled.generate(**prompt(source, rows, padded=True), max_new_tokens=64, min_new_tokens=64, **options)
-        assert found.shape == (rows, 73)
+        tokens = compiled.generate(**prompt(source, rows, padded=True), max_new_tokens=64, min_new_tokens=64, **options)
+        assert tokens.shape == (rows, 73)
     assert list(compiled.compilation.signatures) == known
 
 
@@ -81,7 +81,7 @@ def no_capture(*_: Any) -> Any:
 @pytest.mark.full
 @pytest.mark.parametrize("way", ["compile", "forward"])
 def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: Any, way: str) -> None:
-    """A prompt, a first step and a second one, whose past is of another length: that is all that is compiled."""
+    """Only a prompt, a first step, and a second step with a past of another length are compiled."""
     given = prompt(compiled, 2, padded=True)
     expected = compiled.generate(**given, max_new_tokens=64, min_new_tokens=64)
     copied = copy.deepcopy(compiled)
@@ -95,10 +95,10 @@ def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: A
         copied.generate(**given, max_new_tokens=3, min_new_tokens=3)
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
         with torch.compiler.set_stance("fail_on_recompile"):
-            found = copied.generate(**given, max_new_tokens=64, min_new_tokens=64)
+            tokens = copied.generate(**given, max_new_tokens=64, min_new_tokens=64)
     finally:
         torch._dynamo.reset()
-    assert torch.equal(found, expected)
+    assert torch.equal(tokens, expected)
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_what_is_saved_has_the_graphs_that_generate(source: Any, tmp_path: Path)
 
 
 def letters(model: Any) -> Any:
-    """A tokenizer whose tokens are single characters, from ``!`` on."""
+    """Return a tokenizer whose tokens are single characters, from ``!`` on."""
     tokenizer = Tokenizer(BPE({chr(33 + token): token for token in range(model.config.vocab_size)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -137,7 +137,7 @@ def letters(model: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("in_config", [True, False])
 def test_generation_stops_at_strings(compiled: Any, plain: Any, in_config: bool) -> None:
-    """The loop hands the tokenizer on to the model, which has no use for it."""
+    """The loop passes the tokenizer to the model, which ignores it."""
     ids = prompt(plain)["input_ids"]
     whole = plain.generate(input_ids=ids, **SOME)
     stops = [chr(33 + int(whole[0, ids.shape[1] + 3]))]
@@ -172,12 +172,12 @@ def test_options(compiled: Any, plain: Any, options: dict[str, Any]) -> None:
 
 @pytest.mark.full
 def test_assistants(compiled: Any, merged: Any, plain: Any, source: Any) -> None:
-    """A plain model, a compiled one and a merged one assist each other; what they draft decides nothing."""
+    """Plain, compiled and merged models assist each other, and their drafts do not change the result."""
     expected = both(compiled, plain)
     for model in (compiled, merged, plain):
         for assistant in (compiled, merged, source):
-            found = model.generate(**prompt(model), **SOME, assistant_model=assistant)
-            assert torch.equal(found, expected), (type(model), type(assistant))
+            tokens = model.generate(**prompt(model), **SOME, assistant_model=assistant)
+            assert torch.equal(tokens, expected), (type(model), type(assistant))
 
 
 def test_streamers(compiled: Any, plain: Any) -> None:
@@ -193,30 +193,30 @@ def test_streamers(compiled: Any, plain: Any) -> None:
             self.ended = True
 
     streamer = Streamer()
-    found = both(compiled, plain)
+    generated = both(compiled, plain)
     compiled.generate(**prompt(compiled), **SOME, streamer=streamer)
-    assert streamer.ended and torch.equal(torch.cat(streamer.seen), found[0]) and len(streamer.seen) == 1 + 16
+    assert streamer.ended and torch.equal(torch.cat(streamer.seen), generated[0]) and len(streamer.seen) == 1 + 16
 
 
 @pytest.mark.slow
 def test_embeddings(compiled: Any, source: Any) -> None:
     given = prompt(source, 3, padded=True)
     embeds = source.get_input_embeddings()(given["input_ids"])
-    found = compiled.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
-    assert torch.equal(found, compiled.generate(**given, **SOME)[:, 9:])
+    tokens = compiled.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
+    assert torch.equal(tokens, compiled.generate(**given, **SOME)[:, 9:])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_cache_goes_on_in_the_next_turn(compiled: Any, plain: Any, beams: int) -> None:
-    found = []
+    results = []
     for model in (compiled, plain):
         cache = DynamicCache()
         options = {"num_beams": beams, "num_return_sequences": beams}
         said = model.generate(**prompt(model), **SOME, **options, cache=cache)
         assert cache.get_seq_length() == said.shape[1] - 1
         heard = torch.cat([said, torch.full((len(said), 3), 7)], 1)
-        found.append(model.generate(heard, attention_mask=torch.ones_like(heard), cache=cache, **SOME))
-    assert torch.equal(*found)
+        results.append(model.generate(heard, attention_mask=torch.ones_like(heard), cache=cache, **SOME))
+    assert torch.equal(*results)
 
 
 @pytest.mark.full
@@ -231,7 +231,7 @@ def test_the_base_generates_where_adaptations_are_off(compiled: Any, source: Any
 
 @pytest.mark.full
 def test_gradients_go_through_a_cache(compiled: Any, source: Any) -> None:
-    """Those of a text in two parts are those of the whole text; in train mode, too."""
+    """Gradients of a text in two parts are those of the whole text, also in train mode."""
     compiled.train()
     try:
         ids, tensors = prompt(source, 3)["input_ids"], [p for p in compiled.parameters() if p.requires_grad]
@@ -252,9 +252,9 @@ def test_gradients_go_through_a_cache(compiled: Any, source: Any) -> None:
 @pytest.fixture(scope="module")
 def bank(source: Any) -> Any:
     spec = {"adapt": [{**LORA, "name": "a"}, {**LORA, "name": "b"}], "compose": {"bank": ["a", "b"]}}
-    made = graftc.compile(spec, source).eval()
-    perturb(made, 0.3)
-    return made
+    model = graftc.compile(spec, source).eval()
+    perturb(model, 0.3)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -264,16 +264,16 @@ def alone(bank: Any) -> list[Any]:
 
 @pytest.mark.slow
 def test_threads(compiled: Any, plain: Any) -> None:
-    """A model that several threads generate with gives each what it gives alone."""
+    """Several threads that generate with one model each get what it gives alone."""
     ways: list[dict[str, Any]] = [{"rows": 3, "padded": True}, {"rows": 2, "seed": 8}, {"rows": 1, "seed": 9}]
     given = [prompt(compiled, **way) for way in ways]
-    found = at_once(*(lambda each=each: compiled.generate(**each, **SOME) for each in given))
-    for each, own in zip(given, found, strict=True):
+    results = at_once(*(lambda each=each: compiled.generate(**each, **SOME) for each in given))
+    for each, own in zip(given, results, strict=True):
         assert torch.equal(own, plain.generate(**each, **SOME))
 
 
 class TestBanks:
-    """Rows choose among two adaptations, each of which generates what it does alone."""
+    """Rows choose between two adaptations, each of which generates what it does alone."""
 
     @pytest.mark.full
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
@@ -312,6 +312,6 @@ class TestBanks:
 
 @pytest.mark.slow
 def test_the_loops_own_methods_are_there(compiled: Any) -> None:
-    """Those of the source's class, for transformers; a model that does not generate has none."""
+    """The methods are those of the source's class, for transformers; a model that does not generate has none."""
     assert compiled._supports_logits_to_keep() and "input_ids" in inspect.signature(compiled.forward).parameters
     assert not hasattr(graftc.compile({"adapt": [LORA]}, tiny("bert")), "_supports_logits_to_keep")

@@ -1,4 +1,4 @@
-"""Generation where something stands beside the usual case: new tokens, chunks, the base alone, copies, autocast."""
+"""Unusual cases of generation: new tokens, chunks, the base alone, copies, autocast."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def adapted(family: str, *adapt: dict[str, Any], **spec: Any) -> Any:
 
 
 def said(model: Any, **given: Any) -> Tensor:
-    """What a model makes of the prompts."""
-    made: Tensor = model.generate(IDS, **OPTIONS, **given)
-    return made
+    """Return the tokens that a model generates from the prompts."""
+    tokens: Tensor = model.generate(IDS, **OPTIONS, **given)
+    return tokens
 
 
 @pytest.mark.full
 def test_an_encoder_whose_table_is_longer_drops_nothing() -> None:
-    """Resizing registers one table under several names, which the tracer reaches modules by."""
+    """Resizing registers one table under several names, by which the tracer reaches modules."""
     model = tiny("t5", dropout_rate=0.5)
     compiled = graftc.compile({"adapt": [LORA], "tokens": {"add": ["<new>"]}}, model).eval()
     expected = said(model)
@@ -50,15 +50,15 @@ def test_an_encoder_and_a_decoder_step_by_step() -> None:
     tokens = IDS[:, :3]
     with torch.no_grad():
         whole = compiled(input_ids=IDS, decoder_input_ids=tokens).logits
-        encoded, found = compiled.get_encoder()(input_ids=IDS), []
+        encoded, results = compiled.get_encoder()(input_ids=IDS), []
         for given in ({"input_ids": IDS}, {"encoder_outputs": encoded}):
             cache, logits = None, []
             for step in range(3):
                 outputs = compiled(**given, decoder_input_ids=tokens[:, step : step + 1], cache=cache, use_cache=True)
                 cache = outputs.cache
                 logits.append(outputs.logits)
-            found.append(torch.cat(logits, 1))
-    for each in found:
+            results.append(torch.cat(logits, 1))
+    for each in results:
         torch.testing.assert_close(each, whole, atol=3e-5, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_what_another_encoder_gave_is_refused() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 class TestFirstContents:
-    """Adaptations that a cache begins with."""
+    """Adaptations that are the first contents of a cache."""
 
     def test_chunks_padding_and_no_cache(self, method: str) -> None:
         compiled = adapted("llama", {"method": method, "length": 3}, LORA)

@@ -1,4 +1,4 @@
-"""Prefixes and virtual tokens as the first contents of a cache, beside the whole text and beside a plain model."""
+"""Prefixes and virtual tokens as the first contents of a cache, compared with the whole text and with a plain model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LENGTH = 5
 
 
 def in_front(source: Any, method: str, **fields: Any) -> Compiled:
-    """A prefix, or virtual tokens."""
-    made = graftc.compile({"adapt": [{"method": method, "length": LENGTH, **fields}]}, source).eval()
-    perturb(made, 0.5)
-    return made
+    """A model with a prefix or with virtual tokens, perturbed."""
+    compiled = graftc.compile({"adapt": [{"method": method, "length": LENGTH, **fields}]}, source).eval()
+    perturb(compiled, 0.5)
+    return compiled
 
 
 def as_cache(prefixed: Compiled, rows: int) -> DynamicCache:
-    """The keys and values of a prefix, as peft would put them into a model's cache."""
+    """Return a cache with the keys and values of a prefix, as peft would fill it."""
     config, tensors = prefixed.config, prefixed.adapter_state_dict()
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     cache = DynamicCache()
@@ -53,7 +53,7 @@ def prefixed(base: Any) -> Any:
 
 
 class TestInFront:
-    """What stands in front of a text is the first of a cache: tokens are those of the whole text at every step."""
+    """Prefixes and virtual tokens come first in a cache, and every step gives the tokens of the whole text."""
 
     @pytest.mark.full
     def test_a_prefix_is_the_source_models_cache(self, base: Any, prefixed: Any) -> None:
@@ -68,14 +68,14 @@ class TestInFront:
             cache=as_cache(prefixed, 5),
             **options,
         )
-        found = prefixed.generate(**given, **options)
-        assert torch.equal(found, expected)
-        assert not torch.equal(found, base.generate(**given, **options))
-        assert torch.equal(found, prefixed.generate(**given, **options, use_cache=False))
+        tokens = prefixed.generate(**given, **options)
+        assert torch.equal(tokens, expected)
+        assert not torch.equal(tokens, base.generate(**given, **options))
+        assert torch.equal(tokens, prefixed.generate(**given, **options, use_cache=False))
 
     @pytest.mark.full
     def test_peft_step_by_step(self, base: Any) -> None:
-        """peft's `generate` loses the prefix with this transformers; its forward of whole texts has it."""
+        """peft's `generate` loses the prefix with this version of transformers; its forward of whole texts has it."""
         layers, heads, width = parity.sizes(base.config)
         theirs = parity.of_peft(base, "CAUSAL_LM", layers, heads, width)
         table = torch.randn(parity.LENGTH, layers * 2 * heads * width, generator=torch.Generator().manual_seed(6))
@@ -87,9 +87,9 @@ class TestInFront:
             for _ in range(32):
                 logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
                 ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-        found = ours.generate(**given, max_new_tokens=32, eos_token_id=None)
-        assert torch.equal(found, ids)
-        assert not torch.equal(found, base.generate(**given, max_new_tokens=32, eos_token_id=None))
+        tokens = ours.generate(**given, max_new_tokens=32, eos_token_id=None)
+        assert torch.equal(tokens, ids)
+        assert not torch.equal(tokens, base.generate(**given, max_new_tokens=32, eos_token_id=None))
 
     @pytest.mark.full
     @pytest.mark.parametrize(
@@ -104,27 +104,27 @@ class TestInFront:
             {name: value for name, value in each.items() if name not in ("rows", "padded")}
             for each in (options, wanted)
         ]
-        found = prefixed.generate(**given, **SOME, **ways[0])
-        assert torch.equal(found, prefixed.generate(**given, **SOME, **ways[1], use_cache=False))
+        tokens = prefixed.generate(**given, **SOME, **ways[0])
+        assert torch.equal(tokens, prefixed.generate(**given, **SOME, **ways[1], use_cache=False))
 
     @pytest.mark.slow
     def test_embeddings(self, base: Any, prefixed: Any) -> None:
         given = prompt(base, 3, padded=True)
         embeds = base.get_input_embeddings()(given["input_ids"])
-        found = prefixed.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
-        assert torch.equal(found, prefixed.generate(**given, **SOME)[:, 9:])
+        tokens = prefixed.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
+        assert torch.equal(tokens, prefixed.generate(**given, **SOME)[:, 9:])
 
     @pytest.mark.full
     def test_virtual_tokens(self, base: Any) -> None:
         prompted = in_front(base, "prompt")
         given = prompt(base, 3, padded=True)
-        found = prompted.generate(**given, **SOME)
-        assert torch.equal(found, prompted.generate(**given, **SOME, use_cache=False))
-        assert not torch.equal(found, base.generate(**given, **SOME))
+        tokens = prompted.generate(**given, **SOME)
+        assert torch.equal(tokens, prompted.generate(**given, **SOME, use_cache=False))
+        assert not torch.equal(tokens, base.generate(**given, **SOME))
 
     @pytest.mark.full
     def test_threads(self, base: Any, prefixed: Any) -> None:
-        """The first calls of a model, at once: what one thread leaves out, others keep."""
+        """First calls of a model run at once: an adaptation that one thread leaves out stays active in others."""
         fresh = graftc.compile(prefixed.spec, base).eval()
         fresh.load_adapter_state_dict(prefixed.adapter_state_dict())
         given = prompt(base, 3, padded=True)
@@ -134,8 +134,8 @@ class TestInFront:
             lambda model: model.generate(**prompt(base, 2, seed=8), **SOME, num_beams=2),
         ]
         expected = [job(prefixed) for job in jobs]
-        for found, own in zip(at_once(*(lambda job=job: job(fresh) for job in jobs)), expected, strict=True):
-            torch.testing.assert_close(found, own)
+        for result, own in zip(at_once(*(lambda job=job: job(fresh) for job in jobs)), expected, strict=True):
+            torch.testing.assert_close(result, own)
 
     @pytest.mark.slow
     def test_copies(self, base: Any, prefixed: Any) -> None:
@@ -149,15 +149,15 @@ class TestInFront:
 
 
 def test_a_compiled_assistant(base: Any, prefixed: Any) -> None:
-    """Its prefix stands in front of its own cache, in every round."""
+    """The assistant's prefix comes first in its own cache, in every round."""
     given = prompt(base, 1)
     merged = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, base).eval()
-    found = merged.generate(**given, **SOME, assistant_model=prefixed)
-    assert torch.equal(found, merged.generate(**given, **SOME))
+    tokens = merged.generate(**given, **SOME, assistant_model=prefixed)
+    assert torch.equal(tokens, merged.generate(**given, **SOME))
 
 
 def test_calls_beside_the_loop(base: Any, prefixed: Any) -> None:
-    """Guidance calls the model with a cache of its own, which has no prefix in front yet."""
+    """Guidance calls the model with its own cache, which does not yet begin with the prefix."""
     given = prompt(base, 1)
     guided = prefixed.generate(**given, **SOME, guidance_scale=1.5)
     assert torch.equal(guided, prefixed.generate(**given, **SOME, guidance_scale=1.5, use_cache=False))

@@ -1,4 +1,4 @@
-"""Calls with a cache that cannot be, and what is said of them."""
+"""Calls with a cache that are refused, and their errors."""
 
 from __future__ import annotations
 
@@ -64,24 +64,24 @@ def test_a_cache_that_has_dropped_tokens() -> None:
 def test_positions_beyond_the_table(family: str) -> None:
     source: Any = language_model(family)
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()
-    given, own = prompt(source), 1 if source.config.is_encoder_decoder else 9
+    given, length = prompt(source), 1 if source.config.is_encoder_decoder else 9
     name = "decoder_input_ids" if source.config.is_encoder_decoder else "input_ids"
     long = {**{n: t for n, t in given.items() if name == "decoder_input_ids"}, name: torch.full((1, 97), 5)}
     with fails("GC143", "token 97 of a row"):
         compiled(**long)
     compiled(**{**long, name: torch.full((1, 96), 5)})
-    most = 97 - own  # the last token goes into no call
+    most = 97 - length  # the last token is not given to any call
     with fails("GC143", "token 97 of a row"):
         compiled.generate(**given, max_new_tokens=most + 1, eos_token_id=None)
     with fails("GC143", "token 97 of a row"):
         compiled.generate(**given, min_new_tokens=most + 1, max_new_tokens=most + 2)
-    found = compiled.generate(**given, max_new_tokens=most, min_new_tokens=most)
-    assert torch.equal(found, source.generate(**given, max_new_tokens=most, min_new_tokens=most))
+    tokens = compiled.generate(**given, max_new_tokens=most, min_new_tokens=most)
+    assert torch.equal(tokens, source.generate(**given, max_new_tokens=most, min_new_tokens=most))
 
 
 @pytest.mark.full
 def test_padding_takes_no_positions() -> None:
-    """A row of more tokens than there are positions, some of which are padding, has room."""
+    """A row may have more tokens than there are positions, if enough of them are padding."""
     for family in ("gpt2", "opt"):
         source = language_model(family)
         compiled = graftc.compile({"adapt": [LORA]}, source).eval()

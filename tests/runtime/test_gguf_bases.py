@@ -1,4 +1,4 @@
-"""A GGUF file as a base: transformers reads it, and graftc adapts what that gives."""
+"""A GGUF file as a base: transformers reads it, and graftc adapts the model that results."""
 
 from __future__ import annotations
 

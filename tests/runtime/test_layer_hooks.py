@@ -1,4 +1,4 @@
-"""Hooks on layers see and change what they do in the source model, in calls with a cache too."""
+"""Hooks on layers see and change the same as in the source model, also in calls with a cache."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SOME |= {"return_dict_in_generate": True, "output_logits": True}
 
 @pytest.fixture(scope="module", params=LAYERS)
 def trio(request: pytest.FixtureRequest) -> tuple[Any, Any, str]:
-    """A source model, the same compiled with LoRA as it begins, and one of their layers."""
+    """A source model, its compiled model with LoRA at its initial values, and the path of one layer."""
     source = language_model(request.param)
     return source, graftc.compile({"adapt": [LORA]}, source).eval(), LAYERS[request.param]
 
 
 def calls_of(model: Any) -> list[dict[str, Any]]:
-    """Inputs of calls: a whole text, one with padding, and what comes behind a cache."""
+    """Return inputs of calls: a whole text and one with padding, or one call of an encoder and a decoder."""
     given = prompt(model, 3, padded=True)
     if model.config.is_encoder_decoder:
         return [{**given, "decoder_input_ids": given["input_ids"][:, :4].flip(0)}]
@@ -51,7 +51,7 @@ def calls_of(model: Any) -> list[dict[str, Any]]:
 
 
 def steering(module: Any, inputs: Any, output: Any) -> Any:
-    """The usual hook: hidden states are all of the output, or the first of a tuple."""
+    """Scale hidden states as usual hooks do: all of the output, or the first item of a tuple."""
     return (output[0] * 1.5, *output[1:]) if isinstance(output, tuple) else output * 1.5
 
 
@@ -117,7 +117,7 @@ def test_and_in_the_steps_of_generate(trio: tuple[Any, Any, str], hook: str) -> 
 @pytest.mark.sample("llama-generate", "t5-call")
 @pytest.mark.parametrize("way", ["call", "generate", "default"])
 def test_what_hooks_see(trio: tuple[Any, Any, str], way: str) -> None:
-    """The structure of arguments and outputs, every tensor that is a value of the graph, and the cache itself."""
+    """Hooks see the structure of arguments and outputs, every tensor that is a value of the graph, and the cache."""
     source, compiled, path = trio
     runs: dict[str, Callable[[Any], Any]] = {
         "call": lambda model: model(**calls_of(model)[-1]),
@@ -148,7 +148,7 @@ def test_what_hooks_see(trio: tuple[Any, Any, str], way: str) -> None:
 
 
 def compare(ours: Any, theirs: Any) -> None:
-    """The same, with a value that the graph has not left out."""
+    """Check that two values are the same, as far as the graph has them: of a tuple, only the first item."""
     if isinstance(theirs, Tensor):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     elif isinstance(theirs, tuple):
@@ -185,7 +185,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ADAPTED)
 @pytest.mark.parametrize("cached", [False, True])
 def test_outputs_are_those_of_the_adapted_layer(kind: str, cached: bool) -> None:
-    """What a hook sees of a layer is what the next one gets, adaptations at its end included."""
+    """A hook sees what the next layer gets, including adaptations at the end of the layer."""
     compiled = graftc.compile({"adapt": [ADAPTED[kind]]}, language_model("gpt2")).eval()
     perturb(compiled, 0.3)
     ids, seen = prompt(compiled, 2)["input_ids"], list[Tensor]()
@@ -195,9 +195,9 @@ def test_outputs_are_those_of_the_adapted_layer(kind: str, cached: bool) -> None
         lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
     )
     second = compiled.transformer.h[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    found = compiled.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    outputs = compiled.generate(ids, attention_mask=torch.ones_like(ids), **options)
     handle.remove(), second.remove()
-    assert torch.equal(found.sequences, plain.sequences) and len(seen) == 10
+    assert torch.equal(outputs.sequences, plain.sequences) and len(seen) == 10
     for before, after in zip(seen[::2], seen[1::2], strict=True):
         assert torch.equal(before, after) and before.shape[-1] == 32 and before.dim() == 3
 
@@ -250,16 +250,16 @@ def test_hooks_on_every_module_are_no_other() -> None:
 
 
 def test_layers_of_other_models() -> None:
-    """Encoders, whose layers have other arguments, and training."""
+    """Hooks also work on encoders, whose layers have other arguments, and in training."""
     source = tiny("bert").eval()
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = torch.randint(5, 50, (3, 7))
-    found = []
+    results = []
     for model in (source, compiled):
         handle = model.bert.encoder.layer[0].register_forward_hook(steering)
-        found.append(model(ids).logits)
+        results.append(model(ids).logits)
         handle.remove()
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*results)
     compiled.train()
     seen: list[Any] = []
     compiled.bert.encoder.layer[1].register_forward_hook(lambda module, args, output: seen.append((args, output)))
@@ -268,7 +268,7 @@ def test_layers_of_other_models() -> None:
 
 
 def test_a_decoder_that_makes_its_tokens_itself() -> None:
-    """BART makes its decoder's tokens of those of the encoder: a call that a cache could not go on from."""
+    """BART makes its decoder's tokens from the encoder's, in a call that a cache could not continue."""
     import transformers
 
     config = transformers.BartConfig(

@@ -1,4 +1,4 @@
-"""Merging into a quantised base: in full precision as a plain base of the same values, or packed again and measured."""
+"""Merging into a quantised base: in full precision like a plain base of the same values, or repacked and measured."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from tests.packed_bases import KINDS, adapted, full_precision, on_dense, spec_of
     [("gpt2", "lora", "nf4"), ("gpt2", "spiel", "int4"), ("mixtral", "lora", "int8"), ("bert", "dora", "int4")],
 )
 def test_full_precision(family: str, method: str, kind: str) -> None:
-    """The merged tensors are, to the bit, those of the same adapters merged into a plain base of the same values; all
-    families, methods and packings are in tests/gates/test_quantised_folds.py."""
+    """Merged tensors are, bit for bit, those of the same adapters merged into a plain base of the same values.
+
+    All families, methods and packings are tested in tests/gates/test_quantised_folds.py.
+    """
     full_precision(family, method, kind)
 
 
 @pytest.mark.full
 def test_a_plain_model(tmp_path: Path) -> None:
-    """A folder that transformers loads, without a word of quantisation."""
+    """transformers loads the folder as a model without any quantisation."""
     compiled = adapted("llama", "lora", "nf4")
     merged = compiled.merge(base="full")
     merged.save(tmp_path / "merged")
@@ -47,7 +49,7 @@ def test_a_plain_model(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_decision_is_needed() -> None:
-    """Neither is done by itself; what is not a choice is an error."""
+    """Neither kind of merge is the default, and any other choice is an error."""
     compiled = adapted("bert", "lora", "nf4")
     for merge in (compiled.merge, compiled.merge_partially):
         with pytest.raises(GraftError, match="GC165"):
@@ -64,8 +66,10 @@ def test_a_decision_is_needed() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_requantised(kind: str) -> None:
-    """What changed is the nearest that the packing has to the exact fold; all else keeps its codes to the bit. The
-    certificate's figures are those that follow from the tensors."""
+    """Changed weights are the packing's nearest to the exact fold, and all others keep their codes, bit for bit.
+
+    The certificate's figures are those that follow from the tensors.
+    """
     compiled = adapted("gpt2", "lora", kind)
     merged, exact = compiled.merge(base="requantized"), compiled.merge(base="full")
     before, after = compiled._graftc.store, merged._graftc.store
@@ -79,11 +83,11 @@ def test_requantised(kind: str) -> None:
     assert {item.tensor for item in certificate.requantised} == changed
     fused = "transformer.h.0.attn.c_attn.weight"
     for item in certificate.requantised:
-        wanted, found = (each._graftc.store.full(item.tensor).double() for each in (exact, merged))
+        wanted, packed = (each._graftc.store.full(item.tensor).double() for each in (exact, merged))
         if item.tensor == fused:  # 48 columns of each of q, k and v, and k is not adapted
             assert (item.rows, item.disturbed) == (48, 0)
             own = slice(0, 48) if "q" in item.site.rpartition(".")[2] else slice(96, 144)
-            lost, whole = (wanted - found)[:, own], wanted[:, own]
+            lost, whole = (wanted - packed)[:, own], wanted[:, own]
             assert item.error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-9)
             assert item.largest == pytest.approx(float(lost.abs().max() / whole.abs().max()), rel=1e-9)
     inputs = inputs_for(compiled)
@@ -98,7 +102,7 @@ def _steps(compiled: Any) -> Any:
 
 @pytest.mark.slow
 def test_small_updates_are_lost() -> None:
-    """An update that is smaller than the steps of the codes does not survive, and the merge says so."""
+    """An update smaller than the steps of the codes does not survive, and the merge reports it."""
     compiled = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}},
         tiny("bert"),
@@ -118,7 +122,7 @@ def test_small_updates_are_lost() -> None:
 
 @pytest.mark.slow
 def test_a_budget() -> None:
-    """The outputs of what was packed again keep to what is asked for."""
+    """The outputs of a repacked merge have to keep within the requested budget."""
     compiled = adapted("llama", "lora", "int4")
     with pytest.raises(GraftError, match="GC051"):
         compiled.merge(base="requantized", budget=1e-3)
@@ -126,7 +130,7 @@ def test_a_budget() -> None:
 
 @pytest.mark.slow
 def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
-    """No folder and no class of transformers holds packed weights; the parts are in its state dict."""
+    """No folder or class of transformers takes packed weights; the state dict contains their parts."""
     merged = adapted("llama", "lora", "int8").merge(base="requantized")
     for refused in (merged.to_transformers, lambda: merged.save(tmp_path / "merged")):
         with pytest.raises(GraftError, match="GC166"):
@@ -149,7 +153,7 @@ def test_the_compiled_model_stays() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("base", ["full", "requantized"])
 def test_partial(base: Any) -> None:
-    """What does not fold is compiled on the new base, plain or packed."""
+    """Adaptations that do not fold are compiled on the new base, plain or packed."""
     spec = {
         "adapt": [
             {"method": "lora", "rank": 2, "target": {"role": "attn.q"}},
@@ -159,27 +163,27 @@ def test_partial(base: Any) -> None:
     }
     compiled = graftc.compile(spec, tiny("bert")).eval()
     perturb(compiled)
-    made = compiled.merge_partially(base=base)
-    assert made.folded == ("lora",) and set(made.kept) == {"bottleneck"}
-    assert bool(made.compiled.compilation.store.packed) is (base == "requantized")
+    partial = compiled.merge_partially(base=base)
+    assert partial.folded == ("lora",) and set(partial.kept) == {"bottleneck"}
+    assert bool(partial.compiled.compilation.store.packed) is (base == "requantized")
     inputs = inputs_for(compiled)
-    difference = largest_difference(outputs_of(made.compiled, inputs), outputs_of(compiled, inputs))
+    difference = largest_difference(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs))
     assert difference < (1e-4 if base == "full" else 0.1)
 
 
 @pytest.mark.slow
 def test_streamed_tensors() -> None:
-    """Merged tensors one by one are the values, by the names of a plain model."""
+    """Merged tensors come one by one, as values under the names of a plain model."""
     compiled = adapted("gpt2", "lora", "nf4")
     merged = compiled.merge(base="full").to_transformers().state_dict()
-    made = dict(compiled.merged_state_dict())
-    assert made.keys() == merged.keys()
-    assert all(torch.equal(tensor, merged[name]) for name, tensor in made.items())
+    streamed = dict(compiled.merged_state_dict())
+    assert streamed.keys() == merged.keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in streamed.items())
 
 
 @pytest.mark.full
 def test_half_precision() -> None:
-    """A base in 16 bits merges in its own type, and in float32 without a loss of the update."""
+    """A base in 16 bits merges in its own dtype, and in float32 without a loss of the update."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}}
     compiled = graftc.compile(spec, tiny("llama").bfloat16()).eval()
     perturb(compiled)
@@ -200,8 +204,10 @@ def test_half_precision() -> None:
     ids=lambda packing: packing.text,
 )
 def test_what_is_the_same_keeps_its_codes(packing: Any) -> None:
-    """Packed again with other values in some rows, the other rows' values are as they were, to the bit; what changed is
-    as if it had been packed alone."""
+    """If some rows are repacked with other values, the other rows keep their values, bit for bit.
+
+    The changed rows have the values that packing from scratch gives them.
+    """
     shape = (128, 6) if packing.transposed else (6, 128)
     weight = torch.randn(shape)
     parts = packing.packed(weight)
@@ -209,9 +215,9 @@ def test_what_is_the_same_keeps_its_codes(packing: Any) -> None:
     after = before.clone()
     turned = after.T if packing.transposed else after
     turned[2] += torch.randn(128)
-    found = packing.values(packing.repacked(after, parts, after == before), shape, torch.float32)
+    repacked = packing.values(packing.repacked(after, parts, after == before), shape, torch.float32)
     fresh = packing.values(packing.packed(after), shape, torch.float32)
-    mine, old, new = (each.T if packing.transposed else each for each in (found, before, fresh))
+    mine, old, new = (each.T if packing.transposed else each for each in (repacked, before, fresh))
     others = [0, 1, 3, 4, 5]
     assert (
         torch.equal(mine[others], old[others]) and not torch.equal(new[others], old[others])
@@ -221,7 +227,7 @@ def test_what_is_the_same_keeps_its_codes(packing: Any) -> None:
 
 @pytest.mark.full
 def test_saving_certifies(tmp_path: Path) -> None:
-    """An artifact of a quantised base holds the certificate of the fold to full precision, and no base."""
+    """An artifact of a quantised base contains the certificate of the full-precision fold, and no base."""
     compiled = adapted("bert", "lora", "int4")
     path = compiled.save(tmp_path / "adapter")
     certificate = json.loads((path / "certificates" / "fold.json").read_text())
@@ -231,7 +237,7 @@ def test_saving_certifies(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_packed_tensor_has_its_values_strides() -> None:
-    """What is made of views is decided by strides: those of transposed codes are not contiguous ones."""
+    """Strides decide what views give, and those of transposed codes are not contiguous."""
     store = adapted("gpt2", "lora", "nf4")._graftc.store
     for name, own in store.packed.items():
         assert store.get(name).stride() == store.full(name).stride() == own.strides
@@ -240,12 +246,12 @@ def test_a_packed_tensor_has_its_values_strides() -> None:
 
 @pytest.mark.full
 def test_a_conversion_reads_the_values() -> None:
-    """DoRA as a LoRA on the packed base is what it is on a plain base of the same values."""
+    """DoRA converted to LoRA on a packed base is the same as on a plain base of the same values."""
     compiled = adapted("gpt2", "dora", "int8")
-    made, expected = (each.convert(rank=4).compiled for each in (compiled, on_dense(compiled, "gpt2", "dora")))
-    assert made.compilation.store.packed and not expected.compilation.store.packed
+    converted, expected = (each.convert(rank=4).compiled for each in (compiled, on_dense(compiled, "gpt2", "dora")))
+    assert converted.compilation.store.packed and not expected.compilation.store.packed
     inputs = inputs_for(compiled)
-    assert largest_difference(outputs_of(made, inputs), outputs_of(expected, inputs)) < 1e-5
+    assert largest_difference(outputs_of(converted, inputs), outputs_of(expected, inputs)) < 1e-5
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Models that were merged, in part or whole, take the calls that the compiled model would capture anew."""
+"""Models merged in part or as a whole take calls that the compiled model would have to capture first."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ MERGES: dict[str, tuple[list[dict[str, Any]], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("merge", MERGES)
 def test_a_call_that_is_new_to_it(merge: str, call: str) -> None:
-    """Right before the compiled model was ever called so: constants of its graphs come along."""
+    """Calls are right that the compiled model never had: constants of its graphs are taken over."""
     spec, merged_by = MERGES[merge]
     compiled = graftc.compile({"adapt": spec}, tiny("t5")).eval()
     perturb(compiled)
     merged = merged_by(compiled)
     with torch.no_grad():
-        found, expected = merged(**CALLS[call]), compiled(**CALLS[call])
-    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        outputs, expected = merged(**CALLS[call]), compiled(**CALLS[call])
+    torch.testing.assert_close(outputs.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -53,5 +53,5 @@ def test_an_export_that_is_new_to_it(tmp_path: Path) -> None:
     perturb(compiled)
     given = {**PLAIN, "decoder_input_ids": IDS[:, :3].contiguous()}
     file = compiled.merge().export(tmp_path / "model.pt2", format="pt2", example_inputs=given)
-    found = torch.export.load(file).module()(**given)
-    torch.testing.assert_close(found["logits"], compiled(**given).logits, atol=1e-4, rtol=1e-4)
+    outputs = torch.export.load(file).module()(**given)
+    torch.testing.assert_close(outputs["logits"], compiled(**given).logits, atol=1e-4, rtol=1e-4)

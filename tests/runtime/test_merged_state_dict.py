@@ -27,12 +27,12 @@ def adapted(family: str = "gpt2", dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
-    """A GPT-2, whose weights are fused and transposed, and whose head is tied."""
+    """A GPT-2 with fused and transposed weights, and a tied head."""
     return adapted()
 
 
 def small(dtype: torch.dtype = torch.float32) -> Any:
-    """Two linear maps."""
+    """A compiled model of two linear maps, perturbed."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)).to(dtype).eval()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["*"]}}]}
@@ -43,19 +43,21 @@ def small(dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.slow
 def test_it_is_what_a_merge_gives(gpt2: Any) -> None:
-    """By the names of the source's state dict, tied ones included, equal to the bit."""
-    made, merged = dict(gpt2.merged_state_dict()), gpt2.merge().folded_state_dict()
-    assert made.keys() == gpt2.compilation.source.state_dict().keys()
-    assert all(torch.equal(tensor, merged[name]) and not tensor.requires_grad for name, tensor in made.items())
-    assert made["lm_head.weight"] is made["transformer.wte.weight"]
-    changed = [name for name, tensor in gpt2.compilation.source.state_dict().items() if not made[name].equal(tensor)]
+    """Tensors are equal, bit for bit, under the names of the source's state dict, tied ones included."""
+    streamed, merged = dict(gpt2.merged_state_dict()), gpt2.merge().folded_state_dict()
+    assert streamed.keys() == gpt2.compilation.source.state_dict().keys()
+    assert all(torch.equal(tensor, merged[name]) and not tensor.requires_grad for name, tensor in streamed.items())
+    assert streamed["lm_head.weight"] is streamed["transformer.wte.weight"]
+    changed = [
+        name for name, tensor in gpt2.compilation.source.state_dict().items() if not streamed[name].equal(tensor)
+    ]
     assert len(changed) == 4
-    gpt2.compilation.source.__class__(gpt2.config).to(torch.bfloat16).load_state_dict(made)
+    gpt2.compilation.source.__class__(gpt2.config).to(torch.bfloat16).load_state_dict(streamed)
 
 
 @pytest.mark.full
 def test_a_thousand_merges() -> None:
-    """The base keeps its bits and every merge gives the same; what was trained in between shows."""
+    """The base keeps its bits and every merge gives the same, while training in between has an effect."""
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).bfloat16().eval()
     spec = {"adapt": [{"method": "lora", "rank": 1, "target": {"modules": ["*"]}}]}
     compiled = graftc.compile(spec, model, {"input": torch.randn(2, 3, dtype=torch.bfloat16)}).eval()
@@ -77,7 +79,7 @@ def test_a_thousand_merges() -> None:
 
 @pytest.mark.slow
 def test_one_group_at_a_time(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folded tensor is made when it is asked for, and gone when the next one is."""
+    """A folded tensor is computed when it is requested, and freed when the next one is."""
     folded: list[str] = []
     original = LazyTensors.fold
 
@@ -100,7 +102,7 @@ def test_one_group_at_a_time(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_digests(gpt2: Any) -> None:
-    """Of the bytes that were given so far; none where they are not asked for."""
+    """Digests are those of the tensors given so far, and there are none unless requested."""
     stream = gpt2.merged_state_dict(digests=True)
     for name, tensor in stream:
         raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
@@ -115,8 +117,8 @@ def test_the_callers_state_has_no_say() -> None:
     compiled = small()
     expected = dict(compiled.merged_state_dict())
     with torch.autocast("cpu", torch.bfloat16):
-        found = dict(compiled.merged_state_dict())
-    assert all(torch.equal(tensor, expected[name]) and tensor.grad_fn is None for name, tensor in found.items())
+        tensors = dict(compiled.merged_state_dict())
+    assert all(torch.equal(tensor, expected[name]) and tensor.grad_fn is None for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -130,7 +132,7 @@ def test_values_that_are_not_finite_are_refused_before_anything_is_given(bad: fl
 
 
 def test_an_overflow_is_refused_by_name() -> None:
-    """Finite factors whose product is beyond float16."""
+    """The factors are finite, and their product is beyond float16."""
     compiled = small(torch.float16)
     with torch.no_grad():
         compiled.adapter_state_dict()["2.graftc.lora.B"].fill_(300)
@@ -151,15 +153,15 @@ def test_what_does_not_fold_is_refused_by_name() -> None:
 
 
 def test_buffers_that_graphs_write_to_are_copies() -> None:
-    """The running statistics are the compiled model's, and do not change under the receiver's hands."""
+    """Running statistics are the compiled model's, and later training does not change the returned ones."""
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["0"]}}]}
     compiled = graftc.compile(spec, model, {"input": torch.randn(4, 6)})
     perturb(compiled)
     compiled.train()(torch.randn(8, 6) + 3)
-    made = dict(compiled.merged_state_dict())
-    assert made.keys() == model.state_dict().keys()
-    kept = made["1.running_mean"].clone()
+    streamed = dict(compiled.merged_state_dict())
+    assert streamed.keys() == model.state_dict().keys()
+    kept = streamed["1.running_mean"].clone()
     assert not torch.equal(kept, model.state_dict()["1.running_mean"])
     compiled(torch.randn(8, 6) - 3)
-    assert torch.equal(made["1.running_mean"], kept)
+    assert torch.equal(streamed["1.running_mean"], kept)

@@ -1,4 +1,4 @@
-"""A capture is in the middle of a trace while another thread leaves out modes, as first calls and prints do."""
+"""A capture is unharmed if another thread leaves out modes in the middle of it, as first calls and prints do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ X = torch.linspace(-1, 1, 12).reshape(2, 6)
 
 
 class Net(nn.Module):
-    """A model that runs something in the middle of its forward."""
+    """A model that calls a function in the middle of its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc(x)
         self.between()
-        found: Tensor = self.out(hidden.relu())
-        return found
+        output: Tensor = self.out(hidden.relu())
+        return output
 
 
 class Step:
-    """What another thread does up to a point and, once it is told to, to its end."""
+    """Work of another thread that stops at some point and, on request, runs to its end."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.reached, self.leave = run, threading.Event(), threading.Event()
@@ -80,7 +80,7 @@ def inside(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], R
 
 
 def training_call() -> Run:
-    """What is kept for the backward pass is planned at the first call, with fake tensors."""
+    """Return a first training call, which plans with fake tensors what is kept for the backward pass."""
     other, record = made(Net()).train(), training_code.record
     with torch.no_grad():
         other(X)  # code is lowered by one thread at a time
@@ -114,7 +114,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("ends", ["within", "after"])
 def test_a_capture_goes_on(name: str, ends: str) -> None:
-    """What the other thread has begun in the middle of the capture ends in the middle of it too, or after it."""
+    """Work that another thread begins in the middle of the capture ends in the middle of it, or after it."""
     step, net, once = Step(OTHERS[name]()), Net(), list[bool]()
 
     def between() -> None:

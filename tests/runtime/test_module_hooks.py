@@ -1,4 +1,4 @@
-"""Hooks on modules below layers hear of what they hear of in the source model, and code stops nowhere without them."""
+"""Hooks on modules inside layers see what they see in the source model; code without hooks has no boundaries."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.down"]}}
 
 @pytest.fixture(scope="module", params=["llama", "bert"])
 def compiled(request: pytest.FixtureRequest) -> Any:
-    made = graftc.compile({"adapt": [LORA]}, tiny(request.param)).eval()
-    perturb(made, 0.1)
-    return made
+    model = graftc.compile({"adapt": [LORA]}, tiny(request.param)).eval()
+    perturb(model, 0.1)
+    return model
 
 
 @contextmanager
 def heard(model: nn.Module, paths: list[str]) -> Iterator[list[tuple[str, str, Any]]]:
-    """What hooks on modules hear: when, of which, and the first argument or the result."""
+    """Collect what hooks on modules see: when, the path, and the first argument or the result."""
     seen: list[tuple[str, str, Any]] = []
     handles = []
     for path in paths:
@@ -51,7 +51,7 @@ def heard(model: nn.Module, paths: list[str]) -> Iterator[list[tuple[str, str, A
 
 
 def leaves(model: nn.Module) -> list[str]:
-    """Modules that compute something in eval mode and hold tensors."""
+    """Return the paths of the modules that have parameters and no children."""
     return [path for path, m in model.named_modules() if not m._modules and m._parameters]
 
 
@@ -67,17 +67,17 @@ def test_they_hear_of_what_they_hear_of_in_the_source(compiled: Any) -> None:
     assert len(paths) > 12
     with heard(source, paths) as expected:
         source(input_ids=IDS)
-    with compiled.disabled(), heard(compiled, paths) as found:
+    with compiled.disabled(), heard(compiled, paths) as seen:
         compiled(input_ids=IDS)
     of_table = {path for path, m in source.named_modules() if isinstance(m, nn.Embedding)}
-    assert [each[:2] for each in found if each[1] not in of_table] == [
+    assert [each[:2] for each in seen if each[1] not in of_table] == [
         each[:2] for each in expected if each[1] not in of_table
     ]
     known = {each[:2]: each[2] for each in expected}
-    for when, path, value in found:
+    for when, path, value in seen:
         if isinstance(value, Tensor):
             torch.testing.assert_close(value, known[when, path], atol=1e-6, rtol=1e-5)
-    compared = [path for when, path, value in found if when == "behind" and isinstance(value, Tensor)]
+    compared = [path for when, path, value in seen if when == "behind" and isinstance(value, Tensor)]
     assert len(compared) > 12
 
 
@@ -115,13 +115,13 @@ def test_gradients_reach_what_they_hear(compiled: Any) -> None:
 def test_results_may_be_others_of_the_same_kind(compiled: Any) -> None:
     source = compiled.compilation.model.eval()
     path = next(path for path in leaves(source) if path.endswith(("up_proj", "intermediate.dense")))
-    found = []
+    logits = []
     for model in (source, compiled):
         handle = model.get_submodule(path).register_forward_hook(lambda _, args, result: result * 2)
         with compiled.disabled():
-            found.append(model(input_ids=IDS).logits)
+            logits.append(model(input_ids=IDS).logits)
         handle.remove()
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-5)
     handle = compiled.get_submodule(path).register_forward_hook(lambda _, args, result: result[:1])
     with pytest.raises(GraftError, match="GC043"):
         compiled(input_ids=IDS)

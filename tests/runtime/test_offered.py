@@ -1,4 +1,4 @@
-"""What a compiled model offers is done by plain objects, which the table of names says truly."""
+"""The attributes that a compiled model offers belong to plain objects, as the table of names states."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def test_every_name_is_offered_by_what_the_table_says(compiled: Any) -> None:
     for name, part in OFFERED.items():
         assert hasattr(type(part(runner)), name), name
         assert name in dir(compiled)
-    made = {type(part(runner)) for part in OFFERED.values()}
-    public = {n for kind in made for n in dir(kind) if not n.startswith("_")}
+    kinds = {type(part(runner)) for part in OFFERED.values()}
+    public = {n for kind in kinds for n in dir(kind) if not n.startswith("_")}
     assert public - WITHIN == OFFERED.keys()
 
 
 def test_what_is_offered_keeps_nothing_of_its_own(compiled: Any) -> None:
-    """It is made anew whenever it is asked for, of the Runner that there is then."""
+    """An offered object is created each time it is requested, from the current Runner."""
     runner = compiled._graftc
     assert all(vars(part(runner)) == {"runner": runner} for part in OFFERED.values())
 
 
 def bases(tree: ast.Module) -> dict[str, list[str]]:
-    found = {}
+    classes = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             named = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
-            found[node.name] = [ast.unparse(base).rpartition(".")[2] for base in named]
-    return found
+            classes[node.name] = [ast.unparse(base).rpartition(".")[2] for base in named]
+    return classes
 
 
 def test_no_class_has_more_than_two_bases_of_ours() -> None:
-    """Capabilities of methods are words for what a method can do, and have no fields."""
+    """Capabilities of methods are not counted, as they only state what a method can do and have no fields."""
     trees = {file: bases(ast.parse(file.read_text(encoding="utf-8"))) for file in ROOT.rglob("*.py")}
     capabilities = trees[ROOT / "passes" / "core" / "method" / "capabilities.py"].keys()
     ours = {name for tree in trees.values() for name in tree} - capabilities

@@ -1,4 +1,4 @@
-"""What is kept goes to the host's memory, and comes back before it is asked for."""
+"""Kept tensors move to the host's memory, and come back before they are needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftc.runtime.activations.offload import AHEAD, Offload
 
 
 class Noted:
-    """Copies that note what is done, on tensors of the meta device, which stands for an accelerator."""
+    """Copies that record what is done, on tensors of the meta device, which represents an accelerator."""
 
     def __init__(self) -> None:
         self.notes: list[tuple[str, int]] = []
@@ -28,8 +28,8 @@ class Noted:
 
     def arrived(self, fetched: Any) -> Tensor:
         self.notes.append(("arrived", fetched.shape[0]))
-        found: Tensor = fetched
-        return found
+        tensor: Tensor = fetched
+        return tensor
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Noted:
 
 def test_tensors_are_fetched_before_they_are_asked_for(copies: Noted) -> None:
     offload = Offload(copies)
-    held = [offload.pack((), torch.empty(size, 4, device="meta")) for size in range(1, 7)]
+    packed = [offload.pack((), torch.empty(size, 4, device="meta")) for size in range(1, 7)]
     assert copies.notes == [("away", size) for size in range(1, 7)]
     copies.notes.clear()
-    for one in reversed(held):
+    for one in reversed(packed):
         offload.unpack(one)
     order = [size for what, size in copies.notes if what == "arrived"]
     assert order == [6, 5, 4, 3, 2, 1]
@@ -56,17 +56,17 @@ def test_tensors_are_fetched_before_they_are_asked_for(copies: Noted) -> None:
 
 def test_what_nobody_wants_any_more_is_not_fetched(copies: Noted) -> None:
     offload = Offload(copies)
-    held = [offload.pack((), torch.empty(size, 4, device="meta")) for size in range(1, 4)]
-    del held[1]
-    offload.unpack(held[-1])
+    packed = [offload.pack((), torch.empty(size, 4, device="meta")) for size in range(1, 4)]
+    del packed[1]
+    offload.unpack(packed[-1])
     assert ("fetch", 2) not in copies.notes
 
 
 def test_the_models_tensors_small_ones_and_those_of_the_host_stay(copies: Noted) -> None:
     offload = Offload(copies)
     own, small = torch.empty(64, device="meta"), torch.empty(1, device="meta")
-    here = torch.empty(64)
+    on_host = torch.empty(64)
     assert offload.pack({own.untyped_storage()._cdata}, own.t()).device.type == "meta"
     assert offload.pack((), small) is small and offload.unpack(small) is small
-    assert offload.pack((), here) is here
+    assert offload.pack((), on_host) is on_host
     assert not copies.notes

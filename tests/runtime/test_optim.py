@@ -1,4 +1,4 @@
-"""`graftc.optim`: AdamW with ages, and SM3, against torch and against their formulas."""
+"""`graftc.optim`: AdamW with ages, and SM3, compared with torch and with their formulas."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SPIEL = {"method": "spiel", "target": {"role": ["attn.q", "ffn.down"]}, "density
 
 
 def adapted(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """A tiny GPT-2 with deltas, and a norm that trains as a copy."""
+    """A tiny GPT-2 with deltas, and with a norm that trains as a copy."""
     norm = {"method": "full", "target": {"modules": "transformer.ln_f"}, "dtype": "base"}
     return graftc.compile({"adapt": [{**SPIEL, **fields}, norm]}, tiny("gpt2", dtype=dtype))
 
 
 def trained(compiled: Any) -> dict[str, Any]:
-    """What trains, by name."""
+    """Return the trained parameters by name."""
     return {name: p for name, p in compiled.named_parameters() if p.requires_grad}
 
 
 def gradients(parameters: dict[str, Any], number: int, scale: float = 1.0) -> None:
-    """Put random gradients of very different sizes in place."""
+    """Set random gradients of very different sizes."""
     generator = torch.Generator().manual_seed(number)
     for p in parameters.values():
         size = 10 ** (4 * torch.rand(p.shape, generator=generator) - 3)
@@ -46,7 +46,7 @@ def gradients(parameters: dict[str, Any], number: int, scale: float = 1.0) -> No
 @pytest.mark.full
 @pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6, "lr": 3e-2}])
 def test_without_replacements_it_is_torch_s_adamw(fields: dict[str, Any]) -> None:
-    """Deltas, whose entries have ages, and other tensors: 60 steps, to a few units in the last place."""
+    """Deltas, whose entries have ages, and other tensors agree after 60 steps to a few units in the last place."""
     ours, theirs = adapted(), adapted()
     first = graftc.optim.AgedAdamW(ours, **fields)
     second = torch.optim.AdamW(list(trained(theirs).values()), **fields)
@@ -67,7 +67,7 @@ def test_without_replacements_it_is_torch_s_adamw(fields: dict[str, Any]) -> Non
 
 @pytest.mark.slow
 def test_ages_correct_each_entry_for_itself() -> None:
-    """The first step of an entry that is new is one of sign, however old the others are."""
+    """A new entry first moves by the learning rate against its gradient's sign, however old the others are."""
     compiled = adapted()
     optimiser = graftc.optim.AgedAdamW(compiled, lr=0.1, weight_decay=0.0, betas=(0.9, 0.9999))
     delta = next(p for name, p in trained(compiled).items() if "delta" in name)
@@ -88,7 +88,7 @@ def test_ages_correct_each_entry_for_itself() -> None:
 
 @cache
 def shared() -> Any:
-    """One model for all examples of a test."""
+    """The model of all examples of a test."""
     return adapted()
 
 
@@ -96,7 +96,7 @@ def shared() -> Any:
 @given(steps=st.integers(1, 20), size=st.floats(1e-6, 1e3))
 @settings(max_examples=20, deadline=None)
 def test_seeded_moments_are_those_of_a_constant_gradient(steps: int, size: float) -> None:
-    """An entry that has been looked at for n steps goes on as one that has been there for n steps."""
+    """An entry that was observed for n steps continues like one that has trained for n steps."""
     compiled = shared()
     ours = graftc.optim.AgedAdamW(compiled, weight_decay=0.0)
     delta = next(p for name, p in trained(compiled).items() if "delta" in name)
@@ -120,7 +120,7 @@ def test_seeded_moments_are_those_of_a_constant_gradient(steps: int, size: float
 
 @pytest.mark.full
 def test_state_is_wide_and_survives_a_state_dict() -> None:
-    """On a base in bfloat16 the norm's copy is in 16 bits and no state is; loading gives it back to the bit."""
+    """On a bfloat16 base, the norm's copy is in 16 bits and no state is; loading restores states bit for bit."""
     for kind in (graftc.optim.AgedAdamW, graftc.optim.SM3):
         first, second = adapted(torch.bfloat16), adapted(torch.bfloat16)
         one, two = kind(first, lr=1e-2), kind(second, lr=1e-2)
@@ -142,7 +142,7 @@ def test_state_is_wide_and_survives_a_state_dict() -> None:
 
 
 def dense_sm3(p: Tensor, g: Tensor, axes: list[Tensor], lr: float, eps: float = 1e-8) -> Tensor:
-    """A step of SM3-II on a tensor of any rank, entry by entry."""
+    """Do a step of SM3-II on a tensor of any rank, entry by entry."""
     new = [torch.zeros_like(axis) for axis in axes]
     result = p.clone()
     for index in torch.cartesian_prod(*(torch.arange(n) for n in p.shape)).view(-1, p.dim()).tolist():
@@ -158,7 +158,7 @@ def dense_sm3(p: Tensor, g: Tensor, axes: list[Tensor], lr: float, eps: float = 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
 def test_sm3_on_tensors(shape: tuple[int, ...]) -> None:
-    """One accumulator for each axis, for plain parameters."""
+    """Plain parameters have one accumulator for each axis."""
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(shape, generator=generator))
     optimiser = graftc.optim.SM3([p], lr=0.1)
@@ -179,8 +179,10 @@ def test_sm3_on_tensors(shape: tuple[int, ...]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries of a stored tensor, in any order: bounds hold all squares that an entry has had, accumulators only grow,
-    and chunks change no bit."""
+    """For entries in any order, bounds cover all squares that an entry has had, and accumulators only grow.
+
+    Processing in chunks changes no bit.
+    """
     compiled, again = adapted(variant="MA"), adapted(variant="MA")
     optimiser = graftc.optim.SM3(compiled, lr=0.1, momentum=momentum)
     (name, delta), *_ = ((n, p) for n, p in trained(compiled).items() if "c_proj" in n)
@@ -220,7 +222,7 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_indices_are_looked_up_when_they_are_needed() -> None:
-    """Accumulators of the rows and columns where entries are now, after they have moved and after a load."""
+    """Accumulators are those of the rows and columns where entries are now, after they have moved."""
     compiled = adapted(variant="MA")
     optimiser = graftc.optim.SM3(compiled)
     (name, delta), *_ = ((n, p) for n, p in trained(compiled).items() if "c_proj" in n)
@@ -240,24 +242,24 @@ def test_indices_are_looked_up_when_they_are_needed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AgedAdamW", "SM3"])
 def test_parameters_and_groups_are_taken_as_well(kind: str) -> None:
-    """Groups with settings of their own, with the model beside them; without it, nobody is told of new entries."""
+    """Groups may have settings of their own; without the model, the optimiser is not notified of new entries."""
     compiled = adapted()
-    found = trained(compiled)
-    deltas = [p for name, p in found.items() if "delta" in name]
-    rest = [p for name, p in found.items() if "delta" not in name]
+    parameters = trained(compiled)
+    deltas = [p for name, p in parameters.items() if "delta" in name]
+    rest = [p for name, p in parameters.items() if "delta" not in name]
     (controller,) = compiled.steering.controllers.values()
     make = getattr(graftc.optim, kind)
-    for loose in (make(iter(found.values())), make(rest, compiled=compiled)):
+    for loose in (make(iter(parameters.values())), make(rest, compiled=compiled)):
         assert controller.optimiser is None
-        gradients(found, 0)
+        gradients(parameters, 0)
         loose.step()
         assert all("age" not in state for state in loose.state.values())
     grouped = make([{"params": deltas, "lr": 0.5}, {"params": rest}], lr=0.0, compiled=compiled)
     assert controller.optimiser is grouped and grouped.holds(deltas[0]) and not grouped.holds(torch.zeros(1))
-    before = {name: p.detach().clone() for name, p in found.items()}
-    gradients(found, 1)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    gradients(parameters, 1)
     grouped.step()
-    for name, p in found.items():
+    for name, p in parameters.items():
         assert torch.equal(p, before[name]) == ("delta" not in name)
     latest = make(compiled)
     assert controller.optimiser is latest
@@ -265,7 +267,7 @@ def test_parameters_and_groups_are_taken_as_well(kind: str) -> None:
 
 @pytest.mark.slow
 def test_fixed_entries_have_no_ages() -> None:
-    """Of a mask nothing is ever replaced: one count for the tensor, and SM3 still knows rows and columns."""
+    """Entries of a mask are never replaced: a tensor has one count, and SM3 still has rows and columns."""
     spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.05, "target": {"role": "ffn.down"}}]}
     for kind, keys in (("AgedAdamW", {"step", "exp_avg", "exp_avg_sq"}), ("SM3", {"axis_0", "axis_1"})):
         compiled = graftc.compile(spec, tiny("gpt2"))
@@ -277,7 +279,7 @@ def test_fixed_entries_have_no_ages() -> None:
 
 
 def test_a_closure_and_schedulers_work() -> None:
-    """As with any optimiser of torch."""
+    """Closures and schedulers work as with any optimiser of torch."""
     p = nn.Parameter(torch.ones(3))
     for optimiser in (graftc.optim.AgedAdamW([p], lr=0.1), graftc.optim.SM3([p], lr=0.1)):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda number: 1 / (1 + number))
@@ -297,7 +299,7 @@ def test_a_closure_and_schedulers_work() -> None:
 
 
 def test_settings_out_of_bounds() -> None:
-    """A ValueError that names them, as torch's own."""
+    """Settings out of bounds raise a ValueError that names them, as in torch."""
     p = nn.Parameter(torch.ones(3))
     for wrong in ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -309,7 +311,7 @@ def test_settings_out_of_bounds() -> None:
 
 @pytest.mark.full
 def test_the_facade_loads_it_when_it_is_used() -> None:
-    """`import graftc` alone brings no torch; the module is listed."""
+    """`import graftc` alone does not import torch, and the module is listed."""
     code = (
         "import sys, graftc; print('torch' in sys.modules, 'optim' in dir(graftc), 'optim' in graftc.__all__); "
         "print(graftc.optim.SM3.__name__, graftc.optim.__name__)"

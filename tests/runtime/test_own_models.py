@@ -1,4 +1,4 @@
-"""Models written by hand: inputs by position, attention of torch.nn, sizes that the graph is bound to."""
+"""Hand-written models: inputs by position, attention of torch.nn, sizes that a graph is bound to."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_transformer_encoder_folds_and_its_eval_graph_is_derived() -> None:
 
 
 class ByPosition(nn.Module):
-    """Inputs without names for the caller, and a number that is not a tensor."""
+    """A model with inputs that callers cannot name, and a number that is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ def test_inputs_by_position_and_a_number() -> None:
 
 
 class Unnamed(nn.Module):
-    """Calls itself something else than ``self``."""
+    """A model whose forward does not call its first parameter ``self``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
     def forward(module, states: Tensor, shift: Tensor | None = None) -> Tensor:  # noqa: N805
-        """The second input has a graph of its own."""
+        """Map the states and add the second input, with which the call has a graph of its own."""
         mapped = module.linear(states)
         return mapped if shift is None else mapped + shift
 
@@ -135,7 +135,7 @@ def test_a_forward_whose_first_parameter_is_not_self() -> None:
 
 
 class Chunked(nn.Module):
-    """Takes a decision on the length: halves it where it can."""
+    """A model that decides by the length: it swaps the halves of an even one."""
 
     def __init__(self) -> None:
         super().__init__()

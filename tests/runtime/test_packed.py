@@ -1,4 +1,4 @@
-"""Packed batches: texts in one row that positions tell apart."""
+"""Packed batches: texts in one row, which their positions tell apart."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ TEXTS = torch.split(ROW[0], LENGTHS)
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    made = graftc.compile(
+    model = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up"]}}]}, tiny("llama")
     )
-    perturb(made, 0.1)
-    return made.eval()
+    perturb(model, 0.1)
+    return model.eval()
 
 
 def logits(compiled: Any, row: Tensor, **inputs: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = compiled(input_ids=row, position_ids=POSITIONS, **inputs).logits
-    return found[0]
+        output: Tensor = compiled(input_ids=row, position_ids=POSITIONS, **inputs).logits
+    return output[0]
 
 
 def leaks(compiled: Any, **inputs: Any) -> bool:
-    """Whether a token of the first text makes a difference to the others."""
+    """Return whether a token of the first text makes a difference to the others."""
     other = ROW.clone()
     other[0, 1] = (ROW[0, 1] + 1) % 90
     one, two = logits(compiled, ROW, **inputs), logits(compiled, other, **inputs)
@@ -52,7 +52,7 @@ def test_no_token_attends_across_texts(compiled: Any) -> None:
 
 @pytest.mark.full
 def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
-    """Their logits, their loss and their gradients."""
+    """Logits, loss and gradients of packed texts are those of each text alone."""
     packed = torch.split(logits(compiled, ROW), LENGTHS)
     with torch.no_grad():
         alone = [compiled(input_ids=text[None]).logits[0] for text in TEXTS]
@@ -61,7 +61,7 @@ def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
     ids = torch.nn.utils.rnn.pad_sequence(list(TEXTS), batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in TEXTS], batch_first=True)
     padded = torch.where(mask == 1, ids, -100)
-    found = []
+    results = []
     for inputs in (
         {"input_ids": ROW, "position_ids": POSITIONS, "labels": labels},
         {"input_ids": ids, "attention_mask": mask, "labels": padded},
@@ -69,15 +69,15 @@ def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
         compiled.zero_grad()
         loss = compiled(**inputs).loss
         loss.backward()
-        found.append((loss.detach(), [p.grad.clone() for p in compiled.parameters() if p.grad is not None]))
-    (one, mine), (two, theirs) = found
+        results.append((loss.detach(), [p.grad.clone() for p in compiled.parameters() if p.grad is not None]))
+    (one, mine), (two, theirs) = results
     assert torch.allclose(one, two, rtol=1e-5) and len(mine) == len(theirs) > 0
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.full
 def test_with_a_mask_they_attend_across_texts_and_a_warning_says_so(compiled: Any) -> None:
-    """As in the source model."""
+    """The source model does the same."""
     source = compiled.compilation.model.eval()
     ones = torch.ones_like(ROW)
     with pytest.warns(GraftWarning, match="GC120"):
@@ -102,14 +102,14 @@ def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_every_text_sees_a_prefix_and_a_warning_says_where_only_the_first_one_does(method: str) -> None:
-    made: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
-    perturb(made, 0.3)
-    made.eval()
+    adapted: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
+    perturb(adapted, 0.3)
+    adapted.eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        packed = torch.split(logits(made, ROW), LENGTHS)
+        packed = torch.split(logits(adapted, ROW), LENGTHS)
     with torch.no_grad():
-        alone = [made(input_ids=text[None]).logits[0] for text in TEXTS]
+        alone = [adapted(input_ids=text[None]).logits[0] for text in TEXTS]
     same = [torch.allclose(one, two, atol=1e-5) for one, two in zip(packed, alone, strict=True)]
     told = [w.message.code for w in caught if isinstance(w.message, GraftWarning)]
     assert (same, told) == (([True] * 3, []) if method == "prefix" else ([True, False, False], ["GC121"]))
@@ -128,15 +128,15 @@ def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) 
 
 @pytest.mark.slow
 def test_gates_are_of_the_row_and_a_warning_says_so() -> None:
-    made = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
-    perturb(made, 0.1)
+    adapted = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
+    perturb(adapted, 0.1)
     with pytest.warns(GraftWarning, match="GC122: the gates of 'unipelt'"):
-        assert leaks(made.eval())
+        assert leaks(adapted.eval())
 
 
 @pytest.mark.full
 def test_a_mask_of_pairs_keeps_texts_apart_without_a_warning() -> None:
-    made = graftc.compile(
+    adapted = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]},
         tiny("llama"),
         example_inputs={
@@ -149,4 +149,4 @@ def test_a_mask_of_pairs_keeps_texts_apart_without_a_warning() -> None:
     mask = (texts[:, None] == texts[None]).tril()[None, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
-        assert not leaks(made, attention_mask=mask)
+        assert not leaks(adapted, attention_mask=mask)

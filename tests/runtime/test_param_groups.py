@@ -1,4 +1,4 @@
-"""`graftc.optim.param_groups`: every tensor once, at the rate and with the decay of what it is."""
+"""`graftc.optim.param_groups`: every tensor once, at the rate and with the decay of its kind."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]
 
 
 def settings_of(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Learning rate and decay by name; no tensor is in two groups."""
-    found = [(name, (g["lr"], g["weight_decay"])) for g in groups for name in g["names"]]
-    assert len(found) == len(dict(found))
-    return dict(found)
+    """Return learning rates and decays by name; check that no tensor is in two groups."""
+    settings = [(name, (g["lr"], g["weight_decay"])) for g in groups for name in g["names"]]
+    assert len(settings) == len(dict(settings))
+    return dict(settings)
 
 
 def rates_of(compiled: Any, **options: Any) -> dict[str, float]:
-    """Learning rates by name, for a rate of 1."""
+    """Return learning rates by name, for a rate of 1."""
     return {name: rate for name, (rate, _) in settings_of(graftc.optim.param_groups(compiled, 1.0, **options)).items()}
 
 
@@ -35,7 +35,7 @@ TABLE = {"A": "lora_embedding_A.default", "B": "lora_embedding_B.default"}
 
 
 def peft_name(name: str) -> str:
-    """What peft calls a tensor of ours: a factor, a bias that trains as it is, or one of a head's copy."""
+    """Return peft's name of a tensor: a factor, a bias trained in place, or a tensor of a head's copy."""
     if name.endswith(".bias") and "classifier" not in name:
         return Names({"bias": "base_layer.bias"}).of(name)
     if "classifier" in name:
@@ -46,8 +46,11 @@ def peft_name(name: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_lora_plus_is_that_of_peft(method: str) -> None:
-    """The same groups of the same tensors at the same rates, with a table, biases and a head. Magnitudes of DoRA, which
-    are scales, do not decay here: in peft they do, which pulls them to zero and not to the base."""
+    """The groups have the same tensors at the same rates, with an embedding, biases and a head.
+
+    Magnitudes of DoRA, which are scales, do not decay here; in peft they do, which pulls them to zero and not to the
+    base.
+    """
     peft = pytest.importorskip("peft")
     judge = pytest.importorskip("peft.optimizers").create_loraplus_optimizer
     base = tiny("bert")
@@ -64,12 +67,12 @@ def test_lora_plus_is_that_of_peft(method: str) -> None:
     named = {id(p): name for name, p in theirs.named_parameters()}
 
     def plain(groups: Any, name: Any) -> set[tuple[Any, ...]]:
-        found: dict[tuple[float, float], set[str]] = {}
+        members: dict[tuple[float, float], set[str]] = {}
         for group in groups:
             for each in map(name, group["params"]):
                 decay = 0.0 if "magnitude" in each else group["weight_decay"]
-                found.setdefault((group["lr"], decay), set()).add(each)
-        return {(*key, frozenset(names)) for key, names in found.items()}
+                members.setdefault((group["lr"], decay), set()).add(each)
+        return {(*key, frozenset(names)) for key, names in members.items()}
 
     mine = {id(p): peft_name(name) for name, p in ours.named_parameters() if p.requires_grad}
     groups = graftc.optim.param_groups(ours, 1e-3, lr_ratio=16, weight_decay=0.1)
@@ -94,13 +97,16 @@ METHODS: dict[str, tuple[Mapping[str, Any], set[str]]] = {
 @pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_what_decays(method: str) -> None:
-    """Matrices, prompts and entries of matrices; no bias, norm, scale or gate. Whatever trains is in one group."""
+    """Matrices, prompts and entries of matrices decay; biases, norms, scales and gates do not.
+
+    Every trained tensor is in one group.
+    """
     fields, decays = METHODS[method]
     compiled = graftc.compile({"adapt": [{"method": method, **fields}]}, tiny("gpt2"))
-    found = settings_of(graftc.optim.param_groups(compiled, 1e-3, weight_decay=0.1))
-    assert set(found) == {name for name, p in compiled.named_parameters() if p.requires_grad}
-    assert {name.rpartition(".")[2] for name, (_, decay) in found.items() if decay} == decays
-    norms = [decay for name, (_, decay) in found.items() if ".ln_" in name]
+    settings = settings_of(graftc.optim.param_groups(compiled, 1e-3, weight_decay=0.1))
+    assert set(settings) == {name for name, p in compiled.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name, (_, decay) in settings.items() if decay} == decays
+    norms = [decay for name, (_, decay) in settings.items() if ".ln_" in name]
     assert not any(norms) and bool(norms) == (method in ("norms", "full", "diff_pruning", "mask", "bitfit"))
 
 
@@ -118,44 +124,43 @@ SPECS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
 @pytest.mark.full
 @pytest.mark.parametrize("case", SPECS)
 def test_compositions_and_what_else_a_spec_has(case: str) -> None:
-    """Whatever trains is in one group; gates are vectors, wherever they are from."""
+    """Every trained tensor is in one group, and gates are vectors, wherever they come from."""
     family, spec, vectors = SPECS[case]
     compiled = graftc.compile(spec, tiny(family))
-    found = settings_of(graftc.optim.param_groups(compiled, 1e-3, weight_decay=0.1))
-    assert set(found) == {name for name, p in compiled.named_parameters() if p.requires_grad}
-    still = {name.rpartition(".")[2].rpartition("_")[2] for name, (_, decay) in found.items() if not decay}
+    settings = settings_of(graftc.optim.param_groups(compiled, 1e-3, weight_decay=0.1))
+    assert set(settings) == {name for name, p in compiled.named_parameters() if p.requires_grad}
+    still = {name.rpartition(".")[2].rpartition("_")[2] for name, (_, decay) in settings.items() if not decay}
     assert still == vectors
 
 
 @pytest.mark.full
 def test_layers() -> None:
-    """As BEiT has it: the last layer at ``d``, the first at ``d^L``, the tables before it at ``d^(L+1)``, the rest as
-    it is."""
+    """As in BEiT, the last layer has ``d``, the first ``d^L``, the embeddings before it ``d^(L+1)``, and the rest 1."""
     spec = {"adapt": [LORA], "train": ["transformer.wpe", "transformer.ln_f", "transformer.h.1.ln_1"]}
-    found = rates_of(graftc.compile(spec, tiny("gpt2", n_layer=3)), layer_decay=0.5)
-    for name, rate in found.items():
+    rates = rates_of(graftc.compile(spec, tiny("gpt2", n_layer=3)), layer_decay=0.5)
+    for name, rate in rates.items():
         wanted = {"h.0": 0.125, "h.1": 0.25, "h.2": 0.5, "wpe": 0.0625, "ln_f": 1.0}
         (expected,) = [r for place, r in wanted.items() if f".{place}." in name]
         assert rate == expected, name
-    assert set(found.values()) == {0.125, 0.25, 0.5, 0.0625, 1.0}
+    assert set(rates.values()) == {0.125, 0.25, 0.5, 0.0625, 1.0}
 
 
 @pytest.mark.full
 def test_an_encoder_and_a_decoder() -> None:
-    """Each counts its own layers; what a decoder has before its layers is behind the encoder's first one."""
+    """Each stack counts its own layers; the shared embedding is one step below the first layer of the decoder."""
     spec = {"adapt": [{**LORA, "target": {"role": ["attn.q", "decoder.cross.attn.q", "embed"]}}]}
     with pytest.warns(graftc.GraftWarning, match="GC024"):
         compiled = graftc.compile(spec, tiny("t5", num_decoder_layers=3))
-    found = rates_of(compiled, layer_decay=0.5)
+    by_name = rates_of(compiled, layer_decay=0.5)
     for stack, layers in {"encoder": 2, "decoder": 3}.items():
         for layer in range(layers):
-            rates = {r for name, r in found.items() if f"{stack}.block.{layer}." in name}
+            rates = {r for name, r in by_name.items() if f"{stack}.block.{layer}." in name}
             assert rates == {0.5 ** (layers - layer)}, (stack, layer)
-    assert {r for name, r in found.items() if "block" not in name} == {0.5**4}
+    assert {r for name, r in by_name.items() if "block" not in name} == {0.5**4}
 
 
 class Small(nn.Module):
-    """Numbered layers without residual branches, between two maps."""
+    """A model of numbered layers without residual branches, between two linear maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +169,7 @@ class Small(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[batch, 4]`` to ``[batch, 3]``."""
+        """Map ``[batch, 4]`` to ``[batch, 3]``."""
         x = self.read(x)
         for layer in self.layers:
             x = torch.relu(layer(x))
@@ -173,8 +178,8 @@ class Small(nn.Module):
 
 def test_layers_without_residual_branches() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"modules": ["**"]}, "rank": 2}]}
-    found = rates_of(graftc.compile(spec, Small(), (torch.zeros(2, 4),)), layer_decay=0.5)
-    by_module = {name.partition(".graftc.")[0]: rate for name, rate in found.items()}
+    rates = rates_of(graftc.compile(spec, Small(), (torch.zeros(2, 4),)), layer_decay=0.5)
+    by_module = {name.partition(".graftc.")[0]: rate for name, rate in rates.items()}
     assert by_module == {"read": 0.125, "layers.0": 0.25, "layers.1": 0.5, "head": 1.0}
 
 
@@ -183,8 +188,8 @@ def test_overrides_and_frozen_tensors() -> None:
     """An adaptation's own numbers replace the common ones; options of the optimiser pass through."""
     other = {"name": "other", "method": "ia3"}
     compiled = graftc.compile({"adapt": [LORA, other], "train": ["transformer.ln_f"]}, tiny("gpt2"))
-    own = {"other": {"lr": 0.5, "betas": (0.8, 0.9)}, "trained": {"lr": 0.25, "lr_ratio": None}}
-    groups = graftc.optim.param_groups(compiled, 1.0, lr_ratio=2.0, weight_decay=0.1, overrides=own)
+    overrides = {"other": {"lr": 0.5, "betas": (0.8, 0.9)}, "trained": {"lr": 0.25, "lr_ratio": None}}
+    groups = graftc.optim.param_groups(compiled, 1.0, lr_ratio=2.0, weight_decay=0.1, overrides=overrides)
     owners = {name.partition(".graftc.")[2].partition(".")[0]: g for g in groups for name in g["names"]}
     assert owners["other"]["lr"] == 1.0 and owners["other"]["betas"] == (0.8, 0.9)  # twice 0.5: scales go with B
     assert owners["trained"]["lr"] == 0.25 and "betas" not in owners["trained"]
@@ -196,15 +201,15 @@ def test_overrides_and_frozen_tensors() -> None:
 
 @pytest.mark.full
 def test_they_train_in_the_trainer(tmp_path: Any) -> None:
-    """With the Trainer's own schedule, which multiplies each group's rate."""
+    """The Trainer's own schedule multiplies the rate of each group."""
     from transformers import Trainer, TrainingArguments
 
     compiled = graftc.compile({"adapt": [LORA]}, tiny("gpt2"))
     groups = graftc.optim.param_groups(compiled, 1e-2, lr_ratio=16.0)
     example = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
     settings = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
-    made = (torch.optim.AdamW, {"params": groups})
-    trainer = Trainer(compiled, settings, train_dataset=[example] * 8, optimizer_cls_and_kwargs=made)
+    optimizer = (torch.optim.AdamW, {"params": groups})
+    trainer = Trainer(compiled, settings, train_dataset=[example] * 8, optimizer_cls_and_kwargs=optimizer)
     before = compiled.adapter_state_dict()
     start = {name: tensor.clone() for name, tensor in before.items()}
     trainer.train()

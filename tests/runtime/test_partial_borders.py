@@ -1,4 +1,4 @@
-"""Partial merges at their borders: a base whose ties the spec breaks, and specs of which nothing folds."""
+"""Edge cases of partial merges: a base whose ties the spec breaks, and specs of which nothing folds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOTTLENECK = {"method": "pfeiffer"}
 
 
 def compiled_for(*entries: dict[str, Any], **fields: Any) -> Any:
-    """A perturbed GPT-2, whose head is tied to its table, in eval mode."""
+    """A perturbed GPT-2 in eval mode, whose head is tied to its embedding."""
     compiled = graftc.compile({"adapt": list(entries), **fields}, tiny("gpt2")).eval()
     perturb(compiled)
     return compiled
@@ -24,7 +24,7 @@ def compiled_for(*entries: dict[str, Any], **fields: Any) -> Any:
 
 @pytest.mark.full
 def test_what_is_untied_stays_untied() -> None:
-    """LoRA on the untied head folds; what does not is compiled on a base that has both tensors."""
+    """LoRA on the untied head folds, and the rest is compiled on a base that has both tensors."""
     lora = {"method": "lora", "target": {"modules": "lm_head"}, "rank": 2}
     compiled = compiled_for(lora, BOTTLENECK, untie=["lm_head"])
     partial = compiled.merge_partially()
@@ -35,7 +35,7 @@ def test_what_is_untied_stays_untied() -> None:
 
 @pytest.mark.slow
 def test_where_nothing_folds() -> None:
-    """That is not a failed certificate, and says what stays and why."""
+    """If nothing folds, the error is not that of a failed certificate, and says what stays and why."""
     with pytest.raises(GraftError, match="pfeiffer") as error:
         compiled_for(BOTTLENECK).merge_partially()
     assert error.value.code == "GC050" and error.value.hint

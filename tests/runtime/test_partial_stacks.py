@@ -1,4 +1,4 @@
-"""Folding adaptations that another one, which stays, starts from: DoRA's norms are of the weight as adapted so far."""
+"""Folding adaptations below one that stays: DoRA's norms are those of the weight as adapted so far."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STACKS = (
 
 
 def stacked(family: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> Any:
-    """Adaptations ``a0``, ``a1`` ... of some maps, and a DoRA on top."""
+    """A perturbed model with adaptations ``a0``, ``a1`` ... of some maps, and a DoRA on top."""
     target = {"role": ["attn.q", "ffn.down"] if family != "mixtral" else ["attn.q", "experts"]}
     entries = [{**BELOW[name], "name": f"a{index}", "target": target} for index, name in enumerate(names)]
     top = {"method": "dora", "rank": 4, "name": "top", "target": target}

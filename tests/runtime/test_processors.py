@@ -1,4 +1,4 @@
-"""Folders with a processor: what a model of text and images is compiled with when the caller shows no call."""
+"""Folders with a processor, which makes the example inputs of a model of text and images if none are given."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    made = tmp_path_factory.mktemp("processors") / "llava"
+    path = tmp_path_factory.mktemp("processors") / "llava"
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(made)
-    processor.save_pretrained(made)
-    return made
+    LlavaForConditionalGeneration(config).save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
 
 
 def test_both_towers_are_adapted_without_a_batch(folder: Path) -> None:
@@ -81,10 +81,10 @@ def test_both_towers_are_adapted_without_a_batch(folder: Path) -> None:
 
 
 def test_roles_behind_the_tokens_that_features_are_put_among(folder: Path) -> None:
-    found = graftc.roles(load_folder(folder))
-    norms = {finding.parameter for finding in found.findings if finding.role == "norm"}
+    report = graftc.roles(load_folder(folder))
+    norms = {finding.parameter for finding in report.findings if finding.role == "norm"}
     assert {f"model.language_model.layers.{layer}.input_layernorm.weight" for layer in range(3)} <= norms
-    assert [finding.parameter for finding in found.findings if finding.role == "head"] == ["lm_head.weight"]
+    assert [finding.parameter for finding in report.findings if finding.role == "head"] == ["lm_head.weight"]
 
 
 def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:

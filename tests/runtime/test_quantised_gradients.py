@@ -1,4 +1,4 @@
-"""Who looks at gradients of whole base weights has those of packed ones too, as of a plain model with the values."""
+"""Gradients of whole base weights are also available for packed ones, as for a plain model of the same values."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TARGET = {"role": ["attn.q", "attn.o"]}
 
 
 class Tied(nn.Module):
-    """Two layers that share a linear map, each of which reads it twice."""
+    """A model of two layers that share a linear map, which each of them reads twice."""
 
     class Layer(nn.Module):
-        """One of them."""
+        """A layer with the shared map and one of its own."""
 
         def __init__(self, shared: nn.Linear) -> None:
             super().__init__()
             self.shared, self.own = shared, nn.Linear(32, 32)
 
         def forward(self, x: Tensor) -> Tensor:
-            """Both maps, the shared one twice."""
+            """Apply both maps, the shared one twice."""
             return self.own(self.shared(self.shared(x).relu()).relu())
 
     def __init__(self) -> None:
@@ -39,32 +39,32 @@ class Tied(nn.Module):
         self.layers = nn.ModuleList(self.Layer(shared) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Through both layers."""
+        """Apply both layers."""
         for layer in self.layers:
             x = layer(x)
         return x
 
 
 def pair(model: nn.Module, adapt: list[dict[str, Any]], example: Any = None, **spec: Any) -> tuple[Any, Any]:
-    """A quantised model and its plain twin, both compiled."""
+    """Return a quantised model and its plain twin, both compiled."""
     base = {"quantize": "nf4"}
     axes = None if example is None else [Axis("x", torch.float32, ("batch", 32))]
-    made = []
+    compiled = []
     for source, own in ((model, {"base": base}), (dense_twin(model, axes, **base), {})):
         document = graftc.Spec.model_validate({"adapt": adapt, **own, **spec})
-        made.append(graftc.compile(document, source, example))
-    return made[0], made[1]
+        compiled.append(graftc.compile(document, source, example))
+    return compiled[0], compiled[1]
 
 
 def wanted(compiled: Any, names: list[str], run: Any) -> list[tuple[str, Tensor]]:
-    """The gradients of base weights in one pass."""
-    found: list[tuple[str, Tensor]] = []
-    gradients = BaseGradients(lambda name, gradient: found.append((name, gradient.clone())))
+    """Return the gradients of base weights in one pass, sorted by name."""
+    received: list[tuple[str, Tensor]] = []
+    gradients = BaseGradients(lambda name, gradient: received.append((name, gradient.clone())))
     gradients.want({name: compiled.compilation.store.get(name) for name in names})
     run(compiled)
     gradients.release()
     run(compiled)
-    return sorted(found, key=lambda item: item[0])
+    return sorted(received, key=lambda item: item[0])
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_spiel(family: str, variant: str) -> None:
     """The entries that SpIEL trains and replaces, and their values, are those of the twin."""
     model = getattr(families, family)().eval()
     adapt = {"method": "spiel", "variant": variant, "density": 0.02, "interval": 3, "accumulation_steps": 2}
-    found = []
+    results = []
     for compiled in pair(model, [{**adapt, "target": TARGET}]):
         cls = graftc.optim.AgedAdamW if variant == "AG" else graftc.optim.SM3
         optimiser = cls(compiled, lr=0.01)
@@ -101,8 +101,8 @@ def test_spiel(family: str, variant: str) -> None:
             optimiser.step()
             compiled.after_step()
             optimiser.zero_grad()
-        found.append({n: t.detach().clone() for n, t in compiled.compilation.store.adapters()})
-    ours, theirs = found
+        results.append({n: t.detach().clone() for n, t in compiled.compilation.store.adapters()})
+    ours, theirs = results
     assert ours.keys() == theirs.keys() and any(name.endswith("_indices") for name in ours)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-8)
@@ -114,19 +114,19 @@ def test_spiel(family: str, variant: str) -> None:
 def test_entries_by_examples(method: str) -> None:
     """Entries are chosen by gradients of the weights' values."""
     own = {"mask": {"selection": "fish", "density": 0.02}, "child_tuning": {"variant": "D", "reserve_p": 0.02}}[method]
-    found = []
+    results = []
     for compiled in pair(families.bert().eval(), [{"method": method, **own, "target": TARGET}]):
         inputs = [inputs_for(compiled, seed=seed) for seed in range(3)]
         examples = [{**each, "labels": torch.arange(len(each["input_ids"])) % 3} for each in inputs]
         chosen = compiled.select(examples)
-        found.append({n: t for n, t in chosen.compilation.store.adapters() if n.endswith("_indices")})
-    assert found[0] and found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+        results.append({n: t for n, t in chosen.compilation.store.adapters() if n.endswith("_indices")})
+    assert results[0] and results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[1])
 
 
 @pytest.mark.full
 def test_copies() -> None:
-    """A copy has parts of its own, and nobody listens to them."""
+    """A copy has parts of its own, and nothing collects their gradients."""
     (compiled, _) = pair(families.gpt2().eval(), [{"method": "spiel", "density": 0.02, "target": TARGET}])
     inputs = inputs_for(compiled, seed=1)
     compiled.train()

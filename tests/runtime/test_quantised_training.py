@@ -1,4 +1,4 @@
-"""What a training step on a quantised base keeps: codes, and never the values that are made of them."""
+"""A training step on a quantised base keeps codes, and never the values computed from them."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ OFF: tuple[list[str], ...] = ([], ["projections"], ["recompute"], ["projections"
 
 
 def compiled_of(model: nn.Module, adapt: Any = None, **spec: Any) -> Any:
-    """A model that trains."""
+    """A compiled model in train mode."""
     return graftc.compile(graftc.Spec.model_validate({"adapt": adapt or METHODS["lora"], **spec}), model).train()
 
 
 def gradients(compiled: Any, run: Callable[..., Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a step, and the gradients of all that trains."""
+    """Return the loss of a step, and the gradients of all trained tensors."""
     inputs = inputs_for(compiled, seed=1)
     torch.manual_seed(0)
     loss = (compiled if run is None else run)(**inputs)[0].square().mean()
     loss.backward()
-    found = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
     compiled.zero_grad()
-    return loss.detach(), found
+    return loss.detach(), grads
 
 
 def weight_sizes(compiled: Any) -> set[int]:
-    """Entries of the packed weights."""
+    """Return the numbers of entries of the packed weights."""
     return {own.numel for own in compiled.compilation.store.packed.values()}
 
 
 def kept(compiled: Any, run: Callable[..., Any]) -> list[Tensor]:
-    """What autograd saves in the forward pass, as far as it is not a parameter."""
+    """Return the tensors that autograd saves in the forward pass, except parameters and buffers."""
     saved: list[Tensor] = []
     own = {p.untyped_storage().data_ptr() for p in (*compiled.parameters(), *compiled.buffers())}
 
@@ -70,7 +70,7 @@ def kept(compiled: Any, run: Callable[..., Any]) -> list[Tensor]:
 @pytest.mark.parametrize("off", OFF, ids=",".join)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5"])
 def test_no_value_is_kept(family: str, off: list[str], name: str) -> None:
-    """The bytes kept are those of the plain model, whatever is turned off; gradients are to the bit its own."""
+    """No more bytes are kept than by the plain model, whatever is turned off, and gradients are equal bit for bit."""
     model = getattr(families, family)().eval()
     twin = compiled_of(dense_twin(model, quantize="nf4"), METHODS[name], optimise={"off": off})
     compiled = compiled_of(model, METHODS[name], base={"quantize": "nf4"}, optimise={"off": off})
@@ -78,15 +78,15 @@ def test_no_value_is_kept(family: str, off: list[str], name: str) -> None:
     assert loss == other and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     inputs = inputs_for(compiled, seed=1)
-    found, plain = compiled.activations(**inputs), twin.activations(**inputs)
-    assert found.kept <= plain.kept
-    assert found.without > plain.without + 4 * min(weight_sizes(compiled))
+    packed, plain = compiled.activations(**inputs), twin.activations(**inputs)
+    assert packed.kept <= plain.kept
+    assert packed.without > plain.without + 4 * min(weight_sizes(compiled))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile(backend: str) -> None:
-    """Compiled by torch, the step keeps codes as well, and gives the same gradients."""
+    """Under `torch.compile`, the step keeps codes as well, and gives the same gradients."""
     model = families.llama().eval()
     compiled = compiled_of(model, base={"quantize": "nf4"})
     loss, wanted = gradients(compiled)
@@ -95,27 +95,27 @@ def test_torch_compile(backend: str) -> None:
     run(**inputs)
     saved = kept(compiled, lambda: run(**inputs))
     assert saved and not [t.shape for t in saved if t.is_floating_point() and t.numel() in weight_sizes(compiled)]
-    again, found = gradients(compiled, run)
+    again, grads = gradients(compiled, run)
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
+    assert grads.keys() == wanted.keys()
+    for name, gradient in grads.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_checkpointed_layers() -> None:
-    """With whole layers computed again the gradients are the same."""
+    """If whole layers are recomputed, the gradients are the same."""
     model = families.llama().eval()
     _, wanted = gradients(compiled_of(model, base={"quantize": "int4"}))
-    _, found = gradients(compiled_of(model, base={"quantize": "int4"}, checkpoint="layers"))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, grads = gradients(compiled_of(model, base={"quantize": "int4"}, checkpoint="layers"))
+    assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.slow
 def test_no_gradient_for_codes() -> None:
-    """Parts are frozen parameters of whole numbers; what is trained is the adaptation's."""
+    """Parts are frozen integer parameters, and only tensors of the adaptation train."""
     compiled = compiled_of(families.gpt2().eval(), base={"quantize": "nf4", "double": True})
     parts = [name for name in compiled.compilation.store.packed for name in compiled.compilation.store.parts_of(name)]
-    held = dict(compiled.named_parameters())
-    assert parts and all(held[name].dtype == torch.uint8 and not held[name].requires_grad for name in parts)
-    assert all(".graftc." in name for name, p in held.items() if p.requires_grad)
+    parameters = dict(compiled.named_parameters())
+    assert parts and all(parameters[name].dtype == torch.uint8 and not parameters[name].requires_grad for name in parts)
+    assert all(".graftc." in name for name, p in parameters.items() if p.requires_grad)

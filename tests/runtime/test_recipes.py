@@ -1,4 +1,4 @@
-"""Recipes: all trainings in one call, and taken up again after being killed."""
+"""Recipes: all trainings in one call, which is resumed after it was killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KILLS = int(os.environ.get("GRAFTC_KILLS", "10")) // 5
 
 
 def train(compiled: Compiled, stage: Stage) -> None:
-    """Some steps of AdamW that decays weights, with random numbers of torch and Python."""
+    """Do some steps of AdamW with weight decay, with random numbers of torch and Python."""
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
     for batch in batches(compiled.compilation.model, 3):
         optimiser.zero_grad()
@@ -42,13 +42,13 @@ def train(compiled: Compiled, stage: Stage) -> None:
 
 
 def base_of(compiled: Compiled) -> dict[str, Tensor]:
-    """The base's own parameters."""
+    """Return the base's own parameters."""
     return {n: p.detach() for n, p in compiled.compilation.source.named_parameters()}
 
 
 @pytest.mark.slow
 def test_lottery_ticket() -> None:
-    """What changes most in a dense training is chosen; all goes back; the chosen entries alone differ in the end."""
+    """The entries that change most in a dense training are chosen, and all others are the base's in the end."""
     model = tiny("bert")
     seen: list[tuple[int, int]] = []
     before: list[dict[str, Tensor]] = []
@@ -88,7 +88,7 @@ def test_lottery_ticket() -> None:
 
 @pytest.mark.full
 def test_iterations_add_their_shares() -> None:
-    """Each starts from what the one before has trained, and keeps its entries."""
+    """Each iteration starts from the result of the one before, and keeps its entries."""
     model = tiny("gpt2")
     starts: list[tuple[dict[str, set[int]], dict[str, Tensor]]] = []
 
@@ -100,12 +100,12 @@ def test_iterations_add_their_shares() -> None:
 
     ends: list[dict[str, Tensor]] = []
     tuned = graftc.tune({"adapt": [{"method": "lt_sft", "iterations": 3, "entries": 100}]}, model, watched)
-    counts = [sum(len(own) for own in found.values()) for found, _ in starts]
+    counts = [sum(len(own) for own in chosen.values()) for chosen, _ in starts]
     assert counts == [0, 33, 33, 66, 66, 100]
     for earlier, later in ((1, 3), (3, 5)):
         for name, own in starts[earlier][0].items():
             assert own <= starts[later][0][name]
-    # A dense training starts from what the sparse one before has made, and the next sparse one from there too.
+    # A dense training starts from the result of the sparse one before, and so does the next sparse one.
     inputs = inputs_for(tuned)
     assert tuned.report.trainable_parameters == 100
     for sparse in (1, 3):
@@ -126,7 +126,7 @@ def test_iterations_add_their_shares() -> None:
 
 @pytest.mark.full
 def test_rows_of_a_fused_weight() -> None:
-    """Queries of GPT-2, whose rows are columns of what is stored."""
+    """Rows of GPT-2's queries and values are columns of the stored weight."""
     model = tiny("gpt2")
     spec = {"adapt": [{"method": "lt_sft", "iterations": 2, "entries": 90, "target": {"role": ["attn.q", "attn.v"]}}]}
     tuned = graftc.tune(spec, model, train)
@@ -140,10 +140,10 @@ def test_rows_of_a_fused_weight() -> None:
 
 @pytest.mark.full
 def test_a_run_in_a_folder_is_the_same(tmp_path: Path) -> None:
-    """With and without one, from the file and in memory; a finished one gives its result without training."""
+    """Runs with and without a folder give the same, and a finished one gives its result without training."""
     model = tiny("bert")
     plain = graftc.tune(SPEC, model, train)
-    torch.manual_seed(0)  # a run seeds torch for its trainings, and the next one starts from what torch was seeded with
+    torch.manual_seed(0)  # a run seeds torch for its trainings, and the next one starts from torch's seed
     kept = graftc.tune(SPEC, model, train, folder=tmp_path / "recipe")
 
     def refuse(compiled: Compiled, stage: Stage) -> None:
@@ -191,7 +191,7 @@ def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    """Whoever begins in the folder of a run that has not ended is told so; the run itself goes on."""
+    """A second run in the folder of an unfinished one is refused, and the first one continues."""
     model, seen = tiny("bert"), []
 
     def again(compiled: Compiled, stage: Stage) -> None:
@@ -216,7 +216,7 @@ def test_arguments_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> No
 @pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """A selection and two trainings, killed at random moments, end as a run that was not."""
+    """A selection and two trainings, killed at random moments, end like a run that was not killed."""
     model = tiny("bert")
     worker = Worker("tests.runtime.recipe_worker", tmp_path)
     try:
@@ -225,12 +225,12 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         status, seconds = worker.run("whole")  # the first one has captured the model
         assert status == 0
         draw, kills, at = random.Random(0), 0, set()
-        while kills < KILLS or len(at) == 1:  # kills are to fall into different stages
+        while kills < KILLS or len(at) == 1:  # kills should fall into different stages
             assert kills < 6 * KILLS
             status, _ = worker.run("killed", draw.uniform(0, 1.1 * seconds))
             kills += status == -9
             at.add(len(list((tmp_path / "killed").glob("stage-*"))))
-            if status == 0:  # it was done sooner: from the start again
+            if status == 0:  # it finished before the kill: start over
                 shutil.rmtree(tmp_path / "killed")
         assert worker.run("killed")[0] == 0
     finally:
@@ -245,9 +245,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_task_and_language() -> None:
-    """Two fine-tunes of one base add up, in either order, and fold; a head of the second is left out."""
+    """Two fine-tunes of one base add up, in either order, and fold; the head of the second is left out."""
     model = tiny("bert")
-    made = [
+    models = [
         graftc.compile(
             {"adapt": [{"method": "lt_sft", "stage": 2, "name": name, "density": 0.2}], "train": ["classifier"]},
             model,
@@ -255,10 +255,10 @@ def test_task_and_language() -> None:
         ).eval()
         for seed, name in enumerate(("task", "language"))
     ]
-    for compiled in made:
+    for compiled in models:
         perturb(compiled, 0.05)
-    both, other = made[0].joined(made[1]), made[1].joined(made[0])
-    folded = [dict(m.eval().merge().to_transformers().named_parameters()) for m in (both, other, *made)]
+    both, other = models[0].joined(models[1]), models[1].joined(models[0])
+    folded = [dict(m.eval().merge().to_transformers().named_parameters()) for m in (both, other, *models)]
     base = dict(model.named_parameters())
     for name, tensor in base.items():
         if not name.startswith("classifier"):
@@ -267,8 +267,8 @@ def test_task_and_language() -> None:
             assert torch.equal(folded[0][name], folded[1][name])
     assert torch.equal(folded[0]["classifier.weight"], folded[2]["classifier.weight"])
     with pytest.raises(GraftError) as error:
-        made[0].joined(made[0])
+        models[0].joined(models[0])
     assert error.value.code == "GC005"
     with pytest.raises(GraftError) as error:
-        made[0].joined(graftc.compile({"adapt": [{"method": "ia3"}]}, tiny("bert", seed=1)))
+        models[0].joined(graftc.compile({"adapt": [{"method": "ia3"}]}, tiny("bert", seed=1)))
     assert error.value.code == "GC087"

@@ -1,4 +1,4 @@
-"""The base beside the adapted model: the reference of preference optimisation, and the head that losses are read by."""
+"""The base beside the adapted model: the reference of preference optimisation, and the head that losses read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LORA = {"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": ["attn.q
 
 
 def compiled_of(family: str = "llama", **spec: Any) -> Any:
-    made = graftc.compile({"adapt": [LORA], **spec}, tiny(family))
-    perturb(made, 0.1)
-    return made
+    compiled = graftc.compile({"adapt": [LORA], **spec}, tiny(family))
+    perturb(compiled, 0.1)
+    return compiled
 
 
 @pytest.mark.full
@@ -53,8 +53,8 @@ def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
 
     def alive() -> set[int]:
         gc.collect()
-        held = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) in sizes)
-        return {t.untyped_storage().data_ptr() for t in held}
+        tensors = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) in sizes)
+        return {t.untyped_storage().data_ptr() for t in tensors}
 
     before = alive()
     reference = copy.deepcopy(compiled.reference())
@@ -62,7 +62,7 @@ def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
         reference(input_ids=IDS)
     assert alive() <= before
     assert not [*reference.parameters(), *reference.buffers()]
-    perturb(compiled, 0.1)  # it follows the tensors, of which it has none
+    perturb(compiled, 0.1)  # the reference has no tensors of its own
     with torch.no_grad():
         expected = compiled.compilation.model.eval()(input_ids=IDS).logits
         assert torch.equal(reference(input_ids=IDS).logits, expected)
@@ -94,7 +94,7 @@ def test_a_trained_head_is_the_one_that_losses_see() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_hidden_states_are_those_of_the_text_alone(method: str) -> None:
-    """Virtual tokens are not among them, so that labels fit."""
+    """Virtual tokens are left out, so that labels fit."""
     compiled: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
     perturb(compiled, 0.3)
     with torch.no_grad():
@@ -125,19 +125,19 @@ def test_an_adapted_head_is_refused_when_its_weight_is_read(method: str) -> None
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_dropouts_that_are_set_to_zero_drop_nothing(family: str) -> None:
-    """Those of the base and of adaptations, one by one; code of `torch.compile` too."""
+    """Dropouts of the base and of adaptations are set one by one, also for code of `torch.compile`."""
     compiled = compiled_of(family).train()
-    found = [m for m in compiled.modules() if isinstance(m, nn.Dropout)]
+    dropouts = [m for m in compiled.modules() if isinstance(m, nn.Dropout)]
     with torch.no_grad():
         expected = copy.deepcopy(compiled).eval()(input_ids=IDS).logits
         assert not torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
-        for module in found:
+        for module in dropouts:
             module.p = 0
-        assert family != "bert" or len(found) > 4
+        assert family != "bert" or len(dropouts) > 4
         assert torch.equal(compiled(input_ids=IDS).logits, expected)
         run = torch.compile(compiled, backend="eager")
         assert torch.allclose(run(input_ids=IDS).logits, expected, atol=1e-6)
-        found[-1].p = 0.3 if family == "llama" else 0.1
+        dropouts[-1].p = 0.3 if family == "llama" else 0.1
         assert not torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
 
 
@@ -184,7 +184,7 @@ def test_dropouts_of_zero_leave_masks_of_gradients_alone() -> None:
 
 @pytest.mark.slow
 def test_the_reference_and_the_model_run_in_two_threads() -> None:
-    """One set of base tensors and one table of code; neither hears of the other."""
+    """Both models share the base tensors and the table of code, and do not affect each other."""
     compiled = compiled_of().eval()
     reference = compiled.reference()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Objectives that compare several passes of one call: their value, where it goes, and that it is counted once."""
+"""Objectives that compare several passes of one call: their value, where it is added, and that it counts once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = {"alike": {"weight": 0.7}, "attached": {"weight": 0.7, "detach": Fals
 
 
 def adapted(consistency: dict[str, Any], family: str = "bert", model: Any = None, **fields: Any) -> Any:
-    """A tiny model with experts, in train mode; it draws nothing of its own."""
+    """A tiny model with experts in train mode, with no dropout in its base."""
     entry = {**ENTRY, "consistency": consistency, **fields}
     compiled = graftc.compile({"adapt": [entry]}, model or tiny(family, **STILL.get(family, {})))
     perturb(compiled, 0.2)
@@ -37,20 +37,20 @@ def adapted(consistency: dict[str, Any], family: str = "bert", model: Any = None
 
 
 def like(compiled: Any, consistency: dict[str, Any], family: str = "bert", **fields: Any) -> Any:
-    """The same with another term."""
+    """The same model with another term."""
     other = adapted(consistency, family, **fields)
     other.load_adapter_state_dict(compiled.adapter_state_dict())
     return other
 
 
 def two_passes(plain: Any, seed: int, **inputs: Any) -> list[Any]:
-    """Two calls of a model without the term, with the draws that one call with it has."""
+    """Call a model without the term twice, with the draws of one call with it."""
     torch.manual_seed(seed)
     return [plain(**inputs), plain(**inputs)]
 
 
 def divergence(first: Tensor, second: Tensor, detach: bool) -> Tensor:
-    """`1/2 (KL(p1 || p2) + KL(p2 || p1))` by hand, per row."""
+    """Compute `1/2 (KL(p1 || p2) + KL(p2 || p1))` by hand, per row."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         p = p.detach() if detach else p
@@ -60,7 +60,7 @@ def divergence(first: Tensor, second: Tensor, detach: bool) -> Tensor:
 
 
 def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
-    """Of what trains."""
+    """Return the gradients of the trained tensors by name."""
     model.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -68,7 +68,7 @@ def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def no_warning() -> Iterator[None]:
-    """A warning of graftc is an error inside."""
+    """Turn warnings of graftc into errors while the block runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         yield
@@ -80,7 +80,7 @@ LABELS = torch.arange(5) % 3
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["alike", "attached"])
 def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
-    """Loss of the first pass plus the term, and the gradient of that, with the target detached or not."""
+    """The loss is that of the first pass plus the term, with the gradient of both, whether detached or not."""
     compiled = adapted(SETTINGS[kind])
     plain = like(compiled, SETTINGS["none"])
     inputs = inputs_for(compiled)
@@ -88,13 +88,13 @@ def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
     term = 0.7 * divergence(first.logits, second.logits, kind == "alike").mean()
     assert float(term.detach()) > 1e-3
     torch.manual_seed(3)
-    found = compiled(**inputs, labels=LABELS)
-    torch.testing.assert_close(found.loss, first.loss + term)
-    assert torch.equal(found.logits, first.logits)
+    outputs = compiled(**inputs, labels=LABELS)
+    torch.testing.assert_close(outputs.loss, first.loss + term)
+    assert torch.equal(outputs.logits, first.logits)
     expected = gradients(first.loss + term, plain)
-    own = gradients(found.loss, compiled)
-    assert own.keys() == expected.keys()
-    for name, gradient in own.items():
+    grads = gradients(outputs.loss, compiled)
+    assert grads.keys() == expected.keys()
+    for name, gradient in grads.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
@@ -103,19 +103,19 @@ def test_detaching_changes_the_gradient_only() -> None:
     compiled = adapted(SETTINGS["alike"])
     other = like(compiled, SETTINGS["attached"])
     inputs = inputs_for(compiled)
-    losses, found = [], []
+    losses, grads = [], []
     for model in (compiled, other):
         torch.manual_seed(1)
         loss = model(**inputs, labels=LABELS).loss
         losses.append(float(loss.detach()))
-        found.append(gradients(loss, model))
+        grads.append(gradients(loss, model))
     assert losses[0] == losses[1]
-    assert any((found[0][name] - found[1][name]).abs().max() > 1e-5 for name in found[0])
+    assert any((grads[0][name] - grads[1][name]).abs().max() > 1e-5 for name in grads[0])
 
 
 @pytest.mark.full
 def test_positions_of_a_causal_model() -> None:
-    """Those that predict a label other than -100 count: exactly where the loss has a gradient."""
+    """Positions that predict a label other than -100 count: exactly those where the loss has a gradient."""
     compiled = adapted(SETTINGS["alike"], "gpt2")
     plain = like(compiled, SETTINGS["none"], "gpt2")
     inputs = inputs_for(compiled)
@@ -127,17 +127,17 @@ def test_positions_of_a_causal_model() -> None:
     assert counted.any() and not counted.all() and not counted[0].any() and not counted[:, -1].any()
     rows = divergence(first.logits, second.logits, True)
     torch.manual_seed(3)
-    found = compiled(**inputs, labels=labels).loss
-    torch.testing.assert_close(found, first.loss + 0.7 * rows[counted].mean())
+    loss = compiled(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, first.loss + 0.7 * rows[counted].mean())
     labels.fill_(-100)
     torch.manual_seed(3)
-    assert compiled(**inputs, labels=labels).loss.isnan()  # as the model's own, of which there is nothing
+    assert compiled(**inputs, labels=labels).loss.isnan()  # as the model's own loss, a mean over no labels
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "mixtral", "t5"])
 def test_where_labels_stand(family: str) -> None:
-    """Causal models predict the next one, an encoder and decoder the one that stands there."""
+    """Causal models predict the next label, an encoder and decoder the label at the same position."""
     compiled = adapted(SETTINGS["alike"], family)
     inputs = inputs_for(compiled)
     labels = inputs["decoder_input_ids" if family == "t5" else "input_ids"]
@@ -149,7 +149,7 @@ def test_where_labels_stand(family: str) -> None:
 
 @pytest.mark.full
 def test_one_logit_has_nothing_to_differ_in() -> None:
-    """Regression: the term is zero, and the loss is that of the first pass."""
+    """In regression, the term is zero and the loss is that of the first pass."""
     model = tiny("bert", num_labels=1, **STILL["bert"])
     compiled = adapted(SETTINGS["alike"], model=model)
     inputs = inputs_for(compiled)
@@ -161,7 +161,7 @@ def test_one_logit_has_nothing_to_differ_in() -> None:
 
 @pytest.mark.slow
 def test_a_single_expert_agrees_with_itself() -> None:
-    """Zero without dropout, and the two passes apart with it."""
+    """The term is zero without dropout, and not with it."""
     inputs = None
     for dropout, zero in ((0.0, True), (0.3, False)):
         compiled = adapted(SETTINGS["alike"], experts=1, dropout=dropout)
@@ -172,7 +172,7 @@ def test_a_single_expert_agrees_with_itself() -> None:
 
 @pytest.mark.full
 def test_without_a_weight_there_is_one_pass() -> None:
-    """Nothing is drawn twice, and eval mode and the base alone have one pass anyway."""
+    """Nothing is drawn twice, and eval mode and the base alone always have one pass."""
     inputs = inputs_for(adapted(SETTINGS["none"]))
     for setting, mode, expected in (("none", "train", 1), ("alike", "train", 2), ("alike", "eval", 1)):
         compiled = adapted(SETTINGS[setting])
@@ -187,7 +187,7 @@ def test_without_a_weight_there_is_one_pass() -> None:
 
 
 def counted_runs(compiled: Any) -> list[str]:
-    """A list that grows with each run of a Program."""
+    """Return a list that grows with each run of a Program."""
     calls: list[str] = []
     original = compiled._graftc.run
 
@@ -201,7 +201,7 @@ def counted_runs(compiled: Any) -> list[str]:
 
 @pytest.mark.full
 def test_a_loss_of_ones_own() -> None:
-    """Without labels the term waits for `extra_loss`, which has it once, as the mean over the calls."""
+    """Without labels, the term waits for `extra_loss`, which returns it once, as the mean over the calls."""
     compiled = adapted(SETTINGS["alike"])
     plain = like(compiled, SETTINGS["none"])
     calls = [inputs_for(compiled, seed=seed) for seed in range(3)]
@@ -225,7 +225,7 @@ def test_a_loss_of_ones_own() -> None:
 
 @pytest.mark.slow
 def test_a_term_that_is_missed() -> None:
-    """GC025 at the backward pass that lacks it, once; nothing is kept."""
+    """The backward pass that lacks the term warns with GC025, once, and nothing is kept."""
     compiled = adapted(SETTINGS["alike"])
     inputs = inputs_for(compiled)
     with pytest.warns(GraftWarning, match="GC025.*'adamix' has an objective") as caught:
@@ -244,7 +244,7 @@ def test_a_term_that_is_missed() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("labelled", [True, False])
 def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
-    """Two halves, each with half of its loss, have the gradient that the formula has."""
+    """Two halves, each with half of its loss, have the gradient of the formula."""
     compiled = adapted(SETTINGS["alike"])
     plain = like(compiled, SETTINGS["none"])
     whole = inputs_for(compiled, (4, 9))
@@ -262,14 +262,14 @@ def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
             labels = half.pop("labels")
             loss = functional.cross_entropy(compiled(**half).logits, labels) + compiled.extra_loss()
         (loss / 2).backward()
-    found = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
     for name, gradient in gradients(expected, plain).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_two_adaptations_have_a_term_each() -> None:
-    """Of the same two passes, each with its weight; a term of tensors is beside them."""
+    """The terms are of the same two passes, each with its weight, and are added to a term of tensors."""
     sora = {"method": "sora", "target": {"role": "attn.q"}, "l1": 0.1}
     low_rank = {"method": "adamix_lora", "target": {"role": "attn.v"}, "consistency": {"weight": 0.5}, "dropout": 0}
     entries = [{**ENTRY, "consistency": {"weight": 0.25}}, low_rank, sora]
@@ -288,7 +288,7 @@ def test_two_adaptations_have_a_term_each() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_compiled_training_step(labelled: bool) -> None:
-    """`torch.compile(fullgraph=True)` takes both passes and the term; the term without labels waits as well."""
+    """`torch.compile(fullgraph=True)` handles both passes and the term, also without labels, where the term waits."""
     import torch._dynamo as dynamo
 
     compiled = adapted(SETTINGS["alike"], experts=1)  # nothing is drawn, so that both give the same
@@ -314,7 +314,7 @@ def test_a_compiled_training_step(labelled: bool) -> None:
 
 
 def test_other_outputs() -> None:
-    """A model without logits is compared by its first output; nothing of its inputs is needed."""
+    """A model without logits is compared by its first output, and its inputs are not needed."""
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:

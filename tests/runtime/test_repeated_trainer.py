@@ -1,4 +1,4 @@
-"""Objectives that compare passes under the transformers Trainer: nothing has to be done for them."""
+"""Objectives that compare passes, under the transformers Trainer, which needs no change for them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.runtime.test_repeated import SETTINGS, adapted, like, no_warning
 
 
 def examples(count: int = 16) -> list[dict[str, Tensor]]:
-    """Texts of one length with labels."""
+    """Return texts of one length with labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 100, (count, 8), generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones(8).long(), "labels": row[0] % 3} for row in ids]
 
 
 def trainer(folder: Path, compiled: Any, data: Sequence[Any], *, callback: bool = True, **changes: Any) -> Any:
-    """In the order of the data, plain SGD, no schedule of the learning rate."""
+    """Return a Trainer with the data in order, plain SGD and a constant learning rate."""
     from transformers import Trainer, TrainingArguments
 
     class InOrder(Trainer):
-        loss_is_scaled_for_ga = False  # the class computes a mean by itself, and the Trainer takes it for counted
+        loss_is_scaled_for_ga = False  # the class computes a mean by itself, but the Trainer takes it for scaled
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -52,7 +52,7 @@ def trainer(folder: Path, compiled: Any, data: Sequence[Any], *, callback: bool 
 
 
 def noted_states(run: Any) -> list[Tensor]:
-    """A list of what torch's generator was at each micro-batch; the Trainer draws between them as well."""
+    """Return a list that records torch's generator at each micro-batch; the Trainer draws between them as well."""
     states: list[Tensor] = []
     original = run.training_step
 
@@ -68,7 +68,7 @@ def noted_states(run: Any) -> list[Tensor]:
 @pytest.mark.parametrize("callback", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) -> None:
-    """With the callback and without it, with accumulation and without it: the values of a loop by hand, to the bit."""
+    """With and without callback and accumulation, the values are, bit for bit, those of a loop by hand."""
     compiled = adapted(SETTINGS["alike"])
     other = like(compiled, SETTINGS["alike"])
     data = examples()
@@ -90,7 +90,7 @@ def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
-    """Label smoothing takes the labels away from the model: the term is missed, and that is said."""
+    """Label smoothing takes the labels away from the model: the term is missed, and a warning says so."""
     compiled = adapted(SETTINGS["alike"])
     run = trainer(tmp_path, compiled, examples(8), label_smoothing_factor=0.1)
     with pytest.warns(GraftWarning, match="GC025"):
@@ -99,11 +99,11 @@ def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    """Routes and dropout masks come from torch's generator, which the Trainer keeps: to the bit."""
+    """Runs end the same, bit for bit: routes and masks come from torch's generator, which the Trainer keeps."""
     settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "optim": "adamw_torch"}
     whole = trainer(tmp_path / "whole", adapted(SETTINGS["alike"], dropout=0.1), examples(), **settings)
     whole.train()
     again = trainer(tmp_path / "again", adapted(SETTINGS["alike"], dropout=0.1), examples(), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    found = [list(run.model.adapter_state_dict().values()) for run in (whole, again)]
-    assert same_bits(*found)
+    results = [list(run.model.adapter_state_dict().values()) for run in (whole, again)]
+    assert same_bits(*results)

@@ -1,4 +1,4 @@
-"""The budget of outputs in 16 bits: what other roundings of folded weights change is not a sign of a wrong fold."""
+"""The budget of outputs in 16 bits: differences from other roundings of folded weights do not mean a wrong fold."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ SPEC = {"adapt": [{"method": "lora", "rank": 4, "target": {"role": ["attn.q", "f
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    made = graftc.compile(SPEC, tiny("llama").to(torch.bfloat16)).eval()
-    perturb(made)
-    return made
+    model = graftc.compile(SPEC, tiny("llama").to(torch.bfloat16)).eval()
+    perturb(model)
+    return model
 
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default budget that no fold in 16 bits keeps to."""
+    """Set a default budget that no fold in 16 bits meets."""
     monkeypatch.setattr(module, "DEFAULT_BUDGET", {**certificate.DEFAULT_BUDGET, torch.bfloat16: 1e-6})
 
 
 @pytest.mark.slow
 def test_a_difference_that_any_rounding_makes_is_allowed(compiled: Any, narrow: None) -> None:
-    made = compiled.merge()
-    (note,) = made.certificate.notes
-    assert made.certificate.passed and "other roundings of the folded weights" in note
-    assert 0 < made.certificate.largest_difference <= made.certificate.budget < 1
-    own, other = (m.to_transformers().state_dict() for m in (made, compiled.merge(budget=10)))
+    merged = compiled.merge()
+    (note,) = merged.certificate.notes
+    assert merged.certificate.passed and "other roundings of the folded weights" in note
+    assert 0 < merged.certificate.largest_difference <= merged.certificate.budget < 1
+    own, other = (m.to_transformers().state_dict() for m in (merged, compiled.merge(budget=10)))
     assert all(torch.equal(own[name], other[name]) for name in own), "weights are not what they were"
 
 
@@ -94,7 +94,7 @@ def test_no_more_roundings_than_needed() -> None:
 
 
 def test_what_the_graph_casts_counts(compiled: Any) -> None:
-    """Folded from factors in 16 bits, as the graph casts them: other weights than from the factors themselves."""
+    """Factors cast to 16 bits, as in the graph, fold into other weights than the factors themselves."""
     compilation = compiled.compilation
     cast = as_cast(compilation, ("lora",))
     exact = LazyTensors(compilation.store, fold_steps(compilation))

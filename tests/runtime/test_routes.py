@@ -1,4 +1,4 @@
-"""Merges of models that route among experts: compared with one side's routes, and what the other chooses is stated."""
+"""Merges of models that route among experts are compared on one side's routes, and state what the other chooses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.runtime.routed import FAMILIES, ROLES, near_twins, routed_model, spec
 
 
 def adapted(family: str, dtype: torch.dtype = torch.bfloat16, twins: bool = False) -> Any:
-    """A perturbed model; with ``twins``, scores of three experts of each router at a time are a rounding apart."""
+    """A perturbed model; with ``twins``, scores of every three experts of a router are a rounding apart."""
     model = routed_model(family, dtype=dtype)
     if twins:
         near_twins(model)
@@ -37,13 +37,13 @@ def adapted(family: str, dtype: torch.dtype = torch.bfloat16, twins: bool = Fals
 
 @pytest.fixture(scope="module")
 def models() -> dict[tuple[str, bool], Any]:
-    """Models that are made once."""
+    """Models that tests share, each compiled once."""
     return {}
 
 
 @pytest.fixture
 def twins(request: pytest.FixtureRequest, models: dict[tuple[str, bool], Any]) -> Any:
-    """A model of a family with scores that are near one another."""
+    """A model of a family with scores that are close to one another."""
     key = (request.param, True)
     return models.setdefault(key, models.get(key) or adapted(*key[:1], twins=True))
 
@@ -84,8 +84,8 @@ def test_a_merged_model_has_the_code_of_its_forward_pass_alone(twins: Any) -> No
 def test_merges_of_one_model_at_once(twins: Any) -> None:
     expected = twins.merge().certificate
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: twins.merge().certificate, range(4)))
-    assert all(certificate == expected for certificate in found)
+        certificates = list(pool.map(lambda _: twins.merge().certificate, range(4)))
+    assert all(certificate == expected for certificate in certificates)
 
 
 @pytest.mark.slow
@@ -137,20 +137,20 @@ SMALL = frozenset({"an expert scaled"})
 
 
 def wrong_store(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change tensors behind the evidence of sites, which is of what was folded: only outputs and routes can tell."""
+    """Change tensors after the sites' evidence, which is of the folded ones: only outputs and routes can tell."""
     part, change = WRONG[name]
 
     def wrong(compilation: Any, fold: Any, made: Any, packed: Any, **options: Any) -> Any:
-        found = {at: t for at, t in made.tensors.items() if at.endswith(part)}
-        assert found
-        tensors = {**made.tensors, **{at: change(t.float()).to(t.dtype) for at, t in found.items()}}
+        chosen = {at: t for at, t in made.tensors.items() if at.endswith(part)}
+        assert chosen
+        tensors = {**made.tensors, **{at: change(t.float()).to(t.dtype) for at, t in chosen.items()}}
         return folded_store(compilation, fold, replace(made, tensors=tensors), packed, **options)
 
     monkeypatch.setattr(folded_runner, "folded_store", wrong)
 
 
 def wrong_fold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fold wrongly, so that everything that goes by the fold's own formula is wrong alike."""
+    """Fold wrongly, so that everything computed by the fold's own formula is equally wrong."""
     apply, (part, change) = LazyTensors.apply, WRONG[name]
 
     def wrong(self: LazyTensors, group: Any, values: dict[str, Tensor]) -> None:
@@ -197,7 +197,7 @@ def test_a_wrong_model_is_refused(
 @pytest.mark.slow
 @every_twins
 def test_a_flip_between_scores_far_apart_is_refused(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever outputs say: scores that are moved farther than rounding moves them are not a near choice."""
+    """Scores that move farther than rounding moves them are no near choice, whatever the outputs are."""
     certificate = twins.merge().certificate
     gap = max(route.gap for route in certificate.routes)
     monkeypatch.setattr(comparing, "score_noise", lambda scores, dtype: gap / 1000)
@@ -205,14 +205,14 @@ def test_a_flip_between_scores_far_apart_is_refused(twins: Any, monkeypatch: pyt
     with pytest.raises(GraftError) as caught:
         twins.merge()
     assert caught.value.code == "GC051" and "chose differently" in str(caught.value)
-    made = twins.merge(budget=10.0)
-    assert made.certificate.passed and any(route.flips for route in made.certificate.routes)
+    merged = twins.merge(budget=10.0)
+    assert merged.certificate.passed and any(route.flips for route in merged.certificate.routes)
 
 
 @pytest.mark.slow
 @every_twins
 def test_what_stays_is_compared_with_the_same_routes(twins: Any) -> None:
-    """A part that does not fold: the rest is compiled anew on a folded base."""
+    """An adaptation that does not fold is compiled on a folded base."""
     base = twins.compilation.source
     two = {"adapt": [*spec(ROLES[:3])["adapt"], {"method": "prefix", "length": 3}]}
     compiled = graftc.compile(two, base).eval()
@@ -223,7 +223,7 @@ def test_what_stays_is_compared_with_the_same_routes(twins: Any) -> None:
 
 
 def choice(scores: list[list[float]], k: int) -> RouteChoice:
-    """The largest ``k`` of each row."""
+    """Return the choice of the largest ``k`` of each row."""
     values = torch.tensor(scores)
     return RouteChoice(values, values.topk(k).indices)
 
@@ -242,14 +242,14 @@ CASES: dict[str, tuple[list[list[float]], list[list[float]], int, tuple[int, flo
 @pytest.mark.parametrize("case", CASES)
 def test_flips_and_their_gaps(case: str) -> None:
     before, after, k, (flips, gap) = CASES[case]
-    found = Flips.between(choice(before, k), choice(after, k))
-    assert (found.choices, found.flips) == (len(before), flips) and found.gap == pytest.approx(gap)
+    result = Flips.between(choice(before, k), choice(after, k))
+    assert (result.choices, result.flips) == (len(before), flips) and result.gap == pytest.approx(gap)
 
 
 def test_choices_of_another_number_are_all_others() -> None:
-    found = Flips.between(choice([[1, 2, 3]], 2), choice([[1, 2, 3], [1, 2, 3]], 2))
-    assert found.flips == 1 and found.gap == float("inf")
-    evidence = RouteEvidence("topk", "gate", found.choices, found.flips, found.gap, 1.0, 4.0)
+    flips = Flips.between(choice([[1, 2, 3]], 2), choice([[1, 2, 3], [1, 2, 3]], 2))
+    assert flips.flips == 1 and flips.gap == float("inf")
+    evidence = RouteEvidence("topk", "gate", flips.choices, flips.flips, flips.gap, 1.0, 4.0)
     assert not evidence.passed and json.dumps(evidence.to_json(), allow_nan=False)
     other = {"topk": choice([[1, 4]], 1), "other": choice([[1]], 1)}
     assert moved({"topk": choice([[1, 2]], 1)}, other) == {"topk": 2.0}
@@ -262,7 +262,7 @@ def test_noise_is_of_the_coarser_type() -> None:
 
 
 class Chooses(nn.Module):
-    """Chooses in a few ways, by one line of code."""
+    """A model that chooses among its scores by a given function."""
 
     def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ TAKE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("case", TAKE)
 def test_ways_to_choose(case: str) -> None:
-    """Every operator that chooses is found, gives its own choice unasked, and takes another one that is imposed."""
+    """Every operator that chooses is detected, gives its own choice by default, and takes one that is imposed."""
     count, take = TAKE[case]
     torch.manual_seed(0)
     lora = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "scores"}}]}
@@ -308,8 +308,8 @@ def test_ways_to_choose(case: str) -> None:
             for name, own in routes.seen.items()
         }
         imposed = Routes(other)
-        (found,) = evaluation.outputs(imposed)
-    assert torch.equal(found, opened) is (count == 0)
+        (output,) = evaluation.outputs(imposed)
+    assert torch.equal(output, opened) is (count == 0)
     assert all(torch.equal(imposed.seen[name].chosen, own.chosen) for name, own in routes.seen.items())
 
 

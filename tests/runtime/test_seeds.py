@@ -1,4 +1,4 @@
-"""Adapters start from the seed that was set, where none is given, and the one that was used is kept."""
+"""Adapters start from the seed that was set if none is given, and the seed that was used is kept."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_the_seed_that_was_set_decides(way: str, name: str, model: nn.Module) ->
     from transformers import set_seed
 
     choose = torch.manual_seed if way == "torch" else set_seed
-    found = []
+    results = []
     for seed in (7, 8, 7):
         choose(seed)
-        torch.rand(3)  # what was drawn since does not matter
-        found.append(started(name, model))
-    assert [seed for _, seed in found] == [7, 8, 7]
-    assert same(found[0][0], found[2][0]) and not same(found[0][0], found[1][0])
+        torch.rand(3)  # later draws do not matter
+        results.append(started(name, model))
+    assert [seed for _, seed in results] == [7, 8, 7]
+    assert same(results[0][0], results[2][0]) and not same(results[0][0], results[1][0])
     torch.manual_seed(1)
-    assert same(started(name, model, seed=7)[0], found[0][0])
+    assert same(started(name, model, seed=7)[0], results[0][0])
 
 
 @pytest.mark.slow
@@ -84,18 +84,18 @@ def test_every_seed_of_torch_may_be_kept(seed: int, model: nn.Module, tmp_path: 
 
 
 def test_what_is_added_starts_from_the_seed_that_was_used(model: nn.Module) -> None:
-    found = []
+    results = []
     for later in (1, 2):
         torch.manual_seed(7)
         compiled: Any = graftc.compile({"adapt": [SPECS["lora"]]}, model)
         torch.manual_seed(later)
         compiled.add({**SPECS["houlsby"], "name": "more"})
-        found.append(compiled.adapter_state_dict())
-    assert same(*found)
+        results.append(compiled.adapter_state_dict())
+    assert same(*results)
 
 
 class StoppedError(Exception):
-    """A run that is killed."""
+    """Raised to end a run as if it was killed."""
 
 
 def test_tune_goes_on_with_the_seed_that_it_began_with(model: nn.Module, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_tune_goes_on_with_the_seed_that_it_began_with(model: nn.Module, tmp_pat
 
 
 def start_apart(rank: int, processes: int, folder: Path) -> None:
-    """Ranks with different seeds."""
+    """Compile in ranks that have different seeds."""
     torch.manual_seed(20 + rank)
     state = torch.get_rng_state()
     values, seed = started("lora", tiny("bert"))

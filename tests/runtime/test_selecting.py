@@ -1,4 +1,4 @@
-"""What examples choose, trainings that follow one another, and fine-tunes on one another."""
+"""Entries chosen by examples: their scores, what choosing leaves unchanged, warnings and errors."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ TWO_ROUNDS = {"method": "lt_sft", "iterations": 2, "density": 0.05}
 
 
 def batches(model: nn.Module, count: int = 3) -> list[dict[str, Tensor]]:
-    """Batches of four sentences with labels."""
+    """Return batches of four sentences with labels."""
     generator = torch.Generator().manual_seed(5)
     names = {"input_ids": (4, 7)}
-    found = []
+    result = []
     for _ in range(count):
         batch = {n: torch.randint(0, 101, size, generator=generator) for n, size in names.items()}
         labels = (4,) if hasattr(model, "classifier") else (4, 7)
         batch["labels"] = torch.randint(0, 3, labels, generator=generator)
-        found.append(batch)
-    return found
+        result.append(batch)
+    return result
 
 
 def train(compiled: Compiled, stage: Stage | None = None, steps: int = 3) -> None:
-    """Some steps of AdamW that decays weights, on random batches."""
+    """Do some steps of AdamW with weight decay, on random batches."""
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
     for batch in batches(compiled.compilation.model, steps):
         optimiser.zero_grad()
@@ -46,26 +46,26 @@ def train(compiled: Compiled, stage: Stage | None = None, steps: int = 3) -> Non
 
 
 def deltas(compiled: Compiled) -> dict[str, tuple[str, Tensor]]:
-    """By the name of a base tensor, the name of what trains of it and the numbers of its entries."""
+    """Return, by the name of a base tensor, the name of its trained tensor and the indices of its entries."""
     compilation = compiled.compilation
-    found: dict[str, tuple[str, Tensor]] = {}
+    result: dict[str, tuple[str, Tensor]] = {}
     for resolved in compilation.main.resolved:
         for site, _ in resolved.places:
             parts = compilation.parts[resolved.name].get(site.key, {})
             for region in slices_of(site, compilation.store):
                 if f"{region.part}_indices" in parts:
                     indices = compilation.store.get(parts[f"{region.part}_indices"])
-                    found[region.tensor] = parts.get(f"{region.part}_delta", parts.get(region.part, "")), indices
-    return found
+                    result[region.tensor] = parts.get(f"{region.part}_delta", parts.get(region.part, "")), indices
+    return result
 
 
 def entries(compiled: Compiled) -> dict[str, set[int]]:
-    """Which entries of which base tensor train."""
+    """Return the trained entries of each base tensor."""
     return {name: set(indices.tolist()) for name, (_, indices) in deltas(compiled).items()}
 
 
 def fisher(model: nn.Module, examples: list[dict[str, Tensor]], single: bool = True) -> dict[str, Tensor]:
-    """The diagonal of the empirical Fisher information in plain torch."""
+    """Compute the diagonal of the empirical Fisher information in plain torch."""
     scores = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     model.eval()
     for batch in examples:
@@ -82,28 +82,28 @@ def fisher(model: nn.Module, examples: list[dict[str, Tensor]], single: bool = T
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_fisher_information_of_single_examples(family: str) -> None:
-    """Exactly as many entries as the budget says, and those of a plain loop; a loss of another scale changes none."""
+    """Entries are as many as the budget says, and those of a plain loop; the scale of the loss changes none."""
     model = tiny(family)
     examples = batches(model)
     compiled = graftc.compile({"adapt": [{"method": "mask", "entries": 1000}]}, model)
     chosen = compiled.select(examples)
     scaled = compiled.select(examples, loss=lambda outputs, _: outputs.loss * 8)
-    found = entries(chosen)
-    assert entries(scaled) == found
-    assert sum(len(own) for own in found.values()) == chosen.report.trainable_parameters == 1000
+    selected = entries(chosen)
+    assert entries(scaled) == selected
+    assert sum(len(own) for own in selected.values()) == chosen.report.trainable_parameters == 1000
     scores = {n: s for n, s in fisher(model, examples).items() if not n.startswith(("classifier", "lm_head"))}
     least = torch.cat([s.flatten() for s in scores.values()]).topk(1000).values.min()
     for name, score in scores.items():
         above = set(torch.nonzero(score.flatten() > least * 1.001).flatten().tolist())
         at_least = set(torch.nonzero(score.flatten() >= least * 0.999).flatten().tolist())
-        assert above <= found.get(name, set()) <= at_least, name
+        assert above <= selected.get(name, set()) <= at_least, name
     mean = fisher(model, examples, single=False)
     assert any(not torch.allclose(mean[n], s, rtol=0.1) for n, s in scores.items())
 
 
 @pytest.mark.slow
 def test_movement() -> None:
-    """The entries that descent moves away from zero."""
+    """The chosen entries are those that descent moves away from zero."""
     model = tiny("bert")
     examples = batches(model)
     spec = {"adapt": [{"method": "mask", "selection": "movement", "entries": 300, "target": {"role": "ffn.down"}}]}
@@ -124,7 +124,7 @@ def test_movement() -> None:
 
 @pytest.mark.full
 def test_selecting_leaves_everything_as_it_was() -> None:
-    """Modes, what wants gradients, gradients, and values."""
+    """Modes, `requires_grad`, gradients and values are unchanged."""
     model = tiny("bert")
     compiled = graftc.compile({"adapt": [{"method": "mask"}], "train": ["classifier"]}, model).train()
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in compiled.named_parameters()}
@@ -141,7 +141,7 @@ def test_selecting_leaves_everything_as_it_was() -> None:
 
 @pytest.mark.full
 def test_training_before_examples_have_chosen_warns(tmp_path: Path) -> None:
-    """Also at saving; what has chosen does not."""
+    """Merging a model that trained too early warns; a model whose examples have chosen is saved without a warning."""
     model = tiny("bert")
     compiled = graftc.compile({"adapt": [{"method": "mask", "density": 0.1}]}, model)
     train(compiled.train())
@@ -176,7 +176,7 @@ def test_training_before_examples_have_chosen_warns(tmp_path: Path) -> None:
     ],
 )
 def test_errors(run: Callable[[nn.Module], object], code: str) -> None:
-    """Each with its code."""
+    """Each error has its code."""
     with pytest.raises(GraftError) as error:
         run(tiny("bert"))
     assert error.value.code == code

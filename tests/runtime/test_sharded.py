@@ -1,4 +1,4 @@
-"""A model that FSDP2 has sharded over two processes; `tests/gates/test_distributed.py` has all of it."""
+"""A model that FSDP2 has sharded over two processes; `tests/gates/test_distributed.py` has all the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other inputs and flags are other graphs over the same tensors: outputs are the source model's, adaptations stay."""
+"""Other inputs and flags have other graphs over the same tensors: outputs are the source's, adaptations remain."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def images() -> dict[str, Tensor]:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """In eval mode, weights frozen as the compiled model has them: where a weight wants a gradient, ATen picks another
-    kernel for a slice of a sequence, and the last bit differs."""
+    """Return the model in eval mode, with weights frozen as in the compiled model.
+
+    If a weight requires a gradient, ATen picks another kernel for a slice of a sequence, and the last bit differs.
+    """
     return model.eval().requires_grad_(False)
 
 
 def leaves(outputs: Any) -> dict[str, Any]:
-    """Flat outputs by path, less the caches that only a source model returns."""
+    """Return flat outputs by path, without the caches that only a source model returns."""
     from transformers.cache_utils import Cache
 
     if isinstance(outputs, Mapping):
@@ -132,12 +134,12 @@ def test_every_signature_gives_the_source_models_outputs(family: str) -> None:
         inputs = {name: value for name, value in {**usual, **changes}.items() if value is not None}
         with torch.no_grad():
             with adapted.disabled():
-                found = adapted(**inputs)
-            assert_same(found, copy.deepcopy(model)(**inputs))
+                outputs = adapted(**inputs)
+            assert_same(outputs, copy.deepcopy(model)(**inputs))
 
 
 def head(name: str, **config: Any) -> Callable[[], nn.Module]:
-    """A tiny BERT with one of its heads, made when it is called."""
+    """Return a function that makes a tiny BERT with one of its heads."""
     import transformers as tf
 
     tiny = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 80}
@@ -231,14 +233,14 @@ def test_gradients_reach_the_same_tensors_in_every_signature(family: str) -> Non
         adapted(**inputs).logits.pow(2).mean().backward()
         gradients[name] = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
     assert gradients["usual"].keys() == {n for n, p in adapted.named_parameters() if p.requires_grad}
-    for found in gradients.values():
-        assert found.keys() == gradients["usual"].keys()
-        for tensor, gradient in found.items():
+    for grads in gradients.values():
+        assert grads.keys() == gradients["usual"].keys()
+        for tensor, gradient in grads.items():
             torch.testing.assert_close(gradient, gradients["usual"][tensor], atol=1e-6, rtol=1e-4)
 
 
 def resident() -> int:
-    """Bytes of this process's memory."""
+    """Return the resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -413,7 +415,7 @@ def test_a_flag_under_torch_compile() -> None:
 
 
 class Sizes(nn.Module):
-    """Computes something else from some number of rows or tokens on."""
+    """A model that computes something else for some numbers of rows or tokens."""
 
     def __init__(self, branch: str) -> None:
         super().__init__()
@@ -443,7 +445,7 @@ BRANCHES = ["rows over 3", "rows over 5", "6 rows", "tokens over 3", "another la
 @pytest.mark.full
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_other_sizes_get_the_graph_of_their_own_range(branch: str, tmp_path: Path) -> None:
-    """Not the code of the first one: in eval and train mode, in copies, merged, and read from an artifact."""
+    """Other sizes do not run the first graph: in eval and train mode, in copies, merged, and read from an artifact."""
     model = Sizes(branch).eval()
     lora = {"method": "lora", "rank": 2, "target": {"modules": "a"}}
     compiled = graftc.compile({"adapt": [lora]}, model, {"x": torch.randn(2, 3, 8)}).eval()
@@ -457,9 +459,9 @@ def test_other_sizes_get_the_graph_of_their_own_range(branch: str, tmp_path: Pat
     held(compiled)
     held(compiled.train())
     compiled.eval().save(tmp_path / "kept")
-    for made in (
+    for variant in (
         copy.deepcopy(compiled),
         compiled.merge(allow_unchanged=True),
         graftc.load(tmp_path / "kept", model).eval(),
     ):
-        held(made)
+        held(variant)

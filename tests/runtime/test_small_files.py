@@ -1,4 +1,4 @@
-"""Readers take memory for what a file holds, not for what it might hold."""
+"""Readers take memory for what a file contains, not for what it might contain."""
 
 from __future__ import annotations
 

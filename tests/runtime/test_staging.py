@@ -1,4 +1,4 @@
-"""What somebody else has put where graftc works: never taken over, never followed, never removed."""
+"""Files and folders that others have put where graftc works are never taken over, followed or removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECONDS = 2.0
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder that everybody may write to, beside one that nobody may touch."""
+    """A folder that every user may write to, beside one that must not be touched."""
     (tmp_path / "victim" / "inner").mkdir(parents=True)
     for name in ("precious", "inner/precious", "it"):
         (tmp_path / "victim" / name).write_text("precious")
@@ -37,7 +37,7 @@ def shared(tmp_path: Path) -> Path:
 
 
 def planted(shared: Path, mode: int = 0o700) -> Path:
-    """A staging folder of the work that is to be done, with a result in it."""
+    """Create a staging folder of the work to be done, with a result in it."""
     staging = shared / STAGING
     (staging / "new" / "it").mkdir(parents=True)
     (staging / "new" / "it" / "data").write_text("planted")
@@ -120,13 +120,13 @@ def file_for_folder(shared: Path) -> None:
 
 
 def socket_for_folder(shared: Path) -> None:
-    here = os.getcwd()
+    previous = os.getcwd()
     os.chdir(shared)
     try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(STAGING)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(STAGING)
     finally:
-        os.chdir(here)
+        os.chdir(previous)
 
 
 def deep(shared: Path) -> None:
@@ -147,7 +147,7 @@ PLANTED = [pytest.param(plant, marks=as_root, id=plant.__name__) for plant in OT
 
 
 def kept(shared: Path) -> dict[str, object]:
-    """What has to be there afterwards as it was: all but the staging folder, which may go where it is one's own."""
+    """Return a snapshot of the folder that has to be unchanged afterwards."""
     victim = snapshot(shared.parent / "victim")
     return {f"victim/{name}": state for name, state in victim.items()}
 
@@ -163,7 +163,7 @@ def in_time() -> Iterator[None]:
 class TestPlanted:
     @pytest.mark.parametrize("plant", PLANTED)
     def test_work_is_done_again(self, shared: Path, plant: Callable[[Path], None]) -> None:
-        """The result is what this run writes, and it belongs to who writes it."""
+        """The result is what this run writes, and it belongs to the user who writes it."""
         plant(shared)
         before, foreign = kept(shared), plant in OTHERS
         there = snapshot(shared)
@@ -208,7 +208,7 @@ class TestPlanted:
         assert [path.name for path in shared.iterdir()] == ["it"]
 
     def test_a_swap_while_it_is_written(self, shared: Path) -> None:
-        """Somebody takes the staging folder away and puts a link there."""
+        """The staging folder is moved away and replaced by a link."""
         before = kept(shared)
         with pytest.raises(GraftError) as caught, staged(shared / "it") as file:
             file.write_text("text")
@@ -252,7 +252,7 @@ def _journal(**data: object) -> Callable[[Path], object]:
 
 
 def _named(path: Path, **data: object) -> None:
-    """A journal with the right inodes."""
+    """Write a journal with the right inodes."""
     staging = path.parent
     right = {"folder": staging.stat().st_ino, "place": {"it": (staging / "new" / "it").stat().st_ino}}
     path.write_text(json.dumps({**right, "companions": [], "replace": True, **data}))
@@ -306,7 +306,7 @@ class TestJournals:
         assert kept(shared) == before
 
     def test_a_copy_of_a_true_one_is_none(self, shared: Path) -> None:
-        """Inodes bind a journal to its folder: one that was copied, as archives do it, puts nothing in place."""
+        """Inodes bind a journal to its folder: one that was copied, as from an archive, puts nothing in place."""
         staging = shared / ".it.graftc-aaaaaaaaaaaa"
         (staging / "new").mkdir(parents=True)
         (staging / "new" / "it").write_text("planted")
@@ -363,7 +363,7 @@ class TestReplaced:
         assert kept(shared) == before and list(path.iterdir()) == []
 
     def test_files_of_another_user_are_read(self, shared: Path) -> None:
-        """Who may read may read."""
+        """Permission to read is enough."""
         (shared / "in").write_text("text")
         give(shared / "in")
         check_apart(shared / "it", shared / "in")

@@ -86,8 +86,8 @@ def test_every_kind_loads(model: Any, trained: Any, other: Any, kind: str, assig
     }[kind]()
     addresses = {name: t.data_ptr() for name, t in other.named_parameters() if ".graftc." not in name}
     given = set(state)
-    found = other.load_state_dict(state, assign=assign)
-    assert found.missing_keys == found.unexpected_keys == []
+    result = other.load_state_dict(state, assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
     assert same(other, trained) and set(state) == given
     assert addresses == {name: t.data_ptr() for name, t in other.named_parameters() if ".graftc." not in name}
 
@@ -101,8 +101,10 @@ def test_what_is_missing_or_unknown_is_an_error_of_the_usual_form(trained: Any, 
         other.load_state_dict({**state, name + "x": torch.ones(1)})
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict({**state, name: state[name][:1]})
-    found = other.load_state_dict({**{n: t for n, t in state.items() if n != name}, "new": torch.ones(1)}, strict=False)
-    assert found.missing_keys == [name] and found.unexpected_keys == ["new"]
+    result = other.load_state_dict(
+        {**{n: t for n, t in state.items() if n != name}, "new": torch.ones(1)}, strict=False
+    )
+    assert result.missing_keys == [name] and result.unexpected_keys == ["new"]
 
 
 @pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.bias", "lm_head.weight"])
@@ -137,8 +139,8 @@ def test_a_model_that_holds_a_compiled_one(trained: Any, other: Any) -> None:
     assert state.keys() == {"first.weight", "first.bias", *own}
     assert any(isinstance(t, nn.Parameter) and t.requires_grad for n, t in state.items() if n.startswith("inner."))
     again = nn.ModuleDict({"first": nn.Linear(2, 2), "inner": other})
-    found = again.load_state_dict(outer.state_dict())
-    assert not found.missing_keys and same(other, trained)
+    result = again.load_state_dict(outer.state_dict())
+    assert not result.missing_keys and same(other, trained)
 
 
 def test_the_functions_of_torch_distributed(trained: Any, other: Any) -> None:
@@ -153,7 +155,7 @@ def test_the_functions_of_torch_distributed(trained: Any, other: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_no_loader_takes_it_for_a_plain_model(family: str, tmp_path: Path) -> None:
-    """Not even with the config beside it; nor does torch, strict or not."""
+    """transformers refuses it even with the config beside it, and so does torch, strict or not."""
     from transformers import AutoModel
 
     model: Any = tiny(family)
@@ -251,7 +253,7 @@ def test_a_damaged_checkpoint_is_refused_by_code(model: Any, trained: Any, tmp_p
 @pytest.mark.full
 @pytest.mark.parametrize("assign", [False, True])
 def test_tensors_of_another_type_are_cast(assign: bool) -> None:
-    """With ``assign`` as well: graphs take the types that they were made for."""
+    """Tensors are cast with ``assign`` as well, because graphs take the dtypes that they were made for."""
     compiled = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, tiny("bert")
     ).eval()

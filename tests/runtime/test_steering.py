@@ -27,17 +27,17 @@ TOTAL = 8
 
 
 def adapted(*entries: Any) -> Any:
-    """A tiny BERT, which has dropout of its own."""
+    """A tiny BERT with dropout of its own."""
     return graftc.compile({"adapt": list(entries)}, tiny("bert"), seed=0)
 
 
 def optimiser_for(compiled: Any) -> torch.optim.Optimizer:
-    """AdamW on what trains."""
+    """Return AdamW for the trained parameters."""
     return torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=5e-3)
 
 
 def train(compiled: Any, optimiser: Any, steps: range, *, extra: bool = True, after: bool = True) -> None:
-    """Steps of these numbers, each with a batch and a seed of its own."""
+    """Do the steps of these numbers, each with a batch and a seed of its own."""
     compiled.train()
     for number in steps:
         torch.manual_seed(number)
@@ -51,7 +51,7 @@ def train(compiled: Any, optimiser: Any, steps: range, *, extra: bool = True, af
 
 @contextmanager
 def no_warning() -> Iterator[None]:
-    """A warning of graftc is an error inside."""
+    """Turn warnings of graftc into errors while the block runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         yield
@@ -60,7 +60,7 @@ def no_warning() -> Iterator[None]:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["sora", *(m for m in METHODS if m != "sora")])
 def test_an_artifact_in_the_middle_of_training_changes_nothing(method: str, tmp_path: Path) -> None:
-    """Saved, loaded and trained on: parameters and state end equal to the bit with an uninterrupted run."""
+    """After saving, loading and continuing, parameters and state are, bit for bit, those of an uninterrupted run."""
     whole = adapted(METHODS[method])
     whole.begin(TOTAL)
     train(whole, optimiser_for(whole), range(TOTAL))
@@ -75,15 +75,15 @@ def test_an_artifact_in_the_middle_of_training_changes_nothing(method: str, tmp_
         resumed = optimiser_for(second)
         resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
         train(second, resumed, range(middle, TOTAL))
-        expected, found = whole.adapter_state_dict(), second.adapter_state_dict()
-        assert expected.keys() == found.keys()
+        expected, tensors = whole.adapter_state_dict(), second.adapter_state_dict()
+        assert expected.keys() == tensors.keys()
         for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), name
+            assert torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.full
 def test_two_adaptations_are_steered_side_by_side() -> None:
-    """Each with its own counter; their objectives add up."""
+    """Each adaptation has its own counter, and their objectives add up."""
     both = adapted({**ADALORA, "target": {"role": "attn.q"}}, {**SORA, "target": {"role": "ffn.down"}})
     alone = [
         adapted({**ADALORA, "target": {"role": "attn.q"}}),
@@ -98,7 +98,7 @@ def test_two_adaptations_are_steered_side_by_side() -> None:
 
 @pytest.mark.slow
 def test_without_steering_there_is_nothing_to_do() -> None:
-    """LoRA: every call is there and changes nothing."""
+    """With LoRA, every call exists and changes nothing."""
     compiled = adapted({"method": "lora", "target": TARGET})
     with no_warning():
         compiled.begin(3)
@@ -109,7 +109,7 @@ def test_without_steering_there_is_nothing_to_do() -> None:
 
 @pytest.mark.slow
 def test_state_moves_with_the_model() -> None:
-    """Counters, importance and the deployed rank are where the parameters are; controllers find them there."""
+    """Counters, importance and the deployed rank are on the parameters' device, where controllers find them."""
     compiled = adapted(ADALORA, {**SORA, "target": {"role": "ffn.up"}}, {**DYLORA, "target": {"role": "attn.v"}})
     compiled.to("meta")
     state = compiled.adapter_state_dict()
@@ -122,7 +122,7 @@ def test_state_moves_with_the_model() -> None:
 
 @pytest.mark.full
 def test_state_is_kept_beside_parameters() -> None:
-    """A state dict has it, and `load_state_dict` brings it back."""
+    """A state dict contains it, and `load_state_dict` restores it."""
     compiled = adapted(ADALORA)
     compiled.begin(TOTAL)
     train(compiled, optimiser_for(compiled), range(3))
@@ -135,7 +135,7 @@ def test_state_is_kept_beside_parameters() -> None:
 
 @pytest.mark.full
 def test_steps_left_counts_from_now() -> None:
-    """The total that a schedule sees is what was and what is to come."""
+    """The total that a schedule sees is the sum of the past and the remaining steps."""
     compiled = adapted(ADALORA)
     compiled.begin(100)
     train(compiled, optimiser_for(compiled), range(3))
@@ -146,7 +146,7 @@ def test_steps_left_counts_from_now() -> None:
 
 @pytest.mark.full
 def test_an_objective_that_is_left_out() -> None:
-    """GC025 with the first step that lacks it, once."""
+    """The first step that lacks it warns with GC025, once."""
     compiled = adapted(ADALORA)
     compiled.begin(TOTAL)
     optimiser = optimiser_for(compiled)
@@ -158,7 +158,7 @@ def test_an_objective_that_is_left_out() -> None:
 
 @pytest.mark.full
 def test_an_objective_that_is_left_out_later() -> None:
-    """It was there in the first steps, and then no more."""
+    """An objective that is left out only after some steps warns as well."""
     compiled = adapted(ADALORA)
     compiled.begin(TOTAL)
     optimiser = optimiser_for(compiled)
@@ -171,7 +171,7 @@ def test_an_objective_that_is_left_out_later() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("ending", ["merge", "save", "warn_of_unsteered"])
 def test_a_controller_that_never_stepped(ending: str, tmp_path: Path) -> None:
-    """GC025 when the result is used, though gradients have been zeroed by then."""
+    """Using the result warns with GC025, though gradients have been zeroed by then."""
     compiled = adapted(SORA)
     train(compiled, optimiser_for(compiled), range(2), after=False)
     with pytest.warns(GraftWarning, match="GC025.*'sora' was trained without"):
@@ -180,7 +180,7 @@ def test_a_controller_that_never_stepped(ending: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_an_objective_that_was_never_used() -> None:
-    """Also where nobody calls `after_step`."""
+    """An objective that was not used warns even if `after_step` is not called."""
     compiled = adapted({**SORA, "threshold": 0})
     train(compiled, optimiser_for(compiled), range(1), extra=False, after=False)
     with pytest.warns(GraftWarning, match="GC025.*'sora' has an objective"):
@@ -189,7 +189,7 @@ def test_an_objective_that_was_never_used() -> None:
 
 @pytest.mark.full
 def test_no_warning_where_nothing_is_missed(tmp_path: Path) -> None:
-    """Untrained, with values put in, or steered as it should be; and for an artifact of such a training."""
+    """Untrained models, values that were set, proper steering and an artifact of it cause no warning."""
     with no_warning():
         compiled = adapted(ADALORA)
         compiled.merge(allow_unchanged=True)
@@ -204,7 +204,7 @@ def test_no_warning_where_nothing_is_missed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_names_that_are_none() -> None:
-    """GC091 from what asks for an adaptation."""
+    """Calls that take the name of an adaptation raise GC091."""
     compiled = adapted(SORA)
     for call in (lambda: compiled.rank_pattern("x"), lambda: compiled.deploy_rank("x", 1)):
         with pytest.raises(GraftError) as caught:

@@ -1,4 +1,4 @@
-"""The callback under the transformers Trainer: once per optimiser step, as a plain loop, resumed to the bit."""
+"""The callback under the transformers Trainer: once per optimiser step, like a plain loop, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ BATCH, COUNT = 8, 32
 
 
 def examples() -> list[dict[str, Tensor]]:
-    """Texts of one length with labels."""
+    """Return texts of one length with labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 100, (COUNT, 8), generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones(8).long(), "labels": row[0] % 3} for row in ids]
 
 
 def adapted(entry: Any, dropout: float = 0.0) -> Any:
-    """A tiny BERT that drops nothing of its own unless told to."""
+    """A tiny BERT, by default without dropout of its own."""
     model = tiny("bert", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     return graftc.compile({"adapt": [entry]}, model, seed=0)
 
 
 def trainer(folder: Path, compiled: Any, *, steer: bool = True, **changes: Any) -> Any:
-    """In the order of the data, with plain SGD unless told otherwise, without a schedule of the learning rate."""
+    """Return a Trainer with the data in order, AdamW by default, and a constant learning rate."""
     from transformers import Trainer, TrainingArguments
 
     class InOrder(Trainer):
-        loss_is_scaled_for_ga = False  # the class computes a mean by itself, and the Trainer takes it for counted
+        loss_is_scaled_for_ga = False  # the class computes a mean by itself, but the Trainer takes it for scaled
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -71,7 +71,7 @@ def trainer(folder: Path, compiled: Any, *, steer: bool = True, **changes: Any) 
 
 
 def plain_loop(compiled: Any, like: Any, epochs: int = 2, clip: float = 1.0) -> None:
-    """What the Trainer does, by hand: the optimiser that it makes, objective first."""
+    """Train by hand as the Trainer does: with the optimiser that it makes, and the objective first."""
     optimiser = like.create_optimizer()
     data = examples()
     compiled.begin(epochs * COUNT // BATCH)
@@ -94,7 +94,7 @@ def plain_loop(compiled: Any, like: Any, epochs: int = 2, clip: float = 1.0) -> 
 @pytest.mark.parametrize("method", ["adalora", "sora"])
 @pytest.mark.parametrize("clip", [1.0, 0.05])
 def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, tmp_path: Path) -> None:
-    """Equal to the bit, with gradients clipped too: objectives are clipped with the loss."""
+    """Tensors are equal bit for bit, also with clipped gradients, as objectives are clipped with the loss."""
     first, second = adapted(METHODS[method]), adapted(METHODS[method])
     trainer(tmp_path / "a", first, max_grad_norm=clip).train()
     plain_loop(second, trainer(tmp_path / "b", second, max_grad_norm=clip), clip=clip)
@@ -107,7 +107,7 @@ def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, t
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["adalora", "sora"])
 def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
-    """Two half batches make one step: as many controller steps, the objective's gradient once, the same values."""
+    """Two half batches make one step: as many controller steps, one gradient of the objective, the same values."""
     whole, halves = adapted(METHODS[method]), adapted(METHODS[method])
     trainer(tmp_path / "a", whole, optim="sgd").train()
     run = trainer(
@@ -124,7 +124,7 @@ def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
 
 
 def count_objectives(compiled: Any) -> list[int]:
-    """A list that grows with each use of the objectives."""
+    """Return a list that grows with each use of the objectives."""
     calls: list[int] = []
     original = compiled.extra_loss
 
@@ -139,7 +139,7 @@ def count_objectives(compiled: Any) -> list[int]:
 
 @pytest.mark.full
 def test_the_gradient_of_an_objective_is_counted_once(tmp_path: Path) -> None:
-    """With a loss that is zero, what the optimiser sees after two micro-batches is that of the objective."""
+    """With a loss of zero, the gradient after two micro-batches is that of the objective."""
     from transformers import Trainer, TrainerCallback
 
     compiled = adapted({**ADALORA, "warmup_steps": 5, "final_steps": 0})
@@ -164,7 +164,7 @@ def test_the_gradient_of_an_objective_is_counted_once(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_path: Path) -> None:
-    """From a checkpoint between and one within the epochs, dropout and draws included: to the bit."""
+    """Runs end the same, bit for bit, from checkpoints in the first and the third epoch, dropout and draws included."""
     entry = {**METHODS[method], "dropout": 0.1}
     settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 3}
     whole = trainer(tmp_path / "whole", adapted(entry, 0.1), **settings)
@@ -173,15 +173,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_pat
     for step in (3, 9):
         resumed = trainer(tmp_path / f"resumed{step}", adapted(entry, 0.1), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        found = resumed.model.adapter_state_dict()
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
+        tensors = resumed.model.adapter_state_dict()
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
             assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.slow
 def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
-    """The schedule of a model that has been trained before has both trainings."""
+    """The schedule of a model that was trained before covers both trainings."""
     compiled = adapted(ADALORA)
     trainer(tmp_path / "a", compiled, num_train_epochs=1).train()
     trainer(tmp_path / "b", compiled, num_train_epochs=2).train()
@@ -191,7 +191,7 @@ def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
-    """GC025 when it is merged."""
+    """Merging the model warns with GC025."""
     compiled = adapted(SORA)
     trainer(tmp_path, compiled, steer=False, num_train_epochs=1).train()
     with pytest.warns(GraftWarning, match="GC025"):
@@ -205,7 +205,7 @@ def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_that_the_scaler_skips_is_no_step() -> None:
-    """Controllers leave it out, and the schedule ends with the training all the same; objectives are scaled."""
+    """Controllers skip it, and the schedule still ends with the training; objectives are scaled."""
     compiled = adapted(ADALORA)
     callback = steering_callback(compiled)
     state = SimpleNamespace(max_steps=10, global_step=0)

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and generation settings of others: the same as in transformers, or a code, in time."""
+"""Tokenizers, chat templates and generation settings of others give transformers' results, or a coded error in time."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SECONDS = 4.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = save_model(tmp_path_factory.mktemp("speaking") / "base")
-    save_tokenizer(made)
-    return made
+    path = save_model(tmp_path_factory.mktemp("speaking") / "base")
+    save_tokenizer(path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def opened(folder: Path) -> TextModel:
-    require_bounded(TEMPLATE, MESSAGES, {})  # the process starts once
-    made = open_text_model(folder)
-    made.tokenizer.add_tokens(["abcdef"])  # by which transformers looks where tokens begin
-    return made
+    require_bounded(TEMPLATE, MESSAGES, {})  # starts the process, which happens once
+    model = open_text_model(folder)
+    model.tokenizer.add_tokens(["abcdef"])  # makes transformers look where tokens begin
+    return model
 
 
 @pytest.fixture
 def changed(folder: Path, tmp_path: Path) -> Path:
-    """Tokenizer and settings alone."""
-    made = tmp_path / "model"
-    shutil.copytree(folder, made, ignore=shutil.ignore_patterns("*.safetensors"))
-    return made
+    """A copy of the folder without weights, to be changed."""
+    path = tmp_path / "model"
+    shutil.copytree(folder, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    return path
 
 
 @pytest.fixture
@@ -166,10 +166,10 @@ REFUSED: dict[str, dict[str, object]] = {
 def set_config(model: TextModel, patch: pytest.MonkeyPatch, values: dict[str, object]) -> None:
     from transformers import GenerationConfig
 
-    made: Any = GenerationConfig(eos_token_id=0, pad_token_id=2)  # type: ignore[no-untyped-call]
+    config: Any = GenerationConfig(eos_token_id=0, pad_token_id=2)  # type: ignore[no-untyped-call]
     for name, value in values.items():
-        setattr(made, name, value)
-    patch.setattr(model.source, "generation_config", made)
+        setattr(config, name, value)
+    patch.setattr(model.source, "generation_config", config)
 
 
 @pytest.mark.usefixtures("in_time")
@@ -219,8 +219,8 @@ def _edit(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def _charsmap(text: str) -> Callable[[Path], None]:
-    made = {"type": "Precompiled", "precompiled_charsmap": text}
-    return lambda folder: _edit(folder / "tokenizer.json", lambda data: data.update(normalizer=made))
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": text}
+    return lambda folder: _edit(folder / "tokenizer.json", lambda data: data.update(normalizer=normalizer))
 
 
 def _pipe(name: str) -> Callable[[Path], None]:

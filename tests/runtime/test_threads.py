@@ -1,4 +1,4 @@
-"""Several threads: new signatures, compiles and running models beside each other."""
+"""Several threads at once: new signatures, compiles and running models."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ NET = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "*"}}]}
 
 
 def at_once(*jobs: Callable[[], Any]) -> list[Any]:
-    """What each of these gives, all of them started together; the first error is raised."""
-    found: list[Any] = [None] * len(jobs)
+    """Run jobs in threads that start together, and return their results; the first error is raised."""
+    results: list[Any] = [None] * len(jobs)
     barrier = threading.Barrier(len(jobs))
 
     def run(number: int, job: Callable[[], Any]) -> None:
         barrier.wait()
         try:
-            found[number] = job()
+            results[number] = job()
         except BaseException as error:
-            found[number] = error
+            results[number] = error
 
     threads = [threading.Thread(target=run, args=item) for item in enumerate(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for item in found:
+    for item in results:
         if isinstance(item, BaseException):
             raise item
     assert not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return found
+    return results
 
 
 def calls() -> Sequence[dict[str, Any]]:
@@ -101,10 +101,10 @@ def test_eight_threads_with_new_signatures(net: nn.Module, same: bool) -> None:
 
 @pytest.mark.slow
 def test_both_modes_and_the_base_in_threads(net: nn.Module) -> None:
-    """Code of another mode is lowered at its first use, beside threads that run."""
-    made = [graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False).train(mode) for mode in (True, False)]
+    """Code of another mode is lowered at its first use, while other threads run."""
+    models = [graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False).train(mode) for mode in (True, False)]
     given = calls()
-    results = at_once(*(lambda m=m, c=c: m(**c) for m in made for c in given[:4]))
+    results = at_once(*(lambda m=m, c=c: m(**c) for m in models for c in given[:4]))
     for call, result in zip([*given[:4], *given[:4]], results, strict=True):
         assert torch.equal(result, net(**call))
 
@@ -113,14 +113,14 @@ def test_both_modes_and_the_base_in_threads(net: nn.Module) -> None:
 def test_two_compiles_of_one_model_at_once(net: nn.Module) -> None:
     x = torch.randn(3, 6)
     for _ in range(3):
-        made = at_once(*[lambda: graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False)] * 2)
-        for compiled in made:
+        models = at_once(*[lambda: graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False)] * 2)
+        for compiled in models:
             assert torch.equal(compiled.eval()(x), net(x))
 
 
 @pytest.mark.full
 def test_a_compile_beside_models_that_run(net: nn.Module) -> None:
-    """Neither another compiled model nor plain modules see that somebody is capturing."""
+    """Neither another compiled model nor plain modules are affected by a capture in another thread."""
     given = calls()[1]
     running = graftc.compile(NET, net, given, cache=False).eval()
     bank = graftc.compile(SPEC, tiny("bert"), cache=False).train()
@@ -149,7 +149,7 @@ def test_a_compile_beside_models_that_run(net: nn.Module) -> None:
 
 @pytest.mark.full
 def test_a_new_signature_while_another_thread_captures(net: nn.Module) -> None:
-    """That torch.export runs somewhere in the process does not make this call one that is compiled."""
+    """A run of torch.export elsewhere in the process does not make this call count as compiled."""
     first = graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False).eval()
     other = Net().requires_grad_(False).eval()
     second = graftc.compile(NET, other, {"x": torch.zeros(2, 6)}, cache=False).eval()
@@ -160,7 +160,7 @@ def test_a_new_signature_while_another_thread_captures(net: nn.Module) -> None:
 
 
 class Stack(nn.Module):
-    """Layers that are alike, most of which are hidden while the model is traced."""
+    """A model of equal layers, most of which are hidden while it is traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ READERS: dict[str, Callable[[Any, Any, Path], Any]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_reading_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """While a model is traced, its tables are empty or hold fake tensors: a file would lack layers."""
+    """During a trace, the model's tables are empty or contain fake tensors, and a file would lack layers."""
     x = torch.randn(4, 6, dtype=torch.bfloat16)
     compiled: Any = graftc.compile(NET, Stack().bfloat16(), {"x": x}, cache=False).eval()
     merged = compiled.merge(allow_unchanged=True)
@@ -224,18 +224,18 @@ def test_reading_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest
 def test_a_forked_child_is_not_locked_out(net: nn.Module) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("no fork")
-    held, leave = threading.Event(), threading.Event()
+    locked, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
         with exclusive():
-            held.set()
+            locked.set()
             leave.wait(30)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(10)
+    locked.wait(10)
     child = fork()
-    if child == 0:  # whatever happens here, the child must not go on as a second test run
+    if child == 0:  # whatever happens here, the child must not continue as a second test run
         try:
             with exclusive():
                 os._exit(0)

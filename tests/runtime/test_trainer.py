@@ -17,15 +17,15 @@ from tests.runtime.trainers import Run, check_checkpoint, interrupted
 
 def examples(count: int = 48) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    found = []
+    rows = []
     for _ in range(count):
         ids = torch.randint(3, 100, (8,), generator=generator)
-        found.append({"input_ids": ids, "attention_mask": torch.ones(8).long(), "labels": ids[0] % 3})
-    return found
+        rows.append({"input_ids": ids, "attention_mask": torch.ones(8).long(), "labels": ids[0] % 3})
+    return rows
 
 
 def source() -> nn.Module:
-    """The same model each time."""
+    """Return the same model each time."""
     torch.manual_seed(11)
     return families.bert()
 
@@ -81,8 +81,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
 
 @pytest.mark.full
 def test_an_interrupted_run_in_16_bits_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    """Accumulation, recomputed layers and the best model; no checkpoint holds the base. `tests/gates` has 60 steps of a
-    real model."""
+    """The run has accumulation, recomputed layers and the best model, and no checkpoint contains the base.
+
+    `tests/gates` has 60 steps of a real model.
+    """
     run = Run(lambda: trainer(tmp_path, 1).model, examples(), 6, {"bf16": True})
     outcome = interrupted(run, tmp_path)
     assert outcome.differences() == 0
@@ -104,7 +106,7 @@ def test_what_a_trainer_saves_is_taken_for_no_plain_model(tmp_path: Path) -> Non
 
 
 def texts(count: int = 24) -> list[dict[str, torch.Tensor]]:
-    """Texts of different lengths."""
+    """Return texts of different lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
     return [{"input_ids": torch.randint(3, 100, (n,), generator=generator)} for n in lengths]
@@ -118,14 +120,14 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.full
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
-    """2 x 4 and 8 x 1 give the same tensors, here and in peft, where a causal model has padding."""
+    """2 x 4 and 8 x 1 give the same tensors, here and in peft, for a causal model with padding."""
     case = Case(
         "llama",
         {"method": "lora", "rank": 2, "alpha": 4, "target": {"modules": ["**.q_proj", "**.v_proj"]}},
         lambda peft: peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]),
         Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight"}),
     )
-    found: dict[str, list[torch.Tensor]] = {}
+    results: dict[str, list[torch.Tensor]] = {}
     for size in (2, 8):
         both = pair(case)
         names = list(both.tensors)
@@ -149,9 +151,9 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
             assert all(not torch.equal(t, before[n]) for n, t in model.named_parameters() if t.requires_grad)
             own = dict(both.ours.named_parameters())
             tensors = [own[n] if who == "ours" else both.tensors[n] for n in names]
-            found[f"{who} {size}"] = [tensor.detach().clone() for tensor in tensors]
+            results[f"{who} {size}"] = [tensor.detach().clone() for tensor in tensors]
             if who == "ours":
                 assert len(model.compilation.signatures) == 2, "the number of items is not a constant of a graph"
     for other in ("ours 2", "theirs 8", "theirs 2"):
-        for one, two in zip(found["ours 8"], found[other], strict=True):
+        for one, two in zip(results["ours 8"], results[other], strict=True):
             assert float((one - two.reshape(one.shape)).norm() / one.norm()) < 1e-5, other

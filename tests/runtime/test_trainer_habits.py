@@ -1,4 +1,4 @@
-"""What people do with the Trainer: each works, or is refused with a code that names a way out."""
+"""Common uses of the Trainer: each works, or is refused with a coded error that names a way out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compiled_of() -> Any:
 
 
 def trainer(folder: Path, model: Any = None, cls: Any = None, rest: Any = None, **changes: Any) -> Any:
-    """A trainer of a few steps; ``rest`` are arguments of its own, ``changes`` those of `TrainingArguments`."""
+    """Return a trainer of a few steps; ``rest`` are its own arguments, ``changes`` those of `TrainingArguments`."""
     from transformers import Trainer, TrainingArguments
 
     settings: dict[str, Any] = {
@@ -49,14 +49,14 @@ def trainer(folder: Path, model: Any = None, cls: Any = None, rest: Any = None, 
 
 def losses(run: Any) -> list[float]:
     run.train()
-    found = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert len(found) == run.state.global_step > 0
-    return found
+    values = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert len(values) == run.state.global_step > 0
+    return values
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of a run as it is."""
+    """The losses of a run without changes."""
     return losses(trainer(tmp_path_factory.mktemp("plain")))
 
 
@@ -91,10 +91,10 @@ OTHER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("habit", OTHER)
 def test_the_first_loss_is_that_of_the_source_model(habit: str, plain: list[float], tmp_path: Path) -> None:
     """Adaptations change nothing before the first step."""
-    found = losses(trainer(tmp_path, **OTHER[habit]))
+    ours = losses(trainer(tmp_path, **OTHER[habit]))
     source = compiled_of().compilation.source
     expected = losses(trainer(tmp_path, source, **OTHER[habit]))
-    assert found[0] == pytest.approx(expected[0], rel=1e-5) and found[0] != pytest.approx(plain[0], rel=1e-5)
+    assert ours[0] == pytest.approx(expected[0], rel=1e-5) and ours[0] != pytest.approx(plain[0], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -103,8 +103,8 @@ def test_texts_are_drawn_by_length(tmp_path: Path) -> None:
 
     def padded(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         pad = nn.utils.rnn.pad_sequence
-        found = {n: pad([row[n] for row in batch], batch_first=True) for n in ("input_ids", "attention_mask")}
-        return {**found, "labels": torch.stack([row["labels"] for row in batch])}
+        inputs = {n: pad([row[n] for row in batch], batch_first=True) for n in ("input_ids", "attention_mask")}
+        return {**inputs, "labels": torch.stack([row["labels"] for row in batch])}
 
     run = trainer(tmp_path, rest={"data_collator": padded}, train_sampling_strategy="group_by_length")
     run.train_dataset = rows
@@ -120,8 +120,8 @@ def test_batches_that_are_too_large_are_halved(tmp_path: Path) -> None:
         def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Tensor:
             if len(inputs["input_ids"]) > 2:
                 raise RuntimeError("CUDA out of memory. Tried to allocate")
-            found: Tensor = super().training_step(model, inputs, *rest, **options)
-            return found
+            loss: Tensor = super().training_step(model, inputs, *rest, **options)
+            return loss
 
     run = trainer(tmp_path, cls=Small, auto_find_batch_size=True)
     losses(run)
@@ -155,16 +155,16 @@ def test_it_stops_early_and_keeps_few_checkpoints(tmp_path: Path) -> None:
 def test_it_predicts(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     losses(run)
-    found = run.predict(DATA[:5]).predictions
+    predictions = run.predict(DATA[:5]).predictions
     ids = torch.stack([row["input_ids"] for row in DATA[:5]])
     with torch.no_grad():
         expected = run.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
+    assert torch.allclose(torch.from_numpy(predictions), expected, atol=1e-5)
 
 
 @pytest.mark.full
 def test_a_folder_is_what_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no hub here: what would be uploaded is looked at."""
+    """There is no hub here, so the test looks at what would be uploaded."""
     uploaded: list[Path] = []
 
     class Repository:
@@ -237,7 +237,7 @@ def test_what_does_not_work_says_so(habit: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not installed here: what it does to a model, and what Accelerate says of it."""
+    """DeepSpeed is not installed here, so its hook and Accelerate's record of it are imitated."""
     from accelerate.state import AcceleratorState
 
     compiled = compiled_of()

@@ -1,4 +1,4 @@
-"""Training logs: what they record of losses, ranks, turnover, gates and routes, and reading them back."""
+"""Training logs: their records of losses, ranks, turnover, gates and routes, and reading them back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def optimiser_for(compiled: Any) -> torch.optim.Optimizer:
 
 
 def train(compiled: Any, log: Any, steps: int, optimiser: Any = None) -> list[float]:
-    """As many steps of a plain loop, logged; the losses."""
+    """Do steps of a plain loop with a log, and return the losses."""
     optimiser = optimiser or optimiser_for(compiled)
     compiled.train()
     losses = []
@@ -57,12 +57,12 @@ def lines_of(path: Path) -> list[Any]:
 
 
 def watched(compiled: Any) -> bool:
-    """Whether forward passes are looked at."""
+    """Return whether forward passes are observed."""
     return compiled._graftc.progress.observer is not None
 
 
 def silent_read(path: Path, **options: Any) -> list[Any]:
-    """The curves of a log that there is nothing to warn of."""
+    """Read the curves of a log, which must not cause a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         return graftc.read_log(path, **options)
@@ -110,20 +110,20 @@ def test_figures_are_those_of_the_tensors(entry: Any, tmp_path: Path) -> None:
 def test_turnover_is_the_share_of_entries_that_have_been_replaced(tmp_path: Path) -> None:
     compiled = spiel_models.adapted("AG")
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=1)
-    optimiser, found = spiel_models.optimiser_for(compiled), spiel_models.entries_of(compiled)
+    optimiser, by_name = spiel_models.optimiser_for(compiled), spiel_models.entries_of(compiled)
     moved = {}
     for number in range(1, 7):
-        before = {name: entries.tensor("indices").clone() for name, entries in found.items()}
+        before = {name: entries.tensor("indices").clone() for name, entries in by_name.items()}
         spiel_models.train(compiled, optimiser, [number])
         log.step()
-        for name, entries in found.items():
+        for name, entries in by_name.items():
             share = float((~torch.isin(entries.tensor("indices"), before[name])).float().mean())
             if number in (2, 6):
                 moved[str(entries.place.site.key), number] = share
     lines = lines_of(log.path)
     assert lines[0]["figures"] == {} and lines[2]["figures"] == {}
     curves = [c for c in silent_read(log.path) if c["group"] == "spiel: turnover"]
-    assert len(curves) == len(found)
+    assert len(curves) == len(by_name)
     for curve in curves:
         assert curve["steps"][0] == 2 and curve["values"][0] == pytest.approx(moved[curve["name"], 2])
         assert curve["steps"][-1] == 6 and curve["values"][-1] == pytest.approx(moved[curve["name"], 6])
@@ -132,7 +132,7 @@ def test_turnover_is_the_share_of_entries_that_have_been_replaced(tmp_path: Path
 
 @pytest.mark.full
 def test_gates_are_their_mean_values_in_the_pass(tmp_path: Path) -> None:
-    """A gate with a bias far from zero is open or closed, whatever it reads; looking changes no output."""
+    """A gate with a bias far from zero is open or closed, whatever its input; observing it changes no output."""
     compiled = adapted(UNIPELT)
     biases = {n: p for n, p in compiled.named_parameters() if n.endswith("gate_bias")}
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_gates_are_their_mean_values_in_the_pass(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_compiled_layers_are_not_looked_into(tmp_path: Path) -> None:
-    """A log compiles nothing anew: code is guarded by what looks at it."""
+    """A log must not cause recompilation: code is guarded by what observes it."""
     compiled = adapted(UNIPELT)
     calls: list[Any] = []
 
@@ -194,7 +194,7 @@ def test_routes_are_numbers_of_experts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_steps_between_lines_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figure is worked out, no value is read, and forward passes are not looked at."""
+    """No figure is computed, no value is read, and forward passes are not observed."""
     compiled = adapted(ADALORA)
     compiled.begin(TOTAL)
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=4)
@@ -329,7 +329,7 @@ def test_arguments_and_places_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_trainer_logs_and_its_own_state_is_read(tmp_path: Path) -> None:
-    """What the Trainer logs is in both, ranks in the log alone; training is the same with and without a log."""
+    """What the Trainer logs is in both files, ranks only in the log; a log does not change the training."""
     from transformers import IntervalStrategy
 
     from tests.runtime.test_steering_trainer import adapted as for_trainer

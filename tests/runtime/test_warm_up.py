@@ -1,4 +1,4 @@
-"""Calls of a model that was warmed up find their graphs, their code and their plans."""
+"""Calls of a model that was warmed up find their graphs, their code and their plans already made."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is made while calls are answered: signatures, and plans of training steps."""
-    found: list[str] = []
+    """The names of what is made during calls: signatures, and plans of training steps."""
+    names: list[str] = []
 
     def noted(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            found.append(name)
+            names.append(name)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, call)
 
     noted(signatures, "adapt_signature")
     noted(TrainingCode, "choose")
-    return found
+    return names
 
 
 @pytest.mark.slow

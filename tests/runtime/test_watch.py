@@ -1,4 +1,4 @@
-"""`graftc.optim.watch`: what trains in name only is found in the first steps, and nothing else is."""
+"""`graftc.optim.watch`: tensors that train in name only are reported in the first steps, and no others."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]
 
 
 def adapted(*entries: dict[str, Any], dtype: torch.dtype = torch.float32, **spec: Any) -> Any:
-    """A tiny GPT-2 that trains."""
+    """An adapted tiny GPT-2 in train mode."""
     return graftc.compile({"adapt": list(entries or (LORA,)), **spec}, tiny("gpt2", dtype=dtype)).train()
 
 
 def loss_of(compiled: Any) -> Tensor:
-    """A loss of all outputs of one batch."""
+    """Compute a loss of all outputs of one batch."""
     return sum(leaf.float().square().mean() for leaf in flat(compiled(**inputs_for(compiled))) if leaf.requires_grad)
 
 
 def train(compiled: Any, optimizer: Any, steps: int = 3, loss: Callable[[Any], Tensor] = loss_of) -> None:
-    """Steps of a plain loop."""
+    """Do steps of a plain loop."""
     for _ in range(steps):
         (loss(compiled) + compiled.extra_loss()).backward()
         optimizer.step()
@@ -41,14 +41,14 @@ def train(compiled: Any, optimizer: Any, steps: int = 3, loss: Callable[[Any], T
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Nothing warns inside."""
+    """Turn warnings of graftc into errors while the block runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         yield
 
 
 def example(method: str) -> Any:
-    """An adaptation with the least that the method asks for, on a family that it fits."""
+    """Compile an adaptation with only the required fields of the method, on a family that it fits."""
     entry = {"method": method, **method_specs()[method].needed}
     if method == "pasta":
         entry["special_tokens"] = [1, 2]
@@ -63,7 +63,7 @@ def example(method: str) -> Any:
 @pytest.mark.full
 @pytest.mark.parametrize("method", method_specs())
 def test_no_method_alarms(method: str) -> None:
-    """All that trains is looked at, and nothing is found at any step."""
+    """Every trained tensor is watched, and none is reported at any step."""
     compiled = example(method)
     compiled.begin(100)
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
@@ -98,7 +98,7 @@ def test_a_tensor_is_in_no_optimiser() -> None:
 
 @pytest.mark.slow
 def test_the_loss_depends_on_nothing() -> None:
-    """As where layers were recomputed whose inputs wanted no gradient: training went on, and nothing was learnt."""
+    """If inputs of recomputed layers require no gradient, training continues in this way, and nothing is learnt."""
     compiled = adapted({**LORA, "target": {"role": "attn.q", "layers": 0}}, {**LORA, "name": "high", "method": "dora"})
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
 
@@ -114,7 +114,7 @@ def test_the_loss_depends_on_nothing() -> None:
 
 @pytest.mark.slow
 def test_zeros_are_told_after_the_last_step() -> None:
-    """A gradient of zeros may be that of the start; in every step it is none."""
+    """A gradient of zeros may be normal at the start, but not in every step."""
     compiled = adapted()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
     check = graftc.optim.watch(compiled, optimizer)
@@ -127,7 +127,7 @@ def test_zeros_are_told_after_the_last_step() -> None:
 
 @pytest.mark.slow
 def test_a_rate_of_zero() -> None:
-    """At once where nothing schedules it; a schedule may warm up, but not for ever."""
+    """A rate of zero is reported at once if nothing schedules it; a schedule may warm up, but not forever."""
     compiled = adapted()
     still = torch.optim.AdamW(graftc.optim.param_groups(compiled, 0.0))
     graftc.optim.watch(compiled, still)
@@ -147,7 +147,7 @@ def test_a_rate_of_zero() -> None:
 
 @pytest.mark.slow
 def test_zeros_that_follow_from_a_rate_of_zero_are_no_finding_of_their_own() -> None:
-    """LoRA's A has zeros as long as B stands still."""
+    """LoRA's A has gradients of zeros as long as B does not move."""
     compiled = adapted()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 0.0))
     check = graftc.optim.watch(compiled, optimizer)
@@ -178,25 +178,25 @@ def test_steps_that_are_rounded_away() -> None:
 
 @pytest.mark.slow
 def test_what_is_frozen_later_and_what_is_held() -> None:
-    """A tensor frozen by hand, and one that something else puts back after each step."""
+    """A tensor frozen by hand is reported, and so is one that is reset after each step."""
     compiled = adapted()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
-    frozen, held = [(n, p) for n, p in compiled.named_parameters() if n.endswith(".B")][:2]
-    optimizer.register_step_post_hook(lambda *_: held[1].data.zero_())
+    frozen, reset = [(n, p) for n, p in compiled.named_parameters() if n.endswith(".B")][:2]
+    optimizer.register_step_post_hook(lambda *_: reset[1].data.zero_())
     check = graftc.optim.watch(compiled, optimizer, steps=2)
     frozen[1].requires_grad_(False)
     with pytest.warns(GraftWarning, match="GC059"):
         train(compiled, optimizer, 2)
-    found = dict(check.findings)
-    assert found.pop(frozen[0]).startswith("has been frozen")
-    assert found.pop(held[0]).startswith("did not move, although")
+    findings = dict(check.findings)
+    assert findings.pop(frozen[0]).startswith("has been frozen")
+    assert findings.pop(reset[0]).startswith("did not move, although")
     # Without their B, these have no gradient either.
-    assert all(name.endswith(".A") and "zeros only" in text for name, text in found.items())
+    assert all(name.endswith(".A") and "zeros only" in text for name, text in findings.items())
 
 
 @pytest.mark.slow
 def test_slots_that_no_call_chooses() -> None:
-    """Of a bank only what is chosen has a gradient; where nothing of it is, all are named."""
+    """In a bank, only the chosen slot has a gradient, and the others are not reported."""
     two = [{**LORA, "name": name, "target": {"role": "attn.q"}} for name in ("one", "two")]
     compiled = adapted(*two, compose={"bank": ["one", "two"], "name": "tasks"})
     compiled.activate("two")
@@ -209,7 +209,7 @@ def test_slots_that_no_call_chooses() -> None:
 
 @pytest.mark.full
 def test_in_the_trainer(tmp_path: Any) -> None:
-    """`compiled.callback()` does it, with accelerate's wrapper around the optimiser."""
+    """`compiled.callback()` watches the training, with accelerate's wrapper around the optimiser."""
     from transformers import Trainer, TrainingArguments
 
     compiled = adapted()
@@ -241,7 +241,7 @@ def test_wrong_arguments() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closures(by_name: bool) -> None:
-    """Gradients are there when the closure has been called: all that moves is seen to, and nothing alarms."""
+    """Gradients exist once the closure was called: all that moves is seen, and nothing is reported."""
     compiled = adapted()
     for make in (torch.optim.AdamW, torch.optim.LBFGS):
         optimizer = make([p for p in compiled.parameters() if p.requires_grad], lr=1e-3)

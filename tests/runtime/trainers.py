@@ -1,4 +1,4 @@
-"""Runs of the transformers Trainer that are interrupted and resumed, and what their checkpoints hold."""
+"""Runs of the transformers Trainer that are interrupted and resumed, and checks of their checkpoints."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ BESIDE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
 
 
 class InterruptedRun(Exception):  # noqa: N818
-    """A run was ended from outside."""
+    """Raised to end a run from outside."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """How to train.
+    """The settings of a training.
 
     Attributes:
-        make: the compiled model, the same each time.
+        make: a function that makes the compiled model, the same each time.
         examples: texts with labels.
-        steps: optimiser steps; checkpoints are written at each third of them.
-        changes: arguments of the trainer.
-        collate: makes a batch.
+        steps: the number of optimiser steps; checkpoints are written at each third of them.
+        changes: changed arguments of the trainer.
+        collate: a function that makes a batch.
     """
 
     make: Callable[[], Any]
@@ -40,7 +40,7 @@ class Run:
     collate: Any = None
 
     def trainer(self, folder: Path, stop: int | None = None) -> Any:
-        """A trainer, which is interrupted after ``stop`` steps."""
+        """Return a trainer, which is interrupted after ``stop`` steps."""
         from transformers import Trainer, TrainerCallback, TrainingArguments
 
         class Stop(TrainerCallback):
@@ -77,11 +77,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Two runs that should be one.
+    """Two runs with results that should be the same.
 
     Attributes:
-        whole, resumed: the trainers at their ends.
-        last: folders of their last checkpoints.
+        whole, resumed: the trainers after their runs.
+        last: the folders of their last checkpoints.
     """
 
     whole: Any
@@ -89,22 +89,22 @@ class Outcome:
     last: tuple[Path, Path]
 
     def differences(self) -> float:
-        """The largest difference of any tensor, of the best models and of the last checkpoints."""
+        """Return the largest difference of any tensor, of the best models and of the last checkpoints."""
         pairs = [
             (self.whole.model.adapter_state_dict(), self.resumed.model.adapter_state_dict()),
             tuple(load_file(folder / "model.safetensors") for folder in self.last),
         ]
-        found = 0.0
+        largest = 0.0
         for one, two in pairs:
             assert one.keys() == two.keys()
-            found = max(
-                [found, *(float((t.double() - two[n].double()).abs().max()) for n, t in one.items() if t.numel())]
+            largest = max(
+                [largest, *(float((t.double() - two[n].double()).abs().max()) for n, t in one.items() if t.numel())]
             )
-        return found
+        return largest
 
 
 def interrupted(run: Run, folder: Path) -> Outcome:
-    """Train at one go, and again with an end behind the first checkpoint, from which another trainer resumes."""
+    """Train in one go, and again with an interruption after the first checkpoint, where another trainer resumes."""
     whole = run.trainer(folder / "whole")
     whole.train()
     try:
@@ -120,14 +120,16 @@ def interrupted(run: Run, folder: Path) -> Outcome:
 
 
 def check_checkpoint(folder: Path, compiled: Any, base: Any) -> int:
-    """A checkpoint holds adapters once and no base tensor, and `graftc.load` reads it; returns the bytes beside the
-    adapters that are not the trainer's."""
+    """Check that a checkpoint contains adapters once and no base tensor, and that `graftc.load` reads it.
+
+    Return the number of bytes beside the adapters that are not the trainer's.
+    """
     tokenizer = [path for path in folder.iterdir() if path.name.startswith(("tokenizer", "special_tokens", "vocab"))]
     own = [path for path in folder.iterdir() if path.name not in BESIDE and path not in tokenizer]
     adapters = compiled.adapter_state_dict()
-    held = load_file(folder / "model.safetensors")
-    assert {name for name, tensor in held.items() if tensor.numel()} - {"_extra_state"} == adapters.keys()
+    tensors = load_file(folder / "model.safetensors")
+    assert {name for name, tensor in tensors.items() if tensor.numel()} - {"_extra_state"} == adapters.keys()
     size = sum(t.numel() * t.element_size() for t in adapters.values())
     loaded: Any = graftc.load(folder, base)
-    assert all(torch.equal(t, held[n]) for n, t in loaded.adapter_state_dict().items())
+    assert all(torch.equal(t, tensors[n]) for n, t in loaded.adapter_state_dict().items())
     return sum(path.stat().st_size for path in own) - size

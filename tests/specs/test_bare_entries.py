@@ -1,4 +1,4 @@
-"""Adaptations without a spec around them: the hint is a spec that works."""
+"""Adaptations given without a spec around them: the hint of the error is a spec that works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every method inherits: strictness, names, default placement, overrides."""
+"""Behaviour that every method inherits: strictness, names, default placement, overrides."""
 
 from __future__ import annotations
 

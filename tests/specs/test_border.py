@@ -1,4 +1,4 @@
-"""Borders with files of others: failures of libraries have a code, and only regular files of some size are read."""
+"""Reading files of unknown origin: library errors get a code, and only regular files of limited size are read."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def _link_to_fifo(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as found:
-        here = os.getcwd()
-        os.chdir(path.parent)  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX) as sock:
+        previous = os.getcwd()
+        os.chdir(path.parent)  # the path of a socket must be short
         try:
-            found.bind(path.name)
+            sock.bind(path.name)
         finally:
-            os.chdir(here)
+            os.chdir(previous)
 
 
 def _device(path: Path) -> None:

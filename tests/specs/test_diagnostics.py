@@ -109,13 +109,13 @@ def test_nearest_prefers_the_closest_and_ignores_case() -> None:
 
 @given(st.text(max_size=8), st.lists(st.text(max_size=8), max_size=8))
 def test_nearest_gives_candidates_only(word: str, candidates: list[str]) -> None:
-    found = nearest(word, candidates)
-    assert len(found) <= 3 and set(found) <= set(candidates)
+    suggestions = nearest(word, candidates)
+    assert len(suggestions) <= 3 and set(suggestions) <= set(candidates)
 
 
 @pytest.mark.slow
 def test_every_error_has_a_hint() -> None:
-    """The one that its author gives, or the remedy of its code; none is given as empty."""
+    """The hint is the one given to the error, or else the remedy of its code; no call passes an empty one."""
     import ast
     from pathlib import Path
 

@@ -113,8 +113,8 @@ def test_what_a_document_refuses(data: dict[str, Any], code: str, path: str, mes
 
 def test_one_go_finds_every_mistake() -> None:
     error = failure({"adapt": [{"method": "lora", "rank": 0, "rnk": 1}, {"method": "x"}], "trian": []})
-    found = [error, *(d for d in error.details if isinstance(d, GraftError))]
-    assert [(e.code, e.place.path) for e in found if e.place] == [
+    errors = [error, *(d for d in error.details if isinstance(d, GraftError))]
+    assert [(e.code, e.place.path) for e in errors if e.place] == [
         ("GC002", "adapt[0].target"),
         ("GC002", "adapt[0].rank"),
         ("GC003", "adapt[0].rnk"),
@@ -154,7 +154,7 @@ def test_the_json_schema_holds_every_method_with_descriptions() -> None:
 
 @pytest.mark.parametrize("owner", OWNERS.values())
 def test_what_fields_of_a_spec_own_is_told_from_adaptations(owner: str) -> None:
-    """`train:` and `tokens:` own tensors under a name each, which nothing else may have."""
+    """`train:` and `tokens:` own tensors under one name each, which no adaptation or composition may have."""
     two = adaptations("a", "b")
     makers: list[Callable[[], object]] = [
         lambda: load_spec(adaptations("a", owner)),

@@ -1,7 +1,7 @@
-"""Golden texts of errors: each file of ``tests/golden/errors`` holds a spec, a line of ``=====``, and what it says.
+"""Golden texts of errors: each file in ``tests/golden/errors`` contains a spec, a line of ``=====``, and the error.
 
-The model is a toy BERT of six layers whose layers 1 and 4 have no value projection. GRAFTC_UPDATE_GOLDEN=1 writes
-the files instead of comparing.
+The model is a toy BERT of six layers whose layers 1 and 4 have no value projection. With GRAFTC_UPDATE_GOLDEN=1, the
+files are written instead of compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graftc.specs.errors.diagnostics import CATALOGUE
 GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
 BREAK = "=====\n"
 
-# What a user gets wrong most: these files must exist and end in these codes.
+# The most common mistakes: these files must exist, and their errors must have these codes.
 REQUIRED = {
     "unknown_method": "GC004",
     "unknown_field": "GC003",
@@ -55,15 +55,15 @@ def candidates() -> list[Candidate]:
 
 
 def outcome(text: str) -> GraftError:
-    """The error that reading and resolving the spec ends in."""
+    """Return the error that reading and resolving the spec raises."""
     sites = candidates()
     with pytest.raises(GraftError) as read:
         spec = parse_spec(text, file="spec.yaml")
         try:
             for index, adaptation in enumerate(spec.adapt):
                 where, kinds = f"adapt[{index}]", adaptation.claims.sites
-                found = select(adaptation.target, sites, f"{where}.target", kinds=kinds, method=adaptation.method)
-                check_overrides(adaptation, found, where, depth=depths(sites))
+                selected = select(adaptation.target, sites, f"{where}.target", kinds=kinds, method=adaptation.method)
+                check_overrides(adaptation, selected, where, depth=depths(sites))
         except GraftError as error:
             raise spec.locate(error) from None
     return read.value
@@ -90,7 +90,7 @@ def test_what_users_get_wrong_most_has_its_code(name: str, code: str) -> None:
 
 
 def test_a_corrected_line_corrects() -> None:
-    """Where a file shows one corrected line, putting it in place of the wrong one removes that error."""
+    """If an error shows a corrected line, replacing the wrong line with it removes that error."""
     tried = 0
     for path in sorted(GOLDEN.glob("*.txt")):
         text = path.read_text(encoding="utf-8").partition(BREAK)[0]
@@ -103,7 +103,7 @@ def test_a_corrected_line_corrects() -> None:
         try:
             again = outcome("\n".join(lines) + "\n")
         except pytest.fail.Exception:
-            continue  # nothing is wrong any more
+            continue  # the corrected spec raises no error
         assert (again.code, again.message) != (error.code, error.message), path.name
     assert tried >= 10
 

@@ -1,4 +1,4 @@
-"""Importing specs is quick and brings no torch, however much of it is used."""
+"""Importing `graftc.specs` is fast and never imports torch, however much of the package is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and writing specs: formats, positions, what is not readable, and the round trip."""
+"""Reading and writing specs: formats, positions, unreadable input, and the round trip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exceeds a limit is a coded error at once: no hang, no raw exception, no message as large as the value."""
+"""Input beyond a limit raises a coded error at once: no hang, no raw exception, no message as large as the value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS = 5.0
 
 
 def refused(make: Callable[[], Any]) -> GraftError:
-    """The coded error that ends it, in time and short."""
+    """Return the coded error that `make` raises; check that it comes in time and is short."""
     started = time.process_time()
     with pytest.raises(GraftError) as caught:
         make()
@@ -37,7 +37,7 @@ def refused(make: Callable[[], Any]) -> GraftError:
 
 
 def written(format: str, data: Any) -> str:
-    """Plain data in a format; flow YAML is JSON."""
+    """Return plain data as text in a format; flow YAML is JSON."""
     if format != "toml":
         return json.dumps(data)
     return f"adapt = {json.dumps(data['adapt']).replace(': ', ' = ')}"
@@ -138,7 +138,7 @@ def test_what_never_ends_is_not_read(tmp_path: Any) -> None:
         assert refused(lambda path=path: load_spec(path)).code == "GC006"
 
 
-# --- in Python: what no parser has seen ---------------------------------------------------------------------------
+# --- in Python: data that no parser has checked -------------------------------------------------------------------
 
 
 def _nested(depth: int) -> Any:
@@ -228,13 +228,13 @@ def test_the_measure_of_braces_is_that_of_what_they_expand_to() -> None:
     for _ in range(300):
         text = _random_braces(draw, 3)
         count, size = measure_braces(text)
-        found = expand_braces(text)
-        assert len(found) <= count and sum(map(len, found)) <= size
+        expanded = expand_braces(text)
+        assert len(expanded) <= count and sum(map(len, expanded)) <= size
         unique = re.sub("[a-z]", lambda _: chr(0x4E00 + draw.randrange(20_000)), text)
         count, size = measure_braces(unique)
-        found = expand_braces(unique)
-        if len(found) == count:  # no two branches are equal
-            assert sum(map(len, found)) == size
+        expanded = expand_braces(unique)
+        if len(expanded) == count:  # no two branches are equal
+            assert sum(map(len, expanded)) == size
 
 
 def _random_braces(draw: random.Random, depth: int) -> str:
@@ -292,7 +292,7 @@ NAMES = [
      "(?:(?:.{0,50}){0,5}){0,5}[XYZ]", "(?=(.*)*[XYZ])(.*)*", "(.*?)" * 150 + "[XYZ]", "(?:.?){500}[XYZ]"],
 )  # fmt: skip
 def test_a_regular_expression_ends(pattern: str) -> None:
-    """With no match, or with GC008 and what to write instead."""
+    """Matching ends in time, without a match or with GC008 and a hint to use `modules`."""
     started = time.process_time()
     try:
         assert RegexMatcher(0.3).matching(pattern, NAMES) == set()

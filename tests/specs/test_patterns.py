@@ -1,4 +1,4 @@
-"""Braces, globs and layer slices: each against an independent, slower definition."""
+"""Braces, globs and layer slices, each compared with an independent, slower definition."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_brace_bomb_is_refused_before_it_is_built() -> None:
 
 
 def segment_matches(pattern: str, segment: str) -> bool:
-    """Does one segment match, by trying every split at the first star?"""
+    """Return whether one segment matches, by trying every split at the first star."""
     head, star, tail = pattern.partition("*")
     if not star:
         return pattern == segment
@@ -77,7 +77,7 @@ def segment_matches(pattern: str, segment: str) -> bool:
 
 
 def path_matches(pattern: list[str], path: list[str]) -> bool:
-    """Does a list of segments match, by the definition of ``**`` and nothing cleverer?"""
+    """Return whether a list of segments matches, by the plain definition of ``**``."""
     if not pattern:
         return not path
     if pattern[0] == "**":

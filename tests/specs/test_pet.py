@@ -1,4 +1,4 @@
-"""PET specs: patterns, verbalizers, what fits together, and the places of what does not."""
+"""PET specs: patterns, verbalizers, values that fit together, and the places of errors where they do not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def failure(text: str) -> GraftError:
 
 
 def wrong(**changes: Any) -> GraftError:
-    """The error of an otherwise good document."""
+    """Return the error of an otherwise valid document."""
     data = {"patterns": ["{text} {blank}"], "verbalizer": {"a": "x", "b": "y"}, **changes}
     with pytest.raises(GraftError) as caught:
         load_pet_spec({key: value for key, value in data.items() if value is not None})
@@ -66,10 +66,10 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     spec = load_pet_spec({"patterns": ["{text} {blank}"], "verbalizer": {"a": "x", "b": "y"}})
     assert spec.spec == spec.classifier.spec == Spec.model_validate({"adapt": [{"method": "full"}]})
     assert (spec.seeds, spec.ensemble, spec.members, spec.ipet) == (3, "accuracy", "separate", None)
-    own = spec.training
-    assert (own.steps, own.batch_size, own.learning_rate, own.weight_decay) == (250, 4, 1e-5, 0.01)
-    assert (own.max_grad_norm, own.warmup, own.max_length, own.auxiliary) == (1.0, 0.0, 256, 1e-4)
-    assert (own.unlabelled_ratio, spec.classifier.temperature, spec.classifier.kind) == (1, 2.0, "sequence")
+    training = spec.training
+    assert (training.steps, training.batch_size, training.learning_rate, training.weight_decay) == (250, 4, 1e-5, 0.01)
+    assert (training.max_grad_norm, training.warmup, training.max_length, training.auxiliary) == (1.0, 0.0, 256, 1e-4)
+    assert (training.unlabelled_ratio, spec.classifier.temperature, spec.classifier.kind) == (1, 2.0, "sequence")
 
 
 def test_files_mappings_and_specs(tmp_path: Path) -> None:

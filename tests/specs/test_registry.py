@@ -1,4 +1,4 @@
-"""Discovery of methods: built-in ones, installed plugins, and what is wrong with a plugin."""
+"""Discovery of methods: built-in ones, installed plugins, and faulty plugins."""
 
 from __future__ import annotations
 

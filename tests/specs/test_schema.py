@@ -1,4 +1,4 @@
-"""The JSON Schema of a spec against the parser: what one takes the other takes, as far as a schema can say it."""
+"""The JSON Schema of a spec compared with the parser: they accept the same documents, as far as a schema can say so."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Q = {"role": "attn.q"}
 
 
 def parses(data: Any) -> GraftError | None:
-    """What the parser says against it; None where it takes it."""
+    """Return the error that the parser raises for the data, or None if it accepts the data."""
     try:
         load_spec(copy.deepcopy(data))
     except GraftError as error:
@@ -39,7 +39,7 @@ def parses(data: Any) -> GraftError | None:
 
 
 def findings(data: Any) -> list[str]:
-    """What the schema says against it."""
+    """Return the errors that the schema reports for the data."""
     return [f"{error.json_path}: {error.message[:200]}" for error in VALIDATOR.iter_errors(data)]
 
 
@@ -52,7 +52,7 @@ def test_it_is_a_schema() -> None:
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Every text in the repository that could be a spec in YAML, and where it stands."""
+    """Yield the location and the content of every text in the repository that could be a spec in YAML."""
     for path in sorted(ROOT.glob("examples/specs/*.yaml")):
         yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]):
@@ -63,7 +63,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def mappings() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every spec in the repository: of YAML texts, of texts in Python, and of literal dictionaries there."""
+    """Yield every spec in the repository with its location: YAML texts, strings in Python files, literal mappings."""
     for name, text in texts():
         yield from ((name, data) for data in _read(text))
     for folder in ("tests", "examples", "graftc", "tools", "benchmarks"):
@@ -92,11 +92,11 @@ def _read(text: str) -> Iterator[dict[str, Any]]:
 def test_every_spec_of_the_repository_that_parses_is_valid() -> None:
     taken = [(name, data) for name, data in mappings() if parses(data) is None]
     assert len(taken) > 60 and any(name.startswith("README") for name, _ in taken)
-    wrong = {name: found for name, data in taken if (found := findings(data))}
+    wrong = {name: errors for name, data in taken if (errors := findings(data))}
     assert not wrong
 
 
-# --- wrong ones --------------------------------------------------------------------------------------------------
+# --- wrong specs -------------------------------------------------------------------------------------------------
 
 
 def lora(**fields: Any) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def test_a_finding_is_at_the_place_of_the_mistake() -> None:
     (error,) = VALIDATOR.iter_errors({"adapt": [{"method": "lora", "target": {"role": "attn.qq"}}]})
     deepest = min(_leaves(error), key=lambda e: -len(list(e.absolute_path)))
     assert list(deepest.absolute_path) == ["adapt", 0, "target", "role"]
-    found = findings({"adapt": [{"method": "lorra", "target": Q}]})
-    assert any(line.startswith("$.adapt[0].method: 'lorra' is not one of") for line in found)
+    messages = findings({"adapt": [{"method": "lorra", "target": Q}]})
+    assert any(line.startswith("$.adapt[0].method: 'lorra' is not one of") for line in messages)
 
 
 def _leaves(error: Any) -> Iterator[Any]:
@@ -291,7 +291,7 @@ _CLOZES = [
 
 
 def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
-    """Values in a document for a field of this annotation, nearly all of them right."""
+    """Return a strategy for values of a field with this annotation, nearly all of them valid."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__value__"):  # a named type
         return st.sampled_from(_GOOD[annotation.__name__])
@@ -305,7 +305,7 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
         return st.sampled_from([[-0.5, 1.5], [-1, 2], [-0.5, 1.5, 2], [0.5, 1.5]])
     if origin is Sequence:
         return st.lists(values_of(arguments[0]), min_size=1, max_size=2, unique_by=repr)
-    if annotation is ClozeOptions:  # whose lists belong together
+    if annotation is ClozeOptions:  # its lists belong together
         return st.builds(dict, st.sampled_from(_CLOZES))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         options = [entry.spec_class for entry in method_specs().values() if issubclass(entry.spec_class, annotation)]
@@ -322,12 +322,12 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
 
 @st.composite
 def document(draw: st.DrawFn, model: type[BaseModel]) -> dict[str, Any]:
-    """A document for a model: required fields, and some of the others."""
+    """Draw a document for a model: the required fields, and some of the others."""
     data = {}
     for name, info in model.model_fields.items():
-        # A target and an override have to say where; a spec's adaptations have a method.
+        # A target and an override need a place, and a spec's adaptations need a method.
         wanted = info.is_required() or name in ("method", "role")
-        # Compositions name adaptations, which drawn names hardly ever fit: with each of them few documents were valid.
+        # Compositions refer to adaptations by name, and drawn names hardly ever match: most documents go without them.
         if name == "compose" and draw(st.integers(0, 7)):
             continue
         if wanted or draw(st.booleans()):
@@ -337,24 +337,24 @@ def document(draw: st.DrawFn, model: type[BaseModel]) -> dict[str, Any]:
 
 @st.composite
 def changed(draw: st.DrawFn) -> Any:
-    """A document for a spec, often with one value in it replaced by another, or a field that there is not."""
+    """Draw a document for a spec, often with one value replaced or an unknown field added."""
     data = draw(document(Spec))
     if draw(st.booleans()):
         return data
-    here: Any = data
+    node: Any = data
     for _ in range(draw(st.integers(0, 4))):
-        held = list(here.values() if isinstance(here, dict) else here)
-        inner = [value for value in held if isinstance(value, (dict, list)) and value]
+        children = list(node.values() if isinstance(node, dict) else node)
+        inner = [value for value in children if isinstance(value, (dict, list)) and value]
         if not inner:
             break
-        here = draw(st.sampled_from(inner))
-    keys = [*here, "other"] if isinstance(here, dict) else list(range(len(here)))
-    here[draw(st.sampled_from(keys))] = draw(_VALUES)
+        node = draw(st.sampled_from(inner))
+    keys = [*node, "other"] if isinstance(node, dict) else list(range(len(node)))
+    node[draw(st.sampled_from(keys))] = draw(_VALUES)
     return data
 
 
-# What a schema cannot say: uniqueness of names, reserved ones, the insides of patterns, that 1.0 is not an integer, and
-# which values go together.
+# The rules that a schema cannot express: unique names, reserved names, the insides of patterns, that 1.0 is not an
+# integer, and which values go together.
 _BEYOND = re.compile(
     r"the name '.*' is taken|name '.*' is reserved|a brace|is not a regular expression|has more than|"
     r"(must be a whole number|expected a layer or a slice of layers).*, not -?\d+\.0$|role '.*' is unknown|"
@@ -377,13 +377,13 @@ def test_what_parses_is_valid_and_the_other_way_round(examples: int) -> None:
     @settings(_SETTINGS, max_examples=examples)
     @given(changed())
     def compare(data: Any) -> None:
-        error, found = parses(data), findings(data)
+        error, complaints = parses(data), findings(data)
         seen[error is None] += 1
         if error is None:
-            assert not found
+            assert not complaints
             dumped = load_spec(data).model_dump(mode="json")
             assert not findings(dumped)
-        elif not found:
+        elif not complaints:
             everything = [error, *(d for d in error.details if isinstance(d, GraftError))]
             assert all(_BEYOND.search(e.message) for e in everything), [e.message for e in everything]
 

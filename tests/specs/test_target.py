@@ -1,4 +1,4 @@
-"""What a target accepts, and where it says that something is wrong."""
+"""The values that a target accepts, and the places that its errors name."""
 
 from __future__ import annotations
 

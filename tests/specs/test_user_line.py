@@ -1,4 +1,4 @@
-"""Warnings point at the line of the user's code that led to them, however deep below it something was noticed."""
+"""Warnings point at the line of user code that led to them, however deep in the package they are raised."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORA = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}
 
 
 def line_of(function: Callable[..., Any]) -> int:
-    """The line of this file that a function's one warning is said to be at."""
+    """Return the line of this file that a function's only warning points at."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function()
@@ -56,15 +56,15 @@ def test_frames_of_packages_are_skipped(place: str, depth: int) -> None:
 
 
 def compiled_at(file: Path) -> Callable[[int], None]:
-    """A function in another file that calls the package."""
+    """Compile a function that calls the package, as if it were in another file."""
     source = "def between(depth):\n    warns(depth)\n"
     package = "def warns(depth):\n    warns(depth - 1) if depth else warn('GC024', 'tied')\n"
     ours: dict[str, Any] = {"warn": warn, "__name__": "graftc.runtime.example"}
     exec(compile(package, str(PACKAGE / "runtime" / "example.py"), "exec"), ours)
     names: dict[str, Any] = {"warns": ours["warns"]}
     exec(compile(source, str(file), "exec"), names)
-    made: Callable[[int], None] = names["between"]
-    return made
+    function: Callable[[int], None] = names["between"]
+    return function
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_the_task_of_a_config(function: str) -> None:
 
 
 def test_nothing_else_in_the_package_warns() -> None:
-    """Only the one mechanism calls `warnings`."""
+    """Only one module of the package calls `warnings`."""
     calls = []
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")

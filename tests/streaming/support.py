@@ -1,4 +1,4 @@
-"""Small sharded checkpoints, adapters of them, and what is in their files."""
+"""Small sharded checkpoints, adapters for them, and readers of their files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
 
 def sharded_base(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A tiny model in several files."""
+    """Write a tiny model to several files."""
     with quiet_transformers():
         tiny(family).to(dtype).save_pretrained(folder, max_shard_size="30KB")
     return folder
 
 
 def peft_adapter(folder: Path, base: Path, config: Any, scale: float = 0.1) -> Any:
-    """An adapter of peft's with random values, written; the model with it."""
+    """Write an adapter of peft's with random values; return the model with it."""
     import peft
 
     with quiet_transformers(), warnings.catch_warnings():
@@ -42,43 +42,43 @@ def peft_adapter(folder: Path, base: Path, config: Any, scale: float = 0.1) -> A
 
 
 def written_lora(folder: Path, base: Path, rank: int = 4, **changes: Any) -> Path:
-    """A LoRA in peft's format for some projections of a llama, written without any model."""
+    """Write a LoRA in peft's format for some projections of a Llama, without any model."""
     stored = tensors(base)
     rng = torch.Generator().manual_seed(1)
-    made: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for name, weight in stored.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in PROJECTIONS:
             rows, columns = weight.shape
-            made[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=rng)
-            made[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(rows, rank, generator=rng)
+            factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=rng)
+            factors[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(rows, rank, generator=rng)
     config = {
         **{"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": PROJECTIONS, "bias": "none"},
         **{"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", "inference_mode": True, **changes},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(made, folder / "adapter_model.safetensors")
+    save_file(factors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
 def edit_adapter(folder: Path, change: Any) -> None:
     """Change the tensors of a peft folder."""
-    made = tensors(folder)
-    change(made)
-    save_file(made, folder / "adapter_model.safetensors")
+    stored = tensors(folder)
+    change(stored)
+    save_file(stored, folder / "adapter_model.safetensors")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's files."""
-    found: dict[str, Tensor] = {}
+    """Return every tensor in a folder's files."""
+    stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), "pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    return found
+            stored |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return stored
 
 
 def exact_lora(base: Tensor, adapter: dict[str, Tensor], module: str, scaling: float) -> Tensor:
-    """``W + s B A`` in float64, written out."""
+    """Compute ``W + s B A`` in float64."""
     a, b = (adapter[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
     return base.double() + scaling * (b @ a)

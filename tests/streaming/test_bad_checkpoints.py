@@ -1,4 +1,4 @@
-"""Checkpoints and adapters that are not what they should be: refused by code, all of it at once, nothing written."""
+"""Bad checkpoints and adapters: refused with coded errors that report everything at once, with nothing written."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Path:
-    """A copy of both, to be spoilt."""
+    """A copy of both, to be corrupted."""
     shutil.copytree(made, tmp_path / "place")
     return tmp_path / "place"
 
 
 def refused(place: Path, **options: Any) -> GraftError:
-    """The error of a merge; nothing is left of it."""
+    """Return the error of a merge, after checking that the merge leaves nothing behind."""
     before = sorted(p.name for p in place.iterdir())
     with pytest.raises(GraftError) as error:
         graftc.merge_checkpoint(place / "adapter", place / "base", place / "out", **options)
@@ -50,7 +50,7 @@ def refused(place: Path, **options: Any) -> GraftError:
 
 
 def edit_index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
-    """Change what the index says of files."""
+    """Change the files that the index lists."""
     data = json.loads((base / INDEX).read_text())
     change(data["weight_map"])
     (base / INDEX).write_text(json.dumps(data))
@@ -138,8 +138,8 @@ def test_an_index_that_says_otherwise(place: Path) -> None:
 
 def test_a_name_in_two_files(place: Path) -> None:
     shard = sorted((place / "base").glob("*.safetensors"))[-1]
-    held = {"model.embed_tokens.weight": torch.zeros(2, 2)}
-    save_file({**held, **dict.fromkeys(())}, place / "base" / "twice.safetensors")
+    duplicate = {"model.embed_tokens.weight": torch.zeros(2, 2)}
+    save_file({**duplicate, **dict.fromkeys(())}, place / "base" / "twice.safetensors")
     edit_index(place / "base", lambda table: table.update({"model.norm.weight": "twice.safetensors"}))
     error = refused(place)
     assert error.code == "GC100" and shard.is_file()
@@ -182,28 +182,28 @@ def test_numbers_in_the_base_that_are_none(place: Path) -> None:
     shard = next(
         file for file in sorted((place / "base").glob("*.safetensors")) if b"layers.0.self_attn.q" in file.read_bytes()
     )
-    held = {name: t for name, t in tensors(place / "base").items() if name.encode() in shard.read_bytes()}
-    held["model.layers.0.self_attn.q_proj.weight"][3, 5] = float("nan")
-    save_file(held, shard, metadata={"format": "pt"})
+    stored = {name: t for name, t in tensors(place / "base").items() if name.encode() in shard.read_bytes()}
+    stored["model.layers.0.self_attn.q_proj.weight"][3, 5] = float("nan")
+    save_file(stored, shard, metadata={"format": "pt"})
     error = refused(place)
     assert error.code == "GC102"
     assert "q_proj" in error.message
 
 
 def test_tensors_that_the_files_lack(place: Path) -> None:
-    """Neither in the files nor in the index: transformers would draw them at random."""
+    """They are neither in the files nor in the index, and transformers would draw them at random."""
     edit_index(place / "base", lambda table: table.pop("lm_head.weight"))
     files = [file for file in (place / "base").glob("*.safetensors")]
     for file in files:
-        held = {name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}
-        file.unlink() if not held else save_file(held, file, metadata={"format": "pt"})
+        kept = {name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}
+        file.unlink() if not kept else save_file(kept, file, metadata={"format": "pt"})
     error = refused(place)
     assert error.code == "GC100" and "lm_head.weight" in error.message
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids="+".join)
 def test_copies_of_tied_tensors(tmp_path: Path, modules: list[str]) -> None:
-    """peft trains a copy for one of two modules that share a tensor: in files there is one."""
+    """peft trains a copy for one of two modules that share a tensor, but files have only one tensor for both."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -225,7 +225,7 @@ def test_copies_of_tied_tensors(tmp_path: Path, modules: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["pissa", "vera"])
 def test_what_follows_from_the_model(tmp_path: Path, kind: str) -> None:
-    """Factors that the file lacks: peft works them out of the base's weights, or draws them."""
+    """The file lacks factors that peft computes from the base's weights, or draws."""
     import peft
 
     base = sharded_base(tmp_path / "base", "llama", torch.float32)
@@ -251,7 +251,7 @@ def test_a_narrower_type(place: Path) -> None:
     assert refused(place, dtype=torch.float16).code == "GC073"
 
 
-# --- a folder of peft is held against its config and the base, as an import holds it -----------------------------
+# --- a folder of peft is checked against its config and the base, as in an import --------------------------------
 
 Spoiling = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
@@ -300,10 +300,10 @@ PEFT: dict[str, tuple[Spoiling, str, str]] = {
 @pytest.mark.parametrize(("spoil", "code", "text"), PEFT.values(), ids=PEFT)
 def test_a_folder_that_its_config_does_not_explain(place: Path, spoil: Spoiling, code: str, text: str) -> None:
     config = json.loads((place / "adapter" / "adapter_config.json").read_text())
-    held = tensors(place / "adapter")
-    spoil(config, held)
+    stored = tensors(place / "adapter")
+    spoil(config, stored)
     (place / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    save_file(held, place / "adapter" / "adapter_model.safetensors")
+    save_file(stored, place / "adapter" / "adapter_model.safetensors")
     error = refused(place)
     assert error.code == code
     assert re.search(text, "\n".join([error.message, *map(str, error.details)]), re.DOTALL)
@@ -335,9 +335,9 @@ def _left(fold: WeightFold) -> WeightFold:
 
 def _one_entry(fold: WeightFold) -> WeightFold:
     def apply(w: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        found, bias = fold.apply(w, b)
-        found[-1, -1] += 1e-5
-        return found, bias
+        folded, bias = fold.apply(w, b)
+        folded[-1, -1] += 1e-5
+        return folded, bias
 
     return WeightFold(apply)
 
@@ -376,7 +376,7 @@ def test_a_tensor_that_nothing_folds_into_and_that_changed(place: Path, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut off", "gone", "another", "written to"])
 def test_a_base_that_changes_meanwhile(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the first file is made, a later one is spoilt."""
+    """While the first file is created, a later one is corrupted."""
     right, count = merging.create_file, 0
 
     def create(plan: Any, shard: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Merging file by file: the same bits as in memory, nearer to the exact values than peft, and files as they were."""
+"""Merging file by file: the same bits as in memory, closer to the exact values than peft, and other rows unchanged."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ BLOCKED = 700
 
 
 def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -> tuple[Path, Path, Any]:
-    """An artifact merged in memory and from its files."""
+    """Merge an artifact in memory and from its files."""
     base = sharded_base(folder / "base", family, dtype)
     compiled = graftc.compile(spec, load_model(str(base)))
     perturb(compiled)
     compiled.save(folder / "artifact")
     compiled.merge().save(folder / "memory")
-    made = graftc.merge_checkpoint(folder / "artifact", None, folder / "files")
-    return folder / "memory", folder / "files", made
+    result = graftc.merge_checkpoint(folder / "artifact", None, folder / "files")
+    return folder / "memory", folder / "files", result
 
 
 @pytest.mark.full
@@ -74,14 +74,14 @@ def test_the_bits_are_those_of_the_fold_in_memory(
     family: str, dtype: torch.dtype, spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "BLOCK", BLOCKED)
-    memory, files, made = merged_both_ways(tmp_path, family, dtype, spec)
-    expected, found, base = tensors(memory), tensors(files), tensors(tmp_path / "base")
-    assert found.keys() == base.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    changed = [name for name in found if not torch.equal(found[name], base[name])]
-    assert changed and made.untouched >= len(found) - len(changed)
-    assert made.certificate.passed and all(site.change > 0 for site in made.certificate.sites)
-    told = made.certificate.to_json()  # the whole model was not run, so nothing is said of its outputs
+    memory, files, result = merged_both_ways(tmp_path, family, dtype, spec)
+    expected, actual, base = tensors(memory), tensors(files), tensors(tmp_path / "base")
+    assert actual.keys() == base.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
+    changed = [name for name in actual if not torch.equal(actual[name], base[name])]
+    assert changed and result.untouched >= len(actual) - len(changed)
+    assert result.certificate.passed and all(site.change > 0 for site in result.certificate.sites)
+    told = result.certificate.to_json()  # the whole model was not run, so its outputs are not reported
     assert told["outputs"] == {} and told["budget"] is None and told["largest_difference"] is None
     assert verify(files).passed
     load_model(str(files))
@@ -89,7 +89,7 @@ def test_the_bits_are_those_of_the_fold_in_memory(
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and a LoRA of it in peft's format."""
+    """A base and a LoRA for it in peft's format."""
     folder = tmp_path_factory.mktemp("llama")
     written_lora(folder / "adapter", sharded_base(folder / "base"))
     return folder
@@ -97,7 +97,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 def test_a_folder_of_peft_gives_the_bits_of_importing_it(tmp_path: Path) -> None:
-    """On a base in 16 bits too: both fold from the float32 factors of the file."""
+    """On a base in 16 bits as well, both fold from the float32 factors of the file."""
     base = sharded_base(tmp_path / "base")
     adapter = written_lora(tmp_path / "adapter", base)
     graftc.merge_checkpoint(adapter, None, tmp_path / "files")
@@ -118,13 +118,13 @@ def test_where_peft_differs_the_exact_value_is_nearer(tmp_path: Path) -> None:
     adapter, ours, before = tensors(tmp_path / "adapter"), tensors(tmp_path / "ours"), tensors(base)
     theirs = model.merge_and_unload().state_dict()
     nearer = farther = 0
-    for name, found in ours.items():
+    for name, tensor in ours.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] not in PROJECTIONS:
-            assert torch.equal(found, before[name])
+            assert torch.equal(tensor, before[name])
             continue
         exact = exact_lora(before[name], adapter, module, 2.0)
-        own, other = (found.double() - exact).abs(), (theirs[name].double() - exact).abs()
+        own, other = (tensor.double() - exact).abs(), (theirs[name].double() - exact).abs()
         nearer += int((own < other).sum())
         farther += int((own > other).sum())
     assert farther == 0
@@ -141,11 +141,11 @@ def test_peft_types_merge_as_peft_merges_them(tmp_path: Path) -> None:
         modules_to_save=["ln_f"], fan_in_fan_out=True,
     )  # fmt: skip
     model = peft_adapter(tmp_path / "adapter", base, config)
-    made = graftc.merge_checkpoint(tmp_path / "adapter", base, tmp_path / "ours")
+    result = graftc.merge_checkpoint(tmp_path / "adapter", base, tmp_path / "ours")
     theirs, ours = model.merge_and_unload().state_dict(), tensors(tmp_path / "ours")
-    assert len(made.certificate.sites) == 8
-    for name, found in ours.items():  # peft rounds in float32 several times
-        assert torch.allclose(found, theirs[name], rtol=1e-5, atol=1e-6), name
+    assert len(result.certificate.sites) == 8
+    for name, tensor in ours.items():  # peft rounds in float32 several times
+        assert torch.allclose(tensor, theirs[name], rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.full
@@ -159,7 +159,7 @@ def test_peft_types_merge_as_peft_merges_them(tmp_path: Path) -> None:
     ],
 )
 def test_trained_biases_of_adapted_modules(family: str, bias: Any, targets: list[str], tmp_path: Path) -> None:
-    """They are in the merged files, and a folder that lacks them is not verified."""
+    """They are in the merged files, and a folder without them fails verification."""
     import peft
 
     base = sharded_base(tmp_path / "base", family, torch.float32)
@@ -168,24 +168,24 @@ def test_trained_biases_of_adapted_modules(family: str, bias: Any, targets: list
     graftc.merge_checkpoint(tmp_path / "adapter", base, tmp_path / "ours")
     assert verify_checkpoint(tmp_path / "ours", tmp_path / "adapter", base).passed
     theirs, ours, before = model.merge_and_unload().state_dict(), tensors(tmp_path / "ours"), tensors(base)
-    for name, found in ours.items():  # a class may call a head differently from its files
-        assert torch.allclose(found, theirs.get(name, before[name]), rtol=1e-5, atol=1e-6), name
+    for name, tensor in ours.items():  # a class may name a head differently from its files
+        assert torch.allclose(tensor, theirs.get(name, before[name]), rtol=1e-5, atol=1e-6), name
     trained = [name for name in ours if name.endswith(".bias") and not torch.equal(ours[name], before[name])]
     assert any(name.removesuffix(".bias").endswith(targets[0]) for name in trained)
     file = next(f for f in (tmp_path / "ours").glob("*.safetensors") if trained[0] in tensors_of(f))
-    held = load_file(file)
-    save_file({**held, trained[0]: before[trained[0]]}, file, metadata={"format": "pt"})
+    stored = load_file(file)
+    save_file({**stored, trained[0]: before[trained[0]]}, file, metadata={"format": "pt"})
     assert not verify_checkpoint(tmp_path / "ours", tmp_path / "adapter", base).passed
 
 
 @pytest.mark.slow
 def test_float32_keeps_the_update(llama: Path, tmp_path: Path) -> None:
-    made = graftc.merge_checkpoint(llama / "adapter", None, tmp_path / "wide", dtype=torch.float32)
-    assert made.dtype == "float32"
-    assert made.certificate.retention.entries > 0.999
-    assert made.certificate.retention.error < 1e-5
-    base, found, adapter = tensors(llama / "base"), tensors(tmp_path / "wide"), tensors(llama / "adapter")
-    for name, tensor in found.items():
+    result = graftc.merge_checkpoint(llama / "adapter", None, tmp_path / "wide", dtype=torch.float32)
+    assert result.dtype == "float32"
+    assert result.certificate.retention.entries > 0.999
+    assert result.certificate.retention.error < 1e-5
+    base, wide, adapter = tensors(llama / "base"), tensors(tmp_path / "wide"), tensors(llama / "adapter")
+    for name, tensor in wide.items():
         module = name.removesuffix(".weight")
         folded = module.rpartition(".")[2] in PROJECTIONS
         expected = exact_lora(base[name], adapter, module, 2.0).float() if folded else base[name].float()
@@ -194,7 +194,7 @@ def test_float32_keeps_the_update(llama: Path, tmp_path: Path) -> None:
     model = load_model(str(tmp_path / "wide"))
     assert next(model.parameters()).dtype == torch.float32
     index = json.loads((tmp_path / "wide" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in found.values())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in wide.values())
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_verifying_finds_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     out, base, adapter = tmp_path / "out", llama / "base", llama / "adapter"
     graftc.merge_checkpoint(adapter, None, out)
     assert verify_checkpoint(out, adapter).passed
-    (out / "graftc.json").unlink()  # as of a folder that something else wrote
+    (out / "graftc.json").unlink()  # as in a folder written by another program
     assert verify_checkpoint(out, adapter).passed
     other = written_lora(tmp_path / "other", base, lora_alpha=9)
     failed = [check for check in verify_checkpoint(out, other).checks if check.passed is False]
@@ -249,7 +249,7 @@ def test_verifying_finds_what_is_wrong(llama: Path, tmp_path: Path) -> None:
 
 
 def tensors_of(file: Path) -> set[str]:
-    """Names of the tensors in a file."""
+    """Return the names of the tensors in a file."""
     with safe_open(str(file), "pt") as opened:
         return set(opened.keys())
 
@@ -265,8 +265,8 @@ def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: 
     assert error.value.code == "GC104"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
     graftc.merge_checkpoint(adapter, None, tmp_path / "out", allow_unchanged=True)
-    found, base = tensors(tmp_path / "out"), tensors(llama / "base")
-    assert all(torch.equal(found[name], base[name]) for name in base)
+    unchanged, base = tensors(tmp_path / "out"), tensors(llama / "base")
+    assert all(torch.equal(unchanged[name], base[name]) for name in base)
     edit_adapter(adapter, lambda made: [t.fill_(1e-9) for name, t in made.items() if "lora_B" in name])
     with pytest.raises(GraftError, match="lost in rounding"):
         graftc.merge_checkpoint(adapter, None, tmp_path / "tiny")
@@ -280,9 +280,9 @@ def test_an_update_that_is_mostly_lost_warns(tmp_path: Path) -> None:
     adapter = written_lora(tmp_path / "adapter", base)
     edit_adapter(adapter, lambda made: [t.mul_(1e-4) for name, t in made.items() if "lora_B" in name])
     with pytest.warns(GraftWarning, match=r"rounding to bfloat16 leaves .*% of the update") as warnings:
-        made = graftc.merge_checkpoint(adapter, base, tmp_path / "out")
+        result = graftc.merge_checkpoint(adapter, base, tmp_path / "out")
     assert [w.message.code for w in warnings if isinstance(w.message, GraftWarning)] == ["GC105"]
-    assert 0 < made.certificate.retention.norm < 0.5
+    assert 0 < result.certificate.retention.norm < 0.5
     with catch_warnings():
         simplefilter("error", GraftWarning)
         graftc.merge_checkpoint(adapter, base, tmp_path / "wide", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Killed at random moments, a merge goes on where it was, and the result is the same."""
+"""A merge that is killed at random moments resumes where it stopped, and the result is the same."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(place: Path) -> Iterator[Worker]:
-    made = Worker("tests.streaming.worker", place)
-    yield made
-    made.process.kill()
-    made.process.wait()
+    running = Worker("tests.streaming.worker", place)
+    yield running
+    running.process.kill()
+    running.process.wait()
 
 
 @pytest.mark.full
@@ -60,7 +60,7 @@ def test_killed_at_random(place: Path, worker: Worker) -> None:
         killed += status == -9
         removed_if_whole(out, expected)
         recover(place / "out")
-        removed_if_whole(out, expected)  # killed right before the last rename, recovering does that rename
+        removed_if_whole(out, expected)  # if it was killed right before the last rename, recovering does that rename
         left = list((place / "out").iterdir())
         assert len(left) <= 1, "two staging folders"
     assert worker.run("merge")[0] == 0
@@ -70,14 +70,14 @@ def test_killed_at_random(place: Path, worker: Worker) -> None:
 
 
 def removed_if_whole(out: Path, expected: dict[str, bytes]) -> None:
-    """Remove a result that is there, after checking that it is complete."""
+    """Remove a result if there is one, after checking that it is complete."""
     if out.exists():
         assert tree_bytes(out) == expected
         shutil.rmtree(out)
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, files: int) -> list[str]:
-    """Make merging stop after so many files, leaving its staging folder; names of the files that are begun."""
+    """Make merging stop after so many files and keep its staging folder; return the names of files that it starts."""
     begun: list[str] = []
     work = merging._merged
 
@@ -111,11 +111,11 @@ def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path
     assert len((staging / "journal.jsonl").read_text().splitlines()) == 2
     with pytest.MonkeyPatch.context() as patch:
         begun = stopped_after(patch, 99)
-        made = graftc.merge_checkpoint(adapter, base, out)
+        result = graftc.merge_checkpoint(adapter, base, out)
     shards = [path.name for path in sorted(base.glob("*.safetensors"))]
     assert begun == shards[2:]
-    assert made.resumed == 2
-    assert made.certificate == graftc.merge_checkpoint(adapter, base).certificate
+    assert result.resumed == 2
+    assert result.certificate == graftc.merge_checkpoint(adapter, base).certificate
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
     shutil.rmtree(out)
     staging = killed()
@@ -141,7 +141,7 @@ def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path
     ],
 )
 def test_a_planted_folder_is_not_believed(place: Path, tmp_path: Path, whose: str, changed: str) -> None:
-    """Files with the digests that their journal has, made by somebody else, come to nothing."""
+    """Planted files are not used, even if their digests match the journal."""
     base, adapter, out = place / "base", place / "adapter", tmp_path / "merged"
     child = fork()
     if child == 0:
@@ -155,34 +155,34 @@ def test_a_planted_folder_is_not_believed(place: Path, tmp_path: Path, whose: st
     if whose == "another":
         give(staging)
     before = snapshot(staging)
-    made = graftc.merge_checkpoint(adapter, base, out)
+    result = graftc.merge_checkpoint(adapter, base, out)
     clean = graftc.merge_checkpoint(adapter, base, tmp_path / "clean")
-    assert made.resumed == (0 if whose == "another" else 2 if changed == "evidence" else 1)
-    assert made.certificate == clean.certificate and tree_bytes(out) == tree_bytes(tmp_path / "clean")
+    assert result.resumed == (0 if whose == "another" else 2 if changed == "evidence" else 1)
+    assert result.certificate == clean.certificate and tree_bytes(out) == tree_bytes(tmp_path / "clean")
     assert {path.lstat().st_uid for path in (out, *out.rglob("*"))} == {os.geteuid()}
     assert not staging.exists() if whose == "own" else snapshot(staging) == before
 
 
 def plant(staging: Path, changed: str) -> None:
-    """Change one finished file and let the journal say that it is right."""
+    """Change one finished file, and record its new digest in the journal."""
     journal = staging / "journal.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     path = staging / "new" / "merged" / lines[1]["file"]
     with safe_open(path, "pt") as opened:
-        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         metadata = opened.metadata()
-    folded = [name for name in found if any(part in name for part in PROJECTIONS)]
-    others = [name for name in found if name not in folded]
+    folded = [name for name in stored if any(part in name for part in PROJECTIONS)]
+    others = [name for name in stored if name not in folded]
     if changed == "folded":
-        found[folded[0]] = torch.full_like(found[folded[0]], 3.0)
+        stored[folded[0]] = torch.full_like(stored[folded[0]], 3.0)
     elif changed == "untouched":
-        found[others[0]] = found[others[0]] + 1
+        stored[others[0]] = stored[others[0]] + 1
     elif changed == "more":
-        found["more"] = torch.ones(2)
+        stored["more"] = torch.ones(2)
     elif changed == "metadata":
         metadata = {**(metadata or {}), "planted": "yes"}
     if changed not in ("nothing", "evidence"):
-        save_file(found, path, metadata=metadata)
+        save_file(stored, path, metadata=metadata)
     lines[1]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     if changed == "evidence":
         lines[1] |= {"untouched": 1000, "sites": [], "check": "0"}
@@ -217,8 +217,8 @@ def test_other_work_for_the_same_place_throws_the_old_away(place: Path, tmp_path
         os._exit(0)
     os.waitpid(child, 0)
     assert list(tmp_path.glob(".merged.graftc-*"))
-    made = graftc.merge_checkpoint(other, place / "base", tmp_path / "merged")
-    assert made.resumed == 0
+    result = graftc.merge_checkpoint(other, place / "base", tmp_path / "merged")
+    assert result.resumed == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other"]
     record = json.loads((tmp_path / "merged" / "graftc.json").read_text())
     assert json.loads(record["spec"])["lora_alpha"] == 3

@@ -1,4 +1,4 @@
-"""A process that merges file by file in forks of itself, to be killed: see `tests.forks`."""
+"""A process that merges file by file in forks of itself, which are then killed: see `tests.forks`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.forks import serve
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], object]]:
-    """What there is to do."""
+    """Return the work that can be requested."""
     assert peft is not None
     places.BLOCK = 700
-    graftc.merge_checkpoint(folder / "adapter", folder / "base")  # what is made once is made before
+    graftc.merge_checkpoint(folder / "adapter", folder / "base")  # does one-time work before any fork
     return {"merge": lambda: graftc.merge_checkpoint(folder / "adapter", folder / "base", folder / "out" / "merged")}
 
 

@@ -1,4 +1,4 @@
-"""Files and folders of tensors: what is read is what safetensors reads, and what cannot be used is refused by code."""
+"""Files and folders of tensors: they read as safetensors reads them, and unusable ones raise coded errors."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ CODE = Refusal("GC113", "GC101", "copy it again", located=True)
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    """A tensor of each type, a scalar and empty ones."""
+    """Return a tensor of each dtype, a scalar and empty ones."""
     rng = torch.Generator().manual_seed(0)
     values = torch.randint(0, 2, (3, 5), generator=rng)
-    made = {f"part.{str(dtype).removeprefix('torch.')}": values.to(dtype) for dtype in DTYPES}
-    return made | {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "odd": torch.ones(3, dtype=torch.uint8)}
+    tensors = {f"part.{str(dtype).removeprefix('torch.')}": values.to(dtype) for dtype in DTYPES}
+    return tensors | {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "odd": torch.ones(3, dtype=torch.uint8)}
 
 
 def same_bits(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits."""
+    """Return whether two tensors have the same bits."""
     return torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
 
 
 def sharded(folder: Path, *, single: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors, in two files with an index."""
+    """Write the tensors to two files with an index, and return them."""
     folder.mkdir(exist_ok=True)
-    made = some_tensors()
-    names = sorted(made)
+    tensors = some_tensors()
+    names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, own in parts.items():
-        save_file({name: made[name] for name in own}, folder / file)
+        save_file({name: tensors[name] for name in own}, folder / file)
     table = {name: file for file, own in parts.items() for name in own}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": table}))
     if single:
         save_file({"only": torch.ones(2)}, folder / SINGLE)
-    return made
+    return tensors
 
 
 def refused(path: Path, **options: Any) -> GraftError:
-    """The error of reading all of it, which takes no time."""
+    """Return the error of reading the whole folder, which must come quickly."""
     started = time.process_time()
     with pytest.raises(GraftError) as caught:
         dict(TensorFolder(path, CODE, **options))
@@ -72,31 +72,36 @@ def test_a_file_is_what_safetensors_reads(tmp_path: Path, padding: int) -> None:
     save_file(some_tensors(), tmp_path / "x.safetensors", {"format": "pt"})
     raw = (tmp_path / "x.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    # a header of any length: the data begin where no type lies
+    # with a header of any length, the data are not aligned to any dtype
     raw_file(tmp_path / "x.safetensors", raw[8 : 8 + size] + b" " * padding, raw[8 + size :])
     theirs = load_file(tmp_path / "x.safetensors")
-    with TensorFolder(tmp_path / "x.safetensors", CODE) as found:
-        assert found.keys() == theirs.keys() and found.shards[0].metadata == {"format": "pt"}
-        for name, tensor in found.items():
+    with TensorFolder(tmp_path / "x.safetensors", CODE) as folder:
+        assert folder.keys() == theirs.keys() and folder.shards[0].metadata == {"format": "pt"}
+        for name, tensor in folder.items():
             assert tensor.dtype == theirs[name].dtype and tensor.shape == theirs[name].shape
             assert same_bits(tensor, theirs[name])
 
 
 def test_a_folder_has_the_tensors_of_its_files(tmp_path: Path) -> None:
-    made = sharded(tmp_path)
-    found = TensorFolder(tmp_path, CODE)
-    assert found.keys() == made.keys() and [shard.name for shard in found.shards] == ["a.safetensors", "b.safetensors"]
+    tensors = sharded(tmp_path)
+    folder = TensorFolder(tmp_path, CODE)
+    assert folder.keys() == tensors.keys() and [shard.name for shard in folder.shards] == [
+        "a.safetensors",
+        "b.safetensors",
+    ]
     assert all(
-        torch.equal(found[name].view(torch.uint8), made[name].view(torch.uint8)) for name in made if name != "scalar"
+        torch.equal(folder[name].view(torch.uint8), tensors[name].view(torch.uint8))
+        for name in tensors
+        if name != "scalar"
     )
 
 
 def test_what_is_opened_is_closed(tmp_path: Path) -> None:
     sharded(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
-    with TensorFolder(tmp_path, CODE) as found:
+    with TensorFolder(tmp_path, CODE) as folder:
         assert len(os.listdir("/proc/self/fd")) == before
-        assert float(found["scalar"]) == 2.5
+        assert float(folder["scalar"]) == 2.5
         assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -105,8 +110,8 @@ def test_writing_changes_the_file(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(4)}, tmp_path / "x.safetensors")
     TensorFolder(tmp_path / "x.safetensors", CODE)["x"].fill_(1.0)
     assert not load_file(tmp_path / "x.safetensors")["x"].any()
-    with TensorFolder(tmp_path / "x.safetensors", CODE, writable=True) as found:
-        found["x"].fill_(1.0)
+    with TensorFolder(tmp_path / "x.safetensors", CODE, writable=True) as folder:
+        folder["x"].fill_(1.0)
     assert load_file(tmp_path / "x.safetensors")["x"].all()
 
 
@@ -192,7 +197,7 @@ def test_names_that_lead_out(tmp_path: Path, name: str) -> None:
 
 
 def circle(path: Path, length: int) -> None:
-    """In the place of a file a link that leads to itself, by way of others."""
+    """Replace a file by a link that leads back to itself, by way of others."""
     path.unlink()
     names = [path.name, *(f"link{number}" for number in range(1, length))]
     for name, target in zip(names, [*names[1:], names[0]], strict=True):
@@ -222,13 +227,13 @@ def test_links_in_a_circle_are_missing_files(tmp_path: Path, file: str, length: 
 def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     folder = tmp_path / "models--a--b" / "snapshots" / "1234"
     folder.mkdir(parents=True)
-    made = sharded(folder)
+    tensors = sharded(folder)
     blobs = folder.parent.parent / "blobs"
     blobs.mkdir()
     for file in list(folder.iterdir()):
         file.rename(blobs / file.name)
         file.symlink_to(os.path.relpath(blobs / file.name, folder))
-    assert TensorFolder(folder, CODE).keys() == made.keys()
+    assert TensorFolder(folder, CODE).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -254,9 +259,9 @@ def test_an_index_that_says_otherwise(tmp_path: Path, change: Callable[[dict[str
 
 
 def test_an_index_may_list_less_where_transformers_reads_files_whole(tmp_path: Path) -> None:
-    made = sharded(tmp_path)
+    tensors = sharded(tmp_path)
     edit_index(tmp_path, lambda data: data["weight_map"].pop("scalar"))
-    assert TensorFolder(tmp_path, CODE, strict=False).keys() == made.keys()
+    assert TensorFolder(tmp_path, CODE, strict=False).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[" * 100_000, b"[]", b'{"weight_map":{"a":"b","a":"c"}}'])
@@ -267,8 +272,8 @@ def test_an_index_that_is_none(tmp_path: Path, raw: bytes) -> None:
 
 
 def test_a_name_in_two_files(tmp_path: Path) -> None:
-    made = sharded(tmp_path)
-    save_file({"scalar": made["scalar"], "new": made["odd"]}, tmp_path / "c.safetensors")
+    tensors = sharded(tmp_path)
+    save_file({"scalar": tensors["scalar"], "new": tensors["odd"]}, tmp_path / "c.safetensors")
     edit_index(tmp_path, lambda data: data["weight_map"].update(new="c.safetensors"))
     assert refused(tmp_path, strict=False).code == "GC113"
 
@@ -277,14 +282,14 @@ def test_a_name_in_two_files(tmp_path: Path) -> None:
 
 
 def theirs(folder: Path, named: str | None) -> list[str] | None:
-    """The files that transformers loads from a folder; None where it raises."""
+    """Return the files that transformers loads from a folder, or None if it raises."""
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     try:
-        found, _ = _get_resolved_checkpoint_files(str(folder), None, None, None, None, False, named)
+        files, _ = _get_resolved_checkpoint_files(str(folder), None, None, None, None, False, named)
     except (OSError, ValueError):
         return None
-    return sorted(os.path.basename(file) for file in found or [])
+    return sorted(os.path.basename(file) for file in files or [])
 
 
 @pytest.mark.parametrize("named", [None, SINGLE, INDEX, "a.safetensors", "other.safetensors.index.json"])
@@ -303,11 +308,11 @@ def test_the_files_are_those_that_transformers_reads(tmp_path: Path, files: tupl
     if wanted is not None and not all((tmp_path / file).is_file() for file in wanted):
         wanted = None
     try:
-        found = weight_files(tmp_path)
+        actual = weight_files(tmp_path)
     except ValueError:
         assert named is not None and wanted is None
     else:
-        assert (None if found is None else list(found.names)) == wanted
+        assert (None if actual is None else list(actual.names)) == wanted
 
 
 @pytest.mark.parametrize(

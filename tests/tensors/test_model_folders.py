@@ -1,4 +1,4 @@
-"""Folders of models that anybody may have written: loaded as transformers loads them, or refused by code, and soon."""
+"""Untrusted model folders: loaded as transformers loads them, or soon refused with a coded error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Change = Callable[[Path, dict[str, Any]], object]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama in one file, another in several, and a GPT-2."""
+    """A tiny Llama in one file, another in several files, and a GPT-2."""
     folder = tmp_path_factory.mktemp("models")
     sharded_base(folder / "shards", dtype=torch.float32)
     with quiet_transformers():
@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copied(saved: Path, name: str, to: Path, change: Change) -> Path:
-    """A copy of a folder with its config, or whatever else, changed."""
+    """Copy a folder and change its config, or other files."""
     shutil.copytree(saved / name, to)
     config = json.loads((to / "config.json").read_text())
     change(to, config)
@@ -52,7 +52,7 @@ def copied(saved: Path, name: str, to: Path, change: Change) -> Path:
 
 
 def refused(folder: Path, read: Callable[[Path], Any] = lambda folder: load_model(str(folder))) -> GraftError:
-    """The error, which comes within two seconds and 300 MB."""
+    """Return the error, which must come within two seconds and 300 MB."""
     read_first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     with pytest.raises(GraftError) as caught:
@@ -147,8 +147,8 @@ def test_types_that_are_weights(saved: Path, tmp_path: Path, kind: torch.dtype) 
 
     folder = copied(saved, "single", tmp_path / "model", change)
     expected = tiny("llama").from_pretrained(folder).state_dict()
-    found = load_model(str(folder)).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    actual = load_model(str(folder)).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_weights_of_eight_bits_beside_scales_need_the_config_that_says_so(saved: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ BESIDE: dict[str, Callable[[Path], object]] = {
 
 
 def _both(saved: Path, to: Path, beside: str) -> Path:
-    """A folder with shards and their index, and another model in a single file."""
+    """Create a folder with shards and their index, and another model in a single file."""
     folder = copied(saved, "shards", to, lambda folder, config: None)
     state = load_file(saved / "single" / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -236,17 +236,17 @@ def test_no_loader_follows_an_index_out_of_its_folder(saved: Path, tmp_path: Pat
     ("folder", "name"), [("single", "model.safetensors"), ("shards", INDEX), ("gpt2", "config.json")]
 )
 def test_links_in_a_circle_are_missing_files(saved: Path, tmp_path: Path, folder: str, name: str) -> None:
-    made = copied(saved, folder, tmp_path / "model", lambda folder, config: None)
-    (made / name).unlink()
-    (made / name).symlink_to(name)
-    assert refused(made).code == "GC032"
+    model = copied(saved, folder, tmp_path / "model", lambda folder, config: None)
+    (model / name).unlink()
+    (model / name).symlink_to(name)
+    assert refused(model).code == "GC032"
     written_lora(tmp_path / "adapter", saved / "single")
-    merge = refused(made, lambda made: graftc.merge_checkpoint(tmp_path / "adapter", made, tmp_path / "out"))
+    merge = refused(model, lambda made: graftc.merge_checkpoint(tmp_path / "adapter", made, tmp_path / "out"))
     assert merge.code in ("GC032", "GC100") and not (tmp_path / "out").exists()
 
 
 def test_an_adapter_inside_a_model_is_refused(saved: Path, tmp_path: Path) -> None:
-    """Transformers would put it on top of the model, and a merge of files would not."""
+    """transformers would apply it to the model, and a merge of files would not."""
     folder = copied(saved, "single", tmp_path / "model", lambda folder, config: None)
     written_lora(tmp_path / "adapter", folder)
     for file in (tmp_path / "adapter").iterdir():

@@ -16,21 +16,21 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Chromium, headless. Where there is none a test is skipped."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    """Headless Chromium. Tests are skipped without one."""
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
         pytest.skip("no Chromium here: the page was not opened in a browser (apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        made = play.chromium.launch(executable_path=found, args=QUIET)
-        yield made
-        made.close()
+        chromium = play.chromium.launch(executable_path=executable, args=QUIET)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a file as a page, and says in the end that it asked for nothing and complained of nothing."""
+    """A function that opens a file as a page; afterwards, pages must have made no requests and logged no errors."""
     contexts: list[Any] = []
     wrong: list[str] = []
 

@@ -34,7 +34,7 @@ NAMES = [
 
 
 class Named(nn.Module):
-    """A linear map of every name."""
+    """A model with one linear map for each name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_no_name_becomes_an_element(view: Any, tmp_path: Path, opened: Callable[
 
 @pytest.mark.full
 def test_no_text_of_a_file_becomes_an_element(tmp_path: Path, opened: Callable[..., Any]) -> None:
-    """Reasons, evidence, certificates, logs, differences and titles come from files that anybody may have written."""
+    """Reasons, evidence, certificates, logs, differences and titles come from untrusted files."""
     bad = "".join(NAMES[:6])
     compiled: Any = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "name": "a", "target": {"role": ["attn.q"]}}]}, tiny("bert")

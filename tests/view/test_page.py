@@ -1,4 +1,4 @@
-"""The page in a real browser: opened from disk, used as people use it, held against the command line's own numbers."""
+"""The page in a real browser: opened from disk, used as people do, compared with the command line's numbers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SPEC: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact with a certificate; the second adaptation does not fold."""
+    """An artifact with a certificate; its second adaptation does not fold."""
     place = tmp_path_factory.mktemp("page") / "artifact"
     return graftc.compile(SPEC, tiny("bert")).save(place)
 
 
 @pytest.fixture(scope="module")
 def file(artifact: Path) -> Path:
-    """Its page."""
+    """The artifact's page."""
     target = artifact.parent / "page.html"
     written(target, "inspect", str(artifact), "--html", str(target))
     return target
@@ -48,19 +48,19 @@ def written(target: Path, *command: str) -> None:
 
 
 def state(page: Any) -> dict[str, Any]:
-    found: dict[str, Any] = page.evaluate("graftcPage.state()")
-    return found
+    values: dict[str, Any] = page.evaluate("graftcPage.state()")
+    return values
 
 
 def says(page: Any, text: str) -> None:
-    """Wait until the details have a text."""
+    """Wait until the details contain a text."""
     page.wait_for_function("text => document.querySelector('#right').innerText.includes(text)", arg=text, timeout=5000)
 
 
 def marks(page: Any) -> list[dict[str, Any]]:
-    """The boxes of what is drawn."""
-    found: list[dict[str, Any]] = page.evaluate("graftcPage.scene()")["boxes"]
-    return found
+    """Return the boxes that are drawn."""
+    boxes: list[dict[str, Any]] = page.evaluate("graftcPage.scene()")["boxes"]
+    return boxes
 
 
 @pytest.mark.full
@@ -83,14 +83,14 @@ def test_every_figure_is_the_one_of_the_data_and_of_the_command(
     )
     assert len(figures) > 25
     for path, exact, tag, text in figures:
-        found: Any = data
+        figure: Any = data
         for part in path.split("."):
-            found = found[int(part)] if isinstance(found, list) else found[part]
-        if not isinstance(found, int | float) or isinstance(found, bool):
+            figure = figure[int(part)] if isinstance(figure, list) else figure[part]
+        if not isinstance(figure, int | float) or isinstance(figure, bool):
             continue
-        assert float(exact) == found, path
-        if isinstance(found, int) and tag == "TD":  # above the tabs they are rounded
-            assert text.replace(",", "") == str(found), path
+        assert float(exact) == figure, path
+        if isinstance(figure, int) and tag == "TD":  # above the tabs they are rounded
+            assert text.replace(",", "") == str(figure), path
     outcome = run_here(capsys, "inspect", str(artifact), "--json")
     summary = outcome.data["summary"]
     assert data["summary"] == summary
@@ -136,7 +136,7 @@ def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) 
 
 
 def test_what_is_open_stays_open_in_other_views(file: Path, opened: Callable[..., Any]) -> None:
-    """In the base's own graph layers are alike that adaptations tell apart."""
+    """Layers stay open even in the base's own graph, where they are alike."""
     page = opened(file, "#view=diff")
     page.evaluate("graftcPage.open('bert.encoder.layer.1.attention.self')")
     for view in ("before", "after", "diff"):
@@ -229,7 +229,7 @@ def test_it_fits_and_follows_the_theme(file: Path, opened: Callable[..., Any], w
 
 
 def test_three_questions_are_answered(file: Path, opened: Callable[..., Any]) -> None:
-    """Which layers have which rank, what the prefix changed in attention, which adaptation cannot fold and why."""
+    """Which layers have which rank, what the prefix changed in attention, and which adaptation cannot fold and why."""
     page = opened(file, "#tab=report")
     report = page.locator("#report").inner_text()
     kept = {record.name: record.reason for record in open_artifact(file.parent / "artifact").manifest.kept}
@@ -288,7 +288,7 @@ def test_roles_of_a_model(tmp_path: Path, opened: Callable[..., Any], monkeypatc
 
 @pytest.mark.slow
 def test_sizes_shares_and_what_is_read_no_more(tmp_path: Path, opened: Callable[..., Any]) -> None:
-    """Ranks by layer, shares that add up, and the attention that a prefix has replaced."""
+    """Ranks are shown by layer, shares add up, and the attention that a prefix has replaced is unread."""
     spec = {
         "adapt": [
             {
@@ -352,7 +352,7 @@ def test_what_a_plugin_reports_is_in_the_report(tmp_path: Path, opened: Callable
 def test_a_log_that_lies_beside(
     name: str, text: str, shown: int, artifact: Path, tmp_path: Path, opened: Callable[..., Any]
 ) -> None:
-    """What can be read of it is drawn; what nobody asked for stops nothing, and is said."""
+    """The readable part of a log beside the artifact is drawn; an unreadable log only gives a warning."""
     place = tmp_path / "artifact"
     shutil.copytree(artifact, place)
     (tmp_path / name).write_text(text)

@@ -1,4 +1,4 @@
-"""Pictures without a browser, and what files a view writes."""
+"""Pictures rendered without a browser, and the files that a view writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_png_is_the_picture(compiled: Any) -> None:
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     assert width > 100 and height > 100 and width * height <= LARGEST * 1.1
     without = re.sub(r"<text.*?</text>", "", compiled.view().svg(), flags=re.DOTALL)
-    assert pictures.png(without) != png  # the words are written
+    assert pictures.png(without) != png  # the picture contains the text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Models that listen: to sounds among the words of a text, or to sounds alone."""
+"""Models of sound: among the words of a text, or alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SOUND = IMAGE
 
 
 def qwen2_audio() -> Small:
-    """Sounds of different lengths, padded behind, four frames a token: lengths are sums of values of a mask."""
+    """Sounds of different lengths, padded at the end, four frames a token: lengths are sums of the values of a mask."""
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     frames = 100
@@ -43,7 +43,7 @@ def qwen2_audio() -> Small:
 
 
 def voxtral() -> Small:
-    """Sounds of one length, eight frames a token: all tokens of a batch are one list, put in by a mask."""
+    """Sounds of one length, eight frames a token: all tokens of a batch form one list and are inserted with a mask."""
     from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
     frames = 96
@@ -112,7 +112,7 @@ def granite_speech() -> Small:
 
 
 def whisper() -> Small:
-    """An encoder of sounds of one length and a decoder that is given labels only, of different lengths."""
+    """An encoder of sounds of one length and a decoder that gets labels only, of different lengths."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
@@ -144,7 +144,7 @@ def whisper() -> Small:
 
 
 def wav2vec2() -> Small:
-    """Waves of different lengths, padded behind: the mask of frames is computed from the mask of samples."""
+    """Waves of different lengths, padded at the end: the mask of frames is computed from the mask of samples."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
     config = Wav2Vec2Config(

@@ -1,4 +1,4 @@
-"""Small models of diffusers, timm and torchvision, each with two batches of other sizes."""
+"""Small models of diffusers, timm and torchvision, each with two batches of different sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.zoo.model import Small, noise
 def small(
     model: Callable[[], nn.Module], batch: Callable[..., dict[str, Any]], first: Any, second: Any, maps: str
 ) -> Small:
-    """A model in eval mode, and its batches for two sets of sizes."""
+    """Return a model in eval mode with its batches for two sets of sizes."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         return Small(model().eval(), batch(0, *first), batch(1, *second), fallback=maps)
@@ -24,7 +24,7 @@ ATTENTION = "**.{to_q,to_v}"
 
 
 def sd3() -> Small:
-    """Stable Diffusion 3's transformer: pictures and texts in one attention."""
+    """Stable Diffusion 3's transformer: images and texts in one attention."""
     from diffusers import SD3Transformer2DModel
 
     def batch(seed: int, rows: int, size: int, words: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def sd3() -> Small:
 
 
 def flux() -> Small:
-    """Flux: packed pictures with positions of their own, and guidance."""
+    """Flux: packed images with their own positions, and guidance."""
     from diffusers import FluxTransformer2DModel
 
     def batch(seed: int, rows: int, height: int, width: int, words: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def flux() -> Small:
 
 
 def sana() -> Small:
-    """Sana: linear self-attention, masked texts."""
+    """Sana: linear self-attention and masked texts."""
     from diffusers import SanaTransformer2DModel
 
     def batch(seed: int, rows: int, size: int, words: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def sana() -> Small:
 
 
 def sdxl_unet() -> Small:
-    """SDXL's UNet: its added conditions are a dict."""
+    """SDXL's UNet, whose added conditions are a dict."""
     from diffusers import UNet2DConditionModel
 
     def batch(seed: int, rows: int, size: int, words: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def sdxl_unet() -> Small:
 
 
 def wan() -> Small:
-    """Wan: films, with positions in three directions."""
+    """Wan: videos, with positions in three directions."""
     from diffusers import WanTransformer3DModel
 
     def batch(seed: int, rows: int, frames: int, size: int, words: int) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def wan() -> Small:
 
 
 def detection() -> Small:
-    """Faster R-CNN: a list of images of any size, and boxes for each while training."""
+    """Faster R-CNN: a list of images of any size, with boxes for each in training."""
     from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
     def batch(seed: int, *sizes: tuple[int, int]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def detection() -> Small:
 
 
 def segmentation() -> Small:
-    """DeepLab: pictures of any size, a dict of maps as its output."""
+    """DeepLab: images of any size, with a dict of maps as its output."""
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
     def batch(seed: int, rows: int, height: int, width: int) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def segmentation() -> Small:
 
 
 def video() -> Small:
-    """A Swin transformer over films."""
+    """A Swin transformer over videos."""
     from torchvision.models.video import SwinTransformer3d
 
     def batch(seed: int, rows: int, frames: int, size: int) -> dict[str, Any]:
@@ -239,17 +239,17 @@ TIMM = (
 
 
 def timm_model(name: str) -> Small:
-    """A model of timm with pictures of its own size."""
+    """Return a model of timm with images of its own size."""
     import timm
 
     def model() -> nn.Module:
-        made: nn.Module = timm.create_model(name, pretrained=False, num_classes=7)
-        return made
+        created: nn.Module = timm.create_model(name, pretrained=False, num_classes=7)
+        return created
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         built = model().eval()
-        for parameter in built.parameters():  # scales of branches that begin as zeros would hide what these do
+        for parameter in built.parameters():  # branch scales that start at zero would hide the branches
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
     size = built.default_cfg["input_size"][-1]  # type: ignore[index, union-attr]

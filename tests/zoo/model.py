@@ -1,4 +1,4 @@
-"""What a small model of the zoo is, and what several of them share: sizes, special tokens, batches of tokens."""
+"""The definition of a small model of the zoo, and what several share: sizes, special tokens, batches of tokens."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Small:
     """A model in eval mode and two batches of different structure.
 
     Attributes:
-        generates: whether `generate` is to be tried with the batches.
+        generates: whether to try `generate` with the batches.
         target: what to adapt, as in the ``target`` of a spec.
-        fallback: a glob of modules to adapt where the roles of `target` are not to be had.
+        fallback: a glob of modules to adapt if the roles of `target` do not exist.
     """
 
     model: nn.Module
@@ -69,34 +69,34 @@ class Small:
 
 
 def built(kind: Callable[[Any], nn.Module], config: object) -> nn.Module:
-    """A model in eval mode, with the same weights each time; the random state of the caller stays as it was."""
+    """Return a model in eval mode, with the same weights each time; the caller's random state stays unchanged."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         return kind(config).eval()
 
 
 def noise(seed: int, *shape: int) -> Tensor:
-    """Normal random numbers, the same for the same seed."""
+    """Return normally distributed random numbers, the same for the same seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(seed: int, *shape: int, low: int = 5, high: int = 200) -> Tensor:
-    """Random whole numbers from `low` to below `high`, the same for the same seed."""
+    """Return random integers from `low` to below `high`, the same for the same seed."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def reaching(lengths: Sequence[int], longest: int) -> Tensor:
-    """A mask with a row for each length, of that many ones and then zeros."""
+    """Return a mask with a row for each length, with that many ones followed by zeros."""
     return (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
 
 
 def texts(rows: Sequence[tuple[Sequence[int], int]], seed: int, enclosed: bool = False) -> dict[str, Any]:
-    """Token ids, padded in front, with a mask and labels.
+    """Return token ids, padded in front, with a mask and labels.
 
     Args:
-        rows: how many tokens each image or sound of a row takes, and how many words come after them.
-        seed: of the words.
-        enclosed: whether each image is between a token for its start and one for its end.
+        rows: the number of tokens of each image or sound of a row, and the number of words after them.
+        seed: the seed of the words.
+        enclosed: whether each image is between a start and an end token.
     """
     generator = torch.Generator().manual_seed(seed)
     before, after = ([START], [END]) if enclosed else ([], [])

@@ -42,7 +42,7 @@ QWEN3_VISION: dict[str, Any] = {
 def _qwen(
     kind: Callable[[Any], nn.Module], config: Callable[..., object], vision: dict[str, Any], **text: Any
 ) -> Small:
-    """Images as one list of patches, heights and widths of images in patches, four patches a token."""
+    """Build a model with images as one list of patches, their sizes in patches, and four patches a token."""
     rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     filled = config(
         text_config={**LANGUAGE, "rope_parameters": rope, **text},
@@ -54,14 +54,14 @@ def _qwen(
     )
 
     def batch(rows: Rows, seed: int) -> dict[str, Any]:
-        found = texts([([h * w // 4 for h, w in sizes], words) for sizes, words in rows], seed, enclosed=True)
+        inputs = texts([([h * w // 4 for h, w in sizes], words) for sizes, words in rows], seed, enclosed=True)
         every = [size for sizes, _ in rows for size in sizes]
-        numbers = 3 * 2 * vision["patch_size"] ** 2  # of a patch: colours of two frames
+        numbers = 3 * 2 * vision["patch_size"] ** 2  # the colours of two frames of a patch
         return {
-            **found,
+            **inputs,
             "pixel_values": noise(seed, sum(h * w for h, w in every), numbers),
             "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
-            "mm_token_type_ids": (found["input_ids"] == IMAGE).long(),
+            "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
         }
 
     first = batch([([(4, 4), (4, 8)], 7), ([(6, 4)], 9)], 0)
@@ -70,7 +70,7 @@ def _qwen(
 
 
 def qwen2_vl() -> Small:
-    """Images of any size: which patches attend to each other, and positions, are values of a tensor of sizes."""
+    """Images of any size: positions and which patches attend to each other depend on values of a tensor of sizes."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
@@ -78,7 +78,7 @@ def qwen2_vl() -> Small:
 
 
 def qwen2_5_vl() -> Small:
-    """Images of any size, cut into windows: lengths of windows and the order of patches are values of a tensor."""
+    """Images of any size, split into windows whose lengths, like the order of patches, are values of a tensor."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = {
@@ -95,14 +95,14 @@ def qwen2_5_vl() -> Small:
 
 
 def qwen3_vl() -> Small:
-    """Images of any size, whose features of an early layer are added to the image tokens of the text's layers."""
+    """Images of any size, with features of an early layer that are added to the image tokens in the text's layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     return _qwen(Qwen3VLForConditionalGeneration, Qwen3VLConfig, QWEN3_VISION)
 
 
 def qwen3_vl_moe() -> Small:
-    """As Qwen3-VL, with experts in the layers of the text."""
+    """The same as Qwen3-VL, with experts in the layers of the text."""
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -116,7 +116,7 @@ CROPS = {(56, 100): (3, 52), (90, 50): (3, 56), (100, 100): (5, 88), (50, 112): 
 def _cropped(
     kind: Callable[[Any], nn.Module], config: Callable[..., object], vision: dict[str, Any], **own: Any
 ) -> Small:
-    """An image a row, in crops that are filled up with black ones; sizes before cropping are values of a tensor."""
+    """Build a model with one image a row, in crops padded with black ones; original sizes are values of a tensor."""
     filled = config(
         text_config={**LANGUAGE, "model_type": "llama"},
         vision_config=vision,
@@ -140,14 +140,14 @@ def _cropped(
 
 
 def llava_next() -> Small:
-    """Images in crops: how many, and which of their features are cut off, depends on values of a tensor of sizes."""
+    """Images in crops, whose number, and the features that are cut off, depend on values of a tensor of sizes."""
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
     return _cropped(LlavaNextForConditionalGeneration, LlavaNextConfig, CLIP_VISION)
 
 
 def llava_onevision() -> Small:
-    """Images in crops, as LLaVA-NeXT, with the features of all patches of the last layer."""
+    """Images in crops, as in LLaVA-NeXT, with the features of all patches of the last layer."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
@@ -164,7 +164,7 @@ PIXTRAL_VISION: dict[str, Any] = {
 
 
 def _pixtral(model: nn.Module, token: int) -> Small:
-    """Images padded to the largest, with their sizes; a token is a square of `token` pixels."""
+    """Build batches of images padded to the largest, with their sizes; a token is a square of `token` pixels."""
 
     def batch(rows: Rows, seed: int) -> dict[str, Any]:
         every = [size for sizes, _ in rows for size in sizes]
@@ -185,7 +185,7 @@ def _pixtral(model: nn.Module, token: int) -> Small:
 
 
 def mistral3() -> Small:
-    """Images of any size, cut out of padded ones by values of a tensor of sizes; four patches become a token."""
+    """Images of any size, cropped from padded ones by values of a tensor of sizes; four patches form a token."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     config = Mistral3Config(
@@ -198,7 +198,7 @@ def mistral3() -> Small:
 
 
 def pixtral_llava() -> Small:
-    """Images of any size, cut out of padded ones by values of a tensor of sizes; each patch is a token."""
+    """Images of any size, cropped from padded ones by values of a tensor of sizes; each patch is a token."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -237,12 +237,12 @@ def mllama() -> Small:
     config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
 
     def batch(rows: Sequence[tuple[tuple[int, int], int]], seed: int) -> dict[str, Any]:
-        found = texts([([1], words) for _, words in rows], seed)
+        inputs = texts([([1], words) for _, words in rows], seed)
         tiles = reaching([down * across for (down, across), _ in rows], most)
-        seen = tiles[:, None, None].repeat(1, found["input_ids"].shape[1], 1, 1)
+        seen = tiles[:, None, None].repeat(1, inputs["input_ids"].shape[1], 1, 1)
         seen[:, 0] = 0
         return {
-            **found,
+            **inputs,
             "pixel_values": noise(seed, len(rows), 1, most, 3, 28, 28),
             "aspect_ratio_ids": torch.tensor([[1 + shapes.index(shape)] for shape, _ in rows]),
             "aspect_ratio_mask": tiles[:, None],

@@ -1,4 +1,4 @@
-"""Models of texts alone whose layers are more than attention and a feed-forward part: experts, recurrent states."""
+"""Text-only models whose layers are more than attention and feed-forward: experts, recurrent states."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tests.zoo.model import LANGUAGE, VOCABULARY, Small, built, texts
 
 
 def _batches() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Texts of different lengths, padded in front, with labels."""
+    """Return texts of different lengths, padded in front, with labels."""
     return texts([([], 11), ([], 8), ([], 5)], 0), texts([([], 17), ([], 4)], 1)
 
 
 def mixtral() -> Small:
-    """Experts: which tokens go to which is a matter of values."""
+    """Experts: values decide which tokens go to which expert."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(**LANGUAGE, num_local_experts=4, num_experts_per_tok=2)
@@ -22,7 +22,7 @@ def mixtral() -> Small:
 
 
 def mamba2() -> Small:
-    """No attention: states are passed on between chunks of 16 tokens, one chunk in a batch and two in the other."""
+    """No attention: states are passed between chunks of 16 tokens, one chunk in one batch and two in the other."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     config = Mamba2Config(
@@ -49,7 +49,7 @@ def mamba2() -> Small:
 
 
 def jamba() -> Small:
-    """Layers that take turns: a recurrent state, then attention with experts."""
+    """Layers that alternate between a recurrent state and attention with experts."""
     from transformers import JambaConfig, JambaForCausalLM
 
     shared = {name: value for name, value in LANGUAGE.items() if name not in ("head_dim", "num_hidden_layers")}

@@ -1,4 +1,4 @@
-"""Models of images that write no text: pairs of images and texts, detection, documents."""
+"""Models of images that generate no text: pairs of images and texts, detection, documents."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CAPTION: dict[str, Any] = {
 
 
 def _pairs(rows: int, words: int, seed: int) -> dict[str, Any]:
-    """As many images as texts; each text ends with the token of its end."""
-    found = texts([([], words)] * rows, seed)
-    found["input_ids"][:, -1] = 2
+    """Return as many images as texts; each text ends with the end token."""
+    inputs = texts([([], words)] * rows, seed)
+    inputs["input_ids"][:, -1] = 2
     return {
-        "input_ids": found["input_ids"],
-        "attention_mask": found["attention_mask"],
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
         "pixel_values": noise(seed, rows, 3, 56, 56),
         "return_loss": True,
     }
 
 
 def clip() -> Small:
-    """Images and texts, with a loss that compares all of them; the state of a text is looked for by its ids."""
+    """Images and texts, with a loss that compares all of them; the state of a text is located by its ids."""
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(text_config=CAPTION, vision_config=CLIP_VISION, projection_dim=32)
@@ -40,7 +40,7 @@ def clip() -> Small:
 
 
 def siglip() -> Small:
-    """Images and texts without a mask, with a loss of every pair of them."""
+    """Images and texts without a mask, with a loss over every pair."""
     from transformers import SiglipConfig, SiglipModel
 
     config = SiglipConfig(
@@ -53,7 +53,7 @@ def siglip() -> Small:
 
 
 def owlvit() -> Small:
-    """Several texts an image to look for: how many is the quotient of the two numbers of rows."""
+    """Several texts to look for in each image; their number is the quotient of the two numbers of rows."""
     from transformers import OwlViTConfig, OwlViTForObjectDetection
 
     config = OwlViTConfig(
@@ -71,7 +71,7 @@ def owlvit() -> Small:
 
 
 def detr() -> Small:
-    """Images upright or lying, whose mask is made smaller to the size of their features; convolutions come first."""
+    """Portrait and landscape images, whose mask is resized to that of their features; convolutions come first."""
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
     backbone: dict[str, Any] = {
@@ -104,7 +104,7 @@ def detr() -> Small:
 
 
 def layoutlmv3() -> Small:
-    """Pages: words, the boxes that they are printed in, as whole numbers, and the image."""
+    """Pages: words, the boxes in which they are printed, as integers, and the image."""
     from transformers import LayoutLMv3Config, LayoutLMv3ForTokenClassification
 
     sizes: dict[str, Any] = {

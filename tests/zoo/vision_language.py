@@ -33,7 +33,7 @@ FIRST_SINGLE, SECOND_SINGLE = ((1, 7), (1, 9)), ((1, 5), (1, 9), (1, 12))
 
 
 def _images(rows: Rows, seed: int, each: int) -> dict[str, Any]:
-    """Texts and the images of all rows one after the other; an image takes `each` tokens."""
+    """Return texts and the images of all rows, one after the other; an image takes `each` tokens."""
     count = sum(images for images, _ in rows)
     return {
         **texts([([each] * images, words) for images, words in rows], seed),
@@ -42,7 +42,7 @@ def _images(rows: Rows, seed: int, each: int) -> dict[str, Any]:
 
 
 def _padded_images(rows: Rows, seed: int) -> dict[str, Any]:
-    """Texts and the images of each row, filled up with black ones that a mask hides; an image takes four tokens."""
+    """Return texts and each row's images, padded with black ones that a mask hides; an image takes four tokens."""
     counts = [images for images, _ in rows]
     shown = (torch.arange(max(counts)) < torch.tensor(counts)[:, None])[..., None, None]
     return {
@@ -61,7 +61,7 @@ def _padded(model: nn.Module) -> Small:
 
 
 def llava() -> Small:
-    """Rows with different numbers of images, whose features a mask of the tokens puts into the text."""
+    """Rows with different numbers of images, whose features are put into the text with a mask of the tokens."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -74,7 +74,7 @@ def llava() -> Small:
 
 
 def paligemma() -> Small:
-    """One image a row, and types of tokens that say where the part begins that attends to what is before it only."""
+    """One image a row; token types mark the beginning of the part that attends only to what precedes it."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     config = PaliGemmaConfig(
@@ -86,16 +86,16 @@ def paligemma() -> Small:
     )
 
     def batch(rows: Rows, seed: int) -> dict[str, Any]:
-        found = _images(rows, seed, 16)
-        count, length = found["input_ids"].shape
-        return {**found, "token_type_ids": (torch.arange(length) > 20).long().repeat(count, 1)}
+        inputs = _images(rows, seed, 16)
+        count, length = inputs["input_ids"].shape
+        return {**inputs, "token_type_ids": (torch.arange(length) > 20).long().repeat(count, 1)}
 
     model = built(PaliGemmaForConditionalGeneration, config)
     return Small(model, batch(FIRST_SINGLE, 0), batch(SECOND_SINGLE, 1), generates=True)
 
 
 def gemma3_mm() -> Small:
-    """Types of tokens mark the images, whose tokens attend to each other both ways: a mask that is made of values."""
+    """Token types mark the images, whose tokens attend to each other both ways: a mask computed from values."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     config = Gemma3Config(
@@ -108,8 +108,8 @@ def gemma3_mm() -> Small:
     )
 
     def batch(rows: Rows, seed: int) -> dict[str, Any]:
-        found = _images(rows, seed, 4)
-        return {**found, "token_type_ids": (found["input_ids"] == IMAGE).long()}
+        inputs = _images(rows, seed, 4)
+        return {**inputs, "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
 
     return Small(built(Gemma3ForConditionalGeneration, config), batch(FIRST, 0), batch(SECOND, 1), generates=True)
 
@@ -126,21 +126,21 @@ def _idefics3_like(kind: Callable[[Any], nn.Module], config: Callable[..., objec
 
 
 def idefics3() -> Small:
-    """Rows are filled up with black images, which the model looks for by their values and leaves out."""
+    """Rows are padded with black images, which the model finds by their values and leaves out."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
     return _idefics3_like(Idefics3ForConditionalGeneration, Idefics3Config)
 
 
 def smolvlm() -> Small:
-    """As Idefics3, with features that are put into blocks of the text by running sums of its image tokens."""
+    """The same as Idefics3, with features that are put into blocks of the text by running sums of its image tokens."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
     return _idefics3_like(SmolVLMForConditionalGeneration, SmolVLMConfig)
 
 
 def idefics2() -> Small:
-    """Rows are filled up with black images; a resampler makes four tokens of each one that is left."""
+    """Rows are padded with black images; a resampler makes four tokens of each image that is left."""
     from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
     perceiver = {
@@ -161,7 +161,7 @@ def idefics2() -> Small:
 
 
 def internvl() -> Small:
-    """Rows with different numbers of images, of each of which a shuffle of pixels leaves four tokens."""
+    """Rows with different numbers of images, each reduced to four tokens by a pixel shuffle."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     config = InternVLConfig(
@@ -174,7 +174,7 @@ def internvl() -> Small:
 
 
 def aria() -> Small:
-    """Experts that read texts with images; how many queries an image gets is looked up by its number of patches."""
+    """Experts that read texts with images; the number of queries of an image is looked up by its number of patches."""
     from transformers import AriaConfig, AriaForConditionalGeneration
 
     experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 32}
@@ -188,7 +188,7 @@ def aria() -> Small:
 
 
 def florence2() -> Small:
-    """An encoder of texts with images and a decoder that is given labels only; attention in windows and of channels."""
+    """An encoder of texts with images and a decoder that gets labels only; attention over windows and channels."""
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
     text = {
@@ -218,10 +218,10 @@ def florence2() -> Small:
 
     def batch(words: Sequence[int], seed: int) -> dict[str, Any]:
         each = (64 // 32) ** 2 + 1  # the patches of the last stage, and their mean
-        found = texts([([each], count) for count in words], seed)
+        inputs = texts([([each], count) for count in words], seed)
         return {
-            "input_ids": found["input_ids"],
-            "attention_mask": found["attention_mask"],
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
             "pixel_values": noise(seed, len(words), 3, 64, 64),
             "labels": tokens(seed, len(words), 6, low=10),
         }
@@ -230,7 +230,7 @@ def florence2() -> Small:
 
 
 def blip2() -> Small:
-    """One image a row, which learnt queries make four tokens of."""
+    """One image a row, which learnt queries turn into four tokens."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     queries = {
@@ -264,7 +264,7 @@ def blip2() -> Small:
 
 
 def kosmos2() -> Small:
-    """One image a row, whose places in the text are an input of their own."""
+    """One image a row, whose positions in the text are a separate input."""
     from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
     text = {
@@ -282,7 +282,7 @@ def kosmos2() -> Small:
     config = Kosmos2Config(text_config=text, vision_config=PATCHES, latent_query_num=4)
 
     def batch(rows: Rows, seed: int) -> dict[str, Any]:
-        found = _images(rows, seed, 4)
-        return {**found, "image_embeds_position_mask": (found["input_ids"] == IMAGE).long()}
+        inputs = _images(rows, seed, 4)
+        return {**inputs, "image_embeds_position_mask": (inputs["input_ids"] == IMAGE).long()}
 
     return Small(built(Kosmos2ForConditionalGeneration, config), batch(FIRST_SINGLE, 0), batch(SECOND_SINGLE, 1))

@@ -1,1 +1,1 @@
-"""Coverage of graftc over the architectures of the installed transformers: ``python -m tools.coverage``."""
+"""The coverage of graftc over the architectures of the installed transformers: ``python -m tools.coverage``."""

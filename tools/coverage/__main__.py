@@ -13,7 +13,7 @@ from tools.coverage.run import ROOT, SECONDS, WORK, Kept, Limits, examine_all, s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.coverage", description=__doc__)
     parser.add_argument("-j", "--jobs", type=int, default=2, help="processes at a time (2)")
     parser.add_argument(

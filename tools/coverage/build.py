@@ -1,4 +1,4 @@
-"""A small model of a class, with random weights, and inputs that it runs on."""
+"""Small models with random weights, and inputs that they accept."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PARAMETERS = 60_000_000
 
 
 _READ_BY_SOME = {"vision_start_token_id": 100, "vision_end_token_id": 101, "audio_start_token_id": 102}
-"""What some models read and no default config of theirs has."""
+"""Fields that some models read, but that their default configs lack."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model that runs eagerly, in eval mode."""
+    """A model that runs eagerly, in eval mode, with its inputs."""
 
     entry: Entry
     model: nn.Module
@@ -35,14 +35,15 @@ class Built:
 
 
 class NotBuiltError(Exception):
-    """No plan gave a model that runs."""
+    """Raised when no plan gives a model that runs."""
 
 
 def build(entry: Entry) -> Built:
-    """Try the plans in turn.
+    """Build the model of an entry, trying the plans in turn.
 
     Raises:
-        NotBuiltError: with the reason of the first plan, which is the likeliest to say what is wrong.
+        NotBuiltError: no plan worked; the message is that of the first one, which is the likeliest to say what is
+            wrong.
     """
     if entry.library != "transformers":
         try:
@@ -66,7 +67,7 @@ def build(entry: Entry) -> Built:
 
 
 def full_size(entry: Entry, paths: Sequence[str]) -> dict[str, int]:
-    """Elements of the parameters below these paths in the model of the default config; none where it is not built."""
+    """Return the number of parameters below each path in the model of the default config; empty if it is not built."""
     try:
         cls, config = _class_and_config(entry)
         with torch.device("meta"):
@@ -106,7 +107,7 @@ def _model(entry: Entry, plan: Plan) -> nn.Module:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set an attribute that exists, in sub-configs too."""
+    """Set an attribute if it exists, in the config and in its sub-configs."""
     if name in vars(config):
         setattr(config, name, value)
     for part in vars(config).values():
@@ -116,7 +117,7 @@ def _set(config: Any, name: str, value: Any) -> None:
 
 @torch.no_grad()
 def randomise(model: nn.Module, scale: float = 0.05) -> nn.Module:
-    """Add seeded noise to every parameter in place: no bias is zero and no norm's gain is one."""
+    """Add seeded noise to every parameter in place, so that no bias is zero and no norm's gain is one."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""What there is to examine: the classes in the auto tables of the installed transformers."""
+"""The catalogue of classes to examine: those in the auto tables of transformers, and models of other libraries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TABLES = {
     "timm": "",
     "torchvision": "",
 }
-"""Tables by the name that the page gives them, in the page's order; those of other libraries have no auto table."""
+"""The auto tables by their names on the page, in the page's order; other libraries have no auto table."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Entry:
     """One class to examine.
 
     Attributes:
-        name: of the class, or of the model where a library knows models by names.
-        model_type: the key whose default config is shrunken; the first one, where a class has several. Empty for
-            other libraries than transformers.
-        tables: names of the tables that list it, in the order of `TABLES`.
-        library: where it comes from.
+        name: the name of the class, or of the model in libraries that name their models.
+        model_type: the key whose default config is shrunken, the first one if a class has several; empty for libraries
+            other than transformers.
+        tables: the names of the tables that list it, in the order of `TABLES`.
+        library: the library that it comes from.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Entry:
     library: str = "transformers"
 
     def facts(self) -> dict[str, Any]:
-        """The beginning of its record."""
+        """Return the initial fields of its record."""
         return {"class": self.name, "model_type": self.model_type, "tables": list(self.tables), "built": False}
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
-    """Every (table, model type, class) of the installed transformers; a key may have several classes."""
+    """Yield every (table, model type, class) of the installed transformers; a key may have several classes."""
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     for table, attribute in TABLES.items():
         if not attribute:
@@ -71,12 +71,12 @@ def rows() -> Iterator[tuple[str, str, str]]:
 
 
 def entries() -> list[Entry]:
-    """The classes of transformers and the models of other libraries, each once, sorted by name."""
+    """Return the classes of transformers and the models of other libraries, each once, sorted by name."""
     types: dict[str, list[str]] = {}
     tables: dict[str, list[str]] = {}
     for table, model_type, name in rows():
         types.setdefault(name, []).append(model_type)
         tables.setdefault(name, []).append(table)
-    own = [Entry(n, types[n][0], tuple(dict.fromkeys(tables[n]))) for n in types]
+    classes = [Entry(n, types[n][0], tuple(dict.fromkeys(tables[n]))) for n in types]
     others = [Entry(name, "", (table,), library) for table, library, name in other_rows()]
-    return sorted([*own, *others], key=lambda entry: entry.name)
+    return sorted([*classes, *others], key=lambda entry: entry.name)

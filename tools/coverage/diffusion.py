@@ -1,7 +1,7 @@
-"""Transformers and UNets of diffusers, made small by the names of their options, and inputs found by trying.
+"""Transformers and UNets of diffusers, shrunken by the names of their options, with inputs found by trying.
 
-An option keeps its default unless its name says that it counts layers or heads or gives a width. The inputs that a
-forward names are tried in all shapes that such an input may have, the likeliest first.
+An option keeps its default unless its name shows that it is a number of layers or heads, or a width. The inputs that a
+forward method names are tried in all shapes that such an input may have, the likeliest first.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_attention_heads": (2, 2, 2, 2)},
     "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
 }  # fmt: skip
-"""What classes need that have no default for it, or whose defaults hold for their full size."""
+"""Options for classes that have no default for them, or whose defaults only fit their full size."""
 
 BESIDE = (
     "encoder_hidden_states", "encoder_hidden_states_t5", "pooled_projections", "timestep", "timesteps", "img_ids",
@@ -61,22 +61,21 @@ BESIDE = (
     "encoder_hidden_states_mask", "image_embeds", "encoder_hidden_states_2", "encoder_attention_mask_2", "clip_text",
     "added_cond_kwargs", "controlnet_cond", "padding_mask",
 )  # fmt: skip
-"""Inputs with a default that some models need all the same."""
+"""Inputs with a default that some models need nevertheless."""
 
 
 def classes() -> list[str]:
-    """Names of the transformers and UNets that the installed diffusers has."""
+    """Return the names of the transformers and UNets in the installed diffusers."""
     diffusers: Any = importlib.import_module("diffusers")
     names = (name for name in dir(diffusers) if "Transformer" in name or "UNet" in name)
     return [name for name in names if isinstance(cls := getattr(diffusers, name), type) and hasattr(cls, "forward")]
 
 
 def diffusion_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A small random model of a class in eval mode, and inputs that it takes.
+    """Build a small random model of a class in eval mode, and inputs that it accepts.
 
     Raises:
-        ValueError: no inputs were found.
-        Exception: whatever the class raises.
+        ValueError: no attempt succeeded; the message is the first reason.
     """
     cls = getattr(importlib.import_module("diffusers"), name)
     reason = ""
@@ -131,18 +130,18 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
     config = dict(model.config)  # type: ignore[arg-type]
     known = inspect.signature(model.forward).parameters
     required = [n for n, p in known.items() if p.default is inspect.Parameter.empty and p.kind is not p.VAR_KEYWORD]
-    beside = [n for n in BESIDE if n in known and n not in required]
+    optional = [n for n in BESIDE if n in known and n not in required]
     if not config.get("guidance_embeds"):
-        beside = [n for n in beside if n != "guidance"]
+        optional = [n for n in optional if n != "guidance"]
     reason = ""
-    for names in _selections(required, beside):
+    for names in _selections(required, optional):
         choices = [_choices(name, config) for name in names]
         if not all(choices):
             reason = reason or f"no value for {next(n for n, c in zip(names, choices, strict=True) if not c)} is known"
             continue
-        places = itertools.product(*(range(len(found)) for found in choices))
+        places = itertools.product(*(range(len(values)) for values in choices))
         for place in itertools.islice(sorted(places, key=sum), TRIES):
-            inputs = {name: found[i] for name, found, i in zip(names, choices, place, strict=True)}
+            inputs = {name: values[i] for name, values, i in zip(names, choices, place, strict=True)}
             try:
                 outputs_of(model, inputs)
                 return inputs
@@ -152,7 +151,7 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _selections(required: Sequence[str], beside: Sequence[str]) -> Iterator[list[str]]:
-    """The inputs to give: without those that only some configs take, then with them, then those without a default."""
+    """Yield the inputs to pass: without rare ones, then with more and more of them, then the required ones alone."""
     rare = ("class_labels", "encoder_hidden_states_2", "encoder_attention_mask_2", "added_cond_kwargs", "image_embeds")
     for without in ((*rare, "encoder_attention_mask"), rare, rare[1:], rare[3:], (), tuple(beside)):
         chosen = [*required, *(name for name in beside if name not in without)]
@@ -169,8 +168,8 @@ def _choices(name: str, config: Mapping[str, Any]) -> list[Any]:
     if re.search(r"^(pooled_|proj_embedding|clip_text_pooled)", name):
         return [floats(ROWS, width) for width in _widths(config)]
     if re.search(r"(^|_)(timesteps?|timestep_r|sigma)$|^(t|guidance|timestep_ratio)$", name):
-        found = torch.linspace(0.2, 0.8, ROWS)
-        return [found, torch.arange(ROWS) + 3, found[:, None].expand(ROWS, FRAMES).contiguous()]
+        fractions = torch.linspace(0.2, 0.8, ROWS)
+        return [fractions, torch.arange(ROWS) + 3, fractions[:, None].expand(ROWS, FRAMES).contiguous()]
     if name == "padding_mask":
         return [torch.ones(1, 1, SIDE, SIDE)]
     if "mask" in name:
@@ -214,9 +213,9 @@ def _pictures(config: Mapping[str, Any]) -> list[Tensor]:
         "patch_size",
     )
     counts = [config[n] for n in fields if isinstance(config.get(n), int)] or [4]
-    found = []
+    pictures = []
     for channels in dict.fromkeys(counts):
-        found += [
+        pictures += [
             floats(ROWS, channels, SIDE, SIDE),
             floats(ROWS, 16, channels),
             floats(ROWS, channels, FRAMES, SIDE, SIDE),
@@ -228,11 +227,11 @@ def _pictures(config: Mapping[str, Any]) -> list[Tensor]:
             floats(ROWS, channels, 5, SIDE, SIDE),
             floats(ROWS, 16, 4 * channels),
         ]
-    return found
+    return pictures
 
 
 def _widths(config: Mapping[str, Any]) -> list[int]:
-    """Numbers that a text's width may be, by names first."""
+    """Return the numbers in a config that may be the width of a text, those with telling names first."""
     numbers = {name: value for name, value in config.items() if isinstance(value, int) and value >= 8}
     named = [
         value
@@ -243,7 +242,7 @@ def _widths(config: Mapping[str, Any]) -> list[int]:
 
 
 def _positions(axes: int) -> Tensor:
-    """Rows and columns of a picture of 4 x 4."""
-    found = torch.zeros(16, axes)
-    found[:, -2], found[:, -1] = torch.arange(16) // 4, torch.arange(16) % 4
-    return found
+    """Return the rows and columns of a picture of 4 x 4."""
+    positions = torch.zeros(16, axes)
+    positions[:, -2], positions[:, -1] = torch.arange(16) // 4, torch.arange(16) % 4
+    return positions

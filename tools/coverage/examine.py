@@ -1,4 +1,4 @@
-"""Examine one entry: build, capture, roles, LoRA by role, identity, fold. One record of plain values comes out."""
+"""The examination of one entry: build, capture, roles, LoRA by role, identity, fold; the result is a plain record."""
 
 from __future__ import annotations
 
@@ -30,38 +30,39 @@ from tools.coverage.levels import compile_maps, levels
 from tools.coverage.text import clean, describe
 
 ROLES = ("attn.q", "attn.v", "ffn.down", "experts")
-"""LoRA goes on those of these roles that a model has."""
+"""The roles that get LoRA, if a model has them."""
 
 MIXER = "mixer"
-"""And on this one where it has no attention."""
+"""A further role that gets LoRA if a model has no attention."""
 
 SIZES = (2, 9)
-"""Batch and sequence of the comparisons: none that anything was captured with."""
+"""Batch and sequence sizes of the comparisons, which no capture uses."""
 
 EAGER = 1e-4
-"""Largest difference of the captured graph from the eager model, relative to the largest output or 1."""
+"""The largest difference allowed of the captured graph from the eager model, relative to the largest output or 1."""
 
 ALONE = 20
-"""CPU seconds after which a failed entry is not tried role by role."""
+"""The CPU seconds after which a failed entry is not tried role by role."""
 
 Record = dict[str, Any]
 
 
 class DifferentError(Exception):
-    """Outputs that had to be equal are not."""
+    """Raised when outputs that have to be equal are not."""
 
 
 def examine(entry: Entry, detail: bool = True, progress: Callable[[Record], object] = lambda record: None) -> Record:
-    """The record of one entry.
+    """Examine an entry, and return its record.
 
     Args:
-        entry: what to examine.
-        detail: add a traceback and whether fewer roles work, for people who look into a failure.
-        progress: gets the record as far as it is before every step that may take long; ``_step`` names the step.
+        entry: the entry to examine.
+        detail: whether to add a traceback, and whether fewer roles work, to help diagnose a failure.
+        progress: called with the record so far before every step that may take long; ``_step`` names the step.
 
     Returns:
-        Plain values. `built`, `captured`, `attention`, `roles`, `folds` say how far it came, each with the reason
-        beside it where it came no further; what begins with an underscore is not part of the committed record.
+        A record of plain values. `built`, `captured`, `attention`, `roles` and `folds` say how far the examination
+        came, each with the reason if it came no further; fields that begin with an underscore are not part of the
+        committed record.
     """
     started = time.process_time()
 
@@ -113,9 +114,9 @@ def _compile(built: Built, record: Record, detail: bool, step: Callable[[str], N
             }
         graph = captures[0].program.graph
         record["captured"] = True
-        calls = (node for found in captures for node in found.program.graph.nodes if node.op == "call_function")
+        calls = (node for capture in captures for node in capture.program.graph.nodes if node.op == "call_function")
         record["_operators"] = sorted({str(node.target) for node in calls if not isinstance(node.target, str)})
-        found = structure.by_role() if structure is not None else {}
+        by_role = structure.by_role() if structure is not None else {}
         record["attention"] = _attention(graph, structure)
         if structure is None:
             return
@@ -123,7 +124,7 @@ def _compile(built: Built, record: Record, detail: bool, step: Callable[[str], N
         wanted = ROLES if record["attention"] else (*ROLES, MIXER)
         target = [r for r in wanted if structure.having(r)]
         record["target"] = target
-        record["_roles"] = {role: len(items) for role, items in found.items()}
+        record["_roles"] = {role: len(items) for role, items in by_role.items()}
         missing = [r for r in ("attn.q", "attn.v") if record["attention"] and r not in target]
         if missing or not target:
             if missing:
@@ -141,7 +142,7 @@ def _compile(built: Built, record: Record, detail: bool, step: Callable[[str], N
 
 
 def _find_level(built: Built, record: Record, detail: bool) -> None:
-    """How much of it is a graph, where LoRA by role says nothing about it: with LoRA on every map."""
+    """Find the level of a model on which LoRA by role does not fold, with LoRA on every map."""
     try:
         compiled = compile_maps(built)
         _compare(compiled, built, record)
@@ -151,7 +152,7 @@ def _find_level(built: Built, record: Record, detail: bool) -> None:
 
 
 def _adapt(built: Built, target: list[str], record: Record) -> Compiled:
-    """Compile, compare with the base before training, stand in for training, fold."""
+    """Compile LoRA for the roles, and compare the result with the base, before training and after a fold."""
     spec = {"adapt": [{"name": "coverage", "method": "lora", "rank": 2, "target": {"role": target}}]}
     compiled = graftc.compile(spec, built.model, built.inputs, cache=False)
     _compare(compiled, built, record)
@@ -159,7 +160,7 @@ def _adapt(built: Built, target: list[str], record: Record) -> Compiled:
 
 
 def _compare(compiled: Compiled, built: Built, record: Record) -> None:
-    """Hold it to the base before training, and, perturbed, to what it merges into."""
+    """Compare the compiled model with the base before training, and, perturbed, with its merge."""
     inputs, base = _inputs(compiled, built)
     adapted = _seeded(compiled, inputs)
     with compiled.disabled():
@@ -167,7 +168,7 @@ def _compare(compiled: Compiled, built: Built, record: Record) -> None:
     if not same_bits(adapted, captured):
         raise DifferentError(f"no identity at init: {largest_difference(adapted, captured):.1e}")
     if not same_bits(adapted, base) and not same_bits(base, _seeded(built.model, inputs, 1)):
-        record["draws"] = True  # how many numbers its Python draws and never reads is not in a graph
+        record["draws"] = True  # numbers that its Python draws but never reads are not in the graph
     elif not same_bits(adapted, base):
         scale = max(1.0, *(float(t.abs().max()) for t in base if t.numel()))
         apart = largest_difference(adapted, base) / scale
@@ -181,8 +182,11 @@ def _compare(compiled: Compiled, built: Built, record: Record) -> None:
 
 
 def _inputs(compiled: Compiled, built: Built) -> tuple[dict[str, Any], list[Tensor]]:
-    """The first inputs that the eager model takes: random ones of other sizes than captured (random values never reach
-    Python that is the model's own), the first rows of the example, the example."""
+    """Return the first inputs that the eager model accepts, and its outputs.
+
+    These are tried in turn: random ones of other sizes than captured (unless the model's own Python would read the
+    random values), the first rows of the example, the example.
+    """
     if not is_live(compiled.compilation.model):
         inputs = inputs_for(compiled, SIZES)
         with suppress(Exception):
@@ -195,7 +199,7 @@ def _inputs(compiled: Compiled, built: Built) -> tuple[dict[str, Any], list[Tens
 
 
 def _seeded(model: nn.Module, inputs: Mapping[str, Any], seed: int = 0) -> list[Tensor]:
-    """The outputs of a call that begins at one state of the random numbers: some models draw some in eval mode."""
+    """Return the outputs of a call with seeded random numbers; some models draw some even in eval mode."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return outputs_of(model, inputs)
@@ -210,7 +214,7 @@ def _alone(built: Built, role: str) -> str:
 
 
 def _roles(model: nn.Module, structure: Structure, record: Record) -> None:
-    """Complete: no linear map of a layer is unresolved, and every attention has its q, k and v."""
+    """Record whether the roles are complete: no map of a layer is unresolved, and each attention has its q, k and v."""
     modules = dict(model.named_modules(remove_duplicate=False))
     attentions = {finding.module for finding in structure.having("attn")}
     lacking = [
@@ -226,14 +230,14 @@ def _roles(model: nn.Module, structure: Structure, record: Record) -> None:
 
 
 def _summary(lacking: list[str]) -> str:
-    """One line for what is lacking: layers count as one place."""
+    """Summarise unresolved maps in one line; the layers of a stack count as one place."""
     counts = Counter(re.sub(r"#\d+", "#n", re.sub(r"(?<=\.)\d+(?=[.:])", "*", line)) for line in lacking)
     first = next(iter(counts))
     return first if len(counts) == 1 else f"{first} (and {len(counts) - 1} more)"
 
 
 def _attention(graph: fx.Graph, structure: Structure | None) -> str:
-    """How attention shows: as a role, or only as a softmax that is not a router's; empty where there is none."""
+    """Return how attention shows: as a role, or only as a softmax that is not a router's; empty if there is none."""
     if structure is not None and structure.having("attn"):
         return "role"
     if any(_named(node, "scaled_dot_product") for node in graph.nodes):
@@ -242,7 +246,7 @@ def _attention(graph: fx.Graph, structure: Structure | None) -> str:
 
 
 def _routes(softmax: fx.Node) -> bool:
-    """Whether a softmax is next to a choice of the largest: routers pick experts so, before it or after."""
+    """Return whether a softmax is just before or after a choice of the largest values, as in routers of experts."""
     for above in (False, True):
         pending, seen = [softmax], {softmax}
         while pending:
@@ -262,23 +266,23 @@ def _named(node: fx.Node, name: str) -> bool:
 
 @contextmanager
 def _one_capture() -> Iterator[list[Any]]:
-    """Let graftc capture each signature once, since what it captures is the same every time; gives what it captured."""
+    """Make graftc capture each signature once, since all captures of it are equal; yield the list of captures."""
     original: Any = capturing.capture
     kept: dict[str, Any] = {}
-    found: list[Any] = []
+    captures: list[Any] = []
 
     def capture(request: CaptureRequest, **options: Any) -> Any:
         key = repr((request.axes, request.flags, request.mode, options))
         if key not in kept:
             kept[key] = original(request, **options)
-            found.append(kept[key])
+            captures.append(kept[key])
         return kept[key]
 
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("graftc.") and vars(module).get("capture") is original:
                 stack.enter_context(mock.patch.object(module, "capture", capture))
-        yield found
+        yield captures
 
 
 def _traceback(detail: bool) -> str:
@@ -286,5 +290,5 @@ def _traceback(detail: bool) -> str:
 
 
 def committed(record: Mapping[str, Any]) -> Record:
-    """The part of a record that is the same on every run of the same versions."""
+    """Return the part of a record that is the same in every run with the same versions."""
     return {name: value for name, value in record.items() if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""What the fields of a config mean, told from their names."""
+"""The meaning of a config's fields, derived from their names."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ INDEXED = re.compile(r"^index_topk$")
 PINPOINTS = re.compile(r"_pinpoints$")
 TOKENS_OF_IMAGES = re.compile(r"^mm_tokens_per_image$")
 OF_THE_TEXT = re.compile(r"^out_hidden_size$")
-"""Widths of a tower's output, which have to be the text's."""
+"""Widths of a tower's output, which have to equal the text's width."""

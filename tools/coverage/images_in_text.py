@@ -1,7 +1,7 @@
-"""Example inputs of models that put the features of images or sounds into a text, told from their interface.
+"""Example inputs of models that put the features of images or sounds into a text, derived from their interface.
 
-How many tokens an image takes is asked of the model itself: its ``get_image_features`` gives what the text has to have
-places for. So there is no table of models, and what a rule does not fit is not built.
+The model itself says how many tokens an image takes: its ``get_image_features`` returns the features that the text
+needs places for. So no table of models is needed, and a model that fits no rule is not built.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ WORDS = (7, 4, 9)
 """Tokens of text beside the image, row by row."""
 
 GRIDS = (((4, 4), (4, 8), (8, 4)), ((2, 2), (2, 4), (4, 2)))
-"""Patches of the images of models that take them in a row, before they are merged; smaller ones where positions end."""
+"""Patch grids of images, before merging, for models that take patches in a row; smaller ones if positions run out."""
 
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Medium:
-    """What a text can have places for.
+    """A medium that a text can have places for.
 
     Attributes:
-        features: name of the method that gives the features.
-        tokens: fields of a config that may hold the token of a place.
-        values: names of the input, the likeliest first.
+        features: the name of the method that returns the features.
+        tokens: the fields of a config that may contain the token of a place.
+        values: the names of the input, the likeliest first.
     """
 
     features: str
@@ -56,7 +56,7 @@ AUDIO = Medium(
 
 
 def texts_with_images(model: nn.Module) -> Iterator[Inputs]:
-    """Inputs to try for a model that takes a text and an image or a sound for every row of it; none for others."""
+    """Yield inputs to try for a model that takes a text with an image or a sound in every row; none for others."""
     known = declared(model)
     if "input_ids" not in known:
         return
@@ -76,31 +76,31 @@ def texts_with_images(model: nn.Module) -> Iterator[Inputs]:
 
 def _features(model: nn.Module, name: str) -> Callable[..., Any] | None:
     for owner in (model, getattr(model, "model", None)):
-        found: Callable[..., Any] | None = getattr(owner, name, None)
-        if found is not None:
-            return found
+        method: Callable[..., Any] | None = getattr(owner, name, None)
+        if method is not None:
+            return method
     return None
 
 
 def _counts(give: Callable[..., Any], sides: Inputs) -> list[int] | None:
-    """Places that each row's image takes; None where the model does not take these values."""
+    """Return the number of places that each row's image takes; None if the model rejects these values."""
     taken = inspect.signature(give).parameters.values()
     names = {parameter.name for parameter in taken}
     every = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken)
     try:
         with torch.no_grad():
-            found = give(**{name: value for name, value in sides.items() if every or name in names})
+            output = give(**{name: value for name, value in sides.items() if every or name in names})
     except Exception:
         return None
-    found = getattr(found, "pooler_output", found)
-    if isinstance(found, Tensor):
-        if found.dim() == 3 and found.shape[0] % ROWS == 0:
-            return [found.shape[1] * found.shape[0] // ROWS] * ROWS
-        total = found.shape[0] if found.dim() == 2 else 0
+    output = getattr(output, "pooler_output", output)
+    if isinstance(output, Tensor):
+        if output.dim() == 3 and output.shape[0] % ROWS == 0:
+            return [output.shape[1] * output.shape[0] // ROWS] * ROWS
+        total = output.shape[0] if output.dim() == 2 else 0
         return [total // ROWS] * ROWS if total and total % ROWS == 0 else None
-    if isinstance(found, list | tuple) and len(found) % ROWS == 0 and all(isinstance(f, Tensor) for f in found):
-        lengths = [f.reshape(-1, f.shape[-1]).shape[0] for f in found]
-        each = len(found) // ROWS
+    if isinstance(output, list | tuple) and len(output) % ROWS == 0 and all(isinstance(f, Tensor) for f in output):
+        lengths = [f.reshape(-1, f.shape[-1]).shape[0] for f in output]
+        each = len(output) // ROWS
         return [sum(lengths[row * each : (row + 1) * each]) for row in range(ROWS)]
     return None
 
@@ -108,7 +108,7 @@ def _counts(give: Callable[..., Any], sides: Inputs) -> list[int] | None:
 def _texts(
     model: nn.Module, counts: Sequence[int], token: int, sides: Inputs, known: Mapping[str, Any]
 ) -> Iterator[Inputs]:
-    """Texts with that many places, padded on the left, with what else the interface asks about them."""
+    """Yield texts with that many places, padded on the left, and the other inputs that the interface has for them."""
     config = model.config
     before = number(config, "vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
     after = number(config, "vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
@@ -138,7 +138,7 @@ def _texts(
 
 
 def _values(model: nn.Module, name: str, known: Mapping[str, Any]) -> Iterator[Inputs]:
-    """Values of images or sounds to try, with what tells their sizes; the rules of names come first."""
+    """Yield values of images or sounds to try, with the inputs that describe their sizes; the likeliest come first."""
     config = model.config
     if name != "pixel_values":
         yield from _sounds(config, name, known)
@@ -171,7 +171,7 @@ def _pictures(config: Any, known: Mapping[str, Any]) -> Iterator[Inputs]:
             {"pixel_values": pictures} | told,
             {"pixel_values": pictures},
             five | told | ({"pixel_attention_mask": mask} if "pixel_attention_mask" in known else {}),
-            # Tiles of each picture, the picture as a whole first.
+            # Tiles of each picture; the first is the whole picture.
             {"pixel_values": floats(ROWS, 2, channels, height, width)} | told,
             {"pixel_values": floats(ROWS, 3, channels, height, width)} | told,
             {"pixel_values": floats(ROWS, 5, channels, height, width)} | told,

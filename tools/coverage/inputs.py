@@ -1,4 +1,4 @@
-"""Example inputs of a model, found from its interface: `candidates` lists what to try, best first."""
+"""Example inputs of a model, derived from its interface."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Inputs = dict[str, Tensor]
 
 
 def candidates(model: nn.Module) -> Iterator[Inputs]:
-    """Inputs by name to try: the main input with its mask, then with more of what the interface offers."""
+    """Yield inputs by name to try: the main input with its mask, then with more of the interface's inputs."""
     yield from texts_with_images(model)
     known = _arguments(model)
     main = str(getattr(model, "main_input_name", "input_ids"))
@@ -49,7 +49,7 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
 
 
 def running(model: nn.Module) -> tuple[Inputs | None, str]:
-    """The first inputs that the model takes in eval mode, or why the likeliest ones fail."""
+    """Return the first inputs that the model accepts in eval mode, or the reason why the likeliest ones fail."""
     reason = ""
     for inputs in candidates(model):
         try:
@@ -129,13 +129,13 @@ def _images(config: Any) -> Iterator[Tensor]:
 
 
 def _length(config: Any) -> int:
-    """Tokens of a text: what a table of positions along several axes has, where there is one."""
+    """Return the number of tokens in a text: the size of a table of positions along several axes, if there is one."""
     axes = getattr(config, "axial_pos_shape", None)
     return math.prod(axes) if axes else SEQUENCE
 
 
 def _ids(config: Any, length: int) -> Tensor:
-    """Tokens that no special id is among, 3 to 20 or what the vocabulary allows, and the end of the sequence."""
+    """Return tokens that are not special, 3 to 20 or as the vocabulary allows, and the end of the sequence."""
     generator = torch.Generator().manual_seed(1)
     top = min(vocabulary(config), 20)
     ids = torch.randint(min(3, top - 1), top, (BATCH, length), generator=generator)
@@ -162,7 +162,7 @@ _SIDES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "spatial_shapes": lambda config, main: torch.full((BATCH, 2), 2),
     "input_features": lambda config, main: floats(BATCH, number(config, "num_mel_bins") or 80, 8 * SEQUENCE),
 }
-"""Inputs beside the main one, by name."""
+"""Functions that make the inputs beside the main one, by name."""
 
 _OPTIONAL = (
     "bbox",
@@ -175,4 +175,4 @@ _OPTIONAL = (
     "decoder_input_ids",
     "input_ids",
 )
-"""Inputs with a default that some models need all the same."""
+"""Inputs with a default that some models need nevertheless."""

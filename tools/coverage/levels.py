@@ -1,4 +1,4 @@
-"""How much of a model is a graph: LoRA on every map that its example calls, at the highest level that holds."""
+"""The level of a model, which says how much of it is a graph: LoRA on every map that its example calls."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from tools.coverage.build import Built, full_size
 from tools.coverage.text import clean
 
 LEVELS = ("graph", "layers", "modules")
-"""From the highest: the model is one graph, its layers are, single maps in them are."""
+"""The levels, highest first: the model is one graph, each of its layers is, or single maps in them are."""
 
 KINDS = ((nn.Linear, Conv1D), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-"""Maps that are adapted: linear ones, and convolutions in models without."""
+"""The maps that are adapted: linear ones, or convolutions in models without linear maps."""
 
 
 def compile_maps(built: Built) -> Compiled:
-    """Compile LoRA of rank 1 on each map that the example calls and whose weight is its own and gets a gradient, but
-    for maps whose weight the model's Python reads by itself, where an adaptation would be passed over (GC149).
+    """Compile LoRA of rank 1 on each map that the example calls and whose weight is its own and gets a gradient.
+
+    Maps whose weight the model's Python reads directly are left out, since it would bypass an adaptation (GC149).
 
     Raises:
-        GraftError: whatever graftc refuses.
+        GraftError: graftc refuses the model.
         ValueError: no such map is called.
     """
     for kinds in KINDS:
@@ -49,20 +50,20 @@ def compile_maps(built: Built) -> Compiled:
 
 
 def _read_by_python(error: graftc.GraftError) -> str:
-    """The path of the map that an error says the model's own Python reads; empty where it says something else."""
-    found = re.search(r"adapts (\S+?)(\.weight)?, which the model's own Python reads", error.message)
-    return found[1] if found is not None and error.code == "GC149" else ""
+    """Return the path of the map that the model's own Python reads according to an error, or an empty string."""
+    match = re.search(r"adapts (\S+?)(\.weight)?, which the model's own Python reads", error.message)
+    return match[1] if match is not None and error.code == "GC149" else ""
 
 
 def _place(path: str) -> str:
-    """A path without the numbers of layers."""
+    """Return a path without the numbers of layers."""
     return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def called_maps(built: Built, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Paths of the maps of these kinds that the example calls, in the model's order.
+    """Return the paths of the maps of these kinds that the example calls, in the model's order.
 
-    A weight that several modules hold cannot be folded in one of them, and one without a gradient cannot be trained.
+    A weight that several modules share cannot be folded in one of them, and one without a gradient cannot be trained.
     """
     model = built.model
     shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -74,7 +75,7 @@ def called_maps(built: Built, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         with _gradients(model):
             try:
                 _backward(built)
-            except AssertionError:  # some models ask for train mode there
+            except AssertionError:  # some models assert that they are in train mode
                 model.train()
                 _backward(built)
                 model.eval()
@@ -96,7 +97,7 @@ def _backward(built: Built) -> None:
 
 @contextmanager
 def _gradients(model: nn.Module) -> Iterator[None]:
-    """Let every parameter have a gradient, and leave none behind."""
+    """Let every parameter have a gradient while the block runs, and leave none behind."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         model.requires_grad_(True)
@@ -109,10 +110,10 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 
 
 def levels(compiled: Compiled, built: Built, captured: bool = False) -> dict[str, Any]:
-    """The level of each stack of layers, and that of the main one: the one with most parameters at full size.
+    """Return the level of each stack of layers, and of the main one, which has the most parameters at full size.
 
-    With ``captured``, of a model that could be captured whole, there is no other reason why it is not one graph.
-    A model without repeated layers has the level ``graph`` where it is one graph and ``modules`` where it is not.
+    If ``captured`` is true, the model could be captured whole, and the reason for its level is included, since no other
+    one is known. A model without repeated layers has the level ``graph`` if it is one graph, and ``modules`` otherwise.
     """
     stacks = compiled.report.stacks
     called = [stack for stack in stacks if stack.level != "none"]
@@ -122,10 +123,10 @@ def levels(compiled: Compiled, built: Built, captured: bool = False) -> dict[str
     if len({stack.level for stack in called}) > 1:
         sizes |= full_size(built.entry, list(sizes))
     main = max(called, key=lambda stack: sizes[stack.stack])
-    found: dict[str, Any] = {"level": main.level}
+    facts: dict[str, Any] = {"level": main.level}
     if any(stack.level != "graph" for stack in stacks):
-        found["main"] = main.stack
-        found["stacks"] = {stack.stack: stack.level for stack in stacks}
+        facts["main"] = main.stack
+        facts["stacks"] = {stack.stack: stack.level for stack in stacks}
     if main.level == "modules" or (captured and main.level != "graph"):
-        found["in_the_way"] = clean(main.reason)
-    return found
+        facts["in_the_way"] = clean(main.reason)
+    return facts

@@ -1,4 +1,4 @@
-"""Models of timm and torchvision by name, small where a family has small ones, and classes of diffusers made small."""
+"""Models of timm and torchvision by name, small ones if a family has them, and shrunken classes of diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.coverage.lookup import floats
 
 ROWS = 3
 SIDE = 96
-"""Height and width of pictures for models that take any size."""
+"""The height and width of pictures for models that accept any size."""
 
 TIMM = (
     "beit_base_patch16_224", "bat_resnext26ts", "cait_xxs24_224", "caformer_s18", "coat_lite_tiny",
@@ -29,7 +29,7 @@ TIMM = (
     "swinv2_tiny_window8_256", "tiny_vit_5m_224", "twins_pcpvt_small", "vgg11", "visformer_tiny",
     "vit_tiny_patch16_224", "volo_d1_224", "xcit_nano_12_p16_224",
 )  # fmt: skip
-"""One name a family."""
+"""One name per family."""
 
 TORCHVISION = (
     "alexnet", "convnext_tiny", "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "densenet121", "efficientnet_b0",
@@ -40,21 +40,21 @@ TORCHVISION = (
     "squeezenet1_0", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large", "swin3d_t", "swin_t", "swin_v2_t", "vgg11",
     "vit_b_16", "wide_resnet50_2",
 )  # fmt: skip
-"""One name a family, of each of its tasks."""
+"""One name per family and task."""
 
 
 def other_rows() -> Iterator[tuple[str, str, str]]:
-    """Every (table, library, name) of libraries other than transformers."""
+    """Yield every (table, library, name) of libraries other than transformers."""
     yield from (("diffusers", "diffusers", f"diffusers/{name}") for name in classes())
     yield from (("timm", "timm", f"timm/{name}") for name in TIMM)
     yield from (("torchvision", "torchvision", f"torchvision/{name}") for name in TORCHVISION)
 
 
 def other_model(library: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A random model in eval mode, and inputs that it takes.
+    """Build a random model in eval mode, and inputs that it accepts.
 
     Raises:
-        Exception: whatever the library raises.
+        Exception: the library cannot build it.
     """
     build = {"diffusers": diffusion_model, "timm": _timm, "torchvision": _torchvision}[library]
     return build(name.partition("/")[2])

@@ -16,46 +16,46 @@ FIELDS = (
     "class", "model_type", "tables", "built", "inputs", "captured", "attention", "roles", "unresolved", "target",
     "sites", "folds", "rounding", "draws", "reason", "level", "main", "stacks", "in_the_way", "refused",
 )  # fmt: skip
-"""What a record of the list may hold, in its order."""
+"""The fields that a record of the list may have, in their order."""
 Record = Mapping[str, Any]
 
 
 def to_json(records: Iterable[Record], versions: Mapping[str, str]) -> str:
-    """The text of docs/coverage.json: versions, then one line per record, sorted by class.
+    """Return the text of docs/coverage.json: versions, then one line per record, sorted by class.
 
     Args:
-        records: as `examine` gives them; what is not among `FIELDS` is left out.
-        versions: of what the records depend on, by name.
+        records: the records, as `examine` returns them; fields that are not in `FIELDS` are left out.
+        versions: the versions of the packages that the records depend on, by name.
     """
     kept = [{name: record[name] for name in FIELDS if name in record} for record in records]
     lines = [json.dumps(record, ensure_ascii=False) for record in sorted(kept, key=lambda r: r["class"])]
-    made = json.dumps({"command": COMMAND, "versions": dict(sorted(versions.items()))})
-    return f'{{"made": {made},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
+    header = json.dumps({"command": COMMAND, "versions": dict(sorted(versions.items()))})
+    return f'{{"made": {header},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def totals(records: Iterable[Record]) -> dict[str, int]:
-    """How many records came how far; ``exceptions`` are captured, have attention, and do not compile and fold."""
-    held = list(records)
-    captured = [r for r in held if r.get("captured")]
+    """Count the records by how far they came; ``exceptions`` are captured, have attention, and do not fold."""
+    all_records = list(records)
+    captured = [r for r in all_records if r.get("captured")]
     attention = [r for r in captured if r.get("attention")]
     return {
-        "entries": len(held),
-        "built": sum(r["built"] for r in held),
+        "entries": len(all_records),
+        "built": sum(r["built"] for r in all_records),
         "captured": len(captured),
         "complete": sum(bool(r.get("roles")) for r in captured),
         "attention": len(attention),
         "folds": sum(bool(r.get("folds")) for r in attention),
-        "exceptions": len(exceptions(held)),
+        "exceptions": len(exceptions(all_records)),
     }
 
 
 def exceptions(records: Iterable[Record]) -> list[Record]:
-    """Records that were captured and have attention, but on which LoRA by role does not compile and fold."""
+    """Return records that were captured and have attention, but on which LoRA by role does not compile and fold."""
     return [r for r in records if r.get("captured") and r.get("attention") and not r.get("folds")]
 
 
 def render(text: str) -> str:
-    """The Markdown page for the text of docs/coverage.json."""
+    """Return the Markdown page for the text of docs/coverage.json."""
     data = json.loads(text)
     records: list[Record] = data["records"]
     parts = [_head(data["made"], records), render_levels(records), _totals(records), _exceptions(records)]
@@ -67,7 +67,7 @@ def render(text: str) -> str:
 
 
 def write_page(records: Iterable[Record], versions: Mapping[str, str], folder: Path) -> str:
-    """Write both files; a line that says what is in them."""
+    """Write both files, and return a line that summarises them."""
     text = to_json(records, versions)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "coverage.json").write_text(text, encoding="utf-8")
@@ -119,11 +119,11 @@ def _totals(records: Sequence[Record]) -> str:
 
 def _exceptions(records: Sequence[Record]) -> str:
     lines = ["## Exceptions", "", "Captured, with attention, and LoRA by role does not compile and fold.", ""]
-    found = exceptions(records)
-    if not found:
+    failures = exceptions(records)
+    if not failures:
         return "\n".join([*lines[:2], "None.", ""])
     lines += ["| class | reason |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {r['class']} | {cell(r['reason'])} |" for r in found), ""])
+    return "\n".join([*lines, *(f"| {r['class']} | {cell(r['reason'])} |" for r in failures), ""])
 
 
 def _reasons(title: str, text: str, records: Sequence[Record]) -> str:

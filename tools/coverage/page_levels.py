@@ -1,4 +1,4 @@
-"""The part of the page that says how much of each class is a graph."""
+"""The part of the page on levels: how much of each class is a graph."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MEDIUM = re.compile(r"pixel|image|features|values|patches")
 
 
 def level_counts(records: Sequence[Record]) -> dict[str, int]:
-    """How many of the classes that were built reach which level on their main stack."""
+    """Count the classes that were built by the level of their main stack."""
     built = [record for record in records if record["built"]]
     counts = Counter(record.get("level", "refused") for record in built)
     return {"built": len(built)} | {name: counts[name] for name in ("graph", "layers", "modules", "refused")}
 
 
 def render_levels(records: Sequence[Record]) -> str:
-    """The summary by table, what is taken apart and why, and what is refused."""
+    """Return the summary by table, the classes that are taken apart and why, and the refused ones."""
     parts = [_summary(records), _texts_alone(records), _apart(records), _refused(records)]
     return "\n".join(part for part in parts if part)
 
@@ -49,7 +49,7 @@ def _summary(records: Sequence[Record]) -> str:
 
 
 def _texts_alone(records: Sequence[Record]) -> str:
-    """Models of pictures or sounds whose example is a text."""
+    """List the models of pictures or sounds whose example is only a text."""
     tables = {"image-text to text", "multimodal LM"}
     names = [
         record["class"]
@@ -62,8 +62,8 @@ def _texts_alone(records: Sequence[Record]) -> str:
 
 
 def _apart(records: Sequence[Record]) -> str:
-    found = [r for r in records if r.get("level") in ("layers", "modules")]
-    if not found:
+    taken_apart = [r for r in records if r.get("level") in ("layers", "modules")]
+    if not taken_apart:
         return ""
     lines = [
         "## Taken apart",
@@ -73,7 +73,7 @@ def _apart(records: Sequence[Record]) -> str:
         "| class | graphs of layers | graphs of maps | why it is not one graph |",
         "| --- | --- | --- | --- |",
     ]
-    for record in found:
+    for record in taken_apart:
         lines.append(
             f"| {record['class']} | {_stacks(record, 'layers')} | {_stacks(record, 'modules')} "
             f"| {cell(record.get('in_the_way') or record.get('reason', ''))} |"
@@ -88,11 +88,11 @@ def _stacks(record: Record, level: str) -> str:
 
 
 def _refused(records: Sequence[Record]) -> str:
-    found = [r for r in records if r["built"] and not r.get("level")]
+    refused = [r for r in records if r["built"] and not r.get("level")]
     lines = ["## Refused", ""]
-    if not found:
+    if not refused:
         return "\n".join([*lines, "None.", ""])
     lines += ["| class | reason |", "| --- | --- |"]
     return "\n".join(
-        [*lines, *(f"| {r['class']} | {cell(r.get('refused', r.get('reason', '')))} |" for r in found), ""]
+        [*lines, *(f"| {r['class']} | {cell(r.get('refused', r.get('reason', '')))} |" for r in refused), ""]
     )

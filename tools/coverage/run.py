@@ -1,4 +1,4 @@
-"""Examine many entries in parallel, each in its own process; a killed run goes on where it was."""
+"""Parallel examination of many entries, each in a process of its own; a run that was killed can be resumed."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ SOURCES = (
     "lookup",
     "shrink",
 )
-"""Modules of this package that a record depends on."""
+"""The modules of this package that a record depends on."""
 
 LIBRARIES = ("diffusers", "timm", "torch", "torchvision", "transformers")
-"""What records depend on beside graftc."""
+"""The packages that records depend on, apart from graftc."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one entry may take: bytes of memory, seconds of CPU, and seconds by the clock."""
+    """The limits of one entry: bytes of memory, seconds of CPU time, and seconds of wall-clock time."""
 
     memory: int = MEMORY
     seconds: int = SECONDS
@@ -53,16 +53,16 @@ class Limits:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a record depends on."""
+    """Return the versions that a record depends on."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {name: version(name) for name in ("graftc", *LIBRARIES)} | {"python": python}
 
 
 def digest() -> str:
-    """A short hash of graftc's sources and of the code that examines."""
+    """Return a short hash of graftc's sources and of the code that examines."""
     total = hashlib.sha256()
-    own = [ROOT / "tools" / "coverage" / f"{name}.py" for name in SOURCES]
-    for path in [*sorted((ROOT / "graftc").rglob("*.py")), *own]:
+    sources = [ROOT / "tools" / "coverage" / f"{name}.py" for name in SOURCES]
+    for path in [*sorted((ROOT / "graftc").rglob("*.py")), *sources]:
         total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]
 
@@ -72,9 +72,9 @@ class Kept:
     """Records on disk, one file per entry, each with the key of the state that it was made in.
 
     Attributes:
-        folder: where they are.
-        key: of the current state; records of other keys are not used.
-        any_key: use records whatever their key, to look at an earlier run.
+        folder: the folder of the files.
+        key: the key of the current state; records with other keys are not used.
+        any_key: whether to use records with any key, to look at an earlier run.
     """
 
     folder: Path
@@ -82,16 +82,16 @@ class Kept:
     any_key: bool = False
 
     def read(self, entry: Entry) -> Record | None:
-        """The record of an entry; None when there is none, or one of another state, or half a file."""
+        """Return the record of an entry; None if it is missing, incomplete or of another state."""
         try:
-            held = json.loads(self._path(entry).read_text())
+            stored = json.loads(self._path(entry).read_text())
         except (OSError, ValueError):
             return None
-        same = held.get("key") == self.key or self.any_key
-        return held["record"] if same and held.get("entry") == json.loads(json.dumps(asdict(entry))) else None
+        same = stored.get("key") == self.key or self.any_key
+        return stored["record"] if same and stored.get("entry") == json.loads(json.dumps(asdict(entry))) else None
 
     def write(self, entry: Entry, record: Record) -> None:
-        """Keep a record; a reader sees the old file or the new one, never a part."""
+        """Store a record; a reader sees the old file or the new one, never a part."""
         self._path(entry).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"key": self.key, "entry": asdict(entry), "record": record}, indent=1)
         part = self._path(entry).with_suffix(f".{os.getpid()}.part")
@@ -99,10 +99,10 @@ class Kept:
         part.replace(self._path(entry))
 
     def forget(self, whether: Callable[[Record], bool], entries: Sequence[Entry]) -> None:
-        """Delete the records for which ``whether`` holds."""
+        """Delete the records for which ``whether`` returns true."""
         for entry in entries:
-            held = self.read(entry)
-            if held is not None and whether(held):
+            record = self.read(entry)
+            if record is not None and whether(record):
                 self._path(entry).unlink()
 
     def _path(self, entry: Entry) -> Path:
@@ -110,7 +110,7 @@ class Kept:
 
 
 def state() -> str:
-    """The key of what is installed and of the sources as they are now."""
+    """Return the key of the installed versions and the current sources."""
     return f"{digest()} " + " ".join(f"{name} {number}" for name, number in sorted(versions().items()))
 
 
@@ -131,19 +131,19 @@ def examine_all(
     limits: Limits | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Record]:
-    """The records of all entries by class name: kept ones as they are, the others made now.
+    """Return the records of all entries by class name: kept ones unchanged, the others examined now.
 
     Args:
-        entries: what to examine.
-        kept: where records are kept; every new one goes there as soon as it is made.
-        jobs: processes at a time.
-        limits: of each entry.
-        tell: takes one line per entry.
+        entries: the entries to examine.
+        kept: the store of records; every new one is written to it as soon as it is made.
+        jobs: the number of processes at a time.
+        limits: the limits of each entry.
+        tell: called with one line per entry.
     """
-    found = {e.name: record for e in entries if (record := kept.read(e)) is not None}
-    todo = [e for e in reversed(entries) if e.name not in found]
-    if found:
-        tell(f"{len(found)} of {len(entries)} kept from before")
+    records = {e.name: record for e in entries if (record := kept.read(e)) is not None}
+    todo = [e for e in reversed(entries) if e.name not in records]
+    if records:
+        tell(f"{len(records)} of {len(entries)} kept from before")
     total, limits = len(todo), limits or Limits()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.coverage.run", "tools.coverage.worker"])
@@ -158,17 +158,17 @@ def examine_all(
                 if record is not None:
                     running.remove(item)
                     kept.write(item.entry, record)
-                    found[item.entry.name] = record
+                    records[item.entry.name] = record
                     done = total - len(todo) - len(running)
                     tell(f"[{done}/{total}] {line(record)}")
     finally:
         for item in running:
             _stop(item.process)
-    return {e.name: found[e.name] for e in entries}
+    return {e.name: records[e.name] for e in entries}
 
 
 def line(record: Record) -> str:
-    """One record in one line."""
+    """Return a record as one line of text."""
     if record.get("folds"):
         outcome = "folds"
     elif not record["built"]:
@@ -182,7 +182,7 @@ def line(record: Record) -> str:
 
 
 def _work(sender: Connection, entry: Entry, limits: Limits) -> None:
-    """What the server's forks call; this process never imports torch."""
+    """Run the worker: the server's forks call this function, while the process of this module never imports torch."""
     from tools.coverage.worker import work
 
     work(sender, entry, limits.memory, limits.seconds)
@@ -197,7 +197,7 @@ def _start(context: Any, entry: Entry, limits: Limits) -> _Running:
 
 
 def _outcome(item: _Running, limits: Limits) -> Record | None:
-    """The record of an entry that is done, or how far it came when its process died; None while it runs."""
+    """Return the record of a finished entry, or the partial one if its process died; None while it runs."""
     try:
         while item.receiver.poll():
             item.record = item.receiver.recv()

@@ -1,8 +1,8 @@
-"""Shrink a default config by the names and values of its fields, whatever model it is for.
+"""Shrinking of a default config by the names and values of its fields, for any model.
 
-Counts of layers, heads and experts, widths, vocabularies, positions and image sizes become small; what was equal
-stays equal, what was a multiple stays a multiple where a model needs it (heads times head size). Sub-configs are
-shrunken with the same plan, so that widths which have to agree between them do.
+Counts of layers, heads and experts, widths, vocabularies, positions and image sizes become small. Equal values stay
+equal, and multiples stay multiples if a model needs them (heads times head size). Sub-configs are shrunken with the
+same plan, so that widths that have to agree between them do.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ POSITIONS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How far to shrink.
+    """The sizes to shrink to.
 
     Attributes:
-        width: the hidden size; 0 leaves all widths and heads as they are.
-        heads: attention heads of the hidden size.
-        layers: layers of a stack; more where that many different kinds of layers exist.
-        image: height and width of images; 0 leaves them.
-        fraction: by how much lists of widths (one per stage) are divided.
-        repeats: how many layers of every kind are kept.
+        width: the hidden size; 0 leaves all widths and heads unchanged.
+        heads: the number of attention heads of the hidden size.
+        layers: the number of layers in a stack; more if there are more different kinds of layers.
+        image: the height and width of images; 0 leaves them unchanged.
+        fraction: the divisor of lists of widths (one per stage).
+        repeats: the number of layers of every kind that are kept.
     """
 
     width: int = 64
@@ -54,29 +54,29 @@ PLANS = (
     Plan(layers=4, image=64, repeats=2),
     Plan(heads=1, image=64),
 )
-"""Tried in this order until a model builds and runs."""
+"""The plans, tried in this order until a model builds and runs."""
 
 
 def shrink(config: Any, plan: Plan = PLANS[0]) -> Any:
-    """A small config of the same class.
+    """Return a small config of the same class.
 
     Args:
         config: a transformers config; it is not changed.
-        plan: how far to shrink.
+        plan: the sizes to shrink to.
 
     Raises:
-        Exception: whatever the config's class raises for values that it refuses.
+        Exception: the config's class refuses the values.
     """
     return _shrink(config, plan, _widths(config))
 
 
 def _axes_of_rotation(cls: type) -> list[int]:
-    """How the axes of an image share a head's rotary dimensions by default; empty where they do not."""
+    """Return the default shares of an image's axes in a head's rotary dimensions; empty if there are none."""
     models = cls.__module__.replace(".configuration_", ".modeling_")
-    found = importlib.util.find_spec(models) if models != cls.__module__ else None
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(models) if models != cls.__module__ else None
+    if spec is None or spec.origin is None:
         return []
-    text = Path(found.origin).read_text(encoding="utf-8")
+    text = Path(spec.origin).read_text(encoding="utf-8")
     known = re.search(r"mrope_section\W+\[(\d+(?:, \d+)+)\]", text)
     if known:
         return [int(part) for part in known[1].split(", ")]
@@ -84,7 +84,7 @@ def _axes_of_rotation(cls: type) -> list[int]:
 
 
 def _parts(shares: Sequence[int], total: int) -> list[int]:
-    """Whole numbers about as ``shares`` that add up to a total; what was equal behind the first stays so."""
+    """Split a total into integers in about the ratio of ``shares``; equal shares after the first stay equal."""
     rest = [max(1, total * share // sum(shares)) for share in shares[1:]]
     return [total - sum(rest), *rest]
 
@@ -95,7 +95,7 @@ def _is_config(value: Any) -> bool:
 
 def _shrink(config: Any, plan: Plan, widths: frozenset[int]) -> Any:
     values = {name: value for name, value in vars(config).items() if name in _accepted(config)}
-    if type(values.get("backbone_config")).__name__ == "TimmBackboneConfig":  # its networks come in one size
+    if type(values.get("backbone_config")).__name__ == "TimmBackboneConfig":  # its networks have only one size
         values["backbone_config"] = ResNetConfig.from_dict({"out_features": ["stage2", "stage3", "stage4"]})
     values |= {name: cls() for name, cls in _towers(config).items() if name in values and values[name] is None}
     changes: dict[str, Any] = {n: _shrink(v, plan, widths) for n, v in values.items() if _is_config(v)}
@@ -107,18 +107,18 @@ def _shrink(config: Any, plan: Plan, widths: frozenset[int]) -> Any:
                 changes[name] = new
     changes |= scale.heads_fit(values, changes)
     changes |= scale.missing(values, changes)
-    # What a config has set on one of its parts is no default of that part's class.
+    # A value that a config has set on its sub-config is not a default of the sub-config's class.
     result = type(config)(**{name: value for name, value in values.items() if isinstance(value, bool)} | changes)
     if count := len(vars(config).get("_out_indices") or ()):
         result.out_indices = list(range(len(result.stage_names)))[-count:]
     for name in vars(config).keys() - vars(result).keys():
-        # What the config that this one is part of has set on it.
+        # Fields that the enclosing config has set on this one.
         setattr(result, name, scale.value(name, vars(config)[name]))
     return result
 
 
 def _towers(config: Any) -> dict[str, type]:
-    """Classes of the vision configs that a config may hold: models without one are texts alone."""
+    """Return the classes of the vision configs that a config may have; a model without one takes only texts."""
     known = getattr(type(config), "sub_configs", {})
     return {
         name: cls for name, cls in known.items() if name == "vision_config" and hasattr(cls, "__dataclass_fields__")
@@ -126,22 +126,22 @@ def _towers(config: Any) -> dict[str, type]:
 
 
 def _accepted(config: Any) -> set[str]:
-    """Fields that the config's class takes; what it computes from them is left to it."""
+    """Return the fields that the config's class takes as arguments; it computes the others from them."""
     known = getattr(type(config), "__dataclass_fields__", {})
     return {name for name, field in known.items() if field.init}
 
 
 def _widths(config: Any) -> frozenset[int]:
-    """The hidden sizes of a config and its sub-configs."""
-    found = {_first_int(config, "hidden_size"), _first_int(config, "d_model")} - {0}
+    """Return the hidden sizes of a config and its sub-configs."""
+    sizes = {_first_int(config, "hidden_size"), _first_int(config, "d_model")} - {0}
     for value in vars(config).values():
         if _is_config(value):
-            found |= _widths(value)
-    return frozenset(found)
+            sizes |= _widths(value)
+    return frozenset(sizes)
 
 
 class _Scale:
-    """New values for the fields of one config."""
+    """Rules that compute new values for the fields of one config."""
 
     def __init__(self, config: Any, plan: Plan, widths: frozenset[int]) -> None:
         self.plan, self.widths = plan, widths
@@ -157,7 +157,7 @@ class _Scale:
         self._axes = _axes_of_rotation(type(config))
 
     def value(self, name: str, value: Any) -> Any:
-        """The new value of a field; the same object where it stays."""
+        """Return the new value of a field; the same object if it does not change."""
         if isinstance(value, bool) or value is None:
             return value
         if isinstance(value, int):
@@ -271,20 +271,20 @@ class _Scale:
         return changed
 
     def heads_fit(self, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:
-        """Head sizes whose product with their number of heads was a multiple of the width: it is the same one again."""
-        found: dict[str, int] = {}
+        """Return new head sizes that keep the product with the number of heads the same multiple of the width."""
+        fitted: dict[str, int] = {}
         if not self.plan.width or not self.width:
-            return found
+            return fitted
         for count, size in _pairs(values):
             product, new_count = values[count] * values[size], changes.get(count, values[count])
             if product % self.width == 0:
                 total = product // self.width * self.plan.width
                 if total % new_count == 0:
-                    found[size] = total // new_count
-        return found
+                    fitted[size] = total // new_count
+        return fitted
 
     def missing(self, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Values for fields without a default that models need all the same."""
+        """Return values for fields without a default that models need nevertheless."""
         heads = self._head_count(self.heads) if self.heads else 0
         defaults = {
             "vocab_size": VOCABULARY,
@@ -298,36 +298,36 @@ class _Scale:
             "n_shared_experts": 1,
             "moe_intermediate_size": 32,
         }
-        found: dict[str, Any] = {n: v for n, v in defaults.items() if n in values and values[n] is None}
+        added: dict[str, Any] = {n: v for n, v in defaults.items() if n in values and values[n] is None}
         per_stage = values.get("num_heads")
         if self.plan.width and isinstance(per_stage, list | tuple) and isinstance(values.get("embed_dim"), int):
-            found["embed_dim"] = 8 * per_stage[0]
+            added["embed_dim"] = 8 * per_stage[0]
         if not heads:
-            found = {n: v for n, v in found.items() if n not in ("head_dim", "num_key_value_heads")}
-        found |= {n: next(self._ids) for n in values if values[n] is None and fields.PLACES.search(n)}
+            added = {n: v for n, v in added.items() if n not in ("head_dim", "num_key_value_heads")}
+        added |= {n: next(self._ids) for n in values if values[n] is None and fields.PLACES.search(n)}
         if "mlp_layer_types" in values and values["mlp_layer_types"] is None:
-            found["mlp_layer_types"] = ["dense", *["sparse"] * (len(self.kept) - 1)]
+            added["mlp_layer_types"] = ["dense", *["sparse"] * (len(self.kept) - 1)]
         if values.get("sliding_window", 0) is None and "sliding_attention" in (values.get("layer_types") or ()):
-            found["sliding_window"] = 8
+            added["sliding_window"] = 8
         rope = changes.get("rope_parameters", values.get("rope_parameters"))
         if self.plan.width and heads and isinstance(rope, Mapping) and self._axes and "mrope_section" not in rope:
             size = changes.get("head_dim", values.get("head_dim")) or self.plan.width // heads
-            found["rope_parameters"] = {
+            added["rope_parameters"] = {
                 **rope,
                 "partial_rotary_factor": 1.0,
                 "mrope_section": _parts(self._axes, size // 2),
             }
         if "layer_types" in values and values["layer_types"] is None:
-            found["layer_types"] = ["full_attention"] * len(self.kept)
+            added["layer_types"] = ["full_attention"] * len(self.kept)
         elif values.get("layer_types") and values.get("rope_parameters") == {}:
-            found["rope_parameters"] = {
+            added["rope_parameters"] = {
                 kind: {"rope_type": "default", "rope_theta": 1e4} for kind in dict.fromkeys(values["layer_types"])
             }
-        return found
+        return added
 
 
 def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names of head counts and head sizes that belong together."""
+    """Return the names of head counts and head sizes that belong together."""
     candidates = (
         ("num_attention_heads", "head_dim"), ("num_attention_heads", "kv_channels"), ("num_heads", "d_kv"),
         ("n_head", "d_head"), ("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"),
@@ -337,26 +337,26 @@ def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pattern(config: Any, layers: int) -> int:
-    """Length of a pattern of kinds of layers that repeats over the stack; 0 where there is none."""
+    """Return the length of a pattern of kinds of layers that repeats over the stack; 0 if there is none."""
     patterns = [v for v in vars(config).values() if isinstance(v, list | tuple) and 1 < len(v) < min(layers, 7)]
     return max((len(v) for v in patterns if all(isinstance(i, str) for i in v) and len(set(v)) > 1), default=0)
 
 
 def _kept_layers(config: Any, layers: int, least: int, repeats: int) -> list[int]:
-    """Layers to keep: the first ``repeats`` of every kind, and the first ones up to ``least``."""
+    """Return the layers to keep: the first ``repeats`` of every kind, and further ones up to ``least``."""
     if layers <= least:
         return list(range(max(layers, 1)))
     per_layer = [v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == layers]
     kinds: dict[str, list[int]] = {}
     for index in range(layers):
         kinds.setdefault(repr([value[index] for value in per_layer]), []).append(index)
-    kept = sorted(index for found in list(kinds.values())[:6] for index in found[:repeats])
+    kept = sorted(index for indices in list(kinds.values())[:6] for index in indices[:repeats])
     kept += [i for i in range(layers) if i not in kept][: max(0, least - len(kept))]
     return sorted(kept)
 
 
 def _first_int(config: Any, *names: str) -> int:
-    """The first of these that is a number; an alias counts as what it stands for."""
+    """Return the first of these fields that is an integer, with aliases resolved; 0 if there is none."""
     for name in names:
         value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
         if isinstance(value, int) and not isinstance(value, bool):

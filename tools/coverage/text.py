@@ -1,4 +1,4 @@
-"""Errors as one line that is the same on every run."""
+"""Error messages as one line that is the same in every run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def describe(error: BaseException) -> str:
-    """One line that is the same on every run."""
+    """Return an error as one line that is the same in every run."""
     if isinstance(error, GraftError):
         return clean(f"{error.code}: {error.message}")
     return clean(f"{type(error).__name__}: {error}")
 
 
 def clean(text: str, limit: int = 240) -> str:
-    """A line without addresses, paths and numbered symbols, cut at ``limit``."""
+    """Return text as one line without addresses, paths and numbered symbols, cut at ``limit``."""
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     more = " ".join(part.strip() for part in text.splitlines()[1:3]) if line.endswith(":") else ""
     line = f"{line} {more}".strip()

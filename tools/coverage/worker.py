@@ -1,4 +1,4 @@
-"""What runs in the processes that examine: a server that has imported everything, and one fork of it per entry.
+"""The code of the processes that examine: a server that has imported everything, and one fork of it per entry.
 
 Importing this module is slow on purpose: the server does it once, and every fork starts from there.
 """
@@ -25,14 +25,14 @@ from tools.coverage.catalogue import Entry
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
-# A run examines one state of the sources, even if someone edits them meanwhile.
+# All modules are imported at once, so that a run examines one state of the sources even if they are edited meanwhile.
 for _found in pkgutil.walk_packages(graftc.__path__, "graftc."):
     if not _found.name.startswith(("graftc.__main__", "graftc.testing", "graftc.runtime.export")):
         importlib.import_module(_found.name)
 
 
 def _warm() -> None:
-    """Import what torch and transformers only import when something is captured."""
+    """Import the modules that torch and transformers only import at the first capture."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     inputs = {"input": torch.ones(2, 4)}
     graftc.roles(model, inputs, cache=False)
@@ -46,10 +46,10 @@ def work(sender: Connection, entry: Entry, memory: int, seconds: int) -> None:
     """Examine an entry under limits and send its record.
 
     Args:
-        sender: where the record goes.
-        entry: what to examine.
-        memory: bytes of data that the process may hold.
-        seconds: CPU time that it may take.
+        sender: the connection that the record is sent to.
+        entry: the entry to examine.
+        memory: the bytes of data that the process may allocate.
+        seconds: the CPU time that it may take.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))

@@ -1,1 +1,1 @@
-"""Documentation pages that are made from the code: ``python -m tools.docs``."""
+"""Documentation pages that are generated from the code: ``python -m tools.docs``."""

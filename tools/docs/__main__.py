@@ -1,4 +1,4 @@
-"""``python -m tools.docs``: write the generated pages of docs/, or say with ``--check`` which of them are stale."""
+"""``python -m tools.docs``: write the generated pages of docs/, or name the stale ones with ``--check``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools.docs.pages import DOCS, render_all, stale_pages, write_pages
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status: 1 where ``--check`` finds a stale page."""
+    """Run the command line, and return the exit status: 1 if ``--check`` finds a stale page."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the pages that are stale")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages (docs)")

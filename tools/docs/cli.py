@@ -29,27 +29,28 @@ unless `GRAFTC_DEBUG=1` is set in the environment. Warnings go to standard error
 
 
 def commands() -> dict[str, Any]:
-    """The commands by name, as click objects, in the order of the help. A command in a group is ``group command``."""
+    """Return the click commands by name, in the order of the help; one in a group is named ``group command``."""
     group: Any = typer.main.get_command(build_app())
     return dict(_walk(group, ""))
 
 
 def _walk(group: Any, before: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for name, command in group.commands.items():
         if command.hidden:
             continue
         inner = hasattr(command, "commands")
-        found += _walk(command, f"{before}{name} ") if inner else [(f"{before}{name}", command)]
-    return found
+        pairs += _walk(command, f"{before}{name} ") if inner else [(f"{before}{name}", command)]
+    return pairs
 
 
 def render_cli() -> str:
-    """The page."""
+    """Return the text of the page."""
     group: Any = typer.main.get_command(build_app())
-    held = commands()
+    all_commands = commands()
     overview = [
-        (f"[{code('graftc ' + name)}](#graftc-{_anchor(name)})", _first(command.help)) for name, command in held.items()
+        (f"[{code('graftc ' + name)}](#graftc-{_anchor(name)})", _first(command.help))
+        for name, command in all_commands.items()
     ]
     parts = [
         header("Command line"),
@@ -62,7 +63,7 @@ def render_cli() -> str:
         table(("status", "meaning"), _STATUS),
         _ERRORS,
         f"The `--json` output of every command conforms to a published JSON Schema: {_schemas()}.\n",
-        *(_command(name, command) for name, command in held.items()),
+        *(_command(name, command) for name, command in all_commands.items()),
     ]
     return "\n".join(parts)
 
@@ -136,13 +137,13 @@ def _default(parameter: Any) -> str:
 
 
 def _choices(parameter: Any) -> str:
-    """The values that an option takes, where they are listed; typer and click keep them in different places."""
+    """Return the listed values of an option, if there are any; typer and click store them in different places."""
     kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
     if isinstance(kind, type) and issubclass(kind, Enum):
-        found = [str(member.value) for member in kind]
+        choices = [str(member.value) for member in kind]
     else:
-        found = [str(value) for value in getattr(getattr(parameter, "type", None), "choices", None) or ()]
-    return f"One of {', '.join(map(code, found))}." if found else ""
+        choices = [str(value) for value in getattr(getattr(parameter, "type", None), "choices", None) or ()]
+    return f"One of {', '.join(map(code, choices))}." if choices else ""
 
 
 def _first(text: str | None) -> str:
@@ -154,12 +155,12 @@ def _sentence(text: str | None) -> str:
 
 
 def _epilog(text: str | None) -> str:
-    """What the help says below the commands; exit statuses have a table of their own."""
+    """Return the text of the help below the commands, without the exit statuses, which have their own table."""
     return f"{_markup((text or '').partition('Exit status')[0].strip())}\n"
 
 
 def _markup(text: str) -> str:
-    """Help text as Markdown: what would be read as HTML or a list of its own stays text."""
+    """Turn help text into Markdown, escaping what would be read as HTML."""
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     return text.replace("<", "&lt;").strip()
 

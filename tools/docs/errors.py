@@ -1,7 +1,7 @@
-"""docs/errors.md: every code of the catalogue, with an example where one is held somewhere as text.
+"""docs/errors.md: every code of the catalogue, with an example if there is one among the golden texts of the tests.
 
-Examples are what the tests hold graftc to: the golden texts of specs (``tests/golden/errors``), of commands
-(``tests/golden/cli``), and of calls (``tests/docs/golden``). Those of a spec alone are run again here.
+Examples are texts that the tests compare graftc's output with: the golden texts of specs (``tests/golden/errors``), of
+commands (``tests/golden/cli``), and of calls (``tests/docs/golden``). Those that need only a spec are run again here.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ _FAVOURITES = {
     "GC015": "role_in_some_layers",
     "GC022": "tied_weight_fold",
 }
-"""Which example to show where there are several; otherwise the first by name, those with their spec before others."""
+"""The examples to show for codes with several; the default is the first by name, those with a spec before others."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example: its name, what is printed, and the spec that is wrong, where it is the spec."""
+    """One example: its name, the printed output, and the wrong spec, if the error is in a spec."""
 
     name: str
     output: str
@@ -78,19 +78,19 @@ class Example:
 
 
 def render_errors(root: Path) -> str:
-    """The page.
+    """Return the text of the page.
 
     Args:
-        root: the repository, which holds the golden texts.
+        root: the repository, which contains the golden texts.
     """
-    held = examples(root)
+    by_code = examples(root)
     parts = [header("Errors and warnings"), _INTRO]
     rows = [(f"[{c.code}](#{c.code.lower()})", c.title, c.severity, str(c.exit_code)) for c in CATALOGUE.values()]
     parts.append(table(("code", "title", "kind", "exit status"), rows))
     for start, title in _GROUPS:
-        codes = [found for found in CATALOGUE.values() if found.code.startswith(start)]
+        codes = [entry for entry in CATALOGUE.values() if entry.code.startswith(start)]
         if codes:
-            parts += [f"## {title}\n", *(_section(found, held.get(found.code)) for found in codes)]
+            parts += [f"## {title}\n", *(_section(entry, by_code.get(entry.code)) for entry in codes)]
     return "\n".join(parts)
 
 
@@ -116,13 +116,13 @@ def _linked(text: str) -> str:
 
 
 def examples(root: Path) -> dict[str, Example]:
-    """One example for each code that has any."""
-    found: dict[str, list[Example]] = {}
+    """Return one example for each code that has any."""
+    by_code: dict[str, list[Example]] = {}
     for example in [*_with_specs(root / "tests" / "golden" / "errors"), *_outputs(root)]:
         match = re.match(r"(?:warning )?(GC\d{3}): ", example.output)
         if match is not None:
-            found.setdefault(match[1], []).append(example)
-    return {number: _best(number, choice) for number, choice in sorted(found.items())}
+            by_code.setdefault(match[1], []).append(example)
+    return {number: _best(number, choice) for number, choice in sorted(by_code.items())}
 
 
 def _best(number: str, choice: list[Example]) -> Example:
@@ -131,7 +131,7 @@ def _best(number: str, choice: list[Example]) -> Example:
 
 
 def _with_specs(folder: Path) -> Iterable[Example]:
-    """Golden texts of the form spec, line of equal signs, output."""
+    """Yield examples from golden texts that consist of a spec, a line of equal signs, and the output."""
     for path in sorted(folder.glob("*.txt")):
         spec, marks, output = path.read_text(encoding="utf-8").partition("\n=====\n")
         if marks:
@@ -139,7 +139,7 @@ def _with_specs(folder: Path) -> Iterable[Example]:
 
 
 def _run(spec: str) -> str | None:
-    """What the spec gives by itself; None where it takes a model to find it wrong."""
+    """Return the error that the spec raises by itself; None if it takes a model to find it wrong."""
     try:
         parse_spec(spec, file="spec.yaml")
     except GraftError as error:
@@ -148,7 +148,7 @@ def _run(spec: str) -> str | None:
 
 
 def _outputs(root: Path) -> Iterable[Example]:
-    """Golden texts that are the output alone."""
+    """Yield examples from golden texts that contain only the output."""
     for folder in ("tests/golden/cli/errors", "tests/golden/cli", "tests/docs/golden"):
         for path in sorted((root / folder).rglob("*.txt")):
             yield Example(path.stem, path.read_text(encoding="utf-8").strip())

@@ -1,4 +1,4 @@
-"""Tables of the fields of a spec model, from its JSON Schema."""
+"""Tables of the fields of a spec model, generated from its JSON Schema."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _WORDS = {
 }
 
 Link = Callable[[str], str | None]
-"""From the name of a model to the address of its section, or None where it has none."""
+"""A function from the name of a model to the address of its section, or None if it has none."""
 
 
 def field_table(model: type[BaseModel], link: Link, *, without: Collection[str] = ()) -> str:
-    """The fields of a model, one line each: name, type with bounds, default, meaning.
+    """Return a table of the fields of a model, one line each: name, type with bounds, default, meaning.
 
     Args:
         model: the model class.
-        link: where the sections of other models are.
-        without: fields to leave out.
+        link: returns the address of the section of another model.
+        without: the fields to leave out.
     """
     schema = model.model_json_schema()
     required = set(schema.get("required", ()))
@@ -58,13 +58,13 @@ def field_table(model: type[BaseModel], link: Link, *, without: Collection[str] 
 
 
 def nested_models(model: type[BaseModel], skip: type[BaseModel]) -> list[type[BaseModel]]:
-    """The models that stand in a model's fields, outer ones first, without those derived from ``skip``."""
-    found: dict[type[BaseModel], None] = {}
+    """Return the models in a model's fields, outer ones first, without those derived from ``skip``."""
+    models: dict[type[BaseModel], None] = {}
     for info in model.model_fields.values():
         for inner in _models_in(info.annotation):
             if not issubclass(inner, skip):
-                found.update(dict.fromkeys([inner, *nested_models(inner, skip)]))
-    return list(found)
+                models.update(dict.fromkeys([inner, *nested_models(inner, skip)]))
+    return list(models)
 
 
 def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
@@ -99,17 +99,17 @@ def _type(field: Mapping[str, Any], link: Link) -> str:
 
 
 def _bounds(field: Mapping[str, Any]) -> str:
-    """What follows the type: `` >= 0, < 1`` for a number, ``, at least 1`` for the length of a list."""
+    """Return the text after the type: `` >= 0, < 1`` for a number, ``, at least 1`` for the length of a list."""
     options: list[Mapping[str, Any]] = [field, *(o for o in field.get("anyOf", ()) if o.get("type") != "array")]
-    found = [f"{sign} {option[key]:g}" for option in options for key, sign in _BOUNDS if key in option]
-    return f"{' ' if found[0][0] in '<>' else ', '}{', '.join(found)}" if found else ""
+    bounds = [f"{sign} {option[key]:g}" for option in options for key, sign in _BOUNDS if key in option]
+    return f"{' ' if bounds[0][0] in '<>' else ', '}{', '.join(bounds)}" if bounds else ""
 
 
 def _default(field: Mapping[str, Any], model: type[BaseModel], name: str) -> str:
     value = field.get("default")
     if isinstance(model.model_fields[name].default, BaseModel):
-        held = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
-        return code(json.dumps(held)) if _says_something(held) else "none"
+        values = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
+        return code(json.dumps(values)) if _says_something(values) else "none"
     return "none" if value is None or value in ([], ()) else code(json.dumps(value).strip('"'))
 
 

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the pages of the methods enter the navigation by themselves."""
+"""Hooks of MkDocs that add the pages of the methods to the navigation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["on_config"]
 
 
 def on_config(config: Any) -> Any:
-    """Replace the list of methods in ``nav`` by a section with it and every method's page."""
+    """Replace the list of methods in ``nav`` by a section with that page and the page of every method."""
     folder = Path(config["docs_dir"]) / "methods"
     pages = sorted(path.name for path in folder.glob("*.md") if path.name != "index.md")
     config["nav"] = [_with_methods(entry, pages) for entry in config["nav"]]

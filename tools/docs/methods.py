@@ -1,5 +1,7 @@
-"""docs/methods/: a list of the built-in methods, and a page for each. Plugins are left out: they have pages of their
-own, and a page must not depend on what is installed."""
+"""docs/methods/: a list of the built-in methods, and a page for each.
+
+Plugins are left out: they have their own pages, and a page must not depend on what is installed.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,12 @@ _FOLDS = {
 
 
 def built_in() -> list[SpecEntry]:
-    """The methods of graftc itself, by tag."""
+    """Return the methods of graftc itself, in the order of their tags."""
     return [entry for entry in method_specs().values() if entry.module.startswith("graftc.specs.")]
 
 
 def render_methods() -> dict[str, str]:
-    """The list and every method's page, by path in the docs folder."""
+    """Return the list and every method's page, by path in the docs folder."""
     pages = {f"methods/{entry.tag}.md": _page(entry) for entry in built_in()}
     return {"methods/index.md": _index(built_in()), **pages}
 
@@ -101,7 +103,7 @@ def _page(entry: SpecEntry) -> str:
 
 
 def _common(spec_class: type[MethodSpec]) -> set[str]:
-    """The fields of every method; ``target`` is one of this method where it has a default of its own."""
+    """Return the fields that all methods share; ``target`` belongs to a method that has its own default for it."""
     own = {"target"} if isinstance(spec_class.model_fields["target"].default, Target) else set()
     return set(MethodSpec.model_fields) - own
 
@@ -129,8 +131,10 @@ def _papers(text: str) -> list[str]:
 
 
 def example(entry: SpecEntry) -> str:
-    """A spec with this method: its own placement or roles of kinds that it takes, the examples of fields that it needs,
-    and its first numbers at their defaults.
+    """Return a spec with this method.
+
+    It has its own placement or roles of kinds that the method takes, the examples of fields that it needs, and its
+    first numbers at their defaults.
 
     Raises:
         GraftError: the example is not a valid spec.

@@ -1,4 +1,4 @@
-"""All generated pages, a picture and the JSON Schemas, by name, and how they are written and compared."""
+"""All generated pages, a picture and the JSON Schemas, by name, and functions that write and compare them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 
 
 def render_all() -> dict[str, str]:
-    """The text of every generated page, by its path in the docs folder."""
+    """Return the text of every generated page, by its path in the docs folder."""
     pages = {
         "cli.md": render_cli(),
         "errors.md": render_errors(ROOT),
@@ -35,13 +35,13 @@ def render_all() -> dict[str, str]:
 
 
 def stale_pages(pages: Mapping[str, str], docs: Path) -> list[str]:
-    """The pages that are missing, differ, or are there and belong to no method or command any more."""
-    held = {name: _read(docs / name) for name in pages}
-    return sorted([*(name for name, text in pages.items() if held[name] != text), *_left_over(pages, docs)])
+    """Return the pages that are missing, differ, or no longer belong to a method or command."""
+    current = {name: _read(docs / name) for name in pages}
+    return sorted([*(name for name, text in pages.items() if current[name] != text), *_left_over(pages, docs)])
 
 
 def write_pages(pages: Mapping[str, str], docs: Path) -> list[str]:
-    """Write what differs, and remove the pages of what is gone; the names of what was changed."""
+    """Write the pages that differ, and remove those that are no longer generated; return the names of both."""
     changed = stale_pages(pages, docs)
     for name in changed:
         if name not in pages:
@@ -57,5 +57,5 @@ def _read(path: Path) -> str | None:
 
 
 def _left_over(pages: Mapping[str, str], docs: Path) -> list[str]:
-    held = [*(docs / "methods").glob("*.md"), *(docs / "schemas").glob("*.json")]
-    return [name for path in held if (name := path.relative_to(docs).as_posix()) not in pages]
+    paths = [*(docs / "methods").glob("*.md"), *(docs / "schemas").glob("*.json")]
+    return [name for path in paths if (name := path.relative_to(docs).as_posix()) not in pages]

@@ -1,5 +1,7 @@
-"""docs/images/pipeline.svg: from spec and model to a deployed one. Text stands in filled boxes or in mid grey, so that
-it is readable on light and on dark pages."""
+"""docs/images/pipeline.svg: the path from a spec and a model to a deployed one.
+
+Text is in filled boxes or in mid grey, so that it is readable on light and on dark pages.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def _row(y: int, height: int, colours: tuple[str, ...], boxes: tuple[tuple[str, 
 
 
 def render_picture() -> str:
-    """The text of the picture."""
+    """Return the text of the picture."""
     spec = _Box(10, 42, 116, 50, _DATA, "spec", ("YAML or Python",))
     model = _Box(10, 104, 116, 50, _DATA, "model", ("nn.Module",))
     steps = _row(
@@ -88,7 +90,7 @@ def render_picture() -> str:
             ("insert", "nodes and", "tensors"),
         ),
     )
-    held = _row(
+    stored = _row(
         206,
         72,
         (_DATA, _DATA),
@@ -113,7 +115,7 @@ def render_picture() -> str:
         _band(30, 120, "compiler, passes", "the verifier runs after every step"),
         _band(178, 114, "Compilation", "many graphs over one tree of tensors", at=345),
         _band(318, 120, "runtime", "over budget, nothing is written"),
-        *(box.svg() for box in [spec, model, *steps, *held, *ends]),
+        *(box.svg() for box in [spec, model, *steps, *stored, *ends]),
         *(_arrow(a.right, (b.x - 2, b.left[1])) for row in (steps, ends) for a, b in pairwise(row)),
         _arrow((126, 67), (142, 67), (142, 97), (170, 97)),
         _arrow((126, 129), (142, 129), (142, 97), (170, 97)),

@@ -1,4 +1,4 @@
-"""docs/spec.md: the reference of specs, from the models of ``graftc.specs``."""
+"""docs/spec.md: the reference of specs, generated from the models of ``graftc.specs``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECTIONS = {
     "regex": "regular-expressions",
     "role": "roles",
 }
-"""Where the page explains what a JSON Schema of a spec refers to by name."""
+"""The anchors of the sections that explain the names in a spec's JSON Schema."""
 
 EXAMPLE = """\
 version: 1
@@ -124,7 +124,7 @@ _DEPTH = 6
 
 
 def render_spec() -> str:
-    """The page."""
+    """Return the text of the page."""
     parts = [
         header("Spec reference"),
         _INTRO,
@@ -173,7 +173,7 @@ def _limits() -> list[tuple[str, str]]:
 
 
 def _sections() -> list[str]:
-    """The models inside of the document, adaptations left out."""
+    """Return the sections of the models nested in the document, without adaptations."""
     parts: list[str] = []
     for model in _inner():
         parts += [f"### {model.__name__}\n", prose(getdoc(model) or "") + "\n", field_table(model, _link)]
@@ -181,8 +181,8 @@ def _sections() -> list[str]:
 
 
 def _inner() -> list[type[BaseModel]]:
-    found = nested_models(Spec, skip=MethodSpec)
-    return [model for model in found if not issubclass(model, CompositionSpec)] + list(composition_kinds().values())
+    models = nested_models(Spec, skip=MethodSpec)
+    return [model for model in models if not issubclass(model, CompositionSpec)] + list(composition_kinds().values())
 
 
 def _link(name: str) -> str | None:
@@ -199,7 +199,7 @@ def _languages() -> list[str]:
         "### Globs\n",
         _GLOBS_TEXT,
         f"Among the paths {', '.join(map(code, _PATHS))}:\n",
-        table(("glob", "matches"), [(code(glob), ", ".join(found) or "none") for glob, found in paths.items()]),
+        table(("glob", "matches"), [(code(glob), ", ".join(matched) or "none") for glob, matched in paths.items()]),
         "### Regular expressions\n",
         _REGEX_TEXT,
         "### Braces in roles\n",
@@ -208,7 +208,7 @@ def _languages() -> list[str]:
         "### Layers\n",
         _LAYERS_TEXT,
         f"In a stack of {_DEPTH} layers:\n",
-        table(("entry", "layers"), [(entry, ", ".join(map(str, found))) for entry, found in layers.items()]),
+        table(("entry", "layers"), [(entry, ", ".join(map(str, indices))) for entry, indices in layers.items()]),
         'Write several entries as a list: `layers: [0, "4:"]`.\n',
     ]
 

@@ -1,8 +1,8 @@
-"""Write artifacts that are kept in the repository, each with inputs and the outputs that it gives for them.
+"""Write artifacts that are kept in the repository, each with inputs and its outputs for them.
 
-``python -m tests.artifact.stored.write`` writes those of `STORED`, and bases, that are not there yet. It is only for
-adding new ones: those that are there were written by earlier versions, have to load for as long as their format is
-supported, and are never replaced.
+``python -m tests.artifact.stored.write`` writes those of `STORED`, and bases, that do not exist yet. It is only for
+adding new ones: existing ones were written by earlier versions, have to load for as long as their format is supported,
+and are never replaced.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Stored:
     """An artifact in the repository: `tiny` of a family with one layer and seed 0, adapted and perturbed.
 
     Attributes:
-        family: of its base.
-        spec: what it was compiled from.
+        family: the family of its base.
+        spec: the spec that it was compiled from.
         folds: whether merging works.
         more: further inputs of the call whose outputs are kept.
     """
@@ -43,7 +43,7 @@ class Stored:
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def base(self) -> nn.Module:
-        """The base, the same at every call and on every machine."""
+        """Return the base, the same at every call and on every machine."""
         model = tiny(self.family, layers=1)
         load_model(model, BASES / f"{self.family}.safetensors")
         return model
@@ -82,12 +82,12 @@ STORED: Mapping[str, Stored] = {
 
 
 def artifact_of(name: str) -> Path:
-    """The artifact's folder."""
+    """Return the artifact's folder."""
     return HERE / name / "artifact"
 
 
 def kept_call(name: str) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The inputs that are kept beside an artifact, and the outputs of its eval graph for them."""
+    """Return the inputs that are kept beside an artifact, and the outputs of its eval graph for them."""
     kept = load_file(HERE / name / "outputs.safetensors")
     inputs = {key.removeprefix("input."): tensor for key, tensor in kept.items() if key.startswith("input.")}
     outputs = sorted(key for key in kept if key.startswith("output."))
@@ -95,7 +95,7 @@ def kept_call(name: str) -> tuple[dict[str, Tensor], list[Tensor]]:
 
 
 def write(name: str) -> None:
-    """Write one artifact, which is not there, and its outputs."""
+    """Write one artifact that does not exist yet, and its outputs."""
     stored = STORED[name]
     compiled: Compiled = graftc.compile(stored.spec, stored.base()).eval()
     perturb(compiled)

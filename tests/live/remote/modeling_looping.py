@@ -1,4 +1,4 @@
-"""Code as a model's folder brings it: a text model that puts images of any size into its text, one by one."""
+"""Code as shipped in a model's folder: a text model that puts images of any size into its text, one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 
 class LoopingConfig(PretrainedConfig):
-    """Sizes."""
+    """The sizes of the model."""
 
     model_type = "looping"
 
@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
 
 class LoopingForCausalLM(PreTrainedModel):
-    """How many patches an image has is the value of a tensor, and where they go is looked for."""
+    """A model that reads the number of an image's patches from a tensor, and searches for their positions."""
 
     config_class = LoopingConfig
 
@@ -60,7 +60,7 @@ class LoopingForCausalLM(PreTrainedModel):
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutput:
-        """Patches ``[all, 12]`` of all images, of each of which ``counts`` says how many there are."""
+        """Run on patches ``[all, 12]`` of all images, where ``counts`` has the number of patches of each image."""
         x = self.embed(input_ids).clone()
         if pixel_values is not None and counts is not None:
             places, done = torch.nonzero(input_ids == self.config.image), 0

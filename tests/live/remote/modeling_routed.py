@@ -1,4 +1,4 @@
-"""Code as a model's folder brings it: a classifier whose layers send each token to one of a few experts."""
+"""Code as shipped in a model's folder: a classifier whose layers send each token to one of a few experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class RoutedConfig(PretrainedConfig):
-    """Sizes."""
+    """The sizes of the model."""
 
     model_type = "routed"
 
@@ -32,7 +32,7 @@ class Expert(nn.Module):
 
 
 class Routed(nn.Module):
-    """Each expert takes the tokens that chose it, which ``torch.where`` finds."""
+    """A layer in which each expert processes the tokens that chose it, found with ``torch.where``."""
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__()
@@ -43,17 +43,17 @@ class Routed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(0, 1)
         weights, chosen = torch.softmax(self.router(tokens), -1).topk(2)
-        found = torch.zeros_like(tokens)
+        mixed = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             rows, slots = torch.where(chosen == number)
             if rows.numel() == 0:
                 continue
-            found.index_add_(0, rows, expert(tokens[rows]) * weights[rows, slots, None])
-        return x + found.view_as(x)
+            mixed.index_add_(0, rows, expert(tokens[rows]) * weights[rows, slots, None])
+        return x + mixed.view_as(x)
 
 
 class RoutedForSequenceClassification(PreTrainedModel):
-    """The mean of all tokens, classified."""
+    """A classifier of the mean of all tokens."""
 
     config_class = RoutedConfig
 
