@@ -41,14 +41,14 @@ def is_cached(program: Program) -> bool:
 
 
 def require_every_place(
-    compilation: Compilation, program: Program, found: Sequence[Resolved], trained: Sequence[ParameterSite]
+    compilation: Compilation, program: Program, read: Sequence[Resolved], trained: Sequence[ParameterSite]
 ) -> None:
     """Check that a decoder's graph and the graphs that gave its inputs read all adapted places between them.
 
     Args:
         compilation: the Compilation with those graphs.
         program: the graph.
-        found, trained: the adaptations and the trained tensors that it has.
+        read, trained: the adaptations and the trained tensors that it has.
 
     Raises:
         GraftError: GC031 naming a place that none of them reads.
@@ -58,7 +58,7 @@ def require_every_place(
     bases = ((part, compilation.program_as_run("train", "base", s)) for s, part in compilation.signatures.items())
     parts = [part.places_as_run for part, base in bases if is_part(base) or is_cached(base)]
     main = compilation.places()
-    places = {str(site.key) for r in [*found, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
+    places = {str(site.key) for r in [*read, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
     tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
     for resolved in main.resolved:
         for site, _ in resolved.places:

@@ -126,9 +126,9 @@ class CalledResolution(Resolution):
     _make: Callable[[], tuple[Graphs, Resolution]] | None
     _graphs: Graphs
 
-    def __init__(self, found: Resolution) -> None:
-        own = {name: value for name, value in vars(found).items() if name not in _WRITTEN_OUT}
-        vars(self).update(own, places=Places(found.resolved, found.trained), _make=None, _graphs={})
+    def __init__(self, resolution: Resolution) -> None:
+        own = {name: value for name, value in vars(resolution).items() if name not in _WRITTEN_OUT}
+        vars(self).update(own, places=Places(resolution.resolved, resolution.trained), _make=None, _graphs={})
 
     @property
     def places_as_run(self) -> Places:
@@ -189,14 +189,14 @@ class SignatureTable:
         self.first_call: Mapping[str, Tensor] | None = None
         self._by_inputs: dict[tuple[str, ...], list[Signature]] = {}
 
-    def add(self, graphs: Graphs, found: Resolution) -> None:
+    def add(self, graphs: Graphs, resolution: Resolution) -> None:
         """Add the graphs of a new signature; other threads find it only when it is complete."""
-        signature = found.signature
+        signature = resolution.signature
         self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
-        self.found[signature] = found
-        for owner, sites in found.parts.items():
+        self.found[signature] = resolution
+        for owner, sites in resolution.parts.items():
             self.parts.setdefault(owner, {}).update(sites)
-        self.notes += tuple(note for note in found.notes if note not in self.notes)
+        self.notes += tuple(note for note in resolution.notes if note not in self.notes)
         self._by_inputs.setdefault(signature.inputs, []).append(signature)
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:

@@ -208,8 +208,8 @@ def _adapted(
     return adapt_signature(work, request, list(dict.fromkeys([*always, *chosen])))
 
 
-def _included(compilation: Compilation, graphs: Graphs, found: Resolution) -> Signature:
+def _included(compilation: Compilation, graphs: Graphs, resolution: Resolution) -> Signature:
     """Add graphs to the Compilation unless it has their signature, and return the signature."""
-    if found.signature not in compilation.signatures:
-        compilation.table.add(graphs, found)
-    return found.signature
+    if resolution.signature not in compilation.signatures:
+        compilation.table.add(graphs, resolution)
+    return resolution.signature

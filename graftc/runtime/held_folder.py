@@ -323,17 +323,17 @@ class HeldFolder:
         return str(self.path / name) if self._descriptor is None else name
 
 
-def is_own(found: os.stat_result, folder: Path) -> bool:
+def is_own(status: os.stat_result, folder: Path) -> bool:
     """Return whether something belongs to this user, or to the owner that the file system gives this user's new files.
 
     Args:
-        found: its status.
+        status: its status.
         folder: a folder on the same file system that this user may write to.
     """
-    if sys.platform == "win32" or found.st_uid == os.geteuid():
+    if sys.platform == "win32" or status.st_uid == os.geteuid():
         return True
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
-        return os.fstat(file.fileno()).st_uid == found.st_uid
+        return os.fstat(file.fileno()).st_uid == status.st_uid
     return False
 
 

@@ -176,12 +176,12 @@ def _from_plugin(point: EntryPoint) -> list[SpecEntry]:
     return [_entry(c, f"{point.module}.method", module.__name__) for c in classes]
 
 
-def _add(found: dict[str, SpecEntry], entry: SpecEntry) -> None:
-    other = found.get(entry.tag)
+def _add(entries: dict[str, SpecEntry], entry: SpecEntry) -> None:
+    other = entries.get(entry.tag)
     if other is not None and other.spec_class is not entry.spec_class:
         message = f"the method '{entry.tag}' is defined in {other.module} and in {entry.module}"
         raise GraftError("GC070", message, hint="rename one of them or uninstall its package")
-    found[entry.tag] = entry
+    entries[entry.tag] = entry
 
 
 def unknown_method(tag: object) -> GraftError:

@@ -85,16 +85,16 @@ def read_regular(
     return bytes(content)
 
 
-def _require(found: os.stat_result, path: str | os.PathLike[str], most: int | None, *, follow: bool = True) -> None:
+def _require(status: os.stat_result, path: str | os.PathLike[str], most: int | None, *, follow: bool = True) -> None:
     name = str(Path(path))
-    if not follow and stat.S_ISLNK(found.st_mode):
+    if not follow and stat.S_ISLNK(status.st_mode):
         raise OSError(errno.ELOOP, "it is a link", name)
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", name)
-    if most is not None and found.st_size > most:
-        raise _too_large(path, found.st_size, most)
+    if most is not None and status.st_size > most:
+        raise _too_large(path, status.st_size, most)
 
 
 def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:

@@ -70,28 +70,28 @@ def _every_layer(compilation: Compilation, stale: Capture, request: CaptureReque
     return fresh
 
 
-def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence[Axis] = ()) -> Capture:
+def _checked(compilation: Compilation, capture: Capture, log: Log, shown: Sequence[Axis] = ()) -> Capture:
     """Return a capture with its anchor.
 
     Raises:
         GraftError: GC030 if it writes to what it may not, GC040 if it is not a graph of the Store's tensors, GC041 if
             it does not match the model.
     """
-    store, program = compilation.store, record_baseline(found.traced)
+    store, program = compilation.store, record_baseline(capture.traced)
     log.entries = list(program.history)
-    added = [name for name in found.constants if name not in store]
+    added = [name for name in capture.constants if name not in store]
     for name in added:
-        store.add_constant(name, found.constants[name])
+        store.add_constant(name, capture.constants[name])
     try:
         write = flaw(program.graph, program.mode, store.is_buffer)
         if write is not None:
             message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
             raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
         log.verified(program, store, "canonicalise")
-        comparison = anchored(compilation, found, program, shown)
+        comparison = anchored(compilation, capture, program, shown)
         untried = ("it was not held against all kinds of inputs",) if comparison.plain else ()
         differing = comparison.differing or untried
-        if differing and (comparison.differing or found.cached):
+        if differing and (comparison.differing or capture.cached):
             where = f"{comparison.mode} mode with {comparison.inputs}"
             message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
@@ -104,15 +104,15 @@ def _checked(compilation: Compilation, found: Capture, log: Log, shown: Sequence
             store.drop_constant(name)
         raise
     program.inputs = from_two(program.inputs, comparison.from_two)
-    return replace(found, anchor=comparison, flat=None)
+    return replace(capture, anchor=comparison, flat=None)
 
 
-def anchored(compilation: Compilation, found: Capture, program: Program, shown: Sequence[Axis] = ()) -> Anchor:
+def anchored(compilation: Compilation, capture: Capture, program: Program, shown: Sequence[Axis] = ()) -> Anchor:
     """Return the comparison of a graph, captured or derived from a captured one, with the source model.
 
     Args:
         compilation: the Compilation with the model.
-        found: the capture.
+        capture: the capture.
         program: the graph.
         shown: the requested inputs. Those to be captured as shown are compared as shown as well; the others are used
             for a model that takes no samples.
@@ -123,21 +123,21 @@ def anchored(compilation: Compilation, found: Capture, program: Program, shown: 
     axes = tuple(replace(axis, axes=spec.shape) for axis, spec in zip(own, program.inputs, strict=True))
     assert program.mode in ("train", "eval")
     request = CaptureRequest(compilation.model, axes, program.flags, program.mode, compilation.store.aliases)
-    return anchor(request, program, found.constants)
+    return anchor(request, program, capture.constants)
 
 
 _NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and buffers has no place in a graph"
 
 
-def _note(work: Work, found: Capture) -> None:
+def _note(work: Work, capture: Capture) -> None:
     """Record what a graph lacks of the model and warn about it, each once."""
     compilation = work.compilation
     known = {*compilation.notes, *work.notes}
-    assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]
+    assigned = [*capture.assigned, *(capture.anchor.assigned if capture.anchor is not None else ())]
     written = [f"forward assigns to {name}" for name in assigned]
     drawn = random_structure(compilation.model)
     lost = unkept(compilation.model)
-    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written, *lost]) if note not in known]
+    new = [note for note in dict.fromkeys([*capture.notes, *drawn, *written, *lost]) if note not in known]
     work.notes += new
     for note in new:
         if note in written:

@@ -227,10 +227,10 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, str]) -> Iterator[None
 
 
 @contextmanager
-def wrapped(model: nn.Module, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of a model in its capture state by ``made(forward)`` while the block runs."""
+def wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of a model in its capture state by ``wrap(forward)`` while the block runs."""
     called = vars(model)["forward"]
-    vars(model)["forward"] = made(called)
+    vars(model)["forward"] = wrap(called)
     try:
         yield
     finally:

@@ -88,9 +88,9 @@ def lookup(request: CaptureRequest) -> Capture | None:
     return _read(key(request), request.device)
 
 
-def keep(request: CaptureRequest, found: Capture) -> None:
+def keep(request: CaptureRequest, capture: Capture) -> None:
     """Keep a capture, in a temporary file that is then renamed; what cannot be kept is skipped silently."""
-    _write(key(request), found)
+    _write(key(request), capture)
 
 
 def forget(request: CaptureRequest) -> None:
@@ -169,17 +169,17 @@ def _content(path: Path) -> bytes | None:
         return file.read(min(status.st_size, _LARGEST_FILE) + 1)  # bounds the memory that reading takes
 
 
-def _write(wanted: str | None, found: Capture) -> None:
+def _write(wanted: str | None, capture: Capture) -> None:
     """Keep a capture, in a temporary file that is then renamed; skip what cannot be kept, or not now."""
     path = _path(wanted)
-    if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in found.constants.values()):
+    if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in capture.constants.values()):
         return
     try:
         data = {
             "key": wanted,
-            "program": program_to_json(found.traced),
-            "constants": {name: _encode(tensor) for name, tensor in found.constants.items()},
-            "notes": list(found.notes),
+            "program": program_to_json(capture.traced),
+            "constants": {name: _encode(tensor) for name, tensor in capture.constants.items()},
+            "notes": list(capture.notes),
         }
         content = json.dumps(data, separators=(",", ":")).encode()
     except (SerialisationError, ValueError):

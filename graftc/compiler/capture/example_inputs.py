@@ -23,7 +23,7 @@ def random_inputs(
     config: Any = None,
     *,
     front: bool = True,
-    held: Mapping[str, int] | None = None,
+    fixed_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return random inputs for a Program: indices within their table, masks, normal floats.
 
@@ -39,10 +39,10 @@ def random_inputs(
             and have it nowhere else, since some heads look for it.
         front: whether padding may be in front. Under a causal mask its rows then see nothing, and the result of
             attention for them depends on the kernel: zeros in torch, a mean elsewhere.
-        held: sizes of named axes to which ``sizes`` does not apply.
+        fixed_sizes: sizes of named axes to which ``sizes`` does not apply.
     """
     device = store.device()
-    return samples_on(device, program, seed, sizes, config, front=front, held=held)
+    return samples_on(device, program, seed, sizes, config, front=front, fixed_sizes=fixed_sizes)
 
 
 def samples_on(
@@ -53,11 +53,11 @@ def samples_on(
     config: Any,
     *,
     front: bool = True,
-    held: Mapping[str, int] | None = None,
+    fixed_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return what `random_inputs` returns, on a given device."""
     generator = torch.Generator().manual_seed(seed)
-    axes = _sizes(program, sizes, held or {})
+    axes = _sizes(program, sizes, fixed_sizes or {})
     inputs: dict[str, Tensor] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         rows = None if spec.dtype.is_floating_point else _table_rows(node)
@@ -75,14 +75,14 @@ def samples_on(
     return inputs
 
 
-def _sizes(program: Program, sizes: Sequence[int], held: Mapping[str, int]) -> dict[str, int]:
+def _sizes(program: Program, sizes: Sequence[int], fixed_sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the size of every named axis that is not a sum of others."""
     axes: dict[str, int] = {}
     for spec in program.inputs:
         for dim, name in enumerate(spec.shape):
             if isinstance(name, str) and not is_sum(name):
                 low, high = spec.ranges[dim] if spec.ranges else (0, None)
-                wanted = held.get(name, max(sizes[min(len(axes), len(sizes) - 1)], low))
+                wanted = fixed_sizes.get(name, max(sizes[min(len(axes), len(sizes) - 1)], low))
                 axes.setdefault(name, wanted if high is None else min(wanted, high))
     return axes
 

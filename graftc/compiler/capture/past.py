@@ -247,12 +247,12 @@ def require_growing(cache: Any) -> None:
             raise GraftError("GC140", message, hint="give a DynamicCache, which grows with the text")
 
 
-def _length(held: Mapping[str, Tensor]) -> int:
+def _length(past: Mapping[str, Tensor]) -> int:
     """Return the number of tokens of the text in a cache.
 
     Sizes are not converted to numbers, since `torch.compile` would make a graph for each number.
     """
-    lengths = [tensor.shape[2] for name, tensor in held.items() if not is_cross(name)]
+    lengths = [tensor.shape[2] for name, tensor in past.items() if not is_cross(name)]
     if any(length != lengths[0] for length in lengths):
         raise other_cache(f"its layers have {min(lengths)} to {max(lengths)} tokens")
     return lengths[0] if lengths else 0

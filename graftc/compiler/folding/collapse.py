@@ -94,8 +94,8 @@ def _parameters(compilation: Compilation, resolved: Resolved) -> int:
 class _Own:
     """The tensors of one place: its own, ``held``, and those that they collapse to."""
 
-    def __init__(self, spec: MethodSpec, held: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
-        self.spec, self.held, self.shared = spec, held, shared
+    def __init__(self, spec: MethodSpec, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+        self.spec, self.held, self.shared = spec, tensors, shared
 
     def collapsed(self) -> Mapping[str, Tensor]:
         gates = {part: value for part, value in self.held.items() if part in GATE}

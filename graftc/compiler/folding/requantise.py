@@ -50,13 +50,13 @@ class Repacked:
     budget: float = 0.0
 
 
-def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, Repacked]:
+def requantised(store: Store, lazy: LazyTensors, folds: Folded) -> tuple[Folded, Repacked]:
     """Pack the folded weights that were packed before, each in its own packing.
 
     Args:
         store: the Store of the base.
         lazy: the lazy tensors, which define the rows that belong to each site.
-        made: the fold; for a packed weight, the values that it is rounded to are packed.
+        folds: the fold; for a packed weight, the values that it is rounded to are packed.
 
     Returns:
         The fold without these weights, with what packing has left of the updates, and the packed weights.
@@ -64,10 +64,10 @@ def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, 
     Raises:
         GraftError: GC166 for a packing that can only be read.
     """
-    tensors, packed = dict(made.tensors), dict[str, tuple[Tensor, ...]]()
+    tensors, packed = dict(folds.tensors), dict[str, tuple[Tensor, ...]]()
     evidence: list[PackingEvidence] = []
     total, of_sites, budget = Retention(), dict[str, Retention](), 0.0
-    for name, folded in made.tensors.items():
+    for name, folded in folds.tensors.items():
         parts = _parts(name, lazy.chain(name))
         base = store.full(name) if name in store else torch.zeros_like(folded)
         now = folded
@@ -86,8 +86,8 @@ def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, 
         for site, part in parts:
             mine = left if part.whole else retained(*(part.take(each) for each in (base, folded, now)))
             of_sites[site] = of_sites.get(site, Retention()) + mine
-    sites = tuple(replace(s, retention=of_sites.get(s.site, s.retention)) for s in made.sites)
-    return replace(made, tensors=tensors, sites=sites, retention=total), Repacked(packed, tuple(evidence), budget)
+    sites = tuple(replace(s, retention=of_sites.get(s.site, s.retention)) for s in folds.sites)
+    return replace(folds, tensors=tensors, sites=sites, retention=total), Repacked(packed, tuple(evidence), budget)
 
 
 def _packed(store: Store, name: str, own: PackedType, folded: Tensor, same: Tensor) -> tuple[Tensor, ...]:

@@ -69,9 +69,9 @@ class Retention:
         )
 
     @classmethod
-    def total(cls, found: Iterable[Retention]) -> Retention:
+    def total(cls, retentions: Iterable[Retention]) -> Retention:
         """Return the retention of several tensors together."""
-        return sum(found, cls())
+        return sum(retentions, cls())
 
     @property
     def norm(self) -> float:

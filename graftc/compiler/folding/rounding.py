@@ -64,10 +64,10 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
     return left
 
 
-def units_in_last_place(found: Tensor, exact: Tensor) -> float:
-    """Return the largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
-    error = found.to(torch.float64, copy=True).sub_(exact)
-    return _in_last_place(error, exact, found.dtype, torch.empty_like(error))
+def units_in_last_place(rounded: Tensor, exact: Tensor) -> float:
+    """Return the largest ``|rounded - exact|`` in units in the last place of its dtype, at the exact value."""
+    error = rounded.to(torch.float64, copy=True).sub_(exact)
+    return _in_last_place(error, exact, rounded.dtype, torch.empty_like(error))
 
 
 def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tensor) -> float:

@@ -79,8 +79,8 @@ def _tensor(index: Index, name: str, tensor: str) -> Explanation:
     return Explanation(name, "tensor", index.mode, title, tuple(causes), readers, (fact,))
 
 
-def _place(index: Index, name: str, found: Found) -> Explanation:
-    path, site = found.module, found.site
+def _place(index: Index, name: str, entry: Found) -> Explanation:
+    path, site = entry.module, entry.site
     if site:
         causes = [cause for cause in index.origins if cause.site == site]
         base = index.base_tensor(site)

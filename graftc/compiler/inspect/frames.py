@@ -177,8 +177,8 @@ def plain_frames(snapshot: Snapshot, mode: Mode = "eval") -> Frames:
 class _Making:
     """A builder of `Frames` that works backwards from the final graph."""
 
-    def __init__(self, program: Program, found: Frames, snapshot: Snapshot) -> None:
-        self.program, self.frames, self.snapshot = program, found, snapshot
+    def __init__(self, program: Program, frames: Frames, snapshot: Snapshot) -> None:
+        self.program, self.frames, self.snapshot = program, frames, snapshot
         self._now: dict[str, int] = {}  # nodes of the step reached so far, by name
         self._reading: dict[int, dict[tuple[str, int], int]] = {}  # edges by reading node
         printer, costs = Printer(program), Costs(program)
@@ -188,7 +188,7 @@ class _Making:
             self._read(self._now[node.name], names_read(node.args, node.kwargs), STAYS)
         needed = {node.name for node in above([program.output_node, *filter(mutates, program.graph.nodes)])}
         for node in program.graph.nodes:
-            found.nodes[self._now[node.name]].unread = node.op != "placeholder" and node.name not in needed
+            frames.nodes[self._now[node.name]].unread = node.op != "placeholder" and node.name not in needed
 
     def _node(self, node: fx.Node, printer: Printer, costs: Costs, order: float) -> FrameNode:
         origin = provenance(node)

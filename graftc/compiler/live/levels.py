@@ -155,16 +155,16 @@ def _in_order(calls: Recorded) -> list[str]:
     return sorted(calls, key=first.__getitem__)
 
 
-def _inside(model: nn.Module, paths: Collection[str], held: Mapping[str, int]) -> list[str]:
+def _inside(model: nn.Module, paths: Collection[str], counts: Mapping[str, int]) -> list[str]:
     """Return the modules directly inside others that contain more than one called map.
 
     Args:
         model: the model.
         paths: paths of the outer modules.
-        held: number of called maps that modules contain, by path.
+        counts: number of called maps that modules contain, by path.
     """
     own = [(path, name) for path in paths for name, _ in model.get_submodule(path).named_children()]
-    return sorted(inner for path, name in own if held.get(inner := f"{path}.{name}", 0) > 1)
+    return sorted(inner for path, name in own if counts.get(inner := f"{path}.{name}", 0) > 1)
 
 
 Kind = tuple[tuple[type, ...], str]

@@ -101,13 +101,13 @@ def narrow_names(spec: Spec) -> frozenset[str]:
     return frozenset(narrow | {str(c.name) for c in spec.compose if narrow.issuperset(c.members)})
 
 
-def check_units(spec: Spec, found: Sequence[Unit]) -> None:
+def check_units(spec: Spec, units: Sequence[Unit]) -> None:
     """Check that the members of every composition fit together.
 
     Raises:
         GraftError: GC036 naming the member that differs.
     """
-    for unit in found:
+    for unit in units:
         if unit.composition is None:
             continue
         try:

@@ -102,10 +102,10 @@ class Matching:
         where: str,
         method: ForMethod,
         matcher: RegexMatcher,
-        found: Meant | None = None,
+        meant: Meant | None = None,
         within: Collection[Hashable] | None = None,
     ) -> None:
-        self.found, self.within = found, None if within is None else frozenset(within)
+        self.found, self.within = meant, None if within is None else frozenset(within)
         self.target, self.all, self.where, self.method = target, list(candidates), where, method.method
         self.missing, self.matcher = method.missing, matcher
         self.kinds = None if method.kinds is None else frozenset(method.kinds)

@@ -44,14 +44,14 @@ def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
     return Affine(kind, group=group, transposed=transposed)
 
 
-def linear_maps(found: Capture) -> dict[str, Layout]:
+def linear_maps(capture: Capture) -> dict[str, Layout]:
     """Return the weights of a graph that only linear maps and experts read, by name, with their layouts.
 
     These are the weights in repeated layers, or all of them if there are no repeated layers. Routers, whose results
     decide what is computed, are left out.
     """
-    graph = found.program.graph
-    routers = {f.node for f in find_structure(graph, found.constants).findings if f.role.endswith("router")}
+    graph = capture.program.graph
+    routers = {f.node for f in find_structure(graph, capture.constants).findings if f.role.endswith("router")}
     layouts: dict[str, list[Layout | None]] = {}
     for node in graph.nodes:
         use = linear_use(node)

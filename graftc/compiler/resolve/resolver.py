@@ -181,10 +181,10 @@ class Resolver:
         }
         return frozenset(path for owner in owners | in_calls for path in accumulate(owner.split("."), "{}.{}".format))
 
-    def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
+    def _conflicts(self, spec: Spec, all_resolved: Sequence[Resolved]) -> None:
         """Raise GC021 unless rows of one weight belong to one adaptation, or to several with exactly the same rows."""
         owners: dict[tuple[str, str], dict[WeightSlice, list[str]]] = defaultdict(dict)
-        for index, resolved in enumerate(found):
+        for index, resolved in enumerate(all_resolved):
             for site, _ in resolved.places:
                 if not isinstance(site, LinearSite):
                     continue
@@ -204,8 +204,8 @@ class Resolver:
                         )
                 owners_of_rows.setdefault(site.own, []).append(resolved.name)
 
-    def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
-        for index, resolved in enumerate(found):
+    def _warn(self, spec: Spec, all_resolved: Sequence[Resolved]) -> None:
+        for index, resolved in enumerate(all_resolved):
             if method_for(resolved.spec.method).stands_in:
                 continue
             place = spec.place(f"adapt[{index}].target")

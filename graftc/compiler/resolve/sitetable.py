@@ -162,7 +162,7 @@ class SiteTable:
                 self._add(sites, part=not own.whole and whole in spans)
 
     def linear_sites(
-        self, key: SiteKey, own: WeightSlice, found: Sequence[Finding] = (), like: Site | None = None
+        self, key: SiteKey, own: WeightSlice, findings: Sequence[Finding] = (), like: Site | None = None
     ) -> list[Site]:
         """Return the sites of some rows of a weight, one per use that reads all of those rows.
 
@@ -174,8 +174,8 @@ class SiteTable:
         if like is not None:
             roles, layer, stack = like.roles, like.layer, like.stack
         else:
-            roles = tuple(dict.fromkeys(f.role for f in found))
-            layer, stack = (found[0].layer, found[0].stack) if found else place(key.module)
+            roles = tuple(dict.fromkeys(f.role for f in findings))
+            layer, stack = (findings[0].layer, findings[0].stack) if findings else place(key.module)
         return [site_of(use, replace(key, use=index), own, roles, layer, stack) for index, use in enumerate(uses)]
 
     def readers(self, site: LinearSite) -> list[Site]:
@@ -284,12 +284,12 @@ class SiteTable:
         for sites in value_sites(self.program.graph, self.structure, _end):
             self._add(sites)
 
-    def _token_embeddings(self, found: Sequence[TokenEmbeddings]) -> None:
+    def _token_embeddings(self, embeddings: Sequence[TokenEmbeddings]) -> None:
         """Add the token embeddings of every sequence.
 
         Without a prefix, the role means those of the first sequence, an encoder's.
         """
-        for own in found:
+        for own in embeddings:
             key = SiteKey(own.module, own.role)
             named = {own.role} if own.role.startswith("decoder.") else None
             self._add([ValueSite(key, (own.role,), None, "", kind=SiteKind.VALUE, node=own.node)], named=named)

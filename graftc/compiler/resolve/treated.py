@@ -27,14 +27,14 @@ class TreatedUnlikeError(UnlikeBodyError):
         self.groups = groups
 
 
-def treated_alike(resolved: Sequence[Resolved], found: Sequence[FunctionCall]) -> dict[str, list[list[str]]]:
+def treated_alike(resolved: Sequence[Resolved], function_calls: Sequence[FunctionCall]) -> dict[str, list[list[str]]]:
     """Group the calls of each body by what adaptations do there; the group of the body itself comes first.
 
     Args:
         resolved: the adaptations with their sites.
-        found: the calls.
+        function_calls: the calls.
     """
-    bodies = {one.path: one.body for one in found} | {one.body: one.body for one in found}
+    bodies = {one.path: one.body for one in function_calls} | {one.body: one.body for one in function_calls}
     wanted: dict[str, list[tuple[int, Any, MethodSpec]]] = {path: [] for path in bodies}
     for number, item in enumerate(resolved):
         for site, spec in item.sites:

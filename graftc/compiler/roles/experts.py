@@ -37,12 +37,12 @@ def read_experts(labels: Labels) -> None:
             labels.fail(expert.node, "a 3-D weight that no router chooses from")
 
 
-def _routes(labels: Labels, node: fx.Node, linear: Linear, held: list[Linear]) -> bool:
+def _routes(labels: Labels, node: fx.Node, linear: Linear, linears: list[Linear]) -> bool:
     """Return whether a choice compares one column of a map per expert, or without experts chooses among several."""
     compared = labels.linear_columns(node.args[0]).get(linear.node) if isinstance(node.args[0], fx.Node) else None
     counts = {linear.out, linear.out if compared is None else compared.numel()}
-    if held:
-        return bool(counts & {_count(labels, e) for e in held})
+    if linears:
+        return bool(counts & {_count(labels, e) for e in linears})
     return op_name(node) in ("topk", "argmax") and linear.out > 1
 
 

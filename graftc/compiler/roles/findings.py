@@ -211,11 +211,11 @@ class Structure:
 _NUMBER = re.compile(r"\d+")
 
 
-def _starred(path: str, found: Finding | Unresolved) -> str:
+def _starred(path: str, finding: Finding | Unresolved) -> str:
     """Return the path with the layer number replaced by a star."""
-    if found.layer is None:
+    if finding.layer is None:
         return path
-    return path.replace(f"{found.stack}.{found.layer}", f"{found.stack}.*", 1)
+    return path.replace(f"{finding.stack}.{finding.layer}", f"{finding.stack}.*", 1)
 
 
 def format_runs(runs: Runs, limit: int = 4) -> str:

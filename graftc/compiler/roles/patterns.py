@@ -71,16 +71,16 @@ class Patterns:
         """
         return Indexed(own, (number,)) if self._shared else Indexed(own + (number << SHIFT), None)
 
-    def together(self, held: Iterable[Indexed]) -> tuple[int, ...] | None:
+    def together(self, values: Iterable[Indexed]) -> tuple[int, ...] | None:
         """Return the sources of several values."""
-        sources = {own.sources for own in held}
+        sources = {own.sources for own in values}
         return next(iter(sources)) if len(sources) == 1 else tuple(sorted({n for own in sources for n in own or ()}))
 
-    def among(self, held: Indexed, sources: tuple[int, ...] | None) -> Any:
+    def among(self, value: Indexed, sources: tuple[int, ...] | None) -> Any:
         """Return a value's pattern with its sources renumbered to their positions in `sources`."""
-        if sources is None or held.sources is None or held.sources == sources:
-            return held.pattern
-        places, pattern = tuple(sources.index(number) for number in held.sources), held.pattern
+        if sources is None or value.sources is None or value.sources == sources:
+            return value.pattern
+        places, pattern = tuple(sources.index(number) for number in value.sources), value.pattern
         if isinstance(pattern, list | tuple):
             return [None if own is None else self._renumbered(own, places) for own in pattern]
         return self._renumbered(pattern, places)

@@ -59,15 +59,15 @@ def _moved(product: fx.Node, numbers: Tensor, between: Sequence[fx.Node], sizes:
     return values[between[-1]] if between else numbers
 
 
-def _step(node: fx.Node, held: Mapping[fx.Node, Any], sizes: Sizes) -> Any:
-    known = [held[n] for n in node.all_input_nodes if held.get(n) is not None]
+def _step(node: fx.Node, walks: Mapping[fx.Node, Any], sizes: Sizes) -> Any:
+    known = [walks[n] for n in node.all_input_nodes if walks.get(n) is not None]
     if not known:
         return None
     if op_name(node) in _MOVING:
 
         def operand(leaf: Any) -> Any:
-            if held.get(leaf) is not None:
-                return held[leaf]
+            if walks.get(leaf) is not None:
+                return walks[leaf]
             value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
             return torch.full(sizes.shape(value), HOLE) if isinstance(value, Tensor) else sizes.size(value)
 

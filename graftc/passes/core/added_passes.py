@@ -93,20 +93,20 @@ def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
     return added
 
 
-def _fault(found: AddedPass) -> tuple[str, str] | None:
+def _fault(added: AddedPass) -> tuple[str, str] | None:
     """Return what is wrong with a pass, and what its author can do; None if nothing is."""
-    own = found.what
+    own = added.what
     if not _NAME.fullmatch(str(own.name)):
         return f"a pass named {own.name!r}", "a name has lower-case letters, digits, '_' and '-', a letter first"
     if own.name in _RESERVED:
         return f"a pass named {own.name!r}, which means something else in histories", "choose another name"
     names = get_args(PipelineName)
-    if found.pipeline not in names:
-        close = nearest(str(found.pipeline), names)
+    if added.pipeline not in names:
+        close = nearest(str(added.pipeline), names)
         hint = f"did you mean {close[0]!r}?" if close else f"the pipelines are: {', '.join(names)}"
-        return f"{own.name!r} for the pipeline {found.pipeline!r}, which does not exist", hint
-    if (found.before is None) == (found.after is None):
-        said = "no place" if found.before is None else "two places"
+        return f"{own.name!r} for the pipeline {added.pipeline!r}, which does not exist", hint
+    if (added.before is None) == (added.after is None):
+        said = "no place" if added.before is None else "two places"
         return f"{own.name!r} with {said}", "give either before= or after="
     return None
 

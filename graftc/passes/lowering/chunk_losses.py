@@ -80,8 +80,8 @@ def _write(program: Program, head: LossHead, scores: bool) -> None:
             x = call(aten.reshape.default if move.target in VIEWS else move.target, x, *args)
         return cast(x if term.factor == 1 else call(aten.mul.Tensor, x, term.factor))
 
-    def weight(term: Term, held: fx.Node) -> fx.Node:
-        return cast(part(term, call(aten.t.default, held) if term.turned else held, 0))
+    def weight(term: Term, stored: fx.Node) -> fx.Node:
+        return cast(part(term, call(aten.t.default, stored) if term.turned else stored, 0))
 
     def bias(term: Term) -> fx.Node:
         flat = call(aten.reshape.default, term.x, [-1]) if term.x.meta["val"].dim() > 1 else term.x

@@ -153,5 +153,5 @@ def _dense_values(spec: LTSFT, place: AdaptedSite[LTSFT], region: WeightSlice) -
     return {tensor_name(place.site, name, part): value.clone() for part, value in parts.items()}
 
 
-def _like(held: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros_like(held, device=device)
+def _like(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros_like(tensor, device=device)

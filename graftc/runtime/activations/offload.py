@@ -101,18 +101,18 @@ class Offload:
         self._last = weakref.ref(sent)
         return sent
 
-    def unpack(self, held: Any) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
         """Return the tensor, and start to fetch those that will be requested next."""
-        if isinstance(held, Tensor):
-            return held
-        one: _Sent | None = held
+        if isinstance(packed, Tensor):
+            return packed
+        one: _Sent | None = packed
         for _ in range(1 + AHEAD):
             if one is None:
                 break
             if one.fetched is None:
                 one.fetched = self._copies.fetch(one.sent)
             one = None if one.before is None else one.before()
-        return self._copies.arrived(held.fetched)
+        return self._copies.arrived(packed.fetched)
 
 
 _OFFLOADS: dict[torch.device, Offload] = {}

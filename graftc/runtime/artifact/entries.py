@@ -67,7 +67,7 @@ def base(compiled: AdaptedRunner, reference: Reference, identity: Identity) -> d
     }
 
 
-def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
+def tensors(by_name: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the table of tensors of one file."""
     return {
         name: {
@@ -76,7 +76,7 @@ def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
             "trainable": record.trainable,
             "sha256": tensor_digest(gathered(tensor)),
         }
-        for name, tensor in found.items()
+        for name, tensor in by_name.items()
         for record in (TensorRecord.of(tensor),)
     }
 

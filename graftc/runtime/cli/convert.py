@@ -197,23 +197,28 @@ def _artifact(
     return converted
 
 
-def _of_folder(made: ConvertedFolder) -> dict[str, Any]:
+def _of_folder(converted: ConvertedFolder) -> dict[str, Any]:
     maps = [
         {"adaptation": None, "site": m.path, "rank": None, "full_rank": None, "error": m.error, "probed": m.error}
-        for m in made.maps
+        for m in converted.maps
     ]
     return {
-        **{"from_form": made.source, "to_form": made.target, "sites": maps, "largest_error": made.largest_error},
-        **{"rank": made.rank, "outputs": None, "largest_output": None, "into_base": []},
+        **{
+            "from_form": converted.source,
+            "to_form": converted.target,
+            "sites": maps,
+            "largest_error": converted.largest_error,
+        },
+        **{"rank": converted.rank, "outputs": None, "largest_output": None, "into_base": []},
     }
 
 
-def _of_artifact(made: Converted) -> dict[str, Any]:
+def _of_artifact(converted: Converted) -> dict[str, Any]:
     return {
-        **{"from_form": "artifact", "to_form": LORA, "sites": [vars(site) for site in made.sites]},
-        **{"largest_error": made.largest_error, "rank": max(site.rank for site in made.sites)},
-        **{"outputs": dict(made.outputs), "largest_output": made.largest_output},
-        "into_base": [] if made.partial is None else list(made.partial.folded),
+        **{"from_form": "artifact", "to_form": LORA, "sites": [vars(site) for site in converted.sites]},
+        **{"largest_error": converted.largest_error, "rank": max(site.rank for site in converted.sites)},
+        **{"outputs": dict(converted.outputs), "largest_output": converted.largest_output},
+        "into_base": [] if converted.partial is None else list(converted.partial.folded),
     }
 
 

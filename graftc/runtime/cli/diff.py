@@ -98,14 +98,18 @@ def _has_config(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _data(found: Comparison) -> dict[str, Any]:
+def _data(comparison: Comparison) -> dict[str, Any]:
     return {
-        "same": found.same,
-        "base": list(found.base),
-        "spec": found.spec,
-        "sites": {"added": list(found.added), "removed": list(found.removed), "changed": list(found.changed)},
-        "tensors": [{"name": t.name, "status": t.status, "largest_difference": t.largest} for t in found.tensors],
-        "graph": found.graph,
+        "same": comparison.same,
+        "base": list(comparison.base),
+        "spec": comparison.spec,
+        "sites": {
+            "added": list(comparison.added),
+            "removed": list(comparison.removed),
+            "changed": list(comparison.changed),
+        },
+        "tensors": [{"name": t.name, "status": t.status, "largest_difference": t.largest} for t in comparison.tensors],
+        "graph": comparison.graph,
     }
 
 
@@ -118,7 +122,7 @@ def _check(html: Path | None, force: bool, *folders: Path) -> None:
         check_destination(html, force=force)
 
 
-def _write_page(a: Path, b: Path, found: Comparison, html: Path, force: bool) -> None:
+def _write_page(a: Path, b: Path, comparison: Comparison, html: Path, force: bool) -> None:
     from dataclasses import replace
 
     from graftc.runtime.artifact import open_artifact
@@ -128,7 +132,7 @@ def _write_page(a: Path, b: Path, found: Comparison, html: Path, force: bool) ->
     from graftc.runtime.view.page import page
 
     before, after = open_artifact(a), open_artifact(b)
-    sections = _sections(found)
+    sections = _sections(comparison)
     sections["spec"] = [
         line for line in sections["spec"] if not line.startswith(("--- ", "+++ "))
     ]  # these lines contain paths of this machine
@@ -138,31 +142,35 @@ def _write_page(a: Path, b: Path, found: Comparison, html: Path, force: bool) ->
     write_text(html, page(contents(after.snapshot, evidence, before.snapshot)), force=force)
 
 
-def _sections(found: Comparison) -> dict[str, list[str]]:
-    marks = [*(f"+ {p}" for p in found.added), *(f"- {p}" for p in found.removed), *(f"~ {p}" for p in found.changed)]
+def _sections(comparison: Comparison) -> dict[str, list[str]]:
+    marks = [
+        *(f"+ {p}" for p in comparison.added),
+        *(f"- {p}" for p in comparison.removed),
+        *(f"~ {p}" for p in comparison.changed),
+    ]
     signs = {"added": "+", "removed": "-", "changed": "~", "moved": "~"}
     tensors = [
         f"{signs[t.status]} {t.name} ({t.status}" + (f", by at most {t.largest:.3g})" if t.largest is not None else ")")
-        for t in found.tensors
+        for t in comparison.tensors
     ]
     return {
-        "base": _capped([f"~ {difference}" for difference in found.base]),
-        "spec": found.spec.splitlines(),
+        "base": _capped([f"~ {difference}" for difference in comparison.base]),
+        "spec": comparison.spec.splitlines(),
         "places": marks,
         "tensors": tensors,
-        "graph (eval)": found.graph.splitlines(),
+        "graph (eval)": comparison.graph.splitlines(),
     }
 
 
-def _print(found: Comparison) -> None:
+def _print(comparison: Comparison) -> None:
     from graftc.runtime.cli.output import console, print_lines
 
     to = console()
-    if found.same:
+    if comparison.same:
         to.print("no difference")
         return
     colours = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
-    for name, lines in _sections(found).items():
+    for name, lines in _sections(comparison).items():
         if lines:
             print_lines(to, [name], lambda _: "bold")
             print_lines(to, [f"  {line}" for line in lines], lambda line: colours.get(line[2:3], ""))
@@ -173,7 +181,7 @@ def _capped(lines: list[str], most: int = 5) -> list[str]:
     return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
-def _weights(found: FolderDifference) -> dict[str, Any]:
+def _weights(difference: FolderDifference) -> dict[str, Any]:
     from dataclasses import asdict
 
     def numbers(item: Any) -> dict[str, Any] | None:
@@ -185,25 +193,29 @@ def _weights(found: FolderDifference) -> dict[str, Any]:
 
     tensors = [
         {**{"name": t.name, "status": t.status, "base": t.base, "other": t.other}, "difference": numbers(t)}
-        for t in found.tensors
+        for t in difference.tensors
     ]
-    return {"equal": found.equal, "tensors": tensors}
+    return {"equal": difference.equal, "tensors": tensors}
 
 
-def _print_weights(found: FolderDifference) -> None:
+def _print_weights(difference: FolderDifference) -> None:
     from graftc.runtime.cli.output import console, print_lines
     from graftc.runtime.compare.folders import lines, summary
 
     to = console()
-    equal = f"{found.equal} tensors are equal" if found.equal != 1 else "1 tensor is equal"
-    if found.same:
+    equal = f"{difference.equal} tensors are equal" if difference.equal != 1 else "1 tensor is equal"
+    if difference.same:
         to.print(f"no difference: {equal}")
         return
     colours = {"+": "green", "-": "red", "~": "yellow"}
     print_lines(to, ["tensors"], lambda _: "bold")
-    print_lines(to, [f"  {line}" for line in lines(found)], lambda line: colours.get(line[2:3], ""))
-    causes = summary(found)
+    print_lines(to, [f"  {line}" for line in lines(difference)], lambda line: colours.get(line[2:3], ""))
+    causes = summary(difference)
     if causes:
         print_lines(to, ["what could have made it"], lambda _: "bold")
         print_lines(to, [f"  {line}" for line in causes], lambda _: "")
-    to.print(f"{len(found.tensors)} of {len(found.tensors) + found.equal} tensors differ", soft_wrap=True, markup=False)
+    to.print(
+        f"{len(difference.tensors)} of {len(difference.tensors) + difference.equal} tensors differ",
+        soft_wrap=True,
+        markup=False,
+    )

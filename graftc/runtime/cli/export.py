@@ -190,14 +190,14 @@ def _check_options(
         raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it, as in --for vllm")
 
 
-def _exporting(made: Compiled | Merged | Partial) -> Exporting:
+def _exporting(model: Compiled | Merged | Partial) -> Exporting:
     """Return the object that exports a model."""
     from graftc.runtime.deploy.partial import Partial
     from graftc.runtime.export.exporting import Exporting
     from graftc.runtime.model.adapted import AdaptedRunner
     from graftc.runtime.model.runner import runner_of
 
-    runner = made if isinstance(made, Partial) else runner_of(made)
+    runner = model if isinstance(model, Partial) else runner_of(model)
     return Exporting(runner) if isinstance(runner, AdaptedRunner) else runner.exporting
 
 

@@ -216,14 +216,14 @@ def _explanation_view(snapshot: Snapshot, name: str, mode: Any) -> _View:
     )
 
 
-def _summary_view(directory: str, found: Summary) -> _View:
-    return _View(found.to_json(), lambda to: _print_summary(to, directory, found))
+def _summary_view(directory: str, summary: Summary) -> _View:
+    return _View(summary.to_json(), lambda to: _print_summary(to, directory, summary))
 
 
-def _print_summary(to: Console, directory: str, found: Summary) -> None:
+def _print_summary(to: Console, directory: str, summary: Summary) -> None:
     from graftc.runtime.cli.output import number, print_figures, print_table
 
-    to.print(f"{directory}: {found.model}, adapted", soft_wrap=True, markup=False)
+    to.print(f"{directory}: {summary.model}, adapted", soft_wrap=True, markup=False)
     to.print()
     columns = ("adaptation", "method", "roles", "layers", "places", "trainable", "frozen", "tensors", "nodes")
     rows = [
@@ -234,16 +234,19 @@ def _print_summary(to: Console, directory: str, found: Summary) -> None:
             a.layers,
             *(number(n) for n in (a.places, a.trainable_parameters, a.frozen_parameters, a.tensors, a.nodes)),
         )
-        for a in found.adaptations
+        for a in summary.adaptations
     ]
     print_table(to, columns, rows, right=columns[4:])
     to.print()
-    print_figures(found.passes)
+    print_figures(summary.passes)
     facts = [
-        ("trainable parameters", f"{number(found.trainable_parameters)} ({found.percent:.3f} % of base plus added)"),
-        *([("trained in full", number(found.trained_in_full))] if found.trained_in_full else []),
-        ("base parameters", f"{number(found.base_parameters)} in {number(found.base_tensors)} tensors"),
-        ("nodes of the eval graph", f"{number(found.nodes)}, {number(found.inserted)} of them inserted"),
+        (
+            "trainable parameters",
+            f"{number(summary.trainable_parameters)} ({summary.percent:.3f} % of base plus added)",
+        ),
+        *([("trained in full", number(summary.trained_in_full))] if summary.trained_in_full else []),
+        ("base parameters", f"{number(summary.base_parameters)} in {number(summary.base_tensors)} tensors"),
+        ("nodes of the eval graph", f"{number(summary.nodes)}, {number(summary.inserted)} of them inserted"),
     ]
     for label, fact in facts:
         to.print(f"{label + ':':<25}{fact}", soft_wrap=True, markup=False)

@@ -169,22 +169,22 @@ def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable
     return PlannedMemory(plan, list(rows(others, model, inputs, size, told, **options)))
 
 
-def print_memory(found: PlannedMemory) -> None:
+def print_memory(planned: PlannedMemory) -> None:
     """Print the plan and the table."""
     from graftc.runtime.cli.output import console, print_table
     from graftc.runtime.planner.sizes import shown
 
     to = console()
     to.print()
-    to.print(str(found.plan), soft_wrap=True, markup=False)
-    if not found.rows:
+    to.print(str(planned.plan), soft_wrap=True, markup=False)
+    if not planned.rows:
         return
     to.print()
-    bounded = found.plan.budget is not None
+    bounded = planned.plan.budget is not None
     columns = ["method", "base", "checkpointing", "loss", "optimizer", "peak"]
     columns += ["fits", "largest batch", "longest sequence"] if bounded else []
     lines = []
-    for row in found.rows:
+    for row in planned.rows:
         line = [row.method, row.quantize or "as it is", "yes" if row.checkpoint else "no"]
         line += ["chunked" if row.chunked else "whole"]
         if row.plan is None:

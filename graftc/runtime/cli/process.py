@@ -62,9 +62,9 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _unraisable(found: Any) -> None:
-    if not (_state["interrupted"] and found.exc_type is KeyboardInterrupt):
-        sys.__unraisablehook__(found)
+def _unraisable(unraisable: Any) -> None:
+    if not (_state["interrupted"] and unraisable.exc_type is KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def sane_sizes() -> None:

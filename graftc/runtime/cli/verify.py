@@ -79,8 +79,8 @@ def _against_adapter(directory: Path, adapter: Path, model: str | None, step: Ca
     return verify_checkpoint(directory, adapter, model, progress=throughput(step, "folding and comparing"))
 
 
-def _verdict(found: Verification) -> str:
-    failed = next((check.name for check in found.checks if check.passed is False), None)
+def _verdict(verification: Verification) -> str:
+    failed = next((check.name for check in verification.checks if check.passed is False), None)
     if failed is None:
         return "verified"
     return "NOT verified: its base is not here, or is another" if failed == "base" else "NOT as it was written"

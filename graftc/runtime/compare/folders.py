@@ -153,10 +153,10 @@ def _compared(
     return WeightDifference(name, "changed", str(stored), str(other), difference(pair, matrix=len(shape) == 2))
 
 
-def summary(found: FolderDifference) -> list[str]:
+def summary(comparison: FolderDifference) -> list[str]:
     """Return a line for each possible cause of the differences, those of most tensors first."""
     counts: dict[Cause, list[Difference]] = {}
-    for item in found.tensors:
+    for item in comparison.tensors:
         if item.difference is not None:
             counts.setdefault(item.difference.cause, []).append(item.difference)
     order = sorted(counts.items(), key=lambda pair: -len(pair[1]))
@@ -182,11 +182,11 @@ def _ranks(items: Iterable[Difference]) -> str:
     return f" of rank {ranks[0]}" if len(ranks) == 1 else f" of rank {ranks[0]} to {ranks[-1]}"
 
 
-def lines(found: FolderDifference) -> Iterator[str]:
+def lines(comparison: FolderDifference) -> Iterator[str]:
     """Yield one line for each tensor, or for those of layers that differ alike, with a sign in front."""
     signs = {"added": "+", "removed": "-"}
     text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "other sizes"}
-    for name, items in found.alike():
+    for name, items in comparison.alike():
         first = items[0]
         count = f" ({len(items)} tensors)" if len(items) > 1 else ""
         types = " -> ".join(dict.fromkeys(filter(None, (first.base, first.other))))
@@ -195,15 +195,17 @@ def lines(found: FolderDifference) -> Iterator[str]:
         yield f"{signs.get(first.status, '~')} {name}{count} {types}: {how}"
 
 
-def _numbers(made: list[Difference]) -> str:
-    cause = made[0].cause
-    parts = [_ranks(made).removeprefix(" of ") or cause.value]
-    explained = min((each.explained for each in made if each.explained is not None), default=None)
+def _numbers(differences: list[Difference]) -> str:
+    cause = differences[0].cause
+    parts = [_ranks(differences).removeprefix(" of ") or cause.value]
+    explained = min((each.explained for each in differences if each.explained is not None), default=None)
     if explained is not None and cause != Cause.ROUNDING:
         parts.append(f"which is {100 * explained:.1f} % of it")
     if cause == Cause.ROWS:
-        parts.append(f"at most {max(each.rows or 0 for each in made)}")
-    norms = dict.fromkeys(f"{norm:.1e}" for norm in (min(d.norm for d in made), max(d.norm for d in made)))
+        parts.append(f"at most {max(each.rows or 0 for each in differences)}")
+    norms = dict.fromkeys(
+        f"{norm:.1e}" for norm in (min(d.norm for d in differences), max(d.norm for d in differences))
+    )
     return ", ".join(
-        [*parts, f"norm {' to '.join(norms)} of the base's", f"largest {max(d.largest for d in made):.2g}"]
+        [*parts, f"norm {' to '.join(norms)} of the base's", f"largest {max(d.largest for d in differences):.2g}"]
     )

@@ -215,9 +215,9 @@ class _Demo(Stages):
 
         return self._agreement("ONNX Runtime", self.predict(forward, self.test, label="ONNX Runtime"), logits)
 
-    def _agreement(self, what: str, found: torch.Tensor, logits: torch.Tensor) -> PredictionAgreement:
-        same = (found.argmax(1) == logits.argmax(1)).double().mean().item()
-        difference = (found.double() - logits.double()).abs().max().item()
+    def _agreement(self, what: str, computed: torch.Tensor, logits: torch.Tensor) -> PredictionAgreement:
+        same = (computed.argmax(1) == logits.argmax(1)).double().mean().item()
+        difference = (computed.double() - logits.double()).abs().max().item()
         agreement = PredictionAgreement(same, difference, _TOLERANCE)
         self.console.print(
             f"{what}: {100 * same:.2f} % of the predictions are the same, "

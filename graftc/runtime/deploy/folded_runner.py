@@ -36,14 +36,14 @@ class FoldedRunner(ModelRunner):
         self,
         compilation: Compilation,
         fold: FoldPlan,
-        made: Folded,
+        folded: Folded,
         packed: Mapping[str, tuple[Tensor, ...]],
         *,
         full: bool,
     ) -> None:
-        self.additions, self.changed = made.additions, tuple(made.tensors)
+        self.additions, self.changed = folded.additions, tuple(folded.tensors)
         self.folded, self.kept = fold.names, fold.reasons()
-        super().__init__(compilation, folded_store(compilation, fold, made, packed, full=full))
+        super().__init__(compilation, folded_store(compilation, fold, folded, packed, full=full))
 
     def program_of(self, key: ProgramKey) -> Program:
         """Return the Program of a key with the folded adaptations removed; a train mode is refused with GC054."""

@@ -110,15 +110,15 @@ def stored_dtype(site: LinearSite) -> torch.dtype:
     return torch.promote_types(site.dtype, torch.float32)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def distance(actual: Tensor, wanted: Tensor) -> float:
     """Return the Frobenius distance over the norm of ``wanted``; 0 if both are zero."""
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
+    return float((actual - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
-def lora_of(name: str, target: Target, made: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> LoRA:
+def lora_of(name: str, target: Target, factors: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> LoRA:
     """Return the spec of a LoRA with a scaling of 1 and the ranks of the factors, with overrides where these differ."""
     sites = tuple(sites)
-    ranks = {where: rank for where, rank in _ranks(made, sites).items()}
+    ranks = {where: rank for where, rank in _ranks(factors, sites).items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others: dict[tuple[int, str | None], list[str]] = {}
     for (module, role), rank in ranks.items():
@@ -131,14 +131,14 @@ def lora_of(name: str, target: Target, made: Mapping[SiteKey, Factors], sites: I
     return LoRA(name=name, target=target, rank=usual, alpha=float(usual), overrides=tuple(overrides))
 
 
-def values_of(name: str, made: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> dict[str, Tensor]:
+def values_of(name: str, factors_by_site: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> dict[str, Tensor]:
     """Return the tensors of the LoRA of `lora_of` under their names, at least in float32."""
     sites = tuple(sites)
-    ranks, told = _ranks(made, sites), _told_by(sites)
+    ranks, told = _ranks(factors_by_site, sites), _told_by(sites)
     values: dict[str, Tensor] = {}
     for site in sites:
         key = site.key
-        factors = made[key].padded(ranks[told[key]]).rounded(stored_dtype(site))
+        factors = factors_by_site[key].padded(ranks[told[key]]).rounded(stored_dtype(site))
         tensor = "" if key.name == "weight" else key.name
         for part, value in (("A", factors.down), ("B", factors.up)):
             values[adapter_name(key.module, name, tensor, key.part, part)] = value.contiguous()
@@ -162,9 +162,9 @@ def _told_by(sites: Sequence[LinearSite]) -> dict[SiteKey, tuple[str, str | None
     }
 
 
-def _ranks(made: Mapping[SiteKey, Factors], sites: Sequence[LinearSite]) -> dict[tuple[str, str | None], int]:
+def _ranks(factors: Mapping[SiteKey, Factors], sites: Sequence[LinearSite]) -> dict[tuple[str, str | None], int]:
     """Return the rank of every site, the largest among sites that no override can tell apart."""
     ranks: dict[tuple[str, str | None], int] = {}
     for key, where in _told_by(sites).items():
-        ranks[where] = max(made[key].rank, ranks.get(where, 1))
+        ranks[where] = max(factors[key].rank, ranks.get(where, 1))
     return ranks

@@ -45,7 +45,7 @@ class ComponentModule(ExportModule):
         super().__init__(runner, runner.compilation.main.signature, apart=True)
 
     def sample(
-        self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
+        self, seed: int = 0, sizes: tuple[int, int] = (2, 9), fixed_sizes: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """Return the tensors of the component's call, lengthened by ``seed`` repeats of their last entries.
 

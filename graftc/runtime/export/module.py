@@ -180,24 +180,26 @@ class ExportModule:
         return {name: value for name, value in inputs.items() if name in names}
 
     def sample(
-        self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
+        self, seed: int = 0, sizes: tuple[int, int] = (2, 9), fixed_sizes: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """Return random inputs of batch and sequence ``sizes``, except for the sizes that ``held`` gives by name.
+        """Return random inputs of batch and sequence ``sizes``, with the sizes in ``fixed_sizes`` for these names.
 
         Tensors of adaptations have their own values with seed 0, and these in reverse with any other seed, which
         reveals a graph that has them as constants.
         """
-        inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, held))
+        inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, fixed_sizes))
         if self.tensors:
             turned = {n: t.flip(0) if seed and t.dim() and n not in self.packed else t for n, t in self.tensors.items()}
             inputs[ADAPTER_TENSORS] = turned
         return inputs
 
-    def _sample(self, seed: int, sizes: tuple[int, int], held: Mapping[str, int] | None) -> dict[str, Tensor]:
-        inputs = random_inputs(self._base, self._tensors, seed, sizes, self.config, front=False, held=held)
+    def _sample(self, seed: int, sizes: tuple[int, int], fixed_sizes: Mapping[str, int] | None) -> dict[str, Tensor]:
+        inputs = random_inputs(
+            self._base, self._tensors, seed, sizes, self.config, front=False, fixed_sizes=fixed_sizes
+        )
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
-            every = random_inputs(self.program, self._tensors, seed, sizes, front=False, held=held)
+            every = random_inputs(self.program, self._tensors, seed, sizes, front=False, fixed_sizes=fixed_sizes)
             inputs |= {name: every[name] for name in chosen}
         return inputs
 

@@ -179,15 +179,15 @@ def heard_module(root: nn.Module, path: str) -> nn.Module | None:
     return module if module._forward_hooks or module._forward_pre_hooks else None
 
 
-def _require_unchanged(path: str, found: Any, given: Any) -> None:
+def _require_unchanged(path: str, returned: Any, given: Any) -> None:
     """Check that a hook has not changed a value that it may only read.
 
     Raises:
         GraftError: GC043 if it has.
     """
-    same = found is None or found is given
-    if not same and isinstance(found, tuple) and isinstance(given, tuple) and len(found) == len(given):
-        same = all(one is other for one, other in zip(found, given, strict=True))
+    same = returned is None or returned is given
+    if not same and isinstance(returned, tuple) and isinstance(given, tuple) and len(returned) == len(given):
+        same = all(one is other for one, other in zip(returned, given, strict=True))
     if not same:
         raise _read_only(path)
 

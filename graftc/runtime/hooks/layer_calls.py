@@ -261,13 +261,13 @@ def given(pending: Pending, raw: Any) -> Any:
     return pending.shown
 
 
-def taken(pending: Pending, found: Any) -> Any:
+def taken(pending: Pending, result: Any) -> Any:
     """Return the results with which the graph continues, given the result after the hooks."""
-    if found is pending.shown:
+    if result is pending.shown:
         return pending.raw
     single = not isinstance(pending.raw, tuple | list)
     outputs = [pending.raw] if single else list(pending.raw)
-    for leaf, value in _paired(pending, pending.call.results, found, "results"):
+    for leaf, value in _paired(pending, pending.call.results, result, "results"):
         was = leaf.held if leaf.at is None else outputs[leaf.at]
         if value is was:
             continue

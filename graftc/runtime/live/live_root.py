@@ -193,17 +193,17 @@ class LiveRoot:
             known = self._guarded[owner] = tensor, guarded(tensor, owner, self._adapted[owner])
         return known[1]
 
-    def _hook(self, path: str, module: nn.Module, held: nn.Module) -> None:
+    def _hook(self, path: str, module: nn.Module, compiled: nn.Module) -> None:
         """Add the hooks of the compiled model's module to the live module, besides those that the latter already has.
 
         Raises:
             GraftError: GC043 for a hook on a module inside a layer that is a graph.
         """
-        if self._inside.get(id(module)) and any(vars(held)[hooks] for hooks in CALL_HOOKS):
+        if self._inside.get(id(module)) and any(vars(compiled)[hooks] for hooks in CALL_HOOKS):
             message = f"{path} has a hook, and the layer that it is in is one graph, which calls none"
             raise GraftError("GC043", message, hint="hook the layer, or hook the source model and compile that")
         for name in CALL_HOOKS:
-            own, wanted = vars(module)[name], vars(held)[name]
+            own, wanted = vars(module)[name], vars(compiled)[name]
             for number in self._hooked.pop((path, name), set()) - wanted.keys():
                 own.pop(number, None)
             if wanted:

@@ -213,14 +213,14 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
     )
 
 
-def _disagreement(kept: KeptCertificate, found: Certificate) -> str | None:
+def _disagreement(kept: KeptCertificate, certificate: Certificate) -> str | None:
     """Return the first difference of a kept certificate, apart from numbers, which depend on the machine."""
-    now = found.to_json()
+    now = certificate.to_json()
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
         kept_value = list(kept.additions) if key == "additions" else getattr(kept, key)
         if kept_value != now[key]:
             return f"the kept certificate has another {key}: {kept_value}, not {now[key]}"
-    if [s.site for s in kept.sites] != [s.site for s in found.sites]:
+    if [s.site for s in kept.sites] != [s.site for s in certificate.sites]:
         return "the kept certificate is of other sites"
     return None
 

@@ -381,12 +381,12 @@ class AdaptedRunner(ModelRunner):
             tables.undo()
             raise
 
-    def view_of(self, made: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
+    def view_of(self, compilation: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
         """Return a view with its own code for a Compilation over the same tensors; other threads may run this."""
         self.views.made += 1
         beside = copy.copy(self)
-        beside.shown = AdaptedView(made, {}, f"{self.views.made}: ", off, steering)
-        for key in (made.key("train"), made.key("eval")):
+        beside.shown = AdaptedView(compilation, {}, f"{self.views.made}: ", off, steering)
+        for key in (compilation.key("train"), compilation.key("eval")):
             beside.install(key, beside.as_run(key))
         return beside.shown
 

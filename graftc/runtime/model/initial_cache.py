@@ -218,9 +218,9 @@ def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
 
 
 @torch.no_grad()
-def _is_the_same(runner: AdaptedRunner, made: InitialCache) -> bool:
+def _is_the_same(runner: AdaptedRunner, initial: InitialCache) -> bool:
     """Return whether a text after the initial contents gives what the adapted graph gives; the answer is kept."""
-    tried: bool | None = runner.derived.get(("initial cache", made.names))
+    tried: bool | None = runner.derived.get(("initial cache", initial.names))
     if tried is None:
         compilation = runner.shown.compilation
         base = compilation.program("train", "base")
@@ -230,12 +230,12 @@ def _is_the_same(runner: AdaptedRunner, made: InitialCache) -> bool:
             return False
         ids = inputs["input_ids"]
         expected = runner.within(lambda: runner.call((), dict(inputs))).logits
-        start = made.length if made.shifted else 0
-        given: dict[str, Any] = {"input_ids": ids, "cache": made.cache(len(ids))}
+        start = initial.length if initial.shifted else 0
+        given: dict[str, Any] = {"input_ids": ids, "cache": initial.cache(len(ids))}
         if "position_ids" in runner.interface.parameters:
             given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        beside = runner.beside(made.names)
+        beside = runner.beside(initial.names)
         actual = beside.within(lambda: beside.call((), given)).logits
         bound = BOUNDS.get(runner.dtype, BOUNDS[torch.float32]) * max(1.0, largest_number(expected))
-        tried = runner.derived["initial cache", made.names] = largest_difference(expected, actual) <= bound
+        tried = runner.derived["initial cache", initial.names] = largest_difference(expected, actual) <= bound
     return tried

@@ -111,6 +111,6 @@ def _weight(name: str, shape: tuple[int, ...], path: str, rows: Runs | None = No
     return f"{name.removeprefix(f'{path}.')} {list(shape)}{chosen}"
 
 
-def _trains(held: nn.Module) -> list[str]:
-    parameters = list(held.parameters())
+def _trains(module: nn.Module) -> list[str]:
+    parameters = list(module.parameters())
     return [f"{sum(p.numel() for p in parameters if p.requires_grad):,} trainable"] if parameters else []

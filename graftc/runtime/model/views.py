@@ -103,9 +103,9 @@ def tables_of(steering: Steerings) -> tuple[Mapping[str, Any], ...]:
     return steering.controllers, steering.objectives, steering.outputs
 
 
-def over(made: Compilation, known: Compilation) -> Compilation:
+def over(compilation: Compilation, known: Compilation) -> Compilation:
     """Return a Compilation that was made of the same source, over the tensors of another one."""
-    return replace(made, store=known.store, model=known.model, watch=known.watch)
+    return replace(compilation, store=known.store, model=known.model, watch=known.watch)
 
 
 class Tables:

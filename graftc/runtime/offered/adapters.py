@@ -216,10 +216,10 @@ class Adapters:
         members = [[n for n in group if n in existing and (n == group[0] or n not in names)] for group in groups]
         return [self.runner.alone(tuple(group)) for group in members]
 
-    def _take(self, made: Compilation, names: Mapping[str, str]) -> None:
+    def _take(self, taken: Compilation, names: Mapping[str, str]) -> None:
         """Replace the model's Compilation: move renamed tensors, add new ones and drop those that the new one lacks."""
         runner, store, whole, shown = self.runner, self.runner.store, self.runner.everything, self.runner.shown
-        fresh = made.store
+        fresh = taken.store
         wanted = dict(fresh.adapters())
         existing = {_as(fqn, names): (fqn, tensor) for fqn, tensor in store.adapters()}
         tables = Tables(store)
@@ -230,10 +230,10 @@ class Adapters:
                     tables.put(fqn, existing[fqn][1], persistent=_persists(fresh, fqn))
                 elif fqn not in existing:
                     tables.put(fqn, runner.here(tensor), persistent=_persists(fresh, fqn))
-            made = over(made, compilation)
-            runner.compilation = made
-            steering = _joined(whole, steerings(made), names)
-            runner.shown = runner.view_of(made, steering, frozenset())
+            taken = over(taken, compilation)
+            runner.compilation = taken
+            steering = _joined(whole, steerings(taken), names)
+            runner.shown = runner.view_of(taken, steering, frozenset())
         except BaseException:
             tables.undo()
             runner.compilation, store.settled, runner.shown = compilation, settled, shown

@@ -215,8 +215,8 @@ def _same(own: Tensor, given: Any) -> bool:
     return torch.equal(mine, theirs.to(mine.device, mine.dtype))
 
 
-def _miss_no_base(module: Root, found: Any) -> None:
+def _miss_no_base(module: Root, keys: Any) -> None:
     """Remove base tensors from the missing keys, since no state dict has to contain them."""
     prefix, kept = _of(module).runner.derived.get("loading", ""), _of(module).kept()
-    missing: list[str] = found.missing_keys
+    missing: list[str] = keys.missing_keys
     missing[:] = [key for key in missing if not key.startswith(prefix) or plain(key.removeprefix(prefix)) in kept]

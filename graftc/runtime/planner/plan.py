@@ -133,15 +133,15 @@ def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spe
     return spec.model_copy(update={"checkpoint": "layers" if checkpoint else None})
 
 
-def fitted(bench: Workbench, found: MemoryPlan, room: int) -> MemoryPlan:
+def fitted(bench: Workbench, plan: MemoryPlan, room: int) -> MemoryPlan:
     """Return the plan with the largest sizes that fit.
 
     Raises:
         GraftError: GC155 if not even one row of the shortest sequences fits.
     """
-    fitting = bench.fitted(found, room)
+    fitting = bench.fitted(plan, room)
     if not fitting.largest_batch and not fitting.largest_sequence:
-        smallest = bench.plan(1, min(found.sequence or TOKENS, TOKENS))
+        smallest = bench.plan(1, min(plan.sequence or TOKENS, TOKENS))
         if smallest.peak > room:
             raise _nothing_fits(smallest, room)
     return fitting

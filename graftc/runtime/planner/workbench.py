@@ -174,11 +174,11 @@ class Workbench:
         )
         return tokens(steps) if steps else 0
 
-    def fitted(self, found: MemoryPlan, budget: int) -> MemoryPlan:
+    def fitted(self, plan: MemoryPlan, budget: int) -> MemoryPlan:
         """Return the plan with the largest sizes that fit in a budget."""
-        batch = self.largest_batch(found.sequence, budget, found.batch)
-        sequence = self.largest_sequence(found.batch, budget, found.sequence or TOKENS)
-        return replace(found, budget=budget, largest_batch=batch, largest_sequence=sequence)
+        batch = self.largest_batch(plan.sequence, budget, plan.batch)
+        sequence = self.largest_sequence(plan.batch, budget, plan.sequence or TOKENS)
+        return replace(plan, budget=budget, largest_batch=batch, largest_sequence=sequence)
 
 
 def _originals(compilation: Compilation, processes: int) -> int:

@@ -39,14 +39,14 @@ class PackedPlace:
     read: Callable[[], Packed]
 
 
-def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
+def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
     """Return the parameters that quantised weights are for, and take them out of the model.
 
     Loading then does not miss them. Modules that transpose become plain linear maps.
 
     Args:
         model: a model of transformers, on the meta device.
-        found: the weights.
+        stored: the weights.
 
     Raises:
         GraftError: GC163 if the model has no place for a weight, GC161 if several weights that form one cannot be
@@ -56,7 +56,7 @@ def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
     converters = [e for e in get_model_conversion_mapping(model, None, None) if isinstance(e, WeightConverter)]
-    ordered, known = sorted(found, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
+    ordered, known = sorted(stored, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
     names = converted_names(model, [weight.name for weight in ordered], known)
     by_target: dict[str, list[tuple[str | None, StoredWeight]]] = {}
     for weight in ordered:

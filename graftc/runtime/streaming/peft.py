@@ -127,31 +127,33 @@ def _digest(folder: Path) -> str:
 
 def _update(
     adapter: PeftAdapter,
-    found: PeftModule,
+    peft_module: PeftModule,
     module: nn.Module,
     names: FileNames,
     tied: set[str],
     shared: Mapping[str, Tensor],
 ) -> SiteUpdate:
-    layout, method = _layout(module), method_for(found.spec.method)
+    layout, method = _layout(module), method_for(peft_module.spec.method)
     # For a parameter that the config names itself, peft's first factor belongs to the last axis.
-    turned = found.named and layout is Layout.COLUMNS
-    if found.parameter != "weight" or found.depth or method.stands_in or layout is None or turned:
-        what = f"{found.spec.method} at {found.name}, a {type(module).__name__},"
+    turned = peft_module.named and layout is Layout.COLUMNS
+    if peft_module.parameter != "weight" or peft_module.depth or method.stands_in or layout is None or turned:
+        what = f"{peft_module.spec.method} at {peft_module.name}, a {type(module).__name__},"
         raise GraftError("GC103", f"{what} is not a change of a stored matrix")
-    if found.name in tied:
-        raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=_UNTIED)
+    if peft_module.name in tied:
+        raise GraftError("GC022", f"{peft_module.name} is tied to another weight, which would change too", hint=_UNTIED)
     groups = int(getattr(module, "groups", 1))
-    pair = {"down", "up"} <= {table_form(found, part) for part in found.keys}
-    if layout is Layout.KERNEL and (method.reads_channels(found.spec) or (groups > 1 and pair)):
-        raise GraftError("GC103", f"{found.spec.method} at {found.name} reads channels: not a change of a matrix")
-    spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
+    pair = {"down", "up"} <= {table_form(peft_module, part) for part in peft_module.keys}
+    if layout is Layout.KERNEL and (method.reads_channels(peft_module.spec) or (groups > 1 and pair)):
+        raise GraftError(
+            "GC103", f"{peft_module.spec.method} at {peft_module.name} reads channels: not a change of a matrix"
+        )
+    spec = method.standing_alone(peft_module.spec, ()) if isinstance(method, RowWise) else peft_module.spec
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
-    own = WeightSlice(names.of(found.name), tuple(weight.shape), layout)
-    own_bias = own.companion(names.of(f"{found.path}.bias")) if isinstance(bias, Tensor) else None
-    parts = _Parts((*found.keys, *shared), lambda: {**adapter.tensors(found), **shared})
-    return SiteUpdate(NAME, spec, found.name, own, own_bias, type(module) is nn.Embedding, parts)
+    own = WeightSlice(names.of(peft_module.name), tuple(weight.shape), layout)
+    own_bias = own.companion(names.of(f"{peft_module.path}.bias")) if isinstance(bias, Tensor) else None
+    parts = _Parts((*peft_module.keys, *shared), lambda: {**adapter.tensors(peft_module), **shared})
+    return SiteUpdate(NAME, spec, peft_module.name, own, own_bias, type(module) is nn.Embedding, parts)
 
 
 def _layout(module: nn.Module) -> Layout | None:

@@ -123,10 +123,10 @@ class Held:
     rounding: float = field(default=0.0, kw_only=True)
     retention: Retention = field(default_factory=Retention, kw_only=True)
 
-    def note(self, found: tuple[float, Retention]) -> None:
+    def note(self, result: tuple[float, Retention]) -> None:
         """Add the results for some entries."""
-        self.rounding = largest(self.rounding, found[0])
-        self.retention += found[1]
+        self.rounding = largest(self.rounding, result[0])
+        self.retention += result[1]
 
 
 @dataclass

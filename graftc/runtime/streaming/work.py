@@ -102,8 +102,8 @@ class RowTarget:
         return (round_into if self._writes else rounding_of)(view, exact, base)
 
 
-def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:
-    errors, retained = zip(*found, strict=True)
+def _together(results: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:
+    errors, retained = zip(*results, strict=True)
     return largest(*errors), Retention.total(retained)
 
 
@@ -221,13 +221,13 @@ def _complement(slices: Sequence[WeightSlice], stored: StoredTensor) -> WeightSl
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _same(found: Tensor, base: Tensor) -> bool:
+def _same(tensor: Tensor, base: Tensor) -> bool:
     """Return whether two tensors have the same bits, piece by piece; the second is widened to the first one's type."""
-    if not found.dim():
-        found, base = found.reshape(1), base.reshape(1)
-    rows = max(1, _CHUNK * len(found) // max(1, found.numel()))
-    for own, other in zip(torch.split(found, rows), torch.split(base, rows), strict=True):
-        bits = _BITS[found.dtype.itemsize]
-        if not torch.equal(own.view(bits), other.to(found.dtype).view(bits)):
+    if not tensor.dim():
+        tensor, base = tensor.reshape(1), base.reshape(1)
+    rows = max(1, _CHUNK * len(tensor) // max(1, tensor.numel()))
+    for own, other in zip(torch.split(tensor, rows), torch.split(base, rows), strict=True):
+        bits = _BITS[tensor.dtype.itemsize]
+        if not torch.equal(own.view(bits), other.to(tensor.dtype).view(bits)):
             return False
     return True

@@ -245,8 +245,8 @@ class _Series:
         held: whether a value holds until the next one.
     """
 
-    def __init__(self, most: int, held: bool) -> None:
-        self._most, self._held = most - 1, held  # the last point is stored separately
+    def __init__(self, most: int, kept: bool) -> None:
+        self._most, self._held = most - 1, kept  # the last point is stored separately
         self._kept: list[tuple[int, float]] = []
         self._stride = 1
         self._seen = 0

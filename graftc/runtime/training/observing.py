@@ -48,9 +48,9 @@ class Observer:
 class _Mode(TorchFunctionMode):
     """A mode that observes the operators that read a parameter."""
 
-    def __init__(self, wanted: dict[int, list[SiteReading]], found: dict[tuple[str, str, str], Tensor]) -> None:
+    def __init__(self, wanted: dict[int, list[SiteReading]], observed: dict[tuple[str, str, str], Tensor]) -> None:
         super().__init__()
-        self._wanted, self._found = wanted, found
+        self._wanted, self._found = wanted, observed
 
     def __torch_function__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))

@@ -182,13 +182,13 @@ class Selecting:
         gone = set(names)
         return {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in gone}
 
-    def _after(self, found: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Any:
+    def _after(self, transitions: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Any:
         """Return the model after transitions of some adaptations; others continue, or start again if one rewinds."""
-        others, spec = self._others(found), self.runner.compilation.spec
-        if any(transition.rewind for transition in found.values()):
+        others, spec = self._others(transitions), self.runner.compilation.spec
+        if any(transition.rewind for transition in transitions.values()):
             others = {name: start[name] for name in others if name in start} if start is not None else {}
-        values = {name: value for transition in found.values() for name, value in transition.values.items()}
-        adapt = tuple(found[str(a.name)].spec if str(a.name) in found else a for a in spec.adapt)
+        values = {name: value for transition in transitions.values() for name, value in transition.values.items()}
+        adapt = tuple(transitions[str(a.name)].spec if str(a.name) in transitions else a for a in spec.adapt)
         return self._made(spec.model_copy(update={"adapt": adapt}), {**others, **values})
 
     def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Any:

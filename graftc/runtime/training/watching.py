@@ -259,13 +259,13 @@ def _compare(seen: _Seen) -> None:
     seen.entries = seen.before = None
 
 
-def _warn(found: dict[str, str], of: int) -> None:
+def _warn(messages: dict[str, str], of: int) -> None:
     reasons: dict[str, list[str]] = {}
-    for name, text in found.items():
+    for name, text in messages.items():
         reasons.setdefault(text, []).append(name)
     few = 3
     details = [f"{', '.join(names[:few])}{_more(names, few)}: {text}" for text, names in reasons.items()]
-    message = f"{len(found)} of {of} tensors that should train do not"
+    message = f"{len(messages)} of {of} tensors that should train do not"
     warn("GC059", message, hint=_hint(reasons), details=details)
 
 

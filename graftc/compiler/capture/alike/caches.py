@@ -34,8 +34,8 @@ class LayerNumber:
         found: a function that is called when the number has been used to select a part.
     """
 
-    def __init__(self, number: int, read: Callable[[], None], found: Callable[[], None]) -> None:
-        self.number, self.read, self.found = number, read, found
+    def __init__(self, number: int, read: Callable[[], None], other_part: Callable[[], None]) -> None:
+        self.number, self.read, self.found = number, read, other_part
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -56,8 +56,8 @@ for _name in _OPERATORS.split():
 class _Parts(list[Any]):
     """The layers of a cache, from which a `LayerNumber` selects a layer's own; any other access calls ``more``."""
 
-    def __init__(self, held: list[Any], more: Callable[[], None]) -> None:
-        super().__init__(held)
+    def __init__(self, contents: list[Any], more: Callable[[], None]) -> None:
+        super().__init__(contents)
         self._more = more
 
     def __getitem__(self, at: Any) -> Any:
@@ -71,8 +71,8 @@ class _Parts(list[Any]):
 class _Flags(dict[Any, Any]):
     """The flags that a cache has for its layers, by number; accesses are handled as in `_Parts`."""
 
-    def __init__(self, held: dict[Any, Any], more: Callable[[], None]) -> None:
-        super().__init__(held)
+    def __init__(self, contents: dict[Any, Any], more: Callable[[], None]) -> None:
+        super().__init__(contents)
         self._more = more
 
     def __getitem__(self, at: Any) -> Any:

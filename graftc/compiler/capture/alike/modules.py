@@ -68,31 +68,31 @@ def alike(model: nn.Module) -> list[Layer]:
     return repeated
 
 
-def _names_modules(held: Any) -> bool:
+def _names_modules(contents: Any) -> bool:
     """Return whether what a module holds refers to another module of the model: it may check which one it is."""
-    if not isinstance(held, list | tuple):
+    if not isinstance(contents, list | tuple):
         return False
-    return (len(held) == 2 and held[0] == "module") or any(map(_names_modules, held))
+    return (len(contents) == 2 and contents[0] == "module") or any(map(_names_modules, contents))
 
 
 def _among(
-    modules: Sequence[tuple[str, nn.Module]], held: Mapping[str, list[Any]], tensors: Mapping[int, int]
+    modules: Sequence[tuple[str, nn.Module]], contents: Mapping[str, list[Any]], tensors: Mapping[int, int]
 ) -> list[Layer]:
     groups: dict[str, list[Layer]] = defaultdict(list)
     for path, module in modules:
         parts = [(name, f"{path}.{name}".rstrip("."), part) for name, part in module.named_modules()]
         shared = any(tensors[id(tensor)] > 1 for tensor in (*module.parameters(), *module.buffers()))
-        if len(parts) < 2 or shared or "forward" in vars(module) or any(at not in held for _, at, _ in parts):
+        if len(parts) < 2 or shared or "forward" in vars(module) or any(at not in contents for _, at, _ in parts):
             continue
         numbers: dict[Place, int] = {}
-        group = groups[repr([_described(name, part, held[at], numbers) for name, at, part in parts])]
+        group = groups[repr([_described(name, part, contents[at], numbers) for name, at, part in parts])]
         group.append(Layer(path, module, numbers, group))
     return [layer for group in groups.values() if len(group) >= FEWEST for layer in group]
 
 
-def _described(name: str, module: nn.Module, held: Sequence[Any], numbers: dict[Place, int]) -> list[Any]:
+def _described(name: str, module: nn.Module, contents: Sequence[Any], numbers: dict[Place, int]) -> list[Any]:
     """Return what a module within a layer holds; integers that can be watched go to ``numbers``."""
-    kind, children, values, buffers = held
+    kind, children, values, buffers = contents
     rest: list[Any] = []
     for attribute, value in values:
         number = vars(module)[attribute]

@@ -324,21 +324,21 @@ def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None =
     raise _UntoldError
 
 
-def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
+def _taken_apart(value: Any, given: list[Tensor], created: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
     """Return a result as data; tensors become indices among the given or the created ones, which are collected."""
     if isinstance(value, Tensor):
-        for kind, known in (("given", given), ("made", made)):
+        for kind, known in (("given", given), ("made", created)):
             at = next((i for i, tensor in enumerate(known) if tensor is value), None)
             if at is not None:
                 return kind, at
         if value.layout != torch.strided or value.is_conj() or value.is_neg() or value.requires_grad:
             raise _UntoldError
-        made.append(value)
-        return "made", len(made) - 1
+        created.append(value)
+        return "made", len(created) - 1
     if type(value) in (list, tuple):
-        return type(value), [_taken_apart(item, given, made, caches) for item in value]
+        return type(value), [_taken_apart(item, given, created, caches) for item in value]
     if type(value) is dict:
-        return dict, [_taken_apart(item, given, made, caches) for item in value.items()]
+        return dict, [_taken_apart(item, given, created, caches) for item in value.items()]
     if type(value) in _PLAIN:
         return "plain", value
     at = next((i for i, known in enumerate(caches) if known.cache is value), None)
@@ -347,13 +347,13 @@ def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor], caches: Se
     raise _UntoldError
 
 
-def _put_together(data: Any, given: Sequence[Tensor], made: Sequence[Tensor], caches: Sequence[CrossedCache]) -> Any:
+def _put_together(data: Any, given: Sequence[Tensor], created: Sequence[Tensor], caches: Sequence[CrossedCache]) -> Any:
     kind, content = data
     if kind in ("given", "made"):
-        return (given if kind == "given" else made)[content]
+        return (given if kind == "given" else created)[content]
     if kind == "cache":
         return caches[content].cache
-    return content if kind == "plain" else kind(_put_together(item, given, made, caches) for item in content)
+    return content if kind == "plain" else kind(_put_together(item, given, created, caches) for item in content)
 
 
 def _state(module: nn.Module) -> Any:

@@ -214,10 +214,10 @@ class _Writing:
         self._graph.erase_node(again)
         return inputs, layer.path, outputs
 
-    def _call(self, again: fx.Node, given: list[fx.Node], body: str, made: list[fx.Node]) -> None:
+    def _call(self, again: fx.Node, given: list[fx.Node], body: str, results: list[fx.Node]) -> None:
         inputs, _, layer = self._read(again)
-        again.target, again.args = call, (layer.path, body, inputs, list(given), list(made))
-        again.meta = {"val": [node.meta.get("val") for node in made]}
+        again.target, again.args = call, (layer.path, body, inputs, list(given), list(results))
+        again.meta = {"val": [node.meta.get("val") for node in results]}
         for user in again.users:
             user.meta = {"val": user.meta.get("val")}
 

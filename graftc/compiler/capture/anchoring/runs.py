@@ -197,7 +197,7 @@ class Runs:
         tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
         crosses = any(map(is_cross, self._program.signature))
         sizes = {} if crosses else {PAST: 0}
-        worst, given = 0.0, self.sample(0, held=sizes)
+        worst, given = 0.0, self.sample(0, fixed_sizes=sizes)
         for _ in range(_STEPS if self._grows else 1):
             try:
                 run = self.model(given)
@@ -209,7 +209,7 @@ class Runs:
                 return worst, differing
             past = _returned_past(run)
             length = next(tensor.shape[2] for name, tensor in past.items() if not is_cross(name))
-            given = {**self.sample(1, held={PAST: length, str(tokens): 1}), **past}
+            given = {**self.sample(1, fixed_sizes={PAST: length, str(tokens): 1}), **past}
         return worst, []
 
     def _text(self) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class Runs:
 
         Their products are known from signatures without a cache.
         """
-        inputs = self.sample(0, held={PAST: 0})
+        inputs = self.sample(0, fixed_sizes={PAST: 0})
         if POSITIONS in inputs:
             numbers = torch.arange(inputs[POSITIONS].shape[-1], device=self._device)
             inputs[POSITIONS] = numbers.to(inputs[POSITIONS].dtype).expand_as(inputs[POSITIONS]).contiguous()
@@ -228,13 +228,15 @@ class Runs:
         past = {name: tensor[:1, :, :1].contiguous() for name, tensor in _returned_past(before).items()}
         return {**self.sample(1, self._ones), **past}
 
-    def sample(self, seed: int, ones: Collection[str] = (), held: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    def sample(
+        self, seed: int, ones: Collection[str] = (), fixed_sizes: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
         """Return random inputs, with fewer tokens for larger models; named sizes in ``ones`` are 1."""
         length = self._length
         sizes = (4 if length > 8 else 3, length, length - 2 if length > _SHORT else length - 1)  # no two are the same
         config = getattr(self._model, "config", None)
-        held = {**dict.fromkeys(ones, 1), **(held or {})}
-        return samples_on(self._device, self._program, seed, sizes, config, held=held)
+        fixed_sizes = {**dict.fromkeys(ones, 1), **(fixed_sizes or {})}
+        return samples_on(self._device, self._program, seed, sizes, config, fixed_sizes=fixed_sizes)
 
     def model(self, inputs: Mapping[str, Tensor]) -> ModelRun:
         """Run the model, and return its outputs and the tensors that it updated.

@@ -265,7 +265,7 @@ class _Walk:
         if isinstance(value, types.FunctionType):
             return ["function", self._function(value, where)]
         if isinstance(value, type):
-            return ["class", self._class(value, made=True)]
+            return ["class", self._class(value, created=True)]
         if isinstance(value, types.ModuleType):
             if home_of_module(value.__name__) == "user":
                 return self._opaque(value, where, f"the module {value.__name__}", strict)
@@ -361,21 +361,21 @@ class _Walk:
             self._functions.append((function, where))
         return self._numbers[id(function)]
 
-    def _class(self, cls: type, *, made: bool = False) -> Any:
+    def _class(self, cls: type, *, created: bool = False) -> Any:
         """Return a class's number, or its name if versions or its library identify it.
 
-        ``made`` means that the class is only mentioned by code, which may create instances of it; how a library's class
-        creates them is up to the library.
+        ``created`` means that the class is only mentioned by code, which may create instances of it; how a library's
+        class creates them is up to the library.
         """
         if cls not in self._classes:
             home = home_of_module(cls.__module__)
-            if (home == "fixed" and (made or not issubclass(cls, nn.Module))) or (home == "library" and made):
+            if (home == "fixed" and (created or not issubclass(cls, nn.Module))) or (home == "library" and created):
                 return f"{cls.__module__}.{cls.__qualname__}"
             self._number(cls)
             self._classes[cls] = defined(cls)
             self._pending.append((cls, _CALLS | self._names))
             self._found.append(["class", self._numbers[id(cls)], cls.__module__, cls.__qualname__])
-        if made and cls not in self._made and home_of_module(cls.__module__) == "user":
+        if created and cls not in self._made and home_of_module(cls.__module__) == "user":
             self._made.add(cls)
             self._pending.append((cls, _MADE))
         return self._numbers[id(cls)]

@@ -141,8 +141,8 @@ class Rows(Chosen):
 def by_index(index: fx.Node) -> Mixing:
     """Return a mixing that picks one member for each entry of ``index: int64[n]``: ``[n, ...]``."""
 
-    def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
-        stacked = nodes.call(aten.stack.default, found, 0, part="slots")
+    def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
+        stacked = nodes.call(aten.stack.default, results, 0, part="slots")
         return nodes.call(aten.index_select.default, stacked, 0, index, part="chosen")
 
     return mix
@@ -152,8 +152,8 @@ def active(index: fx.Node) -> Mixing:
     """Return a mixing that picks the member of the single entry of ``index: int64[1]``."""
     choose = by_index(index)
 
-    def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
-        return nodes.call(aten.squeeze.dim, choose(nodes, found), 0, part="chosen")
+    def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
+        return nodes.call(aten.squeeze.dim, choose(nodes, results), 0, part="chosen")
 
     return mix
 
@@ -161,9 +161,9 @@ def active(index: fx.Node) -> Mixing:
 def by_weights(weights: fx.Node) -> Mixing:
     """Return a mixing that computes a mixture of the members for each row of ``weights: [n, slots]``: ``[n, ...]``."""
 
-    def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
-        shape = [int(size) for size in found[0].meta["val"].shape]
-        flat = [nodes.call(aten.flatten.using_ints, node, part="slots") for node in found]
+    def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
+        shape = [int(size) for size in results[0].meta["val"].shape]
+        flat = [nodes.call(aten.flatten.using_ints, node, part="slots") for node in results]
         stacked = nodes.call(aten.stack.default, flat, 0, part="slots")
         mixed = nodes.call(aten.matmul.default, weights, stacked, part="mixture")
         return nodes.call(aten.view.default, mixed, [-1, *shape], part="mixture")
@@ -174,8 +174,8 @@ def by_weights(weights: fx.Node) -> Mixing:
 def average(factors: Sequence[float]) -> Mixing:
     """Return a mixing that adds up the members, each multiplied by its factor."""
 
-    def mix(nodes: Nodes, found: list[fx.Node]) -> fx.Node:
-        terms = [nodes.call(aten.mul.Tensor, n, f, part="average") for n, f in zip(found, factors, strict=True)]
+    def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
+        terms = [nodes.call(aten.mul.Tensor, n, f, part="average") for n, f in zip(results, factors, strict=True)]
         total = terms[0]
         for term in terms[1:]:
             total = nodes.call(aten.add.Tensor, total, term, part="average")

@@ -78,9 +78,9 @@ class LinearMaps(Part):
         zeros = self.call(aten.new_zeros.default, own, shape, part="all rows")
         return columns.write(self._emit("all rows"), zeros, own, lambda: self._index(columns), axis=0)
 
-    def _own_columns(self, site: LinearSite, found: fx.Node) -> fx.Node:
+    def _own_columns(self, site: LinearSite, result: fx.Node) -> fx.Node:
         columns = site.columns
-        return columns.read(self._emit("own rows"), found, lambda: self._index(columns), axis=-1)
+        return columns.read(self._emit("own rows"), result, lambda: self._index(columns), axis=-1)
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
         """Return ``value: [..., rows]`` (experts lead), one for each own row, as it broadcasts to `output`."""

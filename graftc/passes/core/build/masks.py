@@ -103,16 +103,16 @@ class Masks(Part):
         past = past_length(self.program)
         return past if past is not None and _growth(size, past) == 1 else None
 
-    def _longer(self, node: fx.Node, symbol: Any, length: int, held: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    def _longer(self, node: fx.Node, symbol: Any, length: int, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:
         """Return the node that replaces ``node`` in the longer text, or None if it is unchanged."""
         if node.op == "placeholder":
             return self._longer_input(node, symbol, length)
         if node.target is aten.sym_size.int:
             grows = _growth(expression(node.meta["val"]), symbol) == 1
             return self._like(node, self.call(operator.add, node, length, part="mask")) if grows else None
-        if not any(source in held for source in _read(node)):
+        if not any(source in replaced for source in _read(node)):
             return None
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: held.get(n, n))
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: replaced.get(n, n))
         return self._like(node, self.call(node.target, *args, part="mask", **kwargs))
 
     def _longer_input(self, node: fx.Node, symbol: Any, length: int) -> fx.Node | None:
@@ -154,9 +154,9 @@ class Masks(Part):
             again = self._like(mask, self.call(aten.slice.Tensor, again, axis, length, _END, part="mask"))
         return again
 
-    def _leave_room(self, found: Any, wanted: Any, symbol: Any, length: int) -> None:
+    def _leave_room(self, actual: Any, wanted: Any, symbol: Any, length: int) -> None:
         """Limit the axis that counts tokens to sizes for which the mask covers all keys: some are cut from a table."""
-        rest = expression(found) - expression(wanted)
+        rest = expression(actual) - expression(wanted)
         if isinstance(rest, int) or rest.free_symbols != {symbol} or rest.subs(symbol, _LEAST) != 0:
             return
         low, high = _LEAST, 2 * _LEAST

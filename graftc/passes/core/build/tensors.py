@@ -39,13 +39,13 @@ class ParameterStart:
     trains: bool
 
 
-def _is_exact(held: torch.dtype, wanted: torch.dtype) -> bool:
-    """Return whether ``wanted`` represents every value of ``held``.
+def _is_exact(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Return whether ``wanted`` represents every value of ``stored``.
 
     Files of earlier releases contain 16-bit tensors where 32 bits are stored now.
     """
-    floating = held.is_floating_point and wanted.is_floating_point
-    return held == wanted or (floating and torch.promote_types(held, wanted) == wanted)
+    floating = stored.is_floating_point and wanted.is_floating_point
+    return stored == wanted or (floating and torch.promote_types(stored, wanted) == wanted)
 
 
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:

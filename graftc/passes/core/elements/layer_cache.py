@@ -144,12 +144,12 @@ def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> 
     return numbered(cache)
 
 
-def stand_in(module: nn.Module, held: Any, tensors: Sequence[Tensor]) -> Any:
+def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
     """Return the replacement for a cache in a call of a layer.
 
     Args:
         module: the layer.
-        held: the description that `describe` returned.
+        cache: the description that `describe` returned.
         tensors: the tensors, by number.
     """
     layer = number_of(module)
@@ -162,14 +162,14 @@ def stand_in(module: nn.Module, held: Any, tensors: Sequence[Tensor]) -> Any:
         )
         return LayerCache(layer, (past[0], past[1]) if past else None, states, entry.get("sliding", False))
 
-    if isinstance(held, list) or "past" in held:
-        return own(held)
+    if isinstance(cache, list) or "past" in cache:
+        return own(cache)
     from transformers.cache_utils import EncoderDecoderCache
 
     # Layers check the class, whose constructor accepts only caches of its own library.
     pair = EncoderDecoderCache.__new__(EncoderDecoderCache)
-    vars(pair).update(self_attention_cache=own(held["own"]), cross_attention_cache=own(held["cross"]))
-    vars(pair)["is_updated"] = {layer: held["updated"]}
+    vars(pair).update(self_attention_cache=own(cache["own"]), cross_attention_cache=own(cache["cross"]))
+    vars(pair)["is_updated"] = {layer: cache["updated"]}
     return pair
 
 
@@ -239,22 +239,22 @@ _TAKEN = (
 """Classes of transformers for one layer of a cache; not all of its versions have the last two."""
 
 
-def _past_in(held: Any) -> Pair | None:
+def _past_in(cache: Any) -> Pair | None:
     """Return the keys and values that a cache has of a layer's earlier tokens; None if there are none."""
-    if held is None or not hasattr(held, "keys"):
+    if cache is None or not hasattr(cache, "keys"):
         return None
-    return (held.keys, held.values) if held.get_seq_length() else None
+    return (cache.keys, cache.values) if cache.get_seq_length() else None
 
 
-def _states_in(held: Any) -> list[list[Tensor]]:
+def _states_in(cache: Any) -> list[list[Tensor]]:
     """Return what earlier tokens left in each state of a layer.
 
     That is nothing, a convolution's inputs, or these and a recurrent state.
     """
-    numbers = range(held.number_of_states)
-    pairs = [(held.conv_states[number], held.recurrent_states[number]) for number in numbers]
+    numbers = range(cache.number_of_states)
+    pairs = [(cache.conv_states[number], cache.recurrent_states[number]) for number in numbers]
     return [
-        [state for state in pairs[number] if state is not None] if held.has_previous_state[number] else []
+        [state for state in pairs[number] if state is not None] if cache.has_previous_state[number] else []
         for number in numbers
     ]
 
@@ -268,14 +268,14 @@ def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:
     return copied
 
 
-def _write_states(held: Any, states: Sequence[Sequence[Tensor]]) -> None:
+def _write_states(layer: Any, states: Sequence[Sequence[Tensor]]) -> None:
     """Copy states into a layer of a cache."""
     for number, (conv, *recurrent) in ((number, pair) for number, pair in enumerate(states) if pair):
-        if not held.is_conv_states_initialized[number]:
-            held.lazy_initialization(conv_states=conv, state_idx=number)
-        held.conv_states[number].copy_(conv)
-        held.has_previous_state[number] = True
+        if not layer.is_conv_states_initialized[number]:
+            layer.lazy_initialization(conv_states=conv, state_idx=number)
+        layer.conv_states[number].copy_(conv)
+        layer.has_previous_state[number] = True
         for state in recurrent:
-            if not held.is_recurrent_states_initialized[number]:
-                held.lazy_initialization(recurrent_states=state, state_idx=number)
-            held.recurrent_states[number].copy_(state)
+            if not layer.is_recurrent_states_initialized[number]:
+                layer.lazy_initialization(recurrent_states=state, state_idx=number)
+            layer.recurrent_states[number].copy_(state)

@@ -51,8 +51,8 @@ def put_since(tables: Sequence[Table], before: Sequence[Mapping[str, Any]]) -> d
     return entries
 
 
-def put_into(tables: Sequence[Table], made: Mapping[str, Any]) -> None:
+def put_into(tables: Sequence[Table], returned: Mapping[str, Any]) -> None:
     """Put what a graph has returned for `put_since` into tables."""
-    for name, value in made.items():
+    for name, value in returned.items():
         number, _, key = name.partition(" ")
         tables[int(number)][key] = value

@@ -30,16 +30,16 @@ class UnlikeBodyError(Exception):
     """
 
 
-def call(path: str, body: str, inputs: Sequence[Any], given: Sequence[Any], made: Sequence[Any]) -> list[Any]:
+def call(path: str, body: str, inputs: Sequence[Any], given: Sequence[Any], results: Sequence[Any]) -> list[Any]:
     """Represent the call of a function, as the target of a node; run by itself, only return values of the right types.
 
     Args:
         path: path of the module whose tensors the call reads.
         body: path of the module whose layer is written out.
         inputs: values that the call is given.
-        given, made: values that the body is given, and values that it has made.
+        given, results: values that the body is given, and values that it has made.
     """
-    return list(made)
+    return list(results)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def is_within(name: str, layer: str) -> bool:
 
 
 def region(
-    given: Collection[fx.Node], made: Sequence[fx.Node], body: str, writes: Collection[fx.Node] = ()
+    given: Collection[fx.Node], results: Sequence[fx.Node], body: str, writes: Collection[fx.Node] = ()
 ) -> list[fx.Node]:
     """Return the nodes that the body of a function computes, in graph order.
 
@@ -123,14 +123,14 @@ def region(
     or on its own tensors. Tensors are not among them.
 
     Args:
-        given, made: values that the body is given, and values that it has made.
+        given, results: values that the body is given, and values that it has made.
         body: path of its layer.
         writes: nodes that change values in place. Those of the layer are part of the body, although nothing that it has
             made refers to them.
     """
     computed: set[fx.Node] = set()
     above: set[fx.Node] = set(given)
-    pending = [node for node in (*made, *(w for w in writes if in_layer(w, body))) if node not in above]
+    pending = [node for node in (*results, *(w for w in writes if in_layer(w, body))) if node not in above]
     while pending:
         node = pending.pop()
         if node not in above:

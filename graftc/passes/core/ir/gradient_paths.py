@@ -113,13 +113,13 @@ class _Writers:
 
 
 def _leading_to(
-    one: FunctionCall, made: fx.Node, computed: Sequence[fx.Node], writers: _Writers
+    one: FunctionCall, result: fx.Node, computed: Sequence[fx.Node], writers: _Writers
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return values from outside a body, and tensors, from which a gradient path leads to a value that it has made."""
     inside, given = set(computed), set(one.given)
     sources: dict[fx.Node, None] = {}
     tensors: dict[fx.Node, None] = {}
-    pending, met = [made], set[fx.Node]()
+    pending, met = [result], set[fx.Node]()
     while pending:
         node = pending.pop()
         if node in met or not _carries_gradient(node):

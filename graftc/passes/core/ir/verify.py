@@ -89,13 +89,13 @@ def _is_call(node: fx.Node) -> bool:
     return node.op == "call_function"
 
 
-def _same_type(value: Tensor, held: Tensor, store: Store) -> bool:
+def _same_type(value: Tensor, stored: Tensor, store: Store) -> bool:
     """Return whether two element types agree.
 
     FSDP2 stores parameters in one floating-point type and computes in another.
     """
-    cast = is_unit(store.root) and value.is_floating_point() and held.is_floating_point()
-    return cast or value.dtype == held.dtype
+    cast = is_unit(store.root) and value.is_floating_point() and stored.is_floating_point()
+    return cast or value.dtype == stored.dtype
 
 
 def _sound(program: Program, store: Store) -> Finding | None:

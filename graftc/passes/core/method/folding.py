@@ -113,10 +113,10 @@ class _Check:
 
         return checked
 
-    def _same(self, found: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
-        if not isinstance(found, Tensor):
-            raise self.wrong(f"gives {type(found).__name__} for {what}")
-        if found.shape != shape:
-            raise self.wrong(f"gives {what} of {list(found.shape)}, it must be {list(shape)}")
-        if found.dtype != dtype:
-            raise self.wrong(f"gives {what} of {found.dtype}, it must be {dtype}")
+    def _same(self, value: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
+        if not isinstance(value, Tensor):
+            raise self.wrong(f"gives {type(value).__name__} for {what}")
+        if value.shape != shape:
+            raise self.wrong(f"gives {what} of {list(value.shape)}, it must be {list(shape)}")
+        if value.dtype != dtype:
+            raise self.wrong(f"gives {what} of {value.dtype}, it must be {dtype}")

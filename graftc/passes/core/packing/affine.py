@@ -68,10 +68,10 @@ class Affine(Packing):
             return code.to(torch.int8).view(torch.uint8), scales, zeros.to(torch.int8).view(torch.uint8)
         return halves(code.to(torch.uint8)), scales, zeros.to(torch.uint8)
 
-    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+    def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """Keep the rows in which no value has changed."""
         rows = same.all(-1, keepdim=True)
-        return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
+        return [torch.where(rows, old, new) for old, new in zip(parts, packed, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps:
         """Return the codes and zero points as unsigned integers in even steps."""

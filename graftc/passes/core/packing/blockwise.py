@@ -124,20 +124,20 @@ class Blockwise(Packing):
         scales = torch.bucketize(ratio, (known[1:] + known[:-1]) / 2, out_int32=True).to(torch.uint8)
         return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
 
-    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+    def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """Keep unchanged blocks.
 
         None are kept with ``double``, where all scales depend on one another, and with an odd ``group``, where blocks
         share bytes.
         """
         if self.double or self.group % 2:
-            return made
+            return packed
         size = same.numel()
         blocks = torch.nn.functional.pad(same.reshape(-1), (0, -size % self.group), value=True)
         kept = blocks.reshape(-1, self.group).all(1)
-        codes = kept.repeat_interleave(self.group // 2)[: len(made[0])]
+        codes = kept.repeat_interleave(self.group // 2)[: len(packed[0])]
         each = (codes.reshape(-1, 1), kept.reshape(-1, 1))
-        return [torch.where(mask, old, new) for mask, old, new in zip(each, parts, made, strict=True)]
+        return [torch.where(mask, old, new) for mask, old, new in zip(each, parts, packed, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> TableEntries:
         """Return the codes as entries of a table."""

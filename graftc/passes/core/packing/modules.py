@@ -94,10 +94,10 @@ def _source_of(cls: Any) -> Any:
 
 
 @cache
-def _class_of(cls: Any, held: tuple[tuple[str, PackedType], ...]) -> type[nn.Module]:
+def _class_of(cls: Any, packed: tuple[tuple[str, PackedType], ...]) -> type[nn.Module]:
     cls = _source_of(cls)
-    space: dict[str, Any] = {_TYPES: dict(held), "__module__": cls.__module__, "__doc__": cls.__doc__}
-    for name, _ in held:
+    space: dict[str, Any] = {_TYPES: dict(packed), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    for name, _ in packed:
         space[name] = property(partial(_read, name))
     packed_class: type[nn.Module] = types.new_class(cls.__name__, (cls,), {}, lambda own: own.update(space))
     return packed_class

@@ -45,6 +45,6 @@ class Ordered(Affine):
         """Call `unpack`: there is no faster way."""
         return self.unpack(parts, shape, dtype)
 
-    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+    def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """Keep nothing: new rows have groups of consecutive inputs, and groups are the same for all rows."""
-        return made
+        return packed

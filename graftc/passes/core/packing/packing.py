@@ -84,9 +84,9 @@ class Packing(ABC):
         updated = self.keeping(self.packed(weight), parts, turned.contiguous())
         return tuple(part.contiguous() for part in updated)
 
-    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+    def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """Return the new parts, with the old ones for groups that are unchanged; ``same`` has the axes of the codes."""
-        return made
+        return packed
 
     HAS_FORM: ClassVar[bool] = False
     """Other software knows weights of this family: see `form`."""

@@ -169,8 +169,8 @@ def moved_along(
         if op_name(node) in passing:
             continue
 
-        def operand(leaf: Any, source: Any = source, held: Any = current) -> Any:
-            return held if leaf is source else size(leaf)
+        def operand(leaf: Any, source: Any = source, stored: Any = current) -> Any:
+            return stored if leaf is source else size(leaf)
 
         try:
             current = moved(node, operand)

@@ -71,9 +71,9 @@ class WeightSlice:
         object.__setattr__(self, "rows", None if merged == ((0, self.total),) else merged)
 
     @classmethod
-    def every(cls, tensor: str, held: Tensor) -> WeightSlice:
+    def every(cls, tensor: str, stored: Tensor) -> WeightSlice:
         """Return the slice of all of a stored tensor."""
-        return cls(tensor, tuple(held.shape))
+        return cls(tensor, tuple(stored.shape))
 
     # --- rows and sizes ------------------------------------------------------------------------------------
 

@@ -204,16 +204,16 @@ def _written(
     return ConvertedFolder(None, source.layout.name, target.name, maps, rank)
 
 
-def compared(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
+def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
     """Return the error of every map of both sides, of which either may fuse what the other keeps separate.
 
     Raises:
         GraftError: GC067 naming the maps that differ.
     """
-    wanted, found = _level(wanted, found), _level(found, wanted)
+    wanted, actual = _level(wanted, actual), _level(actual, wanted)
     maps = []
-    for path in dict.fromkeys((*wanted, *found)):
-        a, b = wanted.get(path), found.get(path)
+    for path in dict.fromkeys((*wanted, *actual)):
+        a, b = wanted.get(path), actual.get(path)
         if a is None or b is None or a.shape != b.shape:
             other = a if b is None else b
             assert other is not None

@@ -139,15 +139,15 @@ def _sizes(fusion: Fusion, total: int, heads: AttentionSizes | None) -> list[int
     return [heads.queries * heads.size, heads.keys * heads.size, heads.keys * heads.size]
 
 
-def _rows(fusion: Fusion, found: Mapping[str, Update], heads: AttentionSizes | None, module: str) -> list[int]:
+def _rows(fusion: Fusion, updates: Mapping[str, Update], heads: AttentionSizes | None, module: str) -> list[int]:
     """Return the number of rows of every part, including missing ones."""
     if len(fusion.parts) == 2:
-        size = next(iter(found.values())).rows
+        size = next(iter(updates.values())).rows
         return [size, size]
-    if len(found) == len(fusion.parts):
-        return [found[part].rows for part in fusion.parts]
-    if heads is None and "k_proj" in found and "q_proj" in found:
-        return [found["q_proj"].rows, found["k_proj"].rows, found["k_proj"].rows]
-    if heads is None and "v_proj" in found and "q_proj" in found:
-        return [found["q_proj"].rows, found["v_proj"].rows, found["v_proj"].rows]
+    if len(updates) == len(fusion.parts):
+        return [updates[part].rows for part in fusion.parts]
+    if heads is None and "k_proj" in updates and "q_proj" in updates:
+        return [updates["q_proj"].rows, updates["k_proj"].rows, updates["k_proj"].rows]
+    if heads is None and "v_proj" in updates and "q_proj" in updates:
+        return [updates["q_proj"].rows, updates["v_proj"].rows, updates["v_proj"].rows]
     return _sizes(fusion, 0, heads)

@@ -88,11 +88,11 @@ def prepared(compilation: Compilation) -> PeftExport:
     return PeftExport(config, pairs, tensors)
 
 
-def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExport:
+def export_peft(export: PeftExport, path: Path, *, force: bool = False) -> PeftExport:
     """Write a folder that peft loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
-        made: the contents to write, as returned by `prepared`.
+        export: the contents to write, as returned by `prepared`.
         path: the folder to create; it is complete when it appears.
         force: whether to replace a folder that was written this way.
 
@@ -101,11 +101,11 @@ def export_peft(made: PeftExport, path: Path, *, force: bool = False) -> PeftExp
     """
     with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
-        _write_json(folder / CONFIG, dict(made.config))
-        _write_json(folder / SITES, {"format": "peft", "sites": made.sites()})
-        save_tensors(made.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        _check(folder, made)
-    return made
+        _write_json(folder / CONFIG, dict(export.config))
+        _write_json(folder / SITES, {"format": "peft", "sites": export.sites()})
+        save_tensors(export.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _check(folder, export)
+    return export
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -113,11 +113,11 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _check(folder: Path, made: PeftExport) -> None:
+def _check(folder: Path, export: PeftExport) -> None:
     """Raise unless the folder reads back as it was written."""
     adapter = read_peft(folder)
-    same = adapter.shapes.keys() == made.tensors.keys()
-    if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in made.tensors.items()):
+    same = adapter.shapes.keys() == export.tensors.keys()
+    if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in export.tensors.items()):
         raise GraftError("GC060", "the folder for PEFT does not read back as it was written")
 
 

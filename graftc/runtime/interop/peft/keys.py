@@ -93,18 +93,18 @@ def _unwrapped(path: str) -> tuple[str, int, str]:
     return ".".join(plain), depth, ".".join(around)
 
 
-def _sort_plain(found: Keys, path: str, key: str) -> None:
+def _sort_plain(keys: Keys, path: str, key: str) -> None:
     segments = [segment for segment in path.split(".") if segment != _BASE]
     if "original_module" in segments:
-        found.unused.append(key)
+        keys.unused.append(key)
     elif "modules_to_save" in segments:
-        found.again.append((".".join(s for s in segments if s != "modules_to_save"), key))
+        keys.again.append((".".join(s for s in segments if s != "modules_to_save"), key))
     else:
         name = ".".join(segments)
-        if name in found.plain:
-            found.again.append((name, key))
+        if name in keys.plain:
+            keys.again.append((name, key))
         else:
-            found.plain[name] = key
+            keys.plain[name] = key
 
 
 def tensor_key(

@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 __all__ = ["plain"]
 
 
-def plain(made: PeftExport, compilation: Compilation) -> PeftExport:
+def plain(export: PeftExport, compilation: Compilation) -> PeftExport:
     """Return the same update in simpler terms: without ``use_rslora``, which some engines ignore.
 
     Factors that started from the weight get their starts beside them, at twice the rank, because engines add to the
     base that they have.
 
     Args:
-        made: contents of a folder, which are not changed.
+        export: contents of a folder, which are not changed.
         compilation: the compiled model that they were made from.
     """
-    config, tensors = dict(made.config), dict(made.tensors)
+    config, tensors = dict(export.config), dict(export.tensors)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        return made
+        return export
     if config.get("use_rslora"):
         config |= {**_scaled(config), "use_rslora": False}
-    starts = _starts(made, compilation)
+    starts = _starts(export, compilation)
     if starts:
         tensors |= starts
         config |= {**_doubled(config), "init_lora_weights": True}
-    return replace(made, config=config, tensors=tensors)
+    return replace(export, config=config, tensors=tensors)
 
 
 def _scaled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
     return doubled
 
 
-def _starts(made: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
+def _starts(export: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
     """Return the factors with their starts appended, negated for ``B``, by the keys of the factors."""
     starts = {
         names[part]: names[f"{part}0"]
@@ -71,7 +71,7 @@ def _starts(made: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
         if f"{part}0" in names
     }
     tensors = {}
-    for pair in made.pairs:
+    for pair in export.pairs:
         if pair.tensor not in starts:
             continue
         own, start = (compilation.store.full(name).detach() for name in (pair.tensor, starts[pair.tensor]))

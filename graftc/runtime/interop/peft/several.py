@@ -123,19 +123,19 @@ def _trains_base(folder: Path, why: str) -> GraftError:
     return GraftError("GC112", what, place=Place(str(folder / CONFIG), path="modules_to_save"), hint=hint)
 
 
-def _renamed(made: Compilation, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def _renamed(compilation: Compilation, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return the entries of a spec and their tensors under a name.
 
     Rows of tables beside the first entry get the name and a number.
     """
-    adapt = made.spec.adapt
+    adapt = compilation.spec.adapt
     names = {str(own.name): name if not number else f"{name}_{number}" for number, own in enumerate(adapt)}
     entries = [
         {**own.model_dump(mode="json", exclude_unset=True), "method": own.method, "name": names[str(own.name)]}
         for own in adapt
     ]
     values = {}
-    for fqn, tensor in adapter_values(made.store):
+    for fqn, tensor in adapter_values(compilation.store):
         owner = owner_of(fqn)
         values[renamed(fqn, names[owner]) if owner in names else fqn] = tensor
     return entries, values

@@ -25,8 +25,8 @@ def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -
         index: the number of every node of its graph, by name.
     """
 
-    def reads(found: Reads) -> list[Any]:
-        return [[position, index.get(name, name)] for position, name in found]
+    def reads(reading: Reads) -> list[Any]:
+        return [[position, index.get(name, name)] for position, name in reading]
 
     def changes(entry: HistoryEntry) -> dict[str, Any] | None:
         if entry.changes is None:
