@@ -241,6 +241,7 @@ def started(*arguments: str, cache: str = "off") -> dict[str, float]:
     threads = str(THREADS)
     environment = {**os.environ, "GRAFTC_CACHE": cache, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": ""}  # as installed packages: imports read bytecode
     command = [sys.executable, "-m", "benchmarks.first_calls", "--one", *arguments]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seconds: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
