@@ -157,7 +157,7 @@ class Witness:
 
 
 def _resident(field: str) -> int:
-    """Return the bytes in a line of this process's status; 0 if there is no such line."""
+    """Return a memory field of ``/proc/self/status`` in bytes; 0 if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -65,7 +65,7 @@ class Resolution:
         anchors: comparisons of the source model's graphs with the model itself.
         passes: passes of plugins that the graphs went through, with what they found.
         parts: Store names of the inserted tensors, by adaptation, site and part.
-        notes: what capturing had to change and no other signature says, in words for people.
+        notes: notes for display on what capturing had to change, without those of other signatures.
     """
 
     signature: Signature
@@ -176,7 +176,7 @@ class SignatureTable:
         programs: every graph, in which equal layers may call functions.
         found: the Resolution of each signature, the first one first.
         parts: the tensors of all of them.
-        notes: what capturing any of them had to change, in words for people.
+        notes: notes for display on what capturing any of them had to change.
         first_call: inputs of the first call of the first signature, if random ones make no sense and no caller has
             given examples; None before.
     """
@@ -261,7 +261,7 @@ class Compilation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What capturing had to change, in words for people."""
+        """Notes on what capturing had to change, for display."""
         return self.table.notes
 
     @property

@@ -28,7 +28,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a compilation starts from in addition to a spec and a model.
+    """Inputs of a compilation in addition to the spec and the model.
 
     Attributes:
         seed: the seed that initial values are drawn from.

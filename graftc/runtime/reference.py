@@ -44,7 +44,7 @@ def is_hub_id(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Built:
-    """How a model was built from a folder's files, where its config leaves a choice.
+    """The choices made in building a model from a folder whose config leaves them open.
 
     Attributes:
         architecture: its class.
@@ -61,7 +61,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a model came from.
+    """The source of a model: a folder, an id, or a callable.
 
     Attributes:
         kind: what the text is; None for a model created in Python.

@@ -127,7 +127,7 @@ class Adapting(PassHost):
         return tuple(site for site in every if isinstance(site, AttentionSite))
 
     def is_called(self, site: Site) -> bool:
-        """Return whether a site is in a layer that calls a function, and is no value that layers read or return."""
+        """Return whether a site is inside a layer that calls a function; inputs and outputs of layers are not."""
         table = self.resolver.table
         of_call = isinstance(table, CalledSites) and table.call_of(site.key.module) is not None
         return of_call and not isinstance(site, ValueSite)

@@ -1,4 +1,4 @@
-"""The reason why there is no graph: the model itself rejects the inputs, or it accepts them and the tracer does not."""
+"""Errors for failed captures, which tell inputs that the model rejects from code that cannot be traced."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class FrameNode:
 
     Attributes:
         name: the printed name; for a node that a step erased, its name in the fx graph.
-        op: its index in `OPERATIONS`.
-        target: the operator, or what is read.
-        type: type of its value, as text; empty if it is no longer known.
+        op: the index of its operation in `OPERATIONS`.
+        target: the operator, or the name of the input or tensor that it reads.
+        type: the type of its value, as text; empty if the type is unknown.
         module: path of the module that it belongs to.
         origin: adaptation, site and part of an inserted node.
         trainable: whether it reads a tensor that trains.

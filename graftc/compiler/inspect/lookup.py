@@ -20,7 +20,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Found:
-    """What a name refers to; exactly one of the attributes is set."""
+    """The object that a name refers to; exactly one of the attributes is set."""
 
     node: fx.Node | None = None
     tensor: str = ""

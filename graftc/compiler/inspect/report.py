@@ -207,7 +207,7 @@ def _left(compilation: Compilation) -> dict[str, int]:
 
 
 class _Counts:
-    """What each adaptation has added, collected for all of them in one pass over tensors and nodes.
+    """Tensors and nodes added by each adaptation, counted for all of them in one pass.
 
     Args:
         program: the adapted graph.

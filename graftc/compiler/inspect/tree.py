@@ -54,7 +54,7 @@ class TreeTensor:
 
 @dataclass(frozen=True)
 class Addition:
-    """What one adaptation has in a module.
+    """The tensors that one adaptation has in a module.
 
     Attributes:
         adaptation, method: name and method of the adaptation.

@@ -21,7 +21,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run of a model has shown.
+    """The calls and accesses recorded in a run of a model.
 
     Attributes:
         calls: the first call of each element.

@@ -59,7 +59,7 @@ class _Pattern:
 
 @dataclass
 class Meant:
-    """What a target selects, with its errors collected instead of raised.
+    """The places that a target selects, with its errors collected instead of raised.
 
     Attributes:
         chosen: the selected candidates, in their order.

@@ -1,4 +1,4 @@
-"""How a model was built, as files record it: see `Built`."""
+"""The record of `Built` in files."""
 
 from __future__ import annotations
 

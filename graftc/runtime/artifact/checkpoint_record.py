@@ -67,12 +67,12 @@ class BaseRecord(Record):
 
     @property
     def built(self) -> Built:
-        """How the model was built."""
+        """The settings with which the model was built."""
         return Built(self.model, self.labels, self.dtype, self.settings)
 
     @property
     def place(self) -> Reference:
-        """Where the model came from."""
+        """The source that the model was loaded from."""
         return Reference(self.kind, self.reference, self.revision, built=self.built)
 
 

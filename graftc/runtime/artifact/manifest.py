@@ -128,12 +128,12 @@ class Base(Record):
 
     @property
     def place(self) -> Reference:
-        """Where the model came from."""
+        """The source that the model was loaded from."""
         return Reference(self.kind, self.reference, self.revision, self.relative, self.built)
 
     @property
     def built(self) -> Built:
-        """How the model was built."""
+        """The settings with which the model was built."""
         return Built(self.model.rpartition(".")[2], self.labels, self.dtype, self.settings)
 
 

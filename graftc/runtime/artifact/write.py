@@ -44,7 +44,7 @@ BUNDLED = "base"
 
 @dataclass(frozen=True)
 class ArtifactEvidence:
-    """What an artifact records about its fold and its base.
+    """Evidence that an artifact records about its fold and its base.
 
     Attributes:
         certificate: the certificate of the adaptations that fold.

@@ -65,7 +65,7 @@ class OutputComparison:
 
     @cached_property
     def flips(self) -> dict[str, Flips]:
-        """How often the second model would have chosen differently, by the names of choices."""
+        """The numbers of choices in which the second model would have differed, by the names of choices."""
         seen = self._own.seen
         both = [name for name in self._modules if name in self._imposed and name in seen]
         return {name: Flips.between(self._imposed[name], seen[name]) for name in both}

@@ -1,4 +1,4 @@
-"""How far outputs move when folded weights are rounded differently: the noise of a comparison."""
+"""The noise of a comparison: the change of outputs when folded weights are rounded differently."""
 
 from __future__ import annotations
 

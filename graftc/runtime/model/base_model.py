@@ -15,7 +15,7 @@ from graftc.passes.core.weights.store import Store
 
 
 class HiddenStates(Node):
-    """What a `BaseModel` runs.
+    """The state of a `BaseModel`: the function that it runs.
 
     Attributes:
         call: a function of positional and keyword arguments that returns the last hidden state in the model's output

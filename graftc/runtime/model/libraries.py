@@ -1,4 +1,4 @@
-"""What other libraries look for in a model: attributes copied from the source, and replacements for methods."""
+"""Attributes and methods that other libraries expect of a model, copied from the source or replaced."""
 
 from __future__ import annotations
 

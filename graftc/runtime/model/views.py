@@ -1,4 +1,4 @@
-"""Which adaptations calls of a model leave out, the views without them, and tensors added to a tree."""
+"""Views of a model without some adaptations, the ones that calls leave out, and tensors added to a tree."""
 
 from __future__ import annotations
 

@@ -175,8 +175,10 @@ class Repeats:
             written = [cache.written(number) for cache in call.caches]
             call.parts = [_taken_apart(part, operands, outputs, call.caches) for part in written if part is not None]
             same = _told(given, after, []) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
-            kept = [not snapshot.changed() and _same(module._buffers, buffers) for module, snapshot, buffers in before]
-            call.reusable = same and all(kept) and not more and len(call.parts) == len(written)
+            unchanged = [
+                not snapshot.changed() and _same(module._buffers, buffers) for module, snapshot, buffers in before
+            ]
+            call.reusable = same and all(unchanged) and not more and len(call.parts) == len(written)
             call.reusable &= number is not None or not call.slots
         except _UntoldError:
             outputs.clear()

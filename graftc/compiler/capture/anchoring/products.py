@@ -93,12 +93,12 @@ class Computing(TorchFunctionMode):
         operator = None if kwargs else _OPERATORS.get(func)
         if operator is None:
             return func(*args, **(kwargs or {}))
-        given = args[:-1] if args[-1] is None else args  # without a bias
-        known = self._products.again(operator, given)
+        operands = args[:-1] if args[-1] is None else args  # leave out a missing bias
+        known = self._products.again(operator, operands)
         if known is not None:
             return known
         result = func(*args)
-        self._products.keep(operator, given, result)
+        self._products.keep(operator, operands, result)
         return result
 
 

@@ -197,10 +197,10 @@ class Runs:
         tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
         crosses = any(map(is_cross, self._program.signature))
         sizes = {} if crosses else {PAST: 0}
-        worst, given = 0.0, self.sample(0, fixed_sizes=sizes)
+        worst, inputs = 0.0, self.sample(0, fixed_sizes=sizes)
         for _ in range(_STEPS if self._grows else 1):
             try:
-                run = self.model(given)
+                run = self.model(inputs)
             except NoRunError:  # there is nothing to compare the graph with
                 break
             difference, differing = self.against(run, bound)
@@ -209,7 +209,7 @@ class Runs:
                 return worst, differing
             past = _returned_past(run)
             length = next(tensor.shape[2] for name, tensor in past.items() if not is_cross(name))
-            given = {**self.sample(1, fixed_sizes={PAST: length, str(tokens): 1}), **past}
+            inputs = {**self.sample(1, fixed_sizes={PAST: length, str(tokens): 1}), **past}
         return worst, []
 
     def _text(self) -> dict[str, Tensor]:

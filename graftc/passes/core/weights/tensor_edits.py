@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class EditMode(StrEnum):
-    """What an adaptation does with rows of a stored tensor."""
+    """The kinds of changes that an adaptation makes to rows of a stored tensor."""
 
     CONSTANT = "constant"
     """It reads them once: something that is never trained again follows from their values."""
@@ -33,12 +33,12 @@ CHANGING = (EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED)
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What one adaptation does with rows of a stored tensor.
+    """A change that one adaptation makes to rows of a stored tensor.
 
     Attributes:
         owner: name of the adaptation.
         own: slice of the rows, which names the tensor.
-        mode: what is done with them.
+        mode: the kind of change.
         site: key of the site where it was inserted; None for an edit that belongs to the whole adaptation.
         trained: name in the Store of the copy that is trained; empty in all modes except `EditMode.TRAINED`.
     """

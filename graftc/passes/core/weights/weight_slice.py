@@ -26,7 +26,7 @@ SMALL = 2**31
 
 
 class Layout(StrEnum):
-    """How the Store holds a weight that is seen as ``[..., out, in]``."""
+    """The order of axes in which the Store holds a weight whose oriented form is ``[..., out, in]``."""
 
     ROWS = "rows"
     """As it is seen."""
